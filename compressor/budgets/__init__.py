@@ -1,0 +1,1 @@
+"""Limits that the slim network must keep."""

@@ -1,0 +1,1 @@
+"""The gymnasium environment: one group a step."""

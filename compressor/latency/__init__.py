@@ -1,0 +1,1 @@
+"""Latency tables: measured, corrected, and what they predict."""

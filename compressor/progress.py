@@ -1,0 +1,64 @@
+"""Progress that any stage may report, shown only where a display was installed.
+
+Library code calls `bar` and `say`; the command line installs a display that draws them. Without one both do nothing,
+so that a notebook or a test stays quiet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Bar(Protocol):
+    """A running task of a display."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Move on by `steps`; `note` replaces the short text behind the bar where it is not empty."""
+
+
+class Display(Protocol):
+    """Where progress goes."""
+
+    def bar(self, label: str, total: int) -> AbstractContextManager[Bar]:
+        """Open a bar of `total` steps that closes with the context."""
+
+    def say(self, text: str) -> None:
+        """Show one line to the user."""
+
+
+class _Quiet:
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Nothing is shown."""
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Bar]:
+        yield self
+
+    def say(self, text: str) -> None:
+        """Nothing is shown."""
+
+
+_display: Display = _Quiet()
+
+
+@contextmanager
+def shown_on(display: Display) -> Iterator[None]:
+    """Send progress to `display` while the context lasts."""
+    global _display
+    before, _display = _display, display
+    try:
+        yield
+    finally:
+        _display = before
+
+
+def bar(label: str, total: int) -> AbstractContextManager[Bar]:
+    """A bar of `total` steps, on whichever display is installed."""
+    return _display.bar(label, total)
+
+
+def say(text: str) -> None:
+    """One line for the user, on whichever display is installed."""
+    _display.say(text)

@@ -1,0 +1,185 @@
+"""A run's folder: where its files lie, and how they appear there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import CompressorError
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
+LOCK = ".lock"
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write `content` so that `path` is either the old file or the whole new one, whenever the process dies.
+
+    Raises:
+        CompressorError: the disk is full or the folder cannot be written; `path` is what it was before.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the context ends without an error.
+
+    For writers that want a file name instead of bytes. The temporary is removed where they fail.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_error(path: Path, error: OSError) -> CompressorError:
+    """The message for a file that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CompressorError(
+            f"No space is left on the device for {path}.",
+            "Free some space, then go on with: compress --resume RUN",
+        )
+    return CompressorError(f"{path} cannot be written: {error.strerror or error}.", "Choose another --out DIR.")
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        CompressorError: the file is missing, unreadable or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CompressorError(f"{path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CompressorError(f"{path} is not readable as JSON: {error}.") from error
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class Checkpoint:
+    """The state that a resumed stage starts from: one file, replaced as a whole.
+
+    The state is a nested dict or list of tensors, strings, numbers, booleans and None. It is read back with
+    `weights_only=True`, so that a file from elsewhere cannot run code.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        import torch
+
+        with replacing(self.path) as temporary:
+            try:
+                torch.save(dict(state), temporary)
+            except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
+                raise CompressorError(
+                    f"The checkpoint {self.path} cannot be written: {error}.",
+                    "Most often the disk is full: free some space, then go on with: compress --resume RUN",
+                ) from error
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state, or None where there is none yet.
+
+        Raises:
+            CompressorError: the file is damaged or holds something else than a state.
+        """
+        import pickle
+
+        import torch
+
+        if not self.path.exists():
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            raise CompressorError(
+                f"The checkpoint {self.path} cannot be read: {str(error).splitlines()[0]}.",
+                "Delete it to repeat its stage from the start.",
+            ) from error
+        if not isinstance(state, dict):
+            raise CompressorError(f"The checkpoint {self.path} holds a {type(state).__name__}, expected a dict.")
+        return state
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class EpisodeLog:
+    """`episodes.jsonl`: one JSON object a line, written as episodes end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._length = sum(1 for _ in self.records())
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(dict(record), allow_nan=False) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+        self._length += 1
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The episodes so far; a last line that a kill cut short is left out."""
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8") as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    return
+                yield json.loads(line)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` episodes: those that the checkpoint being resumed knows."""
+        kept = [json.dumps(record) + "\n" for _, record in zip(range(length), self.records(), strict=False)]
+        write_atomic(self.path, "".join(kept))
+        self._length = len(kept)

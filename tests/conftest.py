@@ -1,0 +1,24 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real data and checkpoints beside the project; tests that need it skip where it is absent."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("COMPRESSOR_SHARED_DATA", default))
+    if not folder.is_dir():
+        pytest.skip("the folder with real data is not beside the project")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep measured tables of the tests out of the user's cache."""
+    os.environ["COMPRESSOR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
