@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -68,11 +70,6 @@ def disk_error(path: Path, error: OSError) -> CompressorError:
 
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(path)
-
-
-def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -97,6 +94,116 @@ def read_json(path: Path) -> Any:
 def now() -> str:
     """The time in UTC, to the second, as ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class RunDir:
+    """One run's folder: its recipe, its manifest, and the lock that a live run holds on it.
+
+    `manifest` is a dict that `save` writes as a whole; stages record when they started and finished there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = {}
+        self._lock: Any = None
+
+    @classmethod
+    def create(cls, path: Path, recipe_yaml: str) -> RunDir:
+        """Start a new folder, locked, with its recipe in it.
+
+        Raises:
+            CompressorError: the folder exists and is not empty; nothing in it is touched.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if (path / RECIPE).exists():
+                raise CompressorError(
+                    f"{path} is the folder of an earlier run.",
+                    f"Go on with it: compress --resume {path}; or choose another --out DIR.",
+                )
+            raise CompressorError(f"{path} exists and is not an empty folder.", "Choose another --out DIR.")
+        run = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(path, error) from error
+        run.lock()
+        write_atomic(path / RECIPE, recipe_yaml)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """Open an earlier run's folder and lock it.
+
+        Raises:
+            CompressorError: it is no run's folder, another process works on it, or its manifest is damaged.
+        """
+        if not (path / RECIPE).is_file():
+            raise CompressorError(f"{path} is no run's folder: it has no {RECIPE}.", "Runs lie under runs/ by default.")
+        run = cls(path)
+        run.lock()
+        run.read()
+        return run
+
+    def read(self) -> None:
+        """Read the manifest as it stands in the folder; a run that was killed before its first has none."""
+        manifest = self.path / MANIFEST
+        self.manifest = read_json(manifest) if manifest.exists() else {}
+        if not isinstance(self.manifest, dict):
+            raise CompressorError(f"{manifest} holds {type(self.manifest).__name__}, expected an object.")
+
+    def lock(self) -> None:
+        """Hold the folder until `close`; the system lets go of it when the process dies."""
+        try:
+            self._lock = (self.path / LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CompressorError(
+                f"Another process is working on {self.path}.", "Wait for it to end, or stop it, then try again."
+            ) from None
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def file(self, name: str) -> Path:
+        """A path inside the folder."""
+        return self.path / name
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        return Checkpoint(self.path / "checkpoints" / f"{name}.pt")
+
+    def save(self, **fields: Any) -> None:
+        """Set `fields` of the manifest and write it."""
+        self.manifest.update(fields)
+        write_atomic(self.path / MANIFEST, json.dumps(self.manifest, indent=2, allow_nan=False) + "\n")
+
+    def finished(self, stage: str) -> bool:
+        return bool(self.manifest.get("stages", {}).get(stage, {}).get("finished"))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Record in the manifest when a stage started and finished, and its seconds over all attempts."""
+        stages = self.manifest.setdefault("stages", {})
+        spent = stages.get(name, {}).get("seconds", 0.0)
+        begun = time.monotonic()
+        stages[name] = {"started": stages.get(name, {}).get("started") or now(), "finished": None, "seconds": spent}
+        self.save()
+        yield
+        stages[name] |= {"finished": now(), "seconds": round(spent + time.monotonic() - begun, 3)}
+        self.save()
+
+
+def new_run_path(parent: Path, label: str) -> Path:
+    """A folder under `parent` that does not exist yet, named after the time and what is run."""
+    stem = datetime.now().strftime("%Y%m%d-%H%M%S") + "-" + "".join(c if c.isalnum() or c in "_-" else "-" for c in label)
+    path, count = parent / stem, 1
+    while path.exists():
+        count += 1
+        path = parent / f"{stem}-{count}"
+    return path
 
 
 class Checkpoint:
