@@ -1,0 +1,92 @@
+"""The recipe: what it fills in, what it refuses and how it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from compressor.errors import CompressorError
+from compressor.recipe import Recipe, find_recipe, load_recipe, parse_recipe, shipped_recipes
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    recipe = Recipe(model="resnet50", budgets={"latency": "50%"}).resolved()
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert load_recipe(file) == recipe
+    assert recipe.resolved() == recipe
+    assert (recipe.weights, recipe.image_size, recipe.precision, recipe.epochs) == ("none", 32, "fp32", 30)
+
+
+def test_pretrained_weights_shorten_training_and_share_it_otherwise() -> None:
+    recipe = Recipe(model="resnet50", data="imagenet:somewhere").resolved()
+    assert recipe.pretrained
+    assert recipe.image_size == 224
+    assert recipe.epochs == 30
+    assert recipe.search.epochs_share == pytest.approx(1 / 3)
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = Recipe(model="resnet50")
+    with pytest.raises(ValidationError):
+        recipe.model = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("modl: resnet50", ["unknown field 'modl'", "did you mean model?", "'model' is missing"]),
+        ("model: resnet50\nepochs: many", ["'epochs' is 'many'", "integer"]),
+        ("model: resnet50\nbudgets: {latncy: 5ms}", ["'budgets.latncy'", "latency"]),
+        ("model: resnet50\nagent: smart", ["'agent' is 'smart'", "joint"]),
+        ("- a\n- b", ["holds list"]),
+        ("model: [", ["cannot be read as YAML"]),
+        ("!!python/object/apply:os.system ['true']", ["cannot be read as YAML"]),
+    ],
+)
+def test_a_wrong_recipe_names_file_and_field(tmp_path: Path, text: str, expected: list[str]) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(CompressorError) as caught:
+        load_recipe(file)
+    assert "wrong.yaml" in caught.value.message
+    for part in expected:
+        assert part in caught.value.message
+
+
+def test_overrides_are_merged_field_by_field() -> None:
+    recipe = parse_recipe({"model": "resnet50", "training": {"batch_size": 32}}, "here")
+    changed = recipe.changed({"training": {"learning_rate": 0.5}, "seed": 3})
+    assert (changed.training.batch_size, changed.training.learning_rate, changed.seed) == (32, 0.5, 3)
+    assert recipe.seed == 0
+
+
+def test_every_field_is_described() -> None:
+    schema = Recipe.model_json_schema()
+    parts = schema["$defs"]
+    undescribed = [
+        f"{where}.{name}"
+        for where, part in {"Recipe": schema, **parts}.items()
+        for name, field in part["properties"].items()
+        # a part whose own description says the same is described there
+        if not field.get("description") and not parts.get(field.get("$ref", "").rpartition("/")[2], {}).get("description")
+    ]
+    assert undescribed == []
+
+
+def test_shipped_recipes_resolve() -> None:
+    recipes = shipped_recipes()
+    for model in ("resnet50", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"):
+        local, jetson = load_recipe(recipes[model]).resolved(), load_recipe(recipes[f"{model}_jetson"]).resolved()
+        assert (local.device, local.precision) == ("local", "fp32")
+        assert (jetson.device, jetson.precision) == ("jetson-orin-nano-8gb", "fp16")
+        assert local.budgets.latency
+
+
+def test_the_nearest_recipes_are_named() -> None:
+    assert find_recipe("resnet50").name == "resnet50.yaml"
+    assert find_recipe("recipes/resnet50.yaml").name == "resnet50.yaml"
+    with pytest.raises(CompressorError, match="resnet50"):
+        find_recipe("resnt50")
