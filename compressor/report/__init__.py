@@ -1,1 +1,9 @@
-"""The page that says what was done and why."""
+"""The page that says what was done and why, and the table that a run closes with."""
+
+from __future__ import annotations
+
+from compressor.report.html import write_report
+from compressor.report.table import closing_table
+from compressor.report.verdict import verdict
+
+__all__ = ["closing_table", "verdict", "write_report"]

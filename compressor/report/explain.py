@@ -1,0 +1,230 @@
+"""What the numbers mean, in sentences: each says only what the manifest holds, or that it does not hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compressor.report.collect import Manifest, rows, section, text
+from compressor.report.formats import (
+    count,
+    duration,
+    milliseconds,
+    number,
+    percent,
+    percentile_name,
+    points,
+    ratio,
+)
+
+SAME = 0.02  # two ratios closer than this are called equal: repeated measurements differ by as much
+STUBBORN_MACS, STUBBORN_SHARE = 0.2, 0.5  # a layer that lost a fifth of its MACs, but not half as much of its time
+
+
+def accuracy_resolution(manifest: Manifest) -> str:
+    """How coarse the accuracy is: the step that one image of the test split makes."""
+    images = number(section(manifest, "accuracy").get("images"))
+    if images is None or images < 1:
+        return ""
+    return f"{int(images):,} images were tested, so one image more or less is {points(1 / images).lstrip('+')}."
+
+
+def measurement(manifest: Manifest) -> str:
+    """On what, with what and how the latency was measured."""
+    latency = section(manifest, "latency")
+    if number(latency.get("measured_ms")) is None:
+        where = text(latency, "device")
+        return f"The latency was not measured{f' on {where}' if where else ''}."
+    parts = [text(latency, "device", "device not recorded"), text(latency, "runtime", "runtime not recorded")]
+    parts += [text(latency, "precision", "precision not recorded")]
+    for key, unit in (("batch", "batch"), ("threads", "threads")):
+        if (value := number(latency.get(key))) is not None:
+            parts.append(f"{unit} {value:g}")
+    return f"Latency is the {percentile_name(latency.get('percentile'))} of many runs: {', '.join(parts)}."
+
+
+def prediction_error(manifest: Manifest) -> str:
+    """Predicted beside measured: how far off the table was."""
+    latency = section(manifest, "latency")
+    predicted, measured = number(latency.get("predicted_ms")), number(latency.get("measured_ms"))
+    if predicted is None or measured is None or predicted <= 0:
+        return ""
+    off = measured / predicted - 1
+    than = "as predicted" if off == 0 else f"{percent(abs(off))} {'more' if off > 0 else 'less'} than predicted"
+    return f"The table predicted {milliseconds(predicted)}; {milliseconds(measured)} was measured, {than}."
+
+
+def removal(manifest: Manifest) -> str:
+    """How many groups and channels went."""
+    known = [
+        (width, kept)
+        for group in rows(manifest, "groups")
+        if (width := number(group.get("width"))) and (kept := number(group.get("kept"))) is not None
+    ]
+    if not known:
+        return "The manifest does not say what was removed."
+    cut = sum(kept < width for width, kept in known)
+    left = sum(kept for _, kept in known) / sum(width for width, _ in known)
+    return f"{cut} of {len(known)} groups lost channels; {percent(left)} of all prunable channels remain."
+
+
+def speed(manifest: Manifest) -> str:
+    """The share of MACs that is left against the share of latency that is left."""
+    cost, latency = section(manifest, "cost"), section(manifest, "latency")
+    work = ratio(section(cost, "slim").get("macs"), section(cost, "dense").get("macs"))
+    time = ratio(latency.get("measured_ms"), latency.get("dense_ms"))
+    if work is None or time is None:
+        return (
+            "The measured latency of both networks and their MACs are needed to compare work with time; "
+            "this run does not have them all."
+        )
+    start = f"The slim network does {percent(work)} of the dense one's MACs in {percent(time)} of its measured latency"
+    if work >= 1 and time >= 1 - SAME:
+        return f"{start}: no work was removed, so no time was saved."
+    if abs(time - work) <= SAME:
+        return f"{start}: time fell with the work."
+    if time < work:
+        return f"{start}: time fell further than the work did."
+    if time >= 1:
+        return f"{start}: none of the removed work became time."
+    return f"{start}: {percent((1 - time) / (1 - work), 0)} of the relative saving in MACs arrived as time."
+
+
+@dataclass(frozen=True)
+class HotLayer:
+    """A layer that takes much of what is left; `number` is its place in the table of all layers."""
+
+    number: int
+    name: str
+    kind: str
+    channels: str
+    dense: str
+    slim: str
+    share: str
+
+
+@dataclass(frozen=True)
+class Hot:
+    """The layers with the most time left, or the most MACs where no layer has a time."""
+
+    unit: str
+    layers: tuple[HotLayer, ...]
+    remark: str
+
+
+def hottest(manifest: Manifest, most: int = 8) -> Hot | None:
+    """The `most` layers that dominate the slim network."""
+    layers = list(enumerate(rows(manifest, "layers"), start=1))
+    timed = [pair for pair in layers if number(pair[1].get("slim_ms")) is not None]
+    key, unit, shown = ("slim_ms", "ms", milliseconds) if timed else ("slim_macs", "MACs", count)
+    known = [(place, layer, value) for place, layer in layers if (value := number(layer.get(key))) is not None]
+    total = sum(value for _, _, value in known)
+    if total <= 0:
+        return None
+    known.sort(key=lambda entry: (-entry[2], entry[0]))
+    found = tuple(
+        HotLayer(
+            number=place,
+            name=text(layer, "name", "unnamed"),
+            kind=text(layer, "kind"),
+            channels=channels(layer),
+            dense=shown(layer.get(f"dense_{unit.lower()}")),
+            slim=shown(value),
+            share=percent(value / total),
+        )
+        for place, layer, value in known[:most]
+    )
+    remark = _outside(manifest, total) if timed else "No layer has a time in this run, so they are ordered by MACs."
+    return Hot(unit, found, remark)
+
+
+def _outside(manifest: Manifest, total: float) -> str:
+    predicted = number(section(manifest, "latency").get("predicted_ms"))
+    start = f"Times are the table's prediction; the layers add up to {milliseconds(total)}"
+    if predicted is None:
+        return f"{start}."
+    if predicted <= total:
+        return f"{start}, the whole network is predicted at {milliseconds(predicted)}."
+    rest = f"{milliseconds(predicted - total)} ({percent(1 - total / predicted)})"
+    return (
+        f"{start} of the network's {milliseconds(predicted)}. The other {rest} is what no layer's width changes by "
+        "itself: pooling, additions, copies and starting the network."
+    )
+
+
+def stubborn(manifest: Manifest) -> list[str]:
+    """Layers whose time hardly followed their MACs, longest time first: 'NAME: MACs -60.0%, time -3.0%'."""
+    found = []
+    for layer in rows(manifest, "layers"):
+        work = ratio(layer.get("slim_macs"), layer.get("dense_macs"))
+        time = ratio(layer.get("slim_ms"), layer.get("dense_ms"))
+        if work is None or time is None or 1 - work < STUBBORN_MACS:
+            continue
+        if 1 - time < STUBBORN_SHARE * (1 - work):
+            line = f"{text(layer, 'name', 'unnamed')}: MACs {_change(work)}, time {_change(time)}"
+            found.append((-(number(layer.get("slim_ms")) or 0.0), line))
+    return [line for _, line in sorted(found)]
+
+
+def _change(share: float) -> str:
+    change = percent(share - 1)
+    return f"+{change}" if share > 1 else change
+
+
+def channels(layer: Mapping[str, Any]) -> str:
+    """'64 → 128, now 40 → 96': inputs and outputs, dense and slim."""
+    dense, slim = _pair(layer.get("dense_channels")), _pair(layer.get("slim_channels"))
+    if not dense or not slim:
+        return dense or slim
+    return dense if dense == slim else f"{dense}, now {slim}"
+
+
+def _pair(value: Any) -> str:
+    if not isinstance(value, list) or len(value) != 2:
+        return ""
+    first, second = number(value[0]), number(value[1])
+    return "" if first is None or second is None else f"{first:.0f} → {second:.0f}"
+
+
+def effort(manifest: Manifest) -> str:
+    """What the search cost, and where its time went."""
+    search = section(manifest, "search")
+    if not search:
+        return "This run has not searched yet, or its agent keeps no record."
+    parts = []
+    for key, unit in (("evaluations", "networks scored"), ("episodes", "episodes")):
+        if (value := number(search.get(key))) is not None:
+            parts.append(f"{int(value):,} {unit}")
+    if number(search.get("seconds")) is not None:
+        parts.append(duration(search.get("seconds")))
+    sentence = f"Agent {text(search, 'agent', 'not recorded')}: {', '.join(parts) or 'effort not recorded'}."
+    return f"{sentence} {_timing(section(search, 'timing'))}".strip()
+
+
+def _timing(timing: Mapping[str, Any]) -> str:
+    total = number(timing.get("total"))
+    known = [(part, share) for part in timing if part != "total" and (share := ratio(timing[part], total)) is not None]
+    if not known:
+        return ""
+    rest = 1 - sum(share for _, share in known)
+    shares = [f"{part} {percent(share)}" for part, share in known]
+    if rest >= 0.001:  # less would be printed as "<0.1%" of nothing
+        shares.append(f"the rest {percent(rest)}")
+    return f"Of that time: {', '.join(shares)}."
+
+
+def parity(manifest: Manifest) -> str:
+    """How far the exported file is from the network that was trained."""
+    found = section(manifest, "parity")
+    largest, tolerance = number(found.get("max_abs")), number(found.get("tolerance"))
+    if largest is None:
+        return "The exported file was not compared with the trained network."
+    sentence = f"Exported ONNX against torch: outputs differ by at most {largest:.1e}"
+    if (mean := number(found.get("mean_abs"))) is not None:
+        sentence += f", {mean:.1e} on average"
+    if tolerance is not None:
+        sentence += f" ({tolerance:.0e} allowed{'' if largest <= tolerance else ', so this is too much'})"
+    if (agreement := number(found.get("top1_agreement"))) is not None:
+        sentence += f"; the predicted class agrees on {percent(agreement, 2)} of the inputs"
+    return f"{sentence}."

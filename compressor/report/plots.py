@@ -1,0 +1,221 @@
+"""The figures of the report. Each takes records as a run wrote them and gives None where they do not make a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, groupby
+from typing import TYPE_CHECKING, Any
+
+from compressor.report.collect import Manifest, rows, section, text
+from compressor.report.formats import cost, count, milliseconds, number, significant
+from compressor.report.svg import COLOURS, Chart, drawing, to_svg
+from compressor.report.verdict import NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Record = Mapping[str, Any]
+
+MOST_POINTS = 1500  # more do not show more, and every one costs the page a hundred bytes
+MOST_SOURCES = 5
+LETTERS = 60  # as many fit side by side above a figure
+MARKERS = ("o", "s", "D", "^", "v")
+UNITS = {"latency": "ms", "flops": "MACs", "macs": "MACs", "params": "params", "memory": "bytes"}
+
+
+def training_curve(manifest: Manifest, key: str, prefix: str) -> Chart | None:
+    """`loss` or `accuracy` over all epochs, the phases marked in the background."""
+    records = [row for row in rows(manifest, "training") if number(row.get(key)) is not None]
+    if len(records) < 2:
+        return None
+    scale = 100 if key == "accuracy" else 1
+    values = [float(row[key]) * scale for row in records]
+    unit = "%" if key == "accuracy" else ""
+    with drawing() as (figure, axes):
+        _bands(axes, [text(row, "phase") for row in records])
+        axes.plot(range(1, len(values) + 1), values, color=COLOURS["slim"], linewidth=1.6, marker=".", markersize=4)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(f"training {key}{f' ({unit})' if unit else ''}")
+        _count_axis(axes, 1, len(values))
+        svg = to_svg(figure, prefix)
+    phases = ", ".join(dict.fromkeys(text(row, "phase") for row in records if text(row, "phase")))
+    alt = (
+        f"Training {key} over {len(values)} epochs"
+        + (f" (phases: {phases})" if phases else "")
+        + f": {significant(values[0])}{unit} in the first, {significant(values[-1])}{unit} in the last."
+    )
+    return Chart(svg, f"Training {key}", alt, "On the training images, as the weights moved within each epoch.")
+
+
+def reward_curve(episodes: Sequence[Record], prefix: str) -> Chart | None:
+    """Every episode's reward and the best so far."""
+    known = [episode for episode in episodes if number(episode.get("reward")) is not None]
+    if len(known) < 2:
+        return None
+    rewards = [float(episode["reward"]) for episode in known]
+    places = list(range(1, len(rewards) + 1))
+    best = list(accumulate(rewards, max))
+    shown = thinned(len(rewards))
+    with drawing() as (figure, axes):
+        _bands(axes, [text(episode, "phase") for episode in known])
+        axes.plot(
+            [places[i] for i in shown],
+            [rewards[i] for i in shown],
+            linestyle="none",
+            marker="o",
+            markersize=3,
+            markeredgewidth=0,
+            alpha=0.55,
+            color=COLOURS["slim"],
+            label="an episode",
+        )
+        axes.step(places, best, where="post", color=COLOURS["accent"], linewidth=1.8, label="best so far")
+        axes.set_xlabel("episode")
+        axes.set_ylabel("reward")
+        _count_axis(axes, 1, len(rewards))
+        axes.legend(loc="lower right")
+        svg = to_svg(figure, prefix)
+    first = best.index(best[-1]) + 1
+    alt = f"Reward over {len(rewards)} episodes: best {significant(best[-1], 4)}, reached in episode {first}."
+    left_out = "" if len(shown) == len(known) else f" {len(shown):,} of {len(known):,} episodes are drawn."
+    return Chart(svg, "Reward over the episodes", alt, f"The best reward was reached in episode {first}.{left_out}")
+
+
+def candidate_scatter(manifest: Manifest, episodes: Sequence[Record], prefix: str) -> Chart | None:
+    """Reward against cost of all that was scored, the chosen network and the limit marked."""
+    candidates = rows(section(manifest, "search"), "candidates")
+    name = scatter_cost(manifest, candidates, episodes)
+    points = [(candidate, place) for candidate in candidates if (place := _place(candidate, name)) is not None]
+    visited = [place for episode in episodes if (place := _place(episode, name)) is not None]
+    if not name or len(points) + len(visited) < 2:
+        return None
+    unit, target = cost_unit(manifest, name)
+    pick = chosen(manifest)
+    with drawing() as (figure, axes):
+        shown = [visited[i] for i in thinned(len(visited))]
+        if shown:
+            style = {"linestyle": "none", "marker": ".", "markersize": 4, "markeredgewidth": 0, "alpha": 0.5}
+            axes.plot(*zip(*shown, strict=True), color=COLOURS["muted"], label="during the search", **style)
+        for index, (source, members) in enumerate(_by_source(points)):
+            look = {"color": COLOURS[f"c{index + 1}"], "marker": MARKERS[index]}
+            axes.plot(*zip(*members, strict=True), linestyle="none", markersize=5, label=source, **look)
+        place = _place(pick, name) if pick is not None else None
+        if place is not None:
+            ring = {"markerfacecolor": "none", "markeredgecolor": COLOURS["accent"], "markeredgewidth": 2}
+            axes.plot(*place, linestyle="none", marker="o", markersize=11, label="chosen", **ring)
+        if target is not None:
+            axes.axvline(target, color=COLOURS["bad"], linewidth=1, linestyle="--", label="target")
+        axes.set_xlabel(f"{NAMES.get(name, name)} ({unit})" if unit else name)
+        axes.set_ylabel("reward")
+        axes.xaxis.set_major_formatter(lambda value, _: _tick(value, unit))
+        axes.grid(axis="x")
+        figure.legend(loc="outside lower center", ncols=3)
+        svg = to_svg(figure, prefix)
+    alt = f"Reward against {NAMES.get(name, name)} of {len(points)} candidates and {len(visited)} episodes."
+    if pick is not None and place is not None:
+        alt += f" The chosen one costs {cost(place[0], unit)} and has reward {significant(place[1], 4)}."
+    return Chart(svg, "What was tried", alt, "Left is cheaper, up is better; costs are predictions.")
+
+
+def layer_bars(manifest: Manifest, key: str, prefix: str) -> Chart | None:
+    """Each layer's share of the dense network's MACs (`key` macs) or time (`key` ms), dense behind slim."""
+    pairs = [
+        (place, float(layer[f"dense_{key}"]), float(layer[f"slim_{key}"]))
+        for place, layer in enumerate(rows(manifest, "layers"), start=1)
+        if number(layer.get(f"dense_{key}")) is not None and number(layer.get(f"slim_{key}")) is not None
+    ]
+    total = sum(dense for _, dense, _ in pairs)
+    if total <= 0:
+        return None
+    places = [place for place, _, _ in pairs]
+    with drawing() as (figure, axes):
+        for column, role, label, width in ((1, "dense", "dense", 0.86), (2, "slim", "slim", 0.5)):
+            shares = [100 * pair[column] / total for pair in pairs]
+            axes.bar(places, shares, width=width, color=COLOURS[role], label=label, linewidth=0)
+        axes.set_xlabel("layer, in the order of execution")
+        what = "MACs" if key == "macs" else "predicted time"
+        axes.set_ylabel(f"% of the dense layers' {what}")
+        _count_axis(axes, min(places), max(places))
+        figure.legend(loc="outside upper right", ncols=2)
+        svg = to_svg(figure, prefix)
+    kept = sum(slim for _, _, slim in pairs)
+    shown = count if key == "macs" else milliseconds
+    alt = f"Bars of {len(pairs)} layers, dense and slim: {shown(total)} in all before, {shown(kept)} after."
+    title = "MACs by layer" if key == "macs" else "Time by layer"
+    return Chart(svg, title, alt, f"In all {shown(total)} dense, {shown(kept)} slim. Numbers are those of the table below.")
+
+
+def chosen(manifest: Manifest) -> Record | None:
+    """The candidate that became the slim network: the one so marked, else the last with the search's best reward.
+
+    The last one, because the final choice is scored again on the weights as they ended.
+    """
+    candidates = [row for row in rows(section(manifest, "search"), "candidates") if number(row.get("reward")) is not None]
+    marked = [candidate for candidate in candidates if candidate.get("chosen") is True]
+    best = number(section(manifest, "search").get("best_reward"))
+    same = [candidate for candidate in candidates if best is not None and abs(float(candidate["reward"]) - best) < 1e-9]
+    return (marked or same or [None])[-1]
+
+
+def scatter_cost(manifest: Manifest, candidates: Sequence[Record], episodes: Sequence[Record]) -> str:
+    """The cost on the scatter's axis: the first budget's that was recorded, else the first recorded; '' for none."""
+    recorded = [name for record in (*candidates, *episodes) for name in section(record, "costs")]
+    wanted = [text(budget, "name") for budget in rows(manifest, "budgets")]
+    return next((name for name in wanted if name in recorded), recorded[0] if recorded else "")
+
+
+def cost_unit(manifest: Manifest, name: str) -> tuple[str, float | None]:
+    """The unit of a cost and the target that a budget sets it, as far as they are known."""
+    for budget in rows(manifest, "budgets"):
+        if text(budget, "name") == name:
+            return text(budget, "unit"), number(budget.get("target"))
+    return UNITS.get(name, ""), None
+
+
+def thinned(length: int, most: int = MOST_POINTS) -> list[int]:
+    """Indices of at most `most` of `length` records, evenly spread, the first and the last among them."""
+    if length <= most:
+        return list(range(length))
+    return [round(i * (length - 1) / (most - 1)) for i in range(most)]
+
+
+def _place(record: Record, name: str) -> tuple[float, float] | None:
+    price, reward = number(section(record, "costs").get(name)), number(record.get("reward"))
+    return None if price is None or reward is None else (price, reward)
+
+
+def _by_source(points: list[tuple[Record, tuple[float, float]]]) -> list[tuple[str, list[tuple[float, float]]]]:
+    """The places of each source, most first; the sources beyond the palette go together."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for candidate, place in points:
+        found.setdefault(text(candidate, "source", "source not recorded"), []).append(place)
+    ordered = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+    head, tail = ordered[: MOST_SOURCES - 1], ordered[MOST_SOURCES - 1 :]
+    if len(tail) > 1:
+        tail = [("other sources", [place for _, places in tail for place in places])]
+    return head + tail
+
+
+def _bands(axes: Axes, phases: list[str]) -> None:
+    """Shade every other phase and write its name on top where there is room for it."""
+    start = 0.5
+    for index, (phase, members) in enumerate(groupby(phases)):
+        end = start + len(list(members))
+        if index % 2:
+            axes.axvspan(start, end, color=COLOURS["band"], linewidth=0, zorder=0)
+        if (end - start) / len(phases) * LETTERS >= len(phase):
+            look = {"transform": axes.get_xaxis_transform(), "color": COLOURS["muted"], "fontsize": 8}
+            axes.text(start, 1.01, f" {phase}", **look)
+        start = end
+
+
+def _count_axis(axes: Axes, first: int, last: int) -> None:
+    """A horizontal axis that counts from `first` to `last`."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(first - 0.5, last + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def _tick(value: float, unit: str) -> str:
+    return cost(value, unit).removesuffix(f" {unit}") if unit else significant(value)

@@ -1,0 +1,165 @@
+"""The tables of the report: records of the manifest as rows of strings, in the order in which they are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+from compressor.report import explain, plots
+from compressor.report.collect import REPORT, Collected, Manifest, inside, rows, section, text
+from compressor.report.formats import (
+    ABSENT,
+    cost,
+    count,
+    duration,
+    milliseconds,
+    number,
+    percent,
+    ratio,
+    significant,
+    size,
+)
+from compressor.report.verdict import AFTERWARDS, NAMES, margin
+
+YARDSTICKS = ("uniform", "knapsack", "random")
+
+
+def rounds(manifest: Manifest) -> list[dict[str, Any]]:
+    found = []
+    for place, row in enumerate(rows(manifest, "rounds"), start=1):
+        measured, target = number(row.get("measured_ms")), number(row.get("target_ms"))
+        kept = row.get("kept")
+        found.append(
+            {
+                "number": place,
+                "predicted": milliseconds(row.get("predicted_ms")),
+                "measured": milliseconds(measured),
+                "target": milliseconds(target),
+                "margin": margin(measured, target),
+                "kept": kept if isinstance(kept, bool) else None,
+            }
+        )
+    return found
+
+
+def groups(manifest: Manifest) -> list[dict[str, Any]]:
+    found = []
+    for group in rows(manifest, "groups"):
+        width, kept = number(group.get("width")), number(group.get("kept"))
+        share = ratio(kept, width)
+        found.append(
+            {
+                "name": text(group, "name", "unnamed"),
+                "coupled": group.get("coupled") is True,
+                "kept": ABSENT if kept is None else f"{kept:.0f}",
+                "width": ABSENT if width is None else f"{width:.0f}",
+                "share": percent(share, 0),
+                "bar": None if share is None else f"{min(max(share, 0.0), 1.0) * 100:.2f}",
+            }
+        )
+    return found
+
+
+def layers(manifest: Manifest) -> list[dict[str, str]]:
+    return [
+        {
+            "number": str(place),
+            "name": text(layer, "name", "unnamed"),
+            "kind": text(layer, "kind"),
+            "channels": explain.channels(layer),
+            "dense_macs": count(layer.get("dense_macs")),
+            "slim_macs": count(layer.get("slim_macs")),
+            "macs_share": percent(ratio(layer.get("slim_macs"), layer.get("dense_macs")), 0),
+            "dense_ms": milliseconds(layer.get("dense_ms")),
+            "slim_ms": milliseconds(layer.get("slim_ms")),
+            "ms_share": percent(ratio(layer.get("slim_ms"), layer.get("dense_ms")), 0),
+        }
+        for place, layer in enumerate(rows(manifest, "layers"), start=1)
+    ]
+
+
+def sources(manifest: Manifest) -> dict[str, Any]:
+    """The best candidate of each source, and how the chosen one compares with the yardsticks among them."""
+    candidates = [row for row in rows(section(manifest, "search"), "candidates") if number(row.get("reward")) is not None]
+    name = plots.scatter_cost(manifest, candidates, ())
+    unit, _ = plots.cost_unit(manifest, name)
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for candidate in candidates:
+        groups.setdefault(text(candidate, "source", "not recorded"), []).append(candidate)
+    best = {source: max(members, key=lambda row: float(row["reward"])) for source, members in groups.items()}
+    order = sorted(best, key=lambda source: (-float(best[source]["reward"]), source))
+    pick = plots.chosen(manifest)
+    return {
+        "source_cost": NAMES.get(name, name),
+        "sources": [
+            {
+                "source": source,
+                "count": len(groups[source]),
+                "reward": significant(float(best[source]["reward"]), 4),
+                "cost": cost(section(best[source], "costs").get(name), unit),
+                "chosen": pick is not None and any(row is pick for row in groups[source]),
+            }
+            for source in order
+        ],
+        "yardstick": _against_yardsticks(manifest, pick, best),
+    }
+
+
+def _against_yardsticks(manifest: Manifest, pick: Mapping[str, Any] | None, best: Mapping[str, Any]) -> str:
+    agent = text(section(manifest, "search"), "agent")
+    present = [source for source in best if source.startswith(YARDSTICKS) and not source.startswith(agent or "\0")]
+    if pick is None or not present:
+        return "" if agent in YARDSTICKS or pick is None else "No yardstick (uniform, knapsack, random) was scored beside it."
+    rival = max(present, key=lambda source: (float(best[source]["reward"]), source))
+    ours, theirs = float(pick["reward"]), float(best[rival]["reward"])
+    relation = "more than" if ours > theirs else "less than" if ours < theirs else "the same as"
+    return (
+        f"The chosen network has reward {significant(ours, 4)}, {relation} the best yardstick's "
+        f"{significant(theirs, 4)} ({rival})."
+    )
+
+
+def engines(manifest: Manifest) -> list[dict[str, str]]:
+    keys = ("file", "builder", "precision", "compute_capability")
+    return [
+        {key: text(row, key, ABSENT) for key in keys} | {"bytes": size(row.get("bytes"))}
+        for row in rows(manifest, "engines")
+    ]
+
+
+def stages(manifest: Manifest) -> list[tuple[str, str, str, str]]:
+    stages = section(manifest, "stages")
+    return [
+        (
+            name,
+            text(section(stages, name), "started", ABSENT),
+            text(section(stages, name), "finished", "not finished"),
+            duration(section(stages, name).get("seconds")),
+        )
+        for name in stages
+        if name not in AFTERWARDS
+    ]
+
+
+def facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What must be the same for the run to be repeated, apart from the recipe."""
+    single = [(key, text(manifest, key)) for key in ("seed", "agent", "weights", "epochs")]
+    lists = [(key, text(section(manifest, name), key)) for name in ("machine", "versions") for key in section(manifest, name)]
+    return [(key, value) for key, value in (*single, *lists) if value]
+
+
+def files(run: Collected) -> list[dict[str, str]]:
+    """The run's files; the page itself is not among them, as it cannot hold its own checksum."""
+    files = section(run.manifest, "files")
+    return [
+        {
+            "name": name,
+            # quoted as a path, so that a name that looks like a scheme ("javascript:") stays a file's name
+            "link": f"./{quote(name)}" if inside(name) else "",
+            "size": size(run.sizes.get(name)),
+            "sha256": text(files, name, ABSENT),
+        }
+        for name in sorted(files)
+        if name != REPORT
+    ]
