@@ -1,0 +1,9 @@
+"""Data by name: disjoint splits for training, for scoring candidates and for the final test."""
+
+from __future__ import annotations
+
+from compressor.data.bundle import DataBundle
+from compressor.data.load import load_data
+from compressor.data.splits import FileSplit, MemorySplit, Split
+
+__all__ = ["DataBundle", "FileSplit", "MemorySplit", "Split", "load_data"]

@@ -1,0 +1,213 @@
+"""Folders of images by class: any of them, and ImageNet as it is usually unpacked."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from compressor.data.augment import Augmentation, augmentation_for
+from compressor.data.builtin import _TEST_SEED
+from compressor.data.bundle import MEAN, STD, DataBundle, Indices, hold_out
+from compressor.data.files import ImageFile, class_folders, decode, image_size, load_files, refuse_unreadable
+from compressor.data.splits import MEMORY_LIMIT, FileSplit, MemorySplit, Split
+from compressor.errors import CompressorError
+
+_LAYOUT = (
+    "Expected PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg (or val instead of test), or PATH/CLASS/*.jpg."
+)
+_PROBED = 256
+_LARGEST_OWN_SIZE = 64
+Classes = Mapping[str, Sequence[str]]
+
+
+def load_folder(
+    path: Path,
+    name: str,
+    seed: int,
+    size: int | None,
+    search_fraction: float,
+    search_limit: int | None,
+    workers: int | None = None,
+) -> DataBundle:
+    """Images in folders by class, with train/ and test/ or val/ above them, or dealt into splits here.
+
+    Where both test/ and val/ exist, test/ is reported and val/ is left alone.
+
+    Raises:
+        CompressorError: no images, one class, classes that differ, or too many unreadable images.
+    """
+    notes: list[str] = []
+    splits = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
+    if "train" in splits:
+        other = "test" if "test" in splits else "val"
+        if other not in splits:
+            raise CompressorError(f"{path} has train/ but neither test/ nor val/.", _LAYOUT)
+        if len(splits) == 3:
+            notes.append(f"{path}: test/ is the test split; val/ is not used.")
+        found, tested = class_folders(splits["train"]), class_folders(splits[other])
+        classes = _same_classes(found, tested, splits["train"], splits[other])
+        train, test = _files(found, classes), _files(tested, classes)
+    elif splits:
+        raise CompressorError(
+            f"{path} has {' and '.join(f'{part}/' for part in splits)} but no train/.", _LAYOUT
+        )
+    else:
+        found = class_folders(path)
+        classes = _checked(found, path)
+        train, test = _dealt(_files(found, classes), 0.2, None, _TEST_SEED, notes)
+        notes.append(
+            f"{path} has no train/ and test/: {len(test)} of its images are dealt into a test split."
+        )
+    kept, held = _dealt(train, search_fraction, search_limit, seed, notes)
+    return _bundle(name, classes, (kept, held, test), size, notes, workers)
+
+
+def load_imagenet(
+    path: Path,
+    name: str,
+    seed: int,
+    size: int | None,
+    search_fraction: float,
+    search_limit: int | None,
+    workers: int | None = None,
+) -> DataBundle:
+    """ImageNet with train/ and val/ by WordNet id; the label is the id's rank, as for published weights.
+
+    Raises:
+        CompressorError: a split is missing, or its folders are not WordNet ids.
+    """
+    mend = "Expected PATH/train/n01440764/*.JPEG and PATH/val likewise; other images: --data folder:PATH."
+    for part in ("train", "val"):
+        if not (path / part).is_dir():
+            raise CompressorError(f"{path} has no {part}/ folder.", mend)
+    found = {part: class_folders(path / part) for part in ("train", "val")}
+    classes = _same_classes(found["train"], found["val"], path / "train", path / "val")
+    if strange := [name for name in classes if not re.fullmatch(r"n\d{8}", name)]:
+        raise CompressorError(f"{path} has folders that are no WordNet ids, such as {strange[0]!r}.", mend)
+    notes: list[str] = []
+    kept, held = _dealt(_files(found["train"], classes), search_fraction, search_limit, seed, notes)
+    return _bundle(name, classes, (kept, held, _files(found["val"], classes)), size or 224, notes, workers)
+
+
+def _checked(found: Classes, folder: Path) -> tuple[str, ...]:
+    if not found:
+        raise CompressorError(f"{folder} holds no images in folders by class.", _LAYOUT)
+    if len(found) == 1:
+        raise CompressorError(
+            f"{folder} holds one class only, {next(iter(found))!r}; two are needed.", _LAYOUT
+        )
+    return tuple(found)
+
+
+def _same_classes(train: Classes, test: Classes, train_path: Path, test_path: Path) -> tuple[str, ...]:
+    classes = _checked(train, train_path)
+    _checked(test, test_path)
+    for one, other, here, there in (
+        (train, test, train_path, test_path),
+        (test, train, test_path, train_path),
+    ):
+        if lone := sorted(set(one) - set(other)):
+            more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
+            raise CompressorError(
+                f"The classes differ: {', '.join(lone[:3])}{more} in {here}, but not in {there}.",
+                "Every class needs images in both.",
+            )
+    return classes
+
+
+def _files(found: Classes, classes: Sequence[str]) -> list[ImageFile]:
+    return [ImageFile(path, label) for label, name in enumerate(classes) for path in found[name]]
+
+
+def _dealt(
+    files: Sequence[ImageFile], share: float, limit: int | None, seed: int, notes: list[str]
+) -> tuple[list[ImageFile], list[ImageFile]]:
+    """(stays, held out), stratified unless there are classes of a single image."""
+    labels = np.array([file.label for file in files], dtype=np.int64)
+    if np.unique(labels, return_counts=True)[1].min() < 2:
+        note = "Some classes have a single image: splits are drawn without regard to the classes."
+        notes += [note] if note not in notes else []
+        labels = np.zeros_like(labels)
+    stays, out = hold_out(labels, share, limit, seed)
+    return _chosen(files, stays), _chosen(files, out)
+
+
+def _chosen(files: Sequence[ImageFile], indices: Indices) -> list[ImageFile]:
+    return [files[index] for index in indices.tolist()]
+
+
+def _bundle(
+    name: str,
+    classes: tuple[str, ...],
+    parts: tuple[list[ImageFile], list[ImageFile], list[ImageFile]],
+    size: int | None,
+    notes: list[str],
+    workers: int | None,
+) -> DataBundle:
+    if empty := [part for part, files in zip(("train", "search", "test"), parts, strict=True) if not files]:
+        raise CompressorError(f"{name} has too few images: its {empty[0]} split is empty.", "Add some.")
+    size = size or _common_size(parts[0])
+    augmentations = (augmentation_for(size), None, None)
+    in_memory = sum(map(len, parts)) * 3 * size**2 <= MEMORY_LIMIT
+    read = _in_memory if in_memory else _on_disk
+    train, search, test = (
+        read(files, size, augmentation, part, notes, workers)
+        for files, augmentation, part in zip(parts, augmentations, ("train", "search", "test"), strict=True)
+    )
+    return DataBundle(name, classes, (3, size, size), train, search, test, MEAN, STD, tuple(notes))
+
+
+def _in_memory(
+    files: Sequence[ImageFile],
+    size: int,
+    augmentation: Augmentation | None,
+    part: str,
+    notes: list[str],
+    workers: int | None,
+) -> Split:
+    decoded = load_files(files, size, f"Reading {part} images", workers)
+    if decoded.unreadable:
+        notes.append(_skipped(len(decoded.unreadable), len(files), part, decoded.unreadable[0]))
+    return MemorySplit(decoded.images, decoded.labels, MEAN, STD, augmentation)
+
+
+def _on_disk(
+    files: Sequence[ImageFile],
+    size: int,
+    augmentation: Augmentation | None,
+    part: str,
+    notes: list[str],
+    workers: int | None,
+) -> Split:
+    """Only a sample is decoded beforehand: opening a million files would take longer than many a run."""
+    probe = _sample(files)
+    unreadable = [file.path for file in probe if decode(file.path, size) is None]
+    refuse_unreadable(unreadable, len(probe))
+    if unreadable:
+        notes.append(_skipped(len(unreadable), len(probe), f"sampled {part}", unreadable[0]))
+    return FileSplit(
+        files, size, MEAN, STD, augmentation, min(8, os.cpu_count() or 1) if workers is None else workers
+    )
+
+
+def _skipped(count: int, total: int, part: str, first: str) -> str:
+    return f"{count} of {total} {part} images cannot be read and are skipped, such as {first}."
+
+
+def _sample(files: Sequence[ImageFile]) -> list[ImageFile]:
+    chosen = np.random.default_rng(0).permutation(len(files))[:_PROBED]
+    return [files[index] for index in np.sort(chosen).tolist()]
+
+
+def _common_size(files: Sequence[ImageFile]) -> int:
+    """The images' own size where all that were looked at are small squares alike, else 224."""
+    sizes = {size for file in _sample(files) if (size := image_size(file.path)) is not None}
+    if len(sizes) == 1:
+        width, height = next(iter(sizes))
+        if width == height and 8 <= width <= _LARGEST_OWN_SIZE:
+            return width
+    return 224

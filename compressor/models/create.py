@@ -1,0 +1,186 @@
+"""From a name to a network: the toolkit's own, torchvision's, timm's and the user's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor import progress
+from compressor.errors import CompressorError
+from compressor.models import cifar
+from compressor.models.head import head_of, replace_head
+from compressor.models.names import call_user_factory, resolve
+from compressor.models.weights import fit_state, load_weights
+
+FACTORY_TAG = "compressor_factory"
+"""Attribute of a created model: the spec with which `build_from_factory` builds it again."""
+
+_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+
+
+def create_model(
+    name: str, num_classes: int, weights: str | Path = "none", input_shape: tuple[int, int, int] = (3, 32, 32)
+) -> nn.Module:
+    """Build a network and give it weights.
+
+    Args:
+        name: A torchvision name ("resnet50"), "timm:NAME", one of ours ("cifar_resnet20/32/44/56/110",
+            "cifar_mobilenet_v2") or "package.module:factory", a callable that returns a module.
+        num_classes: Outputs of the last layer; a head of another size is replaced, and that is said.
+        weights: "none" (fresh, from torch's global generator), "default" (what the library calls its best) or
+            a file of weights; see `load_weights`.
+        input_shape: (channels, height, width) of one image, on which the network is tried once.
+
+    Returns:
+        The network in training mode on the CPU.
+
+    Raises:
+        CompressorError: unknown name, missing extra, weights that cannot be had or do not fit, or a network
+            that cannot take inputs of that shape.
+    """
+    if num_classes < 2:
+        raise CompressorError(f"A classifier needs at least 2 classes, got {num_classes}.")
+    spec = model_factory(name, num_classes, weights=str(weights))
+    model = build_from_factory(spec)
+    if str(weights) == "default":
+        _load_default(model, name, num_classes)
+    elif str(weights) != "none":
+        load_weights(model, Path(weights), num_classes)
+    _try_once(model, name, num_classes, input_shape)
+    return model.train()
+
+
+def model_factory(name: str, num_classes: int, weights: str = "none") -> dict[str, Any]:
+    """What rebuilds the architecture of `create_model`: {"factory": name, "kwargs": JSON scalars}.
+
+    `weights` matters for torchvision's GoogLeNet and Inception-V3 only, whose default weights expect their
+    inputs on another scale and have the network convert them.
+    """
+    kwargs: dict[str, Any] = {"num_classes": num_classes}
+    if name in _AUXILIARY and weights == "default":
+        kwargs["transform_input"] = True
+    return {"factory": name, "kwargs": kwargs}
+
+
+def build_from_factory(spec: Mapping[str, Any]) -> nn.Module:
+    """Build the architecture that `model_factory` describes, with fresh weights (none on the meta device).
+
+    Of the spec's arguments only `num_classes` reaches a user's factory, and only as an integer.
+
+    Raises:
+        CompressorError: the spec is malformed or names something unknown.
+    """
+    name, kwargs = spec.get("factory"), spec.get("kwargs", {})
+    if not isinstance(name, str) or not isinstance(kwargs, Mapping):
+        raise CompressorError(f"A factory needs a name and keyword arguments, got {dict(spec)!r}.")
+    num_classes = kwargs.get("num_classes")
+    if type(num_classes) is not int or set(kwargs) - {"num_classes", "transform_input"}:
+        raise CompressorError(f"The factory {name!r} takes num_classes as an integer, got {dict(kwargs)!r}.")
+    source, inner = resolve(name)
+    if source == "cifar":
+        model = cifar.BUILDERS[inner](num_classes)
+    elif source == "torchvision":
+        model = _torchvision(inner, num_classes, bool(kwargs.get("transform_input", False)))
+    elif source == "timm":
+        model = _timm(inner, num_classes, pretrained=False)
+    else:
+        model = call_user_factory(inner, num_classes)
+        if (old := replace_head(model, num_classes)) is not None:
+            progress.say(f"{name} has {old} outputs: the last layer is replaced by one of {num_classes}.")
+    setattr(model, FACTORY_TAG, {"factory": name, "kwargs": dict(kwargs)})
+    return model
+
+
+def factory_of(model: nn.Module) -> dict[str, Any] | None:
+    """The spec that `create_model` or `build_from_factory` left on a model, or None."""
+    spec = getattr(model, FACTORY_TAG, None)
+    return spec if isinstance(spec, dict) else None
+
+
+def _torchvision(name: str, num_classes: int, transform_input: bool) -> nn.Module:
+    from torchvision.models import get_model
+
+    extra: dict[str, Any] = {}
+    if name in _AUXILIARY:
+        # The auxiliary heads serve a training recipe of their own, and change what forward returns.
+        extra = {"aux_logits": False, "init_weights": True, "transform_input": transform_input}
+    model: nn.Module = get_model(name, weights=None, num_classes=num_classes, **extra)
+    return model
+
+
+def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    return model
+
+
+def _load_default(model: nn.Module, name: str, num_classes: int) -> None:
+    source, inner = resolve(name)
+    mend = "Use --weights none to train from scratch, or --weights FILE with a state dict that you have."
+    if source not in ("torchvision", "timm"):
+        raise CompressorError(f"There are no default weights for {name}.", mend)
+    try:  # urllib and the hub raise OSErrors, timm a RuntimeError where a model has no weights
+        with _quiet("huggingface_hub"), torch.random.fork_rng(devices=[]):
+            state = _torchvision_state(inner) if source == "torchvision" else _timm_state(inner)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CompressorError(f"The default weights of {name} cannot be fetched: {reason}", mend) from error
+    state = {key: value for key, value in state.items() if not key.startswith(_AUXILIARY.get(inner, ("\0",)))}
+    fit_state(model, state, f"the default weights of {name}", num_classes)
+
+
+def _torchvision_state(name: str) -> dict[str, torch.Tensor]:
+    from torchvision.models import get_model_weights
+
+    default: Any = get_model_weights(name)
+    return dict(default.DEFAULT.get_state_dict(progress=False, check_hash=True))
+
+
+def _timm_state(name: str) -> dict[str, torch.Tensor]:
+    import timm
+
+    pretrained: nn.Module = timm.create_model(name, pretrained=True)
+    return pretrained.state_dict()
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a library's log of its retries away from the user, who gets one message in the end."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _try_once(model: nn.Module, name: str, num_classes: int, input_shape: tuple[int, int, int]) -> None:
+    """Run one blank image through the network, so that a misfit shows here and not in the middle of a run."""
+    shape = "x".join(str(size) for size in input_shape)
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model(torch.zeros(1, *input_shape))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CompressorError(
+            f"{name} cannot take images of {shape}: {reason}",
+            "Choose an image size that the network was made for, such as --image-size 224.",
+        ) from error
+    if not isinstance(out, torch.Tensor) or out.shape != (1, num_classes):
+        got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        head = head_of(model)
+        raise CompressorError(
+            f"{name} should give (1, {num_classes}) for one image, but gives {got}.",
+            f"Its last layer is taken to be {head!r}; have the factory accept num_classes and return logits."
+            if head is not None
+            else "Have the factory accept num_classes and return a tensor of logits.",
+        )
