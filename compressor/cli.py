@@ -84,30 +84,50 @@ def _version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def compress_command(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="torchvision name, timm:NAME, cifar_resnet20, or module:factory.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="torchvision name, timm:NAME, cifar_resnet20, or module:factory.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe: YAML file or shipped name.")] = None,
     latency: Annotated[str | None, typer.Option(help="Latency budget: 5ms, 50% or 0.5x.")] = None,
     flops: Annotated[str | None, typer.Option(help="Multiply-add budget: 50%, 0.5x or 2G.")] = None,
     params: Annotated[str | None, typer.Option(help="Parameter budget: 30%, 0.3x or 8M.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget: 50%, 0.5x or 20MB.")] = None,
-    budget: Annotated[list[str] | None, typer.Option(help="package.module:function<=VALUE; may be repeated.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="package.module:function<=VALUE; may be repeated.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="local, or a name from: compress devices.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8 or auto.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime on this machine's CPU.")] = None,
-    data: Annotated[str | None, typer.Option(help="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
     weights: Annotated[str | None, typer.Option(help="default, none, or a file with a state dict.")] = None,
-    agent: Annotated[str | None, typer.Option(help="joint, constrained, stepwise, knapsack, uniform or random.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="All the training there is, search and fine-tuning together.")] = None,
-    granularity: Annotated[str | None, typer.Option(help="Channel counts are multiples of this; or auto.")] = None,
+    agent: Annotated[
+        str | None, typer.Option(help="joint, constrained, stepwise, knapsack, uniform or random.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="All the training there is, search and fine-tuning together.")
+    ] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="Channel counts are multiples of this; or auto.")
+    ] = None,
     scope: Annotated[str | None, typer.Option(help="all, or inner (residual-coupled channels stay).")] = None,
     importance: Annotated[str | None, typer.Option(help="l1, l2, bn, taylor, fpgm or random.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Any other field: training.batch_size=32.")] = None,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="The run's folder; a new one under runs/ if left out.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field: training.batch_size=32.")
+    ] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="The run's folder; a new one under runs/ if left out.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the recipe, the groups and the costs; run nothing.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the recipe, the groups and the costs; run nothing.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Compress a network until it keeps its budgets on the device."""
     if context.invoked_subcommand is not None:
@@ -117,7 +137,8 @@ def compress_command(
             "model": model, "device": device, "precision": precision, "threads": threads, "data": data,
             "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,
             "budgets": {
-                "latency": latency, "flops": flops, "params": params, "memory": memory, "functions": budget or None,
+                "latency": latency, "flops": flops, "params": params, "memory": memory,
+                "functions": budget or None,
             },
             "pruning": {"granularity": granularity, "scope": scope, "importance": importance},
         }
@@ -131,7 +152,7 @@ def compress_command(
             raise typer.Exit(BAD_INPUT)
         wanted = _recipe(recipe, overrides)
         if dry_run:
-            from compressor.pipeline import describe
+            from compressor.commands import describe
 
             for part in describe(wanted):
                 out.print(part, highlight=False, soft_wrap=isinstance(part, str))
@@ -143,7 +164,9 @@ def _resume(folder: Path, overrides: dict[str, Any], recipe: str | None, out_dir
     from compressor.pipeline import resume
 
     if recipe is not None or out_dir is not None:
-        raise CompressorError("--resume goes on with the recipe and the folder of its run.", "Leave out --recipe and --out.")
+        raise CompressorError(
+            "--resume goes on with the recipe and the folder of its run.", "Leave out --recipe and --out."
+        )
     _finish(resume(folder, overrides))
 
 
@@ -160,7 +183,12 @@ def _finish(result: Any) -> None:
     for note in result.manifest.get("notes", []):
         out.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
     out.print(verdict(result.manifest), highlight=False, markup=False, soft_wrap=True)
-    out.print(f"Everything lies in {result.directory} (open report.html).", highlight=False, markup=False, soft_wrap=True)
+    out.print(
+        f"Everything lies in {result.directory} (open report.html).",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     raise typer.Exit(result.exit_code)
 
 
@@ -184,7 +212,9 @@ def _with_settings(overrides: dict[str, Any], settings: list[str]) -> dict[str, 
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals or not path.strip("."):
-            raise CompressorError(f"--set {setting}: expected FIELD=VALUE.", "For example: --set training.batch_size=32")
+            raise CompressorError(
+                f"--set {setting}: expected FIELD=VALUE.", "For example: --set training.batch_size=32"
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
@@ -216,7 +246,7 @@ def profile(
 ) -> None:
     """Measure the latency table that a network needs on this machine."""
     with _friendly():
-        from compressor.pipeline import profile as measure_table
+        from compressor.commands import profile as measure_table
 
         fields = _overrides({"model": model, "data": data, "image_size": image_size, "threads": threads})
         for line in measure_table(_recipe(None, fields | {"weights": "none"})):
@@ -230,7 +260,7 @@ def export(
 ) -> None:
     """Write the slim network of a run as ONNX in another precision, with its engine."""
     with _friendly():
-        from compressor.pipeline import export_again
+        from compressor.commands import export_again
 
         for line in export_again(run, precision):
             out.print(line, highlight=False, soft_wrap=True)
@@ -242,7 +272,7 @@ def measure(
 ) -> None:
     """Measure a run's dense and slim networks again on this machine."""
     with _friendly():
-        from compressor.pipeline import measure_again
+        from compressor.commands import measure_again
 
         for line in measure_again(run):
             out.print(line, highlight=False, soft_wrap=True)
@@ -273,7 +303,9 @@ def devices() -> None:
 
 @app.command()
 def recipes(
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema that editors check recipes with.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema that editors check recipes with.")
+    ] = False,
 ) -> None:
     """List the recipes that come with the toolkit."""
     with _friendly():

@@ -67,7 +67,9 @@ class RichDisplay:
             if self._open == 0:
                 self._progress.stop()
             if done.completed >= total:
-                self.console.print(f"  {label}{note} [dim]({_duration(done.elapsed or 0.0)})", highlight=False)
+                self.console.print(
+                    f"  {label}{note} [dim]({_duration(done.elapsed or 0.0)})", highlight=False
+                )
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """Progress that any stage may report, shown only where a display was installed.
 
-Library code calls `bar` and `say`; the command line installs a display that draws them. Without one both do nothing,
-so that a notebook or a test stays quiet.
+Library code calls `bar` and `say`; the command line installs a display that draws them. Without one both do
+nothing, so that a notebook or a test stays quiet.
 """
 
 from __future__ import annotations

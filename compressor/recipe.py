@@ -1,7 +1,7 @@
 """The recipe: a frozen, validated description of a whole run.
 
-A recipe is read from YAML or built from flags, and its fields are the documentation of both. `resolved()` fills in what
-depends on other fields, so that the `recipe.yaml` of a run's folder repeats the run.
+A recipe is read from YAML or built from flags, and its fields are the documentation of both. `resolved()`
+fills in what depends on other fields, so that the `recipe.yaml` of a run's folder repeats the run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Budgets(_Part):
 
     def given(self) -> dict[str, str]:
         """The built-in budgets that were asked for: name -> text."""
-        return {name: text for name in ("latency", "flops", "params", "memory") if (text := getattr(self, name))}
+        return {
+            name: text for name in ("latency", "flops", "params", "memory") if (text := getattr(self, name))
+        }
 
 
 class Pruning(_Part):
@@ -50,7 +52,9 @@ class Pruning(_Part):
         "auto", description="Channel counts are multiples of this; auto takes what the device computes best."
     )
     min_share: Share = Field(0.1, description="The smallest share of its channels that a group may keep.")
-    frozen: tuple[str, ...] = Field((), description="Patterns (as in a shell) of layers that stay as they are.")
+    frozen: tuple[str, ...] = Field(
+        (), description="Patterns (as in a shell) of layers that stay as they are."
+    )
     importance: Literal["l1", "l2", "bn", "taylor", "fpgm", "random"] = Field(
         "l1", description="How the channels of a group are ranked."
     )
@@ -59,20 +63,18 @@ class Pruning(_Part):
 class Search(_Part):
     """How the widths are looked for."""
 
-    epochs_share: Share | None = Field(
-        None,
-        description="Share of the epochs that go to training during the search (or before it, for agents that do "
-        "not train); left out: a third with pretrained weights, else 0.6.",
-    )
     max_evaluations: Positive = Field(200, description="The most networks that may be scored.")
     max_seconds: float | None = Field(None, gt=0, description="The longest time that the search may take.")
     batch_norm_batches: Positive = Field(
-        10, description="Batches from which batch-norm statistics are re-estimated before a network is scored."
+        10,
+        description="Batches from which batch-norm statistics are re-estimated before a network is scored.",
     )
     search_images: Positive | None = Field(
         2000, description="The most images of the search split that score a network; null for all of them."
     )
-    align: Literal["tensor", "channel"] = Field("tensor", description="Form of the joint agent's alignment term.")
+    align: Literal["tensor", "channel"] = Field(
+        "tensor", description="Form of the joint agent's alignment term."
+    )
     align_weight: float = Field(1e-4, ge=0, description="Weight of the alignment term; 0 turns it off.")
     context: bool = Field(
         True, description="Whether the joint agent sees a learned state of the changing environment."
@@ -84,20 +86,29 @@ class Training(_Part):
 
     batch_size: Positive | None = Field(None, description="Images in a training step.")
     learning_rate: float | None = Field(None, gt=0, description="Highest learning rate of the first phase.")
-    finetune_learning_rate: float | None = Field(None, gt=0, description="Highest learning rate of fine-tuning.")
+    finetune_learning_rate: float | None = Field(
+        None, gt=0, description="Highest learning rate of fine-tuning."
+    )
     weight_decay: float = Field(1e-4, ge=0, description="L2 penalty on the weights.")
-    distill_weight: Share = Field(0.5, description="Share of the distillation loss in fine-tuning; 0 turns it off.")
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="Precision of the training steps.")
+    distill_weight: Share = Field(
+        0.5, description="Share of the distillation loss in fine-tuning; 0 turns it off."
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        "no", description="Precision of the training steps."
+    )
 
 
 class Contract(_Part):
     """How the promise in milliseconds is kept."""
 
     margin: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.03, description="The search aims this share below the latency target, so that noise does not break it."
+        0.03,
+        description="The search aims this share below the latency target, so that noise does not break it.",
     )
     max_rounds: Positive = Field(4, description="How often a missed latency may send the search on.")
-    repeats: Positive = Field(5, description="Measurements of one network; the median of their medians counts.")
+    repeats: Positive = Field(
+        5, description="Measurements of one network; the median of their medians counts."
+    )
 
 
 class Export(_Part):
@@ -112,14 +123,18 @@ class Recipe(_Part):
     """A whole run: which network, on which data, within which budget, found how."""
 
     model: str = Field(
-        description="torchvision name, timm:NAME, cifar_resnet20 ... cifar_resnet110, or package.module:factory."
+        description="a torchvision name, timm:NAME, cifar_resnet20 to cifar_resnet110, or module:factory."
     )
     weights: str = Field(
-        "default", description="default, none, or a file with a state dict. On digits, default trains from scratch."
+        "default",
+        description="default, none, or a file with a state dict. On digits, default trains from scratch.",
     )
-    data: str = Field("digits", description="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH or imagenet:PATH.")
+    data: str = Field(
+        "digits", description="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH or imagenet:PATH."
+    )
     image_size: Positive | None = Field(
-        None, description="Height and width of an input in pixels; left out: 32 for digits and CIFAR, else 224."
+        None,
+        description="Height and width of an input in pixels; left out: 32 for digits and CIFAR, else 224.",
     )
     device: str = Field("local", description="local, the name of a latency table, or ssh://user@host.")
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
@@ -158,7 +173,6 @@ class Recipe(_Part):
             weights = "none"  # nobody publishes weights for these under a name that could be fetched
         pretrained = weights != "none"
         batch = 64 if self.data_kind == "digits" else 128
-        share = self.search.epochs_share
         precision = self.precision
         if precision == "auto":
             precision = "fp32" if self.device == "local" else "fp16"
@@ -168,11 +182,10 @@ class Recipe(_Part):
                 "image_size": self.image_size or (32 if small else 224),
                 "precision": precision,
                 "epochs": self.epochs or (scratch_epochs // 3 if pretrained else scratch_epochs),
-                "search": {"epochs_share": share if share is not None else (1 / 3 if pretrained else 0.6)},
                 "training": {
                     "batch_size": self.training.batch_size or batch,
                     "learning_rate": self.training.learning_rate or (0.01 if pretrained else 0.05),
-                    "finetune_learning_rate": self.training.finetune_learning_rate or (0.02 if pretrained else 0.02),
+                    "finetune_learning_rate": self.training.finetune_learning_rate or 0.02,
                 },
             }
         )
@@ -196,7 +209,9 @@ def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
     merged = dict(base)
     for key, value in overrides.items():
         inside = merged.get(key)
-        merged[key] = _merged(inside, value) if isinstance(value, Mapping) and isinstance(inside, Mapping) else value
+        merged[key] = (
+            _merged(inside, value) if isinstance(value, Mapping) and isinstance(inside, Mapping) else value
+        )
     return merged
 
 
@@ -210,13 +225,17 @@ def parse_recipe(fields: Mapping[str, Any], source: str) -> Recipe:
         return Recipe.model_validate(dict(fields))
     except ValidationError as error:
         problems = "; ".join(_explained(problem) for problem in error.errors())
-        raise CompressorError(f"{source}: {problems}.", "The fields are listed by: compress recipes --schema") from None
+        raise CompressorError(
+            f"{source}: {problems}.", "The fields are listed by: compress recipes --schema"
+        ) from None
 
 
 def _explained(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), _field_names(problem["loc"][:-1]), n=3, cutoff=0.5)
+        near = difflib.get_close_matches(
+            str(problem["loc"][-1]), _field_names(problem["loc"][:-1]), n=3, cutoff=0.5
+        )
         return f"unknown field {where!r}" + (f" (did you mean {' or '.join(near)}?)" if near else "")
     if problem["type"] == "missing":
         return f"field {where!r} is missing"
@@ -237,23 +256,29 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe's YAML file.
 
     Raises:
-        CompressorError: the file is missing or no YAML, or a field is wrong (the file and the field are named).
+        CompressorError: the file is missing or no YAML, or a field is wrong (file and field are named).
     """
     import yaml
 
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CompressorError(f"The recipe {path} does not exist.", "List the shipped ones with: compress recipes") from None
+        raise CompressorError(
+            f"The recipe {path} does not exist.", "List the shipped ones with: compress recipes"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CompressorError(f"The recipe {path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+        raise CompressorError(
+            f"The recipe {path} cannot be read as YAML: {' '.join(str(error).split())}."
+        ) from error
     if not isinstance(fields, dict):
-        raise CompressorError(f"The recipe {path} holds {type(fields).__name__}, expected fields such as 'model: resnet50'.")
+        raise CompressorError(
+            f"The recipe {path} holds {type(fields).__name__}, expected fields such as 'model: resnet50'."
+        )
     return parse_recipe(fields, str(path))
 
 
 def shipped(folder: str) -> Path:
-    """Where `recipes` or `latency_tables` lie: inside the installed package, or beside it in a source tree."""
+    """Where `recipes` or `latency_tables` lie: in the installed package, or beside it in a source tree."""
     here = Path(__file__).resolve().parent
     inside = here / f"_{folder}"
     return inside if inside.is_dir() else here.parent / folder
@@ -277,4 +302,6 @@ def find_recipe(name: str) -> Path:
     if path.stem in known:
         return known[path.stem]
     near = difflib.get_close_matches(path.stem, known, n=3, cutoff=0.4) or sorted(known)[:5]
-    raise CompressorError(f"There is no recipe {name!r}.", f"Nearest: {', '.join(near)}. All: compress recipes")
+    raise CompressorError(
+        f"There is no recipe {name!r}.", f"Nearest: {', '.join(near)}. All: compress recipes"
+    )

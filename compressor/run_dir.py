@@ -65,7 +65,9 @@ def disk_error(path: Path, error: OSError) -> CompressorError:
             f"No space is left on the device for {path}.",
             "Free some space, then go on with: compress --resume RUN",
         )
-    return CompressorError(f"{path} cannot be written: {error.strerror or error}.", "Choose another --out DIR.")
+    return CompressorError(
+        f"{path} cannot be written: {error.strerror or error}.", "Choose another --out DIR."
+    )
 
 
 def sha256_file(path: Path) -> str:
@@ -114,13 +116,7 @@ class RunDir:
         Raises:
             CompressorError: the folder exists and is not empty; nothing in it is touched.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if (path / RECIPE).exists():
-                raise CompressorError(
-                    f"{path} is the folder of an earlier run.",
-                    f"Go on with it: compress --resume {path}; or choose another --out DIR.",
-                )
-            raise CompressorError(f"{path} exists and is not an empty folder.", "Choose another --out DIR.")
+        cls.refuse_taken(path)
         run = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -130,6 +126,18 @@ class RunDir:
         write_atomic(path / RECIPE, recipe_yaml)
         return run
 
+    @staticmethod
+    def refuse_taken(path: Path) -> None:
+        """Refuse a path that exists and is not an empty folder, before anything is computed for it."""
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        if (path / RECIPE).exists():
+            raise CompressorError(
+                f"{path} is the folder of an earlier run.",
+                f"Go on with it: compress --resume {path}; or choose another --out DIR.",
+            )
+        raise CompressorError(f"{path} exists and is not an empty folder.", "Choose another --out DIR.")
+
     @classmethod
     def open(cls, path: Path) -> RunDir:
         """Open an earlier run's folder and lock it.
@@ -138,7 +146,9 @@ class RunDir:
             CompressorError: it is no run's folder, another process works on it, or its manifest is damaged.
         """
         if not (path / RECIPE).is_file():
-            raise CompressorError(f"{path} is no run's folder: it has no {RECIPE}.", "Runs lie under runs/ by default.")
+            raise CompressorError(
+                f"{path} is no run's folder: it has no {RECIPE}.", "Runs lie under runs/ by default."
+            )
         run = cls(path)
         run.lock()
         run.read()
@@ -158,7 +168,8 @@ class RunDir:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CompressorError(
-                f"Another process is working on {self.path}.", "Wait for it to end, or stop it, then try again."
+                f"Another process is working on {self.path}.",
+                "Wait for it to end, or stop it, then try again.",
             ) from None
         except OSError as error:
             raise disk_error(self.path, error) from error
@@ -175,6 +186,9 @@ class RunDir:
     def checkpoint(self, name: str) -> Checkpoint:
         return Checkpoint(self.path / "checkpoints" / f"{name}.pt")
 
+    def episodes(self) -> EpisodeLog:
+        return EpisodeLog(self.path / "search" / "episodes.jsonl")
+
     def save(self, **fields: Any) -> None:
         """Set `fields` of the manifest and write it."""
         self.manifest.update(fields)
@@ -183,13 +197,24 @@ class RunDir:
     def finished(self, stage: str) -> bool:
         return bool(self.manifest.get("stages", {}).get(stage, {}).get("finished"))
 
+    def reopen(self, *stages: str) -> None:
+        """Forget that these stages had finished: they will be walked through again."""
+        for stage in stages:
+            if stage in self.manifest.get("stages", {}):
+                self.manifest["stages"][stage]["finished"] = None
+        self.save()
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Record in the manifest when a stage started and finished, and its seconds over all attempts."""
         stages = self.manifest.setdefault("stages", {})
         spent = stages.get(name, {}).get("seconds", 0.0)
         begun = time.monotonic()
-        stages[name] = {"started": stages.get(name, {}).get("started") or now(), "finished": None, "seconds": spent}
+        stages[name] = {
+            "started": stages.get(name, {}).get("started") or now(),
+            "finished": None,
+            "seconds": spent,
+        }
         self.save()
         yield
         stages[name] |= {"finished": now(), "seconds": round(spent + time.monotonic() - begun, 3)}
@@ -198,7 +223,11 @@ class RunDir:
 
 def new_run_path(parent: Path, label: str) -> Path:
     """A folder under `parent` that does not exist yet, named after the time and what is run."""
-    stem = datetime.now().strftime("%Y%m%d-%H%M%S") + "-" + "".join(c if c.isalnum() or c in "_-" else "-" for c in label)
+    stem = (
+        datetime.now().strftime("%Y%m%d-%H%M%S")
+        + "-"
+        + "".join(c if c.isalnum() or c in "_-" else "-" for c in label)
+    )
     path, count = parent / stem, 1
     while path.exists():
         count += 1
@@ -248,7 +277,9 @@ class Checkpoint:
                 "Delete it to repeat its stage from the start.",
             ) from error
         if not isinstance(state, dict):
-            raise CompressorError(f"The checkpoint {self.path} holds a {type(state).__name__}, expected a dict.")
+            raise CompressorError(
+                f"The checkpoint {self.path} holds a {type(state).__name__}, expected a dict."
+            )
         return state
 
     def clear(self) -> None:

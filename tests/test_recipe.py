@@ -20,12 +20,11 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     assert (recipe.weights, recipe.image_size, recipe.precision, recipe.epochs) == ("none", 32, "fp32", 30)
 
 
-def test_pretrained_weights_shorten_training_and_share_it_otherwise() -> None:
+def test_pretrained_weights_shorten_training() -> None:
     recipe = Recipe(model="resnet50", data="imagenet:somewhere").resolved()
     assert recipe.pretrained
     assert recipe.image_size == 224
     assert recipe.epochs == 30
-    assert recipe.search.epochs_share == pytest.approx(1 / 3)
 
 
 def test_a_recipe_is_frozen() -> None:
@@ -71,7 +70,8 @@ def test_every_field_is_described() -> None:
         for where, part in {"Recipe": schema, **parts}.items()
         for name, field in part["properties"].items()
         # a part whose own description says the same is described there
-        if not field.get("description") and not parts.get(field.get("$ref", "").rpartition("/")[2], {}).get("description")
+        if not field.get("description")
+        and not parts.get(field.get("$ref", "").rpartition("/")[2], {}).get("description")
     ]
     assert undescribed == []
 
@@ -79,7 +79,10 @@ def test_every_field_is_described() -> None:
 def test_shipped_recipes_resolve() -> None:
     recipes = shipped_recipes()
     for model in ("resnet50", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"):
-        local, jetson = load_recipe(recipes[model]).resolved(), load_recipe(recipes[f"{model}_jetson"]).resolved()
+        local, jetson = (
+            load_recipe(recipes[model]).resolved(),
+            load_recipe(recipes[f"{model}_jetson"]).resolved(),
+        )
         assert (local.device, local.precision) == ("local", "fp32")
         assert (jetson.device, jetson.precision) == ("jetson-orin-nano-8gb", "fp16")
         assert local.budgets.latency

@@ -52,7 +52,9 @@ def test_an_earlier_run_is_offered_for_resuming(tmp_path: Path) -> None:
 
 def test_a_live_run_holds_its_folder(tmp_path: Path) -> None:
     script = "import sys; from pathlib import Path; from compressor.run_dir import RunDir\n"
-    script += "run = RunDir.create(Path(sys.argv[1]), 'model: a'); print('locked', flush=True); sys.stdin.read()"
+    script += (
+        "run = RunDir.create(Path(sys.argv[1]), 'model: a'); print('locked', flush=True); sys.stdin.read()"
+    )
     holder = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path / "run")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

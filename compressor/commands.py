@@ -1,0 +1,80 @@
+"""What the subcommands do with a recipe or with a run's folder, line by line for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressor.errors import CompressorError
+from compressor.recipe import Recipe, load_recipe
+from compressor.run_dir import RECIPE, RunDir
+
+
+def describe(recipe: Recipe) -> Iterator[Any]:
+    """What a recipe would do: the resolved recipe, the groups, the dense costs, what the budgets ask for."""
+    from rich.table import Table
+
+    from compressor.job import prepare
+
+    recipe = recipe.resolved()
+    yield recipe.to_yaml()
+    job = prepare(recipe)
+    space = job.space
+    table = Table("group", "channels", "smallest", "step", "coupled", box=None, header_style="bold")
+    for group in space.groups:
+        coupled = "yes" if group.coupled else ""
+        table.add_row(group.name, str(group.width), str(group.min_width), str(group.granularity), coupled)
+    yield table
+    for part in space.skipped:
+        yield f"left dense: {part.name} ({part.reason})"
+    dense, least = space.dense_widths, space.min_widths
+    macs, params = (int(np.asarray(count(dense))) for count in (space.macs, space.params))
+    least_macs, least_params = (int(np.asarray(count(least))) for count in (space.macs, space.params))
+    yield f"Dense network: {macs:,} MACs (one multiply-add is one, as fvcore counts), {params:,} parameters."
+    yield f"Smallest reachable: {least_macs:,} MACs, {least_params:,} parameters."
+    for budget in job.budgets():
+        reached = float(budget.predict(least[None])[0])
+        yield (
+            f"Budget {budget.name}: at most {budget.target:,.4g} {budget.unit}, dense {budget.dense:,.4g} "
+            f"({budget.target / budget.dense:.1%} of it), smallest reachable {reached:,.4g}."
+        )
+    for note in job.notes:
+        yield f"Note: {note}"
+
+
+def profile(recipe: Recipe) -> Iterator[str]:
+    """Measure (or read from the cache) the latency table that a network needs on this machine."""
+    from compressor.job import prepare
+
+    recipe = recipe.changed({"budgets": {"latency": "100%"}, "device": "local"}).resolved()
+    job = prepare(recipe)
+    table = job.table
+    assert table is not None  # the latency budget above asks for it
+    yield f"{recipe.model} at {recipe.image_size}x{recipe.image_size} on this machine ({table.runtime}):"
+    yield f"  dense {table.predict(job.space):.3f} ms, smallest {table.predict(job.space, job.space.smallest()):.3f} ms"
+    yield from (f"  {line}" for line in table.describe())
+
+
+def measure_again(folder: Path) -> Iterator[str]:
+    """Time a run's dense and slim ONNX files on this machine once more; the run's manifest stays as it is."""
+    from compressor.delivery import DENSE, MODEL, measured
+
+    with closing(RunDir.open(folder)) as run:
+        for name in (DENSE, MODEL):
+            if not run.file(name).exists():
+                raise CompressorError(f"{folder} has no {name} yet.", f"Finish it first: compress --resume {folder}")
+        recipe = load_recipe(run.file(RECIPE))
+        dense, slim = measured(run.file(DENSE), run.file(MODEL), recipe.threads, recipe.contract.repeats)
+        for name, stats in (("dense", dense), ("slim", slim)):
+            yield (
+                f"{name}: median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, p99 {stats.p99_ms:.3f} ms "
+                f"({stats.runtime} {stats.version}, {stats.threads} threads, {stats.runs} runs)"
+            )
+        yield f"slim takes {slim.median_ms / dense.median_ms:.1%} of the dense network's time"
+        before = run.manifest.get("latency", {}).get("measured_ms")
+        if before:
+            yield f"the run itself measured {before:.3f} ms"

@@ -1,0 +1,335 @@
+"""The stages that hand the slim network over: ONNX, parity, engine, the measured latency, the verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.job import Job
+from compressor.progress import bar, say
+from compressor.run_dir import RECIPE, RunDir, sha256_file
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compressor.pruning.plan import ChannelPlan
+    from export.stats import LatencyStats
+
+MODEL = "model.onnx"
+DENSE = "checkpoints/dense.onnx"
+PROBE = "checkpoints/probe.onnx"
+PARITY_IMAGES = 64
+EXPORTED_IMAGES = 10_000  # the most test images that the exported file is scored on
+RUNTIME = "onnxruntime-cpu"
+
+
+def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
+    """Measure the plan's latency before any fine-tuning is spent on it; weights do not matter for time.
+
+    Returns:
+        Whether the latency target is met; True where there is none, or no device to measure on.
+    """
+    target = _latency_target(run)
+    if target is None or not job.on_this_machine:
+        return True
+    if not run.finished("probe"):
+        with run.stage("probe"):
+            _write_onnx(job, job.space.apply(plan), run.file(PROBE))
+            _write_dense(run, job)
+            dense, slim = measured(
+                run.file(DENSE), run.file(PROBE), job.recipe.threads, job.recipe.contract.repeats
+            )
+            _add_round(run, job, plan, target, slim.median_ms)
+            say(
+                f"The plan takes {slim.median_ms:.3f} ms as measured "
+                f"(target {target:.3f} ms, dense {dense.median_ms:.3f} ms)."
+            )
+    return bool(run.manifest["rounds"][-1]["kept"])
+
+
+def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
+    """Write the ONNX file, check it against torch on test images, score it, and build an engine."""
+    if run.finished("export"):
+        return
+    with run.stage("export"):
+        _write_dense(run, job)
+        info = _write_onnx(job, slim, run.file(MODEL), metadata=_metadata(run, job, plan))
+        images = _test_images(job, PARITY_IMAGES)[0]
+        from export.parity import check_parity
+
+        parity = check_parity(slim, run.file(MODEL), images, tolerance=job.recipe.export.tolerance)
+        exported, count = _exported_accuracy(run.file(MODEL), job)
+        run.save(
+            parity={
+                "max_abs": parity.max_abs,
+                "mean_abs": parity.mean_abs,
+                "top1_agreement": parity.top1_agreement,
+                "tolerance": job.recipe.export.tolerance,
+                "images": len(images),
+            },
+            accuracy={**run.manifest["accuracy"], "exported": exported, "exported_images": count},
+            cost={
+                "dense": {
+                    "macs": int(job.space.macs(job.space.dense_widths)),
+                    "params": int(job.space.params(job.space.dense_widths)),
+                    "onnx_bytes": run.file(DENSE).stat().st_size,
+                },
+                "slim": {
+                    "macs": int(job.space.macs(job.space.widths(plan.widths))),
+                    "params": sum(parameter.numel() for parameter in slim.parameters()),
+                    "onnx_bytes": info.size,
+                    "safetensors_bytes": run.file("model.safetensors").stat().st_size,
+                },
+            },
+            layers=_layers(job, plan),
+        )
+        _build_engine(run, job)
+
+
+def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
+    """Measure the exported network beside the dense one and judge every budget.
+
+    Returns:
+        Whether the latency target is met as measured; True where there is none, or no device to measure on.
+    """
+    if run.finished("measure"):
+        return all(
+            entry["kept"] is not False for entry in run.manifest["budgets"] if entry["name"] == "latency"
+        )
+    with run.stage("measure"):
+        target = _latency_target(run)
+        widths = job.space.widths(plan.widths)
+        slim: LatencyStats | None = None
+        if job.on_this_machine:
+            recipe = job.recipe
+            dense, slim = measured(run.file(DENSE), run.file(MODEL), recipe.threads, recipe.contract.repeats)
+            run.save(latency=_latency_record(run, job, plan, dense, slim))
+            if target is not None:
+                _add_round(run, job, plan, target, slim.median_ms)
+        else:
+            run.save(latency=_predicted_record(job, plan))
+        budgets = []
+        for entry, budget in zip(run.manifest["budgets"], job.budgets(), strict=True):
+            predicted = float(budget.predict(widths[None])[0])
+            is_latency = entry["name"] == "latency"
+            found = (
+                (slim.median_ms if slim is not None else None)
+                if is_latency
+                else _counted(run, entry["name"], predicted)
+            )
+            kept = None if found is None else found <= entry["target"]
+            budgets.append({**entry, "predicted": predicted, "measured": found, "kept": kept})
+        run.save(budgets=budgets)
+    return all(entry["kept"] is not False for entry in budgets if entry["name"] == "latency")
+
+
+def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
+    """Write the report, the checksums and the verdict.
+
+    Returns:
+        The exit code: 0 where no budget is missed, else 3.
+    """
+    from compressor.report.html import write_report
+
+    kept = all(entry["kept"] is not False for entry in run.manifest["budgets"])
+    code = 0 if kept else 3
+    notes = list(run.manifest["notes"])
+    if any(entry["kept"] is None for entry in run.manifest["budgets"]):
+        notes.append(
+            f"{job.recipe.device} is not this machine: its latency is predicted, and was not measured."
+        )
+    if plan.widths == job.space.dense().widths and run.manifest["budgets"]:
+        notes.append("The dense network keeps every budget already: nothing was pruned.")
+    run.save(status="finished", exit_code=code, notes=list(dict.fromkeys(notes)))
+    with run.stage("report"):
+        write_report(run.path)
+    # The manifest is the last file written: its checksums are those of everything else.
+    run.save(files={name: sha256_file(run.file(name)) for name in _deliverables(run)})
+    return code
+
+
+def measured(dense: Path, slim: Path, threads: int, repeats: int) -> tuple[LatencyStats, LatencyStats]:
+    """Time two ONNX files in turns, `repeats` times; for each file the measurement of the middle median."""
+    from export.bench import compare_onnx
+
+    found: list[tuple[LatencyStats, LatencyStats]] = []
+    with bar("Measuring latency", repeats) as progress:
+        for turn in range(repeats):
+            first, second = compare_onnx([dense, slim], threads=threads, max_seconds=10.0, seed=turn).stats
+            found.append((first, second))
+            progress.advance(1, note=f"{second.median_ms:.3f} ms")
+    middle = [
+        sorted(column, key=lambda stats: stats.median_ms)[len(found) // 2]
+        for column in zip(*found, strict=True)
+    ]
+    return middle[0], middle[1]
+
+
+def _latency_target(run: RunDir) -> float | None:
+    return next(
+        (float(entry["target"]) for entry in run.manifest["budgets"] if entry["name"] == "latency"), None
+    )
+
+
+def _add_round(run: RunDir, job: Job, plan: ChannelPlan, target: float, measured_ms: float) -> None:
+    assert job.table is not None
+    entry = {
+        "predicted_ms": job.table.predict(job.space, plan),
+        "measured_ms": measured_ms,
+        "target_ms": target,
+        "kept": measured_ms <= target,
+        "widths": list(plan.widths.values()),
+    }
+    run.save(rounds=[*run.manifest["rounds"], entry])
+
+
+def _write_dense(run: RunDir, job: Job) -> None:
+    if not run.file(DENSE).exists():
+        _write_onnx(job, job.model, run.file(DENSE))
+
+
+def _write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any] | None = None) -> Any:
+    import torch
+
+    from export.to_onnx import export_onnx
+
+    example = torch.zeros(1, *job.data.input_shape)
+    return export_onnx(model, example, path, opset=job.recipe.export.opset, metadata=metadata)
+
+
+def _metadata(run: RunDir, job: Job, plan: ChannelPlan) -> dict[str, Any]:
+    return {
+        "model": job.recipe.model,
+        "classes": list(job.data.classes),
+        "mean": list(job.data.mean),
+        "std": list(job.data.std),
+        "run": run.path.name,
+        "plan": plan.checksum,
+    }
+
+
+def _test_images(job: Job, count: int) -> tuple[Any, Any]:
+    """The first `count` test images (N, C, H, W), normalised, and their labels (N,)."""
+    images, labels = [], []
+    for x, y in job.data.test.batches(min(count, 256), device="cpu"):
+        images.append(x.numpy())
+        labels.append(y.numpy())
+        if sum(map(len, images)) >= count:
+            break
+    return np.concatenate(images)[:count], np.concatenate(labels)[:count]
+
+
+def _exported_accuracy(path: Path, job: Job) -> tuple[float, int]:
+    """Top-1 share of the ONNX file on the test split, one image at a time, and the number of images."""
+    from export.ort import open_session
+
+    session = open_session(path, threads=2)
+    name = session.get_inputs()[0].name
+    total = min(len(job.data.test), EXPORTED_IMAGES)
+    right = seen = 0
+    with bar("Scoring the exported network", total) as progress:
+        for x, y in job.data.test.batches(256, device="cpu"):
+            for image, label in zip(x.numpy(), y.numpy(), strict=True):
+                if seen == total:
+                    break
+                right += int(np.argmax(session.run(None, {name: image[None]})[0]) == label)
+                seen += 1
+            progress.advance(min(len(y), total))
+    return right / seen, seen
+
+
+def _build_engine(run: RunDir, job: Job) -> None:
+    from export.engine import available, build_engine, how_to_install
+
+    if not job.recipe.export.engine:
+        run.save(engines=[], engine_note="The recipe asks for none.")
+        return
+    builder = available()
+    if builder is None:
+        note = how_to_install()
+        say(note)
+        run.save(engines=[], engine_note=note)
+        return
+    say(f"Building an engine with {builder}.")
+    info = build_engine(run.file(MODEL), run.file("engines"), module=builder)
+    run.save(
+        engines=[
+            {
+                "file": str(info.path.relative_to(run.path)),
+                "builder": f"{builder} {info.version}",
+                "precision": info.precision,
+                "compute_capability": info.compute_capability,
+                "bytes": info.size,
+            }
+        ],
+        engine_note=None,
+    )
+
+
+def _layers(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
+    """Channels and multiply-adds of every layer, dense and slim."""
+    space = job.space
+    both = np.stack([space.dense_widths, space.widths(plan.widths)])
+    records = []
+    for layer in space.layers:
+        inputs, outputs, macs = layer.in_channels(both), layer.out_channels(both), layer.macs(both)
+        records.append(
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "dense_macs": int(macs[0]),
+                "slim_macs": int(macs[1]),
+                "dense_channels": [int(inputs[0]), int(outputs[0])],
+                "slim_channels": [int(inputs[1]), int(outputs[1])],
+            }
+        )
+    return records
+
+
+def _latency_record(
+    run: RunDir, job: Job, plan: ChannelPlan, dense: LatencyStats, slim: LatencyStats
+) -> dict[str, Any]:
+    return {
+        **_predicted_record(job, plan),
+        "runtime": f"{RUNTIME} {slim.version}",
+        "threads": slim.threads,
+        "measured_ms": slim.median_ms,
+        "p90_ms": slim.p90_ms,
+        "p99_ms": slim.p99_ms,
+        "dense_ms": dense.median_ms,
+        "dense_p90_ms": dense.p90_ms,
+        "dense_p99_ms": dense.p99_ms,
+        "runs": slim.runs * job.recipe.contract.repeats,
+    }
+
+
+def _predicted_record(job: Job, plan: ChannelPlan) -> dict[str, Any]:
+    table = job.table
+    return {
+        "device": job.recipe.device,
+        "runtime": table.runtime if table else None,
+        "precision": job.recipe.precision,
+        "batch": 1,
+        "percentile": 50,
+        "estimated": bool(table and table.estimated),
+        "predicted_ms": table.predict(job.space, plan) if table else None,
+        "predicted_dense_ms": table.predict(job.space) if table else None,
+        "measured_ms": None,
+        "dense_ms": None,
+    }
+
+
+def _counted(run: RunDir, name: str, predicted: float) -> float:
+    """The cost of the slim network as it was counted on the built module, where that was done."""
+    counted = run.manifest["cost"]["slim"].get({"flops": "macs"}.get(name, name))
+    return float(counted) if counted is not None else predicted
+
+
+def _deliverables(run: RunDir) -> list[str]:
+    names = [RECIPE, "channels.json", "model.safetensors", MODEL, "report.html"]
+    names += sorted(
+        str(path.relative_to(run.path)) for path in run.file("engines").glob("*") if path.is_file()
+    )
+    return [name for name in names if run.file(name).exists()]

@@ -1,0 +1,174 @@
+"""What a recipe means on this machine: the network, its data, its pruning space, its budgets.
+
+Everything that can be refused is refused here, before a run's folder appears.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import CompressorError
+from compressor.progress import say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from compressor.budgets.base import Budget
+    from compressor.budgets.parse import BudgetSpec
+    from compressor.data import DataBundle
+    from compressor.latency.table import LatencyTable
+    from compressor.pruning.space import PruningSpace
+    from compressor.recipe import Recipe
+
+
+@dataclass
+class Job:
+    """A resolved recipe with everything loaded.
+
+    Attributes:
+        recipe: resolved.
+        model: the dense network on `torch_device`; agents that train change its weights.
+        teacher: the dense network as it was loaded, where it is pretrained; else None.
+        factory: how to build the network anew, for the artefact.
+        data: train, search and test splits.
+        space: what may be removed from `model`.
+        table: latency of the device; None where no latency budget asks for it.
+        torch_device: where training runs, "cpu" or "cuda".
+        notes: sentences that the user must see beside the numbers.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    teacher: nn.Module | None
+    factory: dict[str, Any]
+    data: DataBundle
+    space: PruningSpace
+    table: LatencyTable | None
+    torch_device: str
+    notes: list[str]
+
+    @property
+    def on_this_machine(self) -> bool:
+        """Whether the device can be measured from here."""
+        return self.recipe.device == "local"
+
+    def budgets(self, table: LatencyTable | None = None) -> list[Budget]:
+        """The budgets of the recipe in absolute numbers, by `table` or the job's own.
+
+        Raises:
+            CompressorError: one of them cannot be reached by any widths.
+        """
+        from compressor.budgets.resolve import reachable, resolve
+
+        budgets = resolve(budget_specs(self.recipe), self.space, table or self.table)
+        reachable(budgets, self.space)
+        return budgets
+
+
+def budget_specs(recipe: Recipe) -> Sequence[BudgetSpec]:
+    """The budgets of a recipe, parsed.
+
+    Raises:
+        CompressorError: one is malformed; the accepted forms are named.
+    """
+    from compressor.budgets.parse import parse_budget, parse_function_budget
+
+    specs = [parse_budget(name, text) for name, text in recipe.budgets.given().items()]
+    return [*specs, *(parse_function_budget(text) for text in recipe.budgets.functions)]
+
+
+def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
+    """Load and trace everything that a resolved recipe names.
+
+    Args:
+        recipe: resolved.
+        table: the device's latency where it is known already, from the folder of the run that goes on.
+
+    Raises:
+        CompressorError: whatever in the recipe cannot be had, with the mend.
+    """
+    import torch
+
+    from compressor.data import load_data
+    from compressor.models import create_model, model_factory
+    from compressor.pruning.space import PruningSpace
+
+    specs = budget_specs(recipe)
+    notes: list[str] = []
+    check_device(recipe)
+    torch_device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = load_data(recipe.data, seed=recipe.seed, image_size=recipe.image_size)
+    notes += data.notes
+    torch.manual_seed(recipe.seed)
+    model = create_model(recipe.model, data.num_classes, recipe.weights, data.input_shape)
+    teacher = copy.deepcopy(model).eval() if recipe.weights != "none" else None
+    example = torch.zeros(1, *data.input_shape)
+    pruning = recipe.pruning
+    space = PruningSpace(
+        model,
+        example,
+        granularity=granularity(recipe),
+        min_width=pruning.min_share,
+        frozen=pruning.frozen,
+        scope=pruning.scope,
+    )
+    if not space.groups:
+        reasons = "; ".join(f"{part.name}: {part.reason}" for part in space.skipped[:5])
+        raise CompressorError(
+            f"Nothing in {recipe.model} can be pruned ({reasons}).", "See --dry-run for all parts."
+        )
+    if table is None and any(spec.name == "latency" for spec in specs):
+        table = latency_table(recipe, space, example)
+    if not specs:
+        notes.append("No budget was given: nothing is pruned. Give --latency, --flops, --params or --memory.")
+    model.to(torch_device)
+    job = Job(
+        recipe=recipe,
+        model=model,
+        teacher=teacher.to(torch_device) if teacher is not None else None,
+        factory=model_factory(recipe.model, data.num_classes),
+        data=data,
+        space=space,
+        table=table,
+        torch_device=torch_device,
+        notes=notes,
+    )
+    job.budgets()
+    return job
+
+
+def check_device(recipe: Recipe) -> None:
+    """Refuse a device that is not known, before anything is loaded for it."""
+    from compressor.latency.devices import check_known
+
+    if recipe.device != "local":
+        check_known(recipe.device)
+
+
+def granularity(recipe: Recipe) -> int:
+    """Of which number the channel counts are multiples: the recipe's, or what the device computes best."""
+    from compressor.latency.devices import recommended_granularity
+
+    wanted = recipe.pruning.granularity
+    if wanted != "auto":
+        return wanted
+    runtime = "onnxruntime-cpu" if recipe.device == "local" else "tensorrt"
+    return recommended_granularity(runtime, recipe.precision) if recipe.budgets.latency else 1
+
+
+def latency_table(recipe: Recipe, space: PruningSpace, example: Tensor) -> LatencyTable:
+    """The device's latency: measured now (or read from the cache) for this machine, else a shipped table."""
+    from compressor.latency.table import LatencyTable
+
+    if recipe.device != "local":
+        table = LatencyTable.load(recipe.device, precision=recipe.precision)
+        if table.estimated:
+            say(f"The latency of {recipe.device} is estimated, not measured.")
+        return table
+    from compressor.latency.local import local_table
+
+    return local_table(space, example, threads=recipe.threads)

@@ -1,0 +1,130 @@
+"""The stages of a run, in their order.
+
+    recipe -> prepare -> [search -> probe -> tighten]* -> fine-tune -> export -> measure -> report
+
+Latency does not depend on the weights, so a plan is measured right after the search, before any fine-tuning
+is spent on it: where it misses the target, the table is refitted with that measurement and the search goes on.
+
+Every stage leaves what the next ones need in the run's folder. A run that was killed walks through the same
+stages again and skips those that had finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import CompressorError
+from compressor.job import Job, prepare
+from compressor.progress import say
+from compressor.recipe import Recipe, load_recipe
+from compressor.run_dir import RECIPE, RunDir, new_run_path
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compressor.latency.table import LatencyTable
+    from compressor.pruning.plan import ChannelPlan
+
+KEPT, MISSED = 0, 3
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        directory: the run's folder.
+        manifest: its `manifest.json`.
+        exit_code: 0 where every budget is kept, 3 where the best found misses one.
+    """
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    exit_code: int
+
+    def load(self) -> nn.Module:
+        """The slim network, on the CPU."""
+        from compressor.pruning.artefact import load
+
+        return load(self.directory)
+
+
+def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
+    """Run a recipe from its start.
+
+    Args:
+        recipe: which network, on which data, within which budgets.
+        out: the run's folder, new or empty; left out, a new one under `runs/`.
+
+    Raises:
+        CompressorError: something in the recipe cannot be had; nothing was written then.
+    """
+    recipe = recipe.resolved()
+    path = out or new_run_path(Path("runs"), f"{recipe.model}-{recipe.data_kind}")
+    RunDir.refuse_taken(path)
+    job = prepare(recipe)
+    with closing(RunDir.create(path, recipe.to_yaml())) as run:
+        say(f"The run's folder is {run.path}")
+        return _walk(run, job)
+
+
+def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResult:
+    """Go on with a run that was stopped; it ends as it would have.
+
+    Args:
+        folder: the run's folder.
+        overrides: fields that the caller expects in its recipe.
+
+    Raises:
+        CompressorError: the folder belongs to a run of another recipe, or another process is working on it.
+    """
+    with closing(RunDir.open(folder)) as run:
+        recipe = load_recipe(run.file(RECIPE))
+        expected = recipe.changed(overrides or {})
+        if expected != recipe:
+            raise CompressorError(
+                f"The run in {folder} has another recipe: {_differences(recipe, expected)}.",
+                "Resume it without these options, or start a new run with --out DIR.",
+            )
+        return _walk(run, prepare(recipe, _table_of(run)))
+
+
+def _walk(run: RunDir, job: Job) -> RunResult:
+    """All stages of a run; those that had finished are skipped inside."""
+    from compressor.delivery import close, export, measure, probe
+    from compressor.stages import begin, finetune, search, tighten
+
+    begin(run, job)
+    while True:
+        plan = _plan_that_keeps_its_latency(run, job, search, probe, tighten)
+        slim = finetune(run, job, plan)
+        export(run, job, plan, slim)
+        if measure(run, job, plan) or not tighten(run, job):
+            break
+    return RunResult(run.path, run.manifest, close(run, job, plan))
+
+
+def _plan_that_keeps_its_latency(run: RunDir, job: Job, search: Any, probe: Any, tighten: Any) -> ChannelPlan:
+    while True:
+        plan: ChannelPlan = search(run, job)
+        if probe(run, job, plan) or not tighten(run, job):
+            return plan
+
+
+def _table_of(run: RunDir) -> LatencyTable | None:
+    """The latency table that the run was searching with, its corrections included."""
+    from compressor.latency.table import LatencyTable
+
+    file = run.file("latency_table.json")
+    return LatencyTable.read(file) if file.exists() else None
+
+
+def _differences(recipe: Recipe, expected: Recipe) -> str:
+    here, there = recipe.model_dump(mode="json"), expected.model_dump(mode="json")
+    return "; ".join(
+        f"{name} is {here[name]}, not {there[name]}" for name in here if here[name] != there[name]
+    )

@@ -1,0 +1,294 @@
+"""The stages that find the widths and train the weights; each returns at once where it had finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from compressor import __version__
+from compressor.errors import CompressorError
+from compressor.job import Job
+from compressor.progress import bar, say
+from compressor.run_dir import RunDir, write_atomic
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compressor.agents.base import SearchResult
+    from compressor.agents.schedule import Schedule
+    from compressor.budgets.base import Budget
+    from compressor.pruning.plan import ChannelPlan
+    from compressor.training.loop import Trainer
+
+PLAN = "search/plan.json"
+TABLE = "latency_table.json"
+PACKAGES = (
+    "torch", "torchvision", "torch-pruning", "onnx", "onnxruntime", "stable-baselines3", "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
+)  # fmt: skip
+
+
+def begin(run: RunDir, job: Job) -> None:
+    """Write down what is run, on what, within which budgets, and how accurate the dense network is."""
+    from compressor.training.evaluate import accuracy
+
+    if run.finished("begin"):
+        return
+    recipe = job.recipe
+    with run.stage("begin"):
+        if job.table is not None:
+            write_atomic(run.file(TABLE), job.table.to_json())
+        budgets = job.budgets()
+        run.save(
+            schema=1,
+            status="running",
+            model=recipe.model,
+            data=recipe.data,
+            seed=recipe.seed,
+            agent=recipe.agent,
+            weights=recipe.weights,
+            epochs=recipe.epochs,
+            versions=_versions(),
+            machine={"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
+            budgets=[
+                {"name": each.name, "unit": each.unit, "target": each.target, "dense": each.dense,
+                 "predicted": None, "measured": None, "kept": None}
+                for each in budgets
+            ],
+            accuracy={"split": "test", "images": len(job.data.test)},
+            skipped=[{"name": part.name, "reason": part.reason} for part in job.space.skipped],
+            rounds=[],
+            training=[],
+            notes=job.notes,
+        )  # fmt: skip
+        if job.teacher is not None:
+            dense = accuracy(job.teacher, job.data.test, device=job.torch_device)
+            _note_accuracy(run, dense=dense, dense_note="as the given weights are")
+            say(f"The dense network's test accuracy is {dense:.2%}.")
+
+
+def search(run: RunDir, job: Job) -> ChannelPlan:
+    """Let the agent find the widths; the weights of `job.model` are afterwards those of the search's end."""
+    from compressor.training.evaluate import accuracy, reestimate_batch_norm
+
+    if run.finished("search"):
+        return _search(run, job).best
+    with run.stage("search"):
+        result = _search(run, job)
+        if job.teacher is None:
+            epochs = _schedule(job).search
+            dense = accuracy(job.model, job.data.test, device=job.torch_device)
+            _note_accuracy(run, dense=dense, dense_note=f"trained for the {epochs} epochs of the search")
+        pruned = job.space.apply(result.best)
+        reestimate_batch_norm(pruned, job.data.train, batches=10, device=job.torch_device)
+        _note_accuracy(run, pruned=accuracy(pruned, job.data.test, device=job.torch_device))
+        write_atomic(run.file(PLAN), json.dumps(result.best.to_json(), indent=1))
+        run.save(
+            groups=[
+                {
+                    "name": group.name,
+                    "width": group.width,
+                    "kept": result.widths[group.name],
+                    "coupled": group.coupled,
+                }
+                for group in job.space.groups
+            ],
+            search={
+                "agent": job.recipe.agent,
+                "evaluations": result.evaluations,
+                "episodes": len(result.candidates),
+                "seconds": round(result.seconds, 3),
+                "timing": {name: round(seconds, 3) for name, seconds in result.timing.items()},
+                "best_reward": result.reward,
+                "candidates": [
+                    {
+                        "reward": each.reward,
+                        "accuracy": each.accuracy,
+                        "costs": dict(each.costs),
+                        "source": each.phase,
+                    }
+                    for each in result.candidates
+                ],
+            },
+        )
+    return result.best
+
+
+def _search(run: RunDir, job: Job) -> SearchResult:
+    from compressor.agents.base import Limits
+    from compressor.agents.registry import create_agent
+    from compressor.env.environment import PruningEnv
+    from compressor.training.align import Alignment
+    from compressor.training.evaluate import Evaluator
+
+    recipe, settings = job.recipe, job.recipe.search
+    schedule = _schedule(job)
+    evaluator = Evaluator(
+        job.space,
+        job.data,
+        device=job.torch_device,
+        bn_batches=settings.batch_norm_batches,
+        batch_size=256,
+        max_images=settings.search_images,
+    )
+    env = PruningEnv(job.space, search_budgets(run, job), evaluator, importance=importance(job))
+    agent = create_agent(
+        recipe.agent,
+        seed=recipe.seed,
+        trainer=_trainer(job, job.model, schedule.search) if schedule.search else None,
+        schedule=schedule,
+        alignment=partial(Alignment, job.space, form=settings.align, beta=settings.align_weight),
+        curves=run.file("search/curves"),
+    )
+    log, checkpoint = run.episodes(), run.checkpoint("search")
+    limits = Limits(max_evaluations=settings.max_evaluations, max_seconds=settings.max_seconds)
+    return agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
+
+
+def search_budgets(run: RunDir, job: Job) -> list[Budget]:
+    """The budgets that the search keeps: the run's targets, the latency with the margin taken off."""
+    targets = {entry["name"]: entry["target"] for entry in run.manifest["budgets"]}
+    margin = job.recipe.contract.margin if job.on_this_machine else 0.0
+    aims = {name: target * (1 - margin) if name == "latency" else target for name, target in targets.items()}
+    return [
+        budget
+        if budget.dense <= targets[budget.name]
+        else dataclasses.replace(budget, target=aims[budget.name])
+        for budget in job.budgets()
+    ]
+
+
+def tighten(run: RunDir, job: Job) -> bool:
+    """After a missed latency: refit the table with what was measured, and reopen the search.
+
+    Returns:
+        Whether there is anything left to try.
+    """
+    rounds: Sequence[dict[str, Any]] = run.manifest["rounds"]
+    if job.table is None or len(rounds) >= job.recipe.contract.max_rounds:
+        return False
+    table = job.table.refit([(each["predicted_ms"], each["measured_ms"]) for each in rounds[-1:]])
+    try:
+        job.budgets(table)
+    except CompressorError as error:
+        say(f"The latency target cannot be met: {error.message}")
+        return False
+    job.table = table
+    write_atomic(run.file(TABLE), table.to_json())
+    run.reopen("search", "probe", "finetune", "export", "measure")
+    say("The table was refitted with the measurement; the search goes on.")
+    return True
+
+
+def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
+    """Train the slim network, taught by the dense one, and write it as the run's artefact."""
+    from compressor.pruning.artefact import load, save
+    from compressor.training.evaluate import accuracy
+
+    if run.finished("finetune"):
+        return load(run.path, device=job.torch_device)
+    epochs = _schedule(job).finetune
+    slim = job.space.apply(plan)
+    with run.stage("finetune"):
+        trainer = _trainer(job, slim, epochs, rate=job.recipe.training.finetune_learning_rate, teach=True)
+        checkpoint = run.checkpoint("finetune")
+        state = checkpoint.load()
+        if state is not None and state["plan"] == plan.checksum:
+            trainer.restore(state["trainer"])
+        history = [entry for entry in run.manifest["training"] if entry["phase"] != "finetune"]
+        history += (state or {}).get("history", []) if trainer.epoch else []
+        with bar("Fine-tuning the slim network", epochs) as progress:
+            progress.advance(trainer.epoch)
+            while trainer.epoch < epochs:
+                stats = trainer.run_epoch()
+                history.append(_epoch_record("finetune", trainer.epoch, stats))
+                own = [entry for entry in history if entry["phase"] == "finetune"]
+                checkpoint.save({"plan": plan.checksum, "trainer": trainer.state(), "history": own})
+                progress.advance(1, note=f"loss {stats.loss:.3f}")
+        slim.eval()
+        finetuned = accuracy(slim, job.data.test, device=job.torch_device)
+        _note_accuracy(run, finetuned=finetuned)
+        save(slim, plan, run.path, factory=job.factory, extra={"classes": list(job.data.classes)})
+        run.save(training=history)
+        say(f"The slim network's test accuracy is {finetuned:.2%}.")
+    return slim
+
+
+def importance(job: Job) -> Any:
+    """How the channels of a group are ranked, with the training images where that needs data."""
+    return job.recipe.pruning.importance
+
+
+def _schedule(job: Job) -> Schedule:
+    from compressor.agents.registry import agent_class
+    from compressor.agents.schedule import Schedule, share_epochs
+
+    epochs, pretrained = int(job.recipe.epochs or 0), job.teacher is not None
+    if pretrained and not agent_class(job.recipe.agent).trains_jointly:
+        return Schedule(
+            finetune=epochs
+        )  # the weights are good already: all training is worth most after pruning
+    return share_epochs(epochs, pretrained=pretrained)
+
+
+def _trainer(
+    job: Job, model: nn.Module, epochs: int, *, rate: float | None = None, teach: bool = False
+) -> Trainer:
+    from compressor.training.loop import Trainer, TrainSettings
+
+    training = job.recipe.training
+    settings = TrainSettings(
+        batch_size=int(training.batch_size or 0),
+        learning_rate=float(rate or training.learning_rate or 0),
+        weight_decay=training.weight_decay,
+        mixed_precision=training.mixed_precision,
+    )
+    teacher = (job.teacher or job.model) if teach and training.distill_weight else None
+    return Trainer(
+        model,
+        job.data,
+        settings,
+        epochs=epochs,
+        seed=job.recipe.seed,
+        device=job.torch_device,
+        teacher=teacher,
+        distill_weight=training.distill_weight,
+    )
+
+
+def _epoch_record(phase: str, epoch: int, stats: Any) -> dict[str, Any]:
+    return {
+        "phase": phase,
+        "epoch": epoch,
+        "loss": stats.loss,
+        "accuracy": stats.accuracy,
+        "seconds": round(stats.seconds, 3),
+    }
+
+
+def _note_accuracy(run: RunDir, **values: Any) -> None:
+    run.save(accuracy={**run.manifest["accuracy"], **values})
+
+
+def _versions() -> dict[str, str]:
+    found = {"compressor": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
