@@ -1,0 +1,111 @@
+"""Files that appear whole or not at all, and their checksums."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from export.errors import ExportError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the context ends without an error.
+
+    Raises:
+        ExportError: the folder cannot be written or the disk is full; `path` is what it was before.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` is either the old file or the whole new one.
+
+    Raises:
+        ExportError: as `replacing`.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON with sorted keys, so that equal contents are equal files."""
+    write_bytes(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        path: The file.
+        what: How a message names its kind, such as "ONNX file".
+
+    Raises:
+        ExportError: it is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ExportError(f"There is no {what} {path}.") from None
+    except OSError as error:
+        raise ExportError(f"The {what} {path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ExportError: the file is missing, unreadable, no JSON or no object.
+    """
+    try:
+        content = json.loads(read_bytes(path, what).decode("utf-8"))
+    except ValueError as error:  # both a bad encoding and bad JSON
+        raise ExportError(f"The {what} {path} is no JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ExportError(f"The {what} {path} holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def sha256_bytes(content: bytes) -> str:
+    """The SHA-256 of bytes, as hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def disk_error(path: Path, error: OSError) -> ExportError:
+    """The message for a file that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ExportError(f"No space is left on the device for {path}.", "Free some space, then try again.")
+    return ExportError(f"{path} cannot be written: {error.strerror or error}.")

@@ -1,0 +1,99 @@
+"""The header read without any package says what the `onnx` package says; damaged files are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from export.errors import ExportError
+from export.onnx_header import Node, parse_header, read_header
+from tests.export.nets import matmul_chain
+
+
+def network(kinds: list[str], *, opset: int = 17, dtype: type = np.float32) -> bytes:
+    nodes = [
+        helper.make_node(kind, [f"t{index}"], [f"t{index + 1}"], name=f"n{index}", domain="own" if kind == "Own" else "")
+        for index, kind in enumerate(kinds)
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("t0", TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info(f"t{len(kinds)}", TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(np.ones(3, dtype), "w")],
+    )
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("own", 3)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=8, producer_name="hand")
+    helper.set_model_props(model, {"classes": '["ä"]'})
+    return bytes(model.SerializeToString())
+
+
+def test_fields() -> None:
+    header = parse_header(network(["Relu", "Own"]))
+    assert (header.ir_version, header.opset, header.domains) == (8, 17, {"own": 3})
+    assert header.producer == "hand"
+    assert header.metadata == {"classes": '["ä"]'}
+    assert header.nodes == (Node("n0", "Relu", ""), Node("n1", "Own", "own"))
+    assert header.inputs == ("t0",)
+    assert header.shapes == {"t0": (-1, 3)}
+    assert header.outputs == ("t2",)
+    assert not header.external_data
+
+
+def test_precision_is_what_the_weights_say() -> None:
+    assert parse_header(network(["Relu"])).precision == "fp32"
+    assert parse_header(network(["Relu"], dtype=np.float16)).precision == "fp16"
+    assert parse_header(network(["QuantizeLinear"])).precision == "int8"
+
+
+def test_weights_in_other_files_are_seen(tmp_path: Path) -> None:
+    proto = onnx.load_model_from_string(matmul_chain(64, 1))
+    onnx.save(proto, tmp_path / "net.onnx", save_as_external_data=True, size_threshold=0)
+    assert read_header(tmp_path / "net.onnx").external_data
+    assert not parse_header(matmul_chain(64, 1)).external_data
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"hello world, this is no network at all", "cut short or no ONNX file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "cut short or no ONNX file"),
+        (onnx.ModelProto(ir_version=8).SerializeToString(), "has no version"),
+        (network([]), "has no operators"),
+    ],
+)
+def test_files_that_are_no_network(content: bytes, message: str) -> None:
+    with pytest.raises(ExportError, match=rf"net\.onnx.*{message}"):
+        parse_header(content, "net.onnx")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="There is no ONNX file"):
+        read_header(tmp_path / "none.onnx")
+
+
+WHOLE = matmul_chain(16, 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(WHOLE) - 1))
+def test_every_cut_is_refused_or_leaves_the_same_graph(length: int) -> None:
+    """A cut between two fields leaves a valid message; it must then lack its opset, which is written last."""
+    with pytest.raises(ExportError):
+        parse_header(WHOLE[:length])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_noise_never_escapes_as_another_error(noise: bytes) -> None:
+    try:
+        parse_header(noise)
+    except ExportError:
+        return
