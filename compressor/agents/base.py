@@ -1,0 +1,186 @@
+"""What every agent is: something that decides widths within limits and can be stopped and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from compressor.agents.schedule import Schedule
+from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from compressor.env.environment import PruningEnv
+    from compressor.pruning.plan import ChannelPlan
+    from compressor.run_dir import Checkpoint, EpisodeLog
+    from compressor.training.evaluate import Evaluator
+    from compressor.training.loop import Trainer
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a search may cost.
+
+    Attributes:
+        max_evaluations: the most candidates scored in all, those of the final choice included; None is no
+            limit.
+        use_all: plan to use all of `max_evaluations`, as comparisons at equal cost need; otherwise the
+            agent's settings say how many it takes, and the limit only cuts them short.
+        max_seconds: wall time from the start of `search`, time before a resume included; None is no limit. No
+            new candidate is begun after it; a run that it cuts short cannot be repeated to the letter.
+    """
+
+    max_evaluations: int | None = None
+    max_seconds: float | None = None
+    use_all: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_evaluations is not None and self.max_evaluations < 1:
+            raise CompressorError(f"The limit of evaluations is {self.max_evaluations}, expected 1 or more.")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise CompressorError(
+                f"The time limit of the search is {self.max_seconds} s, expected more than 0."
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was scored.
+
+    Attributes:
+        widths: channels that each group keeps, in the space's order.
+        accuracy: on the search split, 0..1, with the weights of `epoch`.
+        reward: what the agent maximised.
+        costs: predicted cost of each budget by name.
+        phase: what the agent was doing.
+        epoch: epochs that the weights had been trained for in the search.
+        round: 0, or how often the budgets had been tightened; each candidate keeps those of its round.
+    """
+
+    widths: tuple[int, ...]
+    accuracy: float
+    reward: float
+    costs: Mapping[str, float]
+    phase: str
+    epoch: int
+    round: int = 0
+
+    def to_plain(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "widths": list(self.widths), "costs": dict(self.costs)}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Candidate:
+        return cls(**{**plain, "widths": tuple(int(width) for width in plain["widths"])})
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        best: the chosen plan, by the weights at the end.
+        widths: channels that it keeps, by group name.
+        reward, accuracy: of the chosen plan, on the search split with the weights at the end.
+        candidates: all scored, in their order.
+        evaluations: candidates scored that were not known already.
+        seconds: wall time of the search, time before resumes included.
+        timing: seconds by "evaluation", "training", "agent" (everything else) and "total".
+    """
+
+    best: ChannelPlan
+    widths: Mapping[str, int]
+    reward: float
+    accuracy: float
+    candidates: tuple[Candidate, ...]
+    evaluations: int
+    seconds: float
+    timing: Mapping[str, float]
+
+    def front(self, cost: str) -> tuple[Candidate, ...]:
+        """The candidates that no other one beats in both accuracy and the named cost, from cheap to dear."""
+        front: list[Candidate] = []
+        for candidate in sorted(self.candidates, key=lambda c: (c.costs[cost], -c.accuracy)):
+            if not front or candidate.accuracy > front[-1].accuracy:
+                front.append(candidate)
+        return tuple(front)
+
+
+class Agent(ABC):
+    """Decides the widths of a network.
+
+    Args:
+        seed: everything random comes from it.
+        trainer: trains the weights that the space refers to, for agents that are to do so; None leaves them
+            as they are.
+        schedule: how many epochs to train, and when. Agents that do not train jointly train all of them
+            first.
+        settings: values for the fields of the agent's `Settings`, by name.
+        alignment: builds the regulariser that pulls the weights towards a plan (`training.align.Alignment`
+            with the space and its form and strength filled in); None trains without. Only the joint agent
+            uses it.
+        curves: folder for TensorBoard curves; None writes none.
+    """
+
+    name: ClassVar[str]
+    trains_jointly: ClassVar[bool] = False
+    Settings: ClassVar[type[Any]]
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        trainer: Trainer | None = None,
+        schedule: Schedule | None = None,
+        settings: Mapping[str, Any] | None = None,
+        alignment: Callable[[ChannelPlan], Callable[[nn.Module], Tensor]] | None = None,
+        curves: Path | None = None,
+    ) -> None:
+        self.seed = seed
+        self.trainer = trainer
+        schedule = schedule or Schedule()
+        self.schedule = schedule if self.trains_jointly else schedule.all_before()
+        self.settings = _settings(self.name, self.Settings, settings or {})
+        self.alignment = alignment
+        self.curves = curves
+
+    @abstractmethod
+    def search(
+        self,
+        env: PruningEnv,
+        evaluator: Evaluator,
+        limits: Limits,
+        *,
+        log: EpisodeLog,
+        checkpoint: Checkpoint,
+    ) -> SearchResult:
+        """Search, or go on from `checkpoint`, and return the best plan that keeps the budgets of `env`.
+
+        Called again with the checkpoint of a finished search and an environment whose budgets are others
+        (tightened after a measurement), it searches on from its experience at the cost of few evaluations.
+
+        Raises:
+            CompressorError: the checkpoint is of another agent, space or version.
+        """
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """For agents that have nothing to set."""
+
+
+def _settings(agent: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        names = ", ".join(sorted(known)) or "none"
+        raise CompressorError(
+            f"The agent {agent} has no setting {unknown[0]!r}.", f"Its settings are: {names}."
+        )
+    return kind(**values)

@@ -1,0 +1,1 @@
+"""Weights and structure trained together (arXiv 2403.19490)."""

@@ -1,0 +1,187 @@
+"""The steps of which the joint agent's search is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor import progress
+from compressor.agents.base import Candidate, SearchResult
+from compressor.agents.joint.learner import Learner
+from compressor.agents.joint.settings import BLOCK, JointSettings
+from compressor.agents.proposals import follow, near_widths, random_widths, scaled_widths
+from compressor.agents.search_run import Policy, SearchRun
+from compressor.env.bounds import Widths
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from compressor.pruning.plan import ChannelPlan
+
+
+class JointSearch:
+    """One search: the run, what learns, and the structure that is favoured.
+
+    Args:
+        run: keeps place, time and checkpoint; restored from one, this is restored too.
+        settings: the method's numbers.
+        alignment: from a plan to the regulariser that pulls the weights towards it; None for none.
+    """
+
+    def __init__(
+        self,
+        run: SearchRun,
+        settings: JointSettings,
+        alignment: Callable[[ChannelPlan], Callable[[nn.Module], Tensor]] | None,
+    ) -> None:
+        self.run, self.env, self.settings = run, run.env, settings
+        self._alignment = alignment
+        self.learner = Learner(run.env, settings, run.agent.seed)
+        self._favoured: Widths | None = None
+        self._target: str | None = None  # the plan of the aligned epochs, as JSON: the same after a resume
+        self._new_episodes = 0
+        run.own = self._state
+        if run.restored is not None:
+            self._restore(run.restored)
+
+    # The steps, in the order of the method.
+
+    def fill_replay(self, episodes: int, reserve: int) -> None:
+        """Play random plans at the budget, the uniform one first, and learn from them; the weights rest."""
+        done = self.run.place.steps
+        with progress.bar("Filling the replay", total=episodes) as bar:
+            bar.advance(done.get("fill", 0))
+            for step in self.run.remaining("fill", episodes):
+                if self.run.spent(reserve):
+                    break
+                widths = self._uniform() if step == 0 else random_widths(self.env, self.learner.generator)
+                candidate = self._episode(follow(widths), "fill")
+                done["fill"] = step + 1
+                if (step + 1) % BLOCK == 0 or step + 1 == episodes:
+                    self.run.save()
+                bar.advance(note=f"{candidate.accuracy:.1%}")
+        if not done.get("joint"):
+            self.learner.sac.replay_buffer.standardise()
+            self.learn()
+
+    def play(self, episodes: int, reserve: int) -> None:
+        """Play a block of joint episodes: the policy's, and some that vary the best plan of the moment."""
+        with progress.bar("Playing episodes", total=episodes) as bar:
+            for _ in range(episodes):
+                if self.run.spent(reserve):
+                    return
+                near = self.learner.generator.random() < self.settings.near_share
+                policy = follow(self._near(self._best_now())) if near else self.learner.policy()
+                candidate = self._episode(policy, "near" if near else "joint")
+                bar.advance(note=f"{candidate.accuracy:.1%}")
+
+    def learn(self) -> None:
+        """Update the policy for the episodes played since the last time."""
+        if self._new_episodes:
+            losses = self.learner.learn(self._new_episodes)
+            self.run.curves.add(len(self.run.candidates), losses)
+        self._new_episodes = 0
+
+    def favour(self, reserve: int) -> None:
+        """Favour the best plan on the present weights: of this round's, the policy's and the last favoured.
+
+        The paper favours the policy's own; after tens of episodes that is seldom the best that was seen.
+        """
+        if not self.run.spent(reserve):
+            self._episode(self.learner.policy(deterministic=True), "policy")
+        if self._favoured is not None and not self.run.spent(reserve):
+            self.run.score(self._favoured, "favoured")
+        self._favoured = self._best_now()
+
+    def train_joint_epoch(self) -> None:
+        """One epoch of training that pulls the weights towards the favoured structure."""
+        self._target = None
+        self.align_to_favoured()
+        self.run.train_epoch("joint")
+        self._target = None
+
+    def align_to_favoured(self) -> None:
+        """Set the trainer's regulariser to the favoured structure; to the same channels after a resume."""
+        trainer = self.run.agent.trainer
+        if trainer is None or self._alignment is None or self._favoured is None:
+            return
+        from compressor.pruning.plan import ChannelPlan
+
+        if self._target is None:
+            self._target = self.env.plan(self._favoured).to_json()
+        trainer.regulariser = self._alignment(ChannelPlan.from_json(self._target))
+
+    def play_again(self) -> None:
+        """Search on with tightened budgets: near the best plan so far, scaled to them."""
+        ratios = np.asarray(self._best_known(1)[0]) / self.env.bounds.dense
+        self._favoured = scaled_widths(self.env, ratios)
+        for step in self.run.remaining("again", self.settings.again_episodes):
+            if self.run.spent(reserve=1):
+                break
+            if step == 0:
+                self._episode(follow(self._favoured), "again")
+            elif step == 1:
+                self._episode(self.learner.policy(deterministic=True), "again")
+            else:
+                self._episode(follow(self._near(self._best_now())), "again")
+            self.run.done("again")
+
+    def choose(self) -> SearchResult:
+        """Score the shortlist on the final weights and choose the best."""
+        if self._favoured is not None and not self.run.spent(reserve=1):
+            self._episode(self.learner.policy(deterministic=True), "policy")
+        shortlist = [self._best_now(), *([] if self._favoured is None else [self._favoured])]
+        shortlist += [np.asarray(widths) for widths in self._best_known(self.settings.shortlist)]
+        result = self.run.choose([widths.tolist() for widths in [*shortlist, self._uniform()]])
+        if self.run.agent.trainer is not None:
+            self.run.agent.trainer.regulariser = None
+        return result
+
+    # What they are made of.
+
+    def _episode(self, policy: Policy, phase: str) -> Candidate:
+        episode = self.run.episode(policy, phase)
+        self.learner.remember(episode, self.run.place.steps.get("joint", 0))
+        self._new_episodes += 1
+        return episode.candidate
+
+    def _near(self, widths: Widths) -> Widths:
+        generator = self.learner.generator
+        share = float(generator.uniform(0.1, 1.0))
+        return near_widths(self.env, widths, generator, self.settings.near_spread, share)
+
+    def _best_now(self) -> Widths:
+        """The best plan on the weights as they are, else the favoured one, else the uniform one."""
+        place = self.run.place
+        now = [c for c in self.run.candidates if (c.epoch, c.round) == (place.epoch, place.round)]
+        if now:
+            return np.array(max(now, key=lambda candidate: candidate.reward).widths, dtype=np.int64)
+        return self._uniform() if self._favoured is None else self._favoured
+
+    def _best_known(self, number: int) -> list[tuple[int, ...]]:
+        """The best plans so far, first those scored on the latest weights."""
+        place, latest = self.run.place, max((c.epoch for c in self.run.candidates), default=0)
+        known = [c for c in self.run.candidates if c.round == place.round or c.phase == "final"]
+        known.sort(key=lambda c: (c.epoch == latest, c.reward), reverse=True)
+        return list(dict.fromkeys(candidate.widths for candidate in known))[:number]
+
+    def _uniform(self) -> Widths:
+        """The uniform plan; where no single ratio keeps the budgets, the cheapest one."""
+        return scaled_widths(self.env, np.ones(len(self.env.bounds.dense)))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "learner": self.learner.state(),
+            "favoured": None if self._favoured is None else self._favoured.tolist(),
+            "target": self._target,
+            "new_episodes": self._new_episodes,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.learner.restore(state["learner"])
+        favoured = state["favoured"]
+        self._favoured = None if favoured is None else np.array(favoured, dtype=np.int64)
+        self._target = state["target"]
+        self._new_episodes = int(state["new_episodes"])

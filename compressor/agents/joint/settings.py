@@ -1,0 +1,141 @@
+"""What can be set on the joint agent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from compressor.agents.base import Limits
+from compressor.errors import CompressorError
+
+BLOCK = 10
+"""Episodes between two saves and two spells of learning."""
+
+
+@dataclass(frozen=True)
+class JointSettings:
+    """Numbers of the method; where arXiv 2403.19490 gives one, it is the default, except where said.
+
+    Attributes:
+        fill_episodes: random plans that fill the replay before the policy acts (the paper: 100; 20 suits a
+            laptop).
+        episodes_per_epoch: episodes before each joint epoch.
+        again_episodes: episodes after a budget was tightened.
+        shortlist: how many of the best plans are scored again on the final weights.
+        hidden: width of the two hidden layers of actor and critics.
+        actor_rate, critic_rate: learning rates of Adam.
+        entropy: fixed weight of the policy's entropy, against rewards scaled to a standard deviation of 1.
+        tau: share of the critics that goes into their targets at each update.
+        gamma: discount; the paper is silent. 1 suits a reward that comes once, at the end.
+        batch: transitions in an update.
+        replay: transitions that are kept.
+        updates_per_episode: updates of actor and critics for each episode played.
+        returns: "episode" gives every transition of an episode its final reward; "bootstrapped" leaves it to
+            the last one and has the critics carry it back, as in plain SAC. With tens of episodes, the former
+            learns and the latter does not (docs/agents.md).
+        near_share: share of the joint episodes that vary the favoured plan instead of following the policy; 0
+            is the paper's way.
+        near_spread: how far they vary it; see `near_widths`.
+        warm_start: whether the replay starts with the uniform plan and plans from a knapsack.
+        context: whether actor and critics see the state of the environment model.
+        context_size: size of that state, and of the embeddings behind it.
+        decoder_updates: updates of the environment model before each joint epoch.
+        decoder_rate: learning rate of the environment model.
+    """
+
+    fill_episodes: int = 20
+    episodes_per_epoch: int = 10
+    again_episodes: int = 6
+    shortlist: int = 5
+    hidden: int = 300
+    actor_rate: float = 1e-4
+    critic_rate: float = 1e-3
+    entropy: float = 0.1
+    tau: float = 0.005
+    gamma: float = 1.0
+    batch: int = 64
+    replay: int = 10_000
+    updates_per_episode: int = 10
+    returns: Literal["episode", "bootstrapped"] = "episode"
+    near_share: float = 0.5
+    near_spread: float = 0.3
+    warm_start: bool = True
+    context: bool = False
+    context_size: int = 128
+    decoder_updates: int = 100
+    decoder_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.returns not in ("episode", "bootstrapped"):
+            raise CompressorError(
+                f"The setting returns is {self.returns!r}, expected 'episode' or 'bootstrapped'."
+            )
+        for name in (
+            "fill_episodes",
+            "episodes_per_epoch",
+            "again_episodes",
+            "shortlist",
+            "batch",
+            "replay",
+            "hidden",
+        ):
+            if getattr(self, name) < 1:
+                raise CompressorError(f"The setting {name} is {getattr(self, name)}, expected 1 or more.")
+
+
+@dataclass(frozen=True)
+class EpisodePlan:
+    """How many episodes each phase gets.
+
+    Attributes:
+        fill: random ones.
+        rounds: rounds of joint episodes, each followed by an epoch of training if there is one.
+        per_round: episodes of a round, that of the deterministic policy included.
+        reserve: evaluations put by for the final choice.
+    """
+
+    fill: int
+    rounds: int
+    per_round: int
+    reserve: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a round; the policy learns after each, and the search can be resumed there."""
+        return max(1, math.ceil((self.per_round - 1) / BLOCK))
+
+    def block_episodes(self, block: int) -> int:
+        """Episodes of a block, counted through all rounds; the round's last is the deterministic policy's."""
+        return min(BLOCK, self.per_round - 1 - BLOCK * (block % self.blocks))
+
+    def ends_round(self, block: int) -> bool:
+        """Whether a block, counted through all rounds, is the last of its round."""
+        return (block + 1) % self.blocks == 0
+
+
+def plan_episodes(settings: JointSettings, joint_epochs: int, limits: Limits) -> EpisodePlan:
+    """Share the evaluations out between the phases.
+
+    >>> plan_episodes(JointSettings(), joint_epochs=2, limits=Limits(max_evaluations=100, use_all=True))
+    EpisodePlan(fill=22, rounds=2, per_round=34, reserve=8)
+    """
+    rounds = max(1, joint_epochs)
+    reserve = settings.shortlist + 3
+    most = limits.max_evaluations
+    if most is None:
+        return EpisodePlan(settings.fill_episodes, rounds, settings.episodes_per_epoch, reserve)
+    reserve = min(reserve, most // 4)
+    rescored = rounds - 1  # the favoured plan is scored again in each round, on weights that have moved
+    free = max(1, most - reserve - rescored)
+    fill = (
+        min(max(settings.fill_episodes, free // 4), max(1, free // 3))
+        if limits.use_all
+        else settings.fill_episodes
+    )
+   
+    fill = min(fill, max(1, free // 2))
+    per_round = max(1, (free - fill) // rounds)
+    return EpisodePlan(
+        fill, rounds, per_round if limits.use_all else min(per_round, settings.episodes_per_epoch), reserve
+    )

@@ -1,0 +1,76 @@
+"""Random search: the yardstick for what an agent learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compressor import progress
+from compressor.agents.base import Agent, Limits, SearchResult
+from compressor.agents.proposals import follow, random_widths, uniform_widths
+from compressor.agents.search_run import SearchRun
+
+if TYPE_CHECKING:
+    from compressor.env.environment import PruningEnv
+    from compressor.run_dir import Checkpoint, EpisodeLog
+    from compressor.training.evaluate import Evaluator
+
+
+@dataclass(frozen=True)
+class RandomSettings:
+    """Attributes:
+    evaluations: plans that are drawn, unless the limits ask for others.
+    """
+
+    evaluations: int = 50
+
+
+class RandomAgent(Agent):
+    """Scores random plans at the budget and keeps the best; the uniform plan is the first of them.
+
+    A plan is the uniform one with every ratio changed at random, scaled to the budget and passed through the
+    same bounds as the actions of agents that learn. Each plan has a generator of its own, so that a resumed
+    search draws the same ones.
+    """
+
+    name = "random"
+    Settings = RandomSettings
+
+    def search(
+        self,
+        env: PruningEnv,
+        evaluator: Evaluator,
+        limits: Limits,
+        *,
+        log: EpisodeLog,
+        checkpoint: Checkpoint,
+    ) -> SearchResult:
+        run = SearchRun(self, env, evaluator, limits, log, checkpoint)
+        if (result := run.result()) is not None:
+            return result
+        run.train("warmup", self.schedule.warmup, "Training before the search")
+        phase = f"random{run.place.round or ''}"
+        total = self.settings.evaluations
+        if limits.max_evaluations is not None:
+            total = limits.max_evaluations if limits.use_all else min(total, limits.max_evaluations)
+        if run.place.round:
+            total = max(5, total // 5)  # a tightened budget is near the last one
+        with progress.bar("Scoring random plans", total=total) as bar:
+            bar.advance(run.place.steps.get(phase, 0))
+            for step in run.remaining(phase, total):
+                if run.spent():
+                    break
+                generator = np.random.default_rng([self.seed, run.place.round, step])
+                if step == 0:
+                    scored = run.score(uniform_widths(env), phase)
+                else:
+                    scored = run.episode(follow(random_widths(env, generator)), phase).candidate
+                run.place.steps[phase] = step + 1
+                if (step + 1) % 10 == 0:
+                    run.save()
+                bar.advance(note=f"{scored.accuracy:.1%}")
+        drawn = [candidate for candidate in run.candidates if candidate.round == run.place.round]
+        best = max(drawn, key=lambda candidate: candidate.reward, default=None)
+        return run.choose([uniform_widths(env).tolist() if best is None else best.widths])

@@ -1,0 +1,167 @@
+"""Which widths a group may take so that the episode still ends within every budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from compressor.budgets.base import Budget
+    from compressor.pruning.space import PruningSpace
+
+Widths = NDArray[np.int64]
+
+TOLERANCE = 1e-9
+"""Share of a target by which a prediction may exceed it: room for a float's last digit, not for a miss."""
+
+
+@dataclass(frozen=True)
+class LegalWidths:
+    """What one group may be cut to.
+
+    Attributes:
+        dense: channels of the group before anything is removed.
+        widths: legal numbers of channels, ascending, never empty.
+    """
+
+    dense: int
+    widths: Widths
+
+    @property
+    def low(self) -> float:
+        """The smallest ratio that may be removed, in [0, 1)."""
+        return 1.0 - float(self.widths[-1]) / self.dense
+
+    @property
+    def high(self) -> float:
+        """The largest ratio that may be removed, in [0, 1)."""
+        return 1.0 - float(self.widths[0]) / self.dense
+
+    def clip(self, ratio: float) -> float:
+        """`ratio` moved into [low, high]."""
+        return min(max(ratio, self.low), self.high)
+
+    def width(self, ratio: float) -> int:
+        """The legal width nearest to what removing `ratio` leaves; of two equally near ones, the larger."""
+        distance = np.abs(self.widths - self.dense * (1.0 - ratio))
+        nearest = np.flatnonzero(distance <= distance.min() + 1e-6)
+        return int(self.widths[nearest[-1]])
+
+
+class ActionBounds:
+    """Bounds on every action of an episode, from budgets that must all hold at its end.
+
+    With the widths so far, a candidate width of the group at hand is legal if the network would keep all
+    budgets with the groups still to come either at their cheapest or dense. Of these, widths below the
+    largest one that would keep the
+    budgets with everything to come left dense are taken out: nothing is pruned more than needed. (arXiv
+        2403.19490 has
+    the same two ends for MACs, reserving nothing for the groups to come; here their real cheapest widths are
+    reserved, so that minimum widths and granularity cannot break the budget.)
+
+    Every episode ends within every budget by construction, and this needs no cost to be monotone in the
+        widths: there
+    is one known completion (`cheapest`, or all dense) that keeps the budgets at the start, and every legal
+    width keeps one of the two in force for the groups after it. A monotone envelope of a latency table, which
+    would be needed to argue from "smaller is cheaper", is therefore not used.
+
+    Args:
+        space: gives the groups, their legal widths and the dense widths.
+        budgets: any costs with a `target` and a vectorised `predict(widths (N, G)) -> (N,)`; all must hold.
+
+    Raises:
+        CompressorError: no widths were found that keep all budgets.
+    """
+
+    def __init__(self, space: PruningSpace, budgets: Sequence[Budget]) -> None:
+        self.budgets = tuple(budgets)
+        self.dense: Widths = np.asarray(space.dense_widths, dtype=np.int64)
+        self.choices: tuple[Widths, ...] = tuple(
+            np.asarray(space.choices(i), dtype=np.int64) for i in range(len(self.dense))
+        )
+        self.names = tuple(group.name for group in space.groups)
+        self.cheapest = self._cheapest()
+
+    def excess(self, widths: Widths) -> NDArray[np.float64]:
+        """For widths (N, G), the largest predicted / target of the budgets, (N,): 1 or less keeps all."""
+        shares = [
+            np.asarray(budget.predict(widths), dtype=np.float64) / budget.target for budget in self.budgets
+        ]
+       
+        return np.max(shares, axis=0) if shares else np.zeros(len(widths))
+
+    def feasible(self, widths: Widths) -> NDArray[np.bool_]:
+        """For widths (N, G), whether all budgets are kept, (N,)."""
+        return self.excess(np.atleast_2d(widths)) <= 1.0 + TOLERANCE
+
+    def legal(self, step: int, widths: Widths) -> LegalWidths:
+        """The widths that group `step` may take.
+
+        Args:
+            step: index of the group, 0-based.
+            widths: (G,), of which the first `step` are read: those already chosen.
+
+        Raises:
+            CompressorError: the widths so far leave no way to keep the budgets; cannot happen with legal
+                ones.
+        """
+        choices = self.choices[step]
+        rows = np.empty((2, len(choices), len(self.dense)), dtype=np.int64)
+        rows[0], rows[1] = self.cheapest, self.dense
+        rows[:, :, :step] = widths[:step]
+        rows[:, :, step] = choices
+        cheap, dense = self.feasible(rows.reshape(-1, len(self.dense))).reshape(2, -1)
+        legal = cheap | dense
+        if dense.any():
+            legal &= choices >= choices[dense].max()
+        if not legal.any():
+            raise CompressorError(
+                f"Group {self.names[step]} cannot keep the budgets after widths {widths[:step].tolist()}.",
+                "Choose the widths of earlier groups from those that ActionBounds.legal returns.",
+            )
+        return LegalWidths(int(self.dense[step]), choices[legal])
+
+    def bounds(self, step: int, widths: Widths) -> tuple[float, float]:
+        """The smallest and the largest ratio that may be removed from group `step`; see `legal`."""
+        legal = self.legal(step, widths)
+        return legal.low, legal.high
+
+    def _cheapest(self) -> Widths:
+        """Widths that keep all budgets: the minimum ones, or where these cost too much, the best found."""
+        smallest: Widths = np.array([choices[0] for choices in self.choices], dtype=np.int64)
+        if self.feasible(smallest)[0]:
+            return smallest
+        best = smallest
+        for start in (smallest, self.dense):
+            found = self._descend(start.copy())
+            if self.feasible(found)[0]:
+                return found
+            best = min(best, found, key=lambda widths: float(self.excess(widths[None])[0]))
+        raise CompressorError(
+            f"No widths keep the budgets: the smallest network found needs {self._shortfall(best)}.",
+            "Loosen the budget, or lower the minimum widths.",
+        )
+
+    def _descend(self, widths: Widths) -> Widths:
+        """Coordinate descent on the excess: costs need not fall with the width."""
+        value = float(self.excess(widths[None])[0])
+        improved = True
+        while improved:
+            improved = False
+            for i, choices in enumerate(self.choices):
+                rows = np.repeat(widths[None], len(choices), axis=0)
+                rows[:, i] = choices
+                excess = self.excess(rows)
+                if excess.min() < value - TOLERANCE:
+                    widths, value, improved = rows[int(excess.argmin())], float(excess.min()), True
+        return widths
+
+    def _shortfall(self, widths: Widths) -> str:
+        costs = [(budget, float(np.asarray(budget.predict(widths[None]))[0])) for budget in self.budgets]
+        return ", ".join(f"{cost:.6g} {b.unit} of {b.name} (asked for {b.target:.6g})" for b, cost in costs)

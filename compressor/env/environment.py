@@ -1,0 +1,199 @@
+"""The environment: one episode is one plan, one step decides one group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.env.bounds import ActionBounds, LegalWidths, Widths
+from compressor.env.observation import FEATURES, Observer
+from compressor.env.reward import Reward, accuracy_reward
+from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from compressor.budgets.base import Budget
+    from compressor.pruning.plan import ChannelPlan
+    from compressor.pruning.space import PruningSpace
+
+    Evaluate = Callable[[ChannelPlan], float]
+
+Observation = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one candidate was worth.
+
+    Attributes:
+        widths: channels that each group keeps, in the space's order.
+        accuracy: on the search split, 0..1.
+        reward: what the agent maximises.
+        costs: predicted cost of each budget by name, in its own unit.
+        seconds: time that the evaluation took; 0 where the accuracy was known.
+    """
+
+    widths: tuple[int, ...]
+    accuracy: float
+    reward: float
+    costs: Mapping[str, float]
+    seconds: float
+
+
+class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
+    """Decides the width of one group after another; the reward comes with the last.
+
+    - Observation: `Box` of 9 scaled numbers (`Observer`), then `context_size` numbers that whoever drives the
+      episodes sets as `context`; the joint agent puts its model of the changing reward there.
+    - Action: `Box(0, 1)`, the ratio of channels removed, below 1. It is moved into the bounds that keep every
+      budget reachable; `info["action"]` is the moved one, to be stored in a replay buffer, and
+      `info["width"]` what was kept.
+    - Reward: 0 before the last group, then `reward(accuracy, costs)`.
+
+    Args:
+        space: the groups; ranked with the weights that its model has when a plan is first needed.
+        budgets: all hold at the end of every episode; empty means that nothing asks for pruning.
+        evaluator: accuracy of a plan, 0..1.
+        reward: from accuracy and costs to the reward.
+        importance: criterion by which a group's channels are ranked, as `space.rank` takes it.
+        context_size: how many numbers are appended to the observation.
+
+    Raises:
+        CompressorError: the space has no groups, or the budgets cannot be kept.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012  (gymnasium's own attribute)
+
+    def __init__(
+        self,
+        space: PruningSpace,
+        budgets: Sequence[Budget],
+        evaluator: Evaluate,
+        reward: Reward = accuracy_reward,
+        importance: Any = "l1",
+        context_size: int = 0,
+    ) -> None:
+        if not len(space.groups):
+            raise CompressorError(
+                "The model has no group of channels that could be pruned.",
+                "Look at the skipped layers that --dry-run lists.",
+            )
+        self.space = space
+        self.budgets = tuple(budgets)
+        self.bounds = ActionBounds(space, budgets)
+        self.importance = importance
+        self._evaluate = evaluator
+        self._reward = reward
+        self._observe = Observer(space)
+        self._ranking: Any = None
+        self._known: dict[tuple[int, ...], float] = {}
+        self.evaluations = 0
+        self.evaluation_seconds = 0.0
+        self.context_size = context_size
+        self.context: Observation = np.zeros(context_size, dtype=np.float32)
+        shape = (len(FEATURES) + context_size,)
+        high = np.full(shape, 1.0, dtype=np.float32)
+        high[len(FEATURES) :] = np.inf
+        low = np.where(np.isinf(high), -np.inf, 0.0).astype(np.float32)
+        self.observation_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        below_one = float(np.nextafter(np.float32(1), np.float32(0)))
+        self.action_space = gymnasium.spaces.Box(0.0, below_one, (1,), np.float32)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._step = 0
+        self._previous = 0.0
+        self._widths: Widths = self.bounds.dense.copy()
+        self._legal: LegalWidths | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode with nothing pruned."""
+        super().reset(seed=seed)
+        self._restart()
+        return self._observation(), {}
+
+    @property
+    def legal(self) -> LegalWidths:
+        """What the group at hand may be cut to."""
+        if self._legal is None:
+            self._legal = self.bounds.legal(self._step, self._widths)
+        return self._legal
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Cut one group; after the last one the plan is evaluated.
+
+        Returns:
+            observation, reward, whether that was the last group, False, and info with `action` and `width`;
+            after the last group also `score`.
+        """
+        if self._step == len(self.bounds.dense):
+            raise CompressorError("The episode has ended: every group has its width.", "Call reset() first.")
+        clipped = self.legal.clip(float(np.asarray(action).reshape(-1)[0]))
+        width = self.legal.width(clipped)
+        self._widths[self._step] = width
+        self._step += 1
+        self._previous = clipped
+        self._legal = None
+        info: dict[str, Any] = {"action": clipped, "width": width}
+        if self._step < len(self.bounds.dense):
+            return self._observation(), 0.0, False, False, info
+        score = self.score(self._widths)
+        info["score"] = score
+        return self._observation(), score.reward, True, False, info
+
+    def score(self, widths: Widths | Sequence[int]) -> Score:
+        """Evaluate a plan of these widths (G,); the same widths on the same weights are evaluated once."""
+        key = tuple(int(width) for width in widths)
+        started = time.perf_counter()
+        if fresh := key not in self._known:
+            self._known[key] = float(self._evaluate(self.plan(key)))
+            self.evaluations += 1
+        seconds = time.perf_counter() - started if fresh else 0.0
+        self.evaluation_seconds += seconds
+        costs = self.costs(key)
+        return Score(key, self._known[key], float(self._reward(self._known[key], costs)), costs, seconds)
+
+    def costs(self, widths: Widths | Sequence[int]) -> dict[str, float]:
+        """The predicted cost of each budget by name, in its own unit, for widths (G,)."""
+        row = np.asarray(widths, dtype=np.int64)[None]
+        return {budget.name: float(np.asarray(budget.predict(row))[0]) for budget in self.budgets}
+
+    def plan(self, widths: Widths | Sequence[int]) -> ChannelPlan:
+        """The plan of these widths, by the importance of the weights as they are now."""
+        if self._ranking is None:
+            self._ranking = self.space.rank(self.importance)
+        return self.space.plan([int(width) for width in widths], importance=self._ranking)
+
+    def weights_moved(self) -> None:
+        """Forget accuracies and rankings: the model's weights are others now. Tell the evaluator as well."""
+        self._known.clear()
+        self._ranking = None
+
+    def state(self) -> dict[str, Any]:
+        """What was evaluated on the present weights, as plain values."""
+        return {
+            "known": [[list(widths), accuracy] for widths, accuracy in self._known.items()],
+            "evaluations": self.evaluations,
+            "evaluation_seconds": self.evaluation_seconds,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` returned; the weights must be those of that moment."""
+        self._known = {tuple(widths): float(accuracy) for widths, accuracy in state["known"]}
+        self._ranking = None
+        self.evaluations = int(state["evaluations"])
+        self.evaluation_seconds = float(state["evaluation_seconds"])
+
+    def _observation(self) -> Observation:
+        last = min(self._step, len(self.bounds.dense) - 1)
+        seen = self._observe(last, self._widths, self._previous)
+        return np.concatenate([seen, self.context]).astype(np.float32)
