@@ -1,1 +1,1 @@
-"""Training, evaluation, distillation and alignment."""
+"""Training, fine-tuning and scoring of networks."""

@@ -1,0 +1,191 @@
+"""Scoring: accuracy on a split, batch-norm statistics for changed networks, and both together for plans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from compressor.data import DataBundle, Split
+
+if TYPE_CHECKING:
+    from compressor.pruning.plan import ChannelPlan
+    from compressor.pruning.space import PruningSpace
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def accuracy(
+    model: nn.Module,
+    split: Split,
+    *,
+    device: str | torch.device = "cpu",
+    max_batches: int | None = None,
+    batch_size: int = 256,
+    floor: float | None = None,
+) -> float:
+    """Share of a split's images that the model classifies rightly, 0..1.
+
+    Args:
+        model: Evaluated where it lies, which must be `device`; its mode is put back.
+        split: Gone through in its stored order.
+        device: Where the batches are put.
+        max_batches: Stop after so many, and give the share of what was seen.
+        batch_size: Images in a batch.
+        floor: Stop as soon as this share cannot be reached, and give the share of what was seen, which is
+            below it.
+    """
+    total = len(split) if max_batches is None else min(len(split), max_batches * batch_size)
+    right = seen = 0
+    with _evaluating(model), torch.no_grad():
+        for index, (images, labels) in enumerate(split.batches(batch_size, device=device)):
+            if index == max_batches:
+                break
+            logits = model(images.contiguous(memory_format=torch.channels_last))
+            right += int((logits.argmax(dim=1) == labels).sum())
+            seen += len(labels)
+            if floor is not None and right + total - seen < floor * total:
+                break
+    return right / max(1, seen)
+
+
+def standard_error(share: float, images: int) -> float:
+    """Standard error of an accuracy (0..1) that was counted on so many images."""
+    return float((max(share * (1 - share), 0.0) / max(1, images)) ** 0.5)
+
+
+def reestimate_batch_norm(
+    model: nn.Module,
+    split: Split,
+    *,
+    batches: int = 10,
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> None:
+    """Replace the running statistics by the plain mean over a few batches, in place.
+
+    A slim network's activations have other means and variances than the dense one's; without this its
+    accuracy says little about it.
+
+    Args:
+        model: Lies on `device`; a network without batch-norm is left alone.
+        split: Training images, taken without augmentation.
+        batches: How many are averaged.
+        batch_size: Images in each.
+        device: Where the batches are put.
+        seed: Chooses the images; same seed, same images.
+    """
+    norms = [
+        module for module in model.modules() if isinstance(module, _NORMS) and module.track_running_stats
+    ]
+    if not norms:
+        return
+    before = [norm.momentum for norm in norms]
+    with _evaluating(model), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's way of saying: average over all batches alike
+            norm.train()
+        stream = split.batches(batch_size, shuffle_seed=seed, device=device, drop_last=True)
+        for _, (images, _labels) in zip(range(batches), stream, strict=False):
+            model(images.contiguous(memory_format=torch.channels_last))
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module's own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class Evaluator:
+    """Scores plans: the accuracy of the slim network on the search split, with re-estimated batch-norm.
+
+    A plan is scored once as long as the weights stay as they are; `weights_moved` says that they did not.
+
+    Args:
+        space: Applies plans to its model's current weights.
+        data: Its training split gives the statistics, its search split the accuracy.
+        device: Where networks are scored.
+        bn_batches: Batches from which statistics are estimated.
+        batch_size: Images in these and in the scored batches.
+        search_images: The most images of the search split that are used; None for all.
+        seed: Chooses the images.
+
+    Attributes:
+        evaluations: Networks scored so far; answers from the cache do not count.
+        seconds: Time spent on them.
+    """
+
+    def __init__(
+        self,
+        space: PruningSpace,
+        data: DataBundle,
+        *,
+        device: str | torch.device = "cpu",
+        bn_batches: int = 10,
+        batch_size: int = 128,
+        search_images: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.space = space
+        self.device = device
+        self.evaluations = 0
+        self.seconds = 0.0
+        self._bn_batches, self._batch_size, self._seed = bn_batches, batch_size, seed
+        # Decoded once: a search reads the same images for every candidate.
+        self._train = data.train.in_memory(bn_batches * batch_size, seed)
+        self._search = data.search.in_memory(search_images, seed)
+        self._scores: dict[str, float] = {}
+
+    @property
+    def images(self) -> int:
+        """Images that a full evaluation scores."""
+        return len(self._search)
+
+    def __call__(self, plan: ChannelPlan, *, floor: float | None = None) -> float:
+        """Accuracy of the plan's network on the search split, 0..1.
+
+        Args:
+            plan: Which channels are kept.
+            floor: Give up as soon as this accuracy is out of reach; the answer is then an estimate below
+                it, which is not remembered.
+        """
+        known = self._scores.get(plan.checksum)
+        if known is not None:
+            return known
+        started = time.perf_counter()
+        score = self.score(self.space.apply(plan).to(self.device), floor=floor)
+        if floor is None or score >= floor:
+            self._scores[plan.checksum] = score
+        self.evaluations += 1
+        self.seconds += time.perf_counter() - started
+        return score
+
+    def score(self, model: nn.Module, *, floor: float | None = None) -> float:
+        """Accuracy of any network on the same images; its batch-norm statistics are replaced."""
+        reestimate_batch_norm(
+            model,
+            self._train,
+            batches=self._bn_batches,
+            batch_size=self._batch_size,
+            device=self.device,
+            seed=self._seed,
+        )
+        return accuracy(model, self._search, device=self.device, batch_size=self._batch_size, floor=floor)
+
+    def weights_moved(self) -> None:
+        """Forget all scores: the space's model was trained meanwhile."""
+        self._scores.clear()

@@ -1,0 +1,253 @@
+"""The training loop: an epoch at a time, and the same again after an interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from compressor.data import DataBundle
+from compressor.errors import CompressorError
+from compressor.training.average import WeightAverage
+from compressor.training.distill import distillation_loss
+from compressor.training.placement import place
+from compressor.training.settings import TrainSettings
+
+Regulariser = Callable[[nn.Module], torch.Tensor]
+_CHECK_EVERY = 10
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """One epoch on the training split, whose images were augmented and whose weights moved meanwhile.
+
+    Attributes:
+        loss: Mean loss of an image, without the regulariser.
+        accuracy: Share of images classified rightly, 0..1.
+        seconds: Wall time.
+        regulariser: Mean of the regulariser over the steps; 0 without one.
+    """
+
+    loss: float
+    accuracy: float
+    seconds: float
+    regulariser: float = 0.0
+
+
+class Trainer:
+    """Trains a model in place over a fixed number of epochs.
+
+    What is random in an epoch (order, augmentation, dropout) follows from the seed and the epoch's number
+    alone, and the global generators are left as they were.
+
+    Args:
+        model: Trained in place, and moved to the device.
+        data: Its training split is used.
+        settings: See `TrainSettings`.
+        epochs: How many the schedule spans.
+        seed: Of everything random.
+        device: "cpu", "cuda:0", or "auto" for the best there is.
+        teacher: A network whose answers are to be learnt as well; put into evaluation mode.
+        distill_weight: Share of the loss that compares with the teacher, 0..1; the labels have the rest.
+        regulariser: Added to the loss of every step; may be replaced between epochs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DataBundle,
+        settings: TrainSettings,
+        *,
+        epochs: int,
+        seed: int,
+        device: str | torch.device = "cpu",
+        teacher: nn.Module | None = None,
+        distill_weight: float = 0.5,
+        regulariser: Regulariser | None = None,
+    ) -> None:
+        self.data, self.settings, self.epochs, self.seed = data, settings, epochs, seed
+        self.regulariser = regulariser
+        self.epoch = 0
+        self._place = place(device)
+        self.device = self._place.device
+        self.model = model.to(self.device)
+        self._wrapped = self._place.wrap(self.model)
+        self._teacher = None if teacher is None or not distill_weight else teacher.to(self.device).eval()
+        self._distill_weight = distill_weight
+        self._optimizer = _optimizer(self.model, settings)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.mixed_precision == "fp16")
+        self._average = WeightAverage(self.model, settings.ema_decay) if settings.ema_decay else None
+        self.steps_per_epoch = max(1, len(data.train) // settings.batch_size)
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The network with averaged weights; the model itself where the settings ask for no average."""
+        return self.model if self._average is None else self._average.module
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next epoch's first step."""
+        return self.settings.learning_rate_at(min(self.epoch / self.epochs, 1.0))
+
+    def run_epoch(self, on_step: Callable[[int], None] | None = None) -> EpochStats:
+        """Go through the training split once.
+
+        Args:
+            on_step: Told after each step how many of `steps_per_epoch` are done.
+
+        Raises:
+            CompressorError: the loss is no longer a finite number; the weights are spoilt then.
+            ValueError: the schedule's epochs have all been run.
+        """
+        if self.epoch >= self.epochs:
+            raise ValueError(f"all {self.epochs} epochs of the schedule have been run")
+        started = time.perf_counter()
+        self._wrapped.train()
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, right, images, regulariser
+        done = 0
+        with _own_randomness(self._epoch_seed() + self._place.rank, self.device):
+            for done, (images, labels) in enumerate(self._batches(), start=1):
+                share = (self.epoch + (done - 0.5) / self.steps_per_epoch) / self.epochs
+                sums += self._step(images, labels, self.settings.learning_rate_at(min(share, 1.0)))
+                if done % _CHECK_EVERY == 0:
+                    self._check(sums)
+                if on_step is not None:
+                    on_step(done)
+        self._check(sums)
+        self.epoch += 1
+        loss, right, images_seen, regulariser = self._place.total(sums).tolist()
+        steps = max(1, done) * self._place.world
+        seconds = time.perf_counter() - started
+        return EpochStats(
+            loss / max(1, images_seen), right / max(1, images_seen), seconds, regulariser / steps
+        )
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self.data.train.batches(
+            self.settings.batch_size,
+            shuffle_seed=self._epoch_seed(),
+            augment=True,
+            device=self.device,
+            drop_last=True,  # batch-norm cannot learn from a last batch of one image
+            shard=(self._place.rank, self._place.world),
+        )
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor, learning_rate: float) -> torch.Tensor:
+        """One step of the optimiser; returns (loss * images, right, images, regulariser)."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        # The layout in which CPUs with vector units and GPUs with tensor cores convolve fastest.
+        images = images.contiguous(memory_format=torch.channels_last)
+        dtype = _DTYPES.get(self.settings.mixed_precision)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            logits = self._wrapped(images)
+        logits = logits.float()
+        loss = functional.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
+        if self._teacher is not None:
+            with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+                answers = self._teacher(images)
+            distilled = distillation_loss(logits, answers.float(), self.settings.temperature)
+            loss = (1 - self._distill_weight) * loss + self._distill_weight * distilled
+        extra = self.regulariser(self.model) if self.regulariser is not None else loss.new_zeros(())
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(self._scaler.scale(loss + extra))
+        if self.settings.grad_clip:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self._average is not None:
+            self._average.update(self.model)
+        right = (logits.argmax(dim=1) == labels).sum()
+        count = torch.tensor(float(len(labels)), device=self.device)
+        return torch.stack([loss.detach() * count, right, count, extra.detach()]).double()
+
+    def _check(self, sums: torch.Tensor) -> None:
+        rate = self._optimizer.param_groups[0]["lr"]
+        if not torch.isfinite(sums).all():
+            raise CompressorError(
+                f"The training loss became NaN or infinite in epoch {self.epoch + 1} of {self.epochs}, "
+                f"at a learning rate of {rate:g} (highest: {self.settings.learning_rate:g}).",
+                f"Lower it, for example to {self.settings.learning_rate / 5:g}. "
+                "The last checkpoint is still good.",
+            )
+
+    def _epoch_seed(self) -> int:
+        return self.seed * 100_003 + self.epoch
+
+    def state(self) -> dict[str, Any]:
+        """All that decides how training goes on, as nested dicts and lists of copied tensors and plain values."""
+        return {
+            "epoch": self.epoch,
+            "seed": self.seed,
+            "model": _copied(self.model.state_dict()),
+            "optimizer": _copied(self._optimizer.state_dict()),
+            "scaler": _copied(self._scaler.state_dict()),
+            "average": None if self._average is None else self._average.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()`, bit by bit as if nothing had happened in between.
+
+        Raises:
+            CompressorError: the state belongs to another model or seed.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            # The optimiser would keep the very tensors of the state and change them.
+            self._optimizer.load_state_dict(_copied(state["optimizer"]))
+            self._scaler.load_state_dict(state["scaler"])
+            if self._average is not None:
+                self._average.restore(state["average"])
+            self.epoch, seed = int(state["epoch"]), int(state["seed"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CompressorError(
+                f"The saved state of training does not fit: {reason}.", "Start afresh."
+            ) from error
+        if seed != self.seed:
+            raise CompressorError(
+                f"The saved training had seed {seed}, this one has {self.seed}.", "Use its seed."
+            )
+
+
+def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    momentum = settings.momentum
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        momentum=momentum,
+        nesterov=momentum > 0,
+    )
+
+
+def _copied(value: Any) -> Any:
+    """A nested structure with its tensors copied."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone(memory_format=torch.contiguous_format)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(item) for item in value]
+    return value
+
+
+@contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators (dropout draws from them) and put them back afterwards."""
+    devices = [device] if device.type not in ("cpu", "mps") else []
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,78 @@
+"""Where training runs: one device, or one process of several that Accelerate has launched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from compressor.errors import CompressorError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A device and this process's place among all.
+
+    Attributes:
+        device: Where weights and batches lie.
+        rank: This process's number.
+        world: Number of processes.
+        wrap: Makes of a module one whose gradients are averaged over all processes; the module itself
+            where alone.
+        total: Sums a tensor over all processes.
+    """
+
+    device: torch.device
+    rank: int
+    world: int
+    wrap: Callable[[nn.Module], nn.Module]
+    total: Callable[[torch.Tensor], torch.Tensor]
+
+
+def place(device: str | torch.device) -> Placement:
+    """Find the device, and the other processes where `accelerate launch` or `torchrun` started several.
+
+    Args:
+        device: "auto" for the accelerator of this machine or else its CPU, or a name such as "cpu" or
+            "cuda:1".
+
+    Raises:
+        CompressorError: there is no such device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _among_several(torch.device(device).type == "cpu" if device != "auto" else False)
+    if device == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        chosen = found or torch.device("cpu")
+    else:
+        try:
+            chosen = torch.device(device)
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError) as error:  # a CPU build of torch asserts that it has CUDA
+            reason = (str(error).splitlines() or ["it is not available"])[0]
+            raise CompressorError(
+                f"There is no device {device!r} here: {reason}.", "Use cpu or auto."
+            ) from error
+    return Placement(chosen, 0, 1, lambda module: module, lambda tensor: tensor)
+
+
+def _among_several(cpu: bool) -> Placement:
+    """Ask Accelerate, which is left out of single processes.
+
+    Its state is shared by all its instances, so precision is none of its business here: two trainings of
+    different precision in one process would otherwise exclude each other, and preparing a module would
+    replace its `forward` by one that a copy of the module still shares with the original.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+    return Placement(
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+        lambda module: accelerator.prepare_model(module),
+        lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+    )
