@@ -93,7 +93,6 @@ class ActionBounds:
         shares = [
             np.asarray(budget.predict(widths), dtype=np.float64) / budget.target for budget in self.budgets
         ]
-       
         return np.max(shares, axis=0) if shares else np.zeros(len(widths))
 
     def feasible(self, widths: Widths) -> NDArray[np.bool_]:

@@ -133,7 +133,6 @@ def plan_episodes(settings: JointSettings, joint_epochs: int, limits: Limits) ->
         if limits.use_all
         else settings.fill_episodes
     )
-   
     fill = min(fill, max(1, free // 2))
     per_round = max(1, (free - fill) // rounds)
     return EpisodePlan(
