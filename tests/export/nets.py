@@ -31,7 +31,7 @@ def matmul_chain(width: int, depth: int, *, batch: int | str = 1) -> bytes:
 
 
 class SmallNet(nn.Module):
-    """Convolutions with batch norms, a residual sum, a depthwise layer and a linear head; 3x16x16 by default."""
+    """Convolutions with batch norms, a residual sum, a depthwise layer and a linear head."""
 
     def __init__(self, width: int = 8, classes: int = 10) -> None:
         super().__init__()

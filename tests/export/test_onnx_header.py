@@ -18,8 +18,8 @@ from tests.export.nets import matmul_chain
 
 def network(kinds: list[str], *, opset: int = 17, dtype: type = np.float32) -> bytes:
     nodes = [
-        helper.make_node(kind, [f"t{index}"], [f"t{index + 1}"], name=f"n{index}", domain="own" if kind == "Own" else "")
-        for index, kind in enumerate(kinds)
+        helper.make_node(kind, [f"t{i}"], [f"t{i + 1}"], name=f"n{i}", domain="own" if kind == "Own" else "")
+        for i, kind in enumerate(kinds)
     ]
     graph = helper.make_graph(
         nodes,
