@@ -1,1 +1,1 @@
-"""Limits that the slim network must keep."""
+"""Costs and their limits: latency, multiply-adds, parameters, memory, any Python function."""

@@ -1,1 +1,1 @@
-"""Latency tables: measured, corrected, and what they predict."""
+"""How long a network takes on a device: tables, their measurement, their predictions."""

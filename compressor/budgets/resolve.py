@@ -1,0 +1,88 @@
+"""From what was asked for to budgets with absolute limits, and whether any network can keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compressor.budgets.base import Budget
+from compressor.budgets.counts import BYTES, MacsBudget, MemoryBudget, ParamsBudget, memory_bytes
+from compressor.budgets.function import FunctionBudget, evaluate, load_function
+from compressor.budgets.latency import LatencyBudget
+from compressor.budgets.parse import BudgetSpec
+from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from compressor.latency.table import LatencyTable
+    from compressor.pruning.space import PruningSpace
+
+
+def resolve(
+    specs: Sequence[BudgetSpec], space: PruningSpace, table: LatencyTable | None = None
+) -> list[Budget]:
+    """Budgets in absolute numbers, in the order given.
+
+    Args:
+        specs: What was asked for; shares are of the dense network's cost.
+        space: Gives the dense network's counts and those of every candidate.
+        table: The device's latency; needed where a latency is asked for.
+
+    Raises:
+        CompressorError: the same cost is limited twice, a latency is asked for without a table, or a function of the
+            user's fails.
+    """
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise CompressorError(f"The budget {name} is given twice.", "Give each cost one limit.")
+    return [_resolved(spec, space, table) for spec in specs]
+
+
+def _resolved(spec: BudgetSpec, space: PruningSpace, table: LatencyTable | None) -> Budget:
+    if spec.is_function:
+        function = load_function(spec.name)
+        dense = evaluate(spec.name, function, space.apply(space.dense()))
+        return FunctionBudget(space, function, _target(spec, dense), dense, spec.name)
+    if spec.name == "latency":
+        if table is None:
+            raise CompressorError(
+                "A latency budget needs a latency table.", "Give --device, or use --flops instead."
+            )
+        dense = table.dense_ms(space)
+        return LatencyBudget(table.curve(space), _target(spec, dense), dense, table.estimated)
+    everything = np.asarray(space.dense_widths)[None]
+    if spec.name == "memory":
+        precision = table.precision if table is not None else next(iter(BYTES))
+        dense = float(memory_bytes(space, everything, precision)[0])
+        return MemoryBudget(space, _target(spec, dense), dense, precision)
+    kinds: dict[str, Callable[..., Budget]] = {"macs": MacsBudget, "params": ParamsBudget}
+    dense = float(getattr(space, spec.name)(everything)[0])
+    return kinds[spec.name](space, _target(spec, dense), dense)
+
+
+def _target(spec: BudgetSpec, dense: float) -> float:
+    return spec.value * dense if spec.relative else spec.value
+
+
+def reachable(budgets: Sequence[Budget], space: PruningSpace) -> None:
+    """Refuse budgets that even the smallest network of the space misses.
+
+    Raises:
+        CompressorError: with what was asked for, what can be reached, the dense value, and what to change.
+    """
+    smallest = np.asarray(space.min_widths)[None]
+    missed = [(budget, float(budget.predict(smallest)[0])) for budget in budgets]
+    missed = [(budget, least) for budget, least in missed if least > budget.target * (1 + 1e-9)]
+    if not missed:
+        return
+    problems = "; ".join(
+        f"{budget.name} <= {budget.format(budget.target)} was asked for, the smallest network of this space takes "
+        f"{budget.format(least)} ({least / budget.dense:.0%} of the dense {budget.format(budget.dense)})"
+        for budget, least in missed
+    )
+    raise CompressorError(
+        f"The budget cannot be reached: {problems}.",
+        "Ask for more, allow smaller widths (pruning.min_share, --granularity), or start from a smaller model.",
+    )

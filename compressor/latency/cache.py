@@ -1,0 +1,92 @@
+"""Where tables of this machine are kept between runs, and who may measure."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from compressor.errors import CompressorError
+from compressor.progress import say
+
+PATIENCE_S = 900.0
+"""How long to wait for another process that is measuring, in seconds."""
+
+
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """The folder given, else `$COMPRESSOR_CACHE`, else the user's cache folder."""
+    if folder is not None:
+        return Path(folder)
+    if os.environ.get("COMPRESSOR_CACHE"):
+        return Path(os.environ["COMPRESSOR_CACHE"])
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("compressor"))
+
+
+def table_path(folder: Path, *, runtime: str, version: str, threads: int, network: str) -> Path:
+    """The file of a network's table; another processor, runtime version or thread count has another one."""
+    key = "|".join([cpu_model(), runtime, version, str(threads), network])
+    return folder / "latency" / f"{runtime}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+
+
+@contextmanager
+def measuring_alone(folder: Path) -> Iterator[None]:
+    """Hold the machine's measuring lock: two processes that measure at once would measure each other.
+
+    Raises:
+        CompressorError: the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        (folder / "latency").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "latency" / "measuring.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say("Another process is measuring on this machine; waiting for it to end.")
+            try:
+                lock.acquire(timeout=PATIENCE_S)
+            except Timeout:
+                raise CompressorError(
+                    f"Another process has been measuring on this machine for {PATIENCE_S / 60:.0f} minutes.",
+                    f"End it, or delete {folder / 'latency' / 'measuring.lock'} if it is gone.",
+                ) from None
+    except OSError as error:
+        raise CompressorError(
+            f"The cache folder {folder} cannot be written: {error.strerror or error}.",
+            "Name another one: export COMPRESSOR_CACHE=DIR",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cpu_model() -> str:
+    """The processor's name, such as `Intel(R) Xeon(R) Processor, 2 cores`."""
+    name = platform.processor() or platform.machine()
+    for label, path in (("model name", Path("/proc/cpuinfo")), ("Model", Path("/proc/cpuinfo"))):
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            break
+        found = [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == label]
+        if found:
+            name = found[0]
+            break
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def governor() -> str:
+    """How the processor's clock is governed, such as `performance`; empty where the system does not say."""
+    try:
+        return (
+            Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text(encoding="ascii").strip()
+        )
+    except OSError:
+        return ""

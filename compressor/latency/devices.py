@@ -1,0 +1,123 @@
+"""The devices whose latency is known: this machine, and every shipped table."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from compressor.errors import CompressorError
+from compressor.latency.table import LatencyTable
+from compressor.recipe import shipped
+
+LOCAL = "local"
+_TENSOR_CORES = {"fp16": 8, "int8": 32}
+
+
+@dataclass(frozen=True)
+class KnownDevice:
+    """A line of `compress devices`.
+
+    Attributes:
+        name: What --device takes.
+        runtime: Runtime and, where known, its version.
+        precisions: Precisions that its table was made for.
+        how: Whether it is measured or estimated, with the error that it states.
+    """
+
+    name: str
+    runtime: str
+    precisions: tuple[str, ...]
+    how: str
+
+
+def devices() -> list[KnownDevice]:
+    """`local` and every shipped table, by name.
+
+    Raises:
+        CompressorError: a shipped table is damaged.
+    """
+    import importlib.metadata
+
+    try:
+        version = importlib.metadata.version("onnxruntime")
+    except importlib.metadata.PackageNotFoundError:
+        version = "(not installed)"
+    found = [
+        KnownDevice(LOCAL, f"onnxruntime-cpu {version}", ("fp32",), "measured here when it is asked for")
+    ]
+    for name in _table_files():
+        table = find_table(name)
+        fields = table.fields
+        runtime = f"{fields.runtime.name} {fields.runtime.version}".strip()
+        found.append(KnownDevice(name, runtime, table.precisions, _how(table)))
+    return found
+
+
+def check_known(device: str) -> None:
+    """Refuse a device that has no table.
+
+    Raises:
+        CompressorError: with the nearest names.
+    """
+    files = _table_files()
+    if device == LOCAL or device in files:
+        return
+    near = difflib.get_close_matches(device, [LOCAL, *files], n=3, cutoff=0.4)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise CompressorError(
+        f"There is no latency table for the device {device!r}.", f"{hint}See all: compress devices"
+    )
+
+
+def find_table(device: str) -> LatencyTable:
+    """The shipped table of a device.
+
+    Raises:
+        CompressorError: there is none (the nearest names are given), or its file is damaged.
+    """
+    if device == LOCAL:
+        raise CompressorError(
+            "The device 'local' has no shipped table: it is measured for each network.",
+            "Use local_table(space, input).",
+        )
+    check_known(device)
+    return LatencyTable.read(_table_files()[device])
+
+
+@functools.lru_cache(maxsize=8)
+def recommended_granularity(runtime: str, precision: str) -> int:
+    """Of which number channel counts should be multiples, so that none is paid for without being used.
+
+    Args:
+        runtime: `onnxruntime-cpu` or `tensorrt`.
+        precision: `fp32`, `fp16` or `int8`.
+
+    Returns:
+        For TensorRT 8 in FP16 and 32 in INT8 (tensor cores), else 1. For ONNX Runtime the channel block of its
+        convolutions on this CPU: narrower widths are padded to it, and widths that are no multiple of 4 take a much
+        slower kernel.
+    """
+    if runtime == "tensorrt":
+        return _TENSOR_CORES.get(precision, 1)
+    from compressor.latency.ort_profile import channel_block
+
+    return channel_block()
+
+
+def _table_files() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(shipped("latency_tables").glob("*.json"))}
+
+
+def _how(table: LatencyTable) -> str:
+    if not table.estimated:
+        return f"measured on {table.fields.date}"
+    parts = []
+    for precision, roofline in table.fields.roofline.items():
+        errors = roofline.errors
+        if errors.left_out_mape is not None:
+            parts.append(
+                f"{precision} off by {errors.left_out_mape:.0%} on published latencies left out of the fit"
+            )
+    return "estimated: " + ("; ".join(parts) if parts else "no published latency to compare with")

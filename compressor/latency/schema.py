@@ -1,0 +1,204 @@
+"""The file format of a latency table (docs/latency.md describes it for people)."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compressor.errors import CompressorError
+
+SCHEMA_VERSION = 1
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+FASTEST_MS = 1e-5
+"""Nothing computes an operator in ten nanoseconds: a time below this was written in another unit."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DeviceFields(_Part):
+    """What was measured on, or estimated for."""
+
+    name: str = Field(description="Name that --device takes.")
+    sku: str = Field(default="", description="The processor or module as its maker names it.")
+    compute_capability: str = Field(
+        default="", description="CUDA compute capability, such as 8.7; empty for a CPU."
+    )
+    power_mode: str = Field(
+        default="", description="Power mode or frequency governor; empty where it could not be read."
+    )
+    clocks: str = Field(
+        default="", description="Clock frequencies with their unit; empty where they could not be read."
+    )
+
+
+class RuntimeFields(_Part):
+    """What ran, or would run, the network."""
+
+    name: str = Field(description="onnxruntime-cpu or tensorrt.")
+    version: str = Field(default="", description="Its version; empty for an estimate.")
+    threads: int = Field(
+        default=0, ge=0, description="Threads inside one operator; 0 where the runtime has no such setting."
+    )
+
+
+class Entry(_Part):
+    """The measured points of one operator: columns of equal length, ordered by (c_in, c_out)."""
+
+    c_in: tuple[Annotated[int, Field(gt=0)], ...]
+    c_out: tuple[Annotated[int, Field(gt=0)], ...]
+    n: tuple[Annotated[int, Field(gt=0)], ...] = Field(description="Timed runs behind each point.")
+    median_ms: tuple[Positive, ...]
+    p90_ms: tuple[Positive, ...]
+    std_ms: tuple[Share, ...]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Entry:
+        columns = (self.c_in, self.c_out, self.n, self.median_ms, self.p90_ms, self.std_ms)
+        if len({len(column) for column in columns}) != 1 or not self.c_in:
+            raise ValueError("its columns have different lengths or are empty")
+        points = list(zip(self.c_in, self.c_out, strict=True))
+        if points != sorted(set(points)):
+            raise ValueError("its points are not in ascending order, or one occurs twice")
+        if min(self.median_ms) < FASTEST_MS:
+            raise ValueError(f"{min(self.median_ms):g} ms is no operator's time; times are in milliseconds")
+        return self
+
+
+class CorrectionFields(_Part):
+    """milliseconds = max(least, offset + slope x sum of operators)."""
+
+    offset_ms: Finite
+    slope: Positive
+    least_ms: Share = 0.0
+
+
+class HeldOutFields(_Part):
+    """Errors on networks that nothing was fitted to, as shares of the measured time."""
+
+    networks: int = Field(ge=1)
+    mape: Share
+    p95: Share
+    worst: Share
+    bias: Finite
+    spearman: Finite
+
+
+class NetworkFields(_Part):
+    """A network that was measured whole."""
+
+    layers: tuple[str, ...] = Field(
+        description="The entry of each weight-bearing operator, in execution order."
+    )
+    dense_ms: Positive = Field(description="Median end-to-end time of the network as it is.")
+    dense_p90_ms: Positive
+    drift: Finite = Field(default=0.0, description="Dense network at the end over the start, minus one.")
+    correction: CorrectionFields
+    fitted_networks: int = Field(ge=1, description="Sub-networks that entries and correction were fitted to.")
+    held_out: HeldOutFields | None = None
+    seconds: Share = Field(default=0.0, description="How long measuring took.")
+    granularity: tuple[int, ...] = Field(
+        default=(), description="Channel steps of the groups that were measured."
+    )
+
+
+class ErrorFields(_Part):
+    """How far an estimate was from published measurements."""
+
+    measurements: int = Field(ge=0, description="Published latencies of this device, fp16 and fp32.")
+    fitted_mape: Share | None = None
+    left_out_mape: Share | None = Field(
+        default=None, description="Each measurement predicted from all the others."
+    )
+    left_out_worst: Share | None = None
+
+
+class RooflineFields(_Part):
+    """A device's speed, from which any operator's time is estimated; times of one operator in milliseconds."""
+
+    tflops: Positive = Field(description="Dense peak, a multiply-add being two operations.")
+    bandwidth_gbs: Positive
+    efficiency: dict[str, Positive] = Field(
+        description="Share of the peak that each kind of operator reaches."
+    )
+    bandwidth_efficiency: Positive
+    launch_ms: Positive = Field(description="Time that each operator pays besides its work.")
+    network_ms: Share = Field(description="Time that each network pays besides its operators.")
+    block: int = Field(ge=1, description="Channels are padded to a multiple of this.")
+    errors: ErrorFields
+
+
+class TableFields(_Part):
+    """A whole table."""
+
+    schema_version: Literal[1] = 1
+    device: DeviceFields
+    runtime: RuntimeFields
+    precision: Literal["fp32", "fp16", "int8"]
+    batch: int = Field(default=1, ge=1)
+    date: str
+    how: Literal["measured", "estimated"]
+    protocol: str = Field(description="How the numbers were made, in words.")
+    sources: tuple[str, ...] = ()
+    block: int = Field(default=1, ge=1, description="Channels that the kernels compute at once.")
+    entries: dict[str, Entry] = Field(default_factory=dict)
+    networks: dict[str, NetworkFields] = Field(default_factory=dict)
+    roofline: dict[str, RooflineFields] = Field(default_factory=dict, description="By precision.")
+    raised: Positive = Field(
+        default=1.0, description="Factor by which whole-network measurements have raised predictions."
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> TableFields:
+        for name, network in self.networks.items():
+            missing = sorted(set(network.layers) - set(self.entries))
+            if missing:
+                raise ValueError(f"network {name} refers to {missing[0]!r}, which has no entry")
+        if not self.entries and not self.roofline:
+            raise ValueError("it has neither measured entries nor a roofline")
+        if self.how == "measured" and self.roofline:
+            raise ValueError("a measured table cannot carry an estimate")
+        return self
+
+
+def read_table(text: str, source: str) -> TableFields:
+    """Validate the text of a table's file.
+
+    Raises:
+        CompressorError: it is no JSON, has another schema version, or a field is wrong (the field is named).
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CompressorError(
+            f"The latency table {source} is damaged: no JSON after line {error.lineno}, column {error.colno}.",
+            "Delete the file; a table of this machine is then measured anew.",
+        ) from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise CompressorError(
+            f"The latency table {source} has schema version {version}, expected {SCHEMA_VERSION}.",
+            "Make it again with this version of the toolkit.",
+        )
+    try:
+        return TableFields.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "as a whole"
+        raise CompressorError(
+            f"The latency table {source} is wrong in {where}: {problem['msg']}.",
+            "Make it again, or mend that field.",
+        ) from None
+
+
+def rounded(milliseconds: float) -> float:
+    """Six significant digits: finer than any clock, and short in a file."""
+    return 0.0 if milliseconds == 0 else round(milliseconds, 5 - math.floor(math.log10(abs(milliseconds))))

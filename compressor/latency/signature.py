@@ -1,0 +1,146 @@
+"""What an operator is, apart from its channel counts: the key of an entry in a latency table.
+
+    conv k3x3 s1x1 p1x1 d1x1 g1 in32x32 +relu
+
+Two layers with the same key are the same operator to the runtime and share their measurements. The part after `+`
+is what the runtime computes along with the operator (activation, residual addition, pooling, change of layout).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from compressor.pruning.space import PruningSpace
+
+Widths = npt.NDArray[np.int64]
+"""Channels of every group: (G,) for one candidate, (N, G) for many."""
+
+_KEY = re.compile(
+    r"(?P<kind>\w+) k(?P<kernel>\d+x\d+) s(?P<stride>\d+x\d+) p(?P<padding>\d+x\d+) d(?P<dilation>\d+x\d+) "
+    r"g(?P<groups>\d+|c) in(?P<in_hw>\d+x\d+)(?: \+(?P<epilogue>[\w+]+))?"
+)
+
+
+@dataclass(frozen=True)
+class OpSignature:
+    """An operator without its channel counts.
+
+    Attributes:
+        kind: `conv`, `depthwise`, `grouped`, `linear`, `conv_transpose`, ...
+        kernel, stride, padding, dilation: (height, width); (1, 1), (1, 1), (0, 0), (1, 1) for a linear layer.
+        groups: Groups of the convolution; 0 where they equal the channels (depthwise).
+        in_hw: Height and width of the input in pixels; (1, 1) for a vector.
+        epilogue: ONNX operators computed along with it, in order, joined by `+`; empty where there are none.
+    """
+
+    kind: str
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    in_hw: tuple[int, int]
+    epilogue: str = ""
+
+    @property
+    def key(self) -> str:
+        """The signature as one line, the form that table files use."""
+        groups = "c" if self.groups == 0 else str(self.groups)
+        line = (
+            f"{self.kind} k{_x(self.kernel)} s{_x(self.stride)} p{_x(self.padding)} d{_x(self.dilation)} "
+            f"g{groups} in{_x(self.in_hw)}"
+        )
+        return f"{line} +{self.epilogue}" if self.epilogue else line
+
+    @classmethod
+    def from_key(cls, key: str) -> OpSignature:
+        """Read a key back.
+
+        Raises:
+            CompressorError: the line is no key.
+        """
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise CompressorError(
+                f"{key!r} is no operator signature, such as 'conv k3x3 s1x1 p1x1 d1x1 g1 in32x32 +Relu'."
+            )
+        part = match.groupdict()
+        pairs = {name: _pair(part[name]) for name in ("kernel", "stride", "padding", "dilation", "in_hw")}
+        groups = 0 if part["groups"] == "c" else int(part["groups"])
+        return cls(kind=part["kind"], groups=groups, epilogue=part["epilogue"] or "", **pairs)
+
+
+def signature_of(layer: Any, epilogue: str = "") -> OpSignature:
+    """The signature of one of a space's layers."""
+    depthwise = layer.kind == "depthwise"
+    return OpSignature(
+        kind=layer.kind,
+        kernel=_two(layer.kernel, 1),
+        stride=_two(layer.stride, 1),
+        padding=_two(layer.padding, 0),
+        dilation=_two(layer.dilation, 1),
+        groups=0 if depthwise else int(layer.groups or 1),
+        in_hw=_two(layer.in_hw, 1),
+        epilogue=epilogue,
+    )
+
+
+def network_signature(space: PruningSpace) -> str:
+    """A checksum of the network's layers and of how their channels depend on the groups.
+
+    Two spaces agree when they have the same operators on the same input size with the same groups; weights, minimum
+    widths and granularity play no part.
+    """
+    layers = [
+        [signature_of(layer).key, _affine(layer.in_channels), _affine(layer.out_channels)]
+        for layer in space.layers
+    ]
+    groups = [int(group.width) for group in space.groups]
+    text = json.dumps([layers, groups], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def channels(space: PruningSpace, widths: Widths) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Input and output channels of every layer of every candidate: two arrays (N, layers) from widths (N, G)."""
+    layers = space.layers
+    inputs = np.empty((len(widths), len(layers)), dtype=np.int64)
+    outputs = np.empty_like(inputs)
+    for index, layer in enumerate(layers):
+        inputs[:, index] = layer.in_channels(widths)
+        outputs[:, index] = layer.out_channels(widths)
+    return inputs, outputs
+
+
+def _affine(function: Any) -> list[Any]:
+    return [int(function.constant), sorted([int(group), int(times)] for group, times in function.terms)]
+
+
+def _x(pair: Sequence[int]) -> str:
+    return f"{pair[0]}x{pair[1]}"
+
+
+def _pair(text: str) -> tuple[int, int]:
+    first, second = text.split("x")
+    return int(first), int(second)
+
+
+def _two(value: Any, default: int) -> tuple[int, int]:
+    """A height-width pair from a number, a pair, a one-dimensional layer's singleton or nothing."""
+    if value is None or value == ():
+        return (default, default)
+    if isinstance(value, int):
+        return (value, value)
+    if len(value) == 1:
+        return (int(value[0]), default)
+    return (int(value[0]), int(value[1]))

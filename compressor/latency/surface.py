@@ -1,0 +1,124 @@
+"""An operator's time as a function of its channels, fitted to the measured grid.
+
+Runtimes compute channels in blocks: ONNX Runtime pads them to 8 or 16, tensor cores to 8 or 32. The time is therefore
+a staircase, not a slope, and what lies between two grid points depends on where the next stair is. Each operator's
+time is a sum, with coefficients that cannot be negative, of terms that follow the kernels:
+
+    blocks of input, of output, their product          the vectorised kernel with its padding
+    channels, their product                            the part that is not padded (memory traffic, other kernels)
+    fewer inputs than a block                          the kernel that reads the unblocked layout
+    channels that do not fit the layout                the fall-back kernel and the change of layout around it
+
+Non-negative coefficients keep the fit sane between and beyond noisy points, and make a monotone upper envelope cheap:
+each term is replaced by the smallest non-decreasing one above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+ALIGNMENT = 4
+"""Channels that are not a multiple of this have no blocked layout in ONNX Runtime."""
+
+_RIDGE = 1e-3
+"""Share of a term's norm that is added to its diagonal: settles which of two nearly equal terms is used."""
+
+
+@dataclass(frozen=True)
+class Surface:
+    """One operator's milliseconds over (input channels, output channels).
+
+    Attributes:
+        coefficients: (TERMS,), in milliseconds; none is negative.
+        floor: The smallest time that is ever returned, in milliseconds.
+        inputs, outputs: The smallest and the largest channel count that was measured.
+    """
+
+    coefficients: Floats
+    floor: float
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+
+    def covers(self, c_in: tuple[int, int], c_out: tuple[int, int]) -> bool:
+        """Whether every channel count of these (smallest, largest) ranges lies inside what was measured."""
+        return all(
+            measured[0] <= asked[0] and asked[1] <= measured[1]
+            for measured, asked in ((self.inputs, c_in), (self.outputs, c_out))
+        )
+
+
+class Surfaces:
+    """The surfaces of a network's operators, evaluated together.
+
+    Args:
+        surfaces: One for each operator.
+        block: Channels of a vector block.
+    """
+
+    def __init__(self, surfaces: Sequence[Surface], block: int) -> None:
+        self._coefficients = np.stack([surface.coefficients for surface in surfaces])
+        self._floor = np.asarray([surface.floor for surface in surfaces])
+        self._block = block
+
+    def __call__(self, c_in: npt.ArrayLike, c_out: npt.ArrayLike, *, upper: bool = False) -> Floats:
+        """Milliseconds from channel counts, all (N, operators).
+
+        Args:
+            c_in, c_out: Channels of each operator of each candidate.
+            upper: Give a bound from above that never falls when a channel count grows.
+        """
+        total = np.zeros(np.shape(c_in))
+        for place, term in enumerate(_terms(c_in, c_out, self._block, upper=upper)):
+            total += term * self._coefficients[:, place]
+        return np.asarray(np.maximum(total, self._floor))
+
+
+def fit_surface(c_in: Sequence[int], c_out: Sequence[int], ms: Sequence[float], block: int) -> Surface:
+    """Fit one operator.
+
+    Args:
+        c_in, c_out: Channel counts of the measured points.
+        ms: Their times in milliseconds, all above zero. Errors count relative to the time, so that narrow
+            candidates are predicted as well as wide ones.
+        block: Channels of a vector block.
+    """
+    from scipy.optimize import nnls
+
+    inputs, outputs, times = np.asarray(c_in), np.asarray(c_out), np.asarray(ms, dtype=np.float64)
+    terms = np.stack(_terms(inputs, outputs, block), axis=-1)
+    weight = 1.0 / np.maximum(times, 0.1 * float(np.median(times)))
+    weighted = terms * weight[:, None]
+    ridge = _RIDGE * np.diag(np.linalg.norm(weighted, axis=0))
+    target = np.concatenate([times * weight, np.zeros(terms.shape[1])])
+    coefficients, _ = nnls(np.concatenate([weighted, ridge]), target)
+    return Surface(
+        coefficients=np.asarray(coefficients, dtype=np.float64),
+        floor=0.5 * float(times.min()),
+        inputs=(int(inputs.min()), int(inputs.max())),
+        outputs=(int(outputs.min()), int(outputs.max())),
+    )
+
+
+def _terms(c_in: npt.ArrayLike, c_out: npt.ArrayLike, block: int, *, upper: bool = False) -> list[Floats]:
+    """The terms at each pair of channel counts. `upper` gives the smallest non-decreasing ones above them."""
+    a, b = np.asarray(c_in, dtype=np.float64), np.asarray(c_out, dtype=np.float64)
+    one = np.ones_like(a)
+    blocks_a, blocks_b = np.ceil(a / block), np.ceil(b / block)
+    if upper:
+        narrow = wide = misfit_a = misfit_b = one
+    else:
+        narrow, wide = one * (a < block), one * (a >= block)
+        misfit_a, misfit_b = one * (np.mod(a, ALIGNMENT) != 0), one * (np.mod(b, ALIGNMENT) != 0)
+    a, b = a / block, b / block
+    return [
+        one, blocks_a, blocks_b, blocks_a * blocks_b,
+        a, b, a * b, blocks_a * b, a * blocks_b,
+        narrow, narrow * blocks_b, wide,
+        misfit_a, misfit_a * b, misfit_a * a * b, misfit_b, misfit_b * b,
+    ]  # fmt: skip

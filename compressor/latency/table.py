@@ -1,0 +1,249 @@
+"""Latency tables: how long a network takes on a device, and how that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compressor.errors import CompressorError
+from compressor.latency.correction import Correction
+from compressor.latency.curve import Floats, LatencyCurve
+from compressor.latency.schema import NetworkFields, TableFields, read_table
+from compressor.latency.signature import network_signature, signature_of
+from compressor.latency.surface import Surface, Surfaces, fit_surface
+from compressor.run_dir import write_atomic
+
+if TYPE_CHECKING:
+    from compressor.pruning.plan import ChannelPlan
+    from compressor.pruning.space import PruningSpace
+
+
+class LatencyTable:
+    """What is known about one device, runtime, precision and batch.
+
+    Args:
+        fields: The validated contents of a table's file.
+
+    A measured table predicts the networks that it was measured for, and others whose operators it holds; an estimated
+    one predicts any network. Neither extrapolates: widths, operators, devices and precisions that it was not made for are
+    refused.
+    """
+
+    def __init__(self, fields: TableFields) -> None:
+        self.fields = fields
+
+    # ---------------------------------------------------------------- reading and writing
+    @classmethod
+    def load(
+        cls, device: str, precision: str = "fp32", *, batch: int = 1, runtime: str | None = None
+    ) -> LatencyTable:
+        """The shipped table of a device.
+
+        Raises:
+            CompressorError: no such device (the nearest names are given), or its table was not made for this
+                precision, batch or runtime.
+        """
+        from compressor.latency.devices import find_table
+
+        return find_table(device).at(precision, batch=batch, runtime=runtime)
+
+    @classmethod
+    def read(cls, path: str | Path) -> LatencyTable:
+        """Read a table's file.
+
+        Raises:
+            CompressorError: the file is missing, damaged, or says something that cannot be.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CompressorError(f"The latency table {path} cannot be read: {error}.") from None
+        return cls(read_table(text, str(path)))
+
+    def to_json(self) -> str:
+        """The file's text; `read` gives the same table back."""
+        return self.fields.model_dump_json(indent=1) + "\n"
+
+    def write(self, path: str | Path) -> None:
+        """Write the file, whole or not at all."""
+        write_atomic(Path(path), self.to_json())
+
+    # ---------------------------------------------------------------- what it is
+    @property
+    def device(self) -> str:
+        """The name that --device takes."""
+        return self.fields.device.name
+
+    @property
+    def precision(self) -> str:
+        """`fp32`, `fp16` or `int8`."""
+        return self.fields.precision
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the numbers are estimates; they must then be called so wherever they are shown."""
+        return self.fields.how == "estimated"
+
+    @cached_property
+    def precisions(self) -> tuple[str, ...]:
+        """Every precision that `at` gives."""
+        return tuple(self.fields.roofline) or (self.fields.precision,)
+
+    def describe(self) -> str:
+        """One line for people: device, runtime, precision, and how it is known with which error."""
+        fields = self.fields
+        runtime = f"{fields.runtime.name} {fields.runtime.version}".strip()
+        line = f"{self.device}, {runtime}, {fields.precision}, batch {fields.batch}: {fields.how} on {fields.date}"
+        errors = fields.roofline[fields.precision].errors if self.estimated else None
+        if errors is not None and errors.left_out_mape is not None:
+            line += f", {errors.left_out_mape:.0%} from published latencies that it was not fitted to"
+        for network in fields.networks.values():
+            if network.held_out is not None:
+                held = network.held_out
+                line += f", {held.mape:.1%} on average ({held.worst:.1%} at worst) on {held.networks} unseen sub-networks"
+        return line
+
+    def at(self, precision: str, *, batch: int = 1, runtime: str | None = None) -> LatencyTable:
+        """This table for a precision, batch and runtime.
+
+        Raises:
+            CompressorError: it was not made for them; what differs is named.
+        """
+        fields = self.fields
+        asked = {"precision": precision, "batch": str(batch), "runtime": runtime or fields.runtime.name}
+        made = {
+            "precision": ", ".join(self.precisions),
+            "batch": str(fields.batch),
+            "runtime": fields.runtime.name,
+        }
+        wrong = [name for name in asked if asked[name] not in made[name].split(", ")]
+        if wrong:
+            differs = "; ".join(f"{name} is {made[name]}, not {asked[name]}" for name in wrong)
+            raise CompressorError(
+                f"The latency table of {self.device} was not made for this: its {differs}.",
+                f"Ask for --precision {self.precisions[0]}, or measure the device: compress profile",
+            )
+        return LatencyTable(fields.model_copy(update={"precision": precision}))
+
+    # ---------------------------------------------------------------- prediction
+    def predict(self, space: PruningSpace, plan: ChannelPlan | None = None) -> float:
+        """Milliseconds for one input; without a plan those of the dense network, as measured where it was.
+
+        Raises:
+            CompressorError: the table does not cover this network.
+        """
+        if plan is None:
+            return self.dense_ms(space)
+        return float(self.curve(space)(space.widths(plan.widths)[None])[0])
+
+    def dense_ms(self, space: PruningSpace) -> float:
+        """Milliseconds of the dense network: its own measurement where there is one, else the prediction."""
+        network = self.fields.networks.get(network_signature(space))
+        if network is not None:
+            return network.dense_ms
+        return float(self.curve(space)(np.asarray(space.dense_widths)[None])[0])
+
+    def curve(self, space: PruningSpace) -> LatencyCurve:
+        """The latency of every candidate of `space`.
+
+        Raises:
+            CompressorError: the table does not cover this network.
+        """
+        raised = self.fields.raised
+        if self.fields.roofline:
+            from compressor.latency.roofline import roofline_operators
+
+            fields = self.fields.roofline[self.fields.precision]
+            return LatencyCurve(
+                space, roofline_operators(fields, space), lambda total: raised * (total + fields.network_ms)
+            )
+        network = self._network(space)
+        entries = [self._surface(key) for key in network.layers]
+        problem = self._uncovered(space, network, entries)
+        if problem:
+            raise CompressorError(
+                f"The latency table of {self.device} does not cover these widths: {problem}.",
+                "Measure it for this space: compress profile",
+            )
+        surfaces = Surfaces(entries, self.fields.block)
+        fields_c = network.correction
+        correction = Correction(fields_c.offset_ms, fields_c.slope, fields_c.least_ms)
+
+        def operators(c_in: Floats, c_out: Floats, upper: bool) -> Floats:
+            return surfaces(c_in, c_out, upper=upper)
+
+        return LatencyCurve(space, operators, lambda total: raised * correction(total))
+
+    def covers(self, space: PruningSpace) -> bool:
+        """Whether every candidate of `space` lies inside what was measured."""
+        if self.fields.roofline:
+            return True
+        network = self.fields.networks.get(network_signature(space))
+        if network is None or len(network.layers) != len(space.layers):
+            return False
+        return not self._uncovered(space, network, [self._surface(key) for key in network.layers])
+
+    def refit(self, samples: Sequence[tuple[float, float]]) -> LatencyTable:
+        """The table after whole networks of its device turned out slower than it predicted.
+
+        Its predictions are scaled so that at every sample they are at least what was measured. They are never lowered:
+        a network that is faster than predicted breaks no promise.
+
+        Args:
+            samples: (predicted, measured) milliseconds by this very table.
+        """
+        factor = max([1.0, *(measured / predicted for predicted, measured in samples)])
+        return LatencyTable(self.fields.model_copy(update={"raised": self.fields.raised * factor}))
+
+    # ---------------------------------------------------------------- inside
+    def _surface(self, key: str) -> Surface:
+        entry = self.fields.entries[key]
+        return fit_surface(entry.c_in, entry.c_out, entry.median_ms, self.fields.block)
+
+    def _network(self, space: PruningSpace) -> NetworkFields:
+        """The measured network, or one put together from the operators of others.
+
+        Raises:
+            CompressorError: an operator was never measured.
+        """
+        known = self.fields.networks.get(network_signature(space))
+        if known is not None:
+            return known
+        plain: dict[str, str] = {}
+        for key, entry in self.fields.entries.items():
+            bare = key.split(" +")[0]
+            if bare not in plain or len(entry.n) > len(self.fields.entries[plain[bare]].n):
+                plain[bare] = key
+        wanted = [signature_of(layer).key for layer in space.layers]
+        missing = sorted(set(wanted) - set(plain))
+        if missing or not self.fields.networks:
+            raise CompressorError(
+                f"The latency table of {self.device} holds {len(missing)} operators of this network not at all, "
+                f"such as: {missing[0] if missing else wanted[0]}.",
+                "Measure the network: compress profile --model NAME",
+            )
+        nearest = max(self.fields.networks.values(), key=lambda each: each.dense_ms)
+        return nearest.model_copy(update={"layers": tuple(plain[key] for key in wanted), "granularity": ()})
+
+    def _uncovered(self, space: PruningSpace, network: NetworkFields, surfaces: Sequence[Surface]) -> str:
+        """What of the space lies outside the measured points; empty where nothing does."""
+        least, dense = np.asarray(space.min_widths)[None], np.asarray(space.dense_widths)[None]
+        for layer, surface in zip(space.layers, surfaces, strict=True):
+            c_in = (int(layer.in_channels(least)[0]), int(layer.in_channels(dense)[0]))
+            c_out = (int(layer.out_channels(least)[0]), int(layer.out_channels(dense)[0]))
+            if not surface.covers(c_in, c_out):
+                return (
+                    f"{layer.name} takes {c_in[0]}-{c_in[1]} to {c_out[0]}-{c_out[1]} channels, measured were "
+                    f"{surface.inputs[0]}-{surface.inputs[1]} to {surface.outputs[0]}-{surface.outputs[1]}"
+                )
+        block = self.fields.block
+        for group, measured in zip(
+            space.groups, network.granularity or [g.granularity for g in space.groups], strict=True
+        ):
+            if np.gcd(group.granularity, block) % np.gcd(measured, block):
+                return f"{group.name} has steps of {group.granularity}, measured were steps of {measured}"
+        return ""
