@@ -54,9 +54,9 @@ def profile(recipe: Recipe) -> Iterator[str]:
     job = prepare(recipe)
     table = job.table
     assert table is not None  # the latency budget above asks for it
-    yield f"{recipe.model} at {recipe.image_size}x{recipe.image_size} on this machine ({table.runtime}):"
+    yield f"{recipe.model} at {recipe.image_size}x{recipe.image_size} on this machine (ONNX Runtime, {recipe.threads} thread):"
     yield f"  dense {table.predict(job.space):.3f} ms, smallest {table.predict(job.space, job.space.smallest()):.3f} ms"
-    yield from (f"  {line}" for line in table.describe())
+    yield f"  {table.describe()}"
 
 
 def measure_again(folder: Path) -> Iterator[str]:

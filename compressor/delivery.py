@@ -309,7 +309,7 @@ def _predicted_record(job: Job, plan: ChannelPlan) -> dict[str, Any]:
     table = job.table
     return {
         "device": job.recipe.device,
-        "runtime": table.runtime if table else None,
+        "runtime": table.fields.runtime.name if table else None,
         "precision": job.recipe.precision,
         "batch": 1,
         "percentile": 50,

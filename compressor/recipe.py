@@ -76,8 +76,8 @@ class Search(_Part):
         "tensor", description="Form of the joint agent's alignment term."
     )
     align_weight: float = Field(1e-4, ge=0, description="Weight of the alignment term; 0 turns it off.")
-    context: bool = Field(
-        True, description="Whether the joint agent sees a learned state of the changing environment."
+    settings: dict[str, int | float | bool | str] = Field(
+        {}, description="Numbers of the agent's method that differ from its own defaults (docs/agents.md)."
     )
 
 

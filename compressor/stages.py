@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -88,7 +87,7 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
         pruned = job.space.apply(result.best)
         reestimate_batch_norm(pruned, job.data.train, batches=10, device=job.torch_device)
         _note_accuracy(run, pruned=accuracy(pruned, job.data.test, device=job.torch_device))
-        write_atomic(run.file(PLAN), json.dumps(result.best.to_json(), indent=1))
+        write_atomic(run.file(PLAN), result.best.to_json())
         run.save(
             groups=[
                 {
@@ -134,8 +133,8 @@ def _search(run: RunDir, job: Job) -> SearchResult:
         job.data,
         device=job.torch_device,
         bn_batches=settings.batch_norm_batches,
-        batch_size=256,
-        max_images=settings.search_images,
+        search_images=settings.search_images,
+        seed=recipe.seed,
     )
     env = PruningEnv(job.space, search_budgets(run, job), evaluator, importance=importance(job))
     agent = create_agent(
@@ -143,6 +142,7 @@ def _search(run: RunDir, job: Job) -> SearchResult:
         seed=recipe.seed,
         trainer=_trainer(job, job.model, schedule.search) if schedule.search else None,
         schedule=schedule,
+        settings=settings.settings,
         alignment=partial(Alignment, job.space, form=settings.align, beta=settings.align_weight),
         curves=run.file("search/curves"),
     )
