@@ -1,1 +1,1 @@
-"""What may be removed from a network, what it costs, and how it is removed."""
+"""What may be removed from a network, what that costs, and the smaller network."""

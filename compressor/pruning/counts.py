@@ -1,0 +1,103 @@
+"""Costs as functions of widths: sums of products of affine channel counts, evaluated for many candidates at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A channel count as a function of the widths of all groups: `constant + sum(coefficient * width[group])`.
+
+    Args:
+        constant: Channels that always stay.
+        terms: (index of a group, channels per unit of its width), ascending by group.
+    """
+
+    constant: int
+    terms: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, widths: Ints) -> Ints:
+        """Channels for `widths`, (N, G) -> (N,) or (G,) -> scalar array."""
+        given = np.asarray(widths, dtype=np.int64)
+        total = np.full(given.shape[:-1], self.constant, dtype=np.int64)
+        for group, coefficient in self.terms:
+            total = total + coefficient * given[..., group]
+        return np.asarray(total, dtype=np.int64)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether no group changes this count."""
+        return not self.terms
+
+
+class CostTerms:
+    """A sum of terms, each a constant times a product of affine counts.
+
+    Args:
+        terms: (constant, affine factors) for each term.
+        groups: G, the number of groups whose widths the costs are asked for.
+
+    Evaluation is one matrix product for the distinct factors and one gather for each position of a factor; everything
+    is whole numbers below 2**53, so that floating point arithmetic is exact and fast.
+    """
+
+    def __init__(self, terms: Sequence[tuple[int, Sequence[Affine]]], groups: int) -> None:
+        self._groups = groups
+        self._affine: dict[Affine, int] = {}
+        merged: dict[tuple[int, ...], int] = {}
+        base = 0
+        for constant, factors in terms:
+            varying = []
+            for factor in factors:
+                if factor.is_constant:
+                    constant *= factor.constant
+                else:
+                    varying.append(self._affine.setdefault(factor, len(self._affine)))
+            if varying:
+                key = tuple(sorted(varying))
+                merged[key] = merged.get(key, 0) + constant
+            else:
+                base += constant
+        self._base = base
+        self._merged = merged
+
+    @cached_property
+    def _compiled(self) -> tuple[NDArray[np.float64], NDArray[np.float64], list[tuple[Ints, NDArray[np.float64]]]]:
+        matrix = np.zeros((self._groups, len(self._affine)))
+        offset = np.zeros(len(self._affine))
+        for affine, column in self._affine.items():
+            offset[column] = affine.constant
+            for group, coefficient in affine.terms:
+                matrix[group, column] += coefficient
+        by_order: dict[int, tuple[list[tuple[int, ...]], list[int]]] = {}
+        for key, constant in self._merged.items():
+            keys, constants = by_order.setdefault(len(key), ([], []))
+            keys.append(key)
+            constants.append(constant)
+        parts = [
+            (np.array(keys, dtype=np.int64), np.array(constants, dtype=np.float64))
+            for keys, constants in by_order.values()
+        ]
+        return matrix, offset, parts
+
+    def __call__(self, widths: Ints) -> Ints:
+        """Costs (N,) of the candidates `widths` (N, G)."""
+        matrix, offset, parts = self._compiled
+        total = np.full(widths.shape[0], float(self._base))
+        # Blocks of candidates stay in the processor's cache.
+        for start in range(0, widths.shape[0], 512):
+            counts = (widths[start : start + 512].astype(np.float64) @ matrix + offset).T
+            for keys, constants in parts:
+                product = counts[keys[:, 0]]
+                for position in range(1, keys.shape[1]):
+                    product = product * counts[keys[:, position]]
+                total[start : start + 512] += constants @ product
+        return np.asarray(np.rint(total), dtype=np.int64)

@@ -1,0 +1,177 @@
+"""From classes of atoms to groups of channels: what has a width, and what has none and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.pruning.atoms import Labels
+from compressor.pruning.counts import Affine
+from compressor.pruning.trace import Facts
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that may be removed one unit at a time, each unit from every tensor that it runs through.
+
+    Args:
+        name: The module that first makes these channels; unique.
+        index: Place in `PruningSpace.groups`, in the order in which the network makes them.
+        width: Units of the dense network. A unit is a channel, an attention head, or a group of a grouped convolution.
+        unit: Channels of a unit where they are first made (1; the three projections of a head; a group's size).
+        granularity: Widths are multiples of this, or dense.
+        min_width: The smallest legal width.
+        coupled: Whether the channels run through a residual addition.
+        members: Every module that makes these channels.
+    """
+
+    name: str
+    index: int
+    width: int
+    unit: int
+    granularity: int
+    min_width: int
+    coupled: bool
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A part that stays dense, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Found:
+    """A group before the user's settings: its classes (smallest atoms), in the order of the first producer's channels."""
+
+    name: str
+    classes: Labels
+    unit: int
+    coupled: bool
+    members: tuple[str, ...]
+    makers: tuple[tuple[str, int], ...]
+
+
+@dataclass
+class Resolved:
+    """Atoms resolved to groups and units.
+
+    Args:
+        group: (atoms,) index of the group, -1 where the atom always stays.
+        unit: (atoms,) place in its group.
+    """
+
+    groups: list[Found]
+    skipped: list[Skipped]
+    group: NDArray[np.int64]
+    unit: NDArray[np.int64]
+    collapsed: list[Labels] = field(default_factory=list)
+
+    def affine(self, size: int | Labels) -> Affine:
+        """The number of kept indices of an axis as a function of widths."""
+        if not isinstance(size, np.ndarray):
+            return Affine(int(size))
+        groups = self.group[size]
+        constant = int((groups < 0).sum())
+        counts = np.bincount(groups[groups >= 0]) if constant < size.size else np.zeros(0, dtype=np.int64)
+        terms = []
+        for index in np.flatnonzero(counts).tolist():
+            coefficient, rest = divmod(int(counts[index]), len(self.groups[index].classes))
+            assert rest == 0, "channels of one group run through the same axes"
+            terms.append((index, coefficient))
+        return Affine(constant, tuple(terms))
+
+    def leave_dense(self, index: int, reason: str) -> None:
+        """Take a group out; it is named with the reason."""
+        found = self.groups.pop(index)
+        self.skipped.append(Skipped(found.name, reason))
+        self.group[self.group == index] = -1
+        self.group[self.group > index] -= 1
+
+
+def resolve(facts: Facts) -> Resolved:
+    """Group the classes of atoms by the axes that they run through.
+
+    Two classes that appear equally often in every axis of every parameter, layer, cost and attribute are exchangeable:
+    removing one or the other changes all sizes alike. Exchangeable classes make a group, so that every channel count is an
+    affine function of the widths.
+    """
+    solved = facts.atoms.solve()
+    roots = solved.of
+    axes: dict[int, Labels] = {}
+    for labels in [axis for each in facts.params.values() for axis in each if axis is not None]:
+        axes.setdefault(id(labels), labels)
+    for layer in facts.layers:
+        for size in (layer.in_channels, layer.out_channels):
+            if isinstance(size, np.ndarray):
+                axes.setdefault(id(size), size)
+    for _, factors in facts.terms:
+        for size in factors:
+            axes.setdefault(id(size), size)
+    for tie in facts.ties:
+        axes.setdefault(id(tie.labels), tie.labels)
+    random = np.random.default_rng(0)
+    signature = np.zeros(roots.size, dtype=np.uint64)
+    for labels in axes.values():
+        weight = np.uint64(random.integers(1, 2**63))
+        np.add.at(signature, roots[labels], weight)
+
+    group = np.full(roots.size, -1, dtype=np.int64)
+    unit = np.full(roots.size, -1, dtype=np.int64)
+    result = Resolved([], [], group, unit)
+    makers: dict[int, list[tuple[str, int]]] = {}
+    by_signature: dict[tuple[int, ...], int] = {}
+    skipped: dict[str, str] = {}
+    order: list[tuple[Labels, str, bool]] = []
+    for (param, axis), module in facts.outputs.items():
+        labels = facts.params[param][axis] if param in facts.params else None
+        if labels is None:
+            skipped.setdefault(module, "it makes a single channel")
+            continue
+        classes, first = np.unique(roots[labels], return_index=True)
+        classes = classes[np.argsort(first)]
+        still = classes[solved.fixed[classes]]
+        if still.size:
+            skipped.setdefault(module, solved.reasons[int(still[0])])
+        classes = classes[~solved.fixed[classes]]
+        for value in dict.fromkeys(signature[classes].tolist()):
+            members = classes[signature[classes] == value]
+            key = (value,)
+            index = by_signature.get(key)
+            if index is None:
+                index = len(order)
+                by_signature[key] = index
+                order.append((members, module, bool(solved.coupled[members[0]])))
+                per_unit = int(np.isin(roots[labels], members).sum()) // len(members)
+                result.groups.append(Found(module, members, per_unit, order[index][2], (), ()))
+            makers.setdefault(index, []).append((param, axis))
+    names: dict[str, int] = {}
+    for index, found in enumerate(result.groups):
+        found.makers = tuple(makers[index])
+        found.members = tuple(dict.fromkeys(facts.outputs[maker] for maker in found.makers))
+        names[found.name] = names.get(found.name, 0) + 1
+        if names[found.name] > 1:
+            found.name = f"{found.name}/{names[found.name]}"
+        group[found.classes] = index
+        unit[found.classes] = np.arange(found.classes.size)
+    group[:] = group[roots]
+    unit[:] = unit[roots]
+    result.skipped = [Skipped(name, reason) for name, reason in skipped.items()]
+    for index in reversed(range(len(result.groups))):
+        found = result.groups[index]
+        if found.classes.size == 1:
+            result.collapsed.append(found.classes)
+            reason = "it makes a single channel" if found.unit == 1 else "all of its channels hang together"
+            result.leave_dense(index, reason)
+    return result
+
+
+def residual_names(groups: Sequence[Group]) -> tuple[str, ...]:
+    """Names of the groups that run through residual additions."""
+    return tuple(group.name for group in groups if group.coupled)

@@ -1,0 +1,79 @@
+"""A channel plan: which units each group keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from compressor.errors import CompressorError
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """Which units every group keeps; all that anything downstream needs besides the weights.
+
+    Args:
+        keep: Name of each group -> kept units, ascending and distinct.
+
+    Example: `ChannelPlan({"conv1": (0, 2, 5)}).widths == {"conv1": 3}`.
+    """
+
+    keep: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        checked = {}
+        for name, units in self.keep.items():
+            kept = tuple(int(unit) for unit in units)
+            if not kept:
+                raise CompressorError(f"A plan keeps nothing of group '{name}'.", "Keep at least one channel of every group.")
+            if kept[0] < 0 or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+                raise CompressorError(
+                    f"The kept channels of group '{name}' are not ascending, distinct and from 0 on.", "Sort them."
+                )
+            checked[str(name)] = kept
+        object.__setattr__(self, "keep", MappingProxyType(checked))
+
+    @cached_property
+    def widths(self) -> Mapping[str, int]:
+        """Units kept of each group."""
+        return MappingProxyType({name: len(units) for name, units in self.keep.items()})
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 of the plan's JSON; equal for equal plans, on every machine."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def __hash__(self) -> int:
+        return hash(self.checksum)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ChannelPlan, (dict(self.keep),))
+
+    def to_json(self) -> str:
+        """The plan as JSON, keys sorted, without spaces."""
+        return json.dumps({"keep": {n: list(u) for n, u in self.keep.items()}}, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> ChannelPlan:
+        """Read `to_json`.
+
+        Raises:
+            CompressorError: the text is not JSON, or not a plan.
+        """
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CompressorError(f"A channel plan is not JSON: {error}.", "Save it again with to_json().") from error
+        keep = content.get("keep") if isinstance(content, dict) else None
+        if not isinstance(keep, dict) or not all(
+            isinstance(units, list) and all(type(unit) is int for unit in units) for units in keep.values()
+        ):
+            raise CompressorError(
+                "A channel plan must look like {\"keep\": {\"group\": [0, 1, ...]}}.", "Save it again with to_json()."
+            )
+        return cls({name: tuple(units) for name, units in keep.items()})

@@ -1,0 +1,188 @@
+"""Slicing: the kept indices of every tensor, the attributes that follow, and the smaller network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compressor.pruning.attention import slim_class
+from compressor.pruning.counts import Affine
+from compressor.pruning.groups import Resolved
+from compressor.pruning.skeleton import copy_structure, named_tensors
+from compressor.pruning.trace import Facts
+
+Keep = Sequence[NDArray[np.bool_]]
+RECORD = "_compressor_slim"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An axis: for each index its group (-1 where it always stays) and its unit."""
+
+    group: NDArray[np.int64]
+    unit: NDArray[np.int64]
+
+    def kept(self, keep: Keep) -> Tensor:
+        """Kept indices, ascending, for one mask over units per group."""
+        mask = self.group < 0
+        for index in np.unique(self.group[~mask]).tolist():
+            here = self.group == index
+            mask[here] = keep[index][self.unit[here]]
+        return torch.from_numpy(np.flatnonzero(mask))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An attribute that holds a channel count divided by `block`."""
+
+    path: str
+    attribute: str
+    place: int | None
+    count: Affine
+    block: int
+
+
+class Slicer:
+    """Built once from a trace; knows for every tensor which axis is indexed by which group."""
+
+    def __init__(self, facts: Facts, resolved: Resolved, swaps: Mapping[str, str]) -> None:
+        layouts: dict[bytes, int] = {}
+        self.layouts: list[Layout] = []
+        self.axes: dict[str, tuple[tuple[int, int], ...]] = {}
+        for name, axes in facts.params.items():
+            found = []
+            for axis, labels in enumerate(axes):
+                if labels is None:
+                    continue
+                group = resolved.group[labels]
+                if (group < 0).all():
+                    continue
+                unit = resolved.unit[labels]
+                key = group.tobytes() + unit.tobytes()
+                if key not in layouts:
+                    layouts[key] = len(self.layouts)
+                    self.layouts.append(Layout(group, unit))
+                found.append((axis, layouts[key]))
+            if found:
+                self.axes[name] = tuple(found)
+        edits = {}
+        for tie in facts.ties:
+            count = resolved.affine(tie.labels)
+            if not count.is_constant:
+                edits.setdefault((tie.path, tie.attribute, tie.place), Edit(tie.path, tie.attribute, tie.place, count, tie.block))
+        self.edits = tuple(edits.values())
+        touched = {name.rpartition(".")[0] for name in self.axes}
+        #: Modules whose parameters may shrink, for the attributes that follow from shapes.
+        self.touched = tuple(sorted(touched))
+        self.swaps = {
+            path: name for path, name in swaps.items() if any(t == path or t.startswith(path + ".") for t in touched)
+        }
+
+    def indices(self, keep: Keep) -> list[Tensor | None]:
+        """Kept indices of each layout; None where all are kept."""
+        found = [layout.kept(keep) for layout in self.layouts]
+        return [None if index.numel() == layout.group.size else index for index, layout in zip(found, self.layouts, strict=True)]
+
+    def build(self, model: nn.Module, keep: Keep, widths: NDArray[np.int64], slice_: Callable[..., Tensor]) -> nn.Module:
+        """The smaller network.
+
+        Args:
+            model: The dense network (its tensors are only read).
+            keep: One mask over units per group.
+            widths: (G,) the number of kept units of each group.
+            slice_: (tensor, [(axis, kept indices)]) -> its smaller copy.
+        """
+        kept = self.indices(keep)
+        plan = {
+            id(tensor): [(axis, index) for axis, layout in self.axes[name] if (index := kept[layout]) is not None]
+            for name, tensor in named_tensors(model).items()
+            if name in self.axes
+        }
+        small = copy_structure(model, lambda tensor: slice_(tensor, plan.get(id(tensor), ())))
+        edits: list[list[Any]] = []
+        by_path = dict(small.named_modules())
+        if any(plan.values()):
+            for edit in self.edits:
+                _set(by_path[edit.path], edit, int(edit.count(widths)) // edit.block, edits)
+            for path in self.touched:
+                for attribute, value in following(by_path[path]):
+                    if getattr(by_path[path], attribute) != value:
+                        setattr(by_path[path], attribute, value)
+                        edits.append([path, attribute, list(value) if isinstance(value, tuple) else value])
+            for path, name in self.swaps.items():
+                swap(by_path[path], name)
+        small.__dict__[RECORD] = {"edits": edits, "swaps": dict(self.swaps) if any(plan.values()) else {}}
+        return small
+
+
+def _set(module: nn.Module, edit: Edit, value: int, edits: list[list[Any]]) -> None:
+    before = getattr(module, edit.attribute)
+    after: Any = value
+    if edit.place is not None:
+        items = list(before)
+        items[edit.place] = value
+        after = type(before)(items)
+    if after != before:
+        setattr(module, edit.attribute, after)
+        edits[:] = [e for e in edits if e[:2] != [edit.path, edit.attribute]]
+        edits.append([edit.path, edit.attribute, list(after) if isinstance(after, tuple) else after])
+
+
+def swap(module: nn.Module, name: str) -> None:
+    """Turn a module into the class that runs at any width."""
+    kind = slim_class(name)
+    assert kind is not None
+    module.__class__ = kind
+    if name == "multi_head_attention":
+        # Keeps torch's fused encoder layer, which assumes the dense layout, away from the weights.
+        module._qkv_same_embed_dim = False  # type: ignore[assignment]
+
+
+def following(module: nn.Module) -> list[tuple[str, Any]]:
+    """Attributes of torch's own modules that follow from the shapes of their parameters."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.modules.conv._ConvNd) and "weight" in module._parameters and weight is not None:
+        first, second = weight.shape[0], weight.shape[1] * module.groups
+        names = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+        return [(names[0], first), (names[1], second)]
+    if isinstance(module, nn.Linear) and weight is not None:
+        return [("out_features", weight.shape[0]), ("in_features", weight.shape[1])]
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        sized = weight if weight is not None else module._buffers.get("running_mean")
+        return [] if sized is None else [("num_features", sized.shape[0])]
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
+        return [("normalized_shape", tuple(weight.shape))]
+    if isinstance(module, nn.GroupNorm) and weight is not None:
+        return [("num_channels", weight.shape[0])]
+    if isinstance(module, nn.PReLU) and weight is not None:
+        return [("num_parameters", weight.shape[0])]
+    if isinstance(module, nn.Embedding) and weight is not None:
+        return [("num_embeddings", weight.shape[0]), ("embedding_dim", weight.shape[1])]
+    return []
+
+
+def cut(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """A copy of the kept indices; memory format, type and device as they were."""
+    with torch.no_grad():
+        source = tensor.detach()
+        if not kept:
+            return source.clone()
+        for axis, index in sorted(kept, key=lambda item: item[1].numel() / source.shape[item[0]]):
+            source = source.index_select(axis, index.to(source.device))
+        if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+            source = source.contiguous(memory_format=torch.channels_last)
+        return source
+
+
+def cut_meta(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """The shape of `cut` on the meta device."""
+    shape = list(tensor.shape)
+    for axis, index in kept:
+        shape[axis] = index.numel()
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")

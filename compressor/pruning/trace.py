@@ -1,0 +1,350 @@
+"""One forward pass that labels every axis of every tensor with the channels it carries.
+
+`Tracer` is a torch function mode: it sees each call of the public torch API with its tensors, lets it run (on the meta
+device, where nothing is computed), and asks the rule of that operation (`rules_shape`, `rules_compute`) what the call
+says about the atoms of the axes. Unlike a graph taken from autograd this keeps the exact index of every channel through
+concatenation, splitting, reshaping and shuffling, and it sees operations as fvcore counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from compressor.errors import CompressorError
+from compressor.pruning.atoms import Atoms, Axes, Labels
+
+#: Which call of an operation: the class of the module that made it and its place in that module's forward pass.
+#: Calls of sibling modules share a key, so that a decision for one holds for all.
+Key = tuple[str, int]
+
+_DATA_DEPENDENT = frozenset({"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"})
+
+
+@dataclass
+class Frame:
+    """A module whose forward pass is running."""
+
+    path: str
+    module: nn.Module | None
+    calls: int = 0
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__ if self.module is not None else ""
+
+
+@dataclass
+class Call:
+    """One call of the torch API, as a rule sees it."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    out: Any
+    key: Key
+
+    def arg(self, place: int, name: str, default: Any = None) -> Any:
+        """The argument at `place`, or by `name`, or `default`."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments, lists included."""
+        return list(_tensors([*self.args, *self.kwargs.values()]))
+
+
+@dataclass
+class Step:
+    """What the lockstep check compares: a call and the axes of its results."""
+
+    name: str
+    key: Key
+    path: str
+    outs: list[tuple[tuple[int, ...], Axes]]
+    labelled: list[Labels]
+
+
+@dataclass
+class LayerCall:
+    """One call of an operation that bears weights; channel axes as labels or constant sizes."""
+
+    name: str
+    kind: str
+    module_class: str
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    in_hw: tuple[int, int]
+    out_hw: tuple[int, int]
+    in_channels: int | Labels
+    out_channels: int | Labels
+
+
+@dataclass
+class Tie:
+    """An attribute of a module that holds a channel count: `attribute` (at `place` of a tuple or list) is len(labels)."""
+
+    path: str
+    attribute: str
+    place: int | None
+    labels: Labels
+    #: The attribute counts blocks of this many labels.
+    block: int = 1
+
+
+@dataclass
+class Facts:
+    """Everything a trace says about a network; labels are resolved by the caller."""
+
+    atoms: Atoms
+    params: dict[str, Axes] = field(default_factory=dict)
+    outputs: dict[tuple[str, int], str] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    terms: list[tuple[int, list[Labels]]] = field(default_factory=list)
+    layers: list[LayerCall] = field(default_factory=list)
+    ties: list[Tie] = field(default_factory=list)
+    swaps: dict[str, str] = field(default_factory=dict)
+    decisions: dict[Key, tuple[str, list[Labels]]] = field(default_factory=dict)
+
+
+@dataclass
+class Settings:
+    """What earlier traces of the same network have taught."""
+
+    decisions: dict[Key, str] = field(default_factory=dict)
+    frozen: dict[Key, str] = field(default_factory=dict)
+    untied: set[tuple[str, str]] = field(default_factory=set)
+
+
+class Tracer(TorchFunctionMode):
+    """Follows one forward pass.
+
+    Args:
+        tensors: name -> parameter or buffer of the network that runs (its own objects, by identity).
+        settings: Decisions and exceptions from earlier passes.
+        check: For the lockstep check of a pruned network: called with the number of each step, the call, its results and
+            the running module's path instead of the rules; raises where the results are not as they should be.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        settings: Settings,
+        check: Callable[[int, Call, list[Tensor], str], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.atoms = Atoms()
+        self.facts = Facts(self.atoms)
+        self.settings = settings
+        self._check = check
+        self._steps = 0
+        self._marks: dict[int, tuple[Tensor, Axes, bool]] = {}
+        self._names: dict[int, str] = {id(tensor): name for name, tensor in tensors.items()}
+        self._keep = list(tensors.values())
+        self.stack: list[Frame] = [Frame("", None)]
+        #: The innermost module whose forward pass ended with an error.
+        self.failed: Frame | None = None
+
+    # ---------------------------------------------------------------- what rules use
+    def axes(self, tensor: Tensor) -> Axes:
+        """The labels of each axis of `tensor`; parameters get atoms when they are first met."""
+        mark = self._marks.get(id(tensor))
+        if mark is not None:
+            return mark[1]
+        name = self._names.get(id(tensor))
+        if name is None:
+            return (None,) * tensor.dim()
+        axes = tuple(self.atoms.fresh(size) if size > 1 else None for size in tensor.shape)
+        self._marks[id(tensor)] = (tensor, axes, False)
+        self.facts.params[name] = axes
+        return axes
+
+    def name_of(self, tensor: Any) -> str | None:
+        """The parameter's or buffer's name where `tensor` is one."""
+        return self._names.get(id(tensor))
+
+    def active(self, tensor: Any) -> bool:
+        """Whether `tensor` was computed from the network's input."""
+        mark = self._marks.get(id(tensor))
+        return mark is not None and mark[2]
+
+    def mark(self, tensor: Tensor, axes: Iterable[Labels | None], active: bool) -> None:
+        """Record the labels of a result."""
+        self._marks[id(tensor)] = (tensor, tuple(axes), active)
+
+    def merge(self, a: Labels | None, b: Labels | None) -> Labels | None:
+        """Two axes of the same size meet index by index."""
+        if a is None or b is None:
+            self.fix(a if b is None else b, "it meets an axis of fixed size")
+            return None
+        self.atoms.unify(a, b)
+        return a
+
+    def fix(self, labels: Labels | None, reason: str) -> None:
+        """These channels must stay; the reason names where."""
+        if labels is not None:
+            where = self.stack[-1].path
+            self.atoms.fix(labels, f"{reason} (in {where})" if where else reason)
+
+    def producer(self, weight: Tensor, axis: int) -> None:
+        """`axis` of `weight` makes channels: importance reads it, and groups are named after it."""
+        name = self._names.get(id(weight))
+        path = self.stack[-1].path
+        if name is None:
+            name = f"{path}.weight" if path else "weight"
+            if name not in self.facts.params:
+                candidates = [p for p in self.facts.params if p.rpartition(".")[0] == path]
+                if not candidates:
+                    return
+                name = candidates[0]
+        self.facts.outputs.setdefault((name, axis), path or name.rpartition(".")[0])
+
+    def count(self, constant: int, *sizes: int | Labels) -> None:
+        """Add `constant * product(sizes)` to what fvcore counts; an axis with labels counts its kept channels."""
+        labels = []
+        for size in sizes:
+            if isinstance(size, (int, np.integer)):
+                constant *= int(size)
+            else:
+                labels.append(size)
+        self.facts.terms.append((constant, labels))
+
+    def sizes(self, tensor: Tensor) -> list[int | Labels]:
+        """The axes of `tensor` as factors for `count`."""
+        return [size if axis is None else axis for size, axis in zip(tensor.shape, self.axes(tensor), strict=True)]
+
+    def decide(self, call: Call, default: str, labels: Labels) -> str:
+        """Which way a split of channels is pruned; remembered so that a poor choice can be turned round."""
+        chosen = self.settings.decisions.get(call.key, default)
+        entry = self.facts.decisions.setdefault(call.key, (chosen, []))
+        entry[1].append(labels)
+        return chosen
+
+    def tie(self, attribute: str, labels: Labels, place: int | None = None, block: int = 1) -> None:
+        """The running module's `attribute` is the number of these channels (in blocks of `block`)."""
+        path = self.stack[-1].path
+        if (self.stack[-1].kind, attribute) not in self.settings.untied:
+            self.facts.ties.append(Tie(path, attribute, place, labels, block))
+
+    # ---------------------------------------------------------------- the mode itself
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        from compressor.pruning.rules import rule_of
+
+        kwargs = kwargs or {}
+        if not args and "input" in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"),)
+        name, rule = rule_of(func)
+        if rule is None:
+            if name in _DATA_DEPENDENT and args and self.active(args[0]):
+                raise data_dependent(name, self.stack[-1])
+            return func(*args, **kwargs)
+        frame = self.stack[-1]
+        key = (frame.kind, frame.calls)
+        frame.calls += 1
+        out = func(*args, **kwargs)
+        if name == "setitem":
+            self._written(args)
+        results = list(_tensors([out]))
+        if not results:
+            return out
+        call = Call(name, args, kwargs, out, key)
+        if self._check is not None:
+            self._check(self._steps, call, results, frame.path)
+            self._steps += 1
+            return out
+        inputs = call.tensors
+        live = any(self.active(tensor) for tensor in inputs)
+        rule(self, call)
+        for tensor in results:
+            if id(tensor) not in self._marks or not self._marks[id(tensor)][2]:
+                self.mark(tensor, self.axes(tensor), live)
+        labelled = [
+            axis for tensor in [*inputs, *results] for axis in self.axes(tensor) if axis is not None
+        ]
+        if key in self.settings.frozen:
+            for axis in labelled:
+                self.fix(axis, self.settings.frozen[key])
+        self.facts.steps.append(
+            Step(name, key, frame.path, [(tuple(t.shape), self.axes(t)) for t in results], labelled)
+        )
+        return out
+
+    def _written(self, args: tuple[Any, ...]) -> None:
+        """Values were written into a part of a tensor: what meets there keeps its size."""
+        for tensor in _tensors(args):
+            for axis in self.axes(tensor):
+                self.fix(axis, "values are written into a part of a tensor")
+        if self.active(args[2]):
+            self.mark(args[0], self.axes(args[0]), True)
+
+    def watch(self, paths: Iterable[tuple[str, nn.Module]]) -> None:
+        """Keep track of which module runs: wraps `forward` on the modules of a skeleton made for tracing."""
+        for path, module in paths:
+            module.__dict__["forward"] = _Watched(self, path, module, type(module).forward)
+
+
+class _Watched:
+    """`forward` of one module, which tells the tracer when it starts and ends."""
+
+    def __init__(self, tracer: Tracer, path: str, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.tracer, self.path, self.module, self.forward = tracer, path, module, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        frame = Frame(self.path, self.module)
+        self.tracer.stack.append(frame)
+        try:
+            return self.forward(self.module, *args, **kwargs)
+        except BaseException:
+            self.tracer.failed = self.tracer.failed or frame
+            raise
+        finally:
+            self.tracer.stack.pop()
+
+
+def data_dependent(name: str, frame: Frame) -> CompressorError:
+    """The error for a forward pass whose course depends on values."""
+    where = f"module '{frame.path}' ({frame.kind})" if frame.path else f"the network's own forward ({frame.kind})"
+    return CompressorError(
+        f"The network's course depends on its data: {where} reads a tensor's value ('{name}') while it runs, so that one "
+        "pass does not show all of its structure.",
+        "Replace the branch by tensor operations (torch.where), or prune the part of the network around it.",
+    )
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+def example_tensors(value: Any) -> list[Tensor]:
+    """Every tensor in nested lists, tuples and dictionaries."""
+    return list(_tensors([value]))
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """`value` with every tensor in it on `device`."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device)
+    if isinstance(value, (list, tuple)):
+        items = [moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    return value
