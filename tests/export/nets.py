@@ -30,6 +30,27 @@ def matmul_chain(width: int, depth: int, *, batch: int | str = 1) -> bytes:
     return bytes(model.SerializeToString())
 
 
+def chain_of(
+    kinds: list[str], *, opset: int = 17, dtype: type = np.float32, batch: int | str = 1
+) -> bytes:
+    """Operators one after the other, named n0, n1, ..., with a stored constant of `dtype`; unchecked."""
+    nodes = [
+        helper.make_node(kind, [f"t{i}"], [f"t{i + 1}"], name=f"n{i}", domain="own" if kind == "Own" else "")
+        for i, kind in enumerate(kinds)
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("t0", TensorProto.FLOAT, [batch, 3])],
+        [helper.make_tensor_value_info(f"t{len(kinds)}", TensorProto.FLOAT, [batch, 3])],
+        [numpy_helper.from_array(np.ones(3, dtype), "w")],
+    )
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("own", 3)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=8, producer_name="hand")
+    helper.set_model_props(model, {"classes": '["ä"]'})
+    return bytes(model.SerializeToString())
+
+
 class SmallNet(nn.Module):
     """Convolutions with batch norms, a residual sum, a depthwise layer and a linear head."""
 

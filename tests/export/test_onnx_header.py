@@ -9,33 +9,14 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 
 from export.errors import ExportError
 from export.onnx_header import Node, parse_header, read_header
-from tests.export.nets import matmul_chain
-
-
-def network(kinds: list[str], *, opset: int = 17, dtype: type = np.float32) -> bytes:
-    nodes = [
-        helper.make_node(kind, [f"t{i}"], [f"t{i + 1}"], name=f"n{i}", domain="own" if kind == "Own" else "")
-        for i, kind in enumerate(kinds)
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("t0", TensorProto.FLOAT, ["n", 3])],
-        [helper.make_tensor_value_info(f"t{len(kinds)}", TensorProto.FLOAT, ["n", 3])],
-        [numpy_helper.from_array(np.ones(3, dtype), "w")],
-    )
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid("own", 3)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=8, producer_name="hand")
-    helper.set_model_props(model, {"classes": '["ä"]'})
-    return bytes(model.SerializeToString())
+from tests.export.nets import chain_of, matmul_chain
 
 
 def test_fields() -> None:
-    header = parse_header(network(["Relu", "Own"]))
+    header = parse_header(chain_of(["Relu", "Own"], batch="n"))
     assert (header.ir_version, header.opset, header.domains) == (8, 17, {"own": 3})
     assert header.producer == "hand"
     assert header.metadata == {"classes": '["ä"]'}
@@ -47,9 +28,9 @@ def test_fields() -> None:
 
 
 def test_precision_is_what_the_weights_say() -> None:
-    assert parse_header(network(["Relu"])).precision == "fp32"
-    assert parse_header(network(["Relu"], dtype=np.float16)).precision == "fp16"
-    assert parse_header(network(["QuantizeLinear"])).precision == "int8"
+    assert parse_header(chain_of(["Relu"])).precision == "fp32"
+    assert parse_header(chain_of(["Relu"], dtype=np.float16)).precision == "fp16"
+    assert parse_header(chain_of(["QuantizeLinear"])).precision == "int8"
 
 
 def test_weights_in_other_files_are_seen(tmp_path: Path) -> None:
@@ -66,7 +47,7 @@ def test_weights_in_other_files_are_seen(tmp_path: Path) -> None:
         (b"hello world, this is no network at all", "cut short or no ONNX file"),
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "cut short or no ONNX file"),
         (onnx.ModelProto(ir_version=8).SerializeToString(), "has no version"),
-        (network([]), "has no operators"),
+        (chain_of([]), "has no operators"),
     ],
 )
 def test_files_that_are_no_network(content: bytes, message: str) -> None:

@@ -1,0 +1,158 @@
+"""The GPU through its driver's own library: what it is, its memory, and events to time it with.
+
+TensorRT's Python interface moves no data and measures no time, and a Jetson has neither torch nor a CUDA
+package for Python. The driver's library is always there, and a dozen of its functions are enough.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+from export.errors import ExportError
+
+_LIBRARIES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
+_MAJOR, _MINOR, _CLOCK_KHZ = 75, 76, 13
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU.
+
+    Attributes:
+        name: As the driver calls it.
+        compute_capability: Such as "8.7".
+        memory: Bytes; on a Jetson the memory that it shares with the CPU.
+        clock_mhz: Highest clock of its cores.
+        driver: Version of CUDA that the driver supports, such as "12.6".
+    """
+
+    name: str
+    compute_capability: str
+    memory: int
+    clock_mhz: int
+    driver: str
+
+    @property
+    def major(self) -> int:
+        """The first number of the compute capability."""
+        return int(self.compute_capability.split(".")[0])
+
+
+class Driver:
+    """The first GPU, with a context that stays open as long as the object lives.
+
+    Raises:
+        ExportError: there is no driver or no GPU, or a call fails; the message names the call.
+    """
+
+    def __init__(self, library: Any = None) -> None:
+        self._library = library if library is not None else _load()
+        self._call("cuInit", 0)
+        handle, context = ctypes.c_int(), ctypes.c_void_p()
+        self._call("cuDeviceGet", ctypes.byref(handle), 0)
+        self._device = handle
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+        self._call("cuCtxSetCurrent", context)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        result = getattr(self._library, name)(*arguments)
+        if result:
+            raise ExportError(f"The GPU's driver refused {name}: error {result}{self._error_name(result)}.")
+
+    def _error_name(self, result: int) -> str:
+        text = ctypes.c_char_p()
+        if self._library.cuGetErrorName(result, ctypes.byref(text)) or not text.value:
+            return ""
+        return f" ({text.value.decode()})"
+
+    def device(self) -> Device:
+        """What the GPU is."""
+        name, memory, version = ctypes.create_string_buffer(256), ctypes.c_size_t(), ctypes.c_int()
+        self._call("cuDeviceGetName", name, 256, self._device)
+        self._call("cuDeviceTotalMem_v2", ctypes.byref(memory), self._device)
+        self._call("cuDriverGetVersion", ctypes.byref(version))
+        return Device(
+            name=name.value.decode(),
+            compute_capability=f"{self._attribute(_MAJOR)}.{self._attribute(_MINOR)}",
+            memory=memory.value,
+            clock_mhz=self._attribute(_CLOCK_KHZ) // 1000,
+            driver=f"{version.value // 1000}.{version.value % 1000 // 10}",
+        )
+
+    def _attribute(self, number: int) -> int:
+        value = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(value), number, self._device)
+        return value.value
+
+    def allocate(self, size: int) -> int:
+        """Memory of `size` bytes on the GPU; its address."""
+        address = ctypes.c_void_p()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(size, 1)))
+        return int(address.value or 0)
+
+    def free(self, address: int) -> None:
+        """Give memory back."""
+        self._call("cuMemFree_v2", ctypes.c_void_p(address))
+
+    def upload(self, address: int, array: Any) -> None:
+        """Copy a contiguous numpy array to the GPU."""
+        self._call(
+            "cuMemcpyHtoD_v2",
+            ctypes.c_void_p(address),
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_size_t(array.nbytes),
+        )
+
+    def download(self, array: Any, address: int) -> None:
+        """Fill a contiguous numpy array from the GPU."""
+        self._call(
+            "cuMemcpyDtoH_v2",
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_void_p(address),
+            ctypes.c_size_t(array.nbytes),
+        )
+
+    def stream(self) -> int:
+        """A new stream."""
+        handle = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(handle), 1)  # 1: does not wait for the default stream
+        return int(handle.value or 0)
+
+    def synchronise(self, stream: int) -> None:
+        """Wait until the stream's work is done."""
+        self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
+
+    def event(self) -> int:
+        """A new event that keeps its time."""
+        handle = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(handle), 0)
+        return int(handle.value or 0)
+
+    def record(self, event: int, stream: int) -> None:
+        """Let the event happen when the stream comes to this place."""
+        self._call("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+
+    def elapsed_ms(self, start: int, end: int) -> float:
+        """Milliseconds between two events that have happened."""
+        value = ctypes.c_float()
+        self._call("cuEventElapsedTime", ctypes.byref(value), ctypes.c_void_p(start), ctypes.c_void_p(end))
+        return float(value.value)
+
+
+def find_device() -> Device | None:
+    """The first GPU, or None where there is no driver or no GPU."""
+    try:
+        return Driver().device()
+    except ExportError:
+        return None
+
+
+def _load() -> Any:
+    for name in _LIBRARIES:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise ExportError("No NVIDIA driver was found.", "Run this where there is an NVIDIA GPU with its driver.")
