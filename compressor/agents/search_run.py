@@ -272,7 +272,7 @@ class SearchRun:
             )
         if state["space"] != space_fingerprint(self.env):
             raise CompressorError(
-                f"The search's state in {path} is of another pruning space: other groups or other legal widths.",
+                f"The search's state in {path} is of another pruning space, with other groups or widths.",
                 mend,
             )
         if (state["trainer"] is None) != (self.agent.trainer is None):

@@ -47,7 +47,7 @@ class Observer:
         dense = self._dense[None]
         inputs = [int(layer.in_channels(dense)[0]) for layer in known]
         self._channels = float(max([*self._dense.tolist(), *inputs]))
-       
+
         self._stride = float(max([1, *(int(np.max(layer.stride)) for layer in known)]))
         self._kernel = float(max([1, *(int(np.max(layer.kernel)) for layer in known)]))
 

@@ -1,4 +1,4 @@
-"""A space, budgets, an evaluator and a trainer without a network: their numbers follow from the widths alone."""
+"""A space, budgets, an evaluator and a trainer without a network: numbers follow from widths alone."""
 
 from __future__ import annotations
 
@@ -39,20 +39,24 @@ class FakePlan:
 
 
 class FakeSpace:
-    """A chain of convolutions on 8 x 8 images; group i holds the outputs of layer i, a last layer has 10 outputs."""
+    """Convolutions in a chain on 8 x 8 images; group i is what layer i puts out, a last layer has 10."""
 
-    def __init__(self, dense: list[int], granularity: int | list[int] = 1, smallest: int | list[int] = 1) -> None:
+    def __init__(
+        self, dense: list[int], granularity: int | list[int] = 1, smallest: int | list[int] = 1
+    ) -> None:
         steps = granularity if isinstance(granularity, list) else [granularity] * len(dense)
         least = smallest if isinstance(smallest, list) else [smallest] * len(dense)
-        self.groups = tuple(
-            FakeGroup(f"g{i}", dense[i], steps[i], least[i], i) for i in range(len(dense))
-        )
+        self.groups = tuple(FakeGroup(f"g{i}", dense[i], steps[i], least[i], i) for i in range(len(dense)))
         self.dense_widths = np.array(dense, dtype=np.int64)
         sides = [FakeAffine(3), *(FakeAffine(0, ((i, 1),)) for i in range(len(dense))), FakeAffine(10)]
         self.layers = tuple(
             SimpleNamespace(
-                name=f"conv{i}", kind="conv", kernel=(3, 3), stride=(1 + i % 2,) * 2,
-                in_channels=sides[i], out_channels=sides[i + 1],
+                name=f"conv{i}",
+                kind="conv",
+                kernel=(3, 3),
+                stride=(1 + i % 2,) * 2,
+                in_channels=sides[i],
+                out_channels=sides[i + 1],
             )
             for i in range(len(dense) + 1)
         )
@@ -118,7 +122,9 @@ class FakeEvaluator:
         torch.rand(3)  # evaluation may draw from the global generators
         np.random.rand(2)
         ratios = np.array(list(plan.widths.values())) / self.dense
-        learned = 1.0 if self.trained is None else float(self.trained.weight) / (1 + float(self.trained.weight))
+        learned = (
+            1.0 if self.trained is None else float(self.trained.weight) / (1 + float(self.trained.weight))
+        )
         return float(learned * (self.worth * np.sqrt(ratios)).sum())
 
     def weights_moved(self) -> None:

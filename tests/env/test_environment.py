@@ -20,7 +20,9 @@ def space() -> FakeSpace:
 
 
 def make(space: FakeSpace, share: float = 0.5, context: int = 0) -> PruningEnv:
-    return PruningEnv(space, [macs_budget(space, share)], FakeEvaluator(space, [1, 2, 3]), context_size=context)
+    return PruningEnv(
+        space, [macs_budget(space, share)], FakeEvaluator(space, [1, 2, 3]), context_size=context
+    )
 
 
 @pytest.mark.parametrize("context", [0, 5])

@@ -19,7 +19,9 @@ def test_soft_factors_multiply() -> None:
 
 
 def test_unknown_cost() -> None:
-    with pytest.raises(CompressorError, match=r"cost of latency, which is no budget here \(there are: macs\)"):
+    with pytest.raises(
+        CompressorError, match=r"cost of latency, which is no budget here \(there are: macs\)"
+    ):
         ProductReward(factors=(SoftFactor("latency", 5.0, -0.07),))(0.9, {"macs": 1.0})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ from compressor.agents.randomness import OwnRandomness
 from compressor.agents.search_run import Episode, Policy
 from compressor.env.bounds import LegalWidths
 from compressor.env.environment import Observation, PruningEnv
+from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
-    pass
+    from compressor.agents.joint.environment_model import EnvironmentModel
 
 
 class Learner:
@@ -30,10 +32,34 @@ class Learner:
         from compressor.agents.joint.sac import PruningSac
 
         self.settings = settings
+        self._env = env
+        self._epoch = 0
         self.randomness = OwnRandomness(seed)
         with self.randomness.active():
             self.sac = PruningSac(env, settings)
             self.generator = np.random.default_rng(np.random.randint(2**31))
+            self.model = self._environment_model()
+        self.begin_epoch(0)
+
+    def _environment_model(self) -> EnvironmentModel | None:
+        if not self._env.context_size:
+            return None
+        from compressor.agents.joint.environment_model import EnvironmentModel
+
+        return EnvironmentModel(self._env.context_size, self.settings.hidden, self.settings.decoder_rate)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """From here on episodes are played on the weights of `epoch`: show the policy its z."""
+        self._epoch = epoch
+        if self.model is not None:
+            self.model.reach(epoch)
+            self._show()
+
+    def _show(self) -> None:
+        """Describe all epochs by the model as it is now: in the replay, and for the episodes to come."""
+        if self.model is not None:
+            self.sac.replay_buffer.contexts = self.model.plain_contexts()
+            self._env.context = self.sac.replay_buffer.contexts[self._epoch]
 
     def policy(self, *, deterministic: bool = False) -> Policy:
         """The policy as it is now; the ratio that it asks for, before the bounds move it."""
@@ -45,38 +71,59 @@ class Learner:
 
         return act
 
-    def remember(self, episode: Episode, epoch: int) -> None:
-        """Store an episode that was scored on the weights of `epoch` (0 before any joint epoch)."""
+    def remember(self, episode: Episode) -> None:
+        """Store an episode that was played on the weights of the epoch at hand."""
         actions = np.array([[transition.action] for transition in episode.transitions], dtype=np.float32)
-        self.sac.replay_buffer.add_episode(
-            episode, self.sac.policy.scale_action(actions)[:, 0].tolist(), epoch
-        )
+        scaled = self.sac.policy.scale_action(actions)[:, 0].tolist()
+        self.sac.replay_buffer.add_episode(episode, scaled, self._epoch)
 
     def learn(self, episodes: int) -> dict[str, float]:
-        """Update actor and critics for so many new episodes; returns the losses."""
+        """Update environment model, actor and critics for so many new episodes; returns the losses."""
+        losses: dict[str, float] = {}
         updates = self.settings.updates_per_episode * episodes
         with self.randomness.active():
+            if self.model is not None and self.model.epochs > 1:  # one epoch alone has nothing to tell apart
+                decoder_updates, batch = self.settings.decoder_updates, self.settings.batch
+                losses["agent/decoder_loss"] = self.model.learn(
+                    self.sac.replay_buffer, decoder_updates, batch
+                )
+                self._show()
+                losses["agent/z_norm"] = float(np.linalg.norm(self._env.context))
             self.sac.train(updates, self.settings.batch)
         values = self.sac.logger.name_to_value
         return {
+            **losses,
             "agent/actor_loss": float(values["train/actor_loss"]),
             "agent/critic_loss": float(values["train/critic_loss"]),
         }
 
     def state(self) -> dict[str, Any]:
         """All of it, as tensors and plain values."""
-        import json
-
         return {
             "sac": self.sac.state(),
+            "model": None if self.model is None else self.model.state(),
+            "epoch": self._epoch,
             "randomness": self.randomness.state(),
             "generator": json.dumps(self.generator.bit_generator.state),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` returned."""
-        import json
+        """Take up what `state` returned.
 
+        Raises:
+            CompressorError: it was written with an environment model of another size, or with none.
+        """
+        stored = 0 if state["model"] is None else int(state["model"]["weights"]["gru.weight_hh_l0"].shape[1])
+        if stored != self._env.context_size:
+            raise CompressorError(
+                f"The search's state has a context of {stored} numbers, the environment one of "
+                f"{self._env.context_size}.",
+                "Go on with the settings it was begun with, or delete it.",
+            )
+        if self.model is not None:
+            self.model.restore(state["model"])
         self.sac.restore(state["sac"])
         self.randomness.restore(state["randomness"])
         self.generator.bit_generator.state = json.loads(state["generator"])
+        self._epoch = int(state["epoch"])
+        self._show()

@@ -81,6 +81,21 @@ class EpochReplay(ReplayBuffer):
             torch.from_numpy(scaled.astype(np.float32)),
         )
 
+    def draw_returns(self, batch: int, features: int) -> tuple[torch.Tensor, ...]:
+        """Transitions as the environment model wants them.
+
+        Returns:
+            the first `features` numbers of the observations (batch, features), actions (batch, 1), epochs
+            (batch,) and the rewards of their episodes, scaled, (batch,).
+        """
+        drawn = np.random.randint(0, self.size(), size=batch)
+        return (
+            torch.from_numpy(self.observations[drawn, 0, :features]),
+            torch.from_numpy(self.actions[drawn, 0]),
+            torch.from_numpy(self.epochs[drawn, 0]),
+            torch.from_numpy(((self.returns[drawn, 0] - self.centre) / self.scale).astype(np.float32)),
+        )
+
     def state(self) -> dict[str, Any]:
         """The transitions stored, as tensors."""
         arrays = {name: torch.from_numpy(getattr(self, name)[: self.size()].copy()) for name in _ARRAYS}

@@ -62,7 +62,7 @@ class JointSearch:
                 if (step + 1) % BLOCK == 0 or step + 1 == episodes:
                     self.run.save()
                 bar.advance(note=f"{candidate.accuracy:.1%}")
-        if not done.get("joint"):
+        if self._new_episodes and not done.get("joint"):
             self.learner.sac.replay_buffer.standardise()
             self.learn()
 
@@ -101,6 +101,7 @@ class JointSearch:
         self.align_to_favoured()
         self.run.train_epoch("joint")
         self._target = None
+        self.learner.begin_epoch(self.run.place.epoch - self.run.agent.schedule.warmup)
 
     def align_to_favoured(self) -> None:
         """Set the trainer's regulariser to the favoured structure; to the same channels after a resume."""
@@ -143,7 +144,7 @@ class JointSearch:
 
     def _episode(self, policy: Policy, phase: str) -> Candidate:
         episode = self.run.episode(policy, phase)
-        self.learner.remember(episode, self.run.place.steps.get("joint", 0))
+        self.learner.remember(episode)
         self._new_episodes += 1
         return episode.candidate
 

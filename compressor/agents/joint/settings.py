@@ -38,9 +38,8 @@ class JointSettings:
             is the paper's way.
         near_spread: how far they vary it; see `near_widths`.
         warm_start: whether the replay starts with the uniform plan and plans from a knapsack.
-        context: whether actor and critics see the state of the environment model.
-        context_size: size of that state, and of the embeddings behind it.
-        decoder_updates: updates of the environment model before each joint epoch.
+        decoder_updates: updates of the environment model before each spell of the policy's learning; there is
+            one if the environment has room for its state (`context_size`, of which the paper has 128).
         decoder_rate: learning rate of the environment model.
     """
 
@@ -61,8 +60,6 @@ class JointSettings:
     near_share: float = 0.5
     near_spread: float = 0.3
     warm_start: bool = True
-    context: bool = False
-    context_size: int = 128
     decoder_updates: int = 100
     decoder_rate: float = 1e-3
 
@@ -125,7 +122,7 @@ def plan_episodes(settings: JointSettings, joint_epochs: int, limits: Limits) ->
     most = limits.max_evaluations
     if most is None:
         return EpisodePlan(settings.fill_episodes, rounds, settings.episodes_per_epoch, reserve)
-    reserve = min(reserve, most // 4)
+    reserve = max(1, min(reserve, most // 4))
     rescored = rounds - 1  # the favoured plan is scored again in each round, on weights that have moved
     free = max(1, most - reserve - rescored)
     fill = (

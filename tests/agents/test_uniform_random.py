@@ -1,0 +1,125 @@
+"""The agents that learn nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from agents.bench import Bench, Killed
+from env.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
+
+from compressor.agents.base import Limits
+from compressor.agents.proposals import random_widths, scaled_widths, uniform_widths
+from compressor.agents.registry import AGENTS, agent_class, create_agent
+from compressor.agents.schedule import Schedule
+from compressor.env.environment import PruningEnv
+from compressor.errors import CompressorError
+
+
+def test_uniform_by_hand() -> None:
+    # MACs / 576 of widths (8 r, 8 r): 24 r + 64 r r + 80 r; of 168 half is 84: r = 5/8 gives 90, r = 4/8
+    # gives 68.
+    space = FakeSpace([8, 8])
+    env = PruningEnv(space, [macs_budget(space, 0.5)], FakeEvaluator(space, [1, 1]))
+    assert uniform_widths(env).tolist() == [4, 4]
+
+
+def test_uniform_where_costs_rise_and_fall() -> None:
+    # Dear below 4 and above 6 channels: bisection between dear and dear finds nothing, the scan does.
+    space = FakeSpace([8, 8])
+    budget = FakeBudget("latency", 8.0, lambda w: np.where((w < 4) | (w > 6), 9.0, 1.0).sum(axis=1))
+    env = PruningEnv(space, [budget], FakeEvaluator(space, [1, 1]))
+    assert uniform_widths(env).tolist() == [6, 6]
+
+
+def test_uniform_where_no_ratio_serves() -> None:
+    space = FakeSpace([8, 8])
+    budget = FakeBudget("odd", 1.0, lambda w: np.where(w[:, 0] == w[:, 1], 5.0, 0.5))
+    env = PruningEnv(space, [budget], FakeEvaluator(space, [1, 1]))
+    with pytest.raises(CompressorError, match="No single ratio"):
+        uniform_widths(env)
+    assert env.bounds.feasible(scaled_widths(env, np.ones(2)))[0]
+
+
+def test_random_widths_fill_the_budget() -> None:
+    space = FakeSpace([16, 24, 16, 32])
+    env = PruningEnv(space, [macs_budget(space, 0.5)], FakeEvaluator(space, [1, 1, 1, 1]))
+    drawn = [random_widths(env, np.random.default_rng(seed)) for seed in range(20)]
+    shares = [env.costs(widths)["macs"] / env.budgets[0].target for widths in drawn]
+    assert max(shares) <= 1.0
+    assert min(shares) > 0.85
+    assert len({tuple(widths) for widths in drawn}) == 20
+
+
+def test_uniform_agent(bench: Bench) -> None:
+    result = bench.search("uniform")
+    assert result.evaluations == 1
+    assert result.best.widths == dict(result.widths)
+    assert (
+        len({width / dense for width, dense in zip(result.widths.values(), [16, 24, 16, 32], strict=True)})
+        <= 3
+    )
+    line = bench.log_lines[0]
+    assert set(line) == {
+        "episode", "epoch", "phase", "round", "widths", "costs", "reward", "accuracy", "seconds"
+    }  # fmt: skip
+    assert line["widths"] == list(result.widths.values())
+
+
+def test_random_agent_is_no_worse_than_uniform(new_bench: Any) -> None:
+    uniform = new_bench("uniform").search("uniform")
+    result = new_bench("random").search("random", settings={"evaluations": 30})
+    assert result.reward > uniform.reward
+    assert result.evaluations <= 30
+    assert len(result.candidates) >= 30
+    front = result.front("macs")
+    assert [c.costs["macs"] for c in front] == sorted(c.costs["macs"] for c in front)
+    assert front[-1].accuracy == max(c.accuracy for c in result.candidates)
+
+
+def test_limits_are_kept(new_bench: Any) -> None:
+    result = new_bench("few").search("random", limits=Limits(max_evaluations=7))
+    assert result.evaluations <= 7
+    result = new_bench("all").search("random", limits=Limits(max_evaluations=80, use_all=True))
+    assert 70 <= result.evaluations <= 80
+    assert new_bench("time").search("random", limits=Limits(max_seconds=1e-6)).evaluations == 1
+
+
+@pytest.mark.parametrize("name", ["uniform", "random"])
+def test_training_comes_before_the_search(bench: Bench, name: str) -> None:
+    result = bench.search(name, train=True, schedule=Schedule(1, 2, 1))
+    assert bench.trainer is not None
+    assert bench.trainer.epoch == 4
+    assert {candidate.epoch for candidate in result.candidates} == {4}
+
+
+def test_random_agent_resumes(new_bench: Any) -> None:
+    options: dict[str, Any] = {"train": True, "schedule": Schedule(2), "settings": {"evaluations": 25}}
+    whole = new_bench("whole").search("random", **options)
+    for saves in (1, 2, 3, 4, 5):
+        bench = new_bench(f"killed{saves}")
+        with pytest.raises(Killed):
+            bench.search("random", kill_after=saves, **options)
+        again = bench.search("random", **options)
+        assert (again.widths, again.accuracy) == (whole.widths, whole.accuracy)
+        assert again.candidates == whole.candidates
+        assert [line["episode"] for line in bench.log_lines] == list(range(len(whole.candidates)))
+
+
+def test_names() -> None:
+    assert {"joint", "uniform", "random"} <= set(AGENTS)
+    for name in AGENTS:
+        assert agent_class(name).name == name
+    with pytest.raises(CompressorError, match=r"no agent called 'unifrom'. Did you mean: uniform"):
+        agent_class("unifrom")
+    with pytest.raises(CompressorError, match=r"no setting 'evalutions'. Its settings are: evaluations"):
+        create_agent("random", settings={"evalutions": 3})
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_evaluations": 0}, {"max_seconds": 0.0}, {"max_seconds": float("nan")}]
+)
+def test_bad_limits(limits: dict[str, Any]) -> None:
+    with pytest.raises(CompressorError, match="expected"):
+        Limits(**limits)
