@@ -177,7 +177,7 @@ def _run(recipe: Recipe, out_dir: Path | None) -> None:
 
 
 def _finish(result: Any) -> None:
-    from compressor.report.table import closing_table, verdict
+    from compressor.report import closing_table, verdict
 
     out.print(closing_table(result.manifest))
     for note in result.manifest.get("notes", []):

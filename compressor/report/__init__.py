@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.report.html import write_report
+from compressor.report.judgement import verdict
 from compressor.report.table import closing_table
-from compressor.report.verdict import verdict
 
 __all__ = ["closing_table", "verdict", "write_report"]

@@ -1,6 +1,6 @@
 """What a report is made of, read from a run's folder and from nowhere else.
 
-A run may be unfinished, or from an older version: every key may be missing or hold something else than expected. The
+A run may be unfinished, or from an older version: every key may be missing or hold something unexpected. The
 readers here turn that into "not known", so that no later step can print a number that nobody measured.
 """
 
@@ -25,8 +25,8 @@ Manifest = Mapping[str, Any]
 class Collected:
     """A run as its files tell it.
 
-    `damaged` counts lines of the episode log that are no JSON objects; `sizes` has the bytes of those files of the
-    manifest that lie in the folder.
+    `damaged` counts lines of the episode log that are no JSON objects; `sizes` has the bytes of those
+    files that lie in the folder.
     """
 
     manifest: Manifest
@@ -44,7 +44,8 @@ def collect(run: Path) -> Collected:
     """
     if not (run / MANIFEST).is_file():
         raise CompressorError(
-            f"{run} holds no {MANIFEST}, so there is nothing to report.", "Give the folder of a run: compress report RUN"
+            f"{run} holds no {MANIFEST}, so there is nothing to report.",
+            "Give the folder of a run: compress report RUN",
         )
     manifest = read_json(run / MANIFEST)
     if not isinstance(manifest, dict):

@@ -24,7 +24,7 @@ from compressor.report.formats import (
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity of both networks. `change` is the slim one's share of the dense one, or a difference in points."""
+    """One quantity of both networks; `change` is slim's share of dense, or how far they differ."""
 
     label: str
     dense: str
@@ -58,11 +58,18 @@ def _accuracy_rows(manifest: Manifest) -> list[Row]:
             points(_difference(accuracy.get("finetuned"), accuracy.get("dense"))),
         )
     ]
-    steps = (("pruned", "before fine-tuning"), ("exported", "of the exported ONNX"))
+    steps = (("pruned", "before fine-tuning"), ("exported", _exported(accuracy)))
     for key, label in steps:
         change = points(_difference(accuracy.get(key), accuracy.get("dense")))
         rows.append(Row(f"Accuracy, {label}", ABSENT, accuracy_percent(accuracy.get(key)), change))
     return rows
+
+
+def _exported(accuracy: Manifest) -> str:
+    """The label says so where the exported file was scored on fewer images than the others."""
+    images, scored = number(accuracy.get("images")), number(accuracy.get("exported_images"))
+    fewer = scored is not None and scored != images
+    return f"of the exported ONNX on {scored:,.0f} images" if fewer else "of the exported ONNX"
 
 
 def _latency_rows(manifest: Manifest) -> list[Row]:
@@ -79,7 +86,7 @@ def _latency_rows(manifest: Manifest) -> list[Row]:
         if measured != f"p{tail}"
     ]
     return [
-        row("Latency, predicted", "dense_predicted_ms", "predicted_ms"),
+        row("Latency, predicted", "predicted_dense_ms", "predicted_ms"),
         row(f"Latency, measured ({measured})", "dense_ms", "measured_ms"),
         *tails,
     ]
@@ -92,7 +99,7 @@ def _cost_rows(manifest: Manifest) -> list[Row]:
         ("MACs", "macs", count),
         ("Parameters", "params", count),
         ("ONNX file", "onnx_bytes", size),
-        ("Weights file (safetensors)", "safetensors_bytes", size),
+        ("Weights, safetensors", "safetensors_bytes", size),
     )
     return [
         Row(label, shown(dense.get(key)), shown(slim.get(key)), percent(ratio(slim.get(key), dense.get(key))))
@@ -105,7 +112,9 @@ def tiles(manifest: Manifest) -> list[Tile]:
     latency, accuracy = section(manifest, "latency"), section(manifest, "accuracy")
     dense, slim = section(section(manifest, "cost"), "dense"), section(section(manifest, "cost"), "slim")
     found = [
-        _tile("Latency, measured", latency.get("measured_ms"), latency.get("dense_ms"), milliseconds, "faster"),
+        _tile(
+            "Latency, measured", latency.get("measured_ms"), latency.get("dense_ms"), milliseconds, "faster"
+        ),
         _accuracy_tile(accuracy),
         _tile("MACs", slim.get("macs"), dense.get("macs"), count, "fewer"),
         _tile("ONNX file", slim.get("onnx_bytes"), dense.get("onnx_bytes"), size, "smaller"),
@@ -130,7 +139,11 @@ def _accuracy_tile(accuracy: Manifest) -> Tile | None:
     if slim is None:
         return None
     change = _difference(slim, accuracy.get("dense"))
-    before = "dense not known" if change is None else f"{points(change)}, dense {accuracy_percent(accuracy.get('dense'))}"
+    before = (
+        "dense not known"
+        if change is None
+        else f"{points(change)}, dense {accuracy_percent(accuracy.get('dense'))}"
+    )
     return Tile("Accuracy", accuracy_percent(slim), before)
 
 

@@ -1,4 +1,4 @@
-"""What the numbers mean, in sentences: each says only what the manifest holds, or that it does not hold it."""
+"""What the numbers mean, in sentences that say only what the manifest holds, or that it does not hold it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from compressor.report.formats import (
 )
 
 SAME = 0.02  # two ratios closer than this are called equal: repeated measurements differ by as much
-STUBBORN_MACS, STUBBORN_SHARE = 0.2, 0.5  # a layer that lost a fifth of its MACs, but not half as much of its time
+STUBBORN_MACS, STUBBORN_SHARE = (
+    0.2,
+    0.5,
+)  # a layer that lost a fifth of its MACs, but not half as much of its time
 
 
 def accuracy_resolution(manifest: Manifest) -> str:
@@ -27,7 +30,9 @@ def accuracy_resolution(manifest: Manifest) -> str:
     images = number(section(manifest, "accuracy").get("images"))
     if images is None or images < 1:
         return ""
-    return f"{int(images):,} images were tested, so one image more or less is {points(1 / images).lstrip('+')}."
+    return (
+        f"{int(images):,} images were tested, so one image more or less is {points(1 / images).lstrip('+')}."
+    )
 
 
 def measurement(manifest: Manifest) -> str:
@@ -41,7 +46,9 @@ def measurement(manifest: Manifest) -> str:
     for key, unit in (("batch", "batch"), ("threads", "threads")):
         if (value := number(latency.get(key))) is not None:
             parts.append(f"{unit} {value:g}")
-    return f"Latency is the {percentile_name(latency.get('percentile'))} of many runs: {', '.join(parts)}."
+    runs = number(latency.get("runs"))
+    many = "runs" if runs is None else f"{runs:,.0f} runs"
+    return f"Latency is the {percentile_name(latency.get('percentile'))} of {many}: {', '.join(parts)}."
 
 
 def prediction_error(manifest: Manifest) -> str:
@@ -51,7 +58,9 @@ def prediction_error(manifest: Manifest) -> str:
     if predicted is None or measured is None or predicted <= 0:
         return ""
     off = measured / predicted - 1
-    than = "as predicted" if off == 0 else f"{percent(abs(off))} {'more' if off > 0 else 'less'} than predicted"
+    than = (
+        "as predicted" if off == 0 else f"{percent(abs(off))} {'more' if off > 0 else 'less'} than predicted"
+    )
     return f"The table predicted {milliseconds(predicted)}; {milliseconds(measured)} was measured, {than}."
 
 
@@ -79,7 +88,8 @@ def speed(manifest: Manifest) -> str:
             "The measured latency of both networks and their MACs are needed to compare work with time; "
             "this run does not have them all."
         )
-    start = f"The slim network does {percent(work)} of the dense one's MACs in {percent(time)} of its measured latency"
+    shares = f"{percent(work)} of the dense one's MACs in {percent(time)} of its measured latency"
+    start = f"The slim network does {shares}"
     if work >= 1 and time >= 1 - SAME:
         return f"{start}: no work was removed, so no time was saved."
     if abs(time - work) <= SAME:
@@ -118,7 +128,9 @@ def hottest(manifest: Manifest, most: int = 8) -> Hot | None:
     layers = list(enumerate(rows(manifest, "layers"), start=1))
     timed = [pair for pair in layers if number(pair[1].get("slim_ms")) is not None]
     key, unit, shown = ("slim_ms", "ms", milliseconds) if timed else ("slim_macs", "MACs", count)
-    known = [(place, layer, value) for place, layer in layers if (value := number(layer.get(key))) is not None]
+    known = [
+        (place, layer, value) for place, layer in layers if (value := number(layer.get(key))) is not None
+    ]
     total = sum(value for _, _, value in known)
     if total <= 0:
         return None
@@ -135,7 +147,11 @@ def hottest(manifest: Manifest, most: int = 8) -> Hot | None:
         )
         for place, layer, value in known[:most]
     )
-    remark = _outside(manifest, total) if timed else "No layer has a time in this run, so they are ordered by MACs."
+    remark = (
+        _outside(manifest, total)
+        if timed
+        else "No layer has a time in this run, so they are ordered by MACs."
+    )
     return Hot(unit, found, remark)
 
 
@@ -148,8 +164,8 @@ def _outside(manifest: Manifest, total: float) -> str:
         return f"{start}, the whole network is predicted at {milliseconds(predicted)}."
     rest = f"{milliseconds(predicted - total)} ({percent(1 - total / predicted)})"
     return (
-        f"{start} of the network's {milliseconds(predicted)}. The other {rest} is what no layer's width changes by "
-        "itself: pooling, additions, copies and starting the network."
+        f"{start} of the network's {milliseconds(predicted)}. The other {rest} is in operators without "
+        "weights (pooling, additions, copies) and in what a run costs as a whole."
     )
 
 
@@ -204,7 +220,11 @@ def effort(manifest: Manifest) -> str:
 
 def _timing(timing: Mapping[str, Any]) -> str:
     total = number(timing.get("total"))
-    known = [(part, share) for part in timing if part != "total" and (share := ratio(timing[part], total)) is not None]
+    known = [
+        (part, share)
+        for part in timing
+        if part != "total" and (share := ratio(timing[part], total)) is not None
+    ]
     if not known:
         return ""
     rest = 1 - sum(share for _, share in known)
@@ -212,6 +232,11 @@ def _timing(timing: Mapping[str, Any]) -> str:
     if rest >= 0.001:  # less would be printed as "<0.1%" of nothing
         shares.append(f"the rest {percent(rest)}")
     return f"Of that time: {', '.join(shares)}."
+
+
+def _inputs(found: Mapping[str, Any]) -> str:
+    images = number(found.get("images"))
+    return "the inputs" if images is None else f"{images:,.0f} inputs"
 
 
 def parity(manifest: Manifest) -> str:
@@ -226,5 +251,5 @@ def parity(manifest: Manifest) -> str:
     if tolerance is not None:
         sentence += f" ({tolerance:.0e} allowed{'' if largest <= tolerance else ', so this is too much'})"
     if (agreement := number(found.get("top1_agreement"))) is not None:
-        sentence += f"; the predicted class agrees on {percent(agreement, 2)} of the inputs"
+        sentence += f"; the predicted class agrees on {percent(agreement, 2)} of {_inputs(found)}"
     return f"{sentence}."

@@ -8,12 +8,13 @@ from typing import Any
 ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+LARGEST = 1e30  # nothing that a run counts or measures comes near; NaN and infinity are beyond it too
 PERCENTILES = {50: "median"}
 
 
 def number(value: Any) -> float | None:
-    """`value` where it is a finite number, else None: a file's `null`, a string or `true` is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """`value` where it is a number of this world, else None: a file's `null`, a string or `true` is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return None
     return float(value)
 

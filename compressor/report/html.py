@@ -1,4 +1,4 @@
-"""The report: one page without scripts or requests that answers what an engineer asks before shipping a network."""
+"""The report: one page without scripts or requests, for whoever decides whether the network ships."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from compressor.report import explain, plots, records
-from compressor.report.collect import REPORT, Collected, collect, rows, section, sentences, text
+from compressor.report.collect import REPORT, Collected, collect, section, sentences, text
 from compressor.report.comparison import comparison, tiles
+from compressor.report.judgement import budget_lines, judge, measured_to_the_end
 from compressor.report.svg import Chart
-from compressor.report.verdict import budget_lines, judge, measured_to_the_end
 from compressor.run_dir import write_atomic
 
 
@@ -28,7 +28,7 @@ def write_report(run_path: Path) -> Path:
 
 
 def render(run: Collected) -> str:
-    """The page. Whatever comes from the run's files is escaped by the template; only our own figures are not."""
+    """The page. Whatever comes from the run's files is escaped by the template; our own figures are not."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -39,7 +39,9 @@ def render(run: Collected) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["drawn"] = lambda chart: Markup(chart.svg)  # the figures escape their texts themselves
+    environment.filters["drawn"] = lambda chart: Markup(
+        chart.svg
+    )  # the figures escape their texts themselves
     return environment.get_template("report.html.j2").render(**context(run)) + "\n"
 
 
@@ -65,7 +67,7 @@ def context(run: Collected) -> dict[str, Any]:
         "rounds": records.rounds(manifest),
         "removal": explain.removal(manifest),
         "groups": records.groups(manifest),
-        "skipped": [(text(row, "name", "unnamed"), text(row, "reason")) for row in rows(manifest, "skipped")],
+        "skipped": records.skipped(manifest),
         "layer_charts": _charts(plots.layer_bars(manifest, key, f"layers-{key}") for key in ("macs", "ms")),
         "layers": records.layers(manifest),
         "speed": explain.speed(manifest),
@@ -79,7 +81,9 @@ def context(run: Collected) -> dict[str, Any]:
             )
         ),
         **records.sources(manifest),
-        "training_charts": _charts(plots.training_curve(manifest, key, f"training-{key}") for key in ("loss", "accuracy")),
+        "training_charts": _charts(
+            plots.training_curve(manifest, key, f"training-{key}") for key in ("loss", "accuracy")
+        ),
         "parity": explain.parity(manifest),
         "engines": records.engines(manifest),
         "engine_note": text(manifest, "engine_note"),

@@ -1,4 +1,4 @@
-"""The figures of the report. Each takes records as a run wrote them and gives None where they do not make a figure."""
+"""The figures of the report, from records as a run wrote them; None where these do not make a figure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.report.collect import Manifest, rows, section, text
 from compressor.report.formats import cost, count, milliseconds, number, significant
+from compressor.report.judgement import NAMES
 from compressor.report.svg import COLOURS, Chart, drawing, to_svg
-from compressor.report.verdict import NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ Record = Mapping[str, Any]
 
 MOST_POINTS = 1500  # more do not show more, and every one costs the page a hundred bytes
 MOST_SOURCES = 5
-LETTERS = 60  # as many fit side by side above a figure
+LETTERS = 55  # as many fit side by side above a figure
 MARKERS = ("o", "s", "D", "^", "v")
 UNITS = {"latency": "ms", "flops": "MACs", "macs": "MACs", "params": "params", "memory": "bytes"}
 
@@ -33,7 +33,9 @@ def training_curve(manifest: Manifest, key: str, prefix: str) -> Chart | None:
     unit = "%" if key == "accuracy" else ""
     with drawing() as (figure, axes):
         _bands(axes, [text(row, "phase") for row in records])
-        axes.plot(range(1, len(values) + 1), values, color=COLOURS["slim"], linewidth=1.6, marker=".", markersize=4)
+        axes.plot(
+            range(1, len(values) + 1), values, color=COLOURS["slim"], linewidth=1.6, marker=".", markersize=4
+        )
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"training {key}{f' ({unit})' if unit else ''}")
         _count_axis(axes, 1, len(values))
@@ -44,7 +46,9 @@ def training_curve(manifest: Manifest, key: str, prefix: str) -> Chart | None:
         + (f" (phases: {phases})" if phases else "")
         + f": {significant(values[0])}{unit} in the first, {significant(values[-1])}{unit} in the last."
     )
-    return Chart(svg, f"Training {key}", alt, "On the training images, as the weights moved within each epoch.")
+    return Chart(
+        svg, f"Training {key}", alt, "On the training images, as the weights moved within each epoch."
+    )
 
 
 def reward_curve(episodes: Sequence[Record], prefix: str) -> Chart | None:
@@ -73,20 +77,25 @@ def reward_curve(episodes: Sequence[Record], prefix: str) -> Chart | None:
         axes.set_xlabel("episode")
         axes.set_ylabel("reward")
         _count_axis(axes, 1, len(rewards))
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=2)
         svg = to_svg(figure, prefix)
     first = best.index(best[-1]) + 1
     alt = f"Reward over {len(rewards)} episodes: best {significant(best[-1], 4)}, reached in episode {first}."
     left_out = "" if len(shown) == len(known) else f" {len(shown):,} of {len(known):,} episodes are drawn."
-    return Chart(svg, "Reward over the episodes", alt, f"The best reward was reached in episode {first}.{left_out}")
+    return Chart(
+        svg, "Reward over the episodes", alt, f"The best reward was reached in episode {first}.{left_out}"
+    )
 
 
 def candidate_scatter(manifest: Manifest, episodes: Sequence[Record], prefix: str) -> Chart | None:
     """Reward against cost of all that was scored, the chosen network and the limit marked."""
     candidates = rows(section(manifest, "search"), "candidates")
     name = scatter_cost(manifest, candidates, episodes)
-    points = [(candidate, place) for candidate in candidates if (place := _place(candidate, name)) is not None]
-    visited = [place for episode in episodes if (place := _place(episode, name)) is not None]
+    points = [
+        (candidate, place) for candidate in candidates if (place := _place(candidate, name)) is not None
+    ]
+    known = {place for _, place in points}  # a search may list every episode as a candidate too
+    visited = [place for episode in episodes if (place := _place(episode, name)) and place not in known]
     if not name or len(points) + len(visited) < 2:
         return None
     unit, target = cost_unit(manifest, name)
@@ -94,14 +103,24 @@ def candidate_scatter(manifest: Manifest, episodes: Sequence[Record], prefix: st
     with drawing() as (figure, axes):
         shown = [visited[i] for i in thinned(len(visited))]
         if shown:
-            style = {"linestyle": "none", "marker": ".", "markersize": 4, "markeredgewidth": 0, "alpha": 0.5}
+            style: dict[str, Any] = {
+                "linestyle": "none",
+                "marker": ".",
+                "markersize": 5,
+                "markeredgewidth": 0,
+                "alpha": 0.5,
+            }
             axes.plot(*zip(*shown, strict=True), color=COLOURS["muted"], label="during the search", **style)
         for index, (source, members) in enumerate(_by_source(points)):
-            look = {"color": COLOURS[f"c{index + 1}"], "marker": MARKERS[index]}
+            look: dict[str, Any] = {"color": COLOURS[f"c{index + 1}"], "marker": MARKERS[index]}
             axes.plot(*zip(*members, strict=True), linestyle="none", markersize=5, label=source, **look)
         place = _place(pick, name) if pick is not None else None
         if place is not None:
-            ring = {"markerfacecolor": "none", "markeredgecolor": COLOURS["accent"], "markeredgewidth": 2}
+            ring: dict[str, Any] = {
+                "markerfacecolor": "none",
+                "markeredgecolor": COLOURS["accent"],
+                "markeredgewidth": 2,
+            }
             axes.plot(*place, linestyle="none", marker="o", markersize=11, label="chosen", **ring)
         if target is not None:
             axes.axvline(target, color=COLOURS["bad"], linewidth=1, linestyle="--", label="target")
@@ -133,8 +152,7 @@ def layer_bars(manifest: Manifest, key: str, prefix: str) -> Chart | None:
             shares = [100 * pair[column] / total for pair in pairs]
             axes.bar(places, shares, width=width, color=COLOURS[role], label=label, linewidth=0)
         axes.set_xlabel("layer, in the order of execution")
-        what = "MACs" if key == "macs" else "predicted time"
-        axes.set_ylabel(f"% of the dense layers' {what}")
+        axes.set_ylabel(f"% of the dense layers' {'MACs' if key == 'macs' else 'time'}")
         _count_axis(axes, min(places), max(places))
         figure.legend(loc="outside upper right", ncols=2)
         svg = to_svg(figure, prefix)
@@ -142,23 +160,37 @@ def layer_bars(manifest: Manifest, key: str, prefix: str) -> Chart | None:
     shown = count if key == "macs" else milliseconds
     alt = f"Bars of {len(pairs)} layers, dense and slim: {shown(total)} in all before, {shown(kept)} after."
     title = "MACs by layer" if key == "macs" else "Time by layer"
-    return Chart(svg, title, alt, f"In all {shown(total)} dense, {shown(kept)} slim. Numbers are those of the table below.")
+    return Chart(
+        svg,
+        title,
+        alt,
+        f"In all {shown(total)} dense, {shown(kept)} slim. Numbers are those of the table below.",
+    )
 
 
 def chosen(manifest: Manifest) -> Record | None:
-    """The candidate that became the slim network: the one so marked, else the last with the search's best reward.
+    """The candidate that became the slim network: the one so marked, else the last with the best reward.
 
     The last one, because the final choice is scored again on the weights as they ended.
     """
-    candidates = [row for row in rows(section(manifest, "search"), "candidates") if number(row.get("reward")) is not None]
+    candidates = [
+        row
+        for row in rows(section(manifest, "search"), "candidates")
+        if number(row.get("reward")) is not None
+    ]
     marked = [candidate for candidate in candidates if candidate.get("chosen") is True]
     best = number(section(manifest, "search").get("best_reward"))
-    same = [candidate for candidate in candidates if best is not None and abs(float(candidate["reward"]) - best) < 1e-9]
-    return (marked or same or [None])[-1]
+    same = [
+        candidate
+        for candidate in candidates
+        if best is not None and abs(float(candidate["reward"]) - best) < 1e-9
+    ]
+    found = marked or same
+    return found[-1] if found else None
 
 
 def scatter_cost(manifest: Manifest, candidates: Sequence[Record], episodes: Sequence[Record]) -> str:
-    """The cost on the scatter's axis: the first budget's that was recorded, else the first recorded; '' for none."""
+    """The cost on the scatter's axis: the first budget's that was recorded, else any recorded, else ''."""
     recorded = [name for record in (*candidates, *episodes) for name in section(record, "costs")]
     wanted = [text(budget, "name") for budget in rows(manifest, "budgets")]
     return next((name for name in wanted if name in recorded), recorded[0] if recorded else "")
@@ -184,7 +216,9 @@ def _place(record: Record, name: str) -> tuple[float, float] | None:
     return None if price is None or reward is None else (price, reward)
 
 
-def _by_source(points: list[tuple[Record, tuple[float, float]]]) -> list[tuple[str, list[tuple[float, float]]]]:
+def _by_source(
+    points: list[tuple[Record, tuple[float, float]]],
+) -> list[tuple[str, list[tuple[float, float]]]]:
     """The places of each source, most first; the sources beyond the palette go together."""
     found: dict[str, list[tuple[float, float]]] = {}
     for candidate, place in points:
@@ -204,7 +238,11 @@ def _bands(axes: Axes, phases: list[str]) -> None:
         if index % 2:
             axes.axvspan(start, end, color=COLOURS["band"], linewidth=0, zorder=0)
         if (end - start) / len(phases) * LETTERS >= len(phase):
-            look = {"transform": axes.get_xaxis_transform(), "color": COLOURS["muted"], "fontsize": 8}
+            look: dict[str, Any] = {
+                "transform": axes.get_xaxis_transform(),
+                "color": COLOURS["muted"],
+                "fontsize": 8.5,
+            }
             axes.text(start, 1.01, f" {phase}", **look)
         start = end
 

@@ -1,8 +1,8 @@
-"""The tables of the report: records of the manifest as rows of strings, in the order in which they are printed."""
+"""The tables of the report: records of the manifest as rows of strings, in the order of the page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -20,9 +20,11 @@ from compressor.report.formats import (
     significant,
     size,
 )
-from compressor.report.verdict import AFTERWARDS, NAMES, margin
+from compressor.report.judgement import AFTERWARDS, NAMES, margin
 
 YARDSTICKS = ("uniform", "knapsack", "random")
+
+Record = Mapping[str, Any]
 
 
 def rounds(manifest: Manifest) -> list[dict[str, Any]]:
@@ -32,7 +34,7 @@ def rounds(manifest: Manifest) -> list[dict[str, Any]]:
         kept = row.get("kept")
         found.append(
             {
-                "number": place,
+                "round": f"Round {place}",
                 "predicted": milliseconds(row.get("predicted_ms")),
                 "measured": milliseconds(measured),
                 "target": milliseconds(target),
@@ -81,14 +83,18 @@ def layers(manifest: Manifest) -> list[dict[str, str]]:
 
 def sources(manifest: Manifest) -> dict[str, Any]:
     """The best candidate of each source, and how the chosen one compares with the yardsticks among them."""
-    candidates = [row for row in rows(section(manifest, "search"), "candidates") if number(row.get("reward")) is not None]
+    candidates = [
+        row
+        for row in rows(section(manifest, "search"), "candidates")
+        if number(row.get("reward")) is not None
+    ]
     name = plots.scatter_cost(manifest, candidates, ())
     unit, _ = plots.cost_unit(manifest, name)
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Record]] = {}
     for candidate in candidates:
         groups.setdefault(text(candidate, "source", "not recorded"), []).append(candidate)
-    best = {source: max(members, key=lambda row: float(row["reward"])) for source, members in groups.items()}
-    order = sorted(best, key=lambda source: (-float(best[source]["reward"]), source))
+    best = {source: max(members, key=_reward) for source, members in groups.items()}
+    order = sorted(best, key=lambda source: (-_reward(best[source]), source))
     pick = plots.chosen(manifest)
     return {
         "source_cost": NAMES.get(name, name),
@@ -96,28 +102,47 @@ def sources(manifest: Manifest) -> dict[str, Any]:
             {
                 "source": source,
                 "count": len(groups[source]),
-                "reward": significant(float(best[source]["reward"]), 4),
+                "reward": significant(_reward(best[source]), 4),
                 "cost": cost(section(best[source], "costs").get(name), unit),
                 "chosen": pick is not None and any(row is pick for row in groups[source]),
             }
             for source in order
         ],
-        "yardstick": _against_yardsticks(manifest, pick, best),
+        "yardstick": _against_yardsticks(manifest, candidates, pick),
     }
 
 
-def _against_yardsticks(manifest: Manifest, pick: Mapping[str, Any] | None, best: Mapping[str, Any]) -> str:
+def _against_yardsticks(manifest: Manifest, candidates: Sequence[Record], pick: Record | None) -> str:
+    """The chosen candidate beside the best yardstick that was scored on the same weights."""
     agent = text(section(manifest, "search"), "agent")
-    present = [source for source in best if source.startswith(YARDSTICKS) and not source.startswith(agent or "\0")]
-    if pick is None or not present:
-        return "" if agent in YARDSTICKS or pick is None else "No yardstick (uniform, knapsack, random) was scored beside it."
-    rival = max(present, key=lambda source: (float(best[source]["reward"]), source))
-    ours, theirs = float(pick["reward"]), float(best[rival]["reward"])
+    if pick is None or agent in YARDSTICKS:
+        return ""
+    rivals = [
+        row
+        for row in candidates
+        if text(row, "source").startswith(YARDSTICKS)
+        and row.get("epoch", pick.get("epoch")) == pick.get("epoch")
+    ]
+    if not rivals:
+        return f"No yardstick ({', '.join(YARDSTICKS)}) was scored on the same weights."
+    rival = max(rivals, key=_reward)
+    ours, theirs = _reward(pick), _reward(rival)
     relation = "more than" if ours > theirs else "less than" if ours < theirs else "the same as"
     return (
         f"The chosen network has reward {significant(ours, 4)}, {relation} the best yardstick's "
-        f"{significant(theirs, 4)} ({rival})."
+        f"{significant(theirs, 4)} ({text(rival, 'source')})."
     )
+
+
+def _reward(candidate: Record) -> float:
+    return float(candidate["reward"])
+
+
+def skipped(manifest: Manifest) -> list[dict[str, str]]:
+    return [
+        {"name": text(row, "name", "unnamed"), "reason": text(row, "reason", "reason not recorded")}
+        for row in rows(manifest, "skipped")
+    ]
 
 
 def engines(manifest: Manifest) -> list[dict[str, str]]:
@@ -128,24 +153,34 @@ def engines(manifest: Manifest) -> list[dict[str, str]]:
     ]
 
 
-def stages(manifest: Manifest) -> list[tuple[str, str, str, str]]:
-    stages = section(manifest, "stages")
+def stages(manifest: Manifest) -> list[dict[str, str]]:
+    found = section(manifest, "stages")
     return [
-        (
-            name,
-            text(section(stages, name), "started", ABSENT),
-            text(section(stages, name), "finished", "not finished"),
-            duration(section(stages, name).get("seconds")),
-        )
-        for name in stages
+        {
+            "name": name,
+            "started": _clock(text(section(found, name), "started", ABSENT)),
+            "finished": _clock(text(section(found, name), "finished", "not finished")),
+            "seconds": duration(section(found, name).get("seconds")),
+        }
+        for name in found
         if name not in AFTERWARDS
     ]
+
+
+def _clock(stamp: str) -> str:
+    """A time in UTC as the manifest writes it (ISO 8601), for people; anything else as it is."""
+    head, mark, tail = stamp.partition("+00:00")
+    return f"{head.replace('T', ' ', 1)} UTC" if mark and not tail else stamp
 
 
 def facts(manifest: Manifest) -> list[tuple[str, str]]:
     """What must be the same for the run to be repeated, apart from the recipe."""
     single = [(key, text(manifest, key)) for key in ("seed", "agent", "weights", "epochs")]
-    lists = [(key, text(section(manifest, name), key)) for name in ("machine", "versions") for key in section(manifest, name)]
+    lists = [
+        (key, text(section(manifest, name), key))
+        for name in ("machine", "versions")
+        for key in section(manifest, name)
+    ]
     return [(key, value) for key, value in (*single, *lists) if value]
 
 

@@ -1,8 +1,8 @@
 """Figures as inline SVG that takes its colours and its type from the page.
 
-Matplotlib writes fixed colours. Each role of the page's palette is drawn in a colour of its own that stands for nothing
-but that role, and is replaced by the CSS variable of the same name, so that one figure serves light and dark. Texts stay
-texts: they are read aloud, searched and printed in the page's font.
+Matplotlib writes fixed colours. Each role of the page's palette is drawn in a colour of its own that stands
+for nothing but that role, and is replaced by the CSS variable of the same name, so that one figure serves
+light and dark. Texts stay texts: they are searched and printed in the page's font.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ if TYPE_CHECKING:
 ROLES = ("ink", "muted", "grid", "band", "dense", "slim", "accent", "bad", "c1", "c2", "c3", "c4", "c5")
 COLOURS = {role: f"#01{index:02x}fe" for index, role in enumerate(ROLES, start=16)}
 
-WIDTH, HEIGHT = 5.2, 3.1  # inches: at 9 points a figure is readable on a phone and two fit side by side on a desk
-FONT = 9.0
+WIDTH, HEIGHT = (
+    4.8,
+    3.0,
+)  # inches: at this size of type a figure is readable on a phone and two fit side by side on a desk
+FONT = 9.5
 
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "text.parse_math": False,  # a dollar sign in a layer's name is a dollar sign
-    "font.family": ["DejaVu Sans"],  # ships with matplotlib: its widths lay out the figure wherever it is drawn
+    "font.family": [
+        "DejaVu Sans"
+    ],  # ships with matplotlib: its widths lay out the figure wherever it is drawn
     "font.size": FONT,
     "axes.titlesize": FONT,
     "axes.labelsize": FONT,
@@ -71,12 +76,12 @@ class Chart:
 
 @contextmanager
 def drawing() -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one pair of axes in the report's style, whatever the user's own matplotlib settings are."""
+    """A figure with one pair of axes in the report's style, whatever the user's matplotlib settings are."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # a name in a script that the layout font lacks: the browser has its own fonts and shows it all the same
+        # a name in a script that the layout font lacks: the browser has fonts of its own and shows it
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -98,7 +103,7 @@ def inline(document: str, prefix: str) -> str:
     """Turn a matplotlib SVG document into an element for a page that holds several of them."""
     element = document[document.index("<svg") :].strip()
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    # matplotlib's style rule is for "*", which inlined would be the whole page; the page's style sheet has its own
+    # matplotlib's style rule is for "*", which inlined is the whole page; the page's style sheet has its own
     element = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", element, count=1, flags=re.DOTALL)
     element = re.sub(r' id="[^"]*_\d+"', "", element)  # figure_1, axes_1, ...: nothing refers to them
     element = re.sub(r'( id="|href="#|url\(#)', rf"\1{prefix}-", element)

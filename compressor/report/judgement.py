@@ -42,8 +42,8 @@ class Verdict:
 def verdict(manifest: Manifest) -> str:
     """The verdict in one line, for the terminal.
 
-    >>> verdict({"status": "finished", "budgets": [{"name": "latency", "unit": "ms", "target": 1.5, "dense": 3.0,
-    ...          "predicted": 1.4, "measured": 1.45, "kept": True}]})
+    >>> verdict({"status": "finished", "budgets": [{"name": "latency", "unit": "ms",
+    ...          "target": 1.5, "dense": 3.0, "predicted": 1.4, "measured": 1.45, "kept": True}]})
     'Budget kept: latency 1.45 ms measured, 3.3% under the target of 1.50 ms.'
     """
     judged = judge(manifest)
@@ -51,11 +51,11 @@ def verdict(manifest: Manifest) -> str:
 
 
 def judge(manifest: Manifest) -> Verdict:
-    """Weigh every budget of a manifest; a run that was not measured to its end gets no verdict on its budgets."""
+    """Weigh every budget; a run that was not measured to its end gets no verdict on them."""
     if not measured_to_the_end(manifest):
         return Verdict("unfinished", _unfinished(manifest))
     lines = budget_lines(manifest)
-    remarks = tuple(_remarks(manifest))
+    remarks = _remarks(manifest)
     if not lines:
         return Verdict("none", "No budget was set, so there is none to keep.", remarks)
     missed = [line.phrase for line in lines if line.kept is False]
@@ -107,7 +107,9 @@ def margin(value: float | None, target: float | None) -> str:
     return f"{percent(abs(value / target - 1))} {'under' if value < target else 'over'}"
 
 
-def _phrase(name: str, unit: str, target: float | None, measured: float | None, predicted: float | None) -> str:
+def _phrase(
+    name: str, unit: str, target: float | None, measured: float | None, predicted: float | None
+) -> str:
     value, how = (measured, "measured") if measured is not None else (predicted, "predicted")
     if value is None:
         return f"{name} has neither a measurement nor a prediction, target {cost(target, unit)}"
@@ -120,14 +122,10 @@ def _phrase(name: str, unit: str, target: float | None, measured: float | None, 
     return f"{name} {shown} {how}, {margin(value, target)} the target of {aim}"
 
 
-def _remarks(manifest: Manifest) -> list[str]:
-    latency, remarks = section(manifest, "latency"), []
-    if latency.get("estimated") is True:
-        remarks.append("The latency table of this device is estimated, not measured on it.")
-    groups = rows(manifest, "groups")
-    if groups and all(number(group.get("kept")) == number(group.get("width")) for group in groups):
-        remarks.append("Nothing was removed: the slim network has the dense one's channels.")
-    return remarks
+def _remarks(manifest: Manifest) -> tuple[str, ...]:
+    if section(manifest, "latency").get("estimated") is True:
+        return ("The latency table of this device is estimated, not measured on it.",)
+    return ()
 
 
 def _unfinished(manifest: Manifest) -> str:

@@ -1,0 +1,282 @@
+"""The page as a whole: what it says of a finished run, what it refuses to say, and that it is safe."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from invented_run import invented_episodes, write_run
+
+from compressor.errors import CompressorError
+from compressor.report import write_report
+
+VOID = {"meta", "br", "img", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed in its order, and collects what the tests look at."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(source)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open[-1:]:
+            self.words.append(data.strip())
+
+    @property
+    def text(self) -> str:
+        return " ".join(word for word in self.words if word)
+
+    def attributes(self, name: str) -> list[str]:
+        return [value for _, attributes in self.elements if (value := attributes.get(name)) is not None]
+
+
+def page_of(folder: Path) -> Page:
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def changed(folder: Path, manifest: dict[str, Any], **fields: Any) -> Page:
+    """The page of the same folder with some of the manifest's fields replaced; None takes a field out."""
+    left = {key: value for key, value in {**manifest, **fields}.items() if value is not None}
+    (folder / "manifest.json").write_text(json.dumps(left))
+    return page_of(folder)
+
+
+def test_a_finished_run_answers_every_question(run_folder: Path) -> None:
+    text = page_of(run_folder).text
+    for answer in (
+        "Budget kept: latency 1.45 ms measured, 3.3% under the target of 1.50 ms; MACs 87.6 M counted",
+        "2.07× faster than 3.00 ms",  # noqa: RUF001
+        "−0.28 points, dense 98.33%",  # noqa: RUF001
+        "Latency, predicted 2.97 ms 1.40 ms 47.1%",
+        "Latency, measured (p99) – 1.81 ms –",  # noqa: RUF001
+        "Parameters 23.5 M 9.41 M 40.0%",
+        "360 images were tested, so one image more or less is 0.28 points.",
+        "median of 1,250 runs: local, onnxruntime-cpu 1.31.0, fp32, batch 1, threads 1",
+        "Round 1 1.46 ms 1.62 ms 1.50 ms 8.0% over missed",
+        "37 of 37 groups lost channels; 52.8% of all prunable channels remain.",
+        "layer1.0.downsample.0 coupled 128 of 256, 50%",
+        "fc its outputs are the classes",
+        "64 networks scored, 60 episodes, 3 min 34 s.",
+        "Of that time: evaluation 56.5%, training 37.3%, agent 6.2%.",
+        "reward 0.9511, more than the best yardstick's 0.9433 (knapsack)",
+        "31.5% of the dense one's MACs in 48.3% of its measured latency: 75% of the relative saving",
+        "layer4.1.conv2: MACs −75.0%, time −1.0%",  # noqa: RUF001
+        "differ by at most 3.4e-06, 4.1e-07 on average (1e-04 allowed)",
+        "To get an engine, install the extra of the GPU",
+        "compress --recipe recipe.yaml",
+        "Invented CPU 3000",
+        "2025-01-02 03:01:00 UTC",
+        "ab" * 32,
+        "1,797 small images",
+    ):
+        assert answer in text
+    assert "model.onnx 2.05 kB" in text
+
+
+def test_the_page_is_whole_by_itself(run_folder: Path) -> None:
+    page = page_of(run_folder)
+    assert len(page.source.encode()) < 500_000
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("svg") == 6
+    assert not {"script", "img", "link", "iframe", "image", "object"} & set(tags)
+    assert (
+        "meta",
+        {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"},
+    ) in (page.elements)
+    outside = [
+        value for name in ("src", "href", "xlink:href") for value in page.attributes(name) if "//" in value
+    ]
+    assert outside == []
+    assert "@import" not in page.source
+    assert not re.search(r"url\((?!#)", page.source)
+
+
+def test_identifiers_are_unique_and_references_resolve(run_folder: Path) -> None:
+    page = page_of(run_folder)
+    names = page.attributes("id")
+    assert len(names) == len(set(names))
+    wanted = [
+        value[1:] for name in ("href", "xlink:href") for value in page.attributes(name) if value[0] == "#"
+    ]
+    assert set(wanted) <= set(names)
+    assert set(re.findall(r"url\(#([^)]*)\)", page.source)) <= set(names)
+
+
+def test_every_figure_has_words(run_folder: Path) -> None:
+    page = page_of(run_folder)
+    charts = [attributes for _, attributes in page.elements if attributes.get("role") == "img"]
+    assert len(charts) == 6
+    assert all(len(attributes["aria-label"] or "") > 30 for attributes in charts)
+    assert "#01" not in page.source  # every colour that stands for a role was replaced by the page's variable
+
+
+def test_the_same_files_give_the_same_bytes(run_folder: Path, manifest: dict[str, Any]) -> None:
+    first = write_report(run_folder).read_bytes()
+    # what the pipeline writes after the report: the end of its stage, and the checksum of the page itself
+    manifest["stages"]["report"]["seconds"] = 99.0
+    manifest["files"]["report.html"] = "12" * 32
+    assert changed(run_folder, manifest).source.encode() == first
+
+
+def test_hostile_names_are_text(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    evil = "<script>alert(1)</script>\"'$\\frac$ ]]> --> {{ 7*7 }}"
+    manifest["model"] = manifest["data"] = evil
+    manifest["groups"][0]["name"] = manifest["layers"][0]["name"] = manifest["notes"][0] = evil
+    manifest["search"]["candidates"][0]["source"] = evil
+    manifest["training"][0]["phase"] = evil
+    manifest["files"] = {"javascript:alert(1)": "00", "../../etc/passwd": "11", "/etc/passwd": evil}
+    folder = write_run(tmp_path / "run", manifest, [{**row, "phase": evil} for row in invented_episodes()])
+    (folder / "recipe.yaml").write_text(f"model: {evil}")
+    page = page_of(folder)
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert page.text.count(evil) >= 6
+    links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
+    assert "./javascript%3Aalert%281%29" in links
+    assert not any("passwd" in (link or "") for link in links)
+
+
+@pytest.mark.parametrize("script", ["网络", "شبكة", "🙂"])
+def test_any_script_is_drawn_without_a_warning(
+    tmp_path: Path, manifest: dict[str, Any], script: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    manifest["search"]["candidates"][0]["source"] = script
+    page = page_of(write_run(tmp_path / "run", manifest, invented_episodes()))
+    assert script in page.text
+    assert [str(each.message) for each in recwarn if "Glyph" in str(each.message)] == []
+
+
+def test_an_empty_manifest_says_that_nothing_is_known(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    text = page_of(tmp_path).text
+    for sentence in (
+        "This run is not finished, so there is no verdict (no stage has finished yet).",
+        "compress --resume .",
+        "No budget is recorded for this run.",
+        "Neither network has been measured or counted yet.",
+        "The latency was not measured.",
+        "The manifest does not say what was removed.",
+        "This run has not searched yet",
+        "this run does not have them all",
+        "Fewer than two epochs of training are recorded",
+        "The exported file was not compared with the trained network.",
+        "No engine was built.",
+        "This folder holds no recipe.yaml",
+    ):
+        assert sentence in text
+    assert re.findall(r"\d+(?:\.\d+)? ?(?:ms|%|MB)", text) == []
+
+
+@pytest.mark.parametrize("wrong", [[], {}, "text", 3, [None, 1, "x"], {"x": None, "y": {"z": []}}])
+def test_every_part_may_be_wrong(tmp_path: Path, manifest: dict[str, Any], wrong: Any) -> None:
+    page_of(write_run(tmp_path / "run", dict.fromkeys(manifest, wrong), []))
+
+
+@pytest.mark.parametrize("turn", range(4))
+def test_any_half_of_the_keys_may_be_missing(run_folder: Path, manifest: dict[str, Any], turn: int) -> None:
+    missing = [key for place, key in enumerate(sorted(manifest)) if place >> (turn // 2) & 1 == turn % 2]
+    changed(run_folder, manifest, **dict.fromkeys(missing))
+
+
+def with_leaves(value: Any, wrong: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: with_leaves(inner, wrong) for key, inner in value.items()}
+    return [with_leaves(inner, wrong) for inner in value] if isinstance(value, list) else wrong(value)
+
+
+@pytest.mark.parametrize("wrong", [None, "7", -1, 0, 1e30, 10**400, True, {"a": None}])
+def test_every_value_may_be_wrong(tmp_path: Path, manifest: dict[str, Any], wrong: Any) -> None:
+    broken = with_leaves(manifest, lambda _: wrong)
+    page_of(write_run(tmp_path / "run", broken, with_leaves(invented_episodes(), lambda _: wrong)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_some_values_may_be_wrong(tmp_path: Path, manifest: dict[str, Any], seed: int) -> None:
+    chance = random.Random(seed)
+
+    def spoil(value: Any) -> Any:
+        return chance.choice([None, "x", -1, 0, [], 2.5]) if chance.random() < 0.2 else value
+
+    page_of(
+        write_run(tmp_path / "run", with_leaves(manifest, spoil), with_leaves(invented_episodes(), spoil))
+    )
+
+
+def test_a_device_that_was_not_reached(run_folder: Path, manifest: dict[str, Any]) -> None:
+    latency = {"device": "jetson-nano", "predicted_ms": 9.9, "measured_ms": None, "estimated": True}
+    budget = {
+        "name": "latency",
+        "unit": "ms",
+        "target": 10,
+        "dense": 20,
+        "predicted": 9.9,
+        "measured": None,
+        "kept": None,
+    }
+    text = changed(run_folder, manifest, latency=latency, budgets=[budget]).text
+    assert "Not measured: latency 9.90 ms predicted, 1.0% under the target of 10.0 ms." in text
+    assert "estimated, not measured on it" in text
+    assert "The latency was not measured on jetson-nano." in text
+    assert "Latency, measured" not in text
+
+
+def test_layers_without_times_are_ranked_by_macs(run_folder: Path, manifest: dict[str, Any]) -> None:
+    for layer in manifest["layers"]:
+        del layer["dense_ms"], layer["slim_ms"]
+    page = changed(run_folder, manifest)
+    assert "No layer has a time in this run, so they are ordered by MACs." in page.text
+    assert "Where the work is now" in page.text
+    assert [tag for tag, _ in page.elements].count("svg") == 5
+
+
+def test_a_damaged_episode_log_is_counted(run_folder: Path) -> None:
+    log = run_folder / "search" / "episodes.jsonl"
+    log.write_text("not json\n[1]\n" + log.read_text() + '{"episode": 60, "rew')
+    text = page_of(run_folder).text
+    assert "2 lines of the episode log could not be read and are left out." in text
+    assert "The best reward was reached in episode 59." in text
+
+
+def test_a_long_search_stays_a_small_page(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    episodes = [
+        {"reward": (place * 37 % 1000) / 1000, "costs": {"latency": 1 + place / 1e5}, "phase": "joint"}
+        for place in range(20_000)
+    ]
+    page = page_of(write_run(tmp_path / "run", manifest, episodes))
+    assert len(page.source.encode()) < 1_000_000
+    assert "1,500 of 20,000 episodes are drawn." in page.text
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompressorError, match="nothing to report") as error:
+        write_report(tmp_path)
+    assert "compress report RUN" in error.value.hint
+    (tmp_path / "manifest.json").write_text("[1, 2]")
+    with pytest.raises(CompressorError, match="holds list, expected an object"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,215 @@
+"""Numbers, verdicts and explanations, each against a sentence worked out by hand."""
+
+from __future__ import annotations
+
+import doctest
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from compressor.report import closing_table, explain, formats, judgement, verdict
+from compressor.report.comparison import comparison, tiles
+from compressor.report.judgement import judge
+from compressor.report.plots import chosen, thinned
+from compressor.report.records import sources
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (formats.milliseconds(1.4496), "1.45 ms"),
+        (formats.milliseconds(0.01234), "0.0123 ms"),
+        (formats.milliseconds(None), formats.ABSENT),
+        (formats.milliseconds(float("nan")), formats.ABSENT),
+        (formats.milliseconds(True), formats.ABSENT),
+        (formats.count(4_111_514_624), "4.11 G"),
+        (formats.count(25_557_032), "25.6 M"),
+        (formats.count(960), "960"),
+        (formats.count(999_999), "1,000 k"),
+        (formats.size(94_104_321), "94.1 MB"),
+        (formats.size(512), "512 B"),
+        (formats.percent(0.4833), "48.3%"),
+        (formats.percent(1 / 3000), "<0.1%"),
+        (formats.percent(0), "0.0%"),
+        (formats.points(-0.0027777), f"{formats.MINUS}0.28 points"),
+        (formats.points(0.0125), "+1.25 points"),
+        (formats.points(-0.00001), "0.00 points"),
+        (formats.duration(0.44), "0.4 s"),
+        (formats.duration(214.2), "3 min 34 s"),
+        (formats.duration(7500), "2 h 05 min"),
+        (formats.cost(2e7, "bytes"), "20.0 MB"),
+        (formats.cost(3, "joules"), "3.00 joules"),
+        (formats.percentile_name(50), "median"),
+        (formats.percentile_name(90), "p90"),
+    ],
+)
+def test_numbers_are_printed_for_people(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+def finished(**fields: Any) -> dict[str, Any]:
+    return {"status": "finished", **fields}
+
+
+def latency(**fields: Any) -> dict[str, Any]:
+    return {"name": "latency", "unit": "ms", "target": 1.5, "dense": 3.0, "predicted": 1.4, **fields}
+
+
+def test_the_verdict_says_by_how_much() -> None:
+    kept = finished(budgets=[latency(measured=1.45, kept=True)])
+    assert verdict(kept) == "Budget kept: latency 1.45 ms measured, 3.3% under the target of 1.50 ms."
+    missed = finished(
+        budgets=[
+            latency(measured=1.62, kept=False),
+            {
+                "name": "params",
+                "unit": "params",
+                "target": 8e6,
+                "dense": 2e7,
+                "predicted": 8e6,
+                "measured": 8e6,
+            },
+        ]
+    )
+    assert verdict(missed) == (
+        "Budget missed: latency 1.62 ms measured, 8.0% over the target of 1.50 ms. "
+        "Budget kept: parameters 8.00 M counted, exactly at the target of 8.00 M."
+    )
+    assert judge(missed).state == "missed"
+    close = finished(budgets=[latency(measured=1.5004, kept=False)])
+    assert verdict(close) == "Budget missed: latency 1.50 ms measured, <0.1% over the target of 1.50 ms."
+
+
+def test_without_a_measurement_there_is_no_verdict() -> None:
+    predicted = finished(budgets=[latency(measured=None, kept=None)], latency={"estimated": True})
+    assert judge(predicted).state == "unmeasured"
+    assert verdict(predicted) == (
+        "Not measured: latency 1.40 ms predicted, 6.7% under the target of 1.50 ms. "
+        "The latency table of this device is estimated, not measured on it."
+    )
+    assert verdict(finished()) == "No budget was set, so there is none to keep."
+
+
+def test_a_run_on_its_way_says_where_it_stands() -> None:
+    stages = {"search": {"finished": "t"}, "finetune": {"finished": None}, "report": {"finished": None}}
+    running = {"status": "running", "stages": stages, "budgets": [latency(measured=1.0, kept=True)]}
+    assert verdict(running) == (
+        "This run is not finished, so there is no verdict (finished: search; begun: finetune)."
+    )
+    # the report is written while its own stage runs: measured is enough
+    running["stages"] = {"measure": {"finished": "t"}, "report": {"finished": None}}
+    assert judge(running).state == "kept"
+
+
+def test_the_example_in_the_documentation_holds() -> None:
+    assert doctest.testmod(judgement) == (0, 1)
+
+
+def test_the_closing_table_shows_both_networks(manifest: dict[str, Any]) -> None:
+    console = Console(width=100, record=True, force_terminal=False)
+    manifest["accuracy"]["split"] = "[red]test[/nothing]"
+    with console.capture() as shown:
+        console.print(closing_table(manifest))
+    lines = {
+        line.split("│")[0].strip(): [cell.strip() for cell in line.split("│")[1:]]
+        for line in shown.get().splitlines()
+    }
+    assert lines["Accuracy, [red]test[/nothing] split"] == ["98.33%", "98.06%", "-0.28 points"]
+    assert lines["Latency, predicted"] == ["2.97 ms", "1.40 ms", "47.1%"]
+    assert lines["Latency, measured (median)"] == ["3.00 ms", "1.45 ms", "48.3%"]
+    assert lines["MACs"] == ["278 M", "87.6 M", "31.5%"]
+    assert lines["Parameters"] == ["23.5 M", "9.41 M", "40.0%"]
+    assert lines["ONNX file"] == ["94.1 MB", "37.6 MB", "40.0%"]
+    assert lines["Weights, safetensors"] == ["-", "37.7 MB", "-"]
+
+
+def test_unknown_quantities_have_no_row(manifest: dict[str, Any]) -> None:
+    manifest["latency"] = {"percentile": 90, "measured_ms": 2.0, "p90_ms": 2.0}
+    manifest["accuracy"] = {
+        "finetuned": 0.5,
+        "split": "test",
+        "images": 100,
+        "exported": 0.5,
+        "exported_images": 40,
+    }
+    labels = [row.label for row in comparison(manifest)]
+    assert "Latency, predicted" not in labels
+    assert [label for label in labels if "p90" in label] == ["Latency, measured (p90)"]
+    assert "Accuracy, of the exported ONNX on 40 images" in labels
+    assert [(tile.label, tile.before) for tile in tiles(manifest)][:2] == [
+        ("Latency, measured", "dense not known"),
+        ("Accuracy", "dense not known"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("slim_macs", "slim_ms", "ending"),
+    [
+        (50, 5.0, "50.0% of its measured latency: time fell with the work."),
+        (50, 7.5, "75.0% of its measured latency: 50% of the relative saving in MACs arrived as time."),
+        (50, 10.5, "105.0% of its measured latency: none of the removed work became time."),
+        (50, 3.0, "30.0% of its measured latency: time fell further than the work did."),
+        (100, 10.0, "100.0% of its measured latency: no work was removed, so no time was saved."),
+    ],
+)
+def test_work_is_compared_with_time(slim_macs: int, slim_ms: float, ending: str) -> None:
+    known = {
+        "cost": {"dense": {"macs": 100}, "slim": {"macs": slim_macs}},
+        "latency": {"dense_ms": 10.0, "measured_ms": slim_ms},
+    }
+    assert explain.speed(known).endswith(ending)
+
+
+def test_layers_whose_time_stayed_are_named() -> None:
+    layers = [
+        {"name": "followed", "dense_macs": 100, "slim_macs": 50, "dense_ms": 1.0, "slim_ms": 0.6},
+        {"name": "stayed", "dense_macs": 100, "slim_macs": 50, "dense_ms": 1.0, "slim_ms": 0.8},
+        {"name": "slowed", "dense_macs": 100, "slim_macs": 50, "dense_ms": 1.0, "slim_ms": 1.1},
+        {"name": "kept whole", "dense_macs": 100, "slim_macs": 90, "dense_ms": 1.0, "slim_ms": 1.0},
+    ]
+    minus = formats.MINUS
+    assert explain.stubborn({"layers": layers}) == [
+        f"slowed: MACs {minus}50.0%, time +10.0%",
+        f"stayed: MACs {minus}50.0%, time {minus}20.0%",
+    ]
+    hot = explain.hottest({"layers": layers, "latency": {"predicted_ms": 4.0}}, most=2)
+    assert hot is not None
+    assert [(layer.name, layer.number, layer.share) for layer in hot.layers] == [
+        ("slowed", 3, "31.4%"),
+        ("kept whole", 4, "28.6%"),
+    ]
+    assert "add up to 3.50 ms of the network's 4.00 ms. The other 0.500 ms (12.5%)" in hot.remark
+
+
+def test_yardsticks_count_only_on_the_same_weights() -> None:
+    def told(agent: str, *candidates: dict[str, Any]) -> str:
+        found: str = sources(
+            {"search": {"agent": agent, "best_reward": 0.9, "candidates": list(candidates)}}
+        )["yardstick"]
+        return found
+
+    ours = {"reward": 0.9, "source": "final", "epoch": 3}
+    assert told("joint", {"reward": 0.95, "source": "knapsack", "epoch": 3}, ours) == (
+        "The chosen network has reward 0.9000, less than the best yardstick's 0.9500 (knapsack)."
+    )
+    assert told("joint", {"reward": 0.95, "source": "knapsack", "epoch": 2}, ours).startswith("No yardstick")
+    assert told("uniform", ours) == ""
+
+
+def test_the_chosen_candidate_is_the_last_with_the_best_reward() -> None:
+    twice = [
+        {"reward": 0.9, "source": "joint"},
+        {"reward": 0.9, "source": "final"},
+        {"reward": 0.95, "source": "old"},
+    ]
+    found = chosen({"search": {"best_reward": 0.9, "candidates": twice}})
+    assert found is not None
+    assert found["source"] == "final"
+    assert chosen({"search": {"candidates": twice}}) is None
+
+
+def test_thinning_keeps_the_ends() -> None:
+    assert thinned(3, most=5) == [0, 1, 2]
+    assert thinned(9, most=5) == [0, 2, 4, 6, 8]
+    assert len(set(thinned(10_000))) == 1500
