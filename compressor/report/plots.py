@@ -18,6 +18,9 @@ Record = Mapping[str, Any]
 
 MOST_POINTS = 1500  # more do not show more, and every one costs the page a hundred bytes
 MOST_SOURCES = 5
+MOST_OF_A_KIND = 300
+MOST_BANDS = 8
+CROWD = 30  # more points than these are drawn small
 LETTERS = 55  # as many fit side by side above a figure
 MARKERS = ("o", "s", "D", "^", "v")
 UNITS = {"latency": "ms", "flops": "MACs", "macs": "MACs", "params": "params", "memory": "bytes"}
@@ -98,22 +101,14 @@ def candidate_scatter(manifest: Manifest, episodes: Sequence[Record], prefix: st
     visited = [place for episode in episodes if (place := _place(episode, name)) and place not in known]
     if not name or len(points) + len(visited) < 2:
         return None
+    groups = _by_source(points)
     unit, target = cost_unit(manifest, name)
     pick = chosen(manifest)
     with drawing() as (figure, axes):
-        shown = [visited[i] for i in thinned(len(visited))]
-        if shown:
-            style: dict[str, Any] = {
-                "linestyle": "none",
-                "marker": ".",
-                "markersize": 5,
-                "markeredgewidth": 0,
-                "alpha": 0.5,
-            }
-            axes.plot(*zip(*shown, strict=True), color=COLOURS["muted"], label="during the search", **style)
-        for index, (source, members) in enumerate(_by_source(points)):
-            look: dict[str, Any] = {"color": COLOURS[f"c{index + 1}"], "marker": MARKERS[index]}
-            axes.plot(*zip(*members, strict=True), linestyle="none", markersize=5, label=source, **look)
+        if visited:
+            _dots(axes, visited, "during the search", "muted", ".", crowded=True)
+        for index, (source, members) in enumerate(groups):
+            _dots(axes, members, source, f"c{index + 1}", MARKERS[index], crowded=len(members) > CROWD)
         place = _place(pick, name) if pick is not None else None
         if place is not None:
             ring: dict[str, Any] = {
@@ -126,14 +121,18 @@ def candidate_scatter(manifest: Manifest, episodes: Sequence[Record], prefix: st
             axes.axvline(target, color=COLOURS["bad"], linewidth=1, linestyle="--", label="target")
         axes.set_xlabel(f"{NAMES.get(name, name)} ({unit})" if unit else name)
         axes.set_ylabel("reward")
-        axes.xaxis.set_major_formatter(lambda value, _: _tick(value, unit))
+        _cost_ticks(axes, unit)
         axes.grid(axis="x")
+        axes.margins(y=0.1)
         figure.legend(loc="outside lower center", ncols=3)
         svg = to_svg(figure, prefix)
     alt = f"Reward against {NAMES.get(name, name)} of {len(points)} candidates and {len(visited)} episodes."
     if pick is not None and place is not None:
         alt += f" The chosen one costs {cost(place[0], unit)} and has reward {significant(place[1], 4)}."
-    return Chart(svg, "What was tried", alt, "Left is cheaper, up is better; costs are predictions.")
+    caption = "Left is cheaper, up is better; costs are predictions."
+    if max(len(visited), *(len(members) for _, members in groups), 0) > MOST_OF_A_KIND:
+        caption += f" Of each kind {MOST_OF_A_KIND} are drawn."
+    return Chart(svg, "What was tried", alt, caption)
 
 
 def layer_bars(manifest: Manifest, key: str, prefix: str) -> Chart | None:
@@ -231,10 +230,13 @@ def _by_source(
 
 
 def _bands(axes: Axes, phases: list[str]) -> None:
-    """Shade every other phase and write its name on top where there is room for it."""
+    """Shade every other phase, its name on top where there is room; phases that take turns have no bands."""
+    spans = [(phase, len(list(members))) for phase, members in groupby(phases)]
+    if len(spans) > MOST_BANDS:
+        return
     start = 0.5
-    for index, (phase, members) in enumerate(groupby(phases)):
-        end = start + len(list(members))
+    for index, (phase, length) in enumerate(spans):
+        end = start + length
         if index % 2:
             axes.axvspan(start, end, color=COLOURS["band"], linewidth=0, zorder=0)
         if (end - start) / len(phases) * LETTERS >= len(phase):
@@ -255,5 +257,21 @@ def _count_axis(axes: Axes, first: int, last: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
-def _tick(value: float, unit: str) -> str:
-    return cost(value, unit).removesuffix(f" {unit}") if unit else significant(value)
+def _cost_ticks(axes: Axes, unit: str) -> None:
+    """Few ticks; counts and bytes with their prefix (540 M), milliseconds as they are."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    if unit in ("MACs", "params", "bytes"):
+        axes.xaxis.set_major_formatter(EngFormatter())
+
+
+def _dots(
+    axes: Axes, places: Sequence[tuple[float, float]], label: str, role: str, marker: str, *, crowded: bool
+) -> None:
+    """Points of one kind: small and faint where they are many, and no more than show something."""
+    shown = [places[i] for i in thinned(len(places), MOST_OF_A_KIND)]
+    look: dict[str, Any] = {"marker": marker, "markersize": 3.5 if crowded else 5.5}
+    if crowded:
+        look |= {"alpha": 0.5, "markeredgewidth": 0}
+    axes.plot(*zip(*shown, strict=True), linestyle="none", color=COLOURS[role], label=label, **look)

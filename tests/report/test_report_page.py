@@ -267,8 +267,10 @@ def test_a_long_search_stays_a_small_page(tmp_path: Path, manifest: dict[str, An
         {"reward": (place * 37 % 1000) / 1000, "costs": {"latency": 1 + place / 1e5}, "phase": "joint"}
         for place in range(20_000)
     ]
+    manifest["search"]["candidates"] += [{**row, "source": row["phase"]} for row in episodes[::2]]
     page = page_of(write_run(tmp_path / "run", manifest, episodes))
     assert len(page.source.encode()) < 1_000_000
+    assert "Of each kind 300 are drawn." in page.text
     assert "1,500 of 20,000 episodes are drawn." in page.text
 
 
