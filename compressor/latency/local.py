@@ -51,6 +51,7 @@ from export.to_onnx import export_onnx
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compressor.pruning.importance import Ranking
     from compressor.pruning.space import PruningSpace
 
 RUNTIME = "onnxruntime-cpu"
@@ -150,20 +151,21 @@ def _measured(
     held = random_widths(space, HELD_OUT, seed=seed + 1)
     fitted = np.concatenate([anchor_widths(space), grid_widths(space, seed=seed)])
     queue = _interleaved(fitted, held)
+    ranking = space.rank()
     samples: list[_Sample] = []
     unseen: list[_Sample] = []
     say("Measuring this network's operators on this machine; the table is kept for the next run.")
     with bar("Measuring latency", len(queue) + 2) as progress:
-        first = _sample(space, example, dense, device)
+        first = _sample(space, ranking, example, dense, device)
         samples.append(first)
         progress.advance(1, f"dense {first.times.median_ms:.3g} ms")
         for count, (is_held, widths) in enumerate(queue):
             if time.monotonic() - started > limit_s and count >= 12:
                 break
-            sample = _sample(space, example, widths, device)
+            sample = _sample(space, ranking, example, widths, device)
             (unseen if is_held else samples).append(sample)
             progress.advance(1, f"{sample.times.median_ms:.3g} ms")
-        last = _sample(space, example, dense, device)
+        last = _sample(space, ranking, example, dense, device)
         samples.append(last)
         progress.advance(1)
     drift = last.times.median_ms / first.times.median_ms - 1.0
@@ -181,9 +183,11 @@ def _interleaved(fitted: Widths, held: Widths) -> list[tuple[bool, Widths]]:
     return [(is_held, row) for _, is_held, row in sorted(queue, key=lambda item: item[0])]
 
 
-def _sample(space: PruningSpace, example: Tensor, widths: Widths, device: Device) -> _Sample:
+def _sample(
+    space: PruningSpace, ranking: Ranking, example: Tensor, widths: Widths, device: Device
+) -> _Sample:
     """Build, export and measure one sub-network."""
-    small = space.apply(space.plan(widths))
+    small = space.apply(space.plan(widths, ranking))
     with tempfile.TemporaryDirectory(prefix="compressor-latency-") as folder:
         path = Path(folder) / "network.onnx"
         try:

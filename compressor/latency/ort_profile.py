@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ from export.ort import CPU, random_feeds, runtime
 Floats = npt.NDArray[np.float64]
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+MOST_RUNS = 200
+MOST_PROFILED = 60
+"""Enough for a median; more would only fill the profiler's file, which takes longer to read than to write."""
+
+INTERRUPTED = 0.05
+"""A run whose wall time exceeds the thread's own time by this share was interrupted."""
+
 _TAG = re.compile(r"@(\d+)\.")
 
 
@@ -124,11 +132,11 @@ class OrtCpu:
         """Half of the time end to end, before and after the profiled half, so that a drift is seen by both."""
         runner = OnnxRunner(network.model, threads=self.threads)
         once = runner.warm_up(seconds / 10)
-        runs = max(self.min_runs, int(seconds / 4 / (once / 1e3)))
-        before = runner.time(runs)
-        operators = self._profile(network, 2 * runs)
-        after = runner.time(runs)
-        return NetworkTimes(np.asarray(before + after, dtype=np.float64), operators)
+        runs = min(MOST_RUNS, max(self.min_runs, int(seconds / 4 / (once / 1e3))))
+        before = _time(runner, runs)
+        operators = self._profile(network, min(2 * runs, MOST_PROFILED))
+        after = _time(runner, runs)
+        return NetworkTimes(undisturbed(np.concatenate([before, after])), operators)
 
     def _profile(self, network: TaggedNetwork, runs: int) -> Floats:
         """(runs, operators) milliseconds from ONNX Runtime's profiler."""
@@ -147,6 +155,31 @@ class OrtCpu:
                 session.run(None, feeds)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return _by_operator(events, network)[warm_up:]
+
+
+def _time(runner: OnnxRunner, runs: int) -> Floats:
+    """(runs, 2): milliseconds on the wall's clock and on the thread's own."""
+    times = np.empty((runs, 2))
+    for run in range(runs):
+        wall, own = time.perf_counter_ns(), time.thread_time_ns()
+        runner.run()
+        times[run] = time.perf_counter_ns() - wall, time.thread_time_ns() - own
+    return times / 1e6
+
+
+def undisturbed(times: Floats) -> Floats:
+    """The runs that no other process interrupted.
+
+    Args:
+        times: (runs, 2): wall clock and the thread's own clock.
+
+    Returns:
+        The wall times of the runs for which both clocks agree; where hardly any was left alone, the times on the
+        thread's own clock, which stands still while another process runs.
+    """
+    wall, own = times[:, 0], times[:, 1]
+    alone = wall <= own * (1 + INTERRUPTED)
+    return np.asarray(wall[alone] if alone.sum() >= max(3, len(wall) // 5) else own)
 
 
 def middle(values: Floats) -> float:

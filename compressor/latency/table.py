@@ -159,7 +159,7 @@ class LatencyTable:
 
             fields = self.fields.roofline[self.fields.precision]
             return LatencyCurve(
-                space, roofline_operators(fields, space), lambda total: raised * (total + fields.network_ms)
+                space, roofline_operators(fields, self.precision, space), lambda total: raised * (total + fields.network_ms)
             )
         network = self._network(space)
         entries = [self._surface(key) for key in network.layers]

@@ -1,0 +1,361 @@
+"""Fit the estimated latency tables of the Jetson modules and write one file for each into latency_tables/.
+
+    python benchmarks/latency_estimated_tables.py --measurements PUBLISHED.csv [--write]
+
+PUBLISHED.csv has the columns device, model, input, num_classes, precision, batch, latency_ms and source, one published
+measurement a row. Constants of all devices are fitted together: each is a mean over all devices, plus a deviation of the
+device's generation, plus one of the device, and deviations are drawn to zero, so that a device with three measurements
+borrows what it does not know from its relatives, and one with none takes its generation's. Printed and stored for each
+device: the error of the fit, and the error on each measurement when it is left out (where a device has one only, it is
+then predicted from the other devices).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import least_squares
+from torch import nn
+
+from compressor.latency.roofline import ELEMENT_BYTES, KINDS, SOFTNESS, Operators, operator_ms
+from compressor.latency.schema import DeviceFields, ErrorFields, RooflineFields, RuntimeFields, TableFields, rounded
+from compressor.latency.table import LatencyTable
+
+Floats = npt.NDArray[np.float64]
+TABLES = Path(__file__).resolve().parent.parent / "latency_tables"
+WRAPPER = "torch2trt benchmarks"
+"""A source whose times hold the synchronisation of its Python wrapper: it gets an offset of its own in the fit."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """Dense peaks of a module at its highest usual clock, from its maker's data sheets."""
+
+    sku: str
+    generation: str
+    capability: str
+    clock: str
+    peaks: dict[str, float]
+    bandwidth_gbs: float
+
+
+MODULES = {
+    "jetson-nano": Module("Jetson Nano 4GB", "maxwell", "5.3", "GPU 921 MHz", {"fp32": 0.236, "fp16": 0.472}, 25.6),
+    "jetson-tx2": Module("Jetson TX2 8GB", "maxwell", "6.2", "GPU 1300 MHz", {"fp32": 0.67, "fp16": 1.33}, 59.7),
+    "jetson-xavier-nx": Module(
+        "Jetson Xavier NX 8GB", "volta", "7.2", "GPU 1100 MHz", {"fp32": 0.85, "fp16": 6.8, "int8": 13.5}, 59.7
+    ),
+    "jetson-agx-xavier": Module(
+        "Jetson AGX Xavier", "volta", "7.2", "GPU 1377 MHz", {"fp32": 1.41, "fp16": 11.3, "int8": 22.6}, 136.5
+    ),
+    "jetson-orin-nano-4gb": Module(
+        "Jetson Orin Nano 4GB", "ampere", "8.7", "GPU 625 MHz", {"fp32": 0.64, "fp16": 5.1, "int8": 10.2}, 34.0
+    ),
+    "jetson-orin-nano-8gb": Module(
+        "Jetson Orin Nano 8GB", "ampere", "8.7", "GPU 625 MHz", {"fp32": 1.28, "fp16": 10.2, "int8": 20.5}, 68.0
+    ),
+    "jetson-orin-nx-8gb": Module(
+        "Jetson Orin NX 8GB", "ampere", "8.7", "GPU 765 MHz", {"fp32": 1.57, "fp16": 12.5, "int8": 25.0}, 102.0
+    ),
+    "jetson-orin-nx-16gb": Module(
+        "Jetson Orin NX 16GB", "ampere", "8.7", "GPU 918 MHz", {"fp32": 1.88, "fp16": 15.0, "int8": 30.1}, 102.0
+    ),
+    "jetson-agx-orin-32gb": Module(
+        "Jetson AGX Orin 32GB", "ampere", "8.7", "GPU 930 MHz", {"fp32": 3.3, "fp16": 26.7, "int8": 53.0}, 205.0
+    ),
+    "jetson-agx-orin-64gb": Module(
+        "Jetson AGX Orin 64GB", "ampere", "8.7", "GPU 1300 MHz", {"fp32": 5.3, "fp16": 42.6, "int8": 85.0}, 205.0
+    ),
+    "jetson-thor-t5000": Module(
+        "Jetson Thor T5000", "blackwell", "11.0", "GPU 1575 MHz", {"fp32": 8.1, "fp16": 258.0, "int8": 517.0}, 273.0
+    ),
+}
+CONSTANTS = (*(f"efficiency {kind}" for kind in KINDS), "bandwidth", "launch", "int8")
+START = np.log([0.35, 0.25, 0.1, 0.3, 0.5, 0.02, 0.6])
+"""First guess: shares of the peaks, the launch in milliseconds, and how much of the FP16 share INT8 reaches."""
+DRAWN = np.asarray([0.35, 0.35, 0.35, 0.35, 0.25, 0.7, 0.3])
+"""How far a constant of a generation or a device usually lies from the mean, in logarithms."""
+BANDWIDTH, LAUNCH = CONSTANTS.index("bandwidth"), CONSTANTS.index("launch")
+WRAPPER_MS = 0.2
+TRUST = 0.10
+"""How far published numbers of one device scatter among themselves, in logarithms."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published measurement with what its network computes."""
+
+    device: str
+    precision: str
+    source: str
+    latency_ms: float
+    operators: Operators
+    c_in: Floats
+    c_out: Floats
+
+
+def blocks(module: Module, precision: str) -> int:
+    """Channels that the kernels compute at once."""
+    if module.generation == "maxwell":
+        return 2 if precision == "fp16" else 1
+    return {"fp32": 1, "fp16": 8, "int8": 32}[precision]
+
+
+class Fit:
+    """Constants of every generation and device, fitted to `rows`."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.generations = sorted({module.generation for module in MODULES.values()})
+        self.devices = sorted({row.device for row in rows})
+        size = (1 + len(self.generations) + len(self.devices)) * len(CONSTANTS) + 1
+        start = np.zeros(size)
+        start[: len(CONSTANTS)] = START
+        start[-1] = np.log(WRAPPER_MS)
+        self._prepare(rows)
+        self.solution = least_squares(self._residuals, start).x
+
+    def constants(self, device: str) -> Floats:
+        """The constants of a device; of its generation alone where it was never measured."""
+        return np.asarray(np.exp(self._logs(self.solution, device)))
+
+    def predict(self, row: Row) -> float:
+        """Milliseconds, with the wrapper's offset where the source has one."""
+        offset = float(np.exp(self.solution[-1])) if row.source == WRAPPER else 0.0
+        return predict(roofline(row.device, row.precision, self.constants(row.device)), row) + offset
+
+    def _logs(self, x: Floats, device: str) -> Floats:
+        table = x[:-1].reshape(-1, len(CONSTANTS))
+        total = table[0] + table[1 + self.generations.index(MODULES[device].generation)]
+        if device in self.devices:
+            total = total + table[1 + len(self.generations) + self.devices.index(device)]
+        return np.asarray(total)
+
+    def _prepare(self, rows: Sequence[Row]) -> None:
+        """Every operator of every row in one array: what it takes at a share of 1 of the peaks."""
+        compute, memory, kinds, starts = [], [], [], []
+        for row in rows:
+            module = MODULES[row.device]
+            macs, moved = row.operators.work(row.c_in, row.c_out, blocks(module, row.precision))
+            starts.append(sum(len(part) for part in kinds))
+            compute.append(2e-9 * macs[0] / module.peaks[row.precision])
+            memory.append(1e-6 * moved[0] * ELEMENT_BYTES[row.precision] / module.bandwidth_gbs)
+            kinds.append(row.operators.kind)
+        lengths = [len(part) for part in kinds]
+        self._row = np.repeat(np.arange(len(rows)), lengths)
+        self._compute, self._memory, self._kind = map(np.concatenate, (compute, memory, kinds))
+        self._starts = np.asarray(starts)
+        self._measured = np.asarray([row.latency_ms for row in rows])
+        self._wrapped = np.asarray([float(row.source == WRAPPER) for row in rows])
+        self._int8 = np.asarray([float(row.precision == "int8") for row in rows])
+        self._device = [row.device for row in rows]
+
+    def _residuals(self, x: Floats) -> Floats:
+        logs = {device: self._logs(x, device) for device in self.devices}
+        each = np.stack([logs[device] for device in self._device])
+        shares = np.minimum(each[:, : len(KINDS)] + self._int8[:, None] * each[:, [-1]], 0.0)
+        compute = self._compute / np.exp(shares[self._row, self._kind])
+        memory = self._memory / np.exp(np.minimum(each[:, BANDWIDTH], 0.0))[self._row]
+        time = (compute**SOFTNESS + memory**SOFTNESS) ** (1 / SOFTNESS) + np.exp(each[:, LAUNCH])[self._row]
+        predicted = np.add.reduceat(time, self._starts) + self._wrapped * np.exp(x[-1])
+        table = x[:-1].reshape(-1, len(CONSTANTS))
+        drawn = [((table[0] - START) / (2 * DRAWN)).ravel(), (table[1:] / DRAWN).ravel(), [x[-1] - np.log(WRAPPER_MS)]]
+        return np.concatenate([np.log(predicted / self._measured) / TRUST, *drawn])
+
+
+def roofline(device: str, precision: str, constants: Floats, errors: ErrorFields | None = None) -> RooflineFields:
+    """A device's fields from its fitted constants."""
+    module = MODULES[device]
+    share = constants[CONSTANTS.index("int8")] if precision == "int8" else 1.0
+    efficiency = {kind: float(min(1.0, constants[i] * share)) for i, kind in enumerate(KINDS)}
+    return RooflineFields(
+        tflops=module.peaks[precision],
+        bandwidth_gbs=module.bandwidth_gbs,
+        efficiency=efficiency,
+        bandwidth_efficiency=float(min(1.0, constants[CONSTANTS.index("bandwidth")])),
+        launch_ms=float(constants[CONSTANTS.index("launch")]),
+        network_ms=0.0,
+        block=blocks(module, precision),
+        errors=errors or ErrorFields(measurements=0),
+    )
+
+
+def predict(fields: RooflineFields, row: Row) -> float:
+    """The estimate for one network."""
+    times = operator_ms(
+        row.operators.work(row.c_in, row.c_out, fields.block),
+        row.operators.kind,
+        tflops=fields.tflops,
+        bandwidth_gbs=fields.bandwidth_gbs,
+        element_bytes=ELEMENT_BYTES[row.precision],
+        efficiency=np.asarray([fields.efficiency[name] for name in KINDS]),
+        bandwidth_efficiency=fields.bandwidth_efficiency,
+        launch_ms=fields.launch_ms,
+    )
+    return float(times.sum()) + fields.network_ms
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The published measurements of one image at a time, on modules of `MODULES`."""
+    with path.open(newline="", encoding="utf-8") as file:
+        entries = [entry for entry in csv.DictReader(file) if entry["batch"] == "1" and entry["device"] in MODULES]
+    rows = []
+    for entry in entries:
+        size = int(entry["input"].split("x")[0])
+        operators, c_in, c_out = network(entry["model"], size, int(entry["num_classes"]))
+        rows.append(
+            Row(entry["device"], entry["precision"], entry["source"], float(entry["latency_ms"]), operators, c_in, c_out)
+        )
+    return rows
+
+
+@lru_cache
+def network(name: str, size: int, classes: int) -> tuple[Operators, Floats, Floats]:
+    """The weight-bearing operators of a published network, seen by running it without computing anything."""
+    import torchvision
+
+    with torch.device("meta"):
+        if name.startswith("mobilenet_v1"):
+            model = mobilenet_v1(float(name.split("_")[2].replace("p", ".")), classes)
+        else:
+            extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            model = torchvision.models.get_model(name, num_classes=classes, **extra)
+        layers: list[SimpleNamespace] = []
+
+        def see(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if isinstance(module, nn.Conv2d):
+                grouped = "grouped" if module.groups > 1 else "conv"
+                layers.append(
+                    SimpleNamespace(
+                        kind="depthwise" if module.groups == module.in_channels > 1 else grouped,
+                        kernel=module.kernel_size,
+                        groups=module.groups,
+                        in_hw=tuple(inputs[0].shape[2:]),
+                        out_hw=tuple(output.shape[2:]),
+                        channels=(module.in_channels, module.out_channels),
+                    )
+                )
+            elif isinstance(module, nn.Linear):
+                layers.append(
+                    SimpleNamespace(
+                        kind="linear", kernel=(1, 1), groups=1, in_hw=(1, 1), out_hw=(1, 1),
+                        channels=(module.in_features, module.out_features),
+                    )
+                )  # fmt: skip
+
+        for module in model.modules():
+            module.register_forward_hook(see)
+        model.eval()(torch.empty(1, 3, size, size))
+    channels = np.asarray([layer.channels for layer in layers], dtype=np.float64)
+    return Operators.of(layers), channels[None, :, 0], channels[None, :, 1]
+
+
+def mobilenet_v1(multiplier: float, classes: int) -> nn.Module:
+    """MobileNet-V1 (arXiv 1704.04861): only its shapes matter here."""
+    widths = [32, 64, 128, 128, 256, 256, *([512] * 6), 1024, 1024]
+    strides = [2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
+    width = [int(count * multiplier) for count in widths]
+    layers: list[nn.Module] = [nn.Conv2d(3, width[0], 3, strides[0], 1)]
+    for before, after, stride in zip(width, width[1:], strides[1:], strict=False):
+        layers += [nn.Conv2d(before, before, 3, stride, 1, groups=before), nn.Conv2d(before, after, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width[-1], classes))
+
+
+def left_out(rows: Sequence[Row]) -> dict[int, float]:
+    """Each measurement predicted from all the others: row -> predicted / measured - 1."""
+    errors = {}
+    for index, row in enumerate(rows):
+        fit = Fit([other for place, other in enumerate(rows) if place != index])
+        errors[index] = fit.predict(row) / row.latency_ms - 1.0
+        print(f"  {row.device:22s} {row.precision} {errors[index]:+7.1%}  of {row.latency_ms:8.3f} ms", flush=True)
+    return errors
+
+
+def table(device: str, fit: Fit, rows: Sequence[Row], errors: dict[int, float], foreign: float) -> LatencyTable:
+    """The file of one device."""
+    module = MODULES[device]
+    fields = {}
+    for precision in module.peaks:
+        own = [i for i, row in enumerate(rows) if row.device == device and row.precision == precision]
+        fitted = [abs(fit.predict(rows[i]) / rows[i].latency_ms - 1.0) for i in own]
+        out = [abs(errors[i]) for i in own if i in errors]
+        fields[precision] = roofline(
+            device,
+            precision,
+            fit.constants(device),
+            ErrorFields(
+                measurements=len(own),
+                fitted_mape=rounded(float(np.mean(fitted))) if fitted else None,
+                left_out_mape=rounded(float(np.mean(out))) if out else None,
+                left_out_worst=rounded(float(np.max(out))) if out else None,
+            ),
+        )
+    mine = sorted({row.source for row in rows if row.device == device})
+    basis = (
+        f"constants fitted to {sum(row.device == device for row in rows)} published latencies of this module and, by a "
+        "hierarchical prior, to those of the other modules"
+        if mine
+        else "no latency of this module was published among the sources: its constants are those of its generation, "
+        f"and whole devices left out of the fit are predicted with a mean error of {foreign:.0%}"
+    )
+    return LatencyTable(
+        TableFields(
+            device=DeviceFields(
+                name=device, sku=module.sku, compute_capability=module.capability, clocks=module.clock
+            ),
+            runtime=RuntimeFields(name="tensorrt"),
+            precision="fp16",
+            date=date.today().isoformat(),
+            how="estimated",
+            protocol=f"Estimated, not measured. A roofline with launches for each operator; {basis}.",
+            sources=tuple(mine or sorted({row.source for row in rows})),
+            block=blocks(module, "fp16"),
+            roofline=fields,
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fit, print the errors, and write the tables where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measurements", type=Path, required=True, help="CSV of published latencies")
+    parser.add_argument("--write", action="store_true", help=f"write the tables into {TABLES.name}/")
+    parser.add_argument("--quick", action="store_true", help="skip the errors of left-out measurements")
+    given = parser.parse_args(arguments)
+    rows = read_rows(given.measurements)
+    fit = Fit(rows)
+    by_device = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_device[row.device].append(index)
+    foreign = []
+    for device in by_device:
+        others = Fit([row for row in rows if row.device != device])
+        foreign += [abs(others.predict(rows[i]) / rows[i].latency_ms - 1.0) for i in by_device[device]]
+    errors = {} if given.quick else left_out(rows)
+    print(f"{'device':24s} {'n':>3s} {'fitted':>8s} {'left out':>9s} {'worst':>7s}")
+    for device, indices in by_device.items():
+        fitted = np.mean([abs(fit.predict(rows[i]) / rows[i].latency_ms - 1.0) for i in indices])
+        out = [abs(errors[i]) for i in indices if i in errors] or [float("nan")]
+        print(f"{device:24s} {len(indices):3d} {fitted:8.1%} {np.mean(out):9.1%} {np.max(out):7.1%}")
+    print(f"devices never seen: {np.mean(foreign):.1%} on average")
+    for device in MODULES:
+        pairs = zip(CONSTANTS, fit.constants(device), strict=True)
+        print(f"{device:24s} " + ", ".join(f"{name} {value:.3g}" for name, value in pairs))
+        if given.write:
+            table(device, fit, rows, errors, float(np.mean(foreign))).write(TABLES / f"{device}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

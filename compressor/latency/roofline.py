@@ -1,0 +1,126 @@
+"""Estimated latency: a roofline for each operator, for devices that nobody has measured here.
+
+An operator takes the time of its arithmetic at the share of the peak that its kind reaches, or that of its memory
+traffic at the share of the bandwidth that is reached, whichever is longer (Williams, Waterman and Patterson, "Roofline",
+2009), and a launch that does not shrink with it. Small operators are therefore bound by launches, which is why halving a
+network's arithmetic does not halve its latency. The constants are fitted to published latencies
+(benchmarks/latency_estimated_tables.py); what comes out is an estimate and is called one everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compressor.errors import CompressorError
+from compressor.latency.schema import RooflineFields
+
+if TYPE_CHECKING:
+    from compressor.pruning.space import PruningSpace
+
+Floats = npt.NDArray[np.float64]
+
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+KINDS = ("spatial", "pointwise", "depthwise", "linear")
+"""Kinds of operators that reach different shares of the peak."""
+
+SOFTNESS = 4.0
+"""Exponent that rounds the corner where arithmetic and memory traffic take equally long."""
+
+
+@dataclass(frozen=True)
+class Operators:
+    """What does not depend on channels, one element for each operator.
+
+    Attributes:
+        kind: Index into `KINDS`.
+        taps: Kernel height times width.
+        groups: Groups of the convolution; 0 where they equal the channels.
+        in_pixels, out_pixels: Height times width of input and output; 1 for a vector.
+    """
+
+    kind: npt.NDArray[np.int64]
+    taps: Floats
+    groups: Floats
+    in_pixels: Floats
+    out_pixels: Floats
+
+    @classmethod
+    def of(cls, layers: Sequence[Any]) -> Operators:
+        """Those of a space's layers (anything with kind, kernel, groups, in_hw and out_hw)."""
+        taps = [float(np.prod(layer.kernel)) if layer.kernel else 1.0 for layer in layers]
+        return cls(
+            kind=np.asarray([_kind(layer.kind, tap) for layer, tap in zip(layers, taps, strict=True)], dtype=np.int64),
+            taps=np.asarray(taps),
+            groups=np.asarray([0.0 if layer.kind == "depthwise" else float(layer.groups or 1) for layer in layers]),
+            in_pixels=np.asarray([float(np.prod(layer.in_hw)) for layer in layers]),
+            out_pixels=np.asarray([float(np.prod(layer.out_hw)) for layer in layers]),
+        )
+
+    def work(self, c_in: Floats, c_out: Floats, block: int) -> tuple[Floats, Floats]:
+        """Multiply-adds as computed (channels padded to `block`) and elements moved, both (N, operators)."""
+        padded_in, padded_out = np.ceil(c_in / block) * block, np.ceil(c_out / block) * block
+        groups = np.where(self.groups == 0, 1.0, self.groups)
+        wide = self.groups == 0
+        per_output = np.where(wide, self.taps, self.taps * np.where(self.groups > 1, c_in, padded_in) / groups)
+        macs = per_output * np.where(self.groups == 1, padded_out, c_out) * self.out_pixels
+        weights = self.taps * c_out * np.where(wide, 1.0, c_in / groups)
+        moved = weights + c_in * self.in_pixels + c_out * self.out_pixels
+        return macs, moved
+
+
+def operator_ms(
+    work: tuple[Floats, Floats],
+    kind: npt.NDArray[np.int64],
+    *,
+    tflops: float,
+    bandwidth_gbs: float,
+    element_bytes: int,
+    efficiency: Floats,
+    bandwidth_efficiency: float,
+    launch_ms: float,
+) -> Floats:
+    """Milliseconds of each operator, (N, operators); `efficiency` has one element for each of `KINDS`."""
+    macs, moved = work
+    compute = 2e3 * macs / (tflops * 1e12 * efficiency[kind])
+    memory = 1e3 * moved * element_bytes / (bandwidth_gbs * 1e9 * bandwidth_efficiency)
+    return np.asarray((compute**SOFTNESS + memory**SOFTNESS) ** (1 / SOFTNESS) + launch_ms)
+
+
+def roofline_operators(
+    fields: RooflineFields, precision: str, space: PruningSpace
+) -> Callable[[Floats, Floats, bool], Floats]:
+    """The operators' times of a space, as `LatencyCurve` asks for them; never decreasing in any width."""
+    operators = Operators.of(space.layers)
+    efficiency = np.asarray([fields.efficiency[name] for name in KINDS])
+
+    def milliseconds(c_in: Floats, c_out: Floats, upper: bool) -> Floats:
+        return operator_ms(
+            operators.work(c_in, c_out, fields.block),
+            operators.kind,
+            tflops=fields.tflops,
+            bandwidth_gbs=fields.bandwidth_gbs,
+            element_bytes=ELEMENT_BYTES[precision],
+            efficiency=efficiency,
+            bandwidth_efficiency=fields.bandwidth_efficiency,
+            launch_ms=fields.launch_ms,
+        )
+
+    return milliseconds
+
+
+def _kind(kind: str, taps: float) -> int:
+    if kind == "linear":
+        return KINDS.index("linear")
+    if kind == "depthwise":
+        return KINDS.index("depthwise")
+    if kind in ("conv", "grouped", "conv_transpose"):
+        return KINDS.index("pointwise" if taps == 1 else "spatial")
+    raise CompressorError(
+        f"No estimate is known for operators of the kind {kind!r}.",
+        "Use --device local, or a budget in --flops or --params.",
+    )

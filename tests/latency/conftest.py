@@ -1,0 +1,118 @@
+"""A small network, and devices that are made up: their times follow from the network's shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor.latency.local import local_table
+from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
+from compressor.latency.table import LatencyTable
+from compressor.pruning.space import PruningSpace
+
+
+class SmallNet(nn.Module):
+    """A stem, a residual block, a depthwise pair and a classifier: five groups or so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.one = nn.Sequential(nn.Conv2d(32, 48, 3, 1, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(48, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32))
+        self.wide = nn.Sequential(nn.Conv2d(32, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU6())
+        self.deep = nn.Sequential(
+            nn.Conv2d(64, 64, 3, 2, 1, groups=64, bias=False), nn.BatchNorm2d(64), nn.ReLU6()
+        )
+        self.narrow = nn.Sequential(nn.Conv2d(64, 40, 1, bias=False), nn.BatchNorm2d(40))
+        self.head = nn.Linear(40, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(x + self.two(self.one(x)))
+        x = self.narrow(self.deep(self.wide(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@dataclass
+class MadeUpDevice:
+    """Takes `factor` times what its rule says: a launch for each operator, then blocks of 16 channels.
+
+    Attributes:
+        factor: How much slower than its rule.
+        noise: Standard deviation of a run's time, as a share.
+        measured: How many networks it was given.
+    """
+
+    factor: float = 1.0
+    noise: float = 0.0
+    seed: int = 0
+    measured: int = field(default=0, init=False)
+
+    def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
+        import onnx
+
+        self.measured += 1
+        graph = onnx.load_model_from_string(network.model).graph
+        weights = {item.name: tuple(item.dims) for item in graph.initializer}
+        times = []
+        for node in graph.node:
+            shape = next((weights[name] for name in node.input if len(weights.get(name, ())) >= 2), None)
+            if node.op_type in ("Conv", "Gemm") and shape is not None:
+                times.append(self.rule(shape))
+        rng = np.random.default_rng([self.seed, self.measured])
+        runs = np.asarray(times)[None] * (1 + self.noise * rng.standard_normal((40, len(times)))).clip(0.2)
+        return NetworkTimes(self.whole(runs.sum(axis=1)), runs * self.factor)
+
+    def rule(self, shape: tuple[int, ...]) -> float:
+        """Milliseconds of one operator with weights of this shape."""
+        blocks = np.ceil(shape[0] / 16) * np.ceil(shape[1] / 16)
+        return float(0.02 + 0.003 * blocks * np.prod(shape[2:]))
+
+    def whole(self, total: np.ndarray) -> np.ndarray:
+        """The network's time from the sum of its operators'."""
+        return np.asarray(self.factor * (0.05 + 0.9 * total))
+
+
+@pytest.fixture(scope="session")
+def example() -> Tensor:
+    return torch.zeros(1, 3, 16, 16)
+
+
+@pytest.fixture(scope="session")
+def space(example: Tensor) -> PruningSpace:
+    torch.manual_seed(0)
+    return PruningSpace(SmallNet().eval(), example, granularity=8)
+
+
+@pytest.fixture
+def device() -> type[MadeUpDevice]:
+    return MadeUpDevice
+
+
+@pytest.fixture(scope="session")
+def table(space: PruningSpace, example: Tensor) -> LatencyTable:
+    """The table of a device without noise."""
+    return local_table(space, example, device=MadeUpDevice())
+
+
+@pytest.fixture
+def truth(space: PruningSpace) -> Callable[[np.ndarray], np.ndarray]:
+    """What `MadeUpDevice()` takes for widths (N, G)."""
+
+    def milliseconds(widths: np.ndarray) -> np.ndarray:
+        times = []
+        for row in np.atleast_2d(widths):
+            total = 0.0
+            for layer in space.layers:
+                c_in, c_out = int(layer.in_channels(row)), int(layer.out_channels(row))
+                shape = (c_out, 1 if layer.kind == "depthwise" else c_in, *layer.kernel)
+                total += MadeUpDevice().rule(shape if layer.kind != "linear" else shape[:2])
+            times.append(0.05 + 0.9 * total)
+        return np.asarray(times)
+
+    return milliseconds

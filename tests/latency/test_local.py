@@ -1,0 +1,171 @@
+"""Measuring this machine: with made-up devices for the numbers, with ONNX Runtime for the plumbing."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.errors import CompressorError
+from compressor.latency import local
+from compressor.latency.design import random_widths
+from compressor.latency.local import local_table
+from compressor.latency.table import LatencyTable
+from compressor.progress import shown_on
+from compressor.pruning.space import PruningSpace
+
+
+def test_predicts_networks_that_it_was_not_fitted_to(
+    space: PruningSpace, table: LatencyTable, truth: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    widths = random_widths(space, 200, seed=99)
+    error = table.curve(space)(widths) / truth(widths) - 1
+    assert np.abs(error).mean() < 0.02
+    assert np.abs(error).max() < 0.08
+
+
+def test_states_its_error_and_how_it_was_made(space: PruningSpace, table: LatencyTable) -> None:
+    network = next(iter(table.fields.networks.values()))
+    assert network.held_out is not None
+    assert network.held_out.networks == local.HELD_OUT
+    assert network.held_out.mape < 0.03
+    assert network.held_out.spearman > 0.98
+    assert network.fitted_networks >= 25
+    assert not table.estimated
+    assert "unseen sub-networks" in table.describe()
+
+
+def test_dense_is_the_measured_number(
+    space: PruningSpace, table: LatencyTable, truth: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    assert table.predict(space) == pytest.approx(float(truth(space.dense_widths)[0]), rel=1e-5)
+    plan = space.uniform(0.5)
+    assert table.predict(space, plan) == pytest.approx(float(truth(space.widths(plan.widths))[0]), rel=0.05)
+
+
+def test_a_noisy_device_is_still_ranked(space: PruningSpace, example: Tensor, device: type) -> None:
+    noisy = local_table(space, example, device=device(noise=0.2))
+    widths = random_widths(space, 100, seed=5)
+    quiet = local_table(space, example, device=device()).curve(space)(widths)
+    assert np.abs(noisy.curve(space)(widths) / quiet - 1).mean() < 0.05
+
+
+def test_the_time_limit_cuts_fitted_and_held_out_alike(space: PruningSpace, example: Tensor, device: type) -> None:
+    counting = device()
+    hurried = local_table(space, example, device=counting, time_limit_s=0.0)
+    assert counting.measured == 14
+    network = next(iter(hurried.fields.networks.values()))
+    assert network.held_out is not None
+    assert network.held_out.networks >= 2
+
+
+def test_only_batches_of_one(space: PruningSpace) -> None:
+    with pytest.raises(CompressorError, match="one input at a time"):
+        local_table(space, torch.zeros(4, 3, 16, 16))
+
+
+class _Lines:
+    """A display that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def bar(self, label: str, total: int):  # type: ignore[no-untyped-def]
+        from compressor.progress import _Quiet
+
+        return _Quiet().bar(label, total)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch, device: type) -> list[int]:
+    """`local_table` with a made-up device instead of ONNX Runtime; grows by one for each table that is measured."""
+    made: list[int] = []
+
+    def instead(threads: int = 1) -> object:
+        made.append(threads)
+        return device(noise=0.05, seed=len(made))
+
+    monkeypatch.setattr(local, "OrtCpu", instead)
+    return made
+
+
+def test_a_second_run_reads_the_cache(
+    space: PruningSpace, example: Tensor, tmp_path: Path, counted: list[int]
+) -> None:
+    first = local_table(space, example, cache_dir=tmp_path)
+    again = local_table(space, example, cache_dir=tmp_path)
+    assert counted == [1]
+    assert again.to_json() == first.to_json()
+    local_table(space, example, cache_dir=tmp_path, threads=2)
+    assert counted == [1, 2]
+
+
+def test_a_damaged_cache_is_said_and_measured_anew(
+    space: PruningSpace, example: Tensor, tmp_path: Path, counted: list[int]
+) -> None:
+    local_table(space, example, cache_dir=tmp_path)
+    (file,) = (tmp_path / "latency").glob("*.json")
+    file.write_text(file.read_text()[:1000])
+    lines = _Lines()
+    with shown_on(lines):
+        local_table(space, example, cache_dir=tmp_path)
+    assert counted == [1, 1]
+    assert any("damaged" in line and "anew" in line for line in lines.lines)
+    json.loads(file.read_text())
+
+
+def test_finer_steps_are_measured_anew_and_keep_the_dense_time(
+    space: PruningSpace, example: Tensor, tmp_path: Path, counted: list[int]
+) -> None:
+    coarse = local_table(space, example, cache_dir=tmp_path)
+    finer = PruningSpace(space.model, example, granularity=4)
+    assert not coarse.covers(finer)
+    fine = local_table(finer, example, cache_dir=tmp_path)
+    assert counted == [1, 1]
+    assert fine.covers(finer)
+    assert fine.dense_ms(finer) == coarse.dense_ms(space)
+
+
+def test_two_at_once_measure_once(
+    space: PruningSpace, example: Tensor, tmp_path: Path, counted: list[int]
+) -> None:
+    tables: list[LatencyTable] = []
+    threads = [
+        threading.Thread(target=lambda: tables.append(local_table(space, example, cache_dir=tmp_path)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counted == [1]
+    assert tables[0].to_json() == tables[1].to_json()
+
+
+def test_a_cache_folder_that_cannot_be_written(
+    space: PruningSpace, example: Tensor, tmp_path: Path, counted: list[int]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CompressorError, match="COMPRESSOR_CACHE"):
+        local_table(space, example, cache_dir=tmp_path / "file")
+
+
+def test_onnx_runtime_itself(space: PruningSpace, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "SECONDS_A_NETWORK", 0.04)
+    table = local_table(space, example, cache_dir=tmp_path, time_limit_s=0.0)
+    curve = table.curve(space)
+    smallest, dense = curve(np.stack([space.min_widths, space.dense_widths]))
+    assert 0 < smallest < dense
+    assert table.fields.runtime.name == "onnxruntime-cpu"
+    kinds = {key.split()[0] for key in table.fields.entries}
+    assert kinds == {"conv", "depthwise", "linear"}
+    assert any(key.endswith("+Relu") for key in table.fields.entries)
