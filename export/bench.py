@@ -203,6 +203,11 @@ def compare_onnx(
     )
 
 
+def run_for(runner: OnnxRunner, seconds: float) -> list[float]:
+    """Run for `seconds`, and at least 7 times; the milliseconds of each run, in order."""
+    return _timed(runner, 10**9, seconds)
+
+
 def _timed(runner: OnnxRunner, repeats: int, max_seconds: float) -> list[float]:
     times: list[float] = []
     end = time.perf_counter() + max_seconds

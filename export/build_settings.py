@@ -5,10 +5,9 @@ Everything that a version would misread, ignore or fail on without a reason is r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Mapping, Sequence, Union
 
 from export.cuda import Device
 from export.errors import ExportError

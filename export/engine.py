@@ -149,7 +149,7 @@ class _Build:
         named = list(dict.fromkeys(text for text in found if text))
         count = "an operator" if len(named) == 1 else f"{len(named)} operators"
         if not named:
-            return ExportError(f"{self.flavour.title} cannot read {self.name}: {self._last_error()}.")
+            return ExportError(f"{self.flavour.title} cannot read {self.name}: {self.messages.last_error()}.")
         return ExportError(
             f"{self.flavour.title} does not take {count} of {self.name}: {'; '.join(named)}.",
             "Replace them in the network, or build with a newer version.",
@@ -247,16 +247,12 @@ class _Build:
         serialised = self.builder.build_serialized_network(network, config)
         if serialised is None:
             raise ExportError(
-                f"{self.flavour.title} cannot build {self.name}: {self._last_error()}.",
+                f"{self.flavour.title} cannot build {self.name}: {self.messages.last_error()}.",
                 self._advice(),
             )
         if self._cache_path is not None:
             write_bytes(self._cache_path, bytes(memoryview(config.get_timing_cache().serialize())))
         return bytes(memoryview(serialised))
-
-    def _last_error(self) -> str:
-        errors = self.messages.errors()
-        return " ".join(errors[-1].split()).rstrip(".") if errors else "no reason was given"
 
     def _advice(self) -> str:
         text = " ".join(self.messages.errors())

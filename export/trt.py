@@ -189,6 +189,7 @@ class Messages:
         told = [text for text in wrong if "cudaError 35" not in text]
         return told or wrong
 
-    def text(self) -> str:
-        """Every message, one a line."""
-        return "\n".join(text for _, text in self._kept)
+    def last_error(self) -> str:
+        """The last thing that went wrong, on one line."""
+        errors = self.errors()
+        return " ".join(errors[-1].split()).rstrip(".") if errors else "no reason was given"

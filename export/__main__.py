@@ -1,0 +1,214 @@
+"""The device's commands: `python -m export build | measure | verify FILE.onnx`.
+
+They need TensorRT and numpy; where there is no GPU, `measure` and `verify` use ONNX Runtime if it is
+installed.
+Exit codes: 0 done, 2 something to mend, with one sentence that says what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.board import board_state, describe_board
+from export.build_settings import DEFAULT_WORKSPACE, BuildSettings
+from export.cuda import find_device
+from export.engine import build_engine
+from export.engine_info import sidecar_path
+from export.errors import ExportError
+from export.files import sha256_file, write_json
+from export.onnx_header import read_header
+from export.stats import LatencyStats, summarise
+from export.trt import MODULES, available
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+ORT = "onnxruntime"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        result = options.command(options)
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if options.json:
+        write_json(Path(options.json), result)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__.split("\n", 1)[0])
+    commands = parser.add_subparsers(dest="name", required=True, metavar="build|measure|verify")
+    made = {
+        "build": (_build, "build an engine for this machine's GPU, or for RTX GPUs"),
+        "measure": (_measure, "measure the latency for one input"),
+        "verify": (_verify, "compare the outputs with the reference that came along"),
+    }
+    for name, (command, text) in made.items():
+        own = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        own.set_defaults(command=command)
+        own.add_argument("onnx", metavar="FILE.onnx", help="the network")
+        own.add_argument("--engine", metavar="FILE", help="the engine (default: FILE.engine)")
+        own.add_argument("--json", metavar="FILE", help="write the results there")
+    build, measure, verify = (commands.choices[name] for name in made)
+    build.add_argument("--module", choices=MODULES, help="what builds (default: what is installed)")
+    build.add_argument(
+        "--compute-capability", action="append", metavar="8.6", help="GPU to build for; may be repeated"
+    )
+    build.add_argument("--workspace", type=int, default=DEFAULT_WORKSPACE >> 20, metavar="MIB")
+    build.add_argument("--optimisation-level", type=int, choices=range(6))
+    build.add_argument("--dla", type=int, metavar="CORE", help="deep-learning accelerator to use")
+    build.add_argument("--version-compatible", action="store_true")
+    build.add_argument("--hardware-compatible", action="store_true")
+    build.add_argument("--no-tf32", action="store_true", help="compute FP32 in full")
+    build.add_argument("--timing-cache", metavar="FOLDER", help="keep timings of kernels there")
+    for runs in (measure, verify):
+        runs.add_argument("--runtime", choices=("engine", ORT), help="default: the engine, if there is a GPU")
+        runs.add_argument("--threads", type=int, default=1, help="threads for ONNX Runtime")
+    measure.add_argument("--warmup", type=float, default=2.0, metavar="SECONDS")
+    measure.add_argument("--duration", type=float, default=15.0, metavar="SECONDS")
+    measure.add_argument("--processes", type=int, default=3, help="measure in so many processes")
+    verify.add_argument("--reference", metavar="FILE.npz", help="default: reference.npz beside the network")
+    verify.add_argument("--tolerance", type=float, help="largest difference for outputs of up to 1")
+    return parser
+
+
+def _engine_path(options: argparse.Namespace) -> Path:
+    return Path(options.engine) if options.engine else Path(options.onnx).with_suffix(".engine")
+
+
+def _build(options: argparse.Namespace) -> dict[str, Any]:
+    engine = _engine_path(options)
+    info = build_engine(
+        options.onnx,
+        engine,
+        module=options.module,
+        compute_capability=options.compute_capability,
+        settings=BuildSettings(
+            workspace_bytes=options.workspace << 20,
+            optimisation_level=options.optimisation_level,
+            dla_core=options.dla,
+            version_compatible=options.version_compatible,
+            hardware_compatible=options.hardware_compatible,
+            tf32=not options.no_tf32,
+        ),
+        timing_cache=options.timing_cache,
+    )
+    print(
+        f"{engine}: {info.precision}, {info.size / 1e6:.2f} MB, for compute capability "
+        f"{', '.join(info.compute_capabilities)}, {info.module} {info.version}, built in {info.seconds:.1f} s"
+    )
+    print(f"{sidecar_path(engine)}: where it came from")
+    return info.to_dict()
+
+
+def _runtime(options: argparse.Namespace) -> str:
+    if options.runtime:
+        return str(options.runtime)
+    return "engine" if available() and find_device() is not None else ORT
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    header = read_header(options.onnx)
+    before = board_state()
+    if options.processes > 1:
+        times, stats = _in_processes(options)
+    else:
+        times, stats = _times(options)
+    found = {
+        "onnx": Path(options.onnx).name,
+        "onnx_sha256": sha256_file(Path(options.onnx)),
+        "precision": header.precision,
+        "board": describe_board(),
+        "state_before": before,
+        "state_after": board_state(),
+        "processes": options.processes,
+        "latency": stats.to_dict(),
+        "times_ms": times,
+    }
+    print(
+        f"{options.onnx}: median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, "
+        f"p99 {stats.p99_ms:.3f} ms ({stats.runs} runs, {stats.runtime} {stats.version}"
+        + ("" if stats.steady else f", the machine drifted by {stats.drift:+.0%}")
+        + ")"
+    )
+    return found
+
+
+def _times(options: argparse.Namespace) -> tuple[list[float], LatencyStats]:
+    if _runtime(options) == ORT:
+        from export.bench import OnnxRunner, run_for
+
+        runner = OnnxRunner(options.onnx, threads=options.threads)
+        runner.warm_up(options.warmup)
+        times = run_for(runner, options.duration)
+        return times, runner.summarise(times)
+    from export.runner import EngineRunner
+
+    engine = EngineRunner(_engine_path(options))
+    times = engine.times_ms(warmup_s=options.warmup, duration_s=options.duration)
+    engine.close()
+    return times, summarise(times, runtime=engine.info.module, version=engine.info.version)
+
+
+def _in_processes(options: argparse.Namespace) -> tuple[list[float], LatencyStats]:
+    """The runs of several processes together: memory lies differently in each, and so do latencies."""
+    import tempfile
+
+    times: list[float] = []
+    facts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "part.json"
+        command = [sys.executable, "-m", "export", "measure", str(options.onnx), "--processes", "1"]
+        command += ["--json", str(part), "--threads", str(options.threads)]
+        command += ["--warmup", str(options.warmup), "--duration", str(options.duration)]
+        command += ["--engine", str(_engine_path(options)), "--runtime", _runtime(options)]
+        for _ in range(options.processes):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                lines = done.stderr.strip().splitlines()
+                raise ExportError((lines[-1] if lines else "Measuring failed.").replace("error: ", "", 1))
+            facts = json.loads(part.read_text(encoding="utf-8"))
+            times += facts["times_ms"]
+    last = facts["latency"]
+    return times, summarise(times, runtime=last["runtime"], version=last["version"], threads=last["threads"])
+
+
+def _verify(options: argparse.Namespace) -> dict[str, Any]:
+    from export.reference import read_reference, verify
+
+    header = read_header(options.onnx)
+    reference = read_reference(options.reference or Path(options.onnx).with_name("reference.npz"))
+    if _runtime(options) == ORT:
+        from export.parity import onnx_outputs
+
+        what = str(options.onnx)
+
+        def run(inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return onnx_outputs(options.onnx, inputs, threads=options.threads)[0]
+    else:
+        from export.runner import EngineRunner
+
+        engine, what = EngineRunner(_engine_path(options)), str(_engine_path(options))
+        if engine.info.onnx_sha256 != sha256_file(Path(options.onnx)):
+            raise ExportError(f"{what} was built from another file than {options.onnx}.", "Build it again.")
+        run = engine.run_batches
+    parity = verify(run, reference, what, precision=header.precision, tolerance=options.tolerance)
+    print(
+        f"{what}: largest difference {parity.max_abs:.3g} (allowed {parity.allowed:.3g}), mean "
+        f"{parity.mean_abs:.3g}, same first class for {parity.top1_agreement:.1%} of {parity.samples} inputs"
+    )
+    return {"onnx": Path(options.onnx).name, "precision": header.precision, "parity": parity.to_dict()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

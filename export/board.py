@@ -1,0 +1,93 @@
+"""What a board is and in which state: module, JetPack, power mode, clocks and temperatures.
+
+A latency without these says little: the same Jetson is two to four times slower in another power mode.
+Everything is read from files and from tools that JetPack brings; what is missing is left out, because a
+desktop has none of them.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, Callable, Optional, Sequence
+
+Run = Callable[[Sequence[str]], Optional[str]]
+
+
+def run_tool(command: Sequence[str]) -> str | None:
+    """What a tool prints, or None where it is missing, fails or takes longer than ten seconds."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(list(command), capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def describe_board(root: Path = Path("/"), run: Run = run_tool) -> dict[str, Any]:
+    """The facts that do not change while measuring.
+
+    Args:
+        root: Where the file system starts; tests give another place.
+        run: Runs a tool.
+
+    Returns:
+        Of machine, model, l4t, power_mode and gpu, those that are known here.
+    """
+    facts = {
+        "machine": platform.machine(),
+        "model": _text(root / "proc/device-tree/model"),
+        "l4t": _text(root / "etc/nv_tegra_release"),
+        "power_mode": power_mode(run),
+        "gpu": run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]),
+    }
+    return {key: value for key, value in facts.items() if value}
+
+
+def power_mode(run: Run = run_tool) -> str | None:
+    """The power mode's name, such as "MAXN" or "25W", or None where there is no nvpmodel."""
+    for line in (run(["nvpmodel", "-q"]) or "").splitlines():
+        name, mark, value = line.partition(":")
+        if mark and name.strip().endswith("Power Mode"):
+            return value.strip()
+    return None
+
+
+def board_state(root: Path = Path("/"), run: Run = run_tool) -> dict[str, Any]:
+    """The facts that may change while measuring: clocks in MHz and temperatures in Celsius, by name."""
+    clocks = {}
+    for folder in sorted((root / "sys/class/devfreq").glob("*")):
+        hertz = _text(folder / "cur_freq")
+        if hertz.isdigit():
+            clocks[folder.name] = int(hertz) // 1_000_000
+    emc = _text(root / "sys/kernel/debug/bpmp/debug/clk/emc/rate")
+    if emc.isdigit():
+        clocks["emc"] = int(emc) // 1_000_000
+    temperatures = {}
+    for folder in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
+        name, value = _text(folder / "type"), _text(folder / "temp")
+        if name and value.lstrip("-").isdigit():
+            temperatures[name] = int(value) / 1000
+    state: dict[str, Any] = {}
+    if clocks:
+        state["clocks_mhz"] = clocks
+    if temperatures:
+        state["temperatures_c"] = temperatures
+    query = "--query-gpu=clocks.sm,clocks.mem,temperature.gpu"
+    smi = run(["nvidia-smi", query, "--format=csv,noheader,nounits"])
+    if smi:
+        parts = [part.strip() for part in smi.splitlines()[0].split(",")]
+        names = ("sm_mhz", "memory_mhz", "temperature_c")
+        state["gpu"] = {name: int(part) for name, part in zip(names, parts) if part.isdigit()}
+    return state
+
+
+def _text(path: Path) -> str:
+    """A small file's text, or "" where it cannot be read: which files there are differs by board and user."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").replace("\0", "").strip()
+    except OSError:
+        return ""

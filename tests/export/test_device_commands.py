@@ -1,0 +1,142 @@
+"""`python -m export build | measure | verify`, as on a board, with ONNX Runtime where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.__main__ import main
+from export.bench import OnnxRunner
+from export.engine_info import read_sidecar
+from export.errors import ExportError
+from export.files import sha256_file
+from export.half import convert_half
+from export.reference import read_reference, verify, write_reference
+from export.to_onnx import export_onnx, reference_outputs
+from export.trt import RTX
+from tests.export.nets import SmallNet
+
+INPUTS = np.random.default_rng(5).standard_normal((4, 3, 16, 16)).astype(np.float32)
+QUICK = ["--warmup", "0.01", "--duration", "0.05", "--runtime", "onnxruntime"]
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    model, path = SmallNet(), tmp_path / "net.onnx"
+    export_onnx(model, torch.zeros(1, 3, 16, 16), path)
+    write_reference(tmp_path / "reference.npz", INPUTS, reference_outputs(model, INPUTS)[0])
+    return path
+
+
+def test_build(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
+    assert main(["build", str(net), "--module", RTX, "--compute-capability", "8.6"]) == 0
+    printed = capsys.readouterr().out
+    assert "net.engine: fp32" in printed
+    assert "compute capability 8.6" in printed
+    assert read_sidecar(net.with_suffix(".engine")).onnx_sha256 == sha256_file(net)
+
+
+def test_measure_in_processes(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = net.with_name("latency.json")
+    assert main(["measure", str(net), *QUICK, "--processes", "2", "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert found["latency"]["runs"] == len(found["times_ms"]) >= 14  # 7 at the least, from each process
+    assert found["onnx_sha256"] == sha256_file(net)
+    assert found["latency"]["runtime"] == "onnxruntime"
+    assert 0 < found["latency"]["median_ms"] <= found["latency"]["p99_ms"]
+    assert found["board"]["machine"]
+    assert "median" in capsys.readouterr().out
+
+
+def test_verify(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(net), "--runtime", "onnxruntime"]) == 0
+    assert "same first class for 100.0% of 4 inputs" in capsys.readouterr().out
+    half = net.with_name("net.fp16.onnx")
+    convert_half(net, half, inputs=INPUTS)
+    target = net.with_name("v.json")
+    assert main(["verify", str(half), "--runtime", "onnxruntime", "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert found["precision"] == "fp16"
+    assert 0 < found["parity"]["max_abs"] < 0.02
+
+
+def test_verify_refuses_other_outputs(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = read_reference(net.with_name("reference.npz"))
+    write_reference(net.with_name("reference.npz"), reference.inputs, reference.outputs + 0.5)
+    assert main(["verify", str(net), "--runtime", "onnxruntime"]) == 2
+    assert "differs from the network by 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["measure", "none.onnx"], "There is no ONNX file none.onnx"),
+        (["verify", "none.onnx"], "There is no ONNX file none.onnx"),
+        (["build", "none.onnx"], "There is no ONNX file none.onnx"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {message}.\n"
+
+
+def test_a_process_that_fails_says_why(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["measure", str(net), "--runtime", "engine", "--processes", "2", "--duration", "0.1"]
+    assert main(options) == 2
+    assert "There is no engine" in capsys.readouterr().err
+
+
+def test_no_traceback_from_the_shell(tmp_path: Path) -> None:
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    done = subprocess.run(
+        [sys.executable, "-m", "export", "verify", str(tmp_path / "empty.onnx")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("is empty. Export the network again, and copy the file as a whole.")
+
+
+def test_references_repeat_and_travel(tmp_path: Path) -> None:
+    outputs = INPUTS.reshape(4, -1)[:, :10]
+    for name in ("a.npz", "b.npz"):
+        write_reference(tmp_path / name, INPUTS, outputs)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    back = read_reference(tmp_path / "a.npz")
+    assert np.array_equal(back.inputs, INPUTS)
+    assert np.array_equal(back.outputs, outputs)
+    parity = verify(lambda inputs: outputs, back, "it", precision="fp32")
+    assert (parity.max_abs, parity.samples) == (0.0, 4)
+
+
+def test_damaged_references(tmp_path: Path) -> None:
+    path = tmp_path / "reference.npz"
+    with pytest.raises(ExportError, match="There is no reference file"):
+        read_reference(path)
+    write_reference(path, INPUTS, INPUTS)
+    for content in (b"", b"noise", path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.raises(ExportError, match="is no reference"):
+            read_reference(path)
+    np.savez(path, inputs=np.array([{"a": 1}], dtype=object), outputs=np.zeros(1))
+    with pytest.raises(ExportError, match="is no reference"):  # pickled objects are not loaded
+        read_reference(path)
+    with pytest.raises(ExportError, match="got 1 for 4"):
+        write_reference(path, INPUTS, INPUTS[:1])
+
+
+def test_run_for_ends_in_time(net: Path) -> None:
+    from export.bench import run_for
+
+    assert len(run_for(OnnxRunner(net), 0.02)) >= 7
