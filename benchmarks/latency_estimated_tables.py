@@ -38,6 +38,9 @@ TABLES = Path(__file__).resolve().parent.parent / "latency_tables"
 WRAPPER = "torch2trt benchmarks"
 """A source whose times hold the synchronisation of its Python wrapper: it gets an offset of its own in the fit."""
 
+FRAMEWORK = "tf_to_trt_image_classification README"
+"""A source that ran on a 2018 release inside another framework: it gets a factor of its own in the fit."""
+
 
 @dataclass(frozen=True)
 class Module:
@@ -88,7 +91,9 @@ START = np.log([0.35, 0.25, 0.1, 0.3, 0.5, 0.02, 0.6])
 DRAWN = np.asarray([0.35, 0.35, 0.35, 0.35, 0.25, 0.7, 0.3])
 """How far a constant of a generation or a device usually lies from the mean, in logarithms."""
 BANDWIDTH, LAUNCH = CONSTANTS.index("bandwidth"), CONSTANTS.index("launch")
-WRAPPER_MS = 0.2
+NUISANCES = np.log([0.2, 1.0])
+"""First guesses of the wrapper's offset in milliseconds and of the framework's factor."""
+
 TRUST = 0.10
 """How far published numbers of one device scatter among themselves, in logarithms."""
 
@@ -119,10 +124,10 @@ class Fit:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.generations = sorted({module.generation for module in MODULES.values()})
         self.devices = sorted({row.device for row in rows})
-        size = (1 + len(self.generations) + len(self.devices)) * len(CONSTANTS) + 1
+        size = (1 + len(self.generations) + len(self.devices)) * len(CONSTANTS) + len(NUISANCES)
         start = np.zeros(size)
         start[: len(CONSTANTS)] = START
-        start[-1] = np.log(WRAPPER_MS)
+        start[-len(NUISANCES) :] = NUISANCES
         self._prepare(rows)
         self.solution = least_squares(self._residuals, start).x
 
@@ -131,12 +136,13 @@ class Fit:
         return np.asarray(np.exp(self._logs(self.solution, device)))
 
     def predict(self, row: Row) -> float:
-        """Milliseconds, with the wrapper's offset where the source has one."""
-        offset = float(np.exp(self.solution[-1])) if row.source == WRAPPER else 0.0
-        return predict(roofline(row.device, row.precision, self.constants(row.device)), row) + offset
+        """Milliseconds as the row's source would have published them, its own offset or factor included."""
+        offset = float(np.exp(self.solution[-2])) if row.source == WRAPPER else 0.0
+        factor = float(np.exp(self.solution[-1])) if row.source == FRAMEWORK else 1.0
+        return factor * predict(roofline(row.device, row.precision, self.constants(row.device)), row) + offset
 
     def _logs(self, x: Floats, device: str) -> Floats:
-        table = x[:-1].reshape(-1, len(CONSTANTS))
+        table = x[: -len(NUISANCES)].reshape(-1, len(CONSTANTS))
         total = table[0] + table[1 + self.generations.index(MODULES[device].generation)]
         if device in self.devices:
             total = total + table[1 + len(self.generations) + self.devices.index(device)]
@@ -158,6 +164,7 @@ class Fit:
         self._starts = np.asarray(starts)
         self._measured = np.asarray([row.latency_ms for row in rows])
         self._wrapped = np.asarray([float(row.source == WRAPPER) for row in rows])
+        self._framed = np.asarray([float(row.source == FRAMEWORK) for row in rows])
         self._int8 = np.asarray([float(row.precision == "int8") for row in rows])
         self._device = [row.device for row in rows]
 
@@ -168,10 +175,16 @@ class Fit:
         compute = self._compute / np.exp(shares[self._row, self._kind])
         memory = self._memory / np.exp(np.minimum(each[:, BANDWIDTH], 0.0))[self._row]
         time = (compute**SOFTNESS + memory**SOFTNESS) ** (1 / SOFTNESS) + np.exp(each[:, LAUNCH])[self._row]
-        predicted = np.add.reduceat(time, self._starts) + self._wrapped * np.exp(x[-1])
-        table = x[:-1].reshape(-1, len(CONSTANTS))
-        drawn = [((table[0] - START) / (2 * DRAWN)).ravel(), (table[1:] / DRAWN).ravel(), [x[-1] - np.log(WRAPPER_MS)]]
-        return np.concatenate([np.log(predicted / self._measured) / TRUST, *drawn])
+        predicted = np.add.reduceat(time, self._starts) * np.exp(self._framed * x[-1])
+        predicted = predicted + self._wrapped * np.exp(x[-2])
+        table = x[: -len(NUISANCES)].reshape(-1, len(CONSTANTS))
+        drawn = [
+            (table[0] - START) / (2 * DRAWN),
+            (table[1:] / DRAWN).ravel(),
+            (x[-len(NUISANCES) :] - NUISANCES) / [1.0, 0.5],
+        ]
+        errors = np.log(predicted / self._measured) / TRUST
+        return np.concatenate([np.sign(errors) * np.sqrt(np.log1p(errors**2)), *drawn])  # Cauchy: outliers count little
 
 
 def roofline(device: str, precision: str, constants: Floats, errors: ErrorFields | None = None) -> RooflineFields:

@@ -161,8 +161,11 @@ class LatencyTable:
             return LatencyCurve(
                 space, roofline_operators(fields, self.precision, space), lambda total: raised * (total + fields.network_ms)
             )
-        network = self._network(space)
-        entries = [self._surface(key) for key in network.layers]
+        network = self.fields.networks.get(network_signature(space))
+        if network is not None:
+            entries = [self._surface([key]) for key in network.layers]
+        else:
+            network, entries = self._put_together(space)
         problem = self._uncovered(space, network, entries)
         if problem:
             raise CompressorError(
@@ -185,7 +188,7 @@ class LatencyTable:
         network = self.fields.networks.get(network_signature(space))
         if network is None or len(network.layers) != len(space.layers):
             return False
-        return not self._uncovered(space, network, [self._surface(key) for key in network.layers])
+        return not self._uncovered(space, network, [self._surface([key]) for key in network.layers])
 
     def refit(self, samples: Sequence[tuple[float, float]]) -> LatencyTable:
         """The table after whole networks of its device turned out slower than it predicted.
@@ -200,34 +203,37 @@ class LatencyTable:
         return LatencyTable(self.fields.model_copy(update={"raised": self.fields.raised * factor}))
 
     # ---------------------------------------------------------------- inside
-    def _surface(self, key: str) -> Surface:
-        entry = self.fields.entries[key]
-        return fit_surface(entry.c_in, entry.c_out, entry.median_ms, self.fields.block)
+    def _surface(self, keys: Sequence[str]) -> Surface:
+        """The surface through the points of one entry, or of several of the same operator."""
+        entries = [self.fields.entries[key] for key in keys]
+        return fit_surface(
+            [count for entry in entries for count in entry.c_in],
+            [count for entry in entries for count in entry.c_out],
+            [time for entry in entries for time in entry.median_ms],
+            self.fields.block,
+        )
 
-    def _network(self, space: PruningSpace) -> NetworkFields:
-        """The measured network, or one put together from the operators of others.
+    def _put_together(self, space: PruningSpace) -> tuple[NetworkFields, list[Surface]]:
+        """A network that was not measured, from operators of others, whatever was computed along with them.
 
         Raises:
             CompressorError: an operator was never measured.
         """
-        known = self.fields.networks.get(network_signature(space))
-        if known is not None:
-            return known
-        plain: dict[str, str] = {}
-        for key, entry in self.fields.entries.items():
-            bare = key.split(" +")[0]
-            if bare not in plain or len(entry.n) > len(self.fields.entries[plain[bare]].n):
-                plain[bare] = key
+        bare: dict[str, list[str]] = {}
+        for key in self.fields.entries:
+            bare.setdefault(key.split(" +")[0], []).append(key)
         wanted = [signature_of(layer).key for layer in space.layers]
-        missing = sorted(set(wanted) - set(plain))
+        missing = sorted(set(wanted) - set(bare))
         if missing or not self.fields.networks:
             raise CompressorError(
-                f"The latency table of {self.device} holds {len(missing)} operators of this network not at all, "
+                f"The latency table of {self.device} lacks {len(missing)} of this network's operators, "
                 f"such as: {missing[0] if missing else wanted[0]}.",
                 "Measure the network: compress profile --model NAME",
             )
-        nearest = max(self.fields.networks.values(), key=lambda each: each.dense_ms)
-        return nearest.model_copy(update={"layers": tuple(plain[key] for key in wanted), "granularity": ()})
+        largest = max(self.fields.networks.values(), key=lambda each: each.dense_ms)
+        network = largest.model_copy(update={"layers": tuple(bare[key][0] for key in wanted), "granularity": ()})
+        surfaces = {key: self._surface(bare[key]) for key in set(wanted)}
+        return network, [surfaces[key] for key in wanted]
 
     def _uncovered(self, space: PruningSpace, network: NetworkFields, surfaces: Sequence[Surface]) -> str:
         """What of the space lies outside the measured points; empty where nothing does."""
