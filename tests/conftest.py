@@ -22,3 +22,17 @@ def shared_data() -> Path:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep measured tables of the tests out of the user's cache."""
     os.environ["COMPRESSOR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def cifar_jpegs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of CIFAR-10 as JPEG files: of each class 40 images in train/ and 200 in test/."""
+    import tarfile
+
+    folder = tmp_path_factory.mktemp("cifar10-jpeg")
+    with tarfile.open(shared_data / "cifar10-jpeg.tar.xz") as archive:
+        for member in archive:
+            split, *rest = member.name.split("/")
+            if len(rest) == 2 and int(rest[1].partition(".")[0]) < {"train": 40, "test": 200}[split]:
+                archive.extract(member, folder, filter="data")
+    return folder
