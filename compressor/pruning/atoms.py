@@ -39,7 +39,8 @@ class Atoms:
     def __init__(self) -> None:
         self._count = 0
         self._pairs: list[tuple[Labels, Labels]] = []
-        self._fixed: list[tuple[Labels, str]] = []
+        #: (atoms that must stay, why), in the order in which it was found out.
+        self.fixed: list[tuple[Labels, str]] = []
         self._coupled: list[Labels] = []
 
     def fresh(self, size: int) -> Labels:
@@ -56,7 +57,7 @@ class Atoms:
     def fix(self, labels: Labels | None, reason: str) -> None:
         """These atoms must stay, because of `reason` (a clause that follows "left dense:")."""
         if labels is not None:
-            self._fixed.append((labels.reshape(-1), reason))
+            self.fixed.append((labels.reshape(-1), reason))
 
     def couple(self, labels: Labels) -> None:
         """These atoms run through an addition of two activations."""
@@ -83,7 +84,7 @@ class Atoms:
                 left, right = left[keep], right[keep]
         fixed = np.zeros(self._count, dtype=bool)
         reasons: dict[int, str] = {}
-        for labels, reason in self._fixed:
+        for labels, reason in self.fixed:
             roots = np.unique(parent[labels])
             fixed[roots] = True
             for root in roots.tolist():

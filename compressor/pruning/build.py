@@ -21,7 +21,7 @@ from compressor.pruning.attention import swap_name
 from compressor.pruning.groups import Resolved, resolve
 from compressor.pruning.skeleton import copy_structure, named_tensors
 from compressor.pruning.slicer import Slicer, cut_meta
-from compressor.pruning.trace import Call, Facts, Settings, Tracer, data_dependent, example_tensors, moved
+from compressor.pruning.trace import MEETS_FIXED, Call, Facts, Key, Settings, Tracer, data_dependent, example_tensors, moved
 
 _ROUNDS = 60
 
@@ -52,23 +52,18 @@ def build(model: nn.Module, args: tuple[Any, ...], frozen_at_once: Sequence[str]
         CompressorError: the forward pass fails, or depends on data.
     """
     settings = Settings()
-    best: tuple[int, Settings] | None = None
-    flips = 0
+    tried: set[Key] = set()
     for _ in range(_ROUNDS):
         facts, on_meta = _trace(model, args, settings)
         resolved = resolve(facts)
-        flip = _collapsed(facts, resolved, settings) if flips < 4 else None
-        freedom = sum(found.classes.size - 1 for found in resolved.groups)
-        if best is not None and freedom <= best[0]:
-            # Turning the split round did not help; go back to what was.
-            settings, best, flips = best[1], None, 4
-            continue
-        if flip is not None:
-            flips += 1
-            best = (freedom, _copy(settings))
-            settings.decisions.update(flip)
-            continue
-        best = None
+        for key in _suspects(facts, resolved, settings, tried):
+            tried.add(key)
+            turned = settings.copy()
+            turned.decisions[key] = _other(*facts.decisions[key])
+            other_facts, _ = _trace(model, args, turned)
+            other = resolve(other_facts)
+            if _freedom(other) > _freedom(resolved):
+                settings, facts, resolved = turned, other_facts, other
         slicer = Slicer(facts, resolved, _swaps(model, facts))
         try:
             _lockstep(model, args if not on_meta else moved(args, "meta"), facts, resolved, slicer, on_meta)
@@ -82,8 +77,8 @@ def build(model: nn.Module, args: tuple[Any, ...], frozen_at_once: Sequence[str]
     )
 
 
-def _copy(settings: Settings) -> Settings:
-    return Settings(dict(settings.decisions), dict(settings.frozen), set(settings.untied))
+def _freedom(resolved: Resolved) -> int:
+    return sum(found.classes.size - 1 for found in resolved.groups)
 
 
 def _swaps(model: nn.Module, facts: Facts) -> dict[str, str]:
@@ -137,10 +132,38 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
         if failed is not None and not isinstance(error, CompressorError):
             error._module_path = failed.path  # type: ignore[attr-defined]
         raise
+    _fix_outputs(tracer, out)
+    if any(name not in tracer.facts.params for name, value in named_tensors(skeleton).items() if value.dim()):
+        _train_pass(tracer, skeleton, args, meta)
+    return tracer.facts
+
+
+def _fix_outputs(tracer: Tracer, out: Any) -> None:
     for tensor in example_tensors(_plain(out)):
         for labels in tracer.axes(tensor):
             tracer.atoms.fix(labels, "it makes the network's output")
-    return tracer.facts
+
+
+def _train_pass(tracer: Tracer, skeleton: nn.Module, args: tuple[Any, ...], meta: bool) -> None:
+    """Some parts run in training only (auxiliary classifiers): a pass in train mode ties them to the channels they read.
+
+    Batch-norm in train mode needs two inputs. Where that pass is impossible, such parts are left as they are; `resolve`
+    names those that would not fit.
+    """
+    if not meta or not all(isinstance(arg, Tensor) and arg.dim() > 1 for arg in args):
+        return
+    twice = tuple(torch.cat([arg, arg]) for arg in args)
+    for tensor in twice:
+        tracer.mark(tensor, (None,) * tensor.dim(), True)
+    tracer.uncounted = True
+    for module in skeleton.modules():
+        module.training = True
+    try:
+        with torch.no_grad(), tracer:
+            out = skeleton(*twice)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, CompressorError):
+        return
+    _fix_outputs(tracer, out)
 
 
 def _plain(out: Any) -> Any:
@@ -150,22 +173,18 @@ def _plain(out: Any) -> Any:
     return dict(vars(out)) if hasattr(out, "__dict__") else out
 
 
-def _collapsed(facts: Facts, resolved: Resolved, settings: Settings) -> dict[Any, str] | None:
-    """Splits of channels that tied a whole layer into one unit, turned the other way."""
-    if not resolved.collapsed:
-        return None
+def _suspects(facts: Facts, resolved: Resolved, settings: Settings, tried: set[Key]) -> list[Key]:
+    """Splits of channels that tied a whole layer into one unit, or that met an axis of fixed size."""
+    stuck = [labels for labels, reason in facts.atoms.fixed if reason.startswith(MEETS_FIXED)]
+    if not (resolved.collapsed or stuck) or not facts.decisions:
+        return []
     roots = facts.atoms.solve().of
-    lost = np.concatenate(resolved.collapsed)
-    turned: dict[Any, str] = {}
-    for key, (choice, blocks) in facts.decisions.items():
-        if key in settings.decisions or not any(np.isin(roots[b], lost).any() for b in blocks):
-            continue
-        if choice in ("rows", "columns"):
-            turned[key] = "columns" if choice == "rows" else "rows"
-        else:
-            last = max(block.ndim for block in blocks) - 1
-            turned[key] = str(last if int(choice) != last else max(last - 1, 0))
-    return turned or None
+    lost = np.unique(np.concatenate([roots[labels] for labels in [*resolved.collapsed, *stuck]]))
+    return [
+        key
+        for key, (_, blocks) in facts.decisions.items()
+        if key not in tried and key not in settings.failures and any(np.isin(roots[b], lost).any() for b in blocks)
+    ][:8]
 
 
 def random_keep(resolved: Resolved, seed: int) -> tuple[list[Any], Any]:
@@ -239,21 +258,41 @@ def _inside(path: str, opaque: tuple[str, ...]) -> bool:
 
 
 def _learn(settings: Settings, facts: Facts, error: _Mismatch) -> None:
-    """Turn the split at the failing step round if it has one that was not turned, else leave its channels dense."""
+    """What the next trace does differently at the failing step.
+
+    A reshape is first taken to have its size from the module's input; then a split of channels is turned round; then the
+    channels that meet here stay dense, and at last all channels of the module.
+    """
     step = facts.steps[error.step]
-    decision = facts.decisions.get(step.key)
-    if decision is not None and step.key not in settings.decisions:
-        choice, blocks = decision
-        if choice in ("rows", "columns"):
-            settings.decisions[step.key] = "columns" if choice == "rows" else "rows"
-        else:
-            last = max(block.ndim for block in blocks) - 1
-            settings.decisions[step.key] = str(last if int(choice) != last else max(last - 1, 0))
+    key = step.key
+    reason = f"the code around '{step.name}' works at its dense width only"
+    decision = facts.decisions.get(key)
+    failures = settings.failures[key] = settings.failures.get(key, 0) + 1
+    reshapes = step.name in ("view", "reshape")
+    ways = [(turn, lock) for turn in ((False, True) if decision else (False,)) for lock in ((False, True) if reshapes else (False,))]
+    if failures < len(ways) and key not in settings.frozen:
+        turn, lock = ways[failures]
+        if decision is not None and turn != ways[failures - 1][0]:
+            settings.decisions[key] = _other(*decision)
+        (settings.locks.add if lock else settings.locks.discard)(key)
         return
-    if step.key in settings.frozen:
-        # Freezing what meets here did not help: the cause lies before it.
-        index = error.step
-        while index > 0 and facts.steps[index].key in settings.frozen:
-            index -= 1
-        step = facts.steps[index]
-    settings.frozen[step.key] = f"the code around '{step.name}' works at its dense width only"
+    settings.locks.discard(key)
+    if key not in settings.frozen:
+        settings.frozen[key] = reason
+        return
+    path = step.path
+    while path:
+        inside = {other.key for other in facts.steps if _inside(other.path, (path,))} - settings.frozen.keys()
+        if inside:
+            settings.frozen.update(dict.fromkeys(inside, reason))
+            return
+        path = path.rpartition(".")[0]
+    settings.frozen.update(dict.fromkeys((other.key for other in facts.steps), reason))
+
+
+def _other(choice: str, blocks: Sequence[Labels]) -> str:
+    """The other way to prune a split."""
+    if choice in ("rows", "columns"):
+        return "columns" if choice == "rows" else "rows"
+    last = max(block.ndim for block in blocks) - 1
+    return str(last if int(choice) != last else max(last - 1, 0))

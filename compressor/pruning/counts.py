@@ -101,3 +101,30 @@ class CostTerms:
                     product = product * counts[keys[:, position]]
                 total[start : start + 512] += constants @ product
         return np.asarray(np.rint(total), dtype=np.int64)
+
+
+def as_printed(estimate: Ints) -> Ints:
+    """Multiply-adds that fvcore reads from numpy's estimate of an einsum: (estimate + 1) at four digits, halved, floored."""
+    value = estimate + 1
+    digits = np.floor(np.log10(value)).astype(np.int64)
+    # log10 may fall short by one at powers of ten.
+    digits += value >= 10 ** (digits + 1)
+    step = 10 ** np.maximum(digits - 3, 0)
+    whole, rest = np.divmod(value, step)
+    up = (2 * rest > step) | ((2 * rest == step) & (whole % 2 == 1))
+    return np.asarray((whole + up) * step // 2, dtype=np.int64)
+
+
+class RoundedTerms:
+    """Terms that fvcore counts by way of numpy's printed estimate of an einsum, each rounded before it is added."""
+
+    def __init__(self, terms: Sequence[tuple[int, Sequence[Affine]]], groups: int) -> None:
+        # Not merged: every call is rounded on its own.
+        self._terms = [CostTerms([term], groups) for term in terms]
+
+    def __call__(self, widths: Ints) -> Ints:
+        """Costs (N,) of the candidates `widths` (N, G)."""
+        total = np.zeros(widths.shape[0], dtype=np.int64)
+        for term in self._terms:
+            total += as_printed(term(widths))
+        return total

@@ -111,7 +111,7 @@ def resolve(facts: Facts) -> Resolved:
         for size in (layer.in_channels, layer.out_channels):
             if isinstance(size, np.ndarray):
                 axes.setdefault(id(size), size)
-    for _, factors in facts.terms:
+    for _, factors in [*facts.terms, *facts.rounded]:
         for size in factors:
             axes.setdefault(id(size), size)
     for tie in facts.ties:

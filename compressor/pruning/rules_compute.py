@@ -96,6 +96,8 @@ def _layer(
     kernel, stride, padding, dilation = geometry
     if len(kernel) == 1:
         kernel, stride, padding, dilation = (*kernel, 1), (*stride, 1), (*padding, 0), (*dilation, 1)
+    if tracer.uncounted:
+        return
     tracer.facts.layers.append(
         LayerCall(
             f"{path}.{name}" if name and path else name or path, kind, frame.kind, kernel, stride, padding, dilation,
@@ -113,9 +115,8 @@ def convolution(tracer: Tracer, call: Call) -> None:
     ins, outs = _channels_through(tracer, call, source, weight, groups, out_axis=0, in_axis=1, rank=rank)
     if not isinstance(padding, str):
         # fvcore knows aten::_convolution only, and a padding given by name is traced as another operator.
-        spots = math.prod(call.out.shape[-rank:])
         batch = call.out.shape[0] if source.dim() == rank + 2 else 1
-        tracer.count(batch * spots, *_filled(tracer, weight))
+        tracer.count(batch, *tracer.sizes(weight), *_space(tracer, call.out, rank))
     geometry = (
         tuple(weight.shape[2:]), _pair(call.arg(3, "stride", 1), rank), _pair(padding, rank),
         _pair(call.arg(5, "dilation", 1), rank),
@@ -132,7 +133,7 @@ def transposed_convolution(tracer: Tracer, call: Call) -> None:
     rank = weight.dim() - 2
     groups = int(call.arg(6, "groups", 1))
     ins, outs = _channels_through(tracer, call, source, weight, groups, out_axis=1, in_axis=0, rank=rank)
-    tracer.count(source.shape[0] * math.prod(source.shape[-rank:]), *_filled(tracer, weight))
+    tracer.count(source.shape[0], *tracer.sizes(weight), *_space(tracer, source, rank))
     geometry = (
         tuple(weight.shape[2:]), _pair(call.arg(3, "stride", 1), rank), _pair(call.arg(4, "padding", 0), rank),
         _pair(call.arg(7, "dilation", 1), rank),
@@ -140,8 +141,8 @@ def transposed_convolution(tracer: Tracer, call: Call) -> None:
     _layer(tracer, call, "conv_transpose", weight, source, -rank - 1, ins, outs, geometry, groups)
 
 
-def _filled(tracer: Tracer, weight: Tensor) -> list[int | Labels]:
-    return tracer.sizes(weight)
+def _space(tracer: Tracer, tensor: Tensor, rank: int) -> list[int | Labels]:
+    return tracer.sizes(tensor)[-rank:]
 
 
 def _channels_through(
@@ -151,8 +152,12 @@ def _channels_through(
     axes, filters = list(tracer.axes(source)), tracer.axes(weight)
     channel = source.dim() - rank - 1
     ins: Labels | None = axes[channel]
-    for axis in axes[channel + 1 :]:
-        tracer.fix(axis, "its channels are convolved like space")
+    made: list[Labels | None] = []
+    for before, after, axis in zip(source.shape[channel + 1 :], call.out.shape[channel + 1 :], axes[channel + 1 :], strict=True):
+        # A convolution along the channels (efficient channel attention) runs at any width that it leaves as it is.
+        if before != after:
+            tracer.fix(axis, "its channels are convolved like space")
+        made.append(axis if before == after else None)
     if groups == 1:
         outs = filters[out_axis]
         if ins is None:
@@ -170,7 +175,7 @@ def _channels_through(
         tracer.merge(tracer.axes(bias)[0], outs)
     tracer.producer(weight, out_axis)
     axes[channel] = outs
-    tracer.mark(call.out, [*axes[: channel + 1], *[None] * rank], tracer.active(source))
+    tracer.mark(call.out, [*axes[: channel + 1], *made], tracer.active(source))
     return (
         source.shape[channel] if ins is None else ins,
         call.out.shape[channel] if outs is None else outs,
@@ -195,7 +200,7 @@ def _grouped(
             if block.shape[1] > 1:
                 tracer.atoms.unify(np.repeat(block[:, 0], block.shape[1]), block)
         tracer.atoms.unify(np.ascontiguousarray(before[:, 0]), np.ascontiguousarray(after[:, 0]))
-        tracer.tie("groups", ins, block=width)
+        tracer.tie(call.arg(6, "groups", 1), ins, block=width)
         return outs
     one = even(tracer, ins, groups)
     even(tracer, outs, groups)
@@ -259,7 +264,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
     for i in range(len(shape)):
         labels = axes[start + i]
         if labels is not None and hasattr(tracer.stack[-1].module, "normalized_shape"):
-            tracer.tie("normalized_shape", labels, i)
+            tracer.tie_attribute("normalized_shape", labels, i)
     tracer.mark(call.out, axes, tracer.active(source))
     if call.name == "layer_norm":
         tracer.count(5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(source))
@@ -275,7 +280,7 @@ def group_norm(tracer: Tracer, call: Call) -> None:
             axes[1] = tracer.merge(axes[1], tracer.axes(vector)[0])
     labels = axes[1]
     if labels is not None and groups == labels.size:
-        tracer.tie("num_groups", labels)
+        tracer.tie(call.arg(1, "num_groups"), labels)
     elif labels is not None and groups > 1:
         even(tracer, labels, groups)
     tracer.mark(call.out, axes, tracer.active(source))
@@ -337,8 +342,21 @@ def einsum(tracer: Tracer, call: Call) -> None:
             sizes[letter] = size
     tracer.mark(call.out, [by_letter[c] for c in right], any(tracer.active(t) for t in operands))
     if len(operands) == 2:
-        # Two operands: every letter once, which is also what an optimal path multiplies.
-        tracer.count(1, *[sizes[c] if by_letter[c] is None else by_letter[c] for c in sizes])  # type: ignore[misc]
+        factors: list[int | Labels] = []
+        for letter, size in sizes.items():
+            labels = by_letter[letter]
+            factors.append(size if labels is None else labels)
+        names = {letter: chr(97 + i) for i, letter in enumerate(dict.fromkeys(c for c in equation if c.isalpha()))}
+        plain = "".join(names.get(c, c) for c in equation)
+        inner = set(left.replace(",", "")) - set(right)
+        # fvcore counts two forms exactly; of the others it reads numpy's estimate, which is printed with four digits.
+        for letters, operand in zip(left.split(","), operands, strict=True):
+            if tracer.name_of(operand) and not tracer.active(operand):
+                for axis, letter in enumerate(letters):
+                    if letter in right and left.count(letter) == 1:
+                        tracer.producer(operand, axis)
+        exact = plain in ("abc,abd->acd", "abc,adc->adb")
+        tracer.count(1 if exact else 2 if inner else 1, *factors, rounded=not exact)
 
 
 def attention(tracer: Tracer, call: Call) -> None:
@@ -407,7 +425,7 @@ def multi_head(tracer: Tracer, call: Call) -> None:
     back = tracer.axes(out_weight)
     if rows is not None and back[1] is not None:
         tracer.atoms.unify(back[1], np.ascontiguousarray(rows.reshape(3, -1)[0]))
-        tracer.tie("num_heads", rows, block=3 * (embed // heads))
+        tracer.tie_attribute("num_heads", rows, block=3 * (embed // heads))
     outs = back[0]
     if given["out_proj_bias"] is not None:
         tracer.merge(tracer.axes(given["out_proj_bias"])[0], outs)

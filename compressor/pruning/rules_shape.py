@@ -27,31 +27,13 @@ def _ints(call: Call, first: int) -> list[int]:
     return found
 
 
-def tie_sizes(tracer: Tracer, call: Call, sizes: Sequence[int], axes: Axes, shape: Sequence[int]) -> None:
-    """Attributes of the running module that a call used as the size of an axis that can shrink."""
-    module = tracer.stack[-1].module
-    if module is None:
-        return
-    for size, labels in zip(shape, axes, strict=True):
-        if labels is not None and size in sizes:
-            tie_value(tracer, size, labels)
-
-
-#: Words in names of attributes that hold sizes in space or settings, never numbers of channels.
-_NOT_CHANNELS = (
-    "window", "shift", "kernel", "stride", "pad", "dilat", "grid", "patch", "img", "image", "scale", "ratio", "depth", "len",
-    "area", "feat_size", "seq", "token", "prefix", "block_size", "num_classes", "stage", "layer", "iter", "pool", "radix",
-)
-
-
-def tie_value(tracer: Tracer, value: int, labels: Labels) -> None:
-    """Tie each attribute of the running module that equals `value` to the number of these channels."""
-    module = tracer.stack[-1].module
-    for name, held in vars(module).items() if module is not None else ():
-        if name.startswith("_") or name == "training" or any(word in name for word in _NOT_CHANNELS):
-            continue
-        if type(held) is int and held == value:
-            tracer.tie(name, labels)
+def tie_sizes(tracer: Tracer, call: Call, axes: Axes, source: Axes) -> None:
+    """Attributes that a call used as the size of an axis that can shrink."""
+    sizes = _ints(call, 1)
+    if len(sizes) == len(axes):
+        for size, labels in zip(sizes, axes, strict=True):
+            if labels is not None:
+                tracer.tie(size, labels, others=source)
 
 
 # -------------------------------------------------------------------- reshaping
@@ -63,8 +45,21 @@ def reshape(tracer: Tracer, call: Call) -> None:
     axes = tracer.axes(source)
     made = regroup(tracer, call, axes, tuple(source.shape), tuple(target.shape))
     tracer.mark(target, made, tracer.active(source))
+    if call.key in tracer.settings.locks:
+        _lock(tracer, made)
     if call.name not in ("flatten", "view_as", "reshape_as"):
-        tie_sizes(tracer, call, _ints(call, 1), made, target.shape)
+        tie_sizes(tracer, call, made, axes)
+
+
+def _lock(tracer: Tracer, made: Axes) -> None:
+    """The code takes the size from the module's input: the channels made here are tied to those that came in, one to one."""
+    frame = tracer.stack[-1]
+    entering = [axis for t in frame.inputs if isinstance(t, Tensor) for axis in tracer.axes(t) if axis is not None]
+    for labels in made:
+        whole = [axis for axis in entering if labels is not None and axis.size % labels.size == 0]
+        if labels is not None and whole:
+            # Heads of a size that the code takes from the input: each head goes with its part of the input's channels.
+            tracer.atoms.unify(np.repeat(labels, whole[0].size // labels.size), whole[0])
 
 
 def regroup(tracer: Tracer, call: Call, axes: Axes, before: tuple[int, ...], after: tuple[int, ...]) -> Axes:
@@ -90,7 +85,9 @@ def regroup(tracer: Tracer, call: Call, axes: Axes, before: tuple[int, ...], aft
         if len(right) == 1:
             made[right[0]] = flat
         else:
-            place, labels = _split_axis(tracer, call, flat.reshape([after[i] for i in right]), right[-1] == len(after) - 1)
+            # Attention with one head has nothing to drop but channels of that head.
+            heads = right[-1] == len(after) - 1 and after[right[-1] - 1] != 1
+            place, labels = _split_axis(tracer, call, flat.reshape([after[i] for i in right]), heads)
             made[right[place]] = labels
     return tuple(made)
 
@@ -103,7 +100,7 @@ def _spread(axes: Axes, axis: int, sizes: list[int], place: int) -> Labels:
     return np.ascontiguousarray(np.broadcast_to(labels.reshape(form), sizes)).reshape(-1)
 
 
-def _split_axis(tracer: Tracer, call: Call, block: Labels, last: bool) -> tuple[int, Labels]:
+def _split_axis(tracer: Tracer, call: Call, block: Labels, heads: bool) -> tuple[int, Labels]:
     """Channels laid out as `block`: the one axis along which they may be pruned, and its labels.
 
     Where the labels vary along one axis only, it is that axis. Else one has to be chosen, and what lies across is tied
@@ -114,7 +111,7 @@ def _split_axis(tracer: Tracer, call: Call, block: Labels, last: bool) -> tuple[
         line = _line(block, place)
         if np.array_equal(np.broadcast_to(_stand(line, place, block.ndim), block.shape), block):
             return place, line
-    default = block.ndim - 2 if last else block.ndim - 1
+    default = block.ndim - 2 if heads else block.ndim - 1
     place = int(tracer.decide(call, str(default), block))
     place = place if place < block.ndim else block.ndim - 1
     line = _line(block, place)
@@ -153,7 +150,7 @@ def expand(tracer: Tracer, call: Call) -> None:
                      for i, (a, b) in enumerate(zip(made, other, strict=True)))
         tracer.mark(call.out, made, tracer.active(source))
     else:
-        tie_sizes(tracer, call, _ints(call, 1), made, call.out.shape)
+        tie_sizes(tracer, call, made, axes)
 
 
 def broadcast(tracer: Tracer, call: Call) -> None:
@@ -278,12 +275,11 @@ def split(tracer: Tracer, call: Call) -> None:
         asked = call.arg(1, "chunks" if "chunk" in call.name else "split_size_or_sections")
         if len(set(sizes)) == 1 and isinstance(asked, int):
             even(tracer, whole, len(sizes))
-            if "chunk" not in call.name:
-                tie_value(tracer, sizes[0], whole[: sizes[0]])
+            tracer.tie(asked, whole[: sizes[0]], others=[whole])
         elif isinstance(asked, (list, tuple)):
             start = 0
-            for size in sizes:
-                _tie_part(tracer, size, whole[start : start + size])
+            for size, given in zip(sizes, asked, strict=True):
+                tracer.tie(given, whole[start : start + size], others=[whole])
                 start += size
     start = 0
     for part, size in zip(call.out, sizes, strict=True):
@@ -291,27 +287,6 @@ def split(tracer: Tracer, call: Call) -> None:
         made[dim] = None if whole is None else whole[start : start + size]
         start += size
         tracer.mark(part, made, tracer.active(source))
-
-
-def _tie_part(tracer: Tracer, size: int, labels: Labels) -> None:
-    module = tracer.stack[-1].module
-    if module is None:
-        return
-    lists = [n for n, v in vars(module).items() if isinstance(v, (list, tuple)) and not n.startswith("_") and size in v]
-    for name in lists:
-        held = vars(module)[name]
-        taken = {t.place for t in tracer.facts.ties if t.path == tracer.stack[-1].path and t.attribute == name}
-        places = [i for i, item in enumerate(held) if type(item) is int and item == size and i not in taken]
-        if places:
-            tracer.tie(name, labels, places[0])
-    if not lists:
-        tie_value(tracer, size, labels)
-
-
-def _tie_padding(tracer: Tracer, size: int, labels: Labels) -> None:
-    for name, held in vars(tracer.stack[-1].module).items() if tracer.stack[-1].module is not None else ():
-        if type(held) is int and held == size and not name.startswith("_") and name != "training":
-            tracer.tie(name, labels)
 
 
 def unbind(tracer: Tracer, call: Call) -> None:
@@ -338,7 +313,9 @@ def narrow(tracer: Tracer, call: Call) -> None:
     start, length = call.arg(2, "start"), call.arg(3, "length")
     made = list(tracer.axes(source))
     axis = made[dim]
-    made[dim] = None if axis is None else axis[start : start + length]
+    if axis is not None:
+        made[dim] = axis[start : start + length]
+        tracer.tie(length, axis[start : start + length], others=[axis])
     tracer.mark(call.out, made, tracer.active(source))
 
 
@@ -378,7 +355,7 @@ def getitem(tracer: Tracer, call: Call) -> None:
                 for bound in (item.start, item.stop):
                     if isinstance(bound, int):
                         front = axis[:bound] if bound >= 0 else axis[bound:]
-                        tie_value(tracer, abs(bound), front)
+                        tracer.tie(bound, front, others=[axis])
             at += 1
         else:
             tracer.fix(axes[at], "one of its channels is taken by number")
@@ -461,13 +438,9 @@ def pad(tracer: Tracer, call: Call) -> None:
         if front == back:
             # One number may stand for both sides.
             tracer.atoms.unify(before, behind)
-        known = len(tracer.facts.ties)
         for amount, new in ((front, before), (back, behind)):
-            if amount:
-                _tie_padding(tracer, amount, new)
-        if len(tracer.facts.ties) == known:
-            tracer.fix(before, "channels are padded by a fixed number")
-            tracer.fix(behind, "channels are padded by a fixed number")
+            if not tracer.tie(amount, new):
+                tracer.fix(new, "channels are padded by a fixed number")
     tracer.mark(call.out, made, tracer.active(source))
 
 

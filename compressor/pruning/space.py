@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.pruning.build import build
-from compressor.pruning.counts import Affine, CostTerms
+from compressor.pruning.counts import Affine, CostTerms, RoundedTerms
 from compressor.pruning.groups import Group, Resolved, Skipped
 from compressor.pruning.importance import Importance, Ranking, rank
 from compressor.pruning.inputs import checked_inputs, checked_model
@@ -99,23 +99,21 @@ class PruningSpace:
         self._resolved = resolved
         self.slicer = Slicer(built.facts, resolved, built.slicer.swaps)
         self.layers: tuple[Layer, ...] = _layers(built.facts, resolved)
-        self._macs = CostTerms(
-            [(constant, [resolved.affine(size) for size in sizes]) for constant, sizes in built.facts.terms],
-            len(self.groups),
-        )
+        self._macs = CostTerms(_terms(built.facts.terms, resolved), len(self.groups))
+        self._rounded = RoundedTerms(_terms(built.facts.rounded, resolved), len(self.groups))
         self._params = CostTerms(_param_terms(model, built.facts, resolved), len(self.groups))
         self.makers: tuple[tuple[tuple[str, int], ...], ...] = tuple(found.makers for found in resolved.groups)
 
     # ---------------------------------------------------------------- costs
     def macs(self, widths: Any) -> Any:
         """Multiply-adds of one input as fvcore counts them; (N, G) -> (N,) int64, (G,) -> int."""
-        return self._cost(self._macs, widths)
+        return self._cost(lambda each: self._macs(each) + self._rounded(each), widths)
 
     def params(self, widths: Any) -> Any:
         """Parameters, tied ones once; (N, G) -> (N,) int64, (G,) -> int."""
         return self._cost(self._params, widths)
 
-    def _cost(self, terms: CostTerms, widths: Any) -> Any:
+    def _cost(self, terms: Callable[[Ints], Ints], widths: Any) -> Any:
         given = np.asarray(widths, dtype=np.int64)
         if given.shape[-1:] != (len(self.groups),) or given.ndim not in (1, 2):
             raise CompressorError(
@@ -341,6 +339,10 @@ def _layers(facts: Facts, resolved: Resolved) -> tuple[Layer, ...]:
     )
 
 
+def _terms(terms: Sequence[tuple[int, Sequence[Any]]], resolved: Resolved) -> list[tuple[int, list[Affine]]]:
+    return [(constant, [resolved.affine(size) for size in sizes]) for constant, sizes in terms]
+
+
 def _param_terms(model: nn.Module, facts: Facts, resolved: Resolved) -> list[tuple[int, list[Affine]]]:
     terms = []
     for name, parameter in model.named_parameters():
@@ -356,5 +358,3 @@ def _some(names: Sequence[str], wanted: str) -> str:
     near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3) or list(names)[:5]
     return ", ".join(near) + (", ..." if len(names) > len(near) else "")
 
-
-_ = Callable

@@ -8,6 +8,7 @@ concatenation, splitting, reshaping and shuffling, and it sees operations as fvc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +20,13 @@ from torch.overrides import TorchFunctionMode
 
 from compressor.errors import CompressorError
 from compressor.pruning.atoms import Atoms, Axes, Labels
+from compressor.pruning.provenance import Attribute, remember
 
-#: Which call of an operation: the class of the module that made it and its place in that module's forward pass.
-#: Calls of sibling modules share a key, so that a decision for one holds for all.
+#: Which call of an operation: the module that made it (numbers in its path left out, and its class) and the call's place in
+#: that module's forward pass. Blocks that differ in their number only share a key, so that a decision for one holds for all.
 Key = tuple[str, int]
+
+MEETS_FIXED = "it meets an axis of fixed size"
 
 _DATA_DEPENDENT = frozenset({"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"})
 
@@ -34,10 +38,16 @@ class Frame:
     path: str
     module: nn.Module | None
     calls: int = 0
+    inputs: tuple[Any, ...] = ()
 
     @property
     def kind(self) -> str:
         return type(self.module).__name__ if self.module is not None else ""
+
+    @property
+    def pattern(self) -> str:
+        """The path without its numbers, and the class."""
+        return f"{re.sub(r'[0-9]+', '*', self.path)}:{self.kind}"
 
 
 @dataclass
@@ -110,6 +120,8 @@ class Facts:
     outputs: dict[tuple[str, int], str] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     terms: list[tuple[int, list[Labels]]] = field(default_factory=list)
+    #: Like terms, but rounded as fvcore rounds its count of an einsum.
+    rounded: list[tuple[int, list[Labels]]] = field(default_factory=list)
     layers: list[LayerCall] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     swaps: dict[str, str] = field(default_factory=dict)
@@ -122,7 +134,14 @@ class Settings:
 
     decisions: dict[Key, str] = field(default_factory=dict)
     frozen: dict[Key, str] = field(default_factory=dict)
-    untied: set[tuple[str, str]] = field(default_factory=set)
+    #: Reshapes whose channels must be as many as those that enter the module.
+    locks: set[Key] = field(default_factory=set)
+    #: How often a step failed.
+    failures: dict[Key, int] = field(default_factory=dict)
+
+    def copy(self) -> Settings:
+        """Settings that can be changed without changing these."""
+        return Settings(dict(self.decisions), dict(self.frozen), set(self.locks), dict(self.failures))
 
 
 class Tracer(TorchFunctionMode):
@@ -147,6 +166,8 @@ class Tracer(TorchFunctionMode):
         self.settings = settings
         self._check = check
         self._steps = 0
+        #: Set for a second pass that only tells which channels belong together.
+        self.uncounted = False
         self._marks: dict[int, tuple[Tensor, Axes, bool]] = {}
         self._names: dict[int, str] = {id(tensor): name for name, tensor in tensors.items()}
         self._keep = list(tensors.values())
@@ -184,7 +205,7 @@ class Tracer(TorchFunctionMode):
     def merge(self, a: Labels | None, b: Labels | None) -> Labels | None:
         """Two axes of the same size meet index by index."""
         if a is None or b is None:
-            self.fix(a if b is None else b, "it meets an axis of fixed size")
+            self.fix(a if b is None else b, MEETS_FIXED)
             return None
         self.atoms.unify(a, b)
         return a
@@ -208,15 +229,17 @@ class Tracer(TorchFunctionMode):
                 name = candidates[0]
         self.facts.outputs.setdefault((name, axis), path or name.rpartition(".")[0])
 
-    def count(self, constant: int, *sizes: int | Labels) -> None:
+    def count(self, constant: int, *sizes: int | Labels, rounded: bool = False) -> None:
         """Add `constant * product(sizes)` to what fvcore counts; an axis with labels counts its kept channels."""
+        if self.uncounted:
+            return
         labels = []
         for size in sizes:
             if isinstance(size, (int, np.integer)):
                 constant *= int(size)
             else:
                 labels.append(size)
-        self.facts.terms.append((constant, labels))
+        (self.facts.rounded if rounded else self.facts.terms).append((constant, labels))
 
     def sizes(self, tensor: Tensor) -> list[int | Labels]:
         """The axes of `tensor` as factors for `count`."""
@@ -229,11 +252,30 @@ class Tracer(TorchFunctionMode):
         entry[1].append(labels)
         return chosen
 
-    def tie(self, attribute: str, labels: Labels, place: int | None = None, block: int = 1) -> None:
+    def tie(self, size: Any, labels: Labels, block: int = 1, others: Iterable[Labels | None] = ()) -> bool:
+        """Where `size` was read from an attribute, that attribute is the number of these channels (in blocks of `block`).
+
+        A size that was computed from an attribute (half of it, say) ties the attribute to that axis of `labels` and
+        `others` which has as many channels as it says. Returns whether anything was tied.
+        """
+        if not isinstance(size, Attribute):
+            return False
+        tied = False
+        for path, attribute, place, value in size.origins:
+            if not size.derived:
+                self.facts.ties.append(Tie(path, attribute, place, labels, block))
+                tied = True
+                continue
+            for axis in (labels, *others):
+                if axis is not None and axis.size == value:
+                    self.facts.ties.append(Tie(path, attribute, place, axis))
+                    tied = True
+                    break
+        return tied
+
+    def tie_attribute(self, attribute: str, labels: Labels, place: int | None = None, block: int = 1) -> None:
         """The running module's `attribute` is the number of these channels (in blocks of `block`)."""
-        path = self.stack[-1].path
-        if (self.stack[-1].kind, attribute) not in self.settings.untied:
-            self.facts.ties.append(Tie(path, attribute, place, labels, block))
+        self.facts.ties.append(Tie(self.stack[-1].path, attribute, place, labels, block))
 
     # ---------------------------------------------------------------- the mode itself
     def __torch_function__(
@@ -251,7 +293,7 @@ class Tracer(TorchFunctionMode):
                 raise data_dependent(name, self.stack[-1])
             return func(*args, **kwargs)
         frame = self.stack[-1]
-        key = (frame.kind, frame.calls)
+        key = (frame.pattern, frame.calls)
         frame.calls += 1
         out = func(*args, **kwargs)
         if name == "setitem":
@@ -273,6 +315,8 @@ class Tracer(TorchFunctionMode):
         labelled = [
             axis for tensor in [*inputs, *results] for axis in self.axes(tensor) if axis is not None
         ]
+        if self.uncounted:
+            return out
         if key in self.settings.frozen:
             for axis in labelled:
                 self.fix(axis, self.settings.frozen[key])
@@ -292,6 +336,8 @@ class Tracer(TorchFunctionMode):
     def watch(self, paths: Iterable[tuple[str, nn.Module]]) -> None:
         """Keep track of which module runs: wraps `forward` on the modules of a skeleton made for tracing."""
         for path, module in paths:
+            if self._check is None:
+                remember(path, module)
             module.__dict__["forward"] = _Watched(self, path, module, type(module).forward)
 
 
@@ -302,7 +348,7 @@ class _Watched:
         self.tracer, self.path, self.module, self.forward = tracer, path, module, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        frame = Frame(self.path, self.module)
+        frame = Frame(self.path, self.module, inputs=args)
         self.tracer.stack.append(frame)
         try:
             return self.forward(self.module, *args, **kwargs)
