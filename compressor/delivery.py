@@ -144,9 +144,9 @@ def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
         notes.append("The dense network keeps every budget already: nothing was pruned.")
     run.save(status="finished", exit_code=code, notes=list(dict.fromkeys(notes)))
     with run.stage("report"):
+        run.save(files=_checksums(run))
         write_report(run.path)
-    # The manifest is the last file written: its checksums are those of everything else.
-    run.save(files={name: sha256_file(run.file(name)) for name in _deliverables(run)})
+    run.save(files=_checksums(run))  # with the report's own
     return code
 
 
@@ -327,9 +327,9 @@ def _counted(run: RunDir, name: str, predicted: float) -> float:
     return float(counted) if counted is not None else predicted
 
 
-def _deliverables(run: RunDir) -> list[str]:
+def _checksums(run: RunDir) -> dict[str, str]:
     names = [RECIPE, "channels.json", "model.safetensors", MODEL, "report.html"]
     names += sorted(
         str(path.relative_to(run.path)) for path in run.file("engines").glob("*") if path.is_file()
     )
-    return [name for name in names if run.file(name).exists()]
+    return {name: sha256_file(run.file(name)) for name in names if run.file(name).exists()}

@@ -63,6 +63,12 @@ class Pruning(_Part):
 class Search(_Part):
     """How the widths are looked for."""
 
+    epochs_share: Share | None = Field(
+        None,
+        description="Share of the epochs that the dense weights are trained for, while or before the widths are "
+        "looked for; the slim network has the rest. Left out: 0.6 from scratch; of pretrained weights a third for "
+        "agents that train jointly, none for others.",
+    )
     max_evaluations: Positive = Field(200, description="The most networks that may be scored.")
     max_seconds: float | None = Field(None, gt=0, description="The longest time that the search may take.")
     batch_norm_batches: Positive = Field(
@@ -173,6 +179,9 @@ class Recipe(_Part):
             weights = "none"  # nobody publishes weights for these under a name that could be fetched
         pretrained = weights != "none"
         batch = 64 if self.data_kind == "digits" else 128
+        share = self.search.epochs_share
+        if share is None:
+            share = 0.6 if not pretrained else 1 / 3 if self.agent == "joint" else 0.0
         precision = self.precision
         if precision == "auto":
             precision = "fp32" if self.device == "local" else "fp16"
@@ -182,6 +191,7 @@ class Recipe(_Part):
                 "image_size": self.image_size or (32 if small else 224),
                 "precision": precision,
                 "epochs": self.epochs or (scratch_epochs // 3 if pretrained else scratch_epochs),
+                "search": {"epochs_share": share},
                 "training": {
                     "batch_size": self.training.batch_size or batch,
                     "learning_rate": self.training.learning_rate or (0.01 if pretrained else 0.05),

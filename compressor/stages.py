@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressor.agents.base import SearchResult
-    from compressor.agents.schedule import Schedule
     from compressor.budgets.base import Budget
     from compressor.pruning.plan import ChannelPlan
     from compressor.training.loop import Trainer
@@ -81,7 +80,7 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
     with run.stage("search"):
         result = _search(run, job)
         if job.teacher is None:
-            epochs = _schedule(job).search
+            epochs = search_epochs(job)
             dense = accuracy(job.model, job.data.test, device=job.torch_device)
             _note_accuracy(run, dense=dense, dense_note=f"trained for the {epochs} epochs of the search")
         pruned = job.space.apply(result.best)
@@ -122,12 +121,13 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
 def _search(run: RunDir, job: Job) -> SearchResult:
     from compressor.agents.base import Limits
     from compressor.agents.registry import create_agent
+    from compressor.agents.schedule import share_epochs
     from compressor.env.environment import PruningEnv
     from compressor.training.align import Alignment
     from compressor.training.evaluate import Evaluator
 
     recipe, settings = job.recipe, job.recipe.search
-    schedule = _schedule(job)
+    schedule = share_epochs(search_epochs(job), pretrained=job.teacher is not None)
     evaluator = Evaluator(
         job.space,
         job.data,
@@ -140,7 +140,7 @@ def _search(run: RunDir, job: Job) -> SearchResult:
     agent = create_agent(
         recipe.agent,
         seed=recipe.seed,
-        trainer=_trainer(job, job.model, schedule.search) if schedule.search else None,
+        trainer=_trainer(job, job.model, schedule.total) if schedule.total else None,
         schedule=schedule,
         settings=settings.settings,
         alignment=partial(Alignment, job.space, form=settings.align, beta=settings.align_weight),
@@ -193,7 +193,7 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
 
     if run.finished("finetune"):
         return load(run.path, device=job.torch_device)
-    epochs = _schedule(job).finetune
+    epochs = int(job.recipe.epochs or 0) - search_epochs(job)
     slim = job.space.apply(plan)
     with run.stage("finetune"):
         trainer = _trainer(job, slim, epochs, rate=job.recipe.training.finetune_learning_rate, teach=True)
@@ -225,16 +225,10 @@ def importance(job: Job) -> Any:
     return job.recipe.pruning.importance
 
 
-def _schedule(job: Job) -> Schedule:
-    from compressor.agents.registry import agent_class
-    from compressor.agents.schedule import Schedule, share_epochs
-
-    epochs, pretrained = int(job.recipe.epochs or 0), job.teacher is not None
-    if pretrained and not agent_class(job.recipe.agent).trains_jointly:
-        return Schedule(
-            finetune=epochs
-        )  # the weights are good already: all training is worth most after pruning
-    return share_epochs(epochs, pretrained=pretrained)
+def search_epochs(job: Job) -> int:
+    """Epochs of the dense weights; the slim network has the others, at least one."""
+    epochs = int(job.recipe.epochs or 0)
+    return min(round(epochs * float(job.recipe.search.epochs_share or 0)), epochs - 1)
 
 
 def _trainer(
