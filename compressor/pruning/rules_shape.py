@@ -78,9 +78,12 @@ def regroup(tracer: Tracer, call: Call, axes: Axes, before: tuple[int, ...], aft
         if not labelled:
             continue
         if len(labelled) > 1:
-            for i in labelled:
+            # Of a weight (channels, height, width) the first axis can shrink, the kernel cannot.
+            kept = 1 if not tracer.active(call.args[0]) else 0
+            for i in labelled[kept:]:
                 tracer.fix(axes[i], "a reshape folds two channel axes into one")
-            continue
+            if not kept:
+                continue
         flat = _spread(axes, labelled[0], [before[i] for i in left], left.index(labelled[0]))
         if len(right) == 1:
             made[right[0]] = flat
