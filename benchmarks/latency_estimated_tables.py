@@ -2,12 +2,12 @@
 
     python benchmarks/latency_estimated_tables.py --measurements PUBLISHED.csv [--write]
 
-PUBLISHED.csv has the columns device, model, input, num_classes, precision, batch, latency_ms and source, one published
-measurement a row. Constants of all devices are fitted together: each is a mean over all devices, plus a deviation of the
-device's generation, plus one of the device, and deviations are drawn to zero, so that a device with three measurements
-borrows what it does not know from its relatives, and one with none takes its generation's. Printed and stored for each
-device: the error of the fit, and the error on each measurement when it is left out (where a device has one only, it is
-then predicted from the other devices).
+PUBLISHED.csv has the columns device, model, input, num_classes, precision, batch, latency_ms and source, one
+published measurement a row. Constants of all devices are fitted together: each is a mean over all devices,
+plus a deviation of the device's generation, plus one of the device, and deviations are drawn to zero, so that
+a device with three measurements borrows what it does not know from its relatives, and one with none takes its
+generation's. Printed and stored for each device: the error of the fit, and the error on each measurement when
+it is left out (where a device has one only, it is then predicted from the other devices).
 """
 
 from __future__ import annotations
@@ -30,13 +30,22 @@ from scipy.optimize import least_squares
 from torch import nn
 
 from compressor.latency.roofline import ELEMENT_BYTES, KINDS, SOFTNESS, Operators, operator_ms
-from compressor.latency.schema import DeviceFields, ErrorFields, RooflineFields, RuntimeFields, TableFields, rounded
+from compressor.latency.schema import (
+    DeviceFields,
+    ErrorFields,
+    RooflineFields,
+    RuntimeFields,
+    TableFields,
+    rounded,
+)
 from compressor.latency.table import LatencyTable
 
 Floats = npt.NDArray[np.float64]
 TABLES = Path(__file__).resolve().parent.parent / "latency_tables"
 WRAPPER = "torch2trt benchmarks"
-"""A source whose times hold the synchronisation of its Python wrapper: it gets an offset of its own in the fit."""
+"""A source whose times hold the synchronisation of its Python wrapper: it gets an offset of its own in the
+fit.
+"""
 
 FRAMEWORK = "tf_to_trt_image_classification README"
 """A source that ran on a 2018 release inside another framework: it gets a factor of its own in the fit."""
@@ -55,39 +64,85 @@ class Module:
 
 
 MODULES = {
-    "jetson-nano": Module("Jetson Nano 4GB", "maxwell", "5.3", "GPU 921 MHz", {"fp32": 0.236, "fp16": 0.472}, 25.6),
-    "jetson-tx2": Module("Jetson TX2 8GB", "maxwell", "6.2", "GPU 1300 MHz", {"fp32": 0.67, "fp16": 1.33}, 59.7),
+    "jetson-nano": Module(
+        "Jetson Nano 4GB", "maxwell", "5.3", "GPU 921 MHz", {"fp32": 0.236, "fp16": 0.472}, 25.6
+    ),
+    "jetson-tx2": Module(
+        "Jetson TX2 8GB", "maxwell", "6.2", "GPU 1300 MHz", {"fp32": 0.67, "fp16": 1.33}, 59.7
+    ),
     "jetson-xavier-nx": Module(
-        "Jetson Xavier NX 8GB", "volta", "7.2", "GPU 1100 MHz", {"fp32": 0.85, "fp16": 6.8, "int8": 13.5}, 59.7
+        "Jetson Xavier NX 8GB",
+        "volta",
+        "7.2",
+        "GPU 1100 MHz",
+        {"fp32": 0.85, "fp16": 6.8, "int8": 13.5},
+        59.7,
     ),
     "jetson-agx-xavier": Module(
         "Jetson AGX Xavier", "volta", "7.2", "GPU 1377 MHz", {"fp32": 1.41, "fp16": 11.3, "int8": 22.6}, 136.5
     ),
     "jetson-orin-nano-4gb": Module(
-        "Jetson Orin Nano 4GB", "ampere", "8.7", "GPU 625 MHz", {"fp32": 0.64, "fp16": 5.1, "int8": 10.2}, 34.0
+        "Jetson Orin Nano 4GB",
+        "ampere",
+        "8.7",
+        "GPU 625 MHz",
+        {"fp32": 0.64, "fp16": 5.1, "int8": 10.2},
+        34.0,
     ),
     "jetson-orin-nano-8gb": Module(
-        "Jetson Orin Nano 8GB", "ampere", "8.7", "GPU 625 MHz", {"fp32": 1.28, "fp16": 10.2, "int8": 20.5}, 68.0
+        "Jetson Orin Nano 8GB",
+        "ampere",
+        "8.7",
+        "GPU 625 MHz",
+        {"fp32": 1.28, "fp16": 10.2, "int8": 20.5},
+        68.0,
     ),
     "jetson-orin-nx-8gb": Module(
-        "Jetson Orin NX 8GB", "ampere", "8.7", "GPU 765 MHz", {"fp32": 1.57, "fp16": 12.5, "int8": 25.0}, 102.0
+        "Jetson Orin NX 8GB",
+        "ampere",
+        "8.7",
+        "GPU 765 MHz",
+        {"fp32": 1.57, "fp16": 12.5, "int8": 25.0},
+        102.0,
     ),
     "jetson-orin-nx-16gb": Module(
-        "Jetson Orin NX 16GB", "ampere", "8.7", "GPU 918 MHz", {"fp32": 1.88, "fp16": 15.0, "int8": 30.1}, 102.0
+        "Jetson Orin NX 16GB",
+        "ampere",
+        "8.7",
+        "GPU 918 MHz",
+        {"fp32": 1.88, "fp16": 15.0, "int8": 30.1},
+        102.0,
     ),
     "jetson-agx-orin-32gb": Module(
-        "Jetson AGX Orin 32GB", "ampere", "8.7", "GPU 930 MHz", {"fp32": 3.3, "fp16": 26.7, "int8": 53.0}, 205.0
+        "Jetson AGX Orin 32GB",
+        "ampere",
+        "8.7",
+        "GPU 930 MHz",
+        {"fp32": 3.3, "fp16": 26.7, "int8": 53.0},
+        205.0,
     ),
     "jetson-agx-orin-64gb": Module(
-        "Jetson AGX Orin 64GB", "ampere", "8.7", "GPU 1300 MHz", {"fp32": 5.3, "fp16": 42.6, "int8": 85.0}, 205.0
+        "Jetson AGX Orin 64GB",
+        "ampere",
+        "8.7",
+        "GPU 1300 MHz",
+        {"fp32": 5.3, "fp16": 42.6, "int8": 85.0},
+        205.0,
     ),
     "jetson-thor-t5000": Module(
-        "Jetson Thor T5000", "blackwell", "11.0", "GPU 1575 MHz", {"fp32": 8.1, "fp16": 258.0, "int8": 517.0}, 273.0
+        "Jetson Thor T5000",
+        "blackwell",
+        "11.0",
+        "GPU 1575 MHz",
+        {"fp32": 8.1, "fp16": 258.0, "int8": 517.0},
+        273.0,
     ),
 }
 CONSTANTS = (*(f"efficiency {kind}" for kind in KINDS), "bandwidth", "launch", "int8")
 START = np.log([0.35, 0.25, 0.1, 0.3, 0.5, 0.02, 0.6])
-"""First guess: shares of the peaks, the launch in milliseconds, and how much of the FP16 share INT8 reaches."""
+"""First guess: shares of the peaks, the launch in milliseconds, and how much of the FP16 share INT8
+reaches.
+"""
 DRAWN = np.asarray([0.35, 0.35, 0.35, 0.35, 0.25, 0.7, 0.3])
 """How far a constant of a generation or a device usually lies from the mean, in logarithms."""
 BANDWIDTH, LAUNCH = CONSTANTS.index("bandwidth"), CONSTANTS.index("launch")
@@ -184,10 +239,14 @@ class Fit:
             (x[-len(NUISANCES) :] - NUISANCES) / [1.0, 0.5],
         ]
         errors = np.log(predicted / self._measured) / TRUST
-        return np.concatenate([np.sign(errors) * np.sqrt(np.log1p(errors**2)), *drawn])  # Cauchy: outliers count little
+        return np.concatenate(
+            [np.sign(errors) * np.sqrt(np.log1p(errors**2)), *drawn]
+        )  # Cauchy: outliers count little
 
 
-def roofline(device: str, precision: str, constants: Floats, errors: ErrorFields | None = None) -> RooflineFields:
+def roofline(
+    device: str, precision: str, constants: Floats, errors: ErrorFields | None = None
+) -> RooflineFields:
     """A device's fields from its fitted constants."""
     module = MODULES[device]
     share = constants[CONSTANTS.index("int8")] if precision == "int8" else 1.0
@@ -222,13 +281,23 @@ def predict(fields: RooflineFields, row: Row) -> float:
 def read_rows(path: Path) -> list[Row]:
     """The published measurements of one image at a time, on modules of `MODULES`."""
     with path.open(newline="", encoding="utf-8") as file:
-        entries = [entry for entry in csv.DictReader(file) if entry["batch"] == "1" and entry["device"] in MODULES]
+        entries = [
+            entry for entry in csv.DictReader(file) if entry["batch"] == "1" and entry["device"] in MODULES
+        ]
     rows = []
     for entry in entries:
         size = int(entry["input"].split("x")[0])
         operators, c_in, c_out = network(entry["model"], size, int(entry["num_classes"]))
         rows.append(
-            Row(entry["device"], entry["precision"], entry["source"], float(entry["latency_ms"]), operators, c_in, c_out)
+            Row(
+                entry["device"],
+                entry["precision"],
+                entry["source"],
+                float(entry["latency_ms"]),
+                operators,
+                c_in,
+                c_out,
+            )
         )
     return rows
 
@@ -291,11 +360,16 @@ def left_out(rows: Sequence[Row]) -> dict[int, float]:
     for index, row in enumerate(rows):
         fit = Fit([other for place, other in enumerate(rows) if place != index])
         errors[index] = fit.predict(row) / row.latency_ms - 1.0
-        print(f"  {row.device:22s} {row.precision} {errors[index]:+7.1%}  of {row.latency_ms:8.3f} ms", flush=True)
+        print(
+            f"  {row.device:22s} {row.precision} {errors[index]:+7.1%}  of {row.latency_ms:8.3f} ms",
+            flush=True,
+        )
     return errors
 
 
-def table(device: str, fit: Fit, rows: Sequence[Row], errors: dict[int, float], foreign: float) -> LatencyTable:
+def table(
+    device: str, fit: Fit, rows: Sequence[Row], errors: dict[int, float], foreign: float
+) -> LatencyTable:
     """The file of one device."""
     module = MODULES[device]
     fields = {}
@@ -341,7 +415,9 @@ def table(device: str, fit: Fit, rows: Sequence[Row], errors: dict[int, float], 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fit, print the errors, and write the tables where asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measurements", type=Path, required=True, help="CSV of published latencies")
     parser.add_argument("--write", action="store_true", help=f"write the tables into {TABLES.name}/")
     parser.add_argument("--quick", action="store_true", help="skip the errors of left-out measurements")

@@ -16,11 +16,9 @@ Floats = npt.NDArray[np.float64]
 class Budget(ABC):
     """One cost and its limit; subclasses are frozen dataclasses, so that `dataclasses.replace` tightens one.
 
-    Attributes:
-        name: `latency`, `macs`, `params`, `memory`, or `package.module:function`.
-        unit: Unit of `target`, `dense` and every prediction: ms, MACs, params, bytes, or empty for a function.
-        target: The most that is allowed.
-        dense: The cost of the network as it is.
+    Attributes: name: `latency`, `macs`, `params`, `memory`, or `package.module:function`. unit: Unit of
+        `target`, `dense` and every prediction: ms, MACs, params, bytes, or empty for a function. target: The
+        most that is allowed. dense: The cost of the network as it is.
     """
 
     name: str
@@ -33,7 +31,9 @@ class Budget(ABC):
         """The cost of each candidate, (N,) from widths (N, G)."""
 
     def envelope(self, widths: npt.NDArray[Any]) -> Floats:
-        """A bound from above, (N,) from (N, G), that never falls when a width grows; by default the prediction."""
+        """A bound from above, (N,) from (N, G), that never falls when a width grows; by default the
+        prediction.
+        """
         return self.predict(widths)
 
     def kept(self, widths: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

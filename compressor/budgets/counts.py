@@ -51,9 +51,9 @@ class ParamsBudget(Budget):
 class MemoryBudget(Budget):
     """Bytes of the weights and of the largest layer's input and output for one image.
 
-    A simple measure, and honest about it: activations that a residual branch keeps alive meanwhile, the runtime's own
-    workspace and its code are not in it, so the process will take more. It orders candidates rightly and bounds what the
-    network itself must hold.
+    A simple measure, and honest about it: activations that a residual branch keeps alive meanwhile, the
+    runtime's own workspace and its code are not in it, so the process will take more. It orders candidates
+    rightly and bounds what the network itself must hold.
     """
 
     space: PruningSpace

@@ -26,8 +26,8 @@ Cost = Callable[["nn.Module"], float]
 class FunctionBudget(Budget):
     """The value of `function(module)`, called once for each distinct candidate with the slim network, built.
 
-    Building takes some 10 ms a candidate, so searches with such a budget are slower than with the others. The function
-    should depend on the network's shape and not on its weights: values are remembered by widths.
+    Building takes some 10 ms a candidate, so searches with such a budget are slower than with the others. The
+    function should depend on the network's shape and not on its weights: values are remembered by widths.
     """
 
     space: PruningSpace

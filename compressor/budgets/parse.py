@@ -1,7 +1,7 @@
 """Budgets as they are written on the command line and in recipes: `5ms`, `50%`, `0.5x`, `2G`, `8M`, `20MB`.
 
-Only text is read here; what a percentage is a percentage of is settled by `compressor.budgets.resolve`. The module
-imports neither numpy nor torch, so that a bad budget is refused before anything slow begins.
+Only text is read here; what a percentage is a percentage of is settled by `compressor.budgets.resolve`. The
+module imports neither numpy nor torch, so that a bad budget is refused before anything slow begins.
 """
 
 from __future__ import annotations
@@ -37,11 +37,9 @@ _FUNCTION = re.compile(r"\s*([A-Za-z_][\w.]*):([A-Za-z_]\w*)\s*<=\s*(\S.*?)\s*")
 class BudgetSpec:
     """One budget as asked for, before the dense network's own cost is known.
 
-    Attributes:
-        name: `latency`, `macs`, `params`, `memory`, or `package.module:function`.
-        value: The limit in the budget's base unit (ms, MACs, parameters, bytes), or a share of the dense cost.
-        relative: Whether `value` is a share (0.5 for `50%`).
-        text: What the user wrote, for messages.
+    Attributes: name: `latency`, `macs`, `params`, `memory`, or `package.module:function`. value: The limit in
+        the budget's base unit (ms, MACs, parameters, bytes), or a share of the dense cost. relative: Whether
+        `value` is a share (0.5 for `50%`). text: What the user wrote, for messages.
     """
 
     name: str
@@ -58,10 +56,8 @@ class BudgetSpec:
 def parse_budget(name: str, text: str | float) -> BudgetSpec:
     """Read one budget.
 
-    Args:
-        name: `latency`, `flops` (counted as fvcore does: one multiply-add is one; the same as `macs`), `params`
-            or `memory`.
-        text: The limit with its unit, or a share of the dense network's cost.
+    Args: name: `latency`, `flops` (counted as fvcore does: one multiply-add is one; the same as `macs`),
+        `params` or `memory`. text: The limit with its unit, or a share of the dense network's cost.
 
     Raises:
         CompressorError: the name or the text is not understood; the message names the accepted forms.
@@ -102,7 +98,9 @@ def base_unit(name: str) -> str:
 
 
 def format_value(name: str, value: float) -> str:
-    """A value in the budget's base unit as a person would write it: `4.32 ms`, `1.3 GMACs`, `23.5 M`, `20 MB`."""
+    """A value in the budget's base unit as a person would write it: `4.32 ms`, `1.3 GMACs`, `23.5 M`, `20
+    MB`.
+    """
     if name == "latency":
         return f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
     if name not in _BASE_UNIT:

@@ -1,8 +1,9 @@
 """From the sum of the operators to the whole network.
 
-A network's time is not the sum of its operators' times: the profiler adds to each of them, the runtime adds to all of
-them. The correction is one line, `offset + slope x sum`, fitted to whole networks that were measured end to end, with
-errors counted relative to the time; more terms did not predict unseen networks better.
+A network's time is not the sum of its operators' times: the profiler adds to each of them, the runtime adds
+to all of them. The correction is one line, `offset + slope x sum`, fitted to whole networks that were
+measured end to end, with errors counted relative to the time; more terms did not predict unseen networks
+better.
 """
 
 from __future__ import annotations

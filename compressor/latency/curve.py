@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 Operators = Callable[[Floats, Floats, bool], Floats]
-"""(c_in, c_out, upper) -> milliseconds, all arrays (N, operators); `upper` asks for a non-decreasing bound from above."""
+"""(c_in, c_out, upper) -> milliseconds, all arrays (N, operators); `upper` asks for a non-decreasing bound
+from above."""
 
 
 class LatencyCurve:
@@ -40,7 +41,8 @@ class LatencyCurve:
     def envelope(self, widths: npt.ArrayLike) -> Floats:
         """A bound from above, (N,) from (N, G), that never falls when a width grows.
 
-        Where channels fit the runtime's blocks it equals the prediction; elsewhere it counts the slower kernels in.
+        Where channels fit the runtime's blocks it equals the prediction; elsewhere it counts the slower
+        kernels in.
         """
         return self._total(self.operators(widths, upper=True).sum(axis=1))
 

@@ -1,10 +1,11 @@
 """Which sub-networks to measure, so that every operator's grid is filled by few whole networks.
 
-Each group gets p levels of width. Of all combinations only p x p networks are measured, chosen as in an orthogonal
-array: network (i, j) gives group g the level (a i + b j) mod p with the group's own slope (a : b). Two groups with
-different slopes meet in each pair of their levels exactly once, so that an operator between them has its complete p x p
-grid of (input channels, output channels). Groups that meet in one operator get different slopes by colouring a graph;
-p prime gives p + 1 slopes. (R. C. Bose, "On the construction of orthogonal sets of Latin squares", 1938.)
+Each group gets p levels of width. Of all combinations only p x p networks are measured, chosen as in an
+orthogonal array: network (i, j) gives group g the level (a i + b j) mod p with the group's own slope (a : b).
+Two groups with different slopes meet in each pair of their levels exactly once, so that an operator between
+them has its complete p x p grid of (input channels, output channels). Groups that meet in one operator get
+different slopes by colouring a graph; p prime gives p + 1 slopes. (R. C. Bose, "On the construction of
+orthogonal sets of Latin squares", 1938.)
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def anchor_widths(space: PruningSpace) -> Widths:
 
 
 def random_widths(space: PruningSpace, count: int, *, seed: int) -> Widths:
-    """Random sub-networks of every size, (count, G): a random share kept, and each group scattered around it."""
+    """Random sub-networks of every size, (count, G): a random share kept, and each group scattered around
+    it.
+    """
     rng = np.random.default_rng(seed)
     dense = np.asarray(space.dense_widths, dtype=np.float64)
     share = rng.uniform(0.2, 1.0, size=(count, 1)) + rng.normal(0.0, 0.25, size=(count, len(dense)))
@@ -62,7 +65,9 @@ def _levels(choices: Widths, levels: int) -> Widths:
 
 
 def _slopes(space: PruningSpace, levels: int) -> list[int]:
-    """A slope for each group, 0 to `levels`; groups that meet in an operator get different ones where possible."""
+    """A slope for each group, 0 to `levels`; groups that meet in an operator get different ones where
+    possible.
+    """
     count = len(space.groups)
     meets: list[Counter[int]] = [Counter() for _ in range(count)]
     for layer in space.layers:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compressor.errors import CompressorError
+from compressor.latency.surface import ALIGNMENT
 from compressor.latency.table import LatencyTable
 from compressor.recipe import shipped
+
+if TYPE_CHECKING:
+    from compressor.pruning.groups import Group
 
 LOCAL = "local"
 _TENSOR_CORES = {"fp16": 8, "int8": 32}
@@ -94,16 +101,36 @@ def recommended_granularity(runtime: str, precision: str) -> int:
         runtime: `onnxruntime-cpu` or `tensorrt`.
         precision: `fp32`, `fp16` or `int8`.
 
-    Returns:
-        For TensorRT 8 in FP16 and 32 in INT8 (tensor cores), else 1. For ONNX Runtime the channel block of its
-        convolutions on this CPU: narrower widths are padded to it, and widths that are no multiple of 4 take a much
-        slower kernel.
+    Returns: For TensorRT 8 in FP16 and 32 in INT8 (tensor cores), else 1. For ONNX Runtime the channel block
+        of its convolutions on this CPU: narrower widths are padded to it, and widths that are no multiple of
+        4 take a much slower kernel.
     """
     if runtime == "tensorrt":
         return _TENSOR_CORES.get(precision, 1)
     from compressor.latency.ort_profile import channel_block
 
     return channel_block()
+
+
+def recommended_steps(groups: Iterable[Group], runtime: str, precision: str) -> dict[str, int]:
+    """A granularity for each group of a space: the recommended one, finer where a group is narrow.
+
+    A narrow group would be left with hardly any choice by a step of a whole block, and ONNX Runtime reads
+    inputs narrower than a block unpadded, so that finer steps do pay there. Its steps are at most an eighth
+    of the width, and multiples of 4 all the same. Tensor cores pad every width, so that a finer step never
+    pays there.
+
+    Args:
+        groups: Of a `PruningSpace`; its argument `granularity` takes what is returned.
+        runtime, precision: As for `recommended_granularity`.
+    """
+    step = recommended_granularity(runtime, precision)
+    if runtime == "tensorrt":
+        return {group.name: step for group in groups}
+    return {
+        group.name: min(step, max(ALIGNMENT, 2 ** int(math.log2(max(1, group.width // 8)))))
+        for group in groups
+    }
 
 
 def _table_files() -> dict[str, Path]:

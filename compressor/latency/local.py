@@ -1,8 +1,8 @@
 """The latency table of this machine's CPU, measured through ONNX Runtime when it is first asked for.
 
 The sub-networks of `design` are built, exported as they would be delivered, run end to end and profiled. Each
-profile gives one point of every operator's grid, each end-to-end time one sample for the whole-network correction;
-networks held back from both give the error that the table states.
+profile gives one point of every operator's grid, each end-to-end time one sample for the whole-network
+correction; networks held back from both give the error that the table states.
 """
 
 from __future__ import annotations
@@ -76,14 +76,12 @@ def local_table(
 ) -> LatencyTable:
     """This machine's table for the networks of `space`, from the cache or measured now.
 
-    Args:
-        space: The network is measured as `space.model` is, with random widths among the space's legal ones.
-        example_input: A batch of one, of the shape that the network is delivered for.
-        threads: Threads of ONNX Runtime.
-        cache_dir: Where tables are kept; by default `$COMPRESSOR_CACHE` or the user's cache folder.
-        time_limit_s: No further sub-network is begun after this many seconds; a dozen are measured in any case.
-        seed: Which sub-networks are measured.
-        device: What runs the networks instead of ONNX Runtime on this CPU; nothing is cached then.
+    Args: space: The network is measured as `space.model` is, with random widths among the space's legal ones.
+        example_input: A batch of one, of the shape that the network is delivered for. threads: Threads of
+        ONNX Runtime. cache_dir: Where tables are kept; by default `$COMPRESSOR_CACHE` or the user's cache
+        folder. time_limit_s: No further sub-network is begun after this many seconds; a dozen are measured in
+        any case. seed: Which sub-networks are measured. device: What runs the networks instead of ONNX
+        Runtime on this CPU; nothing is cached then.
 
     Raises:
         CompressorError: the network cannot be exported or run, or the cache folder cannot be written.
@@ -134,8 +132,14 @@ def _with_dense_of(table: LatencyTable, known: LatencyTable, network: str) -> La
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """One measured sub-network: channels (layers,) in and out, and its times."""
+class Sample:
+    """One measured sub-network.
+
+    Attributes:
+        c_in, c_out: Channels of each of the space's layers, (layers,).
+        network: What was run.
+        times: How long it took.
+    """
 
     c_in: Widths
     c_out: Widths
@@ -152,20 +156,20 @@ def _measured(
     fitted = np.concatenate([anchor_widths(space), grid_widths(space, seed=seed)])
     queue = _interleaved(fitted, held)
     ranking = space.rank()
-    samples: list[_Sample] = []
-    unseen: list[_Sample] = []
+    samples: list[Sample] = []
+    unseen: list[Sample] = []
     say("Measuring this network's operators on this machine; the table is kept for the next run.")
     with bar("Measuring latency", len(queue) + 2) as progress:
-        first = _sample(space, ranking, example, dense, device)
+        first = measure_candidate(space, ranking, example, dense, device)
         samples.append(first)
         progress.advance(1, f"dense {first.times.median_ms:.3g} ms")
         for count, (is_held, widths) in enumerate(queue):
             if time.monotonic() - started > limit_s and count >= 12:
                 break
-            sample = _sample(space, ranking, example, widths, device)
+            sample = measure_candidate(space, ranking, example, widths, device)
             (unseen if is_held else samples).append(sample)
             progress.advance(1, f"{sample.times.median_ms:.3g} ms")
-        last = _sample(space, ranking, example, dense, device)
+        last = measure_candidate(space, ranking, example, dense, device)
         samples.append(last)
         progress.advance(1)
     drift = last.times.median_ms / first.times.median_ms - 1.0
@@ -183,9 +187,9 @@ def _interleaved(fitted: Widths, held: Widths) -> list[tuple[bool, Widths]]:
     return [(is_held, row) for _, is_held, row in sorted(queue, key=lambda item: item[0])]
 
 
-def _sample(
+def measure_candidate(
     space: PruningSpace, ranking: Ranking, example: Tensor, widths: Widths, device: Device
-) -> _Sample:
+) -> Sample:
     """Build, export and measure one sub-network."""
     small = space.apply(space.plan(widths, ranking))
     with tempfile.TemporaryDirectory(prefix="compressor-latency-") as folder:
@@ -203,13 +207,13 @@ def _sample(
             f"{c_in.shape[1]}: they cannot be matched.",
             "Give the budget in --flops or --params instead of --latency.",
         )
-    return _Sample(c_in[0], c_out[0], network, times)
+    return Sample(c_in[0], c_out[0], network, times)
 
 
 def _table(
     space: PruningSpace,
-    samples: Sequence[_Sample],
-    unseen: Sequence[_Sample],
+    samples: Sequence[Sample],
+    unseen: Sequence[Sample],
     drift: float,
     seconds: float,
     threads: int,
@@ -227,13 +231,13 @@ def _table(
         block,
     )
 
-    def total(of: Sequence[_Sample]) -> list[float]:
+    def total(of: Sequence[Sample]) -> list[float]:
         sums = surfaces(np.stack([each.c_in for each in of]), np.stack([each.c_out for each in of])).sum(
             axis=1
         )
         return [float(value) for value in sums]
 
-    def measured(of: Sequence[_Sample]) -> list[float]:
+    def measured(of: Sequence[Sample]) -> list[float]:
         return [each.times.median_ms for each in of]
 
     correction = fit_correction(total(samples), measured(samples))
@@ -276,7 +280,7 @@ def _table(
     )
 
 
-def _entries(layers: Sequence[str], samples: Sequence[_Sample]) -> dict[str, Entry]:
+def _entries(layers: Sequence[str], samples: Sequence[Sample]) -> dict[str, Entry]:
     """One point for each operator and pair of channels; layers with the same signature share theirs."""
     found: dict[Point, list[tuple[int, float, float, float]]] = defaultdict(list)
     for sample in samples:

@@ -1,7 +1,8 @@
 """One network on ONNX Runtime's CPU provider: its time as a whole, and the time of each operator inside it.
 
-Operators are timed in the company they keep: the whole network runs under ONNX Runtime's own profiler, with its
-fused nodes and its changes of layout, and each node's time is given to the weight-bearing operator it belongs to.
+Operators are timed in the company they keep: the whole network runs under ONNX Runtime's own profiler, with
+its fused nodes and its changes of layout, and each node's time is given to the weight-bearing operator it
+belongs to.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class Device(Protocol):
 def tag(path: Path) -> TaggedNetwork:
     """Read an ONNX file and rename its nodes and inner tensors to `@INDEX.`, the index of the node that makes them.
 
-    ONNX Runtime names a fused node after one of the tensors or nodes it replaces, so the tag survives optimisation.
-    A node without weights counts to the latest weight-bearing operator that it depends on.
+    ONNX Runtime names a fused node after one of the tensors or nodes it replaces, so the tag survives
+    optimisation. A node without weights counts to the latest weight-bearing operator that it depends on.
     """
     import onnx
 
@@ -129,7 +130,9 @@ class OrtCpu:
     min_runs: int = 7
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
-        """Half of the time end to end, before and after the profiled half, so that a drift is seen by both."""
+        """Half of the time end to end, before and after the profiled half, so that a drift is seen by
+        both.
+        """
         runner = OnnxRunner(network.model, threads=self.threads)
         once = runner.warm_up(seconds / 10)
         runs = min(MOST_RUNS, max(self.min_runs, int(seconds / 4 / (once / 1e3))))
@@ -173,9 +176,8 @@ def undisturbed(times: Floats) -> Floats:
     Args:
         times: (runs, 2): wall clock and the thread's own clock.
 
-    Returns:
-        The wall times of the runs for which both clocks agree; where hardly any was left alone, the times on the
-        thread's own clock, which stands still while another process runs.
+    Returns: The wall times of the runs for which both clocks agree; where hardly any was left alone, the
+        times on the thread's own clock, which stands still while another process runs.
     """
     wall, own = times[:, 0], times[:, 1]
     alone = wall <= own * (1 + INTERRUPTED)
@@ -183,7 +185,9 @@ def undisturbed(times: Floats) -> Floats:
 
 
 def middle(values: Floats) -> float:
-    """The mean of the middle half: as steady as a median, without sticking to the profiler's whole microseconds."""
+    """The mean of the middle half: as steady as a median, without sticking to the profiler's whole
+    microseconds.
+    """
     ordered = np.sort(values)
     quarter = len(ordered) // 4
     return float(ordered[quarter : len(ordered) - quarter].mean())
@@ -192,7 +196,8 @@ def middle(values: Floats) -> float:
 def _by_operator(events: Sequence[dict[str, Any]], network: TaggedNetwork) -> Floats:
     """Sum the profiler's node times for each run and operator.
 
-    A node that ONNX Runtime put in itself (a change of layout) has no tag and counts to the operator before it.
+    A node that ONNX Runtime put in itself (a change of layout) has no tag and counts to the operator before
+    it.
     """
     kernels = [
         ((event["args"].get("node_index"), str(event["name"])), float(event["dur"]))
@@ -217,8 +222,8 @@ def _by_operator(events: Sequence[dict[str, Any]], network: TaggedNetwork) -> Fl
 def channel_block() -> int:
     """Channels that ONNX Runtime's convolutions compute at once on this CPU: 16 with AVX-512, 8 with AVX2.
 
-    Found without a clock: the optimised form of a convolution with one output channel has its weights padded to a
-    block. 1 where the runtime has no blocked convolutions for this CPU.
+    Found without a clock: the optimised form of a convolution with one output channel has its weights padded
+    to a block. 1 where the runtime has no blocked convolutions for this CPU.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper

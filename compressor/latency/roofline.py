@@ -1,10 +1,11 @@
 """Estimated latency: a roofline for each operator, for devices that nobody has measured here.
 
-An operator takes the time of its arithmetic at the share of the peak that its kind reaches, or that of its memory
-traffic at the share of the bandwidth that is reached, whichever is longer (Williams, Waterman and Patterson, "Roofline",
-2009), and a launch that does not shrink with it. Small operators are therefore bound by launches, which is why halving a
-network's arithmetic does not halve its latency. The constants are fitted to published latencies
-(benchmarks/latency_estimated_tables.py); what comes out is an estimate and is called one everywhere.
+An operator takes the time of its arithmetic at the share of the peak that its kind reaches, or that of its
+memory traffic at the share of the bandwidth that is reached, whichever is longer (Williams, Waterman and
+Patterson, "Roofline", 2009), and a launch that does not shrink with it. Small operators are therefore bound
+by launches, which is why halving a network's arithmetic does not halve its latency. The constants are fitted
+to published latencies (benchmarks/latency_estimated_tables.py); what comes out is an estimate and is called
+one everywhere.
 """
 
 from __future__ import annotations
@@ -54,9 +55,13 @@ class Operators:
         """Those of a space's layers (anything with kind, kernel, groups, in_hw and out_hw)."""
         taps = [float(np.prod(layer.kernel)) if layer.kernel else 1.0 for layer in layers]
         return cls(
-            kind=np.asarray([_kind(layer.kind, tap) for layer, tap in zip(layers, taps, strict=True)], dtype=np.int64),
+            kind=np.asarray(
+                [_kind(layer.kind, tap) for layer, tap in zip(layers, taps, strict=True)], dtype=np.int64
+            ),
             taps=np.asarray(taps),
-            groups=np.asarray([0.0 if layer.kind == "depthwise" else float(layer.groups or 1) for layer in layers]),
+            groups=np.asarray(
+                [0.0 if layer.kind == "depthwise" else float(layer.groups or 1) for layer in layers]
+            ),
             in_pixels=np.asarray([float(np.prod(layer.in_hw)) for layer in layers]),
             out_pixels=np.asarray([float(np.prod(layer.out_hw)) for layer in layers]),
         )
@@ -66,7 +71,9 @@ class Operators:
         padded_in, padded_out = np.ceil(c_in / block) * block, np.ceil(c_out / block) * block
         groups = np.where(self.groups == 0, 1.0, self.groups)
         wide = self.groups == 0
-        per_output = np.where(wide, self.taps, self.taps * np.where(self.groups > 1, c_in, padded_in) / groups)
+        per_output = np.where(
+            wide, self.taps, self.taps * np.where(self.groups > 1, c_in, padded_in) / groups
+        )
         macs = per_output * np.where(self.groups == 1, padded_out, c_out) * self.out_pixels
         weights = self.taps * c_out * np.where(wide, 1.0, c_in / groups)
         moved = weights + c_in * self.in_pixels + c_out * self.out_pixels

@@ -122,7 +122,9 @@ class ErrorFields(_Part):
 
 
 class RooflineFields(_Part):
-    """A device's speed, from which any operator's time is estimated; times of one operator in milliseconds."""
+    """A device's speed, from which any operator's time is estimated; times of one operator in
+    milliseconds.
+    """
 
     tflops: Positive = Field(description="Dense peak, a multiply-add being two operations.")
     bandwidth_gbs: Positive

@@ -2,8 +2,9 @@
 
     conv k3x3 s1x1 p1x1 d1x1 g1 in32x32 +relu
 
-Two layers with the same key are the same operator to the runtime and share their measurements. The part after `+`
-is what the runtime computes along with the operator (activation, residual addition, pooling, change of layout).
+Two layers with the same key are the same operator to the runtime and share their measurements. The part after
+`+` is what the runtime computes along with the operator (activation, residual addition, pooling, change of
+layout).
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def signature_of(layer: Any, epilogue: str = "") -> OpSignature:
 def network_signature(space: PruningSpace) -> str:
     """A checksum of the network's layers and of how their channels depend on the groups.
 
-    Two spaces agree when they have the same operators on the same input size with the same groups; weights, minimum
-    widths and granularity play no part.
+    Two spaces agree when they have the same operators on the same input size with the same groups; weights,
+    minimum widths and granularity play no part.
     """
     layers = [
         [signature_of(layer).key, _affine(layer.in_channels), _affine(layer.out_channels)]
@@ -112,7 +113,9 @@ def network_signature(space: PruningSpace) -> str:
 
 
 def channels(space: PruningSpace, widths: Widths) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Input and output channels of every layer of every candidate: two arrays (N, layers) from widths (N, G)."""
+    """Input and output channels of every layer of every candidate: two arrays (N, layers) from widths (N,
+    G).
+    """
     layers = space.layers
     inputs = np.empty((len(widths), len(layers)), dtype=np.int64)
     outputs = np.empty_like(inputs)

@@ -1,16 +1,16 @@
 """An operator's time as a function of its channels, fitted to the measured grid.
 
-Runtimes compute channels in blocks: ONNX Runtime pads them to 8 or 16, tensor cores to 8 or 32. The time is therefore
-a staircase, not a slope, and what lies between two grid points depends on where the next stair is. Each operator's
-time is a sum, with coefficients that cannot be negative, of terms that follow the kernels:
+Runtimes compute channels in blocks: ONNX Runtime pads them to 8 or 16, tensor cores to 8 or 32. The time is
+therefore a staircase, not a slope, and what lies between two grid points depends on where the next stair is.
+Each operator's time is a sum, with coefficients that cannot be negative, of terms that follow the kernels:
 
     blocks of input, of output, their product          the vectorised kernel with its padding
     channels, their product                            the part that is not padded (memory traffic, other kernels)
     fewer inputs than a block                          the kernel that reads the unblocked layout
     channels that do not fit the layout                the fall-back kernel and the change of layout around it
 
-Non-negative coefficients keep the fit sane between and beyond noisy points, and make a monotone upper envelope cheap:
-each term is replaced by the smallest non-decreasing one above it.
+Non-negative coefficients keep the fit sane between and beyond noisy points, and make a monotone upper
+envelope cheap: each term is replaced by the smallest non-decreasing one above it.
 """
 
 from __future__ import annotations

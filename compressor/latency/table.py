@@ -28,9 +28,9 @@ class LatencyTable:
     Args:
         fields: The validated contents of a table's file.
 
-    A measured table predicts the networks that it was measured for, and others whose operators it holds; an estimated
-    one predicts any network. Neither extrapolates: widths, operators, devices and precisions that it was not made for are
-    refused.
+    A measured table predicts the networks that it was measured for, and others whose operators it holds; an
+    estimated one predicts any network. Neither extrapolates: widths, operators, devices and precisions that
+    it was not made for are refused.
     """
 
     def __init__(self, fields: TableFields) -> None:
@@ -159,7 +159,9 @@ class LatencyTable:
 
             fields = self.fields.roofline[self.fields.precision]
             return LatencyCurve(
-                space, roofline_operators(fields, self.precision, space), lambda total: raised * (total + fields.network_ms)
+                space,
+                roofline_operators(fields, self.precision, space),
+                lambda total: raised * (total + fields.network_ms),
             )
         network = self.fields.networks.get(network_signature(space))
         if network is not None:
@@ -193,8 +195,8 @@ class LatencyTable:
     def refit(self, samples: Sequence[tuple[float, float]]) -> LatencyTable:
         """The table after whole networks of its device turned out slower than it predicted.
 
-        Its predictions are scaled so that at every sample they are at least what was measured. They are never lowered:
-        a network that is faster than predicted breaks no promise.
+        Its predictions are scaled so that at every sample they are at least what was measured. They are never
+        lowered: a network that is faster than predicted breaks no promise.
 
         Args:
             samples: (predicted, measured) milliseconds by this very table.
@@ -231,7 +233,9 @@ class LatencyTable:
                 "Measure the network: compress profile --model NAME",
             )
         largest = max(self.fields.networks.values(), key=lambda each: each.dense_ms)
-        network = largest.model_copy(update={"layers": tuple(bare[key][0] for key in wanted), "granularity": ()})
+        network = largest.model_copy(
+            update={"layers": tuple(bare[key][0] for key in wanted), "granularity": ()}
+        )
         surfaces = {key: self._surface(bare[key]) for key in set(wanted)}
         return network, [surfaces[key] for key in wanted]
 

@@ -79,7 +79,9 @@ def test_function_budget() -> None:
     assert parse_function_budget("my.costs:energy <= 50%").relative
 
 
-@pytest.mark.parametrize("text", ["energy<=3", "my.costs:energy", "my.costs:energy<3", "my.costs:energy<=-1", "a:b<=5ms"])
+@pytest.mark.parametrize(
+    "text", ["energy<=3", "my.costs:energy", "my.costs:energy<3", "my.costs:energy<=-1", "a:b<=5ms"]
+)
 def test_refused_function_budgets(text: str) -> None:
     with pytest.raises(CompressorError, match=r"package\.module:function<=VALUE"):
         parse_function_budget(text)

@@ -56,7 +56,9 @@ def test_a_noisy_device_is_still_ranked(space: PruningSpace, example: Tensor, de
     assert np.abs(noisy.curve(space)(widths) / quiet - 1).mean() < 0.05
 
 
-def test_the_time_limit_cuts_fitted_and_held_out_alike(space: PruningSpace, example: Tensor, device: type) -> None:
+def test_the_time_limit_cuts_fitted_and_held_out_alike(
+    space: PruningSpace, example: Tensor, device: type
+) -> None:
     counting = device()
     hurried = local_table(space, example, device=counting, time_limit_s=0.0)
     assert counting.measured == 14
@@ -87,7 +89,9 @@ class _Lines:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch, device: type) -> list[int]:
-    """`local_table` with a made-up device instead of ONNX Runtime; grows by one for each table that is measured."""
+    """`local_table` with a made-up device instead of ONNX Runtime; grows by one for each table that is
+    measured.
+    """
     made: list[int] = []
 
     def instead(threads: int = 1) -> object:
@@ -159,7 +163,9 @@ def test_a_cache_folder_that_cannot_be_written(
         local_table(space, example, cache_dir=tmp_path / "file")
 
 
-def test_onnx_runtime_itself(space: PruningSpace, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_runtime_itself(
+    space: PruningSpace, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(local, "SECONDS_A_NETWORK", 0.04)
     table = local_table(space, example, cache_dir=tmp_path, time_limit_s=0.0)
     curve = table.curve(space)

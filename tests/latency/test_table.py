@@ -130,7 +130,9 @@ def test_another_network_of_known_operators(table: LatencyTable, example: Tensor
 def test_refit_reaches_what_was_measured_and_never_lowers(table: LatencyTable, space: PruningSpace) -> None:
     widths = random_widths(space, 3, seed=4)
     predicted = table.curve(space)(widths)
-    slower = table.refit([(float(p), float(p) * factor) for p, factor in zip(predicted, (1.1, 1.5, 0.9), strict=True)])
+    slower = table.refit(
+        [(float(p), float(p) * factor) for p, factor in zip(predicted, (1.1, 1.5, 0.9), strict=True)]
+    )
     assert np.allclose(slower.curve(space)(widths), 1.5 * predicted)
     assert np.allclose(table.curve(space)(widths), predicted)
     assert slower.dense_ms(space) == table.dense_ms(space)
