@@ -1,0 +1,217 @@
+"""The pruned network on disk: `channels.json` and `model.safetensors`, without pickle.
+
+The JSON names the factory of the dense network, the plan, the shape of every tensor, the attributes that follow and the
+checksum of the weights. Loading builds the dense network on the meta device, sets the widths and fills in the weights; it
+needs neither the dense weights nor the space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import CompressorError
+from compressor.pruning.attention import swap_name
+from compressor.pruning.factory import build_dense, check_factory, infer_factory
+from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.skeleton import aliases, named_tensors
+from compressor.pruning.slicer import RECORD, swap
+from compressor.run_dir import replacing, sha256_file, write_atomic
+
+CHANNELS = "channels.json"
+WEIGHTS = "model.safetensors"
+FORMAT = "compressor-slim"
+VERSION = 1
+_AGAIN = "Save the network again with compressor.save()."
+
+
+def save(
+    small: nn.Module,
+    plan: ChannelPlan,
+    directory: str | Path,
+    *,
+    factory: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a pruned network.
+
+    Args:
+        small: What `PruningSpace.apply` returned, fine-tuned or not, or a copy of it.
+        plan: The plan it was made with.
+        directory: Folder to write to; made where it is missing.
+        factory: {"factory": name, "kwargs": {"num_classes": N}}, what `models.model_factory` returns. Left out, it is found
+            for networks of `create_model`, torchvision and timm, and for importable classes.
+        extra: Anything that JSON can hold, kept under "extra".
+
+    Raises:
+        CompressorError: the network was not made by `apply`, was made with another plan, or has no factory.
+    """
+    from safetensors.torch import save_file
+
+    record = small.__dict__.get(RECORD)
+    if not isinstance(record, dict) or "plan" not in record:
+        raise CompressorError(
+            f"This {type(small).__name__} was not made by PruningSpace.apply.", "Save what apply returned, or a deepcopy of it."
+        )
+    if ChannelPlan.from_json(record["plan"]) != plan:
+        raise CompressorError("The network was made with another plan.", "Give the plan that apply was called with.")
+    spec = check_factory(factory, record["dense"]) if factory is not None else infer_factory(small, record["dense"])
+    folder = Path(directory)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors(small).items()}
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "factory": spec,
+        "plan": json.loads(plan.to_json()),
+        "plan_sha256": plan.checksum,
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "edits": record["edits"],
+        "swaps": record["swaps"],
+        "channels_last": any(
+            t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+            for t in small.parameters()
+        ),
+        "weights": {"file": WEIGHTS, "sha256": sha256_file(folder / WEIGHTS)},
+        "versions": {"torch": torch.__version__},
+        "extra": dict(extra or {}),
+    }
+    try:
+        text = json.dumps(content, indent=1)
+    except TypeError as error:
+        raise CompressorError(f"`extra` holds what JSON cannot: {error}.", "Give text, numbers, lists and dictionaries.") from error
+    write_atomic(folder / CHANNELS, text + "\n")
+
+
+def load(directory: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
+    """Read a pruned network; it comes in eval mode.
+
+    Args:
+        directory: What `save` wrote.
+        device: Where the weights go.
+
+    Raises:
+        CompressorError: files are missing, corrupt, foreign or changed, shapes disagree, or the factory is missing.
+    """
+    folder = Path(directory)
+    content = _read_channels(folder)
+    tensors = _read_weights(folder, content)
+    model = build_dense(content["factory"])
+    dense = {name: list(tensor.shape) for name, tensor in named_tensors(model).items()}
+    _check_shapes(content, dense, tensors)
+    _set_tensors(model, tensors, device)
+    _set_attributes(model, content)
+    if content.get("channels_last"):
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.__dict__[RECORD] = {
+        "plan": ChannelPlan.from_json(json.dumps(content["plan"])).to_json(),
+        "dense": dense,
+        "edits": content["edits"],
+        "swaps": content["swaps"],
+    }
+    return model.eval()
+
+
+def read_plan(directory: str | Path) -> ChannelPlan:
+    """The plan of a saved network, without its weights."""
+    return ChannelPlan.from_json(json.dumps(_read_channels(Path(directory))["plan"]))
+
+
+def _read_channels(folder: Path) -> dict[str, Any]:
+    path = folder / CHANNELS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CompressorError(f"{folder} holds no {CHANNELS}.", "Give the folder that save() wrote.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CompressorError(f"{path} cannot be read: {error}.", _AGAIN) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CompressorError(f"{path} is no {FORMAT} file.", "Give the folder that save() wrote.")
+    if content.get("version") != VERSION:
+        raise CompressorError(
+            f"{path} has version {content.get('version')!r}; this program reads {VERSION}.", "Use the program that wrote it."
+        )
+    kinds = {"factory": dict, "plan": dict, "tensors": dict, "edits": list, "swaps": dict, "weights": dict}
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            raise CompressorError(f"{path}: '{key}' is missing or of a wrong kind.", _AGAIN)
+    plan = ChannelPlan.from_json(json.dumps(content["plan"]))
+    if plan.checksum != content.get("plan_sha256"):
+        raise CompressorError(f"{path}: the plan does not match its checksum.", _AGAIN)
+    return content
+
+
+def _read_weights(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    name = content["weights"].get("file")
+    if not isinstance(name, str) or not name or name != Path(name).name or (folder / name).resolve().parent != folder.resolve():
+        raise CompressorError(f"{CHANNELS} names weights outside its folder: {name!r}.", "Refused; use files from their maker.")
+    path = folder / name
+    if not path.is_file():
+        raise CompressorError(f"{path} is missing.", _AGAIN)
+    if sha256_file(path) != content["weights"].get("sha256"):
+        raise CompressorError(f"{path} does not match the checksum in {CHANNELS}.", "The files are corrupt or of two networks.")
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CompressorError(f"{path} is no safetensors file: {error}.", _AGAIN) from error
+
+
+def _check_shapes(content: dict[str, Any], dense: dict[str, list[int]], tensors: dict[str, Tensor]) -> None:
+    name = content["factory"].get("factory")
+    for what, names in (("weights", tensors.keys()), (CHANNELS, content["tensors"].keys())):
+        wrong = sorted(set(names) ^ set(dense))
+        if wrong:
+            raise CompressorError(f"The factory {name!r} and the {what} disagree about tensor '{wrong[0]}'.", _AGAIN)
+    for key, tensor in tensors.items():
+        shape = list(tensor.shape)
+        if shape != content["tensors"][key]:
+            raise CompressorError(
+                f"Tensor '{key}' has shape {shape}, {CHANNELS} says {content['tensors'][key]}.", _AGAIN
+            )
+        if len(shape) != len(dense[key]) or any(s > d for s, d in zip(shape, dense[key], strict=True)):
+            raise CompressorError(
+                f"Tensor '{key}' of shape {shape} is no part of the dense network's {dense[key]}.",
+                "Was the network's code changed since it was saved?",
+            )
+
+
+def _set_tensors(model: nn.Module, tensors: dict[str, Tensor], device: str | torch.device) -> None:
+    second = aliases(model)
+    modules = dict(model.named_modules())
+    made: dict[str, Tensor] = {}
+    for name, old in named_tensors(model).items():
+        tensor = tensors[name].to(device)
+        made[name] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    for name, first in {**{name: name for name in made}, **second}.items():
+        path, _, leaf = name.rpartition(".")
+        held = modules[path]._parameters if leaf in modules[path]._parameters else modules[path]._buffers
+        held[leaf] = made[first]  # type: ignore[assignment]
+
+
+def _set_attributes(model: nn.Module, content: dict[str, Any]) -> None:
+    modules = dict(model.named_modules())
+    for edit in content["edits"]:
+        if not (isinstance(edit, list) and len(edit) == 3 and edit[0] in modules and isinstance(edit[1], str)):
+            raise CompressorError(f"{CHANNELS} edits something that the network lacks: {edit!r}.", _AGAIN)
+        path, attribute, value = edit
+        before = vars(modules[path]).get(attribute)
+        old = list(before) if isinstance(before, (tuple, list)) else [before]
+        new = value if isinstance(value, list) else [value]
+        if attribute.startswith("_") or len(old) != len(new) or any(
+            type(b) is not int or type(a) is not int or not 0 < a <= b for a, b in zip(new, old, strict=True)
+        ):
+            raise CompressorError(f"{CHANNELS} sets '{path}.{attribute}' from {before!r} to {value!r}.", _AGAIN)
+        setattr(modules[path], attribute, tuple(value) if isinstance(before, tuple) else value)
+    for path, name in content["swaps"].items():
+        if path not in modules or swap_name(modules[path]) != name:
+            raise CompressorError(f"{CHANNELS} replaces '{path}' by '{name}', which does not fit.", _AGAIN)
+        swap(modules[path], name)
