@@ -254,19 +254,6 @@ def profile(
 
 
 @app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
-) -> None:
-    """Write the slim network of a run as ONNX in another precision, with its engine."""
-    with _friendly():
-        from compressor.commands import export_again
-
-        for line in export_again(run, precision):
-            out.print(line, highlight=False, soft_wrap=True)
-
-
-@app.command()
 def measure(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
 ) -> None:
@@ -318,11 +305,13 @@ def recipes(
         if schema:
             print(json.dumps(Recipe.model_json_schema(), indent=2))
             raise typer.Exit
-        table = Table("recipe", "model", "data", "device", "budget", "agent", box=None, header_style="bold")
+        table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+        for column in ("recipe", "model", "data", "device", "budget", "agent"):
+            table.add_column(column, overflow="fold", no_wrap=column == "recipe")
         for name, path in shipped_recipes().items():
             entry = load_recipe(path)
             asked = ", ".join(f"{kind} {text}" for kind, text in entry.budgets.given().items())
-            table.add_row(name, entry.model, entry.data, entry.device, asked, entry.agent)
+            table.add_row(name, entry.model, entry.data_kind, entry.device, asked, entry.agent)
         out.print(table)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressor.pruning.plan import ChannelPlan
+    from compressor.pruning.space import Layer
     from export.stats import LatencyStats
 
 MODEL = "model.onnx"
@@ -241,26 +242,25 @@ def _exported_accuracy(path: Path, job: Job) -> tuple[float, int]:
 
 
 def _build_engine(run: RunDir, job: Job) -> None:
-    from export.engine import available, build_engine, how_to_install
+    from export.engine import available, build_engine, why_not
 
     if not job.recipe.export.engine:
         run.save(engines=[], engine_note="The recipe asks for none.")
         return
-    builder = available()
-    if builder is None:
-        note = how_to_install()
-        say(note)
-        run.save(engines=[], engine_note=note)
+    if available() is None:
+        say(why_not())
+        run.save(engines=[], engine_note=why_not())
         return
-    say(f"Building an engine with {builder}.")
-    info = build_engine(run.file(MODEL), run.file("engines"), module=builder)
+    path = run.file(f"engines/{run.file(MODEL).stem}.engine")
+    info = build_engine(run.file(MODEL), path)
+    say(f"Built an engine for compute capability {', '.join(info.compute_capabilities)} with {info.module}.")
     run.save(
         engines=[
             {
-                "file": str(info.path.relative_to(run.path)),
-                "builder": f"{builder} {info.version}",
+                "file": str(path.relative_to(run.path)),
+                "builder": f"{info.module} {info.version}",
                 "precision": info.precision,
-                "compute_capability": info.compute_capability,
+                "compute_capability": ", ".join(info.compute_capabilities),
                 "bytes": info.size,
             }
         ],
@@ -274,7 +274,8 @@ def _layers(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
     both = np.stack([space.dense_widths, space.widths(plan.widths)])
     records = []
     for layer in space.layers:
-        inputs, outputs, macs = layer.in_channels(both), layer.out_channels(both), layer.macs(both)
+        inputs, outputs = layer.in_channels(both), layer.out_channels(both)
+        macs = _layer_macs(layer, inputs, outputs)
         records.append(
             {
                 "name": layer.name,
@@ -286,6 +287,13 @@ def _layers(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
             }
         )
     return records
+
+
+def _layer_macs(layer: Layer, inputs: Any, outputs: Any) -> Any:
+    """Multiply-adds of a layer, (N,) from its input and output channels (N,)."""
+    positions = int(np.prod(layer.out_hw if layer.kind != "conv_transpose" else layer.in_hw))
+    per_output = inputs // (inputs if layer.kind == "depthwise" else layer.groups)
+    return positions * int(np.prod(layer.kernel or (1,))) * outputs * per_output
 
 
 def _latency_record(

@@ -156,11 +156,12 @@ def search_budgets(run: RunDir, job: Job) -> list[Budget]:
     targets = {entry["name"]: entry["target"] for entry in run.manifest["budgets"]}
     margin = job.recipe.contract.margin if job.on_this_machine else 0.0
     aims = {name: target * (1 - margin) if name == "latency" else target for name, target in targets.items()}
+    budgets: list[Any] = list(job.budgets())  # frozen dataclasses all, which their abstract base does not say
     return [
         budget
         if budget.dense <= targets[budget.name]
         else dataclasses.replace(budget, target=aims[budget.name])
-        for budget in job.budgets()
+        for budget in budgets
     ]
 
 
@@ -234,7 +235,8 @@ def search_epochs(job: Job) -> int:
 def _trainer(
     job: Job, model: nn.Module, epochs: int, *, rate: float | None = None, teach: bool = False
 ) -> Trainer:
-    from compressor.training.loop import Trainer, TrainSettings
+    from compressor.training.loop import Trainer
+    from compressor.training.settings import TrainSettings
 
     training = job.recipe.training
     settings = TrainSettings(
