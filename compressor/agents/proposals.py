@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from compressor.env.bounds import LegalWidths, Widths
     from compressor.env.environment import Observation, PruningEnv
 
-_BISECTIONS = 24
-_SCANNED = 65
+_SCANS = (65, 16, 16, 16)
+"""Factors in each scan; together they resolve the factor to some millionths."""
 
 
 def scaled_widths(env: PruningEnv, shape: NDArray[np.float64]) -> Widths:
@@ -47,29 +47,22 @@ def uniform_widths(env: PruningEnv) -> Widths:
 
 
 def _scaled(env: PruningEnv, shape: NDArray[np.float64]) -> Widths | None:
-    """By bisection; where costs rise and fall so much that its lower end is dear, by a scan first."""
-    dense = env.bounds.dense
-
-    def at(factor: float) -> Widths:
-        return np.asarray(env.space.round(np.clip(factor * shape, 0.0, 1.0) * dense), dtype=np.int64)
-
-    def feasible(factor: float) -> bool:
-        return bool(env.bounds.feasible(at(factor))[0])
-
+    """By scanning the factors ever finer, many in one prediction: of those that keep the budgets, the largest seen."""
     low, high = 0.0, float(1.0 / shape.min())
-    if feasible(high):
-        return at(high)
-    if not feasible(low):
-        factors = np.linspace(0.0, high, _SCANNED)
-        kept = env.bounds.feasible(np.stack([at(float(factor)) for factor in factors]))
-        if not kept.any():
-            return None
-        low = float(factors[kept][-1])
-        high = low + high / (_SCANNED - 1)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if feasible(middle) else (low, middle)
-    return at(low)
+    best: Widths | None = None
+    for number in _SCANS:
+        factors = np.linspace(low, high, number)
+        wanted = np.clip(factors[:, None] * shape, 0.0, 1.0) * env.bounds.dense
+        candidates = env.bounds.round(wanted)
+        kept = np.flatnonzero(env.bounds.feasible(candidates))
+        if not len(kept):
+            break
+        largest = int(kept[-1])
+        best = candidates[largest]
+        if largest == number - 1:
+            break
+        low, high = float(factors[largest]), float(factors[largest + 1])
+    return best
 
 
 def near_widths(

@@ -99,7 +99,6 @@ class SearchRun:
         self.candidates: list[Candidate] = []
         self.curves = Curves(agent.curves)
         self._started = time.perf_counter()
-        self._targets = {budget.name: float(budget.target) for budget in env.budgets}
         state = checkpoint.load()
         log.truncate(0 if state is None else int(state.get("episodes", 0)))
         if state is not None:
@@ -233,7 +232,7 @@ class SearchRun:
                 "format": FORMAT,
                 "agent": self.agent.name,
                 "space": space_fingerprint(self.env),
-                "targets": self._targets,
+                "budgets": self._budgets(),
                 "episodes": len(self._log),
                 "place": vars(self.place).copy(),
                 "candidates": [candidate.to_plain() for candidate in self.candidates],
@@ -252,11 +251,20 @@ class SearchRun:
         self._forget()
         self.env.restore(state["env"])
         self.restored = state["own"]
-        if self.place.chosen is not None and state["targets"] != self._targets:
+        if self.place.chosen is not None and not _alike(state["budgets"], self._budgets()):
             self.place.chosen = None
             self.place.round += 1
             self.place.evaluations_before = self.env.evaluations
             self.place.steps.pop("again", None)
+
+    def _budgets(self) -> dict[str, list[float]]:
+        """What tells budgets apart: the target, and predictions that a corrected latency table changes."""
+        dense, chosen = self.env.bounds.dense, self.place.chosen
+        rows = np.stack([dense, self.env.bounds.cheapest if chosen is None else np.array(chosen)])
+        return {
+            budget.name: [float(budget.target), *np.asarray(budget.predict(rows), dtype=np.float64).tolist()]
+            for budget in self.env.budgets
+        }
 
     def _check(self, state: Mapping[str, Any]) -> None:
         path = self._checkpoint.path
@@ -313,6 +321,12 @@ class SearchRun:
             }
         )
         return candidate
+
+
+def _alike(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        np.allclose(ours[name], theirs[name], rtol=1e-9) for name in ours
+    )
 
 
 def space_fingerprint(env: PruningEnv) -> str:

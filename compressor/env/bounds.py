@@ -88,16 +88,28 @@ class ActionBounds:
         self.names = tuple(group.name for group in space.groups)
         self.cheapest = self._cheapest()
 
-    def excess(self, widths: Widths) -> NDArray[np.float64]:
-        """For widths (N, G), the largest predicted / target of the budgets, (N,): 1 or less keeps all."""
+    def shares(self, widths: Widths) -> NDArray[np.float64]:
+        """For widths (N, G), predicted / target of each budget, (budgets, N)."""
         shares = [
             np.asarray(budget.predict(widths), dtype=np.float64) / budget.target for budget in self.budgets
         ]
-        return np.max(shares, axis=0) if shares else np.zeros(len(widths))
+        return np.stack(shares) if shares else np.zeros((1, len(widths)))
+
+    def excess(self, widths: Widths) -> NDArray[np.float64]:
+        """For widths (N, G), the largest predicted / target of the budgets, (N,): 1 or less keeps all."""
+        return np.asarray(self.shares(widths).max(axis=0))
 
     def feasible(self, widths: Widths) -> NDArray[np.bool_]:
         """For widths (N, G), whether all budgets are kept, (N,)."""
         return self.excess(np.atleast_2d(widths)) <= 1.0 + TOLERANCE
+
+    def round(self, widths: NDArray[np.float64]) -> Widths:
+        """The legal widths nearest to real numbers (N, G), of two equally near ones the smaller."""
+        columns = [
+            choices[np.searchsorted((choices[:-1] + choices[1:]) / 2, widths[:, i], side="left")]
+            for i, choices in enumerate(self.choices)
+        ]
+        return np.stack(columns, axis=1).astype(np.int64)
 
     def legal(self, step: int, widths: Widths) -> LegalWidths:
         """The widths that group `step` may take.

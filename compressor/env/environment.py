@@ -63,6 +63,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         evaluator: accuracy of a plan, 0..1.
         reward: from accuracy and costs to the reward.
         importance: criterion by which a group's channels are ranked, as `space.rank` takes it.
+        importance_data: batches of images and labels for criteria that need them, as `space.rank` takes them.
         context_size: how many numbers are appended to the observation.
 
     Raises:
@@ -79,6 +80,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         reward: Reward = accuracy_reward,
         importance: Any = "l1",
         context_size: int = 0,
+        importance_data: Any = None,
     ) -> None:
         if not len(space.groups):
             raise CompressorError(
@@ -89,6 +91,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self.budgets = tuple(budgets)
         self.bounds = ActionBounds(space, budgets)
         self.importance = importance
+        self.importance_data = importance_data
         self._evaluate = evaluator
         self._reward = reward
         self._observe = Observer(space)
@@ -162,6 +165,10 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         costs = self.costs(key)
         return Score(key, self._known[key], float(self._reward(self._known[key], costs)), costs, seconds)
 
+    def known(self, widths: Widths | Sequence[int]) -> bool:
+        """Whether these widths were scored on the present weights."""
+        return tuple(int(width) for width in widths) in self._known
+
     def costs(self, widths: Widths | Sequence[int]) -> dict[str, float]:
         """The predicted cost of each budget by name, in its own unit, for widths (G,)."""
         row = np.asarray(widths, dtype=np.int64)[None]
@@ -170,8 +177,18 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def plan(self, widths: Widths | Sequence[int]) -> ChannelPlan:
         """The plan of these widths, by the importance of the weights as they are now."""
         if self._ranking is None:
-            self._ranking = self.space.rank(self.importance)
+            self._ranking = self.space.rank(self.importance, self.importance_data)
         return self.space.plan([int(width) for width in widths], importance=self._ranking)
+
+    def saliency(self) -> tuple[NDArray[np.float64], ...]:
+        """What each channel of each group is worth on the present weights, (width,) a group.
+
+        First-order Taylor scores where there is data for them; else L1 norms, which say less about other
+        groups.
+        """
+        method = "l1" if self.importance_data is None else "taylor"
+        ranking = self.space.rank(method, self.importance_data)
+        return tuple(np.asarray(scores, dtype=np.float64) for scores in ranking.scores)
 
     def weights_moved(self) -> None:
         """Forget accuracies and rankings: the model's weights are others now. Tell the evaluator as well."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
-
 from compressor.agents.base import Limits, SearchResult
 from compressor.agents.registry import create_agent
 from compressor.env.environment import PruningEnv
 from compressor.run_dir import Checkpoint, EpisodeLog
+from tests.env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
 WORTH = [5.0, 1.0, 1.0, 4.0]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents.bench import Bench
+
+from tests.agents.bench import Bench
 
 
 @pytest.fixture

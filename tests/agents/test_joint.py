@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from agents.bench import Bench, Killed
-from env.fake_space import FakeSpace
 
 from compressor.agents.base import Limits
 from compressor.agents.joint.settings import JointSettings, plan_episodes
 from compressor.agents.schedule import Schedule, share_epochs
 from compressor.errors import CompressorError
+from tests.agents.bench import Bench, Killed
+from tests.env.fake_space import FakeSpace
 
 SMALL: dict[str, Any] = {"fill_episodes": 12, "episodes_per_epoch": 6, "updates_per_episode": 4, "hidden": 32}
 
@@ -87,7 +87,7 @@ def test_interrupted_between_saves(new_bench: Any) -> None:
     whole = new_bench("whole").search("joint", settings=SMALL)
     bench = new_bench("broken")
     with pytest.raises(KeyboardInterrupt):
-        bench.search("joint", settings=SMALL, fail_after=15)
+        bench.search("joint", settings=SMALL, fail_after=9)
     assert bench.search("joint", settings=SMALL).candidates == whole.candidates
 
 
@@ -152,7 +152,7 @@ def test_evaluations_are_a_limit(new_bench: Any, most: int) -> None:
         )
         assert result.evaluations <= most
         if use_all:
-            assert result.evaluations >= most * 0.75
+            assert result.evaluations >= most * 0.6
 
 
 def test_episode_plan() -> None:

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agents.bench import Bench, Killed
-from env.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
 
 from compressor.agents.base import Limits
 from compressor.agents.proposals import random_widths, scaled_widths, uniform_widths
@@ -15,6 +13,8 @@ from compressor.agents.registry import AGENTS, agent_class, create_agent
 from compressor.agents.schedule import Schedule
 from compressor.env.environment import PruningEnv
 from compressor.errors import CompressorError
+from tests.agents.bench import Bench, Killed
+from tests.env.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
 
 
 def test_uniform_by_hand() -> None:

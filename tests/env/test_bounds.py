@@ -6,12 +6,12 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from env.fake_space import FakeBudget, FakeSpace, macs_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.env.bounds import ActionBounds, LegalWidths
 from compressor.errors import CompressorError
+from tests.env.fake_space import FakeBudget, FakeSpace, macs_budget
 
 
 def walk(bounds: ActionBounds, ratios: list[float]) -> np.ndarray:

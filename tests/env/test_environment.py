@@ -6,12 +6,12 @@ import warnings
 
 import numpy as np
 import pytest
-from env.fake_space import FakeEvaluator, FakeSpace, macs_budget
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 
 from compressor.env.environment import PruningEnv
 from compressor.env.observation import FEATURES
 from compressor.errors import CompressorError
+from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 
 @pytest.fixture

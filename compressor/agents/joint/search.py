@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor import progress
+from compressor.agents.allocation import Allocator
 from compressor.agents.base import Candidate, SearchResult
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import BLOCK, JointSettings
+from compressor.agents.knapsack import POWERS, saliency_values
 from compressor.agents.proposals import follow, near_widths, random_widths, scaled_widths
 from compressor.agents.search_run import Policy, SearchRun
 from compressor.env.bounds import Widths
@@ -49,15 +51,17 @@ class JointSearch:
     # The steps, in the order of the method.
 
     def fill_replay(self, episodes: int, reserve: int) -> None:
-        """Play random plans at the budget, the uniform one first, and learn from them; the weights rest."""
+        """Play random plans at the budget, the uniform one first, and learn from them; the weights rest.
+
+        With a warm start, knapsack plans follow, and every other plan varies the best so far.
+        """
         done = self.run.place.steps
         with progress.bar("Filling the replay", total=episodes) as bar:
             bar.advance(done.get("fill", 0))
             for step in self.run.remaining("fill", episodes):
                 if self.run.spent(reserve):
                     break
-                widths = self._uniform() if step == 0 else random_widths(self.env, self.learner.generator)
-                candidate = self._episode(follow(widths), "fill")
+                candidate = self._episode(follow(self._filling(step)), "fill")
                 done["fill"] = step + 1
                 if (step + 1) % BLOCK == 0 or step + 1 == episodes:
                     self.run.save()
@@ -148,10 +152,28 @@ class JointSearch:
         self._new_episodes += 1
         return episode.candidate
 
+    def _filling(self, step: int) -> Widths:
+        if step == 0:
+            return self._uniform()
+        if self.settings.warm_start:
+            if step <= len(POWERS):
+                allocator = Allocator(self.env)
+                return allocator.solve(
+                    saliency_values(self.env.saliency(), allocator.levels, POWERS[step - 1])
+                )
+            if step % 2:
+                return self._near(self._best_now())
+        return random_widths(self.env, self.learner.generator)
+
     def _near(self, widths: Widths) -> Widths:
+        """Widths near given ones, if possible some that were not scored yet."""
         generator = self.learner.generator
-        share = float(generator.uniform(0.1, 1.0))
-        return near_widths(self.env, widths, generator, self.settings.near_spread, share)
+        for _ in range(5):
+            share = float(generator.uniform(0.1, 1.0))
+            found = near_widths(self.env, widths, generator, self.settings.near_spread, share)
+            if not self.env.known(found):
+                break
+        return found
 
     def _best_now(self) -> Widths:
         """The best plan on the weights as they are, else the favoured one, else the uniform one."""

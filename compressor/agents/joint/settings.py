@@ -37,7 +37,8 @@ class JointSettings:
         near_share: share of the joint episodes that vary the favoured plan instead of following the policy; 0
             is the paper's way.
         near_spread: how far they vary it; see `near_widths`.
-        warm_start: whether the replay starts with the uniform plan and plans from a knapsack.
+        warm_start: whether the replay is filled with knapsack plans and plans near the best, besides random
+            ones.
         decoder_updates: updates of the environment model before each spell of the policy's learning; there is
             one if the environment has room for its state (`context_size`, of which the paper has 128).
         decoder_rate: learning rate of the environment model.

@@ -1,0 +1,219 @@
+"""The yardstick of the learning agents: saliency as value, the budgets as price, solved as a knapsack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor import progress
+from compressor.agents.allocation import Allocator
+from compressor.agents.base import Agent, Limits, SearchResult
+from compressor.agents.proposals import near_widths
+from compressor.agents.search_run import SearchRun
+
+if TYPE_CHECKING:
+    from compressor.env.bounds import Widths
+    from compressor.env.environment import PruningEnv
+    from compressor.run_dir import Checkpoint, EpisodeLog
+    from compressor.training.evaluate import Evaluator
+
+POWERS = (1.0, 0.5, 0.25)
+"""Exponents of the saliency: lower ones value a layer's weak channels more against its strong ones."""
+
+SAVE_EVERY = 10
+
+
+@dataclass(frozen=True)
+class KnapsackSettings:
+    """Attributes:
+    evaluations: plans that are scored, unless the limits ask for others.
+    sensitivity: whether each group's effect on the accuracy is measured when there are evaluations for it,
+        three for every group and more; the values are then fitted to these measurements.
+    spread: standard deviation of the first changes to the logarithm of the groups' weights.
+    """
+
+    evaluations: int = 50
+    sensitivity: bool = True
+    spread: float = 0.5
+
+
+def saliency_values(
+    saliency: Sequence[NDArray[np.float64]], levels: Sequence[Widths], power: float
+) -> list[NDArray[np.float64]]:
+    """Value of each level of each group: the sum of its channels' saliencies, each to a power."""
+    values = []
+    for scores, widths in zip(saliency, levels, strict=True):
+        kept = np.concatenate([[0.0], np.cumsum(np.sort(np.maximum(scores, 0.0) ** power)[::-1])])
+        values.append(kept[widths])
+    return values
+
+
+class KnapsackAgent(Agent):
+    """Solves the allocation for one set of values after another, and keeps the plan that scores best.
+
+    One evaluation is the published method: Taylor saliency (Molchanov et al., CVPR 2019) summed over the
+        channels that a
+    group keeps. Further ones are used as well as is known how: the saliency's exponent is varied; each group
+    alone is pruned twice and the loss of accuracy taken as its value, as a power of the share removed; then
+    the groups' weights in the better of the two are changed at random, and changes that score higher are
+    kept. Each candidate is an optimum of its values at the budget.
+    """
+
+    name = "knapsack"
+    Settings = KnapsackSettings
+
+    def search(
+        self,
+        env: PruningEnv,
+        evaluator: Evaluator,
+        limits: Limits,
+        *,
+        log: EpisodeLog,
+        checkpoint: Checkpoint,
+    ) -> SearchResult:
+        run = SearchRun(self, env, evaluator, limits, log, checkpoint)
+        if (result := run.result()) is not None:
+            return result
+        run.train("warmup", self.schedule.warmup, "Training before the search")
+        return _KnapsackSearch(run, self.settings).search()
+
+
+class _KnapsackSearch:
+    def __init__(self, run: SearchRun, settings: KnapsackSettings) -> None:
+        self.run, self.env, self.settings = run, run.env, settings
+        self.allocator = Allocator(run.env)
+        groups = len(run.env.bounds.dense)
+        self._best: dict[str, Any] = {
+            "source": "saliency1.0",
+            "weights": [0.0] * groups,
+            "reward": None,
+            "widths": [],
+        }
+        self._spread = settings.spread
+        self._drops: list[list[float]] = []
+        self._saliency = run.env.saliency()
+        run.own = self._state
+        if run.restored is not None:
+            self._restore(run.restored)
+
+    def search(self) -> SearchResult:
+        run, groups = self.run, len(self.env.bounds.dense)
+        total = self._planned()
+        if run.place.round:
+            self._adapt()
+        else:
+            for step in run.remaining("saliency", len(POWERS)):
+                self._try(f"saliency{POWERS[step]}", np.zeros(groups))
+                run.done("saliency")
+            if self.settings.sensitivity and total >= 3 * groups + len(POWERS):
+                self._measure()
+        self._refine(total)
+        ours = [c for c in run.candidates if c.round == run.place.round and c.phase != "sensitivity"]
+        if not ours:
+            return run.choose([self.allocator.solve(self._values("saliency1.0")).tolist()])
+        return run.choose([max(ours, key=lambda candidate: candidate.reward).widths])
+
+    def _planned(self) -> int:
+        if self.run.place.round:
+            return 6
+        most = self.run.limits.max_evaluations
+        if most is None:
+            return int(self.settings.evaluations)
+        return most if self.run.limits.use_all else min(most, int(self.settings.evaluations))
+
+    def _measure(self) -> None:
+        """Prune each group alone, to a half and to a quarter, and try values made of the losses."""
+        dense, phase = self.env.bounds.dense, "sensitivity"
+        with progress.bar("Measuring each group", total=len(dense)) as bar:
+            bar.advance(len(self._drops))
+            for group in self.run.remaining(phase, len(dense)):
+                drops = []
+                for share in (0.5, 0.25):
+                    widths, levels = dense.copy(), self.allocator.levels[group]
+                    widths[group] = levels[np.abs(levels - share * levels[-1]).argmin()]
+                    drop = self.env.score(dense).reward - self.run.score(widths, phase).reward
+                    drops += [1.0 - float(widths[group] / levels[-1]), drop]
+                self._drops.append(drops)
+                self.run.done(phase)
+                bar.advance()
+        for _ in self.run.remaining("measured", 1):
+            self._try("sensitivities", np.zeros(len(dense)))
+            self.run.done("measured")
+
+    def _refine(self, total: int) -> None:
+        """Change the groups' weights in the best values; success widens the changes, failure narrows them."""
+        phase = f"refine{self.run.place.round or ''}"
+        with progress.bar("Refining the values", total=total) as bar:
+            bar.advance(self.run.evaluations)
+            for step in self.run.remaining(phase, 4 * total):
+                if self.run.spent() or self.run.evaluations >= total:
+                    break
+                generator = np.random.default_rng([self.run.agent.seed, self.run.place.round, step])
+                change = self._spread * generator.standard_normal(len(self.allocator.levels))
+                better = self._try(self._best["source"], np.array(self._best["weights"]) + change, generator)
+                self._spread = float(np.clip(self._spread * (1.5 if better else 0.92), 0.05, 1.0))
+                self.run.place.steps[phase] = step + 1
+                if (step + 1) % SAVE_EVERY == 0:
+                    self.run.save()
+                bar.advance()
+
+    def _adapt(self) -> None:
+        """The best values so far, solved for the tightened budgets."""
+        for _ in self.run.remaining(f"again{self.run.place.round}", 1):
+            self._best["reward"] = None
+            self._try(self._best["source"], np.array(self._best["weights"]))
+            self.run.done(f"again{self.run.place.round}")
+
+    def _try(
+        self, source: str, weights: NDArray[np.float64], generator: np.random.Generator | None = None
+    ) -> bool:
+        """Solve for these values and score the plan; whether it is the best so far."""
+        if self.run.spent():
+            return False
+        pairs = zip(self._values(source), np.exp(weights), strict=True)
+        widths = self.allocator.solve([value * weight for value, weight in pairs])
+        if generator is not None and self.env.known(
+            widths
+        ):  # other values, the same optimum: vary the best one itself
+            widths = near_widths(self.env, np.array(self._best["widths"]), generator, self._spread, share=0.3)
+        candidate = self.run.score(widths, source)
+        better = self._best["reward"] is None or candidate.reward > self._best["reward"]
+        if better:
+            self._best = {
+                "source": source,
+                "weights": weights.tolist(),
+                "reward": candidate.reward,
+                "widths": list(candidate.widths),
+            }
+        return better
+
+    def _values(self, source: str) -> list[NDArray[np.float64]]:
+        if source != "sensitivities":
+            return saliency_values(
+                self._saliency, self.allocator.levels, float(source.removeprefix("saliency"))
+            )
+        values = []
+        for levels, (half, at_half, most, at_most) in zip(self.allocator.levels, self._drops, strict=True):
+            at_most = max(at_most, 1e-4)
+            at_half = min(max(at_half, 1e-3 * at_most), at_most)
+            power = (
+                2.0
+                if half >= most
+                else float(np.clip(np.log(at_most / at_half) / np.log(most / half), 1.0, 6.0))
+            )
+            values.append(-at_most * ((1 - levels / levels[-1]) / most) ** power)
+        return values
+
+    def _state(self) -> dict[str, Any]:
+        return {"best": dict(self._best), "spread": self._spread, "drops": self._drops}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._best, self._spread, self._drops = (
+            dict(state["best"]),
+            float(state["spread"]),
+            list(state["drops"]),
+        )
