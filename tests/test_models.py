@@ -297,3 +297,9 @@ def test_default_weights_and_their_heads(monkeypatch: pytest.MonkeyPatch, said: 
     assert len(said) == 1
     assert "1000 classes" in said[0]
     assert "transform_input" in model_factory("googlenet", 10, "default")["kwargs"]
+
+
+def test_torchvision_resnets_start_as_their_shortcuts() -> None:
+    model = create_model("resnet18", 10)
+    assert not model.get_parameter("layer3.1.bn2.weight").any()
+    assert model.get_parameter("layer3.1.bn1.weight").all()

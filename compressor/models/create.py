@@ -110,6 +110,10 @@ def _torchvision(name: str, num_classes: int, transform_input: bool) -> nn.Modul
     if name in _AUXILIARY:
         # The auxiliary heads serve a training recipe of their own, and change what forward returns.
         extra = {"aux_logits": False, "init_weights": True, "transform_input": transform_input}
+    elif name.startswith(("resnet", "resnext", "wide_resnet")):
+        # Each block starts as its shortcut alone. Trained from scratch on little data, ResNet-50 is otherwise still
+        # near guessing when it could have been done ("Accurate, large minibatch SGD", Goyal et al., 2017, 5.1).
+        extra = {"zero_init_residual": True}
     model: nn.Module = get_model(name, weights=None, num_classes=num_classes, **extra)
     return model
 
