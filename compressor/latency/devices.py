@@ -127,10 +127,8 @@ def recommended_steps(groups: Iterable[Group], runtime: str, precision: str) -> 
     step = recommended_granularity(runtime, precision)
     if runtime == "tensorrt":
         return {group.name: step for group in groups}
-    return {
-        group.name: min(step, max(ALIGNMENT, 2 ** int(math.log2(max(1, group.width // 8)))))
-        for group in groups
-    }
+    eighths = {group.name: max(1, group.width * group.unit // 8) for group in groups}
+    return {name: min(step, max(ALIGNMENT, 2 ** int(math.log2(count)))) for name, count in eighths.items()}
 
 
 def _table_files() -> dict[str, Path]:

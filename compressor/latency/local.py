@@ -269,9 +269,10 @@ def _table(
             date=datetime.now(timezone.utc).date().isoformat(),
             how="measured",
             protocol=(
-                f"{len(samples)} sub-networks in a random order after a warm-up, {SECONDS_A_NETWORK} s each: end to end, "
-                "then under ONNX Runtime's profiler (mean of the middle half of the runs), then end to end again; "
-                f"{len(unseen)} more were held out; the dense network first and last"
+                f"{len(samples)} sub-networks in a random order, each warmed up and run for {SECONDS_A_NETWORK} s: "
+                "end to end, then under ONNX Runtime's profiler (mean of the middle half of the runs), then end to "
+                f"end again; {len(unseen)} more were held out; the dense network first and last; runs that other "
+                "processes interrupted do not count"
             ),
             block=block,
             entries=entries,

@@ -104,7 +104,8 @@ class LatencyTable:
         for network in fields.networks.values():
             if network.held_out is not None:
                 held = network.held_out
-                line += f", {held.mape:.1%} on average ({held.worst:.1%} at worst) on {held.networks} unseen sub-networks"
+                line += f", {held.mape:.1%} off on average ({held.worst:.1%} at worst) "
+                line += f"on {held.networks} unseen sub-networks"
         return line
 
     def at(self, precision: str, *, batch: int = 1, runtime: str | None = None) -> LatencyTable:

@@ -1,0 +1,183 @@
+"""Signatures, surfaces, the correction, the choice of sub-networks, the profiler's events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from compressor.errors import CompressorError
+from compressor.latency.correction import fit_correction, held_out_error
+from compressor.latency.design import LEVELS, anchor_widths, grid_widths, random_widths
+from compressor.latency.ort_profile import OrtCpu, _by_operator, channel_block, middle, tag, undisturbed
+from compressor.latency.signature import OpSignature, channels, network_signature, signature_of
+from compressor.latency.surface import Surfaces, fit_surface
+from compressor.pruning.space import PruningSpace
+from export.to_onnx import export_onnx
+
+
+def test_signature_keys_round_trip(space: PruningSpace) -> None:
+    for layer in space.layers:
+        signature = signature_of(layer, "Add+Relu")
+        assert OpSignature.from_key(signature.key) == signature
+    assert signature_of(space.layers[0]).key == "conv k3x3 s1x1 p1x1 d1x1 g1 in16x16"
+    assert signature_of(space.layers[4], "Clip").key == "depthwise k3x3 s2x2 p1x1 d1x1 gc in16x16 +Clip"
+    with pytest.raises(CompressorError, match="no operator signature"):
+        OpSignature.from_key("conv 3x3")
+
+
+def test_network_signature_ignores_weights_and_steps(space: PruningSpace, example: Tensor) -> None:
+    torch.manual_seed(1)
+    again = PruningSpace(type(space.model)().eval(), example, granularity=4)
+    larger = PruningSpace(type(space.model)().eval(), torch.zeros(1, 3, 24, 24), granularity=8)
+    assert network_signature(again) == network_signature(space)
+    assert network_signature(larger) != network_signature(space)
+
+
+def test_a_staircase_is_predicted_between_the_measured_points() -> None:
+    def truth(c_in: np.ndarray, c_out: np.ndarray) -> np.ndarray:
+        return 0.01 + 0.002 * np.ceil(c_in / 16) * np.ceil(c_out / 16)
+
+    points = np.asarray([(a, b) for a in (16, 64, 128, 192, 256) for b in (16, 64, 128, 192, 256)])
+    surface = fit_surface(points[:, 0], points[:, 1], truth(points[:, 0], points[:, 1]), block=16)
+    asked = np.asarray([(a, b) for a in range(16, 257, 16) for b in range(16, 257, 16)])
+    predicted = Surfaces([surface], 16)(asked[:, :1], asked[:, 1:])[:, 0]
+    assert np.abs(predicted / truth(asked[:, 0], asked[:, 1]) - 1).max() < 0.02
+    assert surface.covers((16, 256), (20, 30))
+    assert not surface.covers((8, 256), (20, 30))
+
+
+def test_the_slower_kernel_of_misfit_channels_is_predicted() -> None:
+    rng = np.random.default_rng(0)
+
+    def truth(c_in: np.ndarray, c_out: np.ndarray) -> np.ndarray:
+        slower = np.where(c_in % 4 == 0, 1.0, 2.5)
+        return 0.005 + 0.002 * slower * np.ceil(c_in / 16) * np.ceil(c_out / 16)
+
+    c_in, c_out = rng.integers(16, 65, 60), rng.integers(4, 17, 60) * 4
+    surface = Surfaces([fit_surface(c_in, c_out, truth(c_in, c_out), block=16)], 16)
+    asked_in, asked_out = rng.integers(16, 65, 200), rng.integers(4, 17, 200) * 4
+    predicted = surface(asked_in[:, None], asked_out[:, None])[:, 0]
+    assert np.abs(predicted / truth(asked_in, asked_out) - 1).mean() < 0.10
+    upper = surface(np.arange(16, 65)[:, None], np.full((49, 1), 64), upper=True)[:, 0]
+    assert (np.diff(upper) >= -1e-12).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_surfaces_of_noise_are_positive_and_bounded_by_their_envelope(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    c_in, c_out, ms = rng.integers(1, 100, 12), rng.integers(1, 100, 12), rng.uniform(0.001, 10, 12)
+    surface = Surfaces([fit_surface(c_in, c_out, ms, block=8)], 8)
+    asked = rng.integers(1, 120, (2, 50, 1))
+    times = surface(asked[0], asked[1])
+    assert (times > 0).all()
+    assert (surface(asked[0], asked[1], upper=True) >= times - 1e-12).all()
+
+
+def test_the_correction_finds_a_line() -> None:
+    totals = np.linspace(1, 10, 20)
+    correction = fit_correction(totals, 0.3 + 0.8 * totals)
+    assert correction.offset == pytest.approx(0.3)
+    assert correction.slope == pytest.approx(0.8)
+    assert float(fit_correction([2.0], [3.0])(4.0)) == pytest.approx(6.0)
+    falling = fit_correction([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])
+    assert falling.slope > 0
+
+
+def test_held_out_error_by_hand() -> None:
+    error = held_out_error([1.1, 1.8, 3.0], [1.0, 2.0, 3.0])
+    assert error.mape == pytest.approx(0.2 / 3)
+    assert error.worst == pytest.approx(0.1)
+    assert error.bias == pytest.approx(0.0)
+    assert error.spearman == 1.0
+    assert held_out_error([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]).spearman == pytest.approx(-1.0)
+    assert held_out_error([1.0, 1.0], [1.0, 2.0]).spearman == 1.0
+
+
+def test_the_grid_holds_every_pair_of_levels_of_groups_that_meet(space: PruningSpace) -> None:
+    widths = grid_widths(space)
+    assert widths.shape == (LEVELS**2, len(space.groups))
+    for row in widths:
+        space.widths(row)
+    inputs, outputs = channels(space, widths)
+    for index, layer in enumerate(space.layers):
+        groups = {group for group, _ in (*layer.in_channels.terms, *layer.out_channels.terms)}
+        if len(groups) == 2:
+            first, second = (len(np.unique(widths[:, group])) for group in groups)
+            pairs = set(zip(inputs[:, index].tolist(), outputs[:, index].tolist(), strict=True))
+            assert len(pairs) == first * second
+    assert {tuple(row) for row in np.stack([space.min_widths])} <= {tuple(row) for row in anchor_widths(space)}
+    for group in range(len(space.groups)):
+        assert widths[:, group].min() == space.min_widths[group]
+        assert widths[:, group].max() == space.dense_widths[group]
+
+
+def test_random_sub_networks_are_legal_repeatable_and_of_every_size(space: PruningSpace) -> None:
+    widths = random_widths(space, 60, seed=3)
+    assert np.array_equal(widths, random_widths(space, 60, seed=3))
+    for row in widths:
+        space.widths(row)
+    share = widths.sum(axis=1) / space.dense_widths.sum()
+    assert share.min() < 0.35
+    assert share.max() > 0.85
+
+
+def test_nodes_count_to_the_operator_they_serve(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.a(x))
+            return self.c(torch.relu(x + self.b(x)).mean((2, 3)))
+
+    path = tmp_path / "net.onnx"
+    export_onnx(Net().eval(), torch.zeros(1, 3, 8, 8), path)
+    network = tag(path)
+    assert network.operators == 3
+    assert network.epilogues[0] == "Relu"
+    assert network.epilogues[1].startswith("Add+Relu+")
+    assert network.epilogues[2] == ""
+    times = OrtCpu().measure(network, 0.02)
+    assert times.operators_ms.shape[1] == 3
+    assert (times.operators_ms.mean(axis=0) > 0).all()
+    assert times.median_ms > 0
+
+
+def test_events_are_summed_by_run_and_operator(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    export_onnx(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)).eval(), torch.zeros(1, 3, 4, 4), path)
+    network = tag(path)
+
+    def event(index: int, name: str, start: int, duration: int) -> dict[str, object]:
+        arguments = {"node_index": str(index)}
+        return {"cat": "Node", "name": f"{name}_kernel_time", "ts": start, "dur": duration, "args": arguments}
+
+    events = [
+        event(7, "@0.0_nchwc", 0, 10), event(8, "Reorder", 11, 3), event(9, "@1.", 15, 5),
+        event(7, "@0.0_nchwc", 30, 20), event(8, "Reorder", 51, 4), event(9, "@1.", 56, 6),
+        {"cat": "Session", "name": "model_run", "ts": 0, "dur": 99, "args": {}},
+    ]  # fmt: skip
+    assert _by_operator(events[::-1], network) == pytest.approx(np.asarray([[0.013, 0.005], [0.024, 0.006]]))
+
+
+def test_interrupted_runs_do_not_count() -> None:
+    calm = np.stack([np.full(20, 1.0), np.full(20, 1.0)], axis=1)
+    assert np.median(undisturbed(calm)) == 1.0
+    mixed = calm.copy()
+    mixed[:12, 0] = 4.0
+    assert set(undisturbed(mixed)) == {1.0}
+    mixed[:, 0] = 4.0
+    assert set(undisturbed(mixed)) == {1.0}
+    assert middle(np.asarray([1.0, 2.0, 4.0, 99.0])) == 3.0
+
+
+def test_the_channel_block_is_a_vectors() -> None:
+    assert channel_block() in (1, 8, 16)
