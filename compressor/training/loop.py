@@ -121,6 +121,7 @@ class Trainer:
                 if on_step is not None:
                     on_step(done)
         self._check(sums)
+        self._agree()
         self.epoch += 1
         loss, right, images_seen, regulariser = self._place.total(sums).tolist()
         steps = max(1, done) * self._place.world
@@ -179,11 +180,20 @@ class Trainer:
                 "The last checkpoint is still good.",
             )
 
+    def _agree(self) -> None:
+        """Give all processes the mean of their batch-norm statistics; gradients have kept their weights
+        alike."""
+        if self._place.world > 1:
+            for buffer in self.model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self._place.total(buffer.clone()) / self._place.world)
+
     def _epoch_seed(self) -> int:
         return self.seed * 100_003 + self.epoch
 
     def state(self) -> dict[str, Any]:
-        """All that decides how training goes on, as nested dicts and lists of copied tensors and plain values."""
+        """All that decides how training goes on, as nested dicts and lists of copied tensors and plain
+        values."""
         return {
             "epoch": self.epoch,
             "seed": self.seed,
