@@ -33,7 +33,9 @@ def refused(*arguments: str) -> str:
 
 
 def test_help_is_fast_and_imports_no_torch() -> None:
-    script = "import sys; from compressor.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    script = (
+        "import sys; from compressor.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    )
     fastest = min(_seconds([sys.executable, "-c", script, "--help"]) for _ in range(5))
     bare = min(_seconds([sys.executable, "-c", "import typer, rich.console"]) for _ in range(5))
     # Most of the time is Python's own and Typer's; the ratio holds on a busy machine too.

@@ -19,6 +19,7 @@ from tests.agents.bench import Bench, Killed
 from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 SMALL: dict[str, Any] = {
+    "warm_start": False,
     "fill_episodes": 12, "episodes_per_epoch": 6, "updates_per_episode": 4, "hidden": 32, "decoder_updates": 20
 }  # fmt: skip
 

@@ -14,7 +14,13 @@ from compressor.errors import CompressorError
 from tests.agents.bench import Bench, Killed
 from tests.env.fake_space import FakeSpace
 
-SMALL: dict[str, Any] = {"fill_episodes": 12, "episodes_per_epoch": 6, "updates_per_episode": 4, "hidden": 32}
+SMALL: dict[str, Any] = {
+    "warm_start": False,
+    "fill_episodes": 12,
+    "episodes_per_epoch": 6,
+    "updates_per_episode": 4,
+    "hidden": 32,
+}
 
 
 def test_phases_and_epochs(bench: Bench) -> None:
@@ -155,12 +161,27 @@ def test_evaluations_are_a_limit(new_bench: Any, most: int) -> None:
             assert result.evaluations >= most * 0.6
 
 
+def test_a_warm_start_measures_the_groups_first(new_bench: Any) -> None:
+    cold = new_bench("cold").search("joint", settings=SMALL)
+    warm_bench = new_bench("warm")
+    warm = warm_bench.search("joint", settings={**SMALL, "warm_start": True})
+    assert [candidate.phase for candidate in warm.candidates[:9]] == ["sensitivity"] * 8 + ["fill"]
+    fills = [[c.reward for c in result.candidates if c.phase == "fill"] for result in (cold, warm)]
+    assert fills[1][1] > max(fills[0])  # the first plan after the uniform one is the knapsack's
+    for kill in (1, 2, 3, 4):
+        bench = new_bench(f"killed{kill}")
+        with pytest.raises(Killed):
+            bench.search("joint", settings={**SMALL, "warm_start": True}, kill_after=kill)
+        again = bench.search("joint", settings={**SMALL, "warm_start": True})
+        assert again.candidates == warm.candidates
+
+
 def test_episode_plan() -> None:
-    plan = plan_episodes(JointSettings(), 3, Limits())
+    plan = plan_episodes(JointSettings(), 3, Limits(), groups=12)
     assert (plan.fill, plan.rounds, plan.per_round, plan.blocks) == (20, 3, 10, 1)
     assert plan.block_episodes(0) == 9
-    plan = plan_episodes(JointSettings(), 2, Limits(max_evaluations=400, use_all=True))
-    assert plan.fill + 2 * plan.per_round + 1 + plan.reserve in (399, 400)
+    plan = plan_episodes(JointSettings(), 2, Limits(max_evaluations=400, use_all=True), groups=12)
+    assert 25 + plan.fill + 2 * plan.per_round + 1 + plan.reserve in (399, 400)
     assert sum(plan.block_episodes(block) for block in range(plan.blocks)) == plan.per_round - 1
     assert [block for block in range(2 * plan.blocks) if plan.ends_round(block)] == [
         plan.blocks - 1,

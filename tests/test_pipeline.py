@@ -1,0 +1,221 @@
+"""Whole runs on small networks: what they leave, how they resume, and how the contract closes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compressor import Recipe, compress, load
+from compressor.latency.local import local_table
+from compressor.latency.ort_profile import tag
+from compressor.pipeline import resume
+from compressor.run_dir import sha256_file
+from export.stats import LatencyStats, summarise
+from tests.latency.conftest import MadeUpDevice
+
+FAST = {"max_evaluations": 6, "batch_norm_batches": 2}
+
+
+def recipe(**fields: Any) -> Recipe:
+    base = {"model": "tests.nets:tiny", "epochs": 3, "search": FAST, "contract": {"repeats": 1}}
+    return Recipe.model_validate({**base, **fields})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run within two counted budgets."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    result = compress(recipe(budgets={"flops": "60%", "params": "70%"}), out=folder)
+    assert result.exit_code == 0
+    return folder
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return content
+
+
+def test_a_run_leaves_what_the_readme_lists(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    expected = {
+        "recipe.yaml",
+        "manifest.json",
+        "channels.json",
+        "model.safetensors",
+        "model.onnx",
+        "report.html",
+    }
+    assert expected <= names
+    manifest = manifest_of(finished)
+    for name, checksum in manifest["files"].items():
+        assert sha256_file(finished / name) == checksum
+    assert set(manifest["files"]) >= expected - {"manifest.json"}
+    assert all(stage["finished"] for stage in manifest["stages"].values())
+    assert manifest["status"] == "finished"
+
+
+def test_every_budget_is_kept_as_counted_on_the_slim_network(finished: Path) -> None:
+    manifest, slim = manifest_of(finished), load(finished)
+    budgets = {entry["name"]: entry for entry in manifest["budgets"]}
+    params = sum(parameter.numel() for parameter in slim.parameters())
+    assert budgets["params"]["measured"] == params <= 0.7 * budgets["params"]["dense"]
+    assert budgets["macs"]["measured"] <= 0.6 * budgets["macs"]["dense"]
+    assert all(entry["kept"] for entry in manifest["budgets"])
+
+
+def test_the_onnx_file_computes_what_the_slim_network_does(finished: Path) -> None:
+    import onnxruntime
+
+    manifest, slim = manifest_of(finished), load(finished)
+    images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
+    session = onnxruntime.InferenceSession(finished / "model.onnx", providers=["CPUExecutionProvider"])
+    outputs = np.concatenate([session.run(None, {"input": image[None]})[0] for image in images])
+    with torch.no_grad():
+        expected = slim(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(outputs, expected, atol=1e-4)
+    assert manifest["parity"]["max_abs"] <= 1e-4
+    accuracy = manifest["accuracy"]
+    assert accuracy["exported"] == pytest.approx(accuracy["finetuned"], abs=0.003)
+
+
+def test_episodes_are_logged_with_costs_within_the_budgets(finished: Path) -> None:
+    manifest = manifest_of(finished)
+    targets = {entry["name"]: entry["target"] for entry in manifest["budgets"]}
+    episodes = [json.loads(line) for line in (finished / "search/episodes.jsonl").read_text().splitlines()]
+    assert len(episodes) == manifest["search"]["episodes"]
+    assert 0 < manifest["search"]["evaluations"] <= FAST["max_evaluations"]
+    for episode in episodes:
+        assert all(episode["costs"][name] <= target for name, target in targets.items())
+
+
+def test_a_finished_run_resumes_to_itself(finished: Path) -> None:
+    before = manifest_of(finished)
+    again = resume(finished)
+    assert again.exit_code == 0
+    assert again.manifest["groups"] == before["groups"]
+    assert again.manifest["accuracy"] == before["accuracy"]
+
+
+@pytest.mark.parametrize("agent", ["uniform", "random"])
+def test_other_agents_run_the_same_road(tmp_path: Path, agent: str) -> None:
+    result = compress(
+        recipe(agent=agent, budgets={"flops": "60%"}, export={"engine": False}), out=tmp_path / "run"
+    )
+    assert result.exit_code == 0
+    assert result.manifest["budgets"][0]["kept"]
+    assert result.manifest["engine_note"] == "The recipe asks for none."
+
+
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", "from compressor.cli import main; main()"]
+    start = [
+        *command, "--model", "tests.nets:tiny", "--epochs", "3", "--flops", "60%", "--params", "70%", "--out", str(folder),
+        "--set", "search.max_evaluations=6", "--set", "search.batch_norm_batches=2", "--set", "contract.repeats=1",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    # Each kill waits for another stage to leave its mark, so that all stages are met whatever the machine's speed.
+    marks = ["checkpoints/search.pt", "search/plan.json", "checkpoints/finetune.pt", "model.onnx"]
+    for turn, mark in enumerate(marks):
+        arguments = start if turn == 0 else [*command, "--resume", str(folder)]
+        process = subprocess.Popen(
+            arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while not (folder / mark).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (folder / "recipe.yaml").exists()
+    last = subprocess.run(
+        [*command, "--resume", str(folder)], env=environment, capture_output=True, text=True
+    )
+    assert last.returncode == 0, last.stderr
+    disturbed, undisturbed = manifest_of(folder), manifest_of(finished)
+    assert disturbed["groups"] == undisturbed["groups"]
+    assert disturbed["accuracy"] == undisturbed["accuracy"]
+    for name in ("model.safetensors", "channels.json"):
+        assert sha256_file(folder / name) == sha256_file(finished / name)
+
+
+class Proportional(MadeUpDevice):
+    """Time grows with the weights, channel by channel, so that a small network has something to choose from."""
+
+    def rule(self, shape: tuple[int, ...]) -> float:
+        return float(0.002 + 1e-5 * np.prod(shape))
+
+
+@dataclass
+class OtherDevice:
+    """Takes the place of this machine: the table is made on a made-up device, the contract measured on a slower one."""
+
+    factor: float
+    noise: float = 0.0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            "compressor.latency.local.local_table", partial(local_table, device=Proportional())
+        )
+        monkeypatch.setattr("compressor.delivery.measured", self.measured)
+
+    def measured(
+        self, dense: Path, slim: Path, threads: int, repeats: int
+    ) -> tuple[LatencyStats, LatencyStats]:
+        device = Proportional(factor=self.factor, noise=self.noise)
+        times = [device.measure(tag(path), 1.0).whole_ms.tolist() for path in (dense, slim)]
+        first, second = (summarise(each, runtime="made up", version="1", threads=threads) for each in times)
+        return first, second
+
+
+FINE = {"granularity": 4, "min_share": 0.1}
+
+
+@pytest.mark.parametrize(("factor", "noise"), [(1.5, 0.0), (1.0, 0.2)])
+def test_a_slower_or_noisy_device_tightens_the_search_until_it_measures_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, noise: float
+) -> None:
+    OtherDevice(factor, noise).install(monkeypatch)
+    wanted = recipe(budgets={"latency": "80%"}, pruning=FINE)
+    result = compress(wanted, out=tmp_path / "run")
+    rounds = result.manifest["rounds"]
+    assert rounds[-1]["kept"]
+    assert result.exit_code == 0
+    budget = result.manifest["budgets"][0]
+    assert budget["measured"] <= budget["target"]
+    if not noise:
+        assert not rounds[0]["kept"]
+        assert rounds[0]["measured_ms"] > 1.05 * rounds[0]["predicted_ms"]
+        assert rounds[-1]["measured_ms"] == pytest.approx(rounds[-1]["predicted_ms"], rel=0.1)
+        assert sum(rounds[-1]["widths"]) < sum(rounds[0]["widths"])
+
+
+def test_a_device_that_cannot_reach_the_target_ends_with_3_and_everything_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    OtherDevice(50.0).install(monkeypatch)
+    result = compress(recipe(budgets={"latency": "80%"}, agent="uniform", pruning=FINE), out=tmp_path / "run")
+    assert result.exit_code == 3
+    budget = result.manifest["budgets"][0]
+    assert budget["kept"] is False
+    assert budget["measured"] > budget["target"]
+    for name in ("model.onnx", "model.safetensors", "report.html"):
+        assert (tmp_path / "run" / name).exists()
+
+
+def test_a_budget_that_is_met_already_prunes_nothing(tmp_path: Path) -> None:
+    result = compress(recipe(budgets={"latency": "10s"}), out=tmp_path / "run")
+    assert result.exit_code == 0
+    assert all(group["kept"] == group["width"] for group in result.manifest["groups"])
+    assert any("nothing was pruned" in note for note in result.manifest["notes"])
