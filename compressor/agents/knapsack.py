@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +13,13 @@ from compressor.agents.allocation import Allocator
 from compressor.agents.base import Agent, Limits, SearchResult
 from compressor.agents.proposals import near_widths
 from compressor.agents.search_run import SearchRun
+from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
 
 if TYPE_CHECKING:
     from compressor.env.bounds import Widths
     from compressor.env.environment import PruningEnv
     from compressor.run_dir import Checkpoint, EpisodeLog
     from compressor.training.evaluate import Evaluator
-
-POWERS = (1.0, 0.5, 0.25)
-"""Exponents of the saliency: lower ones value a layer's weak channels more against its strong ones."""
 
 SAVE_EVERY = 10
 
@@ -39,17 +36,6 @@ class KnapsackSettings:
     evaluations: int = 50
     sensitivity: bool = True
     spread: float = 0.5
-
-
-def saliency_values(
-    saliency: Sequence[NDArray[np.float64]], levels: Sequence[Widths], power: float
-) -> list[NDArray[np.float64]]:
-    """Value of each level of each group: the sum of its channels' saliencies, each to a power."""
-    values = []
-    for scores, widths in zip(saliency, levels, strict=True):
-        kept = np.concatenate([[0.0], np.cumsum(np.sort(np.maximum(scores, 0.0) ** power)[::-1])])
-        values.append(kept[widths])
-    return values
 
 
 class KnapsackAgent(Agent):
@@ -94,7 +80,7 @@ class _KnapsackSearch:
             "widths": [],
         }
         self._spread = settings.spread
-        self._drops: list[list[float]] = []
+        self._sensitivity = Sensitivity(run, self.allocator.levels)
         self._saliency = run.env.saliency()
         run.own = self._state
         if run.restored is not None:
@@ -110,9 +96,13 @@ class _KnapsackSearch:
                 self._try(f"saliency{POWERS[step]}", np.zeros(groups))
                 run.done("saliency")
             if self.settings.sensitivity and total >= 3 * groups + len(POWERS):
-                self._measure()
+                self._sensitivity.measure()
+                for _ in run.remaining("measured", 1):
+                    if self._sensitivity.complete:
+                        self._try("sensitivities", np.zeros(groups))
+                    run.done("measured")
         self._refine(total)
-        ours = [c for c in run.candidates if c.round == run.place.round and c.phase != "sensitivity"]
+        ours = [c for c in run.candidates if c.round == run.place.round and c.phase != PHASE]
         if not ours:
             return run.choose([self.allocator.solve(self._values("saliency1.0")).tolist()])
         return run.choose([max(ours, key=lambda candidate: candidate.reward).widths])
@@ -124,25 +114,6 @@ class _KnapsackSearch:
         if most is None:
             return int(self.settings.evaluations)
         return most if self.run.limits.use_all else min(most, int(self.settings.evaluations))
-
-    def _measure(self) -> None:
-        """Prune each group alone, to a half and to a quarter, and try values made of the losses."""
-        dense, phase = self.env.bounds.dense, "sensitivity"
-        with progress.bar("Measuring each group", total=len(dense)) as bar:
-            bar.advance(len(self._drops))
-            for group in self.run.remaining(phase, len(dense)):
-                drops = []
-                for share in (0.5, 0.25):
-                    widths, levels = dense.copy(), self.allocator.levels[group]
-                    widths[group] = levels[np.abs(levels - share * levels[-1]).argmin()]
-                    drop = self.env.score(dense).reward - self.run.score(widths, phase).reward
-                    drops += [1.0 - float(widths[group] / levels[-1]), drop]
-                self._drops.append(drops)
-                self.run.done(phase)
-                bar.advance()
-        for _ in self.run.remaining("measured", 1):
-            self._try("sensitivities", np.zeros(len(dense)))
-            self.run.done("measured")
 
     def _refine(self, total: int) -> None:
         """Change the groups' weights in the best values; success widens the changes, failure narrows them."""
@@ -176,10 +147,8 @@ class _KnapsackSearch:
             return False
         pairs = zip(self._values(source), np.exp(weights), strict=True)
         widths = self.allocator.solve([value * weight for value, weight in pairs])
-        if generator is not None and self.env.known(
-            widths
-        ):  # other values, the same optimum: vary the best one itself
-            widths = near_widths(self.env, np.array(self._best["widths"]), generator, self._spread, share=0.3)
+        if generator is not None and self.env.known(widths):  # other values, the same optimum
+            widths = self._vary(generator)
         candidate = self.run.score(widths, source)
         better = self._best["reward"] is None or candidate.reward > self._best["reward"]
         if better:
@@ -191,29 +160,25 @@ class _KnapsackSearch:
             }
         return better
 
+    def _vary(self, generator: np.random.Generator) -> Widths:
+        """Widths near the best ones, further away until they are new."""
+        best = np.array(self._best["widths"], dtype=np.int64)
+        for attempt in range(8):
+            spread = self._spread + 0.1 * attempt
+            widths = near_widths(self.env, best, generator, spread, share=0.3 + 0.1 * attempt)
+            if not self.env.known(widths):
+                break
+        return widths
+
     def _values(self, source: str) -> list[NDArray[np.float64]]:
-        if source != "sensitivities":
-            return saliency_values(
-                self._saliency, self.allocator.levels, float(source.removeprefix("saliency"))
-            )
-        values = []
-        for levels, (half, at_half, most, at_most) in zip(self.allocator.levels, self._drops, strict=True):
-            at_most = max(at_most, 1e-4)
-            at_half = min(max(at_half, 1e-3 * at_most), at_most)
-            power = (
-                2.0
-                if half >= most
-                else float(np.clip(np.log(at_most / at_half) / np.log(most / half), 1.0, 6.0))
-            )
-            values.append(-at_most * ((1 - levels / levels[-1]) / most) ** power)
-        return values
+        if source == "sensitivities":
+            return self._sensitivity.values()
+        power = float(source.removeprefix("saliency"))
+        return saliency_values(self._saliency, self.allocator.levels, power)
 
     def _state(self) -> dict[str, Any]:
-        return {"best": dict(self._best), "spread": self._spread, "drops": self._drops}
+        return {"best": dict(self._best), "spread": self._spread, "losses": self._sensitivity.losses}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self._best, self._spread, self._drops = (
-            dict(state["best"]),
-            float(state["spread"]),
-            list(state["drops"]),
-        )
+        self._best, self._spread = dict(state["best"]), float(state["spread"])
+        self._sensitivity.losses = list(state["losses"])

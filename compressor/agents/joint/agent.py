@@ -49,8 +49,9 @@ class JointAgent(Agent):
             search.play_again()
             return search.choose()
 
-        plan = plan_episodes(self.settings, self.schedule.joint, limits)
+        plan = plan_episodes(self.settings, self.schedule.joint, limits, len(env.bounds.dense))
         run.train("warmup", self.schedule.warmup, "Training before the search")
+        search.measure_groups(plan.points)
         search.fill_replay(plan.fill, plan.reserve)
         for block in run.remaining("joint", plan.rounds * plan.blocks):
             search.play(plan.block_episodes(block), plan.reserve)

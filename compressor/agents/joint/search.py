@@ -12,9 +12,9 @@ from compressor.agents.allocation import Allocator
 from compressor.agents.base import Candidate, SearchResult
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import BLOCK, JointSettings
-from compressor.agents.knapsack import POWERS, saliency_values
 from compressor.agents.proposals import follow, near_widths, random_widths, scaled_widths
 from compressor.agents.search_run import Policy, SearchRun
+from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
 from compressor.env.bounds import Widths
 
 if TYPE_CHECKING:
@@ -44,11 +44,21 @@ class JointSearch:
         self._favoured: Widths | None = None
         self._target: str | None = None  # the plan of the aligned epochs, as JSON: the same after a resume
         self._new_episodes = 0
+        self._allocator = Allocator(run.env)
+        self._sensitivity: Sensitivity | None = None
+        self._losses: list[list[list[float]]] = []
         run.own = self._state
         if run.restored is not None:
             self._restore(run.restored)
 
     # The steps, in the order of the method.
+
+    def measure_groups(self, points: int) -> None:
+        """For the warm start, measure what pruning each group alone costs."""
+        if points:
+            self._sensitivity = Sensitivity(self.run, self._allocator.levels, points)
+            self._sensitivity.losses = self._losses
+            self._sensitivity.measure()
 
     def fill_replay(self, episodes: int, reserve: int) -> None:
         """Play random plans at the budget, the uniform one first, and learn from them; the weights rest.
@@ -156,11 +166,12 @@ class JointSearch:
         if step == 0:
             return self._uniform()
         if self.settings.warm_start:
-            if step <= len(POWERS):
-                allocator = Allocator(self.env)
-                return allocator.solve(
-                    saliency_values(self.env.saliency(), allocator.levels, POWERS[step - 1])
-                )
+            sensitivity = self._sensitivity
+            if step == 1 and sensitivity is not None and sensitivity.complete:
+                return self._allocator.solve(sensitivity.values())
+            if 1 < step <= 1 + len(POWERS):
+                values = saliency_values(self.env.saliency(), self._allocator.levels, POWERS[step - 2])
+                return self._allocator.solve(values)
             if step % 2:
                 return self._near(self._best_now())
         return random_widths(self.env, self.learner.generator)
@@ -178,7 +189,8 @@ class JointSearch:
     def _best_now(self) -> Widths:
         """The best plan on the weights as they are, else the favoured one, else the uniform one."""
         place = self.run.place
-        now = [c for c in self.run.candidates if (c.epoch, c.round) == (place.epoch, place.round)]
+        plans = [c for c in self.run.candidates if c.phase != PHASE]
+        now = [c for c in plans if (c.epoch, c.round) == (place.epoch, place.round)]
         if now:
             return np.array(max(now, key=lambda candidate: candidate.reward).widths, dtype=np.int64)
         return self._uniform() if self._favoured is None else self._favoured
@@ -186,7 +198,8 @@ class JointSearch:
     def _best_known(self, number: int) -> list[tuple[int, ...]]:
         """The best plans so far, first those scored on the latest weights."""
         place, latest = self.run.place, max((c.epoch for c in self.run.candidates), default=0)
-        known = [c for c in self.run.candidates if c.round == place.round or c.phase == "final"]
+        plans = [c for c in self.run.candidates if c.phase != PHASE]
+        known = [c for c in plans if c.round == place.round or c.phase == "final"]
         known.sort(key=lambda c: (c.epoch == latest, c.reward), reverse=True)
         return list(dict.fromkeys(candidate.widths for candidate in known))[:number]
 
@@ -200,6 +213,7 @@ class JointSearch:
             "favoured": None if self._favoured is None else self._favoured.tolist(),
             "target": self._target,
             "new_episodes": self._new_episodes,
+            "losses": self._losses,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -208,3 +222,4 @@ class JointSearch:
         self._favoured = None if favoured is None else np.array(favoured, dtype=np.int64)
         self._target = state["target"]
         self._new_episodes = int(state["new_episodes"])
+        self._losses = list(state["losses"])

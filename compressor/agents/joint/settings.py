@@ -87,12 +87,14 @@ class EpisodePlan:
     """How many episodes each phase gets.
 
     Attributes:
+        points: evaluations of each group alone, for the warm start.
         fill: random ones.
         rounds: rounds of joint episodes, each followed by an epoch of training if there is one.
         per_round: episodes of a round, that of the deterministic policy included.
         reserve: evaluations put by for the final choice.
     """
 
+    points: int
     fill: int
     rounds: int
     per_round: int
@@ -112,27 +114,29 @@ class EpisodePlan:
         return (block + 1) % self.blocks == 0
 
 
-def plan_episodes(settings: JointSettings, joint_epochs: int, limits: Limits) -> EpisodePlan:
+def plan_episodes(settings: JointSettings, joint_epochs: int, limits: Limits, groups: int) -> EpisodePlan:
     """Share the evaluations out between the phases.
 
-    >>> plan_episodes(JointSettings(), joint_epochs=2, limits=Limits(max_evaluations=100, use_all=True))
-    EpisodePlan(fill=22, rounds=2, per_round=34, reserve=8)
+    >>> plan_episodes(JointSettings(), 2, Limits(max_evaluations=100, use_all=True), groups=10)
+    EpisodePlan(points=2, fill=20, rounds=2, per_round=25, reserve=8)
     """
     rounds = max(1, joint_epochs)
     reserve = settings.shortlist + 3
     most = limits.max_evaluations
+    points = 0
+    if settings.warm_start:
+        points = 2 if groups <= 20 else 1
+        while points and most is not None and most < 2.5 * points * groups:
+            points -= 1
     if most is None:
-        return EpisodePlan(settings.fill_episodes, rounds, settings.episodes_per_epoch, reserve)
+        return EpisodePlan(points, settings.fill_episodes, rounds, settings.episodes_per_epoch, reserve)
     reserve = max(1, min(reserve, most // 4))
     rescored = rounds - 1  # the favoured plan is scored again in each round, on weights that have moved
-    free = max(1, most - reserve - rescored)
-    fill = (
-        min(max(settings.fill_episodes, free // 4), max(1, free // 3))
-        if limits.use_all
-        else settings.fill_episodes
-    )
-    fill = min(fill, max(1, free // 2))
+    free = max(1, most - reserve - rescored - points * groups - bool(points))
+    fill = min(settings.fill_episodes, max(1, free // 3))
+    if limits.use_all:
+        fill = max(fill, free // 4)
     per_round = max(1, (free - fill) // rounds)
-    return EpisodePlan(
-        fill, rounds, per_round if limits.use_all else min(per_round, settings.episodes_per_epoch), reserve
-    )
+    if not limits.use_all:
+        per_round = min(per_round, settings.episodes_per_epoch)
+    return EpisodePlan(points, fill, rounds, per_round, reserve)
