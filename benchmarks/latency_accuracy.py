@@ -22,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressor.latency.assemble import measure_candidate
 from compressor.latency.correction import held_out_error
 from compressor.latency.design import random_widths
 from compressor.latency.devices import recommended_granularity
-from compressor.latency.local import local_table, measure_candidate
+from compressor.latency.local import local_table
 from compressor.latency.ort_profile import OrtCpu
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace

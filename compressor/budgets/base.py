@@ -16,9 +16,11 @@ Floats = npt.NDArray[np.float64]
 class Budget(ABC):
     """One cost and its limit; subclasses are frozen dataclasses, so that `dataclasses.replace` tightens one.
 
-    Attributes: name: `latency`, `macs`, `params`, `memory`, or `package.module:function`. unit: Unit of
-        `target`, `dense` and every prediction: ms, MACs, params, bytes, or empty for a function. target: The
-        most that is allowed. dense: The cost of the network as it is.
+    Attributes:
+        name: `latency`, `macs`, `params`, `memory`, or `package.module:function`.
+        unit: Unit of `target`, `dense` and every prediction: ms, MACs, params, bytes, or empty for a function.
+        target: The most that is allowed.
+        dense: The cost of the network as it is.
     """
 
     name: str

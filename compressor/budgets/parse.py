@@ -37,9 +37,11 @@ _FUNCTION = re.compile(r"\s*([A-Za-z_][\w.]*):([A-Za-z_]\w*)\s*<=\s*(\S.*?)\s*")
 class BudgetSpec:
     """One budget as asked for, before the dense network's own cost is known.
 
-    Attributes: name: `latency`, `macs`, `params`, `memory`, or `package.module:function`. value: The limit in
-        the budget's base unit (ms, MACs, parameters, bytes), or a share of the dense cost. relative: Whether
-        `value` is a share (0.5 for `50%`). text: What the user wrote, for messages.
+    Attributes:
+        name: `latency`, `macs`, `params`, `memory`, or `package.module:function`.
+        value: The limit in the budget's base unit (ms, MACs, parameters, bytes), or a share of the dense cost.
+        relative: Whether `value` is a share (0.5 for `50%`).
+        text: What the user wrote, for messages.
     """
 
     name: str
@@ -56,8 +58,10 @@ class BudgetSpec:
 def parse_budget(name: str, text: str | float) -> BudgetSpec:
     """Read one budget.
 
-    Args: name: `latency`, `flops` (counted as fvcore does: one multiply-add is one; the same as `macs`),
-        `params` or `memory`. text: The limit with its unit, or a share of the dense network's cost.
+    Args:
+        name: `latency`, `flops` (counted as fvcore does: one multiply-add is one; the same as `macs`), `params` or
+            `memory`.
+        text: The limit with its unit, or a share of the dense network's cost.
 
     Raises:
         CompressorError: the name or the text is not understood; the message names the accepted forms.

@@ -29,8 +29,9 @@ def resolve(
         space: Gives the dense network's counts and those of every candidate.
         table: The device's latency; needed where a latency is asked for.
 
-    Raises: CompressorError: the same cost is limited twice, a latency is asked for without a table, or a
-        function of the user's fails.
+    Raises:
+        CompressorError: the same cost is limited twice, a latency is asked for without a table, or a function of
+            the user's fails.
     """
     names = [spec.name for spec in specs]
     for name in names:

@@ -16,6 +16,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+TINY = 0.25
+"""Below this share of the largest network's time errors count absolutely: no budget asks for so small a network."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -61,8 +64,9 @@ def fit_correction(totals: Sequence[float], measured: Sequence[float]) -> Correc
     """Fit the line to measured networks; one network gives a plain factor."""
     sums, times = np.asarray(totals, dtype=np.float64), np.asarray(measured, dtype=np.float64)
     if len(sums) >= 3 and np.ptp(sums) > 0.05 * sums.mean():
-        weighted = np.stack([np.ones_like(sums), sums], axis=1) / times[:, None]
-        offset, slope = np.linalg.lstsq(weighted, np.ones_like(times), rcond=None)[0]
+        scale = np.maximum(times, TINY * times.max())
+        weighted = np.stack([np.ones_like(sums), sums], axis=1) / scale[:, None]
+        offset, slope = np.linalg.lstsq(weighted, times / scale, rcond=None)[0]
         if slope > 0:
             return Correction(float(offset), float(slope), least=0.5 * float(times.min()))
     return Correction(0.0, float(np.median(times / sums)), least=0.5 * float(times.min()))

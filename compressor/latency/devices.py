@@ -101,13 +101,14 @@ def recommended_granularity(runtime: str, precision: str) -> int:
         runtime: `onnxruntime-cpu` or `tensorrt`.
         precision: `fp32`, `fp16` or `int8`.
 
-    Returns: For TensorRT 8 in FP16 and 32 in INT8 (tensor cores), else 1. For ONNX Runtime the channel block
-        of its convolutions on this CPU: narrower widths are padded to it, and widths that are no multiple of
-        4 take a much slower kernel.
+    Returns:
+        For TensorRT 8 in FP16 and 32 in INT8 (tensor cores), else 1. For ONNX Runtime the channel block of its
+        convolutions on this CPU: narrower widths are padded to it, and widths that are no multiple of 4 take a
+        much slower kernel.
     """
     if runtime == "tensorrt":
         return _TENSOR_CORES.get(precision, 1)
-    from compressor.latency.ort_profile import channel_block
+    from compressor.latency.calm import channel_block
 
     return channel_block()
 

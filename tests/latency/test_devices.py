@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
+from compressor.latency.calm import channel_block
 from compressor.latency.devices import (
     check_known,
     devices,
@@ -18,7 +19,6 @@ from compressor.latency.devices import (
     recommended_granularity,
     recommended_steps,
 )
-from compressor.latency.ort_profile import channel_block
 from compressor.latency.table import LatencyTable
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
@@ -63,7 +63,12 @@ def test_a_table_refuses_what_it_was_not_made_for() -> None:
 
 def test_estimates_follow_the_modules_speed(resnet50: PruningSpace) -> None:
     times = {name: LatencyTable.load(name, precision="fp16").predict(resnet50) for name in JETSONS}
-    assert times["jetson-nano"] > times["jetson-tx2"] > times["jetson-agx-xavier"] > times["jetson-agx-orin-64gb"]
+    assert (
+        times["jetson-nano"]
+        > times["jetson-tx2"]
+        > times["jetson-agx-xavier"]
+        > times["jetson-agx-orin-64gb"]
+    )
     assert times["jetson-orin-nano-4gb"] > times["jetson-orin-nano-8gb"] > times["jetson-agx-orin-32gb"]
     assert 20 < times["jetson-nano"] < 45
     assert 3 < times["jetson-orin-nano-8gb"] < 7
@@ -79,8 +84,12 @@ def test_half_the_arithmetic_is_not_half_the_latency(resnet50: PruningSpace) -> 
 
 
 def test_estimates_depend_on_input_size_and_precision(example: Tensor) -> None:
-    small = PruningSpace(create_model("mobilenet_v2", 10, "none", (3, 96, 96)).eval(), torch.zeros(1, 3, 96, 96))
-    large = PruningSpace(create_model("mobilenet_v2", 10, "none", (3, 192, 192)).eval(), torch.zeros(1, 3, 192, 192))
+    small = PruningSpace(
+        create_model("mobilenet_v2", 10, "none", (3, 96, 96)).eval(), torch.zeros(1, 3, 96, 96)
+    )
+    large = PruningSpace(
+        create_model("mobilenet_v2", 10, "none", (3, 192, 192)).eval(), torch.zeros(1, 3, 192, 192)
+    )
     fp16, fp32 = (LatencyTable.load("jetson-orin-nano-8gb", precision=each) for each in ("fp16", "fp32"))
     assert fp16.predict(small) < fp16.predict(large) < fp32.predict(large)
 
@@ -116,7 +125,9 @@ def test_recommended_granularity() -> None:
 
 
 def test_narrow_groups_get_finer_steps() -> None:
-    space = PruningSpace(create_model("cifar_resnet20", 10, "none", (3, 32, 32)).eval(), torch.zeros(1, 3, 32, 32))
+    space = PruningSpace(
+        create_model("cifar_resnet20", 10, "none", (3, 32, 32)).eval(), torch.zeros(1, 3, 32, 32)
+    )
     steps = recommended_steps(space.groups, "onnxruntime-cpu", "fp32")
     block = channel_block()
     for group in space.groups:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
-from compressor.latency import local
+from compressor.latency import assemble, local
 from compressor.latency.design import random_widths
 from compressor.latency.local import local_table
 from compressor.latency.table import LatencyTable
@@ -166,7 +166,7 @@ def test_a_cache_folder_that_cannot_be_written(
 def test_onnx_runtime_itself(
     space: PruningSpace, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "SECONDS_A_NETWORK", 0.04)
+    monkeypatch.setattr(assemble, "SECONDS_A_NETWORK", 0.04)
     table = local_table(space, example, cache_dir=tmp_path, time_limit_s=0.0)
     curve = table.curve(space)
     smallest, dense = curve(np.stack([space.min_widths, space.dense_widths]))

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
+from compressor.latency.calm import channel_block, middle, undisturbed
 from compressor.latency.correction import fit_correction, held_out_error
 from compressor.latency.design import LEVELS, anchor_widths, grid_widths, random_widths
-from compressor.latency.ort_profile import OrtCpu, _by_operator, channel_block, middle, tag, undisturbed
+from compressor.latency.ort_profile import OrtCpu, _by_operator, tag
 from compressor.latency.signature import OpSignature, channels, network_signature, signature_of
 from compressor.latency.surface import Surfaces, fit_surface
 from compressor.pruning.space import PruningSpace
@@ -112,7 +113,9 @@ def test_the_grid_holds_every_pair_of_levels_of_groups_that_meet(space: PruningS
             first, second = (len(np.unique(widths[:, group])) for group in groups)
             pairs = set(zip(inputs[:, index].tolist(), outputs[:, index].tolist(), strict=True))
             assert len(pairs) == first * second
-    assert {tuple(row) for row in np.stack([space.min_widths])} <= {tuple(row) for row in anchor_widths(space)}
+    assert {tuple(row) for row in np.stack([space.min_widths])} <= {
+        tuple(row) for row in anchor_widths(space)
+    }
     for group in range(len(space.groups)):
         assert widths[:, group].min() == space.min_widths[group]
         assert widths[:, group].max() == space.dense_widths[group]

@@ -1,0 +1,194 @@
+"""From measured sub-networks to a table: points of every operator, whole-network correction, held-out error."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compressor.errors import CompressorError
+from compressor.latency.cache import cpu_model, governor
+from compressor.latency.calm import channel_block, middle
+from compressor.latency.correction import fit_correction, held_out_error
+from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork, tag
+from compressor.latency.schema import (
+    CorrectionFields,
+    DeviceFields,
+    Entry,
+    HeldOutFields,
+    NetworkFields,
+    RuntimeFields,
+    TableFields,
+    rounded,
+)
+from compressor.latency.signature import Widths, channels, network_signature, signature_of
+from compressor.latency.surface import Surfaces, fit_surface
+from compressor.latency.table import LatencyTable
+from export.errors import ExportError
+from export.to_onnx import export_onnx
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor.pruning.importance import Ranking
+    from compressor.pruning.space import PruningSpace
+
+RUNTIME = "onnxruntime-cpu"
+SECONDS_A_NETWORK = 0.5
+
+Point = tuple[str, int, int]
+"""An operator's entry and its channels: (key, c_in, c_out)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured sub-network.
+
+    Attributes:
+        c_in, c_out: Channels of each of the space's layers, (layers,).
+        network: What was run.
+        times: How long it took.
+    """
+
+    c_in: Widths
+    c_out: Widths
+    network: TaggedNetwork
+    times: NetworkTimes
+
+
+def measure_candidate(
+    space: PruningSpace, ranking: Ranking, example: Tensor, widths: Widths, device: Device
+) -> Sample:
+    """Build, export and measure one sub-network."""
+    small = space.apply(space.plan(widths, ranking))
+    with tempfile.TemporaryDirectory(prefix="compressor-latency-") as folder:
+        path = Path(folder) / "network.onnx"
+        try:
+            export_onnx(small, example, path)
+            network = tag(path)
+            times = device.measure(network, SECONDS_A_NETWORK)
+        except ExportError as error:
+            raise CompressorError(f"The network cannot be measured: {error.message}", error.hint) from error
+    c_in, c_out = channels(space, widths[None])
+    if network.operators != c_in.shape[1]:
+        raise CompressorError(
+            f"The exported network has {network.operators} weight-bearing operators, the pruning space "
+            f"{c_in.shape[1]}: they cannot be matched.",
+            "Give the budget in --flops or --params instead of --latency.",
+        )
+    return Sample(c_in[0], c_out[0], network, times)
+
+
+def table_from(
+    space: PruningSpace,
+    samples: Sequence[Sample],
+    unseen: Sequence[Sample],
+    drift: float,
+    seconds: float,
+    threads: int,
+) -> LatencyTable:
+    """The table of this machine for one network.
+
+    Args:
+        space: Whose sub-networks were measured.
+        samples: Those to fit to; the dense network first and last.
+        unseen: Those held out for the error.
+        drift: The dense network's time at the end over that at the start, minus one.
+        seconds: How long measuring took.
+        threads: Threads of ONNX Runtime.
+    """
+    import onnxruntime
+
+    block = channel_block()
+    layers = [
+        signature_of(layer, epilogue).key
+        for layer, epilogue in zip(space.layers, samples[0].network.epilogues, strict=True)
+    ]
+    entries = _entries(layers, samples)
+    surfaces = Surfaces(
+        [fit_surface(entries[key].c_in, entries[key].c_out, entries[key].median_ms, block) for key in layers],
+        block,
+    )
+
+    def total(of: Sequence[Sample]) -> list[float]:
+        sums = surfaces(np.stack([each.c_in for each in of]), np.stack([each.c_out for each in of])).sum(
+            axis=1
+        )
+        return [float(value) for value in sums]
+
+    def measured(of: Sequence[Sample]) -> list[float]:
+        return [each.times.median_ms for each in of]
+
+    correction = fit_correction(total(samples), measured(samples))
+    held = None
+    if unseen:
+        error = held_out_error([float(correction(value)) for value in total(unseen)], measured(unseen))
+        held = HeldOutFields.model_validate({name: rounded(value) for name, value in vars(error).items()})
+    dense = np.concatenate([samples[0].times.whole_ms, samples[-1].times.whole_ms])
+    network = NetworkFields(
+        layers=tuple(layers),
+        dense_ms=rounded(float(np.median(dense))),
+        dense_p90_ms=rounded(float(np.quantile(dense, 0.9))),
+        drift=round(drift, 4),
+        correction=CorrectionFields(
+            offset_ms=rounded(correction.offset),
+            slope=rounded(correction.slope),
+            least_ms=rounded(correction.least),
+        ),
+        fitted_networks=len(samples),
+        held_out=held,
+        seconds=round(seconds, 1),
+        granularity=tuple(group.granularity for group in space.groups),
+    )
+    return LatencyTable(
+        TableFields(
+            device=DeviceFields(name="local", sku=cpu_model(), power_mode=governor()),
+            runtime=RuntimeFields(name=RUNTIME, version=onnxruntime.__version__, threads=threads),
+            precision="fp32",
+            date=datetime.now(timezone.utc).date().isoformat(),
+            how="measured",
+            protocol=(
+                f"{len(samples)} sub-networks in a random order, each warmed up and run for {SECONDS_A_NETWORK} s: "
+                "end to end, then under ONNX Runtime's profiler (mean of the middle half of the runs), then end to "
+                f"end again; {len(unseen)} more were held out; the dense network first and last; runs that other "
+                "processes interrupted do not count"
+            ),
+            block=block,
+            entries=entries,
+            networks={network_signature(space): network},
+        )
+    )
+
+
+def _entries(layers: Sequence[str], samples: Sequence[Sample]) -> dict[str, Entry]:
+    """One point for each operator and pair of channels; layers with the same signature share theirs."""
+    found: dict[Point, list[tuple[int, float, float, float]]] = defaultdict(list)
+    for sample in samples:
+        for index, key in enumerate(layers):
+            times = sample.times.operators_ms[:, index]
+            point = (key, int(sample.c_in[index]), int(sample.c_out[index]))
+            found[point].append(
+                (len(times), middle(times), float(np.quantile(times, 0.9)), float(times.std()))
+            )
+    rows: dict[str, list[tuple[int, int, int, tuple[float, ...]]]] = defaultdict(list)
+    for (key, c_in, c_out), values in sorted(found.items()):
+        runs, *times_ms = zip(*values, strict=True)
+        medians = tuple(rounded(float(np.median(column))) for column in times_ms)
+        rows[key].append((c_in, c_out, int(sum(runs)), medians))
+    return {
+        key: Entry(
+            c_in=tuple(row[0] for row in points),
+            c_out=tuple(row[1] for row in points),
+            n=tuple(row[2] for row in points),
+            median_ms=tuple(row[3][0] for row in points),
+            p90_ms=tuple(row[3][1] for row in points),
+            std_ms=tuple(row[3][2] for row in points),
+        )
+        for key, points in rows.items()
+    }
