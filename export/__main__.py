@@ -184,6 +184,7 @@ def _in_processes(options: argparse.Namespace) -> tuple[list[float], LatencyStat
 
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
+    from export.parity import DEVICE_TOLERANCES, TOLERANCES
     from export.reference import read_reference, verify
 
     header = read_header(options.onnx)
@@ -191,7 +192,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
     if _runtime(options) == ORT:
         from export.parity import onnx_outputs
 
-        what = str(options.onnx)
+        what, tolerance = str(options.onnx), TOLERANCES[header.precision]
 
         def run(inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
             return onnx_outputs(options.onnx, inputs, threads=options.threads)[0]
@@ -202,7 +203,10 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
         if engine.info.onnx_sha256 != sha256_file(Path(options.onnx)):
             raise ExportError(f"{what} was built from another file than {options.onnx}.", "Build it again.")
         run = engine.run_batches
-    parity = verify(run, reference, what, precision=header.precision, tolerance=options.tolerance)
+        tolerance = DEVICE_TOLERANCES[header.precision]
+    if options.tolerance is not None:
+        tolerance = options.tolerance
+    parity = verify(run, reference, what, precision=header.precision, tolerance=tolerance)
     print(
         f"{what}: largest difference {parity.max_abs:.3g} (allowed {parity.allowed:.3g}), mean "
         f"{parity.mean_abs:.3g}, same first class for {parity.top1_agreement:.1%} of {parity.samples} inputs"

@@ -1,0 +1,104 @@
+"""Archives that repeat byte for byte, and archives from elsewhere read without trusting a name in them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from export.errors import ExportError
+from export.files import read_bytes, sha256_bytes
+
+CHECKSUMS = "SHA256SUMS"
+LARGEST = 2 << 30
+"""Bytes that an archive may unpack to; a small file can announce any number of them."""
+
+
+def pack(files: Mapping[str, bytes], folder: str, *, executable: frozenset[str] = frozenset()) -> bytes:
+    """A `.tar.gz` of `files` below `folder`; equal files give equal bytes."""
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, filename="") as packed, tarfile.open(
+        fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT
+    ) as archive:
+        for name in sorted(files):
+            entry = tarfile.TarInfo(f"{folder}/{name}")
+            entry.size, entry.mode = len(files[name]), 0o755 if name in executable else 0o644
+            archive.addfile(entry, io.BytesIO(files[name]))
+    return buffer.getvalue()
+
+
+def checksums(files: Mapping[str, bytes]) -> bytes:
+    """The lines that `sha256sum -c` reads."""
+    return "".join(f"{sha256_bytes(files[name])}  {name}\n" for name in sorted(files)).encode()
+
+
+def unpack(path: str | Path) -> dict[str, bytes]:
+    """The files of a `.tar.gz` or of a folder, by their names below its top folder. Nothing is written.
+
+    Raises:
+        ExportError: it is missing, damaged or too large, or a member is no plain file of the archive's own
+            folder.
+    """
+    source = Path(path)
+    if source.is_dir():
+        return {
+            item.relative_to(source).as_posix(): read_bytes(item, "file")
+            for item in sorted(source.rglob("*"))
+            if item.is_file() and not item.is_symlink()
+        }
+    content = read_bytes(source, "archive")
+    files: dict[str, bytes] = {}
+    total = 0
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
+            for member in archive:
+                if member.isdir():
+                    continue
+                name = _own_name(member, source)
+                total += member.size
+                if total > LARGEST:
+                    raise ExportError(f"{source} unpacks to more than {LARGEST >> 30} GB; it was not read.")
+                opened = archive.extractfile(member)
+                files[name] = opened.read() if opened is not None else b""
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ExportError(f"{source} is no whole .tar.gz: {error}.", "Copy it again.") from error
+    if not files:
+        raise ExportError(f"{source} is empty.")
+    return files
+
+
+def _own_name(member: tarfile.TarInfo, source: Path) -> str:
+    parts = PurePosixPath(member.name).parts
+    hostile = member.name.startswith("/") or ".." in parts or "\\" in member.name or "\0" in member.name
+    if hostile or not member.isfile():
+        what = "leaves the archive's folder" if hostile else "is no plain file"
+        raise ExportError(f"{source} has a member that {what}: {member.name!r}. It was not read.")
+    below = parts[1:] if len(parts) > 1 else parts
+    return "/".join(below)
+
+
+def require_checksums(files: Mapping[str, bytes], source: str | Path) -> None:
+    """Check the files against the list that came with them.
+
+    Raises:
+        ExportError: the list is missing or unreadable, a file is missing, differs, or is not on the list.
+    """
+    if CHECKSUMS not in files:
+        raise ExportError(f"{source} has no {CHECKSUMS}.", "Give the archive or folder that the script wrote.")
+    listed: dict[str, str] = {}
+    for line in files[CHECKSUMS].decode("utf-8", errors="replace").splitlines():
+        digest, separator, name = line.partition("  ")
+        if not separator or len(digest) != 64:
+            raise ExportError(f"{source}: {CHECKSUMS} has a line that is none of sha256sum's: {line[:80]!r}.")
+        listed[name] = digest
+    for name, digest in listed.items():
+        if name not in files:
+            raise ExportError(f"{source} lacks {name}.", "Copy it again as a whole.")
+        if sha256_bytes(files[name]) != digest:
+            raise ExportError(f"{source}: the checksum of {name} does not match.", "Copy it again as a whole.")
+    unlisted = sorted(set(files) - set(listed) - {CHECKSUMS})
+    if unlisted:
+        raise ExportError(f"{source} has a file that is on no list: {unlisted[0]}.")

@@ -1,0 +1,409 @@
+#!/bin/sh
+# Builds the engines of this bundle with trtexec, measures them, verifies their outputs and writes the results.
+# Needs a POSIX shell, coreutils and TensorRT 8.0 or newer (JetPack 4.6 or newer); nothing else.
+#
+#   sh run.sh                          everything
+#   sh run.sh --only fp16 --processes 1 --duration 5
+#
+# Environment: TRTEXEC (path of trtexec), TRT_VERSION (such as 8.5.2, where it cannot be found out),
+# VERIFY_FLAGS (more flags for trtexec while verifying). Run again after an interruption: engines are kept.
+set -u
+LC_ALL=C
+export LC_ALL
+
+duration=15 warmup=2 processes=3 only='' out=results workspace='' dla='' check=yes
+
+say() { printf '%s\n' "$*"; }
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+usage() {
+    say 'usage: sh run.sh [--only PRECISION] [--duration SECONDS] [--warmup SECONDS] [--processes N]'
+    say '                 [--workspace MIB] [--dla CORE] [--out FOLDER] [--skip-checksums]'
+}
+
+number() {
+    case $2 in '' | *[!0-9]*) die "$1 takes a whole number, got '$2'" ;; esac
+}
+
+while [ $# -gt 0 ]; do
+    case $1 in
+        --help | -h) usage && exit 0 ;;
+        --skip-checksums) check=no && shift && continue ;;
+        --only | --duration | --warmup | --processes | --workspace | --dla | --out)
+            [ $# -ge 2 ] || die "$1 takes a value" ;;
+        *) usage >&2 && die "unknown option $1" ;;
+    esac
+    case $1 in
+        --only) only=$2 ;;
+        --duration) number "$1" "$2" && duration=$2 ;;
+        --warmup) number "$1" "$2" && warmup=$2 ;;
+        --processes) number "$1" "$2" && processes=$2 ;;
+        --workspace) number "$1" "$2" && workspace=$2 ;;
+        --dla) number "$1" "$2" && dla=$2 ;;
+        --out) out=$2 ;;
+    esac
+    shift 2
+done
+
+case $0 in */*) cd "${0%/*}" || die "cannot enter ${0%/*}" ;; esac
+[ -f models.txt ] && [ -f SHA256SUMS ] || die 'this is no bundle: models.txt or SHA256SUMS is missing'
+[ "$processes" -ge 1 ] || die '--processes must be at least 1'
+if [ "$check" = yes ]; then
+    sha256sum -c --quiet SHA256SUMS || die 'files were damaged on the way: unpack the bundle again'
+fi
+mkdir -p "$out" engines || die "cannot write to $out"
+
+# --- what is here ---------------------------------------------------------------------------------------------
+
+first_line_of() { # file -> its first line in plain letters, or nothing
+    [ -r "$1" ] && head -n 1 "$1" | tr -d '\000"\\' | tr -cd '[:print:]'
+}
+
+find_trtexec() {
+    for candidate in "${TRTEXEC:-}" /usr/src/tensorrt/bin/trtexec "$(command -v trtexec 2>/dev/null)"; do
+        [ -n "$candidate" ] && [ -x "$candidate" ] && say "$candidate" && return
+    done
+}
+
+trtexec=$(find_trtexec)
+[ -n "$trtexec" ] || die 'trtexec was not found: install TensorRT (sudo apt-get install tensorrt), or set TRTEXEC'
+
+find_version() { # trtexec's first line holds [TensorRT v8502] or [TensorRT v101303]
+    if [ -n "${TRT_VERSION:-}" ]; then
+        say "$TRT_VERSION" && return
+    fi
+    "$trtexec" --help 2>&1 | head -n 20 | while read -r line; do
+        case $line in
+            *'[TensorRT v'*)
+                digits=${line#*'[TensorRT v'}
+                digits=${digits%%']'*}
+                case $digits in '' | *[!0-9]*) continue ;; esac
+                if [ "$digits" -lt 10000 ]; then
+                    say "$((digits / 1000)).$((digits / 100 % 10)).$((digits % 100))"
+                else
+                    say "$((digits / 10000)).$((digits / 100 % 100)).$((digits % 100))"
+                fi
+                break
+                ;;
+        esac
+    done
+}
+
+version=$(find_version)
+case $version in
+    [0-9]*.[0-9]*) ;;
+    *) die "the version of $trtexec was not found: set TRT_VERSION, such as TRT_VERSION=8.5.2" ;;
+esac
+major=${version%%.*} minor=${version#*.} minor=${minor%%.*}
+release=$((major * 100 + minor))
+[ "$release" -ge 800 ] || die "TensorRT $version is too old: 8.0 (JetPack 4.6) or newer is needed"
+
+l4t=$(first_line_of /etc/nv_tegra_release)
+jetpack=''
+case $l4t in
+    '# R32'*) jetpack=4.6 ;;
+    '# R35'*) jetpack=5.1 ;;
+    '# R36'*'REVISION: 2'* | '# R36'*'REVISION: 3'*) jetpack=6.0 ;;
+    '# R36'*) jetpack=6.1 ;;
+    '# R38'*) jetpack=7.0 ;;
+esac
+model_name=$(first_line_of /proc/device-tree/model)
+power_mode=''
+if command -v nvpmodel >/dev/null 2>&1; then
+    power_mode=$(nvpmodel -q 2>/dev/null | while read -r line; do
+        case $line in *'Power Mode: '*) say "${line#*'Power Mode: '}" && break ;; esac
+    done | tr -d '"\\' | tr -cd '[:print:]')
+fi
+
+readings() { # the clocks in MHz and temperatures in millidegrees as the members of a JSON object
+    between=''
+    for file in /sys/class/devfreq/*/cur_freq; do
+        value=$(first_line_of "$file")
+        case $value in '' | *[!0-9]*) continue ;; esac
+        name=${file%/cur_freq}
+        printf '%s"%s": %s' "$between" "${name##*/}" "$((value / 1000000))"
+        between=', '
+    done
+    for folder in /sys/class/thermal/thermal_zone*; do
+        name=$(first_line_of "$folder/type")
+        value=$(first_line_of "$folder/temp" 2>/dev/null)
+        case $name:$value in :* | *: | *:*[!0-9]*) continue ;; esac
+        printf '%s"%s": %s' "$between" "$name" "$value"
+        between=', '
+    done
+}
+
+say "TensorRT $version${jetpack:+, JetPack $jetpack}${model_name:+, $model_name}${power_mode:+, $power_mode}"
+
+# --- trtexec's flags, by version --------------------------------------------------------------------------------
+
+build_flags() { # precision
+    if [ "$release" -ge 804 ]; then
+        printf ' --memPoolSize=workspace:%s' "$workspace"
+    else
+        printf ' --workspace=%s' "$workspace"
+    fi
+    if [ "$release" -ge 806 ]; then printf ' --skipInference'; else printf ' --buildOnly'; fi
+    [ "$release" -ge 805 ] && printf ' --profilingVerbosity=detailed'
+    if [ "$release" -lt 1000 ]; then
+        case $1 in
+            fp16) printf ' --fp16' ;;
+            int8) printf ' --fp16 --int8' ;;
+        esac
+    elif [ "$release" -lt 1100 ]; then
+        printf ' --stronglyTyped'
+    fi
+    [ -n "$dla" ] && printf ' --useDLACore=%s --allowGPUFallback' "$dla"
+    return 0
+}
+
+measure_flags() { # 11 does this of itself
+    [ "$release" -lt 1100 ] && printf ' --useCudaGraph --useSpinWait --noDataTransfers'
+    [ -n "$dla" ] && printf ' --useDLACore=%s' "$dla"
+    return 0
+}
+
+# --- numbers without a calculator -------------------------------------------------------------------------------
+
+to_micro() { # -1.25e-2 -> micro=-12500; fails on what is no number, or one of 10^12 or more
+    value=$1 sign='' exponent=0
+    case $value in -*) sign=- value=${value#-} ;; +*) value=${value#+} ;; esac
+    case $value in
+        *[eE]*) exponent=${value##*[eE]} value=${value%%[eE]*} exponent=${exponent#+} ;;
+    esac
+    fraction=''
+    case $value in *.*) fraction=${value#*.} value=${value%%.*} ;; esac
+    digits=$value$fraction
+    case $digits in '' | *[!0-9]*) return 1 ;; esac
+    case $exponent in -*) plain=${exponent#-} ;; *) plain=$exponent ;; esac
+    case $plain in '' | *[!0-9]*) return 1 ;; esac
+    while :; do case $plain in 0?*) plain=${plain#0} ;; *) break ;; esac; done
+    case $exponent in -*) exponent=-$plain ;; *) exponent=$plain ;; esac
+    shift_by=$((exponent - ${#fraction} + 6))
+    while [ "$shift_by" -gt 0 ]; do
+        digits=${digits}0 shift_by=$((shift_by - 1))
+        [ ${#digits} -le 60 ] || break
+    done
+    while [ "$shift_by" -lt 0 ] && [ -n "$digits" ]; do
+        digits=${digits%?} shift_by=$((shift_by + 1))
+    done
+    while :; do case $digits in 0*) digits=${digits#0} ;; *) break ;; esac; done
+    [ ${#digits} -le 18 ] || return 1
+    micro=$sign${digits:-0}
+}
+
+compute_times() { # the times file of trtexec -> its computeMs in millionths, one a line
+    tr ',{}' '\n\n\n' <"$1" | while read -r key colon value; do
+        [ "$key$colon" = '"computeMs":' ] && to_micro "$value" && say "$micro"
+    done
+}
+
+milli() { # 1234567 -> 1.234567
+    padded=000000$(($1 % 1000000))
+    while [ ${#padded} -gt 6 ]; do padded=${padded#?}; done
+    printf '%s.%s' "$(($1 / 1000000))" "$padded"
+}
+
+at_share() { # file of sorted numbers, count, per cent -> the number at that place, linear between neighbours
+    place=$((($2 - 1) * $3)) below=$((place / 100)) rest=$((place % 100))
+    low=$(head -n $((below + 1)) "$1" | tail -n 1)
+    high=$low
+    [ "$rest" -gt 0 ] && high=$(head -n $((below + 2)) "$1" | tail -n 1)
+    say $((low + (high - low) * rest / 100))
+}
+
+# --- one network ------------------------------------------------------------------------------------------------
+
+failed=0
+reason=''
+
+fail_with() { # log file -> reason: its last line with an error
+    reason=$(tr -cd '[:print:]\n' <"$1" | while read -r line; do
+        case $line in *'[E]'* | *'rror'*) say "$line" ;; esac
+    done | tail -n 1 | tr -d '"\\' | cut -c 1-300)
+    [ -n "$reason" ] || reason="trtexec failed, see ${1##*/}"
+}
+
+build() { # name precision
+    engine=engines/$1.engine
+    stamp="$version $(sha256sum "models/$1.onnx" | cut -c 1-64)$(build_flags "$2")"
+    if [ -f "$engine" ] && [ "$(cat "$engine.stamp" 2>/dev/null)" = "$stamp" ]; then
+        say "$1: engine is there"
+        return 0
+    fi
+    rm -f "$engine" "$engine.stamp"
+    say "$1: building, which may take minutes"
+    # the flags hold no blanks within: they are made above, and numbers were checked
+    # shellcheck disable=SC2046
+    if "$trtexec" "--onnx=models/$1.onnx" "--saveEngine=$engine.part" "--timingCacheFile=engines/timing.cache" \
+        $(build_flags "$2") >"$out/$1/build.log" 2>&1 && [ -s "$engine.part" ]; then
+        mv "$engine.part" "$engine" && say "$stamp" >"$engine.stamp"
+    else
+        rm -f "$engine.part"
+        fail_with "$out/$1/build.log"
+        return 1
+    fi
+}
+
+measure() { # name
+    : >"$out/$1/compute.tmp"
+    run=1
+    while [ "$run" -le "$processes" ]; do
+        times=$out/$1/times-$run.json
+        say "$1: measuring for $duration s, process $run of $processes"
+        # shellcheck disable=SC2046
+        if ! "$trtexec" "--loadEngine=engines/$1.engine" "--warmUp=$((warmup * 1000))" "--duration=$duration" \
+            "--exportTimes=$times" $(measure_flags) >"$out/$1/measure-$run.log" 2>&1 || [ ! -s "$times" ]; then
+            fail_with "$out/$1/measure-$run.log"
+            rm -f "$out/$1/compute.tmp"
+            return 1
+        fi
+        compute_times "$times" >>"$out/$1/compute.tmp"
+        run=$((run + 1))
+    done
+    sort -n "$out/$1/compute.tmp" >"$out/$1/compute.txt"
+    rm -f "$out/$1/compute.tmp"
+    runs=$(wc -l <"$out/$1/compute.txt" | tr -d ' ')
+    [ "$runs" -gt 0 ] || {
+        reason='trtexec wrote no computeMs'
+        return 1
+    }
+    median=$(milli "$(at_share "$out/$1/compute.txt" "$runs" 50)")
+    p90=$(milli "$(at_share "$out/$1/compute.txt" "$runs" 90)")
+    p99=$(milli "$(at_share "$out/$1/compute.txt" "$runs" 99)")
+    say "$1: median $median ms, p90 $p90 ms, p99 $p99 ms, $runs runs"
+}
+
+profile() { # name: where the time goes, in a run of its own because profiling slows; may fail
+    "$trtexec" "--loadEngine=engines/$1.engine" --warmUp=200 --duration=2 --dumpProfile --separateProfileRun \
+        "--exportProfile=$out/$1/profile.json" "--exportLayerInfo=$out/$1/layers.json" \
+        >"$out/$1/profile.log" 2>&1 || say "$1: no profile, see $out/$1/profile.log"
+}
+
+compare() { # trtexec's output file, reference file -> worst (millionths), same (1 or 0); fails on what is no number
+    worst=0 same=0 best='' best_place=-1 want_best='' want_place=-1 place=0
+    text=$(tr -d ' \n\t' <"$1")
+    case $text in *'"values":['*) ;; *) return 1 ;; esac
+    text=${text#*'"values":['}
+    text=${text%%']'*}
+    exec 3<"$2"
+    old_ifs=$IFS IFS=,
+    for item in $text; do
+        IFS=$old_ifs
+        read -r want <&3 || break
+        to_micro "$item" || {
+            exec 3<&-
+            return 1
+        }
+        gap=$((micro - want))
+        [ "$gap" -ge 0 ] || gap=$((-gap))
+        [ "$gap" -le "$worst" ] || worst=$gap
+        if [ -z "$best" ] || [ "$micro" -gt "$best" ]; then best=$micro best_place=$place; fi
+        if [ -z "$want_best" ] || [ "$want" -gt "$want_best" ]; then want_best=$want want_place=$place; fi
+        place=$((place + 1))
+    done
+    IFS=$old_ifs
+    left=$(wc -l <"$2" | tr -d ' ')
+    exec 3<&-
+    [ "$place" -eq "$left" ] || return 1
+    [ "$best_place" -ne "$want_place" ] || same=1
+}
+
+verify() { # name input-name allowed (millionths) least (samples that must agree)
+    largest=0 agreed=0 samples=0
+    for input in reference/input-*.bin; do
+        index=${input#reference/input-} index=${index%.bin}
+        # shellcheck disable=SC2086
+        if ! "$trtexec" "--loadEngine=engines/$1.engine" "--loadInputs=$2:$input" --iterations=1 --warmUp=0 \
+            --duration=0 "--exportOutput=$out/$1/output-$index.json" ${VERIFY_FLAGS:-} \
+            >"$out/$1/verify-$index.log" 2>&1; then
+            fail_with "$out/$1/verify-$index.log"
+            return 1
+        fi
+        if ! compare "$out/$1/output-$index.json" "reference/output-$index.txt"; then
+            reason="output $index is no list of as many numbers as the reference has"
+            return 1
+        fi
+        samples=$((samples + 1)) agreed=$((agreed + same))
+        [ "$worst" -le "$largest" ] || largest=$worst
+    done
+    say "$1: largest difference $(milli "$largest"), same first class for $agreed of $samples inputs"
+    if [ "$largest" -gt "$3" ]; then
+        reason="outputs differ by $(milli "$largest"), at most $(milli "$3") is allowed"
+        return 1
+    fi
+    if [ "$agreed" -lt "$4" ]; then
+        reason="the same first class for $agreed of $samples inputs, at least $4 were expected"
+        return 1
+    fi
+}
+
+one() { # name precision input-name allowed least -> a JSON object in the file $out/NAME/result.json
+    rm -rf "${out:?}/$1"
+    mkdir -p "$out/$1" || die "cannot write to $out"
+    [ -n "$workspace" ] || workspace=$(cat workspace.txt)
+    status=ok reason='' median=0 p90=0 p99=0 runs=0 largest=0 agreed=0 samples=0
+    before=$(readings)
+    if ! build "$1" "$2"; then
+        status=build-failed
+    elif ! measure "$1"; then
+        status=measure-failed
+    else
+        profile "$1"
+        verify "$1" "$3" "$4" "$5" || status=verify-failed
+    fi
+    if [ "$status" != ok ]; then
+        say "$1: $status: $reason" && failed=1
+    fi
+    size=0
+    [ -f "engines/$1.engine" ] && size=$(wc -c <"engines/$1.engine" | tr -d ' ')
+    {
+        printf '{"name": "%s", "precision": "%s", "status": "%s", ' "$1" "$2" "$status"
+        printf '"reason": "%s", "onnx_sha256": "%s", ' "$reason" "$(sha256sum "models/$1.onnx" | cut -c 1-64)"
+        printf '"engine_bytes": %s, "flags": "%s%s", ' "$size" "$(build_flags "$2")" "$(measure_flags)"
+        printf '"median_ms": %s, "p90_ms": %s, "p99_ms": %s, "runs": %s, ' "$median" "$p90" "$p99" "$runs"
+        printf '"largest_difference": %s, "agreed": %s, "samples": %s, ' "$(milli "$largest")" "$agreed" "$samples"
+        printf '"before": {%s}, "after": {%s}}\n' "$before" "$(readings)"
+    } >"$out/$1/result.json"
+}
+
+chosen=0
+while read -r name precision input allowed least; do
+    [ -z "$only" ] || [ "$only" = "$precision" ] || continue
+    chosen=$((chosen + 1))
+    one "$name" "$precision" "$input" "$allowed" "$least" </dev/null
+done <models.txt
+[ "$chosen" -gt 0 ] || die "the bundle has no network of precision '$only'"
+
+# --- the results ------------------------------------------------------------------------------------------------
+
+{
+    printf '{"format": 1, "bundle": "%s", ' "$(sha256sum SHA256SUMS | cut -c 1-64)"
+    printf '"tensorrt": "%s", "l4t": "%s", "jetpack": "%s", ' "$version" "$l4t" "$jetpack"
+    printf '"model": "%s", "power_mode": "%s", ' "$model_name" "$power_mode"
+    printf '"duration_s": %s, "warmup_s": %s, "processes": %s, ' "$duration" "$warmup" "$processes"
+    printf '"dla": "%s", "networks": [' "$dla"
+    between=''
+    while read -r name precision rest; do
+        [ -z "$only" ] || [ "$only" = "$precision" ] || continue
+        printf '%s\n' "$between" && cat "$out/$name/result.json"
+        between=,
+    done <models.txt
+    printf ']}\n'
+} >"$out/results.json.part" && mv "$out/results.json.part" "$out/results.json" || die "cannot write $out/results.json"
+(
+    cd "$out" || exit 2
+    rm -f SHA256SUMS
+    for file in results.json */*.json */*.txt */*.log; do
+        [ -f "$file" ] && sha256sum "$file"
+    done >SHA256SUMS
+) || die "cannot write $out/SHA256SUMS"
+if command -v tar >/dev/null 2>&1 && command -v gzip >/dev/null 2>&1; then
+    tar -czf "$out.tar.gz.part" "$out" && mv "$out.tar.gz.part" "$out.tar.gz" && say "carry $out.tar.gz back"
+else
+    say "carry the folder $out back"
+fi
+exit "$failed"
