@@ -58,7 +58,7 @@ def save(
         raise CompressorError(
             f"This {type(small).__name__} was not made by PruningSpace.apply.", "Save what apply returned, or a deepcopy of it."
         )
-    if ChannelPlan.from_json(record["plan"]) != plan:
+    if record["plan"] != plan:
         raise CompressorError("The network was made with another plan.", "Give the plan that apply was called with.")
     spec = check_factory(factory, record["dense"]) if factory is not None else infer_factory(small, record["dense"])
     folder = Path(directory)
@@ -110,8 +110,8 @@ def load(directory: str | Path, *, device: str | torch.device = "cpu") -> nn.Mod
     if content.get("channels_last"):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.__dict__[RECORD] = {
-        "plan": ChannelPlan.from_json(json.dumps(content["plan"])).to_json(),
-        "dense": dense,
+        "plan": ChannelPlan.from_json(json.dumps(content["plan"])),
+        "dense": {name: tuple(shape) for name, shape in dense.items()},
         "edits": content["edits"],
         "swaps": content["swaps"],
     }

@@ -118,7 +118,7 @@ def _skeleton(model: nn.Module, meta: bool) -> nn.Module:
 
 def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool) -> Facts:
     skeleton = _skeleton(model, meta).eval()
-    tracer = Tracer(named_tensors(skeleton), settings)
+    tracer = Tracer(named_tensors(skeleton), settings, quick=meta)
     for tensor in example_tensors(args):
         tracer.mark(tensor, (None,) * tensor.dim(), True)
     tracer.watch(skeleton.named_modules())
@@ -242,7 +242,7 @@ def _lockstep(
             raise _Mismatch(steps[seen], f"{call.name} in {path}")
         seen += 1
 
-    tracer = Tracer(named_tensors(small), Settings(), check)
+    tracer = Tracer(named_tensors(small), Settings(), check, quick=on_meta)
     tracer.watch(small.named_modules())
     try:
         with torch.no_grad(), tracer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError
 from compressor.pruning.skeleton import named_tensors
 
-Shapes = Mapping[str, list[int]]
+Shapes = Mapping[str, Sequence[int]]
 _ADVICE = (
     'Pass factory={"factory": "package.module:function", "kwargs": {"num_classes": N}} to save(), where the function '
     "builds the dense network from num_classes at most, and can be imported."

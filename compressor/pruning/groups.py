@@ -72,11 +72,19 @@ class Resolved:
     group: NDArray[np.int64]
     unit: NDArray[np.int64]
     collapsed: list[Labels] = field(default_factory=list)
+    _known: dict[int, tuple[Labels, Affine]] = field(default_factory=dict)
 
     def affine(self, size: int | Labels) -> Affine:
         """The number of kept indices of an axis as a function of widths."""
         if not isinstance(size, np.ndarray):
             return Affine(int(size))
+        known = self._known.get(id(size))
+        if known is None:
+            # The labels are held too, so that their id stays theirs.
+            known = self._known[id(size)] = (size, self._affine(size))
+        return known[1]
+
+    def _affine(self, size: Labels) -> Affine:
         groups = self.group[size]
         constant = int((groups < 0).sum())
         counts = np.bincount(groups[groups >= 0]) if constant < size.size else np.zeros(0, dtype=np.int64)
@@ -90,6 +98,7 @@ class Resolved:
     def leave_dense(self, index: int, reason: str) -> None:
         """Take a group out; it is named with the reason."""
         found = self.groups.pop(index)
+        self._known.clear()
         self.skipped.append(Skipped(found.name, reason))
         self.group[self.group == index] = -1
         self.group[self.group > index] -= 1

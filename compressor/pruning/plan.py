@@ -48,6 +48,9 @@ class ChannelPlan:
         """SHA-256 of the plan's JSON; equal for equal plans, on every machine."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ChannelPlan) and dict(self.keep) == dict(other.keep)
+
     def __hash__(self) -> int:
         return hash(self.checksum)
 

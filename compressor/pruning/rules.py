@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from compressor.pruning import rules_compute as compute
 from compressor.pruning import rules_shape as shape
 from compressor.pruning.trace import Call, Tracer
@@ -27,7 +25,7 @@ _SILENT = frozenset(
 
 _ELEMENTWISE = (
     "relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu celu selu mish softplus softsign "
-    "rrelu logsigmoid tanhshrink softshrink hardshrink threshold dropout dropout1d dropout2d dropout3d alpha_dropout "
+    "hardtanh rrelu logsigmoid tanhshrink softshrink hardshrink threshold dropout dropout1d dropout2d dropout3d alpha_dropout "
     "feature_alpha_dropout feature_dropout clamp clamp_min clamp_max clip abs absolute neg negative exp exp2 expm1 log "
     "log2 log10 log1p sqrt rsqrt reciprocal square pow float_power add sub subtract mul multiply div divide true_divide "
     "truediv floordiv floor_divide rsub rdiv rtruediv rpow remainder fmod mod maximum minimum fmax fmin where lerp "
@@ -135,6 +133,7 @@ def _plain_name(func: Any) -> str:
     return bare.partition(".")[0]
 
 
-def is_plain_tensor(value: Any) -> bool:
-    """Whether `value` is a tensor (for callers that only import rules)."""
-    return isinstance(value, Tensor)
+def works_in_place(func: Any) -> bool:
+    """Whether a tensor method changes its tensor: `add_`, `__iadd__`."""
+    name = str(getattr(func, "__name__", ""))
+    return name.startswith("__i") if name.endswith("__") else name.endswith("_")

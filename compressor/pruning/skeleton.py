@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SHARED = (
-    int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.memory_format, type,
+_SHARED = frozenset({
+    int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type,
     types.FunctionType, types.BuiltinFunctionType, torch.Size, range,
-)
+})
 _HOOKS = (
     "_backward_pre_hooks", "_backward_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )
+_HANDLED = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS})
+_TORCH_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def copy_structure(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -34,57 +36,57 @@ def copy_structure(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.M
     the old network; hooks that torch.nn.utils installs (weight and spectral normalisation) come along.
     """
     memo: dict[int, Any] = {}
-    modules = list(model.modules())
-    for module in modules:
-        memo[id(module)] = module.__class__.__new__(module.__class__)
-
-    def of(value: Tensor) -> Tensor:
-        made = memo.get(id(value))
-        if made is None:
-            made = tensor(value)
-            if isinstance(value, nn.Parameter) and not isinstance(made, nn.Parameter):
-                made = nn.Parameter(made, requires_grad=value.requires_grad)
-            memo[id(value)] = made
-        assert isinstance(made, Tensor)
-        return made
-
-    for module in modules:
-        held = module.__dict__
-        for name in ("_parameters", "_buffers"):
-            for value in held[name].values():
-                if value is not None:
-                    of(value)
-    for module in modules:
-        held = module.__dict__
-        new: dict[str, Any] = {}
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) in memo:
+            continue
+        kind = module.__class__
+        new = memo[id(module)] = kind.__new__(kind)
+        # A copy of the whole dictionary first: it is fast, and what may not be shared is replaced below.
+        held, own = module.__dict__, new.__dict__
+        own.update(held)
+        pairs.append((held, own))
+        stack.extend(child for child in held["_modules"].values() if child is not None)
+        for name, value in held["_parameters"].items():
+            if value is not None and id(value) not in memo:
+                memo[id(value)] = _parameter(value, tensor)
+        for name, value in held["_buffers"].items():
+            if value is not None and id(value) not in memo:
+                memo[id(value)] = tensor(value)
+    for held, own in pairs:
+        for name in ("_parameters", "_buffers", "_modules"):
+            own[name] = {key: None if item is None else memo[id(item)] for key, item in held[name].items()}
+        own["_non_persistent_buffers_set"] = set(held["_non_persistent_buffers_set"])
+        for name in _HOOKS:
+            own[name] = OrderedDict()
+        for name in _TORCH_HOOKS:
+            for key, hook in held[name].items():
+                if type(hook).__module__.startswith("torch.nn.utils"):
+                    own[name][key] = copy.deepcopy(hook, memo)
         for name, value in held.items():
-            if isinstance(value, _SHARED):
-                new[name] = value
-            elif name in ("_parameters", "_buffers"):
-                new[name] = {key: None if item is None else memo[id(item)] for key, item in value.items()}
-            elif name == "_modules":
-                new[name] = {key: None if item is None else memo[id(item)] for key, item in value.items()}
-            elif name in _HOOKS:
-                kept = ((key, hook) for key, hook in value.items() if _from_torch(hook))
-                new[name] = OrderedDict((key, copy.deepcopy(hook, memo)) for key, hook in kept) if value else OrderedDict()
-            elif name == "_non_persistent_buffers_set":
-                new[name] = set(value)
-            elif isinstance(value, Tensor):
-                new[name] = of(value)
-            elif isinstance(value, tuple) and all(isinstance(item, _SHARED) for item in value):
-                new[name] = value
-            elif isinstance(value, list) and all(isinstance(item, _SHARED) for item in value):
-                new[name] = value.copy()
-            else:
-                new[name] = copy.deepcopy(value, memo)
-        memo[id(module)].__dict__.update(new)
+            if type(value) not in _SHARED and name not in _HANDLED:
+                own[name] = _attribute(value, memo, tensor)
     result = memo[id(model)]
     assert isinstance(result, nn.Module)
     return result
 
 
-def _from_torch(hook: Any) -> bool:
-    return type(hook).__module__.startswith("torch.nn.utils")
+def _parameter(value: nn.Parameter, tensor: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    made = tensor(value)
+    return made if isinstance(made, nn.Parameter) else nn.Parameter(made, requires_grad=value.requires_grad)
+
+
+def _attribute(value: Any, memo: dict[int, Any], tensor: Callable[[Tensor], Tensor]) -> Any:
+    """An attribute that is neither a plain value nor one of the module's registers."""
+    if isinstance(value, Tensor):
+        if id(value) not in memo:
+            memo[id(value)] = _parameter(value, tensor) if isinstance(value, nn.Parameter) else tensor(value)
+        return memo[id(value)]
+    if type(value) in (tuple, list) and all(type(item) in _SHARED for item in value):
+        return value if type(value) is tuple else value.copy()
+    return copy.deepcopy(value, memo)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

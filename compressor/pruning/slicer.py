@@ -27,11 +27,14 @@ class Layout:
 
     group: NDArray[np.int64]
     unit: NDArray[np.int64]
+    groups: tuple[int, ...]
 
     def kept(self, keep: Keep) -> Tensor:
         """Kept indices, ascending, for one mask over units per group."""
+        if len(self.groups) == 1 and self.group[0] >= 0 and (self.group >= 0).all():
+            return torch.from_numpy(np.flatnonzero(keep[self.groups[0]][self.unit]))
         mask = self.group < 0
-        for index in np.unique(self.group[~mask]).tolist():
+        for index in self.groups:
             here = self.group == index
             mask[here] = keep[index][self.unit[here]]
         return torch.from_numpy(np.flatnonzero(mask))
@@ -67,7 +70,7 @@ class Slicer:
                 key = group.tobytes() + unit.tobytes()
                 if key not in layouts:
                     layouts[key] = len(self.layouts)
-                    self.layouts.append(Layout(group, unit))
+                    self.layouts.append(Layout(group, unit, tuple(np.unique(group[group >= 0]).tolist())))
                 found.append((axis, layouts[key]))
             if found:
                 self.axes[name] = tuple(found)
@@ -104,20 +107,23 @@ class Slicer:
             for name, tensor in named_tensors(model).items()
             if name in self.axes
         }
-        small = copy_structure(model, lambda tensor: slice_(tensor, plan.get(id(tensor), ())))
+        with torch.no_grad():
+            small = copy_structure(model, lambda tensor: slice_(tensor, plan.get(id(tensor), ())))
         edits: list[list[Any]] = []
-        by_path = dict(small.named_modules())
-        if any(plan.values()):
+        changed = any(plan.values())
+        if changed:
+            by_path = dict(small.named_modules())
             for edit in self.edits:
                 _set(by_path[edit.path], edit, int(edit.count(widths)) // edit.block, edits)
             for path in self.touched:
+                held = by_path[path].__dict__
                 for attribute, value in following(by_path[path]):
-                    if getattr(by_path[path], attribute) != value:
-                        setattr(by_path[path], attribute, value)
+                    if held[attribute] != value:
+                        held[attribute] = value
                         edits.append([path, attribute, list(value) if isinstance(value, tuple) else value])
             for path, name in self.swaps.items():
                 swap(by_path[path], name)
-        small.__dict__[RECORD] = {"edits": edits, "swaps": dict(self.swaps) if any(plan.values()) else {}}
+        small.__dict__[RECORD] = {"edits": edits, "swaps": dict(self.swaps) if changed else {}}
         return small
 
 
@@ -168,16 +174,18 @@ def following(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def cut(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """A copy of the kept indices; memory format, type and device as they were."""
-    with torch.no_grad():
-        source = tensor.detach()
-        if not kept:
-            return source.clone()
-        for axis, index in sorted(kept, key=lambda item: item[1].numel() / source.shape[item[0]]):
-            source = source.index_select(axis, index.to(source.device))
-        if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-            source = source.contiguous(memory_format=torch.channels_last)
-        return source
+    """A copy of the kept indices; memory format, type and device as they were. Called without gradients."""
+    if not kept:
+        return tensor.detach().clone()
+    source = tensor.detach()
+    if len(kept) > 1:
+        # The axis that loses most goes first, so that the others move less.
+        kept = sorted(kept, key=lambda item: item[1].numel() / tensor.shape[item[0]])
+    for axis, index in kept:
+        source = source.index_select(axis, index if index.device == source.device else index.to(source.device))
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        source = source.contiguous(memory_format=torch.channels_last)
+    return source
 
 
 def cut_meta(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:

@@ -89,15 +89,18 @@ class PruningSpace:
         self.example_input = checked_inputs(model, example_input)
         built = build(model, self.example_input)
         resolved = built.resolved
+        before = len(resolved.groups)
         _exclude(resolved, frozen, scope)
         self.groups: tuple[Group, ...] = _groups(resolved, granularity, min_width)
         self.skipped: tuple[Skipped, ...] = tuple(resolved.skipped)
         self.dense_widths: Ints = np.array([group.width for group in self.groups], dtype=np.int64)
         self.min_widths: Ints = np.array([group.min_width for group in self.groups], dtype=np.int64)
+        self._dense_shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
         self._index = {group.name: group.index for group in self.groups}
         self._choices = tuple(_choices(group) for group in self.groups)
         self._resolved = resolved
-        self.slicer = Slicer(built.facts, resolved, built.slicer.swaps)
+        same = len(resolved.groups) == before
+        self.slicer = built.slicer if same else Slicer(built.facts, resolved, built.slicer.swaps)
         self.layers: tuple[Layer, ...] = _layers(built.facts, resolved)
         self._macs = CostTerms(_terms(built.facts.terms, resolved), len(self.groups))
         self._rounded = RoundedTerms(_terms(built.facts.rounded, resolved), len(self.groups))
@@ -229,8 +232,8 @@ class PruningSpace:
         widths = np.array([int(mask.sum()) for mask in keep], dtype=np.int64)
         source = self.model if model is None else model
         small = self.slicer.build(source, keep, widths, cut)
-        small.__dict__[RECORD]["plan"] = plan.to_json()
-        small.__dict__[RECORD]["dense"] = {name: list(t.shape) for name, t in named_tensors(source).items()}
+        small.__dict__[RECORD]["plan"] = plan
+        small.__dict__[RECORD]["dense"] = self._dense_shapes
         return small
 
     def indices(self, plan: ChannelPlan) -> dict[str, dict[int, Tensor]]:

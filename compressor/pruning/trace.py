@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from compressor.errors import CompressorError
 from compressor.pruning.atoms import Atoms, Axes, Labels
 from compressor.pruning.provenance import Attribute, remember
+from compressor.pruning.quick import shape_only
 
 #: Which call of an operation: the module that made it (numbers in its path left out, and its class) and the call's place in
 #: that module's forward pass. Blocks that differ in their number only share a key, so that a decision for one holds for all.
@@ -152,6 +153,7 @@ class Tracer(TorchFunctionMode):
         settings: Decisions and exceptions from earlier passes.
         check: For the lockstep check of a pruned network: called with the number of each step, the call, its results and
             the running module's path instead of the rules; raises where the results are not as they should be.
+        quick: The tensors are on the meta device; common operations need not run to tell their results' shapes.
     """
 
     def __init__(
@@ -159,12 +161,14 @@ class Tracer(TorchFunctionMode):
         tensors: Mapping[str, Tensor],
         settings: Settings,
         check: Callable[[int, Call, list[Tensor], str], None] | None = None,
+        quick: bool = False,
     ) -> None:
         super().__init__()
         self.atoms = Atoms()
         self.facts = Facts(self.atoms)
         self.settings = settings
         self._check = check
+        self._quick = quick
         self._steps = 0
         #: Set for a second pass that only tells which channels belong together.
         self.uncounted = False
@@ -281,7 +285,7 @@ class Tracer(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        from compressor.pruning.rules import rule_of
+        from compressor.pruning.rules import rule_of, works_in_place
 
         kwargs = kwargs or {}
         if not args and "input" in kwargs:
@@ -295,7 +299,9 @@ class Tracer(TorchFunctionMode):
         frame = self.stack[-1]
         key = (frame.pattern, frame.calls)
         frame.calls += 1
-        out = func(*args, **kwargs)
+        out = shape_only(name, works_in_place(func), args, kwargs) if self._quick else None
+        if out is None:
+            out = func(*args, **kwargs)
         if name == "setitem":
             self._written(args)
         results = list(_tensors([out]))
