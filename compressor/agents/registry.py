@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 AGENTS: Mapping[str, str] = {
     "joint": "compressor.agents.joint.agent:JointAgent",
     "knapsack": "compressor.agents.knapsack:KnapsackAgent",
+    "stepwise": "compressor.agents.stepwise:StepwiseAgent",
     "uniform": "compressor.agents.uniform:UniformAgent",
     "random": "compressor.agents.random_plans:RandomAgent",
 }

@@ -1,0 +1,167 @@
+"""A reward after every group, and a Q-network that learns from it (PuRL, arXiv 2007.04756)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor import progress
+from compressor.agents.base import Agent, Limits, SearchResult
+from compressor.agents.dueling import DoubleDqn
+from compressor.agents.proposals import scaled_widths
+from compressor.agents.search_run import SearchRun
+from compressor.env.observation import FEATURES
+
+if TYPE_CHECKING:
+    from compressor.env.environment import PruningEnv
+    from compressor.run_dir import Checkpoint, EpisodeLog
+    from compressor.training.evaluate import Evaluator
+
+ALPHAS = np.round(np.arange(0.0, 2.21, 0.1), 1)
+"""The actions: prune what lies below so many times the layer's mean norm."""
+
+
+@dataclass(frozen=True)
+class StepwiseSettings:
+    """Attributes:
+    episodes: unless the limits ask for others; the paper needs about 55. Each costs one evaluation a group.
+    again_episodes: episodes after a budget was tightened.
+    beta: scale of the rewards.
+    hidden: width of the two hidden layers.
+    rate, gamma, tau, batch, replay: learning rate, discount, share that goes into the target network at each
+        update, transitions in an update, transitions kept.
+    updates_per_step: updates for each group decided.
+    epsilon: share of random actions at the end; it falls from 1 over the first two thirds of the episodes.
+    """
+
+    episodes: int = 55
+    again_episodes: int = 2
+    beta: float = 5.0
+    hidden: int = 300
+    rate: float = 1e-3
+    gamma: float = 0.99
+    tau: float = 0.01
+    batch: int = 64
+    replay: int = 10_000
+    updates_per_step: int = 1
+    epsilon: float = 0.05
+
+
+class StepwiseAgent(Agent):
+    """Chooses a threshold for each group, and is told after each what became of accuracy and cost.
+
+    Reward after a group: -beta * (max(1 - A / T_A, 0) + max(1 - P / T_P, 0)), with A the accuracy of the
+        network so far
+    and T_A the dense one's, P the share of the cost removed so far and T_P that which the tightest budget
+    asks for. The thresholds of the original remove single weights; here a threshold stands for the share of a
+    group's filters whose norm lies below it, never below the minimum width, and the environment's bounds keep
+    the budgets.
+    """
+
+    name = "stepwise"
+    Settings = StepwiseSettings
+
+    def search(
+        self,
+        env: PruningEnv,
+        evaluator: Evaluator,
+        limits: Limits,
+        *,
+        log: EpisodeLog,
+        checkpoint: Checkpoint,
+    ) -> SearchResult:
+        run = SearchRun(self, env, evaluator, limits, log, checkpoint)
+        if (result := run.result()) is not None:
+            return result
+        run.train("warmup", self.schedule.warmup, "Training before the search")
+        search = _StepwiseSearch(run, self.settings)
+        total = search.episodes()
+        phase = f"stepwise{run.place.round or ''}"
+        with progress.bar("Playing episodes", total=total) as bar:
+            bar.advance(run.place.steps.get(phase, 0))
+            for episode in run.remaining(phase, total):
+                if run.spent(reserve=len(env.bounds.dense) + 1):
+                    break
+                last = episode == total - 1
+                search.play(0.0 if last else search.epsilon(episode, total), phase)
+                run.done(phase)
+                bar.advance(note=f"{run.candidates[-1].accuracy:.1%}")
+        uniform = scaled_widths(env, np.ones(len(env.bounds.dense))).tolist()
+        ours = [c for c in run.candidates if c.round == run.place.round]
+        best = [max(ours, key=lambda candidate: candidate.reward).widths] if ours else []
+        return run.choose([*best, uniform])
+
+
+class _StepwiseSearch:
+    def __init__(self, run: SearchRun, settings: StepwiseSettings) -> None:
+        self.run, self.env, self.settings = run, run.env, settings
+        scores = run.env.space.rank("l2").scores
+        self._below = [
+            np.array([float((values < alpha * values.mean()).mean()) for alpha in ALPHAS])
+            for values in scores
+        ]
+        bounds = run.env.bounds
+        self._dense_share = bounds.shares(bounds.dense[None])[:, 0]
+        self._wanted = np.maximum(1.0 - 1.0 / np.maximum(self._dense_share, 1e-12), 1e-9)
+        self._dqn = DoubleDqn(
+            len(FEATURES) + run.env.context_size + 2 + len(bounds.dense),
+            len(ALPHAS),
+            hidden=settings.hidden,
+            rate=settings.rate,
+            gamma=settings.gamma,
+            tau=settings.tau,
+            capacity=settings.replay,
+            seed=run.agent.seed,
+        )
+        run.own = lambda: {"dqn": self._dqn.state()}
+        if run.restored is not None:
+            self._dqn.restore(run.restored["dqn"])
+
+    def episodes(self) -> int:
+        """Episodes of this round, as many as the limits have room for."""
+        if self.run.place.round:
+            return int(self.settings.again_episodes)
+        most, groups = self.run.limits.max_evaluations, len(self.env.bounds.dense)
+        if most is None:
+            return int(self.settings.episodes)
+        room = max(1, (most - 2) // groups)
+        return room if self.run.limits.use_all else min(room, int(self.settings.episodes))
+
+    def epsilon(self, episode: int, total: int) -> float:
+        """Share of random actions in an episode."""
+        if self.run.place.round:
+            return self.settings.epsilon
+        return max(float(self.settings.epsilon), 1.0 - episode / max(1.0, 2 / 3 * total))
+
+    def play(self, epsilon: float, phase: str) -> None:
+        """One episode: a group, its reward, an update, and so on."""
+        env, groups = self.env, len(self.env.bounds.dense)
+        dense = env.score(env.bounds.dense).accuracy
+        widths, past = env.bounds.dense.copy(), np.zeros(groups)
+        observation, _ = env.reset()
+        state = self._state(observation, 1.0, np.zeros_like(self._wanted), past)
+        for step in range(groups):
+            action = self._dqn.act(state, epsilon)
+            ratio = np.array([self._below[step][action]], dtype=np.float32)
+            observation, _, last, _, info = env.step(ratio)
+            widths[step], past[step] = info["width"], info["action"]
+            accuracy = self.run.score(widths, phase).accuracy if last else env.score(widths).accuracy
+            removed = 1.0 - env.bounds.shares(widths[None])[:, 0] / np.maximum(self._dense_share, 1e-12)
+            kept = accuracy / max(dense, 1e-9)
+            reward = -self.settings.beta * (
+                max(1 - kept, 0.0) + max(float((1 - removed / self._wanted).max()), 0.0)
+            )
+            following = self._state(observation, kept, removed, past)
+            self._dqn.remember(state, action, reward, following, last)
+            state = following
+        loss = self._dqn.learn(self.settings.updates_per_step * groups, self.settings.batch)
+        self.run.curves.add(len(self.run.candidates), {"agent/q_loss": loss})
+
+    def _state(
+        self, observation: NDArray[np.float32], kept: float, removed: NDArray[np.float64], past: NDArray[Any]
+    ) -> NDArray[np.float32]:
+        share = float((removed / self._wanted).min().clip(-1.0, 2.0))
+        return np.concatenate([observation, [kept, share], past]).astype(np.float32)
