@@ -7,7 +7,7 @@ operation are split another way or left dense, and named; so a space never promi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,10 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
     tracer = Tracer(named_tensors(skeleton), settings, quick=meta)
     for tensor in example_tensors(args):
         tracer.mark(tensor, (None,) * tensor.dim(), True)
+    own = named_tensors(skeleton)
+    for name, other in _shared_memory(named_tensors(model)).items():
+        for labels in tracer.axes(own[name]):
+            tracer.atoms.fix(labels, f"it shares its memory with '{other}' without being the same parameter")
     tracer.watch(skeleton.named_modules())
     try:
         with torch.no_grad(), tracer:
@@ -136,6 +140,22 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
     if any(name not in tracer.facts.params for name, value in named_tensors(skeleton).items() if value.dim()):
         _train_pass(tracer, skeleton, args, meta)
     return tracer.facts
+
+
+def _shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name of each parameter that lies in the memory of another -> the other's name.
+
+    Slicing would give each a memory of its own, and training would then move them apart.
+    """
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if not tensor.numel() or not isinstance(tensor, nn.Parameter):
+            continue
+        other = first.setdefault(tensor.untyped_storage().data_ptr(), name)
+        if other != name:
+            found[name], found[other] = other, name
+    return found
 
 
 def _fix_outputs(tracer: Tracer, out: Any) -> None:

@@ -58,8 +58,9 @@ def spatial(tracer: Tracer, call: Call) -> None:
         tracer.count(1, *tracer.sizes(source))
     elif call.name in ("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "grid_sample"):
         mode = call.arg(3, "mode", "nearest") if call.name in ("interpolate", "upsample") else call.name
-        if call.out.dim() == 4 and mode in ("nearest", "bilinear", "upsample_nearest", "upsample_bilinear", "grid_sample"):
-            tracer.count(1, *tracer.sizes(call.out))
+        price = {"nearest": 1, "upsample_nearest": 1, "bilinear": 4, "upsample_bilinear": 4, "grid_sample": 4}.get(mode, 0)
+        if call.out.dim() == 4 and price and not call.kwargs.get("antialias", False):
+            tracer.count(price, *tracer.sizes(call.out))
 
 
 def _spatial_rank(call: Call, out: Tensor) -> int:
