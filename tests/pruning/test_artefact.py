@@ -1,0 +1,197 @@
+"""Saving and loading: what comes back, in other processes too, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import CompressorError
+from compressor.pruning.artefact import load, read_plan, save
+from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.space import PruningSpace
+from tests.pruning.networks import Zoo, filled
+
+ZOO = {"factory": "tests.pruning.networks:zoo", "kwargs": {"num_classes": 5}}
+
+
+@pytest.fixture(scope="module")
+def slim() -> tuple[nn.Module, ChannelPlan, Tensor]:
+    torch.manual_seed(0)
+    example = torch.randn(1, 3, 32, 32)
+    space = PruningSpace(filled(Zoo()), example)
+    plan = space.uniform(0.5)
+    return space.apply(plan), plan, example
+
+
+def _torchvision(name: str) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None, num_classes=7)
+
+
+def _created(name: str) -> nn.Module:
+    from compressor.models import create_model
+
+    return create_model(name, 10)
+
+
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, num_classes=6)
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "size", "factory"),
+    [
+        (_torchvision, "resnet18", 32, "resnet18"),
+        # With its auxiliary heads it is the class that builds it.
+        (_torchvision, "googlenet", 64, "torchvision.models.googlenet:GoogLeNet"),
+        (_torchvision, "swin_t", 64, "swin_t"),
+        (_torchvision, "vit_b_32", 224, "vit_b_32"),
+        (_timm, "vit_tiny_patch16_224", 224, "timm:vit_tiny_patch16_224"),
+        (_timm, "convnext_atto", 64, "timm:convnext_atto"),
+        (_created, "cifar_resnet20", 32, "cifar_resnet20"),
+    ],
+)
+def test_round_trip_finds_the_factory(build: Any, name: str, size: int, factory: str, tmp_path: Path) -> None:
+    model = build(name).eval()
+    example = torch.randn(1, 3, size, size)
+    space = PruningSpace(model, example)
+    plan = space.uniform(0.4)
+    small = space.apply(plan)
+    save(small, plan, tmp_path, extra={"accuracy": 0.5})
+    content = json.loads((tmp_path / "channels.json").read_text())
+    assert content["factory"]["factory"] == factory and content["extra"] == {"accuracy": 0.5}
+    again = load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(example), small(example))
+    assert read_plan(tmp_path) == plan
+    assert not again.training
+    # What was loaded can be saved again, and trained.
+    save(again, plan, tmp_path / "again")
+    again.train()
+    assert all(p.requires_grad and p.is_leaf and not p.is_meta for p in again.parameters())
+
+
+def test_given_factory_types_and_copies(slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path) -> None:
+    small, plan, example = slim
+    half = copy.deepcopy(small).half().to(memory_format=torch.channels_last)
+    save(half, plan, tmp_path, factory=ZOO)
+    again = load(tmp_path)
+    assert again.stem.weight.dtype == torch.float16
+    assert again.shared.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(again.float()(example), half.float()(example))
+
+
+def test_another_process_without_torch_pruning(slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path) -> None:
+    small, plan, example = slim
+    save(small, plan, tmp_path, factory=ZOO)
+    torch.save(example, tmp_path / "x.pt")
+    code = (
+        "import sys, torch\n"
+        "sys.modules['torch_pruning'] = None\n"
+        "from compressor import load\n"
+        f"x = torch.load({str(tmp_path / 'x.pt')!r}, weights_only=True)\n"
+        f"print(load({str(tmp_path)!r})(x).tolist())\n"
+        "assert 'compressor.pruning.space' not in sys.modules\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert out.returncode == 0, out.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(out.stdout)), small(example), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_without_a_factory_is_named(tmp_path: Path) -> None:
+    class Local(nn.Sequential):
+        pass
+
+    example = torch.randn(1, 3, 8, 8)
+    space = PruningSpace(Local(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)).eval(), example)
+    plan = space.uniform(0.5)
+    with pytest.raises(CompressorError, match=r"No factory was found.*Local.*Pass factory="):
+        save(space.apply(plan), plan, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_refuses_what_apply_did_not_make(slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path) -> None:
+    small, plan, _ = slim
+    with pytest.raises(CompressorError, match="not made by PruningSpace.apply"):
+        save(Zoo(), plan, tmp_path, factory=ZOO)
+    other = ChannelPlan({**plan.keep, "stem": (0,)})
+    with pytest.raises(CompressorError, match="another plan"):
+        save(small, other, tmp_path, factory=ZOO)
+    with pytest.raises(CompressorError, match="builds another network"):
+        save(small, plan, tmp_path, factory={**ZOO, "kwargs": {"num_classes": 6}})
+    with pytest.raises(CompressorError, match="JSON cannot"):
+        save(small, plan, tmp_path / "new", factory=ZOO, extra={"x": object()})
+
+
+def _edited(folder: Path, **changes: Any) -> None:
+    path = folder / "channels.json"
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        content[key] = value(content[key]) if callable(value) else value
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": "other"}, "is no compressor-slim file"),
+        ({"version": 99}, "version 99"),
+        ({"weights": lambda w: {**w, "file": "../model.safetensors"}}, "outside its folder"),
+        ({"weights": lambda w: {**w, "file": "/etc/passwd"}}, "outside its folder"),
+        ({"weights": lambda w: {**w, "file": "none.safetensors"}}, "is missing"),
+        ({"weights": lambda w: {**w, "sha256": "0" * 64}}, "does not match the checksum"),
+        ({"plan": {"keep": {"stem": [0]}}}, "plan does not match its checksum"),
+        ({"plan": 3}, "'plan' is missing or of a wrong kind"),
+        ({"tensors": lambda t: {**t, "stem.weight": [1, 3, 3, 3]}}, "Tensor 'stem.weight' has shape"),
+        ({"tensors": lambda t: {k: v for k, v in t.items() if k != "stem.weight"}}, "disagree about tensor 'stem.weight'"),
+        ({"factory": {"factory": "tests.pruning.networks:nothing", "kwargs": {"num_classes": 5}}}, "cannot be imported"),
+        ({"factory": {"factory": "os:system", "kwargs": {"num_classes": 5}}}, "neither a function nor a class of modules"),
+        ({"factory": {"factory": "subprocess:Popen", "kwargs": {"num_classes": 5}}}, "neither a function nor"),
+        ({"factory": {"factory": "tests.pruning.networks:UNet", "kwargs": {"num_classes": 5}}}, "disagree about tensor"),
+        ({"factory": {"factory": "tests.pruning.networks:zoo", "kwargs": {"num_classes": "rm"}}}, "num_classes as an integer"),
+        ({"edits": [["stem", "out_channels", 10**6]]}, "sets 'stem.out_channels'"),
+        ({"edits": [["stem", "__class__", 3]]}, "sets 'stem.__class__'"),
+        ({"edits": [["gone", "out_channels", 3]]}, "network lacks"),
+        ({"swaps": {"stem": "multi_head_attention"}}, "does not fit"),
+    ],
+)
+def test_corrupt_and_foreign_files_are_refused(
+    changes: dict[str, Any], words: str, slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path
+) -> None:
+    small, plan, _ = slim
+    save(small, plan, tmp_path, factory=ZOO)
+    _edited(tmp_path, **changes)
+    with pytest.raises(CompressorError, match=words):
+        load(tmp_path)
+
+
+def test_broken_files_and_links_are_refused(slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path) -> None:
+    small, plan, _ = slim
+    with pytest.raises(CompressorError, match="holds no channels.json"):
+        load(tmp_path)
+    save(small, plan, tmp_path, factory=ZOO)
+    weights = tmp_path / "model.safetensors"
+    outside = tmp_path.parent / f"{tmp_path.name}.safetensors"
+    weights.rename(outside)
+    weights.symlink_to(outside)
+    with pytest.raises(CompressorError, match="outside its folder"):
+        load(tmp_path)
+    weights.unlink()
+    weights.write_bytes(outside.read_bytes()[:-8])
+    with pytest.raises(CompressorError, match="does not match the checksum"):
+        load(tmp_path)
+    (tmp_path / "channels.json").write_text("{")
+    with pytest.raises(CompressorError, match="cannot be read"):
+        load(tmp_path)
