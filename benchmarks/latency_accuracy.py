@@ -25,7 +25,7 @@ import torch
 from compressor.latency.assemble import measure_candidate
 from compressor.latency.correction import held_out_error
 from compressor.latency.design import random_widths
-from compressor.latency.devices import recommended_granularity
+from compressor.latency.devices import recommended_steps
 from compressor.latency.local import local_table
 from compressor.latency.ort_profile import OrtCpu
 from compressor.models import create_model
@@ -39,7 +39,7 @@ def line(name: str, predicted: npt.NDArray[np.float64], measured: npt.NDArray[np
     error = held_out_error(list(predicted), list(measured))
     within = np.mean(np.abs(predicted / measured - 1) <= 0.10)
     return (
-        f"  {name:28s} MAPE {error.mape:6.1%}   worst {error.worst:6.1%}   bias {error.bias:+6.1%}   "
+        f"  {name:30s} MAPE {error.mape:6.1%}   worst {error.worst:6.1%}   bias {error.bias:+6.1%}   "
         f"within 10%: {within:4.0%}   Spearman {error.spearman:.4f}"
     )
 
@@ -51,9 +51,11 @@ def run(name: str, networks: int, threads: int, granularity: int | None, keep: P
     classes = 10 if int(size) < 100 else 1000
     model = create_model(model_name, classes, "none", (3, int(size), int(size))).eval()
     example = torch.zeros(1, 3, int(size), int(size))
-    step = granularity or recommended_granularity("onnxruntime-cpu", "fp32")
-    space = PruningSpace(model, example, granularity=step)
-    print(f"{name}: {len(space.groups)} groups, steps of {step}, {threads} thread(s)", flush=True)
+    space = PruningSpace(model, example, granularity=granularity or 1)
+    if granularity is None:
+        steps = recommended_steps(space.groups, "onnxruntime-cpu", "fp32")
+        space = PruningSpace(model, example, granularity=steps)
+    print(f"{name}: {len(space.groups)} groups, {threads} thread(s)", flush=True)
     with tempfile.TemporaryDirectory() as cache:
         started = time.monotonic()
         table = local_table(space, example, threads=threads, cache_dir=cache)
@@ -70,7 +72,9 @@ def run(name: str, networks: int, threads: int, granularity: int | None, keep: P
         [measure_candidate(space, ranking, example, row, device).times.median_ms for row in widths]
     )
     total, macs = curve.operators(widths).sum(axis=1), np.asarray(space.macs(widths), dtype=np.float64)
+    usual = measured >= 0.25 * table.dense_ms(space)
     print(line("table", curve(widths), measured))
+    print(line(f"table, the {usual.sum()} above a quarter", curve(widths)[usual], measured[usual]))
     for guess, values in (("sum of operators", total), ("proportional to MACs", macs)):
         print(line(guess, values * float(np.median(measured / values)), measured), flush=True)
     if keep is not None:
