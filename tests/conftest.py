@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from compressor import progress
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +40,28 @@ def cifar_jpegs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             if len(rest) == 2 and int(rest[1].partition(".")[0]) < {"train": 40, "test": 200}[split]:
                 archive.extract(member, folder, filter="data")
     return folder
+
+
+class _Silent:
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Bars are not recorded."""
+
+
+class _Listener:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[_Silent]:
+        yield _Silent()
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The lines that the user would have seen."""
+    listener = _Listener()
+    with progress.shown_on(listener):
+        yield listener.lines

@@ -1,40 +1,18 @@
-"""Splits: disjoint, seeded, balanced; folders of images, good and bad; batches and their augmentation."""
+"""Splits: disjoint, seeded, balanced; batches and their augmentation."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from compressor.data import DataBundle, FileSplit, MemorySplit, Split, load_data
+from compressor.data import DataBundle, MemorySplit, Split, load_data
 from compressor.data.augment import Augmentation
 from compressor.data.bundle import hold_out
 from compressor.errors import CompressorError
-
-
-def write_image(path: Path, seed: int, size: tuple[int, int] = (16, 16)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two classes of 20 training and 5 test images of 16x16."""
-    for split, count in (("train", 20), ("test", 5)):
-        for label, name in enumerate(("cat", "dog")):
-            for index in range(count):
-                write_image(
-                    tmp_path / split / name / f"{index:02}.png",
-                    1000 * label + index + 500 * (split == "test"),
-                )
-    return tmp_path
 
 
 def images_of(bundle: DataBundle) -> list[set[bytes]]:
@@ -88,21 +66,6 @@ def test_hold_out_is_stratified_and_bounded() -> None:
     assert sorted([*kept, *held]) == list(range(102))
     _, few = hold_out([0] * 500 + [1] * 500, 0.5, 100, seed=0)
     assert len(few) == 100
-
-
-def test_batches_are_normalised(folder: Path) -> None:
-    data = load_data(f"folder:{folder}", seed=0)
-    assert isinstance(data.test, MemorySplit)
-    images, labels = next(iter(data.test.batches(4)))
-    assert images.shape == (4, 3, 16, 16)
-    assert labels.tolist() == [0, 0, 0, 0]
-    pixel = data.test.images[0, :, 3, 5].tolist()
-    expected = [
-        (pixel[0] / 255 - 0.485) / 0.229,
-        (pixel[1] / 255 - 0.456) / 0.224,
-        (pixel[2] / 255 - 0.406) / 0.225,
-    ]
-    assert images[0, :, 3, 5].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_order_and_augmentation_follow_from_the_seed() -> None:
@@ -167,105 +130,6 @@ def test_crops_keep_constant_images_and_enlarge_others() -> None:
     assert 100 < spans.min() < spans.max() < 251
 
 
-def test_a_folder_with_splits(folder: Path) -> None:
-    data = load_data(f"folder:{folder}", seed=0)
-    assert data.classes == ("cat", "dog")
-    assert data.input_shape == (3, 16, 16)
-    assert [len(split) for split in (data.train, data.search, data.test)] == [36, 4, 10]
-    assert data.search.labels.tolist() == [0, 0, 1, 1]
-    train, search, test = images_of(data)
-    assert train.isdisjoint(search | test)
-    assert search.isdisjoint(test)
-    os.rename(folder / "test", folder / "val")
-    assert images_of(load_data(f"folder:{folder}", seed=0))[2] == test
-    shutil.copytree(folder / "val", folder / "test")
-    assert any("val/ is not used" in note for note in load_data(f"folder:{folder}", seed=0).notes)
-
-
-def test_a_folder_without_splits(folder: Path) -> None:
-    data = load_data(f"folder:{folder / 'train'}", seed=3)
-    assert [len(split) for split in (data.train, data.search, data.test)] == [28, 4, 8]
-    assert data.test.labels.tolist() == [0] * 4 + [1] * 4
-    assert "8 of its images are dealt into a test split" in data.notes[0]
-
-
-def test_images_of_other_sizes_are_scaled_and_cut(tmp_path: Path) -> None:
-    """A picture of 200x100 whose left and right quarters are white: scaled to 64x32, the middle 32x32 is
-    black."""
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            for index in range(4):
-                picture = np.zeros((100, 200, 3), dtype=np.uint8)
-                picture[:, :40] = picture[:, 160:] = 255
-                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(picture).save(tmp_path / split / name / f"{index}.png")
-    data = load_data(f"folder:{tmp_path}", seed=0, image_size=32)
-    assert isinstance(data.test, MemorySplit)
-    assert data.test.images.shape == (8, 3, 32, 32)
-    assert data.test.images.max() == 0
-    assert load_data(f"folder:{tmp_path}", seed=0).input_shape == (3, 224, 224)
-
-
-def test_a_few_bad_images_are_skipped_and_counted(folder: Path) -> None:
-    whole = (folder / "train/cat/00.png").read_bytes()
-    (folder / "train/cat/00.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "train/dog/01.png").write_bytes(b"")
-    (folder / "train/dog/notes.txt").write_text("no image, and not counted")
-    data = load_data(f"folder:{folder}", seed=0)
-    assert len(data.train) + len(data.search) == 38
-    counts = [int(note.split()[0]) for note in data.notes]
-    assert sum(counts) == 2
-    assert "cannot be read and are skipped" in data.notes[0]
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.rglob("*.png"):
-        path.unlink()
-
-
-def _spoil_many(folder: Path) -> None:
-    for path in sorted(folder.glob("train/*/*.png"))[:10]:
-        path.write_bytes(b"nothing")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (_empty, ["no images in folders by class", "PATH/train/CLASS"]),
-        (lambda f: shutil.rmtree(f / "train/dog"), ["one class only, 'cat'"]),
-        (lambda f: shutil.rmtree(f / "test/dog"), ["one class only"]),
-        (lambda f: shutil.rmtree(f / "test"), ["neither test/ nor val/"]),
-        (lambda f: shutil.rmtree(f / "train"), ["no train/"]),
-        (lambda f: os.rename(f / "test/dog", f / "test/wolf"), ["classes differ", "dog", "not in"]),
-        (_spoil_many, ["images cannot be read", "5%"]),
-    ],
-)
-def test_folders_that_are_refused(folder: Path, spoil: Any, words: list[str]) -> None:
-    spoil(folder)
-    with pytest.raises(CompressorError) as caught:
-        load_data(f"folder:{folder}", seed=0)
-    for word in words:
-        assert word in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("spec", "word"),
-    [
-        ("digts", "digits"),
-        ("cifar", "cifar10"),
-        ("folder", "folder:/data/images"),
-        ("folder:/no/such/place", "does not exist"),
-        ("digits:/data", "takes no path"),
-        ("imagenet:{tmp}", "no train/ folder"),
-        ("imagenet:{folder}", "no val/ folder"),
-    ],
-)
-def test_data_that_is_not_there(spec: str, word: str, folder: Path) -> None:
-    text = spec.format(tmp=folder / "train/cat", folder=folder)
-    with pytest.raises(CompressorError, match=word):
-        load_data(text, seed=0)
-
-
 def test_cifar_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from urllib.error import URLError
 
@@ -292,70 +156,3 @@ def test_cifar_from_its_own_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     data = load_data(f"cifar10:{tmp_path}", seed=0)
     assert [len(split) for split in (data.train, data.search, data.test)] == [180, 20, 40]
     assert load_data(f"cifar10:{tmp_path}", seed=0, image_size=64).input_shape == (3, 64, 64)
-
-
-def test_large_folders_stay_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_memory = load_data(f"folder:{folder}", seed=0)
-    monkeypatch.setattr("compressor.data.folder.MEMORY_LIMIT", 1000)
-    on_disk = load_data(f"folder:{folder}", seed=0, workers=0)
-    assert isinstance(on_disk.train, FileSplit)
-    for memory, disk in zip(in_memory.test.batches(4), on_disk.test.batches(4), strict=True):
-        assert torch.equal(memory[0], disk[0])
-        assert torch.equal(memory[1], disk[1])
-    assert images_of(in_memory) == images_of(on_disk)
-    assert len(on_disk.train.in_memory(7)) == 7
-    epochs = [list(on_disk.train.batches(8, shuffle_seed=4, augment=True)) for _ in range(2)]
-    assert all(torch.equal(one[0], other[0]) for one, other in zip(*epochs, strict=True))
-
-
-def test_workers_change_nothing_and_late_damage_is_counted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("compressor.data.folder.MEMORY_LIMIT", 1000)
-    epochs = []
-    for workers in (0, 2):
-        split = load_data(f"folder:{folder}", seed=0, workers=workers).train
-        epochs.append(list(split.batches(8, shuffle_seed=4, augment=True)))
-    assert all(torch.equal(one[0], other[0]) for one, other in zip(*epochs, strict=True))
-    split = load_data(f"folder:{folder}", seed=0, workers=0).test
-    assert isinstance(split, FileSplit)
-    (folder / "test/cat/00.png").write_bytes(b"damaged after loading")
-    assert [len(labels) for _, labels in split.batches(4)] == [3, 4, 2]
-    assert split.unreadable == 1
-
-
-def test_imagenet_orders_classes_by_wordnet_id(tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        for name in ("n02119789", "n01440764"):
-            for index in range(4):
-                write_image(tmp_path / split / name / f"{index}.jpg", index, (60, 50))
-    data = load_data(f"imagenet:{tmp_path}", seed=0, image_size=32)
-    assert data.classes == ("n01440764", "n02119789")
-    assert [len(split) for split in (data.train, data.search, data.test)] == [6, 2, 8]
-    os.rename(tmp_path / "train/n01440764", tmp_path / "train/tench")
-    os.rename(tmp_path / "val/n01440764", tmp_path / "val/tench")
-    with pytest.raises(CompressorError, match="no WordNet ids, such as 'tench'"):
-        load_data(f"imagenet:{tmp_path}", seed=0)
-
-
-def test_photographs(shared_data: Path, tmp_path: Path) -> None:
-    """Real photographs of many shapes and one image a class, as they come out of an archive."""
-    import tarfile
-
-    with tarfile.open(shared_data / "imagenet-1k-sample160.tar") as archive:
-        members = archive.getmembers()
-        archive.extractall(tmp_path, members=[m for m in members if m.isfile()][:60], filter="data")
-    data = load_data(f"folder:{tmp_path}", seed=0, image_size=128)
-    assert data.num_classes == 60
-    assert [len(split) for split in (data.train, data.search, data.test)] == [43, 5, 12]
-    assert any("single image" in note for note in data.notes)
-    images, _ = next(iter(data.train.batches(16, shuffle_seed=0, augment=True)))
-    assert -2.2 < images.mean() < 2.2
-    assert 0.5 < images.std() < 2
-
-
-def test_small_jpegs_are_read_at_their_own_size(cifar_jpegs: Path) -> None:
-    data = load_data(f"folder:{cifar_jpegs}", seed=0)
-    assert data.input_shape == (3, 32, 32)
-    assert [len(split) for split in (data.train, data.search, data.test)] == [360, 40, 2000]
-    assert data.classes[:3] == ("airplane", "automobile", "bird")
