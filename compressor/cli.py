@@ -254,6 +254,41 @@ def profile(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    precision: Annotated[str | None, typer.Option(help="Write the network in fp16 or int8 as well.")] = None,
+    max_drop: Annotated[float, typer.Option(help="Points of accuracy that int8 may lose.")] = 1.0,
+    target: Annotated[
+        str | None,
+        typer.Option(help="A board such as jetson-orin-nano-8gb, or ssh://user@host to run it there."),
+    ] = None,
+    board: Annotated[str, typer.Option(help="Which board it is that ssh reaches.")] = "jetson-orin-nano-8gb",
+    bundle: Annotated[Path | None, typer.Option(help="NAME.tar.gz: everything that the board needs.")] = None,
+    results: Annotated[Path | None, typer.Option("--import", help="Take in what a board sent back.")] = None,
+) -> None:
+    """Write a run's network in other precisions, bundle it for a board, or take in what the board measured."""
+    with _friendly():
+        from compressor import reexport
+
+        if results is not None and bundle is not None:
+            lines = reexport.import_results(run, results, bundle)
+        elif target is not None and bundle is not None:
+            if target.startswith("ssh://"):
+                lines = reexport.export_over_ssh(run, target, board, bundle)
+            else:
+                lines = reexport.export_bundle(run, target, bundle)
+        elif precision is not None and target is None and results is None:
+            lines = reexport.export_precision(run, precision, max_drop)
+        else:
+            raise CompressorError(
+                "It is not clear what to export.",
+                "Give --precision fp16 or int8; --target BOARD --bundle FILE; or --bundle FILE --import RESULTS.",
+            )
+        for line in lines:
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def measure(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
 ) -> None:

@@ -54,19 +54,21 @@ def profile(recipe: Recipe) -> Iterator[str]:
     job = prepare(recipe)
     table = job.table
     assert table is not None  # the latency budget above asks for it
-    yield f"{recipe.model} at {recipe.image_size}x{recipe.image_size} on this machine (ONNX Runtime, {recipe.threads} thread):"
+    yield f"{recipe.model} at {recipe.image_size}x{recipe.image_size} here, ONNX Runtime, {recipe.threads} thread(s):"
     yield f"  dense {table.predict(job.space):.3f} ms, smallest {table.predict(job.space, job.space.smallest()):.3f} ms"
     yield f"  {table.describe()}"
 
 
 def measure_again(folder: Path) -> Iterator[str]:
     """Time a run's dense and slim ONNX files on this machine once more; the run's manifest stays as it is."""
-    from compressor.delivery import DENSE, MODEL, measured
+    from compressor.onnx_files import DENSE, MODEL, measured
 
     with closing(RunDir.open(folder)) as run:
         for name in (DENSE, MODEL):
             if not run.file(name).exists():
-                raise CompressorError(f"{folder} has no {name} yet.", f"Finish it first: compress --resume {folder}")
+                raise CompressorError(
+                    f"{folder} has no {name} yet.", f"Finish it first: compress --resume {folder}"
+                )
         recipe = load_recipe(run.file(RECIPE))
         dense, slim = measured(run.file(DENSE), run.file(MODEL), recipe.threads, recipe.contract.repeats)
         for name, stats in (("dense", dense), ("slim", slim)):

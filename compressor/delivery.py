@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.job import Job
-from compressor.progress import bar, say
+from compressor.onnx_files import DENSE, MODEL, PROBE, build_engine_of, first_images, measured, scored
+from compressor.precisions import write_precision
+from compressor.progress import say
 from compressor.run_dir import RECIPE, RunDir, sha256_file
 
 if TYPE_CHECKING:
@@ -18,11 +20,7 @@ if TYPE_CHECKING:
     from compressor.pruning.space import Layer
     from export.stats import LatencyStats
 
-MODEL = "model.onnx"
-DENSE = "checkpoints/dense.onnx"
-PROBE = "checkpoints/probe.onnx"
 PARITY_IMAGES = 64
-EXPORTED_IMAGES = 10_000  # the most test images that the exported file is scored on
 RUNTIME = "onnxruntime-cpu"
 
 
@@ -57,11 +55,11 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
     with run.stage("export"):
         _write_dense(run, job)
         info = _write_onnx(job, slim, run.file(MODEL), metadata=_metadata(run, job, plan))
-        images = _test_images(job, PARITY_IMAGES)[0]
+        images = first_images(job.data.test, PARITY_IMAGES)
         from export.parity import check_parity
 
         parity = check_parity(slim, run.file(MODEL), images, tolerance=job.recipe.export.tolerance)
-        exported, count = _exported_accuracy(run.file(MODEL), job)
+        exported, count = scored(run.file(MODEL), job.data)
         run.save(
             parity={
                 "max_abs": parity.max_abs,
@@ -86,7 +84,15 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
             },
             layers=_layers(job, plan),
         )
-        _build_engine(run, job)
+        if job.recipe.export.engine:
+            engines, note = build_engine_of(run, run.file(MODEL))
+            say(note)
+            run.save(engines=engines, engine_note=None if engines else note)
+        else:
+            run.save(engines=[], engine_note="The recipe asks for none.")
+        if job.recipe.precision != "fp32":
+            for line in write_precision(run, job.data, job.recipe.precision, job.recipe.export.max_drop):
+                say(line)
 
 
 def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
@@ -151,23 +157,6 @@ def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
     return code
 
 
-def measured(dense: Path, slim: Path, threads: int, repeats: int) -> tuple[LatencyStats, LatencyStats]:
-    """Time two ONNX files in turns, `repeats` times; for each file the measurement of the middle median."""
-    from export.bench import compare_onnx
-
-    found: list[tuple[LatencyStats, LatencyStats]] = []
-    with bar("Measuring latency", repeats) as progress:
-        for turn in range(repeats):
-            first, second = compare_onnx([dense, slim], threads=threads, max_seconds=10.0, seed=turn).stats
-            found.append((first, second))
-            progress.advance(1, note=f"{second.median_ms:.3f} ms")
-    middle = [
-        sorted(column, key=lambda stats: stats.median_ms)[len(found) // 2]
-        for column in zip(*found, strict=True)
-    ]
-    return middle[0], middle[1]
-
-
 def _latency_target(run: RunDir) -> float | None:
     return next(
         (float(entry["target"]) for entry in run.manifest["budgets"] if entry["name"] == "latency"), None
@@ -209,63 +198,6 @@ def _metadata(run: RunDir, job: Job, plan: ChannelPlan) -> dict[str, Any]:
         "run": run.path.name,
         "plan": plan.checksum,
     }
-
-
-def _test_images(job: Job, count: int) -> tuple[Any, Any]:
-    """The first `count` test images (N, C, H, W), normalised, and their labels (N,)."""
-    images, labels = [], []
-    for x, y in job.data.test.batches(min(count, 256), device="cpu"):
-        images.append(x.numpy())
-        labels.append(y.numpy())
-        if sum(map(len, images)) >= count:
-            break
-    return np.concatenate(images)[:count], np.concatenate(labels)[:count]
-
-
-def _exported_accuracy(path: Path, job: Job) -> tuple[float, int]:
-    """Top-1 share of the ONNX file on the test split, one image at a time, and the number of images."""
-    from export.ort import open_session
-
-    session = open_session(path, threads=2)
-    name = session.get_inputs()[0].name
-    total = min(len(job.data.test), EXPORTED_IMAGES)
-    right = seen = 0
-    with bar("Scoring the exported network", total) as progress:
-        for x, y in job.data.test.batches(256, device="cpu"):
-            for image, label in zip(x.numpy(), y.numpy(), strict=True):
-                if seen == total:
-                    break
-                right += int(np.argmax(session.run(None, {name: image[None]})[0]) == label)
-                seen += 1
-            progress.advance(min(len(y), total))
-    return right / seen, seen
-
-
-def _build_engine(run: RunDir, job: Job) -> None:
-    from export.engine import available, build_engine, why_not
-
-    if not job.recipe.export.engine:
-        run.save(engines=[], engine_note="The recipe asks for none.")
-        return
-    if available() is None:
-        say(why_not())
-        run.save(engines=[], engine_note=why_not())
-        return
-    path = run.file(f"engines/{run.file(MODEL).stem}.engine")
-    info = build_engine(run.file(MODEL), path)
-    say(f"Built an engine for compute capability {', '.join(info.compute_capabilities)} with {info.module}.")
-    run.save(
-        engines=[
-            {
-                "file": str(path.relative_to(run.path)),
-                "builder": f"{info.module} {info.version}",
-                "precision": info.precision,
-                "compute_capability": ", ".join(info.compute_capabilities),
-                "bytes": info.size,
-            }
-        ],
-        engine_note=None,
-    )
 
 
 def _layers(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:

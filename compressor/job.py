@@ -147,6 +147,11 @@ def check_device(recipe: Recipe) -> None:
 
     if recipe.device != "local":
         check_known(recipe.device)
+    elif recipe.precision != "fp32":
+        raise CompressorError(
+            f"On this machine's CPU networks run in fp32, not in {recipe.precision}.",
+            "Leave --precision out, name a --device, or export it afterwards: compress export RUN --precision fp16",
+        )
 
 
 def granularity(recipe: Recipe) -> int:

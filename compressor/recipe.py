@@ -122,6 +122,7 @@ class Export(_Part):
 
     opset: Annotated[int, Field(ge=13, le=20)] = Field(17, description="ONNX operator set.")
     tolerance: float = Field(1e-4, gt=0, description="Largest difference allowed between ONNX and torch.")
+    max_drop: float = Field(1.0, ge=0, lt=100, description="Points of accuracy that int8 may lose.")
     engine: bool = Field(True, description="Whether to build an engine where a builder is installed.")
 
 

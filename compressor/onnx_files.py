@@ -1,0 +1,91 @@
+"""What is done with a run's ONNX files: scored on real images, turned into engines, timed side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.progress import bar
+from compressor.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from compressor.data import DataBundle, Split
+    from export.stats import LatencyStats
+
+MODEL = "model.onnx"
+DENSE = "checkpoints/dense.onnx"
+PROBE = "checkpoints/probe.onnx"
+EXPORTED_IMAGES = 10_000  # the most test images that an exported file is scored on
+
+
+def first_images(split: Split, count: int) -> Any:
+    """The first `count` images of a split, normalised, (N, C, H, W)."""
+    images: list[Any] = []
+    for x, _ in split.batches(min(count, 256), device="cpu"):
+        images.append(x.numpy())
+        if sum(map(len, images)) >= count:
+            break
+    return np.concatenate(images)[:count]
+
+
+def scored(path: Path, data: DataBundle) -> tuple[float, int]:
+    """Top-1 share of an ONNX file on the test split through ONNX Runtime, and the number of images."""
+    from export.accuracy import accuracy_onnx
+
+    total = min(len(data.test), EXPORTED_IMAGES)
+
+    def batches() -> Iterator[tuple[Any, Any]]:
+        seen = 0
+        with bar("Scoring the exported network", total) as progress:
+            for x, y in data.test.batches(256, device="cpu"):
+                count = min(len(y), total - seen)
+                if count:
+                    yield x.numpy()[:count], y.numpy()[:count]
+                seen += count
+                progress.advance(count)
+
+    return accuracy_onnx(path, batches(), threads=2), total
+
+
+def build_engine_of(run: RunDir, onnx: Path) -> tuple[list[dict[str, Any]], str]:
+    """Build the engine of one of the run's ONNX files where a builder is installed.
+
+    Returns:
+        The manifest's entries, none where there is no builder, and what to tell the user.
+    """
+    from export.engine import available, build_engine, why_not
+
+    if available() is None:
+        return [], why_not()
+    path = run.file(f"engines/{onnx.stem}.engine")
+    info = build_engine(onnx, path)
+    entry = {
+        "file": str(path.relative_to(run.path)),
+        "builder": f"{info.module} {info.version}",
+        "precision": info.precision,
+        "compute_capability": ", ".join(info.compute_capabilities),
+        "bytes": info.size,
+    }
+    return [
+        entry
+    ], f"Built {path.name} for compute capability {entry['compute_capability']} with {info.module}."
+
+
+def measured(dense: Path, slim: Path, threads: int, repeats: int) -> tuple[LatencyStats, LatencyStats]:
+    """Time two ONNX files in turns, `repeats` times; for each file the measurement of the middle median."""
+    from export.bench import compare_onnx
+
+    found: list[tuple[LatencyStats, LatencyStats]] = []
+    with bar("Measuring latency", repeats) as progress:
+        for turn in range(repeats):
+            first, second = compare_onnx([dense, slim], threads=threads, max_seconds=10.0, seed=turn).stats
+            found.append((first, second))
+            progress.advance(1, note=f"{second.median_ms:.3f} ms")
+    middle = [
+        sorted(column, key=lambda stats: stats.median_ms)[len(found) // 2]
+        for column in zip(*found, strict=True)
+    ]
+    return middle[0], middle[1]
