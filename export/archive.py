@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import tarfile
 import zlib
 from collections.abc import Mapping
@@ -13,6 +14,9 @@ from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes
 
 CHECKSUMS = "SHA256SUMS"
+PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
+"""What a file or folder may be called that a script will handle."""
+
 LARGEST = 2 << 30
 """Bytes that an archive may unpack to; a small file can announce any number of them."""
 
@@ -68,6 +72,23 @@ def unpack(path: str | Path) -> dict[str, bytes]:
     if not files:
         raise ExportError(f"{source} is empty.")
     return files
+
+
+def top_folder(path: str | Path) -> str:
+    """The folder that a bundle unpacks to.
+
+    Raises:
+        ExportError: it is missing, damaged, or called by more than letters, digits, dots and dashes.
+    """
+    try:
+        with tarfile.open(fileobj=io.BytesIO(read_bytes(Path(path), "archive")), mode="r:gz") as archive:
+            first = archive.next()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ExportError(f"{path} is no whole .tar.gz: {error}.", "Copy it again.") from error
+    name = first.name.split("/")[0] if first is not None else ""
+    if not PLAIN.fullmatch(name):
+        raise ExportError(f"{path} unpacks to a folder called {name!r}; it was not read.")
+    return name
 
 
 def _own_name(member: tarfile.TarInfo, source: Path) -> str:

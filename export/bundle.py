@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.archive import CHECKSUMS, checksums, pack
+from export.archive import CHECKSUMS, PLAIN, checksums, pack
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
 from export.onnx_header import OnnxHeader, parse_header
@@ -26,7 +26,6 @@ from export.targets import Target, find_target
 
 FORMAT = 1
 SCRIPT = "run_on_device.sh"
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def make_bundle(
     """
     goal, module = Path(path), find_target(target)
     folder = re.sub(r"\.(tar\.gz|tgz)$", "", goal.name)
-    if not goal.name.endswith((".tar.gz", ".tgz")) or not _PLAIN.fullmatch(folder):
+    if not goal.name.endswith((".tar.gz", ".tgz")) or not PLAIN.fullmatch(folder):
         raise ExportError(f"A bundle is called NAME.tar.gz, of letters, digits, dots and dashes; got {goal.name!r}.")
     if not networks:
         raise ExportError("A bundle needs at least one network, got none.")
@@ -119,9 +118,9 @@ def make_bundle(
 
 
 def _check(header: OnnxHeader, path: Path, name: str, target: Target, reference: Reference) -> None:
-    if not _PLAIN.fullmatch(name):
+    if not PLAIN.fullmatch(name):
         raise ExportError(f"{path.name!r} cannot go into a bundle: use letters, digits, dots and dashes in its name.")
-    if len(header.inputs) != 1 or not _PLAIN.fullmatch(header.inputs[0]):
+    if len(header.inputs) != 1 or not PLAIN.fullmatch(header.inputs[0]):
         raise ExportError(f"{path} needs one input of a plain name, got {list(header.inputs)}.")
     shape = header.shapes[header.inputs[0]]
     if shape != (1, *reference.inputs.shape[1:]):

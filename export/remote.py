@@ -1,0 +1,272 @@
+"""A bundle's way to a board and back over ssh, in one go: copied, run, and its results fetched.
+
+    results = run_remote("ssh://me@orin.local", "slim.tar.gz", "results.tar.gz", say=print)
+
+Only `ssh` is needed here, and a shell with coreutils and tar there. Each step can be repeated: a connection that
+drops in the middle of a copy goes on at the byte where it broke, and the script goes on running on the board
+meanwhile. Commands are fixed texts; the few things put into them are quoted and of plain letters to begin with.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+from export.archive import CHECKSUMS, require_checksums, top_folder, unpack
+from export.errors import ExportError
+from export.files import read_bytes, sha256_bytes, write_bytes
+
+_URL = re.compile(
+    r"ssh://(?:(?P<user>[A-Za-z_][A-Za-z0-9._-]*)@)?"
+    r"(?P<host>[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?/?"
+)
+_HOME = ".cache/compressor-bundles"
+_CHUNK = 1 << 20
+_DROPPED = 255
+_HINT = "Try: ssh {0} true   It must work without a question; keys and names go into ~/.ssh/config."
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A machine that is reached by ssh."""
+
+    host: str
+    user: str = ""
+    port: int = 0
+
+    @property
+    def address(self) -> str:
+        """As ssh takes it."""
+        return f"{self.user}@{self.host}" if self.user else self.host
+
+
+def parse_destination(url: str) -> Destination:
+    """`ssh://user@host:22` -> its parts.
+
+    Raises:
+        ExportError: it is no such address; options and paths in disguise are refused.
+    """
+    found = _URL.fullmatch(url)
+    if found is None or int(found["port"] or 22) not in range(1, 65536):
+        raise ExportError(f"{url!r} is no address: expected ssh://user@host or ssh://user@host:port.")
+    return Destination(
+        host=found["host"].strip("[]"), user=found["user"] or "", port=int(found["port"] or 0)
+    )
+
+
+class Connection:
+    """Commands on the other machine, tried again when the line drops.
+
+    Args:
+        destination: Where.
+        options: More options for ssh, such as ["-F", "config"].
+        attempts: How often a command is tried while ssh itself fails.
+        pause_s: Seconds before it is tried again.
+    """
+
+    def __init__(
+        self,
+        destination: Destination,
+        *,
+        options: Sequence[str] = (),
+        attempts: int = 4,
+        pause_s: float = 3.0,
+    ) -> None:
+        self.destination, self.attempts, self.pause_s = destination, attempts, pause_s
+        self._command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
+        self._command += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3", *options]
+        # one connection carries all commands; a socket's path must be short
+        self._sockets = tempfile.mkdtemp(prefix="ssh.")
+        self._command += ["-o", "ControlMaster=auto", "-o", f"ControlPath={self._sockets}/s"]
+        self._command += ["-o", "ControlPersist=60"]
+        if destination.port:
+            self._command += ["-p", str(destination.port)]
+        self._command += ["--", destination.address]
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connection that the commands shared."""
+        if Path(self._sockets, "s").exists():
+            # -O only talks to this machine's own process behind the socket
+            command = [*self._command[:-2], "-O", "exit", *self._command[-2:]]
+            subprocess.run(command, capture_output=True, check=False)
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def once(self, command: str, given: bytes = b"") -> tuple[int, bytes, str]:
+        """Run a command once: exit code, output, and the last line of its errors.
+
+        Raises:
+            ExportError: there is no ssh on this machine.
+        """
+        try:
+            done = subprocess.run([*self._command, command], input=given, capture_output=True, check=False)
+        except FileNotFoundError:
+            raise ExportError("ssh is not installed.", "Install an ssh client (openssh-client).") from None
+        lines = [line for line in done.stderr.decode("utf-8", errors="replace").splitlines() if line.strip()]
+        return done.returncode, done.stdout, lines[-1].strip() if lines else ""
+
+    def run(self, command: str, given: bytes = b"") -> bytes:
+        """Run a command that may be repeated; its output.
+
+        Raises:
+            ExportError: the machine is not reached, or the command fails there.
+        """
+        for attempt in range(self.attempts):
+            code, output, error = self.once(command, given)
+            if code == 0:
+                return output
+            if code != _DROPPED:
+                raise ExportError(f"{self.destination.address}: {error or f'a command ended with {code}'}.")
+            if attempt + 1 < self.attempts:
+                time.sleep(self.pause_s)
+        raise self.unreachable(error)
+
+    def unreachable(self, error: str) -> ExportError:
+        """The message for a machine that ssh does not reach."""
+        return ExportError(
+            f"{self.destination.address} is not reached: {error or 'ssh gave no reason'}.",
+            _HINT.format(self.destination.address),
+        )
+
+    def size(self, name: str) -> int:
+        """Bytes of a file there; 0 where there is none."""
+        quoted = shlex.quote(name)
+        return int(self.run(f"if [ -f {quoted} ]; then wc -c <{quoted}; else echo 0; fi").split()[0])
+
+    def put(self, content: bytes, name: str, say: Callable[[str], None]) -> None:
+        """Copy bytes to a file there, going on where an earlier copy broke.
+
+        Raises:
+            ExportError: the machine is not reached, its disk is full, or what arrived is not what was sent.
+        """
+        digest, quoted = sha256_bytes(content), shlex.quote(name)
+        part = shlex.quote(f"{name}.{digest[:16]}.part")
+        check = f'[ -f {quoted} ] && [ "$(sha256sum <{quoted} | cut -c 1-64)" = {digest} ] && echo same || echo other'
+        if self.run(check).strip() == b"same":
+            return
+        sent = min(self.size(f"{name}.{digest[:16]}.part"), len(content))
+        failures = 0
+        while sent < len(content):
+            say(f"copying {name}: {sent * 100 // len(content)} % of {len(content) / 1e6:.1f} MB")
+            code, _, error = self.once(f"cat >>{part}", content[sent : sent + _CHUNK])
+            if code not in (0, _DROPPED):
+                raise ExportError(f"{self.destination.address}: {name} cannot be written: {error}.")
+            failures = failures + 1 if code else 0
+            if failures >= self.attempts:
+                raise self.unreachable(error)
+            if code:
+                time.sleep(self.pause_s)
+            sent = self.size(f"{name}.{digest[:16]}.part")
+        if self.run(f"sha256sum <{part} | cut -c 1-64").strip().decode() != digest:
+            self.run(f"rm -f {part}")
+            raise ExportError(f"{name} arrived damaged at {self.destination.address}.", "Try again.")
+        self.run(f"mv {part} {quoted}")
+
+    def get(self, name: str, say: Callable[[str], None]) -> bytes:
+        """The bytes of a file there.
+
+        Raises:
+            ExportError: the machine is not reached, or what arrived is not what lies there.
+        """
+        quoted, content = shlex.quote(name), b""
+        wanted = self.size(name)
+        digest = self.run(f"sha256sum <{quoted} | cut -c 1-64").strip().decode()
+        while len(content) < wanted:
+            say(f"fetching {name}: {len(content) * 100 // wanted} % of {wanted / 1e6:.1f} MB")
+            content += self.run(f"tail -c +{len(content) + 1} {quoted} | head -c {_CHUNK}")
+        if sha256_bytes(content) != digest:
+            raise ExportError(f"{name} arrived damaged from {self.destination.address}.", "Try again.")
+        return content
+
+
+def run_remote(
+    url: str,
+    bundle: str | Path,
+    results: str | Path,
+    *,
+    duration_s: int = 15,
+    warmup_s: int = 2,
+    processes: int = 3,
+    trtexec: str = "",
+    say: Callable[[str], None] = lambda text: None,
+    ssh_options: Sequence[str] = (),
+    poll_s: float = 2.0,
+    pause_s: float = 3.0,
+) -> int:
+    """Copy a bundle to a board, run it there, and fetch its results. Called again, it goes on where it was.
+
+    Args:
+        url: `ssh://user@host` or `ssh://user@host:port`.
+        bundle: The bundle.
+        results: Where `results.tar.gz` goes; read it with `export.bundle_results.read_results`.
+        duration_s, warmup_s, processes: How it is measured there.
+        trtexec: Where trtexec is, if not in one of the usual places.
+        say: Takes a line of progress, and every line that the script prints.
+        ssh_options: More options for ssh.
+        poll_s: Seconds between two looks at the script.
+        pause_s: Seconds before a dropped connection is tried again.
+
+    Returns:
+        The script's exit code: 0 all went well, 1 a network failed there; its results say which and why.
+
+    Raises:
+        ExportError: the machine is not reached, refuses, or the script could not run at all.
+    """
+    source, goal = Path(bundle), Path(results)
+    content = read_bytes(source, "bundle")
+    files = unpack(source)
+    require_checksums(files, source)
+    folder = top_folder(source)
+    measured = f"--duration {int(duration_s)} --warmup {int(warmup_s)} --processes {int(processes)}"
+    place = f"{_HOME}/{sha256_bytes(files[CHECKSUMS])[:16]}"
+    with Connection(parse_destination(url), options=ssh_options, pause_s=pause_s) as connection:
+        connection.run(f"mkdir -p {place}")
+        connection.put(content, f"{place}/bundle.tar.gz", say)
+        top = shlex.quote(f"./{folder}")
+        connection.run(f"cd {place} && {{ [ -f {top}/run.sh ] || tar -xzf bundle.tar.gz; }}")
+        script = f"sh {top}/run.sh {measured} >log 2>&1; echo $? >rc.part; mv rc.part rc"
+        setting = f"TRTEXEC={shlex.quote(trtexec)}; export TRTEXEC; " if trtexec else ""
+        # started once; it outlives the connection that started it
+        connection.run(
+            f"cd {place} && if [ ! -f rc ] && ! {{ [ -f pid ] && kill -0 $(cat pid) 2>/dev/null; }}; then "
+            f"rm -f log; {setting}nohup sh -c {shlex.quote(script)} >/dev/null 2>&1 </dev/null & echo $! >pid; fi"
+        )
+        code = _follow(connection, place, say, poll_s)
+        if code not in (0, 1):
+            last = connection.run(f"cd {place} && rm -f rc; tail -n 1 log").decode("utf-8", errors="replace")
+            reason = last.strip().replace("error: ", "", 1).rstrip(".") or "no reason was given"
+            raise ExportError(f"{connection.destination.address}: {reason}.")
+        write_bytes(goal, connection.get(f"{place}/{folder}/results.tar.gz", say))
+        connection.run(f"cd {place} && rm -f rc pid")
+        return code
+
+
+def _follow(connection: Connection, place: str, say: Callable[[str], None], poll_s: float) -> int:
+    """Say what the script says until it ends; its exit code."""
+    seen, rest, gone = 0, b"", 0
+    while True:
+        state = connection.run(
+            f"cd {place} && if [ -f rc ]; then cat rc; elif kill -0 $(cat pid) 2>/dev/null; then echo running; "
+            "else echo gone; fi"
+        ).strip()
+        fresh = connection.run(f"cd {place} && if [ -f log ]; then tail -c +{seen + 1} log; fi")
+        seen += len(fresh)
+        *lines, rest = (rest + fresh).split(b"\n")
+        for line in lines:
+            say(line.decode("utf-8", errors="replace"))
+        if state.isdigit():
+            return int(state)
+        gone = gone + 1 if state == b"gone" else 0
+        if gone > 1:  # the first time it may just have been between its end and its exit code
+            raise ExportError(f"The script on {connection.destination.address} was ended.", "Run it again.")
+        time.sleep(poll_s)

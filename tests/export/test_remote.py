@@ -1,0 +1,222 @@
+"""The way over ssh, for real: against a local sshd, with drops in the middle and a stand-in for trtexec."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.archive import pack
+from export.bundle import make_bundle
+from export.bundle_results import read_results
+from export.errors import ExportError
+from export.parity import onnx_outputs
+from export.reference import Reference
+from export.remote import Connection, Destination, parse_destination, run_remote
+from export.to_onnx import export_onnx
+from tests.export.fake_trtexec import make_trtexec
+from tests.export.nets import SmallNet
+
+IMAGES = np.random.default_rng(4).standard_normal((2, 3, 16, 16)).astype(np.float32)
+SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
+
+
+def test_addresses() -> None:
+    assert parse_destination("ssh://me@orin.local") == Destination("orin.local", "me", 0)
+    assert parse_destination("ssh://10.0.0.5:2222/") == Destination("10.0.0.5", "", 2222)
+    assert parse_destination("ssh://me@[fe80::1]").address == "me@fe80::1"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["orin", "ssh://", "ssh://-oProxyCommand=reboot", "ssh://me@-x", "ssh://a b", "ssh://h:99999", "ssh://h/path;x",
+     "ssh://$(reboot)", "ssh://a@b@c", "http://h"],
+)  # fmt: skip
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(ExportError, match="is no address: expected ssh://user@host"):
+        parse_destination(url)
+
+
+class Board:
+    """An sshd on this machine whose sessions live in a folder of their own, and which drops when told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder, folder / "home"
+        self.home.mkdir(parents=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        for name in ("host", "client"):
+            key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
+            subprocess.run(key, check=True, stdin=subprocess.DEVNULL)
+        shutil.copy(folder / "client.pub", folder / "authorized")
+        session = folder / "session.sh"
+        session.write_text(
+            f"#!/bin/sh\ncd {self.home}\nHOME={self.home} export HOME\n"
+            f"printf '%s\\n' \"$SSH_ORIGINAL_COMMAND\" >>{folder}/commands\n"
+            f"if [ -s {folder}/drop ] && "
+            f"printf '%s' \"$SSH_ORIGINAL_COMMAND\" | grep -q \"$(cat {folder}/drop)\"; then\n"
+            f"  rm {folder}/drop\n  head -c 100000 >>{folder}/swallowed\n  kill -9 $PPID\n  exit 1\nfi\n"
+            'exec sh -c "$SSH_ORIGINAL_COMMAND"\n'
+        )
+        session.chmod(0o755)
+        (folder / "sshd_config").write_text(
+            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\nUsePAM no\n"
+            f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nPasswordAuthentication no\n"
+            f"PermitRootLogin yes\nForceCommand {session}\n"
+        )
+        if os.getuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)
+        self.process = subprocess.Popen(
+            [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")],
+            stderr=(folder / "sshd.log").open("w"),
+        )
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    break
+            time.sleep(0.05)
+        else:
+            self.process.kill()
+            pytest.skip(f"sshd does not start: {(folder / 'sshd.log').read_text()}")
+        self.options = ["-F", "none", "-i", str(folder / "client"), "-o", "StrictHostKeyChecking=no"]
+        self.options += ["-o", f"UserKnownHostsFile={folder}/known", "-o", "LogLevel=ERROR"]
+        self.url = f"ssh://127.0.0.1:{self.port}"
+
+    def connection(self) -> Connection:
+        return Connection(parse_destination(self.url), options=self.options, attempts=2, pause_s=0.05)
+
+    def drop_at(self, words: str) -> None:
+        """Cut the connection when the next command with these words runs."""
+        (self.folder / "drop").write_text(words)
+
+    def commands(self) -> str:
+        return (self.folder / "commands").read_text()
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+    if not Path(SSHD).exists() or not shutil.which("ssh-keygen"):
+        pytest.skip("there is no sshd on this machine")
+    made = Board(tmp_path_factory.mktemp("board"))
+    yield made
+    made.process.terminate()
+    made.process.wait(timeout=10)
+
+
+@pytest.fixture
+def connection(board: Board) -> Iterator[Connection]:
+    with board.connection() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    export_onnx(SmallNet(), torch.zeros(1, 3, 16, 16), folder / "net.onnx")
+    right = Reference(IMAGES, onnx_outputs(folder / "net.onnx", IMAGES)[0])
+    make_bundle(folder / "slim.tar.gz", [folder / "net.onnx"], right, target="jetson-orin-nano-8gb")
+    return folder / "slim.tar.gz"
+
+
+def go(board: Board, bundle: Path, tmp_path: Path, **more: Any) -> tuple[int, list[str]]:
+    said: list[str] = []
+    trtexec = str(more.pop("trtexec", None) or make_trtexec(tmp_path / "bin", "10.3.0"))
+    code = run_remote(
+        board.url, bundle, tmp_path / "results.tar.gz", duration_s=1, processes=1, trtexec=trtexec,
+        say=said.append, ssh_options=board.options, poll_s=0.1, pause_s=0.05, **more,
+    )  # fmt: skip
+    return code, said
+
+
+def test_there_and_back(board: Board, bundle: Path, tmp_path: Path) -> None:
+    code, said = go(board, bundle, tmp_path)
+    assert code == 0
+    results = read_results(tmp_path / "results.tar.gz", bundle)
+    assert [network.status for network in results.networks] == ["ok"]
+    assert any("copying" in line for line in said)
+    assert any("median" in line for line in said)
+    again, said = go(board, bundle, tmp_path)
+    assert again == 0
+    assert not any("copying" in line for line in said)  # the bundle was there already
+    assert any("engine is there" in line for line in said)
+
+
+def test_a_failure_on_the_board_comes_back(board: Board, bundle: Path, tmp_path: Path) -> None:
+    broken = make_trtexec(tmp_path / "bin", "10.13.2", fail="measure")
+    code, _ = go(board, bundle, tmp_path, trtexec=broken)
+    assert code == 1
+    assert read_results(tmp_path / "results.tar.gz", bundle).networks[0].status == "measure-failed"
+    with pytest.raises(ExportError, match="the version of /bin/true was not found"):
+        go(board, bundle, tmp_path, trtexec="/bin/true")
+
+
+@pytest.mark.parametrize("words", ["cat >>", "kill -0", "tail -c"])
+def test_a_dropped_connection_is_taken_up_again(
+    board: Board, bundle: Path, tmp_path: Path, words: str
+) -> None:
+    shutil.rmtree(board.home / ".cache", ignore_errors=True)
+    board.drop_at(words)
+    code, _ = go(board, bundle, tmp_path)
+    assert code == 0
+    assert not (board.folder / "drop").exists()  # it did drop
+    assert read_results(tmp_path / "results.tar.gz", bundle).networks[0].status == "ok"
+
+
+def test_copies_go_on_where_they_broke(board: Board, connection: Connection) -> None:
+    content = np.random.default_rng(0).bytes(3_000_000)
+    said: list[str] = []
+    connection.run("rm -f big*")
+    board.drop_at("cat >>")
+    connection.put(content, "big", said.append)
+    assert (board.home / "big").read_bytes() == content
+    assert connection.get("big", said.append) == content
+    assert list(board.home.glob("big*.part")) == []
+    connection.put(content, "big", said.append)
+    assert sum("copying" in line for line in said) == 4  # three portions, one of them twice
+
+
+def test_file_names_are_never_commands(board: Board, connection: Connection) -> None:
+    name = "a b; touch hacked '$(touch hacked)'"
+    connection.put(b"content", name, lambda text: None)
+    assert connection.get(name, lambda text: None) == b"content"
+    assert not (board.home / "hacked").exists()
+
+
+def test_a_machine_that_refuses(board: Board, bundle: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        closed = f"ssh://127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(ExportError, match=r"127\.0\.0\.1 is not reached: .*refused.* Try: ssh"):
+            run_remote(closed, bundle, tmp_path / "r.tar.gz", ssh_options=board.options, pause_s=0.01)
+    stranger = ["-F", "none", "-o", "IdentityFile=none", "-o", "IdentitiesOnly=yes", *board.options[4:]]
+    with pytest.raises(ExportError, match=r"is not reached: .*Permission denied"):
+        run_remote(board.url, bundle, tmp_path / "r.tar.gz", ssh_options=stranger, pause_s=0.01)
+    assert not (tmp_path / "r.tar.gz").exists()
+
+
+def test_what_is_not_sent(board: Board, tmp_path: Path) -> None:
+    for content, message in [
+        (pack({"SHA256SUMS": b"", "run.sh": b"reboot"}, "x"), "on no list: run.sh"),
+        (pack({"SHA256SUMS": b""}, "$(reboot)"), "unpacks to a folder called"),
+        (b"noise", r"is no whole \.tar\.gz"),
+    ]:
+        path = tmp_path / "bad.tar.gz"
+        path.write_bytes(content)
+        with pytest.raises(ExportError, match=message):
+            run_remote(board.url, path, tmp_path / "r.tar.gz", ssh_options=board.options)
+
+
+def test_no_ssh_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ExportError, match="ssh is not installed"), Connection(Destination("host")) as connection:
+        connection.run("true")
