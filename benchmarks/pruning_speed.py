@@ -1,10 +1,11 @@
-"""Speed and memory of the pruning space beside torch-pruning: `python -m benchmarks.pruning_speed [--json FILE]`.
+"""Speed and memory of the pruning space beside torch-pruning: `python -m benchmarks.pruning_speed [--json
+FILE]`.
 
 One run measures, for each network and in turn so that noise hits both alike:
     build     `PruningSpace(...)` against torch-pruning's `DependencyGraph().build_dependency(...)`
     apply     `space.apply(plan)` against deepcopy + pruner + step at the same widths (as far as the pruner keeps them)
-and once: the costs of 10,000 candidates of ResNet-50, and the memory after 1,000 applies. Ratios are what counts; the
-times are medians of this machine.
+and once: the costs of 10,000 candidates of ResNet-50, and the memory after 1,000 applies. Ratios are what
+counts; the times are medians of this machine.
 """
 
 from __future__ import annotations
@@ -43,9 +44,16 @@ def prune_with_torch_pruning(model: nn.Module, example: torch.Tensor, ratio: flo
     small = copy.deepcopy(model)
     head = [module for module in small.modules() if isinstance(module, nn.Linear)][-1:]
     pruner = tp.pruner.MetaPruner(
-        small, example, importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=ratio, ignored_layers=head,
+        small,
+        example,
+        importance=tp.importance.MagnitudeImportance(p=1),
+        pruning_ratio=ratio,
+        ignored_layers=head,
         # Its defaults are shared between calls and would keep every network alive.
-        in_channel_groups={}, out_channel_groups={}, channel_groups={}, num_heads={},
+        in_channel_groups={},
+        out_channel_groups={},
+        channel_groups={},
+        num_heads={},
     )
     pruner.step()
     return small
@@ -65,7 +73,9 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {key: [] for key in ("build", "graph", "apply", "plan", "theirs")}
     for _ in range(repeats):
         times["build"].append(seconds(lambda: PruningSpace(model, example)))
-        times["graph"].append(seconds(lambda: tp.DependencyGraph().build_dependency(model, example_inputs=example)))
+        times["graph"].append(
+            seconds(lambda: tp.DependencyGraph().build_dependency(model, example_inputs=example))
+        )
         for _ in range(3):
             times["apply"].append(seconds(lambda: space.apply(plan)))
             times["plan"].append(seconds(lambda: space.plan(space.widths(plan.widths), ranking)))
@@ -122,7 +132,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     warnings.filterwarnings("ignore", module="torch_pruning")
-    print("| network | groups | build | their graph | ratio | apply | their deepcopy + step | faster | params | theirs |")
+    print(
+        "| network | groups | build | their graph | ratio | apply | their deepcopy + step | faster | params | theirs |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows = []
     for name in asked.networks:
@@ -136,9 +148,13 @@ def main() -> None:
         )
     took = costs()
     before, after = growth()
-    print(f"\n10,000 costs of ResNet-50: {took * 1e3:.1f} ms. 1,000 applies: {before:.1f} MB before, {after:.1f} MB after.")
+    print(
+        f"\n10,000 costs of ResNet-50: {took * 1e3:.1f} ms. 1,000 applies: {before:.1f} MB before, {after:.1f} MB after."
+    )
     if asked.json:
-        asked.json.write_text(json.dumps({"rows": rows, "costs_s": took, "memory_mb": [before, after]}, indent=1))
+        asked.json.write_text(
+            json.dumps({"rows": rows, "costs_s": took, "memory_mb": [before, after]}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The pruned network on disk: `channels.json` and `model.safetensors`, without pickle.
 
-The JSON names the factory of the dense network, the plan, the shape of every tensor, the attributes that follow and the
-checksum of the weights. Loading builds the dense network on the meta device, sets the widths and fills in the weights; it
-needs neither the dense weights nor the space.
+The JSON names the factory of the dense network, the plan, the shape of every tensor, the attributes that
+follow and the checksum of the weights. Loading builds the dense network on the meta device, sets the widths
+and fills in the weights; it needs neither the dense weights nor the space.
 """
 
 from __future__ import annotations
@@ -56,13 +56,22 @@ def save(
     record = small.__dict__.get(RECORD)
     if not isinstance(record, dict) or "plan" not in record:
         raise CompressorError(
-            f"This {type(small).__name__} was not made by PruningSpace.apply.", "Save what apply returned, or a deepcopy of it."
+            f"This {type(small).__name__} was not made by PruningSpace.apply.",
+            "Save what apply returned, or a deepcopy of it.",
         )
     if record["plan"] != plan:
-        raise CompressorError("The network was made with another plan.", "Give the plan that apply was called with.")
-    spec = check_factory(factory, record["dense"]) if factory is not None else infer_factory(small, record["dense"])
+        raise CompressorError(
+            "The network was made with another plan.", "Give the plan that apply was called with."
+        )
+    spec = (
+        check_factory(factory, record["dense"])
+        if factory is not None
+        else infer_factory(small, record["dense"])
+    )
     folder = Path(directory)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors(small).items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors(small).items()
+    }
     with replacing(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     content = {
@@ -85,7 +94,9 @@ def save(
     try:
         text = json.dumps(content, indent=1)
     except TypeError as error:
-        raise CompressorError(f"`extra` holds what JSON cannot: {error}.", "Give text, numbers, lists and dictionaries.") from error
+        raise CompressorError(
+            f"`extra` holds what JSON cannot: {error}.", "Give text, numbers, lists and dictionaries."
+        ) from error
     write_atomic(folder / CHANNELS, text + "\n")
 
 
@@ -97,7 +108,8 @@ def load(directory: str | Path, *, device: str | torch.device = "cpu") -> nn.Mod
         device: Where the weights go.
 
     Raises:
-        CompressorError: files are missing, corrupt, foreign or changed, shapes disagree, or the factory is missing.
+        CompressorError: files are missing, corrupt, foreign or changed, shapes disagree, or the factory is
+        missing.
     """
     folder = Path(directory)
     content = _read_channels(folder)
@@ -108,7 +120,7 @@ def load(directory: str | Path, *, device: str | torch.device = "cpu") -> nn.Mod
     _set_tensors(model, tensors, device)
     _set_attributes(model, content)
     if content.get("channels_last"):
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     model.__dict__[RECORD] = {
         "plan": ChannelPlan.from_json(json.dumps(content["plan"])),
         "dense": {name: tuple(shape) for name, shape in dense.items()},
@@ -128,14 +140,17 @@ def _read_channels(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CompressorError(f"{folder} holds no {CHANNELS}.", "Give the folder that save() wrote.") from error
+        raise CompressorError(
+            f"{folder} holds no {CHANNELS}.", "Give the folder that save() wrote."
+        ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CompressorError(f"{path} cannot be read: {error}.", _AGAIN) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CompressorError(f"{path} is no {FORMAT} file.", "Give the folder that save() wrote.")
     if content.get("version") != VERSION:
         raise CompressorError(
-            f"{path} has version {content.get('version')!r}; this program reads {VERSION}.", "Use the program that wrote it."
+            f"{path} has version {content.get('version')!r}; this program reads {VERSION}.",
+            "Use the program that wrote it.",
         )
     kinds = {"factory": dict, "plan": dict, "tensors": dict, "edits": list, "swaps": dict, "weights": dict}
     for key, kind in kinds.items():
@@ -152,13 +167,22 @@ def _read_weights(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     name = content["weights"].get("file")
-    if not isinstance(name, str) or not name or name != Path(name).name or (folder / name).resolve().parent != folder.resolve():
-        raise CompressorError(f"{CHANNELS} names weights outside its folder: {name!r}.", "Refused; use files from their maker.")
+    if (
+        not isinstance(name, str)
+        or not name
+        or name != Path(name).name
+        or (folder / name).resolve().parent != folder.resolve()
+    ):
+        raise CompressorError(
+            f"{CHANNELS} names weights outside its folder: {name!r}.", "Refused; use files from their maker."
+        )
     path = folder / name
     if not path.is_file():
         raise CompressorError(f"{path} is missing.", _AGAIN)
     if sha256_file(path) != content["weights"].get("sha256"):
-        raise CompressorError(f"{path} does not match the checksum in {CHANNELS}.", "The files are corrupt or of two networks.")
+        raise CompressorError(
+            f"{path} does not match the checksum in {CHANNELS}.", "The files are corrupt or of two networks."
+        )
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
@@ -170,7 +194,9 @@ def _check_shapes(content: dict[str, Any], dense: dict[str, list[int]], tensors:
     for what, names in (("weights", tensors.keys()), (CHANNELS, content["tensors"].keys())):
         wrong = sorted(set(names) ^ set(dense))
         if wrong:
-            raise CompressorError(f"The factory {name!r} and the {what} disagree about tensor '{wrong[0]}'.", _AGAIN)
+            raise CompressorError(
+                f"The factory {name!r} and the {what} disagree about tensor '{wrong[0]}'.", _AGAIN
+            )
     for key, tensor in tensors.items():
         shape = list(tensor.shape)
         if shape != content["tensors"][key]:
@@ -190,26 +216,37 @@ def _set_tensors(model: nn.Module, tensors: dict[str, Tensor], device: str | tor
     made: dict[str, Tensor] = {}
     for name, old in named_tensors(model).items():
         tensor = tensors[name].to(device)
-        made[name] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        made[name] = (
+            nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        )
     for name, first in {**{name: name for name in made}, **second}.items():
         path, _, leaf = name.rpartition(".")
         held = modules[path]._parameters if leaf in modules[path]._parameters else modules[path]._buffers
-        held[leaf] = made[first]  # type: ignore[assignment]
+        held[leaf] = made[first]
 
 
 def _set_attributes(model: nn.Module, content: dict[str, Any]) -> None:
     modules = dict(model.named_modules())
     for edit in content["edits"]:
-        if not (isinstance(edit, list) and len(edit) == 3 and edit[0] in modules and isinstance(edit[1], str)):
+        if not (
+            isinstance(edit, list) and len(edit) == 3 and edit[0] in modules and isinstance(edit[1], str)
+        ):
             raise CompressorError(f"{CHANNELS} edits something that the network lacks: {edit!r}.", _AGAIN)
         path, attribute, value = edit
         before = vars(modules[path]).get(attribute)
         old = list(before) if isinstance(before, (tuple, list)) else [before]
         new = value if isinstance(value, list) else [value]
-        if attribute.startswith("_") or len(old) != len(new) or any(
-            type(b) is not int or type(a) is not int or not 0 < a <= b for a, b in zip(new, old, strict=True)
+        if (
+            attribute.startswith("_")
+            or len(old) != len(new)
+            or any(
+                type(b) is not int or type(a) is not int or not 0 < a <= b
+                for a, b in zip(new, old, strict=True)
+            )
         ):
-            raise CompressorError(f"{CHANNELS} sets '{path}.{attribute}' from {before!r} to {value!r}.", _AGAIN)
+            raise CompressorError(
+                f"{CHANNELS} sets '{path}.{attribute}' from {before!r} to {value!r}.", _AGAIN
+            )
         setattr(modules[path], attribute, tuple(value) if isinstance(before, tuple) else value)
     for path, name in content["swaps"].items():
         if path not in modules or swap_name(modules[path]) != name:

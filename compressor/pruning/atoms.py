@@ -1,8 +1,9 @@
 """Atoms: one for every index of every axis of every parameter, and what a forward pass says about them.
 
-An axis of a tensor carries *labels*, one atom per index, or None where its size can never change (batch, space, tokens).
-Operations say which atoms must be kept or dropped together (`unify`) and which must always be kept (`fix`). When the
-pass is over, `solve` yields the classes of atoms that go together: the smallest things that pruning can remove.
+An axis of a tensor carries *labels*, one atom per index, or None where its size can never change (batch,
+space, tokens). Operations say which atoms must be kept or dropped together (`unify`) and which must always
+be kept (`fix`). When the pass is over, `solve` yields the classes of atoms that go together: the smallest
+things that pruning can remove.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention modules that keep working when heads are removed or the embedding shrinks.
 
-torch's `MultiheadAttention` and torchvision's window attention derive the size of a head from the width of their input, so
-that they only run where heads times head size is that width. A pruned network runs these classes in their place: the
-parameters have the same names and meaning, the size of a head stays what it was.
+torch's `MultiheadAttention` and torchvision's window attention derive the size of a head from the width of
+their input, so that they only run where heads times head size is that width. A pruned network runs these
+classes in their place: the parameters have the same names and meaning, the size of a head stays what it was.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SlimAttention(nn.MultiheadAttention):
 
     num_heads: int
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -33,7 +33,8 @@ class SlimAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `MultiheadAttention.forward` for batched input; (batch, tokens, embedding) or (tokens, batch, embedding)."""
+        """As `MultiheadAttention.forward` for batched input; (batch, tokens, embedding) or (tokens, batch,
+        embedding)."""
         if not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         assert self.in_proj_weight is not None
@@ -57,9 +58,9 @@ class SlimAttention(nn.MultiheadAttention):
         weight, bias = self.in_proj_weight, self.in_proj_bias
         assert weight is not None
         if query is key and key is value:
-            return list(F.linear(query, weight, bias).split(inner, dim=-1))
-        biases = [None] * 3 if bias is None else list(bias.split(inner))
-        parts = zip((query, key, value), weight.split(inner), biases, strict=True)
+            return list(torch.split(F.linear(query, weight, bias), inner, dim=-1))
+        biases = [None] * 3 if bias is None else list(torch.split(bias, inner))
+        parts = zip((query, key, value), torch.split(weight, inner), biases, strict=True)
         return [F.linear(source, w, b) for source, w, b in parts]
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
@@ -81,7 +82,9 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     if mask is None:
         scores = torch.bmm(flat[0], flat[1].transpose(1, 2))
     else:
-        full = mask.expand(batch, heads, q.shape[2], k.shape[2]).reshape(batch * heads, q.shape[2], k.shape[2])
+        full = mask.expand(batch, heads, q.shape[2], k.shape[2]).reshape(
+            batch * heads, q.shape[2], k.shape[2]
+        )
         scores = torch.baddbmm(full, flat[0], flat[1].transpose(1, 2))
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)
     mixed = torch.bmm(weights, flat[2])
@@ -111,15 +114,23 @@ def _shift_mask(height: int, width: int, window: list[int], shift: list[int], li
 
 
 def slim_window_attention(version: int) -> type[nn.Module]:
-    """The class that stands for torchvision's ShiftedWindowAttention (version 1) or ShiftedWindowAttentionV2 (2)."""
+    """The class that stands for torchvision's ShiftedWindowAttention (version 1) or ShiftedWindowAttentionV2
+    (2)."""
     from torchvision.models import swin_transformer
 
-    base: Any = swin_transformer.ShiftedWindowAttention if version == 1 else swin_transformer.ShiftedWindowAttentionV2
-    return type(f"Slim{base.__name__}", (base,), {"forward": _window_forward, "__doc__": slim_window_attention.__doc__})
+    base: Any = (
+        swin_transformer.ShiftedWindowAttention if version == 1 else swin_transformer.ShiftedWindowAttentionV2
+    )
+    return type(
+        f"Slim{base.__name__}",
+        (base,),
+        {"forward": _window_forward, "__doc__": slim_window_attention.__doc__},
+    )
 
 
 def _window_forward(self: Any, x: Tensor) -> Tensor:
-    """Attention in shifted windows, (batch, height, width, channels) to the same shape; Swin (1) and Swin V2 (2)."""
+    """Attention in shifted windows, (batch, height, width, channels) to the same shape; Swin (1) and Swin V2
+    (2)."""
     _, height, width, _ = x.shape
     window = list(self.window_size)
     down, right = -height % window[0], -width % window[1]
@@ -173,6 +184,8 @@ def swap_name(module: nn.Module) -> str | None:
     kind = type(module)
     if kind is nn.MultiheadAttention:
         return "multi_head_attention"
-    if kind.__module__ == "torchvision.models.swin_transformer" and kind.__name__.startswith("ShiftedWindowAttention"):
+    if kind.__module__ == "torchvision.models.swin_transformer" and kind.__name__.startswith(
+        "ShiftedWindowAttention"
+    ):
         return "window_attention_2" if kind.__name__.endswith("V2") else "window_attention_1"
     return None

@@ -1,4 +1,5 @@
-"""Costs as functions of widths: sums of products of affine channel counts, evaluated for many candidates at once."""
+"""Costs as functions of widths: sums of products of affine channel counts, evaluated for many candidates at
+once."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Affine:
-    """A channel count as a function of the widths of all groups: `constant + sum(coefficient * width[group])`.
+    """A channel count as a function of the widths of all groups: `constant + sum(coefficient *
+    width[group])`.
 
     Args:
         constant: Channels that always stay.
@@ -45,8 +47,8 @@ class CostTerms:
         terms: (constant, affine factors) for each term.
         groups: G, the number of groups whose widths the costs are asked for.
 
-    Evaluation is one matrix product for the distinct factors and one gather for each position of a factor; everything
-    is whole numbers below 2**53, so that floating point arithmetic is exact and fast.
+    Evaluation is one matrix product for the distinct factors and one gather for each position of a factor;
+    everything is whole numbers below 2**53, so that floating point arithmetic is exact and fast.
     """
 
     def __init__(self, terms: Sequence[tuple[int, Sequence[Affine]]], groups: int) -> None:
@@ -70,7 +72,9 @@ class CostTerms:
         self._merged = merged
 
     @cached_property
-    def _compiled(self) -> tuple[NDArray[np.float64], NDArray[np.float64], list[tuple[Ints, NDArray[np.float64]]]]:
+    def _compiled(
+        self,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[tuple[Ints, NDArray[np.float64]]]]:
         matrix = np.zeros((self._groups, len(self._affine)))
         offset = np.zeros(len(self._affine))
         for affine, column in self._affine.items():
@@ -104,7 +108,8 @@ class CostTerms:
 
 
 def as_printed(estimate: Ints) -> Ints:
-    """Multiply-adds that fvcore reads from numpy's estimate of an einsum: (estimate + 1) at four digits, halved, floored."""
+    """Multiply-adds that fvcore reads from numpy's estimate of an einsum: (estimate + 1) at four digits,
+    halved, floored."""
     value = estimate + 1
     digits = np.floor(np.log10(value)).astype(np.int64)
     # log10 may fall short by one at powers of ten.
@@ -116,7 +121,8 @@ def as_printed(estimate: Ints) -> Ints:
 
 
 class RoundedTerms:
-    """Terms that fvcore counts by way of numpy's printed estimate of an einsum, each rounded before it is added."""
+    """Terms that fvcore counts by way of numpy's printed estimate of an einsum, each rounded before it is
+    added."""
 
     def __init__(self, terms: Sequence[tuple[int, Sequence[Affine]]], groups: int) -> None:
         # Not merged: every call is rounded on its own.

@@ -23,8 +23,9 @@ _ADVICE = (
 def infer_factory(model: nn.Module, dense: Shapes) -> dict[str, Any]:
     """The spec that rebuilds the dense network of `model`.
 
-    Looked for in turn: the tag that `create_model` leaves, torchvision's builders, timm's configuration, and the class of
-    the network where it can be imported. A find counts only where it rebuilds every tensor in its dense shape.
+    Looked for in turn: the tag that `create_model` leaves, torchvision's builders, timm's configuration, and
+    the class of the network where it can be imported. A find counts only where it rebuilds every tensor in
+    its dense shape.
 
     Args:
         model: The pruned network.
@@ -65,7 +66,8 @@ def check_factory(spec: Any, dense: Shapes) -> dict[str, Any]:
 
 
 def build_dense(spec: Mapping[str, Any]) -> nn.Module:
-    """The dense network, on the meta device where its constructor allows it, else with fresh values on the CPU.
+    """The dense network, on the meta device where its constructor allows it, else with fresh values on the
+    CPU.
 
     A user's factory must be a function or a class of modules, and is called with `num_classes` at most.
 
@@ -83,12 +85,15 @@ def build_dense(spec: Mapping[str, Any]) -> nn.Module:
         if not _meta_leftovers(model):
             return model
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        # Constructors that compute with tensors need real ones; what they get wrong on their own fails again below.
+        # Constructors that compute with tensors need real ones; what they get wrong on their own fails again
+        # below.
         pass
     try:
         return build_from_factory(spec)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise CompressorError(f"The factory {name!r} fails: {type(error).__name__}: {error}.", _ADVICE) from error
+        raise CompressorError(
+            f"The factory {name!r} fails: {type(error).__name__}: {error}.", _ADVICE
+        ) from error
 
 
 def _check_user_factory(name: str) -> None:
@@ -104,7 +109,8 @@ def _check_user_factory(name: str) -> None:
         ) from error
     if not inspect.isfunction(found) and not (inspect.isclass(found) and issubclass(found, nn.Module)):
         raise CompressorError(
-            f"The factory {name!r} is neither a function nor a class of modules.", "Name one that builds the dense network."
+            f"The factory {name!r} is neither a function nor a class of modules.",
+            "Name one that builds the dense network.",
         )
 
 
@@ -124,7 +130,9 @@ def _candidates(model: nn.Module, dense: Shapes) -> Iterator[dict[str, Any]]:
             if inspect.unwrap(builder).__module__ == kind.__module__:
                 yield {"factory": name, "kwargs": {"num_classes": outputs}}
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    architecture = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
+    architecture = (
+        config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
+    )
     if isinstance(architecture, str) and kind.__module__.startswith("timm."):
         classes = getattr(model, "num_classes", outputs)
         yield {"factory": f"timm:{architecture}", "kwargs": {"num_classes": int(classes)}}

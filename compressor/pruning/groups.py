@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from compressor.pruning.atoms import Labels
 from compressor.pruning.counts import Affine
-from compressor.pruning.trace import Facts
+from compressor.pruning.facts import Facts
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,10 @@ class Group:
     Args:
         name: The module that first makes these channels; unique.
         index: Place in `PruningSpace.groups`, in the order in which the network makes them.
-        width: Units of the dense network. A unit is a channel, an attention head, or a group of a grouped convolution.
-        unit: Channels of a unit where they are first made (1; the three projections of a head; a group's size).
+        width: Units of the dense network. A unit is a channel, an attention head, or a group of a grouped
+        convolution.
+        unit: Channels of a unit where they are first made (1; the three projections of a head; a group's
+        size).
         granularity: Widths are multiples of this, or dense.
         min_width: The smallest legal width.
         coupled: Whether the channels run through a residual addition.
@@ -48,7 +50,8 @@ class Skipped:
 
 @dataclass
 class Found:
-    """A group before the user's settings: its classes (smallest atoms), in the order of the first producer's channels."""
+    """A group before the user's settings: its classes (smallest atoms), in the order of the first producer's
+    channels."""
 
     name: str
     classes: Labels
@@ -107,9 +110,9 @@ class Resolved:
 def resolve(facts: Facts) -> Resolved:
     """Group the classes of atoms by the axes that they run through.
 
-    Two classes that appear equally often in every axis of every parameter, layer, cost and attribute are exchangeable:
-    removing one or the other changes all sizes alike. Exchangeable classes make a group, so that every channel count is an
-    affine function of the widths.
+    Two classes that appear equally often in every axis of every parameter, layer, cost and attribute are
+    exchangeable: removing one or the other changes all sizes alike. Exchangeable classes make a group, so
+    that every channel count is an affine function of the widths.
     """
     solved = facts.atoms.solve()
     roots = solved.of

@@ -40,11 +40,13 @@ class Ranking:
 def rank(space: PruningSpace, importance: Importance, data: Any = None, seed: int = 0) -> Ranking:
     """Score every unit of every group on the weights of the moment.
 
-    Methods, all sums over the layers of a group, each layer scaled to mean 1 so that none outweighs the others:
+    Methods, all sums over the layers of a group, each layer scaled to mean 1 so that none outweighs the
+    others:
         l1, l2: norm of the filters that make the channel (Li et al., ICLR 2017).
         bn: |scale| of its batch-norms (Liu et al., ICCV 2017); filters' L1 where a group has none.
         fpgm: distance of a filter to all others of its layer (He et al., CVPR 2019).
-        taylor: |sum of weight * gradient| over everything that goes with the channel (Molchanov et al., CVPR 2019).
+        taylor: |sum of weight * gradient| over everything that goes with the channel (Molchanov et al., CVPR
+        2019).
         random: uniform, by `seed`.
 
     Raises:
@@ -55,7 +57,9 @@ def rank(space: PruningSpace, importance: Importance, data: Any = None, seed: in
         name = getattr(importance, "__name__", "function")
         scores = [_from_user(importance, group, tensors) for group in space.groups]
     elif importance not in METHODS:
-        raise CompressorError(f"There is no importance '{importance}'.", f"Choose one of {', '.join(METHODS)}, or a function.")
+        raise CompressorError(
+            f"There is no importance '{importance}'.", f"Choose one of {', '.join(METHODS)}, or a function."
+        )
     else:
         name = importance
         if importance == "random":
@@ -67,14 +71,20 @@ def rank(space: PruningSpace, importance: Importance, data: Any = None, seed: in
             scores = [_magnitude(space, group, importance, tensors) for group in space.groups]
     for group, values in zip(space.groups, scores, strict=True):
         if not np.isfinite(values).all():
-            raise CompressorError(f"Scores of group '{group.name}' are not finite.", "Are the weights (or the loss) NaN?")
+            raise CompressorError(
+                f"Scores of group '{group.name}' are not finite.", "Are the weights (or the loss) NaN?"
+            )
     order = tuple(np.argsort(-values, kind="stable") for values in scores)
     return Ranking(name, tuple(scores), order)
 
 
 def _from_user(function: UserFunction, group: Group, tensors: Mapping[str, Tensor]) -> Scores:
     values = function(group, tensors)
-    values = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=np.float64)
+    values = (
+        values.detach().cpu().double().numpy()
+        if isinstance(values, Tensor)
+        else np.asarray(values, dtype=np.float64)
+    )
     if values.shape != (group.width,):
         raise CompressorError(
             f"The importance function gave shape {values.shape} for group '{group.name}', which has {group.width} units.",
@@ -88,7 +98,8 @@ def _by_unit(space: PruningSpace, group: Group, name: str, axis: int, line: Tens
     layout = space.slicer.layouts[dict(space.slicer.axes[name])[axis]]
     here = layout.group == group.index
     values = line.detach().cpu().double().numpy()
-    return np.bincount(layout.unit[here], weights=values[here], minlength=group.width)
+    summed = np.bincount(layout.unit[here], weights=values[here], minlength=group.width)
+    return np.asarray(summed, dtype=np.float64)
 
 
 def _magnitude(space: PruningSpace, group: Group, method: str, tensors: Mapping[str, Tensor]) -> Scores:
@@ -101,7 +112,11 @@ def _magnitude(space: PruningSpace, group: Group, method: str, tensors: Mapping[
             return total
         method = "l1"
     for name, axis in space.makers[group.index]:
-        weight = tensors[name].double().movedim(axis, 0).flatten(1) if tensors[name].dim() > 1 else tensors[name].double()[:, None]
+        weight = (
+            tensors[name].double().movedim(axis, 0).flatten(1)
+            if tensors[name].dim() > 1
+            else tensors[name].double()[:, None]
+        )
         if method == "l1":
             line = weight.abs().sum(1)
         elif method == "l2":
@@ -124,18 +139,25 @@ def _runs_through(space: PruningSpace, group: Group, layout: int) -> bool:
 
 def _is_norm_scale(model: nn.Module, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
-    return leaf == "weight" and isinstance(model.get_submodule(path), (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
+    return leaf == "weight" and isinstance(
+        model.get_submodule(path), (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+    )
 
 
 def _taylor(space: PruningSpace, data: Any) -> list[Scores]:
     if data is None:
         raise CompressorError(
-            "Taylor importance needs data.", "Give data=[(inputs, labels), ...], or a function of the model that returns a loss."
+            "Taylor importance needs data.",
+            "Give data=[(inputs, labels), ...], or a function of the model that returns a loss.",
         )
     # A network of its own over the same memory: gradients land there, the user's model sees nothing of it.
     twin = copy_structure(
         space.model,
-        lambda t: nn.Parameter(t.detach(), requires_grad=t.dtype.is_floating_point) if isinstance(t, nn.Parameter) else t.clone(),
+        lambda t: (
+            nn.Parameter(t.detach(), requires_grad=t.dtype.is_floating_point)
+            if isinstance(t, nn.Parameter)
+            else t.clone()
+        ),
     ).eval()
     with torch.enable_grad():
         for loss in _losses(twin, data):
@@ -161,9 +183,13 @@ def _losses(model: nn.Module, data: Any) -> Iterable[Tensor]:
     count = 0
     for batch in data:
         if not isinstance(batch, Sequence) or len(batch) != 2:
-            raise CompressorError("Data for Taylor importance must be pairs of inputs and labels.", "[(inputs, labels), ...]")
+            raise CompressorError(
+                "Data for Taylor importance must be pairs of inputs and labels.", "[(inputs, labels), ...]"
+            )
         inputs, labels = batch
         yield nn.functional.cross_entropy(model(inputs.to(device)), labels.to(device))
         count += 1
     if count == 0:
-        raise CompressorError("Data for Taylor importance has no batch.", "Give at least one pair of inputs and labels.")
+        raise CompressorError(
+            "Data for Taylor importance has no batch.", "Give at least one pair of inputs and labels."
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.pruning.trace import example_tensors
+from compressor.pruning.facts import example_tensors
 
 
 def checked_model(model: Any) -> None:
@@ -18,17 +18,23 @@ def checked_model(model: Any) -> None:
         CompressorError: not a module, no parameters, parameters without data, or a scripted module.
     """
     if not isinstance(model, nn.Module):
-        raise CompressorError(f"The model must be a torch.nn.Module, not {type(model).__name__}.", "Build it first.")
+        raise CompressorError(
+            f"The model must be a torch.nn.Module, not {type(model).__name__}.", "Build it first."
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise CompressorError("A scripted or traced module hides its structure.", "Give the original module.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise CompressorError(f"The model is wrapped in {type(model).__name__}.", "Give `model.module`.")
     parameters = list(model.named_parameters())
     if not parameters:
-        raise CompressorError(f"{type(model).__name__} has no parameters: there is nothing to prune.", "Is it the right one?")
+        raise CompressorError(
+            f"{type(model).__name__} has no parameters: there is nothing to prune.", "Is it the right one?"
+        )
     for name, value in parameters:
         if isinstance(value, nn.parameter.UninitializedParameter):
-            raise CompressorError(f"Parameter '{name}' has no shape yet (a lazy module).", "Run the model once first.")
+            raise CompressorError(
+                f"Parameter '{name}' has no shape yet (a lazy module).", "Run the model once first."
+            )
         if value.device.type == "meta":
             raise CompressorError(
                 f"The model lies on the meta device: parameter '{name}' has no values.",
@@ -36,7 +42,9 @@ def checked_model(model: Any) -> None:
             )
     devices = {str(value.device) for _, value in parameters}
     if len(devices) > 1:
-        raise CompressorError(f"The model is spread over several devices: {', '.join(sorted(devices))}.", "Move it to one.")
+        raise CompressorError(
+            f"The model is spread over several devices: {', '.join(sorted(devices))}.", "Move it to one."
+        )
 
 
 def checked_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
@@ -49,13 +57,15 @@ def checked_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
     tensors = example_tensors(args)
     if not tensors:
         raise CompressorError(
-            f"The example input must hold a tensor, not {type(example).__name__}.", "Give torch.randn(1, 3, 224, 224), say."
+            f"The example input must hold a tensor, not {type(example).__name__}.",
+            "Give torch.randn(1, 3, 224, 224), say.",
         )
     device = next(model.parameters()).device
     for tensor in tensors:
         if tensor.device != device:
             raise CompressorError(
-                f"The example input is on {tensor.device}, the model on {device}.", "Move one of them: example.to(device)."
+                f"The example input is on {tensor.device}, the model on {device}.",
+                "Move one of them: example.to(device).",
             )
     batches = {tensor.shape[0] if tensor.dim() > 1 else 1 for tensor in tensors}
     if len(batches) == 1 and batches != {1} and all(isinstance(arg, Tensor) for arg in args):

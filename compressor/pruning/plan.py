@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -30,10 +31,13 @@ class ChannelPlan:
         for name, units in self.keep.items():
             kept = tuple(int(unit) for unit in units)
             if not kept:
-                raise CompressorError(f"A plan keeps nothing of group '{name}'.", "Keep at least one channel of every group.")
-            if kept[0] < 0 or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
                 raise CompressorError(
-                    f"The kept channels of group '{name}' are not ascending, distinct and from 0 on.", "Sort them."
+                    f"A plan keeps nothing of group '{name}'.", "Keep at least one channel of every group."
+                )
+            if kept[0] < 0 or any(a >= b for a, b in pairwise(kept)):
+                raise CompressorError(
+                    f"The kept channels of group '{name}' are not ascending, distinct and from 0 on.",
+                    "Sort them.",
                 )
             checked[str(name)] = kept
         object.__setattr__(self, "keep", MappingProxyType(checked))
@@ -59,7 +63,9 @@ class ChannelPlan:
 
     def to_json(self) -> str:
         """The plan as JSON, keys sorted, without spaces."""
-        return json.dumps({"keep": {n: list(u) for n, u in self.keep.items()}}, sort_keys=True, separators=(",", ":"))
+        return json.dumps(
+            {"keep": {n: list(u) for n, u in self.keep.items()}}, sort_keys=True, separators=(",", ":")
+        )
 
     @classmethod
     def from_json(cls, text: str) -> ChannelPlan:
@@ -71,12 +77,15 @@ class ChannelPlan:
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise CompressorError(f"A channel plan is not JSON: {error}.", "Save it again with to_json().") from error
+            raise CompressorError(
+                f"A channel plan is not JSON: {error}.", "Save it again with to_json()."
+            ) from error
         keep = content.get("keep") if isinstance(content, dict) else None
         if not isinstance(keep, dict) or not all(
             isinstance(units, list) and all(type(unit) is int for unit in units) for units in keep.values()
         ):
             raise CompressorError(
-                "A channel plan must look like {\"keep\": {\"group\": [0, 1, ...]}}.", "Save it again with to_json()."
+                'A channel plan must look like {"keep": {"group": [0, 1, ...]}}.',
+                "Save it again with to_json().",
             )
         return cls({name: tuple(units) for name, units in keep.items()})

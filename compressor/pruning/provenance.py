@@ -1,8 +1,8 @@
 """Whole numbers that remember the attribute they came from.
 
-Code such as `x.reshape(b, n, self.num_heads, self.head_dim)` bakes channel counts into attributes. On the network that is
-traced every whole-number attribute is an `Attribute`, so that a call that receives it knows which attribute must follow the
-pruned width. Products and quotients remember their origin too.
+Code such as `x.reshape(b, n, self.num_heads, self.head_dim)` bakes channel counts into attributes. On the
+network that is traced every whole-number attribute is an `Attribute`, so that a call that receives it knows
+which attribute must follow the pruned width. Products and quotients remember their origin too.
 """
 
 from __future__ import annotations
@@ -73,5 +73,6 @@ def remember(path: str, module: nn.Module) -> None:
             held[name] = Attribute(value, ((path, name, None, value),))
         elif type(value) in (list, tuple) and value and all(type(item) is int for item in value):
             held[name] = type(value)(
-                Attribute(item, ((path, name, place, item),)) if item > 0 else item for place, item in enumerate(value)
+                Attribute(item, ((path, name, place, item),)) if item > 0 else item
+                for place, item in enumerate(value)
             )

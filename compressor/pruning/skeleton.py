@@ -1,4 +1,5 @@
-"""Copies of a module tree that cost microseconds a module and let the caller decide what each tensor becomes."""
+"""Copies of a module tree that cost microseconds a module and let the caller decide what each tensor
+becomes."""
 
 from __future__ import annotations
 
@@ -11,14 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SHARED = frozenset({
-    int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type,
-    types.FunctionType, types.BuiltinFunctionType, torch.Size, range,
-})
+_SHARED = frozenset(
+    {
+        int,
+        float,
+        str,
+        bool,
+        bytes,
+        complex,
+        type(None),
+        torch.dtype,
+        torch.device,
+        torch.memory_format,
+        torch.layout,
+        type,
+        types.FunctionType,
+        types.BuiltinFunctionType,
+        torch.Size,
+        range,
+    }
+)
 _HOOKS = (
-    "_backward_pre_hooks", "_backward_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 _HANDLED = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS})
 _TORCH_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -29,11 +54,13 @@ def copy_structure(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.M
 
     Args:
         model: Is only read.
-        tensor: Called once for each distinct parameter, buffer and plain tensor attribute; returns what stands for it.
+        tensor: Called once for each distinct parameter, buffer and plain tensor attribute; returns what
+        stands for it.
             Parameters become parameters again, with the same `requires_grad`, without gradients.
 
-    Sharing inside the tree (a module used twice, tied weights) is kept. Hooks of the user stay behind, since they close over
-    the old network; hooks that torch.nn.utils installs (weight and spectral normalisation) come along.
+    Sharing inside the tree (a module used twice, tied weights) is kept. Hooks of the user stay behind, since
+    they close over the old network; hooks that torch.nn.utils installs (weight and spectral normalisation)
+    come along.
     """
     memo: dict[int, Any] = {}
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -49,10 +76,10 @@ def copy_structure(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.M
         own.update(held)
         pairs.append((held, own))
         stack.extend(child for child in held["_modules"].values() if child is not None)
-        for name, value in held["_parameters"].items():
+        for value in held["_parameters"].values():
             if value is not None and id(value) not in memo:
                 memo[id(value)] = _parameter(value, tensor)
-        for name, value in held["_buffers"].items():
+        for value in held["_buffers"].values():
             if value is not None and id(value) not in memo:
                 memo[id(value)] = tensor(value)
     for held, own in pairs:
@@ -100,7 +127,10 @@ def aliases(model: nn.Module) -> dict[str, str]:
     """Further names of tied parameters and shared buffers -> the first name."""
     first: dict[int, str] = {}
     found: dict[str, str] = {}
-    for name, value in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+    for name, value in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
         known = first.setdefault(id(value), name)
         if known != name:
             found[name] = known

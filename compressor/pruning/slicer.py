@@ -15,7 +15,7 @@ from compressor.pruning.attention import slim_class
 from compressor.pruning.counts import Affine
 from compressor.pruning.groups import Resolved
 from compressor.pruning.skeleton import copy_structure, named_tensors
-from compressor.pruning.trace import Facts
+from compressor.pruning.facts import Facts
 
 Keep = Sequence[NDArray[np.bool_]]
 RECORD = "_compressor_slim"
@@ -74,25 +74,35 @@ class Slicer:
                 found.append((axis, layouts[key]))
             if found:
                 self.axes[name] = tuple(found)
-        edits = {}
+        edits: dict[tuple[str, str, int | None], Edit] = {}
         for tie in facts.ties:
             count = resolved.affine(tie.labels)
             if not count.is_constant:
-                edits.setdefault((tie.path, tie.attribute, tie.place), Edit(tie.path, tie.attribute, tie.place, count, tie.block))
+                edits.setdefault(
+                    (tie.path, tie.attribute, tie.place),
+                    Edit(tie.path, tie.attribute, tie.place, count, tie.block),
+                )
         self.edits = tuple(edits.values())
         touched = {name.rpartition(".")[0] for name in self.axes}
         #: Modules whose parameters may shrink, for the attributes that follow from shapes.
         self.touched = tuple(sorted(touched))
         self.swaps = {
-            path: name for path, name in swaps.items() if any(t == path or t.startswith(path + ".") for t in touched)
+            path: name
+            for path, name in swaps.items()
+            if any(t == path or t.startswith(path + ".") for t in touched)
         }
 
     def indices(self, keep: Keep) -> list[Tensor | None]:
         """Kept indices of each layout; None where all are kept."""
         found = [layout.kept(keep) for layout in self.layouts]
-        return [None if index.numel() == layout.group.size else index for index, layout in zip(found, self.layouts, strict=True)]
+        return [
+            None if index.numel() == layout.group.size else index
+            for index, layout in zip(found, self.layouts, strict=True)
+        ]
 
-    def build(self, model: nn.Module, keep: Keep, widths: NDArray[np.int64], slice_: Callable[..., Tensor]) -> nn.Module:
+    def build(
+        self, model: nn.Module, keep: Keep, widths: NDArray[np.int64], slice_: Callable[..., Tensor]
+    ) -> nn.Module:
         """The smaller network.
 
         Args:
@@ -103,7 +113,9 @@ class Slicer:
         """
         kept = self.indices(keep)
         plan = {
-            id(tensor): [(axis, index) for axis, layout in self.axes[name] if (index := kept[layout]) is not None]
+            id(tensor): [
+                (axis, index) for axis, layout in self.axes[name] if (index := kept[layout]) is not None
+            ]
             for name, tensor in named_tensors(model).items()
             if name in self.axes
         }
@@ -182,8 +194,14 @@ def cut(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
         # The axis that loses most goes first, so that the others move less.
         kept = sorted(kept, key=lambda item: item[1].numel() / tensor.shape[item[0]])
     for axis, index in kept:
-        source = source.index_select(axis, index if index.device == source.device else index.to(source.device))
-    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        source = source.index_select(
+            axis, index if index.device == source.device else index.to(source.device)
+        )
+    if (
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
         source = source.contiguous(memory_format=torch.channels_last)
     return source
 

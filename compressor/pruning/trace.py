@@ -1,148 +1,30 @@
 """One forward pass that labels every axis of every tensor with the channels it carries.
 
-`Tracer` is a torch function mode: it sees each call of the public torch API with its tensors, lets it run (on the meta
-device, where nothing is computed), and asks the rule of that operation (`rules_shape`, `rules_compute`) what the call
-says about the atoms of the axes. Unlike a graph taken from autograd this keeps the exact index of every channel through
-concatenation, splitting, reshaping and shuffling, and it sees operations as fvcore counts them.
+`Tracer` is a torch function mode: it sees each call of the public torch API with its tensors, lets it run
+(on the meta device, where nothing is computed), and asks the rule of that operation (`rules_shape`,
+`rules_layers` and their siblings) what the call says about the atoms of the axes. Unlike a graph taken from autograd this
+keeps the exact index of every channel through concatenation, splitting, reshaping and shuffling, and it sees
+operations as fvcore counts them.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.errors import CompressorError
 from compressor.pruning.atoms import Atoms, Axes, Labels
+from compressor.pruning.facts import MEETS_FIXED, Call, Facts, Frame, Settings, Step, Tie, tensors_in
 from compressor.pruning.provenance import Attribute, remember
 from compressor.pruning.quick import shape_only
 
-#: Which call of an operation: the module that made it (numbers in its path left out, and its class) and the call's place in
-#: that module's forward pass. Blocks that differ in their number only share a key, so that a decision for one holds for all.
-Key = tuple[str, int]
-
-MEETS_FIXED = "it meets an axis of fixed size"
-
-_DATA_DEPENDENT = frozenset({"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"})
-
-
-@dataclass
-class Frame:
-    """A module whose forward pass is running."""
-
-    path: str
-    module: nn.Module | None
-    calls: int = 0
-    inputs: tuple[Any, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        return type(self.module).__name__ if self.module is not None else ""
-
-    @property
-    def pattern(self) -> str:
-        """The path without its numbers, and the class."""
-        return f"{re.sub(r'[0-9]+', '*', self.path)}:{self.kind}"
-
-
-@dataclass
-class Call:
-    """One call of the torch API, as a rule sees it."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    out: Any
-    key: Key
-
-    def arg(self, place: int, name: str, default: Any = None) -> Any:
-        """The argument at `place`, or by `name`, or `default`."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Every tensor among the arguments, lists included."""
-        return list(_tensors([*self.args, *self.kwargs.values()]))
-
-
-@dataclass
-class Step:
-    """What the lockstep check compares: a call and the axes of its results."""
-
-    name: str
-    key: Key
-    path: str
-    outs: list[tuple[tuple[int, ...], Axes]]
-    labelled: list[Labels]
-
-
-@dataclass
-class LayerCall:
-    """One call of an operation that bears weights; channel axes as labels or constant sizes."""
-
-    name: str
-    kind: str
-    module_class: str
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    in_hw: tuple[int, int]
-    out_hw: tuple[int, int]
-    in_channels: int | Labels
-    out_channels: int | Labels
-
-
-@dataclass
-class Tie:
-    """An attribute of a module that holds a channel count: `attribute` (at `place` of a tuple or list) is len(labels)."""
-
-    path: str
-    attribute: str
-    place: int | None
-    labels: Labels
-    #: The attribute counts blocks of this many labels.
-    block: int = 1
-
-
-@dataclass
-class Facts:
-    """Everything a trace says about a network; labels are resolved by the caller."""
-
-    atoms: Atoms
-    params: dict[str, Axes] = field(default_factory=dict)
-    outputs: dict[tuple[str, int], str] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-    terms: list[tuple[int, list[Labels]]] = field(default_factory=list)
-    #: Like terms, but rounded as fvcore rounds its count of an einsum.
-    rounded: list[tuple[int, list[Labels]]] = field(default_factory=list)
-    layers: list[LayerCall] = field(default_factory=list)
-    ties: list[Tie] = field(default_factory=list)
-    swaps: dict[str, str] = field(default_factory=dict)
-    decisions: dict[Key, tuple[str, list[Labels]]] = field(default_factory=dict)
-
-
-@dataclass
-class Settings:
-    """What earlier traces of the same network have taught."""
-
-    decisions: dict[Key, str] = field(default_factory=dict)
-    frozen: dict[Key, str] = field(default_factory=dict)
-    #: Reshapes whose channels must be as many as those that enter the module.
-    locks: set[Key] = field(default_factory=set)
-    #: How often a step failed.
-    failures: dict[Key, int] = field(default_factory=dict)
-
-    def copy(self) -> Settings:
-        """Settings that can be changed without changing these."""
-        return Settings(dict(self.decisions), dict(self.frozen), set(self.locks), dict(self.failures))
+_DATA_DEPENDENT = frozenset(
+    {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"}
+)
 
 
 class Tracer(TorchFunctionMode):
@@ -151,9 +33,12 @@ class Tracer(TorchFunctionMode):
     Args:
         tensors: name -> parameter or buffer of the network that runs (its own objects, by identity).
         settings: Decisions and exceptions from earlier passes.
-        check: For the lockstep check of a pruned network: called with the number of each step, the call, its results and
-            the running module's path instead of the rules; raises where the results are not as they should be.
-        quick: The tensors are on the meta device; common operations need not run to tell their results' shapes.
+        check: For the lockstep check of a pruned network: called with the number of each step, the call, its
+        results and
+            the running module's path instead of the rules; raises where the results are not as they should
+            be.
+        quick: The tensors are on the meta device; common operations need not run to tell their results'
+        shapes.
     """
 
     def __init__(
@@ -234,7 +119,8 @@ class Tracer(TorchFunctionMode):
         self.facts.outputs.setdefault((name, axis), path or name.rpartition(".")[0])
 
     def count(self, constant: int, *sizes: int | Labels, rounded: bool = False) -> None:
-        """Add `constant * product(sizes)` to what fvcore counts; an axis with labels counts its kept channels."""
+        """Add `constant * product(sizes)` to what fvcore counts; an axis with labels counts its kept
+        channels."""
         if self.uncounted:
             return
         labels = []
@@ -247,7 +133,9 @@ class Tracer(TorchFunctionMode):
 
     def sizes(self, tensor: Tensor) -> list[int | Labels]:
         """The axes of `tensor` as factors for `count`."""
-        return [size if axis is None else axis for size, axis in zip(tensor.shape, self.axes(tensor), strict=True)]
+        return [
+            size if axis is None else axis for size, axis in zip(tensor.shape, self.axes(tensor), strict=True)
+        ]
 
     def decide(self, call: Call, default: str, labels: Labels) -> str:
         """Which way a split of channels is pruned; remembered so that a poor choice can be turned round."""
@@ -257,10 +145,11 @@ class Tracer(TorchFunctionMode):
         return chosen
 
     def tie(self, size: Any, labels: Labels, block: int = 1, others: Iterable[Labels | None] = ()) -> bool:
-        """Where `size` was read from an attribute, that attribute is the number of these channels (in blocks of `block`).
+        """Where `size` was read from an attribute, that attribute is the number of these channels (in blocks
+        of `block`).
 
-        A size that was computed from an attribute (half of it, say) ties the attribute to that axis of `labels` and
-        `others` which has as many channels as it says. Returns whether anything was tied.
+        A size that was computed from an attribute (half of it, say) ties the attribute to that axis of
+        `labels` and `others` which has as many channels as it says. Returns whether anything was tied.
         """
         if not isinstance(size, Attribute):
             return False
@@ -304,7 +193,7 @@ class Tracer(TorchFunctionMode):
             out = func(*args, **kwargs)
         if name == "setitem":
             self._written(args)
-        results = list(_tensors([out]))
+        results = list(tensors_in([out]))
         if not results:
             return out
         call = Call(name, args, kwargs, out, key)
@@ -318,9 +207,7 @@ class Tracer(TorchFunctionMode):
         for tensor in results:
             if id(tensor) not in self._marks or not self._marks[id(tensor)][2]:
                 self.mark(tensor, self.axes(tensor), live)
-        labelled = [
-            axis for tensor in [*inputs, *results] for axis in self.axes(tensor) if axis is not None
-        ]
+        labelled = [axis for tensor in [*inputs, *results] for axis in self.axes(tensor) if axis is not None]
         if self.uncounted:
             return out
         if key in self.settings.frozen:
@@ -333,7 +220,7 @@ class Tracer(TorchFunctionMode):
 
     def _written(self, args: tuple[Any, ...]) -> None:
         """Values were written into a part of a tensor: what meets there keeps its size."""
-        for tensor in _tensors(args):
+        for tensor in tensors_in(args):
             for axis in self.axes(tensor):
                 self.fix(axis, "values are written into a part of a tensor")
         if self.active(args[2]):
@@ -367,36 +254,11 @@ class _Watched:
 
 def data_dependent(name: str, frame: Frame) -> CompressorError:
     """The error for a forward pass whose course depends on values."""
-    where = f"module '{frame.path}' ({frame.kind})" if frame.path else f"the network's own forward ({frame.kind})"
+    where = (
+        f"module '{frame.path}' ({frame.kind})" if frame.path else f"the network's own forward ({frame.kind})"
+    )
     return CompressorError(
         f"The network's course depends on its data: {where} reads a tensor's value ('{name}') while it runs, so that one "
         "pass does not show all of its structure.",
         "Replace the branch by tensor operations (torch.where), or prune the part of the network around it.",
     )
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
-
-
-def example_tensors(value: Any) -> list[Tensor]:
-    """Every tensor in nested lists, tuples and dictionaries."""
-    return list(_tensors([value]))
-
-
-def moved(value: Any, device: torch.device | str) -> Any:
-    """`value` with every tensor in it on `device`."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device)
-    if isinstance(value, (list, tuple)):
-        items = [moved(item, device) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
-    return value

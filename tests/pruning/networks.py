@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 class Zoo(nn.Module):
-    """One network with shared modules, reshape + linear, cat, chunk, shuffle, grouped and depthwise convolution,
-    squeeze-excitation, PReLU, LayerNorm and transposed convolution. 3x32x32 to `num_classes`."""
+    """One network with shared modules, reshape + linear, cat, chunk, shuffle, grouped and depthwise
+    convolution, squeeze-excitation, PReLU, LayerNorm and transposed convolution. 3x32x32 to `num_classes`."""
 
     def __init__(self, num_classes: int = 5) -> None:
         super().__init__()
@@ -70,8 +70,12 @@ class UNet(nn.Module):
 
 def _double(ins: int, outs: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(ins, outs, 3, padding=1, bias=False), nn.BatchNorm2d(outs), nn.ReLU(inplace=True),
-        nn.Conv2d(outs, outs, 3, padding=1, bias=False), nn.BatchNorm2d(outs), nn.ReLU(inplace=True),
+        nn.Conv2d(ins, outs, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outs),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(outs, outs, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outs),
+        nn.ReLU(inplace=True),
     )
 
 
@@ -136,7 +140,9 @@ def filled(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() < 2:
-                parameter.copy_(torch.rand(parameter.shape, generator=random, dtype=parameter.dtype) * 0.5 + 0.5)
+                parameter.copy_(
+                    torch.rand(parameter.shape, generator=random, dtype=parameter.dtype) * 0.5 + 0.5
+                )
             else:
                 gain = 1.4 / max(1, parameter[0].numel()) ** 0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=random, dtype=parameter.dtype) * gain)
@@ -152,5 +158,7 @@ def fvcore_macs(model: nn.Module, *inputs: Any) -> int:
     """What fvcore counts."""
     from fvcore.nn import FlopCountAnalysis
 
-    analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis = (
+        FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    )
     return int(analysis.tracer_warnings("none").total())

@@ -92,7 +92,9 @@ def test_given_factory_types_and_copies(slim: tuple[nn.Module, ChannelPlan, Tens
     torch.testing.assert_close(again.float()(example), half.float()(example))
 
 
-def test_another_process_without_torch_pruning(slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path) -> None:
+def test_another_process_without_torch_pruning(
+    slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path
+) -> None:
     small, plan, example = slim
     save(small, plan, tmp_path, factory=ZOO)
     torch.save(example, tmp_path / "x.pt")
@@ -122,7 +124,9 @@ def test_a_network_without_a_factory_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_save_refuses_what_apply_did_not_make(slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path) -> None:
+def test_save_refuses_what_apply_did_not_make(
+    slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path
+) -> None:
     small, plan, _ = slim
     with pytest.raises(CompressorError, match="not made by PruningSpace.apply"):
         save(Zoo(), plan, tmp_path, factory=ZOO)
@@ -155,12 +159,30 @@ def _edited(folder: Path, **changes: Any) -> None:
         ({"plan": {"keep": {"stem": [0]}}}, "plan does not match its checksum"),
         ({"plan": 3}, "'plan' is missing or of a wrong kind"),
         ({"tensors": lambda t: {**t, "stem.weight": [1, 3, 3, 3]}}, "Tensor 'stem.weight' has shape"),
-        ({"tensors": lambda t: {k: v for k, v in t.items() if k != "stem.weight"}}, "disagree about tensor 'stem.weight'"),
-        ({"factory": {"factory": "tests.pruning.networks:nothing", "kwargs": {"num_classes": 5}}}, "cannot be imported"),
-        ({"factory": {"factory": "os:system", "kwargs": {"num_classes": 5}}}, "neither a function nor a class of modules"),
-        ({"factory": {"factory": "subprocess:Popen", "kwargs": {"num_classes": 5}}}, "neither a function nor"),
-        ({"factory": {"factory": "tests.pruning.networks:UNet", "kwargs": {"num_classes": 5}}}, "disagree about tensor"),
-        ({"factory": {"factory": "tests.pruning.networks:zoo", "kwargs": {"num_classes": "rm"}}}, "num_classes as an integer"),
+        (
+            {"tensors": lambda t: {k: v for k, v in t.items() if k != "stem.weight"}},
+            "disagree about tensor 'stem.weight'",
+        ),
+        (
+            {"factory": {"factory": "tests.pruning.networks:nothing", "kwargs": {"num_classes": 5}}},
+            "cannot be imported",
+        ),
+        (
+            {"factory": {"factory": "os:system", "kwargs": {"num_classes": 5}}},
+            "neither a function nor a class of modules",
+        ),
+        (
+            {"factory": {"factory": "subprocess:Popen", "kwargs": {"num_classes": 5}}},
+            "neither a function nor",
+        ),
+        (
+            {"factory": {"factory": "tests.pruning.networks:UNet", "kwargs": {"num_classes": 5}}},
+            "disagree about tensor",
+        ),
+        (
+            {"factory": {"factory": "tests.pruning.networks:zoo", "kwargs": {"num_classes": "rm"}}},
+            "num_classes as an integer",
+        ),
         ({"edits": [["stem", "out_channels", 10**6]]}, "sets 'stem.out_channels'"),
         ({"edits": [["stem", "__class__", 3]]}, "sets 'stem.__class__'"),
         ({"edits": [["gone", "out_channels", 3]]}, "network lacks"),
@@ -177,7 +199,9 @@ def test_corrupt_and_foreign_files_are_refused(
         load(tmp_path)
 
 
-def test_broken_files_and_links_are_refused(slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path) -> None:
+def test_broken_files_and_links_are_refused(
+    slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path
+) -> None:
     small, plan, _ = slim
     with pytest.raises(CompressorError, match="holds no channels.json"):
         load(tmp_path)

@@ -100,10 +100,16 @@ def test_layers_tell_the_built_shapes(name: str, seed: int) -> None:
     for layer in space.layers:
         module = modules.get(layer.name)
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            assert (int(layer.in_channels(widths)), int(layer.out_channels(widths))) == (module.in_channels, module.out_channels)
+            assert (int(layer.in_channels(widths)), int(layer.out_channels(widths))) == (
+                module.in_channels,
+                module.out_channels,
+            )
             assert layer.kernel == module.kernel_size
         elif isinstance(module, nn.Linear):
-            assert (int(layer.in_channels(widths)), int(layer.out_channels(widths))) == (module.in_features, module.out_features)
+            assert (int(layer.in_channels(widths)), int(layer.out_channels(widths))) == (
+                module.in_features,
+                module.out_features,
+            )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -132,7 +138,12 @@ def test_apply_is_deterministic_and_keeps_old_order(name: str, seed: int) -> Non
     for key, axes in space.indices(plan).items():
         for axis, index in axes.items():
             assert (index.diff() > 0).all()
-            assert index.numel() == dict(first.named_parameters() if key in weights else first.named_buffers())[key].shape[axis]
+            assert (
+                index.numel()
+                == dict(first.named_parameters() if key in weights else first.named_buffers())[key].shape[
+                    axis
+                ]
+            )
 
 
 @pytest.mark.parametrize("name", NETWORKS)

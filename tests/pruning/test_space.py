@@ -49,8 +49,10 @@ def test_groups_costs_and_layers_by_hand(example: Tensor) -> None:
     assert space.params([5, 3]) == 27 * 5 + 2 * 5 + 9 * 5 * 3 + 5 * 3 + 4 * 5 + 4
     assert space.macs(np.array([[5, 3], [8, 6]])).tolist() == [space.macs([5, 3]), space.macs([8, 6])]
     assert [(layer.name, layer.kind, layer.kernel, layer.in_hw) for layer in space.layers] == [
-        ("stem", "conv", (3, 3), (10, 10)), ("inner", "conv", (3, 3), (10, 10)),
-        ("outer", "conv", (1, 1), (10, 10)), ("head", "linear", (1, 1), (1, 1)),
+        ("stem", "conv", (3, 3), (10, 10)),
+        ("inner", "conv", (3, 3), (10, 10)),
+        ("outer", "conv", (1, 1), (10, 10)),
+        ("head", "linear", (1, 1), (1, 1)),
     ]
     assert space.layers[2].in_channels(np.array([[5, 3], [8, 6]])).tolist() == [3, 6]
 
@@ -68,7 +70,9 @@ def test_granularity_minimum_and_dense_width(example: Tensor) -> None:
     assert [each.choices(i).tolist() for i in range(2)] == [[3, 4, 5, 6, 7, 8], [4, 6]]
     assert each.round(np.array([0.0, 5.1])).tolist() == [3, 6]
     assert each.smallest().widths == {"stem": 3, "inner": 4}
-    default = PruningSpace(nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 2, 1)).eval(), example, granularity=8)
+    default = PruningSpace(
+        nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 2, 1)).eval(), example, granularity=8
+    )
     assert default.min_widths.tolist() == [8]
 
 
@@ -135,7 +139,10 @@ def test_weights_of_another_copy(example: Tensor) -> None:
     space = PruningSpace(filled(Residual(), 0), example)
     other = filled(Residual(), 1)
     plan = space.plan([3, 2])
-    assert torch.equal(space.apply(plan, other).outer.weight, other.outer.weight[list(plan.keep["stem"])][:, list(plan.keep["inner"])])
+    assert torch.equal(
+        space.apply(plan, other).outer.weight,
+        other.outer.weight[list(plan.keep["stem"])][:, list(plan.keep["inner"])],
+    )
 
 
 def test_a_thousand_applies_leave_nothing_behind(example: Tensor) -> None:
@@ -206,7 +213,9 @@ def test_bad_ratio_and_rounding(example: Tensor) -> None:
 
 def test_bad_models_and_inputs(example: Tensor) -> None:
     model = Residual().eval()
-    with pytest.raises(CompressorError, match=r"fails on the example input \(\(1, 5, 10, 10\).*stem.*expected"):
+    with pytest.raises(
+        CompressorError, match=r"fails on the example input \(\(1, 5, 10, 10\).*stem.*expected"
+    ):
         PruningSpace(model, torch.randn(1, 5, 10, 10))
     with pytest.raises(CompressorError, match="on meta, the model on cpu"):
         PruningSpace(model, example.to("meta"))

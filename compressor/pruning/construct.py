@@ -1,0 +1,175 @@
+"""From a trace and the user's settings to groups, legal widths, layers and cost terms."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from compressor.errors import CompressorError
+from compressor.pruning.counts import Affine
+from compressor.pruning.facts import Facts
+from compressor.pruning.groups import Group, Resolved, Skipped
+
+Ints = NDArray[np.int64]
+
+
+#: The smallest width unless the user says otherwise: a tenth of the dense one, at least one step of the
+#: granularity.
+MIN_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of an operation that bears weights, in the order of execution; channel counts as functions of
+    widths.
+
+    `kind` is "conv", "depthwise", "grouped", "conv_transpose" or "linear"; `groups` is the dense number. Sizes are
+    (height, width), of a sequence (tokens, 1), without space (1, 1).
+    """
+
+    name: str
+    kind: str
+    module_class: str
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    in_hw: tuple[int, int]
+    out_hw: tuple[int, int]
+    in_channels: Affine
+    out_channels: Affine
+
+
+def exclude(resolved: Resolved, frozen: Sequence[str], scope: str) -> None:
+    if isinstance(frozen, str):
+        frozen = (frozen,)
+    for pattern in frozen:
+        names = {n for found in resolved.groups for n in (found.name, *found.members)} | {
+            s.name for s in resolved.skipped
+        }
+        if not fnmatch.filter(names, pattern):
+            raise CompressorError(
+                f"The pattern '{pattern}' of frozen groups matches nothing.",
+                f"Names: {some(sorted(names), pattern)}.",
+            )
+    for index in reversed(range(len(resolved.groups))):
+        found = resolved.groups[index]
+        if any(fnmatch.fnmatchcase(n, p) for p in frozen for n in (found.name, *found.members)):
+            resolved.leave_dense(index, "frozen by the caller")
+        elif scope == "inner" and found.coupled:
+            resolved.leave_dense(index, "it runs through residual additions (scope 'inner')")
+
+
+def make_groups(resolved: Resolved, granularity: Any, min_width: Any) -> tuple[Group, ...]:
+    names = [found.name for found in resolved.groups]
+    groups = []
+    for index, found in enumerate(resolved.groups):
+        width = int(found.classes.size)
+        step = _setting(granularity, found.name, 1, names, "granularity")
+        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 1:
+            raise CompressorError(
+                f"The granularity must be a whole number from 1 on, not {step!r}.", "8 suits FP16, 32 INT8."
+            )
+        # Granularity counts channels; a unit of several channels needs fewer units to be a multiple.
+        step = int(step) // math.gcd(int(step), found.unit)
+        least = _setting(min_width, found.name, MIN_SHARE, names, "min_width")
+        if isinstance(least, bool) or not isinstance(least, (int, float, np.integer)) or not least >= 0:
+            raise CompressorError(
+                f"A smallest width must be channels or a share, not {least!r}.", "0.1 is a tenth."
+            )
+        if isinstance(least, float):
+            if least > 1:
+                raise CompressorError(
+                    f"A smallest width of {least} is no share of the dense width.",
+                    "Give an int for channels.",
+                )
+            least = math.ceil(least * width - 1e-9)
+        least = max(step, -(-int(least) // step) * step)
+        groups.append(
+            Group(found.name, index, width, found.unit, step, min(least, width), found.coupled, found.members)
+        )
+    return tuple(groups)
+
+
+def _setting(value: Any, name: str, default: Any, names: Sequence[str], what: str) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    for pattern in value:
+        if not fnmatch.filter(names, pattern):
+            raise CompressorError(
+                f"The pattern '{pattern}' of {what} matches no group.",
+                f"Groups: {some(list(names), pattern)}.",
+            )
+    for pattern, item in value.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            return item
+    return default
+
+
+def legal_widths(group: Group) -> Ints:
+    legal = (
+        set(range(group.min_width, group.width + 1, group.granularity))
+        if group.min_width % group.granularity == 0
+        else set()
+    )
+    return np.array(sorted(legal | {group.width}), dtype=np.int64)
+
+
+def make_layers(facts: Facts, resolved: Resolved) -> tuple[Layer, ...]:
+    return tuple(
+        Layer(
+            call.name,
+            call.kind,
+            call.module_class,
+            call.kernel,
+            call.stride,
+            call.padding,
+            call.dilation,
+            call.groups,
+            call.in_hw,
+            call.out_hw,
+            resolved.affine(call.in_channels),
+            resolved.affine(call.out_channels),
+        )
+        for call in facts.layers
+    )
+
+
+def resolved_terms(
+    terms: Sequence[tuple[int, Sequence[Any]]], resolved: Resolved
+) -> list[tuple[int, list[Affine]]]:
+    return [(constant, [resolved.affine(size) for size in sizes]) for constant, sizes in terms]
+
+
+def param_terms(model: nn.Module, facts: Facts, resolved: Resolved) -> list[tuple[int, list[Affine]]]:
+    terms = []
+    for name, parameter in model.named_parameters():
+        axes = facts.params.get(name, (None,) * parameter.dim())
+        sizes = [size if axis is None else axis for size, axis in zip(parameter.shape, axes, strict=True)]
+        terms.append((1, [resolved.affine(size) for size in sizes]))
+    return terms
+
+
+def some(names: Sequence[str], wanted: str) -> str:
+
+    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3) or list(names)[:5]
+    return ", ".join(near) + (", ..." if len(names) > len(near) else "")
+
+
+def name_unreached(model: nn.Module, facts: Facts, resolved: Resolved) -> None:
+    """Name the modules whose parameters no pass ever used."""
+    named = {skipped.name for skipped in resolved.skipped}
+    for name, _ in model.named_parameters():
+        path = name.rpartition(".")[0] or name
+        if name not in facts.params and path not in named:
+            named.add(path)
+            resolved.skipped.append(Skipped(path, "the forward pass never reaches it"))

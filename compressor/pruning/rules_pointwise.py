@@ -1,0 +1,134 @@
+"""What pointwise operations, pooling and normalisation say about channels, and what fvcore counts for them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from compressor.pruning.atoms import Labels
+from compressor.pruning.facts import Call
+from compressor.pruning.rules_shape import even, fix_all
+from compressor.pruning.trace import Tracer
+
+
+def nothing(tracer: Tracer, call: Call) -> None:
+    """New tensors carry no channels."""
+
+
+def unknown(tracer: Tracer, call: Call) -> None:
+    """An operation without a rule: harmless where no channels go in, else they all stay as they are."""
+    fix_all(tracer, call, f"the operation '{call.name}' is not known to keep channels apart")
+
+
+def elementwise(tracer: Tracer, call: Call) -> None:
+    """Tensors meet index by index, with broadcasting."""
+    tensors = [t for t in call.tensors if t.dim()]
+    for out in [call.out] if isinstance(call.out, Tensor) else call.out:
+        rank = out.dim()
+        made: list[Labels | None] = [None] * rank
+        seen = [False] * rank
+        for tensor in tensors:
+            for i, axis in enumerate(tracer.axes(tensor), start=rank - tensor.dim()):
+                if i < 0 or tensor.shape[i - rank] == 1 != out.shape[i]:
+                    continue
+                made[i] = tracer.merge(made[i], axis) if seen[i] else axis
+                seen[i] = True
+        live = [t for t in tensors if tracer.active(t)]
+        if call.name in ("add", "sub") and len(live) > 1 and len({id(t) for t in live}) > 1:
+            for labels in made:
+                if labels is not None:
+                    tracer.atoms.couple(labels)
+        tracer.mark(out, made, bool(live))
+
+
+def spatial(tracer: Tracer, call: Call) -> None:
+    """Pooling and resizing keep batch and channels and change space only."""
+    source: Tensor = call.args[0]
+    for out in call.out if isinstance(call.out, (tuple, list)) else [call.out]:
+        keep = out.dim() - _spatial_rank(call, out)
+        axes = tracer.axes(source)
+        for axis in axes[keep:]:
+            tracer.fix(axis, "its channels are pooled or resized like space")
+        made = [*axes[:keep], *[None] * (out.dim() - keep)]
+        tracer.mark(out, made, tracer.active(source))
+    if call.name.startswith("adaptive_avg_pool2d"):
+        tracer.count(1, *tracer.sizes(source))
+    elif call.name in ("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "grid_sample"):
+        mode = call.arg(3, "mode", "nearest") if call.name in ("interpolate", "upsample") else call.name
+        price = {
+            "nearest": 1,
+            "upsample_nearest": 1,
+            "bilinear": 4,
+            "upsample_bilinear": 4,
+            "grid_sample": 4,
+        }.get(mode, 0)
+        if call.out.dim() == 4 and price and not call.kwargs.get("antialias", False):
+            tracer.count(price, *tracer.sizes(call.out))
+
+
+def _spatial_rank(call: Call, out: Tensor) -> int:
+    for rank in (1, 2, 3):
+        if f"{rank}d" in call.name:
+            return rank
+    return max(out.dim() - 2, 0)
+
+
+def prelu(tracer: Tracer, call: Call) -> None:
+    source, weight = call.arg(0, "input"), call.arg(1, "weight")
+    axes = list(tracer.axes(source))
+    if weight.numel() > 1:
+        channel = 1 if source.dim() > 1 else 0
+        axes[channel] = tracer.merge(axes[channel], tracer.axes(weight)[0])
+    tracer.mark(call.out, axes, tracer.active(source))
+
+
+def batch_norm(tracer: Tracer, call: Call) -> None:
+    """batch_norm and instance_norm: every vector among the arguments goes with axis 1."""
+    source: Tensor = call.arg(0, "input")
+    axes = list(tracer.axes(source))
+    vectors = [t for t in call.tensors if t is not source]
+    for vector in vectors:
+        if vector.numel() == source.shape[1]:
+            axes[1] = tracer.merge(axes[1], tracer.axes(vector)[0])
+    tracer.mark(call.out, axes, tracer.active(source) or any(tracer.active(v) for v in vectors))
+    if call.name == "instance_norm":
+        tracer.count(5 if call.arg(3, "weight") is not None else 4, *tracer.sizes(source))
+    else:
+        trains = bool(call.arg(5, "training", False))
+        affine = call.arg(3, "weight") is not None
+        tracer.count((5 if trains else 2) if affine else (4 if trains else 1), *tracer.sizes(source))
+
+
+def layer_norm(tracer: Tracer, call: Call) -> None:
+    """layer_norm and rms_norm over the last axes; `normalized_shape` follows the kept channels."""
+    source: Tensor = call.arg(0, "input")
+    shape = tuple(call.arg(1, "normalized_shape"))
+    axes = list(tracer.axes(source))
+    start = source.dim() - len(shape)
+    for weight in (call.arg(2, "weight"), call.arg(3, "bias") if call.name == "layer_norm" else None):
+        if weight is not None:
+            for i, axis in enumerate(tracer.axes(weight)):
+                axes[start + i] = tracer.merge(axes[start + i], axis)
+    for i in range(len(shape)):
+        labels = axes[start + i]
+        if labels is not None and hasattr(tracer.stack[-1].module, "normalized_shape"):
+            tracer.tie_attribute("normalized_shape", labels, i)
+    tracer.mark(call.out, axes, tracer.active(source))
+    if call.name == "layer_norm":
+        tracer.count(5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(source))
+
+
+def group_norm(tracer: Tracer, call: Call) -> None:
+    """group_norm: every group keeps as many channels; one channel a group loses whole groups."""
+    source: Tensor = call.arg(0, "input")
+    groups = int(call.arg(1, "num_groups"))
+    axes = list(tracer.axes(source))
+    for vector in (call.arg(2, "weight"), call.arg(3, "bias")):
+        if vector is not None:
+            axes[1] = tracer.merge(axes[1], tracer.axes(vector)[0])
+    labels = axes[1]
+    if labels is not None and groups == labels.size:
+        tracer.tie(call.arg(1, "num_groups"), labels)
+    elif labels is not None and groups > 1:
+        even(tracer, labels, groups)
+    tracer.mark(call.out, axes, tracer.active(source))
+    tracer.count(5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(source))
