@@ -54,7 +54,8 @@ def profile(recipe: Recipe) -> Iterator[str]:
     job = prepare(recipe)
     table = job.table
     assert table is not None  # the latency budget above asks for it
-    yield f"{recipe.model} at {recipe.image_size}x{recipe.image_size} here, ONNX Runtime, {recipe.threads} thread(s):"
+    shape = "x".join(str(size) for size in job.data.input_shape)
+    yield f"{recipe.model} at {shape} here, ONNX Runtime, {recipe.threads} thread(s):"
     yield f"  dense {table.predict(job.space):.3f} ms, smallest {table.predict(job.space, job.space.smallest()):.3f} ms"
     yield f"  {table.describe()}"
 

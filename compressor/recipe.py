@@ -99,8 +99,9 @@ class Training(_Part):
     distill_weight: Share = Field(
         0.5, description="Share of the distillation loss in fine-tuning; 0 turns it off."
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
-        "no", description="Precision of the training steps."
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
+        "auto",
+        description="Precision of the training steps; auto is bf16 on CPUs that multiply in it, else no.",
     )
 
 
@@ -141,7 +142,7 @@ class Recipe(_Part):
     )
     image_size: Positive | None = Field(
         None,
-        description="Height and width of an input in pixels; left out: 32 for digits and CIFAR, else 224.",
+        description="Height and width of an input in pixels; left out: 32 for digits and CIFAR, 224 for ImageNet, a folder's own.",
     )
     device: str = Field("local", description="local, the name of a latency table, or ssh://user@host.")
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
@@ -189,12 +190,16 @@ class Recipe(_Part):
         return self.changed(
             {
                 "weights": weights,
-                "image_size": self.image_size or (32 if small else 224),
+                "image_size": self.image_size
+                or (32 if small else 224 if self.data_kind == "imagenet" else None),
                 "precision": precision,
                 "epochs": self.epochs or (scratch_epochs // 3 if pretrained else scratch_epochs),
                 "search": {"epochs_share": share},
                 "training": {
                     "batch_size": self.training.batch_size or batch,
+                    "mixed_precision": _own_precision()
+                    if self.training.mixed_precision == "auto"
+                    else self.training.mixed_precision,
                     "learning_rate": self.training.learning_rate or (0.01 if pretrained else 0.05),
                     "finetune_learning_rate": self.training.finetune_learning_rate or 0.02,
                 },
@@ -214,6 +219,15 @@ class Recipe(_Part):
         import yaml
 
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _own_precision() -> str:
+    """bf16 where this CPU has instructions for it: training is about three times as fast then."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "no"
+    return "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "no"
 
 
 def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def _trainer(
         batch_size=int(training.batch_size or 0),
         learning_rate=float(rate or training.learning_rate or 0),
         weight_decay=training.weight_decay,
-        mixed_precision=training.mixed_precision,
+        mixed_precision="no" if training.mixed_precision == "auto" else training.mixed_precision,
     )
     teacher = (job.teacher or job.model) if teach and training.distill_weight else None
     return Trainer(
