@@ -217,6 +217,7 @@ class Fit:
         self._row = np.repeat(np.arange(len(rows)), lengths)
         self._compute, self._memory, self._kind = map(np.concatenate, (compute, memory, kinds))
         self._starts = np.asarray(starts)
+        self._launches = np.concatenate([row.operators.launches for row in rows])
         self._measured = np.asarray([row.latency_ms for row in rows])
         self._wrapped = np.asarray([float(row.source == WRAPPER) for row in rows])
         self._framed = np.asarray([float(row.source == FRAMEWORK) for row in rows])
@@ -229,7 +230,8 @@ class Fit:
         shares = np.minimum(each[:, : len(KINDS)] + self._int8[:, None] * each[:, [-1]], 0.0)
         compute = self._compute / np.exp(shares[self._row, self._kind])
         memory = self._memory / np.exp(np.minimum(each[:, BANDWIDTH], 0.0))[self._row]
-        time = (compute**SOFTNESS + memory**SOFTNESS) ** (1 / SOFTNESS) + np.exp(each[:, LAUNCH])[self._row]
+        time = (compute**SOFTNESS + memory**SOFTNESS) ** (1 / SOFTNESS)
+        time = time + self._launches * np.exp(each[:, LAUNCH])[self._row]
         predicted = np.add.reduceat(time, self._starts) * np.exp(self._framed * x[-1])
         predicted = predicted + self._wrapped * np.exp(x[-2])
         table = x[: -len(NUISANCES)].reshape(-1, len(CONSTANTS))
@@ -267,7 +269,7 @@ def predict(fields: RooflineFields, row: Row) -> float:
     """The estimate for one network."""
     times = operator_ms(
         row.operators.work(row.c_in, row.c_out, fields.block),
-        row.operators.kind,
+        row.operators,
         tflops=fields.tflops,
         bandwidth_gbs=fields.bandwidth_gbs,
         element_bytes=ELEMENT_BYTES[row.precision],

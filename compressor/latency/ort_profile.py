@@ -32,8 +32,8 @@ MOST_PROFILED = 60
 LEAST_RUNS = 7
 """No network is timed with fewer runs, however slow it is."""
 
-ATTEMPTS = 3
-CALM = 0.05
+ATTEMPTS = 2
+CALM = 0.08
 """Slower than at its best by no more than this share, the processor counts as calm."""
 
 _TAG = re.compile(r"@(\d+)\.")

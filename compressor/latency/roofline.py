@@ -42,6 +42,8 @@ class Operators:
         taps: Kernel height times width.
         groups: Groups of the convolution; 0 where they equal the channels.
         in_pixels, out_pixels: Height times width of input and output; 1 for a vector.
+        launches: Kernels that are launched for it: two for a convolution of a single pixel, which stands in a
+            squeeze-and-excitation branch with a pooling or a scaling beside it, else one.
     """
 
     kind: npt.NDArray[np.int64]
@@ -49,6 +51,7 @@ class Operators:
     groups: Floats
     in_pixels: Floats
     out_pixels: Floats
+    launches: Floats
 
     @classmethod
     def of(cls, layers: Sequence[Any]) -> Operators:
@@ -64,6 +67,9 @@ class Operators:
             ),
             in_pixels=np.asarray([float(np.prod(layer.in_hw)) for layer in layers]),
             out_pixels=np.asarray([float(np.prod(layer.out_hw)) for layer in layers]),
+            launches=np.asarray(
+                [2.0 if layer.kind == "conv" and np.prod(layer.in_hw) == 1 else 1.0 for layer in layers]
+            ),
         )
 
     def work(self, c_in: Floats, c_out: Floats, block: int) -> tuple[Floats, Floats]:
@@ -82,7 +88,7 @@ class Operators:
 
 def operator_ms(
     work: tuple[Floats, Floats],
-    kind: npt.NDArray[np.int64],
+    operators: Operators,
     *,
     tflops: float,
     bandwidth_gbs: float,
@@ -93,9 +99,9 @@ def operator_ms(
 ) -> Floats:
     """Milliseconds of each operator, (N, operators); `efficiency` has one element for each of `KINDS`."""
     macs, moved = work
-    compute = 2e3 * macs / (tflops * 1e12 * efficiency[kind])
+    compute = 2e3 * macs / (tflops * 1e12 * efficiency[operators.kind])
     memory = 1e3 * moved * element_bytes / (bandwidth_gbs * 1e9 * bandwidth_efficiency)
-    return np.asarray((compute**SOFTNESS + memory**SOFTNESS) ** (1 / SOFTNESS) + launch_ms)
+    return np.asarray((compute**SOFTNESS + memory**SOFTNESS) ** (1 / SOFTNESS) + launch_ms * operators.launches)
 
 
 def roofline_operators(
@@ -108,7 +114,7 @@ def roofline_operators(
     def milliseconds(c_in: Floats, c_out: Floats, upper: bool) -> Floats:
         return operator_ms(
             operators.work(c_in, c_out, fields.block),
-            operators.kind,
+            operators,
             tflops=fields.tflops,
             bandwidth_gbs=fields.bandwidth_gbs,
             element_bytes=ELEMENT_BYTES[precision],
