@@ -31,13 +31,15 @@ Policy = Callable[[Observation, LegalWidths], float]
 
 @dataclass(frozen=True)
 class Transition:
-    """One step of an episode: observations (9 + context,), the clipped action, reward, whether the last."""
+    """One step of an episode: observations (9 + context,), the action as the bounds moved it and as it was asked for, the
+    reward, and whether it was the last."""
 
     observation: Observation
     action: float
     following: Observation
     reward: float
     last: bool
+    asked: float
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ class SearchRun:
         while not last:
             action = np.array([policy(observation, self.env.legal)], dtype=np.float32)
             following, reward, last, _, info = self.env.step(action)
-            transitions.append(Transition(observation, float(info["action"]), following, reward, last))
+            clipped, asked = float(info["action"]), float(np.clip(action[0], 0.0, 1.0))
+            transitions.append(Transition(observation, clipped, following, reward, last, asked))
             observation = following
         return Episode(tuple(transitions), self._record(info["score"], phase))
 

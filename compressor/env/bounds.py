@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.budgets.function import FunctionBudget
 from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ Widths = NDArray[np.int64]
 
 TOLERANCE = 1e-9
 """Share of a target by which a prediction may exceed it: room for a float's last digit, not for a miss."""
+
+PRICED_WIDTHS = 9
+"""Widths of a group that are considered where a budget must build a network for each price."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,12 @@ class LegalWidths:
         return int(self.widths[nearest[-1]])
 
 
+def _thinned(legal: Widths) -> Widths:
+    """At most `PRICED_WIDTHS` of a group's legal widths, evenly spaced, both ends among them."""
+    at = np.linspace(0, len(legal) - 1, min(PRICED_WIDTHS, len(legal))).round().astype(np.int64)
+    return legal[np.unique(at)]
+
+
 class ActionBounds:
     """Bounds on every action of an episode, from budgets that must all hold at its end.
 
@@ -74,6 +84,7 @@ class ActionBounds:
     Args:
         space: gives the groups, their legal widths and the dense widths.
         budgets: any costs with a `target` and a vectorised `predict(widths (N, G)) -> (N,)`; all must hold.
+            Where one has to build each network to price it, few widths of each group are considered.
 
     Raises:
         CompressorError: no widths were found that keep all budgets.
@@ -82,9 +93,10 @@ class ActionBounds:
     def __init__(self, space: PruningSpace, budgets: Sequence[Budget]) -> None:
         self.budgets = tuple(budgets)
         self.dense: Widths = np.asarray(space.dense_widths, dtype=np.int64)
-        self.choices: tuple[Widths, ...] = tuple(
-            np.asarray(space.choices(i), dtype=np.int64) for i in range(len(self.dense))
-        )
+        choices = [np.asarray(space.choices(i), dtype=np.int64) for i in range(len(self.dense))]
+        if any(isinstance(budget, FunctionBudget) for budget in self.budgets):
+            choices = [_thinned(legal) for legal in choices]
+        self.choices: tuple[Widths, ...] = tuple(choices)
         self.names = tuple(group.name for group in space.groups)
         self.cheapest = self._cheapest()
 

@@ -36,8 +36,8 @@ def learner_with_epochs(epochs: int, context: int = 8, **settings: Any) -> Learn
             seen = [np.concatenate([generator.random(9), env.context]).astype(np.float32) for _ in range(3)]
             candidate = Candidate((4, 4), 0.0, 0.1 * epoch, {}, "fill", epoch)
             steps = (
-                Transition(seen[0], 0.5, seen[1], 0.0, False),
-                Transition(seen[1], 0.5, seen[2], 0.1 * epoch, True),
+                Transition(seen[0], 0.5, seen[1], 0.0, False, 0.5),
+                Transition(seen[1], 0.5, seen[2], 0.1 * epoch, True, 0.5),
             )
             learner.remember(Episode(steps, candidate))
     learner.sac.replay_buffer.standardise()
@@ -114,7 +114,7 @@ def test_killed_with_the_model_it_ends_the_same(new_bench: Any) -> None:
     whole = bench.search("joint", **options)
     without = new_bench("without").search("joint", **{**options, "context_size": 0})
     assert whole.candidates != without.candidates
-    for kill in range(2, bench.checkpoint.saved, 2):
+    for kill in range(2, bench.checkpoint.saved, 3):
         bench = new_bench(f"killed{kill}")
         with pytest.raises(Killed):
             bench.search("joint", kill_after=kill, **options)
@@ -125,3 +125,16 @@ def test_a_state_with_another_model_is_refused(bench: Bench) -> None:
     bench.search("joint", settings=SMALL, context_size=16)
     with pytest.raises(CompressorError, match="has a context of 16 numbers, the environment one of 0"):
         bench.search("joint", settings=SMALL, share=0.4)
+
+
+def test_actions_beyond_the_bounds_are_stored_as_asked_and_as_moved() -> None:
+    learner = learner_with_epochs(1)
+    replay = learner.sac.replay_buffer
+    step = Transition(np.zeros(17, np.float32), 0.5, np.zeros(17, np.float32), 1.0, True, 0.75)
+    before = replay.size()
+    learner.remember(Episode((step,), Candidate((4, 4), 0.9, 0.9, {}, "joint", 0)))
+    assert replay.size() == before + 2
+    assert replay.actions[before : before + 2, 0, 0].tolist() == pytest.approx(
+        [0.0, 0.5], abs=1e-6
+    )  # of [-1, 1]
+    assert replay.returns[before : before + 2, 0].tolist() == pytest.approx([0.9, 0.9])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,3 +129,19 @@ def test_ratio_to_width() -> None:
     assert legal.width(0.5) == 8
     assert legal.width(1 - 10 / 16) == 12  # halfway: the larger
     assert legal.width(0.7) == 4
+
+
+def test_costs_that_need_a_network_are_asked_little() -> None:
+    from compressor.budgets.function import FunctionBudget
+
+    class FunctionSpace(FakeSpace):
+        def apply(self, plan: Any) -> Any:
+            return plan
+
+    space = FunctionSpace([64, 64, 64])
+    budget = FunctionBudget(space, lambda plan: float(sum(plan.widths.values())), 100.0, 192.0, "tests:total")
+    bounds = ActionBounds(space, [budget])
+    assert [len(choices) for choices in bounds.choices] == [9, 9, 9]
+    widths = walk(bounds, [0.3, 0.3, 0.3])
+    assert 80 < widths.sum() <= 100
+    assert len(budget.known) < 60

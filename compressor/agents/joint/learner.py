@@ -73,9 +73,14 @@ class Learner:
 
     def remember(self, episode: Episode) -> None:
         """Store an episode that was played on the weights of the epoch at hand."""
-        actions = np.array([[transition.action] for transition in episode.transitions], dtype=np.float32)
-        scaled = self.sac.policy.scale_action(actions)[:, 0].tolist()
-        self.sac.replay_buffer.add_episode(episode, scaled, self._epoch)
+        for transition in episode.transitions:
+            actions = {
+                transition.action,
+                transition.asked if self.settings.store_asked else transition.action,
+            }
+            for action in sorted(actions):
+                scaled = float(self.sac.policy.scale_action(np.array([action], dtype=np.float32))[0])
+                self.sac.replay_buffer.add_step(transition, scaled, episode.candidate.reward, self._epoch)
 
     def learn(self, episodes: int) -> dict[str, float]:
         """Update environment model, actor and critics for so many new episodes; returns the losses."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from compressor.agents.search_run import Episode
+from compressor.agents.search_run import Transition
 
 _ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "epochs", "returns")
 
@@ -40,19 +40,18 @@ class EpochReplay(ReplayBuffer):
         self.epochs = np.zeros((self.buffer_size, 1), dtype=np.int64)
         self.returns = np.zeros((self.buffer_size, 1), dtype=np.float32)
 
-    def add_episode(self, episode: Episode, actions: Sequence[float], epoch: int) -> None:
-        """Store an episode; `actions` are its actions as the networks see them, in [-1, 1]."""
-        for transition, action in zip(episode.transitions, actions, strict=True):
-            self.epochs[self.pos] = epoch
-            self.returns[self.pos] = episode.candidate.reward
-            self.add(
-                transition.observation[None],
-                transition.following[None],
-                np.array([[action]], dtype=np.float32),
-                np.array([transition.reward]),
-                np.array([float(transition.last)]),
-                [{}],
-            )
+    def add_step(self, transition: Transition, action: float, earned: float, epoch: int) -> None:
+        """Store a step: its action as the networks see it, in [-1, 1], and what its episode earned."""
+        self.epochs[self.pos] = epoch
+        self.returns[self.pos] = earned
+        self.add(
+            transition.observation[None],
+            transition.following[None],
+            np.array([[action]], dtype=np.float32),
+            np.array([transition.reward]),
+            np.array([float(transition.last)]),
+            [{}],
+        )
 
     def standardise(self) -> None:
         """Scale rewards by the mean and the standard deviation of the episodes stored so far."""

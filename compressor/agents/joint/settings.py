@@ -34,6 +34,9 @@ class JointSettings:
         returns: "episode" gives every transition of an episode its final reward; "bootstrapped" leaves it to
             the last one and has the critics carry it back, as in plain SAC. With tens of episodes, the former
             learns and the latter does not (docs/agents.md).
+        store_asked: whether the action that the policy asked for is stored beside the one that the bounds
+            made of it. With the latter alone, as in the paper, the critics never hear of actions beyond the
+            bounds, and a policy that has wandered there stays.
         near_share: share of the joint episodes that vary the favoured plan instead of following the policy; 0
             is the paper's way.
         near_spread: how far they vary it; see `near_widths`.
@@ -58,6 +61,7 @@ class JointSettings:
     replay: int = 10_000
     updates_per_episode: int = 10
     returns: Literal["episode", "bootstrapped"] = "episode"
+    store_asked: bool = True
     near_share: float = 0.5
     near_spread: float = 0.3
     warm_start: bool = True
