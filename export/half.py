@@ -16,6 +16,7 @@ from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
 from export.onnx_header import parse_header
 from export.ranges import FLOAT, largest_values, value_types
+from export.tidy import write_metadata
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -89,7 +90,10 @@ def convert_half(
     kept = {name: "asked for" for name in keep}
     kept.update(overflowing(proto, inputs, threads=threads))
     converted = to_half(proto, kept)
-    _note(proto, kept)
+    facts: dict[str, Any] = {**header.metadata, "precision": "fp16"}
+    if kept:
+        facts["fp32_nodes"] = sorted(kept)
+    write_metadata(proto, facts)
     onnx.checker.check_model(proto, full_check=True)
     written = proto.SerializeToString(deterministic=True)
     write_bytes(Path(target), written)
@@ -224,17 +228,3 @@ class _Converter:
 
         self.nodes.append(helper.make_node("Cast", [name], [label], name=f"/Cast/{label}", to=kind))
         return label
-
-
-def _note(proto: Any, kept: Iterable[str]) -> None:
-    """Write the precision into the file's metadata, in the order of the keys."""
-    import json
-
-    facts = {entry.key: entry.value for entry in proto.metadata_props}
-    facts["precision"] = "fp16"
-    if kept:
-        facts["fp32_nodes"] = json.dumps(sorted(kept))
-    del proto.metadata_props[:]
-    for key in sorted(facts):
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = key, facts[key]

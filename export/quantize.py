@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
 from export.onnx_header import OnnxHeader, parse_header
 from export.ort import first_line, ort_errors
+from export.tidy import write_metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,15 +120,11 @@ def quantize_onnx(
 
 def _describe(made: Any, header: OnnxHeader, method: str, samples: int, kept: list[str]) -> None:
     """Write what was done into the file's metadata, beside what the network's own file said."""
-    facts = dict(header.metadata)
-    facts["precision"] = "int8"
-    facts["calibration"] = json.dumps({"method": method, "samples": samples}, sort_keys=True)
+    facts: dict[str, Any] = dict(header.metadata)
+    facts.update(precision="int8", calibration={"method": method, "samples": samples})
     if kept:
-        facts["float_nodes"] = json.dumps(kept)
-    del made.metadata_props[:]
-    for key in sorted(facts):
-        entry = made.metadata_props.add()
-        entry.key, entry.value = key, facts[key]
+        facts["float_nodes"] = kept
+    write_metadata(made, facts)
     made.producer_name, _, made.producer_version = header.producer.partition(" ")
 
 

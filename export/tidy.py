@@ -7,7 +7,12 @@ files.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
+
+from export.errors import ExportError
+from export.ort import first_line
 
 _WITH_WEIGHTS = ("Conv", "ConvTranspose", "Gemm")
 
@@ -117,3 +122,43 @@ def _free(name: str, taken: set[str]) -> str:
         candidate = f"{name}_{number}"
     taken.add(candidate)
     return candidate
+
+
+def write_metadata(proto: Any, facts: Mapping[str, Any]) -> None:
+    """Make `facts` the file's metadata, in the order of their names; what is no string is written as JSON."""
+    del proto.metadata_props[:]
+    for key in sorted(facts):
+        value = facts[key]
+        entry = proto.metadata_props.add()
+        entry.key = key
+        entry.value = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def check(proto: Any, opset: int) -> None:
+    """Let ONNX's own checker look at the file.
+
+    Raises:
+        ExportError: it is not valid, or has operators of another opset or domain.
+    """
+    import onnx
+
+    written = {entry.domain: entry.version for entry in proto.opset_import}
+    if written != {"": opset}:
+        raise ExportError(
+            f"The exporter wrote operators of {written}, expected opset {opset} and no others.",
+            "Replace the custom operators by ones that ONNX has.",
+        )
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"The exported file is not valid ONNX: {first_line(error)}.") from error
+
+
+def shapes(values: Any) -> dict[str, tuple[int | str, ...]]:
+    """Names and shapes of a graph's inputs or outputs; an open dimension is its name."""
+    return {
+        value.name: tuple(
+            dim.dim_param if dim.dim_param else int(dim.dim_value) for dim in value.type.tensor_type.shape.dim
+        )
+        for value in values
+    }

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from torch.jit._trace import TracerWarning
 from export.errors import ExportError
 from export.files import sha256_bytes, write_bytes
 from export.ort import first_line
-from export.tidy import tidy
+from export.tidy import check, shapes, tidy, write_metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,10 +101,11 @@ def export_onnx(
 
     copied, sample = _frozen_copy(model), example_input.detach().cpu().float()
     names = _output_names(copied, sample, output_name)
+    _replace_uneven_pools(copied, sample)
     raw = _trace(copied, sample, opset, input_name, names, dynamic_batch)
     proto = tidy(onnx.load_model_from_string(raw))
-    _add_metadata(proto, metadata or {})
-    _check(proto, opset)
+    write_metadata(proto, metadata or {})
+    check(proto, opset)
     content = proto.SerializeToString(deterministic=True)
     write_bytes(Path(path), content)
     return OnnxInfo(
@@ -113,8 +113,8 @@ def export_onnx(
         sha256=sha256_bytes(content),
         size=len(content),
         opset=opset,
-        inputs=_shapes(proto.graph.input),
-        outputs=_shapes(proto.graph.output),
+        inputs=shapes(proto.graph.input),
+        outputs=shapes(proto.graph.output),
         nodes=len(proto.graph.node),
     )
 
@@ -152,6 +152,52 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
+class _FixedPool(nn.Module):
+    """Adaptive average pooling from one size to another, as two products with constant matrices.
+
+    The exporter can write it only where the output's size divides the input's, which fails for the heads of VGG and
+    AlexNet on small images.
+    """
+
+    def __init__(self, given: tuple[int, int], wanted: tuple[int, int]) -> None:
+        super().__init__()
+        self.register_buffer("rows", self._means(given[0], wanted[0]))
+        self.register_buffer("columns", self._means(given[1], wanted[1]).T.contiguous())
+
+    @staticmethod
+    def _means(given: int, wanted: int) -> torch.Tensor:
+        """The matrix (wanted, given) whose rows average the cells that torch averages."""
+        matrix = torch.zeros(wanted, given)
+        for place in range(wanted):
+            start, end = place * given // wanted, -((-(place + 1) * given) // wanted)
+            matrix[place, start:end] = 1.0 / (end - start)
+        return matrix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(torch.matmul(self.get_buffer("rows"), x), self.get_buffer("columns"))
+
+
+def _replace_uneven_pools(model: nn.Module, sample: torch.Tensor) -> None:
+    """Put `_FixedPool` in the place of pools that the exporter cannot write."""
+    seen: dict[nn.Module, tuple[tuple[int, int], tuple[int, int]]] = {}
+
+    def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        given, wanted = inputs[0].shape[-2:], output.shape[-2:]
+        seen[module] = ((int(given[0]), int(given[1])), (int(wanted[0]), int(wanted[1])))
+
+    pools = [module for module in model.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
+    hooks = [module.register_forward_hook(watch) for module in pools]
+    with torch.no_grad():
+        model(sample)
+    for hook in hooks:
+        hook.remove()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            given, wanted = seen.get(child, ((1, 1), (1, 1)))
+            if any(size % part for size, part in zip(given, wanted)):
+                setattr(parent, name, _FixedPool(given, wanted))
+
+
 def _as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
     values = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs) if _is_list(outputs) else ()
     if not values or not all(isinstance(value, torch.Tensor) for value in values):
@@ -182,9 +228,23 @@ def _output_names(model: nn.Module, sample: torch.Tensor, name: str) -> list[str
     return [name] if len(outputs) == 1 else [f"{name}_{index}" for index in range(len(outputs))]
 
 
+class _Off:
+    """Says no, whether it is asked or called."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __call__(self) -> bool:
+        return False
+
+
 @contextmanager
-def _exporter_warnings_silenced() -> Iterator[None]:
+def _exporter_silenced() -> Iterator[None]:
     """Silence what the tracing exporter says about itself, and nothing else."""
+    # it asks whether its log is on by the function's name, without calling it, and so always prints the graph of a
+    # network that it cannot write
+    switch = "_jit_is_onnx_log_enabled"
+    asked = getattr(torch._C, switch, None)
     with warnings.catch_warnings():
         for message in (
             "You are using the legacy TorchScript-based ONNX export",
@@ -194,7 +254,13 @@ def _exporter_warnings_silenced() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=message)
         # sizes that become constants are what a file of one shape is about; parity is checked on real inputs
         warnings.filterwarnings("ignore", category=TracerWarning)
-        yield
+        try:
+            if asked is not None:
+                setattr(torch._C, switch, _Off())
+            yield
+        finally:
+            if asked is not None:
+                setattr(torch._C, switch, asked)
 
 
 def _trace(
@@ -208,7 +274,7 @@ def _trace(
     buffer = io.BytesIO()
     open_axes = {name: {0: "batch"} for name in (input_name, *names)} if dynamic else None
     try:
-        with _exporter_warnings_silenced(), torch.no_grad():
+        with _exporter_silenced(), torch.no_grad():
             torch.onnx.export(
                 model,
                 (sample,),
@@ -225,36 +291,3 @@ def _trace(
             "Replace the operation by one that ONNX has, or try a higher opset if the device allows it.",
         ) from error
     return buffer.getvalue()
-
-
-def _add_metadata(proto: Any, metadata: Mapping[str, Any]) -> None:
-    del proto.metadata_props[:]
-    for key in sorted(metadata):
-        value = metadata[key]
-        entry = proto.metadata_props.add()
-        entry.key = key
-        entry.value = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-def _check(proto: Any, opset: int) -> None:
-    import onnx
-
-    written = {entry.domain: entry.version for entry in proto.opset_import}
-    if written != {"": opset}:
-        raise ExportError(
-            f"The exporter wrote operators of {written}, expected opset {opset} and no others.",
-            "Replace the custom operators by ones that ONNX has.",
-        )
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"The exported file is not valid ONNX: {first_line(error)}.") from error
-
-
-def _shapes(values: Any) -> dict[str, tuple[int | str, ...]]:
-    return {
-        value.name: tuple(
-            dim.dim_param if dim.dim_param else int(dim.dim_value) for dim in value.type.tensor_type.shape.dim
-        )
-        for value in values
-    }

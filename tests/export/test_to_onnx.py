@@ -14,6 +14,7 @@ from torch import nn
 
 from export.errors import ExportError
 from export.onnx_header import read_header
+from export.parity import check_parity
 from export.tidy import module_path
 from export.to_onnx import export_onnx, reference_outputs
 from tests.export.nets import SmallNet
@@ -110,6 +111,17 @@ def test_torchvision_networks(tmp_path: Path, name: str) -> None:
     assert parameters * 4 * 0.95 < info.size < parameters * 4 * 1.05 + 200_000  # weights once, as floats
 
 
+@pytest.mark.parametrize(("given", "wanted"), [(1, 7), (3, 7), (5, 2), (7, 7), (6, 3)])
+def test_pools_of_any_size(tmp_path: Path, given: int, wanted: int) -> None:
+    """VGG on small images pools 1x1 to 7x7, which the exporter alone cannot write."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(wanted), nn.Flatten(), nn.LazyLinear(5))
+    images = torch.rand(2, 3, given, given + 1)
+    net(images)
+    export_onnx(net, images[:1], tmp_path / "net.onnx")
+    assert check_parity(net, tmp_path / "net.onnx", images).max_abs < 1e-6
+
+
 def test_module_paths() -> None:
     assert module_path("/conv1/Conv") == "conv1"
     assert module_path("/layer1/layer1.0/conv2/Conv") == "layer1.0.conv2"
@@ -117,7 +129,7 @@ def test_module_paths() -> None:
     assert module_path("/Flatten") == ""
 
 
-def test_refusals(tmp_path: Path, example: torch.Tensor) -> None:
+def test_refusals(tmp_path: Path, example: torch.Tensor, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(b"an older file")
     with pytest.raises(ExportError, match="Opset 12 cannot be written: expected 13 to 20"):
@@ -132,6 +144,7 @@ def test_refusals(tmp_path: Path, example: torch.Tensor) -> None:
         export_onnx(_Dict(), example, path)
     with pytest.raises(ExportError, match="cannot be written as ONNX opset 17"):
         export_onnx(_NoOnnx(), example, path)
+    assert capfd.readouterr() == ("", "")  # the exporter would print the graph
     with pytest.raises(ExportError, match="cannot be written"):
         export_onnx(SmallNet(), example, path / "below" / "a_file.onnx")
     assert path.read_bytes() == b"an older file"
