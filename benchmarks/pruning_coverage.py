@@ -212,9 +212,10 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Networks that can be pruned",
         "",
-        "Written by `python -m benchmarks.pruning_coverage`; do not edit. For each network a random plan, half of every group and the",
-        "smallest plan were applied; the slim networks ran, kept the shapes of their outputs, and cost what the formulas say (MACs by",
-        "fvcore, to the last digit). *Smallest* is what the default least widths (a tenth) leave of MACs and parameters.",
+        "Written by `python -m benchmarks.pruning_coverage`; do not edit. For each network a random plan, half of",
+        "every group and the smallest plan were applied; the slim networks ran, kept the shapes of their outputs, and",
+        "cost what the formulas say (MACs by fvcore, to the last digit). *Smallest* is what the default least widths",
+        "(a tenth) leave of MACs and parameters.",
         "",
         f"{good} of {len(rows)} networks pass, with torch {torch.__version__.partition('+')[0]}, torchvision "
         f"{torchvision.__version__.partition('+')[0]} and timm {timm.__version__}.",

@@ -149,7 +149,8 @@ def main() -> None:
     took = costs()
     before, after = growth()
     print(
-        f"\n10,000 costs of ResNet-50: {took * 1e3:.1f} ms. 1,000 applies: {before:.1f} MB before, {after:.1f} MB after."
+        f"\n10,000 costs of ResNet-50: {took * 1e3:.1f} ms. "
+        f"1,000 applies: {before:.1f} MB before, {after:.1f} MB after."
     )
     if asked.json:
         asked.json.write_text(

@@ -44,8 +44,8 @@ def save(
         small: What `PruningSpace.apply` returned, fine-tuned or not, or a copy of it.
         plan: The plan it was made with.
         directory: Folder to write to; made where it is missing.
-        factory: {"factory": name, "kwargs": {"num_classes": N}}, what `models.model_factory` returns. Left out, it is found
-            for networks of `create_model`, torchvision and timm, and for importable classes.
+        factory: {"factory": name, "kwargs": {"num_classes": N}}, what `models.model_factory` returns. Left
+            out, it is found for networks of `create_model`, torchvision and timm, and for importable classes.
         extra: Anything that JSON can hold, kept under "extra".
 
     Raises:

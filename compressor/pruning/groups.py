@@ -142,11 +142,11 @@ def resolve(facts: Facts) -> Resolved:
     skipped: dict[str, str] = {}
     order: list[tuple[Labels, str, bool]] = []
     for (param, axis), module in facts.outputs.items():
-        labels = facts.params[param][axis] if param in facts.params else None
-        if labels is None:
+        made = facts.params[param][axis] if param in facts.params else None
+        if made is None:
             skipped.setdefault(module, "it makes a single channel")
             continue
-        classes, first = np.unique(roots[labels], return_index=True)
+        classes, first = np.unique(roots[made], return_index=True)
         classes = classes[np.argsort(first)]
         still = classes[solved.fixed[classes]]
         if still.size:
@@ -160,7 +160,7 @@ def resolve(facts: Facts) -> Resolved:
                 index = len(order)
                 by_signature[key] = index
                 order.append((members, module, bool(solved.coupled[members[0]])))
-                per_unit = int(np.isin(roots[labels], members).sum()) // len(members)
+                per_unit = int(np.isin(roots[made], members).sum()) // len(members)
                 result.groups.append(Found(module, members, per_unit, order[index][2], (), ()))
             makers.setdefault(index, []).append((param, axis))
     names: dict[str, int] = {}

@@ -87,7 +87,8 @@ def _from_user(function: UserFunction, group: Group, tensors: Mapping[str, Tenso
     )
     if values.shape != (group.width,):
         raise CompressorError(
-            f"The importance function gave shape {values.shape} for group '{group.name}', which has {group.width} units.",
+            f"The importance function gave shape {values.shape} for group '{group.name}', which has "
+            f"{group.width} units.",
             "Return one number a unit.",
         )
     return np.asarray(values, dtype=np.float64)

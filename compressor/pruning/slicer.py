@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from compressor.pruning.attention import slim_class
 from compressor.pruning.counts import Affine
+from compressor.pruning.facts import Facts
 from compressor.pruning.groups import Resolved
 from compressor.pruning.skeleton import copy_structure, named_tensors
-from compressor.pruning.facts import Facts
 
 Keep = Sequence[NDArray[np.bool_]]
 RECORD = "_compressor_slim"

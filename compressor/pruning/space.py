@@ -195,7 +195,8 @@ class PruningSpace:
 
         Args:
             widths: Units to keep, by name (groups left out stay dense) or in the order of `groups`.
-            importance: "l1", "l2", "bn", "taylor", "fpgm", "random", a function (group, weights) -> scores, or a Ranking.
+            importance: "l1", "l2", "bn", "taylor", "fpgm", "random", a function (group, weights) -> scores,
+                or a Ranking.
             data: Batches for "taylor": pairs of (inputs, labels), or a function of the model that returns a loss.
             seed: For "random".
         """

@@ -1,10 +1,9 @@
 """One forward pass that labels every axis of every tensor with the channels it carries.
 
-`Tracer` is a torch function mode: it sees each call of the public torch API with its tensors, lets it run
-(on the meta device, where nothing is computed), and asks the rule of that operation (`rules_shape`,
-`rules_layers` and their siblings) what the call says about the atoms of the axes. Unlike a graph taken from autograd this
-keeps the exact index of every channel through concatenation, splitting, reshaping and shuffling, and it sees
-operations as fvcore counts them.
+`Tracer` is a torch function mode: it sees each call of the public torch API with its tensors, lets it run (on the
+meta device, where nothing is computed), and asks the rule of that operation (`rules`) what the call says about the
+atoms of the axes. Unlike a graph taken from autograd this keeps the exact index of every channel through
+concatenation, splitting, reshaping and shuffling, and it sees operations as fvcore counts them.
 """
 
 from __future__ import annotations
@@ -106,17 +105,15 @@ class Tracer(TorchFunctionMode):
             self.atoms.fix(labels, f"{reason} (in {where})" if where else reason)
 
     def producer(self, weight: Tensor, axis: int) -> None:
-        """`axis` of `weight` makes channels: importance reads it, and groups are named after it."""
+        """`axis` of `weight` makes channels: importance reads it, and groups are named after its module."""
         name = self._names.get(id(weight))
-        path = self.stack[-1].path
         if name is None:
-            name = f"{path}.weight" if path else "weight"
-            if name not in self.facts.params:
-                candidates = [p for p in self.facts.params if p.rpartition(".")[0] == path]
-                if not candidates:
-                    return
-                name = candidates[0]
-        self.facts.outputs.setdefault((name, axis), path or name.rpartition(".")[0])
+            # Computed from parameters (weight standardisation): those of the running module.
+            path = self.stack[-1].path
+            inside = [p for p in self.facts.params if p.rpartition(".")[0] == path]
+            name = f"{path}.weight" if f"{path}.weight" in inside else inside[0] if inside else None
+        if name is not None:
+            self.facts.outputs.setdefault((name, axis), name.rpartition(".")[0] or name)
 
     def count(self, constant: int, *sizes: int | Labels, rounded: bool = False) -> None:
         """Add `constant * product(sizes)` to what fvcore counts; an axis with labels counts its kept
@@ -258,7 +255,7 @@ def data_dependent(name: str, frame: Frame) -> CompressorError:
         f"module '{frame.path}' ({frame.kind})" if frame.path else f"the network's own forward ({frame.kind})"
     )
     return CompressorError(
-        f"The network's course depends on its data: {where} reads a tensor's value ('{name}') while it runs, so that one "
-        "pass does not show all of its structure.",
+        f"The network's course depends on its data: {where} reads a tensor's value ('{name}') while it "
+        "runs, so that one pass does not show all of its structure.",
         "Replace the branch by tensor operations (torch.where), or prune the part of the network around it.",
     )

@@ -93,11 +93,13 @@ def test_half_precision_channels_last_and_modes(dtype: torch.dtype, example: Ten
     with torch.no_grad():
         space = PruningSpace(model, example.to(dtype))
         small = space.apply(space.uniform(0.5))
-    assert model.training and small.training
+    assert model.training
+    assert small.training
     assert small.outer.weight.dtype == dtype
     assert small.inner.weight.is_contiguous(memory_format=torch.channels_last)
     assert not small.inner.weight.is_contiguous()
-    assert small.stem.weight.requires_grad and small.stem.weight.is_leaf
+    assert small.stem.weight.requires_grad
+    assert small.stem.weight.is_leaf
     assert small.eval()(example.to(dtype)).shape == (1, 4)
 
 
@@ -119,9 +121,10 @@ def test_the_model_keeps_hooks_modes_and_gradients(example: Tensor) -> None:
     space = PruningSpace(model, example)
     small = space.apply(space.uniform(0.5))
     assert seen == [1]
-    assert model.training and not model.inner.training and not small.inner.training
+    assert (model.training, model.inner.training, small.inner.training) == (True, False, False)
     assert torch.equal(model.stem.weight.grad, gradient)
-    assert small.stem.weight.grad is None and not small.stem._forward_hooks
+    assert small.stem.weight.grad is None
+    assert not small.stem._forward_hooks
     assert torch.equal(model.norm.num_batches_tracked, torch.tensor(1))
 
 
@@ -145,16 +148,16 @@ def test_weights_of_another_copy(example: Tensor) -> None:
     )
 
 
-def test_a_thousand_applies_leave_nothing_behind(example: Tensor) -> None:
+def test_many_applies_leave_nothing_behind(example: Tensor) -> None:
     space = PruningSpace(Zoo().eval(), torch.randn(1, 3, 32, 32))
     plan = space.uniform(0.5)
     space.apply(plan)
     gc.collect()
-    before = sum(isinstance(o, Tensor) for o in gc.get_objects())
+    before = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
     for _ in range(200):
         space.apply(plan)
     gc.collect()
-    assert sum(isinstance(o, Tensor) for o in gc.get_objects()) <= before
+    assert sum(issubclass(type(o), Tensor) for o in gc.get_objects()) <= before
 
 
 def test_shared_memory_between_parameters_is_named(example: Tensor) -> None:
@@ -174,7 +177,8 @@ def test_plan_round_trip_and_checksum(example: Tensor) -> None:
     plan = space.plan({"inner": 2})
     assert plan.widths == {"stem": 8, "inner": 2}
     again = ChannelPlan.from_json(plan.to_json())
-    assert again == plan and again.checksum == plan.checksum and hash(again) == hash(plan)
+    assert again == plan
+    assert (again.checksum, hash(again)) == (plan.checksum, hash(plan))
     assert space.plan({"inner": 3}).checksum != plan.checksum
     for text in ("", "[]", '{"keep": {"a": [1.5]}}', '{"keep": {"a": [2, 1]}}', '{"keep": {"a": []}}'):
         with pytest.raises(CompressorError):
@@ -219,11 +223,11 @@ def test_bad_models_and_inputs(example: Tensor) -> None:
         PruningSpace(model, torch.randn(1, 5, 10, 10))
     with pytest.raises(CompressorError, match="on meta, the model on cpu"):
         PruningSpace(model, example.to("meta"))
-    with pytest.raises(CompressorError, match="meta device.*stem.weight"):
+    with pytest.raises(CompressorError, match=r"meta device.*stem\.weight"):
         PruningSpace(Residual().to("meta"), example)
-    with pytest.raises(CompressorError, match="depends on its data.*DataDependent"):
+    with pytest.raises(CompressorError, match=r"depends on its data.*DataDependent"):
         PruningSpace(DataDependent(), torch.randn(1, 3, 8, 8))
-    with pytest.raises(CompressorError, match="must be a torch.nn.Module"):
+    with pytest.raises(CompressorError, match=r"must be a torch\.nn\.Module"):
         PruningSpace("resnet18", example)  # type: ignore[arg-type]
     with pytest.raises(CompressorError, match="no parameters"):
         PruningSpace(nn.ReLU(), example)

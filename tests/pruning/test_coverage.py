@@ -1,0 +1,116 @@
+"""Every network family is pruned at random, by half and to the smallest, runs, and costs less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.pruning_coverage import Row, examine, networks, table
+from compressor.pruning.space import PruningSpace
+from tests.pruning.networks import Attentive, Tied, UNet, Zoo
+
+#: Left to the benchmark for their size; each has a smaller sibling here.
+LARGE = """
+    convnext_base convnext_large convnext_small densenet161 densenet169 densenet201 efficientnet_b2 efficientnet_b3
+    efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7 efficientnet_v2_l efficientnet_v2_m mnasnet0_75
+    mnasnet1_0 regnet_x_16gf regnet_x_32gf regnet_x_3_2gf regnet_x_8gf regnet_y_16gf regnet_y_32gf regnet_y_3_2gf
+    regnet_y_8gf resnet101 resnet152 resnext101_32x8d resnext101_64x4d shufflenet_v2_x1_5 shufflenet_v2_x2_0 swin_b swin_s
+    swin_v2_b swin_v2_s vgg13 vgg16 vgg16_bn vgg19 vgg11_bn vgg13_bn vgg19_bn vit_b_16 wide_resnet101_2 wide_resnet50_2
+"""
+TIMM = """
+    skresnet18 resnest14d res2net50_26w_4s mixnet_s ghostnet_100 cspresnet50 nfnet_l0 tresnet_m mobilenetv4_hybrid_medium
+    vit_tiny_patch16_224 pvt_v2_b0 edgenext_xx_small coat_lite_tiny
+"""
+SKIPPED = {*LARGE.split()}
+CASES = {
+    name: (build, shape)
+    for name, build, shape in networks(heavy=False)
+    if name not in SKIPPED and (not name.startswith("timm:") or name[5:] in TIMM.split())
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_network(name: str) -> None:
+    build, shape = CASES[name]
+    # fvcore takes most of the time; the property tests compare with it on small networks, the benchmark on all.
+    row = examine(name, build, shape, count=False)
+    assert row.error == ""
+    assert row.groups > 0
+    assert row.least_macs < 0.25
+
+
+@pytest.mark.parametrize("build", [Zoo, UNet, Attentive, Tied])
+def test_special_networks_with_fvcore(build: type[nn.Module]) -> None:
+    shape = {Zoo: (1, 3, 32, 32), UNet: (1, 3, 32, 32), Attentive: (1, 10, 24), Tied: (1, 8)}[build]
+    assert examine(build.__name__, build, shape).error == ""
+
+
+def test_vision_transformers_prune_heads_hidden_and_embedding() -> None:
+    import torchvision
+
+    vit = PruningSpace(torchvision.models.vit_b_32(weights=None).eval(), torch.randn(1, 3, 224, 224))
+    by_name = {group.name: group for group in vit.groups}
+    heads = by_name["encoder.layers.encoder_layer_0.self_attention"]
+    hidden = by_name["encoder.layers.encoder_layer_0.mlp.0"]
+    embedding = by_name["conv_proj"]
+    assert (heads.width, heads.unit, hidden.width, embedding.width) == (12, 192, 3072, 768)
+    swin = PruningSpace(torchvision.models.swin_t(weights=None).eval(), torch.randn(1, 3, 64, 64))
+    found = {(g.width, g.unit) for g in swin.groups if g.name.endswith("attn.qkv")}
+    assert found == {
+        (3, 96),
+        (6, 96),
+        (12, 96),
+        (24, 96),
+    }
+
+
+def test_same_widths_as_torch_pruning() -> None:
+    import torchvision
+
+    from benchmarks.pruning_speed import prune_with_torch_pruning
+
+    for name in ("resnet18", "mobilenet_v2", "densenet121"):
+        model = torchvision.models.get_model(name, weights=None).eval()
+        example = torch.randn(1, 3, 64, 64)
+        space = PruningSpace(model, example, min_width=1)
+        theirs = prune_with_torch_pruning(model, example, 0.5)
+        widths = space.widths(space.uniform(0.5).widths)
+        assert space.params(widths) == sum(parameter.numel() for parameter in theirs.parameters()), name
+
+
+def test_auxiliary_heads_fit_in_training() -> None:
+    import torchvision
+
+    model = torchvision.models.googlenet(weights=None, init_weights=False).eval()
+    space = PruningSpace(model, torch.randn(1, 3, 64, 64))
+    small = space.apply(space.uniform(0.5)).train()
+    out = small(torch.randn(2, 3, 64, 64))
+    assert [tuple(t.shape) for t in out] == [(2, 1000)] * 3
+
+
+def test_the_real_checkpoint_survives_mild_pruning(shared_data: Path) -> None:
+    from compressor.models import create_model
+
+    model = create_model("cifar_resnet20", 10, shared_data / "resnet20_cifar10jpeg.pt").eval()
+    space = PruningSpace(model, torch.randn(1, 3, 32, 32))
+    assert space.params(space.dense_widths) == 269_722
+    example = torch.randn(16, 3, 32, 32)
+    with torch.no_grad():
+        dense = model(example)
+        kept = space.apply(space.plan(space.round(0.95 * space.dense_widths), "l1"))(example)
+        random = space.apply(space.plan(space.round(0.5 * space.dense_widths), "random"))(example)
+    # Dropping the least filters moves the logits less than dropping half of them at random.
+    assert (kept - dense).square().mean() < (random - dense).square().mean()
+
+
+def test_the_page_lists_failures_and_reasons(tmp_path: Path) -> None:
+    page = table(
+        [Row("good", "", 3, 0.1, 0.2, (("frozen by the caller", 2),)), Row("bad", "half: costs do not fall")]
+    )
+    assert "1 of 2 networks pass" in page
+    assert "| good | 3 | 10.0% | 20.0% | 2: frozen by the caller |" in page
+    assert "| bad | **fails**: half: costs do not fall | | | |" in page
