@@ -31,8 +31,15 @@ Policy = Callable[[Observation, LegalWidths], float]
 
 @dataclass(frozen=True)
 class Transition:
-    """One step of an episode: observations (9 + context,), the action as the bounds moved it and as it was asked for, the
-    reward, and whether it was the last."""
+    """One step of an episode.
+
+    Attributes:
+        observation, following: (9 + context,), before and after it.
+        action: the ratio removed, as the bounds moved it.
+        reward: 0 but for the last step.
+        last: whether it ended the episode.
+        asked: the ratio that the policy asked for.
+    """
 
     observation: Observation
     action: float
