@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compressor.pruning.importance import Ranking
-    from compressor.pruning.space import PruningSpace
+    from compressor.pruning.space import Layer, PruningSpace
 
 RUNTIME = "onnxruntime-cpu"
 SECONDS_A_NETWORK = 0.5
@@ -67,22 +67,31 @@ def measure_candidate(
 ) -> Sample:
     """Build, export and measure one sub-network."""
     small = space.apply(space.plan(widths, ranking))
+    c_in, c_out = (rows[0] for rows in channels(space, widths[None]))
+    weights = [_weights(layer, *pair) for layer, *pair in zip(space.layers, c_in, c_out, strict=True)]
     with tempfile.TemporaryDirectory(prefix="compressor-latency-") as folder:
         path = Path(folder) / "network.onnx"
         try:
             export_onnx(small, example, path)
-            network = tag(path)
+            network = tag(path, weights)
             times = device.measure(network, SECONDS_A_NETWORK)
         except ExportError as error:
             raise CompressorError(f"The network cannot be measured: {error.message}", error.hint) from error
-    c_in, c_out = channels(space, widths[None])
-    if network.operators != c_in.shape[1]:
+    if network.operators != len(weights):
         raise CompressorError(
-            f"The exported network has {network.operators} weight-bearing operators, the pruning space "
-            f"{c_in.shape[1]}: they cannot be matched.",
+            f"Of the network's {len(weights)} weight-bearing operators {network.operators} were found in the exported "
+            "file: they cannot be timed one by one.",
             "Give the budget in --flops or --params instead of --latency.",
         )
-    return Sample(c_in[0], c_out[0], network, times)
+    return Sample(c_in, c_out, network, times)
+
+
+def _weights(layer: Layer, c_in: int, c_out: int) -> int | None:
+    """Elements of a layer's weight; None where that depends on more than its channels."""
+    taps = int(np.prod(layer.kernel)) if layer.kernel else 1
+    if layer.kind == "depthwise":
+        return int(c_out) * taps
+    return None if layer.kind == "grouped" else int(c_in) * int(c_out) * taps
 
 
 def table_from(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,24 +84,30 @@ class Device(Protocol):
         """Spend about `seconds` on one network."""
 
 
-def tag(path: Path) -> TaggedNetwork:
+def tag(path: Path, weights: Sequence[int | None] | None = None) -> TaggedNetwork:
     """Read an ONNX file and rename its nodes and inner tensors to `@INDEX.`, the index of the node that makes them.
 
     ONNX Runtime names a fused node after one of the tensors or nodes it replaces, so the tag survives
     optimisation. A node without weights counts to the latest weight-bearing operator that it depends on.
+
+    Args:
+        path: The ONNX file.
+        weights: How many elements the weight of each operator has that is to be told apart, in execution order; None
+            for any. Other products with constants (an adaptive pooling written as one) count to the operator before
+            them. Without it every product with a constant is an operator of its own.
     """
     import onnx
 
     proto = onnx.load(str(path))
     graph = proto.graph
-    constants = {item.name for item in graph.initializer}
+    constants = {item.name: int(np.prod(item.dims)) for item in graph.initializer}
     outputs = {item.name for item in graph.output}
     names: dict[str, str] = {}
     owner_of: dict[str, int] = {}
     owner: list[int] = []
     epilogues: list[list[str]] = []
     for index, node in enumerate(graph.node):
-        if node.op_type in _WEIGHTED and any(name in constants for name in node.input):
+        if node.op_type in _WEIGHTED and _is_next(node, constants, weights, len(epilogues)):
             owner.append(len(epilogues))
             epilogues.append([])
         else:
@@ -119,6 +125,16 @@ def tag(path: Path) -> TaggedNetwork:
                 values[place] = names.get(name, name)
     del graph.value_info[:]
     return TaggedNetwork(proto.SerializeToString(), tuple(owner), tuple("+".join(each) for each in epilogues))
+
+
+def _is_next(
+    node: Any, constants: Mapping[str, int], weights: Sequence[int | None] | None, place: int
+) -> bool:
+    """Whether a node's constant is the weight that comes at `place`."""
+    found = [constants[name] for name in node.input[:2] if name in constants]
+    if weights is None or not found:
+        return bool(found)
+    return place < len(weights) and weights[place] in (None, *found)
 
 
 class OrtCpu:

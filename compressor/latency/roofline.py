@@ -101,7 +101,9 @@ def operator_ms(
     macs, moved = work
     compute = 2e3 * macs / (tflops * 1e12 * efficiency[operators.kind])
     memory = 1e3 * moved * element_bytes / (bandwidth_gbs * 1e9 * bandwidth_efficiency)
-    return np.asarray((compute**SOFTNESS + memory**SOFTNESS) ** (1 / SOFTNESS) + launch_ms * operators.launches)
+    return np.asarray(
+        (compute**SOFTNESS + memory**SOFTNESS) ** (1 / SOFTNESS) + launch_ms * operators.launches
+    )
 
 
 def roofline_operators(

@@ -46,7 +46,9 @@ def _budget(space: PruningSpace, table: LatencyTable, target: float) -> LatencyB
 
 
 @pytest.mark.parametrize("share", [0.5, 0.65, 0.8, 0.95])
-def test_a_device_slower_than_its_table(space: PruningSpace, table: LatencyTable, truth: Truth, share: float) -> None:
+def test_a_device_slower_than_its_table(
+    space: PruningSpace, table: LatencyTable, truth: Truth, share: float
+) -> None:
     target = share * 1.5 * float(truth(space.dense_widths)[0])
     count, measured = rounds(space, table, target, lambda widths: 1.5 * float(truth(widths)[0]))
     assert count <= 3

@@ -154,6 +154,19 @@ def test_nodes_count_to_the_operator_they_serve(tmp_path: Path) -> None:
     assert times.median_ms > 0
 
 
+def test_products_that_are_no_layer_count_to_the_one_before(tmp_path: Path) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 4)
+    ).eval()
+    path = tmp_path / "net.onnx"
+    export_onnx(net, torch.zeros(1, 3, 4, 4), path)
+    assert tag(path).operators > 2  # 2x2 pixels are pooled to 3x3 by products with constants
+    network = tag(path, [8 * 27, 72 * 4])
+    assert network.operators == 2
+    assert "MatMul" in network.epilogues[0]
+    assert OrtCpu().measure(network, 0.02).operators_ms.shape[1] == 2
+
+
 def test_events_are_summed_by_run_and_operator(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     export_onnx(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)).eval(), torch.zeros(1, 3, 4, 4), path)
