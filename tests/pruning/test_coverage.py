@@ -17,11 +17,14 @@ LARGE = """
     convnext_base convnext_large convnext_small densenet161 densenet169 densenet201 efficientnet_b2 efficientnet_b3
     efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7 efficientnet_v2_l efficientnet_v2_m mnasnet0_75
     mnasnet1_0 regnet_x_16gf regnet_x_32gf regnet_x_3_2gf regnet_x_8gf regnet_y_16gf regnet_y_32gf regnet_y_3_2gf
-    regnet_y_8gf resnet101 resnet152 resnext101_32x8d resnext101_64x4d shufflenet_v2_x1_5 shufflenet_v2_x2_0 swin_b swin_s
-    swin_v2_b swin_v2_s vgg13 vgg16 vgg16_bn vgg19 vgg11_bn vgg13_bn vgg19_bn vit_b_16 wide_resnet101_2 wide_resnet50_2
+    regnet_y_8gf resnet101 resnet152
+    resnext101_32x8d resnext101_64x4d shufflenet_v2_x1_5 shufflenet_v2_x2_0 swin_b
+    swin_s swin_v2_b swin_v2_s vgg13 vgg16 vgg16_bn vgg19 vgg11_bn vgg13_bn vgg19_bn
+    vit_b_16 wide_resnet101_2 wide_resnet50_2
 """
 TIMM = """
-    skresnet18 resnest14d res2net50_26w_4s mixnet_s ghostnet_100 cspresnet50 nfnet_l0 tresnet_m mobilenetv4_hybrid_medium
+    skresnet18 resnest14d res2net50_26w_4s mixnet_s ghostnet_100 cspresnet50 nfnet_l0 tresnet_m
+    mobilenetv4_hybrid_medium
     vit_tiny_patch16_224 pvt_v2_b0 edgenext_xx_small coat_lite_tiny
 """
 SKIPPED = {*LARGE.split()}
