@@ -95,7 +95,8 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         table.add_row(
             row["agent"], str(row["seed"]), *(f"{row[name]:.2%}" for name in ("dense", "pruned", "finetuned")),
             *(f"{row[name]:.3f}" for name in ("target_ms", "predicted_ms", "measured_ms")),
-            "yes" if row["kept"] else "no", f"{row['macs_share']:.0%}", str(row["evaluations"]), f"{row['neither_share']:.1%}",
+            "yes" if row["kept"] else "no", f"{row['macs_share']:.0%}", str(row["evaluations"]),
+            f"{row['neither_share']:.1%}",
         )  # fmt: skip
     console.print(table)
     for agent in dict.fromkeys(row["agent"] for row in rows):

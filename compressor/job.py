@@ -94,6 +94,7 @@ def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
     import torch
 
     from compressor.data import load_data
+    from compressor.latency.devices import recommended_steps
     from compressor.models import create_model, model_factory
     from compressor.pruning.space import PruningSpace
 
@@ -108,14 +109,15 @@ def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
     teacher = copy.deepcopy(model).eval() if recipe.weights != "none" else None
     example = torch.zeros(1, *data.input_shape)
     pruning = recipe.pruning
-    space = PruningSpace(
-        model,
-        example,
-        granularity=granularity(recipe),
-        min_width=pruning.min_share,
-        frozen=pruning.frozen,
-        scope=pruning.scope,
-    )
+
+    def traced(steps: int | dict[str, int]) -> PruningSpace:
+        return PruningSpace(
+            model, example, granularity=steps, min_width=pruning.min_share, frozen=pruning.frozen, scope=pruning.scope
+        )
+
+    space = traced(1 if pruning.granularity == "auto" else pruning.granularity)
+    if pruning.granularity == "auto" and recipe.budgets.latency:
+        space = traced(recommended_steps(space.groups, runtime_of(recipe), recipe.precision))
     if not space.groups:
         reasons = "; ".join(f"{part.name}: {part.reason}" for part in space.skipped[:5])
         raise CompressorError(
@@ -130,7 +132,7 @@ def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
         recipe=recipe,
         model=model,
         teacher=teacher.to(torch_device) if teacher is not None else None,
-        factory=model_factory(recipe.model, data.num_classes),
+        factory=model_factory(recipe.model, data.num_classes, recipe.weights),
         data=data,
         space=space,
         table=table,
@@ -154,15 +156,9 @@ def check_device(recipe: Recipe) -> None:
         )
 
 
-def granularity(recipe: Recipe) -> int:
-    """Of which number the channel counts are multiples: the recipe's, or what the device computes best."""
-    from compressor.latency.devices import recommended_granularity
-
-    wanted = recipe.pruning.granularity
-    if wanted != "auto":
-        return wanted
-    runtime = "onnxruntime-cpu" if recipe.device == "local" else "tensorrt"
-    return recommended_granularity(runtime, recipe.precision) if recipe.budgets.latency else 1
+def runtime_of(recipe: Recipe) -> str:
+    """What runs the network on the recipe's device, by the name that latency tables use."""
+    return "onnxruntime-cpu" if recipe.device == "local" else "tensorrt"
 
 
 def latency_table(recipe: Recipe, space: PruningSpace, example: Tensor) -> LatencyTable:

@@ -71,9 +71,10 @@ class Search(_Part):
     )
     max_evaluations: Positive = Field(200, description="The most networks that may be scored.")
     max_seconds: float | None = Field(None, gt=0, description="The longest time that the search may take.")
-    batch_norm_batches: Positive = Field(
-        10,
-        description="Batches from which batch-norm statistics are re-estimated before a network is scored.",
+    batch_norm_batches: Positive | None = Field(
+        None,
+        description="Batches of 128 from which batch-norm statistics are re-estimated before a network is scored; "
+        "left out: 3 on digits, else 10.",
     )
     search_images: Positive | None = Field(
         2000, description="The most images of the search split that score a network; null for all of them."
@@ -175,12 +176,12 @@ class Recipe(_Part):
         """The same recipe with every field filled in that follows from others."""
         own = self.model.startswith("cifar_")
         small = self.data_kind in ("digits", "cifar10", "cifar100") or own
-        scratch_epochs = {"digits": 30, "imagenet": 90}.get(self.data_kind, 60)
+        scratch_epochs = {"digits": 20, "imagenet": 90}.get(self.data_kind, 60)
         weights = "none" if not self.pretrained else self.weights
         if weights == "default" and own:
             weights = "none"  # nobody publishes weights for these under a name that could be fetched
         pretrained = weights != "none"
-        batch = 64 if self.data_kind == "digits" else 128
+        digits = self.data_kind == "digits"
         share = self.search.epochs_share
         if share is None:
             share = 0.6 if not pretrained else 1 / 3 if self.agent == "joint" else 0.0
@@ -194,9 +195,12 @@ class Recipe(_Part):
                 or (32 if small else 224 if self.data_kind == "imagenet" else None),
                 "precision": precision,
                 "epochs": self.epochs or (scratch_epochs // 3 if pretrained else scratch_epochs),
-                "search": {"epochs_share": share},
+                "search": {
+                    "epochs_share": share,
+                    "batch_norm_batches": self.search.batch_norm_batches or (3 if digits else 10),
+                },
                 "training": {
-                    "batch_size": self.training.batch_size or batch,
+                    "batch_size": self.training.batch_size or (32 if digits else 128),
                     "mixed_precision": _own_precision()
                     if self.training.mixed_precision == "auto"
                     else self.training.mixed_precision,

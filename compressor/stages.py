@@ -132,7 +132,7 @@ def _search(run: RunDir, job: Job) -> SearchResult:
         job.space,
         job.data,
         device=job.torch_device,
-        bn_batches=settings.batch_norm_batches,
+        bn_batches=int(settings.batch_norm_batches or 10),
         search_images=settings.search_images,
         seed=recipe.seed,
     )
@@ -204,14 +204,14 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
             trainer.restore(state["trainer"])
         history = [entry for entry in run.manifest["training"] if entry["phase"] != "finetune"]
         history += (state or {}).get("history", []) if trainer.epoch else []
-        with bar("Fine-tuning the slim network", epochs) as progress:
-            progress.advance(trainer.epoch)
+        with bar("Fine-tuning the slim network", epochs * trainer.steps_per_epoch) as progress:
+            progress.advance(trainer.epoch * trainer.steps_per_epoch)
             while trainer.epoch < epochs:
-                stats = trainer.run_epoch()
+                stats = trainer.run_epoch(on_step=lambda _: progress.advance())
                 history.append(_epoch_record("finetune", trainer.epoch, stats))
                 own = [entry for entry in history if entry["phase"] == "finetune"]
                 checkpoint.save({"plan": plan.checksum, "trainer": trainer.state(), "history": own})
-                progress.advance(1, note=f"loss {stats.loss:.3f}")
+                progress.advance(0, note=f"loss {stats.loss:.3f}")
         slim.eval()
         finetuned = accuracy(slim, job.data.test, device=job.torch_device)
         _note_accuracy(run, finetuned=finetuned)

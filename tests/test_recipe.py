@@ -17,7 +17,7 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     file.write_text(recipe.to_yaml())
     assert load_recipe(file) == recipe
     assert recipe.resolved() == recipe
-    assert (recipe.weights, recipe.image_size, recipe.precision, recipe.epochs) == ("none", 32, "fp32", 30)
+    assert (recipe.weights, recipe.image_size, recipe.precision, recipe.epochs) == ("none", 32, "fp32", 20)
 
 
 def test_pretrained_weights_shorten_training() -> None:
