@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compressor.errors import CompressorError
 
-AgentName = Literal["joint", "constrained", "stepwise", "knapsack", "uniform", "random"]
+AgentName = Literal["joint", "stepwise", "knapsack", "uniform", "random"]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -83,6 +83,10 @@ class Search(_Part):
         "tensor", description="Form of the joint agent's alignment term."
     )
     align_weight: float = Field(1e-4, ge=0, description="Weight of the alignment term; 0 turns it off.")
+    context_size: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Numbers of the joint agent's learned state of the changing reward (the paper: 128); 0 for none.",
+    )
     settings: dict[str, int | float | bool | str] = Field(
         {}, description="Numbers of the agent's method that differ from its own defaults (docs/agents.md)."
     )
@@ -143,7 +147,8 @@ class Recipe(_Part):
     )
     image_size: Positive | None = Field(
         None,
-        description="Height and width of an input in pixels; left out: 32 for digits and CIFAR, 224 for ImageNet, a folder's own.",
+        description="Height and width of an input in pixels; left out: 32 for digits and CIFAR, "
+        "224 for ImageNet, for a folder its images' own.",
     )
     device: str = Field("local", description="local, the name of a latency table, or ssh://user@host.")
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(

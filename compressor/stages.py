@@ -136,7 +136,14 @@ def _search(run: RunDir, job: Job) -> SearchResult:
         search_images=settings.search_images,
         seed=recipe.seed,
     )
-    env = PruningEnv(job.space, search_budgets(run, job), evaluator, importance=importance(job))
+    env = PruningEnv(
+        job.space,
+        search_budgets(run, job),
+        evaluator,
+        importance=recipe.pruning.importance,
+        context_size=settings.context_size if recipe.agent == "joint" else 0,
+        importance_data=_importance_data(job),
+    )
     agent = create_agent(
         recipe.agent,
         seed=recipe.seed,
@@ -221,9 +228,10 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
     return slim
 
 
-def importance(job: Job) -> Any:
-    """How the channels of a group are ranked, with the training images where that needs data."""
-    return job.recipe.pruning.importance
+def _importance_data(job: Job) -> list[tuple[Any, Any]]:
+    """Two batches of training images and labels, for criteria and values that need gradients."""
+    stream = job.data.train.batches(128, shuffle_seed=job.recipe.seed, device=job.torch_device)
+    return [batch for _, batch in zip(range(2), stream, strict=False)]
 
 
 def search_epochs(job: Job) -> int:
