@@ -23,7 +23,7 @@ from compressor.pruning.groups import Resolved, resolve
 from compressor.pruning.lockstep import Mismatch, learn, lockstep, other_way
 from compressor.pruning.skeleton import copy_structure, named_tensors
 from compressor.pruning.slicer import Slicer
-from compressor.pruning.trace import Tracer, data_dependent
+from compressor.pruning.trace import Tracer
 
 _ROUNDS = 60
 
@@ -126,17 +126,10 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
             tracer.atoms.fix(labels, f"it shares its memory with '{other}' without being the same parameter")
     tracer.watch(skeleton.named_modules())
     try:
-        with torch.no_grad(), tracer:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), tracer:
             out = skeleton(*args)
     except Exception as error:
         failed = tracer.failed
-        if (
-            meta
-            and failed is not None
-            and "meta" in str(error)
-            and any(w in str(error) for w in ("item", "data", "copy"))
-        ):
-            raise data_dependent("item", failed) from error
         if failed is not None and not isinstance(error, CompressorError):
             error._module_path = failed.path  # type: ignore[attr-defined]
         raise
@@ -184,7 +177,7 @@ def _train_pass(tracer: Tracer, skeleton: nn.Module, args: tuple[Any, ...], meta
     for module in skeleton.modules():
         module.training = True
     try:
-        with torch.no_grad(), tracer:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), tracer:
             out = skeleton(*twice)
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, CompressorError):
         return

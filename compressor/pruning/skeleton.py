@@ -94,7 +94,9 @@ def copy_structure(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.M
                     own[name][key] = copy.deepcopy(hook, memo)
         for name, value in held.items():
             if type(value) not in _SHARED and name not in _HANDLED:
-                own[name] = _attribute(value, memo, tensor)
+                # Tensors that a network keeps from its last run have the dense width.
+                stale = "cache" in name and type(value) is dict
+                own[name] = {} if stale else _attribute(value, memo, tensor)
     result = memo[id(model)]
     assert isinstance(result, nn.Module)
     return result

@@ -54,6 +54,7 @@ class Tracer(TorchFunctionMode):
         self._check = check
         self._quick = quick
         self._steps = 0
+        self._ties: dict[tuple[str, str, int | None], list[Tie]] = {}
         #: Set for a second pass that only tells which channels belong together.
         self.uncounted = False
         self._marks: dict[int, tuple[Tensor, Axes, bool]] = {}
@@ -153,19 +154,27 @@ class Tracer(TorchFunctionMode):
         tied = False
         for path, attribute, place, value in size.origins:
             if not size.derived:
-                self.facts.ties.append(Tie(path, attribute, place, labels, block))
+                self._tie(Tie(path, attribute, place, labels, block))
                 tied = True
                 continue
             for axis in (labels, *others):
                 if axis is not None and axis.size == value:
-                    self.facts.ties.append(Tie(path, attribute, place, axis))
+                    self._tie(Tie(path, attribute, place, axis))
                     tied = True
                     break
         return tied
 
     def tie_attribute(self, attribute: str, labels: Labels, place: int | None = None, block: int = 1) -> None:
         """The running module's `attribute` is the number of these channels (in blocks of `block`)."""
-        self.facts.ties.append(Tie(self.stack[-1].path, attribute, place, labels, block))
+        self._tie(Tie(self.stack[-1].path, attribute, place, labels, block))
+
+    def _tie(self, tie: Tie) -> None:
+        for other in self._ties.setdefault((tie.path, tie.attribute, tie.place), []):
+            if other.block == tie.block and other.labels.size == tie.labels.size:
+                # One attribute stands for both, so that they can only shrink alike.
+                self.atoms.unify(other.labels, tie.labels)
+        self._ties[tie.path, tie.attribute, tie.place].append(tie)
+        self.facts.ties.append(tie)
 
     # ---------------------------------------------------------------- the mode itself
     def __torch_function__(

@@ -103,6 +103,28 @@ def test_half_precision_channels_last_and_modes(dtype: torch.dtype, example: Ten
     assert small.eval()(example.to(dtype)).shape == (1, 4)
 
 
+class OnlyReal(nn.Module):
+    """Makes a CPU tensor without saying so and reads a parameter's value: impossible on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) * torch.arange(x.shape[-1]).float()
+        return self.head(x * float(self.scale) if self.scale > 0 else x)
+
+
+def test_networks_that_cannot_run_on_the_meta_device(example: Tensor) -> None:
+    model = OnlyReal().eval()
+    space = PruningSpace(model, example)
+    small = space.apply(space.uniform(0.5))
+    assert space.groups[0].width == 8
+    assert small(example).shape == (1, 2, 10, 10)
+    assert space.macs([4]) == fvcore_macs(small, example)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda(example: Tensor) -> None:
     model = filled(Residual()).cuda()
