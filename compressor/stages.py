@@ -67,7 +67,7 @@ def begin(run: RunDir, job: Job) -> None:
         )  # fmt: skip
         if job.teacher is not None:
             dense = accuracy(job.teacher, job.data.test, device=job.torch_device)
-            _note_accuracy(run, dense=dense, dense_note="as the given weights are")
+            _note_accuracy(run, dense=dense, dense_note="The dense network is as its weights were given.")
             say(f"The dense network's test accuracy is {dense:.2%}.")
 
 
@@ -82,7 +82,7 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
         if job.teacher is None:
             epochs = search_epochs(job)
             dense = accuracy(job.model, job.data.test, device=job.torch_device)
-            _note_accuracy(run, dense=dense, dense_note=f"trained for the {epochs} epochs of the search")
+            _note_accuracy(run, dense=dense, dense_note=f"The dense network has had the {epochs} epochs of the search, the slim one all.")
         pruned = job.space.apply(result.best)
         reestimate_batch_norm(pruned, job.data.train, batches=10, device=job.torch_device)
         _note_accuracy(run, pruned=accuracy(pruned, job.data.test, device=job.torch_device))
