@@ -134,6 +134,7 @@ def _search(run: RunDir, job: Job) -> SearchResult:
         device=job.torch_device,
         bn_batches=int(settings.batch_norm_batches or 10),
         search_images=settings.search_images,
+        mixed_precision=recipe.training.mixed_precision,
         seed=recipe.seed,
     )
     env = PruningEnv(

@@ -21,7 +21,7 @@ from compressor.pruning.attention import swap_name
 from compressor.pruning.facts import MEETS_FIXED, Facts, Key, Settings, example_tensors, moved
 from compressor.pruning.groups import Resolved, resolve
 from compressor.pruning.lockstep import Mismatch, learn, lockstep, other_way
-from compressor.pruning.skeleton import copy_structure, named_tensors
+from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 from compressor.pruning.slicer import Slicer
 from compressor.pruning.trace import Tracer
 
@@ -76,7 +76,7 @@ def _freedom(resolved: Resolved) -> int:
 
 
 def _swaps(model: nn.Module, facts: Facts) -> dict[str, str]:
-    found = {path: name for path, module in model.named_modules() if (name := swap_name(module)) is not None}
+    found = {path: name for path, module in walk(model) if (name := swap_name(module)) is not None}
     return {
         path: name for path, name in found.items() if name != "multi_head_attention" or path in facts.swaps
     }
@@ -124,7 +124,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
     for name, other in _shared_memory(named_tensors(model)).items():
         for labels in tracer.axes(own[name]):
             tracer.atoms.fix(labels, f"it shares its memory with '{other}' without being the same parameter")
-    tracer.watch(skeleton.named_modules())
+    tracer.watch(walk(skeleton))
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), tracer:
             out = skeleton(*args)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compressor.pruning.atoms import Labels
 from compressor.pruning.facts import Call, Facts, Settings
 from compressor.pruning.groups import Resolved
-from compressor.pruning.skeleton import named_tensors
+from compressor.pruning.skeleton import named_tensors, walk
 from compressor.pruning.slicer import Slicer, cut_meta
 from compressor.pruning.trace import Tracer
 
@@ -85,7 +85,7 @@ def lockstep(
         seen += 1
 
     tracer = Tracer(named_tensors(small), Settings(), check, quick=on_meta)
-    tracer.watch(small.named_modules())
+    tracer.watch(walk(small))
     try:
         with torch.no_grad(), tracer:
             small(*args)

@@ -12,26 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_UNARY = frozenset(
-    [
-        "relu",
-        "relu6",
-        "gelu",
-        "silu",
-        "sigmoid",
-        "tanh",
-        "hardswish",
-        "hardsigmoid",
-        "leaky_relu",
-        "elu",
-        "mish",
-        "softplus",
-        "dropout",
-        "dropout2d",
-        "dropout3d",
-    ]
-)
-_BINARY = frozenset(["add", "sub", "mul"])
+UNARY = """
+    hardtanh relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid leaky_relu elu mish softplus dropout dropout2d
+    dropout3d
+"""
+_UNARY = frozenset(UNARY.split())
+_BINARY = frozenset({"add", "sub", "mul"})
 
 
 def shape_only(name: str, inplace: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -47,18 +33,21 @@ def shape_only(name: str, inplace: bool, args: tuple[Any, ...], kwargs: Mapping[
             else torch.empty_like(first)
         )
     if name in _BINARY and len(args) == 2 and not kwargs:
-        second = args[1]
-        if (
-            isinstance(second, Tensor)
-            and second.is_meta
-            and second.shape == first.shape
-            and second.dtype == first.dtype
-        ):
-            return first if inplace else torch.empty_like(first)
-        return None
+        return _joined(first, args[1], inplace)
     if name == "batch_norm" and first.dim() > 1:
         training = args[5] if len(args) > 5 else kwargs.get("training", False)
         vectors = [value for value in (*args[1:5], *kwargs.values()) if isinstance(value, Tensor)]
         if not training and vectors and all(value.shape == first.shape[1:2] for value in vectors):
             return torch.empty_like(first)
+    return None
+
+
+def _joined(a: Tensor, b: Any, inplace: bool) -> Tensor | None:
+    """The result of a sum or product where one of the two has the result's shape."""
+    if not isinstance(b, Tensor) or not b.is_meta or a.dtype != b.dtype or a.dim() != b.dim():
+        return None
+    if all(y in (1, x) for x, y in zip(a.shape, b.shape, strict=True)):
+        return a if inplace else torch.empty_like(a)
+    if not inplace and all(x in (1, y) for x, y in zip(a.shape, b.shape, strict=True)):
+        return torch.empty_like(b)
     return None

@@ -118,10 +118,36 @@ def _attribute(value: Any, memo: dict[int, Any], tensor: Callable[[Tensor], Tens
     return copy.deepcopy(value, memo)
 
 
+def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`named_modules()` in one go, which is several times faster on deep trees."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((path, module))
+        prefix = f"{path}." if path else ""
+        children = module.__dict__["_modules"]
+        stack.extend([(prefix + name, child) for name, child in reversed(children.items()) if child is not None])
+    return found
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every distinct parameter and buffer by its first name, non-persistent buffers included."""
-    found: dict[str, Tensor] = dict(model.named_parameters())
-    found.update(model.named_buffers())
+    """Every distinct parameter, then every distinct buffer, by its first name; non-persistent buffers included."""
+    found: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in walk(model):
+        prefix = f"{path}." if path else ""
+        for register, into in (("_parameters", found), ("_buffers", buffers)):
+            for name, value in module.__dict__[register].items():
+                if value is not None and id(value) not in seen:
+                    seen.add(id(value))
+                    into[prefix + name] = value
+    found.update(buffers)
     return found
 
 

@@ -15,7 +15,7 @@ from compressor.pruning.attention import slim_class
 from compressor.pruning.counts import Affine
 from compressor.pruning.facts import Facts
 from compressor.pruning.groups import Resolved
-from compressor.pruning.skeleton import copy_structure, named_tensors
+from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 
 Keep = Sequence[NDArray[np.bool_]]
 RECORD = "_compressor_slim"
@@ -124,7 +124,7 @@ class Slicer:
         edits: list[list[Any]] = []
         changed = any(plan.values())
         if changed:
-            by_path = dict(small.named_modules())
+            by_path = dict(walk(small))
             for edit in self.edits:
                 _set(by_path[edit.path], edit, int(edit.count(widths)) // edit.block, edits)
             for path in self.touched:

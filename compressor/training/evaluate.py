@@ -123,6 +123,7 @@ class Evaluator:
         batch_size: Images in these and in the scored batches.
         search_images: The most images of the search split that are used; None for all.
         seed: Chooses the images.
+        mixed_precision: "bf16" scores with forward passes in that precision, all candidates alike; "no" in float32.
 
     Attributes:
         evaluations: Networks scored so far; answers from the cache do not count.
@@ -139,11 +140,13 @@ class Evaluator:
         batch_size: int = 128,
         search_images: int | None = None,
         seed: int = 0,
+        mixed_precision: str = "no",
     ) -> None:
         self.space = space
         self.device = device
         self.evaluations = 0
         self.seconds = 0.0
+        self._bf16 = mixed_precision == "bf16"
         self._bn_batches, self._batch_size, self._seed = bn_batches, batch_size, seed
         # Decoded once: a search reads the same images for every candidate.
         self._train = data.train.in_memory(bn_batches * batch_size, seed)
@@ -176,15 +179,18 @@ class Evaluator:
 
     def score(self, model: nn.Module, *, floor: float | None = None) -> float:
         """Accuracy of any network on the same images; its batch-norm statistics are replaced."""
-        reestimate_batch_norm(
-            model,
-            self._train,
-            batches=self._bn_batches,
-            batch_size=self._batch_size,
-            device=self.device,
-            seed=self._seed,
-        )
-        return accuracy(model, self._search, device=self.device, batch_size=self._batch_size, floor=floor)
+        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self._bf16):
+            reestimate_batch_norm(
+                model,
+                self._train,
+                batches=self._bn_batches,
+                batch_size=self._batch_size,
+                device=self.device,
+                seed=self._seed,
+            )
+            return accuracy(
+                model, self._search, device=self.device, batch_size=self._batch_size, floor=floor
+            )
 
     def weights_moved(self) -> None:
         """Forget all scores: the space's model was trained meanwhile."""

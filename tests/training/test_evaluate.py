@@ -121,3 +121,14 @@ def test_hopeless_candidates_are_not_remembered(space: PruningSpace, digits: Dat
     full = evaluate(plan)
     assert evaluate.evaluations == 2
     assert full == evaluate(plan)
+
+
+def test_scores_in_bf16_are_close_to_those_in_fp32(digits: DataBundle) -> None:
+    torch.manual_seed(0)
+    space = PruningSpace(create_model("cifar_resnet20", 10), torch.zeros(1, 3, 32, 32))
+    plan = space.uniform(0.5)
+    full, half = (
+        Evaluator(space, digits, bn_batches=1, search_images=100, mixed_precision=precision)(plan)
+        for precision in ("no", "bf16")
+    )
+    assert half == pytest.approx(full, abs=0.1)
