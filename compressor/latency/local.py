@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 HELD_OUT = 10
+UNSURE = 0.10
+"""A mean error on held-out networks that the user should hear of."""
+
 NOISY = 0.15
 """A change of the dense network's time between start and end that is worth a warning."""
 
@@ -79,6 +82,12 @@ def local_table(
         if known is not None and network in known.fields.networks:
             table = _with_dense_of(table, known, network)
         table.write(path)
+    held = table.fields.networks[network].held_out
+    if held is not None and held.mape > UNSURE:
+        say(
+            f"The table is {held.mape:.0%} off on sub-networks that it has not seen: this machine was busy, or is hard "
+            f"to predict. To have it measured again, delete {path}"
+        )
     return table
 
 

@@ -127,6 +127,17 @@ def test_a_damaged_cache_is_said_and_measured_anew(
     json.loads(file.read_text())
 
 
+def test_a_table_that_predicts_badly_says_so(
+    space: PruningSpace, example: Tensor, tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "UNSURE", 0.0)
+    lines = _Lines()
+    with shown_on(lines):
+        local_table(space, example, cache_dir=tmp_path, time_limit_s=0.0)
+    (file,) = (tmp_path / "latency").glob("*.json")
+    assert any("has not seen" in line and str(file) in line for line in lines.lines)
+
+
 def test_finer_steps_are_measured_anew_and_keep_the_dense_time(
     space: PruningSpace, example: Tensor, tmp_path: Path, counted: list[int]
 ) -> None:
