@@ -115,7 +115,11 @@ def _attribute(value: Any, memo: dict[int, Any], tensor: Callable[[Tensor], Tens
         return memo[id(value)]
     if type(value) in (tuple, list) and all(type(item) in _SHARED for item in value):
         return value if type(value) is tuple else value.copy()
-    return copy.deepcopy(value, memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except (TypeError, RuntimeError):
+        # Locks, open files, tensors with a history: what cannot be copied is shared.
+        return value
 
 
 def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -131,7 +135,9 @@ def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
         found.append((path, module))
         prefix = f"{path}." if path else ""
         children = module.__dict__["_modules"]
-        stack.extend([(prefix + name, child) for name, child in reversed(children.items()) if child is not None])
+        stack.extend(
+            [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+        )
     return found
 
 

@@ -246,10 +246,21 @@ class PruningSpace:
         keep = self._masks(plan)
         widths = np.array([int(mask.sum()) for mask in keep], dtype=np.int64)
         source = self.model if model is None else model
+        if source is not self.model:
+            self._check_same(source)
         small = self.slicer.build(source, keep, widths, cut)
         small.__dict__[RECORD]["plan"] = plan
         small.__dict__[RECORD]["dense"] = self._dense_shapes
         return small
+
+    def _check_same(self, model: nn.Module) -> None:
+        found = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+        wrong = sorted(set(found.items()) ^ set(self._dense_shapes.items()))
+        if wrong:
+            raise CompressorError(
+                f"The given network is not of this space: they disagree about tensor '{wrong[0][0]}'.",
+                "Give a copy of the dense network with other weights.",
+            )
 
     def indices(self, plan: ChannelPlan) -> dict[str, dict[int, Tensor]]:
         """Name of each parameter or buffer that can shrink -> axis -> kept indices, ascending."""

@@ -113,7 +113,7 @@ class OnlyReal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x) * torch.arange(x.shape[-1]).float()
-        return self.head(x * float(self.scale) if self.scale > 0 else x)
+        return self.head(x * float(self.scale.detach()) if self.scale > 0 else x)
 
 
 def test_networks_that_cannot_run_on_the_meta_device(example: Tensor) -> None:
@@ -275,7 +275,69 @@ def test_bad_settings(example: Tensor) -> None:
 
 def test_a_plan_of_another_space(example: Tensor) -> None:
     space = PruningSpace(Residual().eval(), example)
+    with pytest.raises(CompressorError, match=r"disagree about tensor 'act\.weight'"):
+        space.apply(space.dense(), Zoo())
     with pytest.raises(CompressorError, match="group 'other'"):
         space.apply(ChannelPlan({"other": (0,)}))
     with pytest.raises(CompressorError, match="keeps channel 9"):
         space.apply(ChannelPlan({"stem": (0, 9)}))
+
+
+class Caching(nn.Module):
+    """Heads in an attribute, and a table of biases that the first run keeps (as LeViT does)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 3)
+        self.bias = nn.Parameter(torch.randn(4, 5, 5))
+        self.bias_cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.bias_cache:
+            self.bias_cache["bias"] = self.bias * 2
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1) + self.bias_cache["bias"]).softmax(-1)
+        return self.proj((scores @ v).transpose(1, 2).reshape(b, n, -1))
+
+
+def test_caches_of_the_dense_network_stay_behind() -> None:
+    model, example = Caching().eval(), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        model(example)
+        space = PruningSpace(model, example)
+        assert [(g.name, g.width, g.unit) for g in space.groups] == [("qkv", 4, 12)]
+        small = space.apply(space.plan([2]))
+        kept = list(space.plan([2]).keep["qkv"])
+        assert small(example).shape == (1, 5, 3)
+    assert small.heads == 2
+    assert torch.equal(small.bias_cache["bias"], model.bias_cache["bias"][kept])
+
+
+class Parts(nn.Module):
+    """Channels split by sizes that are attributes, one of them a share of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.sizes = 12, [5, 7]
+        self.first, self.second = nn.Conv2d(3, 12, 1), nn.Conv2d(3, 12, 1)
+        self.gated, self.rest = nn.Conv2d(6, 4, 1), nn.Conv2d(7, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).split(self.width // 2, dim=1)
+        c, d = torch.split(self.second(x), self.sizes, dim=1)
+        return self.gated(a * b) + self.rest(d) + c.mean()
+
+
+def test_split_sizes_in_attributes_follow(example: Tensor) -> None:
+    model = filled(Parts())
+    space = PruningSpace(model, example)
+    assert [(g.name, g.width, g.unit) for g in space.groups] == [
+        ("first", 6, 2),
+        ("second", 5, 1),
+        ("second/2", 7, 1),
+    ]
+    small = space.apply(space.plan([4, 2, 3]))
+    assert (small.width, small.sizes, model.sizes) == (8, [2, 3], [5, 7])
+    assert small(example).shape == model(example).shape
