@@ -18,16 +18,30 @@ from compressor.pruning.groups import Resolved
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 
 Keep = Sequence[NDArray[np.bool_]]
+#: An axis, its kept indices, and how many of them lie side by side.
+Cut = tuple[int, Tensor, int]
 RECORD = "_compressor_slim"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """An axis: for each index its group (-1 where it always stays) and its unit."""
+    """An axis: for each index its group (-1 where it always stays) and its unit.
+
+    `run` neighbouring indices always share their fate (the 49 places of a channel that was flattened from 7x7), so that
+    they can be copied together.
+    """
 
     group: NDArray[np.int64]
     unit: NDArray[np.int64]
     groups: tuple[int, ...]
+    run: int
+
+    @classmethod
+    def of(cls, group: NDArray[np.int64], unit: NDArray[np.int64]) -> Layout:
+        """The layout of an axis from the groups and units of its indices."""
+        changes = np.flatnonzero((np.diff(group) != 0) | (np.diff(unit) != 0)) + 1
+        run = int(np.gcd.reduce(np.append(changes, group.size)))
+        return cls(group, unit, tuple(np.unique(group[group >= 0]).tolist()), run)
 
     def kept(self, keep: Keep) -> Tensor:
         """Kept indices, ascending, for one mask over units per group."""
@@ -70,7 +84,7 @@ class Slicer:
                 key = group.tobytes() + unit.tobytes()
                 if key not in layouts:
                     layouts[key] = len(self.layouts)
-                    self.layouts.append(Layout(group, unit, tuple(np.unique(group[group >= 0]).tolist())))
+                    self.layouts.append(Layout.of(group, unit))
                 found.append((axis, layouts[key]))
             if found:
                 self.axes[name] = tuple(found)
@@ -109,12 +123,14 @@ class Slicer:
             model: The dense network (its tensors are only read).
             keep: One mask over units per group.
             widths: (G,) the number of kept units of each group.
-            slice_: (tensor, [(axis, kept indices)]) -> its smaller copy.
+            slice_: (tensor, [(axis, kept indices, how many of them lie side by side)]) -> its smaller copy.
         """
         kept = self.indices(keep)
         plan = {
             id(tensor): [
-                (axis, index) for axis, layout in self.axes[name] if (index := kept[layout]) is not None
+                (axis, index, self.layouts[layout].run)
+                for axis, layout in self.axes[name]
+                if (index := kept[layout]) is not None
             ]
             for name, tensor in named_tensors(model).items()
             if name in self.axes
@@ -185,7 +201,7 @@ def following(module: nn.Module) -> list[tuple[str, Any]]:
     return []
 
 
-def cut(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
+def cut(tensor: Tensor, kept: Sequence[Cut]) -> Tensor:
     """A copy of the kept indices; memory format, type and device as they were. Called without gradients."""
     if not kept:
         return tensor.detach().clone()
@@ -193,10 +209,14 @@ def cut(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
     if len(kept) > 1:
         # The axis that loses most goes first, so that the others move less.
         kept = sorted(kept, key=lambda item: item[1].numel() / tensor.shape[item[0]])
-    for axis, index in kept:
-        source = source.index_select(
-            axis, index if index.device == source.device else index.to(source.device)
-        )
+    for axis, index, run in kept:
+        if index.device != source.device:
+            index = index.to(source.device)
+        if run > 1:
+            whole = source.unflatten(axis, (-1, run)).index_select(axis, index[::run] // run)
+            source = whole.flatten(axis, axis + 1)
+        else:
+            source = source.index_select(axis, index)
     if (
         tensor.dim() == 4
         and not tensor.is_contiguous()
@@ -206,9 +226,9 @@ def cut(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
     return source
 
 
-def cut_meta(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
+def cut_meta(tensor: Tensor, kept: Sequence[Cut]) -> Tensor:
     """The shape of `cut` on the meta device."""
     shape = list(tensor.shape)
-    for axis, index in kept:
+    for axis, index, _ in kept:
         shape[axis] = index.numel()
     return torch.empty(shape, dtype=tensor.dtype, device="meta")

@@ -264,7 +264,8 @@ class PruningSpace:
 
     def indices(self, plan: ChannelPlan) -> dict[str, dict[int, Tensor]]:
         """Name of each parameter or buffer that can shrink -> axis -> kept indices, ascending."""
-        found = [layout.kept(self._masks(plan)) for layout in self.slicer.layouts]
+        keep = self._masks(plan)
+        found = [layout.kept(keep) for layout in self.slicer.layouts]
         return {
             name: {axis: found[layout] for axis, layout in axes} for name, axes in self.slicer.axes.items()
         }

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,12 +94,14 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: type) -> list[int]:
     measured.
     """
     made: list[int] = []
+    measured = local._measured
 
-    def instead(threads: int = 1) -> object:
-        made.append(threads)
-        return device(noise=0.05, seed=len(made))
+    def counting(space: PruningSpace, example: Tensor, *rest: Any) -> LatencyTable:
+        made.append(rest[-1])
+        return measured(space, example, *rest)
 
-    monkeypatch.setattr(local, "OrtCpu", instead)
+    monkeypatch.setattr(local, "OrtCpu", lambda threads=1: device(noise=0.05, seed=len(made)))
+    monkeypatch.setattr(local, "_measured", counting)
     return made
 
 
@@ -111,6 +114,26 @@ def test_a_second_run_reads_the_cache(
     assert again.to_json() == first.to_json()
     local_table(space, example, cache_dir=tmp_path, threads=2)
     assert counted == [1, 2]
+
+
+@pytest.mark.parametrize("factor", [0.4, 2.5])
+def test_a_table_of_a_busy_machine_is_made_anew_on_a_quiet_one(
+    space: PruningSpace,
+    example: Tensor,
+    tmp_path: Path,
+    counted: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    device: type,
+    factor: float,
+) -> None:
+    before = local_table(space, example, cache_dir=tmp_path)
+    monkeypatch.setattr(local, "OrtCpu", lambda threads=1: device(factor=factor))
+    lines = _Lines()
+    with shown_on(lines):
+        now = local_table(space, example, cache_dir=tmp_path)
+    assert counted == [1, 1]
+    assert any("made anew" in line for line in lines.lines)
+    assert now.dense_ms(space) == pytest.approx(factor * before.dense_ms(space), rel=0.1)
 
 
 def test_a_damaged_cache_is_said_and_measured_anew(
