@@ -88,12 +88,12 @@ def _trace(model: nn.Module, args: tuple[Any, ...], settings: Settings) -> tuple
         return _run(model, moved(args, "meta"), settings, meta=True), True
     except CompressorError:
         raise
-    except Exception as on_meta:
+    except Exception as on_meta:  # the user's own code may raise anything; without the meta device it may run
         try:
             return _run(model, args, settings, meta=False), False
         except CompressorError:
             raise
-        except Exception as error:
+        except Exception as error:  # likewise; it is told with its cause
             shapes = (
                 ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in example_tensors(args))
                 or "no tensor"

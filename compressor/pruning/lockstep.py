@@ -91,7 +91,7 @@ def lockstep(
             small(*args)
     except Mismatch:
         raise
-    except Exception as error:
+    except Exception as error:  # wrong sizes surface as whatever the user's code raises on them
         raise Mismatch(steps[min(seen, len(steps) - 1)], str(error)) from error
 
 

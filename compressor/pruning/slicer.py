@@ -213,7 +213,8 @@ def cut(tensor: Tensor, kept: Sequence[Cut]) -> Tensor:
         if index.device != source.device:
             index = index.to(source.device)
         if run > 1:
-            whole = source.unflatten(axis, (-1, run)).index_select(axis, index[::run] // run)
+            parts = source.reshape(*source.shape[:axis], -1, run, *source.shape[axis + 1 :])
+            whole = parts.index_select(axis, index[::run] // run)
             source = whole.flatten(axis, axis + 1)
         else:
             source = source.index_select(axis, index)
