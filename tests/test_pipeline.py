@@ -131,14 +131,19 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, t
     for turn, mark in enumerate(marks):
         arguments = start if turn == 0 else [*command, "--resume", str(folder)]
         process = subprocess.Popen(
-            arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         deadline = time.monotonic() + 120
         while not (folder / mark).exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        gently = turn == 1  # once as with Ctrl-C, which must end with a message
+        process.send_signal(signal.SIGINT if gently else signal.SIGKILL)
+        _, errors = process.communicate()
         assert (folder / "recipe.yaml").exists()
+        if gently and process.returncode != 0:  # it may have been too fast for us
+            assert process.returncode == 2
+            assert "Go on with: compress --resume" in errors
+            assert "Traceback" not in errors
     last = subprocess.run(
         [*command, "--resume", str(folder)], env=environment, capture_output=True, text=True
     )
