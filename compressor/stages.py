@@ -82,7 +82,8 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
         if job.teacher is None:
             epochs = search_epochs(job)
             dense = accuracy(job.model, job.data.test, device=job.torch_device)
-            _note_accuracy(run, dense=dense, dense_note=f"The dense network has had the {epochs} epochs of the search, the slim one all.")
+            note = f"The dense network has had the {epochs} epochs of the search, the slim one all of them."
+            _note_accuracy(run, dense=dense, dense_note=note)
         pruned = job.space.apply(result.best)
         reestimate_batch_norm(pruned, job.data.train, batches=10, device=job.torch_device)
         _note_accuracy(run, pruned=accuracy(pruned, job.data.test, device=job.torch_device))

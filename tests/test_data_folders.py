@@ -14,6 +14,7 @@ from PIL import Image
 
 from compressor.data import DataBundle, FileSplit, MemorySplit, Split, load_data
 from compressor.errors import CompressorError
+from tests.archives import SAFELY
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (16, 16)) -> None:
@@ -210,7 +211,7 @@ def test_photographs(shared_data: Path, tmp_path: Path) -> None:
 
     with tarfile.open(shared_data / "imagenet-1k-sample160.tar") as archive:
         members = archive.getmembers()
-        archive.extractall(tmp_path, members=[m for m in members if m.isfile()][:60], filter="data")
+        archive.extractall(tmp_path, members=[m for m in members if m.isfile()][:60], **SAFELY)
     data = load_data(f"folder:{tmp_path}", seed=0, image_size=128)
     assert data.num_classes == 60
     assert [len(split) for split in (data.train, data.search, data.test)] == [43, 5, 12]

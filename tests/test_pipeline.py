@@ -122,7 +122,8 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, t
     folder = tmp_path / "run"
     command = [sys.executable, "-c", "from compressor.cli import main; main()"]
     start = [
-        *command, "--model", "tests.nets:tiny", "--epochs", "3", "--flops", "60%", "--params", "70%", "--out", str(folder),
+        *command, "--model", "tests.nets:tiny", "--epochs", "3", "--flops", "60%", "--params", "70%",
+        "--out", str(folder),
         "--set", "search.max_evaluations=6", "--set", "search.batch_norm_batches=2", "--set", "contract.repeats=1",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}

@@ -24,6 +24,7 @@ from export.parity import onnx_outputs
 from export.quantize import quantize_onnx
 from export.reference import Reference
 from export.to_onnx import export_onnx
+from tests.archives import SAFELY
 from tests.export.fake_trtexec import VERSIONS, make_trtexec, release
 from tests.export.nets import SmallNet
 
@@ -57,7 +58,7 @@ def bundle(tmp_path: Path, networks: Path) -> Path:
 def carry(bundle: Path, to: Path) -> Path:
     """Unpack as on the board: into an empty folder."""
     with tarfile.open(bundle) as archive:
-        archive.extractall(to, filter="data")
+        archive.extractall(to, **SAFELY)
     return to / bundle.name.removesuffix(".tar.gz")
 
 
