@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/road"))
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=130)  # the table has twelve columns
     rows = []
     for seed in options.seeds:
         for agent in options.agents:

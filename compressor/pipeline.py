@@ -116,11 +116,16 @@ def _plan_that_keeps_its_latency(run: RunDir, job: Job, search: Any, probe: Any,
 
 
 def _table_of(run: RunDir) -> LatencyTable | None:
-    """The latency table that the run was searching with, its corrections included."""
+    """The latency table that the run was searching with, corrected by what was measured since."""
     from compressor.latency.table import LatencyTable
 
     file = run.file("latency_table.json")
-    return LatencyTable.read(file) if file.exists() else None
+    if not file.exists():
+        return None
+    table = LatencyTable.read(file)
+    for predicted_ms, measured_ms in run.manifest.get("corrections", []):
+        table = table.refit([(predicted_ms, measured_ms)])
+    return table
 
 
 def _differences(recipe: Recipe, expected: Recipe) -> str:

@@ -197,12 +197,12 @@ class RunDir:
     def finished(self, stage: str) -> bool:
         return bool(self.manifest.get("stages", {}).get(stage, {}).get("finished"))
 
-    def reopen(self, *stages: str) -> None:
-        """Forget that these stages had finished: they will be walked through again."""
+    def reopen(self, *stages: str, **fields: Any) -> None:
+        """Forget that these stages had finished, and set `fields`, in one write: they will be walked through again."""
         for stage in stages:
             if stage in self.manifest.get("stages", {}):
                 self.manifest["stages"][stage]["finished"] = None
-        self.save()
+        self.save(**fields)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

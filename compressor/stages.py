@@ -183,15 +183,19 @@ def tighten(run: RunDir, job: Job) -> bool:
     rounds: Sequence[dict[str, Any]] = run.manifest["rounds"]
     if job.table is None or len(rounds) >= job.recipe.contract.max_rounds:
         return False
-    table = job.table.refit([(each["predicted_ms"], each["measured_ms"]) for each in rounds[-1:]])
+    correction = (rounds[-1]["predicted_ms"], rounds[-1]["measured_ms"])
+    table = job.table.refit([correction])
     try:
         job.budgets(table)
     except CompressorError as error:
         say(f"The latency target cannot be met: {error.message}")
         return False
     job.table = table
-    write_atomic(run.file(TABLE), table.to_json())
-    run.reopen("search", "probe", "finetune", "export", "measure")
+    # One write for both: a kill between a corrected table and reopened stages would have it corrected twice.
+    run.reopen(
+        "search", "probe", "finetune", "export", "measure",
+        corrections=[*run.manifest.get("corrections", []), list(correction)],
+    )  # fmt: skip
     say("The table was refitted with the measurement; the search goes on.")
     return True
 

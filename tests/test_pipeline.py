@@ -207,6 +207,27 @@ def test_a_slower_or_noisy_device_tightens_the_search_until_it_measures_the_targ
         assert rounds[-1]["measured_ms"] < rounds[0]["measured_ms"]
 
 
+def test_a_correction_survives_a_stop_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    OtherDevice(1.5).install(monkeypatch)
+    wanted = recipe(budgets={"latency": "80%"}, pruning=FINE)
+    undisturbed = compress(wanted, out=tmp_path / "one").manifest
+    said = []
+
+    def stop_after_the_refit(text: str) -> None:
+        said.append(text)
+        if "refitted" in text:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("compressor.stages.say", stop_after_the_refit)
+        with pytest.raises(KeyboardInterrupt):
+            compress(wanted, out=tmp_path / "two")
+    disturbed = resume(tmp_path / "two").manifest
+    assert said
+    for name in ("rounds", "corrections", "groups", "accuracy"):
+        assert disturbed[name] == undisturbed[name]
+
+
 def test_a_device_that_cannot_reach_the_target_ends_with_3_and_everything_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
