@@ -51,6 +51,8 @@ def _friendly() -> Iterator[None]:
     except (CompressorError, ExportError) as error:
         _fail(error.message, error.hint)
     except KeyboardInterrupt:
+        # Nothing is left to stop, and one that came while Python shuts down would spoil the exit code.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         _fail("Stopped. What was finished is kept.", "Go on with: compress --resume RUN")
 
 
