@@ -33,7 +33,6 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-MISSED = 3  # exit code: the best found misses the budget
 BAD_INPUT = 2  # exit code: something the user can mend
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PARITY_IMAGES = 64
 RUNTIME = "onnxruntime-cpu"
+MISSED = 3  # exit code: the best found misses a budget
 
 
 def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
@@ -141,7 +142,7 @@ def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
     from compressor.report.html import write_report
 
     kept = all(entry["kept"] is not False for entry in run.manifest["budgets"])
-    code = 0 if kept else 3
+    code = 0 if kept else MISSED
     notes = list(run.manifest["notes"])
     if any(entry["kept"] is None for entry in run.manifest["budgets"]):
         notes.append(
@@ -269,7 +270,6 @@ def _counted(run: RunDir, name: str, predicted: float) -> float:
 
 def _checksums(run: RunDir) -> dict[str, str]:
     names = [RECIPE, "channels.json", "model.safetensors", MODEL, "report.html"]
-    names += sorted(
-        str(path.relative_to(run.path)) for path in run.file("engines").glob("*") if path.is_file()
-    )
+    for pattern in ("model.*.onnx", "engines/*"):
+        names += sorted(str(path.relative_to(run.path)) for path in run.path.glob(pattern) if path.is_file())
     return {name: sha256_file(run.file(name)) for name in names if run.file(name).exists()}

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from compressor.latency.table import LatencyTable
     from compressor.pruning.plan import ChannelPlan
 
-KEPT, MISSED = 0, 3
-
 
 @dataclass(frozen=True)
 class RunResult:

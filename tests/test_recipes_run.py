@@ -67,6 +67,7 @@ def test_a_shipped_recipe_runs(name: str, images: Path, tmp_path: Path) -> None:
     else:
         assert result.manifest["latency"]["estimated"]
         assert budget["measured"] is None
+        assert "model.fp16.onnx" in result.manifest["files"]
         assert any("not measured" in note for note in result.manifest["notes"])
     slim = load(tmp_path / "run")
     dense_params = result.manifest["cost"]["dense"]["params"]
