@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.delivery import close, export, measure, probe
 from compressor.errors import CompressorError
 from compressor.job import Job, prepare
 from compressor.progress import say
 from compressor.recipe import Recipe, load_recipe
 from compressor.run_dir import RECIPE, RunDir, new_run_path
+from compressor.stages import begin, finetune, search, tighten
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,12 +95,9 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
 
 def _walk(run: RunDir, job: Job) -> RunResult:
     """All stages of a run; those that had finished are skipped inside."""
-    from compressor.delivery import close, export, measure, probe
-    from compressor.stages import begin, finetune, search, tighten
-
     begin(run, job)
     while True:
-        plan = _plan_that_keeps_its_latency(run, job, search, probe, tighten)
+        plan = _plan_that_keeps_its_latency(run, job)
         slim = finetune(run, job, plan)
         export(run, job, plan, slim)
         if measure(run, job, plan) or not tighten(run, job):
@@ -106,9 +105,9 @@ def _walk(run: RunDir, job: Job) -> RunResult:
     return RunResult(run.path, run.manifest, close(run, job, plan))
 
 
-def _plan_that_keeps_its_latency(run: RunDir, job: Job, search: Any, probe: Any, tighten: Any) -> ChannelPlan:
+def _plan_that_keeps_its_latency(run: RunDir, job: Job) -> ChannelPlan:
     while True:
-        plan: ChannelPlan = search(run, job)
+        plan = search(run, job)
         if probe(run, job, plan) or not tighten(run, job):
             return plan
 

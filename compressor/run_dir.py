@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +12,28 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import export.files
 from compressor.errors import CompressorError
+from export.files import sha256_file
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
+__all__ = [
+    "LOCK",
+    "MANIFEST",
+    "RECIPE",
+    "Checkpoint",
+    "EpisodeLog",
+    "RunDir",
+    "disk_error",
+    "new_run_path",
+    "now",
+    "read_json",
+    "replacing",
+    "sha256_file",
+    "write_atomic",
+]
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -39,23 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     For writers that want a file name instead of bytes. The temporary is removed where they fail.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise disk_error(path, error) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with export.files.replacing(path, failed=disk_error) as temporary:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise disk_error(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def disk_error(path: Path, error: OSError) -> CompressorError:
@@ -68,15 +67,6 @@ def disk_error(path: Path, error: OSError) -> CompressorError:
     return CompressorError(
         f"{path} cannot be written: {error.strerror or error}.", "Choose another --out DIR."
     )
-
-
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,22 @@ from export.errors import ExportError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, failed: Callable[[Path, OSError], Exception] | None = None) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the context ends without an error.
+
+    Args:
+        path: Where the file is to appear.
+        failed: Makes the error to raise where it cannot be written; None for an `ExportError`.
 
     Raises:
         ExportError: the folder cannot be written or the disk is full; `path` is what it was before.
     """
+    explained = failed or disk_error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     except OSError as error:
-        raise disk_error(path, error) from error
+        raise explained(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -36,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise disk_error(path, error) from error
+        raise explained(path, error) from error
     finally:
         if temporary.exists():
             temporary.unlink()
