@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from compressor.agents.base import SearchResult
     from compressor.budgets.base import Budget
+    from compressor.env.environment import PruningEnv
     from compressor.pruning.plan import ChannelPlan
+    from compressor.training.evaluate import Evaluator
     from compressor.training.loop import Trainer
 
 PLAN = "search/plan.json"
@@ -123,12 +125,31 @@ def _search(run: RunDir, job: Job) -> SearchResult:
     from compressor.agents.base import Limits
     from compressor.agents.registry import create_agent
     from compressor.agents.schedule import share_epochs
-    from compressor.env.environment import PruningEnv
     from compressor.training.align import Alignment
-    from compressor.training.evaluate import Evaluator
 
     recipe, settings = job.recipe, job.recipe.search
     schedule = share_epochs(search_epochs(job), pretrained=job.teacher is not None)
+    env, evaluator = environment(job, search_budgets(run, job))
+    agent = create_agent(
+        recipe.agent,
+        seed=recipe.seed,
+        trainer=trainer(job, job.model, schedule.total) if schedule.total else None,
+        schedule=schedule,
+        settings=settings.settings,
+        alignment=partial(Alignment, job.space, form=settings.align, beta=settings.align_weight),
+        curves=run.file("search/curves"),
+    )
+    log, checkpoint = run.episodes(), run.checkpoint("search")
+    limits = Limits(max_evaluations=settings.max_evaluations, max_seconds=settings.max_seconds)
+    return agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
+
+
+def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evaluator]:
+    """What an agent searches in: plans of the job's network within `budgets`, scored on its search split."""
+    from compressor.env.environment import PruningEnv
+    from compressor.training.evaluate import Evaluator
+
+    recipe, settings = job.recipe, job.recipe.search
     evaluator = Evaluator(
         job.space,
         job.data,
@@ -140,24 +161,13 @@ def _search(run: RunDir, job: Job) -> SearchResult:
     )
     env = PruningEnv(
         job.space,
-        search_budgets(run, job),
+        budgets,
         evaluator,
         importance=recipe.pruning.importance,
         context_size=settings.context_size if recipe.agent == "joint" else 0,
         importance_data=_importance_data(job),
     )
-    agent = create_agent(
-        recipe.agent,
-        seed=recipe.seed,
-        trainer=_trainer(job, job.model, schedule.total) if schedule.total else None,
-        schedule=schedule,
-        settings=settings.settings,
-        alignment=partial(Alignment, job.space, form=settings.align, beta=settings.align_weight),
-        curves=run.file("search/curves"),
-    )
-    log, checkpoint = run.episodes(), run.checkpoint("search")
-    limits = Limits(max_evaluations=settings.max_evaluations, max_seconds=settings.max_seconds)
-    return agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
+    return env, evaluator
 
 
 def search_budgets(run: RunDir, job: Job) -> list[Budget]:
@@ -210,20 +220,20 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
     epochs = int(job.recipe.epochs or 0) - search_epochs(job)
     slim = job.space.apply(plan)
     with run.stage("finetune"):
-        trainer = _trainer(job, slim, epochs, rate=job.recipe.training.finetune_learning_rate, teach=True)
+        training = trainer(job, slim, epochs, rate=job.recipe.training.finetune_learning_rate, teach=True)
         checkpoint = run.checkpoint("finetune")
         state = checkpoint.load()
         if state is not None and state["plan"] == plan.checksum:
-            trainer.restore(state["trainer"])
+            training.restore(state["trainer"])
         history = [entry for entry in run.manifest["training"] if entry["phase"] != "finetune"]
-        history += (state or {}).get("history", []) if trainer.epoch else []
-        with bar("Fine-tuning the slim network", epochs * trainer.steps_per_epoch) as progress:
-            progress.advance(trainer.epoch * trainer.steps_per_epoch)
-            while trainer.epoch < epochs:
-                stats = trainer.run_epoch(on_step=lambda _: progress.advance())
-                history.append(_epoch_record("finetune", trainer.epoch, stats))
+        history += (state or {}).get("history", []) if training.epoch else []
+        with bar("Fine-tuning the slim network", epochs * training.steps_per_epoch) as progress:
+            progress.advance(training.epoch * training.steps_per_epoch)
+            while training.epoch < epochs:
+                stats = training.run_epoch(on_step=lambda _: progress.advance())
+                history.append(_epoch_record("finetune", training.epoch, stats))
                 own = [entry for entry in history if entry["phase"] == "finetune"]
-                checkpoint.save({"plan": plan.checksum, "trainer": trainer.state(), "history": own})
+                checkpoint.save({"plan": plan.checksum, "trainer": training.state(), "history": own})
                 progress.advance(0, note=f"loss {stats.loss:.3f}")
         slim.eval()
         finetuned = accuracy(slim, job.data.test, device=job.torch_device)
@@ -246,9 +256,18 @@ def search_epochs(job: Job) -> int:
     return min(round(epochs * float(job.recipe.search.epochs_share or 0)), epochs - 1)
 
 
-def _trainer(
+def trainer(
     job: Job, model: nn.Module, epochs: int, *, rate: float | None = None, teach: bool = False
 ) -> Trainer:
+    """Trains `model` on the job's data by its recipe.
+
+    Args:
+        job: its training split, batch size, precision and seed.
+        model: trained in place.
+        epochs: over which the learning rate falls.
+        rate: the first learning rate; the recipe's where left out.
+        teach: whether the dense network teaches it, as far as the recipe's `distill_weight` says.
+    """
     from compressor.training.loop import Trainer
     from compressor.training.settings import TrainSettings
 
