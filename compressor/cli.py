@@ -6,17 +6,17 @@ Nothing here imports torch before a command that needs it runs, so that `compres
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from compressor import subcommands
 from compressor.errors import CompressorError
+from compressor.flags import overrides as overrides_of
+from compressor.flags import recipe_of, with_settings
+from compressor.terminal import BAD_INPUT, friendly, out
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
@@ -30,48 +30,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
-
-BAD_INPUT = 2  # exit code: something the user can mend
-
-
-@contextmanager
-def _friendly() -> Iterator[None]:
-    """Show progress, and end with one clear message and exit code 2 where the user can mend something."""
-    from compressor.display import RichDisplay
-    from compressor.progress import shown_on
-    from export.errors import ExportError
-
-    signal.signal(signal.SIGINT, _first_interrupt)
-    try:
-        with shown_on(RichDisplay(err)):
-            yield
-    except (CompressorError, ExportError) as error:
-        _fail(error.message, error.hint)
-    except KeyboardInterrupt:
-        # Nothing is left to stop, and one that came while Python shuts down would spoil the exit code.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _fail("Stopped. What was finished is kept.", "Go on with: compress --resume RUN")
-
-
-def _fail(message: str, hint: str = "") -> None:
-    err.print("[bold red]Error:[/]", end=" ")
-    err.print(message, markup=False, highlight=False, soft_wrap=True)
-    if hint:
-        err.print(hint, markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(BAD_INPUT)
-
-
-def _first_interrupt(_signal: int, _frame: Any) -> None:
-    signal.signal(signal.SIGINT, _second_interrupt)
-    raise KeyboardInterrupt
-
-
-def _second_interrupt(_signal: int, _frame: Any) -> None:
-    # Every file appears by rename, so that leaving at once loses nothing that was finished.
-    os.write(2, b"\nStopped at once. Go on with: compress --resume RUN\n")
-    os._exit(BAD_INPUT)
 
 
 def _version(wanted: bool) -> None:
@@ -104,9 +62,7 @@ def compress_command(
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
     weights: Annotated[str | None, typer.Option(help="default, none, or a file with a state dict.")] = None,
-    agent: Annotated[
-        str | None, typer.Option(help="joint, stepwise, knapsack, uniform or random.")
-    ] = None,
+    agent: Annotated[str | None, typer.Option(help="joint, stepwise, knapsack, uniform or random.")] = None,
     epochs: Annotated[
         int | None, typer.Option(help="All the training there is, search and fine-tuning together.")
     ] = None,
@@ -133,7 +89,7 @@ def compress_command(
     """Compress a network until it keeps its budgets on the device."""
     if context.invoked_subcommand is not None:
         return
-    overrides = _overrides(
+    overrides = overrides_of(
         {
             "model": model, "device": device, "precision": precision, "threads": threads, "data": data,
             "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,
@@ -144,14 +100,14 @@ def compress_command(
             "pruning": {"granularity": granularity, "scope": scope, "importance": importance},
         }
     )  # fmt: skip
-    with _friendly():
-        overrides = _with_settings(overrides, settings or [])
+    with friendly():
+        overrides = with_settings(overrides, settings or [])
         if resume is not None:
             _resume(resume, overrides, recipe, out_dir)
         if not overrides and recipe is None:
             out.print(context.get_help())
             raise typer.Exit(BAD_INPUT)
-        wanted = _recipe(recipe, overrides)
+        wanted = recipe_of(recipe, overrides)
         if dry_run:
             from compressor.commands import describe
 
@@ -193,162 +149,8 @@ def _finish(result: Any) -> None:
     raise typer.Exit(result.exit_code)
 
 
-def _overrides(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given, nested as in the recipe."""
-    given: dict[str, Any] = {}
-    for name, value in flags.items():
-        inside = _overrides(value) if isinstance(value, dict) else value
-        if inside is not None and inside != {}:
-            given[name] = inside
-    granularity = given.get("pruning", {}).get("granularity")
-    if isinstance(granularity, str) and granularity.isdigit():
-        given["pruning"]["granularity"] = int(granularity)
-    return given
-
-
-def _with_settings(overrides: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Add `--set part.field=value`, whose value is read as YAML."""
-    import yaml
-
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        if not equals or not path.strip("."):
-            raise CompressorError(
-                f"--set {setting}: expected FIELD=VALUE.", "For example: --set training.batch_size=32"
-            )
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise CompressorError(f"--set {setting}: the value is no YAML.", "Quote it.") from None
-        *parts, last = path.split(".")
-        place = overrides
-        for part in parts:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise CompressorError(f"--set {setting}: {part!r} is not a part of the recipe.")
-        place[last] = value
-    return overrides
-
-
-def _recipe(name: str | None, overrides: dict[str, Any]) -> Recipe:
-    from compressor.recipe import find_recipe, load_recipe, parse_recipe
-
-    if name is None:
-        return parse_recipe(overrides, "The command line")
-    return load_recipe(find_recipe(name)).changed(overrides, "The command line")
-
-
-@app.command()
-def profile(
-    model: Annotated[str, typer.Option(help="The network, as for compress.")],
-    data: Annotated[str, typer.Option(help="Decides the input's size and the number of classes.")] = "digits",
-    image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
-    threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
-) -> None:
-    """Measure the latency table that a network needs on this machine."""
-    with _friendly():
-        from compressor.commands import profile as measure_table
-
-        fields = _overrides({"model": model, "data": data, "image_size": image_size, "threads": threads})
-        for line in measure_table(_recipe(None, fields | {"weights": "none"})):
-            out.print(line, highlight=False, soft_wrap=True)
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
-    precision: Annotated[str | None, typer.Option(help="Write the network in fp16 or int8 as well.")] = None,
-    max_drop: Annotated[float, typer.Option(help="Points of accuracy that int8 may lose.")] = 1.0,
-    target: Annotated[
-        str | None,
-        typer.Option(help="A board such as jetson-orin-nano-8gb, or ssh://user@host to run it there."),
-    ] = None,
-    board: Annotated[str, typer.Option(help="Which board it is that ssh reaches.")] = "jetson-orin-nano-8gb",
-    bundle: Annotated[Path | None, typer.Option(help="NAME.tar.gz: everything that the board needs.")] = None,
-    results: Annotated[Path | None, typer.Option("--import", help="Take in what a board sent back.")] = None,
-) -> None:
-    """Write a run's network in other precisions, bundle it for a board, or take in what the board measured."""
-    with _friendly():
-        from compressor import reexport
-
-        if results is not None and bundle is not None:
-            lines = reexport.import_results(run, results, bundle)
-        elif target is not None and bundle is not None:
-            if target.startswith("ssh://"):
-                lines = reexport.export_over_ssh(run, target, board, bundle)
-            else:
-                lines = reexport.export_bundle(run, target, bundle)
-        elif precision is not None and target is None and results is None:
-            lines = reexport.export_precision(run, precision, max_drop)
-        else:
-            raise CompressorError(
-                "It is not clear what to export.",
-                "Give --precision fp16 or int8; --target BOARD --bundle FILE; or --bundle FILE --import RESULTS.",
-            )
-        for line in lines:
-            out.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-@app.command()
-def measure(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
-) -> None:
-    """Measure a run's dense and slim networks again on this machine."""
-    with _friendly():
-        from compressor.commands import measure_again
-
-        for line in measure_again(run):
-            out.print(line, highlight=False, soft_wrap=True)
-
-
-@app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
-    """Write a run's report.html anew from its manifest."""
-    with _friendly():
-        from compressor.report.html import write_report
-
-        out.print(f"Wrote {write_report(run)}", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def devices() -> None:
-    """List the devices whose latency is known, and how it is known."""
-    with _friendly():
-        from rich.table import Table
-
-        from compressor.latency.devices import devices as known
-
-        table = Table("device", "runtime", "precision", "how known", box=None, header_style="bold")
-        for entry in known():
-            table.add_row(entry.name, entry.runtime, ", ".join(entry.precisions), entry.how)
-        out.print(table)
-
-
-@app.command()
-def recipes(
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema that editors check recipes with.")
-    ] = False,
-) -> None:
-    """List the recipes that come with the toolkit."""
-    with _friendly():
-        import json
-
-        from rich.table import Table
-
-        from compressor.recipe import Recipe, load_recipe, shipped_recipes
-
-        if schema:
-            print(json.dumps(Recipe.model_json_schema(), indent=2))
-            raise typer.Exit
-        table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-        for column in ("recipe", "model", "data", "device", "budget", "agent"):
-            table.add_column(column, overflow="fold", no_wrap=column == "recipe")
-        for name, path in shipped_recipes().items():
-            entry = load_recipe(path)
-            asked = ", ".join(f"{kind} {text}" for kind, text in entry.budgets.given().items())
-            table.add_row(name, entry.model, entry.data_kind, entry.device, asked, entry.agent)
-        out.print(table)
+for _command in subcommands.COMMANDS:
+    app.command()(_command)
 
 
 def main() -> None:
