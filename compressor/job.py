@@ -81,6 +81,14 @@ def budget_specs(recipe: Recipe) -> Sequence[BudgetSpec]:
     return [*specs, *(parse_function_budget(text) for text in recipe.budgets.functions)]
 
 
+def reward_weights(recipe: Recipe) -> dict[str, float]:
+    """The weights of the reward's soft factors by the names of the budgets."""
+    weights = recipe.search.reward
+    return {
+        "latency": weights.latency, "macs": weights.flops, "params": weights.params, "memory": weights.memory
+    }  # fmt: skip
+
+
 def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
     """Load and trace everything that a resolved recipe names.
 
@@ -94,6 +102,7 @@ def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
     import torch
 
     from compressor.data import load_data
+    from compressor.env.reward import soft_reward
     from compressor.latency.devices import recommended_steps
     from compressor.models import create_model, model_factory
     from compressor.pruning.space import PruningSpace
@@ -112,7 +121,12 @@ def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
 
     def traced(steps: int | dict[str, int]) -> PruningSpace:
         return PruningSpace(
-            model, example, granularity=steps, min_width=pruning.min_share, frozen=pruning.frozen, scope=pruning.scope
+            model,
+            example,
+            granularity=steps,
+            min_width=pruning.min_share,
+            frozen=pruning.frozen,
+            scope=pruning.scope,
         )
 
     space = traced(1 if pruning.granularity == "auto" else pruning.granularity)
@@ -139,7 +153,7 @@ def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
         torch_device=torch_device,
         notes=notes,
     )
-    job.budgets()
+    soft_reward(reward_weights(recipe), job.budgets())
     return job
 
 

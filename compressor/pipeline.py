@@ -22,7 +22,7 @@ from compressor.errors import CompressorError
 from compressor.job import Job, prepare
 from compressor.progress import say
 from compressor.recipe import Recipe, load_recipe
-from compressor.run_dir import RECIPE, RunDir, new_run_path
+from compressor.run_dir import RECIPE, RunDir, new_run_path, write_atomic
 from compressor.stages import begin, finetune, search, tighten
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
 
     Args:
         folder: the run's folder.
-        overrides: fields that the caller expects in its recipe.
+        overrides: fields that the caller expects in its recipe. Learning rates may be others, so that a training
+            whose loss became infinite can go on from what was saved; the recipe is rewritten then, and that is noted.
 
     Raises:
         CompressorError: the folder belongs to a run of another recipe, or another process is working on it.
@@ -85,12 +86,31 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
     with closing(RunDir.open(folder)) as run:
         recipe = load_recipe(run.file(RECIPE))
         expected = recipe.changed(overrides or {})
-        if expected != recipe:
+        if expected != recipe and _other_rates(recipe, expected):
+            note = f"Resumed at another learning rate: {_rates(expected)} instead of {_rates(recipe)}."
+            write_atomic(run.file(RECIPE), expected.to_yaml())
+            if run.manifest:
+                run.save(notes=[*run.manifest.get("notes", []), note])
+            say(note)
+        elif expected != recipe:
             raise CompressorError(
                 f"The run in {folder} has another recipe: {_differences(recipe, expected)}.",
                 "Resume it without these options, or start a new run with --out DIR.",
             )
-        return _walk(run, prepare(recipe, _table_of(run)))
+        return _walk(run, prepare(expected, _table_of(run)))
+
+
+_RATES = ("learning_rate", "finetune_learning_rate")
+
+
+def _rates(recipe: Recipe) -> str:
+    return " and ".join(f"{name} {getattr(recipe.training, name):g}" for name in _RATES)
+
+
+def _other_rates(recipe: Recipe, expected: Recipe) -> bool:
+    """Whether learning rates are all that two recipes differ in."""
+    own = {name: getattr(recipe.training, name) for name in _RATES}
+    return expected.changed({"training": own}) == recipe
 
 
 def _walk(run: RunDir, job: Job) -> RunResult:

@@ -60,6 +60,16 @@ class Pruning(_Part):
     )
 
 
+class RewardWeights(_Part):
+    """Exponents of the reward's soft factors: accuracy * (cost / its budget) ** weight. A negative one pays for a
+    network that is cheaper than its budget asks; 0 leaves the cost out."""
+
+    latency: float = Field(0.0, le=0, ge=-10, description="Weight of the latency, as in -0.07.")
+    flops: float = Field(0.0, le=0, ge=-10, description="Weight of the multiply-adds.")
+    params: float = Field(0.0, le=0, ge=-10, description="Weight of the parameters.")
+    memory: float = Field(0.0, le=0, ge=-10, description="Weight of the memory.")
+
+
 class Search(_Part):
     """How the widths are looked for."""
 
@@ -78,6 +88,10 @@ class Search(_Part):
     )
     search_images: Positive | None = Field(
         2000, description="The most images of the search split that score a network; null for all of them."
+    )
+    reward: RewardWeights = Field(
+        RewardWeights(),
+        description="Soft factors of the reward; each needs a budget of its name, which may be 100%.",
     )
     align: Literal["tensor", "channel"] = Field(
         "tensor", description="Form of the joint agent's alignment term."
@@ -101,6 +115,16 @@ class Training(_Part):
         None, gt=0, description="Highest learning rate of fine-tuning."
     )
     weight_decay: float = Field(1e-4, ge=0, description="L2 penalty on the weights.")
+    schedule: Literal["cosine", "step"] = Field(
+        "cosine", description="How the learning rate falls: cosine, or a tenth at 50 % and again at 75 %."
+    )
+    one_schedule: bool = Field(
+        False,
+        description="Whether search and fine-tuning share one schedule of learning_rate; else fine-tuning has its own.",
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Exponential moving average of the weights, such as 0.99; 0 turns it off."
+    )
     distill_weight: Share = Field(
         0.5, description="Share of the distillation loss in fine-tuning; 0 turns it off."
     )

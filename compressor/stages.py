@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor import __version__
 from compressor.errors import CompressorError
-from compressor.job import Job
+from compressor.job import Job, reward_weights
 from compressor.progress import bar, say
 from compressor.run_dir import RunDir, write_atomic
 
@@ -113,10 +113,12 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
                         "accuracy": each.accuracy,
                         "costs": dict(each.costs),
                         "source": each.phase,
+                        **({"given_up": True} if each.given_up else {}),
                     }
                     for each in result.candidates
                 ],
             },
+            training=[*result.training],
         )
     return result.best
 
@@ -130,13 +132,18 @@ def _search(run: RunDir, job: Job) -> SearchResult:
     recipe, settings = job.recipe, job.recipe.search
     schedule = share_epochs(search_epochs(job), pretrained=job.teacher is not None)
     env, evaluator = environment(job, search_budgets(run, job))
+    if (note := too_few_images(evaluator.images)) and note not in run.manifest["notes"]:
+        say(note)
+        run.save(notes=[*run.manifest["notes"], note])
     agent = create_agent(
         recipe.agent,
         seed=recipe.seed,
         trainer=trainer(job, job.model, schedule.total) if schedule.total else None,
         schedule=schedule,
         settings=settings.settings,
-        alignment=partial(Alignment, job.space, form=settings.align, beta=settings.align_weight),
+        alignment=partial(Alignment, job.space, form=settings.align, beta=settings.align_weight)
+        if settings.align_weight
+        else None,
         curves=run.file("search/curves"),
     )
     log, checkpoint = run.episodes(), run.checkpoint("search")
@@ -147,6 +154,7 @@ def _search(run: RunDir, job: Job) -> SearchResult:
 def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evaluator]:
     """What an agent searches in: plans of the job's network within `budgets`, scored on its search split."""
     from compressor.env.environment import PruningEnv
+    from compressor.env.reward import soft_reward
     from compressor.training.evaluate import Evaluator
 
     recipe, settings = job.recipe, job.recipe.search
@@ -163,6 +171,7 @@ def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evalua
         job.space,
         budgets,
         evaluator,
+        reward=soft_reward(reward_weights(recipe), budgets),
         importance=recipe.pruning.importance,
         context_size=settings.context_size if recipe.agent == "joint" else 0,
         importance_data=_importance_data(job),
@@ -265,7 +274,7 @@ def trainer(
         job: its training split, batch size, precision and seed.
         model: trained in place.
         epochs: over which the learning rate falls.
-        rate: the first learning rate; the recipe's where left out.
+        rate: fine-tuning's highest learning rate; where left out, it is the search that trains, at the recipe's own.
         teach: whether the dense network teaches it, as far as the recipe's `distill_weight` says.
     """
     from compressor.training.loop import Trainer
@@ -274,8 +283,10 @@ def trainer(
     training = job.recipe.training
     settings = TrainSettings(
         batch_size=int(training.batch_size or 0),
-        learning_rate=float(rate or training.learning_rate or 0),
+        learning_rate=float((None if training.one_schedule else rate) or training.learning_rate or 0),
         weight_decay=training.weight_decay,
+        schedule=training.schedule,
+        ema_decay=training.ema_decay,
         mixed_precision="no" if training.mixed_precision == "auto" else training.mixed_precision,
     )
     teacher = (job.teacher or job.model) if teach and training.distill_weight else None
@@ -288,6 +299,25 @@ def trainer(
         device=job.torch_device,
         teacher=teacher,
         distill_weight=training.distill_weight,
+        span=(search_epochs(job) if rate else 0, int(job.recipe.epochs or 0))
+        if training.one_schedule
+        else None,
+        rate_field="training.finetune_learning_rate"
+        if rate and not training.one_schedule
+        else "training.learning_rate",
+    )
+
+
+def too_few_images(images: int) -> str | None:
+    """What to say where the search split tells networks apart only roughly: a standard error above 2 points."""
+    from compressor.training.evaluate import standard_error
+
+    error = standard_error(0.9, images)
+    if error <= 0.02:
+        return None
+    return (
+        f"The search split has {images} images: an accuracy of 90 % is known to within {error:.1%} (standard error), "
+        "and networks that differ by less cannot be told apart."
     )
 
 

@@ -62,6 +62,8 @@ class Candidate:
         phase: what the agent was doing.
         epoch: epochs that the weights had been trained for in the search.
         round: 0, or how often the budgets had been tightened; each candidate keeps those of its round.
+        given_up: whether the evaluation was broken off, because the best could not be reached any more; `accuracy`
+            and `reward` are those of the images seen until then.
     """
 
     widths: tuple[int, ...]
@@ -71,6 +73,7 @@ class Candidate:
     phase: str
     epoch: int
     round: int = 0
+    given_up: bool = False
 
     def to_plain(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "widths": list(self.widths), "costs": dict(self.costs)}
@@ -92,6 +95,7 @@ class SearchResult:
         evaluations: candidates scored that were not known already.
         seconds: wall time of the search, time before resumes included.
         timing: seconds by "evaluation", "training", "agent" (everything else) and "total".
+        training: phase, epoch, loss, accuracy, regulariser and seconds of each epoch of training.
     """
 
     best: ChannelPlan
@@ -102,6 +106,7 @@ class SearchResult:
     evaluations: int
     seconds: float
     timing: Mapping[str, float]
+    training: tuple[Mapping[str, Any], ...] = ()
 
     def front(self, cost: str) -> tuple[Candidate, ...]:
         """The candidates that no other one beats in both accuracy and the named cost, from cheap to dear."""

@@ -68,6 +68,7 @@ class Place:
         evaluations_before: evaluations of earlier rounds.
         training_seconds, seconds: of the time before the last save.
         chosen: widths of the result, once there is one.
+        training: what each epoch of training was, as the manifest has it.
     """
 
     steps: dict[str, int] = field(default_factory=dict)
@@ -77,6 +78,7 @@ class Place:
     training_seconds: float = 0.0
     seconds: float = 0.0
     chosen: list[int] | None = None
+    training: list[dict[str, Any]] = field(default_factory=list)
 
 
 class SearchRun:
@@ -148,6 +150,16 @@ class SearchRun:
         stats = trainer.run_epoch()
         self.place.training_seconds += time.perf_counter() - started
         self.place.epoch += 1
+        self.place.training.append(
+            {
+                "phase": phase,
+                "epoch": self.place.epoch,
+                "loss": stats.loss,
+                "accuracy": stats.accuracy,
+                "regulariser": stats.regulariser,
+                "seconds": round(stats.seconds, 3),
+            }
+        )
         self._forget()
         self.curves.add(
             self.place.epoch,
@@ -182,14 +194,15 @@ class SearchRun:
             observation = following
         return Episode(tuple(transitions), self._record(info["score"], phase))
 
-    def score(self, widths: Widths | Sequence[int], phase: str) -> Candidate:
-        """Score a plan of these widths (G,) and log it."""
-        return self._record(self.env.score(widths), phase)
+    def score(self, widths: Widths | Sequence[int], phase: str, floor: float | None = None) -> Candidate:
+        """Score a plan of these widths (G,) and log it; given up where it cannot earn `floor`."""
+        return self._record(self.env.score(widths, reward_floor=floor), phase)
 
-    def choose(self, shortlist: Sequence[Sequence[int]]) -> SearchResult:
+    def choose(self, shortlist: Sequence[Sequence[int]], *, score_all: bool = True) -> SearchResult:
         """Score the feasible ones of a shortlist on the weights as they are now; the best is the result.
 
-        The first feasible one is scored whatever the limits say, so that there is a result.
+        The first feasible one is scored whatever the limits say, so that there is a result; with `score_all` off, it
+        is the result. Only the best matters here: one that cannot beat the best so far is given up.
 
         Raises:
             CompressorError: none keeps the budgets.
@@ -197,8 +210,9 @@ class SearchRun:
         scored: list[Candidate] = []
         for widths in dict.fromkeys(tuple(int(width) for width in widths) for widths in shortlist):
             feasible = bool(self.env.bounds.feasible(np.array(widths, dtype=np.int64))[0])
-            if feasible and (not scored or not self.spent()):
-                scored.append(self.score(widths, "final"))
+            if feasible and (not scored or (score_all and not self.spent())):
+                floor = max((candidate.reward for candidate in scored), default=None)
+                scored.append(self.score(widths, "final", floor))
         if not scored:
             raise CompressorError(
                 f"None of {len(shortlist)} final candidates keeps the budgets.", "Loosen the budget a little."
@@ -225,6 +239,7 @@ class SearchRun:
             candidates=tuple(self.candidates),
             evaluations=self.evaluations,
             seconds=total,
+            training=tuple(self.place.training),
             timing={
                 "evaluation": evaluation,
                 "training": training,
@@ -312,6 +327,7 @@ class SearchRun:
             phase,
             self.place.epoch,
             self.place.round,
+            score.given_up,
         )
         self.candidates.append(candidate)
         self.curves.add(
@@ -328,6 +344,7 @@ class SearchRun:
                 "reward": score.reward,
                 "accuracy": score.accuracy,
                 "seconds": round(score.seconds, 4),
+                **({"given_up": True} if score.given_up else {}),
             }
         )
         return candidate

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from compressor.env.bounds import ActionBounds, LegalWidths, Widths
 from compressor.env.observation import FEATURES, Observer
-from compressor.env.reward import Reward, accuracy_reward
+from compressor.env.reward import Reward, accuracy_needed, accuracy_reward
 from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
 
-    Evaluate = Callable[[ChannelPlan], float]
+    Evaluate = Callable[..., float]
 
 Observation = NDArray[np.float32]
 
@@ -38,6 +38,7 @@ class Score:
         reward: what the agent maximises.
         costs: predicted cost of each budget by name, in its own unit.
         seconds: time that the evaluation took; 0 where the accuracy was known.
+        given_up: whether it was broken off, because the floor could not be reached any more.
     """
 
     widths: tuple[int, ...]
@@ -45,6 +46,7 @@ class Score:
     reward: float
     costs: Mapping[str, float]
     seconds: float
+    given_up: bool = False
 
 
 class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
@@ -60,7 +62,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     Args:
         space: the groups; ranked with the weights that its model has when a plan is first needed.
         budgets: all hold at the end of every episode; empty means that nothing asks for pruning.
-        evaluator: accuracy of a plan, 0..1.
+        evaluator: accuracy of a plan, 0..1; with the keyword `floor`, an accuracy below which it may give up.
         reward: from accuracy and costs to the reward.
         importance: criterion by which a group's channels are ranked, as `space.rank` takes it.
         importance_data: batches of images and labels for criteria that need them, as `space.rank` takes them.
@@ -153,17 +155,29 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         info["score"] = score
         return self._observation(), score.reward, True, False, info
 
-    def score(self, widths: Widths | Sequence[int]) -> Score:
-        """Evaluate a plan of these widths (G,); the same widths on the same weights are evaluated once."""
+    def score(self, widths: Widths | Sequence[int], reward_floor: float | None = None) -> Score:
+        """Evaluate a plan of these widths (G,); the same widths on the same weights are evaluated once.
+
+        Args:
+            widths: channels that each group keeps.
+            reward_floor: the evaluation may be given up once this reward is out of reach. What was seen until then
+                is returned, lies below it, and is not remembered.
+        """
         key = tuple(int(width) for width in widths)
-        started = time.perf_counter()
-        if fresh := key not in self._known:
-            self._known[key] = float(self._evaluate(self.plan(key)))
-            self.evaluations += 1
-        seconds = time.perf_counter() - started if fresh else 0.0
-        self.evaluation_seconds += seconds
         costs = self.costs(key)
-        return Score(key, self._known[key], float(self._reward(self._known[key], costs)), costs, seconds)
+        started = time.perf_counter()
+        accuracy, seconds, given_up = self._known.get(key), 0.0, False
+        if accuracy is None:
+            floor = None if reward_floor is None else accuracy_needed(self._reward, reward_floor, costs)
+            plan = self.plan(key)
+            accuracy = float(self._evaluate(plan) if floor is None else self._evaluate(plan, floor=floor))
+            self.evaluations += 1
+            given_up = floor is not None and accuracy < floor
+            if not given_up:
+                self._known[key] = accuracy
+            seconds = time.perf_counter() - started
+        self.evaluation_seconds += seconds
+        return Score(key, accuracy, float(self._reward(accuracy, costs)), costs, seconds, given_up)
 
     def known(self, widths: Widths | Sequence[int]) -> bool:
         """Whether these widths were scored on the present weights."""

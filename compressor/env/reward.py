@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from compressor.budgets.base import Budget
 
 Reward = Callable[[float, Mapping[str, float]], float]
 """From the accuracy in 0..1 and the predicted cost of each budget by name, in its own unit, to the reward."""
@@ -67,3 +71,39 @@ class ProductReward:
         for factor in self.factors:
             value *= factor(accuracy, costs)
         return value
+
+
+def soft_reward(weights: Mapping[str, float], budgets: Sequence[Budget]) -> Reward:
+    """The accuracy, times a soft factor for each budget with a weight other than 0, relative to its target.
+
+    Args:
+        weights: exponents by the name of a budget.
+        budgets: those of the run.
+
+    Raises:
+        CompressorError: a weight is given for something that has no budget.
+    """
+    targets = {budget.name: float(budget.target) for budget in budgets}
+    wanted = {name: weight for name, weight in weights.items() if weight}
+    if missing := sorted(set(wanted) - set(targets)):
+        raise CompressorError(
+            f"The reward weighs {missing[0]}, which has no budget here (there are: {', '.join(targets) or 'none'}).",
+            "Give it one; 100% asks for no pruning, and is what its factor is relative to.",
+        )
+    if not wanted:
+        return accuracy_reward
+    return ProductReward(factors=[SoftFactor(name, targets[name], weight) for name, weight in wanted.items()])
+
+
+def accuracy_needed(reward: Reward, best: float, costs: Mapping[str, float]) -> float | None:
+    """The accuracy below which a network of these costs earns less than `best`; None where that is not known.
+
+    It is known for the accuracy alone and for its product with soft factors, which do not depend on it. A last digit
+    of room keeps networks that earn the same.
+    """
+    if reward is accuracy_reward:
+        return best - 1e-9
+    if isinstance(reward, ProductReward) and reward.base is accuracy_reward:
+        factor = reward(1.0, costs)
+        return best / factor - 1e-9 if factor > 0 else None
+    return None

@@ -22,6 +22,14 @@ class WeightAverage:
         self.steps = 0
 
     @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the averaged parameters and the model's own, in place."""
+        for own, other in zip(self.module.parameters(), model.parameters(), strict=True):
+            kept = own.clone()
+            own.copy_(other)
+            other.copy_(kept)
+
+    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights after one more step."""
         self.steps += 1

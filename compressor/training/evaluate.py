@@ -188,9 +188,7 @@ class Evaluator:
                 device=self.device,
                 seed=self._seed,
             )
-            return accuracy(
-                model, self._search, device=self.device, batch_size=self._batch_size, floor=floor
-            )
+            return accuracy(model, self._search, device=self.device, batch_size=self._batch_size, floor=floor)
 
     def weights_moved(self) -> None:
         """Forget all scores: the space's model was trained meanwhile."""

@@ -57,6 +57,12 @@ class Trainer:
         teacher: A network whose answers are to be learnt as well; put into evaluation mode.
         distill_weight: Share of the loss that compares with the teacher, 0..1; the labels have the rest.
         regulariser: Added to the loss of every step; may be replaced between epochs.
+        span: The epoch at which this training starts and the number of epochs, of the schedule of learning rates; it
+            then is a part of a longer training. Left out, the schedule is its own.
+        rate_field: Name under which the user can lower the learning rate, for the message of a loss that is no number.
+
+    Where the settings ask for an average of the weights, the model has the averaged ones between epochs: they are what
+    is scored, sliced and handed on. Those that the optimiser moves are put back for each epoch.
     """
 
     def __init__(
@@ -71,9 +77,13 @@ class Trainer:
         teacher: nn.Module | None = None,
         distill_weight: float = 0.5,
         regulariser: Regulariser | None = None,
+        span: tuple[int, int] | None = None,
+        rate_field: str = "training.learning_rate",
     ) -> None:
         self.data, self.settings, self.epochs, self.seed = data, settings, epochs, seed
         self.regulariser = regulariser
+        self._start, self._whole = span or (0, epochs)
+        self._rate_field = rate_field
         self.epoch = 0
         self._place = place(device)
         self.device = self._place.device
@@ -87,14 +97,12 @@ class Trainer:
         self.steps_per_epoch = max(1, len(data.train) // settings.batch_size)
 
     @property
-    def averaged(self) -> nn.Module:
-        """The network with averaged weights; the model itself where the settings ask for no average."""
-        return self.model if self._average is None else self._average.module
-
-    @property
     def learning_rate(self) -> float:
         """The learning rate of the next epoch's first step."""
-        return self.settings.learning_rate_at(min(self.epoch / self.epochs, 1.0))
+        return self._rate_at(self.epoch)
+
+    def _rate_at(self, epoch: float) -> float:
+        return self.settings.learning_rate_at(min((self._start + epoch) / self._whole, 1.0))
 
     def run_epoch(self, on_step: Callable[[int], None] | None = None) -> EpochStats:
         """Go through the training split once.
@@ -109,19 +117,23 @@ class Trainer:
         if self.epoch >= self.epochs:
             raise ValueError(f"all {self.epochs} epochs of the schedule have been run")
         started = time.perf_counter()
+        if self._average is not None:
+            self._average.swap(self.model)
         self._wrapped.train()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, right, images, regulariser
         done = 0
         with _own_randomness(self._epoch_seed() + self._place.rank, self.device):
             for done, (images, labels) in enumerate(self._batches(), start=1):
-                share = (self.epoch + (done - 0.5) / self.steps_per_epoch) / self.epochs
-                sums += self._step(images, labels, self.settings.learning_rate_at(min(share, 1.0)))
+                rate = self._rate_at(self.epoch + (done - 0.5) / self.steps_per_epoch)
+                sums += self._step(images, labels, rate)
                 if done % _CHECK_EVERY == 0:
                     self._check(sums)
                 if on_step is not None:
                     on_step(done)
         self._check(sums)
         self._agree()
+        if self._average is not None:
+            self._average.swap(self.model)
         self.epoch += 1
         loss, right, images_seen, regulariser = self._place.total(sums).tolist()
         steps = max(1, done) * self._place.world
@@ -176,8 +188,8 @@ class Trainer:
             raise CompressorError(
                 f"The training loss became NaN or infinite in epoch {self.epoch + 1} of {self.epochs}, "
                 f"at a learning rate of {rate:g} (highest: {self.settings.learning_rate:g}).",
-                f"Lower it, for example to {self.settings.learning_rate / 5:g}. "
-                "The last checkpoint is still good.",
+                "What was saved before this epoch is good. Go on from there at a lower rate: compress --resume RUN "
+                f"--set {self._rate_field}={self.settings.learning_rate / 5:g}",
             )
 
     def _agree(self) -> None:

@@ -115,7 +115,7 @@ class FakeEvaluator:
         self.moves = 0
         self.fail_after: int | None = None
 
-    def __call__(self, plan: FakePlan) -> float:
+    def __call__(self, plan: FakePlan, *, floor: float | None = None) -> float:
         if self.fail_after is not None and self.evaluations >= self.fail_after:
             raise KeyboardInterrupt
         self.evaluations += 1

@@ -25,7 +25,8 @@ class JointAgent(Agent):
     choice among the best few, the deterministic policy's and the uniform plan, all scored again on the final
     weights.
 
-    Without a trainer the weights stay as they are, and the rounds of episodes follow one another.
+    Without a trainer, or with `joint_training` off, the weights rest between the rounds of episodes, which follow one
+    another.
     """
 
     name = "joint"
@@ -49,8 +50,9 @@ class JointAgent(Agent):
             search.play_again()
             return search.choose()
 
-        plan = plan_episodes(self.settings, self.schedule.joint, limits, len(env.bounds.dense))
-        run.train("warmup", self.schedule.warmup, "Training before the search")
+        joint, schedule = self.settings.joint_training, self.schedule
+        plan = plan_episodes(self.settings, schedule.joint, limits, len(env.bounds.dense))
+        run.train("warmup", schedule.warmup if joint else schedule.total, "Training before the search")
         search.measure_groups(plan.points)
         search.fill_replay(plan.fill, plan.reserve)
         for block in run.remaining("joint", plan.rounds * plan.blocks):
@@ -58,9 +60,10 @@ class JointAgent(Agent):
             search.learn()
             if plan.ends_round(block):
                 search.favour(plan.reserve)
-                if self.schedule.joint:
+                if schedule.joint and joint:
                     search.train_joint_epoch()
             run.done("joint")
-        search.align_to_favoured()
-        run.train("aligned", self.schedule.aligned, "Training towards the chosen structure")
+        if joint:
+            search.align_to_favoured()
+            run.train("aligned", schedule.aligned, "Training towards the chosen structure")
         return search.choose()

@@ -18,6 +18,9 @@ from compressor.errors import CompressorError
 if TYPE_CHECKING:
     from compressor.agents.joint.environment_model import EnvironmentModel
 
+_Z_SHOWN = 8
+"""Numbers of z that get a curve of their own."""
+
 
 class Learner:
     """Remembers episodes and learns a policy from them.
@@ -93,7 +96,10 @@ class Learner:
                     self.sac.replay_buffer, decoder_updates, batch
                 )
                 self._show()
-                losses["agent/z_norm"] = float(np.linalg.norm(self._env.context))
+                z = self.sac.replay_buffer.contexts
+                losses["agent/z_norm"] = float(np.linalg.norm(z[self._epoch]))
+                losses["agent/z_change"] = float(np.linalg.norm(z[self._epoch] - z[self._epoch - 1]))
+                losses |= {f"z/{i}": float(number) for i, number in enumerate(z[self._epoch][:_Z_SHOWN])}
             self.sac.train(updates, self.settings.batch)
         values = self.sac.logger.name_to_value
         return {

@@ -77,7 +77,8 @@ class JointSearch:
                     self.run.save()
                 bar.advance(note=f"{candidate.accuracy:.1%}")
         if self._new_episodes and not done.get("joint"):
-            self.learner.sac.replay_buffer.standardise()
+            if self.settings.scale_rewards:
+                self.learner.sac.replay_buffer.standardise()
             self.learn()
 
     def play(self, episodes: int, reserve: int) -> None:
@@ -86,14 +87,13 @@ class JointSearch:
             for _ in range(episodes):
                 if self.run.spent(reserve):
                     return
-                near = self.learner.generator.random() < self.settings.near_share
-                policy = follow(self._near(self._best_now())) if near else self.learner.policy()
-                candidate = self._episode(policy, "near" if near else "joint")
+                policy, phase = self._proposal()
+                candidate = self._episode(policy, phase)
                 bar.advance(note=f"{candidate.accuracy:.1%}")
 
     def learn(self) -> None:
         """Update the policy for the episodes played since the last time."""
-        if self._new_episodes:
+        if self._new_episodes and self._learns:
             losses = self.learner.learn(self._new_episodes)
             self.run.curves.add(len(self.run.candidates), losses)
         self._new_episodes = 0
@@ -103,11 +103,23 @@ class JointSearch:
 
         The paper favours the policy's own; after tens of episodes that is seldom the best that was seen.
         """
-        if not self.run.spent(reserve):
-            self._episode(self.learner.policy(deterministic=True), "policy")
-        if self._favoured is not None and not self.run.spent(reserve):
-            self.run.score(self._favoured, "favoured")
-        self._favoured = self._best_now()
+        policys: Candidate | None = None
+        if self._learns and not self.run.spent(reserve):
+            policys = self._episode(self.learner.policy(deterministic=True), "policy")
+        if self.settings.favour == "policy" and policys is not None:
+            self._favoured = np.array(policys.widths, dtype=np.int64)
+        else:
+            if self._favoured is not None and not self.run.spent(reserve):
+                best = self._best_candidate()
+                # Only whether it beats the best matters here, and the replay does not get it.
+                self.run.score(self._favoured, "favoured", floor=None if best is None else best.reward)
+            self._favoured = self._best_now()
+        shares = self._favoured / self.env.bounds.dense
+        names = (group.name for group in self.env.space.groups)
+        self.run.curves.add(
+            self.run.place.epoch,
+            {f"favoured/{name}": float(share) for name, share in zip(names, shares, strict=True)},
+        )
 
     def train_joint_epoch(self) -> None:
         """One epoch of training that pulls the weights towards the favoured structure."""
@@ -127,6 +139,8 @@ class JointSearch:
         if self._target is None:
             self._target = self.env.plan(self._favoured).to_json()
         trainer.regulariser = self._alignment(ChannelPlan.from_json(self._target))
+        weight = float(getattr(trainer.regulariser, "beta", 1.0))
+        self.run.curves.add(self.run.place.epoch, {"training/align_weight": weight})
 
     def play_again(self) -> None:
         """Search on with tightened budgets: near the best plan so far, scaled to them."""
@@ -137,19 +151,27 @@ class JointSearch:
                 break
             if step == 0:
                 self._episode(follow(self._favoured), "again")
-            elif step == 1:
+            elif step == 1 and self._learns:
                 self._episode(self.learner.policy(deterministic=True), "again")
-            else:
+            elif self._learns:
                 self._episode(follow(self._near(self._best_now())), "again")
+            else:
+                self._episode(follow(self._filling(1)), "again")
             self.run.done("again")
 
     def choose(self) -> SearchResult:
         """Score the shortlist on the final weights and choose the best."""
-        if self._favoured is not None and not self.run.spent(reserve=1):
+        if not self.settings.rescore:
+            return self._ended(
+                self.run.choose([self._best_ever(), self._uniform().tolist()], score_all=False)
+            )
+        if self._learns and self._favoured is not None and not self.run.spent(reserve=1):
             self._episode(self.learner.policy(deterministic=True), "policy")
         shortlist = [self._best_now(), *([] if self._favoured is None else [self._favoured])]
         shortlist += [np.asarray(widths) for widths in self._best_known(self.settings.shortlist)]
-        result = self.run.choose([widths.tolist() for widths in [*shortlist, self._uniform()]])
+        return self._ended(self.run.choose([widths.tolist() for widths in [*shortlist, self._uniform()]]))
+
+    def _ended(self, result: SearchResult) -> SearchResult:
         if self.run.agent.trainer is not None:
             self.run.agent.trainer.regulariser = None
         return result
@@ -162,10 +184,22 @@ class JointSearch:
         self._new_episodes += 1
         return episode.candidate
 
+    @property
+    def _learns(self) -> bool:
+        return self.settings.proposer == "learned"
+
+    def _proposal(self) -> tuple[Policy, str]:
+        """What the next joint episode follows, and the phase that it is logged under."""
+        if not self._learns:
+            return follow(self._filling(1)), "joint"
+        if self.learner.generator.random() < self.settings.near_share:
+            return follow(self._near(self._best_now())), "near"
+        return self.learner.policy(), "joint"
+
     def _filling(self, step: int) -> Widths:
-        if step == 0:
+        if step == 0 or self.settings.proposer == "uniform":
             return self._uniform()
-        if self.settings.warm_start:
+        if self.settings.measures_groups:
             sensitivity = self._sensitivity
             if step == 1 and sensitivity is not None and sensitivity.complete:
                 return self._allocator.solve(sensitivity.values())
@@ -188,12 +222,23 @@ class JointSearch:
 
     def _best_now(self) -> Widths:
         """The best plan on the weights as they are, else the favoured one, else the uniform one."""
+        best = self._best_candidate()
+        if best is not None:
+            return np.array(best.widths, dtype=np.int64)
+        return self._uniform() if self._favoured is None else self._favoured
+
+    def _best_candidate(self) -> Candidate | None:
+        """The best plan that was scored on the weights as they are."""
         place = self.run.place
         plans = [c for c in self.run.candidates if c.phase != PHASE]
         now = [c for c in plans if (c.epoch, c.round) == (place.epoch, place.round)]
-        if now:
-            return np.array(max(now, key=lambda candidate: candidate.reward).widths, dtype=np.int64)
-        return self._uniform() if self._favoured is None else self._favoured
+        return max(now, key=lambda candidate: candidate.reward, default=None)
+
+    def _best_ever(self) -> list[int]:
+        """The plan that earned the most, on whatever weights."""
+        plans = [c for c in self.run.candidates if c.phase != PHASE and c.round == self.run.place.round]
+        best = max(plans, key=lambda candidate: candidate.reward, default=None)
+        return self._uniform().tolist() if best is None else list(best.widths)
 
     def _best_known(self, number: int) -> list[tuple[int, ...]]:
         """The best plans so far, first those scored on the latest weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,11 @@ from typing import Literal
 from compressor.agents.base import Limits
 from compressor.errors import CompressorError
 
+_CHOICES = {
+    "returns": ("episode", "bootstrapped"),
+    "favour": ("best", "policy"),
+    "proposer": ("learned", "random", "uniform"),
+}
 BLOCK = 10
 """Episodes between two saves and two spells of learning."""
 
@@ -42,6 +48,15 @@ class JointSettings:
         near_spread: how far they vary it; see `near_widths`.
         warm_start: whether the replay is filled with knapsack plans and plans near the best, besides random
             ones.
+        scale_rewards: whether the critics see rewards with mean 0 and deviation 1 instead of plain accuracies.
+        favour: which plan the weights are pulled towards: the "best" scored on the present weights, or the
+            deterministic "policy"'s, as in the paper.
+        rescore: whether the best few are scored again on the final weights; else the plan that once earned the
+            most is taken, on whatever weights that was.
+        joint_training: whether the epochs of the joint and the aligned phase come between the rounds of episodes;
+            else all of them come first, without alignment, and the weights rest while plans are looked for.
+        proposer: what the episodes follow: what was "learned", "random" plans at the budget, as many, or the
+            "uniform" plan alone. The latter two leave everything else as it is, and are there to be compared with.
         decoder_updates: updates of the environment model before each spell of the policy's learning; there is
             one if the environment has room for its state (`context_size`, of which the paper has 128).
         decoder_rate: learning rate of the environment model.
@@ -65,14 +80,21 @@ class JointSettings:
     near_share: float = 0.5
     near_spread: float = 0.3
     warm_start: bool = True
+    scale_rewards: bool = True
+    favour: Literal["best", "policy"] = "best"
+    rescore: bool = True
+    joint_training: bool = True
+    proposer: Literal["learned", "random", "uniform"] = "learned"
     decoder_updates: int = 100
     decoder_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.returns not in ("episode", "bootstrapped"):
-            raise CompressorError(
-                f"The setting returns is {self.returns!r}, expected 'episode' or 'bootstrapped'."
-            )
+        for field in dataclasses.fields(self):
+            _check_kind(field.name, getattr(self, field.name), field.default)
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                expected = " or ".join(map(repr, known))
+                raise CompressorError(f"The setting {name} is {getattr(self, name)!r}, expected {expected}.")
         for name in (
             "fill_episodes",
             "episodes_per_epoch",
@@ -84,6 +106,22 @@ class JointSettings:
         ):
             if getattr(self, name) < 1:
                 raise CompressorError(f"The setting {name} is {getattr(self, name)}, expected 1 or more.")
+        for name in ("actor_rate", "critic_rate", "decoder_rate", "tau"):
+            if not getattr(self, name) > 0:
+                raise CompressorError(f"The setting {name} is {getattr(self, name)}, expected more than 0.")
+
+    @property
+    def measures_groups(self) -> bool:
+        """Whether the replay starts from the groups' measured effects and from plans made of them."""
+        return self.warm_start and self.proposer == "learned"
+
+
+def _check_kind(name: str, value: object, default: object) -> None:
+    """Refuse a word where a number is meant, and the like; whole numbers will do for any number."""
+    wanted = (int, float) if isinstance(default, float) else (type(default),)
+    if type(value) not in wanted:
+        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[type(default)]
+        raise CompressorError(f"The setting {name} is {value!r}, expected {kind}, such as {default!r}.")
 
 
 @dataclass(frozen=True)
@@ -132,12 +170,15 @@ def plan_episodes(settings: JointSettings, joint_epochs: int, limits: Limits, gr
         points = 2 if groups <= 20 else 1
         while points and most is not None and most < 2.5 * points * groups:
             points -= 1
+    fill_episodes = settings.fill_episodes
+    if not settings.measures_groups:  # compared at equal cost: as many random plans instead
+        fill_episodes, points = fill_episodes + points * groups, 0
     if most is None:
-        return EpisodePlan(points, settings.fill_episodes, rounds, settings.episodes_per_epoch, reserve)
+        return EpisodePlan(points, fill_episodes, rounds, settings.episodes_per_epoch, reserve)
     reserve = max(1, min(reserve, most // 4))
     rescored = rounds - 1  # the favoured plan is scored again in each round, on weights that have moved
     free = max(1, most - reserve - rescored - points * groups - bool(points))
-    fill = min(settings.fill_episodes, max(1, free // 3))
+    fill = min(fill_episodes, max(1, free // 3 + fill_episodes - settings.fill_episodes))
     if limits.use_all:
         fill = max(fill, free // 4)
     per_round = max(1, (free - fill) // rounds)
