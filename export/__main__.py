@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.batches import parse_batch
 from export.board import board_state, describe_board
 from export.build_settings import DEFAULT_WORKSPACE, BuildSettings
 from export.cuda import find_device
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--compute-capability", action="append", metavar="8.6", help="GPU to build for; may be repeated"
     )
+    build.add_argument("--batch", metavar="1..8", help="sizes of an open batch, as 1..8 or 1..4..8")
     build.add_argument("--workspace", type=int, default=DEFAULT_WORKSPACE >> 20, metavar="MIB")
     build.add_argument("--optimisation-level", type=int, choices=range(6))
     build.add_argument("--dla", type=int, metavar="CORE", help="deep-learning accelerator to use")
@@ -88,6 +90,7 @@ def _engine_path(options: argparse.Namespace) -> Path:
 
 def _build(options: argparse.Namespace) -> dict[str, Any]:
     engine = _engine_path(options)
+    profile = parse_batch(options.batch).profile(read_header(options.onnx).shapes) if options.batch else {}
     info = build_engine(
         options.onnx,
         engine,
@@ -100,6 +103,7 @@ def _build(options: argparse.Namespace) -> dict[str, Any]:
             version_compatible=options.version_compatible,
             hardware_compatible=options.hardware_compatible,
             tf32=not options.no_tf32,
+            profile=profile,
         ),
         timing_cache=options.timing_cache,
     )

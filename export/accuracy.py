@@ -1,7 +1,7 @@
 """Accuracy of an exported file, through ONNX Runtime, and INT8 that keeps it.
 
-    dense = accuracy_onnx("model.onnx", batches())
-    kept = quantize_within("model.onnx", "model.int8.onnx", images, score, max_drop=0.005)
+dense = accuracy_onnx("model.onnx", batches())
+kept = quantize_within("model.onnx", "model.int8.onnx", images, score, max_drop=0.005)
 """
 
 from __future__ import annotations
@@ -80,11 +80,12 @@ def quantize_within(
     max_drop: float,
     method: str = "minmax",
     percentile: float = PERCENTILE,
+    rest: str = "fp32",
 ) -> WithinInfo:
     """Quantise, and keep as few of the most sensitive nodes in floats as it takes to stay within `max_drop`.
 
     Args:
-        source, target, calibration, method, percentile: As in `quantize_onnx`.
+        source, target, calibration, method, percentile, rest: As in `quantize_onnx`.
         score: The accuracy of a file, 0 to 1, such as `accuracy_onnx` on the test split.
         max_drop: How much lower than the FP32 file's score is accepted, 0 to 1.
 
@@ -99,7 +100,9 @@ def quantize_within(
     before = score(Path(source))
 
     def attempt(keep: list[str]) -> tuple[QuantInfo, float]:
-        info = quantize_onnx(source, trial, calibration, method=method, percentile=percentile, keep=keep)
+        info = quantize_onnx(
+            source, trial, calibration, method=method, percentile=percentile, keep=keep, rest=rest
+        )
         return info, score(trial)
 
     try:

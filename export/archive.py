@@ -39,20 +39,24 @@ def checksums(files: Mapping[str, bytes]) -> bytes:
     return "".join(f"{sha256_bytes(files[name])}  {name}\n" for name in sorted(files)).encode()
 
 
-def unpack(path: str | Path) -> dict[str, bytes]:
+def unpack(path: str | Path, *, largest: int = LARGEST) -> dict[str, bytes]:
     """The files of a `.tar.gz` or of a folder, by their names below its top folder. Nothing is written.
+
+    Args:
+        path: The archive or the folder.
+        largest: Bytes that it may hold.
 
     Raises:
         ExportError: it is missing, damaged or too large, or a member is no plain file of the archive's own
             folder.
     """
     source = Path(path)
+    too_large = ExportError(f"{source} unpacks to more than {largest >> 20} MB; it was not read.")
     if source.is_dir():
-        return {
-            item.relative_to(source).as_posix(): read_bytes(item, "file")
-            for item in sorted(source.rglob("*"))
-            if item.is_file() and not item.is_symlink()
-        }
+        items = [item for item in sorted(source.rglob("*")) if item.is_file() and not item.is_symlink()]
+        if sum(item.stat().st_size for item in items) > largest:
+            raise too_large
+        return {item.relative_to(source).as_posix(): read_bytes(item, "file") for item in items}
     content = read_bytes(source, "archive")
     files: dict[str, bytes] = {}
     total = 0
@@ -63,8 +67,8 @@ def unpack(path: str | Path) -> dict[str, bytes]:
                     continue
                 name = _own_name(member, source)
                 total += member.size
-                if total > LARGEST:
-                    raise ExportError(f"{source} unpacks to more than {LARGEST >> 30} GB; it was not read.")
+                if total > largest:
+                    raise too_large
                 opened = archive.extractfile(member)
                 files[name] = opened.read() if opened is not None else b""
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -108,7 +112,9 @@ def require_checksums(files: Mapping[str, bytes], source: str | Path) -> None:
         ExportError: the list is missing or unreadable, a file is missing, differs, or is not on the list.
     """
     if CHECKSUMS not in files:
-        raise ExportError(f"{source} has no {CHECKSUMS}.", "Give the archive or folder that the script wrote.")
+        raise ExportError(
+            f"{source} has no {CHECKSUMS}.", "Give the archive or folder that the script wrote."
+        )
     listed: dict[str, str] = {}
     for line in files[CHECKSUMS].decode("utf-8", errors="replace").splitlines():
         digest, separator, name = line.partition("  ")
@@ -119,7 +125,9 @@ def require_checksums(files: Mapping[str, bytes], source: str | Path) -> None:
         if name not in files:
             raise ExportError(f"{source} lacks {name}.", "Copy it again as a whole.")
         if sha256_bytes(files[name]) != digest:
-            raise ExportError(f"{source}: the checksum of {name} does not match.", "Copy it again as a whole.")
+            raise ExportError(
+                f"{source}: the checksum of {name} does not match.", "Copy it again as a whole."
+            )
     unlisted = sorted(set(files) - set(listed) - {CHECKSUMS})
     if unlisted:
         raise ExportError(f"{source} has a file that is on no list: {unlisted[0]}.")

@@ -97,9 +97,7 @@ def check_request(header: OnnxHeader, name: str, flavour: Flavour, settings: Bui
             raise ExportError(f"{flavour.title} has no {what}.", "Leave the setting out.")
     if settings.dla_core is not None and header.precision == "fp32":
         raise ExportError("A deep-learning accelerator computes in FP16 or INT8; the file is FP32.")
-    unprofiled = [
-        key for key, shape in header.shapes.items() if -1 in shape and key not in settings.profile
-    ]
+    unprofiled = [key for key, shape in header.shapes.items() if -1 in shape and key not in settings.profile]
     if unprofiled:
         raise ExportError(
             f"Input {unprofiled[0]} has open dimensions: {list(header.shapes[unprofiled[0]])}. It needs "

@@ -26,6 +26,8 @@ from export.targets import Target, find_target
 
 FORMAT = 1
 SCRIPT = "run_on_device.sh"
+COMMON = "on_device_common.sh"
+"""What the scripts share; they have one line each in its place."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def make_bundle(
     goal, module = Path(path), find_target(target)
     folder = re.sub(r"\.(tar\.gz|tgz)$", "", goal.name)
     if not goal.name.endswith((".tar.gz", ".tgz")) or not PLAIN.fullmatch(folder):
-        raise ExportError(f"A bundle is called NAME.tar.gz, of letters, digits, dots and dashes; got {goal.name!r}.")
+        raise ExportError(
+            f"A bundle is called NAME.tar.gz, of letters, digits, dots and dashes; got {goal.name!r}."
+        )
     if not networks:
         raise ExportError("A bundle needs at least one network, got none.")
     files: dict[str, bytes] = {}
@@ -88,12 +92,17 @@ def make_bundle(
         files[f"models/{name}.onnx"] = content
         lines.append(_line(name, header, reference))
         described.append(
-            {"name": name, "precision": header.precision, "sha256": sha256_bytes(content), "opset": header.opset}
+            {
+                "name": name,
+                "precision": header.precision,
+                "sha256": sha256_bytes(content),
+                "opset": header.opset,
+            }
         )
     files.update(_reference_files(reference))
     files["models.txt"] = "".join(lines).encode()
     files["workspace.txt"] = f"{module.workspace_mib}\n".encode()
-    files["run.sh"] = (Path(__file__).parent / SCRIPT).read_bytes()
+    files["run.sh"] = device_script(SCRIPT)
     files["README.txt"] = _readme(folder, module, described).encode()
     content_facts = {
         "format": FORMAT,
@@ -117,9 +126,20 @@ def make_bundle(
     )
 
 
+def device_script(name: str) -> bytes:
+    """One of the scripts of this folder, whole: a device gets a single file."""
+    here = Path(__file__).parent
+    own, line = (here / name).read_bytes(), f"# include {COMMON}\n".encode()
+    if own.count(line) != 1:
+        raise ExportError(f"{name} does not include {COMMON} once.", "Install the program again.")
+    return own.replace(line, (here / COMMON).read_bytes())
+
+
 def _check(header: OnnxHeader, path: Path, name: str, target: Target, reference: Reference) -> None:
     if not PLAIN.fullmatch(name):
-        raise ExportError(f"{path.name!r} cannot go into a bundle: use letters, digits, dots and dashes in its name.")
+        raise ExportError(
+            f"{path.name!r} cannot go into a bundle: use letters, digits, dots and dashes in its name."
+        )
     if len(header.inputs) != 1 or not PLAIN.fullmatch(header.inputs[0]):
         raise ExportError(f"{path} needs one input of a plain name, got {list(header.inputs)}.")
     shape = header.shapes[header.inputs[0]]

@@ -92,7 +92,9 @@ def read_results(results: str | Path, bundle: str | Path) -> DeviceResults:
     require_checksums(files, results)
     found = _json(files, "results.json", results)
     if described.get("format") != FORMAT or found.get("format") != FORMAT:
-        raise ExportError(f"{results} or {bundle} is of another version of the program.", "Make the bundle again.")
+        raise ExportError(
+            f"{results} or {bundle} is of another version of the program.", "Make the bundle again."
+        )
     if found.get("bundle") != sha256_bytes(given[CHECKSUMS]):
         raise ExportError(f"{results} belongs to another bundle than {bundle}.", _HINT)
     known = {entry["name"]: entry for entry in described["networks"]}
@@ -125,7 +127,9 @@ def _network(
         raise ExportError(f"{results} was made with another {name}.onnx than the bundle's.", _HINT)
     status = str(entry["status"])
     measured = status in ("ok", "verify-failed")
-    times = [value for file in sorted(files) if _is_times(file, name) for value in compute_times(files[file], file)]
+    times = [
+        value for file in sorted(files) if _is_times(file, name) for value in compute_times(files[file], file)
+    ]
     if measured and not times:
         raise ExportError(f"{results} has no times for {name}.", _HINT)
     parity = _parity(name, files, given, described, known[name]["precision"]) if status == "ok" else None

@@ -29,6 +29,8 @@ HEADROOM = 2.0
 _TYPED_BY_ATTRIBUTE = frozenset(
     ("Cast", "CastLike", "Constant", "ConstantOfShape", "EyeLike", "Bernoulli", "Multinomial")
 )
+_FUSED = frozenset(("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Mul"))
+"""What TensorRT fuses behind a convolution."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,36 @@ def to_half(proto: Any, kept: Iterable[str]) -> int:
     Changes `proto`. Inputs and outputs keep their type.
     """
     return _Converter(proto, frozenset(kept)).convert()
+
+
+def half_rest(proto: Any, inputs: npt.NDArray[Any], *, threads: int = 1) -> int:
+    """Turn into halves what no INT8 kernel computes in a Q/DQ network; how many nodes compute in halves.
+
+    A node that reads dequantised values, and the activation function that is fused behind it, compute in INT8 with FP32
+    at their ends: a cast in between would part them. All others take halves, except where values overflow. Changes
+    `proto`.
+    """
+    kept = {
+        **dict.fromkeys(int8_region(proto), "computed in INT8"),
+        **overflowing(proto, inputs, threads=threads),
+    }
+    return to_half(proto, kept)
+
+
+def int8_region(proto: Any) -> list[str]:
+    """Names of the Q/DQ nodes, of the nodes between them, and of the activation functions fused behind those."""
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    pairs, computed = ("QuantizeLinear", "DequantizeLinear"), set()
+    dequantised = {node.output[0] for node in proto.graph.node if node.op_type == pairs[1]}
+    found = []
+    for node in proto.graph.node:
+        values = [name for name in node.input if name and name not in stored]
+        fused = node.op_type in _FUSED and bool(values) and all(name in computed for name in values)
+        if node.op_type in pairs or fused or any(name in dequantised for name in values):
+            found.append(node.name)
+            if node.op_type not in pairs:
+                computed.update(node.output)
+    return found
 
 
 class _Converter:

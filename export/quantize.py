@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
+from export.half import half_rest
 from export.onnx_header import OnnxHeader, parse_header
 from export.ort import first_line, ort_errors
 from export.tidy import write_metadata
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 METHODS = ("minmax", "entropy", "percentile")
+RESTS = ("fp32", "fp16")
 PERCENTILE = 99.99
 _CHUNK = 16
+_OVERFLOW_INPUTS = 32  # on which values too large for a half are looked for
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _KINDS = [*_WEIGHTED, "Add"]
 _BINS = 512  # of the histograms that "entropy" searches: the time grows with their square
@@ -67,6 +70,7 @@ def quantize_onnx(
     percentile: float = PERCENTILE,
     keep: Iterable[str] = (),
     only: Iterable[str] | None = None,
+    rest: str = "fp32",
 ) -> QuantInfo:
     """Write the INT8 form of an FP32 ONNX file.
 
@@ -79,6 +83,7 @@ def quantize_onnx(
         percentile: Share in percent that "percentile" keeps.
         keep: Names of nodes that stay in floats.
         only: Names of the nodes to quantise; None takes all that can be.
+        rest: "fp32" or "fp16": what the other nodes compute in. TensorRT 10 and newer follow it.
 
     Raises:
         ExportError: the file is damaged, not FP32 or has nothing to quantise, the calibration inputs are
@@ -86,6 +91,8 @@ def quantize_onnx(
     """
     import onnx
 
+    if rest not in RESTS:
+        raise ExportError(f"What is not in INT8 computes in {' or '.join(RESTS)}, not in {rest!r}.")
     if method not in METHODS:
         raise ExportError(f"Calibration method {method!r} is unknown: expected one of {', '.join(METHODS)}.")
     content = read_bytes(Path(source), "ONNX file")
@@ -103,7 +110,9 @@ def quantize_onnx(
     if not chosen:
         raise ExportError(f"Nothing of {source} is left to quantise: every node is to stay in floats.")
     made = Calibrated(proto, header.inputs[0], inputs, method, percentile).quantise(chosen)
-    _describe(made, header, method, len(inputs), [name for name in able if name not in chosen])
+    if rest == "fp16":
+        half_rest(made, inputs[:_OVERFLOW_INPUTS])
+    _describe(made, header, method, len(inputs), [name for name in able if name not in chosen], rest)
     onnx.checker.check_model(made, full_check=True)
     written = made.SerializeToString(deterministic=True)
     write_bytes(Path(target), written)
@@ -118,10 +127,10 @@ def quantize_onnx(
     )
 
 
-def _describe(made: Any, header: OnnxHeader, method: str, samples: int, kept: list[str]) -> None:
+def _describe(made: Any, header: OnnxHeader, method: str, samples: int, kept: list[str], rest: str) -> None:
     """Write what was done into the file's metadata, beside what the network's own file said."""
     facts: dict[str, Any] = dict(header.metadata)
-    facts.update(precision="int8", calibration={"method": method, "samples": samples})
+    facts.update(precision="int8", rest=rest, calibration={"method": method, "samples": samples})
     if kept:
         facts["float_nodes"] = kept
     write_metadata(made, facts)

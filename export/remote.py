@@ -57,9 +57,7 @@ def parse_destination(url: str) -> Destination:
     found = _URL.fullmatch(url)
     if found is None or int(found["port"] or 22) not in range(1, 65536):
         raise ExportError(f"{url!r} is no address: expected ssh://user@host or ssh://user@host:port.")
-    return Destination(
-        host=found["host"].strip("[]"), user=found["user"] or "", port=int(found["port"] or 0)
-    )
+    return Destination(host=found["host"].strip("[]"), user=found["user"] or "", port=int(found["port"] or 0))
 
 
 class Connection:

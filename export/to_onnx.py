@@ -1,6 +1,6 @@
 """From a torch module to one ONNX file that every TensorRT from 8.0 to 11 can read.
 
-This is the only module of the package that imports torch.
+This module and `torch_formats` are the only ones of the package that import torch.
 
 The exporter that traces the module is used, and not the newer one built on `torch.export`: that one writes
 opset 18 at the least and lowers it with a converter that fails on the mean over axes of a global pooling,
@@ -99,7 +99,7 @@ def export_onnx(
         )
     import onnx
 
-    copied, sample = _frozen_copy(model), example_input.detach().cpu().float()
+    copied, sample = frozen_copy(model), example_input.detach().cpu().float()
     names = _output_names(copied, sample, output_name)
     _replace_uneven_pools(copied, sample)
     raw = _trace(copied, sample, opset, input_name, names, dynamic_batch)
@@ -144,7 +144,7 @@ def reference_outputs(
     return [np.concatenate([part[index].float().cpu().numpy() for part in parts]) for index in range(count)]
 
 
-def _frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU in evaluation mode: tracing must not touch the caller's module."""
     copied = copy.deepcopy(model).cpu().float().eval()
     for parameter in copied.parameters():

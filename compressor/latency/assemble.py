@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from compressor.latency.signature import Widths, channels, network_signature, si
 from compressor.latency.surface import Surfaces, fit_surface
 from compressor.latency.table import LatencyTable
 from export.errors import ExportError
-from export.to_onnx import export_onnx
+from export.to_onnx import DEFAULT_OPSET, export_onnx
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,24 @@ SECONDS_A_NETWORK = 0.5
 
 Point = tuple[str, int, int]
 """An operator's entry and its channels: (key, c_in, c_out)."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a table says of itself where it is not of this machine's CPU.
+
+    Attributes:
+        device, runtime, precision: What was measured, running what.
+        block: Channels that its kernels compute at once.
+        protocol, sources: How it was measured, in words; whose numbers.
+    """
+
+    device: DeviceFields
+    runtime: RuntimeFields
+    precision: Literal["fp32", "fp16", "int8"]
+    block: int
+    protocol: str
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,24 +84,45 @@ def measure_candidate(
     space: PruningSpace, ranking: Ranking, example: Tensor, widths: Widths, device: Device
 ) -> Sample:
     """Build, export and measure one sub-network."""
+    network = export_candidate(space, ranking, example, widths)
+    c_in, c_out = (rows[0] for rows in channels(space, widths[None]))
+    try:
+        times = device.measure(network, SECONDS_A_NETWORK)
+    except ExportError as error:
+        raise CompressorError(f"The network cannot be measured: {error.message}", error.hint) from error
+    return Sample(c_in, c_out, network, times)
+
+
+def export_candidate(
+    space: PruningSpace, ranking: Ranking, example: Tensor, widths: Widths, *, opset: int = DEFAULT_OPSET
+) -> TaggedNetwork:
+    """One sub-network as ONNX, as it would be delivered, with the nodes of each operator known.
+
+    Args:
+        space, ranking, widths: Whose sub-network, which channels go first, how many stay.
+        example: A batch of one.
+        opset: Of the file.
+
+    Raises:
+        CompressorError: it cannot be exported, or its operators cannot be told apart.
+    """
     small = space.apply(space.plan(widths, ranking))
     c_in, c_out = (rows[0] for rows in channels(space, widths[None]))
     weights = [_weights(layer, *pair) for layer, *pair in zip(space.layers, c_in, c_out, strict=True)]
     with tempfile.TemporaryDirectory(prefix="compressor-latency-") as folder:
         path = Path(folder) / "network.onnx"
         try:
-            export_onnx(small, example, path)
-            network = tag(path, weights)
-            times = device.measure(network, SECONDS_A_NETWORK)
+            export_onnx(small, example, path, opset=opset)
         except ExportError as error:
             raise CompressorError(f"The network cannot be measured: {error.message}", error.hint) from error
+        network = tag(path, weights)
     if network.operators != len(weights):
         raise CompressorError(
             f"Of the network's {len(weights)} weight-bearing operators {network.operators} were found in the exported "
             "file: they cannot be timed one by one.",
             "Give the budget in --flops or --params instead of --latency.",
         )
-    return Sample(c_in, c_out, network, times)
+    return network
 
 
 def _weights(layer: Layer, c_in: int, c_out: int) -> int | None:
@@ -101,8 +140,9 @@ def table_from(
     drift: float,
     seconds: float,
     threads: int,
+    made: Made | None = None,
 ) -> LatencyTable:
-    """The table of this machine for one network.
+    """The table of this machine, or of another device, for one network.
 
     Args:
         space: Whose sub-networks were measured.
@@ -111,10 +151,10 @@ def table_from(
         drift: The dense network's time at the end over that at the start, minus one.
         seconds: How long measuring took.
         threads: Threads of ONNX Runtime.
+        made: What was measured; None is this machine's CPU through ONNX Runtime.
     """
-    import onnxruntime
-
-    block = channel_block()
+    made = made or _made_here(len(samples), len(unseen), threads)
+    block = made.block
     layers = [
         signature_of(layer, epilogue).key
         for layer, epilogue in zip(space.layers, samples[0].network.epilogues, strict=True)
@@ -157,21 +197,34 @@ def table_from(
     )
     return LatencyTable(
         TableFields(
-            device=DeviceFields(name="local", sku=cpu_model(), power_mode=governor()),
-            runtime=RuntimeFields(name=RUNTIME, version=onnxruntime.__version__, threads=threads),
-            precision="fp32",
+            device=made.device,
+            runtime=made.runtime,
+            precision=made.precision,
             date=datetime.now(timezone.utc).date().isoformat(),
             how="measured",
-            protocol=(
-                f"{len(samples)} sub-networks in a random order, each warmed up and run for {SECONDS_A_NETWORK} s: "
-                "end to end, then under ONNX Runtime's profiler (mean of the middle half of the runs), then end to "
-                f"end again; {len(unseen)} more were held out; the dense network first and last; runs that other "
-                "processes interrupted do not count"
-            ),
+            protocol=made.protocol,
+            sources=made.sources,
             block=block,
             entries=entries,
             networks={network_signature(space): network},
         )
+    )
+
+
+def _made_here(fitted: int, unseen: int, threads: int) -> Made:
+    import onnxruntime
+
+    return Made(
+        device=DeviceFields(name="local", sku=cpu_model(), power_mode=governor()),
+        runtime=RuntimeFields(name=RUNTIME, version=onnxruntime.__version__, threads=threads),
+        precision="fp32",
+        block=channel_block(),
+        protocol=(
+            f"{fitted} sub-networks in a random order, each warmed up and run for {SECONDS_A_NETWORK} s: "
+            "end to end, then under ONNX Runtime's profiler (mean of the middle half of the runs), then end to "
+            f"end again; {unseen} more were held out; the dense network first and last; runs that other "
+            "processes interrupted do not count"
+        ),
     )
 
 
