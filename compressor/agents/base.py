@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from compressor.agents.search_run import SearchRun
     from compressor.env.environment import PruningEnv
     from compressor.pruning.plan import ChannelPlan
     from compressor.run_dir import Checkpoint, EpisodeLog
@@ -155,7 +156,6 @@ class Agent(ABC):
         self.alignment = alignment
         self.curves = curves
 
-    @abstractmethod
     def search(
         self,
         env: PruningEnv,
@@ -172,6 +172,25 @@ class Agent(ABC):
 
         Raises:
             CompressorError: the checkpoint is of another agent, space or version.
+        """
+        from compressor.agents.search_run import SearchRun
+
+        run = SearchRun(self, env, evaluator, limits, log, checkpoint)
+        if (result := run.result()) is not None:
+            return result
+        run.train("warmup", self.epochs_before, "Training before the search")
+        return self._search(run)
+
+    @property
+    def epochs_before(self) -> int:
+        """Epochs of training before the first candidate."""
+        return self.schedule.warmup
+
+    @abstractmethod
+    def _search(self, run: SearchRun) -> SearchResult:
+        """The method: act through `run`, and end with `run.choose`.
+
+        `run.place.round` is above 0 where a finished search goes on with other budgets.
         """
 
 

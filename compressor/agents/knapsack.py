@@ -10,16 +10,13 @@ from numpy.typing import NDArray
 
 from compressor import progress
 from compressor.agents.allocation import Allocator
-from compressor.agents.base import Agent, Limits, SearchResult
+from compressor.agents.base import Agent, SearchResult
 from compressor.agents.proposals import near_widths
 from compressor.agents.search_run import SearchRun
 from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
 
 if TYPE_CHECKING:
     from compressor.env.bounds import Widths
-    from compressor.env.environment import PruningEnv
-    from compressor.run_dir import Checkpoint, EpisodeLog
-    from compressor.training.evaluate import Evaluator
 
 SAVE_EVERY = 10
 
@@ -52,19 +49,7 @@ class KnapsackAgent(Agent):
     name = "knapsack"
     Settings = KnapsackSettings
 
-    def search(
-        self,
-        env: PruningEnv,
-        evaluator: Evaluator,
-        limits: Limits,
-        *,
-        log: EpisodeLog,
-        checkpoint: Checkpoint,
-    ) -> SearchResult:
-        run = SearchRun(self, env, evaluator, limits, log, checkpoint)
-        if (result := run.result()) is not None:
-            return result
-        run.train("warmup", self.schedule.warmup, "Training before the search")
+    def _search(self, run: SearchRun) -> SearchResult:
         return _KnapsackSearch(run, self.settings).search()
 
 

@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compressor import progress
-from compressor.agents.base import Agent, Limits, SearchResult
+from compressor.agents.base import Agent, SearchResult
 from compressor.agents.proposals import follow, random_widths, uniform_widths
-from compressor.agents.search_run import SearchRun
 
 if TYPE_CHECKING:
-    from compressor.env.environment import PruningEnv
-    from compressor.run_dir import Checkpoint, EpisodeLog
-    from compressor.training.evaluate import Evaluator
+    from compressor.agents.search_run import SearchRun
 
 
 @dataclass(frozen=True)
@@ -38,19 +35,8 @@ class RandomAgent(Agent):
     name = "random"
     Settings = RandomSettings
 
-    def search(
-        self,
-        env: PruningEnv,
-        evaluator: Evaluator,
-        limits: Limits,
-        *,
-        log: EpisodeLog,
-        checkpoint: Checkpoint,
-    ) -> SearchResult:
-        run = SearchRun(self, env, evaluator, limits, log, checkpoint)
-        if (result := run.result()) is not None:
-            return result
-        run.train("warmup", self.schedule.warmup, "Training before the search")
+    def _search(self, run: SearchRun) -> SearchResult:
+        env, limits = run.env, run.limits
         phase = f"random{run.place.round or ''}"
         total = self.settings.evaluations
         if limits.max_evaluations is not None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 AGENTS: Mapping[str, str] = {
     "joint": "compressor.agents.joint.agent:JointAgent",
+    "constrained": "compressor.agents.constrained.agent:ConstrainedAgent",
     "knapsack": "compressor.agents.knapsack:KnapsackAgent",
     "stepwise": "compressor.agents.stepwise:StepwiseAgent",
     "uniform": "compressor.agents.uniform:UniformAgent",

@@ -275,7 +275,7 @@ class SearchRun:
             self.agent.trainer.restore(state["trainer"])
         self._forget()
         self.env.restore(state["env"])
-        self.restored = state["own"]
+        self.restored = state["own"] or None  # saved before the method began, as in the warm-up: nothing yet
         if self.place.chosen is not None and not _alike(state["budgets"], self._budgets()):
             self.place.chosen = None
             self.place.round += 1

@@ -9,16 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor import progress
-from compressor.agents.base import Agent, Limits, SearchResult
+from compressor.agents.base import Agent, SearchResult
 from compressor.agents.dueling import DoubleDqn
 from compressor.agents.proposals import scaled_widths
-from compressor.agents.search_run import SearchRun
 from compressor.env.observation import FEATURES
 
 if TYPE_CHECKING:
-    from compressor.env.environment import PruningEnv
-    from compressor.run_dir import Checkpoint, EpisodeLog
-    from compressor.training.evaluate import Evaluator
+    from compressor.agents.search_run import SearchRun
 
 ALPHAS = np.round(np.arange(0.0, 2.21, 0.1), 1)
 """The actions: prune what lies below so many times the layer's mean norm."""
@@ -64,19 +61,8 @@ class StepwiseAgent(Agent):
     name = "stepwise"
     Settings = StepwiseSettings
 
-    def search(
-        self,
-        env: PruningEnv,
-        evaluator: Evaluator,
-        limits: Limits,
-        *,
-        log: EpisodeLog,
-        checkpoint: Checkpoint,
-    ) -> SearchResult:
-        run = SearchRun(self, env, evaluator, limits, log, checkpoint)
-        if (result := run.result()) is not None:
-            return result
-        run.train("warmup", self.schedule.warmup, "Training before the search")
+    def _search(self, run: SearchRun) -> SearchResult:
+        env = run.env
         search = _StepwiseSearch(run, self.settings)
         total = search.episodes()
         phase = f"stepwise{run.place.round or ''}"

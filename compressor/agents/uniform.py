@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compressor.agents.base import Agent, Limits, NoSettings, SearchResult
+from compressor.agents.base import Agent, NoSettings, SearchResult
 from compressor.agents.proposals import uniform_widths
-from compressor.agents.search_run import SearchRun
 
 if TYPE_CHECKING:
-    from compressor.env.environment import PruningEnv
-    from compressor.run_dir import Checkpoint, EpisodeLog
-    from compressor.training.evaluate import Evaluator
+    from compressor.agents.search_run import SearchRun
 
 
 class UniformAgent(Agent):
@@ -25,17 +22,5 @@ class UniformAgent(Agent):
     name = "uniform"
     Settings = NoSettings
 
-    def search(
-        self,
-        env: PruningEnv,
-        evaluator: Evaluator,
-        limits: Limits,
-        *,
-        log: EpisodeLog,
-        checkpoint: Checkpoint,
-    ) -> SearchResult:
-        run = SearchRun(self, env, evaluator, limits, log, checkpoint)
-        if (result := run.result()) is not None:
-            return result
-        run.train("warmup", self.schedule.warmup, "Training before the search")
-        return run.choose([uniform_widths(env).tolist()])
+    def _search(self, run: SearchRun) -> SearchResult:
+        return run.choose([uniform_widths(run.env).tolist()])

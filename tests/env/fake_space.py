@@ -55,6 +55,7 @@ class FakeSpace:
                 kind="conv",
                 kernel=(3, 3),
                 stride=(1 + i % 2,) * 2,
+                padding=(1, 1),
                 in_channels=sides[i],
                 out_channels=sides[i + 1],
             )

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compressor.agents.base import Agent, Limits, SearchResult
+from compressor.agents.base import Agent, SearchResult
 from compressor.agents.joint.search import JointSearch
 from compressor.agents.joint.settings import JointSettings, plan_episodes
-from compressor.agents.search_run import SearchRun
 
 if TYPE_CHECKING:
-    from compressor.env.environment import PruningEnv
-    from compressor.run_dir import Checkpoint, EpisodeLog
-    from compressor.training.evaluate import Evaluator
+    from compressor.agents.search_run import SearchRun
 
 
 class JointAgent(Agent):
@@ -33,26 +30,18 @@ class JointAgent(Agent):
     trains_jointly = True
     Settings = JointSettings
 
-    def search(
-        self,
-        env: PruningEnv,
-        evaluator: Evaluator,
-        limits: Limits,
-        *,
-        log: EpisodeLog,
-        checkpoint: Checkpoint,
-    ) -> SearchResult:
-        run = SearchRun(self, env, evaluator, limits, log, checkpoint)
-        if (result := run.result()) is not None:
-            return result
+    @property
+    def epochs_before(self) -> int:
+        return self.schedule.warmup if self.settings.joint_training else self.schedule.total
+
+    def _search(self, run: SearchRun) -> SearchResult:
         search = JointSearch(run, self.settings, self.alignment)
         if run.place.round:  # a budget was tightened: the weights stay, and what was learned serves
             search.play_again()
             return search.choose()
 
         joint, schedule = self.settings.joint_training, self.schedule
-        plan = plan_episodes(self.settings, schedule.joint, limits, len(env.bounds.dense))
-        run.train("warmup", schedule.warmup if joint else schedule.total, "Training before the search")
+        plan = plan_episodes(self.settings, schedule.joint, run.limits, len(run.env.bounds.dense))
         search.measure_groups(plan.points)
         search.fill_replay(plan.fill, plan.reserve)
         for block in run.remaining("joint", plan.rounds * plan.blocks):

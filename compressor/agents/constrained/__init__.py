@@ -1,0 +1,1 @@
+"""The constrained agent: PPO with a Lagrange multiplier for each budget."""

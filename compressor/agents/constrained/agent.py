@@ -1,0 +1,42 @@
+"""The constrained agent: PPO with a Lagrange multiplier for each budget (arXiv 2110.08558)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from compressor.agents.base import Agent, SearchResult
+from compressor.agents.constrained.search import ConstrainedSearch
+from compressor.agents.constrained.settings import PAPER, ConstrainedSettings
+
+if TYPE_CHECKING:
+    from compressor.agents.search_run import SearchRun
+
+
+class ConstrainedAgent(Agent):
+    """Learns a policy whose plans keep the budgets on average, and keeps the best plan that does.
+
+    Episodes may leave the budgets: what they cost beyond them is weighed against the accuracy by multipliers, which
+    rise while the budgets are exceeded. Budgets are only ever evaluated. The result is the best episode within the
+    budgets, scored again beside the best few and the policy's own plan, scaled to the budgets.
+    """
+
+    name = "constrained"
+    Settings = ConstrainedSettings
+
+    def __init__(self, *, settings: Mapping[str, Any] | None = None, **options: Any) -> None:
+        given = dict(settings or {})
+        super().__init__(settings={**PAPER, **given} if given.get("paper") else given, **options)
+
+    def _search(self, run: SearchRun) -> SearchResult:
+        search = ConstrainedSearch(run, self.settings)
+        if run.place.round or run.env.bounds.feasible(run.env.bounds.dense)[0]:
+            return search.choose()  # a budget was tightened: what was learned serves
+        search.start()
+        updates = search.updates()
+        for update in run.remaining("update", updates):
+            if not search.play(update, updates):
+                break
+            search.learn()
+            run.done("update")
+        return search.choose()

@@ -1,0 +1,262 @@
+"""The steps of which the constrained agent's search is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor import progress
+from compressor.agents.allocation import Allocator
+from compressor.agents.base import Candidate, SearchResult
+from compressor.agents.constrained.ppo import LagrangianPpo, Step
+from compressor.agents.constrained.settings import ConstrainedSettings
+from compressor.agents.constrained.state import States
+from compressor.agents.proposals import scaled_widths
+from compressor.agents.randomness import OwnRandomness
+from compressor.agents.search_run import SearchRun
+from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
+from compressor.env.bounds import LegalWidths, Widths
+
+_START = "start"
+
+
+@dataclass
+class Walk:
+    """One episode as the policy went: a state and a step for each group, and the widths that came of it."""
+
+    states: list[NDArray[np.float32]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+
+
+class ConstrainedSearch:
+    """One search: the run, the policy, and what rewards and costs are measured by.
+
+    Args:
+        run: keeps place, time and checkpoint; restored from one, this is restored too.
+        settings: the method's numbers.
+    """
+
+    def __init__(self, run: SearchRun, settings: ConstrainedSettings) -> None:
+        self.run, self.env, self.settings = run, run.env, settings
+        bounds = run.env.bounds
+        self.groups = len(bounds.dense)
+        self.states = States(run.env, past=True, one_hot=settings.one_hot)
+        self._dense_costs = dense_costs(run.env)
+        self._budgets = [
+            100.0 * each.target / unit for each, unit in zip(run.env.budgets, self._dense_costs, strict=True)
+        ]
+        self.randomness = OwnRandomness(run.agent.seed)
+        steps = settings.episodes_per_update * self.groups
+        with self.randomness.active():
+            self.ppo = LagrangianPpo(self.states.size, 1, steps, len(self._budgets), settings)
+        self._around = np.zeros(self.groups)  # ratios removed where the policy says 0
+        self._scale: list[float] | None = None
+        self._allocator = Allocator(run.env)
+        self._sensitivity = Sensitivity(run, self._allocator.levels, self._points())
+        run.own = self._state
+        if run.restored is not None:
+            self._restore(run.restored)
+
+    # The steps, in the order of the method.
+
+    def start(self) -> None:
+        """Choose the plan around which the policy acts at first."""
+        if self.settings.start == "dense":
+            return
+        starts = [scaled_widths(self.env, np.ones(self.groups))]
+        if self._points():
+            self._sensitivity.measure()
+            if self._sensitivity.complete:
+                starts.append(self._allocator.solve(self._sensitivity.values()))
+            saliency = self.env.saliency()
+            starts += [
+                self._allocator.solve(saliency_values(saliency, self._allocator.levels, power))
+                for power in POWERS
+            ]
+        for number in self.run.remaining(_START, len(starts)):
+            if self.run.spent(reserve=1):
+                return
+            self.run.score(starts[number], _START)
+            self._around = 1.0 - np.array(self._best(_START).widths) / self.env.bounds.dense
+            self.run.done(_START)
+
+    def updates(self) -> int:
+        """How many updates the evaluations that are left have room for, those done included."""
+        total, most = int(self.settings.evaluations), self.run.limits.max_evaluations
+        if most is not None:
+            total = most if self.run.limits.use_all else min(most, total)
+        before = self.groups * self._points() + bool(self._points()) + self._starts()
+        return max(1, (total - before - self.reserve) // self.settings.episodes_per_update)
+
+    @property
+    def reserve(self) -> int:
+        """Evaluations put by for the final choice."""
+        most = self.run.limits.max_evaluations
+        wanted = int(self.settings.shortlist) + 2
+        return wanted if most is None else max(1, min(wanted, most // 4))
+
+    def play(self, update: int, updates: int) -> bool:
+        """Play the episodes of an update into the rollout buffer; whether all of them could be played."""
+        self.ppo.rollout_buffer.reset()
+        cap = min(self.settings.cap + 0.05 * update / updates, 1.0)
+        scored: list[tuple[Walk, Candidate]] = []
+        with progress.bar("Playing episodes", total=self.settings.episodes_per_update) as bar:
+            for _ in range(self.settings.episodes_per_update):
+                if self.run.spent(self.reserve):
+                    return False
+                walk = self._walk(cap)
+                candidate = self.run.score(walk.widths, "policy")
+                scored.append((walk, candidate))
+                bar.advance(note=f"{candidate.accuracy:.1%}")
+        self._fill_buffer(scored)
+        return True
+
+    def learn(self) -> None:
+        """Update the policy from the rollout buffer, and the multipliers from the episodes' mean costs."""
+        import torch
+
+        self.ppo.rollout_buffer.compute_returns_and_advantage(torch.zeros(1), np.ones(1))
+        with self.randomness.active():
+            self.ppo.train()
+        recent = self.run.candidates[-self.settings.episodes_per_update :]
+        costs = np.mean([self._percent(candidate) for candidate in recent], axis=0)
+        self.ppo.multipliers.step(costs.tolist(), self._budgets)
+        self.states.update()
+        names = [budget.name for budget in self.env.budgets]
+        curves = {f"agent/cost_{name}": float(cost) for name, cost in zip(names, costs, strict=True)}
+        for name, value in zip(names, self.ppo.multipliers.values.tolist(), strict=True):
+            curves[f"agent/multiplier_{name}"] = value
+        self.run.curves.add(len(self.run.candidates), curves)
+
+    def choose(self) -> SearchResult:
+        """The best episode that keeps the budgets, scored again beside what was near it, scaled to the budgets."""
+        dense, bounds = self.env.bounds.dense, self.env.bounds
+        known = [
+            c
+            for c in self.run.candidates
+            if c.phase not in (PHASE, "final") or c.round < self.run.place.round
+        ]
+        known = [c for c in known if c.phase != PHASE]
+        widths = np.array([c.widths for c in known], dtype=np.int64).reshape(-1, self.groups)
+        shortlist: list[Widths] = []
+        best = best_feasible([c.reward for c in known], bounds.feasible(widths)) if known else None
+        if best is not None:
+            shortlist.append(widths[best])
+        worth = [c.reward - self._regret(w) for c, w in zip(known, widths, strict=True)]
+        for index in np.argsort([-value for value in worth], kind="stable")[: self.settings.shortlist]:
+            shortlist.append(scaled_widths(self.env, widths[index] / dense))
+        policys = np.array(self._walk(1.0, deterministic=True).widths)
+        shortlist += [scaled_widths(self.env, policys / dense), bounds.cheapest]
+        if best is not None:
+            shortlist.pop()
+        return self.run.choose([each.tolist() for each in shortlist])
+
+    # What they are made of.
+
+    def _walk(self, cap: float, deterministic: bool = False) -> Walk:
+        """Go through all groups by the policy; what comes of it need not keep the budgets."""
+        walk, past, bounds = Walk(), 0.0, self.env.bounds
+        for group in range(self.groups):
+            state = self.states(group, past)
+            with self.randomness.active():
+                step = self.ppo.act(state, deterministic)
+            ratio = float(np.clip(self._around[group] + step.action[0], 0.0, cap))
+            walk.states.append(state)
+            walk.steps.append(step)
+            walk.widths.append(LegalWidths(int(bounds.dense[group]), bounds.choices[group]).width(ratio))
+            past += ratio
+        return walk
+
+    def _fill_buffer(self, scored: list[tuple[Walk, Candidate]]) -> None:
+        rewards = np.array([100.0 * candidate.reward for _, candidate in scored])
+        if self.settings.scale_rewards:
+            if self._scale is None:
+                self._scale = [float(rewards.mean()), float(max(rewards.std(), 1e-3))]
+            rewards = (rewards - self._scale[0]) / self._scale[1]
+        for (walk, candidate), reward in zip(scored, rewards, strict=True):
+            costs = self._terminal_costs(candidate)
+            for number, (state, step) in enumerate(zip(walk.states, walk.steps, strict=True)):
+                last = number == self.groups - 1
+                self.ppo.rollout_buffer.add_with_costs(
+                    state, step, reward if last else 0.0, costs if last else 0.0 * costs, number == 0
+                )
+
+    def _terminal_costs(self, candidate: Candidate) -> NDArray[np.float64]:
+        """What the cost critics learn from: the mean over the steps is the percentage kept, as in the paper.
+
+        With `scale_costs`, tens of percent beyond the budget instead: the critics start near the truth then, and what
+        is common to all episodes does not matter to advantages.
+        """
+        percent = self._percent(candidate)
+        if self.settings.scale_costs:
+            return (percent - np.array(self._budgets)) / 10.0
+        return self.groups * percent
+
+    def _percent(self, candidate: Candidate) -> NDArray[np.float64]:
+        """Percent of the dense network's cost, (budgets,)."""
+        costs = [candidate.costs[budget.name] for budget in self.env.budgets]
+        return 100.0 * np.array(costs) / np.array(self._dense_costs)
+
+    def _regret(self, widths: Widths) -> float:
+        """What a plan that exceeds the budgets is likely to lose when it is scaled to them: as much as it exceeds."""
+        return float(max(0.0, self.env.bounds.excess(widths[None])[0] - 1.0))
+
+    def _best(self, phase: str) -> Candidate:
+        ours = [c for c in self.run.candidates if c.phase == phase and c.round == self.run.place.round]
+        return max(ours, key=lambda candidate: candidate.reward)
+
+    def _points(self) -> int:
+        """Widths of each group that are measured for the start; a third of the evaluations at most go there."""
+        if self.settings.start != "measured":
+            return 0
+        total, most = int(self.settings.evaluations), self.run.limits.max_evaluations
+        if most is not None:
+            total = most if self.run.limits.use_all else min(most, total)
+        return min(2, total // (3 * self.groups))
+
+    def _starts(self) -> int:
+        if self.settings.start == "dense":
+            return 0
+        return 2 + len(POWERS) if self._points() else 1
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "ppo": self.ppo.state(),
+            "states": self.states.state(),
+            "randomness": self.randomness.state(),
+            "around": self._around.tolist(),
+            "scale": self._scale,
+            "losses": self._sensitivity.losses,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.ppo.restore(state["ppo"])
+        self.states.restore(state["states"])
+        self.randomness.restore(state["randomness"])
+        self._around = np.array(state["around"])
+        self._scale = None if state["scale"] is None else [float(number) for number in state["scale"]]
+        self._sensitivity.losses = list(state["losses"])
+
+
+def dense_costs(env: Any) -> list[float]:
+    """What the dense network costs by each budget; the target where that is nothing, so that shares have meaning."""
+    costs = env.costs(env.bounds.dense)
+    return [
+        costs[budget.name] if costs[budget.name] > 0 else float(budget.target) or 1.0
+        for budget in env.budgets
+    ]
+
+
+def best_feasible(rewards: list[float], feasible: NDArray[np.bool_]) -> int | None:
+    """Index of the highest reward among those that keep the budgets; None where none does.
+
+    >>> best_feasible([0.9, 0.5, 0.7], np.array([False, True, True]))
+    2
+    """
+    kept = np.flatnonzero(feasible)
+    return None if not len(kept) else int(kept[int(np.argmax(np.asarray(rewards)[kept]))])

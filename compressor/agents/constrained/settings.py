@@ -1,0 +1,105 @@
+"""What can be set on the constrained agent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from compressor.errors import CompressorError
+
+PAPER: Mapping[str, Any] = {
+    "evaluations": 3_000,
+    "episodes_per_update": 24,
+    "rate": 3e-4,
+    "gamma": 0.99,
+    "reward_lambda": 0.95,
+    "cost_lambda": 1.0,
+    "first_deviation": 1.0,
+    "scale_rewards": False,
+    "scale_costs": False,
+    "one_hot": False,
+    "start": "dense",
+    "multiplier_rate": 3e-4,
+    "finetune_iterations": (0, 32, 128),
+    "shortlist": 1,
+}
+"""What `paper` stands for, where the defaults are others: 40,000 steps in updates of 384 are about 3,000 episodes of 13
+layers and 24 to 29 of them in an update. The multiplier's rate and the first deviation are silent in the source; these
+are what its other rates and Stable-Baselines3 have."""
+
+_CHOICES = {"action": ("layer", "channel"), "start": ("dense", "uniform", "measured")}
+
+
+@dataclass(frozen=True)
+class ConstrainedSettings:
+    """Numbers of the method (arXiv 2110.08558); defaults that are not the paper's suit hundreds of evaluations.
+
+    Attributes:
+        paper: take the paper's values for everything that is not given (`PAPER`).
+        evaluations: plans that are scored, unless the limits ask for others.
+        action: "layer", one ratio for each group; "channel", a mask over its channels.
+        episodes_per_update: episodes that each update of the policy learns from.
+        start: the plan around which the policy first acts: "dense", the "uniform" one at the budget, or that which a
+            knapsack makes of "measured" effects of each group, where there are evaluations for that.
+        first_deviation: standard deviation of the first actions, as a ratio of channels.
+        rate, epochs, batch, clip: learning rate of Adam, passes over an update's steps, steps in a minibatch, clipping
+            of the ratio of probabilities.
+        target_kl: an update ends where the policy has moved so far from the one that acted.
+        gamma, reward_lambda, cost_lambda: discount, and the lambdas of the two advantages.
+        hidden: width of the two hidden layers of policy, critic and each cost critic.
+        multiplier_rate: learning rate of the multipliers.
+        scale_rewards: whether rewards have mean 0 and deviation 1 by the first update's; else they are percent.
+        scale_costs: whether the costs' advantages are divided by their deviation, as the reward's are.
+        one_hot: whether the state says which group it is by one number each, beside the paper's description.
+        cap: ratio beyond which nothing is removed at first; it rises by 0.05 over the run, to 1 at most.
+        finetune_iterations: training steps on each candidate before it is scored, in each third of the run; only
+            where training is at hand. The weights are as before afterwards.
+        shortlist: how many of the best plans are scaled to the budget and scored again in the end.
+    """
+
+    paper: bool = False
+    evaluations: int = 100
+    action: Literal["layer", "channel"] = "layer"
+    episodes_per_update: int = 8
+    start: Literal["dense", "uniform", "measured"] = "measured"
+    first_deviation: float = 0.1
+    rate: float = 3e-3
+    epochs: int = 10
+    batch: int = 64
+    clip: float = 0.2
+    target_kl: float = 0.05
+    gamma: float = 1.0
+    reward_lambda: float = 1.0
+    cost_lambda: float = 1.0
+    hidden: int = 32
+    multiplier_rate: float = 0.05
+    scale_rewards: bool = True
+    scale_costs: bool = True
+    one_hot: bool = True
+    cap: float = 0.9
+    finetune_iterations: tuple[int, int, int] = (0, 0, 0)
+    shortlist: int = 4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "finetune_iterations", tuple(self.finetune_iterations))
+        for field in fields(self):
+            _check(field.name, getattr(self, field.name), field.default)
+
+
+def _check(name: str, value: Any, default: Any) -> None:
+    """Refuse what is of another kind than the default, and numbers outside their range."""
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if type(value) not in kinds:
+        raise CompressorError(f"The setting {name} is {value!r}, expected something like {default!r}.")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise CompressorError(
+            f"The setting {name} is {value!r}, expected one of {', '.join(_CHOICES[name])}."
+        )
+    if name == "finetune_iterations":
+        if len(value) != 3 or any(type(each) is not int or each < 0 for each in value):
+            raise CompressorError(f"The setting {name} is {value!r}, expected three numbers of steps.")
+    elif type(value) in (int, float) and not value > 0:
+        raise CompressorError(f"The setting {name} is {value}, expected more than 0.")
+    elif name in ("gamma", "reward_lambda", "cost_lambda", "cap") and value > 1:
+        raise CompressorError(f"The setting {name} is {value}, expected at most 1.")
