@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compressor.errors import CompressorError
 
-AgentName = Literal["joint", "stepwise", "knapsack", "uniform", "random"]
+AgentName = Literal["joint", "constrained", "stepwise", "knapsack", "uniform", "random"]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
