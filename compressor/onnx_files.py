@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.latency.cache import cache_folder
 from compressor.progress import bar
 from compressor.run_dir import RunDir
 
 if TYPE_CHECKING:
     from compressor.data import DataBundle, Split
+    from compressor.recipe import Recipe
+    from export.build_settings import BuildSettings
     from export.stats import LatencyStats
 
 MODEL = "model.onnx"
@@ -50,18 +53,71 @@ def scored(path: Path, data: DataBundle) -> tuple[float, int]:
     return accuracy_onnx(path, batches(), threads=2), total
 
 
-def build_engine_of(run: RunDir, onnx: Path) -> tuple[list[dict[str, Any]], str]:
-    """Build the engine of one of the run's ONNX files where a builder is installed.
+def opset_of(recipe: Recipe, target: str | None = None) -> int:
+    """The ONNX opset for a device: the recipe's, or less where a board's TensorRT reads no newer one."""
+    from export.targets import TARGETS, find_target
+
+    board = find_target(target) if target else TARGETS.get(recipe.device)
+    return min(recipe.export.opset, board.opset) if board else recipe.export.opset
+
+
+def metadata_of(recipe: Recipe, data: DataBundle, run: RunDir, plan_checksum: str) -> dict[str, Any]:
+    """What a file says about itself: model, classes, normalisation, run and plan."""
+    return {
+        "model": recipe.model,
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "run": run.name,
+        "plan": plan_checksum,
+    }
+
+
+def build_engine_of(
+    run: RunDir,
+    onnx: Path,
+    *,
+    module: str | None = None,
+    compute_capability: Sequence[str] = (),
+    settings: BuildSettings | None = None,
+    must: bool = False,
+) -> tuple[list[dict[str, Any]], str]:
+    """Build the engine of one of the run's ONNX files where a builder is installed, or take it from the cache.
+
+    Args:
+        run: its folder takes the engine.
+        onnx: the file.
+        module, compute_capability, settings: as in `export.engine.build_engine`.
+        must: whether it is an error where there is no builder or it refuses the network.
 
     Returns:
-        The manifest's entries, none where there is no builder, and what to tell the user.
-    """
-    from export.engine import available, build_engine, why_not
+        The manifest's entries, none where there is no engine, and what to tell the user.
 
-    if available() is None:
+    Raises:
+        ExportError: there is no engine, though there must be one.
+    """
+    from export.engine import available, why_not
+    from export.engine_cache import cached_engine
+    from export.errors import ExportError
+
+    if available() is None and not must:
         return [], why_not()
     path = run.file(f"engines/{onnx.stem}.engine")
-    info = build_engine(onnx, path)
+    cache = cache_folder()
+    try:
+        info, found = cached_engine(
+            onnx,
+            path,
+            cache / "engines",
+            module=module,
+            compute_capability=tuple(compute_capability) or None,
+            settings=settings,
+            timing_cache=cache / "timings",
+        )
+    except ExportError as error:
+        if must:
+            raise
+        return [], f"There is no engine of {onnx.name}: {error}"
     entry = {
         "file": str(path.relative_to(run.path)),
         "builder": f"{info.module} {info.version}",
@@ -69,9 +125,10 @@ def build_engine_of(run: RunDir, onnx: Path) -> tuple[list[dict[str, Any]], str]
         "compute_capability": ", ".join(info.compute_capabilities),
         "bytes": info.size,
     }
+    done = "Found in the cache:" if found else "Built"
     return [
         entry
-    ], f"Built {path.name} for compute capability {entry['compute_capability']} with {info.module}."
+    ], f"{done} {path.name} for compute capability {entry['compute_capability']} with {info.module}."
 
 
 def measured(dense: Path, slim: Path, threads: int, repeats: int) -> tuple[LatencyStats, LatencyStats]:

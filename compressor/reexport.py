@@ -1,23 +1,21 @@
-"""What `compress export` makes of a finished run: other precisions, a bundle for a board, and a board's answer."""
+"""A finished run's networks on a board: a bundle to carry there, the way over ssh, and the board's answer."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-from compressor.data import load_data
 from compressor.errors import CompressorError
+from compressor.exports import Finished, Request, export_format
 from compressor.onnx_files import MODEL, first_images
-from compressor.precisions import write_precision
-from compressor.recipe import Recipe, load_recipe
-from compressor.run_dir import RECIPE, RunDir
-
-if TYPE_CHECKING:
-    from compressor.data import DataBundle
+from compressor.progress import say
+from compressor.run_dir import RunDir
+from export.targets import find_target
 
 REFERENCE_IMAGES = 8
 
@@ -28,62 +26,91 @@ def export_precision(folder: Path, precision: str, max_drop_points: float) -> It
     Raises:
         CompressorError, ExportError: the run is not finished, or the precision cannot be had within the drop.
     """
-    with closing(_finished(folder)) as run:
-        yield from write_precision(run, _data(run), precision, max_drop_points)
+    return export_format(folder, Request(precision=precision, max_drop=max_drop_points))
 
 
-def export_bundle(folder: Path, target: str, bundle: Path) -> Iterator[str]:
-    """Write everything that a board needs to build, measure and verify a run's networks; over ssh, also do it.
+def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | None = None) -> Iterator[str]:
+    """Write everything that a board needs to build, measure and verify a run's networks.
+
+    The networks are the FP32 one and every precision that the run has, in the opset that the board reads.
 
     Args:
         folder: a finished run's.
         target: the name of a board, as `compress export --help` says.
         bundle: NAME.tar.gz.
+        wanted: its precision is made where the run lacks it.
     """
     from export.bundle import make_bundle
     from export.ort import open_session, run_session
     from export.reference import Reference
 
+    board = find_target(target)
     if bundle.exists():
         raise CompressorError(f"{bundle} exists already.", "Choose another --bundle FILE, or delete it.")
-    with closing(_finished(folder)) as run:
-        images = first_images(_data(run).test, REFERENCE_IMAGES)
+    with closing(Finished.open(folder)) as finished:
+        run = finished.run
+        networks = []
+        for precision in _precisions(run, wanted):
+            if precision == "int8" and not board.int8:
+                yield f"The {board.title} has no INT8 units: the int8 network is left out."
+                continue
+            request = Request(
+                precision=precision,
+                target=target,
+                max_drop=wanted.max_drop if wanted else finished.recipe.export.max_drop,
+                method=wanted.method if wanted else "minmax",
+                rest=wanted.rest if wanted else None,
+            )
+            path = finished.path_of(request)
+            if not path.exists():
+                yield from finished.onnx(request)
+            networks.append(path)
+        images = first_images(finished.data.test, REFERENCE_IMAGES)
         session = open_session(run.file(MODEL), threads=1)
         name = session.get_inputs()[0].name
         outputs = np.concatenate([run_session(session, {name: image[None]})[0] for image in images])
-        networks = [run.file(MODEL), *sorted(run.path.glob("model.*.onnx"))]
         info = make_bundle(
-            bundle, networks, Reference(images, outputs), target=target, facts={"run": run.path.name}
+            bundle, networks, Reference(images, outputs), target=target, facts={"run": run.name}
         )
         yield f"Wrote {info.path} for {info.target.name}: {', '.join(info.networks)} ({info.size / 1e6:.1f} MB)."
         yield "On the board: unpack it, run run.sh in it, and bring results.tar.gz back."
         yield f"Then: compress export {folder} --bundle {bundle} --import results.tar.gz"
 
 
-def export_over_ssh(folder: Path, address: str, board: str, bundle: Path) -> Iterator[str]:
-    """Carry a bundle to a board over ssh, run it there, and take its results into the manifest."""
-    from export.remote import run_remote
+def export_over_ssh(
+    folder: Path, address: str, board: str, bundle: Path | None, wanted: Request | None = None
+) -> Iterator[str]:
+    """Carry a bundle to a board over ssh, run it there, and take its results into the manifest.
 
-    results = bundle.with_name(bundle.name.replace(".tar.gz", "").replace(".tgz", "") + "-results.tar.gz")
-    if not bundle.exists():
-        yield from export_bundle(folder, board, bundle)
-    from compressor.progress import say
+    A bundle that is there already goes on where it was; left out, it lies under `bundles/` of the run.
 
-    run_remote(address, bundle, results, say=say)
-    yield from import_results(folder, results, bundle)
+    Raises:
+        CompressorError, ExportError: as `export_bundle`, the bundle is another run's, or ssh does not get there.
+    """
+    from export.remote import parse_destination, run_remote
+
+    parse_destination(address)
+    find_target(board)
+    path = bundle or folder / "bundles" / f"{board}.tar.gz"
+    results = path.with_name(path.name.replace(".tar.gz", "").replace(".tgz", "") + "-results.tar.gz")
+    if path.exists():
+        with closing(Finished.open(folder)) as finished:
+            _require_own(path, finished.run)
+        yield f"Going on with {path}."
+    else:
+        yield from export_bundle(folder, board, path, wanted)
+    run_remote(address, path, results, say=say)
+    yield from import_results(folder, results, path)
 
 
 def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
     """Take what a board measured into a run's manifest, once it is clear that it belongs to the bundle and the run."""
     from export.bundle_results import read_results
 
-    with closing(_finished(folder)) as run:
+    with closing(Finished.open(folder)) as finished:
+        run = finished.run
+        _require_own(bundle, run)
         found = read_results(results, bundle)
-        if found.facts.get("run") != run.path.name:
-            raise CompressorError(
-                f"{bundle} was made of the run {found.facts.get('run')!r}, not of {run.path.name!r}.",
-                "Give the run's own bundle.",
-            )
         entry = found.to_dict()
         others = [each for each in run.manifest.get("devices", []) if each != entry]
         run.save(devices=[*others, entry])
@@ -92,16 +119,27 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
             yield f"  {network}"
 
 
-def _finished(folder: Path) -> RunDir:
-    run = RunDir.open(folder)
-    if not run.finished("export") or not run.file(MODEL).exists():
-        run.close()
+def _precisions(run: RunDir, wanted: Request | None) -> list[str]:
+    """FP32, what the run has been exported in, and what is wanted."""
+    asked = wanted.precision if wanted else "fp32"
+    return [
+        "fp32",
+        *(each for each in ("fp16", "int8") if each == asked or run.file(f"model.{each}.onnx").exists()),
+    ]
+
+
+def _require_own(bundle: Path, run: RunDir) -> None:
+    """Refuse a bundle that was made of another run."""
+    from export.archive import require_checksums, unpack
+
+    files = unpack(bundle)
+    require_checksums(files, bundle)
+    try:
+        described: Any = json.loads(files["bundle.json"])
+        name = described["facts"]["run"]
+    except (KeyError, TypeError, ValueError):
+        raise CompressorError(f"{bundle} does not say which run it is of.", "Make it again.") from None
+    if name != run.name:
         raise CompressorError(
-            f"The run in {folder} has exported nothing yet.", f"Go on: compress --resume {folder}"
+            f"{bundle} was made of the run {name!r}, not of {run.name!r}.", "Give the run's own bundle."
         )
-    return run
-
-
-def _data(run: RunDir) -> DataBundle:
-    recipe: Recipe = load_recipe(run.file(RECIPE))
-    return load_data(recipe.data, seed=recipe.seed, image_size=recipe.image_size)

@@ -169,6 +169,11 @@ class RunDir:
             self._lock.close()
             self._lock = None
 
+    @property
+    def name(self) -> str:
+        """What the run is called: its folder's name, however the path was given."""
+        return self.path.resolve().name
+
     def file(self, name: str) -> Path:
         """A path inside the folder."""
         return self.path / name

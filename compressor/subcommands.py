@@ -8,68 +8,92 @@ from typing import Annotated
 import typer
 
 from compressor.errors import CompressorError
+from compressor.export_command import export
 from compressor.flags import overrides, recipe_of
 from compressor.terminal import friendly, out
 
 
 def profile(
-    model: Annotated[str, typer.Option(help="The network, as for compress.")],
+    model: Annotated[str | None, typer.Option(help="The network, as for compress.")] = None,
     data: Annotated[str, typer.Option(help="Decides the input's size and the number of classes.")] = "digits",
     image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
-    threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
-) -> None:
-    """Measure the latency table that a network needs on this machine."""
-    with friendly():
-        from compressor.commands import profile as measure_table
-
-        fields = overrides({"model": model, "data": data, "image_size": image_size, "threads": threads})
-        for line in measure_table(recipe_of(None, fields | {"weights": "none"})):
-            out.print(line, highlight=False, soft_wrap=True)
-
-
-def export(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
-    precision: Annotated[str | None, typer.Option(help="Write the network in fp16 or int8 as well.")] = None,
-    max_drop: Annotated[float, typer.Option(help="Points of accuracy that int8 may lose.")] = 1.0,
-    target: Annotated[
-        str | None,
-        typer.Option(help="A board such as jetson-orin-nano-8gb, or ssh://user@host to run it there."),
+    threads: Annotated[int, typer.Option(help="Threads of the runtime on this machine's CPU.")] = 1,
+    device: Annotated[
+        str | None, typer.Option(help="ssh://user@host, or with --bundle or --import the name of the device.")
     ] = None,
-    board: Annotated[str, typer.Option(help="Which board it is that ssh reaches.")] = "jetson-orin-nano-8gb",
-    bundle: Annotated[Path | None, typer.Option(help="NAME.tar.gz: everything that the board needs.")] = None,
-    results: Annotated[Path | None, typer.Option("--import", help="Take in what a board sent back.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or int8, for other devices than this machine; fp16 if left out.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="A new folder: what to carry to a device and run there.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option("--import", help="The folder of a bundle, with the device's results in it.")
+    ] = None,
 ) -> None:
-    """Write a run's network in other precisions, bundle it for a board, or take in what the board measured."""
+    """Measure the latency table that a network needs: on this machine, over ssh, or by a folder carried there."""
     with friendly():
-        from compressor import reexport
+        from compressor import profiling
+        from compressor.commands import profile as measure_here
 
-        if results is not None and bundle is not None:
-            lines = reexport.import_results(run, results, bundle)
-        elif target is not None and bundle is not None:
-            if target.startswith("ssh://"):
-                lines = reexport.export_over_ssh(run, target, board, bundle)
-            else:
-                lines = reexport.export_bundle(run, target, bundle)
-        elif precision is not None and target is None and results is None:
-            lines = reexport.export_precision(run, precision, max_drop)
+        if results is not None:
+            if model is not None or bundle is not None or precision is not None:
+                raise CompressorError(
+                    "--import takes everything from the folder.", "Leave out --model, --bundle and --precision."
+                )
+            lines = profiling.import_results(results, device)
         else:
-            raise CompressorError(
-                "It is not clear what to export.",
-                "Give --precision fp16 or int8; --target BOARD --bundle FILE; or --bundle FILE --import RESULTS.",
+            if model is None:
+                raise CompressorError("Which network is to be measured?", "For example: --model resnet50")
+            fields = {"model": model, "data": data, "image_size": image_size, "threads": threads}
+            recipe = recipe_of(
+                None, overrides({**fields, "device": device, "precision": precision}) | {"weights": "none"}
             )
+            if bundle is not None:
+                if device is None:
+                    raise CompressorError(
+                        "Which device is the bundle for?",
+                        "For example: --device jetson-orin-nano-8gb, or a name of your own",
+                    )
+                lines = profiling.write_bundle(recipe, bundle)
+            elif recipe.device.startswith("ssh:"):
+                lines = profiling.profile_remote(recipe)
+            elif recipe.device == "local":
+                lines = measure_here(recipe)
+            else:
+                raise CompressorError(
+                    f"{device} is not this machine.",
+                    "Give ssh://user@host, or write a folder to carry there: --bundle DIR",
+                )
         for line in lines:
             out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def measure(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say operator by operator why the slim network is not faster.")
+    ] = False,
+    dense_profile: Annotated[
+        Path | None, typer.Option(help="With --explain: what trtexec --exportProfile wrote of the dense engine.")
+    ] = None,
+    slim_profile: Annotated[
+        Path | None, typer.Option(help="With --explain: what trtexec --exportProfile wrote of the slim engine.")
+    ] = None,
 ) -> None:
     """Measure a run's dense and slim networks again on this machine."""
     with friendly():
         from compressor.commands import measure_again
+        from compressor.explaining import explain_again
 
-        for line in measure_again(run):
-            out.print(line, highlight=False, soft_wrap=True)
+        if (dense_profile is None) != (slim_profile is None) or (dense_profile is not None and not explain):
+            raise CompressorError(
+                "Layer profiles explain two networks together.",
+                "Give --explain, --dense-profile FILE and --slim-profile FILE.",
+            )
+        profiles = (dense_profile, slim_profile) if dense_profile and slim_profile else None
+        for line in explain_again(run, profiles) if explain else measure_again(run):
+            out.print(line, highlight=False, soft_wrap=isinstance(line, str), markup=not isinstance(line, str))
 
 
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:

@@ -1,0 +1,205 @@
+"""The formats that torch itself loads: TorchScript (`.pt`) for C++ and mobile, and `torch.export`'s `.pt2`.
+
+    export_program(model, example, "model.pt2", metadata={"classes": [...]})
+    network = load_program("model.pt2")            # a module; refuses archives that hold pickled objects
+
+Both hold code and weights, so that loading them needs no source of the network.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.jit._trace import TracerWarning
+
+from export.batches import Batch
+from export.errors import ExportError
+from export.files import read_bytes, sha256_bytes, write_bytes
+from export.ort import first_line
+from export.parity import TOLERANCES, Parity, compare_outputs, require
+from export.to_onnx import frozen_copy, reference_outputs
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+METADATA = "metadata.json"
+_TRACES = ("stack_trace", "nn_module_stack", "from_node", "source_fn_stack", "torch_fn")
+_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AssertionError)
+
+
+@dataclass(frozen=True)
+class TorchInfo:
+    """What was written: the file, its checksum and its size in bytes."""
+
+    path: Path
+    sha256: str
+    size: int
+
+
+def export_torchscript(
+    model: nn.Module, example: torch.Tensor, path: str | Path, *, metadata: Mapping[str, Any] | None = None
+) -> TorchInfo:
+    """Write `model` as TorchScript, batch norms folded; any batch, and the height and width of the example.
+
+    Two processes write the same bytes. Names of torch's own that count up within a process differ between two exports
+    of one process.
+
+    Args:
+        model: Takes one float tensor; left as it is.
+        example: A batch (N, C, H, W); its values do not matter.
+        path: Where the file goes; it appears there whole or not at all.
+        metadata: Facts to carry as JSON in the archive's `extra/metadata.json`.
+
+    Raises:
+        ExportError: the network cannot be traced, or the file cannot be written.
+    """
+    copied, buffer = frozen_copy(model), io.BytesIO()
+    try:
+        with _quiet(), torch.no_grad():
+            script = torch.jit.freeze(torch.jit.trace(copied, example.cpu().float(), check_trace=False))
+            torch.jit.save(script, buffer, _extra_files={METADATA: _json(metadata)})
+    except _FAILURES as error:
+        raise ExportError(f"The network cannot be written as TorchScript: {first_line(error)}.") from error
+    return _written(Path(path), buffer.getvalue())
+
+
+def export_program(
+    model: nn.Module,
+    example: torch.Tensor,
+    path: str | Path,
+    *,
+    batch: Batch | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> TorchInfo:
+    """Write `model` as a program of `torch.export`; the same network gives the same bytes.
+
+    Args:
+        model, example, path, metadata: As in `export_torchscript`.
+        batch: Sizes of a batch; None for the example's.
+
+    Raises:
+        ExportError: the network cannot be captured, fixes an open batch, or the file cannot be written.
+    """
+    copied, buffer = frozen_copy(model), io.BytesIO()
+    sample, shapes = example.cpu().float(), None
+    if batch is not None:
+        # a traced size of 1 would be taken for a constant
+        size = max(2, batch.usual) if batch.open else batch.usual
+        sample = sample[:1].expand(size, *sample.shape[1:]).contiguous()
+        if batch.open:
+            shapes = ({0: torch.export.Dim("batch", min=batch.least, max=batch.most)},)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(copied, (sample,), dynamic_shapes=shapes)
+            for node in program.graph.nodes:
+                for key in _TRACES:  # where the source lay on this machine is nobody's business
+                    node.meta.pop(key, None)
+            torch.export.save(program, buffer, extra_files={METADATA: _json(metadata)})
+    except _FAILURES as error:
+        raise ExportError(f"The network cannot be written by torch.export: {first_line(error)}.") from error
+    return _written(Path(path), buffer.getvalue())
+
+
+def load_torchscript(path: str | Path) -> nn.Module:
+    """A TorchScript file as a module, on the CPU. Its reader takes tensors and code of TorchScript, and no Python.
+
+    Raises:
+        ExportError: the file is missing or is no TorchScript.
+    """
+    content = read_bytes(Path(path), "TorchScript file")
+    try:
+        with _quiet():
+            loaded: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")
+    except _FAILURES as error:
+        raise ExportError(
+            f"{path} is no TorchScript: {first_line(error)}.", "Copy it again as a whole."
+        ) from error
+    return loaded
+
+
+def load_program(path: str | Path) -> nn.Module:
+    """A `.pt2` file as a module, on the CPU.
+
+    torch's own `torch.export.load` falls back to unpickling whatever a file holds; this refuses such files first.
+
+    Raises:
+        ExportError: the file is missing, is no program, or holds pickled objects.
+    """
+    content = read_bytes(Path(path), "program")
+    try:
+        _refuse_pickles(content, str(path))
+        with _quiet():
+            loaded: nn.Module = torch.export.load(io.BytesIO(content)).module()
+    except (*_FAILURES, zipfile.BadZipFile, EOFError) as error:
+        raise ExportError(
+            f"{path} is no program of torch.export: {first_line(error)}.", "Copy it again as a whole."
+        ) from error
+    return loaded
+
+
+def check_loaded(
+    loaded: nn.Module, model: nn.Module, inputs: npt.NDArray[Any], what: str, batch: int = 1
+) -> Parity:
+    """Compare what was loaded with the network, on real inputs (N, C, H, W) in portions of `batch`.
+
+    Raises:
+        ExportError: they differ by more than FP32 files may.
+    """
+    import numpy as np
+
+    whole = inputs[: max(len(inputs) - len(inputs) % batch, batch)]
+    right = reference_outputs(model, whole)[0]
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(whole), batch):
+            outputs = loaded(
+                torch.from_numpy(np.ascontiguousarray(whole[start : start + batch], dtype=np.float32))
+            )
+            found.append((outputs if isinstance(outputs, torch.Tensor) else outputs[0]).numpy())
+    parity = compare_outputs(right, np.concatenate(found), tolerance=TOLERANCES["fp32"])
+    return require(parity, what, min_agreement=1 - 1 / len(whole))
+
+
+def _refuse_pickles(content: bytes, name: str) -> None:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for member in archive.namelist():
+            held = archive.read(member)
+            if member.endswith("_config.json"):
+                if '"use_pickle": true' in json.dumps(json.loads(held)):
+                    raise ExportError(f"{name} holds pickled tensors; it was not read.")
+            elif "/sample_inputs/" in member and held:
+                try:
+                    torch.load(io.BytesIO(held), weights_only=True)
+                except (pickle.UnpicklingError, RuntimeError) as error:
+                    raise ExportError(f"{name} holds pickled objects ({member}); it was not read.") from error
+
+
+def _json(metadata: Mapping[str, Any] | None) -> str:
+    return json.dumps(dict(metadata or {}), sort_keys=True)
+
+
+def _written(path: Path, content: bytes) -> TorchInfo:
+    write_bytes(path, content)
+    return TorchInfo(path=path, sha256=sha256_bytes(content), size=len(content))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch says about TorchScript's future and about sizes that become constants."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch|export")
+        warnings.filterwarnings("ignore", message="`torch.jit")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=TracerWarning)
+        yield
