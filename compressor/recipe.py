@@ -343,8 +343,13 @@ def shipped(folder: str) -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the toolkit: name -> file."""
-    return {path.stem: path for path in sorted(shipped("recipes").glob("*.yaml"))}
+    """The recipes that come with the toolkit: name -> file. Those of a sub-folder are called FOLDER/NAME and come last."""
+    folder = shipped("recipes")
+    found = [path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml")]
+    return {
+        path.as_posix(): folder / path.with_suffix(".yaml")
+        for path in sorted(found, key=lambda path: (len(path.parts), path.as_posix()))
+    }
 
 
 def find_recipe(name: str) -> Path:
@@ -357,9 +362,11 @@ def find_recipe(name: str) -> Path:
     if path.exists():
         return path
     known = shipped_recipes()
-    if path.stem in known:
-        return known[path.stem]
-    near = difflib.get_close_matches(path.stem, known, n=3, cutoff=0.4) or sorted(known)[:5]
+    wanted = name.removesuffix(".yaml")
+    for candidate in (wanted, path.stem):
+        if candidate in known:
+            return known[candidate]
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4) or sorted(known)[:5]
     raise CompressorError(
         f"There is no recipe {name!r}.", f"Nearest: {', '.join(near)}. All: compress recipes"
     )

@@ -1,0 +1,212 @@
+"""The joint agent's switches: each turns off what it says and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compressor.agents.base import Limits
+from compressor.agents.joint.settings import JointSettings, plan_episodes
+from compressor.agents.schedule import Schedule, share_epochs
+from compressor.errors import CompressorError
+from compressor.recipe import load_recipe, shipped_recipes
+from tests.agents.bench import Bench, Killed
+from tests.env.fake_space import FakeEvaluator, FakePlan
+
+SMALL: dict[str, Any] = {
+    "fill_episodes": 12, "episodes_per_epoch": 6, "updates_per_episode": 4, "hidden": 32, "decoder_updates": 5
+}  # fmt: skip
+TRAINED: dict[str, Any] = {"train": True, "schedule": Schedule(1, 2, 1)}
+
+
+def phases(bench: Bench) -> list[str]:
+    return [line["phase"] for line in bench.log_lines]
+
+
+def test_without_joint_training_all_epochs_come_first(new_bench: Any) -> None:
+    joint, apart = new_bench("joint"), new_bench("apart")
+    aligned: list[Any] = []
+
+    def alignment(plan: Any) -> Any:
+        aligned.append(plan)
+        return SimpleNamespace(beta=0.5)
+
+    one = joint.search("joint", settings=SMALL, **TRAINED)
+    two = apart.search("joint", settings={**SMALL, "joint_training": False}, alignment=alignment, **TRAINED)
+    assert {line["epoch"] for line in joint.log_lines} == {1, 2, 4}
+    assert {line["epoch"] for line in apart.log_lines} == {4}
+    assert aligned == []
+    assert apart.trainer is not None
+    assert apart.trainer.seen == [None] * 4
+    # The rounds of episodes are the same; what is scored again on weights that moved is known here.
+    for phase in ("sensitivity", "fill", "policy"):
+        assert phases(apart).count(phase) == phases(joint).count(phase)
+    assert two.evaluations <= one.evaluations
+
+
+@pytest.mark.parametrize("groups", [4, 12])
+def test_random_plans_in_the_agents_place_cost_the_same(groups: int) -> None:
+    learned = plan_episodes(JointSettings(), 3, Limits(max_evaluations=2000), groups)
+    random = plan_episodes(JointSettings(proposer="random"), 3, Limits(max_evaluations=2000), groups)
+    assert random.points == 0
+    assert random.fill == learned.fill + learned.points * groups
+    assert (random.rounds, random.per_round) == (learned.rounds, learned.per_round)
+
+
+def test_random_plans_in_the_agents_place(bench: Bench) -> None:
+    result = bench.search("joint", settings={**SMALL, "proposer": "random"}, **TRAINED)
+    assert set(phases(bench)) == {"fill", "joint", "favoured", "final"}
+    assert len({candidate.widths for candidate in result.candidates}) > 12
+    assert result.reward == max(c.reward for c in result.candidates if c.phase == "final")
+
+
+def test_the_uniform_plan_in_the_agents_place(bench: Bench) -> None:
+    result = bench.search("joint", settings={**SMALL, "proposer": "uniform"}, **TRAINED)
+    assert len({candidate.widths for candidate in result.candidates}) == 1
+    assert result.evaluations == len({candidate.epoch for candidate in result.candidates})
+
+
+def test_the_favoured_plan_may_be_the_policys(bench: Bench) -> None:
+    bench.search("joint", settings={**SMALL, "favour": "policy"}, **TRAINED)
+    policys = [line["widths"] for line in bench.log_lines if line["phase"] == "policy"]
+    assert "favoured" not in phases(bench)
+    assert len(policys) == 3  # two rounds, and one on the final weights
+    state = bench.checkpoint.load()
+    assert state is not None
+    assert state["own"]["favoured"] == policys[1]
+
+
+def test_without_rescoring_the_best_ever_is_taken(new_bench: Any) -> None:
+    bench = new_bench("a")
+    result = bench.search("joint", settings={**SMALL, "rescore": False}, **TRAINED)
+    assert phases(bench).count("final") == 1
+    earlier = [line for line in bench.log_lines if line["phase"] not in ("final", "sensitivity")]
+    assert list(result.widths.values()) == max(earlier, key=lambda line: line["reward"])["widths"]
+    again = new_bench("b").search("joint", settings=SMALL, **TRAINED)
+    assert sum(candidate.phase == "final" for candidate in again.candidates) > 1
+
+
+def test_rewards_may_stay_as_they_are(bench: Bench) -> None:
+    bench.search("joint", settings={**SMALL, "scale_rewards": False})
+    state = bench.checkpoint.load()
+    assert state is not None
+    replay = state["own"]["learner"]["sac"]["replay"]
+    assert (replay["centre"], replay["scale"]) == (0.0, 1.0)
+
+
+class EarlyGiver(FakeEvaluator):
+    """Gives up as soon as it may, with any estimate below the floor."""
+
+    gave_up = 0
+
+    def __call__(self, plan: FakePlan, *, floor: float | None = None) -> float:
+        whole = super().__call__(plan)
+        if floor is None or whole >= floor:
+            return whole
+        self.gave_up += 1
+        return float(np.random.default_rng(self.gave_up).uniform(0, floor * 0.999))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_giving_up_early_changes_nothing_but_the_cost(
+    new_bench: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = new_bench("whole").search("joint", settings=SMALL, seed=seed, **TRAINED)
+    monkeypatch.setattr("tests.agents.bench.FakeEvaluator", EarlyGiver)
+    bench = new_bench("early")
+    early = bench.search("joint", settings=SMALL, seed=seed, **TRAINED)
+    assert bench.evaluator.gave_up > 0
+    assert (early.widths, early.reward, early.accuracy) == (whole.widths, whole.reward, whole.accuracy)
+    given_up = [candidate for candidate in early.candidates if candidate.given_up]
+    assert {candidate.phase for candidate in given_up} <= {
+        "favoured",
+        "final",
+    }  # never one that the replay holds
+    assert sum(line.get("given_up", False) for line in bench.log_lines) == len(given_up)
+
+
+def test_every_epoch_of_training_is_told_once(new_bench: Any) -> None:
+    whole = new_bench("whole").search("joint", settings=SMALL, **TRAINED)
+    assert [(each["phase"], each["epoch"]) for each in whole.training] == [
+        ("warmup", 1), ("joint", 2), ("joint", 3), ("aligned", 4)
+    ]  # fmt: skip
+    bench = new_bench("killed")
+    with pytest.raises(Killed):
+        bench.search("joint", settings=SMALL, kill_after=5, **TRAINED)
+    assert bench.search("joint", settings=SMALL, **TRAINED).training == whole.training
+
+
+def test_curves(new_bench: Any, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    new_bench("a").search(
+        "joint",
+        settings=SMALL,
+        context_size=16,
+        curves=tmp_path / "curves",
+        **TRAINED,
+    )
+    events = EventAccumulator(str(tmp_path / "curves")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {
+        "search/reward", "favoured/g0", "favoured/g3", "agent/decoder_loss", "agent/z_norm", "agent/z_change", "z/0",
+        "agent/actor_loss", "agent/critic_loss", "training/regulariser",
+    } <= tags  # fmt: skip
+    assert all(0 < event.value <= 1 for event in events.Scalars("favoured/g0"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("gamma", "high", "gamma is 'high', expected a number, such as 1.0"),
+        ("fill_episodes", 2.5, "fill_episodes is 2.5, expected a whole number"),
+        ("warm_start", 1, "warm_start is 1, expected true or false"),
+        ("proposer", "best", "expected 'learned' or 'random' or 'uniform'"),
+        ("favour", "none", "favour is 'none', expected 'best' or 'policy'"),
+        ("actor_rate", 0, "actor_rate is 0, expected more than 0"),
+        ("shortlist", 0, "shortlist is 0, expected 1 or more"),
+    ],
+)
+def test_settings_that_are_refused(bench: Bench, name: str, value: Any, expected: str) -> None:
+    with pytest.raises(CompressorError, match=expected):
+        bench.search("joint", settings={name: value})
+
+
+@pytest.mark.parametrize("name", sorted(name for name in shipped_recipes() if name.startswith("joint/")))
+def test_recipes_of_the_experiments_are_whole(name: str) -> None:
+    recipe = load_recipe(shipped_recipes()[name]).resolved()
+    assert recipe.epochs in (100, 200)
+    if recipe.agent == "joint":
+        JointSettings(**recipe.search.settings)
+        assert (recipe.search.context_size == 0) == name.endswith("no-environment")
+    else:
+        assert (recipe.budgets.flops, recipe.search.epochs_share) == ("100%", 0)
+
+
+def test_the_papers_own_recipe_has_its_numbers() -> None:
+    recipe = load_recipe(shipped_recipes()["joint/paper"]).resolved()
+    settings = JointSettings(**recipe.search.settings)
+    assert (settings.actor_rate, settings.critic_rate, settings.entropy, settings.tau) == (
+        1e-4,
+        1e-3,
+        0.1,
+        0.005,
+    )
+    assert (settings.batch, settings.replay, settings.hidden, settings.decoder_updates) == (
+        64,
+        10_000,
+        300,
+        100,
+    )
+    assert (settings.episodes_per_epoch, recipe.search.context_size) == (10, 128)
+    epochs = round(200 * float(recipe.search.epochs_share or 0))
+    schedule = share_epochs(epochs, pretrained=False)
+    assert (schedule.warmup, schedule.joint, schedule.aligned, 200 - epochs) == (10, 70, 60, 60)
+    plan = plan_episodes(settings, schedule.joint, Limits(max_evaluations=recipe.search.max_evaluations), 27)
+    assert (plan.points, plan.fill, plan.rounds, plan.per_round) == (0, 100, 70, 10)
+    assert share_epochs(3, pretrained=False) == Schedule(1, 2, 0)
+    assert share_epochs(3, pretrained=True) == Schedule(0, 2, 1)
