@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -14,9 +13,10 @@ from compressor.errors import CompressorError
 from compressor.onnx_files import MODEL, build_engine_of, first_images, metadata_of, opset_of
 from compressor.precisions import record, write_precision
 from compressor.recipe import Recipe, load_recipe
-from compressor.run_dir import RECIPE, RunDir, disk_error, replacing
+from compressor.run_dir import RECIPE, RunDir, replacing
 from export.batches import ONE, Batch
 from export.build_settings import BuildSettings
+from export.files import read_bytes, write_bytes
 from export.targets import find_target
 
 if TYPE_CHECKING:
@@ -286,9 +286,5 @@ def _copied(made: Path, out: Path) -> Iterator[str]:
     for source, goal in goals.items():
         if goal.is_dir():
             raise CompressorError(f"--out {goal} is a folder; a file's name was expected.")
-        with replacing(goal) as temporary:
-            try:
-                shutil.copyfile(source, temporary)
-            except OSError as error:
-                raise disk_error(goal, error) from error
+        write_bytes(goal, read_bytes(source, "exported file"))
     yield f"Copied it to {out}."

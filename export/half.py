@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
-from export.onnx_header import parse_header
+from export.onnx_header import parse_header, require_known_opset
 from export.ranges import FLOAT, largest_values, value_types
 from export.tidy import write_metadata
 
@@ -82,6 +82,7 @@ def convert_half(
 
     content = read_bytes(Path(source), "ONNX file")
     header = parse_header(content, str(source))
+    require_known_opset(header, str(source))
     if header.precision != "fp32":
         raise ExportError(f"{source} is {header.precision}; an FP32 file was expected.")
     proto = onnx.load_model_from_string(content)

@@ -18,6 +18,7 @@ from export.files import read_bytes
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FLOAT16 = 10
+NEWEST_OPSET = 20
 _HINT = "Export the network again, and copy the file as a whole."
 
 
@@ -75,6 +76,19 @@ def read_header(path: str | Path) -> OnnxHeader:
         ExportError: the file is missing, empty, cut short, or something else than ONNX.
     """
     return parse_header(read_bytes(Path(path), "ONNX file"), str(path))
+
+
+def require_known_opset(header: OnnxHeader, name: str) -> None:
+    """Refuse a file of a newer opset than any TensorRT reads.
+
+    Raises:
+        ExportError: saying which it is.
+    """
+    if header.opset > NEWEST_OPSET:
+        raise ExportError(
+            f"{name} is of ONNX opset {header.opset}; the newest that TensorRT reads is {NEWEST_OPSET}.",
+            "Export it again with opset 17.",
+        )
 
 
 def parse_header(content: bytes, name: str = "the ONNX file") -> OnnxHeader:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
 from export.half import half_rest
-from export.onnx_header import OnnxHeader, parse_header
+from export.onnx_header import OnnxHeader, parse_header, require_known_opset
 from export.ort import first_line, ort_errors
 from export.tidy import write_metadata
 
@@ -97,6 +97,7 @@ def quantize_onnx(
         raise ExportError(f"Calibration method {method!r} is unknown: expected one of {', '.join(METHODS)}.")
     content = read_bytes(Path(source), "ONNX file")
     header = parse_header(content, str(source))
+    require_known_opset(header, str(source))
     if header.precision != "fp32":
         raise ExportError(f"{source} is {header.precision}; an FP32 file was expected.")
     inputs = check_calibration(calibration, header)

@@ -43,6 +43,18 @@ def test_build(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read_sidecar(net.with_suffix(".engine")).onnx_sha256 == sha256_file(net)
 
 
+def test_build_for_a_range_of_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
+    path = tmp_path / "open.onnx"
+    export_onnx(SmallNet(), torch.zeros(1, 3, 16, 16), path, dynamic_batch=True)
+    options = ["build", str(path), "--module", RTX, "--compute-capability", "8.6"]
+    assert main(options) == 2
+    assert "has open dimensions" in capsys.readouterr().err
+    assert main([*options, "--batch", "1..2..4"]) == 0
+    shapes = [[size, 3, 16, 16] for size in (1, 2, 4)]
+    assert read_sidecar(path.with_suffix(".engine")).settings["profile"] == {"input": shapes}
+
+
 def test_measure_in_processes(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = net.with_name("latency.json")
     assert main(["measure", str(net), *QUICK, "--processes", "2", "--json", str(target)]) == 0

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import export
+from export.parity import onnx_outputs
+from export.reference import write_reference
+from export.trt import RTX
+from tests.export.nets import matmul_chain
 
 FOLDER = Path(export.__file__).parent
 WORKSTATION = {"to_onnx.py", "torch_formats.py"}
@@ -69,6 +75,47 @@ def test_imports_without_torch_onnx_and_tensorrt() -> None:
         check=False,
     )
     assert (done.stdout.strip(), done.stderr) == (str(len(NAMES)), "")
+
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "compressor", "torchvision"):
+    sys.modules[name] = None
+from export.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["build", "measure", "verify"])
+def test_the_commands_work_where_torch_cannot_be_imported(tmp_path: Path, command: str) -> None:
+    inputs = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    net = tmp_path / "net.onnx"
+    net.write_bytes(matmul_chain(8, 3))
+    write_reference(tmp_path / "reference.npz", inputs, onnx_outputs(net, inputs)[0])
+    more = {
+        "build": ["--module", RTX, "--compute-capability", "8.9"],
+        "measure": ["--runtime", "onnxruntime", "--warmup", "0.01", "--duration", "0.05", "--processes", "1"],
+        "verify": ["--runtime", "onnxruntime"],
+    }[command]
+    if command == "build":
+        pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, command, str(net), *more, "--json", str(tmp_path / "out.json")],
+        capture_output=True,
+        text=True,
+        cwd=FOLDER.parent,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads((tmp_path / "out.json").read_text())
+    if command == "build":
+        assert found["compute_capabilities"] == ["8.9"]
+        assert found["size"] == (tmp_path / "net.engine").stat().st_size > 0
+    elif command == "measure":
+        assert 0 < found["latency"]["median_ms"] <= found["latency"]["p90_ms"] <= found["latency"]["p99_ms"]
+        assert {"board", "state_before", "state_after"} <= set(found)
+    else:
+        assert found["parity"]["max_abs"] == 0
 
 
 def old_python() -> str:

@@ -14,10 +14,11 @@ from onnx import numpy_helper
 from export.accuracy import accuracy_onnx, quantize_within, sensitivities
 from export.engine import build_engine
 from export.errors import ExportError
-from export.half import convert_half
+from export.half import convert_half, int8_region
 from export.onnx_header import read_header
 from export.parity import compare_outputs, onnx_outputs
 from export.quantize import METHODS, quantisable, quantize_onnx
+from export.ranges import value_types
 from export.to_onnx import export_onnx
 from export.trt import RTX
 from tests.export.nets import SmallNet, chain_of
@@ -154,7 +155,6 @@ def test_other_refusals(tmp_path: Path, net: Path) -> None:
         quantize_onnx(large, tmp_path / "q.onnx", IMAGES)
 
 
-
 def test_builds_with_tensorrt_rtx(tmp_path: Path, net: Path) -> None:
     pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
     info = quantize_onnx(net, tmp_path / "int8.onnx", IMAGES)
@@ -171,7 +171,9 @@ def test_accuracy(net: Path) -> None:
     wrong = right.copy()
     wrong[:8] = (right[:8] + 1) % 10
     assert accuracy_onnx(net, [(IMAGES, right)]) == 1.0
-    assert accuracy_onnx(net, [(IMAGES[:20], wrong[:20]), (torch.from_numpy(IMAGES[20:]), wrong[20:])]) == 0.75
+    assert (
+        accuracy_onnx(net, [(IMAGES[:20], wrong[:20]), (torch.from_numpy(IMAGES[20:]), wrong[20:])]) == 0.75
+    )
     with pytest.raises(ExportError, match="at least one input"):
         accuracy_onnx(net, [])
 
@@ -222,3 +224,49 @@ def test_a_drop_that_cannot_be_helped(tmp_path: Path, net: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
     with pytest.raises(ExportError, match="must be from 0 to below 1, got 50"):
         quantize_within(net, tmp_path / "int8.onnx", IMAGES, score, max_drop=50)
+
+
+def test_what_is_not_in_int8_computes_in_halves(tmp_path: Path, net: Path) -> None:
+    plain, halves = tmp_path / "plain.onnx", tmp_path / "halves.onnx"
+    quantize_onnx(net, plain, IMAGES)
+    quantize_onnx(net, halves, IMAGES, rest="fp16")
+    proto = onnx.load(halves)
+    types = value_types(proto)
+    inside = set(int8_region(proto))
+    for node in proto.graph.node:
+        if node.op_type == "ReduceMean":
+            assert types[node.output[0]] == 10  # half: the mean is no INT8 kernel's
+            assert node.name not in inside
+        elif node.op_type in ("Conv", "Gemm", "Relu", "Add"):
+            assert types[node.output[0]] == 1
+            assert node.name in inside
+    scales = {
+        node.input[1] for node in proto.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    }
+    assert all(types[name] == 1 for name in scales)  # 8.6 misreads half scales
+    outputs = [onnx_outputs(path, IMAGES)[0] for path in (plain, halves)]
+    assert float(np.abs(outputs[0] - outputs[1]).max()) < 0.05  # often 0: the head rounds to int8 anyway
+    facts = {entry.key: entry.value for entry in proto.metadata_props}
+    assert (facts["rest"], facts["precision"]) == ("fp16", "int8")
+    with pytest.raises(ExportError, match="computes in fp32 or fp16, not in 'bf16'"):
+        quantize_onnx(net, halves, IMAGES, rest="bf16")
+
+
+def test_int8_with_halves_builds(tmp_path: Path, net: Path) -> None:
+    pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
+    quantize_onnx(net, tmp_path / "q.onnx", IMAGES, rest="fp16")
+    info = build_engine(tmp_path / "q.onnx", tmp_path / "q.engine", module=RTX, compute_capability="8.6")
+    assert info.precision == "int8"
+    assert info.metadata["rest"] == "fp16"
+
+
+def test_a_newer_opset_is_said_before_anything_is_run(tmp_path: Path) -> None:
+    path = tmp_path / "new.onnx"
+    path.write_bytes(chain_of(["Relu"], opset=99))
+    inputs = np.ones((2, 3), np.float32)
+    for convert in (
+        lambda: quantize_onnx(path, tmp_path / "q.onnx", inputs),
+        lambda: convert_half(path, tmp_path / "h.onnx", inputs=inputs),
+    ):
+        with pytest.raises(ExportError, match=r"opset 99; the newest that TensorRT reads is 20"):
+            convert()

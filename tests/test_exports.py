@@ -1,0 +1,279 @@
+"""`compress export` on a finished run: every format, checked and repeated, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from compressor import Recipe, compress, load
+from compressor.cli import app
+from compressor.run_dir import sha256_file
+from export.archive import unpack
+from export.engine_info import read_sidecar
+from export.errors import ExportError
+from export.files import disk_error
+from export.onnx_header import read_header
+from export.torch_formats import load_program
+from export.trt import RTX
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    recipe = {
+        "model": "tests.nets:tiny", "epochs": 4, "budgets": {"flops": "60%"}, "agent": "uniform",
+        "search": {"max_evaluations": 4, "batch_norm_batches": 2}, "export": {"engine": False},
+    }  # fmt: skip
+    assert compress(Recipe.model_validate(recipe), out=folder).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the run under its own name."""
+    return Path(shutil.copytree(finished, tmp_path / "runs" / "run"))
+
+
+def export(run: Path, *options: object) -> str:
+    result = CliRunner().invoke(app, ["export", str(run), *map(str, options)])
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def refused(run: Path, *options: object) -> str:
+    before = {path: sha256_file(path) for path in run.rglob("*") if path.is_file()}
+    result = CliRunner().invoke(app, ["export", str(run), *map(str, options)])
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    after = {path: sha256_file(path) for path in run.rglob("*") if path.is_file()}
+    assert after == before
+    return " ".join(result.output.split())
+
+
+def exports_of(run: Path) -> dict[str, Any]:
+    manifest = json.loads((run / "manifest.json").read_text())
+    for name, checksum in manifest["files"].items():
+        assert sha256_file(run / name) == checksum, name
+    content: dict[str, Any] = manifest["exports"]
+    return content
+
+
+def test_the_runs_own_file_comes_out_of_the_saved_network_again(run: Path, tmp_path: Path) -> None:
+    from compressor.exports import Finished
+    from export.to_onnx import export_onnx
+
+    own = Finished.open(run)
+    export_onnx(own.model, torch.zeros(1, 3, 32, 32), tmp_path / "again.onnx", metadata=own.metadata())
+    own.close()
+    assert (tmp_path / "again.onnx").read_bytes() == (run / "model.onnx").read_bytes()
+    export(run, "--out", tmp_path / "copy.onnx")
+    assert (tmp_path / "copy.onnx").read_bytes() == (run / "model.onnx").read_bytes()
+    facts = read_header(run / "model.onnx").metadata
+    assert set(facts) == {"model", "classes", "mean", "std", "run", "plan"}
+    assert (facts["run"], facts["model"]) == ("run", "tests.nets:tiny")
+    assert facts["plan"] == json.loads((run / "channels.json").read_text())["plan_sha256"]
+
+
+def test_every_file_repeats(run: Path, tmp_path: Path) -> None:
+    wanted = {
+        "open.onnx": ["--batch", "1..4"],
+        "old.onnx": ["--opset", 13],
+        "half.onnx": ["--precision", "fp16", "--batch", 2],
+        "program.pt2": ["--format", "pt2"],
+        "orin.tar.gz": ["--target", "jetson-orin-nano-8gb"],
+    }
+    made: dict[str, list[bytes]] = {name: [] for name in wanted}
+    for turn in ("one", "two"):
+        folder = tmp_path / turn
+        copied = Path(shutil.copytree(run, folder / "run"))
+        for name, options in wanted.items():
+            where = "--bundle" if name.endswith(".tar.gz") else "--out"
+            export(copied, *options, where, folder / name)
+            made[name].append((folder / name).read_bytes())
+    assert all(first == second for first, second in made.values())
+    assert read_header(tmp_path / "one" / "open.onnx").shapes["input"] == (-1, 3, 32, 32)
+    assert read_header(tmp_path / "one" / "half.onnx").shapes["input"] == (2, 3, 32, 32)
+    assert read_header(tmp_path / "one" / "old.onnx").opset == 13
+    entry = exports_of(tmp_path / "one" / "run")["fp16.batch2"]
+    assert entry["parity"]["max_abs"] < 0.05
+    assert entry["accuracy"] > 0.3
+    assert entry["images"] == 359
+
+
+def test_torch_formats_compute_the_slim_network(run: Path) -> None:
+    words = export(run, "--format", "pt2", "--batch", "1..8")
+    assert "load_program('model.batch1-8.pt2')" in words
+    words = export(run, "--format", "torchscript")
+    assert "torch.jit.load('model.torchscript.pt')" in words
+    assert exports_of(run)["torchscript.pt"]["parity"]["max_abs"] < 1e-4
+    images = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32))
+    with torch.no_grad():
+        torch.testing.assert_close(load_program(run / "model.batch1-8.pt2")(images), load(run)(images))
+
+
+def test_int8_with_halves_within_the_drop(run: Path) -> None:
+    words = export(
+        run, "--precision", "int8", "--rest", "fp16", "--calibration", "percentile", "--max-drop", 1.5
+    )
+    assert "nodes in INT8" in words
+    entry = exports_of(run)["int8"]
+    exact = json.loads((run / "manifest.json").read_text())["accuracy"]["exported"]
+    assert entry["accuracy"] >= exact - 0.015
+    assert (entry["calibration"], entry["rest"]) == ("percentile", "fp16")
+    assert json.loads(read_header(run / "model.int8.onnx").metadata["calibration"])["method"] == "percentile"
+    kinds = [node.op_type for node in onnx.load(run / "model.int8.onnx").graph.node]
+    assert "QuantizeLinear" in kinds
+    assert "Cast" in kinds
+
+
+def test_a_drop_on_the_test_split_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressor.precisions.scored", lambda path, data: (0.1, 359))
+    for precision in ("fp16", "int8"):
+        message = refused(run, "--precision", precision, "--max-drop", 0.5)
+        assert f"model.{precision}.onnx: it loses" in message
+        assert "at most 0.5 is allowed" in message
+    assert not list(run.glob("*fp16*"))
+
+
+def test_engines_are_built_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    options = ["--format", "engine", "--batch", "1..2..4", "--compute-capability", "8.9"]
+    assert "Built model.batch1-4.engine for compute capability 8.9" in export(run, *options)
+    assert "Found in the cache: model.batch1-4.engine" in export(
+        run, *options, "--out", tmp_path / "e.engine"
+    )
+    info = read_sidecar(tmp_path / "e.engine")
+    assert info.settings["profile"] == {"input": [[size, 3, 32, 32] for size in (1, 2, 4)]}
+    assert info.compute_capabilities == ("8.9",)
+    assert len(list((tmp_path / "cache" / "engines").glob("*.engine"))) == 1
+    assert exports_of(run)["engine.batch1-4"]["file"] == "engines/model.batch1-4.engine"
+    assert "has no deep-learning accelerators" in refused(run, "--format", "engine", "--dla", 0)
+    message = refused(run, "--format", "engine", "--target", "jetson-orin-nano-8gb")
+    assert "does not build for compute capability 8.7" in message
+
+
+def test_a_network_that_no_builder_takes_still_ends_its_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ExportError("n1 (Det): not supported.")
+
+    pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
+    monkeypatch.setattr("export.engine_cache.cached_engine", fails)
+    assert "There is no engine of model.fp16.onnx: n1 (Det)" in export(run, "--precision", "fp16")
+    assert "n1 (Det): not supported" in refused(run, "--format", "engine")
+
+
+def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path) -> None:
+    export(run, "--precision", "int8", "--max-drop", 3)
+    words = export(
+        run, "--target", "jetson-nano", "--precision", "fp16", "--bundle", tmp_path / "nano.tar.gz"
+    )
+    assert "The Jetson Nano has no INT8 units: the int8 network is left out" in words
+    files = unpack(tmp_path / "nano.tar.gz")
+    names = sorted(name for name in files if name.startswith("models/"))
+    assert names == ["models/model.fp16.opset13.onnx", "models/model.opset13.onnx"]
+    described = json.loads(files["bundle.json"])
+    assert {entry["opset"] for entry in described["networks"]} == {13}
+    assert described["facts"]["run"] == "run"
+    export(run, "--target", "jetson-orin-nano-8gb", "--bundle", tmp_path / "orin.tar.gz")
+    names = sorted(name for name in unpack(tmp_path / "orin.tar.gz") if name.startswith("models/"))
+    assert names == ["models/model.int8.onnx", "models/model.onnx"]
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    ours = ["--bundle", tmp_path / "orin.tar.gz"]
+    assert "was made of the run 'run', not of 'other'" in refused(
+        other, *ours, "--import", tmp_path / "r.tar.gz"
+    )
+    message = refused(other, *ours, "--target", "ssh://nowhere.invalid")  # before anything is sent
+    assert "was made of the run 'run', not of 'other'" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--format", "coreml"], "Choose onnx, engine, torchscript, pt2"),
+        (["--precision", "int4"], "Choose fp32, fp16, int8"),
+        (["--format", "pt2", "--precision", "fp16"], "is written in fp32"),
+        (["--format", "torchscript", "--batch", "4"], "takes batches of any size"),
+        (["--batch", "8..1"], "Write 8, 1..8 or 1..4..8"),
+        (["--opset", "99"], "Opset 99 cannot be written: expected 13 to 20"),
+        (["--calibration", "guess", "--precision", "int8"], "expected one of minmax, entropy, percentile"),
+        (["--target", "jetson-orin"], "no target jetson-orin. Did you mean"),
+        (["--target", "jetson-nano", "--precision", "int8"], "The Jetson Nano has no INT8 units"),
+        (["--format", "engine", "--builder", "tensorflow"], "tensorflow is no module that builds engines"),
+        (["--bundle", "b.tar.gz"], "A bundle is for a board"),
+        (["--bundle", "b.tar.gz", "--target", "jetson-nano", "--format", "pt2"], "Leave out --format"),
+        (["--bundle", "b.zip", "--target", "jetson-orin-nano-8gb"], "A bundle is called NAME.tar.gz"),
+        (["--import", "r.tar.gz"], "--import needs the bundle"),
+        (["--target", "ssh://-oProxyCommand=x"], "is no address"),
+        (["--target", "ssh://me@orin", "--board", "pi"], "There is no target pi"),
+        (["--max-drop", "-1", "--precision", "int8"], "accepted drop must be from 0"),
+    ],
+)
+def test_what_cannot_be_exported(run: Path, options: list[str], expected: str) -> None:
+    assert expected in refused(run, *options)
+
+
+def test_no_space_is_one_message(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise disk_error(path, OSError(28, "No space left on device"))
+
+    for module in ("export.to_onnx", "export.half", "export.torch_formats"):
+        monkeypatch.setattr(f"{module}.write_bytes", full)
+    for options in (["--batch", "4"], ["--precision", "fp16"], ["--format", "pt2"]):
+        assert "No space is left on the device" in refused(run, *options)
+
+
+def test_a_run_without_an_export(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: tests.nets:tiny\n")
+    (tmp_path / ".lock").touch()
+    assert "has exported nothing yet" in refused(tmp_path)
+
+
+def test_there_and_back_over_ssh(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real sshd on this machine, and a stand-in for trtexec; interrupted once, and gone on with."""
+    from functools import partial
+
+    import export.remote
+    from tests.export.fake_trtexec import make_trtexec
+    from tests.export.test_remote import SSHD, Board
+
+    if not Path(SSHD).exists() or not shutil.which("ssh-keygen"):
+        pytest.skip("there is no sshd on this machine")
+    board = Board(tmp_path / "board")
+    go = partial(
+        export.remote.run_remote, duration_s=1, processes=1, trtexec=str(make_trtexec(tmp_path / "bin", "10.3.0")),
+        ssh_options=board.options, poll_s=0.1, pause_s=0.05,
+    )  # fmt: skip
+    monkeypatch.setattr("export.remote.run_remote", go)
+    try:
+        board.options[0:2] = ["-F", str(tmp_path / "no-such-config")]
+        assert "is not reached" in " ".join(_ssh(run, board.url, 2).split())
+        assert (run / "bundles" / "jetson-orin-nano-8gb.tar.gz").exists()
+        board.options[0:2] = ["-F", "none"]
+        words = " ".join(_ssh(run, board.url, 0).split())
+    finally:
+        board.process.terminate()
+        board.process.wait(timeout=10)
+    assert "Going on with" in words
+    (entry,) = json.loads((run / "manifest.json").read_text())["devices"]
+    assert entry["board"]["tensorrt"] == "10.3.0"
+    (network,) = entry["networks"]
+    assert (network["name"], network["status"]) == ("model", "ok")
+    assert network["latency"]["median_ms"] > 0
+    assert network["parity"]["max_abs"] < 1e-4
+
+
+def _ssh(run: Path, url: str, code: int) -> str:
+    result = CliRunner().invoke(app, ["export", str(run), "--target", url])
+    assert result.exit_code == code, result.output
+    return result.output
