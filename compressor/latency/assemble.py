@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from compressor.errors import CompressorError
-from compressor.latency.cache import cpu_model, governor
+from compressor.latency.cache import clocks, cpu_model, governor
 from compressor.latency.calm import channel_block, middle
 from compressor.latency.correction import fit_correction, held_out_error
 from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork, tag
@@ -28,7 +28,7 @@ from compressor.latency.schema import (
     rounded,
 )
 from compressor.latency.signature import Widths, channels, network_signature, signature_of
-from compressor.latency.surface import Surfaces, fit_surface
+from compressor.latency.surface import Floats, Surfaces, fit_surface
 from compressor.latency.table import LatencyTable
 from export.errors import ExportError
 from export.to_onnx import DEFAULT_OPSET, export_onnx
@@ -155,31 +155,22 @@ def table_from(
     """
     made = made or _made_here(len(samples), len(unseen), threads)
     block = made.block
-    layers = [
-        signature_of(layer, epilogue).key
-        for layer, epilogue in zip(space.layers, samples[0].network.epilogues, strict=True)
-    ]
+    layers = _layers(space, samples)
     entries = _entries(layers, samples)
-    surfaces = Surfaces(
-        [fit_surface(entries[key].c_in, entries[key].c_out, entries[key].median_ms, block) for key in layers],
-        block,
-    )
-
-    def total(of: Sequence[Sample]) -> list[float]:
-        sums = surfaces(np.stack([each.c_in for each in of]), np.stack([each.c_out for each in of])).sum(
-            axis=1
-        )
-        return [float(value) for value in sums]
-
-    def measured(of: Sequence[Sample]) -> list[float]:
-        return [each.times.median_ms for each in of]
-
-    correction = fit_correction(total(samples), measured(samples))
+    predict = Predictor(layers, entries, samples, block)
+    correction = predict.correction
     held = None
     if unseen:
-        error = held_out_error([float(correction(value)) for value in total(unseen)], measured(unseen))
+        error = held_out_error(predict(unseen).tolist(), [each.times.median_ms for each in unseen])
         held = HeldOutFields.model_validate({name: rounded(value) for name, value in vars(error).items()})
-    dense = np.concatenate([samples[0].times.whole_ms, samples[-1].times.whole_ms])
+    first = samples[0]
+    dense = np.concatenate(
+        [
+            each.times.whole_ms
+            for each in samples
+            if np.array_equal(each.c_in, first.c_in) and np.array_equal(each.c_out, first.c_out)
+        ]
+    )
     network = NetworkFields(
         layers=tuple(layers),
         dense_ms=rounded(float(np.median(dense))),
@@ -189,6 +180,7 @@ def table_from(
             offset_ms=rounded(correction.offset),
             slope=rounded(correction.slope),
             least_ms=rounded(correction.least),
+            bends=tuple((rounded(at), rounded(slope)) for at, slope in correction.bends),
         ),
         fitted_networks=len(samples),
         held_out=held,
@@ -211,19 +203,69 @@ def table_from(
     )
 
 
+class Predictor:
+    """The times of networks by a fit to measured ones.
+
+    Args:
+        layers: The entry of each operator.
+        entries: The measured points.
+        samples: Whole networks that the correction is fitted to.
+        block: Channels that the kernels compute at once.
+    """
+
+    def __init__(
+        self, layers: Sequence[str], entries: Mapping[str, Entry], samples: Sequence[Sample], block: int
+    ) -> None:
+        fits = {
+            key: fit_surface(entry.c_in, entry.c_out, entry.median_ms, block)
+            for key, entry in entries.items()
+        }
+        self._surfaces = Surfaces([fits[key] for key in layers], block)
+        self.correction = fit_correction(
+            self._totals(samples).tolist(), [each.times.median_ms for each in samples]
+        )
+
+    def __call__(self, samples: Sequence[Sample]) -> Floats:
+        """Milliseconds (N,) of networks with these channels."""
+        return self.correction(self._totals(samples))
+
+    def of_channels(self, c_in: Widths, c_out: Widths) -> Floats:
+        """Milliseconds (N,) from the channels of each operator, (N, layers)."""
+        return self.correction(self._surfaces(c_in, c_out).sum(axis=1))
+
+    def _totals(self, samples: Sequence[Sample]) -> Floats:
+        c_in, c_out = np.stack([each.c_in for each in samples]), np.stack([each.c_out for each in samples])
+        return np.asarray(self._surfaces(c_in, c_out).sum(axis=1))
+
+
+def fitted_predictor(space: PruningSpace, samples: Sequence[Sample], block: int) -> Predictor:
+    """What a table made of these samples would predict, without making one."""
+    layers = _layers(space, samples)
+    return Predictor(layers, _entries(layers, samples), samples, block)
+
+
+def _layers(space: PruningSpace, samples: Sequence[Sample]) -> list[str]:
+    """The entry of each operator, in execution order."""
+    return [
+        signature_of(layer, epilogue).key
+        for layer, epilogue in zip(space.layers, samples[0].network.epilogues, strict=True)
+    ]
+
+
 def _made_here(fitted: int, unseen: int, threads: int) -> Made:
     import onnxruntime
 
     return Made(
-        device=DeviceFields(name="local", sku=cpu_model(), power_mode=governor()),
+        device=DeviceFields(name="local", sku=cpu_model(), power_mode=governor(), clocks=clocks()),
         runtime=RuntimeFields(name=RUNTIME, version=onnxruntime.__version__, threads=threads),
         precision="fp32",
         block=channel_block(),
         protocol=(
-            f"{fitted} sub-networks in a random order, each warmed up and run for {SECONDS_A_NETWORK} s: "
+            f"{fitted} measurements of sub-networks, each warmed up and run for {SECONDS_A_NETWORK} s: "
             "end to end, then under ONNX Runtime's profiler (mean of the middle half of the runs), then end to "
-            f"end again; {unseen} more were held out; the dense network first and last; runs that other "
-            "processes interrupted do not count"
+            f"end again; {unseen} networks were held out; the dense network first, every dozen, and last; runs that "
+            "other processes interrupted do not count; a network that came out much slower than predicted was measured "
+            "again, and its calmest time counts"
         ),
     )
 

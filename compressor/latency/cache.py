@@ -90,3 +90,22 @@ def governor() -> str:
         )
     except OSError:
         return ""
+
+
+def clocks() -> str:
+    """The range of the processor's clock, else its clock now; empty where the system does not say."""
+    folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+    try:
+        low, high = (
+            int((folder / f"cpuinfo_{end}_freq").read_text(encoding="ascii")) // 1000
+            for end in ("min", "max")
+        )
+        return f"{low}-{high} MHz"
+    except (OSError, ValueError):
+        pass
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    except (OSError, ValueError):
+        return ""
+    return f"{max(found):.0f} MHz" if found else ""

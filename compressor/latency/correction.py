@@ -1,9 +1,9 @@
 """From the sum of the operators to the whole network.
 
 A network's time is not the sum of its operators' times: the profiler adds to each of them, the runtime adds
-to all of them. The correction is one line, `offset + slope x sum`, fitted to whole networks that were
-measured end to end, with errors counted relative to the time; more terms did not predict unseen networks
-better.
+to all of them, and a small network finds its weights in nearer caches than a large one. The correction rises with
+the sum in straight pieces, whose slopes may differ but are drawn towards one another; it is fitted to whole networks
+that were measured end to end, with errors counted relative to the time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,19 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-TINY = 0.25
+TINY = 0.03
 """Below this share of the largest network's time errors count absolutely: no budget asks for so small a network."""
+
+BENDS = (0.15, 0.3, 0.55)
+"""Where the correction may bend, as shares of the largest measured sum."""
+
+ENOUGH = 20
+"""Networks from which on the correction may bend."""
+
+PULL = 0.02
+"""How strongly the slopes of neighbouring pieces are drawn together: the error that a difference of 1 counts as."""
+
+FLATTEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,33 +54,60 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Correction:
-    """`milliseconds = offset + slope x (sum of operators)`.
+    """Milliseconds of a whole network from the sum of its operators' milliseconds.
+
+    `offset + slope x sum` up to the first bend; from each bend on the line goes on with the bend's own slope.
 
     Attributes:
-        offset: Milliseconds that every network pays.
+        offset: Milliseconds that every network pays; below zero where the profiler added more than the runtime.
         slope: Above zero.
         least: No network is predicted below this; milliseconds.
+        bends: (sum in milliseconds, slope from there on), ascending.
     """
 
     offset: float
     slope: float
     least: float = 0.0
+    bends: tuple[tuple[float, float], ...] = ()
 
     def __call__(self, total: npt.ArrayLike) -> Floats:
-        """The whole network's milliseconds from the sum of its operators' milliseconds."""
-        return np.maximum(self.offset + self.slope * np.asarray(total, dtype=np.float64), self.least)
+        """The whole network's milliseconds; never falls when the sum grows."""
+        sums = np.asarray(total, dtype=np.float64)
+        value, slope = self.offset + self.slope * sums, self.slope
+        for start, after in self.bends:
+            value = value + (after - slope) * np.maximum(sums - start, 0.0)
+            slope = after
+        return np.asarray(np.maximum(value, self.least))
 
 
 def fit_correction(totals: Sequence[float], measured: Sequence[float]) -> Correction:
-    """Fit the line to measured networks; one network gives a plain factor."""
+    """Fit to measured networks: bends from `ENOUGH` networks on, else a line; one network gives a plain factor."""
     sums, times = np.asarray(totals, dtype=np.float64), np.asarray(measured, dtype=np.float64)
+    least = 0.5 * float(times.min())
     if len(sums) >= 3 and np.ptp(sums) > 0.05 * sums.mean():
-        scale = np.maximum(times, TINY * times.max())
-        weighted = np.stack([np.ones_like(sums), sums], axis=1) / scale[:, None]
-        offset, slope = np.linalg.lstsq(weighted, times / scale, rcond=None)[0]
-        if slope > 0:
-            return Correction(float(offset), float(slope), least=0.5 * float(times.min()))
-    return Correction(0.0, float(np.median(times / sums)), least=0.5 * float(times.min()))
+        places = sums.max() * np.asarray(BENDS) if len(sums) >= ENOUGH else np.zeros(0)
+        # A piece without networks of its own would have its slope from nowhere.
+        places = places[[bool((sums < place).sum() >= 3 and (sums > place).sum() >= 3) for place in places]]
+        offset, *slopes = _pieces(sums, times, places)
+        if min(slopes) > FLATTEST:
+            pairs = zip(places.tolist(), slopes[1:], strict=True)
+            return Correction(offset, slopes[0], least, tuple((float(at), slope) for at, slope in pairs))
+    return Correction(0.0, float(np.median(times / sums)), least)
+
+
+def _pieces(sums: Floats, times: Floats, places: Floats) -> list[float]:
+    """The offset and the slope of each piece, none below `FLATTEST`, neighbours drawn towards one another."""
+    from scipy.optimize import lsq_linear
+
+    scale = np.maximum(times, TINY * times.max())
+    edges = np.concatenate([[0.0], places, [np.inf]])
+    lengths = np.clip(sums[:, None] - edges[:-1], 0.0, np.diff(edges))
+    rows = np.concatenate([np.ones((len(sums), 1)), lengths], axis=1) / scale[:, None]
+    pull = np.diff(np.eye(len(places) + 1), axis=0) * PULL * np.sqrt(len(sums))
+    matrix = np.concatenate([rows, np.pad(pull, ((0, 0), (1, 0)))])
+    target = np.concatenate([times / scale, np.zeros(len(pull))])
+    lowest = np.concatenate([[-np.inf], np.full(len(places) + 1, FLATTEST)])
+    return [float(value) for value in lsq_linear(matrix, target, bounds=(lowest, np.inf)).x]
 
 
 def held_out_error(predicted: Sequence[float], measured: Sequence[float]) -> HeldOut:

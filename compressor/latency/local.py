@@ -1,13 +1,12 @@
 """The latency table of this machine's CPU, measured through ONNX Runtime when it is first asked for.
 
-The sub-networks of `design` are built, exported as they would be delivered, run end to end and profiled. Each
+Sub-networks (`sampling` says which) are built, exported as they would be delivered, run end to end and profiled. Each
 profile gives one point of every operator's grid, each end-to-end time one sample for the whole-network
 correction; networks held back from both give the error that the table states.
 """
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,18 +15,23 @@ import numpy as np
 from compressor.errors import CompressorError
 from compressor.latency.assemble import RUNTIME, Sample, measure_candidate, table_from
 from compressor.latency.cache import cache_folder, measuring_alone, table_path
-from compressor.latency.design import anchor_widths, grid_widths, random_widths
+from compressor.latency.calm import channel_block
+from compressor.latency.journal import Journal
 from compressor.latency.ort_profile import Device, OrtCpu
+from compressor.latency.sampling import collect
 from compressor.latency.signature import Widths, network_signature
 from compressor.latency.table import LatencyTable
-from compressor.progress import bar, say
+from compressor.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compressor.pruning.space import PruningSpace
 
-HELD_OUT = 10
+TIME_LIMIT_S = 75.0
+GOAL = 0.03
+"""The mean error on held-out networks at which a table is good enough."""
+
 UNSURE = 0.10
 """A mean error on held-out networks that the user should hear of."""
 
@@ -42,7 +46,8 @@ def local_table(
     *,
     threads: int = 1,
     cache_dir: str | Path | None = None,
-    time_limit_s: float = 75.0,
+    time_limit_s: float = TIME_LIMIT_S,
+    goal: float = GOAL,
     seed: int = 0,
     device: Device | None = None,
 ) -> LatencyTable:
@@ -54,6 +59,8 @@ def local_table(
         threads: Threads of ONNX Runtime.
         cache_dir: Where tables are kept; by default `$COMPRESSOR_CACHE` or the user's cache folder.
         time_limit_s: No further sub-network is begun after this many seconds; a dozen are measured in any case.
+        goal: Mean error on held-out sub-networks, as a share, at which measuring ends before the time is up. A table
+            in the cache that is further off is made anew where `time_limit_s` is longer than the one it was made in.
         seed: Which sub-networks are measured.
         device: What runs the networks instead of ONNX Runtime on this CPU; nothing is cached then.
 
@@ -65,7 +72,7 @@ def local_table(
             f"A latency table of this machine is for one input at a time, got a batch of {tuple(example_input.shape)}."
         )
     if device is not None:
-        return _measured(space, example_input, device, time_limit_s, seed, threads)
+        return _measured(space, example_input, device, time_limit_s, seed, threads, goal=goal)
     import onnxruntime
 
     folder = cache_folder(cache_dir)
@@ -73,15 +80,19 @@ def local_table(
     path = table_path(
         folder, runtime=RUNTIME, version=onnxruntime.__version__, threads=threads, network=network
     )
-    if (known := _cached(path)) is not None and known.covers(space):
+    known = _cached(path)
+    if known is not None and known.covers(space) and _fit_for(known, network, goal, time_limit_s):
         if _true_still(known, space, example_input, OrtCpu(threads)):
             return known
         path.unlink(missing_ok=True)
     with measuring_alone(folder):
         known = _cached(path, quiet=True)  # another process may have measured it while this one waited
-        if known is not None and known.covers(space):
+        if known is not None and known.covers(space) and _fit_for(known, network, goal, time_limit_s):
             return known
-        table = _measured(space, example_input, OrtCpu(threads), time_limit_s, seed, threads)
+        table = _measured(
+            space, example_input, OrtCpu(threads), time_limit_s, seed, threads,
+            goal=goal, journal_path=path.with_suffix(".partial.jsonl"),
+        )  # fmt: skip
         if known is not None and network in known.fields.networks:
             table = _with_dense_of(table, known, network)
         table.write(path)
@@ -104,6 +115,16 @@ def _cached(path: Path, *, quiet: bool = False) -> LatencyTable | None:
         if not quiet:
             say(f"{error.message} It is measured anew.")
         return None
+
+
+def _fit_for(known: LatencyTable, network: str, goal: float, time_limit_s: float) -> bool:
+    """Whether a table is as good as is asked for, or was given as much time as there is now."""
+    held = known.fields.networks[network].held_out
+    return (
+        time_limit_s <= TIME_LIMIT_S
+        or known.fields.networks[network].seconds >= 0.8 * time_limit_s
+        or (held is not None and held.mape <= goal)
+    )
 
 
 def _true_still(known: LatencyTable, space: PruningSpace, example: Tensor, device: Device) -> bool:
@@ -132,41 +153,61 @@ def _with_dense_of(table: LatencyTable, known: LatencyTable, network: str) -> La
 
 
 def _measured(
-    space: PruningSpace, example: Tensor, device: Device, limit_s: float, seed: int, threads: int
+    space: PruningSpace,
+    example: Tensor,
+    device: Device,
+    limit_s: float,
+    seed: int,
+    threads: int,
+    *,
+    goal: float = GOAL,
+    journal_path: Path | None = None,
 ) -> LatencyTable:
-    """Measure and fit, with nothing read from the cache or written to it."""
-    started = time.monotonic()
-    dense = np.asarray(space.dense_widths, dtype=np.int64)
-    held = random_widths(space, HELD_OUT, seed=seed + 1)
-    fitted = np.concatenate([anchor_widths(space), grid_widths(space, seed=seed)])
-    queue = _interleaved(fitted, held)
+    """Measure and fit; nothing is read from the cache but what an earlier attempt has measured."""
+    heading = {
+        "journal": 1,
+        "network": network_signature(space),
+        "least": [int(width) for width in space.min_widths],
+        "steps": [int(group.granularity) for group in space.groups],
+        "seed": seed,
+    }
+    journal = Journal(journal_path, heading)
     ranking = space.rank()
-    samples: list[Sample] = []
-    unseen: list[Sample] = []
-    say("Measuring this network's operators on this machine; the table is kept for the next run.")
-    with bar("Measuring latency", len(queue) + 2) as progress:
-        first = measure_candidate(space, ranking, example, dense, device)
-        samples.append(first)
-        progress.advance(1, f"dense {first.times.median_ms:.3g} ms")
-        for count, (is_held, widths) in enumerate(queue):
-            if time.monotonic() - started > limit_s and count >= 12:
-                break
-            sample = measure_candidate(space, ranking, example, widths, device)
-            (unseen if is_held else samples).append(sample)
-            progress.advance(1, f"{sample.times.median_ms:.3g} ms")
-        last = measure_candidate(space, ranking, example, dense, device)
-        samples.append(last)
-        progress.advance(1)
-    drift = last.times.median_ms / first.times.median_ms - 1.0
-    if abs(drift) > NOISY:
-        say(
-            f"This machine was not quiet: the dense network took {drift:+.0%} at the end. Predictions suffer."
+
+    def measure(widths: Widths) -> Sample:
+        return measure_candidate(space, ranking, example, widths, device)
+
+    if journal.records:
+        _continue(journal, space, example, device)
+    else:
+        say("Measuring this network's operators on this machine; the table is kept for the next run.")
+    try:
+        samples = collect(
+            space, measure, journal, time_limit_s=limit_s, goal=goal, seed=seed, block=channel_block()
         )
-    return table_from(space, samples, unseen, drift, time.monotonic() - started, threads)
+    except CompressorError:
+        journal.begin_anew()  # what a noisy machine gave is of no use to the next attempt
+        raise
+    if abs(samples.drift) > NOISY:
+        say(
+            f"This machine was not quiet: the dense network took {samples.drift:+.0%} at the end. Predictions suffer."
+        )
+    unseen = list(samples.held.values())
+    table = table_from(space, samples.to_fit(), unseen, samples.drift, samples.seconds, threads)
+    journal.close()
+    return table
 
 
-def _interleaved(fitted: Widths, held: Widths) -> list[tuple[bool, Widths]]:
-    """(held out?, widths): both kinds spread evenly, so that a time limit cuts both alike."""
-    queue = [((index + 0.5) / len(fitted), False, row) for index, row in enumerate(fitted)]
-    queue += [((index + 0.5) / len(held), True, row) for index, row in enumerate(held)]
-    return [(is_held, row) for _, is_held, row in sorted(queue, key=lambda item: item[0])]
+def _continue(journal: Journal, space: PruningSpace, example: Tensor, device: Device) -> None:
+    """Go on with what was measured before a stop, unless this machine is another one now."""
+    first = next((record for record in journal.records if record.role == "dense"), None)
+    dense = np.asarray(space.dense_widths, dtype=np.int64)
+    if first is not None:
+        now = measure_candidate(space, space.rank(), example, dense, device).times.median_ms
+        if abs(now / first.sample.times.median_ms - 1) <= NOISY:
+            say(
+                f"Going on with a table of which {len(journal.records)} measurements were made before a stop."
+            )
+            return
+    say("This machine is faster or slower than when its table was begun: it is begun anew.")
+    journal.begin_anew()

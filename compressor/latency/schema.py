@@ -74,11 +74,21 @@ class Entry(_Part):
 
 
 class CorrectionFields(_Part):
-    """milliseconds = max(least, offset + slope x sum of operators)."""
+    """milliseconds = max(least, offset + slope x sum of operators), with another slope from each bend on."""
 
     offset_ms: Finite
     slope: Positive
     least_ms: Share = 0.0
+    bends: tuple[tuple[Positive, Positive], ...] = Field(
+        default=(), description="(sum of operators in ms, slope from there on), ascending."
+    )
+
+    @model_validator(mode="after")
+    def _ascend(self) -> CorrectionFields:
+        places = [place for place, _ in self.bends]
+        if places != sorted(set(places)):
+            raise ValueError("its bends are not in ascending order")
+        return self
 
 
 class HeldOutFields(_Part):

@@ -8,6 +8,7 @@ Each operator's time is a sum, with coefficients that cannot be negative, of ter
     channels, their product                            the part that is not padded (memory traffic, other kernels)
     fewer inputs than a block                          the kernel that reads the unblocked layout
     channels that do not fit the layout                the fall-back kernel and the change of layout around it
+    channels that do not fill their last block         additions and pooling that then run outside the blocked layout
 
 Non-negative coefficients keep the fit sane between and beyond noisy points, and make a monotone upper
 envelope cheap: each term is replaced by the smallest non-decreasing one above it.
@@ -111,14 +112,16 @@ def _terms(c_in: npt.ArrayLike, c_out: npt.ArrayLike, block: int, *, upper: bool
     one = np.ones_like(a)
     blocks_a, blocks_b = np.ceil(a / block), np.ceil(b / block)
     if upper:
-        narrow = wide = misfit_a = misfit_b = one
+        narrow = wide = misfit_a = misfit_b = ragged_a = ragged_b = one
     else:
         narrow, wide = one * (a < block), one * (a >= block)
         misfit_a, misfit_b = one * (np.mod(a, ALIGNMENT) != 0), one * (np.mod(b, ALIGNMENT) != 0)
+        ragged_a, ragged_b = one * (np.mod(a, block) != 0), one * (np.mod(b, block) != 0)
     a, b = a / block, b / block
     return [
         one, blocks_a, blocks_b, blocks_a * blocks_b,
         a, b, a * b, blocks_a * b, a * blocks_b,
         narrow, narrow * blocks_b, wide,
         misfit_a, misfit_a * b, misfit_a * a * b, misfit_b, misfit_b * b,
+        ragged_a, ragged_a * a, ragged_b, ragged_b * b, ragged_b * blocks_a * blocks_b,
     ]  # fmt: skip

@@ -39,9 +39,15 @@ class LatencyTable:
     # ---------------------------------------------------------------- reading and writing
     @classmethod
     def load(
-        cls, device: str, precision: str = "fp32", *, batch: int = 1, runtime: str | None = None
+        cls,
+        device: str,
+        precision: str = "fp32",
+        *,
+        batch: int = 1,
+        runtime: str | None = None,
+        network: str | None = None,
     ) -> LatencyTable:
-        """The shipped table of a device.
+        """The table of a device: measured by the user, for the network where there is one, else the shipped one.
 
         Raises:
             CompressorError: no such device (the nearest names are given), or its table was not made for this
@@ -49,7 +55,7 @@ class LatencyTable:
         """
         from compressor.latency.devices import find_table
 
-        return find_table(device).at(precision, batch=batch, runtime=runtime)
+        return find_table(device, precision, network).at(precision, batch=batch, runtime=runtime)
 
     @classmethod
     def read(cls, path: str | Path) -> LatencyTable:
@@ -177,7 +183,7 @@ class LatencyTable:
             )
         surfaces = Surfaces(entries, self.fields.block)
         fields_c = network.correction
-        correction = Correction(fields_c.offset_ms, fields_c.slope, fields_c.least_ms)
+        correction = Correction(fields_c.offset_ms, fields_c.slope, fields_c.least_ms, fields_c.bends)
 
         def operators(c_in: Floats, c_out: Floats, upper: bool) -> Floats:
             return surfaces(c_in, c_out, upper=upper)

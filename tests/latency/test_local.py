@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
-from compressor.latency import assemble, local
+from compressor.latency import assemble, local, sampling
 from compressor.latency.design import random_widths
 from compressor.latency.local import local_table
 from compressor.latency.table import LatencyTable
@@ -34,7 +34,7 @@ def test_predicts_networks_that_it_was_not_fitted_to(
 def test_states_its_error_and_how_it_was_made(space: PruningSpace, table: LatencyTable) -> None:
     network = next(iter(table.fields.networks.values()))
     assert network.held_out is not None
-    assert network.held_out.networks == local.HELD_OUT
+    assert network.held_out.networks == sampling.HELD_OUT
     assert network.held_out.mape < 0.03
     assert network.held_out.spearman > 0.98
     assert network.fitted_networks >= 25
@@ -96,9 +96,9 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: type) -> list[int]:
     made: list[int] = []
     measured = local._measured
 
-    def counting(space: PruningSpace, example: Tensor, *rest: Any) -> LatencyTable:
+    def counting(space: PruningSpace, example: Tensor, *rest: Any, **named: Any) -> LatencyTable:
         made.append(rest[-1])
-        return measured(space, example, *rest)
+        return measured(space, example, *rest, **named)
 
     monkeypatch.setattr(local, "OrtCpu", lambda threads=1: device(noise=0.05, seed=len(made)))
     monkeypatch.setattr(local, "_measured", counting)

@@ -1,0 +1,288 @@
+"""Which sub-networks are measured, one after the other, until the table predicts well enough.
+
+A start set fills every operator's grid, and a few networks are held out. Then, in turns: networks that came out slower
+than the table says are measured again, because a busy moment slows a network and never speeds it up; and random
+networks are added where those like them are predicted worst when they are left out of the fit. It ends when the error
+on the held-out networks meets the goal, or the time is up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from compressor.errors import CompressorError
+from compressor.latency.assemble import Predictor, Sample, fitted_predictor
+from compressor.latency.correction import held_out_error
+from compressor.latency.design import anchor_widths, grid_widths, random_widths
+from compressor.latency.journal import Journal, Record, Role
+from compressor.latency.signature import Widths, channels
+from compressor.progress import bar
+from compressor.pruning.space import PruningSpace
+
+Floats = npt.NDArray[np.float64]
+Measure = Callable[[Widths], Sample]
+
+HELD_OUT = 10
+LEAST = 12
+"""So many networks are measured however short the time is, besides the dense one at both ends."""
+
+MOST = 160
+"""So many networks are enough for any table."""
+
+BATCH = 6
+"""Networks that are added between two looks at the error."""
+
+FOLDS = 5
+CANDIDATES = 200
+NEIGHBOURS = 5
+SUSPICIOUS = 0.04
+"""Slower than predicted by this share, and by three times the usual error, a network is measured again."""
+
+AGAIN = 3
+"""No network is measured more often than this."""
+
+REFERENCE_EVERY = 12
+"""Between so many networks the dense one is measured again."""
+
+TOO_NOISY = 0.25
+"""Where the dense network's time scatters by this share, a table would mean nothing."""
+
+
+@dataclass
+class Samples:
+    """What was measured.
+
+    Attributes:
+        dense: The dense network, from first to last.
+        fitted, held: Widths -> the calmest measurement; those to fit to, and those held out.
+        seconds: How long it took, over all attempts.
+        goal_met: Whether the held-out error met the goal.
+    """
+
+    dense: list[Sample] = field(default_factory=list)
+    fitted: dict[tuple[int, ...], Sample] = field(default_factory=dict)
+    held: dict[tuple[int, ...], Sample] = field(default_factory=dict)
+    seconds: float = 0.0
+    goal_met: bool = False
+
+    @property
+    def drift(self) -> float:
+        """The dense network's time at the end over that at the start, minus one."""
+        return self.dense[-1].times.median_ms / self.dense[0].times.median_ms - 1.0
+
+    @property
+    def spread(self) -> float:
+        """From the dense network's tenth percentile to its ninetieth, over its median; 0 where there is one time."""
+        times = [sample.times.median_ms for sample in self.dense]
+        low, middle, high = np.quantile(times, [0.1, 0.5, 0.9])
+        return float((high - low) / middle)
+
+    def to_fit(self) -> list[Sample]:
+        """The dense network first and last, the others between."""
+        return [*self.dense[:-1], *self.fitted.values(), self.dense[-1]]
+
+
+def collect(
+    space: PruningSpace,
+    measure: Measure,
+    journal: Journal,
+    *,
+    time_limit_s: float,
+    goal: float,
+    seed: int,
+    block: int,
+) -> Samples:
+    """Measure sub-networks of `space` until their error meets the goal or the time is up.
+
+    Args:
+        space: Whose sub-networks.
+        measure: Measures one, from its widths.
+        journal: What was measured before a stop, and where measurements are written.
+        time_limit_s: No further network is begun after this time, except the first `LEAST`.
+        goal: Mean error on the held-out networks, as a share, that is good enough.
+        seed: Which networks are drawn.
+        block: Channels that the kernels compute at once.
+
+    Raises:
+        CompressorError: the machine is too noisy for a table to mean anything.
+    """
+    return _Collector(space, measure, journal, time_limit_s, goal, seed, block).run()
+
+
+class _Collector:
+    def __init__(
+        self,
+        space: PruningSpace,
+        measure: Measure,
+        journal: Journal,
+        limit_s: float,
+        goal: float,
+        seed: int,
+        block: int,
+    ) -> None:
+        self.space, self.measure, self.journal = space, measure, journal
+        self.limit_s, self.goal, self.seed, self.block = limit_s, goal, seed, block
+        self.dense = np.asarray(space.dense_widths, dtype=np.int64)
+        self.samples = Samples()
+        self.times_measured: dict[tuple[int, ...], int] = {}
+        for record in journal.records:
+            self._keep(record)
+        before = journal.records[-1].at_s if journal.records else 0.0
+        self.started = time.monotonic() - before
+
+    def run(self) -> Samples:
+        with bar("Measuring latency", HELD_OUT + LEAST + 2) as progress:
+            self._take("dense", self.dense)
+            progress.advance(1, self._note())
+            for role, widths in self._start_set():
+                if self._late():
+                    break
+                if tuple(widths.tolist()) in self.times_measured:
+                    continue
+                self._take(role, widths)
+                progress.advance(1, self._note())
+            while not self._late() and not self._good_enough():
+                for role, widths in self._next_batch():
+                    if self._late():
+                        break
+                    self._take(role, widths)
+                    progress.advance(1, self._note())
+            self._take("dense", self.dense)
+            progress.advance(1)
+        self.samples.seconds = self._elapsed()
+        if len(self.samples.dense) >= 3 and self.samples.spread > TOO_NOISY:
+            raise CompressorError(
+                f"This machine is too noisy to measure a latency table: the same dense network took between "
+                f"{min(s.times.median_ms for s in self.samples.dense):.3g} and "
+                f"{max(s.times.median_ms for s in self.samples.dense):.3g} ms (a spread of {self.samples.spread:.0%}, "
+                f"at most {TOO_NOISY:.0%} is accepted).",
+                "End other programs, hold the processor's clock (governor 'performance') and try again, or "
+                "give the budget in --flops or --params.",
+            )
+        return self.samples
+
+    # ---------------------------------------------------------------- one measurement
+    def _take(self, role: Role, widths: Widths) -> None:
+        record = Record(role, tuple(int(width) for width in widths), self.measure(widths), self._elapsed())
+        self.journal.add(record)
+        self._keep(record)
+        others = sum(self.times_measured.values())
+        if role != "dense" and others % REFERENCE_EVERY == 0 and not self._late():
+            self._take("dense", self.dense)
+
+    def _keep(self, record: Record) -> None:
+        if record.role == "dense":
+            self.samples.dense.append(record.sample)
+            return
+        kept = self.samples.fitted if record.role == "fit" else self.samples.held
+        before = kept.get(record.widths)
+        if before is None or record.sample.times.median_ms < before.times.median_ms:
+            kept[record.widths] = record.sample
+        self.times_measured[record.widths] = self.times_measured.get(record.widths, 0) + 1
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def _late(self) -> bool:
+        count = sum(self.times_measured.values())
+        return count >= MOST or (count >= LEAST and self._elapsed() > self.limit_s)
+
+    def _note(self) -> str:
+        left = max(0.0, self.limit_s - self._elapsed())
+        return f"{len(self.times_measured)} networks, at most {left:.0f} s left"
+
+    # ---------------------------------------------------------------- what is measured next
+    def _start_set(self) -> list[tuple[Role, Widths]]:
+        """Both kinds spread evenly, so that a time limit cuts both alike."""
+        held = random_widths(self.space, HELD_OUT, seed=self.seed + 1)
+        fitted = np.concatenate([anchor_widths(self.space), grid_widths(self.space, seed=self.seed)])
+        queue: list[tuple[float, Role, Widths]] = []
+        queue += [((place + 0.5) / len(fitted), "fit", row) for place, row in enumerate(fitted)]
+        queue += [((place + 0.5) / len(held), "held", row) for place, row in enumerate(held)]
+        return [(role, row) for _, role, row in sorted(queue, key=lambda item: item[0])]
+
+    def _good_enough(self) -> bool:
+        held = list(self.samples.held.values())
+        predicted = self._predictor(self.samples.to_fit())(held)
+        error = held_out_error(predicted.tolist(), [each.times.median_ms for each in held])
+        self.samples.goal_met = error.mape <= self.goal and not self._suspects()
+        return self.samples.goal_met
+
+    def _next_batch(self) -> list[tuple[Role, Widths]]:
+        suspects = self._suspects()[:BATCH]
+        if suspects:
+            return suspects
+        chosen = self._worst_predicted(BATCH)
+        return [("fit", row) for row in chosen]
+
+    def _suspects(self) -> list[tuple[Role, Widths]]:
+        """Networks that came out slower than those like them say, the most suspicious first."""
+        predict = self._predictor(self.samples.to_fit())
+        found: list[tuple[float, Role, Widths]] = []
+        kinds: tuple[tuple[Role, dict[tuple[int, ...], Sample]], ...] = (
+            ("fit", self.samples.fitted),
+            ("held", self.samples.held),
+        )
+        for role, kept in kinds:
+            samples = list(kept.values())
+            error = np.asarray([each.times.median_ms for each in samples]) / predict(samples) - 1.0
+            limit = max(SUSPICIOUS, 3.0 * float(np.median(np.abs(error))))
+            for widths, slower in zip(kept, error, strict=True):
+                if slower > limit and self.times_measured[widths] < AGAIN:
+                    found.append((float(slower), role, np.asarray(widths, dtype=np.int64)))
+        return [(role, row) for _, role, row in sorted(found, key=lambda item: -item[0])]
+
+    def _worst_predicted(self, count: int) -> Widths:
+        """Random networks that lie far from all measured ones, where those near them are predicted worst."""
+        samples = list(self.samples.fitted.values())
+        places, errors = self._features(samples), self._left_out_errors(samples)
+        drawn = random_widths(self.space, CANDIDATES, seed=self.seed + 1000 + len(self.times_measured))
+        fresh = [row for row in drawn if tuple(row.tolist()) not in self.times_measured]
+        if not fresh:
+            return drawn[:count]
+        pool = np.stack(fresh)
+        inputs, outputs = channels(self.space, pool)
+        wanted = self._features_of(inputs, outputs, self._predictor(samples).of_channels(inputs, outputs))
+        distance = np.linalg.norm(wanted[:, None] - places[None], axis=2)
+        near = np.argsort(distance, axis=1)[:, :NEIGHBOURS]
+        expected = errors[near].mean(axis=1)
+        nearest = distance.min(axis=1)
+        chosen: list[int] = []
+        for _ in range(min(count, len(pool))):
+            best = int(np.argmax(expected * nearest))
+            chosen.append(best)
+            nearest = np.minimum(nearest, np.linalg.norm(wanted - wanted[best], axis=1))
+        return pool[chosen]
+
+    def _left_out_errors(self, samples: Sequence[Sample]) -> Floats:
+        """|predicted / measured - 1| of every network when its fold is left out of the fit."""
+        measured = np.asarray([each.times.median_ms for each in samples])
+        fold = np.arange(len(samples)) % FOLDS
+        errors = np.zeros(len(samples))
+        for left_out in range(FOLDS):
+            kept = [each for each, own in zip(samples, fold, strict=True) if own != left_out]
+            out = np.flatnonzero(fold == left_out)
+            if len(kept) and len(out):
+                predicted = self._predictor([*self.samples.dense, *kept])([samples[place] for place in out])
+                errors[out] = np.abs(predicted / measured[out] - 1.0)
+        return errors
+
+    def _features(self, samples: Sequence[Sample]) -> Floats:
+        inputs, outputs = (np.stack([getattr(each, name) for each in samples]) for name in ("c_in", "c_out"))
+        return self._features_of(inputs, outputs, np.asarray([each.times.median_ms for each in samples]))
+
+    def _features_of(self, inputs: Widths, outputs: Widths, times_ms: Floats) -> Floats:
+        """Where a network lies: the logarithm of its time, and the share of channels that each operator has."""
+        first = self.samples.dense[0]
+        shares = np.concatenate([inputs / first.c_in, outputs / first.c_out], axis=1) / np.sqrt(
+            2 * inputs.shape[1]
+        )
+        return np.concatenate([np.log(times_ms)[:, None], shares], axis=1)
+
+    def _predictor(self, samples: Sequence[Sample]) -> Predictor:
+        return fitted_predictor(self.space, samples, self.block)
