@@ -67,11 +67,15 @@ def compress_command(
         int | None, typer.Option(help="All the training there is, search and fine-tuning together.")
     ] = None,
     granularity: Annotated[
-        str | None, typer.Option(help="Channel counts are multiples of this; or auto.")
+        str | None, typer.Option(help="Channel counts are multiples of this; or auto, or measured.")
     ] = None,
     scope: Annotated[str | None, typer.Option(help="all, or inner (residual-coupled channels stay).")] = None,
     importance: Annotated[str | None, typer.Option(help="l1, l2, bn, taylor, fpgm or random.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Processes that score candidates side by side: a number, or ray://host:port."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other field: training.batch_size=32.")
     ] = None,
@@ -98,6 +102,7 @@ def compress_command(
                 "functions": budget or None,
             },
             "pruning": {"granularity": granularity, "scope": scope, "importance": importance},
+            "search": {"workers": int(workers) if workers is not None and workers.isdigit() else workers},
         }
     )  # fmt: skip
     with friendly():

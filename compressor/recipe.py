@@ -32,7 +32,13 @@ class Budgets(_Part):
     params: str | None = Field(None, description="Parameters: 30%, 0.3x or 8M.")
     memory: str | None = Field(None, description="Weights and peak activations: 50%, 0.5x or 20MB.")
     functions: tuple[str, ...] = Field(
-        (), description="Python functions of the slim network: package.module:function<=VALUE."
+        (), description="Python functions of the slim network or its plan: package.module:function<=VALUE."
+    )
+    function_seconds: float = Field(
+        60.0, gt=0, description="How long a function may take for one network before it is stopped."
+    )
+    function_repeats: Positive = Field(
+        1, description="Calls of a function for each network, of which the median counts; for noisy ones."
     )
 
     def given(self) -> dict[str, str]:
@@ -48,8 +54,10 @@ class Pruning(_Part):
     scope: Literal["all", "inner"] = Field(
         "all", description="all: residual-coupled channels too; inner: only those within a block."
     )
-    granularity: Literal["auto"] | Positive = Field(
-        "auto", description="Channel counts are multiples of this; auto takes what the device computes best."
+    granularity: Literal["auto", "measured"] | Positive | dict[str, Positive] = Field(
+        "auto",
+        description="Channel counts are multiples of this, for all groups or by pattern of their names; auto takes what "
+        "the device computes best, measured the steps after which latency jumps on this machine.",
     )
     min_share: Share = Field(0.1, description="The smallest share of its channels that a group may keep.")
     frozen: tuple[str, ...] = Field(
@@ -81,6 +89,17 @@ class Search(_Part):
     )
     max_evaluations: Positive = Field(200, description="The most networks that may be scored.")
     max_seconds: float | None = Field(None, gt=0, description="The longest time that the search may take.")
+    workers: Positive | Annotated[str, Field(pattern=r"^(\d+|ray://\S+)$")] = Field(
+        1, description="Processes that score candidates side by side: a number, or ray://host:port for a Ray cluster."
+    )
+    threads: Positive | None = Field(
+        None,
+        description="Threads that score one candidate. Accuracies agree to the last digit between numbers of workers "
+        "where this agrees; left out: all cores for one worker, the cores shared out for several, one on Ray.",
+    )
+    evaluation_seconds: float = Field(
+        1800.0, gt=0, description="The longest that a worker may take for one candidate before it is replaced."
+    )
     batch_norm_batches: Positive | None = Field(
         None,
         description="Batches of 128 from which batch-norm statistics are re-estimated before a network is scored; "
@@ -152,7 +171,7 @@ class Export(_Part):
 
     opset: Annotated[int, Field(ge=13, le=20)] = Field(17, description="ONNX operator set.")
     tolerance: float = Field(1e-4, gt=0, description="Largest difference allowed between ONNX and torch.")
-    max_drop: float = Field(1.0, ge=0, lt=100, description="Points of accuracy that int8 may lose.")
+    max_drop: float = Field(1.0, ge=0, lt=100, description="Points of accuracy that fp16 or int8 may lose.")
     engine: bool = Field(True, description="Whether to build an engine where a builder is installed.")
 
 
@@ -216,7 +235,9 @@ class Recipe(_Part):
             share = 0.6 if not pretrained else 1 / 3 if self.agent == "joint" else 0.0
         precision = self.precision
         if precision == "auto":
-            precision = "fp32" if self.device == "local" else "fp16"
+            from export.here import gpu_backend
+
+            precision = "fp32" if self.device == "local" and gpu_backend() is None else "fp16"
         return self.changed(
             {
                 "weights": weights,

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from compressor.errors import CompressorError
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)  # a function's name such as mycosts:ok: is no picture
+err = Console(stderr=True, emoji=False)
 
 BAD_INPUT = 2  # exit code: something the user can mend
 

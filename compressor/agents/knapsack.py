@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,14 +109,32 @@ class _KnapsackSearch:
             for step in self.run.remaining(phase, 4 * total):
                 if self.run.spent() or self.run.evaluations >= total:
                     break
-                generator = np.random.default_rng([self.run.agent.seed, self.run.place.round, step])
-                change = self._spread * generator.standard_normal(len(self.allocator.levels))
-                better = self._try(self._best["source"], np.array(self._best["weights"]) + change, generator)
-                self._spread = float(np.clip(self._spread * (1.5 if better else 0.92), 0.05, 1.0))
+                self.env.ahead(self._likely(step))
+                weights, generator = self._changed(step, self._spread)
+                better = self._try(self._best["source"], weights, generator)
+                self._spread = self._next_spread(self._spread, better)
                 self.run.place.steps[phase] = step + 1
                 if (step + 1) % SAVE_EVERY == 0:
                     self.run.save()
                 bar.advance()
+
+    def _changed(self, step: int, spread: float) -> tuple[NDArray[np.float64], np.random.Generator]:
+        """The best weights with the random change of a step, and the rest of the step's generator."""
+        generator = np.random.default_rng([self.run.agent.seed, self.run.place.round, step])
+        change = spread * generator.standard_normal(len(self.allocator.levels))
+        return np.array(self._best["weights"]) + change, generator
+
+    @staticmethod
+    def _next_spread(spread: float, better: bool) -> float:
+        return float(np.clip(spread * (1.5 if better else 0.92), 0.05, 1.0))
+
+    def _likely(self, step: int) -> Iterator[Widths]:
+        """What the steps from this one on try if none is better than the best, as most are not."""
+        spread = self._spread
+        while True:
+            weights, generator = self._changed(step, spread)
+            yield self._solved(self._best["source"], weights, generator, spread)
+            step, spread = step + 1, self._next_spread(spread, False)
 
     def _adapt(self) -> None:
         """The best values so far, solved for the tightened budgets."""
@@ -130,10 +149,7 @@ class _KnapsackSearch:
         """Solve for these values and score the plan; whether it is the best so far."""
         if self.run.spent():
             return False
-        pairs = zip(self._values(source), np.exp(weights), strict=True)
-        widths = self.allocator.solve([value * weight for value, weight in pairs])
-        if generator is not None and self.env.known(widths):  # other values, the same optimum
-            widths = self._vary(generator)
+        widths = self._solved(source, weights, generator, self._spread)
         candidate = self.run.score(widths, source)
         better = self._best["reward"] is None or candidate.reward > self._best["reward"]
         if better:
@@ -145,11 +161,21 @@ class _KnapsackSearch:
             }
         return better
 
-    def _vary(self, generator: np.random.Generator) -> Widths:
+    def _solved(
+        self, source: str, weights: NDArray[np.float64], generator: np.random.Generator | None, spread: float
+    ) -> Widths:
+        """The optimum of these values; with a generator, where it is known already, widths near the best."""
+        pairs = zip(self._values(source), np.exp(weights), strict=True)
+        widths = self.allocator.solve([value * weight for value, weight in pairs])
+        if generator is not None and self.env.known(widths):  # other values, the same optimum
+            return self._vary(generator, spread)
+        return widths
+
+    def _vary(self, generator: np.random.Generator, base: float) -> Widths:
         """Widths near the best ones, further away until they are new."""
         best = np.array(self._best["widths"], dtype=np.int64)
         for attempt in range(8):
-            spread = self._spread + 0.1 * attempt
+            spread = base + 0.1 * attempt
             widths = near_widths(self.env, best, generator, spread, share=0.3 + 0.1 * attempt)
             if not self.env.known(widths):
                 break

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.budgets.function import FunctionBudget
 from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 _SCANS = (65, 16, 16, 16)
 """Factors in each scan; together they resolve the factor to some millionths."""
+
+_DEAR_SCANS = (9, 5)
+"""The same where each price is a call of a user's function: 14 calls, which resolve the factor to a thirtieth."""
 
 
 def scaled_widths(env: PruningEnv, shape: NDArray[np.float64]) -> Widths:
@@ -50,7 +54,8 @@ def _scaled(env: PruningEnv, shape: NDArray[np.float64]) -> Widths | None:
     """By scanning the factors ever finer, many in one prediction: of those that keep the budgets, the largest seen."""
     low, high = 0.0, float(1.0 / shape.min())
     best: Widths | None = None
-    for number in _SCANS:
+    dear = any(isinstance(budget, FunctionBudget) for budget in env.budgets)
+    for number in _DEAR_SCANS if dear else _SCANS:
         factors = np.linspace(low, high, number)
         wanted = np.clip(factors[:, None] * shape, 0.0, 1.0) * env.bounds.dense
         candidates = env.bounds.round(wanted)
@@ -91,3 +96,13 @@ def follow(widths: Widths) -> Policy:
         return 1.0 - float(next(wanted)) / legal.dense
 
     return policy
+
+
+def followed(env: PruningEnv, widths: Widths) -> Widths:
+    """The widths that an episode of `follow(widths)` ends with, without playing it."""
+    found = env.bounds.dense.copy()
+    for step, wanted in enumerate(np.asarray(widths).tolist()):
+        legal = env.bounds.legal(step, found)
+        ratio = float(np.float32(1.0 - float(wanted) / legal.dense))  # actions are float32
+        found[step] = legal.width(legal.clip(ratio))
+    return found

@@ -9,10 +9,11 @@ import numpy as np
 
 from compressor import progress
 from compressor.agents.base import Agent, SearchResult
-from compressor.agents.proposals import follow, random_widths, uniform_widths
+from compressor.agents.proposals import follow, followed, random_widths, uniform_widths
 
 if TYPE_CHECKING:
     from compressor.agents.search_run import SearchRun
+    from compressor.env.bounds import Widths
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,19 @@ class RandomAgent(Agent):
             for step in run.remaining(phase, total):
                 if run.spent():
                     break
-                generator = np.random.default_rng([self.seed, run.place.round, step])
-                if step == 0:
-                    scored = run.score(uniform_widths(env), phase)
-                else:
-                    scored = run.episode(follow(random_widths(env, generator)), phase).candidate
+                env.ahead(followed(env, self._drawn(run, each)) for each in range(step, total))
+                drawn = self._drawn(run, step)
+                scored = run.score(drawn, phase) if step == 0 else run.episode(follow(drawn), phase).candidate
                 run.place.steps[phase] = step + 1
                 if (step + 1) % 10 == 0:
                     run.save()
                 bar.advance(note=f"{scored.accuracy:.1%}")
-        drawn = [candidate for candidate in run.candidates if candidate.round == run.place.round]
-        best = max(drawn, key=lambda candidate: candidate.reward, default=None)
+        ours = [candidate for candidate in run.candidates if candidate.round == run.place.round]
+        best = max(ours, key=lambda candidate: candidate.reward, default=None)
         return run.choose([uniform_widths(env).tolist() if best is None else best.widths])
+
+    def _drawn(self, run: SearchRun, step: int) -> Widths:
+        """The widths of one step, from a generator of its own."""
+        if step == 0:
+            return uniform_widths(run.env)
+        return random_widths(run.env, np.random.default_rng([self.seed, run.place.round, step]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,8 +62,8 @@ class Sensitivity:
                     return
                 pairs = []
                 for kept in self._kept:
-                    widths, levels = env.bounds.dense.copy(), self._levels[group]
-                    widths[group] = levels[np.abs(levels - kept * levels[-1]).argmin()]
+                    levels, widths = self._levels[group], self._cut(group, kept)
+                    env.ahead(self._planned(group, kept))
                     lost = env.score(env.bounds.dense).reward - self._run.score(widths, PHASE).reward
                     pairs.append([1.0 - float(widths[group] / levels[-1]), float(lost)])
                 self.losses.append(pairs)
@@ -71,6 +71,21 @@ class Sensitivity:
                 if (group + 1) % _SAVE_EVERY == 0 or group + 1 == groups:
                     self._run.save()
                 bar.advance()
+
+    def _cut(self, group: int, kept: float) -> Widths:
+        """One group alone cut to about this share of its channels."""
+        widths, levels = self._run.env.bounds.dense.copy(), self._levels[group]
+        widths[group] = levels[np.abs(levels - kept * levels[-1]).argmin()]
+        return widths
+
+    def _planned(self, group: int, kept: float) -> Iterator[Widths]:
+        """What will be scored, from this cut on; the dense network is compared with the first time."""
+        dense = self._run.env.bounds.dense
+        if not self._run.env.known(dense):
+            yield dense
+        cuts = [(each, share) for each in range(group, len(self._levels)) for share in self._kept]
+        for each, share in cuts[cuts.index((group, kept)) :]:
+            yield self._cut(each, share)
 
     @property
     def complete(self) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compressor.budgets.base import Budget
 from compressor.budgets.counts import BYTES, MacsBudget, MemoryBudget, ParamsBudget, memory_bytes
-from compressor.budgets.function import FunctionBudget, evaluate, load_function
+from compressor.budgets.feasible import choices_for, keeping_widths
+from compressor.budgets.function import FunctionBudget, FunctionCaller
 from compressor.budgets.latency import LatencyBudget
 from compressor.budgets.parse import BudgetSpec
 from compressor.errors import CompressorError
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def resolve(
-    specs: Sequence[BudgetSpec], space: PruningSpace, table: LatencyTable | None = None
+    specs: Sequence[BudgetSpec],
+    space: PruningSpace,
+    table: LatencyTable | None = None,
+    callers: Mapping[str, FunctionCaller] | None = None,
 ) -> list[Budget]:
     """Budgets in absolute numbers, in the order given.
 
@@ -28,6 +32,7 @@ def resolve(
         specs: What was asked for; shares are of the dense network's cost.
         space: Gives the dense network's counts and those of every candidate.
         table: The device's latency; needed where a latency is asked for.
+        callers: Of functions, by name; made where they are missing. They remember values.
 
     Raises:
         CompressorError: the same cost is limited twice, a latency is asked for without a table, or a function of
@@ -37,14 +42,22 @@ def resolve(
     for name in names:
         if names.count(name) > 1:
             raise CompressorError(f"The budget {name} is given twice.", "Give each cost one limit.")
-    return [_resolved(spec, space, table) for spec in specs]
+    return [_resolved(spec, space, table, callers or {}) for spec in specs]
 
 
-def _resolved(spec: BudgetSpec, space: PruningSpace, table: LatencyTable | None) -> Budget:
+def _resolved(
+    spec: BudgetSpec, space: PruningSpace, table: LatencyTable | None, callers: Mapping[str, FunctionCaller]
+) -> Budget:
     if spec.is_function:
-        function = load_function(spec.name)
-        dense = evaluate(spec.name, function, space.apply(space.dense()))
-        return FunctionBudget(space, function, _target(spec, dense), dense, spec.name)
+        caller = callers.get(spec.name) or FunctionCaller(spec.name, space)
+        dense = caller.value(tuple(space.dense_widths.tolist()))
+        target = _target(spec, dense)
+        if target <= 0:
+            raise CompressorError(
+                f"--budget {spec.text}: the dense network's value is {dense:g}, of which no share can be kept.",
+                f"Write an absolute limit: {spec.name}<=VALUE.",
+            )
+        return FunctionBudget(caller, target, dense, spec.name)
     if spec.name == "latency":
         if table is None:
             raise CompressorError(
@@ -67,15 +80,20 @@ def _target(spec: BudgetSpec, dense: float) -> float:
 
 
 def reachable(budgets: Sequence[Budget], space: PruningSpace) -> None:
-    """Refuse budgets that even the smallest network of the space misses.
+    """Refuse budgets that even the smallest network of the space misses, or where no network was found that keeps all.
 
     Raises:
         CompressorError: with what was asked for, what can be reached, the dense value, and what to change.
     """
     smallest = np.asarray(space.min_widths)[None]
-    missed = [(budget, float(budget.predict(smallest)[0])) for budget in budgets]
+    counted = [budget for budget in budgets if not isinstance(budget, FunctionBudget)]
+    missed = [(budget, float(budget.predict(smallest)[0])) for budget in counted]
     missed = [(budget, least) for budget, least in missed if least > budget.target * (1 + 1e-9)]
     if not missed:
+        if len(counted) < len(
+            budgets
+        ):  # a function's cost may fall where a width grows: it has to be looked for
+            keeping_widths(choices_for(space, budgets), np.asarray(space.dense_widths), budgets)
         return
     problems = "; ".join(
         f"{budget.name} <= {budget.format(budget.target)} was asked for, the smallest network of this space takes "

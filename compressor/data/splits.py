@@ -25,6 +25,7 @@ class Split(ABC):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self._shift = torch.tensor(mean).view(1, -1, 1, 1) * 255
         self._scale = torch.tensor(std).view(1, -1, 1, 1) * 255
+        self.moments = tuple(mean), tuple(std)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -116,7 +117,6 @@ class MemorySplit(Split):
         self.images = images
         self._labels = labels
         self.augmentation = augmentation or Augmentation()
-        self._moments = tuple(mean), tuple(std)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -131,7 +131,7 @@ class MemorySplit(Split):
         chosen = (
             torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:images].sort().values
         )
-        return MemorySplit(self.images[chosen], self._labels[chosen], *self._moments, self.augmentation)
+        return MemorySplit(self.images[chosen], self._labels[chosen], *self.moments, self.augmentation)
 
     def _raw(
         self, order: torch.Tensor, batch_size: int, generator: torch.Generator | None
@@ -169,7 +169,6 @@ class FileSplit(Split):
         self.augmentation = augmentation or Augmentation()
         self.workers = workers
         self.unreadable = 0
-        self._moments = tuple(mean), tuple(std)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -188,7 +187,7 @@ class FileSplit(Split):
         if len(files) * 3 * self.size**2 > MEMORY_LIMIT:
             return self
         decoded = load_files(files, self.size, "Reading images")
-        return MemorySplit(decoded.images, decoded.labels, *self._moments, self.augmentation)
+        return MemorySplit(decoded.images, decoded.labels, *self.moments, self.augmentation)
 
     def _raw(
         self, order: torch.Tensor, batch_size: int, generator: torch.Generator | None

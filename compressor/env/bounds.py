@@ -9,20 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.budgets.function import FunctionBudget
+from compressor.budgets.feasible import Widths, choices_for, excess, keeping_widths, kept, shares
 from compressor.errors import CompressorError
+
+__all__ = ["ActionBounds", "LegalWidths", "Widths"]
 
 if TYPE_CHECKING:
     from compressor.budgets.base import Budget
     from compressor.pruning.space import PruningSpace
-
-Widths = NDArray[np.int64]
-
-TOLERANCE = 1e-9
-"""Share of a target by which a prediction may exceed it: room for a float's last digit, not for a miss."""
-
-PRICED_WIDTHS = 9
-"""Widths of a group that are considered where a budget must build a network for each price."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +52,6 @@ class LegalWidths:
         return int(self.widths[nearest[-1]])
 
 
-def _thinned(legal: Widths) -> Widths:
-    """At most `PRICED_WIDTHS` of a group's legal widths, evenly spaced, both ends among them."""
-    at = np.linspace(0, len(legal) - 1, min(PRICED_WIDTHS, len(legal))).round().astype(np.int64)
-    return legal[np.unique(at)]
-
-
 class ActionBounds:
     """Bounds on every action of an episode, from budgets that must all hold at its end.
 
@@ -93,27 +81,21 @@ class ActionBounds:
     def __init__(self, space: PruningSpace, budgets: Sequence[Budget]) -> None:
         self.budgets = tuple(budgets)
         self.dense: Widths = np.asarray(space.dense_widths, dtype=np.int64)
-        choices = [np.asarray(space.choices(i), dtype=np.int64) for i in range(len(self.dense))]
-        if any(isinstance(budget, FunctionBudget) for budget in self.budgets):
-            choices = [_thinned(legal) for legal in choices]
-        self.choices: tuple[Widths, ...] = tuple(choices)
+        self.choices = choices_for(space, self.budgets)
         self.names = tuple(group.name for group in space.groups)
-        self.cheapest = self._cheapest()
+        self.cheapest = keeping_widths(self.choices, self.dense, self.budgets)
 
     def shares(self, widths: Widths) -> NDArray[np.float64]:
         """For widths (N, G), predicted / target of each budget, (budgets, N)."""
-        shares = [
-            np.asarray(budget.predict(widths), dtype=np.float64) / budget.target for budget in self.budgets
-        ]
-        return np.stack(shares) if shares else np.zeros((1, len(widths)))
+        return shares(self.budgets, widths)
 
     def excess(self, widths: Widths) -> NDArray[np.float64]:
         """For widths (N, G), the largest predicted / target of the budgets, (N,): 1 or less keeps all."""
-        return np.asarray(self.shares(widths).max(axis=0))
+        return excess(self.budgets, widths)
 
     def feasible(self, widths: Widths) -> NDArray[np.bool_]:
         """For widths (N, G), whether all budgets are kept, (N,)."""
-        return self.excess(np.atleast_2d(widths)) <= 1.0 + TOLERANCE
+        return kept(self.budgets, np.atleast_2d(widths))
 
     def round(self, widths: NDArray[np.float64]) -> Widths:
         """The legal widths nearest to real numbers (N, G), of two equally near ones the smaller."""
@@ -154,37 +136,3 @@ class ActionBounds:
         """The smallest and the largest ratio that may be removed from group `step`; see `legal`."""
         legal = self.legal(step, widths)
         return legal.low, legal.high
-
-    def _cheapest(self) -> Widths:
-        """Widths that keep all budgets: the minimum ones, or where these cost too much, the best found."""
-        smallest: Widths = np.array([choices[0] for choices in self.choices], dtype=np.int64)
-        if self.feasible(smallest)[0]:
-            return smallest
-        best = smallest
-        for start in (smallest, self.dense):
-            found = self._descend(start.copy())
-            if self.feasible(found)[0]:
-                return found
-            best = min(best, found, key=lambda widths: float(self.excess(widths[None])[0]))
-        raise CompressorError(
-            f"No widths keep the budgets: the smallest network found needs {self._shortfall(best)}.",
-            "Loosen the budget, or lower the minimum widths.",
-        )
-
-    def _descend(self, widths: Widths) -> Widths:
-        """Coordinate descent on the excess: costs need not fall with the width."""
-        value = float(self.excess(widths[None])[0])
-        improved = True
-        while improved:
-            improved = False
-            for i, choices in enumerate(self.choices):
-                rows = np.repeat(widths[None], len(choices), axis=0)
-                rows[:, i] = choices
-                excess = self.excess(rows)
-                if excess.min() < value - TOLERANCE:
-                    widths, value, improved = rows[int(excess.argmin())], float(excess.min()), True
-        return widths
-
-    def _shortfall(self, widths: Widths) -> str:
-        costs = [(budget, float(np.asarray(budget.predict(widths[None]))[0])) for budget in self.budgets]
-        return ", ".join(f"{cost:.6g} {b.unit} of {b.name} (asked for {b.target:.6g})" for b, cost in costs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.budgets.function import FunctionBudget
 from compressor.env.bounds import ActionBounds, LegalWidths, Widths
 from compressor.env.observation import FEATURES, Observer
 from compressor.env.reward import Reward, accuracy_needed, accuracy_reward
@@ -47,6 +49,20 @@ class Score:
     costs: Mapping[str, float]
     seconds: float
     given_up: bool = False
+
+
+def checked_accuracy(accuracy: float) -> float:
+    """The accuracy that an evaluator gave, 0..1.
+
+    Raises:
+        CompressorError: it is no such number; nothing can be learned from it.
+    """
+    if not 0.0 <= accuracy <= 1.0:
+        raise CompressorError(
+            f"The evaluation of a candidate gave an accuracy of {accuracy}, expected a number from 0 to 1.",
+            "Are the weights NaN, or is the search split empty? What was found until then is kept.",
+        )
+    return float(accuracy)
 
 
 class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
@@ -99,6 +115,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._observe = Observer(space)
         self._ranking: Any = None
         self._known: dict[tuple[int, ...], float] = {}
+        self._ahead: dict[tuple[int, ...], tuple[float, float]] = {}
         self.evaluations = 0
         self.evaluation_seconds = 0.0
         self.context_size = context_size
@@ -169,8 +186,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         accuracy, seconds, given_up = self._known.get(key), 0.0, False
         if accuracy is None:
             floor = None if reward_floor is None else accuracy_needed(self._reward, reward_floor, costs)
-            plan = self.plan(key)
-            accuracy = float(self._evaluate(plan) if floor is None else self._evaluate(plan, floor=floor))
+            accuracy = checked_accuracy(self._evaluated(key, floor))
             self.evaluations += 1
             given_up = floor is not None and accuracy < floor
             if not given_up:
@@ -178,6 +194,62 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             seconds = time.perf_counter() - started
         self.evaluation_seconds += seconds
         return Score(key, accuracy, float(self._reward(accuracy, costs)), costs, seconds, given_up)
+
+    def score_by(self, widths: Widths | Sequence[int], measure: Callable[[], float]) -> Score:
+        """Evaluate a candidate of these widths (G,) in a way of the caller's, such as after a few steps of training.
+
+        `measure` returns its accuracy, which is not remembered; the evaluation counts like any other.
+        """
+        key = tuple(int(width) for width in widths)
+        started = time.perf_counter()
+        accuracy = checked_accuracy(measure())
+        self.evaluations += 1
+        seconds = time.perf_counter() - started
+        self.evaluation_seconds += seconds
+        costs = self.costs(key)
+        return Score(key, accuracy, float(self._reward(accuracy, costs)), costs, seconds)
+
+    def _evaluated(self, key: tuple[int, ...], floor: float | None) -> float:
+        """The accuracy of widths that are not known yet, by the evaluator or as it was scored ahead."""
+        accuracy, seconds = self._ahead.pop(key, (None, 0.0))
+        if accuracy is not None and (floor is None or accuracy >= floor):
+            self.evaluation_seconds += seconds
+            return accuracy
+        plan = self.plan(key)
+        return float(self._evaluate(plan) if floor is None else self._evaluate(plan, floor=floor))
+
+    @property
+    def workers(self) -> int:
+        """Plans that the evaluator scores at a time."""
+        return int(getattr(self._evaluate, "workers", 1))
+
+    def ahead(self, proposals: Iterable[Widths | Sequence[int]]) -> None:
+        """Have several workers score side by side what `score` will probably be asked for next.
+
+        Nothing is recorded or counted before `score` asks: what a search finds does not depend on what is scored
+        ahead, and thus not on the number of workers. With one worker this does nothing, and draws no proposal.
+
+        Args:
+            proposals: widths (G,) each, in the order in which they will be asked for; as many new ones are taken as
+                there are workers.
+        """
+        if self.workers <= 1:
+            return
+        wanted: dict[tuple[int, ...], None] = {}
+        for count, widths in enumerate(itertools.islice(proposals, 2 * self.workers)):
+            key = tuple(int(width) for width in widths)
+            if key not in self._known and key not in self._ahead:
+                wanted[key] = None
+            elif count == 0:
+                return  # what is asked for next needs no scoring: it is too early
+            if len(wanted) == self.workers:
+                break
+        if not wanted:
+            return
+        started = time.perf_counter()
+        accuracies = self._evaluate.many([self.plan(key) for key in wanted], remember=False)  # type: ignore[attr-defined]
+        seconds = (time.perf_counter() - started) / len(wanted)
+        self._ahead.update({key: (float(a), seconds) for key, a in zip(wanted, accuracies, strict=True)})
 
     def known(self, widths: Widths | Sequence[int]) -> bool:
         """Whether these widths were scored on the present weights."""
@@ -207,6 +279,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def weights_moved(self) -> None:
         """Forget accuracies and rankings: the model's weights are others now. Tell the evaluator as well."""
         self._known.clear()
+        self._ahead.clear()
         self._ranking = None
 
     def state(self) -> dict[str, Any]:
@@ -215,12 +288,23 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             "known": [[list(widths), accuracy] for widths, accuracy in self._known.items()],
             "evaluations": self.evaluations,
             "evaluation_seconds": self.evaluation_seconds,
+            "functions": {
+                budget.name: [[list(widths), value] for widths, value in budget.known.items()]
+                for budget in self.budgets
+                if isinstance(budget, FunctionBudget)
+            },
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` returned; the weights must be those of that moment."""
         self._known = {tuple(widths): float(accuracy) for widths, accuracy in state["known"]}
+        self._ahead.clear()
         self._ranking = None
+        # A noisy function would otherwise give other values than those that the search went by.
+        for budget in self.budgets:
+            if isinstance(budget, FunctionBudget):
+                values = state.get("functions", {}).get(budget.name, [])
+                budget.known.update({tuple(widths): float(value) for widths, value in values})
         self.evaluations = int(state["evaluations"])
         self.evaluation_seconds = float(state["evaluation_seconds"])
 

@@ -117,7 +117,7 @@ def load(directory: str | Path, *, device: str | torch.device = "cpu") -> nn.Mod
     model = build_dense(content["factory"])
     dense = {name: list(tensor.shape) for name, tensor in named_tensors(model).items()}
     _check_shapes(content, dense, tensors)
-    _set_tensors(model, tensors, device)
+    set_tensors(model, tensors, device)
     _set_attributes(model, content)
     if content.get("channels_last"):
         model = model.to(memory_format=torch.channels_last)
@@ -210,7 +210,7 @@ def _check_shapes(content: dict[str, Any], dense: dict[str, list[int]], tensors:
             )
 
 
-def _set_tensors(model: nn.Module, tensors: dict[str, Tensor], device: str | torch.device) -> None:
+def set_tensors(model: nn.Module, tensors: dict[str, Tensor], device: str | torch.device) -> None:
     second = aliases(model)
     modules = dict(model.named_modules())
     made: dict[str, Tensor] = {}

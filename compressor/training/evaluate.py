@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
-from compressor.data import DataBundle, Split
+from compressor.data import Split
 
 if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
+    from compressor.training.workers import Site, Workers
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -110,6 +111,28 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Another number of torch's threads, and afterwards the one before."""
+    before = torch.get_num_threads()
+    try:
+        if number is not None:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Splits(Protocol):
+    """What an evaluator reads of a data set."""
+
+    @property
+    def train(self) -> Split: ...
+
+    @property
+    def search(self) -> Split: ...
+
+
 class Evaluator:
     """Scores plans: the accuracy of the slim network on the search split, with re-estimated batch-norm.
 
@@ -124,6 +147,9 @@ class Evaluator:
         search_images: The most images of the search split that are used; None for all.
         seed: Chooses the images.
         mixed_precision: "bf16" scores with forward passes in that precision, all candidates alike; "no" in float32.
+        threads: torch's while it scores here; None leaves them as they are.
+        site: where worker processes score instead, each with threads of its own; None scores in this process. The
+            accuracies are the same to the last digit where a worker has as many threads as this process would.
 
     Attributes:
         evaluations: Networks scored so far; answers from the cache do not count.
@@ -133,7 +159,7 @@ class Evaluator:
     def __init__(
         self,
         space: PruningSpace,
-        data: DataBundle,
+        data: Splits,
         *,
         device: str | torch.device = "cpu",
         bn_batches: int = 10,
@@ -141,6 +167,8 @@ class Evaluator:
         search_images: int | None = None,
         seed: int = 0,
         mixed_precision: str = "no",
+        threads: int | None = None,
+        site: Site | None = None,
     ) -> None:
         self.space = space
         self.device = device
@@ -152,6 +180,14 @@ class Evaluator:
         self._train = data.train.in_memory(bn_batches * batch_size, seed)
         self._search = data.search.in_memory(search_images, seed)
         self._scores: dict[str, float] = {}
+        self._threads, self._site = threads, site
+        self._workers: Workers | None = None
+        self._moved = True
+
+    @property
+    def workers(self) -> int:
+        """Candidates that can be scored at a time."""
+        return 1 if self._site is None else self._site.number
 
     @property
     def images(self) -> int:
@@ -166,16 +202,66 @@ class Evaluator:
             floor: Give up as soon as this accuracy is out of reach; the answer is then an estimate below
                 it, which is not remembered.
         """
-        known = self._scores.get(plan.checksum)
-        if known is not None:
-            return known
+        return self.many([plan], floor=floor)[0]
+
+    def many(
+        self, plans: Sequence[ChannelPlan], *, floor: float | None = None, remember: bool = True
+    ) -> list[float]:
+        """Accuracy of each plan, in their order; several workers score them side by side.
+
+        With `remember` off, a later call scores them again: what is scored ahead must not change what a floor gives.
+
+        Raises:
+            CompressorError: a candidate ended one worker after another.
+        """
+        new = list({plan.checksum: plan for plan in plans if plan.checksum not in self._scores}.values())
         started = time.perf_counter()
-        score = self.score(self.space.apply(plan).to(self.device), floor=floor)
-        if floor is None or score >= floor:
-            self._scores[plan.checksum] = score
-        self.evaluations += 1
+        if self._site is None:
+            with _threads(self._threads):
+                scores = [self.score(self.space.apply(plan).to(self.device), floor=floor) for plan in new]
+        else:
+            scores = self._started(self._site).score(new, floor) if new else []
+        found = {plan.checksum: score for plan, score in zip(new, scores, strict=True)}
+        known = self._scores | found
+        if remember:
+            self._scores.update({key: s for key, s in found.items() if floor is None or s >= floor})
+        self.evaluations += len(new)
         self.seconds += time.perf_counter() - started
-        return score
+        return [known[plan.checksum] for plan in plans]
+
+    def _started(self, site: Site) -> Workers:
+        """The workers, with the weights of the moment."""
+        from compressor.pruning.blueprint import blueprint, channels_last, weights
+        from compressor.training.scorer import describe
+        from compressor.training.workers import Workers
+
+        if self._workers is None:
+            train, train_images = describe(self._train)
+            search, search_images = describe(self._search)
+            plain = {
+                "network": blueprint(self.space),
+                "train": train,
+                "search": search,
+                "evaluator": {
+                    "device": str(self.device),
+                    "bn_batches": self._bn_batches,
+                    "batch_size": self._batch_size,
+                    "seed": self._seed,
+                    "mixed_precision": "bf16" if self._bf16 else "no",
+                },
+            }
+            images = {f"train.{name}": tensor for name, tensor in train_images.items()}
+            images |= {f"search.{name}": tensor for name, tensor in search_images.items()}
+            self._workers = Workers(site, plain, images)
+        if self._moved:
+            self._workers.reweigh(weights(self.space.model), channels_last(self.space.model))
+            self._moved = False
+        return self._workers
+
+    def close(self) -> None:
+        """End the workers, if there are any."""
+        if self._workers is not None:
+            self._workers.close()
 
     def score(self, model: nn.Module, *, floor: float | None = None) -> float:
         """Accuracy of any network on the same images; its batch-norm statistics are replaced."""
@@ -193,3 +279,4 @@ class Evaluator:
     def weights_moved(self) -> None:
         """Forget all scores: the space's model was trained meanwhile."""
         self._scores.clear()
+        self._moved = True

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.budgets.counts import MemoryBudget
-from compressor.budgets.parse import parse_budget, parse_function_budget
+from compressor.budgets.parse import parse_budget
 from compressor.budgets.resolve import reachable, resolve
 from compressor.errors import CompressorError
 from compressor.latency.table import LatencyTable
@@ -93,39 +91,3 @@ def test_what_cannot_be_reached_is_said(space: PruningSpace) -> None:
     assert "5.22 k" in caught.value.message
     assert "macs" not in caught.value.message
     assert "min_share" in caught.value.hint
-
-
-@pytest.fixture
-def costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "own_costs.py").write_text(
-        "calls = []\n"
-        "def width(module):\n"
-        "    calls.append(1)\n"
-        "    return module.a.out_channels\n"
-        "def broken(module):\n"
-        "    raise ValueError('no such thing')\n"
-        "def nan(module):\n"
-        "    return float('nan')\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    sys.modules.pop("own_costs", None)
-    return "own_costs"
-
-
-def test_a_function_is_a_budget(space: PruningSpace, costs: str) -> None:
-    (budget,) = resolve([parse_function_budget(f"{costs}:width<=50%")], space)
-    assert (budget.dense, budget.target) == (16.0, 8.0)
-    widths = np.asarray([[16, 32], [8, 32], [8, 32]])
-    assert list(budget.predict(widths)) == [16.0, 8.0, 8.0]
-    budget.predict(widths)
-    assert len(sys.modules[costs].calls) == 3  # the dense network, and two distinct candidates
-
-
-@pytest.mark.parametrize(
-    ("function", "says"), [("broken", "no such thing"), ("nan", "finite"), ("none", "no function 'none'")]
-)
-def test_functions_that_fail(space: PruningSpace, costs: str, function: str, says: str) -> None:
-    with pytest.raises(CompressorError, match=says):
-        resolve([parse_function_budget(f"{costs}:{function}<=1")], space)
-    with pytest.raises(CompressorError, match="cannot be imported"):
-        resolve([parse_function_budget("no_such_module:f<=1")], space)

@@ -1,0 +1,132 @@
+"""The process in which a budget's function is called: it may raise, hang or crash here.
+
+Run as a program it answers the process that started it (`compressor.child`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import numbers
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from compressor.pruning.space import PruningSpace
+
+Function = Callable[[Any], Any]
+
+_SHOWN = 60
+"""Characters of a wrong answer that a message quotes."""
+
+
+def load_function(name: str) -> Function:
+    """Import `package.module:function`.
+
+    Raises:
+        CompressorError: the module cannot be imported, has no such function (the nearest names are given), or it
+            cannot be called with one argument.
+    """
+    module_name, _, attribute = name.partition(":")
+    where = "It is imported from the current folder or an installed package."
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # its code runs now, and may raise anything
+        raise CompressorError(
+            f"--budget {name}: the module {module_name} cannot be imported: {type(error).__name__}: {error}.",
+            where,
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = get_close_matches(attribute, own, n=3, cutoff=0.4)
+        what = (
+            f"is a {type(function).__name__}, which cannot be called"
+            if hasattr(module, attribute)
+            else "is missing"
+        )
+        raise CompressorError(
+            f"--budget {name}: the function {attribute!r} of {module_name} {what}.",
+            f"The nearest are {', '.join(near)}." if near else where,
+        )
+    try:
+        inspect.signature(function).bind(None)
+    except ValueError:  # a builtin that says nothing of its arguments
+        pass
+    except TypeError as error:
+        raise CompressorError(
+            f"--budget {name}: it cannot be called with one argument: {error}.",
+            "It is given the slim network, or the plan where its argument is called `plan`.",
+        ) from error
+    return function  # type: ignore[no-any-return]
+
+
+def wants_plan(function: Function) -> bool:
+    """Whether the function takes the plan: its first argument is called `plan`, or annotated as a ChannelPlan."""
+    try:
+        first = next(iter(inspect.signature(function).parameters.values()), None)
+    except (TypeError, ValueError):
+        return False
+    if first is None:
+        return False
+    annotation = first.annotation
+    kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    return first.name == "plan" or kind.rpartition(".")[2] == "ChannelPlan"
+
+
+def checked(value: Any) -> dict[str, Any]:
+    """A function's answer as a float, or None with how to show what came instead."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor) and math.prod(value.shape) == 1:
+        value = value.item()
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
+    if value is None or isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return {"value": None, "shown": f"{shown} ({type(value).__name__}), no number,"}
+    if not math.isfinite(value):
+        return {"value": None, "shown": f"{shown}, which is not finite,"}
+    if value < 0:
+        return {"value": None, "shown": f"{shown}, which is negative,"}
+    return {"value": float(value), "shown": shown}
+
+
+class _Caller:
+    def __init__(self, request: dict[str, Any]) -> None:
+        from compressor.pruning.blueprint import read_tensors, rebuild, reweigh
+
+        tensors = read_tensors(request["weights"])
+        self.function = load_function(request["function"])
+        self.wants_plan = wants_plan(self.function)
+        self.space: PruningSpace = rebuild(request["network"], tensors)
+        reweigh(self.space, tensors, False)
+        self.groups: list[str] = request["groups"]
+        self.ranking = self.space.rank("l1")
+
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        widths = dict(zip(self.groups, request["widths"], strict=True))
+        plan = self.space.plan(widths, importance=self.ranking)
+        return checked(self.function(plan if self.wants_plan else self.space.apply(plan).eval()))
+
+
+def main() -> None:
+    from compressor.child import serve
+
+    caller: list[_Caller] = []
+
+    def answer(request: dict[str, Any]) -> Any:
+        if not caller:
+            caller.append(_Caller(request))
+            return None
+        return caller[0](request)
+
+    serve(answer)
+
+
+if __name__ == "__main__":
+    main()

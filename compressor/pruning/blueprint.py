@@ -1,0 +1,76 @@
+"""A pruning space for other processes: plain values that rebuild it, and its weights as safetensors.
+
+What is rebuilt prunes everything that can be pruned, in steps of one channel: a plan of any space of the same
+network fits it, because a group that a plan does not name stays dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.pruning.artefact import set_tensors
+from compressor.pruning.factory import build_dense, infer_factory
+from compressor.pruning.skeleton import named_tensors
+from compressor.pruning.space import PruningSpace
+
+
+def blueprint(space: PruningSpace) -> dict[str, Any]:
+    """Plain values that `rebuild` makes a space of the same network from, given its weights.
+
+    Raises:
+        CompressorError: the network has no factory by which another process could build it.
+    """
+    model = space.model
+    dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    return {
+        "factory": infer_factory(model, dense),
+        "inputs": [list(tensor.shape) for tensor in space.example_input],
+        "training": model.training,
+    }
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every distinct parameter and buffer, on the CPU, by its first name."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors(model).items()}
+
+
+def channels_last(model: nn.Module) -> bool:
+    """Whether weights lie in that format, which decides the order of sums and thus the last bits."""
+    return any(
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+        for tensor in model.parameters()
+    )
+
+
+def rebuild(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], device: str = "cpu") -> PruningSpace:
+    """The space that `blueprint` described, with these weights."""
+    model = build_dense(plain["factory"])
+    set_tensors(model, dict(tensors), device)
+    model.train(bool(plain["training"]))
+    inputs = tuple(torch.zeros(*shape, device=device) for shape in plain["inputs"])
+    return PruningSpace(model, inputs, granularity=1, min_width=1)
+
+
+def reweigh(space: PruningSpace, tensors: Mapping[str, Tensor], last: bool) -> None:
+    """Replace the weights of a rebuilt space, in place.
+
+    Args:
+        last: whether the weights lie in channels-last format where they come from.
+    """
+    space.model.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    with torch.no_grad():
+        for name, tensor in named_tensors(space.model).items():
+            tensor.copy_(tensors[name])
+
+
+def read_tensors(source: bytes | str) -> dict[str, Tensor]:
+    """Tensors from safetensors: their bytes, or the path of a file, which is mapped into memory."""
+    from safetensors.torch import load, load_file
+
+    return dict(load_file(source) if isinstance(source, str) else load(source))

@@ -1,0 +1,170 @@
+"""Candidates scored by several processes: the same numbers as by one, whatever happens to the processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compressor.data import DataBundle, MemorySplit, load_data
+from compressor.errors import CompressorError
+from compressor.models import create_model
+from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.space import PruningSpace
+from compressor.training.evaluate import Evaluator
+from compressor.training.sites import check_workers, open_site
+from compressor.training.workers import ThisMachine
+from tests.nets import Tiny
+
+
+class Fragile(Tiny):
+    """Ends a worker where it is pruned."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spec = sys.modules["__main__"].__spec__
+        if self.conv1.out_channels < 32 and spec is not None and spec.name == "compressor.training.scorer":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits() -> DataBundle:
+    return load_data("digits", seed=0)
+
+
+@pytest.fixture
+def space(digits: DataBundle) -> PruningSpace:
+    torch.manual_seed(0)
+    model = create_model("tests.nets:tiny", 10)
+    torch.optim.SGD(model.parameters(), 0.1)
+    images, labels = next(digits.train.batches(512, shuffle_seed=0))
+    optimiser = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
+    for _ in range(12):  # enough that widths tell accuracies apart
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+    return PruningSpace(model, torch.zeros(1, 3, 32, 32))
+
+
+def plans_of(space: PruningSpace, number: int) -> list[ChannelPlan]:
+    generator = np.random.default_rng(0)
+    ranking = space.rank("l1")
+    return [space.plan(space.random_widths(generator), ranking) for _ in range(number)]
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_the_same_accuracies_as_in_one_process(space: PruningSpace, digits: DataBundle) -> None:
+    site = open_site(2, 1, 60)
+    assert isinstance(site, ThisMachine)
+    several = Evaluator(space, digits, bn_batches=1, site=site)
+    plans = plans_of(space, 6)
+    alone = Evaluator(space, digits, bn_batches=1).many(plans)
+    assert len(set(alone)) > 2
+    assert several.many(plans[:2]) == alone[:2]
+    first = site.pids
+    assert len(first) == 2
+    os.kill(first[0], signal.SIGKILL)  # it is replaced, and its candidate scored again
+    assert several.many(plans) == alone
+    assert (several.evaluations, several.workers) == (6, 2)
+    with torch.no_grad():
+        for parameter in space.model.parameters():
+            parameter.mul_(1.0 + 0.5 * torch.rand(len(parameter), generator=torch.Generator().manual_seed(1)).view(
+                -1, *[1] * (parameter.dim() - 1)
+            ))  # fmt: skip
+    several.weights_moved()
+    again = Evaluator(space, digits, bn_batches=1).many(plans)
+    assert again != alone
+    assert several.many(plans) == again
+    last = site.pids
+    several.close()
+    assert all(gone(pid) for pid in [*first, *last])
+
+
+def test_a_candidate_that_ends_every_worker_is_named(digits: DataBundle) -> None:
+    model = create_model("tests.training.test_workers:Fragile", 10)
+    space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
+    few = MemorySplit(
+        torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), (0,), (1,)
+    )
+    site = open_site(2, 1, 60)
+    evaluator = Evaluator(space, SimpleNamespace(train=few, search=few), bn_batches=1, site=site)
+    with pytest.raises(CompressorError, match=r"ended 3 workers.*killed by SIGKILL"):
+        evaluator(space.smallest())
+    assert site is not None
+    assert all(gone(pid) for pid in site.pids)
+
+
+def test_workers_end_with_a_process_that_is_killed() -> None:
+    script = (
+        "import time\nfrom compressor.child import Child\n"
+        "children = [Child('compressor.training.scorer') for _ in range(2)]\n"
+        "print(*(child.pid for child in children), flush=True)\ntime.sleep(100)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout as lines:
+        pids = [int(word) for word in lines.readline().split()]
+    time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        if all(_ended(pid) for pid in pids):
+            break
+        time.sleep(0.1)
+    assert len(pids) == 2
+    assert all(_ended(pid) for pid in pids)
+
+
+def _ended(pid: int) -> bool:
+    """Gone, or dead and waiting for whoever adopted it."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_workers_that_cannot_be_had_are_refused() -> None:
+    with pytest.raises(CompressorError, match="expected 1 or more"):
+        check_workers(0)
+    pytest.importorskip("ray")
+    with pytest.raises(CompressorError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
+        check_workers("ray://127.0.0.1:9")
+    with pytest.raises(CompressorError, match="no address"):
+        check_workers("ray://nowhere")
+
+
+def test_ray_gives_the_same_accuracies(space: PruningSpace, digits: DataBundle) -> None:
+    pytest.importorskip("ray")
+    site = open_site("ray://local", 1, 100)
+    evaluator = Evaluator(space, digits, bn_batches=1, site=site)
+    plans = plans_of(space, 4)
+    try:
+        assert evaluator.workers >= 1
+        assert evaluator.many(plans) == Evaluator(space, digits, bn_batches=1).many(plans)
+    finally:
+        evaluator.close()
