@@ -55,7 +55,9 @@ def profile(recipe: Recipe) -> Iterator[str]:
     table = job.table
     assert table is not None  # the latency budget above asks for it
     shape = "x".join(str(size) for size in job.data.input_shape)
-    yield f"{recipe.model} at {shape} here, ONNX Runtime, {recipe.threads} thread(s):"
+    runtime = table.fields.runtime
+    threads = f", {runtime.threads} thread(s)" if runtime.threads else ""
+    yield f"{recipe.model} at {shape} here, {runtime.name}{threads}:"
     yield f"  dense {table.predict(job.space):.3f} ms, smallest {table.predict(job.space, job.space.smallest()):.3f} ms"
     yield f"  {table.describe()}"
 

@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.job import Job
-from compressor.onnx_files import DENSE, MODEL, PROBE, build_engine_of, first_images, measured, scored
+from compressor.onnx_files import (
+    DENSE,
+    MODEL,
+    PROBE,
+    build_engine_of,
+    first_images,
+    metadata_of,
+    opset_of,
+    scored,
+)
 from compressor.precisions import write_precision
 from compressor.progress import say
 from compressor.run_dir import RECIPE, RunDir, sha256_file
+from compressor.timing import timed_on_device
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,15 +42,13 @@ def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
         Whether the latency target is met; True where there is none, or no device to measure on.
     """
     target = _latency_target(run)
-    if target is None or not job.on_this_machine:
+    if target is None or not job.measurable:
         return True
     if not run.finished("probe"):
         with run.stage("probe"):
             _write_onnx(job, job.space.apply(plan), run.file(PROBE))
             _write_dense(run, job)
-            dense, slim = measured(
-                run.file(DENSE), run.file(PROBE), job.recipe.threads, job.recipe.contract.repeats
-            )
+            dense, slim = timed_on_device(run, job, run.file(PROBE))
             _add_round(run, job, plan, target, slim.median_ms)
             say(
                 f"The plan takes {slim.median_ms:.3f} ms as measured "
@@ -55,7 +63,9 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
         return
     with run.stage("export"):
         _write_dense(run, job)
-        info = _write_onnx(job, slim, run.file(MODEL), metadata=_metadata(run, job, plan))
+        info = _write_onnx(
+            job, slim, run.file(MODEL), metadata=metadata_of(job.recipe, job.data, run, plan.checksum)
+        )
         images = first_images(job.data.test, PARITY_IMAGES)
         from export.parity import check_parity
 
@@ -110,9 +120,8 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
         target = _latency_target(run)
         widths = job.space.widths(plan.widths)
         slim: LatencyStats | None = None
-        if job.on_this_machine:
-            recipe = job.recipe
-            dense, slim = measured(run.file(DENSE), run.file(MODEL), recipe.threads, recipe.contract.repeats)
+        if job.measurable:
+            dense, slim = timed_on_device(run, job, run.file(MODEL))
             run.save(latency=_latency_record(run, job, plan, dense, slim))
             if target is not None:
                 _add_round(run, job, plan, target, slim.median_ms)
@@ -125,6 +134,8 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
             found = (
                 (slim.median_ms if slim is not None else None)
                 if is_latency
+                else job.callers[entry["name"]].measure(tuple(widths.tolist()))
+                if entry["name"] in job.callers
                 else _counted(run, entry["name"], predicted)
             )
             kept = None if found is None else found <= entry["target"]
@@ -187,18 +198,7 @@ def _write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any]
     from export.to_onnx import export_onnx
 
     example = torch.zeros(1, *job.data.input_shape)
-    return export_onnx(model, example, path, opset=job.recipe.export.opset, metadata=metadata)
-
-
-def _metadata(run: RunDir, job: Job, plan: ChannelPlan) -> dict[str, Any]:
-    return {
-        "model": job.recipe.model,
-        "classes": list(job.data.classes),
-        "mean": list(job.data.mean),
-        "std": list(job.data.std),
-        "run": run.path.name,
-        "plan": plan.checksum,
-    }
+    return export_onnx(model, example, path, opset=opset_of(job.recipe), metadata=metadata)
 
 
 def _layers(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
@@ -234,7 +234,7 @@ def _latency_record(
 ) -> dict[str, Any]:
     return {
         **_predicted_record(job, plan),
-        "runtime": f"{RUNTIME} {slim.version}",
+        "runtime": f"{RUNTIME if slim.runtime == 'onnxruntime' else slim.runtime} {slim.version}",
         "threads": slim.threads,
         "measured_ms": slim.median_ms,
         "p90_ms": slim.p90_ms,
@@ -242,7 +242,7 @@ def _latency_record(
         "dense_ms": dense.median_ms,
         "dense_p90_ms": dense.p90_ms,
         "dense_p99_ms": dense.p99_ms,
-        "runs": slim.runs * job.recipe.contract.repeats,
+        "runs": slim.runs * (job.recipe.contract.repeats if slim.runtime == "onnxruntime" else 1),
     }
 
 

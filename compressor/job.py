@@ -6,7 +6,7 @@ Everything that can be refused is refused here, before a run's folder appears.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import CompressorError
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compressor.budgets.base import Budget
+    from compressor.budgets.function import FunctionCaller
     from compressor.budgets.parse import BudgetSpec
     from compressor.data import DataBundle
+    from compressor.latency.carry import Precision
     from compressor.latency.table import LatencyTable
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
@@ -30,7 +32,7 @@ class Job:
     """A resolved recipe with everything loaded.
 
     Attributes:
-        recipe: resolved.
+        recipe: resolved; measured channel steps stand in it as numbers, so that a resumed run has the same.
         model: the dense network on `torch_device`; agents that train change its weights.
         teacher: the dense network as it was loaded, where it is pretrained; else None.
         factory: how to build the network anew, for the artefact.
@@ -39,6 +41,7 @@ class Job:
         table: latency of the device; None where no latency budget asks for it.
         torch_device: where training runs, "cpu" or "cuda".
         notes: sentences that the user must see beside the numbers.
+        callers: of the functions that are budgets, by name.
     """
 
     recipe: Recipe
@@ -50,11 +53,17 @@ class Job:
     table: LatencyTable | None
     torch_device: str
     notes: list[str]
+    callers: dict[str, FunctionCaller] = field(default_factory=dict)
 
     @property
-    def on_this_machine(self) -> bool:
-        """Whether the device can be measured from here."""
-        return self.recipe.device == "local"
+    def measurable(self) -> bool:
+        """Whether the device can be measured from here: it is this machine, or is reached over ssh."""
+        return self.recipe.device == "local" or self.over_ssh
+
+    @property
+    def over_ssh(self) -> bool:
+        """Whether the device is reached over ssh."""
+        return self.recipe.device.startswith("ssh:")
 
     def budgets(self, table: LatencyTable | None = None) -> list[Budget]:
         """The budgets of the recipe in absolute numbers, by `table` or the job's own.
@@ -64,7 +73,7 @@ class Job:
         """
         from compressor.budgets.resolve import reachable, resolve
 
-        budgets = resolve(budget_specs(self.recipe), self.space, table or self.table)
+        budgets = resolve(budget_specs(self.recipe), self.space, table or self.table, self.callers)
         reachable(budgets, self.space)
         return budgets
 
@@ -101,15 +110,16 @@ def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
     """
     import torch
 
+    from compressor.budgets.function import FunctionCaller
     from compressor.data import load_data
     from compressor.env.reward import soft_reward
-    from compressor.latency.devices import recommended_steps
     from compressor.models import create_model, model_factory
-    from compressor.pruning.space import PruningSpace
+    from compressor.training.sites import check_workers
 
     specs = budget_specs(recipe)
     notes: list[str] = []
     check_device(recipe)
+    check_workers(recipe.search.workers)
     torch_device = "cuda" if torch.cuda.is_available() else "cpu"
     data = load_data(recipe.data, seed=recipe.seed, image_size=recipe.image_size)
     notes += data.notes
@@ -117,26 +127,10 @@ def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
     model = create_model(recipe.model, data.num_classes, recipe.weights, data.input_shape)
     teacher = copy.deepcopy(model).eval() if recipe.weights != "none" else None
     example = torch.zeros(1, *data.input_shape)
-    pruning = recipe.pruning
-
-    def traced(steps: int | dict[str, int]) -> PruningSpace:
-        return PruningSpace(
-            model,
-            example,
-            granularity=steps,
-            min_width=pruning.min_share,
-            frozen=pruning.frozen,
-            scope=pruning.scope,
-        )
-
-    space = traced(1 if pruning.granularity == "auto" else pruning.granularity)
-    if pruning.granularity == "auto" and recipe.budgets.latency:
-        space = traced(recommended_steps(space.groups, runtime_of(recipe), recipe.precision))
-    if not space.groups:
-        reasons = "; ".join(f"{part.name}: {part.reason}" for part in space.skipped[:5])
-        raise CompressorError(
-            f"Nothing in {recipe.model} can be pruned ({reasons}).", "See --dry-run for all parts."
-        )
+    space = trace(recipe, model, example)
+    if recipe.pruning.granularity == "measured":
+        recipe = recipe.changed({"pruning": {"granularity": steps_of(recipe, space, example)}})
+        space = trace(recipe, model, example)
     if table is None and any(spec.name == "latency" for spec in specs):
         table = latency_table(recipe, space, example)
     if not specs:
@@ -152,18 +146,80 @@ def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
         table=table,
         torch_device=torch_device,
         notes=notes,
+        callers={
+            spec.name: FunctionCaller(
+                spec.name, space, recipe.budgets.function_seconds, recipe.budgets.function_repeats
+            )
+            for spec in specs
+            if spec.is_function
+        },
     )
     soft_reward(reward_weights(recipe), job.budgets())
     return job
 
 
+def trace(recipe: Recipe, model: nn.Module, example: Tensor) -> PruningSpace:
+    """The pruning space of a recipe's network, with the channel steps that suit its device where none are given.
+
+    Raises:
+        CompressorError: nothing in the network can be pruned.
+    """
+    from compressor.latency.devices import recommended_steps
+    from compressor.pruning.space import PruningSpace
+
+    pruning = recipe.pruning
+
+    def traced(steps: int | dict[str, int]) -> PruningSpace:
+        return PruningSpace(
+            model,
+            example,
+            granularity=steps,
+            min_width=pruning.min_share,
+            frozen=pruning.frozen,
+            scope=pruning.scope,
+        )
+
+    space = traced(1 if isinstance(pruning.granularity, str) else pruning.granularity)
+    if pruning.granularity == "auto" and recipe.budgets.latency:
+        space = traced(recommended_steps(space.groups, runtime_of(recipe), recipe.precision))
+    if not space.groups:
+        reasons = "; ".join(f"{part.name}: {part.reason}" for part in space.skipped[:5])
+        raise CompressorError(
+            f"Nothing in {recipe.model} can be pruned ({reasons}).", "See --dry-run for all parts."
+        )
+    return space
+
+
+def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, int]:
+    """The channel steps after which latency jumps on the recipe's device, measured now.
+
+    Raises:
+        CompressorError: the device is not this machine: its table is estimated, or too coarse.
+    """
+    from compressor.latency.devices import recommended_steps
+    from compressor.latency.ort_profile import OrtCpu
+    from compressor.latency.steps import measured_steps, refuse_table
+    from compressor.latency.surface import ALIGNMENT
+
+    if recipe.device != "local":
+        raise refuse_table(latency_table(recipe, space, example))
+    return measured_steps(
+        space,
+        example,
+        OrtCpu(recipe.threads),
+        otherwise=recommended_steps(space.groups, runtime_of(recipe), recipe.precision),
+        least_stride=ALIGNMENT,
+    )
+
+
 def check_device(recipe: Recipe) -> None:
     """Refuse a device that is not known, before anything is loaded for it."""
     from compressor.latency.devices import check_known
+    from export.here import gpu_backend
 
     if recipe.device != "local":
         check_known(recipe.device)
-    elif recipe.precision != "fp32":
+    elif recipe.precision != "fp32" and gpu_backend() is None:
         raise CompressorError(
             f"On this machine's CPU networks run in fp32, not in {recipe.precision}.",
             "Leave --precision out, name a --device, or export it afterwards: compress export RUN --precision fp16",
@@ -172,18 +228,47 @@ def check_device(recipe: Recipe) -> None:
 
 def runtime_of(recipe: Recipe) -> str:
     """What runs the network on the recipe's device, by the name that latency tables use."""
-    return "onnxruntime-cpu" if recipe.device == "local" else "tensorrt"
+    from export.here import ORT_CUDA, gpu_backend
+
+    if recipe.device != "local":
+        return "tensorrt"
+    backend = gpu_backend()
+    return "onnxruntime-cpu" if backend is None else backend.kind if backend.kind == ORT_CUDA else "tensorrt"
 
 
 def latency_table(recipe: Recipe, space: PruningSpace, example: Tensor) -> LatencyTable:
-    """The device's latency: measured now (or read from the cache) for this machine, else a shipped table."""
+    """The device's latency: measured now (or read from the cache) for this machine or over ssh, else its table."""
+    from compressor.latency.signature import network_signature
     from compressor.latency.table import LatencyTable
 
+    if recipe.device.startswith("ssh:"):
+        from compressor.latency.over_ssh import ssh_table
+
+        return ssh_table(
+            recipe.device,
+            space,
+            example,
+            model=recipe.model,
+            precision=device_precision(recipe),
+            opset=recipe.export.opset,
+        )
     if recipe.device != "local":
-        table = LatencyTable.load(recipe.device, precision=recipe.precision)
+        network = network_signature(space)
+        table = LatencyTable.load(recipe.device, precision=recipe.precision, network=network)
         if table.estimated:
             say(f"The latency of {recipe.device} is estimated, not measured.")
         return table
+    from export.here import gpu_backend
+
+    if (backend := gpu_backend()) is not None:
+        from compressor.latency.local_gpu import gpu_table
+
+        return gpu_table(space, example, backend, device_precision(recipe))
     from compressor.latency.local import local_table
 
     return local_table(space, example, threads=recipe.threads)
+
+
+def device_precision(recipe: Recipe) -> Precision:
+    """The precision of a resolved recipe, in which networks are timed on its device."""
+    return "fp32" if recipe.precision == "auto" else recipe.precision

@@ -148,7 +148,10 @@ def _search(run: RunDir, job: Job) -> SearchResult:
     )
     log, checkpoint = run.episodes(), run.checkpoint("search")
     limits = Limits(max_evaluations=settings.max_evaluations, max_seconds=settings.max_seconds)
-    return agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
+    try:
+        return agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
+    finally:
+        evaluator.close()
 
 
 def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evaluator]:
@@ -156,6 +159,7 @@ def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evalua
     from compressor.env.environment import PruningEnv
     from compressor.env.reward import soft_reward
     from compressor.training.evaluate import Evaluator
+    from compressor.training.sites import open_site
 
     recipe, settings = job.recipe, job.recipe.search
     evaluator = Evaluator(
@@ -166,6 +170,8 @@ def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evalua
         search_images=settings.search_images,
         mixed_precision=recipe.training.mixed_precision,
         seed=recipe.seed,
+        threads=settings.threads,
+        site=open_site(settings.workers, settings.threads, settings.evaluation_seconds, job.torch_device),
     )
     env = PruningEnv(
         job.space,
@@ -182,7 +188,7 @@ def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evalua
 def search_budgets(run: RunDir, job: Job) -> list[Budget]:
     """The budgets that the search keeps: the run's targets, the latency with the margin taken off."""
     targets = {entry["name"]: entry["target"] for entry in run.manifest["budgets"]}
-    margin = job.recipe.contract.margin if job.on_this_machine else 0.0
+    margin = job.recipe.contract.margin if job.measurable else 0.0
     aims = {name: target * (1 - margin) if name == "latency" else target for name, target in targets.items()}
     budgets: list[Any] = list(job.budgets())  # frozen dataclasses all, which their abstract base does not say
     return [

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Callable
 
 from export.archive import CHECKSUMS, require_checksums, top_folder, unpack
+from export.bundle import device_script
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
 
@@ -32,6 +33,12 @@ _HOME = ".cache/compressor-bundles"
 _CHUNK = 1 << 20
 _DROPPED = 255
 _HINT = "Try: ssh {0} true   It must work without a question; keys and names go into ~/.ssh/config."
+_STRANGER = (
+    "Its key is not known here, or is another than before. Make sure that it is your device; then, if it was set up "
+    "anew, ssh-keygen -R {1}, and connect once by hand: ssh {0} true"
+)
+_FINAL = ("Host key verification failed", "Permission denied", "Could not resolve hostname")
+"""What will not change by trying again."""
 
 
 @dataclass(frozen=True)
@@ -124,16 +131,21 @@ class Connection:
             if code == 0:
                 return output
             if code != _DROPPED:
-                raise ExportError(f"{self.destination.address}: {error or f'a command ended with {code}'}.")
+                reason = error.replace("error: ", "", 1).rstrip(".") or f"a command ended with {code}"
+                raise ExportError(f"{self.destination.address}: {reason}.")
+            if any(text in error for text in _FINAL):
+                break
             if attempt + 1 < self.attempts:
                 time.sleep(self.pause_s)
         raise self.unreachable(error)
 
     def unreachable(self, error: str) -> ExportError:
         """The message for a machine that ssh does not reach."""
+        address, host = self.destination.address, self.destination.host
+        known = f"[{host}]:{self.destination.port}" if self.destination.port else host
+        hint = _STRANGER if "Host key verification failed" in error else _HINT
         return ExportError(
-            f"{self.destination.address} is not reached: {error or 'ssh gave no reason'}.",
-            _HINT.format(self.destination.address),
+            f"{address} is not reached: {(error or 'ssh gave no reason').rstrip('.')}.", hint.format(address, known)
         )
 
     def size(self, name: str) -> int:
@@ -158,7 +170,10 @@ class Connection:
             say(f"copying {name}: {sent * 100 // len(content)} % of {len(content) / 1e6:.1f} MB")
             code, _, error = self.once(f"cat >>{part}", content[sent : sent + _CHUNK])
             if code not in (0, _DROPPED):
-                raise ExportError(f"{self.destination.address}: {name} cannot be written: {error}.")
+                raise ExportError(
+                    f"{self.destination.address}: {name} cannot be written: {error}.",
+                    f"Make room there; the folder ~/{_HOME} is ours and may be deleted.",
+                )
             failures = failures + 1 if code else 0
             if failures >= self.attempts:
                 raise self.unreachable(error)
@@ -200,6 +215,7 @@ def run_remote(
     ssh_options: Sequence[str] = (),
     poll_s: float = 2.0,
     pause_s: float = 3.0,
+    keep: bool = True,
 ) -> int:
     """Copy a bundle to a board, run it there, and fetch its results. Called again, it goes on where it was.
 
@@ -213,6 +229,7 @@ def run_remote(
         ssh_options: More options for ssh.
         poll_s: Seconds between two looks at the script.
         pause_s: Seconds before a dropped connection is tried again.
+        keep: Whether the bundle and its engines stay on the board once all went well there.
 
     Returns:
         The script's exit code: 0 all went well, 1 a network failed there; its results say which and why.
@@ -226,12 +243,12 @@ def run_remote(
     require_checksums(files, source)
     folder = top_folder(source)
     measured = f"--duration {int(duration_s)} --warmup {int(warmup_s)} --processes {int(processes)}"
-    place = f"{_HOME}/{sha256_bytes(files[CHECKSUMS])[:16]}"
+    place = place_of(files[CHECKSUMS])
     with Connection(parse_destination(url), options=ssh_options, pause_s=pause_s) as connection:
         connection.run(f"mkdir -p {place}")
         connection.put(content, f"{place}/bundle.tar.gz", say)
         top = shlex.quote(f"./{folder}")
-        connection.run(f"cd {place} && {{ [ -f {top}/run.sh ] || tar -xzf bundle.tar.gz; }}")
+        connection.run(f"cd {place} && {{ [ -f unpacked ] || {{ tar -xzf bundle.tar.gz && : >unpacked; }}; }}")
         script = f"sh {top}/run.sh {measured} >log 2>&1; echo $? >rc.part; mv rc.part rc"
         setting = f"TRTEXEC={shlex.quote(trtexec)}; export TRTEXEC; " if trtexec else ""
         # started once; it outlives the connection that started it
@@ -242,11 +259,37 @@ def run_remote(
         code = _follow(connection, place, say, poll_s)
         if code not in (0, 1):
             last = connection.run(f"cd {place} && rm -f rc; tail -n 1 log").decode("utf-8", errors="replace")
+            if code > 128:
+                raise ExportError(f"The script on {connection.destination.address} was ended.", "Run it again.")
             reason = last.strip().replace("error: ", "", 1).rstrip(".") or "no reason was given"
             raise ExportError(f"{connection.destination.address}: {reason}.")
         write_bytes(goal, connection.get(f"{place}/{folder}/results.tar.gz", say))
-        connection.run(f"cd {place} && rm -f rc pid")
+        done = f"cd {place} && rm -f rc pid" if keep or code else f"rm -rf {place}"
+        connection.run(done)
         return code
+
+
+def place_of(checksums: bytes) -> str:
+    """Where a bundle lies on the board, below its user's home, by its list of checksums."""
+    return f"{_HOME}/{sha256_bytes(checksums)[:16]}"
+
+
+def identify(
+    url: str, *, trtexec: str = "", ssh_options: Sequence[str] = (), pause_s: float = 3.0
+) -> dict[str, str]:
+    """What the machine is, by the script's own eyes: tensorrt, jetpack, l4t, model, power_mode and board.
+
+    Args:
+        url, trtexec, ssh_options, pause_s: As `run_remote`.
+
+    Raises:
+        ExportError: it is not reached, or has no trtexec, or one whose version is not known.
+    """
+    with Connection(parse_destination(url), options=ssh_options, pause_s=pause_s) as connection:
+        setting = f"TRTEXEC={shlex.quote(trtexec)}; export TRTEXEC; " if trtexec else ""
+        output = connection.run(f"{setting}sh -s", device_script("identify_on_device.sh"))
+    lines = [line.partition("=") for line in output.decode("utf-8", errors="replace").splitlines()]
+    return {name: value[:120] for name, _, value in lines if name.isidentifier()}
 
 
 def _follow(connection: Connection, place: str, say: Callable[[str], None], poll_s: float) -> int:

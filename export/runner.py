@@ -165,6 +165,28 @@ class EngineRunner:
             times.append(self.driver.elapsed_ms(first, second))
         return times
 
+    def layer_times(self, runs: int = 30) -> list[tuple[str, float]]:
+        """(name, median milliseconds) of each layer in a run of its own, because profiling slows; [] where it is refused.
+        """
+        import statistics
+
+        trt, _ = load(self.info.module)
+        seen: dict[str, list[float]] = {}
+
+        class Heard(trt.IProfiler):  # type: ignore[misc]  # the base class comes from the chosen module
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                seen.setdefault(layer_name, []).append(ms)
+
+        heard = Heard()
+        self._context.profiler = heard
+        for _ in range(runs):
+            self._enqueue()
+            self.driver.synchronise(self.stream)
+        return [(name, statistics.median(times)) for name, times in seen.items()]
+
     def measure(self, *, warmup_s: float = WARMUP_S, duration_s: float = DURATION_S) -> LatencyStats:
         """Median, p90 and p99 of the GPU's time for one run."""
         times = self.times_ms(warmup_s=warmup_s, duration_s=duration_s)

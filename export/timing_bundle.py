@@ -1,6 +1,6 @@
 """Many networks to be timed on a device, in one folder: ONNX files, one shell script, a list and checksums.
 
-    write_timing_bundle(Path("carry"), networks, ["dense", "n01", "n02", "dense"], target=..., facts={...})
+    write_timing_bundle(Path("carry"), networks, ["dense", "n01", "n02", "dense"], target=..., facts=lambda: {})
 
 On the device: `sh carry/run.sh`. It measures the networks in the order given, several times, there and back, and
 writes `results` and `results.tar.gz`, which `export.timing_results` reads. The networks are measured and not
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from export.archive import CHECKSUMS, PLAIN
 from export.bundle import device_script
@@ -32,7 +32,7 @@ def write_timing_bundle(
     order: Sequence[str],
     *,
     target: Target,
-    facts: Mapping[str, Any],
+    facts: Callable[[], Mapping[str, Any]],
     profile: bool = True,
 ) -> int:
     """Fill a folder that is empty or does not exist; networks are written as they come.
@@ -43,7 +43,7 @@ def write_timing_bundle(
         order: Names in the order of measuring; those that occur twice are measured twice in each turn, so that the
             first and the last show whether the device held still.
         target: Whose opset, INT8 units and memory count.
-        facts: More to write into `bundle.json`.
+        facts: More to write into `bundle.json`, asked for when all networks are written.
         profile: Whether the time of each layer is measured too.
 
     Returns:
@@ -91,7 +91,7 @@ def write_timing_bundle(
     put("README.txt", _readme(folder.name, target, len(described)).encode())
     manifest = {
         "format": FORMAT, "kind": "timing", "target": target.name, "order": list(order), "networks": described,
-        "profile": profile, "facts": dict(facts),
+        "profile": profile, "facts": dict(facts()),
     }  # fmt: skip
     put(MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     write_bytes(folder / CHECKSUMS, "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode())

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING
 from compressor.errors import CompressorError
 from compressor.latency.surface import ALIGNMENT
 from compressor.latency.table import LatencyTable
+from compressor.latency.user_tables import check_name, find_user_table, user_tables
+from compressor.progress import say
 from compressor.recipe import shipped
+from export.here import ORT_CUDA
 
 if TYPE_CHECKING:
     from compressor.pruning.groups import Group
 
 LOCAL = "local"
+TENSORRT = "tensorrt"
 _TENSOR_CORES = {"fp16": 8, "int8": 32}
 
 
@@ -40,7 +44,7 @@ class KnownDevice:
 
 
 def devices() -> list[KnownDevice]:
-    """`local` and every shipped table, by name.
+    """`local`, every shipped table by name, and what the user measured elsewhere.
 
     Raises:
         CompressorError: a shipped table is damaged.
@@ -59,27 +63,45 @@ def devices() -> list[KnownDevice]:
         fields = table.fields
         runtime = f"{fields.runtime.name} {fields.runtime.version}".strip()
         found.append(KnownDevice(name, runtime, table.precisions, _how(table)))
+    own: dict[tuple[str, str], list[LatencyTable]] = {}
+    for _, table in user_tables():
+        fields = table.fields
+        own.setdefault((table.device, f"{fields.runtime.name} {fields.runtime.version}"), []).append(table)
+    for (name, runtime), tables in sorted(own.items()):
+        precisions = tuple(sorted({table.precision for table in tables}))
+        how = f"{_how(tables[-1])} by you, {len(tables)} network{'s' if len(tables) > 1 else ''}"
+        found.append(KnownDevice(name, runtime, precisions, how))
     return found
 
 
 def check_known(device: str) -> None:
-    """Refuse a device that has no table.
+    """Refuse a device that has no table and cannot be reached for one.
 
     Raises:
-        CompressorError: with the nearest names.
+        CompressorError: with the nearest names, or what is wrong with the address.
     """
+    if device.startswith("ssh:"):
+        return check_name(device)
     files = _table_files()
     if device == LOCAL or device in files:
         return
-    near = difflib.get_close_matches(device, [LOCAL, *files], n=3, cutoff=0.4)
+    own = {table.device for _, table in user_tables()}
+    if device in own:
+        return
+    near = difflib.get_close_matches(device, [LOCAL, *files, *own], n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise CompressorError(
         f"There is no latency table for the device {device!r}.", f"{hint}See all: compress devices"
     )
 
 
-def find_table(device: str) -> LatencyTable:
-    """The shipped table of a device.
+def find_table(device: str, precision: str | None = None, network: str | None = None) -> LatencyTable:
+    """The table of a device: the user's own where there is one, else the shipped one.
+
+    Args:
+        device: Its name.
+        precision, network: Which of the user's tables, by precision and by the network's signature; a table of
+            another network of the device is better than none.
 
     Raises:
         CompressorError: there is none (the nearest names are given), or its file is damaged.
@@ -90,7 +112,24 @@ def find_table(device: str) -> LatencyTable:
             "Use local_table(space, input).",
         )
     check_known(device)
-    return LatencyTable.read(_table_files()[device])
+    own = find_user_table(device, precision, network)
+    shipped_file = _table_files().get(device)
+    if own is not None:
+        if shipped_file is not None:
+            say(
+                f"The table of {device} that you measured on {own.fields.date} takes the shipped one's place."
+            )
+        return own
+    if shipped_file is not None:
+        return LatencyTable.read(shipped_file)
+    others = find_user_table(device)
+    made = f" It was measured in {others.precision}." if others is not None else ""
+    raise CompressorError(
+        f"There is no latency table of {device}{f' in {precision}' if precision else ''}.{made}",
+        f"Measure it: compress profile --model MODEL --device {device}"
+        + ("" if device.startswith("ssh:") else " --bundle DIR")
+        + (f" --precision {precision}" if precision else ""),
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -98,15 +137,15 @@ def recommended_granularity(runtime: str, precision: str) -> int:
     """Of which number channel counts should be multiples, so that none is paid for without being used.
 
     Args:
-        runtime: `onnxruntime-cpu` or `tensorrt`.
+        runtime: `onnxruntime-cpu`, `onnxruntime-cuda` or `tensorrt`.
         precision: `fp32`, `fp16` or `int8`.
 
     Returns:
-        For TensorRT 8 in FP16 and 32 in INT8 (tensor cores), else 1. For ONNX Runtime the channel block of its
+        For a GPU 8 in FP16 and 32 in INT8 (tensor cores), else 1. For ONNX Runtime the channel block of its
         convolutions on this CPU: narrower widths are padded to it, and widths that are no multiple of 4 take a
         much slower kernel.
     """
-    if runtime == "tensorrt":
+    if runtime in (TENSORRT, ORT_CUDA):
         return _TENSOR_CORES.get(precision, 1)
     from compressor.latency.calm import channel_block
 
@@ -126,7 +165,7 @@ def recommended_steps(groups: Iterable[Group], runtime: str, precision: str) -> 
         runtime, precision: As for `recommended_granularity`.
     """
     step = recommended_granularity(runtime, precision)
-    if runtime == "tensorrt":
+    if runtime in (TENSORRT, ORT_CUDA):
         return {group.name: step for group in groups}
     eighths = {group.name: max(1, group.width * group.unit // 8) for group in groups}
     return {name: min(step, max(ALIGNMENT, 2 ** int(math.log2(count)))) for name, count in eighths.items()}

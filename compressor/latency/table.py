@@ -114,8 +114,16 @@ class LatencyTable:
                 line += f"on {held.networks} unseen sub-networks"
         return line
 
-    def at(self, precision: str, *, batch: int = 1, runtime: str | None = None) -> LatencyTable:
-        """This table for a precision, batch and runtime.
+    def at(
+        self,
+        precision: str,
+        *,
+        batch: int = 1,
+        runtime: str | None = None,
+        version: str | None = None,
+        device: str | None = None,
+    ) -> LatencyTable:
+        """This table for a precision, batch, runtime, runtime version and device; what is None is not asked for.
 
         Raises:
             CompressorError: it was not made for them; what differs is named.
@@ -127,12 +135,18 @@ class LatencyTable:
             "batch": str(fields.batch),
             "runtime": fields.runtime.name,
         }
+        if version is not None and not self.estimated:
+            asked["runtime version"], made["runtime version"] = version, fields.runtime.version
+        if device is not None:
+            asked["device"], made["device"] = device, self.device
         wrong = [name for name in asked if asked[name] not in made[name].split(", ")]
         if wrong:
             differs = "; ".join(f"{name} is {made[name]}, not {asked[name]}" for name in wrong)
+            mend = "Measure the device again: compress profile"
+            if wrong == ["precision"]:
+                mend = f"Ask for --precision {self.precisions[0]}, or measure the device: compress profile"
             raise CompressorError(
-                f"The latency table of {self.device} was not made for this: its {differs}.",
-                f"Ask for --precision {self.precisions[0]}, or measure the device: compress profile",
+                f"The latency table of {self.device} was not made for this: its {differs}.", mend
             )
         return LatencyTable(fields.model_copy(update={"precision": precision}))
 

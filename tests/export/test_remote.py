@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +21,10 @@ from export.reference import Reference
 from export.remote import Connection, Destination, parse_destination, run_remote
 from export.to_onnx import export_onnx
 from tests.export.fake_trtexec import make_trtexec
+from tests.export.local_sshd import Board, open_board
 from tests.export.nets import SmallNet
 
 IMAGES = np.random.default_rng(4).standard_normal((2, 3, 16, 16)).astype(np.float32)
-SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 
 
 def test_addresses() -> None:
@@ -46,71 +43,10 @@ def test_what_is_no_address(url: str) -> None:
         parse_destination(url)
 
 
-class Board:
-    """An sshd on this machine whose sessions live in a folder of their own, and which drops when told to."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.home = folder, folder / "home"
-        self.home.mkdir(parents=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        for name in ("host", "client"):
-            key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
-            subprocess.run(key, check=True, stdin=subprocess.DEVNULL)
-        shutil.copy(folder / "client.pub", folder / "authorized")
-        session = folder / "session.sh"
-        session.write_text(
-            f"#!/bin/sh\ncd {self.home}\nHOME={self.home} export HOME\n"
-            f"printf '%s\\n' \"$SSH_ORIGINAL_COMMAND\" >>{folder}/commands\n"
-            f"if [ -s {folder}/drop ] && "
-            f"printf '%s' \"$SSH_ORIGINAL_COMMAND\" | grep -q \"$(cat {folder}/drop)\"; then\n"
-            f"  rm {folder}/drop\n  head -c 100000 >>{folder}/swallowed\n  kill -9 $PPID\n  exit 1\nfi\n"
-            'exec sh -c "$SSH_ORIGINAL_COMMAND"\n'
-        )
-        session.chmod(0o755)
-        (folder / "sshd_config").write_text(
-            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\nUsePAM no\n"
-            f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nPasswordAuthentication no\n"
-            f"PermitRootLogin yes\nForceCommand {session}\n"
-        )
-        if os.getuid() == 0:
-            Path("/run/sshd").mkdir(exist_ok=True)
-        self.process = subprocess.Popen(
-            [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")],
-            stderr=(folder / "sshd.log").open("w"),
-        )
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    break
-            time.sleep(0.05)
-        else:
-            self.process.kill()
-            pytest.skip(f"sshd does not start: {(folder / 'sshd.log').read_text()}")
-        self.options = ["-F", "none", "-i", str(folder / "client"), "-o", "StrictHostKeyChecking=no"]
-        self.options += ["-o", f"UserKnownHostsFile={folder}/known", "-o", "LogLevel=ERROR"]
-        self.url = f"ssh://127.0.0.1:{self.port}"
-
-    def connection(self) -> Connection:
-        return Connection(parse_destination(self.url), options=self.options, attempts=2, pause_s=0.05)
-
-    def drop_at(self, words: str) -> None:
-        """Cut the connection when the next command with these words runs."""
-        (self.folder / "drop").write_text(words)
-
-    def commands(self) -> str:
-        return (self.folder / "commands").read_text()
-
-
 @pytest.fixture(scope="module")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
-    if not Path(SSHD).exists() or not shutil.which("ssh-keygen"):
-        pytest.skip("there is no sshd on this machine")
-    made = Board(tmp_path_factory.mktemp("board"))
-    yield made
-    made.process.terminate()
-    made.process.wait(timeout=10)
+    with open_board(tmp_path_factory.mktemp("board")) as made:
+        yield made
 
 
 @pytest.fixture

@@ -1,0 +1,151 @@
+"""What `export.here` finds on this machine's GPU, as devices that time a network and, where they can, its operators."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from compressor.latency.carry import Precision, in_precision, weighted_nodes
+from compressor.latency.fused import shares_of_layers
+from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork
+from export.archive import CHECKSUMS
+from export.bench import OnnxRunner
+from export.cuda import find_device
+from export.errors import ExportError
+from export.here import CPU, PROVIDERS, TRTEXEC, USUAL, Backend, find_trtexec
+from export.onnx_header import parse_header
+from export.targets import Target
+from export.timing_bundle import MANIFEST, SCRIPT, write_timing_bundle
+from export.timing_results import read_timings
+from export.trt import RTX
+
+_ONE = "network"
+
+
+def device_of(backend: Backend, precision: Precision) -> Device:
+    """What measures networks in a precision."""
+    if backend.kind == TRTEXEC:
+        return Trtexec(find_trtexec() or USUAL, precision)
+    if backend.kind in PROVIDERS:
+        return OrtGpu(PROVIDERS[backend.kind], precision)
+    return TensorRt(backend.kind, precision)
+
+
+class TensorRt:
+    """TensorRT, or TensorRT-RTX, through its Python module.
+
+    Args:
+        module: `tensorrt` or `tensorrt_rtx_bindings`.
+        precision: Of the networks; they come in FP32.
+    """
+
+    def __init__(self, module: str, precision: Precision) -> None:
+        self.module, self.precision = module, precision
+
+    def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
+        """Build an engine, time it by the GPU's events, then profile its layers."""
+        from export.engine import build_engine
+        from export.runner import EngineRunner
+
+        with tempfile.TemporaryDirectory(prefix="compressor-engine-") as folder:
+            path, engine = Path(folder) / "network.onnx", Path(folder) / "network.engine"
+            path.write_bytes(in_precision(network.model, self.precision, _shape(network)))
+            capability = None
+            if self.module == RTX and (gpu := find_device()) is not None:
+                capability = gpu.compute_capability
+            build_engine(path, engine, module=self.module, compute_capability=capability)
+            runner = EngineRunner(engine)
+            times = runner.times_ms(warmup_s=seconds / 4, duration_s=seconds)
+            layers = runner.layer_times() if network.operators else []
+        return NetworkTimes(np.asarray(times), _operators(layers, network))
+
+
+class Trtexec:
+    """trtexec on this machine, called by the script that devices get.
+
+    Args:
+        program: Where it is.
+        precision: Of the networks; they come in FP32.
+    """
+
+    def __init__(self, program: Path, precision: Precision) -> None:
+        self.program, self.precision = program, precision
+        self.version = ""
+
+    def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
+        """One bundle of one network, run here."""
+        with tempfile.TemporaryDirectory(prefix="compressor-trtexec-") as name:
+            folder = Path(name) / "bundle"
+            content = in_precision(network.model, self.precision, _shape(network))
+            target = Target("", "GPU", "", 8, 20, True, 0)
+            profile = network.operators > 0
+            write_timing_bundle(folder, [(_ONE, content)], [_ONE], target=target, facts=dict, profile=profile)
+            duration = str(max(1, round(seconds)))
+            done = subprocess.run(
+                ["sh", str(folder / "run.sh"), "--duration", duration, "--warmup", "1", "--processes", "1"],
+                env={**os.environ, "TRTEXEC": str(self.program)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode not in (0, 1):
+                lines = done.stderr.strip().splitlines() or [f"{SCRIPT} ended with {done.returncode}"]
+                raise ExportError(f"trtexec cannot be used: {lines[-1].replace('error: ', '', 1)}.")
+            given = {each: (folder / each).read_bytes() for each in (MANIFEST, CHECKSUMS)}
+            timings = read_timings(folder / "results", folder, given)
+        timed = timings.networks[_ONE]
+        if timed.reason:
+            raise ExportError(f"trtexec cannot measure the network: {timed.reason.rstrip('.')}.")
+        self.version = timings.board.tensorrt
+        return NetworkTimes(np.asarray(timed.times_ms), _operators(timed.layers, network))
+
+
+class OrtGpu:
+    """ONNX Runtime with one of its providers for GPUs.
+
+    Its profiler sees when kernels are started, not how long they take, so that operators are not told apart.
+
+    Args:
+        provider: ONNX Runtime's name of it.
+        precision: Of the networks; they come in FP32.
+    """
+
+    def __init__(self, provider: str, precision: Precision) -> None:
+        self.provider, self.precision = provider, precision
+
+    def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
+        """End to end.
+
+        Raises:
+            ExportError: the provider is there, but cannot be used, and ONNX Runtime would run on the CPU.
+        """
+        content = in_precision(network.model, self.precision, _shape(network))
+        runner = OnnxRunner(content, providers=(self.provider, "CPUExecutionProvider"))
+        active = list(runner.session.get_providers())
+        if active[:1] != [self.provider]:
+            raise ExportError(
+                f"ONNX Runtime has {self.provider}, but cannot use it here.",
+                f"Install what it needs, or take the CPU: export COMPRESSOR_BACKEND={CPU}",
+            )
+        once = runner.warm_up(seconds / 4)
+        times = runner.time(max(7, min(2000, int(seconds * 1e3 / once))))
+        return NetworkTimes(np.asarray(times), np.zeros((0, network.operators)))
+
+
+def _operators(layers: Sequence[tuple[str, float]], network: TaggedNetwork) -> npt.NDArray[np.float64]:
+    """(1, operators) where the layers tell them apart, else (0, operators)."""
+    if not network.operators:
+        return np.zeros((0, 0))
+    shares = shares_of_layers(layers, network.owner, weighted_nodes(network))
+    return shares.operators_ms[None] if shares.trusted else np.zeros((0, network.operators))
+
+
+def _shape(network: TaggedNetwork) -> tuple[int, ...]:
+    header = parse_header(network.model, "the network")
+    return header.shapes[header.inputs[0]][1:]

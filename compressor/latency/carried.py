@@ -1,0 +1,245 @@
+"""From what a device sent back to a measured table of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from compressor.errors import CompressorError
+from compressor.latency.assemble import Made, Sample, table_from
+from compressor.latency.carry import DENSE, TableFacts
+from compressor.latency.fused import Floats, fitted_shares, shares_of_layers
+from compressor.latency.layout import as_space, layout_of, signature
+from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
+from compressor.latency.schema import DeviceFields, RuntimeFields
+from compressor.latency.signature import channels
+from compressor.latency.table import LatencyTable
+from compressor.progress import say
+from export.archive import CHECKSUMS
+from export.errors import ExportError
+from export.files import read_bytes, sha256_bytes
+from export.timing_bundle import MANIFEST
+from export.timing_results import Timings, read_manifest, read_timings
+
+BLOCKS = {"fp16": 8, "int8": 32}
+"""Channels that tensor cores compute at once."""
+
+NOISY, UNSTEADY = 0.15, 0.5
+"""Drift of the dense network that is said, and that is refused."""
+
+MOST_FAILED = 0.1
+FASTEST_MACS = 1e15
+"""Multiply-adds a second: no device computes faster, so that a table above it has wrong units."""
+
+RUNTIME = "tensorrt"
+
+
+def table_of_results(given: Path, device: str | None = None) -> LatencyTable:
+    """The table of a bundle that came back.
+
+    Args:
+        given: The bundle's folder with `results` or `results.tar.gz` in it, or one of these two inside the bundle.
+        device: The name of the table, instead of the one that the bundle was made for.
+
+    Raises:
+        CompressorError, ExportError: something is missing or damaged, or does not belong together.
+    """
+    folder, results = _places(given)
+    files = _trusted(folder)
+    manifest = read_manifest(files, folder)
+    try:
+        facts = TableFacts.model_validate(manifest["facts"])
+    except (KeyError, ValidationError) as error:
+        raise CompressorError(
+            f"{folder} is no bundle that a table is made of: {_first(error)}.",
+            "Make it with: compress profile --bundle",
+        ) from None
+    return table_of_timings(
+        facts, read_timings(results, folder, files), folder, device, sha256_bytes(files[CHECKSUMS])
+    )
+
+
+def table_of_timings(
+    facts: TableFacts, timings: Timings, source: Path, device: str | None, bundle: str
+) -> LatencyTable:
+    """The table, from checked times."""
+    layout = layout_of(facts.layout)
+    _require_consistent(facts, timings, source)
+    samples, mapped = _samples(facts, timings)
+    dense = next(sample for name, sample in samples.items() if name == DENSE)
+    _require_plausible(facts, dense)
+    drift = _drift(timings)
+    fitted = [sample for name, sample in samples.items() if facts.candidates[name].role == "fitted"]
+    unseen = [sample for name, sample in samples.items() if facts.candidates[name].role == "held out"]
+    board, seconds = timings.board, sum(sum(each.times_ms) for each in timings.networks.values()) / 1e3
+    clocks = _clocks(timings)
+    how = (
+        "the time of each layer from trtexec's profile, n counting profiles"
+        if mapped
+        else "TensorRT's layers could not be told apart by operator, so that operators have their share of the whole "
+        "networks' times by a fit of arithmetic, traffic and launches"
+    )
+    made = Made(
+        device=DeviceFields(
+            name=device or facts.device,
+            sku=board.title if board.title != "the device" else "",
+            compute_capability=board.compute_capability,
+            power_mode=board.power_mode,
+            clocks=clocks,
+        ),
+        runtime=RuntimeFields(name=RUNTIME, version=board.tensorrt),
+        precision=facts.precision,
+        block=BLOCKS.get(facts.precision, 1),
+        protocol=(
+            f"{facts.model}: {len(fitted) + 1} sub-networks measured by trtexec on the device in {timings.turns} turns, "
+            f"every other one backwards, each for {timings.duration_s} s after {timings.warmup_s} s of warm-up; "
+            f"{len(unseen)} more were held out; the dense network first and last in each turn; {how}"
+        ),
+        sources=(f"bundle {bundle}", f"results {timings.digest}", f"board {board.identity}"),
+    )
+    return table_from(as_space(layout), [dense, *fitted, dense], unseen, drift, seconds, 0, made)
+
+
+def _places(given: Path) -> tuple[Path, Path]:
+    """The bundle's folder and the results in it."""
+    if given.name in ("results", "results.tar.gz") and not (given / MANIFEST).is_file():
+        folder, results = given.parent, given
+    else:
+        folder = given
+        found = [folder / name for name in ("results.tar.gz", "results") if (folder / name).exists()]
+        results = found[0] if found else folder / "results.tar.gz"
+    if not folder.is_dir() or not (folder / MANIFEST).is_file():
+        raise CompressorError(
+            f"{folder} is no bundle: it has no {MANIFEST}.",
+            "Put results.tar.gz into the folder that compress profile --bundle wrote, and give that folder.",
+        )
+    if not results.exists():
+        raise CompressorError(
+            f"{folder} has no results yet.",
+            f"Run sh {folder.name}/run.sh on the device, and bring results.tar.gz back into {folder}.",
+        )
+    return folder, results
+
+
+def _trusted(folder: Path) -> dict[str, bytes]:
+    """The manifest and the list of checksums, once the one agrees with the other."""
+    files = {name: read_bytes(folder / name, "file of the bundle") for name in (MANIFEST, CHECKSUMS)}
+    line = f"{sha256_bytes(files[MANIFEST])}  {MANIFEST}"
+    if line not in files[CHECKSUMS].decode("utf-8", errors="replace").splitlines():
+        raise ExportError(
+            f"{folder}: the checksum of {MANIFEST} does not match.", "Give the bundle as it was written."
+        )
+    return files
+
+
+def _require_consistent(facts: TableFacts, timings: Timings, source: Path) -> None:
+    layout = layout_of(facts.layout)
+    groups, operators = len(layout.groups), len(layout.layers)
+    wrong = [
+        name
+        for name, each in facts.candidates.items()
+        if len(each.widths) != groups
+        or len(each.weighted) != operators
+        or any(owner >= operators for owner in each.owner)
+        or any(node >= len(each.owner) for node in each.weighted)
+    ]
+    if wrong or set(facts.candidates) != set(timings.networks) or DENSE not in facts.candidates:
+        raise CompressorError(f"{source} contradicts itself about the network {(wrong or [DENSE])[0]}.")
+    if signature(layout) != facts.network or len(facts.epilogues) != operators:
+        raise CompressorError(f"{source} contradicts itself about its layers.")
+    failed = {name: each.reason for name, each in timings.networks.items() if each.reason}
+    if DENSE in failed or len(failed) > MOST_FAILED * len(timings.networks):
+        name = DENSE if DENSE in failed else next(iter(failed))
+        raise CompressorError(
+            f"{len(failed)} of {len(timings.networks)} networks could not be measured on the device; {name}: "
+            f"{failed[name].rstrip('.')}.",
+            "Look at results/*/build.log there; run sh run.sh again once it is mended.",
+        )
+    if failed:
+        say(f"{len(failed)} of {len(timings.networks)} networks could not be measured, and are left out.")
+
+
+def _samples(facts: TableFacts, timings: Timings) -> tuple[dict[str, Sample], bool]:
+    """A sample for each measured network, and whether TensorRT's layers told the operators apart."""
+    layout = layout_of(facts.layout)
+    names = [name for name in facts.candidates if not timings.networks[name].reason]
+    widths = np.asarray([facts.candidates[name].widths for name in names], dtype=np.int64)
+    c_in, c_out = channels(as_space(layout), widths)
+    if (c_in < 1).any() or (c_out < 1).any():
+        raise CompressorError("The bundle has a network with a layer of no channels.")
+    whole = np.asarray([np.median(timings.networks[name].times_ms) for name in names])
+    found = [
+        shares_of_layers(
+            timings.networks[name].layers, facts.candidates[name].owner, facts.candidates[name].weighted
+        )
+        for name in names
+    ]
+    mapped = all(each.trusted for each in found)
+    operators: Sequence[Floats] = (
+        [each.operators_ms for each in found]
+        if mapped
+        else list(fitted_shares(layout.layers, c_in, c_out, whole, BLOCKS.get(facts.precision, 1)))
+    )
+    network = TaggedNetwork(b"", (), facts.epilogues)
+    return {
+        name: Sample(
+            c_in[place], c_out[place], network,
+            NetworkTimes(np.asarray(timings.networks[name].times_ms), np.asarray(operators[place])[None]),
+        )
+        for place, name in enumerate(names)
+    }, mapped  # fmt: skip
+
+
+def _drift(timings: Timings) -> float:
+    """The dense network at the end of a turn over its start, minus one: the median of all turns."""
+    turns: dict[int, list[tuple[int, float]]] = {}
+    for turn in timings.networks[DENSE].turns:
+        turns.setdefault(turn.turn, []).append((turn.slot, float(np.median(turn.times_ms))))
+    drift = float(np.median([max(each)[1] / min(each)[1] - 1 for each in turns.values()]))
+    if abs(drift) > UNSTEADY:
+        raise CompressorError(
+            f"The device did not hold still: the dense network took {drift:+.0%} at the end.",
+            "Hold its clocks (sudo jetson_clocks), keep it cool and free of other work, delete results there, and "
+            "measure again.",
+        )
+    if abs(drift) > NOISY:
+        say(f"The device was not quiet: the dense network took {drift:+.0%} at the end. Predictions suffer.")
+    return drift
+
+
+def _require_plausible(facts: TableFacts, dense: Sample) -> None:
+    macs = 0.0
+    for layer, inputs, outputs in zip(layout_of(facts.layout).layers, dense.c_in, dense.c_out, strict=True):
+        taps, pixels = float(np.prod(layer.kernel or (1,))), float(np.prod(layer.out_hw))
+        macs += (
+            pixels
+            * taps
+            * float(outputs)
+            * (1 if layer.kind == "depthwise" else float(inputs) / max(1, layer.groups))
+        )
+    if macs / (dense.times.median_ms / 1e3) > FASTEST_MACS:
+        raise CompressorError(
+            f"The dense network is said to take {dense.times.median_ms:.3g} ms for {macs:.3g} multiply-adds: no device is "
+            "that fast. The times are in another unit, or are not of this network.",
+        )
+
+
+def _clocks(timings: Timings) -> str:
+    """The clocks that were read while measuring, and the highest that trtexec named."""
+    seen: dict[str, list[int]] = {}
+    for each in timings.networks.values():
+        for turn in each.turns:
+            for name, mhz in turn.clocks.items():
+                seen.setdefault(name, []).append(mhz)
+    read = [f"{name} {int(np.median(values))} MHz" for name, values in sorted(seen.items())]
+    return ", ".join([*([f"GPU at most {timings.board.clock}"] if timings.board.clock else []), *read[:6]])
+
+
+def _first(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+    return "it lacks what it was made for"

@@ -1,0 +1,233 @@
+"""A device that is not here: the sub-networks to be timed there, in a folder to carry to it.
+
+The choice is that of `design`: every operator sees the widths that its table needs. The dense network comes first
+and last, those held out for the error are spread among the others, and the order is otherwise random. Weights play
+no part in time; each tensor repeats its first few thousand values, so that the folder packs small.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from compressor.errors import CompressorError
+from compressor.latency.assemble import export_candidate
+from compressor.latency.design import anchor_widths, grid_widths, random_widths
+from compressor.latency.layout import LayoutFields, layout_fields, signature
+from compressor.latency.ort_profile import TaggedNetwork
+from compressor.latency.signature import Widths
+from compressor.progress import bar
+from compressor.run_dir import disk_error
+from export.errors import ExportError
+from export.half import convert_half
+from export.quantize import quantize_onnx
+from export.targets import TARGETS, Target
+from export.timing_bundle import write_timing_bundle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor.pruning.space import PruningSpace
+
+LEVELS, HELD_OUT = 5, 10
+DENSE = "dense"
+REPEATED = 4096
+_UNKNOWN = Target("", "device", "", 8, 17, True, 0)
+_CALIBRATION = 4
+
+Precision = Literal["fp32", "fp16", "int8"]
+Index = Annotated[int, Field(ge=0, le=100_000)]
+
+
+class CandidateFields(BaseModel):
+    """One network of a bundle.
+
+    Attributes:
+        role: What it is for.
+        widths: Of each group.
+        owner: For each node of the file as it was exported, the operator that it counts to.
+        weighted: For each operator, the node that bears its weight.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Literal["dense", "fitted", "held out"]
+    widths: tuple[Index, ...]
+    owner: tuple[Index, ...]
+    weighted: tuple[Index, ...]
+
+
+class TableFacts(BaseModel):
+    """What a bundle says of the table that is to be made of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    purpose: Literal["table"] = "table"
+    device: Annotated[str, Field(max_length=200)]
+    model: Annotated[str, Field(max_length=400)]
+    precision: Precision
+    network: Annotated[str, Field(max_length=64)]
+    layout: LayoutFields
+    epilogues: tuple[Annotated[str, Field(max_length=2000)], ...]
+    candidates: Annotated[dict[str, CandidateFields], Field(max_length=2000)]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What was written: where, how many networks, how many bytes."""
+
+    folder: Path
+    networks: int
+    size: int
+
+
+def target_of(device: str) -> Target:
+    """What the device reads: of a known module its facts, else those that suit all newer ones."""
+    return TARGETS.get(device, _UNKNOWN)
+
+
+def write_table_bundle(
+    space: PruningSpace,
+    example: Tensor,
+    folder: Path,
+    *,
+    device: str,
+    model: str,
+    precision: Precision,
+    opset: int = 17,
+    seed: int = 0,
+) -> Carried:
+    """Write the folder; it appears whole or not at all.
+
+    Args:
+        space, example: The network, and a batch of one.
+        folder: Where; it must not exist, or be empty.
+        device: The name that the table will have.
+        model: The network's name, for people.
+        precision: Of the networks.
+        opset: Of their files, lowered to what the device reads.
+        seed: Which sub-networks.
+
+    Raises:
+        CompressorError, ExportError: the folder is taken, or a network cannot be exported.
+    """
+    refuse_taken(folder)
+    target = target_of(device)
+    rows = candidate_rows(space, seed)
+    order = [DENSE, *(name for name in rows if name != DENSE), DENSE]
+    first: list[TaggedNetwork] = []
+    candidates: dict[str, CandidateFields] = {}
+
+    def networks() -> Iterator[tuple[str, bytes]]:
+        ranking = space.rank()
+        with bar("Writing networks", len(rows)) as progress:
+            for name, (role, widths) in rows.items():
+                network = export_candidate(space, ranking, example, widths, opset=min(opset, target.opset))
+                first[:] = first or [network]
+                candidates[name] = CandidateFields(
+                    role=role, widths=tuple(int(width) for width in widths), owner=network.owner,
+                    weighted=weighted_nodes(network),
+                )  # fmt: skip
+                yield name, in_precision(_repeating(network.model), precision, tuple(example.shape[1:]))
+                progress.advance(1, name)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        part = Path(temporary) / folder.name
+
+        def facts() -> dict[str, Any]:
+            return TableFacts(
+                device=device,
+                model=model,
+                precision=precision,
+                network=signature(space),
+                layout=layout_fields(space),
+                epilogues=first[0].epilogues,
+                candidates=candidates,
+            ).model_dump(mode="json")
+
+        size = write_timing_bundle(part, networks(), order, target=target, facts=facts)
+        try:
+            if folder.is_dir():
+                folder.rmdir()
+            part.rename(folder)
+        except OSError as error:
+            raise disk_error(folder, error) from error
+    return Carried(folder, len(rows), size)
+
+
+def refuse_taken(folder: Path) -> None:
+    """A bundle is never written over anything.
+
+    Raises:
+        CompressorError: there is something.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise CompressorError(f"{folder} exists already.", "Choose another --bundle DIR, or delete it.")
+
+
+def in_precision(content: bytes, precision: Precision, shape: tuple[int, ...]) -> bytes:
+    """An FP32 ONNX file in the precision that is to be timed; INT8 ranges are those of random inputs."""
+    if precision == "fp32":
+        return content
+    with tempfile.TemporaryDirectory(prefix="compressor-carry-") as folder:
+        source, goal = Path(folder) / "network.onnx", Path(folder) / "converted.onnx"
+        source.write_bytes(content)
+        if precision == "fp16":
+            convert_half(source, goal)
+        else:
+            noise = np.random.default_rng(0).standard_normal((_CALIBRATION, *shape)).astype(np.float32)
+            quantize_onnx(source, goal, noise)
+        return goal.read_bytes()
+
+
+def weighted_nodes(network: TaggedNetwork) -> tuple[int, ...]:
+    """The node that bears each operator's weight, by its place in the file."""
+    import onnx
+
+    kinds = [node.op_type for node in onnx.load_model_from_string(network.model).graph.node]
+    found: dict[int, int] = {}
+    for place, (kind, owner) in enumerate(zip(kinds, network.owner, strict=True)):
+        if kind in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            found.setdefault(owner, place)
+    if sorted(found) != list(range(network.operators)):
+        raise ExportError("The operators of the network were not found again in its file.")
+    return tuple(found[owner] for owner in range(network.operators))
+
+
+def candidate_rows(
+    space: PruningSpace, seed: int
+) -> dict[str, tuple[Literal["dense", "fitted", "held out"], Widths]]:
+    """Name -> (role, widths), in the order of measuring; no widths occur twice."""
+    dense = np.asarray(space.dense_widths, dtype=np.int64)
+    fitted = np.concatenate([anchor_widths(space), grid_widths(space, levels=LEVELS, seed=seed)])
+    held = random_widths(space, HELD_OUT, seed=seed + 1)
+    roles: list[tuple[Literal["fitted", "held out"], Widths]] = [("fitted", row) for row in fitted]
+    roles += [("held out", row) for row in held]
+    known = {dense.tobytes()}
+    found: list[tuple[Literal["dense", "fitted", "held out"], Widths]] = [("dense", dense)]
+    for place in np.random.default_rng(seed).permutation(len(roles)):
+        role, row = roles[place]
+        if row.tobytes() not in known:
+            known.add(row.tobytes())
+            found.append((role, row))
+    return {DENSE if place == 0 else f"n{place:02d}": entry for place, entry in enumerate(found)}
+
+
+def _repeating(content: bytes) -> bytes:
+    """The same network with the first values of each large weight repeated all over it."""
+    import onnx
+    from onnx import numpy_helper
+
+    proto: Any = onnx.load_model_from_string(content)
+    for item in proto.graph.initializer:
+        if item.data_type == onnx.TensorProto.FLOAT and np.prod(item.dims) > REPEATED:
+            values = np.resize(numpy_helper.to_array(item).reshape(-1)[:REPEATED], tuple(item.dims))
+            item.CopyFrom(numpy_helper.from_array(values, item.name))
+    return bytes(proto.SerializeToString(deterministic=True))

@@ -1,0 +1,194 @@
+"""A device over ssh from end to end: a local sshd, a stand-in for trtexec, tables, single networks, a whole run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from compressor.errors import CompressorError
+from compressor.latency import carry, over_ssh
+from compressor.latency.over_ssh import fresh_ssh_table, measured_over_ssh, ssh_table
+from compressor.latency.table import LatencyTable
+from compressor.latency.user_tables import find_user_table
+from compressor.pruning.space import PruningSpace
+from export.errors import ExportError
+from export.files import sha256_bytes
+from tests.export.fake_trtexec import make_trtexec
+from tests.export.local_sshd import Board, open_board
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+    with open_board(tmp_path_factory.mktemp("board")) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _quick(
+    board: Board, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small design, short measurements, an `ssh` that knows the board, and tables of its own for each test."""
+    monkeypatch.setattr(carry, "LEVELS", 2)
+    monkeypatch.setattr(carry, "HELD_OUT", 2)
+    quick = {"duration_s": 1, "warmup_s": 0, "processes": 1, "poll_s": 0.1, "pause_s": 0.05}
+    monkeypatch.setattr(over_ssh, "PROTOCOL", quick)
+    monkeypatch.setenv("PATH", board.ssh_on_path(tmp_path / "bin"))
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    shutil.rmtree(board.home / ".cache", ignore_errors=True)
+    has(board, "10.3.0")
+
+
+def has(board: Board, version: str, **behaviour: object) -> None:
+    """Give the board a version of trtexec."""
+    memory = str(board.folder / "memory")
+    make_trtexec(board.folder / "bin", version, **{"rule": "named", "memory": memory, **behaviour})
+
+
+def left(board: Board) -> list[Path]:
+    """The bundles that lie on the board."""
+    return list((board.home / ".cache" / "compressor-bundles").glob("*"))
+
+
+def table_of(board: Board, space: PruningSpace, example: Tensor) -> LatencyTable:
+    return ssh_table(board.url, space, example, model="small", precision="fp16")
+
+
+def test_a_table_is_measured_once(
+    board: Board, space: PruningSpace, example: Tensor, said: list[str]
+) -> None:
+    board.drop_at("cat >>")  # and the connection drops on the way
+    first = table_of(board, space, example)
+    assert not (board.folder / "drop").exists()
+    assert (first.device, first.fields.how, first.fields.runtime.version) == (board.url, "measured", "10.3.0")
+    assert first.covers(space)
+    assert left(board) == []
+    before = board.commands().count("run.sh")
+    assert table_of(board, space, example).to_json() == first.to_json()
+    assert board.commands().count("run.sh") == before
+    assert any("TensorRT 10.3.0" in line for line in said)
+    has(board, "10.13.2")
+    with pytest.raises(CompressorError, match=r"TensorRT is 10\.13\.2, and was 10\.3\.0") as refused:
+        table_of(board, space, example)
+    assert f"compress profile --model MODEL --device {board.url}" in refused.value.hint
+    anew = fresh_ssh_table(board.url, space, example, model="small", precision="fp16")
+    assert anew.fields.runtime.version == "10.13.2"
+    assert find_user_table(board.url, "fp16") is not None
+    assert any("It is measured anew" in line for line in said)
+
+
+def test_single_networks(board: Board, space: PruningSpace, example: Tensor) -> None:
+    ranking = space.rank()
+    dense, slim = (
+        carry.in_precision(
+            carry.export_candidate(space, ranking, example, widths).model, "fp16", tuple(example.shape[1:])
+        )
+        for widths in (space.dense_widths, space.min_widths)
+    )
+    stats = measured_over_ssh(board.url, dense, slim, None)
+    assert [each.runtime for each in stats] == ["tensorrt", "tensorrt"]
+    assert 0 < stats[1].median_ms < stats[0].median_ms
+    assert (stats[0].runs, stats[1].runs) == (42, 21)  # dense first and last
+    assert left(board) == []
+
+
+def test_a_device_that_fails_keeps_what_it_has(board: Board, space: PruningSpace, example: Tensor) -> None:
+    has(board, "10.3.0", fail="build")
+    with pytest.raises(
+        CompressorError, match=r"could not be measured on the device; dense: .*Could not find any"
+    ):
+        table_of(board, space, example)
+    (place,) = left(board)
+    has(board, "10.3.0")
+    assert table_of(board, space, example).covers(space)
+    assert not place.exists()
+
+
+def test_a_script_that_was_ended_goes_on(board: Board, space: PruningSpace, example: Tensor) -> None:
+    has(board, "10.3.0", die_after=20)
+    (board.folder / "bin" / "trtexec.calls").unlink(missing_ok=True)
+    with pytest.raises(CompressorError, match=r"The script on 127\.0\.0\.1 was ended") as ended:
+        table_of(board, space, example)
+    assert "The same command goes on where it was" in ended.value.hint
+    (place,) = left(board)
+    assert place.name in ended.value.hint
+    kept = len(list(place.glob("*/results/*/1-*.txt")))
+    assert kept > 0
+    has(board, "10.3.0")
+    assert table_of(board, space, example).covers(space)
+    assert left(board) == []
+
+
+def test_what_the_device_lacks(board: Board, space: PruningSpace, example: Tensor) -> None:
+    (board.folder / "bin" / "trtexec").unlink()
+    with pytest.raises(CompressorError, match="trtexec was not found: install TensorRT"):
+        table_of(board, space, example)
+    assert left(board) == []
+
+
+def test_a_full_disk(board: Board) -> None:
+    content = b"x" * 100
+    (board.home / f"full.{sha256_bytes(content)[:16]}.part").symlink_to("/dev/full")
+    with (
+        board.connection() as connection,
+        pytest.raises(ExportError, match="No space left on device") as full,
+    ):
+        connection.put(content, "full", lambda text: None)
+    assert "Make room there" in full.value.hint
+
+
+def test_another_host_key(board: Board, space: PruningSpace, example: Tensor, tmp_path: Path) -> None:
+    table_of(board, space, example)
+    known = tmp_path / "known"
+    stranger = (board.folder / "client.pub").read_text().split()[:2]
+    port = board.url.rpartition(":")[2]
+    known.write_text(f"[127.0.0.1]:{port} {' '.join(stranger)}\n")
+    program = tmp_path / "bin" / "ssh"
+    text = program.read_text().replace(f"{board.folder}/known", str(known))
+    program.write_text(text.replace("StrictHostKeyChecking=no", "StrictHostKeyChecking=yes"))
+    with pytest.raises(CompressorError, match="Host key verification failed") as refused:
+        table_of(board, space, example)
+    assert f"ssh-keygen -R [127.0.0.1]:{port}" in refused.value.hint
+
+
+def test_addresses_that_are_none(space: PruningSpace, example: Tensor) -> None:
+    from compressor.latency.devices import check_known
+
+    for url in ("ssh://", "ssh://-oProxyCommand=x", "ssh:host", "ssh://a b"):
+        with pytest.raises(CompressorError, match="is no address"):
+            check_known(url)
+    check_known("ssh://me@orin.local:2222")
+
+
+def test_a_whole_run(board: Board, tmp_path: Path) -> None:
+    from compressor import compress
+    from compressor.recipe import parse_recipe
+
+    recipe = parse_recipe(
+        {
+            "model": "cifar_resnet20",
+            "device": board.url,
+            "agent": "uniform",
+            "epochs": 2,
+            "budgets": {"latency": "70%"},
+            "search": {"max_evaluations": 3, "search_images": 32},
+            "export": {"engine": False},
+        },
+        "test",
+    )
+    result = compress(recipe, out=tmp_path / "run")
+    latency = result.manifest["latency"]
+    assert (latency["device"], latency["runtime"], latency["precision"]) == (
+        board.url,
+        "tensorrt 10.3.0",
+        "fp16",
+    )
+    assert latency["estimated"] is False
+    (budget,) = result.manifest["budgets"]
+    assert budget["measured"] == latency["measured_ms"] < latency["dense_ms"]
+    assert (result.exit_code, budget["kept"]) == (0, True)
+    assert result.manifest["rounds"][-1]["measured_ms"] == pytest.approx(budget["measured"], rel=0.05)
+    assert left(board) == []
