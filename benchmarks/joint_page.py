@@ -166,7 +166,8 @@ def _protocol(setting: Setting, rows: Sequence[Row]) -> str:
         "Written by `python -m benchmarks.results_joint` from its runs. A row is a recipe of `recipes/joint`.",
         "Accuracy is that of the last epoch on test images that neither training nor the search has seen. A baseline",
         "has the same total epochs as the rows compared with it, in one schedule and without a teacher. MACs are",
-        "counted by fvcore on the slim module that is loaded from the run's folder.",
+        "counted by fvcore on the slim module that is loaded from the run's folder. Given weights may have seen the",
+        "images of the search split; that helps all rows from given weights alike.",
     ]
     if setting.epochs != setting.whole:
         lines += [
@@ -249,7 +250,8 @@ def _missing(missing: Sequence[str], command: str) -> str:
     names = ", ".join(
         f"`{name}`" + (f" ({count} seeds)" if count > 1 else "") for name, count in counts.items()
     )
-    return f"{len(missing)} cells: {names}.\n\nThis fills them:\n\n```bash\n{command}\n```"
+    many = f"{len(missing)} cell{'s' if len(missing) > 1 else ''}"
+    return f"{many}: {names}.\n\nThis fills them:\n\n```bash\n{command}\n```"
 
 
 def _mean(values: Any) -> float:
