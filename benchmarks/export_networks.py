@@ -5,8 +5,9 @@
 Twenty torchvision networks with random weights are exported and compared with themselves: differences are relative to
 the largest output of the FP32 file, on inputs from PHOTOS (any images below that folder), or on noise. The slim
 networks are whole runs: each of FOLDER's `resnet20*.pt` and `resnet56*.pt` is pruned to half of its multiply-adds, by
-one ratio for all groups and by a knapsack, fine-tuned on DATA (train/CLASS/*.jpg, test/CLASS/*.jpg), and exported; their
-accuracies are those of the exported files on the test images. Engines are for compute capability 8.6.
+one ratio for all groups and by a knapsack, fine-tuned on DATA (train/CLASS/*.jpg, test/CLASS/*.jpg), and exported. The
+accuracies are those of the exported files on the test images. Engines of torchvision networks are for compute
+capability 8.6, those of slim networks for 8.6, 8.9 and 12.0 together.
 
 What is finished is kept in `--out`, so that a second call goes on; `--seconds` starts no network after that time.
 """
@@ -186,7 +187,7 @@ def slim_row(
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """Every network's row, read where it is finished and made where not; those that time does not allow are left out."""
+    """Every network's row, read where it is finished and made where not, as far as time allows."""
     out, started = Path(options.out), time.perf_counter()
     (out / "rows").mkdir(parents=True, exist_ok=True)
     inputs: list[NDArray[np.float32]] = []

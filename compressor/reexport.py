@@ -64,6 +64,11 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
             path = finished.path_of(request)
             if not path.exists():
                 yield from finished.onnx(request)
+            elif precision == "int8" and _rest_of(path) != (request.rest or "fp16"):
+                yield (
+                    f"{path.name} computes its rest in {_rest_of(path)}; another one is made by: "
+                    f"compress export {folder} --precision int8 --rest {request.rest or 'fp16'}"
+                )
             networks.append(path)
         images = first_images(finished.data.test, REFERENCE_IMAGES)
         session = open_session(run.file(MODEL), threads=1)
@@ -116,7 +121,7 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
         run.save(devices=[*others, entry])
         yield f"{found.board.get('model') or found.target}, TensorRT {found.board.get('tensorrt')}:"
         for network in found.networks:
-            yield f"  {network}"
+            yield f"  {network.describe()}"
 
 
 def _precisions(run: RunDir, wanted: Request | None) -> list[str]:
@@ -126,6 +131,13 @@ def _precisions(run: RunDir, wanted: Request | None) -> list[str]:
         "fp32",
         *(each for each in ("fp16", "int8") if each == asked or run.file(f"model.{each}.onnx").exists()),
     ]
+
+
+def _rest_of(path: Path) -> str:
+    """What an INT8 file computes in outside of INT8."""
+    from export.onnx_header import read_header
+
+    return read_header(path).metadata.get("rest", "fp32")
 
 
 def _require_own(bundle: Path, run: RunDir) -> None:

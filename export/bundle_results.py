@@ -52,6 +52,16 @@ class NetworkResult:
     latency: LatencyStats | None
     parity: Parity | None
 
+    def describe(self) -> str:
+        """One line for people."""
+        text = f"{self.name} ({self.precision}): {self.status}" + (f", {self.reason}" if self.reason else "")
+        if self.latency is not None:
+            stats = self.latency
+            text += f"; median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, p99 {stats.p99_ms:.3f} ms"
+        if self.parity is not None:
+            text += f"; largest difference {self.parity.max_abs:.2g} (allowed {self.parity.allowed:.2g})"
+        return text
+
 
 @dataclass(frozen=True)
 class DeviceResults:

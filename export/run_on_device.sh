@@ -182,7 +182,7 @@ one() { # name precision input-name allowed least -> a JSON object in the file $
         printf '"median_ms": %s, "p90_ms": %s, "p99_ms": %s, "runs": %s, ' "$median" "$p90" "$p99" "$runs"
         printf '"largest_difference": %s, "agreed": %s, "samples": %s, ' "$(milli "$largest")" "$agreed" "$samples"
         printf '"before": {%s}, "after": {%s}}\n' "$before" "$(readings)"
-    } >"$out/$1/result.json"
+    } >"$out/$1/result.json" || die "cannot write $out/$1/result.json: is the disk full?"
 }
 
 chosen=0

@@ -67,7 +67,8 @@ def export_torchscript(
     copied, buffer = frozen_copy(model), io.BytesIO()
     try:
         with _quiet(), torch.no_grad():
-            script = torch.jit.freeze(torch.jit.trace(copied, example.cpu().float(), check_trace=False))
+            traced = torch.jit.trace(copied, example.cpu().float(), check_trace=False)  # type: ignore[no-untyped-call]
+            script = torch.jit.freeze(traced)
             torch.jit.save(script, buffer, _extra_files={METADATA: _json(metadata)})
     except _FAILURES as error:
         raise ExportError(f"The network cannot be written as TorchScript: {first_line(error)}.") from error
@@ -120,7 +121,7 @@ def load_torchscript(path: str | Path) -> nn.Module:
     content = read_bytes(Path(path), "TorchScript file")
     try:
         with _quiet():
-            loaded: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")
+            loaded: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
     except _FAILURES as error:
         raise ExportError(
             f"{path} is no TorchScript: {first_line(error)}.", "Copy it again as a whole."

@@ -23,6 +23,7 @@ from export.files import disk_error
 from export.onnx_header import read_header
 from export.torch_formats import load_program
 from export.trt import RTX
+from tests.export.tiny_disk import tiny_disk
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,8 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
     described = json.loads(files["bundle.json"])
     assert {entry["opset"] for entry in described["networks"]} == {13}
     assert described["facts"]["run"] == "run"
-    export(run, "--target", "jetson-orin-nano-8gb", "--bundle", tmp_path / "orin.tar.gz")
+    words = export(run, "--target", "jetson-orin-nano-8gb", "--bundle", tmp_path / "orin.tar.gz")
+    assert "model.int8.onnx computes its rest in fp32; another one is made by" in words
     names = sorted(name for name in unpack(tmp_path / "orin.tar.gz") if name.startswith("models/"))
     assert names == ["models/model.int8.onnx", "models/model.onnx"]
     other = Path(shutil.copytree(run, tmp_path / "other"))
@@ -233,6 +235,16 @@ def test_no_space_is_one_message(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert "No space is left on the device" in refused(run, *options)
 
 
+def test_a_full_disk_leaves_nothing_half_written(run: Path, tmp_path: Path) -> None:
+    with tiny_disk(tmp_path / "disk", 16) as disk:
+        for options in (
+            ["--out", disk / "copy.onnx"],
+            ["--target", "jetson-orin-nano-8gb", "--bundle", disk / "b.tar.gz"],
+        ):
+            assert "No space is left on the device" in refused(run, *options)
+            assert list(disk.iterdir()) == []
+
+
 def test_a_run_without_an_export(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: tests.nets:tiny\n")
     (tmp_path / ".lock").touch()
@@ -245,7 +257,7 @@ def test_there_and_back_over_ssh(run: Path, tmp_path: Path, monkeypatch: pytest.
 
     import export.remote
     from tests.export.fake_trtexec import make_trtexec
-    from tests.export.test_remote import SSHD, Board
+    from tests.export.local_sshd import SSHD, Board
 
     if not Path(SSHD).exists() or not shutil.which("ssh-keygen"):
         pytest.skip("there is no sshd on this machine")
@@ -265,6 +277,7 @@ def test_there_and_back_over_ssh(run: Path, tmp_path: Path, monkeypatch: pytest.
         board.process.terminate()
         board.process.wait(timeout=10)
     assert "Going on with" in words
+    assert "model (fp32): ok; median 1.600 ms, p90 1.680 ms, p99 1.698 ms; largest difference" in words
     (entry,) = json.loads((run / "manifest.json").read_text())["devices"]
     assert entry["board"]["tensorrt"] == "10.3.0"
     (network,) = entry["networks"]

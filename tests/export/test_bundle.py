@@ -27,6 +27,7 @@ from export.to_onnx import export_onnx
 from tests.archives import SAFELY
 from tests.export.fake_trtexec import VERSIONS, make_trtexec, release
 from tests.export.nets import SmallNet
+from tests.export.tiny_disk import tiny_disk
 
 TOOLS = ["cat", "cut", "head", "mkdir", "mv", "rm", "sha256sum", "sort", "tail", "tr", "wc"]
 IMAGES = np.random.default_rng(4).standard_normal((2, 3, 16, 16)).astype(np.float32)
@@ -226,6 +227,20 @@ def test_what_the_script_refuses(tmp_path: Path, bundle: Path) -> None:
     refused("files were damaged on the way")
     (folder / "models.txt").unlink()
     refused("this is no bundle")
+
+
+def test_a_full_disk_on_the_board_is_one_message(tmp_path: Path, bundle: Path) -> None:
+    folder = carry(bundle, tmp_path / "board")
+    trtexec = make_trtexec(tmp_path / "bin", "10.3.0")
+    with tiny_disk(tmp_path / "disk", 16) as disk:
+        # the folder of the first network fits, what is written into it does not
+        (disk / "fill").write_bytes(bytes(4096 * 3))
+        done = run(folder, trtexec, "--processes", "1", "--only", "fp32", "--out", str(disk / "out"))
+        assert done.returncode == 2
+        assert done.stderr.strip().splitlines()[-1].endswith("is the disk full?")
+    done = run(folder, trtexec, "--processes", "1", "--only", "fp32", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0
+    assert "engine is there" in done.stdout
 
 
 def test_results_are_checked(tmp_path: Path, bundle: Path, networks: Path) -> None:
