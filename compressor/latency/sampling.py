@@ -50,7 +50,7 @@ REFERENCE_EVERY = 12
 """Between so many networks the dense one is measured again."""
 
 TOO_NOISY = 0.25
-"""Where the dense network's time scatters by this share, a table would mean nothing."""
+"""Where the quartiles of the dense network's times lie this share apart, a table would mean nothing."""
 
 
 @dataclass
@@ -77,9 +77,9 @@ class Samples:
 
     @property
     def spread(self) -> float:
-        """From the dense network's tenth percentile to its ninetieth, over its median; 0 where there is one time."""
+        """From the lower quartile of the dense network's times to the upper, over their median."""
         times = [sample.times.median_ms for sample in self.dense]
-        low, middle, high = np.quantile(times, [0.1, 0.5, 0.9])
+        low, middle, high = np.quantile(times, [0.25, 0.5, 0.75])
         return float((high - low) / middle)
 
     def to_fit(self) -> list[Sample]:
@@ -155,12 +155,12 @@ class _Collector:
             self._take("dense", self.dense)
             progress.advance(1)
         self.samples.seconds = self._elapsed()
-        if len(self.samples.dense) >= 3 and self.samples.spread > TOO_NOISY:
+        times = [sample.times.median_ms for sample in self.samples.dense]
+        if len(times) >= 3 and self.samples.spread > TOO_NOISY:
             raise CompressorError(
-                f"This machine is too noisy to measure a latency table: the same dense network took between "
-                f"{min(s.times.median_ms for s in self.samples.dense):.3g} and "
-                f"{max(s.times.median_ms for s in self.samples.dense):.3g} ms (a spread of {self.samples.spread:.0%}, "
-                f"at most {TOO_NOISY:.0%} is accepted).",
+                "This machine is too noisy to measure a latency table: the same dense network took between "
+                f"{min(times):.3g} and {max(times):.3g} ms (quartiles {self.samples.spread:.0%} apart, at most "
+                f"{TOO_NOISY:.0%} is accepted).",
                 "End other programs, hold the processor's clock (governor 'performance') and try again, or "
                 "give the budget in --flops or --params.",
             )

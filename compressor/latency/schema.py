@@ -20,6 +20,22 @@ FASTEST_MS = 1e-5
 """Nothing computes an operator in ten nanoseconds: a time below this was written in another unit."""
 
 
+FASTEST_MACS_A_MS = {"onnxruntime-cpu": 2e9}
+"""Multiply-adds in a millisecond that no device of a runtime does: for a CPU ten times those of a core's vector units,
+for each of its threads."""
+
+FASTEST_OF_ALL = 5e12
+"""The same for any device at all: several times the largest accelerators."""
+
+SLOWEST_MACS_A_MS = 1e3
+"""Nothing that runs such a network does fewer, in operators that have more than `LARGE` of them."""
+
+LARGE = 1e7
+APART = 50.0
+"""How many times the operators' sum may exceed the whole network, or the other way round, before they cannot both be in
+milliseconds."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -174,11 +190,40 @@ class TableFields(_Part):
             missing = sorted(set(network.layers) - set(self.entries))
             if missing:
                 raise ValueError(f"network {name} refers to {missing[0]!r}, which has no entry")
+        for key, entry in self.entries.items():
+            self._require_plausible(key, entry)
+        for name, network in self.networks.items():
+            dense = sum(self.entries[key].median_ms[-1] for key in network.layers)
+            if not 1 / APART < dense / network.dense_ms < APART:
+                raise ValueError(
+                    f"network {name} takes {network.dense_ms:g} ms and its operators {dense:g} ms: one of them is in "
+                    "another unit; times are in milliseconds"
+                )
         if not self.entries and not self.roofline:
             raise ValueError("it has neither measured entries nor a roofline")
         if self.how == "measured" and self.roofline:
             raise ValueError("a measured table cannot carry an estimate")
         return self
+
+    def _require_plausible(self, key: str, entry: Entry) -> None:
+        """Refuse times that imply a speed which no device has: they are in another unit."""
+        from compressor.latency.signature import OpSignature
+
+        macs_of = OpSignature.from_key(key).macs
+        threads = max(1, self.runtime.threads)
+        fastest = (
+            FASTEST_MACS_A_MS[self.runtime.name] * threads
+            if self.runtime.name in FASTEST_MACS_A_MS
+            else FASTEST_OF_ALL
+        )
+        for c_in, c_out, time in zip(entry.c_in, entry.c_out, entry.median_ms, strict=True):
+            macs = macs_of(c_in, c_out)
+            if macs / time > fastest or (macs > LARGE and macs / time < SLOWEST_MACS_A_MS):
+                much = "few" if macs / time < SLOWEST_MACS_A_MS else "many"
+                raise ValueError(
+                    f"{key} with {c_in} to {c_out} channels is said to take {time:g} ms, which is too {much} "
+                    f"multiply-adds a second for any device ({macs / time * 1e3:.2g}); times are in milliseconds"
+                )
 
 
 def read_table(text: str, source: str) -> TableFields:

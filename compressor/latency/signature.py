@@ -64,6 +64,18 @@ class OpSignature:
         )
         return f"{line} +{self.epilogue}" if self.epilogue else line
 
+    def macs(self, c_in: int, c_out: int) -> float:
+        """Multiply-adds with these channels; a lower bound where the output's size is not in the signature."""
+        size = zip(self.in_hw, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        pixels = 1.0
+        for extent, kernel, stride, padding, dilation in size:
+            if self.kind == "conv_transpose":
+                pixels *= extent
+            else:
+                pixels *= max(1, (extent + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+        a_group = 1.0 if self.groups == 0 else c_in / self.groups
+        return pixels * self.kernel[0] * self.kernel[1] * a_group * c_out
+
     @classmethod
     def from_key(cls, key: str) -> OpSignature:
         """Read a key back.

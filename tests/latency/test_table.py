@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.latency.design import random_widths
+from compressor.latency.signature import signature_of
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 
@@ -137,3 +138,59 @@ def test_refit_reaches_what_was_measured_and_never_lowers(table: LatencyTable, s
     assert np.allclose(table.curve(space)(widths), predicted)
     assert slower.dense_ms(space) == table.dense_ms(space)
     assert np.allclose(table.refit([(1.0, 0.5)]).curve(space)(widths), predicted)
+
+
+def test_another_runtime_version_or_device_is_refused(table: LatencyTable) -> None:
+    version = table.fields.runtime.version
+    assert table.at("fp32", version=version, device="local").precision == "fp32"
+    with pytest.raises(CompressorError, match=f"runtime version is {version}, not 0.1") as caught:
+        table.at("fp32", version="0.1")
+    assert "compress profile" in caught.value.hint
+    with pytest.raises(CompressorError, match="device is local, not jetson-orin-nano-8gb"):
+        table.at("fp32", device="jetson-orin-nano-8gb")
+
+
+def test_multiply_adds_of_a_signature_are_the_spaces(space: PruningSpace) -> None:
+    dense = np.asarray(space.dense_widths)
+    total = sum(
+        signature_of(layer).macs(int(layer.in_channels(dense)), int(layer.out_channels(dense)))
+        for layer in space.layers
+    )
+    assert total == int(space.macs(dense))
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"), [(1e-3, "too many multiply-adds"), (1e5, "too few multiply-adds")]
+)
+def test_times_in_another_unit_are_refused(
+    table: LatencyTable, tmp_path: Path, factor: float, said: str
+) -> None:
+    content = json.loads(table.to_json())
+    key = "conv k3x3 s1x1 p1x1 d1x1 g1 in56x56"
+    # 256 to 256 channels: 1.85 billion multiply-adds, 60 ms at some 60 GFLOP/s
+    times = {name: [60.0 * factor] for name in ("median_ms", "p90_ms", "std_ms")}
+    content["entries"][key] = {"c_in": [256], "c_out": [256], "n": [9], **times}
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(CompressorError, match=said):
+        LatencyTable.read(file)
+    content["entries"][key] |= {"median_ms": [60.0]}
+    file.write_text(json.dumps(content))
+    LatencyTable.read(file)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_a_network_in_another_unit_than_its_operators_is_refused(
+    table: LatencyTable, tmp_path: Path, factor: float
+) -> None:
+    name, network = next(iter(table.fields.networks.items()))
+    file = _changed(table, tmp_path, "networks", name, "dense_ms", value=network.dense_ms * factor)
+    with pytest.raises(CompressorError, match="in another unit"):
+        LatencyTable.read(file)
+
+
+def test_bends_of_the_correction_must_ascend(table: LatencyTable, tmp_path: Path) -> None:
+    name = next(iter(table.fields.networks))
+    file = _changed(table, tmp_path, "networks", name, "correction", "bends", value=[[2.0, 1.0], [1.0, 1.0]])
+    with pytest.raises(CompressorError, match="ascending"):
+        LatencyTable.read(file)

@@ -1,0 +1,167 @@
+"""Which networks are measured next, when it ends, what a kill leaves, and what noise is refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from compressor.errors import CompressorError
+from compressor.latency import sampling
+from compressor.latency.local import _measured, local_table
+from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
+from compressor.latency.table import LatencyTable
+from compressor.pruning.space import PruningSpace
+from tests.latency.conftest import MadeUpDevice
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def network_of(table: LatencyTable) -> Any:
+    return next(iter(table.fields.networks.values()))
+
+
+def test_a_goal_that_is_met_ends_it_and_one_that_is_not_goes_on(space: PruningSpace, example: Tensor) -> None:
+    easy, hard = MadeUpDevice(noise=0.05), MadeUpDevice(noise=0.05)
+    local_table(space, example, device=easy, goal=0.2)
+    local_table(space, example, device=hard, goal=0.0, time_limit_s=6.0)
+    start = len(sampling.anchor_widths(space)) + len(sampling.grid_widths(space)) + sampling.HELD_OUT
+    assert easy.measured <= start + sampling.BATCH + 6  # the dense network in between, and at both ends
+    assert hard.measured > easy.measured + sampling.BATCH
+
+
+class Busy(MadeUpDevice):
+    """Every seventh network falls into a busy moment, and takes half as long again."""
+
+    def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
+        times = super().measure(network, seconds)
+        slower = 1.5 if self.measured % 7 == 3 else 1.0
+        return NetworkTimes(times.whole_ms * slower, times.operators_ms * slower)
+
+
+def test_networks_of_a_busy_moment_are_measured_again(
+    space: PruningSpace, example: Tensor, truth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def error() -> float:
+        widths = sampling.random_widths(space, 100, seed=77)
+        table = local_table(space, example, device=Busy(noise=0.01), time_limit_s=15.0, goal=0.02)
+        return float(np.abs(table.curve(space)(widths) / truth(widths) - 1).mean())
+
+    again = error()
+    monkeypatch.setattr(sampling, "AGAIN", 1)
+    assert again < 0.03
+    assert again < 0.6 * error()
+
+
+class Unsteady(MadeUpDevice):
+    """As fast as chance will have it, from one network to the next."""
+
+    def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
+        times = super().measure(network, seconds)
+        factor = float(np.random.default_rng(self.measured).uniform(0.5, 2.0))
+        return NetworkTimes(times.whole_ms * factor, times.operators_ms * factor)
+
+
+def test_a_machine_that_is_too_noisy_is_refused(
+    space: PruningSpace, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "REFERENCE_EVERY", 3)
+    journal = tmp_path / "table.partial.jsonl"
+    with pytest.raises(CompressorError, match=r"too noisy .*quartiles \d+% apart, at most 25%") as caught:
+        _measured(space, example, Unsteady(), 0.0, 0, 1, journal_path=journal)
+    assert "End other programs" in caught.value.hint
+    assert len(journal.read_text().splitlines()) == 1  # what it measured is not used by the next attempt
+
+
+class Stopped(MadeUpDevice):
+    """Is stopped while it measures a network."""
+
+    last: int = 10**9
+
+    def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
+        if self.measured >= self.last:
+            raise KeyboardInterrupt
+        return super().measure(network, seconds)
+
+
+def test_a_stopped_measuring_goes_on_where_it_stood(
+    space: PruningSpace, example: Tensor, tmp_path: Path
+) -> None:
+    journal = tmp_path / "table.partial.jsonl"
+    stopped, second = Stopped(), MadeUpDevice()
+    stopped.last = 20
+    with pytest.raises(KeyboardInterrupt):
+        _measured(space, example, stopped, 75.0, 0, 1, journal_path=journal)
+    with journal.open("a") as file:
+        file.write('{"role": "fit", "widths": [8,')  # as a kill in the middle of writing leaves it
+    table = _measured(space, example, second, 75.0, 0, 1, journal_path=journal)
+    assert not journal.exists()
+    whole = MadeUpDevice()
+    undisturbed = _measured(space, example, whole, 75.0, 0, 1)
+    assert (
+        second.measured <= whole.measured - 20 + 3
+    )  # the dense network again, to see that the machine is the same
+    assert network_of(table).held_out.networks == sampling.HELD_OUT
+    assert network_of(table).dense_ms == network_of(undisturbed).dense_ms
+
+
+@pytest.mark.parametrize("change", ["faster", "seed", "garbage"])
+def test_a_journal_of_something_else_is_begun_anew(
+    space: PruningSpace, example: Tensor, tmp_path: Path, change: str
+) -> None:
+    journal = tmp_path / "table.partial.jsonl"
+    stopped, second = Stopped(), MadeUpDevice(factor=0.5 if change == "faster" else 1.0)
+    stopped.last = 16
+    with pytest.raises(KeyboardInterrupt):
+        _measured(space, example, stopped, 75.0, 0, 1, journal_path=journal)
+    if change == "garbage":
+        lines = journal.read_text().splitlines()
+        journal.write_text("\n".join([lines[0], "{}", *lines[2:]]) + "\n")
+    table = _measured(space, example, second, 0.0, int(change == "seed"), 1, journal_path=journal)
+    assert second.measured >= sampling.LEAST + 2
+    assert network_of(table).fitted_networks + network_of(table).held_out.networks == sampling.LEAST + 2
+
+
+SCRIPT = """
+import sys, time, torch
+from pathlib import Path
+from compressor.latency.local import _measured
+from compressor.pruning.space import PruningSpace
+from tests.latency.conftest import MadeUpDevice, SmallNet
+class Slow(MadeUpDevice):
+    def measure(self, network, seconds):
+        time.sleep(0.05)
+        return super().measure(network, seconds)
+torch.manual_seed(0)
+example = torch.zeros(1, 3, 16, 16)
+space = PruningSpace(SmallNet().eval(), example, granularity=8)
+_measured(space, example, Slow(), 75.0, 0, 1, journal_path=Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_measuring_leaves_whole_measurements(
+    space: PruningSpace, example: Tensor, tmp_path: Path
+) -> None:
+    journal = tmp_path / "table.partial.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(journal)], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if journal.exists() and journal.read_text().count("\n") > 8:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lines = [line for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    assert len(lines) > 8
+    assert [json.loads(line)["role"] for line in lines[1:3]] == ["dense", "fit"]
+    second = MadeUpDevice()
+    _measured(space, example, second, 0.0, 0, 1, journal_path=journal)
+    assert second.measured <= sampling.LEAST + 2 + 3 - (len(lines) - 2) + 1
