@@ -170,7 +170,7 @@ class EngineRunner:
         """
         import statistics
 
-        trt, _ = load(self.info.module)
+        trt: Any = load(self.info.module)[0]
         seen: dict[str, list[float]] = {}
 
         class Heard(trt.IProfiler):  # type: ignore[misc]  # the base class comes from the chosen module

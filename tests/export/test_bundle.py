@@ -102,9 +102,7 @@ def test_bundles_repeat_and_hold_what_they_say(bundle: Path, networks: Path, tmp
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_version_builds_measures_and_verifies(
-    tmp_path: Path, networks: Path, version: str
-) -> None:
+def test_every_version_builds_measures_and_verifies(tmp_path: Path, networks: Path, version: str) -> None:
     """The stand-in refuses flags that its version lacks, and precisions without their flags."""
     name = "old" if release(version) < (8, 4) else "slim"
     path = tmp_path / "b.tar.gz"
@@ -310,11 +308,17 @@ def test_damaged_archives(tmp_path: Path, bundle: Path) -> None:
 def test_what_cannot_go_into_a_bundle(tmp_path: Path, networks: Path) -> None:
     right = reference(networks)
 
-    def refused(message: str, *files: str, name: str = "b.tar.gz", target: str = "jetson-orin-nano-8gb") -> None:
+    def refused(
+        message: str, *files: str, name: str = "b.tar.gz", target: str = "jetson-orin-nano-8gb"
+    ) -> None:
         with pytest.raises(ExportError, match=message):
             make_bundle(tmp_path / name, [networks / file for file in files], right, target=target)
 
-    refused("no target jetson-orin-nano. Did you mean .*jetson-orin-nano-8gb", "slim.onnx", target="jetson-orin-nano")
+    refused(
+        "no target jetson-orin-nano. Did you mean .*jetson-orin-nano-8gb",
+        "slim.onnx",
+        target="jetson-orin-nano",
+    )
     refused("at least one network")
     refused("There is no ONNX file", "none.onnx")
     refused("opset 17; the Jetson Nano reads up to 13", "slim.onnx", target="jetson-nano")
