@@ -78,7 +78,6 @@ def run(name: str, limit: str, repeats: int, given: Any, folder: Path) -> dict[s
         "reached": budget["predicted"],
         "measured_again": budget["measured"],
         "kept": budget["kept"],
-        "calls": result.manifest.get("function_calls", {}).get(budget["name"]),
         "accuracy": result.manifest["accuracy"],
         "seconds": round(time.perf_counter() - started, 1),
     }

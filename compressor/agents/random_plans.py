@@ -9,7 +9,7 @@ import numpy as np
 
 from compressor import progress
 from compressor.agents.base import Agent, SearchResult
-from compressor.agents.proposals import follow, followed, random_widths, uniform_widths
+from compressor.agents.proposals import follow, followed, random_widths, scaled_widths
 
 if TYPE_CHECKING:
     from compressor.agents.search_run import SearchRun
@@ -58,10 +58,12 @@ class RandomAgent(Agent):
                 bar.advance(note=f"{scored.accuracy:.1%}")
         ours = [candidate for candidate in run.candidates if candidate.round == run.place.round]
         best = max(ours, key=lambda candidate: candidate.reward, default=None)
-        return run.choose([uniform_widths(env).tolist() if best is None else best.widths])
+        return run.choose([self._drawn(run, 0).tolist() if best is None else best.widths])
 
     def _drawn(self, run: SearchRun, step: int) -> Widths:
         """The widths of one step, from a generator of its own."""
         if step == 0:
-            return uniform_widths(run.env)
+            return scaled_widths(
+                run.env, np.ones(len(run.env.bounds.dense))
+            )  # where costs jump, no ratio may do
         return random_widths(run.env, np.random.default_rng([self.seed, run.place.round, step]))

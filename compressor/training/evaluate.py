@@ -262,6 +262,9 @@ class Evaluator:
         """End the workers, if there are any."""
         if self._workers is not None:
             self._workers.close()
+        elif self._site is not None:
+            self._site.stop()
+            self._site.close()
 
     def score(self, model: nn.Module, *, floor: float | None = None) -> float:
         """Accuracy of any network on the same images; its batch-norm statistics are replaced."""

@@ -37,6 +37,8 @@ class RayCluster(Site):
     def __init__(self, address: str, threads: int, seconds: float, gpu: bool = False) -> None:
         ray: Any = import_module("ray")
         self._ray, self._seconds, self._threads, self._gpu = ray, seconds, threads, gpu
+        self._actors: list[_Actor] = []
+        self._stopped = False
         self._owns = not ray.is_initialized()
         if self._owns:
             _connect(ray, address)
@@ -56,11 +58,19 @@ class RayCluster(Site):
         return self._ray.put(save(dict(tensors)))
 
     def start(self, index: int, plain: Mapping[str, Any], weights: Any, images: Any) -> Worker:
+        if self._stopped:
+            raise WorkerLost("not started: the search was stopped")
         options: dict[str, Any] = {"num_cpus": self._threads, "num_gpus": 1 if self._gpu else 0}
         actor = (
             self._ray.remote(Scorer).options(**options).remote(dict(plain), weights, images, self._threads)
         )
-        return _Actor(self._ray, actor, self._seconds)
+        self._actors.append(_Actor(self._ray, actor, self._seconds))
+        return self._actors[-1]
+
+    def stop(self) -> None:
+        self._stopped = True
+        for actor in self._actors:
+            actor.close()
 
     def close(self) -> None:
         if self._owns:

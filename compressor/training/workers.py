@@ -63,8 +63,12 @@ class Site(ABC):
         """Start a worker; raises WorkerLost where it does not come up."""
 
     @abstractmethod
+    def stop(self) -> None:
+        """End all workers, and start no more."""
+
+    @abstractmethod
     def close(self) -> None:
-        """Remove what was published."""
+        """Remove what was published; the workers have ended."""
 
 
 class Workers:
@@ -111,9 +115,12 @@ class Workers:
 
     def close(self) -> None:
         """End all workers; what they were scoring is given up."""
+        if self._closed:
+            return
         self._closed = True
-        self._site.close()
+        self._site.stop()
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._site.close()
 
     def _one(self, plan: ChannelPlan, floor: float | None) -> float:
         index, worker = self._places.get()
@@ -195,7 +202,7 @@ class ThisMachine(Site):
         self._threads, self._seconds, self._devices = threads, seconds, devices
         self._folder = tempfile.TemporaryDirectory(prefix="compressor-workers-")
         self._started: weakref.WeakSet[LocalWorker] = weakref.WeakSet()
-        self._closed = False
+        self._stopped = False
 
     @property
     def pids(self) -> list[int]:
@@ -212,7 +219,7 @@ class ThisMachine(Site):
         return str(path)
 
     def start(self, index: int, plain: Mapping[str, Any], weights: str, images: str) -> LocalWorker:
-        if self._closed:
+        if self._stopped:
             raise WorkerLost("not started: the search was stopped")
         worker = LocalWorker(self._threads, self._seconds)
         self._started.add(worker)
@@ -225,8 +232,10 @@ class ThisMachine(Site):
             raise
         return worker
 
-    def close(self) -> None:
-        self._closed = True
+    def stop(self) -> None:
+        self._stopped = True
         for worker in list(self._started):
             worker.close()
+
+    def close(self) -> None:
         self._folder.cleanup()

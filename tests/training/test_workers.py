@@ -53,7 +53,6 @@ def digits() -> DataBundle:
 def space(digits: DataBundle) -> PruningSpace:
     torch.manual_seed(0)
     model = create_model("tests.nets:tiny", 10)
-    torch.optim.SGD(model.parameters(), 0.1)
     images, labels = next(digits.train.batches(512, shuffle_seed=0))
     optimiser = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
     for _ in range(12):  # enough that widths tell accuracies apart
@@ -107,11 +106,14 @@ def test_the_same_accuracies_as_in_one_process(space: PruningSpace, digits: Data
 def test_a_candidate_that_ends_every_worker_is_named(digits: DataBundle) -> None:
     model = create_model("tests.training.test_workers:Fragile", 10)
     space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
-    few = MemorySplit(
-        torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), (0,), (1,)
-    )
+    few = [
+        MemorySplit(
+            torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), (0,), (1,)
+        )
+        for _ in range(2)
+    ]
     site = open_site(2, 1, 60)
-    evaluator = Evaluator(space, SimpleNamespace(train=few, search=few), bn_batches=1, site=site)
+    evaluator = Evaluator(space, SimpleNamespace(train=few[0], search=few[1]), bn_batches=1, site=site)
     with pytest.raises(CompressorError, match=r"ended 3 workers.*killed by SIGKILL"):
         evaluator(space.smallest())
     assert site is not None
