@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from compressor.budgets.base import Budget
     from compressor.env.environment import PruningEnv
     from compressor.pruning.plan import ChannelPlan
+    from compressor.training.brief import BriefTraining
     from compressor.training.evaluate import Evaluator
     from compressor.training.loop import Trainer
+    from compressor.training.settings import TrainSettings
 
 PLAN = "search/plan.json"
 TABLE = "latency_table.json"
@@ -145,6 +147,7 @@ def _search(run: RunDir, job: Job) -> SearchResult:
         if settings.align_weight
         else None,
         curves=run.file("search/curves"),
+        brief=brief_training(job),
     )
     log, checkpoint = run.episodes(), run.checkpoint("search")
     limits = Limits(max_evaluations=settings.max_evaluations, max_seconds=settings.max_seconds)
@@ -271,6 +274,29 @@ def search_epochs(job: Job) -> int:
     return min(round(epochs * float(job.recipe.search.epochs_share or 0)), epochs - 1)
 
 
+def brief_training(job: Job) -> BriefTraining:
+    """A few steps of training at fine-tuning's learning rate, for agents that score candidates after them."""
+    from compressor.training.brief import BriefTraining
+
+    settings = train_settings(job, job.recipe.training.finetune_learning_rate)
+    return BriefTraining(job.data, settings, seed=job.recipe.seed, device=job.torch_device)
+
+
+def train_settings(job: Job, rate: float | None = None) -> TrainSettings:
+    """How the recipe trains; `rate` is fine-tuning's highest learning rate, left out for the search's own."""
+    from compressor.training.settings import TrainSettings
+
+    training = job.recipe.training
+    return TrainSettings(
+        batch_size=int(training.batch_size or 0),
+        learning_rate=float((None if training.one_schedule else rate) or training.learning_rate or 0),
+        weight_decay=training.weight_decay,
+        schedule=training.schedule,
+        ema_decay=training.ema_decay,
+        mixed_precision="no" if training.mixed_precision == "auto" else training.mixed_precision,
+    )
+
+
 def trainer(
     job: Job, model: nn.Module, epochs: int, *, rate: float | None = None, teach: bool = False
 ) -> Trainer:
@@ -284,17 +310,8 @@ def trainer(
         teach: whether the dense network teaches it, as far as the recipe's `distill_weight` says.
     """
     from compressor.training.loop import Trainer
-    from compressor.training.settings import TrainSettings
 
-    training = job.recipe.training
-    settings = TrainSettings(
-        batch_size=int(training.batch_size or 0),
-        learning_rate=float((None if training.one_schedule else rate) or training.learning_rate or 0),
-        weight_decay=training.weight_decay,
-        schedule=training.schedule,
-        ema_decay=training.ema_decay,
-        mixed_precision="no" if training.mixed_precision == "auto" else training.mixed_precision,
-    )
+    training, settings = job.recipe.training, train_settings(job, rate)
     teacher = (job.teacher or job.model) if teach and training.distill_weight else None
     return Trainer(
         model,
