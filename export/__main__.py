@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.batches import parse_batch
-from export.board import board_state, describe_board
+from export.board import board_lines, board_state, describe_board
 from export.build_settings import DEFAULT_WORKSPACE, BuildSettings
 from export.cuda import find_device
 from export.engine import build_engine
@@ -145,6 +145,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         + ("" if stats.steady else f", the machine drifted by {stats.drift:+.0%}")
         + ")"
     )
+    for line in board_lines(found["board"], before, found["state_after"]):
+        print(line)
     return found
 
 

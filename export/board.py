@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 Run = Callable[[Sequence[str]], Optional[str]]
 
@@ -83,6 +83,20 @@ def board_state(root: Path = Path("/"), run: Run = run_tool) -> dict[str, Any]:
         names = ("sm_mhz", "memory_mhz", "temperature_c")
         state["gpu"] = {name: int(part) for name, part in zip(names, parts) if part.isdigit()}
     return state
+
+
+def board_lines(board: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What stands below a latency: the board's facts, and each clock and temperature before and after, aligned."""
+    rows = [(key.replace("_", " "), str(value)) for key, value in board.items()]
+    units = {"clocks_mhz": "MHz", "temperatures_c": "C"}
+    for group in ("clocks_mhz", "temperatures_c", "gpu"):
+        for name, value in before.get(group, {}).items():
+            later = after.get(group, {}).get(name, value)
+            unit = units.get(group) or ("MHz" if name.endswith("_mhz") else "C")
+            label = name.replace("_mhz", " clock").replace("_c", "") if group == "gpu" else name
+            rows.append((label, f"{value:g} {unit}" if value == later else f"{value:g} -> {later:g} {unit}"))
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"  {name:<{width}}  {text}" for name, text in rows]
 
 
 def _text(path: Path) -> str:

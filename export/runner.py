@@ -166,8 +166,7 @@ class EngineRunner:
         return times
 
     def layer_times(self, runs: int = 30) -> list[tuple[str, float]]:
-        """(name, median milliseconds) of each layer in a run of its own, because profiling slows; [] where it is refused.
-        """
+        """(name, median milliseconds) of each layer; [] where that is refused. A run of its own: profiling slows."""
         import statistics
 
         trt: Any = load(self.info.module)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export.board import board_state, describe_board, power_mode, run_tool
+from export.board import board_lines, board_state, describe_board, power_mode, run_tool
 
 TOOLS = {"nvpmodel": "NV Power Mode: 25W\n1", "nvidia-smi": None}
 
@@ -53,3 +53,18 @@ def test_tools_that_are_missing_or_fail() -> None:
     assert run_tool(["no-such-tool-anywhere"]) is None
     assert run_tool(["false"]) is None
     assert run_tool(["echo", "x"]) == "x"
+
+
+def test_the_table_below_a_latency() -> None:
+    before = {"clocks_mhz": {"gpu": 1020, "emc": 3199}, "gpu": {"sm_mhz": 1980, "temperature_c": 41}}
+    after = {"clocks_mhz": {"gpu": 612, "emc": 3199}, "gpu": {"sm_mhz": 1980, "temperature_c": 44}}
+    lines = board_lines({"model": "Orin Nano", "power_mode": "25W"}, before, after)
+    assert lines == [
+        "  model        Orin Nano",
+        "  power mode   25W",
+        "  gpu          1020 -> 612 MHz",
+        "  emc          3199 MHz",
+        "  sm clock     1980 MHz",
+        "  temperature  41 -> 44 C",
+    ]
+    assert board_lines({}, {}, {}) == []
