@@ -4,97 +4,157 @@
     python benchmarks/latency_accuracy.py resnet50@224 --networks 10
 
 For each network: a table is measured from nothing (its time is printed), then random sub-networks that were
-used for nothing else are measured end to end and compared with the table's prediction, with the plain sum of
-the operators (scaled by its best factor), and with a guess proportional to multiply-adds (likewise). The
-machine should do nothing else meanwhile.
+used for nothing else are measured end to end, three times with the others in between, of which the median counts,
+and compared with the table's prediction, with the plain sum of the operators (scaled by its best factor), and with a
+guess proportional to multiply-adds (likewise). The machine should do nothing else meanwhile; all four take about 15
+minutes. Results are saved network by network, and a second call goes on with those that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from compressor.latency.assemble import measure_candidate
+from compressor.latency.assemble import export_candidate
+from compressor.latency.cache import clocks, cpu_model, governor
+from compressor.latency.calm import timed, undisturbed
 from compressor.latency.correction import held_out_error
 from compressor.latency.design import random_widths
 from compressor.latency.devices import recommended_steps
 from compressor.latency.local import local_table
-from compressor.latency.ort_profile import OrtCpu
+from compressor.latency.signature import Widths
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
+from compressor.run_dir import write_atomic
+from export.bench import OnnxRunner
 
 NETWORKS = ("resnet50@224", "mobilenet_v2@224", "cifar_resnet56@32", "resnet18@32")
+TURNS = 3
+SECONDS_A_TURN = 0.35
+Floats = npt.NDArray[np.float64]
 
 
-def line(name: str, predicted: npt.NDArray[np.float64], measured: npt.NDArray[np.float64]) -> str:
-    """One row of the printed table."""
-    error = held_out_error(list(predicted), list(measured))
-    within = np.mean(np.abs(predicted / measured - 1) <= 0.10)
-    return (
-        f"  {name:30s} MAPE {error.mape:6.1%}   worst {error.worst:6.1%}   bias {error.bias:+6.1%}   "
-        f"within 10%: {within:4.0%}   Spearman {error.spearman:.4f}"
-    )
+def measured_ms(
+    space: PruningSpace, example: torch.Tensor, widths: Widths, threads: int
+) -> tuple[Floats, Floats]:
+    """The median of each network's turns, and how far its turns lie apart as a share, both (N,)."""
+    ranking = space.rank()
+    models = [export_candidate(space, ranking, example, row).model for row in widths]
+    rng = np.random.default_rng(0)
+    turns = np.zeros((TURNS, len(models)))
+    for turn in range(TURNS):
+        for place in rng.permutation(len(models)):
+            runner = OnnxRunner(models[place], threads=threads)
+            once_ms = runner.warm_up(0.1)
+            runs = int(np.clip(SECONDS_A_TURN * 1e3 / once_ms, 7, 300))
+            turns[turn, place] = float(np.median(undisturbed(timed(runner, runs))))
+    return np.median(turns, axis=0), np.ptp(turns, axis=0) / np.median(turns, axis=0)
 
 
-def run(name: str, networks: int, threads: int, granularity: int | None, keep: Path | None) -> None:
+def errors(predicted: Floats, measured: Floats) -> dict[str, float]:
+    """What the table of results has of one guess."""
+    error = held_out_error(predicted.tolist(), measured.tolist())
+    within = float(np.mean(np.abs(predicted / measured - 1) <= 0.10))
+    return {
+        "mape": error.mape, "p95": error.p95, "worst": error.worst, "bias": error.bias, "within_10_percent": within,
+        "spearman": error.spearman,
+    }  # fmt: skip
+
+
+def run(name: str, networks: int, threads: int, time_limit_s: float) -> dict[str, Any]:
     """Measure one network's table and its error."""
     model_name, _, size = name.partition("@")
     torch.manual_seed(0)
     classes = 10 if int(size) < 100 else 1000
     model = create_model(model_name, classes, "none", (3, int(size), int(size))).eval()
     example = torch.zeros(1, 3, int(size), int(size))
-    space = PruningSpace(model, example, granularity=granularity or 1)
-    if granularity is None:
-        steps = recommended_steps(space.groups, "onnxruntime-cpu", "fp32")
-        space = PruningSpace(model, example, granularity=steps)
-    print(f"{name}: {len(space.groups)} groups, {threads} thread(s)", flush=True)
+    space = PruningSpace(model, example)
+    steps = recommended_steps(space.groups, "onnxruntime-cpu", "fp32")
+    space = PruningSpace(model, example, granularity=steps)
     with tempfile.TemporaryDirectory() as cache:
         started = time.monotonic()
-        table = local_table(space, example, threads=threads, cache_dir=cache)
-        built = time.monotonic() - started
+        table = local_table(space, example, threads=threads, cache_dir=cache, time_limit_s=time_limit_s)
+        built_s = time.monotonic() - started
         started = time.monotonic()
         local_table(space, example, threads=threads, cache_dir=cache)
-        print(f"  table from nothing {built:.0f} s, from the cache {time.monotonic() - started:.2f} s")
-    print(f"  {table.describe()}", flush=True)
-    if keep is not None:
-        table.write(keep / f"{name}.json")
-    curve, device, ranking = table.curve(space), OrtCpu(threads), space.rank()
-    widths = random_widths(space, networks, seed=12345)
-    measured = np.asarray(
-        [measure_candidate(space, ranking, example, row, device).times.median_ms for row in widths]
-    )
+        cached_s = time.monotonic() - started
+    curve, widths = table.curve(space), random_widths(space, networks, seed=12345)
+    measured, apart = measured_ms(space, example, widths, threads)
     total, macs = curve.operators(widths).sum(axis=1), np.asarray(space.macs(widths), dtype=np.float64)
-    usual = measured >= 0.25 * table.dense_ms(space)
-    print(line("table", curve(widths), measured))
-    print(line(f"table, the {usual.sum()} above a quarter", curve(widths)[usual], measured[usual]))
-    for guess, values in (("sum of operators", total), ("proportional to MACs", macs)):
-        print(line(guess, values * float(np.median(measured / values)), measured), flush=True)
-    if keep is not None:
-        np.savez(keep / f"{name}.npz", widths=widths, measured=measured)
+    scaled = {
+        guess: values * float(np.median(measured / values))
+        for guess, values in (("sum", total), ("macs", macs))
+    }
+    network = next(iter(table.fields.networks.values()))
+    return {
+        "network": name, "threads": threads, "networks": networks, "dense_ms": table.dense_ms(space),
+        "fitted_networks": network.fitted_networks, "stated": network.held_out and network.held_out.model_dump(),
+        "built_s": round(built_s, 1), "cached_s": round(cached_s, 2), "turns_apart": float(np.median(apart)),
+        "table": errors(curve(widths), measured), "sum of operators": errors(scaled["sum"], measured),
+        "proportional to MACs": errors(scaled["macs"], measured), "measured_ms": np.round(measured, 5).tolist(),
+        "predicted_ms": np.round(curve(widths), 5).tolist(),
+    }  # fmt: skip
+
+
+def show(results: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print all results so far."""
+    table = Table(title="Predicted against measured, on sub-networks that were used for nothing else")
+    columns = (
+        "network", "guess", "MAPE", "95 % within", "worst", "bias", "within 10 %", "Spearman", "made in s", "cached s",
+    )  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("network", "guess") else "right")
+    for result in results:
+        for guess in ("table", "sum of operators", "proportional to MACs"):
+            row = result[guess]
+            own = guess == "table"
+            table.add_row(
+                result["network"] if own else "", guess,
+                f"{row['mape']:.1%}", f"{row['p95']:.1%}", f"{row['worst']:.1%}",
+                f"{row['bias']:+.1%}", f"{row['within_10_percent']:.0%}", f"{row['spearman']:.4f}",
+                f"{result['built_s']:.0f}" if own else "", f"{result['cached_s']:.1f}" if own else "",
+            )  # fmt: skip
+    console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the networks asked for."""
+    """Run the networks asked for that have no result yet."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", default=NETWORKS, metavar="MODEL@PIXELS")
     parser.add_argument("--networks", type=int, default=40, help="sub-networks to compare with")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--granularity", type=int, default=None, help="default: what this CPU computes best")
-    parser.add_argument("--keep", type=Path, default=None, help="folder for tables and measurements")
+    parser.add_argument("--time-limit-s", type=float, default=75.0, help="seconds for each table")
+    parser.add_argument("--out", type=Path, default=Path("runs/latency_accuracy.json"))
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    console = Console(width=130)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    saved = json.loads(given.out.read_text()) if given.out.exists() else {"results": []}
+    results: list[dict[str, Any]] = saved["results"]
     for name in given.names:
-        run(name, given.networks, given.threads, given.granularity, given.keep)
+        asked = (name, given.threads, given.networks)
+        if asked in [(each["network"], each["threads"], each["networks"]) for each in results]:
+            continue
+        results.append(run(name, given.networks, given.threads, given.time_limit_s))
+        machine = {"cpu": cpu_model(), "governor": governor(), "clocks": clocks()}
+        write_atomic(given.out, json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        show(results, console)
+    show(results, console)
+    console.print(f"Saved {given.out}")
     return 0
 
 

@@ -46,12 +46,20 @@ def describe(recipe: Recipe) -> Iterator[Any]:
         yield f"Note: {note}"
 
 
-def profile(recipe: Recipe) -> Iterator[str]:
-    """Measure (or read from the cache) the latency table that a network needs on this machine."""
-    from compressor.job import prepare
+def profile(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
+    """Measure (or read from the cache) the latency table that a network needs on this machine.
 
+    Args:
+        recipe: the network and its data.
+        time_limit: how long measuring may take, such as `90s` or `5min`; a table in the cache that had less time and
+            is not good enough is then made anew.
+    """
+    from compressor.job import prepare
+    from compressor.latency.duration import duration_s
+
+    seconds = None if time_limit is None else duration_s(time_limit)
     recipe = recipe.changed({"budgets": {"latency": "100%"}, "device": "local"}).resolved()
-    job = prepare(recipe)
+    job = prepare(recipe, profile_limit_s=seconds)
     table = job.table
     assert table is not None  # the latency budget above asks for it
     shape = "x".join(str(size) for size in job.data.input_shape)

@@ -98,12 +98,15 @@ def reward_weights(recipe: Recipe) -> dict[str, float]:
     }  # fmt: skip
 
 
-def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
+def prepare(
+    recipe: Recipe, table: LatencyTable | None = None, *, profile_limit_s: float | None = None
+) -> Job:
     """Load and trace everything that a resolved recipe names.
 
     Args:
         recipe: resolved.
         table: the device's latency where it is known already, from the folder of the run that goes on.
+        profile_limit_s: how long this machine's CPU may be measured where its table is not known; None is the usual.
 
     Raises:
         CompressorError: whatever in the recipe cannot be had, with the mend.
@@ -132,7 +135,7 @@ def prepare(recipe: Recipe, table: LatencyTable | None = None) -> Job:
         recipe = recipe.changed({"pruning": {"granularity": steps_of(recipe, space, example)}})
         space = trace(recipe, model, example)
     if table is None and any(spec.name == "latency" for spec in specs):
-        table = latency_table(recipe, space, example)
+        table = latency_table(recipe, space, example, profile_limit_s)
     if not specs:
         notes.append("No budget was given: nothing is pruned. Give --latency, --flops, --params or --memory.")
     model.to(torch_device)
@@ -236,7 +239,9 @@ def runtime_of(recipe: Recipe) -> str:
     return "onnxruntime-cpu" if backend is None else backend.kind if backend.kind == ORT_CUDA else "tensorrt"
 
 
-def latency_table(recipe: Recipe, space: PruningSpace, example: Tensor) -> LatencyTable:
+def latency_table(
+    recipe: Recipe, space: PruningSpace, example: Tensor, profile_limit_s: float | None = None
+) -> LatencyTable:
     """The device's latency: measured now (or read from the cache) for this machine or over ssh, else its table."""
     from compressor.latency.signature import network_signature
     from compressor.latency.table import LatencyTable
@@ -266,7 +271,8 @@ def latency_table(recipe: Recipe, space: PruningSpace, example: Tensor) -> Laten
         return gpu_table(space, example, backend, device_precision(recipe))
     from compressor.latency.local import local_table
 
-    return local_table(space, example, threads=recipe.threads)
+    limit = {} if profile_limit_s is None else {"time_limit_s": profile_limit_s}
+    return local_table(space, example, threads=recipe.threads, **limit)
 
 
 def device_precision(recipe: Recipe) -> Precision:

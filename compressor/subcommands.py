@@ -22,13 +22,20 @@ def profile(
         str | None, typer.Option(help="ssh://user@host, or with --bundle or --import the name of the device.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or int8, for other devices than this machine; fp16 if left out.")
+        str | None,
+        typer.Option(help="fp32, fp16 or int8, for other devices than this machine; fp16 if left out."),
     ] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="A new folder: what to carry to a device and run there.")
     ] = None,
     results: Annotated[
         Path | None, typer.Option("--import", help="The folder of a bundle, with the device's results in it.")
+    ] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="How long this machine's CPU may be measured, such as 90s or 5min; 75s if left out."
+        ),
     ] = None,
 ) -> None:
     """Measure the latency table that a network needs: on this machine, over ssh, or by a folder carried there."""
@@ -39,7 +46,8 @@ def profile(
         if results is not None:
             if model is not None or bundle is not None or precision is not None:
                 raise CompressorError(
-                    "--import takes everything from the folder.", "Leave out --model, --bundle and --precision."
+                    "--import takes everything from the folder.",
+                    "Leave out --model, --bundle and --precision.",
                 )
             lines = profiling.import_results(results, device)
         else:
@@ -59,7 +67,7 @@ def profile(
             elif recipe.device.startswith("ssh:"):
                 lines = profiling.profile_remote(recipe)
             elif recipe.device == "local":
-                lines = measure_here(recipe)
+                lines = measure_here(recipe, time_limit)
             else:
                 raise CompressorError(
                     f"{device} is not this machine.",
@@ -75,10 +83,12 @@ def measure(
         bool, typer.Option("--explain", help="Say operator by operator why the slim network is not faster.")
     ] = False,
     dense_profile: Annotated[
-        Path | None, typer.Option(help="With --explain: what trtexec --exportProfile wrote of the dense engine.")
+        Path | None,
+        typer.Option(help="With --explain: what trtexec --exportProfile wrote of the dense engine."),
     ] = None,
     slim_profile: Annotated[
-        Path | None, typer.Option(help="With --explain: what trtexec --exportProfile wrote of the slim engine.")
+        Path | None,
+        typer.Option(help="With --explain: what trtexec --exportProfile wrote of the slim engine."),
     ] = None,
 ) -> None:
     """Measure a run's dense and slim networks again on this machine."""
@@ -93,7 +103,9 @@ def measure(
             )
         profiles = (dense_profile, slim_profile) if dense_profile and slim_profile else None
         for line in explain_again(run, profiles) if explain else measure_again(run):
-            out.print(line, highlight=False, soft_wrap=isinstance(line, str), markup=not isinstance(line, str))
+            out.print(
+                line, highlight=False, soft_wrap=isinstance(line, str), markup=not isinstance(line, str)
+            )
 
 
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compressor.errors import CompressorError
 from compressor.latency import sampling
+from compressor.latency.duration import duration_s
 from compressor.latency.local import _measured, local_table
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
 from compressor.latency.table import LatencyTable
@@ -165,3 +166,16 @@ def test_a_killed_measuring_leaves_whole_measurements(
     second = MadeUpDevice()
     _measured(space, example, second, 0.0, 0, 1, journal_path=journal)
     assert second.measured <= sampling.LEAST + 2 + 3 - (len(lines) - 2) + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90.0), ("1.5min", 90.0), ("2 m", 120.0), ("1h", 3600.0)]
+)
+def test_lengths_of_time(text: str, seconds: float) -> None:
+    assert duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["90", "0s", "-5s", "soon", "5minutes"])
+def test_what_is_no_length_of_time(text: str) -> None:
+    with pytest.raises(CompressorError, match="no length of time"):
+        duration_s(text)

@@ -1,0 +1,25 @@
+"""How long something may take, as people write it."""
+
+from __future__ import annotations
+
+import re
+
+from compressor.errors import CompressorError
+
+_UNITS_S = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
+
+
+def duration_s(text: str) -> float:
+    """Seconds of `90s`, `5min` (or `5m`) or `1h`.
+
+    Raises:
+        CompressorError: the text has another form, or is not above zero.
+
+    >>> duration_s("1.5min")
+    90.0
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|min|m|h)\s*", text)
+    seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
+    if seconds <= 0:
+        raise CompressorError(f"{text!r} is no length of time.", "Write 90s, 5min or 1h.")
+    return seconds
