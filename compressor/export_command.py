@@ -43,7 +43,7 @@ def export(
         typer.Option(help="GPU to build for, as 8.6; may be repeated.", rich_help_panel=ENGINES),
     ] = None,
     workspace: Annotated[
-        int, typer.Option(help="Memory for one layer in MiB.", rich_help_panel=ENGINES)
+        int, typer.Option(help="Memory for one layer in MiB.", min=1, rich_help_panel=ENGINES)
     ] = 1024,
     optimisation_level: Annotated[
         int | None, typer.Option(help="0 (quick) to 5 (thorough).", min=0, max=5, rich_help_panel=ENGINES)

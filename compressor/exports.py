@@ -213,6 +213,8 @@ def _check(request: Request) -> None:
     ):
         if value not in known:
             raise CompressorError(f"--{what} {value} is not exported.", f"Choose {', '.join(known)}.")
+    if not 0 <= request.max_drop < 100:
+        raise CompressorError(f"--max-drop takes points from 0 to below 100, got {request.max_drop:g}.")
     if request.target is not None:
         board = find_target(request.target)
         if request.precision == "int8" and not board.int8:

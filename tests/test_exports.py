@@ -218,7 +218,9 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
         (["--import", "r.tar.gz"], "--import needs the bundle"),
         (["--target", "ssh://-oProxyCommand=x"], "is no address"),
         (["--target", "ssh://me@orin", "--board", "pi"], "There is no target pi"),
-        (["--max-drop", "-1", "--precision", "int8"], "accepted drop must be from 0"),
+        (["--max-drop", "-1", "--precision", "int8"], "takes points from 0 to below 100, got -1"),
+        (["--max-drop", "nan", "--precision", "fp16"], "takes points from 0 to below 100, got nan"),
+        (["--workspace", "0", "--format", "engine"], "--workspace"),
     ],
 )
 def test_what_cannot_be_exported(run: Path, options: list[str], expected: str) -> None:
