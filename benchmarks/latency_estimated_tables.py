@@ -6,16 +6,21 @@ PUBLISHED.csv has the columns device, model, input, num_classes, precision, batc
 published measurement a row. Constants of all devices are fitted together: each is a mean over all devices,
 plus a deviation of the device's generation, plus one of the device, and deviations are drawn to zero, so that
 a device with three measurements borrows what it does not know from its relatives, and one with none takes its
-generation's. Printed and stored for each device: the error of the fit, and the error on each measurement when
-it is left out (where a device has one only, it is then predicted from the other devices).
+generation's. How strongly they are drawn, and whether a launch takes as many cycles or as long on relatives with
+another clock, cannot be told from so few measurements: all combinations of these assumptions are fitted, and their
+constants averaged, so that nothing is chosen by its error. Printed and stored for each device: the error of the
+fit, and the error on each measurement when it is left out (where a device has one only, it is
+then predicted from the other devices).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -61,35 +66,75 @@ TRUST = 0.10
 """How far published numbers of one device scatter among themselves, in logarithms."""
 
 
+@dataclass(frozen=True)
+class Assumptions:
+    """What a fit takes for granted.
+
+    Attributes:
+        cycles: A launch takes as many clock cycles on related devices; else as long.
+        launch: How far the launch usually lies from the mean, in logarithms.
+        own: How far a device usually lies from its generation, in terms of how far this lies from the mean.
+    """
+
+    cycles: bool
+    launch: float
+    own: float
+
+
+ASSUMPTIONS = [Assumptions(*each) for each in itertools.product((False, True), (0.35, 0.7), (0.5, 1.0))]
+
+
 class Fit:
-    """Constants of every generation and device, fitted to `rows`."""
+    """Constants of every generation and device, fitted to `rows` under each of `ASSUMPTIONS` and averaged."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.generations = sorted({module.generation for module in MODULES.values()})
-        self.devices = sorted({row.device for row in rows})
-        size = (1 + len(self.generations) + len(self.devices)) * len(CONSTANTS) + len(NUISANCES)
-        start = np.zeros(size)
-        start[: len(CONSTANTS)] = START
-        start[-len(NUISANCES) :] = NUISANCES
-        self._prepare(rows)
-        self.solution = least_squares(self._residuals, start).x
+        self.fits: list[OneFit] = []
+        for assumptions in ASSUMPTIONS:
+            start = self.fits[-1].solution if self.fits else None
+            self.fits.append(OneFit(rows, assumptions, start))
 
     def constants(self, device: str) -> Floats:
         """The constants of a device; of its generation alone where it was never measured."""
-        return np.asarray(np.exp(self._logs(self.solution, device)))
+        return np.asarray(np.exp(np.mean([fit.logs(device) for fit in self.fits], axis=0)))
 
     def predict(self, row: Row) -> float:
         """Milliseconds as the row's source would have published them, its own offset or factor included."""
-        offset = float(np.exp(self.solution[-2])) if row.source == WRAPPER else 0.0
-        factor = float(np.exp(self.solution[-1])) if row.source == FRAMEWORK else 1.0
+        wrapper, framework = np.exp(np.mean([fit.solution[-len(NUISANCES) :] for fit in self.fits], axis=0))
+        offset = float(wrapper) if row.source == WRAPPER else 0.0
+        factor = float(framework) if row.source == FRAMEWORK else 1.0
         return factor * predict(roofline(row.device, row.precision, self.constants(row.device)), row) + offset
+
+
+class OneFit:
+    """Constants of every generation and device, fitted to `rows` under one set of assumptions."""
+
+    def __init__(self, rows: Sequence[Row], assumptions: Assumptions, start: Floats | None = None) -> None:
+        self.assumptions = assumptions
+        self.drawn = DRAWN.copy()
+        self.drawn[LAUNCH] = assumptions.launch
+        self.generations = sorted({module.generation for module in MODULES.values()})
+        self.devices = sorted({row.device for row in rows})
+        size = (1 + len(self.generations) + len(self.devices)) * len(CONSTANTS) + len(NUISANCES)
+        if start is None:
+            start = np.zeros(size)
+            start[: len(CONSTANTS)] = START
+            start[-len(NUISANCES) :] = NUISANCES
+        self._prepare(rows)
+        self.solution = least_squares(self._residuals, start).x
+
+    def logs(self, device: str) -> Floats:
+        """The logarithms of a device's constants."""
+        return self._logs(self.solution, device)
 
     def _logs(self, x: Floats, device: str) -> Floats:
         table = x[: -len(NUISANCES)].reshape(-1, len(CONSTANTS))
         total = table[0] + table[1 + self.generations.index(MODULES[device].generation)]
         if device in self.devices:
             total = total + table[1 + len(self.generations) + self.devices.index(device)]
-        return np.asarray(total)
+        total = np.array(total)
+        if self.assumptions.cycles:
+            total[LAUNCH] += np.log(1000.0 / MODULES[device].mhz)
+        return total
 
     def _prepare(self, rows: Sequence[Row]) -> None:
         """Every operator of every row in one array: what it takes at a share of 1 of the peaks."""
@@ -123,9 +168,11 @@ class Fit:
         predicted = np.add.reduceat(time, self._starts) * np.exp(self._framed * x[-1])
         predicted = predicted + self._wrapped * np.exp(x[-2])
         table = x[: -len(NUISANCES)].reshape(-1, len(CONSTANTS))
+        generations = len(self.generations)
         drawn = [
             (table[0] - START) / (2 * DRAWN),
-            (table[1:] / DRAWN).ravel(),
+            (table[1 : 1 + generations] / self.drawn).ravel(),
+            (table[1 + generations :] / (self.assumptions.own * self.drawn)).ravel(),
             (x[-len(NUISANCES) :] - NUISANCES) / [1.0, 0.5],
         ]
         errors = np.log(predicted / self._measured) / TRUST

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from compressor.latency.company import company
 from compressor.latency.roofline import Operators
 
 Floats = npt.NDArray[np.float64]
@@ -28,6 +29,11 @@ class Module:
     clock: str
     peaks: dict[str, float]
     bandwidth_gbs: float
+
+    @property
+    def mhz(self) -> float:
+        """The GPU's clock."""
+        return float(self.clock.split()[1])
 
 
 MODULES = {
@@ -185,11 +191,15 @@ def network(name: str, size: int, classes: int) -> tuple[Operators, Floats, Floa
                     )
                 )  # fmt: skip
 
-        for module in model.modules():
-            module.register_forward_hook(see)
-        model.eval()(torch.empty(1, 3, size, size))
+        hooks = [module.register_forward_hook(see) for module in model.modules()]
+        model.eval()
+        image = torch.empty(1, 3, size, size)
+        model(image)
+        for hook in hooks:
+            hook.remove()
+        kernels, moved = company(lambda: model(image), len(layers))
     channels = np.asarray([layer.channels for layer in layers], dtype=np.float64)
-    return Operators.of(layers), channels[None, :, 0], channels[None, :, 1]
+    return Operators.of(layers, kernels, moved / channels[:, 1]), channels[None, :, 0], channels[None, :, 1]
 
 
 def mobilenet_v1(multiplier: float, classes: int) -> nn.Module:

@@ -62,7 +62,9 @@ def compress_command(
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
     weights: Annotated[str | None, typer.Option(help="default, none, or a file with a state dict.")] = None,
-    agent: Annotated[str | None, typer.Option(help="joint, constrained, stepwise, knapsack, uniform or random.")] = None,
+    agent: Annotated[
+        str | None, typer.Option(help="joint, constrained, stepwise, knapsack, uniform or random.")
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="All the training there is, search and fine-tuning together.")
     ] = None,

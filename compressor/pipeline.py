@@ -3,7 +3,8 @@
     recipe -> prepare -> [search -> probe -> tighten]* -> fine-tune -> export -> measure -> report
 
 Latency does not depend on the weights, so a plan is measured right after the search, before any fine-tuning
-is spent on it: where it misses the target, the table is refitted with that measurement and the search goes on.
+is spent on it: where it misses the target, or keeps it by far more than it must, the table is refitted with that
+measurement and the search goes on.
 
 Every stage leaves what the next ones need in the run's folder. A run that was killed walks through the same
 stages again and skips those that had finished.
@@ -23,7 +24,7 @@ from compressor.job import Job, prepare
 from compressor.progress import say
 from compressor.recipe import Recipe, load_recipe
 from compressor.run_dir import RECIPE, RunDir, new_run_path, write_atomic
-from compressor.stages import begin, finetune, search, tighten
+from compressor.stages import begin, finetune, search, settle, tighten
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +68,7 @@ def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
     path = out or new_run_path(Path("runs"), f"{recipe.model}-{recipe.data_kind}")
     RunDir.refuse_taken(path)
     job = prepare(recipe)
-    with closing(RunDir.create(path, recipe.to_yaml())) as run:
+    with closing(RunDir.create(path, job.recipe.to_yaml())) as run:
         say(f"The run's folder is {run.path}")
         return _walk(run, job)
 
@@ -128,8 +129,10 @@ def _walk(run: RunDir, job: Job) -> RunResult:
 def _plan_that_keeps_its_latency(run: RunDir, job: Job) -> ChannelPlan:
     while True:
         plan = search(run, job)
-        if probe(run, job, plan) or not tighten(run, job):
+        if probe(run, job, plan):
             return plan
+        if not tighten(run, job):
+            return settle(run, job, plan)
 
 
 def _table_of(run: RunDir) -> LatencyTable | None:
@@ -141,7 +144,7 @@ def _table_of(run: RunDir) -> LatencyTable | None:
         return None
     table = LatencyTable.read(file)
     for predicted_ms, measured_ms in run.manifest.get("corrections", []):
-        table = table.refit([(predicted_ms, measured_ms)])
+        table = table.refit([(predicted_ms, measured_ms)], lower=True)
     return table
 
 

@@ -173,44 +173,59 @@ class OrtCpu:
 
     def _profile(self, network: TaggedNetwork, runs: int) -> Floats:
         """(runs, operators) milliseconds from ONNX Runtime's profiler."""
-        onnxruntime = runtime()
-        with tempfile.TemporaryDirectory(prefix="compressor-profile-") as folder:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = self.threads
-            options.inter_op_num_threads = 1
-            options.log_severity_level = 3
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / "ort")
-            session = onnxruntime.InferenceSession(network.model, options, providers=list(CPU))
-            feeds = random_feeds(session)
-            warm_up = 2
-            for _ in range(runs + warm_up):
-                session.run(None, feeds)
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        return _by_operator(events, network)[warm_up:]
+        return _by_operator(profiled_runs(network.model, self.threads, runs), network)
 
 
-def _by_operator(events: Sequence[dict[str, Any]], network: TaggedNetwork) -> Floats:
-    """Sum the profiler's node times for each run and operator.
+def profiled_runs(model: bytes, threads: int, runs: int) -> list[list[dict[str, Any]]]:
+    """What ONNX Runtime's profiler saw of `runs` runs after a warm-up: for each the kernels in their order.
 
-    A node that ONNX Runtime put in itself (a change of layout) has no tag and counts to the operator before
-    it.
+    A kernel has its `name`, its duration `dur` in microseconds, and in `args` its `op_name` and the shapes and bytes
+    that it read and wrote.
     """
+    onnxruntime = runtime()
+    warm_up = 2
+    with tempfile.TemporaryDirectory(prefix="compressor-profile-") as folder:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "ort")
+        session = onnxruntime.InferenceSession(model, options, providers=list(CPU))
+        feeds = random_feeds(session)
+        for _ in range(runs + warm_up):
+            session.run(None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     kernels = [
-        ((event["args"].get("node_index"), str(event["name"])), float(event["dur"]))
+        event
         for event in sorted(
             (event for event in events if event.get("cat") == "Node"), key=lambda event: event["ts"]
         )
         if str(event["name"]).endswith("_kernel_time")
     ]
-    starts = [index for index, (node, _) in enumerate(kernels) if node == kernels[0][0]]
+    first = kernels[0]["args"].get("node_index")
+    starts = [place for place, event in enumerate(kernels) if event["args"].get("node_index") == first]
     length = len(kernels) // len(starts)
-    times = np.zeros((len(starts), network.operators))
-    for run, start in enumerate(starts):
+    return [kernels[start : start + length] for start in starts][warm_up:]
+
+
+def tag_of(kernel: dict[str, Any]) -> int | None:
+    """Which node of the tagged file a kernel stands for; None for one that ONNX Runtime put in itself."""
+    found = _TAG.search(str(kernel["name"]))
+    return int(found[1]) if found is not None else None
+
+
+def _by_operator(runs: Sequence[Sequence[dict[str, Any]]], network: TaggedNetwork) -> Floats:
+    """Sum the profiler's kernel times for each run and operator.
+
+    A node that ONNX Runtime put in itself (a change of layout) has no tag and counts to the operator before
+    it.
+    """
+    times = np.zeros((len(runs), network.operators))
+    for run, kernels in enumerate(runs):
         current = 0
-        for (_, name), microseconds in kernels[start : start + length]:
-            found = _TAG.search(name)
-            if found is not None:
-                current = network.owner[int(found[1])]
-            times[run, current] += microseconds / 1e3
+        for kernel in kernels:
+            if (found := tag_of(kernel)) is not None:
+                current = network.owner[found]
+            times[run, current] += float(kernel["dur"]) / 1e3
     return times

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.errors import CompressorError
+from compressor.latency.company import company
 from compressor.latency.schema import RooflineFields
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class Operators:
         taps: Kernel height times width.
         groups: Groups of the convolution; 0 where they equal the channels.
         in_pixels, out_pixels: Height times width of input and output; 1 for a vector.
-        launches: Kernels that are launched for it: two for a convolution of a single pixel, which stands in a
-            squeeze-and-excitation branch with a pooling or a scaling beside it, else one.
+        launches: Kernels that are launched for it and for the steps beside it that `company` counts to it.
+        beside: Elements that these steps move for each output channel of the operator.
     """
 
     kind: npt.NDArray[np.int64]
@@ -52,10 +53,16 @@ class Operators:
     in_pixels: Floats
     out_pixels: Floats
     launches: Floats
+    beside: Floats
 
     @classmethod
-    def of(cls, layers: Sequence[Any]) -> Operators:
-        """Those of a space's layers (anything with kind, kernel, groups, in_hw and out_hw)."""
+    def of(cls, layers: Sequence[Any], kernels: Floats, beside: Floats) -> Operators:
+        """Those of a space's layers (anything with kind, kernel, groups, in_hw and out_hw).
+
+        Args:
+            kernels: Of the steps beside each layer, as `company` counts them.
+            beside: Elements that these move, divided by the layer's output channels.
+        """
         taps = [float(np.prod(layer.kernel)) if layer.kernel else 1.0 for layer in layers]
         return cls(
             kind=np.asarray(
@@ -67,9 +74,8 @@ class Operators:
             ),
             in_pixels=np.asarray([float(np.prod(layer.in_hw)) for layer in layers]),
             out_pixels=np.asarray([float(np.prod(layer.out_hw)) for layer in layers]),
-            launches=np.asarray(
-                [2.0 if layer.kind == "conv" and np.prod(layer.in_hw) == 1 else 1.0 for layer in layers]
-            ),
+            launches=1.0 + kernels,
+            beside=beside,
         )
 
     def work(self, c_in: Floats, c_out: Floats, block: int) -> tuple[Floats, Floats]:
@@ -82,7 +88,7 @@ class Operators:
         )
         macs = per_output * np.where(self.groups == 1, padded_out, c_out) * self.out_pixels
         weights = self.taps * c_out * np.where(wide, 1.0, c_in / groups)
-        moved = weights + c_in * self.in_pixels + c_out * self.out_pixels
+        moved = weights + c_in * self.in_pixels + c_out * (self.out_pixels + self.beside)
         return macs, moved
 
 
@@ -110,7 +116,7 @@ def roofline_operators(
     fields: RooflineFields, precision: str, space: PruningSpace
 ) -> Callable[[Floats, Floats, bool], Floats]:
     """The operators' times of a space, as `LatencyCurve` asks for them; never decreasing in any width."""
-    operators = Operators.of(space.layers)
+    operators = operators_of(space)
     efficiency = np.asarray([fields.efficiency[name] for name in KINDS])
 
     def milliseconds(c_in: Floats, c_out: Floats, upper: bool) -> Floats:
@@ -126,6 +132,19 @@ def roofline_operators(
         )
 
     return milliseconds
+
+
+def operators_of(space: PruningSpace) -> Operators:
+    """A space's operators and what its network computes beside them."""
+    model, dense = space.model, np.asarray(space.dense_widths)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        kernels, moved = company(lambda: model(*space.example_input), len(space.layers))
+    finally:
+        model.train(was_training)
+    outputs = np.asarray([float(layer.out_channels(dense)[0]) for layer in space.layers])
+    return Operators.of(space.layers, kernels, moved / outputs)
 
 
 def _kind(kind: str, taps: float) -> int:

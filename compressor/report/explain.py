@@ -8,6 +8,7 @@ from typing import Any
 
 from compressor.report.collect import Manifest, rows, section, text
 from compressor.report.formats import (
+    ABSENT,
     count,
     duration,
     milliseconds,
@@ -157,6 +158,8 @@ def hottest(manifest: Manifest, most: int = 8) -> Hot | None:
 
 def _outside(manifest: Manifest, total: float) -> str:
     predicted = number(section(manifest, "latency").get("predicted_ms"))
+    if section(manifest, "explanation"):
+        return f"Times were measured under the profiler; the layers add up to {milliseconds(total)}."
     start = f"Times are the table's prediction; the layers add up to {milliseconds(total)}"
     if predicted is None:
         return f"{start}."
@@ -167,6 +170,65 @@ def _outside(manifest: Manifest, total: float) -> str:
         f"{start} of the network's {milliseconds(predicted)}. The other {rest} is in operators without "
         "weights (pooling, additions, copies) and in what a run costs as a whole."
     )
+
+
+def gap(manifest: Manifest) -> str:
+    """The share of the time against the share of the work under the profiler, and what sorts the lines."""
+    found = section(manifest, "explanation")
+    lines = rows(found, "lines")
+    work = ratio(_sum(lines, "slim_macs"), _sum(lines, "dense_macs"))
+    time = ratio(found.get("slim_ms"), found.get("dense_ms"))
+    if work is None or time is None:
+        return ""
+    return (
+        f"With {percent(work)} of the MACs the slim network takes {percent(time)} of the dense one's time. The gap of "
+        f"a line is its time beyond {percent(work)} of its dense time, so that all gaps add up to the whole one; the "
+        "largest come first, because they would help most."
+    )
+
+
+def _sum(lines: list[Mapping[str, Any]], key: str) -> float:
+    return sum(number(line.get(key)) or 0.0 for line in lines)
+
+
+def explained(manifest: Manifest) -> dict[str, Any] | None:
+    """What `compress measure --explain` found, as the page shows it; None where it has not been asked."""
+    found = section(manifest, "explanation")
+    lines = rows(found, "lines")
+    if not lines:
+        return None
+    total = _sum(lines, "slim_ms")
+    guessed = _sum(lines, "predicted_slim_ms")
+    estimated = section(manifest, "latency").get("estimated") is True
+    return {
+        "gap": gap(manifest),
+        "sentences": [text(line, "sentence") for line in lines if text(line, "sentence")],
+        "predicted": "Estimated, slim" if estimated else "Predicted, slim",
+        "remark": (
+            f"Measured on {text(found, 'where', 'a device that is not recorded')} under its profiler, whose own cost "
+            f"is taken off. Peaks: {text(found, 'peaks', 'not recorded')}."
+        ),
+        "lines": [
+            {
+                "name": text(line, "name", "unnamed"),
+                "macs": count(line.get("slim_macs")) if number(line.get("slim_macs")) else ABSENT,
+                "work": percent(ratio(line.get("slim_macs"), line.get("dense_macs")), 0),
+                "dense": milliseconds(line.get("dense_ms")),
+                "slim": _with_share(line.get("slim_ms"), total),
+                "predicted": _with_share(line.get("predicted_slim_ms"), guessed),
+                "bound": text(line, "bound") or ABSENT,
+                "peak": percent(line.get("peak_share"), 0),
+                "padding": percent(line.get("padding"), 0) if number(line.get("padding")) else ABSENT,
+                "gap": milliseconds(line.get("gap_ms")),
+            }
+            for line in lines
+        ],
+    }
+
+
+def _with_share(value: Any, total: float) -> str:
+    share = ratio(value, total)
+    return milliseconds(value) if share is None else f"{milliseconds(value)}, {percent(share, 0)}"
 
 
 def stubborn(manifest: Manifest) -> list[str]:

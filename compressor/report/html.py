@@ -73,6 +73,7 @@ def context(run: Collected) -> dict[str, Any]:
         "speed": explain.speed(manifest),
         "hot": explain.hottest(manifest),
         "stubborn": explain.stubborn(manifest),
+        "explained": explain.explained(manifest),
         "effort": explain.effort(manifest),
         "search_charts": _charts(
             (
