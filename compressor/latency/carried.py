@@ -111,7 +111,9 @@ def _places(given: Path) -> tuple[Path, Path]:
         folder = given
         found = [folder / name for name in ("results.tar.gz", "results") if (folder / name).exists()]
         results = found[0] if found else folder / "results.tar.gz"
-    if not folder.is_dir() or not (folder / MANIFEST).is_file():
+    if not folder.is_dir():
+        raise CompressorError(f"There is no folder {folder}.", "Give the one that compress profile --bundle wrote.")
+    if not (folder / MANIFEST).is_file():
         raise CompressorError(
             f"{folder} is no bundle: it has no {MANIFEST}.",
             "Put results.tar.gz into the folder that compress profile --bundle wrote, and give that folder.",

@@ -278,8 +278,10 @@ def test_a_changed_bundle(back: Path, tmp_path: Path) -> None:
     (back / "bundle.json").write_text(text.replace("my-orin", "another"))
     with pytest.raises(ExportError, match=r"checksum of bundle\.json does not match"):
         table_of_results(back)
-    with pytest.raises(CompressorError, match="is no bundle: it has no"):
+    with pytest.raises(CompressorError, match="There is no folder"):
         table_of_results(tmp_path / "nothing")
+    with pytest.raises(CompressorError, match=r"is no bundle: it has no bundle\.json"):
+        table_of_results(tmp_path)
 
 
 def test_times_in_another_unit(back: Path) -> None:

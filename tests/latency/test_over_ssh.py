@@ -27,6 +27,30 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def written(space: PruningSpace, example: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small network's bundle, which every test of its table carries to the board anew."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(carry, "LEVELS", 2)
+    patch.setattr(carry, "HELD_OUT", 2)
+    patch.setattr(carry, "anchor_widths", lambda space: space.min_widths[None])
+    folder = tmp_path_factory.mktemp("written") / "profile"
+    carry.write_table_bundle(space, example, folder, device="any", model="small", precision="fp16")
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def quickly(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy the bundle instead of writing it again."""
+
+    def copied(space: PruningSpace, example: Tensor, folder: Path, **_: object) -> carry.Carried:
+        shutil.copytree(written, folder)
+        return carry.Carried(folder, 1, 1)
+
+    monkeypatch.setattr(over_ssh, "write_table_bundle", copied)
+
+
 @pytest.fixture(autouse=True)
 def _quick(
     board: Board, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
@@ -34,6 +58,7 @@ def _quick(
     """A small design, short measurements, an `ssh` that knows the board, and tables of its own for each test."""
     monkeypatch.setattr(carry, "LEVELS", 2)
     monkeypatch.setattr(carry, "HELD_OUT", 2)
+    monkeypatch.setattr(carry, "anchor_widths", lambda space: space.min_widths[None])
     quick = {"duration_s": 1, "warmup_s": 0, "processes": 1, "poll_s": 0.1, "pause_s": 0.05}
     monkeypatch.setattr(over_ssh, "PROTOCOL", quick)
     monkeypatch.setenv("PATH", board.ssh_on_path(tmp_path / "bin"))
@@ -57,6 +82,7 @@ def table_of(board: Board, space: PruningSpace, example: Tensor) -> LatencyTable
     return ssh_table(board.url, space, example, model="small", precision="fp16")
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_table_is_measured_once(
     board: Board, space: PruningSpace, example: Tensor, said: list[str]
 ) -> None:
@@ -95,6 +121,7 @@ def test_single_networks(board: Board, space: PruningSpace, example: Tensor) -> 
     assert left(board) == []
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_device_that_fails_keeps_what_it_has(board: Board, space: PruningSpace, example: Tensor) -> None:
     has(board, "10.3.0", fail="build")
     with pytest.raises(
@@ -107,8 +134,9 @@ def test_a_device_that_fails_keeps_what_it_has(board: Board, space: PruningSpace
     assert not place.exists()
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_script_that_was_ended_goes_on(board: Board, space: PruningSpace, example: Tensor) -> None:
-    has(board, "10.3.0", die_after=20)
+    has(board, "10.3.0", die_after=12)
     (board.folder / "bin" / "trtexec.calls").unlink(missing_ok=True)
     with pytest.raises(CompressorError, match=r"The script on 127\.0\.0\.1 was ended") as ended:
         table_of(board, space, example)
@@ -122,6 +150,7 @@ def test_a_script_that_was_ended_goes_on(board: Board, space: PruningSpace, exam
     assert left(board) == []
 
 
+@pytest.mark.usefixtures("quickly")
 def test_what_the_device_lacks(board: Board, space: PruningSpace, example: Tensor) -> None:
     (board.folder / "bin" / "trtexec").unlink()
     with pytest.raises(CompressorError, match="trtexec was not found: install TensorRT"):
@@ -141,7 +170,6 @@ def test_a_full_disk(board: Board) -> None:
 
 
 def test_another_host_key(board: Board, space: PruningSpace, example: Tensor, tmp_path: Path) -> None:
-    table_of(board, space, example)
     known = tmp_path / "known"
     stranger = (board.folder / "client.pub").read_text().split()[:2]
     port = board.url.rpartition(":")[2]
@@ -169,12 +197,12 @@ def test_a_whole_run(board: Board, tmp_path: Path) -> None:
 
     recipe = parse_recipe(
         {
-            "model": "cifar_resnet20",
+            "model": "tests.nets:tiny",
             "device": board.url,
             "agent": "uniform",
             "epochs": 2,
             "budgets": {"latency": "70%"},
-            "search": {"max_evaluations": 3, "search_images": 32},
+            "search": {"max_evaluations": 3, "batch_norm_batches": 1},
             "export": {"engine": False},
         },
         "test",
