@@ -123,7 +123,9 @@ def devices() -> None:
 
         from compressor.latency.devices import devices as known
 
-        table = Table("device", "runtime", "precision", "how known", box=None, header_style="bold")
+        table = Table(box=None, header_style="bold")
+        for column in ("device", "runtime", "precision", "how known"):
+            table.add_column(column, overflow="fold")
         for entry in known():
             table.add_row(entry.name, entry.runtime, ", ".join(entry.precisions), entry.how)
         out.print(table)

@@ -69,7 +69,8 @@ def devices() -> list[KnownDevice]:
         own.setdefault((table.device, f"{fields.runtime.name} {fields.runtime.version}"), []).append(table)
     for (name, runtime), tables in sorted(own.items()):
         precisions = tuple(sorted({table.precision for table in tables}))
-        how = f"{_how(tables[-1])} by you, {len(tables)} network{'s' if len(tables) > 1 else ''}"
+        count = f"{len(tables)} network{'s' if len(tables) > 1 else ''}"
+        how = f"measured by you on {tables[-1].fields.date}, {count}"
         found.append(KnownDevice(name, runtime, precisions, how))
     return found
 

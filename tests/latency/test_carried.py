@@ -316,7 +316,7 @@ def test_kept_tables_are_found(measured: Path, space: PruningSpace, said: list[s
     assert path.parent == tables_folder()
     assert LatencyTable.load("my-orin", precision="fp16").predict(space) == table.predict(space)
     assert [entry.how for entry in devices() if entry.name == "my-orin"] == [
-        f"measured on {table.fields.date} by you, 1 network"
+        f"measured by you on {table.fields.date}, 1 network"
     ]
     assert keep(table) == path  # the same measurements again change nothing
     with pytest.raises(CompressorError, match="kept already, as the device my-orin"):
