@@ -173,7 +173,11 @@ class OrtCpu:
 
     def _profile(self, network: TaggedNetwork, runs: int) -> Floats:
         """(runs, operators) milliseconds from ONNX Runtime's profiler."""
-        return _by_operator(profiled_runs(network.model, self.threads, runs), network)
+        return _by_operator(_events(network.model, self.threads, runs + WARM_UP), network)[WARM_UP:]
+
+
+WARM_UP = 2
+"""Runs under the profiler that are not counted."""
 
 
 def profiled_runs(model: bytes, threads: int, runs: int) -> list[list[dict[str, Any]]]:
@@ -182,8 +186,11 @@ def profiled_runs(model: bytes, threads: int, runs: int) -> list[list[dict[str, 
     A kernel has its `name`, its duration `dur` in microseconds, and in `args` its `op_name` and the shapes and bytes
     that it read and wrote.
     """
+    return _runs(_events(model, threads, runs + WARM_UP))[WARM_UP:]
+
+
+def _events(model: bytes, threads: int, runs: int) -> list[dict[str, Any]]:
     onnxruntime = runtime()
-    warm_up = 2
     with tempfile.TemporaryDirectory(prefix="compressor-profile-") as folder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -193,9 +200,13 @@ def profiled_runs(model: bytes, threads: int, runs: int) -> list[list[dict[str, 
         options.profile_file_prefix = str(Path(folder) / "ort")
         session = onnxruntime.InferenceSession(model, options, providers=list(CPU))
         feeds = random_feeds(session)
-        for _ in range(runs + warm_up):
+        for _ in range(runs):
             session.run(None, feeds)
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return list(json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")))
+
+
+def _runs(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The kernels among the profiler's events, for each run in the order of execution."""
     kernels = [
         event
         for event in sorted(
@@ -206,7 +217,7 @@ def profiled_runs(model: bytes, threads: int, runs: int) -> list[list[dict[str, 
     first = kernels[0]["args"].get("node_index")
     starts = [place for place, event in enumerate(kernels) if event["args"].get("node_index") == first]
     length = len(kernels) // len(starts)
-    return [kernels[start : start + length] for start in starts][warm_up:]
+    return [kernels[start : start + length] for start in starts]
 
 
 def tag_of(kernel: dict[str, Any]) -> int | None:
@@ -215,12 +226,13 @@ def tag_of(kernel: dict[str, Any]) -> int | None:
     return int(found[1]) if found is not None else None
 
 
-def _by_operator(runs: Sequence[Sequence[dict[str, Any]]], network: TaggedNetwork) -> Floats:
+def _by_operator(events: Sequence[dict[str, Any]], network: TaggedNetwork) -> Floats:
     """Sum the profiler's kernel times for each run and operator.
 
     A node that ONNX Runtime put in itself (a change of layout) has no tag and counts to the operator before
     it.
     """
+    runs = _runs(events)
     times = np.zeros((len(runs), network.operators))
     for run, kernels in enumerate(runs):
         current = 0
