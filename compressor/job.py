@@ -204,6 +204,11 @@ def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, 
     from compressor.latency.steps import measured_steps, refuse_table
     from compressor.latency.surface import ALIGNMENT
 
+    if recipe.device.startswith("ssh:"):
+        raise CompressorError(
+            f"Channel steps are measured on this machine only, not on {recipe.device}.",
+            "Use --granularity auto, or a number such as 8.",
+        )
     if recipe.device != "local":
         raise refuse_table(latency_table(recipe, space, example))
     return measured_steps(

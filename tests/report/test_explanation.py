@@ -1,0 +1,93 @@
+"""The page's "Why is it not faster?" once a run was explained, and what the command refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from invented_run import write_run
+from typer.testing import CliRunner
+
+from compressor.cli import app
+from compressor.report.explain import explained, gap
+from compressor.report.html import write_report
+
+
+def explanation() -> dict[str, Any]:
+    facts = {"kind": "Conv", "bound": "compute", "peak_share": 0.62, "padding": 0.12, "sentence": ""}
+    wide = {"dense_macs": 1000, "slim_macs": 400, "dense_ms": 2.0, "slim_ms": 1.5, "gap_ms": 0.7}
+    return {
+        "where": "an invented device",
+        "peaks": "invented",
+        "dense_ms": 3.0,
+        "slim_ms": 2.1,
+        "lines": [
+            {
+                **facts,
+                **wide,
+                "name": "layer9.conv",
+                "layer": 0,
+                "predicted_slim_ms": 1.4,
+                "sentence": "Mend <it>.",
+            },
+            {
+                "name": "Add at layer9.conv",
+                "kind": "Add",
+                "layer": None,
+                "dense_ms": 1.0,
+                "slim_ms": 0.6,
+                "gap_ms": 0.2,
+            },
+        ],
+    }
+
+
+def test_the_page_shows_every_line_and_sentence(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    manifest["explanation"] = explanation()
+    page = write_report(write_run(tmp_path / "run", manifest, [])).read_text(encoding="utf-8")
+    for words in (
+        "layer9.conv",
+        "Add at layer9.conv",
+        "Mend &lt;it&gt;.",
+        "an invented device",
+        "1.50 ms, 71%",
+        "62%",
+    ):
+        assert words in page
+    assert "40.0% of the MACs the slim network takes 70.0%" in gap(manifest)
+
+
+def test_estimates_are_called_so(manifest: dict[str, Any]) -> None:
+    manifest["explanation"] = explanation()
+    assert (explained(manifest) or {})["predicted"] == "Predicted, slim"
+    manifest["latency"]["estimated"] = True
+    assert (explained(manifest) or {})["predicted"] == "Estimated, slim"
+    del manifest["explanation"]
+    assert explained(manifest) is None
+
+
+def test_a_run_without_networks_and_half_a_pair_of_profiles_are_refused(run_folder: Path) -> None:
+    for arguments, words in (
+        (["--explain"], "has no checkpoints/dense.onnx yet"),
+        (["--explain", "--dense-profile", "a.json"], "two networks together"),
+        (["--dense-profile", "a.json", "--slim-profile", "b.json"], "Give --explain"),
+    ):
+        result = CliRunner().invoke(app, ["measure", str(run_folder), *arguments])
+        assert result.exit_code == 2
+        assert words in " ".join(result.output.split())
+
+
+def test_steps_of_an_estimated_table_are_refused() -> None:
+    asked = [
+        "--model",
+        "tests.nets:tiny",
+        "--device",
+        "jetson-nano",
+        "--latency",
+        "90%",
+        "--granularity",
+        "measured",
+    ]
+    result = CliRunner().invoke(app, [*asked, "--dry-run"])
+    assert result.exit_code == 2
+    assert "estimated: no jump of it was ever measured" in " ".join(result.output.split())
