@@ -145,7 +145,8 @@ class Connection:
         known = f"[{host}]:{self.destination.port}" if self.destination.port else host
         hint = _STRANGER if "Host key verification failed" in error else _HINT
         return ExportError(
-            f"{address} is not reached: {(error or 'ssh gave no reason').rstrip('.')}.", hint.format(address, known)
+            f"{address} is not reached: {(error or 'ssh gave no reason').rstrip('.')}.",
+            hint.format(address, known),
         )
 
     def size(self, name: str) -> int:
@@ -248,7 +249,9 @@ def run_remote(
         connection.run(f"mkdir -p {place}")
         connection.put(content, f"{place}/bundle.tar.gz", say)
         top = shlex.quote(f"./{folder}")
-        connection.run(f"cd {place} && {{ [ -f unpacked ] || {{ tar -xzf bundle.tar.gz && : >unpacked; }}; }}")
+        connection.run(
+            f"cd {place} && {{ [ -f unpacked ] || {{ tar -xzf bundle.tar.gz && : >unpacked; }}; }}"
+        )
         script = f"sh {top}/run.sh {measured} >log 2>&1; echo $? >rc.part; mv rc.part rc"
         setting = f"TRTEXEC={shlex.quote(trtexec)}; export TRTEXEC; " if trtexec else ""
         # started once; it outlives the connection that started it
@@ -260,7 +263,9 @@ def run_remote(
         if code not in (0, 1):
             last = connection.run(f"cd {place} && rm -f rc; tail -n 1 log").decode("utf-8", errors="replace")
             if code > 128:
-                raise ExportError(f"The script on {connection.destination.address} was ended.", "Run it again.")
+                raise ExportError(
+                    f"The script on {connection.destination.address} was ended.", "Run it again."
+                )
             reason = last.strip().replace("error: ", "", 1).rstrip(".") or "no reason was given"
             raise ExportError(f"{connection.destination.address}: {reason}.")
         write_bytes(goal, connection.get(f"{place}/{folder}/results.tar.gz", say))

@@ -94,7 +94,7 @@ def table_of_timings(
         precision=facts.precision,
         block=BLOCKS.get(facts.precision, 1),
         protocol=(
-            f"{facts.model}: {len(fitted) + 1} sub-networks measured by trtexec on the device in {timings.turns} turns, "
+            f"{facts.model}: {len(fitted) + 1} sub-networks measured by trtexec there in {timings.turns} turns, "
             f"every other one backwards, each for {timings.duration_s} s after {timings.warmup_s} s of warm-up; "
             f"{len(unseen)} more were held out; the dense network first and last in each turn; {how}"
         ),
@@ -112,7 +112,9 @@ def _places(given: Path) -> tuple[Path, Path]:
         found = [folder / name for name in ("results.tar.gz", "results") if (folder / name).exists()]
         results = found[0] if found else folder / "results.tar.gz"
     if not folder.is_dir():
-        raise CompressorError(f"There is no folder {folder}.", "Give the one that compress profile --bundle wrote.")
+        raise CompressorError(
+            f"There is no folder {folder}.", "Give the one that compress profile --bundle wrote."
+        )
     if not (folder / MANIFEST).is_file():
         raise CompressorError(
             f"{folder} is no bundle: it has no {MANIFEST}.",
@@ -224,8 +226,8 @@ def _require_plausible(facts: TableFacts, dense: Sample) -> None:
         )
     if macs / (dense.times.median_ms / 1e3) > FASTEST_MACS:
         raise CompressorError(
-            f"The dense network is said to take {dense.times.median_ms:.3g} ms for {macs:.3g} multiply-adds: no device is "
-            "that fast. The times are in another unit, or are not of this network.",
+            f"The dense network is said to take {dense.times.median_ms:.3g} ms for {macs:.3g} multiply-adds: no device "
+            "is that fast. The times are in another unit, or are not of this network.",
         )
 
 

@@ -45,7 +45,9 @@ PROTOCOL: dict[str, Any] = {"duration_s": 5, "warmup_s": 2, "processes": 3}
 """How each network is measured: seconds of runs after seconds of warm-up, in so many turns."""
 
 SLIM = "slim"
-_ELSEWHERE = "Where it lies in an unusual place on the device, say so here: export COMPRESSOR_TRTEXEC=/path/to/trtexec"
+_ELSEWHERE = (
+    "Where it lies in an unusual place on the device, say so here: export COMPRESSOR_TRTEXEC=/path/to/trtexec"
+)
 _BUNDLE = "profile"
 
 

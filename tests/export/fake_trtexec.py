@@ -53,7 +53,9 @@ def newest_opset(version: str) -> int:
 def tag(version: str) -> str:
     """8.5.2 -> v8502; 10.3.0 -> v100300."""
     major, minor, patch = (int(part) for part in version.split("."))
-    return f"v{major * 1000 + minor * 100 + patch}" if major < 10 else f"v{major * 10000 + minor * 100 + patch}"
+    return (
+        f"v{major * 1000 + minor * 100 + patch}" if major < 10 else f"v{major * 10000 + minor * 100 + patch}"
+    )
 
 
 def make_trtexec(folder: Path, version: str, **behaviour: object) -> Path:
@@ -97,7 +99,9 @@ def main(settings: str) -> int:
     if "calls" in behaviour:
         with open(behaviour["calls"], "a") as file:
             file.write(" ".join(arguments) + "\n")
-    print("[11/20/2026-12:00:00] [I] Selected Device: Orin\n[11/20/2026-12:00:00] [I] Compute Capability: 8.7")
+    print(
+        "[11/20/2026-12:00:00] [I] Selected Device: Orin\n[11/20/2026-12:00:00] [I] Compute Capability: 8.7"
+    )
     print("[11/20/2026-12:00:00] [I] Compute Clock Rate: 0.624 GHz")
     if "die_after" in behaviour and count_call(Path(sys.argv[0] + ".calls")) > behaviour["die_after"]:
         os.kill(os.getppid(), signal.SIGKILL)
@@ -130,7 +134,9 @@ def build(options: dict[str, str], behaviour: dict[str, object]) -> int:
     if behaviour.get("fail") == "build":
         return error("Error Code 10: Could not find any implementation for node /conv1/Conv.")
     if "rule" in behaviour:
-        content = json.dumps(known_layers(content, str(behaviour["rule"]), Path(str(behaviour["memory"])))).encode()
+        content = json.dumps(
+            known_layers(content, str(behaviour["rule"]), Path(str(behaviour["memory"])))
+        ).encode()
     Path(options["saveEngine"]).write_bytes(f"engine {version}\n".encode() + content)
     Path(options["timingCacheFile"]).write_bytes(b"timings")
     return 0
@@ -142,13 +148,17 @@ def run(options: dict[str, str], behaviour: dict[str, object]) -> int:
     if header.decode() != f"engine {version}":
         return error("Serialization Error: the engine was built by another version")
     if "exportTimes" in options:
-        if release(version) < (11, 0) and not {"useCudaGraph", "useSpinWait", "noDataTransfers"} <= set(options):
+        if release(version) < (11, 0) and not {"useCudaGraph", "useSpinWait", "noDataTransfers"} <= set(
+            options
+        ):
             return error("measured otherwise than TensorRT 11 measures by default")
         if behaviour.get("fail") == "measure":
             return error("Cuda failure: out of memory")
         middle = 1.6
         if "rule" in behaviour:
-            middle = float(behaviour.get("factor", 1)) * (0.05 + 0.9 * sum(time for _, time in json.loads(content)))
+            middle = float(behaviour.get("factor", 1)) * (
+                0.05 + 0.9 * sum(time for _, time in json.loads(content))
+            )
         write_times(Path(options["exportTimes"]), middle)
     if "exportOutput" in options:
         if behaviour.get("fail") == "verify":
@@ -199,14 +209,18 @@ def layers(content: bytes, rule: str) -> list[tuple[str, float]]:
             behind = graph.node[place + 1] if place + 1 < len(graph.node) else node
             name = f"{node.name} + {behind.name}" if behind.op_type == "Relu" else node.name
             found.append((name, 0.02 + 0.0008 * blocks * math.prod(shape[2:])))
-    return found if rule == "named" else [(f"__myl_Fc_{place}", time) for place, (_, time) in enumerate(found)]
+    return (
+        found if rule == "named" else [(f"__myl_Fc_{place}", time) for place, (_, time) in enumerate(found)]
+    )
 
 
 def write_profile(path: Path, found: list[tuple[str, float]]) -> None:
     """In the format of `exportJSONProfile`."""
     lines = ["[", '  { "count" : 100 }']
     for name, time in found:
-        lines.append(f', {{ "name" : "{name}", "timeMs" : {time * 100:g}, "averageMs" : {time:g}, "percentage" : 1 }}')
+        lines.append(
+            f', {{ "name" : "{name}", "timeMs" : {time * 100:g}, "averageMs" : {time:g}, "percentage" : 1 }}'
+        )
     path.write_text("\n".join([*lines, "]", ""]) if found else "[]\n")
 
 
@@ -245,7 +259,9 @@ def outputs(content: bytes, name: str, given: Path) -> tuple[str, str, list[floa
 
     header = parse_header(content)
     numbers = given.read_bytes()
-    array = np.array(struct.unpack(f"<{len(numbers) // 4}f", numbers), np.float32).reshape(header.shapes[name])
+    array = np.array(struct.unpack(f"<{len(numbers) // 4}f", numbers), np.float32).reshape(
+        header.shapes[name]
+    )
     output = onnx_outputs(content, array)[0]
     shape = "x".join(str(size) for size in output.shape)
     return header.outputs[0], shape, [float(value) for value in output.reshape(-1)]

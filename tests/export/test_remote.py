@@ -154,5 +154,8 @@ def test_what_is_not_sent(board: Board, tmp_path: Path) -> None:
 
 def test_no_ssh_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ExportError, match="ssh is not installed"), Connection(Destination("host")) as connection:
+    with (
+        pytest.raises(ExportError, match="ssh is not installed"),
+        Connection(Destination("host")) as connection,
+    ):
         connection.run("true")

@@ -321,7 +321,9 @@ def test_kept_tables_are_found(measured: Path, space: PruningSpace, said: list[s
     assert keep(table) == path  # the same measurements again change nothing
     with pytest.raises(CompressorError, match="kept already, as the device my-orin"):
         keep(table_of_results(measured, "other-name"))
-    with pytest.raises(CompressorError, match=r"no latency table of my-orin in int8\. It was measured in fp16"):
+    with pytest.raises(
+        CompressorError, match=r"no latency table of my-orin in int8\. It was measured in fp16"
+    ):
         find_table("my-orin", "int8")
     path.write_text("{")
     assert [entry.name for entry in devices()].count("my-orin") == 0
