@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from compressor import __version__
+from compressor.contract import kept_plan, margin
 from compressor.errors import CompressorError
 from compressor.job import Job, reward_weights
 from compressor.progress import bar, say
@@ -77,7 +78,7 @@ def begin(run: RunDir, job: Job) -> None:
 
 def search(run: RunDir, job: Job) -> ChannelPlan:
     """Let the agent find the widths; the weights of `job.model` are afterwards those of the search's end."""
-    from compressor.training.evaluate import accuracy, reestimate_batch_norm
+    from compressor.training.evaluate import accuracy
 
     if run.finished("search"):
         return _search(run, job).best
@@ -88,20 +89,8 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
             dense = accuracy(job.model, job.data.test, device=job.torch_device)
             note = f"The dense network has had the {epochs} epochs of the search, the slim one all of them."
             _note_accuracy(run, dense=dense, dense_note=note)
-        pruned = job.space.apply(result.best)
-        reestimate_batch_norm(pruned, job.data.train, batches=10, device=job.torch_device)
-        _note_accuracy(run, pruned=accuracy(pruned, job.data.test, device=job.torch_device))
-        write_atomic(run.file(PLAN), result.best.to_json())
+        _note_plan(run, job, result.best)
         run.save(
-            groups=[
-                {
-                    "name": group.name,
-                    "width": group.width,
-                    "kept": result.widths[group.name],
-                    "coupled": group.coupled,
-                }
-                for group in job.space.groups
-            ],
             search={
                 "agent": job.recipe.agent,
                 "evaluations": result.evaluations,
@@ -188,11 +177,36 @@ def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evalua
     return env, evaluator
 
 
+def settle(run: RunDir, job: Job, plan: ChannelPlan) -> ChannelPlan:
+    """The plan that the run ends with: the last, or where that misses its latency an earlier one that did not."""
+    kept = kept_plan(run, plan)
+    if kept.checksum != plan.checksum and not run.finished("finetune"):
+        _note_plan(run, job, kept)
+        say("What was found last misses the latency target: the plan that kept it is taken.")
+    return kept
+
+
+def _note_plan(run: RunDir, job: Job, plan: ChannelPlan) -> None:
+    """Write a plan down as the run's, with the accuracy of the network before any fine-tuning."""
+    from compressor.training.evaluate import accuracy, reestimate_batch_norm
+
+    pruned = job.space.apply(plan)
+    reestimate_batch_norm(pruned, job.data.train, batches=10, device=job.torch_device)
+    _note_accuracy(run, pruned=accuracy(pruned, job.data.test, device=job.torch_device))
+    write_atomic(run.file(PLAN), plan.to_json())
+    run.save(
+        groups=[
+            {"name": each.name, "width": each.width, "kept": plan.widths[each.name], "coupled": each.coupled}
+            for each in job.space.groups
+        ]
+    )
+
+
 def search_budgets(run: RunDir, job: Job) -> list[Budget]:
     """The budgets that the search keeps: the run's targets, the latency with the margin taken off."""
     targets = {entry["name"]: entry["target"] for entry in run.manifest["budgets"]}
-    margin = job.recipe.contract.margin if job.measurable else 0.0
-    aims = {name: target * (1 - margin) if name == "latency" else target for name, target in targets.items()}
+    below = margin(run, job)
+    aims = {name: target * (1 - below) if name == "latency" else target for name, target in targets.items()}
     budgets: list[Any] = list(job.budgets())  # frozen dataclasses all, which their abstract base does not say
     return [
         budget
@@ -203,7 +217,7 @@ def search_budgets(run: RunDir, job: Job) -> list[Budget]:
 
 
 def tighten(run: RunDir, job: Job) -> bool:
-    """After a missed latency: refit the table with what was measured, and reopen the search.
+    """After a latency that was missed, or kept by too much: refit the table with what was measured, and search on.
 
     Returns:
         Whether there is anything left to try.
@@ -212,7 +226,7 @@ def tighten(run: RunDir, job: Job) -> bool:
     if job.table is None or len(rounds) >= job.recipe.contract.max_rounds:
         return False
     correction = (rounds[-1]["predicted_ms"], rounds[-1]["measured_ms"])
-    table = job.table.refit([correction])
+    table = job.table.refit([correction], lower=True)
     try:
         job.budgets(table)
     except CompressorError as error:

@@ -132,6 +132,8 @@ class Agent(ABC):
             with the space and its form and strength filled in); None trains without. Only the joint agent
             uses it.
         curves: folder for TensorBoard curves; None writes none.
+        brief: trains a candidate's network in place for so many steps before it is scored; None leaves them as they
+            are sliced. Only the constrained agent uses it.
     """
 
     name: ClassVar[str]
@@ -147,6 +149,7 @@ class Agent(ABC):
         settings: Mapping[str, Any] | None = None,
         alignment: Callable[[ChannelPlan], Callable[[nn.Module], Tensor]] | None = None,
         curves: Path | None = None,
+        brief: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
         self.seed = seed
         self.trainer = trainer
@@ -155,6 +158,7 @@ class Agent(ABC):
         self.settings = _settings(self.name, self.Settings, settings or {})
         self.alignment = alignment
         self.curves = curves
+        self.brief = brief
 
     def search(
         self,

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from compressor.agents.curves import Curves
 from compressor.env.bounds import LegalWidths, Widths
 from compressor.env.environment import Observation, PruningEnv, Score
 from compressor.errors import CompressorError
+from compressor.pruning.plan import ChannelPlan
 
 if TYPE_CHECKING:
     from compressor.run_dir import Checkpoint, EpisodeLog
@@ -68,6 +70,7 @@ class Place:
         evaluations_before: evaluations of earlier rounds.
         training_seconds, seconds: of the time before the last save.
         chosen: widths of the result, once there is one.
+        kept: its plan as JSON, where the agent chose the channels as well.
         training: what each epoch of training was, as the manifest has it.
     """
 
@@ -78,6 +81,7 @@ class Place:
     training_seconds: float = 0.0
     seconds: float = 0.0
     chosen: list[int] | None = None
+    kept: str | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -198,11 +202,22 @@ class SearchRun:
         """Score a plan of these widths (G,) and log it; given up where it cannot earn `floor`."""
         return self._record(self.env.score(widths, reward_floor=floor), phase)
 
-    def choose(self, shortlist: Sequence[Sequence[int]], *, score_all: bool = True) -> SearchResult:
+    def score_by(self, widths: Widths | Sequence[int], measure: Callable[[], float], phase: str) -> Candidate:
+        """Score a candidate of these widths (G,) in a way of the agent's, and log it; see `PruningEnv.score_by`."""
+        return self._record(self.env.score_by(widths, measure), phase)
+
+    def choose(
+        self,
+        shortlist: Sequence[Sequence[int]],
+        *,
+        score_all: bool = True,
+        plans: Mapping[tuple[int, ...], ChannelPlan] | None = None,
+    ) -> SearchResult:
         """Score the feasible ones of a shortlist on the weights as they are now; the best is the result.
 
         The first feasible one is scored whatever the limits say, so that there is a result; with `score_all` off, it
-        is the result. Only the best matters here: one that cannot beat the best so far is given up.
+        is the result. Only the best matters here: one that cannot beat the best so far is given up. `plans` has, by
+        widths, the channels to keep where these are not the most important ones.
 
         Raises:
             CompressorError: none keeps the budgets.
@@ -212,12 +227,17 @@ class SearchRun:
             feasible = bool(self.env.bounds.feasible(np.array(widths, dtype=np.int64))[0])
             if feasible and (not scored or (score_all and not self.spent())):
                 floor = max((candidate.reward for candidate in scored), default=None)
-                scored.append(self.score(widths, "final", floor))
+                if (plan := (plans or {}).get(widths)) is None:
+                    scored.append(self.score(widths, "final", floor))
+                else:
+                    scored.append(self.score_by(widths, partial(self.evaluator, plan), "final"))
         if not scored:
             raise CompressorError(
                 f"None of {len(shortlist)} final candidates keeps the budgets.", "Loosen the budget a little."
             )
         self.place.chosen = list(max(scored, key=lambda candidate: candidate.reward).widths)
+        chosen = (plans or {}).get(tuple(self.place.chosen))
+        self.place.kept = None if chosen is None else chosen.to_json()
         self.save()
         return self._result(self.place.chosen)
 
@@ -232,7 +252,7 @@ class SearchRun:
         training, evaluation = self.place.training_seconds, self.env.evaluation_seconds
         self.curves.close()
         return SearchResult(
-            best=self.env.plan(chosen),
+            best=self.env.plan(chosen) if self.place.kept is None else ChannelPlan.from_json(self.place.kept),
             widths={group.name: width for group, width in zip(self.env.space.groups, chosen, strict=True)},
             reward=best.reward,
             accuracy=best.accuracy,

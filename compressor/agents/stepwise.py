@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,13 @@ from compressor.agents.base import Agent, SearchResult
 from compressor.agents.dueling import DoubleDqn
 from compressor.agents.proposals import scaled_widths
 from compressor.env.observation import FEATURES
+from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
     from compressor.agents.search_run import SearchRun
 
 ALPHAS = np.round(np.arange(0.0, 2.21, 0.1), 1)
-"""The actions: prune what lies below so many times the layer's mean norm."""
+"""The actions: prune what lies below so many standard deviations of the layer's weights."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class StepwiseSettings:
         update, transitions in an update, transitions kept.
     updates_per_step: updates for each group decided.
     epsilon: share of random actions at the end; it falls from 1 over the first two thirds of the episodes.
+    rewards: "dense", after every group; or "terminal", the same number once, after the last one, for comparison: one
+        evaluation an episode, and the accuracy in the state stays the dense one's.
     """
 
     episodes: int = 55
@@ -45,6 +48,11 @@ class StepwiseSettings:
     replay: int = 10_000
     updates_per_step: int = 1
     epsilon: float = 0.05
+    rewards: Literal["dense", "terminal"] = "dense"
+
+    def __post_init__(self) -> None:
+        if self.rewards not in ("dense", "terminal"):
+            raise CompressorError(f"The setting rewards is {self.rewards!r}, expected 'dense' or 'terminal'.")
 
 
 class StepwiseAgent(Agent):
@@ -55,7 +63,8 @@ class StepwiseAgent(Agent):
     and T_A the dense one's, P the share of the cost removed so far and T_P that which the tightest budget
     asks for. The thresholds of the original remove single weights; here a threshold stands for the share of a
     group's filters whose norm lies below it, never below the minimum width, and the environment's bounds keep
-    the budgets.
+    the budgets. A filter counts by the root of its mean squared weight; for weights around 0, a layer's standard
+    deviation is the quadratic mean of these.
     """
 
     name = "stepwise"
@@ -69,7 +78,7 @@ class StepwiseAgent(Agent):
         with progress.bar("Playing episodes", total=total) as bar:
             bar.advance(run.place.steps.get(phase, 0))
             for episode in run.remaining(phase, total):
-                if run.spent(reserve=len(env.bounds.dense) + 1):
+                if run.spent(reserve=search.evaluations_an_episode + 1):
                     break
                 last = episode == total - 1
                 search.play(0.0 if last else search.epsilon(episode, total), phase)
@@ -86,7 +95,7 @@ class _StepwiseSearch:
         self.run, self.env, self.settings = run, run.env, settings
         scores = run.env.space.rank("l2").scores
         self._below = [
-            np.array([float((values < alpha * values.mean()).mean()) for alpha in ALPHAS])
+            np.array([float((values < alpha * np.sqrt((values**2).mean())).mean()) for alpha in ALPHAS])
             for values in scores
         ]
         bounds = run.env.bounds
@@ -110,11 +119,16 @@ class _StepwiseSearch:
         """Episodes of this round, as many as the limits have room for."""
         if self.run.place.round:
             return int(self.settings.again_episodes)
-        most, groups = self.run.limits.max_evaluations, len(self.env.bounds.dense)
+        most = self.run.limits.max_evaluations
         if most is None:
             return int(self.settings.episodes)
-        room = max(1, (most - 2) // groups)
+        room = max(1, (most - 2) // self.evaluations_an_episode)
         return room if self.run.limits.use_all else min(room, int(self.settings.episodes))
+
+    @property
+    def evaluations_an_episode(self) -> int:
+        """The most that an episode can take."""
+        return len(self.env.bounds.dense) if self.settings.rewards == "dense" else 1
 
     def epsilon(self, episode: int, total: int) -> float:
         """Share of random actions in an episode."""
@@ -134,12 +148,14 @@ class _StepwiseSearch:
             ratio = np.array([self._below[step][action]], dtype=np.float32)
             observation, _, last, _, info = env.step(ratio)
             widths[step], past[step] = info["width"], info["action"]
-            accuracy = self.run.score(widths, phase).accuracy if last else env.score(widths).accuracy
+            told = last or self.settings.rewards == "dense"
+            accuracy = dense
+            if told:
+                accuracy = self.run.score(widths, phase).accuracy if last else env.score(widths).accuracy
             removed = 1.0 - env.bounds.shares(widths[None])[:, 0] / np.maximum(self._dense_share, 1e-12)
             kept = accuracy / max(dense, 1e-9)
-            reward = -self.settings.beta * (
-                max(1 - kept, 0.0) + max(float((1 - removed / self._wanted).max()), 0.0)
-            )
+            missing = max(float((1 - removed / self._wanted).max()), 0.0)
+            reward = -self.settings.beta * (max(1 - kept, 0.0) + missing) if told else 0.0
             following = self._state(observation, kept, removed, past)
             self._dqn.remember(state, action, reward, following, last)
             state = following

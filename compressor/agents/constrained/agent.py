@@ -34,7 +34,8 @@ class ConstrainedAgent(Agent):
             return search.choose()  # a budget was tightened: what was learned serves
         search.start()
         updates = search.updates()
-        for update in run.remaining("update", updates):
+        # Plans that are known already cost nothing: where all evaluations are to be used, more updates follow.
+        for update in run.remaining("update", (4 if run.limits.use_all else 1) * updates):
             if not search.play(update, updates):
                 break
             search.learn()

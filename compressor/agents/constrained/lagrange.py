@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ class Multipliers:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values."""
-        return {"raw": self._raw.detach().clone(), "optimizer": self._optimizer.state_dict()}
+        return {"raw": self._raw.detach().clone(), "optimizer": copy.deepcopy(self._optimizer.state_dict())}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` returned."""

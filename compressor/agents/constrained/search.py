@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Candidate, SearchResult
+from compressor.agents.constrained.actions import ChannelActions, LayerActions, Masks, plan_of_masks
 from compressor.agents.constrained.ppo import LagrangianPpo, Step
 from compressor.agents.constrained.settings import ConstrainedSettings
 from compressor.agents.constrained.state import States
@@ -19,18 +20,21 @@ from compressor.agents.proposals import scaled_widths
 from compressor.agents.randomness import OwnRandomness
 from compressor.agents.search_run import SearchRun
 from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
-from compressor.env.bounds import LegalWidths, Widths
+from compressor.env.bounds import Widths
+from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.soft import soften
 
 _START = "start"
 
 
 @dataclass
 class Walk:
-    """One episode as the policy went: a state and a step for each group, and the widths that came of it."""
+    """One episode as the policy went: a state and a step for each group, what came of it."""
 
     states: list[NDArray[np.float32]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
+    masks: Masks = field(default_factory=list)
 
 
 class ConstrainedSearch:
@@ -45,7 +49,9 @@ class ConstrainedSearch:
         self.run, self.env, self.settings = run, run.env, settings
         bounds = run.env.bounds
         self.groups = len(bounds.dense)
-        self.states = States(run.env, past=True, one_hot=settings.one_hot)
+        self._channels = settings.action == "channel"
+        self.actions = (ChannelActions if self._channels else LayerActions)(run.env, fold=settings.fold)
+        self.states = States(run.env, past=self.actions.sums_past, one_hot=settings.one_hot)
         self._dense_costs = dense_costs(run.env)
         self._budgets = [
             100.0 * each.target / unit for each, unit in zip(run.env.budgets, self._dense_costs, strict=True)
@@ -53,8 +59,8 @@ class ConstrainedSearch:
         self.randomness = OwnRandomness(run.agent.seed)
         steps = settings.episodes_per_update * self.groups
         with self.randomness.active():
-            self.ppo = LagrangianPpo(self.states.size, 1, steps, len(self._budgets), settings)
-        self._around = np.zeros(self.groups)  # ratios removed where the policy says 0
+            self.ppo = LagrangianPpo(self.states.size, self.actions.size, steps, len(self._budgets), settings)
+        self._masks: list[tuple[float, Masks]] = []  # of the best episodes, with their worth
         self._scale: list[float] | None = None
         self._allocator = Allocator(run.env)
         self._sensitivity = Sensitivity(run, self._allocator.levels, self._points())
@@ -82,7 +88,7 @@ class ConstrainedSearch:
             if self.run.spent(reserve=1):
                 return
             self.run.score(starts[number], _START)
-            self._around = 1.0 - np.array(self._best(_START).widths) / self.env.bounds.dense
+            self.actions.centre(np.array(self._best(_START).widths))
             self.run.done(_START)
 
     def updates(self) -> int:
@@ -103,14 +109,18 @@ class ConstrainedSearch:
     def play(self, update: int, updates: int) -> bool:
         """Play the episodes of an update into the rollout buffer; whether all of them could be played."""
         self.ppo.rollout_buffer.reset()
-        cap = min(self.settings.cap + 0.05 * update / updates, 1.0)
+        share = min(1.0, update / updates)
+        cap = min(self.settings.cap + 0.05 * share, 1.0)
+        training = self.settings.finetune_iterations[min(2, int(3 * share))]
+        walks = [self._walk(cap) for _ in range(self.settings.episodes_per_update)]
         scored: list[tuple[Walk, Candidate]] = []
-        with progress.bar("Playing episodes", total=self.settings.episodes_per_update) as bar:
-            for _ in range(self.settings.episodes_per_update):
+        with progress.bar("Playing episodes", total=len(walks)) as bar:
+            for number, walk in enumerate(walks):
                 if self.run.spent(self.reserve):
                     return False
-                walk = self._walk(cap)
-                candidate = self.run.score(walk.widths, "policy")
+                if not (self._channels or training):
+                    self.env.ahead(each.widths for each in walks[number:])
+                candidate = self._scored(walk, training)
                 scored.append((walk, candidate))
                 bar.advance(note=f"{candidate.accuracy:.1%}")
         self._fill_buffer(scored)
@@ -134,41 +144,80 @@ class ConstrainedSearch:
         self.run.curves.add(len(self.run.candidates), curves)
 
     def choose(self) -> SearchResult:
-        """The best episode that keeps the budgets, scored again beside what was near it, scaled to the budgets."""
+        """The best episode that keeps the budgets, scored again beside the best few scaled to the budgets."""
+        dense, names = self.env.bounds.dense, [group.name for group in self.env.space.groups]
+        plans: dict[tuple[int, ...], ChannelPlan] = {}
+        shortlist: list[Widths] = []
+        if isinstance(self.actions, ChannelActions):
+            found = [masks for _, masks in self._masks] + [self._walk(1.0, deterministic=True).masks]
+            for masks in found:
+                widths = scaled_widths(self.env, self.actions.hard(masks) / dense)
+                shortlist.append(widths)
+                plans.setdefault(tuple(widths.tolist()), plan_of_masks(names, masks, widths))
+        shortlist += self._best_widths()
+        return self.run.choose([each.tolist() for each in shortlist], plans=plans)
+
+    # What they are made of.
+
+    def _best_widths(self) -> list[Widths]:
+        """The best feasible episode; the best few by reward less excess and the policy's, scaled to the budgets."""
         dense, bounds = self.env.bounds.dense, self.env.bounds
         known = [
-            c
-            for c in self.run.candidates
-            if c.phase not in (PHASE, "final") or c.round < self.run.place.round
+            c for c in self.run.candidates if c.phase not in (PHASE, "policy" if self._channels else PHASE)
         ]
-        known = [c for c in known if c.phase != PHASE]
         widths = np.array([c.widths for c in known], dtype=np.int64).reshape(-1, self.groups)
         shortlist: list[Widths] = []
         best = best_feasible([c.reward for c in known], bounds.feasible(widths)) if known else None
         if best is not None:
             shortlist.append(widths[best])
-        worth = [c.reward - self._regret(w) for c, w in zip(known, widths, strict=True)]
+        worth = [
+            c.reward - max(0.0, float(bounds.excess(w[None])[0]) - 1.0)
+            for c, w in zip(known, widths, strict=True)
+        ]
         for index in np.argsort([-value for value in worth], kind="stable")[: self.settings.shortlist]:
             shortlist.append(scaled_widths(self.env, widths[index] / dense))
-        policys = np.array(self._walk(1.0, deterministic=True).widths)
-        shortlist += [scaled_widths(self.env, policys / dense), bounds.cheapest]
-        if best is not None:
-            shortlist.pop()
-        return self.run.choose([each.tolist() for each in shortlist])
+        if not self._channels:
+            policys = np.array(self._walk(1.0, deterministic=True).widths)
+            shortlist.append(scaled_widths(self.env, policys / dense))
+        return shortlist or [bounds.cheapest]
 
-    # What they are made of.
+    def _scored(self, walk: Walk, training: int) -> Candidate:
+        """The candidate of a walk, after some steps of training where these are asked for."""
+        if not (self._channels or training):
+            return self.run.score(walk.widths, "policy")
+
+        def measure() -> float:
+            if self._channels:
+                network = soften(self.env.space, walk.masks)
+            else:
+                network = self.env.space.apply(self.env.plan(walk.widths))
+            if training and self.run.agent.brief is not None:
+                self.run.agent.brief(network, training)
+            return self.run.evaluator.score(network)
+
+        candidate = self.run.score_by(walk.widths, measure, "policy")
+        if self._channels:
+            excess = float(self.env.bounds.excess(np.array([walk.widths]))[0])
+            self._masks.append((candidate.reward - max(0.0, excess - 1.0), walk.masks))
+            self._masks.sort(key=lambda each: -each[0])
+            del self._masks[self.settings.shortlist :]
+        return candidate
 
     def _walk(self, cap: float, deterministic: bool = False) -> Walk:
         """Go through all groups by the policy; what comes of it need not keep the budgets."""
-        walk, past, bounds = Walk(), 0.0, self.env.bounds
+        walk, past = Walk(), 0.0
         for group in range(self.groups):
             state = self.states(group, past)
             with self.randomness.active():
                 step = self.ppo.act(state, deterministic)
-            ratio = float(np.clip(self._around[group] + step.action[0], 0.0, cap))
+            if isinstance(self.actions, ChannelActions):
+                walk.masks.append(self.actions.mask(group, step.action, cap))
+                ratio = 1.0 - float(walk.masks[-1].mean())
+            else:
+                ratio = self.actions.ratio(group, step.action, cap)
             walk.states.append(state)
             walk.steps.append(step)
-            walk.widths.append(LegalWidths(int(bounds.dense[group]), bounds.choices[group]).width(ratio))
+            walk.widths.append(self.actions.width(group, ratio))
             past += ratio
         return walk
 
@@ -189,22 +238,18 @@ class ConstrainedSearch:
     def _terminal_costs(self, candidate: Candidate) -> NDArray[np.float64]:
         """What the cost critics learn from: the mean over the steps is the percentage kept, as in the paper.
 
-        With `scale_costs`, tens of percent beyond the budget instead: the critics start near the truth then, and what
-        is common to all episodes does not matter to advantages.
+        With `scale_costs`, what exceeds the budget, in tens of percent: a plan within it costs nothing, so that a
+        multiplier that is still high does not drive the policy far below.
         """
         percent = self._percent(candidate)
         if self.settings.scale_costs:
-            return (percent - np.array(self._budgets)) / 10.0
-        return self.groups * percent
+            return np.asarray(np.maximum(percent - np.array(self._budgets), 0.0) / 10.0)
+        return np.asarray(self.groups * percent)
 
     def _percent(self, candidate: Candidate) -> NDArray[np.float64]:
         """Percent of the dense network's cost, (budgets,)."""
         costs = [candidate.costs[budget.name] for budget in self.env.budgets]
-        return 100.0 * np.array(costs) / np.array(self._dense_costs)
-
-    def _regret(self, widths: Widths) -> float:
-        """What a plan that exceeds the budgets is likely to lose when it is scaled to them: as much as it exceeds."""
-        return float(max(0.0, self.env.bounds.excess(widths[None])[0] - 1.0))
+        return np.asarray(100.0 * np.array(costs) / np.array(self._dense_costs))
 
     def _best(self, phase: str) -> Candidate:
         ours = [c for c in self.run.candidates if c.phase == phase and c.round == self.run.place.round]
@@ -229,7 +274,8 @@ class ConstrainedSearch:
             "ppo": self.ppo.state(),
             "states": self.states.state(),
             "randomness": self.randomness.state(),
-            "around": self._around.tolist(),
+            "around": self.actions.around.tolist(),
+            "masks": [[worth, [mask.tolist() for mask in masks]] for worth, masks in self._masks],
             "scale": self._scale,
             "losses": self._sensitivity.losses,
         }
@@ -238,7 +284,8 @@ class ConstrainedSearch:
         self.ppo.restore(state["ppo"])
         self.states.restore(state["states"])
         self.randomness.restore(state["randomness"])
-        self._around = np.array(state["around"])
+        self.actions.around = np.array(state["around"])
+        self._masks = [(worth, [np.array(mask) for mask in masks]) for worth, masks in state["masks"]]
         self._scale = None if state["scale"] is None else [float(number) for number in state["scale"]]
         self._sensitivity.losses = list(state["losses"])
 

@@ -19,6 +19,7 @@ PAPER: Mapping[str, Any] = {
     "scale_rewards": False,
     "scale_costs": False,
     "one_hot": False,
+    "fold": False,
     "start": "dense",
     "multiplier_rate": 3e-4,
     "finetune_iterations": (0, 32, 128),
@@ -50,8 +51,10 @@ class ConstrainedSettings:
         hidden: width of the two hidden layers of policy, critic and each cost critic.
         multiplier_rate: learning rate of the multipliers.
         scale_rewards: whether rewards have mean 0 and deviation 1 by the first update's; else they are percent.
-        scale_costs: whether the costs' advantages are divided by their deviation, as the reward's are.
+        scale_costs: whether the policy is charged only what exceeds a budget, and the costs' advantages are divided by
+            their deviation, as the reward's are.
         one_hot: whether the state says which group it is by one number each, beside the paper's description.
+        fold: whether ratios beyond 0 and the cap are mirrored there instead of clipped.
         cap: ratio beyond which nothing is removed at first; it rises by 0.05 over the run, to 1 at most.
         finetune_iterations: training steps on each candidate before it is scored, in each third of the run; only
             where training is at hand. The weights are as before afterwards.
@@ -73,10 +76,11 @@ class ConstrainedSettings:
     reward_lambda: float = 1.0
     cost_lambda: float = 1.0
     hidden: int = 32
-    multiplier_rate: float = 0.05
+    multiplier_rate: float = 0.3
     scale_rewards: bool = True
     scale_costs: bool = True
     one_hot: bool = True
+    fold: bool = True
     cap: float = 0.9
     finetune_iterations: tuple[int, int, int] = (0, 0, 0)
     shortlist: int = 4
