@@ -46,6 +46,9 @@ MOST_SCANS = 3
 EVIDENCE = 10.0
 """Difference of Schwarz's criterion from which on a staircase is believed."""
 
+SURE = 0.02
+"""Noise as a share of the whole rise up to which the absence of jumps is believed."""
+
 STEEP = 0.3
 """Share of the rise over one step that the jump must make up; a smaller one is not worth a coarser step."""
 
@@ -60,6 +63,7 @@ class Scan:
         ms: Time of the operators that the group runs through.
         step: Units between jumps; None where the latency grows without any.
         stride: Units between scanned widths.
+        sure: Whether so many widths were timed so precisely that a jump would have been seen.
     """
 
     group: str
@@ -67,6 +71,7 @@ class Scan:
     ms: tuple[float, ...]
     step: int | None
     stride: int
+    sure: bool
 
 
 def find_step(widths: Sequence[int], ms: Sequence[float], noise_ms: float = 0.0) -> int | None:
@@ -149,7 +154,10 @@ def scan(
     passes = np.asarray(times)
     noise = float(np.median(np.ptp(passes, axis=1))) / np.sqrt(2) if len(widths) else 0.0
     ms = passes.min(axis=1) if len(widths) else np.zeros(0)
-    return Scan(group.name, tuple(widths), tuple(map(float, ms)), find_step(widths, list(ms), noise), stride)
+    sure = len(widths) >= 2 * LEAST_POINTS and noise <= SURE * float(np.ptp(ms))
+    return Scan(
+        group.name, tuple(widths), tuple(map(float, ms)), find_step(widths, list(ms), noise), stride, sure
+    )
 
 
 def measured_steps(
@@ -191,7 +199,10 @@ def measured_steps(
             widest = max(kinds[kind], key=lambda group: group.width)
             result = scan(space, widest, example, device, least_stride=least_stride)
             progress.advance(1, result.group)
-            if len(result.widths) < LEAST_POINTS:
+            if result.step is None and not result.sure:
+                say(
+                    f"{result.group}: no jump of the latency was found, nor can one be excluded: the usual step stays."
+                )
                 continue
             found[kind] = (result.step or result.stride) * widest.unit
             say(
