@@ -128,7 +128,7 @@ class LagrangianPpo(PPO):
     Args:
         inputs: numbers in a state.
         actions: numbers in an action.
-        steps: of a rollout; whole episodes.
+        steps: of a rollout; whole episodes. Minibatches are as large as the settings allow without a rest.
         budgets: how many costs there are.
         settings: the method's numbers.
     """
@@ -144,7 +144,7 @@ class LagrangianPpo(PPO):
             _Spaces(inputs, actions),
             learning_rate=settings.rate,
             n_steps=steps,
-            batch_size=min(settings.batch, steps),
+            batch_size=max(size for size in range(1, min(settings.batch, steps) + 1) if steps % size == 0),
             n_epochs=settings.epochs,
             gamma=settings.gamma,
             gae_lambda=settings.reward_lambda,
