@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.contract import remember, slack_left
 from compressor.job import Job
 from compressor.onnx_files import (
     DENSE,
@@ -39,7 +40,8 @@ def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
     """Measure the plan's latency before any fine-tuning is spent on it; weights do not matter for time.
 
     Returns:
-        Whether the latency target is met; True where there is none, or no device to measure on.
+        Whether the latency target is met, and not by so much that the search should go on; True where there is none,
+        or no device to measure on.
     """
     target = _latency_target(run)
     if target is None or not job.measurable:
@@ -49,12 +51,14 @@ def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
             _write_onnx(job, job.space.apply(plan), run.file(PROBE))
             _write_dense(run, job)
             dense, slim = timed_on_device(run, job, run.file(PROBE))
+            if slim.median_ms <= target:
+                remember(run, plan)
             _add_round(run, job, plan, target, slim.median_ms)
             say(
                 f"The plan takes {slim.median_ms:.3f} ms as measured "
                 f"(target {target:.3f} ms, dense {dense.median_ms:.3f} ms)."
             )
-    return bool(run.manifest["rounds"][-1]["kept"])
+    return bool(run.manifest["rounds"][-1]["kept"]) and not slack_left(run, job)
 
 
 def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:

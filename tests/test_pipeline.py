@@ -174,7 +174,7 @@ class OtherDevice:
         monkeypatch.setattr(
             "compressor.latency.local.local_table", partial(local_table, device=Proportional())
         )
-        monkeypatch.setattr("compressor.delivery.measured", self.measured)
+        monkeypatch.setattr("compressor.timing.measured", self.measured)
 
     def measured(
         self, dense: Path, slim: Path, threads: int, repeats: int
@@ -246,3 +246,45 @@ def test_a_budget_that_is_met_already_prunes_nothing(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert all(group["kept"] == group["width"] for group in result.manifest["groups"])
     assert any("nothing was pruned" in note for note in result.manifest["notes"])
+
+
+def test_latency_that_is_left_unused_sends_the_search_on_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    OtherDevice(0.85).install(monkeypatch)  # faster than its table
+    result = compress(recipe(budgets={"latency": "60%"}, pruning=FINE), out=tmp_path / "run")
+    first, second, last = result.manifest["rounds"]
+    assert first["kept"]
+    assert first["measured_ms"] < 0.92 * first["target_ms"]
+    assert second["measured_ms"] > 1.05 * first["measured_ms"]
+    assert last["kept"]
+    assert result.exit_code == 0
+    assert 0.92 * last["target_ms"] < last["measured_ms"] <= last["target_ms"]
+    kept = [group["kept"] for group in result.manifest["groups"]]
+    assert kept == list(second["widths"])
+
+
+def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = OtherDevice(0.85)
+    device.install(monkeypatch)
+    first_ms: list[float] = []
+
+    def moody(dense: Path, slim: Path, threads: int, repeats: int) -> tuple[LatencyStats, LatencyStats]:
+        """Twice the time for every plan that is larger than the first."""
+        whole, small = device.measured(dense, slim, threads, repeats)
+        first_ms.append(small.median_ms)
+        if small.median_ms > 1.03 * first_ms[0]:
+            small = summarise([2 * small.median_ms] * 9, runtime="made up", version="1", threads=threads)
+        return whole, small
+
+    monkeypatch.setattr("compressor.timing.measured", moody)
+    contract = {"repeats": 1, "max_rounds": 3}
+    result = compress(recipe(budgets={"latency": "60%"}, pruning=FINE, contract=contract), out=tmp_path / "run")
+    rounds = result.manifest["rounds"]
+    assert rounds[0]["kept"]
+    assert not rounds[1]["kept"]
+    assert rounds[-1]["kept"]
+    assert result.exit_code == 0
+    assert [group["kept"] for group in result.manifest["groups"]] == rounds[-1]["widths"]

@@ -43,7 +43,7 @@ def grid_widths(space: PruningSpace, *, levels: int = LEVELS, seed: int = 0) -> 
 def anchor_widths(space: PruningSpace) -> Widths:
     """Networks at the ends and along the middle: smallest, a few uniform ratios, (N, G)."""
     dense, least = np.asarray(space.dense_widths), np.asarray(space.min_widths)
-    rows = [least, *(space.round(dense * share) for share in (0.35, 0.55, 0.75, 0.9))]
+    rows = [least, *(space.round(dense * share) for share in (0.15, 0.25, 0.35, 0.55, 0.75, 0.9))]
     return np.unique(np.asarray(rows, dtype=np.int64), axis=0)
 
 

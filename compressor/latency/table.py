@@ -213,16 +213,18 @@ class LatencyTable:
             return False
         return not self._uncovered(space, network, [self._surface([key]) for key in network.layers])
 
-    def refit(self, samples: Sequence[tuple[float, float]]) -> LatencyTable:
+    def refit(self, samples: Sequence[tuple[float, float]], *, lower: bool = False) -> LatencyTable:
         """The table after whole networks of its device turned out slower than it predicted.
 
-        Its predictions are scaled so that at every sample they are at least what was measured. They are never
-        lowered: a network that is faster than predicted breaks no promise.
+        Its predictions are scaled so that at every sample they are at least what was measured. They are not
+        lowered unless that is asked for: a network that is faster than predicted breaks no promise.
 
         Args:
             samples: (predicted, measured) milliseconds by this very table.
+            lower: Whether predictions may fall too, to what was measured.
         """
-        factor = max([1.0, *(measured / predicted for predicted, measured in samples)])
+        ratios = [measured / predicted for predicted, measured in samples]
+        factor = max(ratios) if lower and ratios else max([1.0, *ratios])
         return LatencyTable(self.fields.model_copy(update={"raised": self.fields.raised * factor}))
 
     # ---------------------------------------------------------------- inside

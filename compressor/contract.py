@@ -1,0 +1,63 @@
+"""How much of a promised latency a plan leaves unused, and which plan is kept when a run goes on to use it.
+
+A plan that was measured well below its target has lost accuracy for nothing: the table predicted it too slow. The
+search then goes on once with the table lowered to what was measured, and half the margin, because what was measured
+needs less of it. Should nothing found afterwards keep the target, the plan that did is taken.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from compressor.pruning.plan import ChannelPlan
+from compressor.run_dir import RunDir, write_atomic
+
+if TYPE_CHECKING:
+    from compressor.job import Job
+
+KEPT_PLAN = "search/kept_plan.json"
+UNUSED = 0.01
+"""Below the margin by this share, a plan is worth another search."""
+
+BINDING = 0.03
+"""A plan predicted further below the aim than this was held there by something else than the latency."""
+
+
+def margin(run: RunDir, job: Job) -> float:
+    """The share below the target that the search aims at: the recipe's, half of it once the table was corrected."""
+    if not job.measurable:
+        return 0.0
+    full = job.recipe.contract.margin
+    return full / 2 if run.manifest.get("corrections") else full
+
+
+def slack_left(run: RunDir, job: Job) -> bool:
+    """Whether the plan measured last keeps its target by so much that the search should go on."""
+    rounds: list[dict[str, Any]] = run.manifest["rounds"]
+    last = rounds[-1]
+    if (
+        not last["kept"]
+        or run.manifest.get("corrections")
+        or len(rounds) + 2 > job.recipe.contract.max_rounds
+    ):
+        return False
+    if last["widths"] == [int(width) for width in job.space.dense_widths]:
+        return False
+    allowed = job.recipe.contract.margin
+    return bool(
+        last["measured_ms"] < (1 - allowed - UNUSED) * last["target_ms"]
+        and last["predicted_ms"] > (1 - allowed - BINDING) * last["target_ms"]
+    )
+
+
+def remember(run: RunDir, plan: ChannelPlan) -> None:
+    """Write down a plan that keeps the target as measured."""
+    write_atomic(run.file(KEPT_PLAN), plan.to_json())
+
+
+def kept_plan(run: RunDir, plan: ChannelPlan) -> ChannelPlan:
+    """The plan that the run ends with: this one, or where it misses the target an earlier one that did not."""
+    rounds = run.manifest["rounds"]
+    if not rounds or rounds[-1]["kept"] or not run.file(KEPT_PLAN).exists():
+        return plan
+    return ChannelPlan.from_json(run.file(KEPT_PLAN).read_text(encoding="utf-8"))
