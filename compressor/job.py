@@ -274,10 +274,10 @@ def latency_table(
         from compressor.latency.local_gpu import gpu_table
 
         return gpu_table(space, example, backend, device_precision(recipe))
-    from compressor.latency.local import local_table
+    from compressor.latency.local import TIME_LIMIT_S, local_table
 
-    limit = {} if profile_limit_s is None else {"time_limit_s": profile_limit_s}
-    return local_table(space, example, threads=recipe.threads, **limit)
+    limit_s = TIME_LIMIT_S if profile_limit_s is None else profile_limit_s
+    return local_table(space, example, threads=recipe.threads, time_limit_s=limit_s)
 
 
 def device_precision(recipe: Recipe) -> Precision:

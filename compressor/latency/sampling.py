@@ -268,7 +268,9 @@ class _Collector:
             kept = [each for each, own in zip(samples, fold, strict=True) if own != left_out]
             out = np.flatnonzero(fold == left_out)
             if len(kept) and len(out):
-                predicted = self._predictor([*self.samples.dense, *kept])([samples[int(place)] for place in out])
+                predicted = self._predictor([*self.samples.dense, *kept])(
+                    [samples[int(place)] for place in out]
+                )
                 errors[out] = np.abs(predicted / measured[out] - 1.0)
         return errors
 
