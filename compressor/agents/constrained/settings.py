@@ -66,8 +66,8 @@ class ConstrainedSettings:
     action: Literal["layer", "channel"] = "layer"
     episodes_per_update: int = 8
     start: Literal["dense", "uniform", "measured"] = "measured"
-    first_deviation: float = 0.1
-    rate: float = 3e-3
+    first_deviation: float = 0.05
+    rate: float = 1e-3
     epochs: int = 10
     batch: int = 64
     clip: float = 0.2
