@@ -49,11 +49,10 @@ class ParamsBudget(Budget):
 
 @dataclass(frozen=True)
 class MemoryBudget(Budget):
-    """Bytes of the weights and of the largest layer's input and output for one image.
+    """Bytes of the weights and of the activations that are alive at once, at most, for one image.
 
-    A simple measure, and honest about it: activations that a residual branch keeps alive meanwhile, the
-    runtime's own workspace and its code are not in it, so the process will take more. It orders candidates
-    rightly and bounds what the network itself must hold.
+    What a residual branch keeps for its addition is counted while it is kept (`compressor.pruning.liveness`); the
+    runtime's own workspace and its code are not, so the process will take more.
     """
 
     space: PruningSpace
@@ -64,16 +63,12 @@ class MemoryBudget(Budget):
     unit: str = "bytes"
 
     def predict(self, widths: npt.NDArray[Any]) -> Floats:
-        """`bytes of an element x (parameters + largest of a layer's input and output elements)`."""
+        """`bytes of an element x (parameters + most elements of activations alive at once)`."""
         return memory_bytes(self.space, widths, self.precision)
 
 
 def memory_bytes(space: PruningSpace, widths: npt.NDArray[Any], precision: str = "fp32") -> Floats:
     """Bytes that `MemoryBudget` counts, (N,) from widths (N, G)."""
     rows = np.atleast_2d(np.asarray(widths, dtype=np.int64))
-    peak = np.zeros(len(rows))
-    for layer in space.layers:
-        inputs = np.asarray(layer.in_channels(rows), dtype=np.float64) * float(np.prod(layer.in_hw))
-        outputs = np.asarray(layer.out_channels(rows), dtype=np.float64) * float(np.prod(layer.out_hw))
-        peak = np.maximum(peak, inputs + outputs)
-    return BYTES[precision] * (peak + np.asarray(space.params(rows), dtype=np.float64))
+    elements = np.asarray(space.activations(rows), dtype=np.float64) + np.asarray(space.params(rows))
+    return BYTES[precision] * elements

@@ -134,6 +134,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
             error._module_path = failed.path  # type: ignore[attr-defined]
         raise
     _fix_outputs(tracer, out)
+    tracer.facts.traffic.record(tracer, "output", example_tensors(_plain(out)), ())
     if any(name not in tracer.facts.params for name, value in named_tensors(skeleton).items() if value.dim()):
         _train_pass(tracer, skeleton, args, meta)
     return tracer.facts

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.pruning.atoms import Atoms, Axes, Labels
+from compressor.pruning.liveness import Traffic
 
 #: Which call of an operation: the module that made it (numbers in its path left out, and its class) and the
 #: call's place in that module's forward pass. Blocks that differ in their number only share a key, so that a
@@ -117,6 +118,7 @@ class Facts:
     ties: list[Tie] = field(default_factory=list)
     swaps: dict[str, str] = field(default_factory=dict)
     decisions: dict[Key, tuple[str, list[Labels]]] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 @dataclass

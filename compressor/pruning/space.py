@@ -29,6 +29,7 @@ from compressor.pruning.counts import CostTerms, RoundedTerms
 from compressor.pruning.groups import Group, Skipped
 from compressor.pruning.importance import Importance, Ranking, rank
 from compressor.pruning.inputs import checked_inputs, checked_model
+from compressor.pruning.liveness import Activations
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import named_tensors
 from compressor.pruning.slicer import RECORD, Slicer, cut
@@ -95,6 +96,7 @@ class PruningSpace:
         self.layers: tuple[Layer, ...] = make_layers(built.facts, resolved)
         self._macs = CostTerms(resolved_terms(built.facts.terms, resolved), len(self.groups))
         self._rounded = RoundedTerms(resolved_terms(built.facts.rounded, resolved), len(self.groups))
+        self._activations = Activations(built.facts.traffic, resolved)
         self._params = CostTerms(param_terms(model, built.facts, resolved), len(self.groups))
         self.makers: tuple[tuple[tuple[str, int], ...], ...] = tuple(
             found.makers for found in resolved.groups
@@ -108,6 +110,11 @@ class PruningSpace:
     def params(self, widths: Any) -> Any:
         """Parameters, tied ones once; (N, G) -> (N,) int64, (G,) -> int."""
         return self._cost(self._params, widths)
+
+    def activations(self, widths: Any) -> Any:
+        """Elements of activations that are alive at once at most, for one input, as `liveness` counts them; (N, G) ->
+        (N,) int64, (G,) -> int."""
+        return self._cost(lambda each: self._activations(each).astype(np.int64), widths)
 
     def _cost(self, terms: Callable[[Ints], Ints], widths: Any) -> Any:
         given = np.asarray(widths, dtype=np.int64)

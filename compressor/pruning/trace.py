@@ -216,6 +216,7 @@ class Tracer(TorchFunctionMode):
         labelled = [axis for tensor in [*inputs, *results] for axis in self.axes(tensor) if axis is not None]
         if self.uncounted:
             return out
+        self.facts.traffic.record(self, rule.__name__, inputs, results)
         if key in self.settings.frozen:
             for axis in labelled:
                 self.fix(axis, self.settings.frozen[key])

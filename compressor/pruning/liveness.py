@@ -1,0 +1,135 @@
+"""Which tensors of a forward pass are alive at once: what a runtime needs for activations at the least.
+
+A tensor is alive from the step that makes it to the last step that reads it, so that what a residual branch keeps for
+its addition counts meanwhile. A step that works element by element (an activation, batch-norm, an addition) writes
+into a tensor that nothing reads afterwards, as runtimes do; a view lies in the memory of what it shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.pruning.counts import Affine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor.pruning.atoms import Labels
+    from compressor.pruning.groups import Resolved
+    from compressor.pruning.trace import Tracer
+
+_VIEWS = frozenset(
+    "reshape expand broadcast permute transpose turned movedim unsqueeze squeeze split unbind select narrow "
+    "getitem".split()
+)
+_IN_PLACE = frozenset(("elementwise", "batch_norm", "prelu"))
+
+Size = tuple[int, tuple[Affine, ...]]
+"""Elements of a tensor: a constant times channel counts."""
+
+
+@dataclass
+class Traffic:
+    """The activations that a forward pass makes and reads, step by step.
+
+    Attributes:
+        sizes: of each piece of memory, its axes as constants or labels.
+        steps: pieces that are read, pieces that are written, and whether the step works element by element.
+    """
+
+    sizes: list[list[int | Labels]] = field(default_factory=list)
+    steps: list[tuple[list[int], list[int], bool]] = field(default_factory=list)
+    _of: dict[int, int] = field(default_factory=dict)
+
+    def record(self, tracer: Tracer, rule: str, inputs: Iterable[Tensor], results: Iterable[Tensor]) -> None:
+        """Add a step, by the name of its rule; tensors that do not stem from the network's input are left out."""
+        reads = [self._piece(tracer, tensor) for tensor in inputs if tracer.active(tensor)]
+        writes = []
+        for tensor in results:
+            if tracer.active(tensor):
+                if rule in _VIEWS and reads:
+                    self._of.setdefault(id(tensor), reads[0])
+                writes.append(self._piece(tracer, tensor))
+        self.steps.append((reads, writes, rule in _IN_PLACE))
+
+    def _piece(self, tracer: Tracer, tensor: Tensor) -> int:
+        # The tracer holds every tensor that it has marked, so that an id stays its own.
+        if id(tensor) not in self._of:
+            self._of[id(tensor)] = len(self.sizes)
+            self.sizes.append(tracer.sizes(tensor))
+        return self._of[id(tensor)]
+
+
+class Activations:
+    """Elements that are alive at once at most, for any widths.
+
+    Args:
+        traffic: of the dense network's pass; slim networks go through the same steps.
+        resolved: what the labels stand for.
+    """
+
+    def __init__(self, traffic: Traffic, resolved: Resolved) -> None:
+        sizes = [_size(axes, resolved) for axes in traffic.sizes]
+        lives = _lives(traffic, sizes)
+        self._sizes = list(dict.fromkeys(sizes[piece] for piece in lives))
+        column = {size: number for number, size in enumerate(self._sizes)}
+        alive = np.zeros((max(1, len(traffic.steps)), len(self._sizes)))
+        for piece, (first, last) in lives.items():
+            alive[first : last + 1, column[sizes[piece]]] += 1
+        self._alive = _largest(np.unique(alive, axis=0))
+
+    def __call__(self, widths: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The most elements alive at once, (N,) from widths (N, G)."""
+        elements = np.empty((len(self._sizes), len(widths)))
+        for row, (constant, factors) in zip(elements, self._sizes, strict=True):
+            row[:] = constant
+            for factor in factors:
+                row *= factor(widths)
+        return np.asarray((self._alive @ elements).max(axis=0), dtype=np.float64)
+
+
+def _size(axes: list[int | Labels], resolved: Resolved) -> Size:
+    constant, factors = 1, []
+    for axis in axes:
+        factor = resolved.affine(axis)
+        if factor.is_constant:
+            constant *= factor.constant
+        else:
+            factors.append(factor)
+    return constant, tuple(factors)
+
+
+def _lives(traffic: Traffic, sizes: list[Size]) -> dict[int, tuple[int, int]]:
+    """First and last step of each piece of memory; what is written in place is one piece with what it replaces."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for number, (reads, writes, _) in enumerate(traffic.steps):
+        for piece in (*reads, *writes):
+            first.setdefault(piece, number)
+            last[piece] = number
+    place = {piece: piece for piece in first}
+    for number, (reads, writes, in_place) in enumerate(traffic.steps):
+        if not in_place or len(writes) != 1 or first[writes[0]] != number or writes[0] in reads:
+            continue
+        for piece in reads:
+            home = place[piece]
+            if last[home] == number and sizes[piece] == sizes[writes[0]]:
+                place[writes[0]] = home
+                last[home] = last[writes[0]]
+                break
+    return {piece: (first[piece], last[piece]) for piece in first if place[piece] == piece}
+
+
+def _largest(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rows that no other row exceeds everywhere: only these can be the peak."""
+    kept = [
+        row
+        for number, row in enumerate(rows)
+        if not any((other >= row).all() for place, other in enumerate(rows) if place != number)
+    ]
+    return np.array(kept)
