@@ -30,11 +30,14 @@ def network_of(table: LatencyTable) -> Any:
     return next(iter(table.fields.networks.values()))
 
 
-def test_a_goal_that_is_met_ends_it_and_one_that_is_not_goes_on(space: PruningSpace, example: Tensor) -> None:
-    easy, hard = MadeUpDevice(noise=0.05), MadeUpDevice(noise=0.05)
-    local_table(space, example, device=easy, goal=0.2)
-    local_table(space, example, device=hard, goal=0.0, time_limit_s=6.0)
+def test_a_goal_that_is_met_ends_it_and_one_that_is_not_goes_on(
+    space: PruningSpace, example: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = len(sampling.anchor_widths(space)) + len(sampling.grid_widths(space)) + sampling.HELD_OUT
+    monkeypatch.setattr(sampling, "MOST", start + 3 * sampling.BATCH)
+    easy, hard = MadeUpDevice(noise=0.05), MadeUpDevice(noise=0.05)
+    local_table(space, example, device=easy, goal=0.2, time_limit_s=600.0)
+    local_table(space, example, device=hard, goal=0.0, time_limit_s=600.0)
     assert easy.measured <= start + sampling.BATCH + 6  # the dense network in between, and at both ends
     assert hard.measured > easy.measured + sampling.BATCH
 
@@ -51,9 +54,11 @@ class Busy(MadeUpDevice):
 def test_networks_of_a_busy_moment_are_measured_again(
     space: PruningSpace, example: Tensor, truth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sampling, "MOST", 60)
+
     def error() -> float:
         widths = sampling.random_widths(space, 100, seed=77)
-        table = local_table(space, example, device=Busy(noise=0.01), time_limit_s=15.0, goal=0.02)
+        table = local_table(space, example, device=Busy(noise=0.01), time_limit_s=600.0, goal=0.02)
         return float(np.abs(table.curve(space)(widths) / truth(widths) - 1).mean())
 
     again = error()
