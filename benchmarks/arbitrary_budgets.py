@@ -6,6 +6,9 @@
 to 0 where a width reaches one. `session_ms` measures: it exports the built network, opens an ONNX Runtime session and
 times it, so that no two calls agree. Both are only ever evaluated. Prints for each the target, what the chosen network
 reached in the search, and what it has when it is measured again; writes it as JSON to --out.
+
+Agents that ask for the cost of every step need hundreds of calls for the first episode, at half a second each for a
+measured function: `session_ms` is therefore searched by an agent that asks once an episode.
 """
 
 from __future__ import annotations
@@ -50,22 +53,35 @@ def session_ms(module: nn.Module) -> float:
     return float(np.median(times[10:]))
 
 
-def run(name: str, limit: str, repeats: int, given: Any, folder: Path) -> dict[str, Any]:
+WAYS: dict[str, tuple[str, int, str, dict[str, Any]]] = {
+    "odd_channels": ("40%", 1, "random", {}),
+    "session_ms": ("70%", 3, "constrained", {"start": "uniform", "shortlist": 1, "episodes_per_update": 2}),
+}
+"""Limit, repeats, agent and its settings for each function."""
+
+
+def run(name: str, given: Any, folder: Path) -> dict[str, Any]:
     """One run of the pipeline within one budget."""
     from compressor import compress
     from compressor.recipe import parse_recipe
 
+    limit, repeats, agent, settings = WAYS[name]
     fields = {
         "model": "cifar_resnet20",
         "weights": given.weights,
         "data": given.data,
-        "agent": given.agent,
-        "epochs": 1,
+        "agent": agent,
+        "epochs": given.epochs,
         "budgets": {
             "functions": [f"benchmarks.arbitrary_budgets:{name}<={limit}"],
             "function_repeats": repeats,
         },
-        "search": {"max_evaluations": given.evaluations, "search_images": 500, "batch_norm_batches": 3},
+        "search": {
+            "max_evaluations": given.evaluations,
+            "search_images": given.images,
+            "batch_norm_batches": 3,
+            "settings": settings,
+        },
         "export": {"engine": False},
     }
     started = time.perf_counter()
@@ -73,6 +89,8 @@ def run(name: str, limit: str, repeats: int, given: Any, folder: Path) -> dict[s
     (budget,) = result.manifest["budgets"]
     return {
         "function": name,
+        "agent": agent,
+        "evaluations": result.manifest["search"]["evaluations"],
         "dense": budget["dense"],
         "target": budget["target"],
         "reached": budget["predicted"],
@@ -89,16 +107,17 @@ def main() -> None:
     )
     parser.add_argument("--data", default="digits", help="as for compress")
     parser.add_argument("--weights", default="none")
-    parser.add_argument("--agent", default="random")
     parser.add_argument("--evaluations", type=int, default=10)
-    parser.add_argument("--only", choices=["odd_channels", "session_ms"])
+    parser.add_argument("--images", type=int, default=500, help="that score a candidate")
+    parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning")
+    parser.add_argument("--only", choices=list(WAYS))
     parser.add_argument("--out", type=Path, default=Path("arbitrary_budgets.json"))
     given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, limit, repeats in (("odd_channels", "40%", 1), ("session_ms", "70%", 3)):
+        for name in WAYS:
             if given.only in (None, name):
-                rows.append(run(name, limit, repeats, given, Path(folder)))
+                rows.append(run(name, given, Path(folder)))
                 print(json.dumps(rows[-1]), flush=True)
     given.out.write_text(json.dumps(rows, indent=1) + "\n")
 

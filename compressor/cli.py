@@ -51,6 +51,9 @@ def compress_command(
     flops: Annotated[str | None, typer.Option(help="Multiply-add budget: 50%, 0.5x or 2G.")] = None,
     params: Annotated[str | None, typer.Option(help="Parameter budget: 30%, 0.3x or 8M.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget: 50%, 0.5x or 20MB.")] = None,
+    energy: Annotated[
+        str | None, typer.Option(help="Energy budget of one input on this machine's CPU: 5mJ, 50% or 0.5x.")
+    ] = None,
     budget: Annotated[
         list[str] | None, typer.Option(help="package.module:function<=VALUE; may be repeated.")
     ] = None,
@@ -101,7 +104,7 @@ def compress_command(
             "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,
             "budgets": {
                 "latency": latency, "flops": flops, "params": params, "memory": memory,
-                "functions": budget or None,
+                "energy": energy, "functions": budget or None,
             },
             "pruning": {"granularity": granularity, "scope": scope, "importance": importance},
             "search": {"workers": int(workers) if workers is not None and workers.isdigit() else workers},

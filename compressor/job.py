@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compressor.budgets.base import Budget
-    from compressor.budgets.function import FunctionCaller
+    from compressor.budgets.function import Prices
     from compressor.budgets.parse import BudgetSpec
     from compressor.data import DataBundle
     from compressor.latency.carry import Precision
@@ -41,7 +41,7 @@ class Job:
         table: latency of the device; None where no latency budget asks for it.
         torch_device: where training runs, "cpu" or "cuda".
         notes: sentences that the user must see beside the numbers.
-        callers: of the functions that are budgets, by name.
+        callers: of the functions that are budgets and of energy, by name.
     """
 
     recipe: Recipe
@@ -53,7 +53,7 @@ class Job:
     table: LatencyTable | None
     torch_device: str
     notes: list[str]
-    callers: dict[str, FunctionCaller] = field(default_factory=dict)
+    callers: dict[str, Prices] = field(default_factory=dict)
 
     @property
     def measurable(self) -> bool:
@@ -113,6 +113,7 @@ def prepare(
     """
     import torch
 
+    from compressor.budgets.energy import EnergyMeter, find_counters
     from compressor.budgets.function import FunctionCaller
     from compressor.data import load_data
     from compressor.env.reward import soft_reward
@@ -122,7 +123,8 @@ def prepare(
     specs = budget_specs(recipe)
     notes: list[str] = []
     check_device(recipe)
-    check_workers(recipe.search.workers)
+    check_workers(recipe.search.workers, recipe.search.brief_iterations)
+    counters = find_counters(recipe.device) if recipe.budgets.energy else None
     torch_device = "cuda" if torch.cuda.is_available() else "cpu"
     data = load_data(recipe.data, seed=recipe.seed, image_size=recipe.image_size)
     notes += data.notes
@@ -157,6 +159,8 @@ def prepare(
             if spec.is_function
         },
     )
+    if counters is not None:
+        job.callers["energy"] = EnergyMeter(space, counters, recipe.threads, recipe.export.opset)
     soft_reward(reward_weights(recipe), job.budgets())
     return job
 

@@ -31,6 +31,9 @@ class Budgets(_Part):
     flops: str | None = Field(None, description="Multiply-adds as fvcore counts them: 50%, 0.5x or 2G.")
     params: str | None = Field(None, description="Parameters: 30%, 0.3x or 8M.")
     memory: str | None = Field(None, description="Weights and peak activations: 50%, 0.5x or 20MB.")
+    energy: str | None = Field(
+        None, description="Energy of one input, where this machine's CPU reports it: 5mJ, 50% or 0.5x."
+    )
     functions: tuple[str, ...] = Field(
         (), description="Python functions of the slim network or its plan: package.module:function<=VALUE."
     )
@@ -43,9 +46,8 @@ class Budgets(_Part):
 
     def given(self) -> dict[str, str]:
         """The built-in budgets that were asked for: name -> text."""
-        return {
-            name: text for name in ("latency", "flops", "params", "memory") if (text := getattr(self, name))
-        }
+        names = ("latency", "flops", "params", "memory", "energy")
+        return {name: text for name in names if (text := getattr(self, name))}
 
 
 class Pruning(_Part):

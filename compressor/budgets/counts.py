@@ -71,4 +71,4 @@ def memory_bytes(space: PruningSpace, widths: npt.NDArray[Any], precision: str =
     """Bytes that `MemoryBudget` counts, (N,) from widths (N, G)."""
     rows = np.atleast_2d(np.asarray(widths, dtype=np.int64))
     elements = np.asarray(space.activations(rows), dtype=np.float64) + np.asarray(space.params(rows))
-    return BYTES[precision] * elements
+    return np.asarray(BYTES[precision] * elements, dtype=np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,38 @@ _EXPECTED = (
 _RESUME = "Mend it; a run that had begun goes on with: compress --resume RUN"
 
 
-class FunctionCaller:
+class Prices(ABC):
+    """Values that cost time to ask for, one for each network.
+
+    Args:
+        name: of the budget.
+
+    Attributes:
+        known: values by widths. Each network is asked for once, so that a noisy one gives one answer.
+        calls: how often was asked.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.known: dict[tuple[int, ...], float] = {}
+        self.calls = 0
+
+    def value(self, widths: tuple[int, ...]) -> float:
+        """The value for widths (G,), remembered.
+
+        Raises:
+            CompressorError: there is none.
+        """
+        if widths not in self.known:
+            self.known[widths] = self.measure(widths)
+        return self.known[widths]
+
+    @abstractmethod
+    def measure(self, widths: tuple[int, ...]) -> float:
+        """The value for widths (G,), asked for anew; `known` keeps what it has."""
+
+
+class FunctionCaller(Prices):
     """Calls a function of the user's on networks of a space, in a process of its own that can be ended.
 
     Args:
@@ -39,30 +71,19 @@ class FunctionCaller:
         space: builds the networks, with the weights that it has at the first call.
         seconds: how long one call may take.
         repeats: calls for each network, of which the median counts; for functions that measure.
-
-    Attributes:
-        known: values by widths. Each network is asked for once, so that a noisy function gives one answer.
-        calls: how often the function was called.
     """
 
     def __init__(self, name: str, space: PruningSpace, seconds: float = SECONDS, repeats: int = 1) -> None:
-        self.name, self.space, self.seconds, self.repeats = name, space, seconds, repeats
-        self.known: dict[tuple[int, ...], float] = {}
-        self.calls = 0
+        super().__init__(name)
+        self.space, self.seconds, self.repeats = space, seconds, repeats
         self._child: Child | None = None
 
-    def value(self, widths: tuple[int, ...]) -> float:
-        """The value for widths (G,), remembered.
+    def measure(self, widths: tuple[int, ...]) -> float:
+        """The function's value for widths (G,), asked for anew.
 
         Raises:
             CompressorError: the function is not there, raised, took too long, or gave no finite number from 0 on.
         """
-        if widths not in self.known:
-            self.known[widths] = self.measure(widths)
-        return self.known[widths]
-
-    def measure(self, widths: tuple[int, ...]) -> float:
-        """The value for widths (G,), asked for anew; `known` keeps what it has."""
         return statistics.median(self._call(widths) for _ in range(self.repeats))
 
     def close(self) -> None:
@@ -130,7 +151,7 @@ class FunctionBudget(Budget):
     remembered by widths.
     """
 
-    caller: FunctionCaller = field(repr=False, compare=False)
+    caller: Prices = field(repr=False, compare=False)
     target: float
     dense: float
     name: str

@@ -17,6 +17,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "latency": {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3},
     "macs": _COUNT_UNITS,
     "params": _COUNT_UNITS,
+    "energy": {"uj": 1e-3, "µj": 1e-3, "mj": 1.0, "j": 1e3},
     "memory": {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30},
 }
 _EXAMPLES = {
@@ -24,9 +25,10 @@ _EXAMPLES = {
     "macs": "2G, 300M, 50% or 0.5x",
     "params": "8M, 500K, 30% or 0.3x",
     "memory": "20MB, 512KB, 16MiB, 50% or 0.5x",
+    "energy": "5mJ, 0.02J, 50% or 0.5x",
 }
 _ALIASES = {"flops": "macs"}
-_BASE_UNIT = {"latency": "ms", "macs": "MACs", "params": "params", "memory": "bytes"}
+_BASE_UNIT = {"latency": "ms", "macs": "MACs", "params": "params", "memory": "bytes", "energy": "mJ"}
 _NUMBER = re.compile(
     r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|[+-]?inf(?:inity)?)\s*(\S*)", re.IGNORECASE
 )
@@ -38,8 +40,8 @@ class BudgetSpec:
     """One budget as asked for, before the dense network's own cost is known.
 
     Attributes:
-        name: `latency`, `macs`, `params`, `memory`, or `package.module:function`.
-        value: The limit in the budget's base unit (ms, MACs, parameters, bytes), or a share of the dense cost.
+        name: `latency`, `macs`, `params`, `memory`, `energy`, or `package.module:function`.
+        value: The limit in the budget's base unit (ms, MACs, parameters, bytes, mJ), or a share of the dense cost.
         relative: Whether `value` is a share (0.5 for `50%`).
         text: What the user wrote, for messages.
     """
@@ -59,8 +61,8 @@ def parse_budget(name: str, text: str | float) -> BudgetSpec:
     """Read one budget.
 
     Args:
-        name: `latency`, `flops` (counted as fvcore does: one multiply-add is one; the same as `macs`), `params` or
-            `memory`.
+        name: `latency`, `flops` (counted as fvcore does: one multiply-add is one; the same as `macs`), `params`,
+            `memory` or `energy`.
         text: The limit with its unit, or a share of the dense network's cost.
 
     Raises:
@@ -107,6 +109,8 @@ def format_value(name: str, value: float) -> str:
     """
     if name == "latency":
         return f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
+    if name == "energy":
+        return f"{value:.3g} mJ" if value < 1e3 else f"{value / 1e3:.3g} J"
     if name not in _BASE_UNIT:
         return f"{value:.4g}"
     suffix = {"macs": "MACs", "params": "", "memory": "B"}[name]

@@ -9,8 +9,9 @@ import numpy as np
 
 from compressor.budgets.base import Budget
 from compressor.budgets.counts import BYTES, MacsBudget, MemoryBudget, ParamsBudget, memory_bytes
+from compressor.budgets.energy import EnergyBudget, EnergyMeter, find_counters
 from compressor.budgets.feasible import choices_for, keeping_widths
-from compressor.budgets.function import FunctionBudget, FunctionCaller
+from compressor.budgets.function import FunctionBudget, FunctionCaller, Prices
 from compressor.budgets.latency import LatencyBudget
 from compressor.budgets.parse import BudgetSpec
 from compressor.errors import CompressorError
@@ -24,7 +25,7 @@ def resolve(
     specs: Sequence[BudgetSpec],
     space: PruningSpace,
     table: LatencyTable | None = None,
-    callers: Mapping[str, FunctionCaller] | None = None,
+    callers: Mapping[str, Prices] | None = None,
 ) -> list[Budget]:
     """Budgets in absolute numbers, in the order given.
 
@@ -32,7 +33,7 @@ def resolve(
         specs: What was asked for; shares are of the dense network's cost.
         space: Gives the dense network's counts and those of every candidate.
         table: The device's latency; needed where a latency is asked for.
-        callers: Of functions, by name; made where they are missing. They remember values.
+        callers: Of functions and of energy, by name; made where they are missing. They remember values.
 
     Raises:
         CompressorError: the same cost is limited twice, a latency is asked for without a table, or a function of
@@ -46,7 +47,7 @@ def resolve(
 
 
 def _resolved(
-    spec: BudgetSpec, space: PruningSpace, table: LatencyTable | None, callers: Mapping[str, FunctionCaller]
+    spec: BudgetSpec, space: PruningSpace, table: LatencyTable | None, callers: Mapping[str, Prices]
 ) -> Budget:
     if spec.is_function:
         caller = callers.get(spec.name) or FunctionCaller(spec.name, space)
@@ -58,6 +59,10 @@ def _resolved(
                 f"Write an absolute limit: {spec.name}<=VALUE.",
             )
         return FunctionBudget(caller, target, dense, spec.name)
+    if spec.name == "energy":
+        meter = callers.get(spec.name) or EnergyMeter(space, find_counters("local"))
+        dense = meter.value(tuple(space.dense_widths.tolist()))
+        return EnergyBudget(meter, _target(spec, dense), dense)
     if spec.name == "latency":
         if table is None:
             raise CompressorError(

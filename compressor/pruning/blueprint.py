@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.errors import CompressorError
 from compressor.pruning.artefact import set_tensors
 from compressor.pruning.factory import build_dense, infer_factory
 from compressor.pruning.skeleton import named_tensors
@@ -26,8 +27,16 @@ def blueprint(space: PruningSpace) -> dict[str, Any]:
     """
     model = space.model
     dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    try:
+        factory = infer_factory(model, dense)
+    except CompressorError as error:
+        raise CompressorError(
+            "Several workers, and functions that are budgets, build the network in processes of their own, and no "
+            f"factory was found that builds the dense {type(model).__qualname__}.",
+            "Name the network as package.module:factory, or use one worker and none but the built-in budgets.",
+        ) from error
     return {
-        "factory": infer_factory(model, dense),
+        "factory": factory,
         "inputs": [list(tensor.shape) for tensor in space.example_input],
         "training": model.training,
     }

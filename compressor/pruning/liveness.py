@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from compressor.pruning.groups import Resolved
     from compressor.pruning.trace import Tracer
 
-_VIEWS = frozenset(
-    "reshape expand broadcast permute transpose turned movedim unsqueeze squeeze split unbind select narrow "
-    "getitem".split()
-)
+VIEWS = """
+    reshape expand broadcast permute transpose turned movedim unsqueeze squeeze split unbind select narrow getitem
+"""
+_VIEWS = frozenset(VIEWS.split())
 _IN_PLACE = frozenset(("elementwise", "batch_norm", "prelu"))
 
 Size = tuple[int, tuple[Affine, ...]]

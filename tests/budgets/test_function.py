@@ -189,6 +189,16 @@ def test_a_share_of_nothing_is_refused(space: PruningSpace) -> None:
         resolve([parse_function_budget("own_costs:zero<=50%")], space)
 
 
+def test_a_network_that_no_other_process_can_build_is_refused() -> None:
+    class Local(Pair):
+        pass
+
+    space = PruningSpace(Local().eval(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(CompressorError, match=r"no factory was found that builds the dense .*Local") as caught:
+        FunctionCaller("own_costs:width", space).value((16, 32))
+    assert "package.module:factory" in caught.value.hint
+
+
 def test_a_hanging_process_is_gone(space: PruningSpace) -> None:
     caller = FunctionCaller("own_costs:hangs", space, seconds=0.5)
     child = caller._started()

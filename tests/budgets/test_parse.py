@@ -26,6 +26,10 @@ from compressor.errors import CompressorError
         ("flops", "1e9 MACs", 1e9, False),
         ("params", "8M", 8e6, False),
         ("params", "500k", 5e5, False),
+        ("energy", "5mJ", 5.0, False),
+        ("energy", "0.02J", 20.0, False),
+        ("energy", "300uJ", 0.3, False),
+        ("energy", "50%", 0.5, True),
         ("memory", "20MB", 2e7, False),
         ("memory", "16MiB", 16 * 2**20, False),
     ],
@@ -69,7 +73,7 @@ def test_refused_forms_name_the_accepted_ones(text: str, says: str) -> None:
 
 def test_unknown_budget_names_the_known_ones() -> None:
     with pytest.raises(CompressorError, match=r"latency.*params.*memory"):
-        parse_budget("energy", "5mJ")
+        parse_budget("speed", "5mJ")
 
 
 def test_function_budget() -> None:

@@ -141,6 +141,29 @@ def test_workers_end_with_a_process_that_is_killed() -> None:
     assert all(_ended(pid) for pid in pids)
 
 
+def test_workers_end_with_a_search_that_is_interrupted() -> None:
+    script = (
+        "import threading, time\nfrom types import SimpleNamespace as Plan\n"
+        "from compressor.training.workers import ThisMachine, Workers\n"
+        "site = ThisMachine(2, 1, 600)\n"
+        "def tell():\n"
+        "    while len(site.pids) < 2:\n        time.sleep(0.01)\n"
+        "    print(*site.pids, flush=True)\n"
+        "threading.Thread(target=tell, daemon=True).start()\n"
+        "Workers(site, {'evaluator': {}}, {}).score([Plan(to_json=str, widths={})] * 2)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert parent.stdout is not None
+    with parent.stdout as lines:
+        pids = [int(word) for word in lines.readline().split()]
+    parent.send_signal(signal.SIGINT)  # as Ctrl-C: while the workers start, and the search waits for them
+    assert parent.wait(60) == -signal.SIGINT
+    assert len(pids) == 2
+    assert all(_ended(pid) for pid in pids)
+
+
 def _ended(pid: int) -> bool:
     """Gone, or dead and waiting for whoever adopted it."""
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from compressor.agents.allocation import Allocator
 from compressor.agents.base import Candidate, SearchResult
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import BLOCK, JointSettings
-from compressor.agents.proposals import follow, near_widths, random_widths, scaled_widths
-from compressor.agents.search_run import Policy, SearchRun
+from compressor.agents.proposals import follow, followed, near_widths, random_widths, scaled_widths
+from compressor.agents.search_run import SearchRun
 from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
 from compressor.env.bounds import Widths
 
@@ -67,11 +68,14 @@ class JointSearch:
         """
         done = self.run.place.steps
         with progress.bar("Filling the replay", total=episodes) as bar:
+        solved: dict[int, Widths] = {}
             bar.advance(done.get("fill", 0))
             for step in self.run.remaining("fill", episodes):
                 if self.run.spent(reserve):
                     break
-                candidate = self._episode(follow(self._filling(step)), "fill")
+                self.env.ahead(self._foreseen(range(step, episodes), solved))
+                widths = solved.pop(step) if step in solved else self._filling(step)
+                candidate = self._episode(follow(widths), "fill")
                 done["fill"] = step + 1
                 if (step + 1) % BLOCK == 0 or step + 1 == episodes:
                     self.run.save()
@@ -196,7 +200,25 @@ class JointSearch:
             return follow(self._near(self._best_now())), "near"
         return self.learner.policy(), "joint"
 
-    def _filling(self, step: int) -> Widths:
+    def _foreseen(self, steps: range, solved: dict[int, Widths]) -> Iterator[Widths]:
+        """What the episodes of these steps of the fill end with, if none beats the best plan so far.
+
+        Nothing is drawn from the generator. Plans that are solved for are kept in `solved`: no step changes them.
+        """
+        generator = copy.deepcopy(self.learner.generator)
+        for step in steps:
+            widths = solved[step] if step in solved else self._filling(step, generator)
+            if self._solved_for(step):
+                solved[step] = widths
+            yield followed(self.env, widths)
+
+    def _solved_for(self, step: int) -> bool:
+        """Whether neither chance nor the plans before this step of the fill decide its plan."""
+        if not self.settings.measures_groups or step > 1 + len(POWERS):
+            return False
+        return step != 1 or (self._sensitivity is not None and self._sensitivity.complete)
+
+    def _filling(self, step: int, generator: np.random.Generator | None = None) -> Widths:
         if step == 0 or self.settings.proposer == "uniform":
             return self._uniform()
         if self.settings.measures_groups:
@@ -207,12 +229,12 @@ class JointSearch:
                 values = saliency_values(self.env.saliency(), self._allocator.levels, POWERS[step - 2])
                 return self._allocator.solve(values)
             if step % 2:
-                return self._near(self._best_now())
-        return random_widths(self.env, self.learner.generator)
+                return self._near(self._best_now(), generator)
+        return random_widths(self.env, generator or self.learner.generator)
 
-    def _near(self, widths: Widths) -> Widths:
+    def _near(self, widths: Widths, generator: np.random.Generator | None = None) -> Widths:
         """Widths near given ones, if possible some that were not scored yet."""
-        generator = self.learner.generator
+        generator = generator or self.learner.generator
         for _ in range(5):
             share = float(generator.uniform(0.1, 1.0))
             found = near_widths(self.env, widths, generator, self.settings.near_spread, share)
