@@ -14,7 +14,7 @@ from compressor.agents.base import Candidate, SearchResult
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import BLOCK, JointSettings
 from compressor.agents.proposals import follow, followed, near_widths, random_widths, scaled_widths
-from compressor.agents.search_run import SearchRun
+from compressor.agents.search_run import Policy, SearchRun
 from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
 from compressor.env.bounds import Widths
 
@@ -67,8 +67,8 @@ class JointSearch:
         With a warm start, knapsack plans follow, and every other plan varies the best so far.
         """
         done = self.run.place.steps
-        with progress.bar("Filling the replay", total=episodes) as bar:
         solved: dict[int, Widths] = {}
+        with progress.bar("Filling the replay", total=episodes) as bar:
             bar.advance(done.get("fill", 0))
             for step in self.run.remaining("fill", episodes):
                 if self.run.spent(reserve):
