@@ -46,7 +46,7 @@ def session_ms(module: nn.Module) -> float:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: example.numpy()}
     times = []
-    for _ in range(60):
+    for _ in range(210):
         started = time.perf_counter()
         session.run(None, feed)
         times.append(1e3 * (time.perf_counter() - started))

@@ -46,11 +46,14 @@ def search(
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("random", 0.7), ("knapsack", 0.7), ("constrained", 0.7), ("joint", 0.35)]
+    ("name", "most", "share"),
+    [("random", 40, 0.7), ("knapsack", 40, 0.7), ("constrained", 40, 0.7), ("joint", 24, 0.45)],
 )
-def test_the_same_candidates_with_any_number_of_workers(name: str, share: float, tmp_path: Path) -> None:
-    alone, _ = search(name, FakeEvaluator, tmp_path / "one", 40)
-    several, evaluator = search(name, Several, tmp_path / "three", 40)
+def test_the_same_candidates_with_any_number_of_workers(
+    name: str, most: int, share: float, tmp_path: Path
+) -> None:
+    alone, _ = search(name, FakeEvaluator, tmp_path / "one", most)
+    several, evaluator = search(name, Several, tmp_path / "three", most)
     assert several.candidates == alone.candidates
     assert several.evaluations == alone.evaluations
     assert several.widths == alone.widths
