@@ -194,7 +194,9 @@ def test_a_network_that_no_other_process_can_build_is_refused() -> None:
         pass
 
     space = PruningSpace(Local().eval(), torch.zeros(1, 3, 8, 8))
-    with pytest.raises(CompressorError, match=r"no factory was found that builds the dense .*Local") as caught:
+    with pytest.raises(
+        CompressorError, match=r"no factory was found that builds the dense .*Local"
+    ) as caught:
         FunctionCaller("own_costs:width", space).value((16, 32))
     assert "package.module:factory" in caught.value.hint
 
