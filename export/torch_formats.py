@@ -1,7 +1,7 @@
 """The formats that torch itself loads: TorchScript (`.pt`) for C++ and mobile, and `torch.export`'s `.pt2`.
 
     export_program(model, example, "model.pt2", metadata={"classes": [...]})
-    network = load_program("model.pt2")            # a module; refuses archives that hold pickled objects
+    network = load_program("model.pt2")            # a module; refuses archives that hold code of Python
 
 Both hold code and weights, so that loading them needs no source of the network.
 """
@@ -28,6 +28,7 @@ from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
 from export.ort import first_line
 from export.parity import TOLERANCES, Parity, compare_outputs, require
+from export.program_archive import require_plain
 from export.to_onnx import frozen_copy, reference_outputs
 
 if TYPE_CHECKING:
@@ -132,17 +133,19 @@ def load_torchscript(path: str | Path) -> nn.Module:
 def load_program(path: str | Path) -> nn.Module:
     """A `.pt2` file as a module, on the CPU.
 
-    torch's own `torch.export.load` falls back to unpickling whatever a file holds; this refuses such files first.
+    torch's own `torch.export.load` unpickles and evaluates what a file brings; `program_archive` refuses such files
+    first.
 
     Raises:
-        ExportError: the file is missing, is no program, or holds pickled objects.
+        ExportError: the file is missing, is no program, or holds more than tensors and a graph of torch's operators.
     """
     content = read_bytes(Path(path), "program")
     try:
-        _refuse_pickles(content, str(path))
+        for member, held in require_plain(content, str(path)).items():
+            _require_weights_only(held, member, str(path))
         with _quiet():
             loaded: nn.Module = torch.export.load(io.BytesIO(content)).module()
-    except (*_FAILURES, zipfile.BadZipFile, EOFError) as error:
+    except (*_FAILURES, AttributeError, zipfile.BadZipFile, EOFError) as error:
         raise ExportError(
             f"{path} is no program of torch.export: {first_line(error)}.", "Copy it again as a whole."
         ) from error
@@ -172,18 +175,12 @@ def check_loaded(
     return require(parity, what, min_agreement=1 - 1 / len(whole))
 
 
-def _refuse_pickles(content: bytes, name: str) -> None:
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        for member in archive.namelist():
-            held = archive.read(member)
-            if member.endswith("_config.json"):
-                if '"use_pickle": true' in json.dumps(json.loads(held)):
-                    raise ExportError(f"{name} holds pickled tensors; it was not read.")
-            elif "/sample_inputs/" in member and held:
-                try:
-                    torch.load(io.BytesIO(held), weights_only=True)
-                except (pickle.UnpicklingError, RuntimeError) as error:
-                    raise ExportError(f"{name} holds pickled objects ({member}); it was not read.") from error
+def _require_weights_only(held: bytes, member: str, name: str) -> None:
+    try:
+        if held:
+            torch.load(io.BytesIO(held), weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ExportError(f"{name} holds pickled objects ({member}); it was not read.") from error
 
 
 def _json(metadata: Mapping[str, Any] | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -103,6 +104,36 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             load_torchscript(bad)
     with pytest.raises(ExportError, match="There is no program"):
         load_program(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("member", "before", "after", "match"),
+    [
+        ("data/weights/model.pt", b"", b"pickle", "holds 'archive/data/weights/model.pt'"),
+        ("data/aotinductor/model/x.so", b"", b"library", "which no exported network has"),
+        ("data/weights/model_weights_config.json", b'"use_pickle": false', b'"use_pickle": 1', "holds pickled tensors"),
+        ("data/weights/model_weights_config.json", b'"weight_0"', b'"opaque_obj_0"', "holds pickled tensors"),
+        ("models/model.json", b"torch.ops.aten.conv2d.default", b"torch.load", "calls 'torch.load'"),
+        ("models/model.json", b"Symbol('s77'", b"print('s77'", "code where a size belongs"),
+    ],
+)  # fmt: skip
+def test_what_torch_would_run_is_refused(
+    tmp_path: Path, member: str, before: bytes, after: bytes, match: str
+) -> None:
+    good, bad = tmp_path / "good.pt2", tmp_path / "bad.pt2"
+    export_program(SmallNet(), EXAMPLE, good, batch=Batch(1, 4, 8))
+    with zipfile.ZipFile(good) as source:
+        files = {name: source.read(name) for name in source.namelist()}
+    name = f"{next(iter(files)).partition('/')[0]}/{member}"
+    if before == b"Symbol('s77'":
+        before = next(iter(re.findall(rb"Symbol\('\w+'", files[name])))
+    changed = files.get(name, b"").replace(before, after) if before else after
+    assert changed != files.get(name)
+    with zipfile.ZipFile(bad, "w") as target:
+        for each, content in {**files, name: changed}.items():
+            target.writestr(each, content)
+    with pytest.raises(ExportError, match=match):
+        load_program(bad)
 
 
 @pytest.mark.parametrize("member", ["sample_inputs", "weights"])
