@@ -92,7 +92,8 @@ def export_over_ssh(
     Raises:
         CompressorError, ExportError: as `export_bundle`, the bundle is another run's, or ssh does not get there.
     """
-    from export.remote import parse_destination, run_remote
+    from export.connection import parse_destination
+    from export.remote import run_remote
 
     parse_destination(address)
     find_target(board)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import re
 import tarfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes
@@ -76,6 +78,28 @@ def unpack(path: str | Path, *, largest: int = LARGEST) -> dict[str, bytes]:
     if not files:
         raise ExportError(f"{source} is empty.")
     return files
+
+
+def json_object(files: Mapping[str, bytes], name: str, source: str | Path) -> dict[str, Any]:
+    """The object that a JSON file among `files` holds.
+
+    Raises:
+        ExportError: it is missing, no JSON, or no object.
+    """
+    try:
+        content = json.loads(files[name].decode("utf-8"))
+    except KeyError:
+        raise ExportError(f"{source} has no {name}.", "Copy it again as a whole.") from None
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{source}: {name} is no JSON: {error}.", "Copy it again as a whole.") from error
+    if not isinstance(content, dict):
+        raise ExportError(f"{source}: {name} holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def printable(value: Any, longest: int = 120) -> str:
+    """What a device says, in plain letters and short: it is shown to people."""
+    return "".join(char for char in str(value) if " " <= char <= "~")[:longest].strip()
 
 
 def top_folder(path: str | Path) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.archive import CHECKSUMS, require_checksums, unpack
+from export.archive import CHECKSUMS, json_object, printable, require_checksums, unpack
 from export.bundle import FORMAT
 from export.errors import ExportError
 from export.files import sha256_bytes
@@ -97,10 +97,10 @@ def read_results(results: str | Path, bundle: str | Path) -> DeviceResults:
     """
     given = unpack(bundle)
     require_checksums(given, bundle)
-    described = _json(given, "bundle.json", bundle)
+    described = json_object(given, "bundle.json", bundle)
     files = unpack(results)
     require_checksums(files, results)
-    found = _json(files, "results.json", results)
+    found = json_object(files, "results.json", results)
     if described.get("format") != FORMAT or found.get("format") != FORMAT:
         raise ExportError(
             f"{results} or {bundle} is of another version of the program.", "Make the bundle again."
@@ -108,13 +108,15 @@ def read_results(results: str | Path, bundle: str | Path) -> DeviceResults:
     if found.get("bundle") != sha256_bytes(given[CHECKSUMS]):
         raise ExportError(f"{results} belongs to another bundle than {bundle}.", _HINT)
     known = {entry["name"]: entry for entry in described["networks"]}
-    board = {key: str(found.get(key, "")) for key in ("model", "power_mode", "l4t", "jetpack", "tensorrt")}
+    board = {
+        key: printable(found.get(key, "")) for key in ("model", "power_mode", "l4t", "jetpack", "tensorrt")
+    }
     try:
         networks = tuple(
             _network(entry, known, files, given, described, board["tensorrt"], results)
             for entry in found["networks"]
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ExportError(f"{results} cannot be understood: {error!r}.", _HINT) from error
     return DeviceResults(
         target=str(described["target"]), board=board, facts=described.get("facts", {}), networks=networks
@@ -132,10 +134,10 @@ def _network(
 ) -> NetworkResult:
     name = str(entry["name"])
     if name not in known:
-        raise ExportError(f"{results} speaks of {name}, which the bundle does not have.", _HINT)
+        raise ExportError(f"{results} speaks of {printable(name)}, which the bundle does not have.", _HINT)
     if entry["onnx_sha256"] != known[name]["sha256"]:
         raise ExportError(f"{results} was made with another {name}.onnx than the bundle's.", _HINT)
-    status = str(entry["status"])
+    status = printable(entry["status"])
     measured = status in ("ok", "verify-failed")
     times = [
         value for file in sorted(files) if _is_times(file, name) for value in compute_times(files[file], file)
@@ -147,10 +149,10 @@ def _network(
         name=name,
         precision=str(known[name]["precision"]),
         status=status,
-        reason=str(entry.get("reason", "")),
+        reason=printable(entry.get("reason", ""), 300),
         onnx_sha256=str(entry["onnx_sha256"]),
         engine_bytes=int(entry["engine_bytes"]),
-        flags=str(entry.get("flags", "")).strip(),
+        flags=printable(entry.get("flags", ""), 300),
         latency=summarise(times, runtime="trtexec", version=version) if measured else None,
         parity=parity,
     )
@@ -168,7 +170,7 @@ def compute_times(content: bytes, name: str) -> list[float]:
     """
     try:
         return [float(entry["computeMs"]) for entry in json.loads(content)]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ExportError(f"{name} is no times file of trtexec: {error!r}.", _HINT) from error
 
 
@@ -180,7 +182,7 @@ def output_values(content: bytes, name: str) -> list[float]:
     """
     try:
         return [float(value) for value in json.loads(content)[0]["values"]]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ExportError(f"{name} is no output file of trtexec: {error!r}.", _HINT) from error
 
 
@@ -204,15 +206,3 @@ def _parity(
     return compare_outputs(
         reference, np.stack(judged).reshape(reference.shape), tolerance=DEVICE_TOLERANCES[precision]
     )
-
-
-def _json(files: Mapping[str, bytes], name: str, source: str | Path) -> dict[str, Any]:
-    try:
-        content = json.loads(files[name].decode("utf-8"))
-    except KeyError:
-        raise ExportError(f"{source} has no {name}.", _HINT) from None
-    except ValueError as error:
-        raise ExportError(f"{source}: {name} is no JSON: {error}.", _HINT) from error
-    if not isinstance(content, dict):
-        raise ExportError(f"{source}: {name} holds a {type(content).__name__}, expected an object.", _HINT)
-    return content

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Backend:
 
     Attributes:
         kind: One of those above.
-        version: Of the runtime; empty for trtexec until it has run.
+        version: Of the runtime.
         gpu: What answers.
     """
 
@@ -60,8 +61,8 @@ def available_backends(gpu: Device) -> dict[str, Callable[[], str]]:
             continue
         if module == TENSORRT or gpu.compute_capability in _RTX_GPUS or gpu.major >= 12:
             found[module] = functools.partial(str, flavour.version)
-    if find_trtexec() is not None:
-        found[TRTEXEC] = str
+    if (program := find_trtexec()) is not None:
+        found[TRTEXEC] = functools.partial(trtexec_version, program)
     onnxruntime = runtime()
     for kind, provider in PROVIDERS.items():
         if provider in onnxruntime.get_available_providers():
@@ -78,12 +79,37 @@ def find_trtexec() -> Path | None:
     return None
 
 
+def trtexec_version(program: Path) -> str:
+    """TensorRT's version as the script for devices finds it.
+
+    Raises:
+        ExportError: it is not found out.
+    """
+    from export.bundle import device_script
+
+    done = subprocess.run(
+        ["sh", "-s"],
+        input=device_script("identify_on_device.sh"),
+        env={**os.environ, "TRTEXEC": str(program)},
+        capture_output=True,
+        check=False,
+    )
+    lines = [line.partition("=") for line in done.stdout.decode("utf-8", errors="replace").splitlines()]
+    version = next((value for name, _, value in lines if name == "tensorrt"), "")
+    if done.returncode or not version:
+        raise ExportError(
+            f"The version of {program} is not found out.",
+            f"Set TRT_VERSION, such as 8.5.2, or take the CPU: export COMPRESSOR_BACKEND={CPU}",
+        )
+    return version
+
+
 @functools.lru_cache(maxsize=1)
 def gpu_backend() -> Backend | None:
     """What times networks on this machine's GPU; None where that is left to its CPU.
 
     Raises:
-        ExportError: `$COMPRESSOR_BACKEND` names one that is not here.
+        ExportError: `$COMPRESSOR_BACKEND` names one that is not here, or trtexec's version is not found out.
     """
     wanted = os.environ.get("COMPRESSOR_BACKEND", "")
     if wanted == CPU:

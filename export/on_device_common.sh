@@ -20,7 +20,7 @@ find_version() { # trtexec's first line holds [TensorRT v8502] or [TensorRT v101
     if [ -n "${TRT_VERSION:-}" ]; then
         say "$TRT_VERSION" && return
     fi
-    "$trtexec" --help 2>&1 | head -n 20 | while read -r line; do
+    "$trtexec" --help 2>&1 </dev/null | head -n 20 | while read -r line; do
         case $line in
             *'[TensorRT v'*)
                 digits=${line#*'[TensorRT v'}
@@ -58,7 +58,7 @@ esac
 model_name=$(first_line_of /proc/device-tree/model)
 power_mode=''
 if command -v nvpmodel >/dev/null 2>&1; then
-    power_mode=$(nvpmodel -q 2>/dev/null | while read -r line; do
+    power_mode=$(nvpmodel -q 2>/dev/null </dev/null | while read -r line; do
         case $line in *'Power Mode: '*) say "${line#*'Power Mode: '}" && break ;; esac
     done | tr -d '"\\' | tr -cd '[:print:]')
 fi

@@ -9,198 +9,17 @@ meanwhile. Commands are fixed texts; the few things put into them are quoted and
 
 from __future__ import annotations
 
-import re
 import shlex
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
 from export.archive import CHECKSUMS, require_checksums, top_folder, unpack
 from export.bundle import device_script
+from export.connection import HOME, Connection, parse_destination
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
-
-_URL = re.compile(
-    r"ssh://(?:(?P<user>[A-Za-z_][A-Za-z0-9._-]*)@)?"
-    r"(?P<host>[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?/?"
-)
-_HOME = ".cache/compressor-bundles"
-_CHUNK = 1 << 20
-_DROPPED = 255
-_HINT = "Try: ssh {0} true   It must work without a question; keys and names go into ~/.ssh/config."
-_STRANGER = (
-    "Its key is not known here, or is another than before. Make sure that it is your device; then, if it was set up "
-    "anew, ssh-keygen -R {1}, and connect once by hand: ssh {0} true"
-)
-_FINAL = ("Host key verification failed", "Permission denied", "Could not resolve hostname")
-"""What will not change by trying again."""
-
-
-@dataclass(frozen=True)
-class Destination:
-    """A machine that is reached by ssh."""
-
-    host: str
-    user: str = ""
-    port: int = 0
-
-    @property
-    def address(self) -> str:
-        """As ssh takes it."""
-        return f"{self.user}@{self.host}" if self.user else self.host
-
-
-def parse_destination(url: str) -> Destination:
-    """`ssh://user@host:22` -> its parts.
-
-    Raises:
-        ExportError: it is no such address; options and paths in disguise are refused.
-    """
-    found = _URL.fullmatch(url)
-    if found is None or int(found["port"] or 22) not in range(1, 65536):
-        raise ExportError(f"{url!r} is no address: expected ssh://user@host or ssh://user@host:port.")
-    return Destination(host=found["host"].strip("[]"), user=found["user"] or "", port=int(found["port"] or 0))
-
-
-class Connection:
-    """Commands on the other machine, tried again when the line drops.
-
-    Args:
-        destination: Where.
-        options: More options for ssh, such as ["-F", "config"].
-        attempts: How often a command is tried while ssh itself fails.
-        pause_s: Seconds before it is tried again.
-    """
-
-    def __init__(
-        self,
-        destination: Destination,
-        *,
-        options: Sequence[str] = (),
-        attempts: int = 4,
-        pause_s: float = 3.0,
-    ) -> None:
-        self.destination, self.attempts, self.pause_s = destination, attempts, pause_s
-        self._command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
-        self._command += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3", *options]
-        # one connection carries all commands; a socket's path must be short
-        self._sockets = tempfile.mkdtemp(prefix="ssh.")
-        self._command += ["-o", "ControlMaster=auto", "-o", f"ControlPath={self._sockets}/s"]
-        self._command += ["-o", "ControlPersist=60"]
-        if destination.port:
-            self._command += ["-p", str(destination.port)]
-        self._command += ["--", destination.address]
-
-    def __enter__(self) -> Connection:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the connection that the commands shared."""
-        if Path(self._sockets, "s").exists():
-            # -O only talks to this machine's own process behind the socket
-            command = [*self._command[:-2], "-O", "exit", *self._command[-2:]]
-            subprocess.run(command, capture_output=True, check=False)
-        shutil.rmtree(self._sockets, ignore_errors=True)
-
-    def once(self, command: str, given: bytes = b"") -> tuple[int, bytes, str]:
-        """Run a command once: exit code, output, and the last line of its errors.
-
-        Raises:
-            ExportError: there is no ssh on this machine.
-        """
-        try:
-            done = subprocess.run([*self._command, command], input=given, capture_output=True, check=False)
-        except FileNotFoundError:
-            raise ExportError("ssh is not installed.", "Install an ssh client (openssh-client).") from None
-        lines = [line for line in done.stderr.decode("utf-8", errors="replace").splitlines() if line.strip()]
-        return done.returncode, done.stdout, lines[-1].strip() if lines else ""
-
-    def run(self, command: str, given: bytes = b"") -> bytes:
-        """Run a command that may be repeated; its output.
-
-        Raises:
-            ExportError: the machine is not reached, or the command fails there.
-        """
-        for attempt in range(self.attempts):
-            code, output, error = self.once(command, given)
-            if code == 0:
-                return output
-            if code != _DROPPED:
-                reason = error.replace("error: ", "", 1).rstrip(".") or f"a command ended with {code}"
-                raise ExportError(f"{self.destination.address}: {reason}.")
-            if any(text in error for text in _FINAL):
-                break
-            if attempt + 1 < self.attempts:
-                time.sleep(self.pause_s)
-        raise self.unreachable(error)
-
-    def unreachable(self, error: str) -> ExportError:
-        """The message for a machine that ssh does not reach."""
-        address, host = self.destination.address, self.destination.host
-        known = f"[{host}]:{self.destination.port}" if self.destination.port else host
-        hint = _STRANGER if "Host key verification failed" in error else _HINT
-        return ExportError(
-            f"{address} is not reached: {(error or 'ssh gave no reason').rstrip('.')}.",
-            hint.format(address, known),
-        )
-
-    def size(self, name: str) -> int:
-        """Bytes of a file there; 0 where there is none."""
-        quoted = shlex.quote(name)
-        return int(self.run(f"if [ -f {quoted} ]; then wc -c <{quoted}; else echo 0; fi").split()[0])
-
-    def put(self, content: bytes, name: str, say: Callable[[str], None]) -> None:
-        """Copy bytes to a file there, going on where an earlier copy broke.
-
-        Raises:
-            ExportError: the machine is not reached, its disk is full, or what arrived is not what was sent.
-        """
-        digest, quoted = sha256_bytes(content), shlex.quote(name)
-        part = shlex.quote(f"{name}.{digest[:16]}.part")
-        check = f'[ -f {quoted} ] && [ "$(sha256sum <{quoted} | cut -c 1-64)" = {digest} ] && echo same || echo other'
-        if self.run(check).strip() == b"same":
-            return
-        sent = min(self.size(f"{name}.{digest[:16]}.part"), len(content))
-        failures = 0
-        while sent < len(content):
-            say(f"copying {name}: {sent * 100 // len(content)} % of {len(content) / 1e6:.1f} MB")
-            code, _, error = self.once(f"cat >>{part}", content[sent : sent + _CHUNK])
-            if code not in (0, _DROPPED):
-                raise ExportError(
-                    f"{self.destination.address}: {name} cannot be written: {error}.",
-                    f"Make room there; the folder ~/{_HOME} is ours and may be deleted.",
-                )
-            failures = failures + 1 if code else 0
-            if failures >= self.attempts:
-                raise self.unreachable(error)
-            if code:
-                time.sleep(self.pause_s)
-            sent = self.size(f"{name}.{digest[:16]}.part")
-        if self.run(f"sha256sum <{part} | cut -c 1-64").strip().decode() != digest:
-            self.run(f"rm -f {part}")
-            raise ExportError(f"{name} arrived damaged at {self.destination.address}.", "Try again.")
-        self.run(f"mv {part} {quoted}")
-
-    def get(self, name: str, say: Callable[[str], None]) -> bytes:
-        """The bytes of a file there.
-
-        Raises:
-            ExportError: the machine is not reached, or what arrived is not what lies there.
-        """
-        quoted, content = shlex.quote(name), b""
-        wanted = self.size(name)
-        digest = self.run(f"sha256sum <{quoted} | cut -c 1-64").strip().decode()
-        while len(content) < wanted:
-            say(f"fetching {name}: {len(content) * 100 // wanted} % of {wanted / 1e6:.1f} MB")
-            content += self.run(f"tail -c +{len(content) + 1} {quoted} | head -c {_CHUNK}")
-        if sha256_bytes(content) != digest:
-            raise ExportError(f"{name} arrived damaged from {self.destination.address}.", "Try again.")
-        return content
 
 
 def run_remote(
@@ -276,7 +95,7 @@ def run_remote(
 
 def place_of(checksums: bytes) -> str:
     """Where a bundle lies on the board, below its user's home, by its list of checksums."""
-    return f"{_HOME}/{sha256_bytes(checksums)[:16]}"
+    return f"{HOME}/{sha256_bytes(checksums)[:16]}"
 
 
 def identify(

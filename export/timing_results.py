@@ -8,107 +8,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from export.archive import CHECKSUMS, require_checksums, unpack
+from export.archive import CHECKSUMS, json_object, printable, require_checksums, unpack
 from export.errors import ExportError
 from export.files import sha256_bytes
 from export.timing_bundle import FORMAT, MANIFEST
+from export.timings import Board, Timed, Timings, Turn
 
 LARGEST_RESULTS = 256 << 20
 """Bytes that results may take; some tens of megabytes are usual."""
 
 SLOWEST_MS = 60_000.0
 FASTEST_MS = 0.001
+MOST_TURNS = 999
 _TIMES = re.compile(r"(?P<turn>[1-9]\d{0,2})-(?P<slot>[1-9]\d{0,3})\.txt")
 _AGAIN = "Run sh run.sh on the device again: it goes on where it was."
-
-
-@dataclass(frozen=True)
-class Board:
-    """The device, as its script found it.
-
-    Attributes:
-        tensorrt, jetpack, l4t: Versions; the latter two empty where it is no Jetson.
-        model, gpu, compute_capability: The board, and its GPU as trtexec names it.
-        power_mode: Its name; empty where there is none.
-        clock: Highest clock of the GPU with its unit.
-        identity: Which board of its kind it is.
-    """
-
-    tensorrt: str
-    jetpack: str
-    l4t: str
-    model: str
-    gpu: str
-    compute_capability: str
-    power_mode: str
-    clock: str
-    identity: str
-
-    @property
-    def title(self) -> str:
-        """How messages name it."""
-        return self.model or self.gpu or "the device"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One measurement of one network.
-
-    Attributes:
-        turn, slot: In which turn, and at which place of the bundle's order, counted from 1.
-        times_ms: Each run, in order.
-        clocks: Name -> MHz, afterwards.
-    """
-
-    turn: int
-    slot: int
-    times_ms: tuple[float, ...]
-    clocks: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One network.
-
-    Attributes:
-        name: As in the bundle.
-        turns: Its measurements; empty where it could not be built or run.
-        reason: Why it could not be.
-        layers: (name, milliseconds) of TensorRT's layers; empty where there is no profile.
-    """
-
-    name: str
-    turns: tuple[Turn, ...]
-    reason: str
-    layers: tuple[tuple[str, float], ...]
-
-    @property
-    def times_ms(self) -> list[float]:
-        """All runs of all turns."""
-        return [time for turn in self.turns for time in turn.times_ms]
-
-
-@dataclass(frozen=True)
-class Timings:
-    """All that a device measured of a bundle.
-
-    Attributes:
-        board: The device.
-        networks: By name, all of the bundle.
-        digest: Checksum of the list of checksums: which results these are.
-        turns, duration_s, warmup_s: How often and for how long each network was measured.
-    """
-
-    board: Board
-    networks: Mapping[str, Timed]
-    digest: str
-    turns: int
-    duration_s: int
-    warmup_s: int
 
 
 def read_manifest(files: Mapping[str, bytes], source: Path) -> dict[str, Any]:
@@ -117,7 +34,7 @@ def read_manifest(files: Mapping[str, bytes], source: Path) -> dict[str, Any]:
     Raises:
         ExportError: it is none, or it is damaged.
     """
-    manifest = _json(files, MANIFEST, source)
+    manifest = json_object(files, MANIFEST, source)
     if manifest.get("kind") != "timing":
         raise ExportError(
             f"{source} is no bundle for timing.", "Give a folder made by: compress profile --bundle"
@@ -144,7 +61,7 @@ def read_timings(results: Path, bundle: Path, given: Mapping[str, bytes]) -> Tim
     if "results.json" not in files:
         raise ExportError(f"{results} has no results.json: the script has not come to its end.", _AGAIN)
     require_checksums(files, results)
-    found = _json(files, "results.json", results)
+    found = json_object(files, "results.json", results)
     if found.get("format") != FORMAT:
         raise ExportError(f"{results} is of another version of the program.", "Make the bundle again.")
     if found.get("bundle") != sha256_bytes(given[CHECKSUMS]):
@@ -155,6 +72,8 @@ def read_timings(results: Path, bundle: Path, given: Mapping[str, bytes]) -> Tim
     known = {str(entry["name"]): entry for entry in manifest["networks"]}
     try:
         turns = int(found["processes"])
+        if not 1 <= turns <= MOST_TURNS:
+            raise ValueError(f"{turns} turns")
         networks = {
             name: _timed(name, known, files, found, board, results) for name in _names(found, known, results)
         }
@@ -166,7 +85,7 @@ def read_timings(results: Path, bundle: Path, given: Mapping[str, bytes]) -> Tim
             int(found["duration_s"]),
             int(found["warmup_s"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ExportError(f"{results} cannot be understood: {error!r}.", _AGAIN) from error
     _require_complete(timings, manifest["order"], results)
     return timings
@@ -176,7 +95,7 @@ def _names(found: Mapping[str, Any], known: Mapping[str, Any], results: Path) ->
     names = [str(entry["name"]) for entry in found["networks"]]
     for name in names:
         if name not in known:
-            raise ExportError(f"{results} speaks of {_plain(name)}, which the bundle does not have.")
+            raise ExportError(f"{results} speaks of {printable(name)}, which the bundle does not have.")
     if len(set(names)) != len(names):
         raise ExportError(f"{results} has a network twice.", "Copy it again as a whole.")
     missing = sorted(set(known) - set(names))
@@ -197,14 +116,14 @@ def _timed(
     if entry["onnx_sha256"] != known[name]["sha256"]:
         raise ExportError(f"{results} was made with another {name}.onnx than the bundle's.")
     if entry["status"] != "ok":
-        return Timed(name, (), _plain(entry.get("reason") or entry["status"]), ())
+        return Timed(name, (), printable(entry.get("reason") or entry["status"]), ())
     turns = []
     for file in sorted(files):
         folder, _, rest = file.partition("/")
         match = _TIMES.fullmatch(rest) if folder == name else None
         if match is None:
             continue
-        state = _json(files, f"{file[: -len('.txt')]}.json", results)
+        state = json_object(files, f"{file[: -len('.txt')]}.json", results)
         _same_state(state, board, file, results)
         clocks = {str(key): int(value) for key, value in state["after"].items() if _is_clock(str(key))}
         turns.append(Turn(int(match["turn"]), int(match["slot"]), _times(files[file], file, results), clocks))
@@ -219,7 +138,7 @@ def _same_state(state: Mapping[str, Any], board: Board, file: str, results: Path
         ("tensorrt", "version of TensorRT", board.tensorrt),
         ("power_mode", "power mode", board.power_mode),
     ):
-        got = _plain(state.get(key, ""))
+        got = printable(state.get(key, ""))
         if got != stated:
             raise ExportError(
                 f"{results} mixes measurements: {file} is of the {what} {got!r}, the rest of {stated!r}.",
@@ -247,7 +166,7 @@ def _layers(content: bytes) -> tuple[tuple[str, float], ...]:
             for entry in json.loads(content)
             if "name" in entry
         ]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         return ()
     return tuple(found) if all(0 <= time <= SLOWEST_MS for _, time in found) else ()
 
@@ -266,38 +185,11 @@ def _require_complete(timings: Timings, order: Sequence[str], results: Path) -> 
 
 
 def _board(found: Mapping[str, Any]) -> Board:
-    names = {"identity": "board"}
-    fields = (
-        "tensorrt",
-        "jetpack",
-        "l4t",
-        "model",
-        "gpu",
-        "compute_capability",
-        "power_mode",
-        "clock",
-        "identity",
-    )
-    return Board(**{field: _plain(found.get(names.get(field, field), "")) for field in fields})
+    called = {"identity": "board"}
+    names = [field.name for field in fields(Board)]
+    return Board(**{name: printable(found.get(called.get(name, name), "")) for name in names})
 
 
 def _is_clock(name: str) -> bool:
     """Clocks are called by their unit's address, as 17000000.gpu; temperatures by words, as GPU-therm."""
     return re.fullmatch(r"[0-9a-f]+\.\w+", name) is not None
-
-
-def _plain(value: Any) -> str:
-    """Printable, short: what a device says is shown to people."""
-    return "".join(char for char in str(value) if " " <= char <= "~")[:120].strip()
-
-
-def _json(files: Mapping[str, bytes], name: str, source: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(files[name].decode("utf-8"))
-    except KeyError:
-        raise ExportError(f"{source} has no {name}.", "Copy it again as a whole.") from None
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"{source}: {name} is no JSON: {error}.", "Copy it again as a whole.") from error
-    if not isinstance(content, dict):
-        raise ExportError(f"{source}: {name} holds a {type(content).__name__}, expected an object.")
-    return content

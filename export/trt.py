@@ -53,7 +53,7 @@ class Flavour:
 
     @property
     def strongly_typed(self) -> str:
-        """ "flag": asked for by a flag; "always"; or "" where it does not exist."""
+        """How it is had: "flag" where it is asked for by a flag, "always", or "" where it does not exist."""
         if self.rtx:
             return "flag"
         return "always" if self.release >= (11, 0) else "flag" if self.release >= (10, 0) else ""

@@ -8,23 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compressor.errors import CompressorError
-from compressor.latency.cache import clocks, cpu_model, governor
-from compressor.latency.calm import channel_block, middle
+from compressor.latency.calm import middle
 from compressor.latency.correction import fit_correction, held_out_error
+from compressor.latency.made import SECONDS_A_NETWORK, Made, made_here
 from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork, tag
 from compressor.latency.schema import (
+    FASTEST_MS,
     CorrectionFields,
-    DeviceFields,
     Entry,
     HeldOutFields,
     NetworkFields,
-    RuntimeFields,
     TableFields,
+    possible,
     rounded,
 )
 from compressor.latency.signature import Widths, channels, network_signature, signature_of
@@ -39,29 +39,8 @@ if TYPE_CHECKING:
     from compressor.pruning.importance import Ranking
     from compressor.pruning.space import Layer, PruningSpace
 
-RUNTIME = "onnxruntime-cpu"
-SECONDS_A_NETWORK = 0.5
-
 Point = tuple[str, int, int]
 """An operator's entry and its channels: (key, c_in, c_out)."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a table says of itself where it is not of this machine's CPU.
-
-    Attributes:
-        device, runtime, precision: What was measured, running what.
-        block: Channels that its kernels compute at once.
-        protocol, sources: How it was measured, in words; whose numbers.
-    """
-
-    device: DeviceFields
-    runtime: RuntimeFields
-    precision: Literal["fp32", "fp16", "int8"]
-    block: int
-    protocol: str
-    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,6 +112,7 @@ def _weights(layer: Layer, c_in: int, c_out: int) -> int | None:
     return None if layer.kind == "grouped" else int(c_in) * int(c_out) * taps
 
 
+@possible()
 def table_from(
     space: PruningSpace,
     samples: Sequence[Sample],
@@ -152,8 +132,11 @@ def table_from(
         seconds: How long measuring took.
         threads: Threads of ONNX Runtime.
         made: What was measured; None is this machine's CPU through ONNX Runtime.
+
+    Raises:
+        CompressorError: the times cannot be.
     """
-    made = made or _made_here(len(samples), len(unseen), threads)
+    made = made or made_here(len(samples), len(unseen), threads)
     block = made.block
     layers = _layers(space, samples)
     entries = _entries(layers, samples)
@@ -252,24 +235,6 @@ def _layers(space: PruningSpace, samples: Sequence[Sample]) -> list[str]:
     ]
 
 
-def _made_here(fitted: int, unseen: int, threads: int) -> Made:
-    import onnxruntime
-
-    return Made(
-        device=DeviceFields(name="local", sku=cpu_model(), power_mode=governor(), clocks=clocks()),
-        runtime=RuntimeFields(name=RUNTIME, version=onnxruntime.__version__, threads=threads),
-        precision="fp32",
-        block=channel_block(),
-        protocol=(
-            f"{fitted} measurements of sub-networks, each warmed up and run for {SECONDS_A_NETWORK} s: "
-            "end to end, then under ONNX Runtime's profiler (mean of the middle half of the runs), then end to "
-            f"end again; {unseen} networks were held out; the dense network first, every dozen, and last; runs that "
-            "other processes interrupted do not count; a network that came out much slower than predicted was measured "
-            "again, and its calmest time counts"
-        ),
-    )
-
-
 def _entries(layers: Sequence[str], samples: Sequence[Sample]) -> dict[str, Entry]:
     """One point for each operator and pair of channels; layers with the same signature share theirs."""
     found: dict[Point, list[tuple[int, float, float, float]]] = defaultdict(list)
@@ -277,9 +242,8 @@ def _entries(layers: Sequence[str], samples: Sequence[Sample]) -> dict[str, Entr
         for index, key in enumerate(layers):
             times = sample.times.operators_ms[:, index]
             point = (key, int(sample.c_in[index]), int(sample.c_out[index]))
-            found[point].append(
-                (len(times), middle(times), float(np.quantile(times, 0.9)), float(times.std()))
-            )
+            seen = [max(value, FASTEST_MS) for value in (middle(times), float(np.quantile(times, 0.9)))]
+            found[point].append((len(times), seen[0], seen[1], float(times.std())))
     rows: dict[str, list[tuple[int, int, int, tuple[float, ...]]]] = defaultdict(list)
     for (key, c_in, c_out), values in sorted(found.items()):
         runs, *times_ms = zip(*values, strict=True)

@@ -76,7 +76,6 @@ class Trtexec:
 
     def __init__(self, program: Path, precision: Precision) -> None:
         self.program, self.precision = program, precision
-        self.version = ""
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
         """One bundle of one network, run here."""
@@ -102,7 +101,6 @@ class Trtexec:
         timed = timings.networks[_ONE]
         if timed.reason:
             raise ExportError(f"trtexec cannot measure the network: {timed.reason.rstrip('.')}.")
-        self.version = timings.board.tensorrt
         return NetworkTimes(np.asarray(timed.times_ms), _operators(timed.layers, network))
 
 

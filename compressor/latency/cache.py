@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from compressor.errors import CompressorError
+from compressor.latency.table import LatencyTable
 from compressor.progress import say
 
 PATIENCE_S = 900.0
@@ -31,6 +32,18 @@ def table_path(folder: Path, *, runtime: str, version: str, threads: int, networ
     """The file of a network's table; another processor, runtime version or thread count has another one."""
     key = "|".join([cpu_model(), runtime, version, str(threads), network])
     return folder / "latency" / f"{runtime}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+
+
+def cached_table(path: Path, *, quiet: bool = False) -> LatencyTable | None:
+    """The table in the cache; None where there is none or it is damaged, which is said unless `quiet`."""
+    if not path.exists():
+        return None
+    try:
+        return LatencyTable.read(path)
+    except CompressorError as error:
+        if not quiet:
+            say(f"{error.message} It is measured anew.")
+        return None
 
 
 @contextmanager
@@ -68,18 +81,18 @@ def measuring_alone(folder: Path) -> Iterator[None]:
 
 
 def cpu_model() -> str:
-    """The processor's name, such as `Intel(R) Xeon(R) Processor, 2 cores`."""
-    name = platform.processor() or platform.machine()
-    for label, path in (("model name", Path("/proc/cpuinfo")), ("Model", Path("/proc/cpuinfo"))):
-        try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            break
-        found = [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == label]
-        if found:
-            name = found[0]
-            break
-    return f"{name}, {os.cpu_count()} cores"
+    """The processor and its cores, such as `Intel(R) Xeon(R) Processor, 2 cores`."""
+    return f"{cpu_name()}, {os.cpu_count()} cores"
+
+
+def cpu_name() -> str:
+    """The processor's name, such as `Intel(R) Xeon(R) Processor`."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    values = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in reversed(lines)}
+    return values.get("model name") or values.get("Model") or platform.processor() or platform.machine()
 
 
 def governor() -> str:

@@ -9,12 +9,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from compressor.errors import CompressorError
-from compressor.latency.assemble import Made, Sample, table_from
+from compressor.latency.assemble import Sample, table_from
 from compressor.latency.carry import DENSE, TableFacts
 from compressor.latency.fused import Floats, fitted_shares, shares_of_layers
 from compressor.latency.layout import as_space, layout_of, signature
+from compressor.latency.made import Made
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
-from compressor.latency.schema import DeviceFields, RuntimeFields
+from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields, first_problem
 from compressor.latency.signature import channels
 from compressor.latency.table import LatencyTable
 from compressor.progress import say
@@ -22,10 +23,8 @@ from export.archive import CHECKSUMS
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes
 from export.timing_bundle import MANIFEST
-from export.timing_results import Timings, read_manifest, read_timings
-
-BLOCKS = {"fp16": 8, "int8": 32}
-"""Channels that tensor cores compute at once."""
+from export.timing_results import read_manifest, read_timings
+from export.timings import Timings
 
 NOISY, UNSTEADY = 0.15, 0.5
 """Drift of the dense network that is said, and that is refused."""
@@ -53,8 +52,9 @@ def table_of_results(given: Path, device: str | None = None) -> LatencyTable:
     try:
         facts = TableFacts.model_validate(manifest["facts"])
     except (KeyError, ValidationError) as error:
+        what = first_problem(error) if isinstance(error, ValidationError) else "it lacks what it was made for"
         raise CompressorError(
-            f"{folder} is no bundle that a table is made of: {_first(error)}.",
+            f"{folder} is no bundle that a table is made of: {what}.",
             "Make it with: compress profile --bundle",
         ) from None
     return table_of_timings(
@@ -203,15 +203,26 @@ def _drift(timings: Timings) -> float:
     for turn in timings.networks[DENSE].turns:
         turns.setdefault(turn.turn, []).append((turn.slot, float(np.median(turn.times_ms))))
     drift = float(np.median([max(each)[1] / min(each)[1] - 1 for each in turns.values()]))
+    require_steady(
+        drift,
+        "Hold its clocks (sudo jetson_clocks), keep it cool and free of other work, delete results there, and measure "
+        "again.",
+    )
+    return drift
+
+
+def require_steady(drift: float, hint: str) -> None:
+    """Say that the dense network's time has changed while measuring; refuse a table where it changed by much.
+
+    Raises:
+        CompressorError: with the hint.
+    """
     if abs(drift) > UNSTEADY:
         raise CompressorError(
-            f"The device did not hold still: the dense network took {drift:+.0%} at the end.",
-            "Hold its clocks (sudo jetson_clocks), keep it cool and free of other work, delete results there, and "
-            "measure again.",
+            f"The device did not hold still: the dense network took {drift:+.0%} at the end.", hint
         )
     if abs(drift) > NOISY:
         say(f"The device was not quiet: the dense network took {drift:+.0%} at the end. Predictions suffer.")
-    return drift
 
 
 def _require_plausible(facts: TableFacts, dense: Sample) -> None:
@@ -240,10 +251,3 @@ def _clocks(timings: Timings) -> str:
                 seen.setdefault(name, []).append(mhz)
     read = [f"{name} {int(np.median(values))} MHz" for name, values in sorted(seen.items())]
     return ", ".join([*([f"GPU at most {timings.board.clock}"] if timings.board.clock else []), *read[:6]])
-
-
-def _first(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        problem = error.errors()[0]
-        return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
-    return "it lacks what it was made for"

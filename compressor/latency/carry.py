@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compressor.errors import CompressorError
 from compressor.latency.assemble import export_candidate
-from compressor.latency.design import anchor_widths, grid_widths, random_widths
+from compressor.latency.design import LEVELS, anchor_widths, grid_widths, random_widths
+from compressor.latency.graph import WEIGHTED
 from compressor.latency.layout import LayoutFields, layout_fields, signature
 from compressor.latency.ort_profile import TaggedNetwork
 from compressor.latency.signature import Widths
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from compressor.pruning.space import PruningSpace
 
-LEVELS, HELD_OUT = 5, 10
+HELD_OUT = 10
 DENSE = "dense"
 REPEATED = 4096
 _UNKNOWN = Target("", "device", "", 8, 17, True, 0)
@@ -137,8 +138,12 @@ def write_table_bundle(
                 yield name, in_precision(_repeating(network.model), precision, tuple(example.shape[1:]))
                 progress.advance(1, name)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    with beside as temporary:
         part = Path(temporary) / folder.name
 
         def facts() -> dict[str, Any]:
@@ -194,7 +199,7 @@ def weighted_nodes(network: TaggedNetwork) -> tuple[int, ...]:
     kinds = [node.op_type for node in onnx.load_model_from_string(network.model).graph.node]
     found: dict[int, int] = {}
     for place, (kind, owner) in enumerate(zip(kinds, network.owner, strict=True)):
-        if kind in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        if kind in WEIGHTED:
             found.setdefault(owner, place)
     if sorted(found) != list(range(network.operators)):
         raise ExportError("The operators of the network were not found again in its file.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import CompressorError
+from compressor.latency.schema import BLOCKS
 from compressor.latency.surface import ALIGNMENT
 from compressor.latency.table import LatencyTable
 from compressor.latency.user_tables import check_name, find_user_table, user_tables
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 LOCAL = "local"
 TENSORRT = "tensorrt"
-_TENSOR_CORES = {"fp16": 8, "int8": 32}
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def recommended_granularity(runtime: str, precision: str) -> int:
         much slower kernel.
     """
     if runtime in (TENSORRT, ORT_CUDA):
-        return _TENSOR_CORES.get(precision, 1)
+        return BLOCKS.get(precision, 1)
     from compressor.latency.calm import channel_block
 
     return channel_block()
@@ -170,6 +170,12 @@ def recommended_steps(groups: Iterable[Group], runtime: str, precision: str) -> 
         return {group.name: step for group in groups}
     eighths = {group.name: max(1, group.width * group.unit // 8) for group in groups}
     return {name: min(step, max(ALIGNMENT, 2 ** int(math.log2(count)))) for name, count in eighths.items()}
+
+
+def shipped_table(device: str) -> LatencyTable | None:
+    """The table that comes with the toolkit for a device, whatever the user has measured of it."""
+    path = _table_files().get(device)
+    return LatencyTable.read(path) if path is not None else None
 
 
 def _table_files() -> dict[str, Path]:

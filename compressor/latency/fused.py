@@ -8,7 +8,6 @@ network's time by a fit: arithmetic of each kind, memory traffic and launches, o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from compressor.latency.ort_profile import TAG
 from compressor.latency.schema import FASTEST_MS
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ Counts = npt.NDArray[np.int64]
 
 UNSURE = 0.10
 """Share of the time that may lack an owner; more, and the profile says too little about the operators."""
-
-_TAG = re.compile(r"@(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def shares_of_layers(
     bearing = {node: operator for operator, node in enumerate(weighted)}
     current, unsure = 0, 0.0
     for name, milliseconds in layers:
-        nodes = [int(found) for found in _TAG.findall(name) if int(found) < len(owner)]
+        nodes = [int(found) for found in TAG.findall(name) if int(found) < len(owner)]
         operators = {bearing[node] for node in nodes if node in bearing} or {
             owner[node] for node in nodes[-1:]
         }

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compressor.errors import CompressorError
-from compressor.latency.assemble import RUNTIME, Sample, measure_candidate, table_from
-from compressor.latency.cache import cache_folder, measuring_alone, table_path
+from compressor.latency.assemble import Sample, measure_candidate, table_from
+from compressor.latency.cache import cache_folder, cached_table, cpu_model, measuring_alone, table_path
 from compressor.latency.calm import channel_block
 from compressor.latency.journal import Journal
 from compressor.latency.ort_profile import Device, OrtCpu
@@ -22,6 +22,7 @@ from compressor.latency.sampling import collect
 from compressor.latency.signature import Widths, network_signature
 from compressor.latency.table import LatencyTable
 from compressor.progress import say
+from export.here import CPU, gpu_backend
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,16 +78,14 @@ def local_table(
 
     folder = cache_folder(cache_dir)
     network = network_signature(space)
-    path = table_path(
-        folder, runtime=RUNTIME, version=onnxruntime.__version__, threads=threads, network=network
-    )
-    known = _cached(path)
+    path = table_path(folder, runtime=CPU, version=onnxruntime.__version__, threads=threads, network=network)
+    known = cached_table(path)
     if known is not None and known.covers(space) and _fit_for(known, network, goal, time_limit_s):
         if _true_still(known, space, example_input, OrtCpu(threads)):
             return known
         path.unlink(missing_ok=True)
     with measuring_alone(folder):
-        known = _cached(path, quiet=True)  # another process may have measured it while this one waited
+        known = cached_table(path, quiet=True)  # another process may have measured it while this one waited
         if known is not None and known.covers(space) and _fit_for(known, network, goal, time_limit_s):
             return known
         table = _measured(
@@ -103,18 +102,6 @@ def local_table(
             f"to predict. To have it measured again, delete {path}"
         )
     return table
-
-
-def _cached(path: Path, *, quiet: bool = False) -> LatencyTable | None:
-    """The table in the cache; None where there is none or it is damaged, which is said."""
-    if not path.exists():
-        return None
-    try:
-        return LatencyTable.read(path)
-    except CompressorError as error:
-        if not quiet:
-            say(f"{error.message} It is measured anew.")
-        return None
 
 
 def _fit_for(known: LatencyTable, network: str, goal: float, time_limit_s: float) -> bool:
@@ -150,6 +137,34 @@ def _with_dense_of(table: LatencyTable, known: LatencyTable, network: str) -> La
     old, new = known.fields.networks[network], table.fields.networks[network]
     kept = new.model_copy(update={"dense_ms": old.dense_ms, "dense_p90_ms": old.dense_p90_ms})
     return LatencyTable(table.fields.model_copy(update={"networks": {network: kept}}))
+
+
+def require_made_here(table: LatencyTable, threads: int) -> None:
+    """Refuse a table of another machine, or of another runtime, version or number of threads than this one's.
+
+    Raises:
+        CompressorError: what differs.
+    """
+    import onnxruntime
+
+    backend, fields = gpu_backend(), table.fields
+    if backend is None:
+        here = (cpu_model(), f"{CPU} {onnxruntime.__version__}", f"{threads} thread(s)")
+    else:
+        here = (backend.gpu.name, f"{backend.runtime} {backend.version}", "0 thread(s)")
+    made = (
+        fields.device.sku,
+        f"{fields.runtime.name} {fields.runtime.version}",
+        f"{fields.runtime.threads} thread(s)",
+    )
+    differs = "; ".join(
+        f"{then}, and this is {now}" for then, now in zip(made, here, strict=True) if then != now
+    )
+    if differs:
+        raise CompressorError(
+            f"The run's latency table was measured elsewhere: {differs}.",
+            "Go on where it was begun, or start a new run from its recipe: compress --recipe RUN/recipe.yaml",
+        )
 
 
 def _measured(

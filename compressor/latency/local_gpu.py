@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.errors import CompressorError
-from compressor.latency.assemble import Made, Sample, measure_candidate, table_from
-from compressor.latency.backends import Trtexec, device_of
-from compressor.latency.cache import cache_folder, measuring_alone, table_path
-from compressor.latency.carried import BLOCKS
+from compressor.latency.assemble import Sample, measure_candidate, table_from
+from compressor.latency.backends import device_of
+from compressor.latency.cache import cache_folder, cached_table, measuring_alone, table_path
+from compressor.latency.carried import require_steady
 from compressor.latency.carry import DENSE, Precision, candidate_rows
 from compressor.latency.fused import fitted_shares
+from compressor.latency.made import Made
 from compressor.latency.ort_profile import NetworkTimes
-from compressor.latency.schema import DeviceFields, RuntimeFields
+from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields
 from compressor.latency.signature import network_signature
 from compressor.latency.table import LatencyTable
 from compressor.progress import bar, say
@@ -35,7 +34,7 @@ def gpu_table(
     """This machine's table for the networks of `space` on its GPU, from the cache or measured now.
 
     Raises:
-        CompressorError: a network cannot be exported, built or run.
+        CompressorError: a network cannot be exported, built or run, or the GPU does not hold still.
     """
     network, folder = network_signature(space), cache_folder()
     plain = re.sub(r"[^A-Za-z0-9]+", "-", backend.gpu.name).strip("-")
@@ -46,10 +45,13 @@ def gpu_table(
         threads=0,
         network=network,
     )
-    known = _read(path) if path.is_file() else None
+    known = cached_table(path)
     if known is not None and known.covers(space):
         return known
     with measuring_alone(folder):
+        known = cached_table(path, quiet=True)  # another process may have measured it while this one waited
+        if known is not None and known.covers(space):
+            return known
         table = measured_table(space, example, backend, precision, seed=seed)
         table.write(path)
     return table
@@ -76,9 +78,9 @@ def measured_table(
     if not mapped:
         samples = _fitted(space, samples, block)
     drift = samples[-1].times.median_ms / samples[0].times.median_ms - 1.0
+    require_steady(drift, "Keep the GPU cool and free of other work, hold its clocks, and measure again.")
     fitted = [sample for sample, role in zip(samples, roles, strict=True) if role != "held out"]
     unseen = [sample for sample, role in zip(samples, roles, strict=True) if role == "held out"]
-    version = device.version if isinstance(device, Trtexec) else backend.version
     how = "layers under the profiler" if mapped else "operators by a fit of arithmetic, traffic and launches"
     made = Made(
         device=DeviceFields(
@@ -87,7 +89,7 @@ def measured_table(
             compute_capability=backend.gpu.compute_capability,
             clocks=f"GPU at most {backend.gpu.clock_mhz} MHz",
         ),
-        runtime=RuntimeFields(name=backend.runtime, version=version),
+        runtime=RuntimeFields(name=backend.runtime, version=backend.version),
         precision=precision,
         block=block,
         protocol=(
@@ -108,11 +110,3 @@ def _fitted(space: PruningSpace, samples: list[Sample], block: int) -> list[Samp
         Sample(each.c_in, each.c_out, each.network, NetworkTimes(each.times.whole_ms, share[None]))
         for each, share in zip(samples, shares, strict=True)
     ]
-
-
-def _read(path: Path) -> LatencyTable | None:
-    try:
-        return LatencyTable.read(path)
-    except CompressorError as error:
-        say(f"{error.message} It is measured anew.")
-        return None

@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.latency.calm import Pace, timed, undisturbed
+from compressor.latency.graph import WEIGHTED
 from export.bench import OnnxRunner
 from export.ort import CPU, random_feeds, runtime
 
 Floats = npt.NDArray[np.float64]
 
-_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 MOST_RUNS = 200
 MOST_PROFILED = 60
 """Enough for a median; more would only fill the profiler's file, which takes longer to read than to write."""
@@ -36,7 +36,8 @@ ATTEMPTS = 2
 CALM = 0.08
 """Slower than at its best by no more than this share, the processor counts as calm."""
 
-_TAG = re.compile(r"@(\d+)\.")
+TAG = re.compile(r"@(\d+)\.")
+"""How `tag` calls a node."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def tag(path: Path, weights: Sequence[int | None] | None = None) -> TaggedNetwor
     owner: list[int] = []
     epilogues: list[list[str]] = []
     for index, node in enumerate(graph.node):
-        if node.op_type in _WEIGHTED and _is_next(node, constants, weights, len(epilogues)):
+        if node.op_type in WEIGHTED and _is_next(node, constants, weights, len(epilogues)):
             owner.append(len(epilogues))
             epilogues.append([])
         else:
@@ -222,7 +223,7 @@ def _runs(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def tag_of(kernel: dict[str, Any]) -> int | None:
     """Which node of the tagged file a kernel stands for; None for one that ONNX Runtime put in itself."""
-    found = _TAG.search(str(kernel["name"]))
+    found = TAG.search(str(kernel["name"]))
     return int(found[1]) if found is not None else None
 
 

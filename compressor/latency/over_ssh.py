@@ -34,7 +34,8 @@ from export.errors import ExportError
 from export.remote import identify, place_of, run_remote
 from export.stats import LatencyStats, summarise
 from export.timing_bundle import MANIFEST, folder_files, write_timing_bundle
-from export.timing_results import Board, Timings, read_timings
+from export.timing_results import read_timings
+from export.timings import Board, Timings
 
 if TYPE_CHECKING:
     from torch import Tensor

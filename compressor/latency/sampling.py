@@ -64,14 +64,12 @@ class Samples:
         dense: The dense network, from first to last.
         fitted, held: Widths -> the calmest measurement; those to fit to, and those held out.
         seconds: How long it took, over all attempts.
-        goal_met: Whether the held-out error met the goal.
     """
 
     dense: list[Sample] = field(default_factory=list)
     fitted: dict[tuple[int, ...], Sample] = field(default_factory=dict)
     held: dict[tuple[int, ...], Sample] = field(default_factory=dict)
     seconds: float = 0.0
-    goal_met: bool = False
 
     @property
     def drift(self) -> float:
@@ -215,8 +213,7 @@ class _Collector:
         held = list(self.samples.held.values())
         predicted = self._predictor(self.samples.to_fit())(held)
         error = held_out_error(predicted.tolist(), [each.times.median_ms for each in held])
-        self.samples.goal_met = error.mape <= self.goal and not self._suspects()
-        return self.samples.goal_met
+        return error.mape <= self.goal and not self._suspects()
 
     def _next_batch(self) -> list[tuple[Role, Widths]]:
         suspects = self._suspects()[:BATCH]

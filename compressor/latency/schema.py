@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,6 +17,9 @@ SCHEMA_VERSION = 1
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+BLOCKS = {"fp16": 8, "int8": 32}
+"""Channels that tensor cores compute at once, by precision; 1 in others."""
 
 FASTEST_MS = 1e-5
 """Nothing computes an operator in ten nanoseconds: a time below this was written in another unit."""
@@ -248,11 +253,28 @@ def read_table(text: str, source: str) -> TableFields:
     try:
         return TableFields.model_validate(content)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "as a whole"
         raise CompressorError(
-            f"The latency table {source} is wrong in {where}: {problem['msg']}.",
+            f"The latency table {source} is wrong in {first_problem(error)}.",
             "Make it again, or mend that field.",
+        ) from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The field that is wrong, and what is wrong with it."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "as a whole"
+    return f"{where}: {problem['msg']}"
+
+
+@contextmanager
+def possible() -> Iterator[None]:
+    """One clear message where the fields of a table that is being made contradict one another."""
+    try:
+        yield
+    except ValidationError as error:
+        raise CompressorError(
+            f"No latency table can be made of these measurements, which are wrong in {first_problem(error)}.",
+            "Measure again, with nothing else running there.",
         ) from None
 
 

@@ -12,8 +12,8 @@ from compressor.errors import CompressorError
 from compressor.latency.table import LatencyTable
 from compressor.progress import say
 from compressor.recipe import shipped
+from export.connection import parse_destination
 from export.errors import ExportError
-from export.remote import parse_destination
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,60}", re.IGNORECASE)
 RESERVED = ("local",)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from export.remote import Connection, parse_destination
+from export.connection import Connection, parse_destination
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 

@@ -15,10 +15,11 @@ import torch
 from export.archive import pack
 from export.bundle import make_bundle
 from export.bundle_results import read_results
+from export.connection import Connection, Destination, parse_destination
 from export.errors import ExportError
 from export.parity import onnx_outputs
 from export.reference import Reference
-from export.remote import Connection, Destination, parse_destination, run_remote
+from export.remote import run_remote
 from export.to_onnx import export_onnx
 from tests.export.fake_trtexec import make_trtexec
 from tests.export.local_sshd import Board, open_board

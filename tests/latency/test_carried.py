@@ -244,6 +244,10 @@ SPOILT: list[tuple[str, Callable[[dict[str, bytes]], None]]] = [
     (r"results.json holds a list", lambda f: f.update({"results.json": b"[]"})),
     (r"cannot be understood", lambda f: _json(f, "results.json", networks=[1])),
     (r"cannot be understood", lambda f: _json(f, "results.json", processes="many")),
+    (r"cannot be understood.*0 turns", lambda f: _json(f, "results.json", processes=0)),
+    (r"cannot be understood", lambda f: _json(f, "results.json", processes=10**9)),
+    (r"cannot be understood", lambda f: _json(f, "n01/1-2.json", after=[])),
+    (r"cannot be understood", lambda f: _json(f, "n01/1-2.json", after={"17000000.gpu": float("inf")})),
 ]  # fmt: skip
 
 
