@@ -10,6 +10,7 @@ import numpy as np
 from compressor.contract import remember, slack_left
 from compressor.job import Job
 from compressor.onnx_files import (
+    COMPARED_IMAGES,
     DENSE,
     MODEL,
     PROBE,
@@ -23,6 +24,7 @@ from compressor.precisions import write_precision
 from compressor.progress import say
 from compressor.run_dir import RECIPE, RunDir, sha256_file
 from compressor.timing import timed_on_device
+from export.here import CPU
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from compressor.pruning.space import Layer
     from export.stats import LatencyStats
 
-PARITY_IMAGES = 64
-RUNTIME = "onnxruntime-cpu"
 MISSED = 3  # exit code: the best found misses a budget
 
 
@@ -70,7 +70,7 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
         info = _write_onnx(
             job, slim, run.file(MODEL), metadata=metadata_of(job.recipe, job.data, run, plan.checksum)
         )
-        images = first_images(job.data.test, PARITY_IMAGES)
+        images = first_images(job.data.test, COMPARED_IMAGES)
         from export.parity import check_parity
 
         parity = check_parity(slim, run.file(MODEL), images, tolerance=job.recipe.export.tolerance)
@@ -106,7 +106,8 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
         else:
             run.save(engines=[], engine_note="The recipe asks for none.")
         if job.recipe.precision != "fp32":
-            for line in write_precision(run, job.data, job.recipe.precision, job.recipe.export.max_drop):
+            recipe = job.recipe  # on this machine's CPU its precision is fp32
+            for line in write_precision(run, job.data, recipe.precision, recipe.export.max_drop, rest="fp16"):
                 say(line)
 
 
@@ -126,11 +127,9 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
         slim: LatencyStats | None = None
         if job.measurable:
             dense, slim = timed_on_device(run, job, run.file(MODEL))
-            run.save(latency=_latency_record(run, job, plan, dense, slim))
-            if target is not None:
-                _add_round(run, job, plan, target, slim.median_ms)
+            latency = _latency_record(job, plan, dense, slim)
         else:
-            run.save(latency=_predicted_record(job, plan))
+            latency = _predicted_record(job, plan)
         budgets = []
         for entry, budget in zip(run.manifest["budgets"], job.budgets(), strict=True):
             predicted = float(budget.predict(widths[None])[0])
@@ -144,7 +143,10 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
             )
             kept = None if found is None else found <= entry["target"]
             budgets.append({**entry, "predicted": predicted, "measured": found, "kept": kept})
-        run.save(budgets=budgets)
+        # With the stage's end in one write: a kill in between would have the same plan measured as two rounds.
+        run.manifest.update(latency=latency, budgets=budgets)
+        if slim is not None and target is not None:
+            _add_round(run, job, plan, target, slim.median_ms)
     return all(entry["kept"] is not False for entry in budgets if entry["name"] == "latency")
 
 
@@ -160,9 +162,8 @@ def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
     code = 0 if kept else MISSED
     notes = list(run.manifest["notes"])
     if any(entry["kept"] is None for entry in run.manifest["budgets"]):
-        notes.append(
-            f"{job.recipe.device} is not this machine: its latency is predicted, and was not measured."
-        )
+        how = "estimated" if job.table is not None and job.table.estimated else "predicted"
+        notes.append(f"{job.recipe.device} is not this machine: its latency is {how}, and was not measured.")
     if plan.widths == job.space.dense().widths and run.manifest["budgets"]:
         notes.append("The dense network keeps every budget already: nothing was pruned.")
     run.save(status="finished", exit_code=code, notes=list(dict.fromkeys(notes)))
@@ -180,6 +181,7 @@ def _latency_target(run: RunDir) -> float | None:
 
 
 def _add_round(run: RunDir, job: Job, plan: ChannelPlan, target: float, measured_ms: float) -> None:
+    """Note what was measured of a plan; the end of the stage writes it."""
     assert job.table is not None
     entry = {
         "predicted_ms": job.table.predict(job.space, plan),
@@ -188,7 +190,7 @@ def _add_round(run: RunDir, job: Job, plan: ChannelPlan, target: float, measured
         "kept": measured_ms <= target,
         "widths": list(plan.widths.values()),
     }
-    run.save(rounds=[*run.manifest["rounds"], entry])
+    run.manifest["rounds"] = [*run.manifest["rounds"], entry]
 
 
 def _write_dense(run: RunDir, job: Job) -> None:
@@ -233,12 +235,10 @@ def _layer_macs(layer: Layer, inputs: Any, outputs: Any) -> Any:
     return positions * int(np.prod(layer.kernel or (1,))) * outputs * per_output
 
 
-def _latency_record(
-    run: RunDir, job: Job, plan: ChannelPlan, dense: LatencyStats, slim: LatencyStats
-) -> dict[str, Any]:
+def _latency_record(job: Job, plan: ChannelPlan, dense: LatencyStats, slim: LatencyStats) -> dict[str, Any]:
     return {
         **_predicted_record(job, plan),
-        "runtime": f"{RUNTIME if slim.runtime == 'onnxruntime' else slim.runtime} {slim.version}",
+        "runtime": f"{CPU if slim.runtime == 'onnxruntime' else slim.runtime} {slim.version}",
         "threads": slim.threads,
         "measured_ms": slim.median_ms,
         "p90_ms": slim.p90_ms,

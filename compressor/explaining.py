@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.errors import CompressorError
 from compressor.recipe import Recipe, load_recipe
 from compressor.run_dir import RECIPE, RunDir, sha256_file
+from export.here import CPU
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,8 +50,8 @@ def explain_again(folder: Path, profiles: tuple[Path, Path] | None = None) -> It
                 )
         recipe = load_recipe(run.file(RECIPE)).resolved()
         table = _table(run)
-        here = recipe.device == "local"
-        predicted, note = _predicted(run, table) if here or profiles else (None, "")
+        here = recipe.device == "local" and (table is None or table.fields.runtime.name == CPU)
+        predicted, note = _predicted(run, recipe, table) if here or profiles else (None, "")
         if profiles is not None:
             machine, block, size = _device(recipe, table)
             found = read_profiles(*profiles, run, element_bytes=size, block=block)
@@ -83,10 +84,13 @@ def _header(explanation: dict[str, Any], recipe: Recipe, on_device: bool) -> Ite
         f"Peaks: {explanation['peaks']}."
     )
     if not on_device:
-        yield (
-            f"The run is for {recipe.device}; these times are of this machine. For the device's own, profile both "
-            "engines there (trtexec --exportProfile) and give --dense-profile FILE --slim-profile FILE."
-        )
+        whose = "this machine's GPU" if recipe.device == "local" else recipe.device
+        yield f"The run is for {whose}; these times are of this machine's CPU."
+        if recipe.device != "local":
+            yield (
+                "For the device's own, profile both engines there (trtexec --exportProfile) and give "
+                "--dense-profile FILE --slim-profile FILE."
+            )
 
 
 def table_of_lines(lines: Sequence[Line]) -> Table:
@@ -140,13 +144,16 @@ def _table(run: RunDir) -> LatencyTable | None:
     return LatencyTable.read(run.file(TABLE)) if run.file(TABLE).exists() else None
 
 
-def _predicted(run: RunDir, table: LatencyTable | None) -> tuple[Pairs | None, str]:
+def _predicted(run: RunDir, recipe: Recipe, table: LatencyTable | None) -> tuple[Pairs | None, str]:
     """The table's prediction of every operator, or why there is none."""
+    from compressor.latency.local import require_made_here
     from compressor.layer_times import kept_widths, predicted_pairs, run_space
 
     if table is None:
         return None, "The run has no latency table, so nothing was predicted."
     try:
+        if recipe.device == "local":
+            require_made_here(table, recipe.threads)
         space = run_space(run, table)
         return predicted_pairs(table, space, kept_widths(run, space)), ""
     except CompressorError as error:
@@ -154,20 +161,27 @@ def _predicted(run: RunDir, table: LatencyTable | None) -> tuple[Pairs | None, s
 
 
 def _device(recipe: Recipe, table: LatencyTable | None) -> tuple[Any, int, int]:
-    """The peaks of a run's device, its block of channels and its bytes for a number."""
+    """The peaks of a run's device, its block of channels and its bytes for a number.
+
+    Raises:
+        CompressorError: the run is for this machine, or nothing is known of its device's peaks.
+    """
+    from compressor.latency.devices import shipped_table
     from compressor.latency.machine import estimated_machine
     from compressor.latency.roofline import ELEMENT_BYTES
-    from compressor.latency.table import LatencyTable
 
     if recipe.device == "local":
         raise CompressorError(
             "Layer profiles of TensorRT belong to a run for a TensorRT device; this one is for this machine.",
             "Leave out --dense-profile and --slim-profile.",
         )
-    table = table or LatencyTable.load(recipe.device, precision=recipe.precision)
-    fields = table.fields.roofline.get(recipe.precision)
+    known = (
+        each.fields.roofline.get(recipe.precision) for each in (table, shipped_table(recipe.device)) if each
+    )
+    fields = next((each for each in known if each is not None), None)
     if fields is None:
-        fields = LatencyTable.load(recipe.device, precision=recipe.precision).fields.roofline[
-            recipe.precision
-        ]
+        raise CompressorError(
+            f"The peaks of {recipe.device} in {recipe.precision} are not known: only shipped tables state them.",
+            "Leave out --dense-profile and --slim-profile: both networks are then explained on this machine.",
+        )
     return estimated_machine(fields, recipe.device), fields.block, ELEMENT_BYTES[recipe.precision]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.data import load_data
 from compressor.errors import CompressorError
-from compressor.onnx_files import MODEL, build_engine_of, first_images, metadata_of, opset_of
+from compressor.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, first_images, metadata_of, opset_of
 from compressor.precisions import record, write_precision
 from compressor.recipe import Recipe, load_recipe
 from compressor.run_dir import RECIPE, RunDir, replacing
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx", "engine", "torchscript", "pt2")
 PRECISIONS = ("fp32", "fp16", "int8")
-COMPARED_IMAGES = 64
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MODEL = "model.onnx"
 DENSE = "checkpoints/dense.onnx"
 PROBE = "checkpoints/probe.onnx"
+COMPARED_IMAGES = 64  # on which an exported file is compared with the network
 EXPORTED_IMAGES = 10_000  # the most test images that an exported file is scored on
 
 

@@ -24,7 +24,7 @@ from compressor.job import Job, prepare
 from compressor.progress import say
 from compressor.recipe import Recipe, load_recipe
 from compressor.run_dir import RECIPE, RunDir, new_run_path, write_atomic
-from compressor.stages import begin, finetune, search, settle, tighten
+from compressor.stages import TABLE, begin, finetune, search, settle, tighten
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,7 +98,7 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
                 f"The run in {folder} has another recipe: {_differences(recipe, expected)}.",
                 "Resume it without these options, or start a new run with --out DIR.",
             )
-        return _walk(run, prepare(expected, _table_of(run)))
+        return _walk(run, prepare(expected, _table_of(run, expected)))
 
 
 _RATES = ("learning_rate", "finetune_learning_rate")
@@ -127,22 +127,35 @@ def _walk(run: RunDir, job: Job) -> RunResult:
 
 
 def _plan_that_keeps_its_latency(run: RunDir, job: Job) -> ChannelPlan:
+    from compressor.pruning.artefact import read_plan
+
     while True:
         plan = search(run, job)
+        if run.finished(
+            "finetune"
+        ):  # a stop after a plan was settled on and trained: nothing is decided again
+            return read_plan(run.path)
         if probe(run, job, plan):
             return plan
         if not tighten(run, job):
             return settle(run, job, plan)
 
 
-def _table_of(run: RunDir) -> LatencyTable | None:
-    """The latency table that the run was searching with, corrected by what was measured since."""
+def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
+    """The latency table that the run was searching with, corrected by what was measured since.
+
+    Raises:
+        CompressorError: it is damaged, or there is more to measure and this is not the machine that it was made on.
+    """
+    from compressor.latency.local import require_made_here
     from compressor.latency.table import LatencyTable
 
-    file = run.file("latency_table.json")
+    file = run.file(TABLE)
     if not file.exists():
         return None
     table = LatencyTable.read(file)
+    if recipe.device == "local" and not run.finished("measure"):
+        require_made_here(table, recipe.threads)
     for predicted_ms, measured_ms in run.manifest.get("corrections", []):
         table = table.refit([(predicted_ms, measured_ms)], lower=True)
     return table

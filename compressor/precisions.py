@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.errors import CompressorError
-from compressor.onnx_files import MODEL, build_engine_of, first_images, scored
+from compressor.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, first_images, scored
 from compressor.run_dir import RunDir, replacing, sha256_file
+from export.here import CPU
 
 if TYPE_CHECKING:
     from compressor.data import DataBundle
 
 CALIBRATION_IMAGES = 256
 JUDGING_IMAGES = 2000
-COMPARED_IMAGES = 64
 
 
 def write_precision(
@@ -62,7 +62,9 @@ def write_precision(
         )
     given, goal = source or run.file(MODEL), path or run.file(f"model.{precision}.onnx")
     if rest is None:
-        rest = "fp32" if run.manifest.get("latency", {}).get("device", "local") == "local" else "fp16"
+        latency = run.manifest.get("latency", {})
+        here = latency.get("device", "local") == "local"
+        rest = "fp32" if here and str(latency.get("runtime") or CPU).startswith(CPU) else "fp16"
     exact = scored(given, data)[0] if source else run.manifest["accuracy"]["exported"]
     with replacing(goal) as trial:
         if precision == "fp16":

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from compressor import Recipe, compress, load
+from compressor.errors import CompressorError
 from compressor.latency.local import local_table
 from compressor.latency.ort_profile import tag
 from compressor.pipeline import resume
@@ -281,10 +282,40 @@ def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(
 
     monkeypatch.setattr("compressor.timing.measured", moody)
     contract = {"repeats": 1, "max_rounds": 3}
-    result = compress(recipe(budgets={"latency": "60%"}, pruning=FINE, contract=contract), out=tmp_path / "run")
+    result = compress(
+        recipe(budgets={"latency": "60%"}, pruning=FINE, contract=contract), out=tmp_path / "run"
+    )
     rounds = result.manifest["rounds"]
     assert rounds[0]["kept"]
     assert not rounds[1]["kept"]
     assert rounds[-1]["kept"]
     assert result.exit_code == 0
     assert [group["kept"] for group in result.manifest["groups"]] == rounds[-1]["widths"]
+
+
+def test_a_finished_run_is_not_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    OtherDevice(1.0).install(monkeypatch)
+    folder = compress(recipe(budgets={"latency": "80%"}, pruning=FINE), out=tmp_path / "run").directory
+    manifest = manifest_of(folder)
+    last = manifest["rounds"][-1]
+    last |= {"kept": True, "measured_ms": 0.9 * last["target_ms"], "predicted_ms": 0.97 * last["target_ms"]}
+    manifest |= {"rounds": [last], "corrections": []}  # as if the last measurement had left latency unused
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    again = resume(folder).manifest
+    assert again["rounds"] == [last]
+    assert again["corrections"] == []
+    assert again["stages"]["search"] == manifest["stages"]["search"]
+
+
+def test_a_run_goes_on_only_with_the_runtime_of_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    OtherDevice(1.0).install(monkeypatch)
+    folder = compress(recipe(budgets={"latency": "80%"}, pruning=FINE), out=tmp_path / "run").directory
+    manifest = manifest_of(folder)
+    monkeypatch.setattr("onnxruntime.__version__", "0.0.1")
+    assert resume(folder).exit_code == 0  # nothing is left to measure
+    manifest["stages"]["measure"]["finished"] = None
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CompressorError, match=r"measured elsewhere: onnxruntime-cpu .*this is .* 0\.0\.1"):
+        resume(folder)
