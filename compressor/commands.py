@@ -38,8 +38,9 @@ def describe(recipe: Recipe) -> Iterator[Any]:
     yield f"Smallest reachable: {least_macs:,} MACs, {least_params:,} parameters."
     for budget in job.budgets():
         reached = float(budget.predict(least[None])[0])
+        how = ", estimated" if getattr(budget, "estimated", False) else ""
         yield (
-            f"Budget {budget.name}: at most {budget.target:,.4g} {budget.unit}, dense {budget.dense:,.4g} "
+            f"Budget {budget.name}{how}: at most {budget.target:,.4g} {budget.unit}, dense {budget.dense:,.4g} "
             f"({budget.target / budget.dense:.1%} of it), smallest reachable {reached:,.4g}."
         )
     for note in job.notes:
@@ -51,13 +52,22 @@ def profile(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
 
     Args:
         recipe: the network and its data.
-        time_limit: how long measuring may take, such as `90s` or `5min`; a table in the cache that had less time and
-            is not good enough is then made anew.
+        time_limit: how long measuring the CPU may take, such as `90s` or `5min`; a table in the cache that had less
+            time and is not good enough is then made anew.
+
+    Raises:
+        CompressorError: a time limit is given, and it is a GPU that is measured here.
     """
     from compressor.job import prepare
     from compressor.latency.duration import duration_s
+    from export.here import CPU, gpu_backend
 
     seconds = None if time_limit is None else duration_s(time_limit)
+    if seconds is not None and gpu_backend() is not None:
+        raise CompressorError(
+            "--time-limit is for this machine's CPU; its GPU measures the same networks every time.",
+            f"Leave it out, or take the CPU: export COMPRESSOR_BACKEND={CPU}",
+        )
     recipe = recipe.changed({"budgets": {"latency": "100%"}, "device": "local"}).resolved()
     job = prepare(recipe, profile_limit_s=seconds)
     table = job.table
@@ -71,7 +81,7 @@ def profile(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
 
 
 def measure_again(folder: Path) -> Iterator[str]:
-    """Time a run's dense and slim ONNX files on this machine once more; the run's manifest stays as it is."""
+    """Time a run's dense and slim ONNX files on this machine's CPU once more; the run's manifest stays as it is."""
     from compressor.onnx_files import DENSE, MODEL, measured
 
     with closing(RunDir.open(folder)) as run:
@@ -88,6 +98,7 @@ def measure_again(folder: Path) -> Iterator[str]:
                 f"({stats.runtime} {stats.version}, {stats.threads} threads, {stats.runs} runs)"
             )
         yield f"slim takes {slim.median_ms / dense.median_ms:.1%} of the dense network's time"
-        before = run.manifest.get("latency", {}).get("measured_ms")
-        if before:
-            yield f"the run itself measured {before:.3f} ms"
+        before = run.manifest.get("latency", {})
+        if before.get("measured_ms"):
+            where = f"on {before['device']}, {before['runtime']}"
+            yield f"the run itself measured {before['measured_ms']:.3f} ms {where}"

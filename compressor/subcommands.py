@@ -43,6 +43,11 @@ def profile(
         from compressor import profiling
         from compressor.commands import profile as measure_here
 
+        if time_limit is not None and (results or bundle or device not in (None, "local")):
+            raise CompressorError(
+                "--time-limit is for this machine's CPU; a device measures all networks of its bundle.",
+                "Leave it out. On the device, run.sh takes --duration SECONDS and --processes N.",
+            )
         if results is not None:
             if model is not None or bundle is not None or precision is not None:
                 raise CompressorError(
