@@ -201,12 +201,13 @@ def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, 
     """The channel steps after which latency jumps on the recipe's device, measured now.
 
     Raises:
-        CompressorError: the device is not this machine: its table is estimated, or too coarse.
+        CompressorError: the device is not this machine's CPU: its table is estimated, or too coarse.
     """
     from compressor.latency.devices import recommended_steps
     from compressor.latency.ort_profile import OrtCpu
     from compressor.latency.steps import measured_steps, refuse_table
     from compressor.latency.surface import ALIGNMENT
+    from export.here import CPU
 
     if recipe.device.startswith("ssh:"):
         raise CompressorError(
@@ -215,6 +216,11 @@ def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, 
         )
     if recipe.device != "local":
         raise refuse_table(latency_table(recipe, space, example))
+    if runtime_of(recipe) != CPU:
+        raise CompressorError(
+            "Channel steps are measured on this machine's CPU only, and this run is for its GPU.",
+            f"Use --granularity auto, or take the CPU: export COMPRESSOR_BACKEND={CPU}",
+        )
     return measured_steps(
         space,
         example,
@@ -240,12 +246,12 @@ def check_device(recipe: Recipe) -> None:
 
 def runtime_of(recipe: Recipe) -> str:
     """What runs the network on the recipe's device, by the name that latency tables use."""
-    from export.here import ORT_CUDA, gpu_backend
+    from export.here import CPU, ORT_CUDA, gpu_backend
 
     if recipe.device != "local":
         return "tensorrt"
     backend = gpu_backend()
-    return "onnxruntime-cpu" if backend is None else backend.kind if backend.kind == ORT_CUDA else "tensorrt"
+    return CPU if backend is None else backend.kind if backend.kind == ORT_CUDA else "tensorrt"
 
 
 def latency_table(

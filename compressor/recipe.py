@@ -58,8 +58,8 @@ class Pruning(_Part):
     )
     granularity: Literal["auto", "measured"] | Positive | dict[str, Positive] = Field(
         "auto",
-        description="Channel counts are multiples of this, for all groups or by pattern of their names; auto takes what "
-        "the device computes best, measured the steps after which latency jumps on this machine.",
+        description="Channel counts are multiples of this, for all groups or by pattern of their names; auto takes "
+        "what the device computes best, measured the steps after which latency jumps on this machine.",
     )
     min_share: Share = Field(0.1, description="The smallest share of its channels that a group may keep.")
     frozen: tuple[str, ...] = Field(
@@ -162,7 +162,11 @@ class Contract(_Part):
         0.03,
         description="The search aims this share below the latency target, so that noise does not break it.",
     )
-    max_rounds: Positive = Field(4, description="How often a missed latency may send the search on.")
+    max_rounds: Positive = Field(
+        4,
+        description="The most measurements of plans; until then a latency that is missed, or kept by far, sends the "
+        "search on.",
+    )
     repeats: Positive = Field(
         5, description="Measurements of one network; the median of their medians counts."
     )
@@ -366,7 +370,7 @@ def shipped(folder: str) -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the toolkit: name -> file. Those of a sub-folder are called FOLDER/NAME and come last."""
+    """The recipes that come with the toolkit: name -> file; those of a sub-folder are FOLDER/NAME and come last."""
     folder = shipped("recipes")
     found = [path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml")]
     return {
