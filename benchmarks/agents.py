@@ -2,11 +2,12 @@
 
     python -m benchmarks.agents --data folder:/data/cifar10-jpeg --weights resnet20.pt
 
-Each agent searches on the same pretrained weights, which stay as they are, with exactly the same number of evaluations
-(uniform pruning needs one); the slim network is then fine-tuned for the same epochs. Test accuracy is on images that
-neither training nor the search has seen. Every cell is kept as a file, a search that was stopped goes on where it
-stood, and the table says which cells are missing: the same command fills them. The latency table is made once, on the
-first call that needs it; make that one with the machine at rest.
+Each agent searches on the same pretrained weights, which stay as they are, with the same number of evaluations (uniform
+pruning needs one; what a search really used is in the column "used"); the slim network is then fine-tuned for the same
+epochs. With the same seed all agents score on the same images. `--brief 8` trains each candidate for 8 steps before it
+is scored. Test accuracy is on images that neither training nor the search has seen. Every cell is kept as a file, a
+search that was stopped goes on where it stood, and the table says which cells are missing: the same command fills them.
+The latency table is made once, on the first call that needs it; make that one with the machine at rest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from compressor.latency.table import LatencyTable
 from compressor.onnx_files import measured
 from compressor.recipe import Recipe
 from compressor.run_dir import Checkpoint, EpisodeLog, write_atomic
-from compressor.stages import environment, trainer
+from compressor.stages import environment
+from compressor.trainers import trainer
 from compressor.training.evaluate import accuracy, reestimate_batch_norm
 from export.to_onnx import export_onnx
 
@@ -41,24 +43,29 @@ BUDGETS = ("latency:50%", "latency:30%", "params:50%", "params:30%")
 
 @dataclass(frozen=True)
 class Cell:
-    """One search: which agent, within which budget, with how many evaluations and which seed."""
+    """One search: which agent, within which budget, with how many evaluations, which seed, and how many steps of
+    training on each candidate."""
 
     model: str
     budget: str
     evaluations: int
     agent: str
     seed: int
+    brief: int = 0
 
     @property
     def name(self) -> str:
         """The stem of its file."""
-        return "-".join(str(part) for part in asdict(self).values()).replace(":", "-").replace("%", "")
+        parts = [self.model, self.budget, self.evaluations, self.agent, self.seed]
+        parts += [f"brief{self.brief}"] if self.brief else []
+        return "-".join(map(str, parts)).replace(":", "-").replace("%", "")
 
 
 def main() -> None:
     options = parsed()
     console = Console(width=130)
     wanted = cells(options)
+    check_settings(options, wanted)
     deadline = time.monotonic() + 60 * options.minutes
     for cell in wanted:
         if not path_of(options, cell).exists() and time.monotonic() < deadline:
@@ -82,6 +89,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning; 0 leaves it out")
     parser.add_argument("--search-images", type=int, default=2000)
     parser.add_argument("--batch-norm-batches", type=int, default=10)
+    parser.add_argument(
+        "--brief",
+        nargs="+",
+        type=int,
+        default=[0],
+        help="steps of training on each candidate before it is scored",
+    )
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after this time")
     parser.add_argument("--out", type=Path, default=Path("runs/agents"))
     return parser.parse_args()
@@ -90,9 +104,10 @@ def parsed() -> argparse.Namespace:
 def cells(options: argparse.Namespace) -> list[Cell]:
     """All cells, those first that are compared with each other; uniform pruning has one number of evaluations."""
     found = []
-    order = product(options.seeds, options.evaluations, options.budgets, options.agents)
-    for seed, evaluations, budget, agent in order:
-        cell = Cell(options.model, budget, 1 if agent == "uniform" else evaluations, agent, seed)
+    order = product(options.seeds, options.evaluations, options.budgets, options.agents, options.brief)
+    for seed, evaluations, budget, agent, brief in order:
+        one = agent == "uniform"
+        cell = Cell(options.model, budget, 1 if one else evaluations, agent, seed, 0 if one else brief)
         if cell not in found:
             found.append(cell)
     return found
@@ -103,6 +118,25 @@ def path_of(options: argparse.Namespace, cell: Cell) -> Path:
     folder: Path = options.out / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{cell.name}.json"
+
+
+def shared(options: argparse.Namespace) -> dict[str, Any]:
+    """What all cells of a folder must have in common to be compared."""
+    return {name: getattr(options, name) for name in ("epochs", "search_images", "batch_norm_batches")}
+
+
+def check_settings(options: argparse.Namespace, wanted: list[Cell]) -> None:
+    """Refuse to put cells of other settings into one table."""
+    for cell in wanted:
+        if (path := path_of(options, cell)).exists():
+            stored = json.loads(path.read_text())
+            for name, value in shared(options).items():
+                if cell.agent == "uniform" and name != "epochs":
+                    continue  # its plan does not depend on the images
+                if stored.get(name, value) != value:
+                    raise SystemExit(
+                        f"{path} was made with {name} {stored[name]}, not {value}: give another --out, or that value."
+                    )
 
 
 def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
@@ -120,6 +154,7 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
             "search": {
                 "search_images": options.search_images,
                 "batch_norm_batches": options.batch_norm_batches,
+                "brief_iterations": cell.brief,
             },
         }
     ).resolved()
@@ -152,10 +187,10 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     costs = {each.name: float(np.asarray(each.predict(widths[None]))[0]) / each.dense for each in budgets}
     return {
         **asdict(cell),
+        **shared(options),
         "search_accuracy": result.accuracy,
         "before": before,
         "after": accuracy(slim, job.data.test, device=job.torch_device),
-        "epochs": options.epochs,
         "kept": all(float(np.asarray(each.predict(widths[None]))[0]) <= each.target for each in budgets),
         "share": costs[kind if kind != "flops" else "macs"],
         "measured_share": measured_share(job, slim, folder) if kind == "latency" else None,
@@ -163,7 +198,6 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         "search_minutes": result.seconds / 60,
         "evaluation_minutes": result.timing["evaluation"] / 60,
         "finetune_minutes": (time.perf_counter() - started) / 60,
-        "search_images": options.search_images,
         "widths": dict(result.widths),
         "best_so_far": best_so_far([candidate.reward for candidate in result.candidates]),
     }
@@ -214,7 +248,9 @@ def show(options: argparse.Namespace, wanted: list[Cell], console: Console) -> N
     names = (
         "budget",
         "agent",
+        "brief",
         "evaluations",
+        "used",
         "before",
         "after",
         "share",
@@ -225,14 +261,9 @@ def show(options: argparse.Namespace, wanted: list[Cell], console: Console) -> N
     )
     for name in names:
         table.add_column(name, justify="left" if name in ("budget", "agent") else "right")
-    groups = dict.fromkeys((cell.budget, cell.agent, cell.evaluations) for cell in wanted)
-    for budget, agent, evaluations in groups:
-        of = [
-            done[cell]
-            for cell in done
-            if (cell.budget, cell.agent, cell.evaluations) == (budget, agent, evaluations)
-        ]
-        row = summary(of) | {"budget": budget, "agent": agent, "evaluations": evaluations}
+    groups = dict.fromkeys(replace(cell, seed=0) for cell in wanted)
+    for group in groups:
+        row = asdict(group) | summary([done[cell] for cell in done if replace(cell, seed=0) == group])
         rows.append(row)
         table.add_row(*(str(row[name]) for name in names))
     missing = [cell.name for cell in wanted if cell not in done]
@@ -246,9 +277,8 @@ def show(options: argparse.Namespace, wanted: list[Cell], console: Console) -> N
 def summary(of: list[dict[str, Any]]) -> dict[str, str]:
     """One row of the table from the cells of its seeds."""
     if not of:
-        return dict.fromkeys(("before", "after", "share", "measured", "kept", "minutes"), "-") | {
-            "seeds": "0"
-        }
+        names = ("used", "before", "after", "share", "measured", "kept", "minutes")
+        return dict.fromkeys(names, "-") | {"seeds": "0"}
 
     def spread(name: str) -> str:
         values = [entry[name] for entry in of]
@@ -257,6 +287,7 @@ def summary(of: list[dict[str, Any]]) -> dict[str, str]:
 
     shares = [entry["measured_share"] for entry in of if entry["measured_share"] is not None]
     return {
+        "used": f"{statistics.mean(entry['used'] for entry in of):.0f}",
         "before": spread("before"),
         "after": spread("after"),
         "share": f"{statistics.mean(entry['share'] for entry in of):.1%}",

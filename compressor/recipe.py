@@ -92,7 +92,8 @@ class Search(_Part):
     max_evaluations: Positive = Field(200, description="The most networks that may be scored.")
     max_seconds: float | None = Field(None, gt=0, description="The longest time that the search may take.")
     workers: Positive | Annotated[str, Field(pattern=r"^(\d+|ray://\S+)$")] = Field(
-        1, description="Processes that score candidates side by side: a number, or ray://host:port for a Ray cluster."
+        1,
+        description="Processes that score candidates side by side: a number, or ray://host:port for a Ray cluster.",
     )
     threads: Positive | None = Field(
         None,
@@ -100,7 +101,9 @@ class Search(_Part):
         "where this agrees; left out: all cores for one worker, the cores shared out for several, one on Ray.",
     )
     evaluation_seconds: float = Field(
-        1800.0, gt=0, description="The longest that a worker may take for one candidate before it is replaced."
+        1800.0,
+        gt=0,
+        description="The longest that a worker may take for one candidate before it is replaced.",
     )
     batch_norm_batches: Positive | None = Field(
         None,
@@ -109,6 +112,11 @@ class Search(_Part):
     )
     search_images: Positive | None = Field(
         2000, description="The most images of the search split that score a network; null for all of them."
+    )
+    brief_iterations: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Training steps on each candidate before it is scored, from the dense weights each time; for "
+        "budgets at which networks that are only cut all score near chance. Needs one worker.",
     )
     reward: RewardWeights = Field(
         RewardWeights(),
@@ -122,7 +130,7 @@ class Search(_Part):
         0,
         description="Numbers of the joint agent's learned state of the changing reward (the paper: 128); 0 for none.",
     )
-    settings: dict[str, int | float | bool | str] = Field(
+    settings: dict[str, int | float | bool | str | tuple[int, ...]] = Field(
         {}, description="Numbers of the agent's method that differ from its own defaults (docs/agents.md)."
     )
 

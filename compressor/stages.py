@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from compressor import __version__
 from compressor.contract import kept_plan, margin
 from compressor.errors import CompressorError
 from compressor.job import Job, reward_weights
 from compressor.progress import bar, say
 from compressor.run_dir import RunDir, write_atomic
+from compressor.trainers import brief_training, search_epochs, trainer
+from compressor.versions import machine, versions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,17 +22,10 @@ if TYPE_CHECKING:
     from compressor.budgets.base import Budget
     from compressor.env.environment import PruningEnv
     from compressor.pruning.plan import ChannelPlan
-    from compressor.training.brief import BriefTraining
     from compressor.training.evaluate import Evaluator
-    from compressor.training.loop import Trainer
-    from compressor.training.settings import TrainSettings
 
 PLAN = "search/plan.json"
 TABLE = "latency_table.json"
-PACKAGES = (
-    "torch", "torchvision", "torch-pruning", "onnx", "onnxruntime", "stable-baselines3", "tensorrt",
-    "tensorrt-rtx-cu13-bindings",
-)  # fmt: skip
 
 
 def begin(run: RunDir, job: Job) -> None:
@@ -57,8 +48,8 @@ def begin(run: RunDir, job: Job) -> None:
             agent=recipe.agent,
             weights=recipe.weights,
             epochs=recipe.epochs,
-            versions=_versions(),
-            machine={"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
+            versions=versions(),
+            machine=machine(),
             budgets=[
                 {"name": each.name, "unit": each.unit, "target": each.target, "dense": each.dense,
                  "predicted": None, "measured": None, "kept": None}
@@ -136,7 +127,6 @@ def _search(run: RunDir, job: Job) -> SearchResult:
         if settings.align_weight
         else None,
         curves=run.file("search/curves"),
-        brief=brief_training(job),
     )
     log, checkpoint = run.episodes(), run.checkpoint("search")
     limits = Limits(max_evaluations=settings.max_evaluations, max_seconds=settings.max_seconds)
@@ -164,6 +154,8 @@ def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evalua
         seed=recipe.seed,
         threads=settings.threads,
         site=open_site(settings.workers, settings.threads, settings.evaluation_seconds, job.torch_device),
+        brief=brief_training(job),
+        brief_steps=settings.brief_iterations,
     )
     env = PruningEnv(
         job.space,
@@ -282,69 +274,6 @@ def _importance_data(job: Job) -> list[tuple[Any, Any]]:
     return [batch for _, batch in zip(range(2), stream, strict=False)]
 
 
-def search_epochs(job: Job) -> int:
-    """Epochs of the dense weights; the slim network has the others, at least one."""
-    epochs = int(job.recipe.epochs or 0)
-    return min(round(epochs * float(job.recipe.search.epochs_share or 0)), epochs - 1)
-
-
-def brief_training(job: Job) -> BriefTraining:
-    """A few steps of training at fine-tuning's learning rate, for agents that score candidates after them."""
-    from compressor.training.brief import BriefTraining
-
-    settings = train_settings(job, job.recipe.training.finetune_learning_rate)
-    return BriefTraining(job.data, settings, seed=job.recipe.seed, device=job.torch_device)
-
-
-def train_settings(job: Job, rate: float | None = None) -> TrainSettings:
-    """How the recipe trains; `rate` is fine-tuning's highest learning rate, left out for the search's own."""
-    from compressor.training.settings import TrainSettings
-
-    training = job.recipe.training
-    return TrainSettings(
-        batch_size=int(training.batch_size or 0),
-        learning_rate=float((None if training.one_schedule else rate) or training.learning_rate or 0),
-        weight_decay=training.weight_decay,
-        schedule=training.schedule,
-        ema_decay=training.ema_decay,
-        mixed_precision="no" if training.mixed_precision == "auto" else training.mixed_precision,
-    )
-
-
-def trainer(
-    job: Job, model: nn.Module, epochs: int, *, rate: float | None = None, teach: bool = False
-) -> Trainer:
-    """Trains `model` on the job's data by its recipe.
-
-    Args:
-        job: its training split, batch size, precision and seed.
-        model: trained in place.
-        epochs: over which the learning rate falls.
-        rate: fine-tuning's highest learning rate; where left out, it is the search that trains, at the recipe's own.
-        teach: whether the dense network teaches it, as far as the recipe's `distill_weight` says.
-    """
-    from compressor.training.loop import Trainer
-
-    training, settings = job.recipe.training, train_settings(job, rate)
-    teacher = (job.teacher or job.model) if teach and training.distill_weight else None
-    return Trainer(
-        model,
-        job.data,
-        settings,
-        epochs=epochs,
-        seed=job.recipe.seed,
-        device=job.torch_device,
-        teacher=teacher,
-        distill_weight=training.distill_weight,
-        span=(search_epochs(job) if rate else 0, int(job.recipe.epochs or 0))
-        if training.one_schedule
-        else None,
-        rate_field="training.finetune_learning_rate"
-        if rate and not training.one_schedule
-        else "training.learning_rate",
-    )
-
-
 def too_few_images(images: int) -> str | None:
     """What to say where the search split tells networks apart only roughly: a standard error above 2 points."""
     from compressor.training.evaluate import standard_error
@@ -370,21 +299,3 @@ def _epoch_record(phase: str, epoch: int, stats: Any) -> dict[str, Any]:
 
 def _note_accuracy(run: RunDir, **values: Any) -> None:
     run.save(accuracy={**run.manifest["accuracy"], **values})
-
-
-def _versions() -> dict[str, str]:
-    found = {"compressor": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -32,8 +32,8 @@ class Limits:
     Attributes:
         max_evaluations: the most candidates scored in all, those of the final choice included; None is no
             limit.
-        use_all: plan to use all of `max_evaluations`, as comparisons at equal cost need; otherwise the
-            agent's settings say how many it takes, and the limit only cuts them short.
+        use_all: use all of `max_evaluations`, as comparisons at equal cost need; otherwise the agent's settings say
+            how many it takes, and the limit only cuts them short.
         max_seconds: wall time from the start of `search`, time before a resume included; None is no limit. No
             new candidate is begun after it; a run that it cuts short cannot be repeated to the letter.
     """
@@ -49,6 +49,12 @@ class Limits:
             raise CompressorError(
                 f"The time limit of the search is {self.max_seconds} s, expected more than 0."
             )
+
+    def planned(self, usual: int) -> int:
+        """Evaluations that a search is to plan for: `usual`, as far as there are as many; or all that there are."""
+        if self.max_evaluations is None:
+            return usual
+        return self.max_evaluations if self.use_all else min(self.max_evaluations, usual)
 
 
 @dataclass(frozen=True)
@@ -132,8 +138,6 @@ class Agent(ABC):
             with the space and its form and strength filled in); None trains without. Only the joint agent
             uses it.
         curves: folder for TensorBoard curves; None writes none.
-        brief: trains a candidate's network in place for so many steps before it is scored; None leaves them as they
-            are sliced. Only the constrained agent uses it.
     """
 
     name: ClassVar[str]
@@ -149,7 +153,6 @@ class Agent(ABC):
         settings: Mapping[str, Any] | None = None,
         alignment: Callable[[ChannelPlan], Callable[[nn.Module], Tensor]] | None = None,
         curves: Path | None = None,
-        brief: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
         self.seed = seed
         self.trainer = trainer
@@ -158,7 +161,6 @@ class Agent(ABC):
         self.settings = _settings(self.name, self.Settings, settings or {})
         self.alignment = alignment
         self.curves = curves
-        self.brief = brief
 
     def search(
         self,
@@ -211,4 +213,21 @@ def _settings(agent: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
         raise CompressorError(
             f"The agent {agent} has no setting {unknown[0]!r}.", f"Its settings are: {names}."
         )
-    return kind(**values)
+    settings = kind(**values)
+    check_kinds(settings)
+    return settings
+
+
+def check_kinds(settings: Any) -> None:
+    """Refuse a word where a number is meant, and the like; whole numbers will do for any number.
+
+    Args:
+        settings: a dataclass whose fields all have defaults.
+    """
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list"}
+    for field in dataclasses.fields(settings):
+        value, default = getattr(settings, field.name), field.default
+        if type(value) not in ((int, float) if isinstance(default, float) else (type(default),)):
+            raise CompressorError(
+                f"The setting {field.name} is {value!r}, expected {kinds[type(default)]}, such as {default!r}."
+            )

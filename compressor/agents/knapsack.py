@@ -39,12 +39,11 @@ class KnapsackSettings:
 class KnapsackAgent(Agent):
     """Solves the allocation for one set of values after another, and keeps the plan that scores best.
 
-    One evaluation is the published method: Taylor saliency (Molchanov et al., CVPR 2019) summed over the
-        channels that a
-    group keeps. Further ones are used as well as is known how: the saliency's exponent is varied; each group
-    alone is pruned twice and the loss of accuracy taken as its value, as a power of the share removed; then
-    the groups' weights in the better of the two are changed at random, and changes that score higher are
-    kept. Each candidate is an optimum of its values at the budget.
+    One evaluation is the published method: Taylor saliency (Molchanov et al., CVPR 2019) summed over the channels
+    that a group keeps. Further ones are used as well as is known how: the saliency's exponent is varied; each group
+    alone is pruned twice and the loss of accuracy taken as its value, as a power of the share removed; then the
+    groups' weights in the better of the two are changed at random, and changes that score higher are kept. Each
+    candidate is an optimum of its values at the budget, or lies near the best where that optimum is known.
     """
 
     name = "knapsack"
@@ -96,10 +95,7 @@ class _KnapsackSearch:
     def _planned(self) -> int:
         if self.run.place.round:
             return 6
-        most = self.run.limits.max_evaluations
-        if most is None:
-            return int(self.settings.evaluations)
-        return most if self.run.limits.use_all else min(most, int(self.settings.evaluations))
+        return self.run.limits.planned(self.settings.evaluations)
 
     def _refine(self, total: int) -> None:
         """Change the groups' weights in the best values; success widens the changes, failure narrows them."""

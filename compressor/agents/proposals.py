@@ -11,7 +11,7 @@ from compressor.budgets.function import FunctionBudget
 from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
-    from compressor.agents.search_run import Policy
+    from compressor.agents.episodes import Policy
     from compressor.env.bounds import LegalWidths, Widths
     from compressor.env.environment import Observation, PruningEnv
 

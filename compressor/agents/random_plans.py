@@ -37,25 +37,25 @@ class RandomAgent(Agent):
     Settings = RandomSettings
 
     def _search(self, run: SearchRun) -> SearchResult:
-        env, limits = run.env, run.limits
+        env = run.env
         phase = f"random{run.place.round or ''}"
-        total = self.settings.evaluations
-        if limits.max_evaluations is not None:
-            total = limits.max_evaluations if limits.use_all else min(total, limits.max_evaluations)
+        total = run.limits.planned(self.settings.evaluations)
         if run.place.round:
             total = max(5, total // 5)  # a tightened budget is near the last one
+        draws = 4 * total if run.limits.use_all else total  # what is known already costs nothing
         with progress.bar("Scoring random plans", total=total) as bar:
-            bar.advance(run.place.steps.get(phase, 0))
-            for step in run.remaining(phase, total):
-                if run.spent():
+            bar.advance(run.evaluations)
+            for step in run.remaining(phase, draws):
+                before = run.evaluations
+                if run.spent() or before >= total:
                     break
-                env.ahead(followed(env, self._drawn(run, each)) for each in range(step, total))
+                env.ahead(followed(env, self._drawn(run, each)) for each in range(step, draws))
                 drawn = self._drawn(run, step)
                 scored = run.score(drawn, phase) if step == 0 else run.episode(follow(drawn), phase).candidate
                 run.place.steps[phase] = step + 1
                 if (step + 1) % 10 == 0:
                     run.save()
-                bar.advance(note=f"{scored.accuracy:.1%}")
+                bar.advance(run.evaluations - before, note=f"{scored.accuracy:.1%}")
         ours = [candidate for candidate in run.candidates if candidate.round == run.place.round]
         best = max(ours, key=lambda candidate: candidate.reward, default=None)
         return run.choose([self._drawn(run, 0).tolist() if best is None else best.widths])
@@ -63,7 +63,6 @@ class RandomAgent(Agent):
     def _drawn(self, run: SearchRun, step: int) -> Widths:
         """The widths of one step, from a generator of its own."""
         if step == 0:
-            return scaled_widths(
-                run.env, np.ones(len(run.env.bounds.dense))
-            )  # where costs jump, no ratio may do
+            # Where costs jump, no single ratio may do.
+            return scaled_widths(run.env, np.ones(len(run.env.bounds.dense)))
         return random_widths(run.env, np.random.default_rng([self.seed, run.place.round, step]))

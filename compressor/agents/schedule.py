@@ -35,12 +35,10 @@ class Schedule:
 def share_epochs(epochs: int, *, pretrained: bool) -> Schedule:
     """Share the epochs of a search out between its phases.
 
-    arXiv 2403.19490 warms up for 10 of its 200 epochs and trains jointly for 70; the other 120 go to the
-    fixed structure, aligned and then slim, in shares that it does not give. Here a search of 140 epochs has
-    10, 70 and 60. Shorter ones
-    keep the proportions of the latter two, but warm up for up to a sixth: rewards on weights that have hardly
-        trained
-    say nothing of the structure. Pretrained weights need no warm-up.
+    arXiv 2403.19490 warms up for 10 of its 200 epochs and trains jointly for 70; the other 120 go to the fixed
+    structure, aligned and then slim, in shares that it does not give. Here a search of 140 epochs has 10, 70 and 60.
+    Shorter ones keep the proportions of the latter two, but warm up for up to a sixth: rewards on weights that have
+    hardly trained say nothing of the structure. Pretrained weights need no warm-up.
 
     >>> share_epochs(140, pretrained=False)
     Schedule(warmup=10, joint=70, aligned=60)

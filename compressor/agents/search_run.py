@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compressor import progress
+from compressor.agents import saved
 from compressor.agents.base import Agent, Candidate, Limits, SearchResult
 from compressor.agents.curves import Curves
-from compressor.env.bounds import LegalWidths, Widths
-from compressor.env.environment import Observation, PruningEnv, Score
+from compressor.agents.episodes import Episode, Policy, Transition
+from compressor.agents.saved import Place
+from compressor.env.bounds import Widths
+from compressor.env.environment import PruningEnv, Score
 from compressor.errors import CompressorError
 from compressor.pruning.plan import ChannelPlan
 
@@ -24,73 +24,12 @@ if TYPE_CHECKING:
     from compressor.run_dir import Checkpoint, EpisodeLog
     from compressor.training.evaluate import Evaluator
 
-FORMAT = 1
-"""Version of the checkpoint's content; another one is refused."""
-
-Policy = Callable[[Observation, LegalWidths], float]
-"""From an observation and what is legal for the group at hand to a ratio to remove."""
-
-
-@dataclass(frozen=True)
-class Transition:
-    """One step of an episode.
-
-    Attributes:
-        observation, following: (9 + context,), before and after it.
-        action: the ratio removed, as the bounds moved it.
-        reward: 0 but for the last step.
-        last: whether it ended the episode.
-        asked: the ratio that the policy asked for.
-    """
-
-    observation: Observation
-    action: float
-    following: Observation
-    reward: float
-    last: bool
-    asked: float
-
-
-@dataclass(frozen=True)
-class Episode:
-    """A finished walk through all groups."""
-
-    transitions: tuple[Transition, ...]
-    candidate: Candidate
-
-
-@dataclass
-class Place:
-    """Where a search stands; all of it goes into the checkpoint.
-
-    Attributes:
-        steps: how many steps of each phase are done.
-        epoch: epochs of training so far.
-        round: 0, and one more each time that the search goes on with tightened budgets.
-        evaluations_before: evaluations of earlier rounds.
-        training_seconds, seconds: of the time before the last save.
-        chosen: widths of the result, once there is one.
-        kept: its plan as JSON, where the agent chose the channels as well.
-        training: what each epoch of training was, as the manifest has it.
-    """
-
-    steps: dict[str, int] = field(default_factory=dict)
-    epoch: int = 0
-    round: int = 0
-    evaluations_before: int = 0
-    training_seconds: float = 0.0
-    seconds: float = 0.0
-    chosen: list[int] | None = None
-    kept: str | None = None
-    training: list[dict[str, Any]] = field(default_factory=list)
-
 
 class SearchRun:
     """One search of one agent, from its first line to its result.
 
-    The agent acts through this: `train_epoch`, `episode`, `score`, `choose`; and calls `done` at the end of
-        each step of
-    a phase, which saves. What it must remember itself, `own` returns; `restored` holds what that was when a
+    The agent acts through this: `train_epoch`, `episode`, `score`, `choose`; and calls `done` at the end of each step
+    of a phase, which saves. What it must remember itself, `own` returns; `restored` holds what that was when a
     checkpoint was found, else None.
 
     Raises:
@@ -208,33 +147,44 @@ class SearchRun:
 
     def choose(
         self,
-        shortlist: Sequence[Sequence[int]],
+        shortlist: Iterable[Sequence[int]],
         *,
         score_all: bool = True,
         plans: Mapping[tuple[int, ...], ChannelPlan] | None = None,
+        measure: Callable[[ChannelPlan], float] | None = None,
     ) -> SearchResult:
         """Score the feasible ones of a shortlist on the weights as they are now; the best is the result.
 
         The first feasible one is scored whatever the limits say, so that there is a result; with `score_all` off, it
-        is the result. Only the best matters here: one that cannot beat the best so far is given up. `plans` has, by
-        widths, the channels to keep where these are not the most important ones.
+        is the result. Only the best matters here: one that cannot beat the best so far is given up.
+
+        Args:
+            shortlist: widths (G,) each; none is asked for any more once a limit is reached.
+            score_all: whether more than the first is scored.
+            plans: by widths, the channels to keep where these are not the most important ones.
+            measure: accuracy of a plan, where it is not the evaluator's; what is known is then scored again.
 
         Raises:
             CompressorError: none keeps the budgets.
         """
         scored: list[Candidate] = []
-        for widths in dict.fromkeys(tuple(int(width) for width in widths) for widths in shortlist):
-            feasible = bool(self.env.bounds.feasible(np.array(widths, dtype=np.int64))[0])
-            if feasible and (not scored or (score_all and not self.spent())):
+        seen: set[tuple[int, ...]] = set()
+        for asked in shortlist:
+            widths = tuple(int(width) for width in asked)
+            if scored and (not score_all or self.spent()):
+                break
+            if widths in seen or not self.env.bounds.feasible(np.array(widths, dtype=np.int64))[0]:
+                continue
+            seen.add(widths)
+            plan = (plans or {}).get(widths)
+            if plan is None and measure is None:
                 floor = max((candidate.reward for candidate in scored), default=None)
-                if (plan := (plans or {}).get(widths)) is None:
-                    scored.append(self.score(widths, "final", floor))
-                else:
-                    scored.append(self.score_by(widths, partial(self.evaluator, plan), "final"))
+                scored.append(self.score(widths, "final", floor))
+            else:
+                judged = partial(measure or self.evaluator, plan or self.env.plan(widths))
+                scored.append(self.score_by(widths, judged, "final"))
         if not scored:
-            raise CompressorError(
-                f"None of {len(shortlist)} final candidates keeps the budgets.", "Loosen the budget a little."
-            )
+            raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")
         self.place.chosen = list(max(scored, key=lambda candidate: candidate.reward).widths)
         chosen = (plans or {}).get(tuple(self.place.chosen))
         self.place.kept = None if chosen is None else chosen.to_json()
@@ -274,10 +224,10 @@ class SearchRun:
         self.place.seconds, self._started = self.seconds, time.perf_counter()
         self._checkpoint.save(
             {
-                "format": FORMAT,
+                "format": saved.FORMAT,
                 "agent": self.agent.name,
-                "space": space_fingerprint(self.env),
-                "budgets": self._budgets(),
+                "space": saved.space_fingerprint(self.env),
+                "budgets": saved.budgets_told(self.env, self.place.chosen),
                 "episodes": len(self._log),
                 "place": vars(self.place).copy(),
                 "candidates": [candidate.to_plain() for candidate in self.candidates],
@@ -288,7 +238,7 @@ class SearchRun:
         )
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self._check(state)
+        saved.check(state, self._checkpoint.path, self.agent, self.env)
         self.place = Place(**state["place"])
         self.candidates = [Candidate.from_plain(plain) for plain in state["candidates"]]
         if self.agent.trainer is not None:
@@ -296,43 +246,12 @@ class SearchRun:
         self._forget()
         self.env.restore(state["env"])
         self.restored = state["own"] or None  # saved before the method began, as in the warm-up: nothing yet
-        if self.place.chosen is not None and not _alike(state["budgets"], self._budgets()):
+        told = saved.budgets_told(self.env, self.place.chosen)
+        if self.place.chosen is not None and not saved.alike(state["budgets"], told):
             self.place.chosen = None
             self.place.round += 1
             self.place.evaluations_before = self.env.evaluations
             self.place.steps.pop("again", None)
-
-    def _budgets(self) -> dict[str, list[float]]:
-        """What tells budgets apart: the target, and predictions that a corrected latency table changes."""
-        dense, chosen = self.env.bounds.dense, self.place.chosen
-        rows = np.stack([dense, self.env.bounds.cheapest if chosen is None else np.array(chosen)])
-        return {
-            budget.name: [float(budget.target), *np.asarray(budget.predict(rows), dtype=np.float64).tolist()]
-            for budget in self.env.budgets
-        }
-
-    def _check(self, state: Mapping[str, Any]) -> None:
-        path = self._checkpoint.path
-        mend = f"Delete {path} to search anew, or go on with what it was written by."
-        if state.get("format") != FORMAT:
-            raise CompressorError(
-                f"The search's state in {path} has format {state.get('format')!r}, expected {FORMAT}.", mend
-            )
-        if state["agent"] != self.agent.name:
-            raise CompressorError(
-                f"The search's state in {path} is of the agent {state['agent']}, not of {self.agent.name}.",
-                mend,
-            )
-        if state["space"] != space_fingerprint(self.env):
-            raise CompressorError(
-                f"The search's state in {path} is of another pruning space, with other groups or widths.",
-                mend,
-            )
-        if (state["trainer"] is None) != (self.agent.trainer is None):
-            found, given = ("without", "with") if state["trainer"] is None else ("with", "without")
-            raise CompressorError(
-                f"The search's state in {path} is of a search {found} training, not {given}.", mend
-            )
 
     def _forget(self) -> None:
         self.evaluator.weights_moved()
@@ -368,19 +287,3 @@ class SearchRun:
             }
         )
         return candidate
-
-
-def _alike(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> bool:
-    return ours.keys() == theirs.keys() and all(
-        np.allclose(ours[name], theirs[name], rtol=1e-9) for name in ours
-    )
-
-
-def space_fingerprint(env: PruningEnv) -> str:
-    """A checksum of the groups and their legal widths: where it agrees, widths mean the same."""
-    choices = env.bounds.choices
-    described = [
-        [group.name, int(group.width), len(legal), int(legal[0])]
-        for group, legal in zip(env.space.groups, choices, strict=True)
-    ]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()

@@ -58,13 +58,12 @@ class StepwiseSettings:
 class StepwiseAgent(Agent):
     """Chooses a threshold for each group, and is told after each what became of accuracy and cost.
 
-    Reward after a group: -beta * (max(1 - A / T_A, 0) + max(1 - P / T_P, 0)), with A the accuracy of the
-        network so far
-    and T_A the dense one's, P the share of the cost removed so far and T_P that which the tightest budget
-    asks for. The thresholds of the original remove single weights; here a threshold stands for the share of a
-    group's filters whose norm lies below it, never below the minimum width, and the environment's bounds keep
-    the budgets. A filter counts by the root of its mean squared weight; for weights around 0, a layer's standard
-    deviation is the quadratic mean of these.
+    Reward after a group: -beta * (max(1 - A / T_A, 0) + max(1 - P / T_P, 0)), with A the accuracy of the network so
+    far and T_A the dense one's, P the share of the cost removed so far and T_P that which the tightest budget asks for.
+    The thresholds of the original remove single weights; here a threshold stands for the share of a group's filters
+    whose norm lies below it, never below the minimum width, and the environment's bounds keep the budgets. A filter
+    counts by the root of its mean squared weight; for weights around 0, a layer's standard deviation is the quadratic
+    mean of these.
     """
 
     name = "stepwise"
@@ -75,9 +74,11 @@ class StepwiseAgent(Agent):
         search = _StepwiseSearch(run, self.settings)
         total = search.episodes()
         phase = f"stepwise{run.place.round or ''}"
+        # Episodes over plans that are known cost less: where all evaluations are to be used, more of them follow.
+        most = 10 * total if run.limits.use_all and not run.place.round else total
         with progress.bar("Playing episodes", total=total) as bar:
             bar.advance(run.place.steps.get(phase, 0))
-            for episode in run.remaining(phase, total):
+            for episode in run.remaining(phase, most):
                 if run.spent(reserve=search.evaluations_an_episode + 1):
                     break
                 last = episode == total - 1

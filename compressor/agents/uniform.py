@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 class UniformAgent(Agent):
     """Keeps the largest ratio, one for all groups, at which the budgets hold.
 
-    Found by bisection; each width is rounded to its group's legal ones. What the rounding leaves of the
-    budget is not
-    filled up: the result would no longer be uniform. One evaluation.
+    Found by scanning the ratios ever finer; each width is rounded to its group's legal ones. What the rounding leaves
+    of the budget is not filled up: the result would no longer be uniform. One evaluation.
     """
 
     name = "uniform"

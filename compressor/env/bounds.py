@@ -55,19 +55,16 @@ class LegalWidths:
 class ActionBounds:
     """Bounds on every action of an episode, from budgets that must all hold at its end.
 
-    With the widths so far, a candidate width of the group at hand is legal if the network would keep all
-    budgets with the groups still to come either at their cheapest or dense. Of these, widths below the
-    largest one that would keep the
-    budgets with everything to come left dense are taken out: nothing is pruned more than needed. (arXiv
-        2403.19490 has
-    the same two ends for MACs, reserving nothing for the groups to come; here their real cheapest widths are
+    With the widths so far, a candidate width of the group at hand is legal if the network would keep all budgets with
+    the groups still to come either at their cheapest or dense. Of these, widths below the largest one that would keep
+    the budgets with everything to come left dense are taken out: nothing is pruned more than needed. (arXiv 2403.19490
+    has the same two ends for MACs, reserving nothing for the groups to come; here their real cheapest widths are
     reserved, so that minimum widths and granularity cannot break the budget.)
 
-    Every episode ends within every budget by construction, and this needs no cost to be monotone in the
-        widths: there
-    is one known completion (`cheapest`, or all dense) that keeps the budgets at the start, and every legal
-    width keeps one of the two in force for the groups after it. A monotone envelope of a latency table, which
-    would be needed to argue from "smaller is cheaper", is therefore not used.
+    Every episode ends within every budget by construction, and this needs no cost to be monotone in the widths: there
+    is one known completion (`cheapest`, or all dense) that keeps the budgets at the start, and every legal width keeps
+    one of the two in force for the groups after it. A monotone envelope of a latency table, which would be needed to
+    argue from "smaller is cheaper", is therefore not used.
 
     Args:
         space: gives the groups, their legal widths and the dense widths.

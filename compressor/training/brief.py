@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import torch
 from torch import nn
 
 from compressor.data import DataBundle
+from compressor.errors import CompressorError
 from compressor.training.loop import Trainer, _own_randomness
 from compressor.training.settings import TrainSettings
 
@@ -17,22 +19,38 @@ class BriefTraining:
 
     Args:
         data: its training split is used.
-        settings: as for any training; the learning rate is the same in all steps.
+        settings: as for any training; the learning rate is the same in all steps, and nothing is averaged.
         seed: of order and augmentation.
         device: where the networks lie.
+        rate_field: name under which the user can lower the learning rate.
+
+    Raises:
+        CompressorError: a network's loss is no finite number.
     """
 
     def __init__(
-        self, data: DataBundle, settings: TrainSettings, *, seed: int, device: str | torch.device = "cpu"
+        self,
+        data: DataBundle,
+        settings: TrainSettings,
+        *,
+        seed: int,
+        device: str | torch.device = "cpu",
+        rate_field: str = "training.finetune_learning_rate",
     ) -> None:
-        self._data, self._settings, self._seed, self._device = data, settings, seed, device
+        self._data, self._seed, self._device, self._rate_field = data, seed, device, rate_field
+        self._settings = dataclasses.replace(settings, ema_decay=0.0)
 
     def __call__(self, model: nn.Module, steps: int) -> None:
         """Train `model` for `steps` minibatches."""
-        if steps:
-            _Brief(
-                model, self._data, self._settings, epochs=1, seed=self._seed, device=self._device
-            ).run_steps(steps)
+        _Brief(
+            model,
+            self._data,
+            self._settings,
+            epochs=1,
+            seed=self._seed,
+            device=self._device,
+            rate_field=self._rate_field,
+        ).run_steps(steps)
 
 
 class _Brief(Trainer):
@@ -43,5 +61,11 @@ class _Brief(Trainer):
             batches = itertools.chain.from_iterable(self._batches() for _ in itertools.count())
             for images, labels in itertools.islice(batches, steps):
                 sums += self._step(images, labels, self.settings.learning_rate)
-        self._check(sums)
+        if not torch.isfinite(sums).all():
+            rate = self.settings.learning_rate
+            raise CompressorError(
+                f"The loss of a candidate became NaN or infinite in its {steps} steps of training at a learning rate "
+                f"of {rate:g}.",
+                f"Go on at a lower rate: compress --resume RUN --set {self._rate_field}={rate / 5:g}",
+            )
         self.model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -150,6 +150,8 @@ class Evaluator:
         threads: torch's while it scores here; None leaves them as they are.
         site: where worker processes score instead, each with threads of its own; None scores in this process. The
             accuracies are the same to the last digit where a worker has as many threads as this process would.
+        brief: Trains a candidate's network in place for so many steps; None leaves all as they are sliced.
+        brief_steps: How many, for every candidate whose score asks for no other number; only in this process.
 
     Attributes:
         evaluations: Networks scored so far; answers from the cache do not count.
@@ -169,7 +171,11 @@ class Evaluator:
         mixed_precision: str = "no",
         threads: int | None = None,
         site: Site | None = None,
+        brief: Callable[[nn.Module, int], None] | None = None,
+        brief_steps: int = 0,
     ) -> None:
+        if site is not None and brief_steps:
+            raise ValueError("workers do not train candidates: brief_steps needs site=None")
         self.space = space
         self.device = device
         self.evaluations = 0
@@ -181,6 +187,7 @@ class Evaluator:
         self._search = data.search.in_memory(search_images, seed)
         self._scores: dict[str, float] = {}
         self._threads, self._site = threads, site
+        self._brief, self._brief_steps = brief, brief_steps
         self._workers: Workers | None = None
         self._moved = True
 
@@ -217,8 +224,7 @@ class Evaluator:
         new = list({plan.checksum: plan for plan in plans if plan.checksum not in self._scores}.values())
         started = time.perf_counter()
         if self._site is None:
-            with _threads(self._threads):
-                scores = [self.score(self.space.apply(plan).to(self.device), floor=floor) for plan in new]
+            scores = [self.score(self.space.apply(plan).to(self.device), floor=floor) for plan in new]
         else:
             scores = self._started(self._site).score(new, floor) if new else []
         found = {plan.checksum: score for plan, score in zip(new, scores, strict=True)}
@@ -231,28 +237,19 @@ class Evaluator:
 
     def _started(self, site: Site) -> Workers:
         """The workers, with the weights of the moment."""
-        from compressor.pruning.blueprint import blueprint, channels_last, weights
-        from compressor.training.scorer import describe
+        from compressor.pruning.blueprint import channels_last, weights
+        from compressor.training.scorer import described
         from compressor.training.workers import Workers
 
         if self._workers is None:
-            train, train_images = describe(self._train)
-            search, search_images = describe(self._search)
-            plain = {
-                "network": blueprint(self.space),
-                "train": train,
-                "search": search,
-                "evaluator": {
-                    "device": str(self.device),
-                    "bn_batches": self._bn_batches,
-                    "batch_size": self._batch_size,
-                    "seed": self._seed,
-                    "mixed_precision": "bf16" if self._bf16 else "no",
-                },
+            options = {
+                "device": str(self.device),
+                "bn_batches": self._bn_batches,
+                "batch_size": self._batch_size,
+                "seed": self._seed,
+                "mixed_precision": "bf16" if self._bf16 else "no",
             }
-            images = {f"train.{name}": tensor for name, tensor in train_images.items()}
-            images |= {f"search.{name}": tensor for name, tensor in search_images.items()}
-            self._workers = Workers(site, plain, images)
+            self._workers = Workers(site, *described(self.space, self._train, self._search, options))
         if self._moved:
             self._workers.reweigh(weights(self.space.model), channels_last(self.space.model))
             self._moved = False
@@ -266,18 +263,24 @@ class Evaluator:
             self._site.stop()
             self._site.close()
 
-    def score(self, model: nn.Module, *, floor: float | None = None) -> float:
-        """Accuracy of any network on the same images; its batch-norm statistics are replaced."""
-        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self._bf16):
-            reestimate_batch_norm(
-                model,
-                self._train,
-                batches=self._bn_batches,
-                batch_size=self._batch_size,
-                device=self.device,
-                seed=self._seed,
-            )
-            return accuracy(model, self._search, device=self.device, batch_size=self._batch_size, floor=floor)
+    def score(self, model: nn.Module, *, floor: float | None = None, steps: int | None = None) -> float:
+        """Accuracy of any network on the same images; its weights are trained for `steps`, its batch-norm statistics
+        are replaced. Left out, the steps are those of every candidate."""
+        kind = torch.device(self.device).type
+        with _threads(self._threads):
+            if self._brief is not None and (number := self._brief_steps if steps is None else steps):
+                self._brief(model, number)
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=self._bf16):
+                size, device = self._batch_size, self.device
+                reestimate_batch_norm(
+                    model,
+                    self._train,
+                    batches=self._bn_batches,
+                    batch_size=size,
+                    device=device,
+                    seed=self._seed,
+                )
+                return accuracy(model, self._search, device=device, batch_size=size, floor=floor)
 
     def weights_moved(self) -> None:
         """Forget all scores: the space's model was trained meanwhile."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from compressor.data.bundle import MEAN, STD
 from compressor.data.files import ImageFile
 from compressor.data.splits import FileSplit, MemorySplit, Split
-from compressor.pruning.blueprint import read_tensors, rebuild, reweigh
+from compressor.pruning.blueprint import blueprint, read_tensors, rebuild, reweigh
 from compressor.pruning.plan import ChannelPlan
 from compressor.training.evaluate import Evaluator
 
@@ -65,7 +65,25 @@ class Scorer:
         return self._evaluator.score(model, floor=floor)
 
 
-def describe(split: Split) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def described(
+    space: PruningSpace, train: Split, search: Split, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a `Scorer` takes, but for the weights: plain values, and the images of both splits as tensors.
+
+    Args:
+        space: of the dense network.
+        train, search: as the evaluator reads them.
+        options: the evaluator's arguments.
+    """
+    plain: dict[str, Any] = {"network": blueprint(space), "evaluator": dict(options)}
+    images: dict[str, Tensor] = {}
+    for name, split in (("train", train), ("search", search)):
+        plain[name], tensors = _plain(split)
+        images |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    return plain, images
+
+
+def _plain(split: Split) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A split as plain values and, where it lies in memory, tensors."""
     mean, std = split.moments
     plain: dict[str, Any] = {"mean": list(mean), "std": list(std)}

@@ -16,12 +16,23 @@ LOCAL = "ray://local"
 """A Ray cluster that is started on this machine and ends with the run."""
 
 
-def check_workers(workers: int | str) -> None:
+def check_workers(workers: int | str, brief_steps: int = 0) -> None:
     """Refuse workers that cannot be had, before anything slow begins.
 
+    Args:
+        workers: a number of processes, or `ray://host:port`.
+        brief_steps: for how many steps candidates are to be trained before they are scored.
+
     Raises:
-        CompressorError: the text is no number and no address, Ray is not installed, or nothing answers there.
+        CompressorError: the text is no number and no address, Ray is not installed, or nothing answers there; or
+            several workers are to train.
     """
+    workers = _number(workers)
+    if brief_steps and workers != 1:
+        raise CompressorError(
+            f"--workers {workers} only score: they cannot train candidates for {brief_steps} steps before that.",
+            "Use --workers 1, or --set search.brief_iterations=0.",
+        )
     if isinstance(workers, int):
         if workers < 1:
             raise CompressorError(f"--workers {workers}: expected 1 or more.")
@@ -47,6 +58,11 @@ def check_workers(workers: int | str) -> None:
         ) from None
 
 
+def _number(workers: int | str) -> int | str:
+    """A number that came as text, as from a recipe, as what it is."""
+    return int(workers) if isinstance(workers, str) and re.fullmatch(r"\d+", workers) else workers
+
+
 def _address(workers: str) -> tuple[str, int]:
     try:
         parts = urlsplit(workers)
@@ -69,8 +85,7 @@ def open_site(workers: int | str, threads: int | None, seconds: float, device: s
         seconds: how long a candidate may take.
         device: "cpu" or "cuda".
     """
-    if isinstance(workers, str) and re.fullmatch(r"\d+", workers):
-        workers = int(workers)
+    workers = _number(workers)
     check_workers(workers)
     if workers == 1:
         return None

@@ -223,6 +223,9 @@ class ThisMachine(Site):
             raise WorkerLost("not started: the search was stopped")
         worker = LocalWorker(self._threads, self._seconds)
         self._started.add(worker)
+        if self._stopped:  # meanwhile: `stop` may not have seen it
+            worker.close()
+            raise WorkerLost("ended: the search was stopped")
         device = self._devices[index % len(self._devices)]
         placed = {**plain, "evaluator": {**plain["evaluator"], "device": device}}
         try:

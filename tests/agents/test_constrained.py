@@ -232,14 +232,6 @@ def test_on_a_real_network_with_training_of_each_candidate(tmp_path: Path, actio
     space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     budgets = resolve([parse_budget("macs", "50%"), parse_budget("params", "60%")], space)
-    evaluator = Evaluator(space, digits, bn_batches=1, batch_size=32, search_images=50)
-    env = PruningEnv(space, budgets, evaluator)
-    settings = {
-        "action": action,
-        "evaluations": 40,
-        "episodes_per_update": 4,
-        "finetune_iterations": [0, 1, 2],
-    }
     calls: list[int] = []
     train = BriefTraining(digits, TrainSettings(batch_size=16, learning_rate=0.05), seed=0)
 
@@ -247,10 +239,23 @@ def test_on_a_real_network_with_training_of_each_candidate(tmp_path: Path, actio
         calls.append(steps)
         train(network, steps)
 
-    agent = create_agent("constrained", seed=1, settings=settings, brief=brief)
+    evaluator = Evaluator(space, digits, bn_batches=1, batch_size=32, search_images=50, brief=brief)
+    env = PruningEnv(space, budgets, evaluator)
+    settings = {
+        "action": action,
+        "evaluations": 40,
+        "episodes_per_update": 4,
+        "finetune_iterations": [0, 1, 2],
+    }
+    agent = create_agent("constrained", seed=1, settings=settings)
     log, checkpoint = EpisodeLog(tmp_path / "episodes.jsonl"), Checkpoint(tmp_path / "agent.pt")
     result = agent.search(env, evaluator, Limits(), log=log, checkpoint=checkpoint)
     assert set(calls) == {1, 2}
+    # All final candidates have had the last third's training, whenever they were found.
+    final = [c for c in result.candidates if c.phase == "final"]
+    assert len(final) > 1
+    assert calls[-len(final) :] == [2] * len(final)
+    assert result.accuracy == evaluator.score(space.apply(result.best), steps=2)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert env.bounds.feasible(np.array([list(result.widths.values())]))[0]
     assert {name: len(kept) for name, kept in result.best.keep.items()} == dict(result.widths)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from compressor.agents.base import Candidate
+from compressor.agents.episodes import Episode, Transition
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import JointSettings
 from compressor.agents.schedule import Schedule
-from compressor.agents.search_run import Episode, Transition
 from compressor.env.environment import PruningEnv
 from compressor.errors import CompressorError
 from tests.agents.bench import Bench, Killed

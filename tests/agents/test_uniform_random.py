@@ -86,6 +86,15 @@ def test_limits_are_kept(new_bench: Any) -> None:
     assert new_bench("time").search("random", limits=Limits(max_seconds=1e-6)).evaluations == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "left"), [("random", 0), ("knapsack", 0), ("constrained", 0), ("joint", 0), ("stepwise", 5)]
+)
+def test_comparisons_are_at_equal_evaluations(bench: Bench, name: str, left: int) -> None:
+    """Where all are to be used, plans that are known already leave none over; stepwise plays whole episodes."""
+    result = bench.search(name, limits=Limits(max_evaluations=70, use_all=True))
+    assert 70 - left <= result.evaluations <= 70
+
+
 @pytest.mark.parametrize("name", ["uniform", "random"])
 def test_training_comes_before_the_search(bench: Bench, name: str) -> None:
     result = bench.search(name, train=True, schedule=Schedule(1, 2, 1))
@@ -115,6 +124,11 @@ def test_names() -> None:
         agent_class("unifrom")
     with pytest.raises(CompressorError, match=r"no setting 'evalutions'. Its settings are: evaluations"):
         create_agent("random", settings={"evalutions": 3})
+    for name in ("random", "knapsack"):
+        with pytest.raises(
+            CompressorError, match="evaluations is 'many', expected a whole number, such as 50"
+        ):
+            create_agent(name, settings={"evaluations": "many"})
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Candidate, SearchResult
 from compressor.agents.constrained.actions import ChannelActions, LayerActions, Masks, plan_of_masks
-from compressor.agents.constrained.ppo import LagrangianPpo, Step
+from compressor.agents.constrained.ppo import LagrangianPpo
 from compressor.agents.constrained.settings import ConstrainedSettings
 from compressor.agents.constrained.state import States
+from compressor.agents.constrained.walk import Walk, Walker
 from compressor.agents.proposals import scaled_widths
 from compressor.agents.randomness import OwnRandomness
 from compressor.agents.search_run import SearchRun
@@ -25,16 +26,6 @@ from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.soft import soften
 
 _START = "start"
-
-
-@dataclass
-class Walk:
-    """One episode as the policy went: a state and a step for each group, what came of it."""
-
-    states: list[NDArray[np.float32]] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    widths: list[int] = field(default_factory=list)
-    masks: Masks = field(default_factory=list)
 
 
 class ConstrainedSearch:
@@ -60,6 +51,7 @@ class ConstrainedSearch:
         steps = settings.episodes_per_update * self.groups
         with self.randomness.active():
             self.ppo = LagrangianPpo(self.states.size, self.actions.size, steps, len(self._budgets), settings)
+        self._walk = Walker(self.actions, self.states, self.ppo, self.randomness)
         self._masks: list[tuple[float, Masks]] = []  # of the best episodes, with their worth
         self._scale: list[float] | None = None
         self._allocator = Allocator(run.env)
@@ -88,14 +80,13 @@ class ConstrainedSearch:
             if self.run.spent(reserve=1):
                 return
             self.run.score(starts[number], _START)
-            self.actions.centre(np.array(self._best(_START).widths))
+            ours = [c for c in self.run.candidates if c.phase == _START]
+            self.actions.centre(np.array(max(ours, key=lambda candidate: candidate.reward).widths))
             self.run.done(_START)
 
     def updates(self) -> int:
         """How many updates the evaluations that are left have room for, those done included."""
-        total, most = int(self.settings.evaluations), self.run.limits.max_evaluations
-        if most is not None:
-            total = most if self.run.limits.use_all else min(most, total)
+        total = self.run.limits.planned(self.settings.evaluations)
         before = self.groups * self._points() + bool(self._points()) + self._starts()
         return max(1, (total - before - self.reserve) // self.settings.episodes_per_update)
 
@@ -103,7 +94,7 @@ class ConstrainedSearch:
     def reserve(self) -> int:
         """Evaluations put by for the final choice."""
         most = self.run.limits.max_evaluations
-        wanted = int(self.settings.shortlist) + 2
+        wanted = int(self.settings.shortlist) + 2 + any(self.settings.finetune_iterations)
         return wanted if most is None else max(1, min(wanted, most // 4))
 
     def play(self, update: int, updates: int) -> bool:
@@ -144,42 +135,65 @@ class ConstrainedSearch:
         self.run.curves.add(len(self.run.candidates), curves)
 
     def choose(self) -> SearchResult:
-        """The best episode that keeps the budgets, scored again beside the best few scaled to the budgets."""
-        dense, names = self.env.bounds.dense, [group.name for group in self.env.space.groups]
+        """The best episode that keeps the budgets, scored again beside the best few scaled to the budgets.
+
+        Where candidates were trained before they were scored, all of these are, for the steps of the last third.
+        """
         plans: dict[tuple[int, ...], ChannelPlan] = {}
-        shortlist: list[Widths] = []
-        if isinstance(self.actions, ChannelActions):
-            found = [masks for _, masks in self._masks] + [self._walk(1.0, deterministic=True).masks]
-            for masks in found:
-                widths = scaled_widths(self.env, self.actions.hard(masks) / dense)
-                shortlist.append(widths)
-                plans.setdefault(tuple(widths.tolist()), plan_of_masks(names, masks, widths))
-        shortlist += self._best_widths()
-        return self.run.choose([each.tolist() for each in shortlist], plans=plans)
+        steps = self.settings.finetune_iterations[-1]
+
+        def measure(plan: ChannelPlan) -> float:
+            return self.run.evaluator.score(self.env.space.apply(plan), steps=steps)
+
+        widths = (each.tolist() for each in [*self._of_masks(plans), *self._of_candidates()])
+        more = (each.tolist() for each in self._more()) if self.run.limits.use_all else ()
+        return self.run.choose(itertools.chain(widths, more), plans=plans, measure=measure if steps else None)
 
     # What they are made of.
 
-    def _best_widths(self) -> list[Widths]:
-        """The best feasible episode; the best few by reward less excess and the policy's, scaled to the budgets."""
-        dense, bounds = self.env.bounds.dense, self.env.bounds
-        known = [
-            c for c in self.run.candidates if c.phase not in (PHASE, "policy" if self._channels else PHASE)
-        ]
+    def _of_masks(self, plans: dict[tuple[int, ...], ChannelPlan]) -> list[Widths]:
+        """Where single channels are decided on: the best masks and the policy's, cut to the budgets, into `plans`."""
+        if not isinstance(self.actions, ChannelActions):
+            return []
+        names = [group.name for group in self.env.space.groups]
+        found: list[Widths] = []
+        for masks in [*(masks for _, masks in self._masks), self._walk(1.0, deterministic=True).masks]:
+            widths = scaled_widths(self.env, self.actions.hard(masks) / self.env.bounds.dense)
+            found.append(widths)
+            plans.setdefault(tuple(widths.tolist()), plan_of_masks(names, masks, widths))
+        return found
+
+    def _of_candidates(self) -> list[Widths]:
+        """The best feasible candidate; the best few by reward less excess and the policy's, scaled to the budgets."""
+        dense, known = self.env.bounds.dense, self._known()
         widths = np.array([c.widths for c in known], dtype=np.int64).reshape(-1, self.groups)
-        shortlist: list[Widths] = []
-        best = best_feasible([c.reward for c in known], bounds.feasible(widths)) if known else None
-        if best is not None:
-            shortlist.append(widths[best])
-        worth = [
-            c.reward - max(0.0, float(bounds.excess(w[None])[0]) - 1.0)
-            for c, w in zip(known, widths, strict=True)
-        ]
-        for index in np.argsort([-value for value in worth], kind="stable")[: self.settings.shortlist]:
-            shortlist.append(scaled_widths(self.env, widths[index] / dense))
+        best = best_feasible([c.reward for c in known], self.env.bounds.feasible(widths)) if known else None
+        shortlist = [] if best is None else [widths[best]]
+        shortlist += itertools.islice(self._more(), int(self.settings.shortlist))
         if not self._channels:
             policys = np.array(self._walk(1.0, deterministic=True).widths)
             shortlist.append(scaled_widths(self.env, policys / dense))
-        return shortlist or [bounds.cheapest]
+        starts = [c for c in known if c.phase == _START]
+        if starts and any(self.settings.finetune_iterations):  # they were scored with less training, or none
+            best_start = np.array(max(starts, key=lambda c: c.reward).widths)
+            shortlist.append(scaled_widths(self.env, best_start / dense))
+        return shortlist or [self.env.bounds.cheapest]
+
+    def _more(self) -> Iterator[Widths]:
+        """All candidates scaled to the budgets, the best by reward less excess first."""
+        known, bounds = self._known(), self.env.bounds
+        rows = [np.array(c.widths, dtype=np.int64) for c in known]
+        worth = [
+            c.reward - max(0.0, float(bounds.excess(row[None])[0]) - 1.0)
+            for c, row in zip(known, rows, strict=True)
+        ]
+        for index in np.argsort([-value for value in worth], kind="stable"):
+            yield scaled_widths(self.env, rows[index] / bounds.dense)
+
+    def _known(self) -> list[Candidate]:
+        """The candidates whose plans are those of their widths."""
+        others = (PHASE, "policy") if self._channels else (PHASE,)
+        return [c for c in self.run.candidates if c.phase not in others]
 
     def _scored(self, walk: Walk, training: int) -> Candidate:
         """The candidate of a walk, after some steps of training where these are asked for."""
@@ -191,9 +205,7 @@ class ConstrainedSearch:
                 network = soften(self.env.space, walk.masks)
             else:
                 network = self.env.space.apply(self.env.plan(walk.widths))
-            if training and self.run.agent.brief is not None:
-                self.run.agent.brief(network, training)
-            return self.run.evaluator.score(network)
+            return self.run.evaluator.score(network, steps=training or None)
 
         candidate = self.run.score_by(walk.widths, measure, "policy")
         if self._channels:
@@ -202,24 +214,6 @@ class ConstrainedSearch:
             self._masks.sort(key=lambda each: -each[0])
             del self._masks[self.settings.shortlist :]
         return candidate
-
-    def _walk(self, cap: float, deterministic: bool = False) -> Walk:
-        """Go through all groups by the policy; what comes of it need not keep the budgets."""
-        walk, past = Walk(), 0.0
-        for group in range(self.groups):
-            state = self.states(group, past)
-            with self.randomness.active():
-                step = self.ppo.act(state, deterministic)
-            if isinstance(self.actions, ChannelActions):
-                walk.masks.append(self.actions.mask(group, step.action, cap))
-                ratio = 1.0 - float(walk.masks[-1].mean())
-            else:
-                ratio = self.actions.ratio(group, step.action, cap)
-            walk.states.append(state)
-            walk.steps.append(step)
-            walk.widths.append(self.actions.width(group, ratio))
-            past += ratio
-        return walk
 
     def _fill_buffer(self, scored: list[tuple[Walk, Candidate]]) -> None:
         rewards = np.array([100.0 * candidate.reward for _, candidate in scored])
@@ -251,18 +245,11 @@ class ConstrainedSearch:
         costs = [candidate.costs[budget.name] for budget in self.env.budgets]
         return np.asarray(100.0 * np.array(costs) / np.array(self._dense_costs))
 
-    def _best(self, phase: str) -> Candidate:
-        ours = [c for c in self.run.candidates if c.phase == phase and c.round == self.run.place.round]
-        return max(ours, key=lambda candidate: candidate.reward)
-
     def _points(self) -> int:
         """Widths of each group that are measured for the start; a third of the evaluations at most go there."""
         if self.settings.start != "measured":
             return 0
-        total, most = int(self.settings.evaluations), self.run.limits.max_evaluations
-        if most is not None:
-            total = most if self.run.limits.use_all else min(most, total)
-        return min(2, total // (3 * self.groups))
+        return min(2, self.run.limits.planned(self.settings.evaluations) // (3 * self.groups))
 
     def _starts(self) -> int:
         if self.settings.start == "dense":

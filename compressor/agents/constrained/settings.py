@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from compressor.agents.base import check_kinds
 from compressor.errors import CompressorError
 
 PAPER: Mapping[str, Any] = {
@@ -56,8 +57,8 @@ class ConstrainedSettings:
         one_hot: whether the state says which group it is by one number each, beside the paper's description.
         fold: whether ratios beyond 0 and the cap are mirrored there instead of clipped.
         cap: ratio beyond which nothing is removed at first; it rises by 0.05 over the run, to 1 at most.
-        finetune_iterations: training steps on each candidate before it is scored, in each third of the run; only
-            where training is at hand. The weights are as before afterwards.
+        finetune_iterations: training steps on each candidate before it is scored, in each third of the run; the final
+            candidates all have those of the last third. The weights are as before afterwards.
         shortlist: how many of the best plans are scaled to the budget and scored again in the end.
     """
 
@@ -86,16 +87,15 @@ class ConstrainedSettings:
     shortlist: int = 4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "finetune_iterations", tuple(self.finetune_iterations))
+        if isinstance(self.finetune_iterations, list):
+            object.__setattr__(self, "finetune_iterations", tuple(self.finetune_iterations))
+        check_kinds(self)
         for field in fields(self):
-            _check(field.name, getattr(self, field.name), field.default)
+            _check(field.name, getattr(self, field.name))
 
 
-def _check(name: str, value: Any, default: Any) -> None:
-    """Refuse what is of another kind than the default, and numbers outside their range."""
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if type(value) not in kinds:
-        raise CompressorError(f"The setting {name} is {value!r}, expected something like {default!r}.")
+def _check(name: str, value: Any) -> None:
+    """Refuse words that mean nothing, and numbers outside their range."""
     if name in _CHOICES and value not in _CHOICES[name]:
         raise CompressorError(
             f"The setting {name} is {value!r}, expected one of {', '.join(_CHOICES[name])}."

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 class EnvironmentModel(nn.Module):
     """Describes each epoch by a state z from which a decoder must be able to tell rewards.
 
-    Each epoch has a learnable embedding; a GRU runs over those of epochs 0..e, and its last output is z of
-    epoch e. The decoder gets the nine numbers of an observation, the action and z, and is trained to give the
-    episode's reward (most transitions have none of their own). Its loss is the only one that reaches the GRU
-    and the embeddings, and reaches
+    Each epoch has a learnable embedding; a GRU runs over those of epochs 0..e, and its last output is z of epoch e. The
+    decoder gets the nine numbers of an observation, the action and z, and is trained to give the episode's reward (most
+    transitions have none of their own). Its loss is the only one that reaches the GRU and the embeddings, and reaches
     nothing else: the policy reads z as plain numbers.
 
     Args:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.agents.episodes import Episode, Policy
 from compressor.agents.joint.settings import JointSettings
 from compressor.agents.randomness import OwnRandomness
-from compressor.agents.search_run import Episode, Policy
 from compressor.env.bounds import LegalWidths
 from compressor.env.environment import Observation, PruningEnv
 from compressor.errors import CompressorError

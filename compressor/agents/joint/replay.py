@@ -12,7 +12,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from compressor.agents.search_run import Transition
+from compressor.agents.episodes import Transition
 
 _ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "epochs", "returns")
 
@@ -20,10 +20,8 @@ _ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "
 class EpochReplay(ReplayBuffer):
     """Stable-Baselines3's replay, where each transition has its weights' epoch and its episode's reward.
 
-    When transitions are drawn, the context at the end of their observations is filled in from `contexts`,
-    which the
-    owner keeps up with its model of the environment: what was seen in an early epoch is described as it is
-        understood
+    When transitions are drawn, the context at the end of their observations is filled in from `contexts`, which the
+    owner keeps up with its model of the environment: what was seen in an early epoch is described as it is understood
     now. Rewards are stored as they were and scaled when drawn.
 
     Attributes:

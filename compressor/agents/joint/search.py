@@ -11,10 +11,11 @@ import numpy as np
 from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Candidate, SearchResult
+from compressor.agents.episodes import Policy
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import BLOCK, JointSettings
 from compressor.agents.proposals import follow, followed, near_widths, random_widths, scaled_widths
-from compressor.agents.search_run import Policy, SearchRun
+from compressor.agents.search_run import SearchRun
 from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
 from compressor.env.bounds import Widths
 
@@ -163,6 +164,17 @@ class JointSearch:
                 self._episode(follow(self._filling(1)), "again")
             self.run.done("again")
 
+    def play_out(self, blocks: int) -> None:
+        """On the final weights, use the evaluations that plans known before have saved; the choice keeps its own."""
+        for _ in self.run.remaining("out", 4 * blocks):
+            unknown = sum(not self.env.known(widths) for widths in self._shortlist())
+            reserve = unknown + bool(unknown)  # and the policy's own
+            if self.run.spent(reserve):
+                return
+            self.play(BLOCK, reserve)
+            self.learn()
+            self.run.done("out")
+
     def choose(self) -> SearchResult:
         """Score the shortlist on the final weights and choose the best."""
         if not self.settings.rescore:
@@ -171,9 +183,13 @@ class JointSearch:
             )
         if self._learns and self._favoured is not None and not self.run.spent(reserve=1):
             self._episode(self.learner.policy(deterministic=True), "policy")
-        shortlist = [self._best_now(), *([] if self._favoured is None else [self._favoured])]
-        shortlist += [np.asarray(widths) for widths in self._best_known(self.settings.shortlist)]
-        return self._ended(self.run.choose([widths.tolist() for widths in [*shortlist, self._uniform()]]))
+        return self._ended(self.run.choose(self._shortlist()))
+
+    def _shortlist(self) -> list[list[int]]:
+        """The best plan now, the favoured one, the best few so far and the uniform one; each once."""
+        found: list[Any] = [self._best_now(), *([] if self._favoured is None else [self._favoured])]
+        found += [*self._best_known(self.settings.shortlist), self._uniform()]
+        return [list(each) for each in dict.fromkeys(tuple(map(int, widths)) for widths in found)]
 
     def _ended(self, result: SearchResult) -> SearchResult:
         if self.run.agent.trainer is not None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from compressor.agents.base import Limits
+from compressor.agents.base import Limits, check_kinds
 from compressor.errors import CompressorError
 
 _CHOICES = {
@@ -89,8 +88,7 @@ class JointSettings:
     decoder_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_kind(field.name, getattr(self, field.name), field.default)
+        check_kinds(self)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 expected = " or ".join(map(repr, known))
@@ -114,14 +112,6 @@ class JointSettings:
     def measures_groups(self) -> bool:
         """Whether the replay starts from the groups' measured effects and from plans made of them."""
         return self.warm_start and self.proposer == "learned"
-
-
-def _check_kind(name: str, value: object, default: object) -> None:
-    """Refuse a word where a number is meant, and the like; whole numbers will do for any number."""
-    wanted = (int, float) if isinstance(default, float) else (type(default),)
-    if type(value) not in wanted:
-        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[type(default)]
-        raise CompressorError(f"The setting {name} is {value!r}, expected {kind}, such as {default!r}.")
 
 
 @dataclass(frozen=True)
