@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from compressor.latency import assemble, backends, carry, local_gpu
 from compressor.latency.backends import OrtGpu, TensorRt, Trtexec, device_of
 from compressor.latency.local_gpu import gpu_table
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
+from compressor.onnx_files import DENSE
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
+from compressor.timing import timed_on_device
 from export import here
 from export.cuda import Device
 from export.errors import ExportError
@@ -161,3 +164,29 @@ def test_a_table_of_the_gpu_says_what_it_is(
     gpu_table(space, example, Backend("tensorrt_rtx_bindings", "1.8.0", RTX4090), "fp16")
     assert len(made) == 2
     assert backends.CPU == "onnxruntime-cpu"
+
+
+def test_a_gpu_times_what_is_delivered(
+    space: PruningSpace, example: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    timed: list[bytes] = []
+
+    class Device:
+        def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
+            timed.append(network.model)
+            return NetworkTimes(np.full(9, float(len(timed))), np.zeros((0, 0)))
+
+    monkeypatch.setattr(here, "gpu_backend", lambda: Backend("tensorrt", "10.3.0", RTX4090))
+    monkeypatch.setattr(backends, "device_of", lambda backend, precision: Device())
+    network = assemble.export_candidate(space, space.rank(), example, space.min_widths).model
+    for name in (DENSE, "model.onnx"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(network)
+    delivered = carry.in_precision(network, "fp16", (3, 16, 16))
+    (tmp_path / "model.fp16.onnx").write_bytes(b"as delivered")
+    recipe = parse_recipe({"model": "resnet18", "precision": "fp16", "contract": {"repeats": 1}}, "test")
+    job: Any = SimpleNamespace(over_ssh=False, recipe=recipe, data=SimpleNamespace(input_shape=(3, 16, 16)))
+    run: Any = SimpleNamespace(file=lambda name: tmp_path / name)
+    dense, slim = timed_on_device(run, job, tmp_path / "model.onnx")
+    assert timed == [delivered, b"as delivered"]
+    assert (dense.median_ms, slim.median_ms, slim.version) == (1.0, 2.0, "10.3.0")
