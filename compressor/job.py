@@ -123,7 +123,7 @@ def prepare(
     specs = budget_specs(recipe)
     notes: list[str] = []
     check_device(recipe)
-    check_workers(recipe.search.workers)
+    check_workers(recipe.search.workers, recipe.search.brief_iterations)
     counters = find_counters(recipe.device) if recipe.budgets.energy else None
     torch_device = "cuda" if torch.cuda.is_available() else "cpu"
     data = load_data(recipe.data, seed=recipe.seed, image_size=recipe.image_size)
