@@ -12,7 +12,7 @@ from compressor.errors import CompressorError
 from compressor.job import Job, reward_weights
 from compressor.progress import bar, say
 from compressor.run_dir import RunDir, write_atomic
-from compressor.trainers import brief_training, search_epochs, trainer
+from compressor.trainers import brief_training, epoch_record, search_epochs, trainer
 from compressor.versions import machine, versions
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
             progress.advance(training.epoch * training.steps_per_epoch)
             while training.epoch < epochs:
                 stats = training.run_epoch(on_step=lambda _: progress.advance())
-                history.append(_epoch_record("finetune", training.epoch, stats))
+                history.append(epoch_record("finetune", training.epoch, stats))
                 own = [entry for entry in history if entry["phase"] == "finetune"]
                 checkpoint.save({"plan": plan.checksum, "trainer": training.state(), "history": own})
                 progress.advance(0, note=f"loss {stats.loss:.3f}")
@@ -285,16 +285,6 @@ def too_few_images(images: int) -> str | None:
         f"The search split has {images} images: an accuracy of 90 % is known to within {error:.1%} (standard error), "
         "and networks that differ by less cannot be told apart."
     )
-
-
-def _epoch_record(phase: str, epoch: int, stats: Any) -> dict[str, Any]:
-    return {
-        "phase": phase,
-        "epoch": epoch,
-        "loss": stats.loss,
-        "accuracy": stats.accuracy,
-        "seconds": round(stats.seconds, 3),
-    }
 
 
 def _note_accuracy(run: RunDir, **values: Any) -> None:

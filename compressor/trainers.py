@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,3 +84,14 @@ def trainer(
         else None,
         rate_field=_rate_field(job, finetuning=rate is not None),
     )
+
+
+def epoch_record(phase: str, epoch: int, stats: Any) -> dict[str, Any]:
+    """What the manifest keeps of an epoch."""
+    return {
+        "phase": phase,
+        "epoch": epoch,
+        "loss": stats.loss,
+        "accuracy": stats.accuracy,
+        "seconds": round(stats.seconds, 3),
+    }

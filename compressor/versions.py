@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from compressor import __version__
@@ -28,13 +29,14 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """Its processor, the number of cores, and the operating system."""
-    return {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()}
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()}
 
 
-def _cpu() -> str:
-    """The processor's name as the system tells it."""
+def cpu_name() -> str:
+    """The processor's name, such as `Intel(R) Xeon(R) Processor`."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    values = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in reversed(lines)}
+    return values.get("model name") or values.get("Model") or platform.processor() or platform.machine()

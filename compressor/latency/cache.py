@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from compressor.errors import CompressorError
 from compressor.latency.table import LatencyTable
 from compressor.progress import say
+from compressor.versions import cpu_name
 
 PATIENCE_S = 900.0
 """How long to wait for another process that is measuring, in seconds."""
@@ -83,16 +83,6 @@ def measuring_alone(folder: Path) -> Iterator[None]:
 def cpu_model() -> str:
     """The processor and its cores, such as `Intel(R) Xeon(R) Processor, 2 cores`."""
     return f"{cpu_name()}, {os.cpu_count()} cores"
-
-
-def cpu_name() -> str:
-    """The processor's name, such as `Intel(R) Xeon(R) Processor`."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    values = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in reversed(lines)}
-    return values.get("model name") or values.get("Model") or platform.processor() or platform.machine()
 
 
 def governor() -> str:
