@@ -75,6 +75,6 @@ def test_workers_do_not_train() -> None:
     check_workers("1", 8)
     check_workers("2")  # recipes may have the number as text
     with pytest.raises(
-        CompressorError, match="--workers 2 only score: they cannot train candidates for 8 steps"
+        CompressorError, match="--workers 2: workers only score, and cannot train candidates for 8 steps"
     ):
         check_workers(2, 8)
