@@ -30,7 +30,7 @@ def check_workers(workers: int | str, brief_steps: int = 0) -> None:
     workers = _number(workers)
     if brief_steps and workers != 1:
         raise CompressorError(
-            f"--workers {workers}: workers only score, and cannot train candidates for {brief_steps} steps before that.",
+            f"--workers {workers}: workers only score, and cannot train candidates for {brief_steps} steps first.",
             "Use --workers 1, or --set search.brief_iterations=0.",
         )
     if isinstance(workers, int):
