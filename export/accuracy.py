@@ -1,7 +1,7 @@
 """Accuracy of an exported file, through ONNX Runtime, and INT8 that keeps it.
 
-    dense = accuracy_onnx("model.onnx", batches())
-    kept = quantize_within("model.onnx", "model.int8.onnx", images, score, max_drop=0.005)
+dense = accuracy_onnx("model.onnx", batches())
+kept = quantize_within("model.onnx", "model.int8.onnx", images, score, max_drop=0.005)
 """
 
 from __future__ import annotations

@@ -40,7 +40,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", sorted(name for name in shipped_recipes() if name.endswith("_jetson")))
 def test_the_budget_of_a_shipped_recipe_can_be_reached_at_its_own_size(name: str, images: Path) -> None:
-    recipe = load_recipe(shipped_recipes()[name]).changed({"data": f"folder:{images}", "weights": "none"}).resolved()
+    recipe = (
+        load_recipe(shipped_recipes()[name])
+        .changed({"data": f"folder:{images}", "weights": "none"})
+        .resolved()
+    )
     assert recipe.image_size == 224
     job = prepare(recipe)
     (budget,) = job.budgets()

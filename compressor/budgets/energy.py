@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 POWERCAP = Path("/sys/class/powercap")
 _PACKAGE = re.compile(r"intel-rapl:\d+")
-_MEND = "Limit --latency or --flops instead, or measure energy by a function of your own: --budget module:function<=VALUE."
+_MEND = (
+    "Limit --latency or --flops instead, or measure energy by a function of your own: "
+    "--budget module:function<=VALUE."
+)
 
 Runs = Callable[[], object]
 

@@ -30,9 +30,7 @@ def matmul_chain(width: int, depth: int, *, batch: int | str = 1) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def chain_of(
-    kinds: list[str], *, opset: int = 17, dtype: type = np.float32, batch: int | str = 1
-) -> bytes:
+def chain_of(kinds: list[str], *, opset: int = 17, dtype: type = np.float32, batch: int | str = 1) -> bytes:
     """Operators one after the other, named n0, n1, ..., with a stored constant of `dtype`; unchecked."""
     nodes = [
         helper.make_node(kind, [f"t{i}"], [f"t{i + 1}"], name=f"n{i}", domain="own" if kind == "Own" else "")

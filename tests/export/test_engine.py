@@ -166,5 +166,3 @@ def test_what_is_installed() -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="There is no ONNX file"):
         build_engine(tmp_path / "none.onnx", tmp_path / "net.engine", module=RTX)
-
-
