@@ -203,7 +203,12 @@ def _measured(
     except CompressorError:
         journal.begin_anew()  # what a noisy machine gave is of no use to the next attempt
         raise
-    if abs(samples.drift) > NOISY:
+    if samples.spread > NOISY:
+        say(
+            f"This machine was not quiet: the quartiles of the dense network's times lie {samples.spread:.0%} apart. "
+            "Predictions suffer; what is delivered is measured all the same."
+        )
+    elif abs(samples.drift) > NOISY:
         say(
             f"This machine was not quiet: the dense network took {samples.drift:+.0%} at the end. Predictions suffer."
         )

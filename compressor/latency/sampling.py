@@ -49,7 +49,7 @@ AGAIN = 3
 REFERENCE_EVERY = 12
 """Between so many networks the dense one is measured again."""
 
-TOO_NOISY = 0.25
+TOO_NOISY = 0.5
 """Where the quartiles of the dense network's times lie this share apart, a table would mean nothing."""
 
 ENOUGH_DENSE = 9
