@@ -80,7 +80,8 @@ def run_remote(
         )
         code = _follow(connection, place, say, poll_s)
         if code not in (0, 1):
-            last = connection.run(f"cd {place} && rm -f rc; tail -n 1 log").decode("utf-8", errors="replace")
+            # its process may still be on its way out: with its number, the next call would wait for it
+            last = connection.run(f"cd {place} && rm -f rc pid; tail -n 1 log").decode("utf-8", errors="replace")
             if code > 128:
                 raise ExportError(
                     f"The script on {connection.destination.address} was ended.", "Run it again."
@@ -133,5 +134,6 @@ def _follow(connection: Connection, place: str, say: Callable[[str], None], poll
             return int(state)
         gone = gone + 1 if state == b"gone" else 0
         if gone > 1:  # the first time it may just have been between its end and its exit code
+            connection.run(f"cd {place} && rm -f pid")
             raise ExportError(f"The script on {connection.destination.address} was ended.", "Run it again.")
         time.sleep(poll_s)
