@@ -81,7 +81,9 @@ def run_remote(
         code = _follow(connection, place, say, poll_s)
         if code not in (0, 1):
             # its process may still be on its way out: with its number, the next call would wait for it
-            last = connection.run(f"cd {place} && rm -f rc pid; tail -n 1 log").decode("utf-8", errors="replace")
+            last = connection.run(f"cd {place} && rm -f rc pid; tail -n 1 log").decode(
+                "utf-8", errors="replace"
+            )
             if code > 128:
                 raise ExportError(
                     f"The script on {connection.destination.address} was ended.", "Run it again."
