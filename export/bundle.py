@@ -151,9 +151,21 @@ def _check(header: OnnxHeader, path: Path, name: str, target: Target, reference:
         )
     if header.external_data:
         raise ExportError(f"{path} keeps its weights in other files.", "Export it as one file.")
+    require_readable(path, header, target)
+
+
+def require_readable(name: object, header: OnnxHeader, target: Target) -> None:
+    """Refuse a file that the board's TensorRT cannot read, or has no units for.
+
+    Args:
+        name: What the messages call the file.
+
+    Raises:
+        ExportError: which of the two, and what to do instead.
+    """
     if header.opset > target.opset:
         raise ExportError(
-            f"{path} is of ONNX opset {header.opset}; the {target.title} reads up to {target.opset}.",
+            f"{name} is of ONNX opset {header.opset}; the {target.title} reads up to {target.opset}.",
             f"Export it again with opset {target.opset}.",
         )
     if header.precision == "int8" and not target.int8:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from export.archive import CHECKSUMS, PLAIN
-from export.bundle import device_script
+from export.bundle import device_script, require_readable
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
 from export.onnx_header import parse_header
@@ -67,13 +67,7 @@ def write_timing_bundle(
         header = parse_header(content, f"{name}.onnx")
         if not PLAIN.fullmatch(name) or any(entry["name"] == name for entry in described):
             raise ExportError(f"{name!r} is no plain name of a network, or occurs twice.")
-        if header.opset > target.opset:
-            raise ExportError(
-                f"{name} is of ONNX opset {header.opset}; the {target.title} reads up to {target.opset}.",
-                f"Export it again with opset {target.opset}.",
-            )
-        if header.precision == "int8" and not target.int8:
-            raise ExportError(f"The {target.title} has no INT8 units.", "Use FP16.")
+        require_readable(name, header, target)
         put(f"models/{name}.onnx", content)
         lines.append(f"{name} {header.precision}\n")
         described.append(
