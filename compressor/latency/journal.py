@@ -11,13 +11,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from compressor.latency.assemble import Sample
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
+from compressor.latency.signature import network_signature
 from compressor.run_dir import disk_error, write_atomic
+
+if TYPE_CHECKING:
+    from compressor.pruning.space import PruningSpace
 
 Role = Literal["dense", "fit", "held"]
 
@@ -37,6 +41,18 @@ class Record:
     widths: tuple[int, ...]
     sample: Sample
     at_s: float
+
+
+def heading_of(space: PruningSpace, seed: int, **device: str) -> dict[str, Any]:
+    """What is measured: the sub-networks of a space, drawn by a seed, on a device that is described in words."""
+    return {
+        "journal": 1,
+        "network": network_signature(space),
+        "least": [int(width) for width in space.min_widths],
+        "steps": [int(group.granularity) for group in space.groups],
+        "seed": seed,
+        **device,
+    }
 
 
 class Journal:
@@ -115,6 +131,8 @@ def _to_line(record: Record) -> str:
 
 def _from_json(fields: Mapping[str, Any]) -> Record:
     whole, operators = (np.asarray(fields[name], dtype=np.float64) for name in ("whole_ms", "operators_ms"))
+    if not len(operators):  # the device does not tell them apart
+        operators = np.zeros((0, len(fields["epilogues"])))
     if fields["role"] not in ("dense", "fit", "held") or not len(whole) or operators.ndim != 2:
         raise ValueError("no measurement")
     c_in, c_out = (np.asarray(fields[name], dtype=np.int64) for name in ("c_in", "c_out"))

@@ -16,9 +16,9 @@ from compressor.errors import CompressorError
 from compressor.latency.assemble import Sample, measure_candidate, table_from
 from compressor.latency.cache import cache_folder, cached_table, cpu_model, measuring_alone, table_path
 from compressor.latency.calm import channel_block
-from compressor.latency.journal import Journal
+from compressor.latency.journal import Journal, heading_of
 from compressor.latency.ort_profile import Device, OrtCpu
-from compressor.latency.sampling import collect
+from compressor.latency.sampling import Samples, collect
 from compressor.latency.signature import Widths, network_signature
 from compressor.latency.table import LatencyTable
 from compressor.progress import say
@@ -80,20 +80,20 @@ def local_table(
     network = network_signature(space)
     path = table_path(folder, runtime=CPU, version=onnxruntime.__version__, threads=threads, network=network)
     known = cached_table(path)
-    if known is not None and known.covers(space) and _fit_for(known, network, goal, time_limit_s):
+    if known is not None and known.covers(space) and fit_for(known, network, goal, time_limit_s):
         if _true_still(known, space, example_input, OrtCpu(threads)):
             return known
         path.unlink(missing_ok=True)
     with measuring_alone(folder):
         known = cached_table(path, quiet=True)  # another process may have measured it while this one waited
-        if known is not None and known.covers(space) and _fit_for(known, network, goal, time_limit_s):
+        if known is not None and known.covers(space) and fit_for(known, network, goal, time_limit_s):
             return known
         table = _measured(
             space, example_input, OrtCpu(threads), time_limit_s, seed, threads,
             goal=goal, journal_path=path.with_suffix(".partial.jsonl"),
         )  # fmt: skip
         if known is not None and network in known.fields.networks:
-            table = _with_dense_of(table, known, network)
+            table = with_dense_of(table, known, network)
         table.write(path)
     held = table.fields.networks[network].held_out
     if held is not None and held.mape > UNSURE:
@@ -104,11 +104,13 @@ def local_table(
     return table
 
 
-def _fit_for(known: LatencyTable, network: str, goal: float, time_limit_s: float) -> bool:
+def fit_for(
+    known: LatencyTable, network: str, goal: float, time_limit_s: float, usual_s: float = TIME_LIMIT_S
+) -> bool:
     """Whether a table is as good as is asked for, or was given as much time as there is now."""
     held = known.fields.networks[network].held_out
     return (
-        time_limit_s <= TIME_LIMIT_S
+        time_limit_s <= usual_s
         or known.fields.networks[network].seconds >= 0.8 * time_limit_s
         or (held is not None and held.mape <= goal)
     )
@@ -132,7 +134,7 @@ def _true_still(known: LatencyTable, space: PruningSpace, example: Tensor, devic
     return False
 
 
-def _with_dense_of(table: LatencyTable, known: LatencyTable, network: str) -> LatencyTable:
+def with_dense_of(table: LatencyTable, known: LatencyTable, network: str) -> LatencyTable:
     """Keep the dense network's first time, so that `50%` means the same in every run on this machine."""
     old, new = known.fields.networks[network], table.fields.networks[network]
     kept = new.model_copy(update={"dense_ms": old.dense_ms, "dense_p90_ms": old.dense_p90_ms})
@@ -179,21 +181,14 @@ def _measured(
     journal_path: Path | None = None,
 ) -> LatencyTable:
     """Measure and fit; nothing is read from the cache but what an earlier attempt has measured."""
-    heading = {
-        "journal": 1,
-        "network": network_signature(space),
-        "least": [int(width) for width in space.min_widths],
-        "steps": [int(group.granularity) for group in space.groups],
-        "seed": seed,
-    }
-    journal = Journal(journal_path, heading)
+    journal = Journal(journal_path, heading_of(space, seed))
     ranking = space.rank()
 
     def measure(widths: Widths) -> Sample:
         return measure_candidate(space, ranking, example, widths, device)
 
     if journal.records:
-        _continue(journal, space, example, device)
+        go_on(journal, space, example, device)
     else:
         say("Measuring this network's operators on this machine; the table is kept for the next run.")
     try:
@@ -203,22 +198,14 @@ def _measured(
     except CompressorError:
         journal.begin_anew()  # what a noisy machine gave is of no use to the next attempt
         raise
-    if samples.spread > NOISY:
-        say(
-            f"This machine was not quiet: the quartiles of the dense network's times lie {samples.spread:.0%} apart. "
-            "Predictions suffer; what is delivered is measured all the same."
-        )
-    elif abs(samples.drift) > NOISY:
-        say(
-            f"This machine was not quiet: the dense network took {samples.drift:+.0%} at the end. Predictions suffer."
-        )
+    say_how_quiet(samples)
     unseen = list(samples.held.values())
     table = table_from(space, samples.to_fit(), unseen, samples.drift, samples.seconds, threads)
     journal.close()
     return table
 
 
-def _continue(journal: Journal, space: PruningSpace, example: Tensor, device: Device) -> None:
+def go_on(journal: Journal, space: PruningSpace, example: Tensor, device: Device) -> None:
     """Go on with what was measured before a stop, unless this machine is another one now."""
     first = next((record for record in journal.records if record.role == "dense"), None)
     dense = np.asarray(space.dense_widths, dtype=np.int64)
@@ -231,3 +218,16 @@ def _continue(journal: Journal, space: PruningSpace, example: Tensor, device: De
             return
     say("This machine is faster or slower than when its table was begun: it is begun anew.")
     journal.begin_anew()
+
+
+def say_how_quiet(samples: Samples) -> None:
+    """Warn where the dense network's times lie apart, though not so far that no table is made."""
+    if samples.spread > NOISY:
+        say(
+            f"This machine was not quiet: the quartiles of the dense network's times lie {samples.spread:.0%} apart. "
+            "Predictions suffer; what is delivered is measured all the same."
+        )
+    elif abs(samples.drift) > NOISY:
+        say(
+            f"This machine was not quiet: the dense network took {samples.drift:+.0%} at the end. Predictions suffer."
+        )

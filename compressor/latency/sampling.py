@@ -26,6 +26,8 @@ from compressor.pruning.space import PruningSpace
 
 Floats = npt.NDArray[np.float64]
 Measure = Callable[[Widths], Sample]
+Ready = Callable[[Sequence[Sample]], Sequence[Sample]]
+"""Makes samples ready for a fit: where a device does not tell operators apart, it gives each its share."""
 
 HELD_OUT = 10
 LEAST = 12
@@ -54,6 +56,10 @@ TOO_NOISY = 0.5
 
 ENOUGH_DENSE = 9
 """So often the dense network is measured before a machine is called too noisy: three may have met one busy moment."""
+
+
+class TooNoisy(CompressorError):
+    """The dense network takes another time whenever it is measured: a table would mean nothing."""
 
 
 @dataclass
@@ -97,6 +103,7 @@ def collect(
     goal: float,
     seed: int,
     block: int,
+    ready: Ready = lambda samples: samples,
 ) -> Samples:
     """Measure sub-networks of `space` until their error meets the goal or the time is up.
 
@@ -108,11 +115,12 @@ def collect(
         goal: Mean error on the held-out networks, as a share, that is good enough.
         seed: Which networks are drawn.
         block: Channels that the kernels compute at once.
+        ready: Makes samples ready for a fit.
 
     Raises:
-        CompressorError: the machine is too noisy for a table to mean anything.
+        TooNoisy: the machine is too noisy for a table to mean anything.
     """
-    return _Collector(space, measure, journal, time_limit_s, goal, seed, block).run()
+    return _Collector(space, measure, journal, time_limit_s, goal, seed, block, ready).run()
 
 
 class _Collector:
@@ -125,9 +133,10 @@ class _Collector:
         goal: float,
         seed: int,
         block: int,
+        ready: Ready,
     ) -> None:
         self.space, self.measure, self.journal = space, measure, journal
-        self.limit_s, self.goal, self.seed, self.block = limit_s, goal, seed, block
+        self.limit_s, self.goal, self.seed, self.block, self.ready = limit_s, goal, seed, block, ready
         self.dense = np.asarray(space.dense_widths, dtype=np.int64)
         self.samples = Samples()
         self.times_measured: dict[tuple[int, ...], int] = {}
@@ -160,7 +169,7 @@ class _Collector:
         self.samples.seconds = self._elapsed()
         times = [sample.times.median_ms for sample in self.samples.dense]
         if self.samples.spread > TOO_NOISY:
-            raise CompressorError(
+            raise TooNoisy(
                 "This machine is too noisy to measure a latency table: the same dense network took between "
                 f"{min(times):.3g} and {max(times):.3g} ms (quartiles {self.samples.spread:.0%} apart, at most "
                 f"{TOO_NOISY:.0%} is accepted).",
@@ -289,4 +298,4 @@ class _Collector:
         return np.concatenate([np.log(times_ms)[:, None], shares], axis=1)
 
     def _predictor(self, samples: Sequence[Sample]) -> Predictor:
-        return fitted_predictor(self.space, samples, self.block)
+        return fitted_predictor(self.space, self.ready(samples), self.block)
