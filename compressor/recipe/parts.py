@@ -1,0 +1,179 @@
+"""The parts of a recipe: budgets, pruning, search, training, contract and export."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Budgets(Part):
+    """What the slim network must keep; all that are given must hold. Percentages are of the dense network."""
+
+    latency: str | None = Field(None, description="One input's latency on the device: 5ms, 50% or 0.5x.")
+    flops: str | None = Field(None, description="Multiply-adds as fvcore counts them: 50%, 0.5x or 2G.")
+    params: str | None = Field(None, description="Parameters: 30%, 0.3x or 8M.")
+    memory: str | None = Field(None, description="Weights and peak activations: 50%, 0.5x or 20MB.")
+    energy: str | None = Field(
+        None, description="Energy of one input, where this machine's CPU reports it: 5mJ, 50% or 0.5x."
+    )
+    functions: tuple[str, ...] = Field(
+        (), description="Python functions of the slim network or its plan: package.module:function<=VALUE."
+    )
+    function_seconds: float = Field(
+        60.0, gt=0, description="How long a function may take for one network before it is stopped."
+    )
+    function_repeats: Positive = Field(
+        1, description="Calls of a function for each network, of which the median counts; for noisy ones."
+    )
+
+    def given(self) -> dict[str, str]:
+        """The built-in budgets that were asked for: name -> text."""
+        names = ("latency", "flops", "params", "memory", "energy")
+        return {name: text for name in names if (text := getattr(self, name))}
+
+
+class Pruning(Part):
+    """What may be removed."""
+
+    scope: Literal["all", "inner"] = Field(
+        "all", description="all: residual-coupled channels too; inner: only those within a block."
+    )
+    granularity: Literal["auto", "measured"] | Positive | dict[str, Positive] = Field(
+        "auto",
+        description="Channel counts are multiples of this, for all groups or by pattern of their names; auto takes "
+        "what the device computes best, measured the steps after which latency jumps on this machine.",
+    )
+    min_share: Share = Field(0.1, description="The smallest share of its channels that a group may keep.")
+    frozen: tuple[str, ...] = Field(
+        (), description="Patterns (as in a shell) of layers that stay as they are."
+    )
+    importance: Literal["l1", "l2", "bn", "taylor", "fpgm", "random"] = Field(
+        "l1", description="How the channels of a group are ranked."
+    )
+
+
+class RewardWeights(Part):
+    """Exponents of the reward's soft factors: accuracy * (cost / its budget) ** weight. A negative one pays for a
+    network that is cheaper than its budget asks; 0 leaves the cost out."""
+
+    latency: float = Field(0.0, le=0, ge=-10, description="Weight of the latency, as in -0.07.")
+    flops: float = Field(0.0, le=0, ge=-10, description="Weight of the multiply-adds.")
+    params: float = Field(0.0, le=0, ge=-10, description="Weight of the parameters.")
+    memory: float = Field(0.0, le=0, ge=-10, description="Weight of the memory.")
+
+
+class Search(Part):
+    """How the widths are looked for."""
+
+    epochs_share: Share | None = Field(
+        None,
+        description="Share of the epochs that the dense weights are trained for, while or before the widths are "
+        "looked for; the slim network has the rest. Left out: 0.6 from scratch; of pretrained weights a third for "
+        "agents that train jointly, none for others.",
+    )
+    max_evaluations: Positive = Field(200, description="The most networks that may be scored.")
+    max_seconds: float | None = Field(None, gt=0, description="The longest time that the search may take.")
+    workers: Positive | Annotated[str, Field(pattern=r"^(\d+|ray://\S+)$")] = Field(
+        1,
+        description="Processes that score candidates side by side: a number, or ray://host:port for a Ray cluster.",
+    )
+    threads: Positive | None = Field(
+        None,
+        description="Threads that score one candidate. Accuracies agree to the last digit between numbers of workers "
+        "where this agrees; left out: all cores for one worker, the cores shared out for several, one on Ray.",
+    )
+    evaluation_seconds: float = Field(
+        1800.0,
+        gt=0,
+        description="The longest that a worker may take for one candidate before it is replaced.",
+    )
+    batch_norm_batches: Positive | None = Field(
+        None,
+        description="Batches of 128 from which batch-norm statistics are re-estimated before a network is scored; "
+        "left out: 3 on digits, else 10.",
+    )
+    search_images: Positive | None = Field(
+        2000, description="The most images of the search split that score a network; null for all of them."
+    )
+    brief_iterations: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Training steps on each candidate before it is scored, from the dense weights each time; for "
+        "budgets at which networks that are only cut all score near chance. Needs one worker.",
+    )
+    reward: RewardWeights = Field(
+        RewardWeights(),
+        description="Soft factors of the reward; each needs a budget of its name, which may be 100%.",
+    )
+    align: Literal["tensor", "channel"] = Field(
+        "tensor", description="Form of the joint agent's alignment term."
+    )
+    align_weight: float = Field(1e-4, ge=0, description="Weight of the alignment term; 0 turns it off.")
+    context_size: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Numbers of the joint agent's learned state of the changing reward (the paper: 128); 0 for none.",
+    )
+    settings: dict[str, int | float | bool | str | tuple[int, ...]] = Field(
+        {}, description="Numbers of the agent's method that differ from its own defaults (docs/agents.md)."
+    )
+
+
+class Training(Part):
+    """How the weights are trained; fields left out follow from the data and from the weights at the start."""
+
+    batch_size: Positive | None = Field(None, description="Images in a training step.")
+    learning_rate: float | None = Field(None, gt=0, description="Highest learning rate of the first phase.")
+    finetune_learning_rate: float | None = Field(
+        None, gt=0, description="Highest learning rate of fine-tuning."
+    )
+    weight_decay: float = Field(1e-4, ge=0, description="L2 penalty on the weights.")
+    schedule: Literal["cosine", "step"] = Field(
+        "cosine", description="How the learning rate falls: cosine, or a tenth at 50 % and again at 75 %."
+    )
+    one_schedule: bool = Field(
+        False,
+        description="Whether search and fine-tuning share one schedule of learning_rate; else fine-tuning has its own.",
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Exponential moving average of the weights, such as 0.99; 0 turns it off."
+    )
+    distill_weight: Share = Field(
+        0.5, description="Share of the distillation loss in fine-tuning; 0 turns it off."
+    )
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
+        "auto",
+        description="Precision of the training steps; auto is bf16 on CPUs that multiply in it, else no.",
+    )
+
+
+class Contract(Part):
+    """How the promise in milliseconds is kept."""
+
+    margin: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.03,
+        description="The search aims this share below the latency target, so that noise does not break it.",
+    )
+    max_rounds: Positive = Field(
+        4,
+        description="The most measurements of plans; until then a latency that is missed, or kept by far, sends the "
+        "search on.",
+    )
+    repeats: Positive = Field(
+        5, description="Measurements of one network; the median of their medians counts."
+    )
+
+
+class Export(Part):
+    """What is written for the device."""
+
+    opset: Annotated[int, Field(ge=13, le=20)] = Field(17, description="ONNX operator set.")
+    tolerance: float = Field(1e-4, gt=0, description="Largest difference allowed between ONNX and torch.")
+    max_drop: float = Field(1.0, ge=0, lt=100, description="Points of accuracy that fp16 or int8 may lose.")
+    engine: bool = Field(True, description="Whether to build an engine where a builder is installed.")

@@ -1,0 +1,123 @@
+"""The recipe itself: a frozen, validated description of a whole run, and what follows from its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from compressor.recipe.parts import Budgets, Contract, Export, Part, Positive, Pruning, Search, Training
+from compressor.recipe.validation import merged, validated
+
+AgentName = Literal["joint", "constrained", "stepwise", "knapsack", "uniform", "random"]
+
+
+class Recipe(Part):
+    """A whole run: which network, on which data, within which budget, found how."""
+
+    model: str = Field(
+        description="a torchvision name, timm:NAME, cifar_resnet20 to cifar_resnet110, or module:factory."
+    )
+    weights: str = Field(
+        "default",
+        description="default, none, or a file with a state dict. On digits, default trains from scratch.",
+    )
+    data: str = Field(
+        "digits", description="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH or imagenet:PATH."
+    )
+    image_size: Positive | None = Field(
+        None,
+        description="Height and width of an input in pixels; left out: 32 for digits and CIFAR, "
+        "224 for ImageNet, for a folder its images' own.",
+    )
+    device: str = Field("local", description="local, the name of a latency table, or ssh://user@host.")
+    precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
+        "auto", description="Precision on the device; auto is fp32 on a CPU and fp16 elsewhere."
+    )
+    threads: Positive = Field(1, description="Threads of the runtime where the device is this machine's CPU.")
+    agent: AgentName = Field("joint", description="What decides the widths.")
+    epochs: Positive | None = Field(
+        None, description="All the training there is, search and fine-tuning together; left out: by the data."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of everything random.")
+    budgets: Budgets = Field(Budgets(), description="What the slim network must keep.")
+    pruning: Pruning = Field(Pruning(), description="What may be removed.")
+    search: Search = Field(Search(), description="How the widths are looked for.")
+    training: Training = Field(Training(), description="How the weights are trained.")
+    contract: Contract = Field(Contract(), description="How the latency promise is kept.")
+    export: Export = Field(Export(), description="What is written for the device.")
+
+    @property
+    def data_kind(self) -> str:
+        """The data without its path: digits, cifar10, cifar100, folder or imagenet."""
+        return self.data.partition(":")[0]
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the run starts from trained weights."""
+        return self.weights != "none" and not (self.weights == "default" and self.data_kind == "digits")
+
+    def resolved(self) -> Recipe:
+        """The same recipe with every field filled in that follows from others."""
+        own = self.model.startswith("cifar_")
+        small = self.data_kind in ("digits", "cifar10", "cifar100") or own
+        scratch_epochs = {"digits": 20, "imagenet": 90}.get(self.data_kind, 60)
+        weights = "none" if not self.pretrained else self.weights
+        if weights == "default" and own:
+            weights = "none"  # nobody publishes weights for these under a name that could be fetched
+        pretrained = weights != "none"
+        digits = self.data_kind == "digits"
+        share = self.search.epochs_share
+        if share is None:
+            share = 0.6 if not pretrained else 1 / 3 if self.agent == "joint" else 0.0
+        precision = self.precision
+        if precision == "auto":
+            from export.here import gpu_backend
+
+            precision = "fp32" if self.device == "local" and gpu_backend() is None else "fp16"
+        return self.changed(
+            {
+                "weights": weights,
+                "image_size": self.image_size
+                or (32 if small else 224 if self.data_kind == "imagenet" else None),
+                "precision": precision,
+                "epochs": self.epochs or (scratch_epochs // 3 if pretrained else scratch_epochs),
+                "search": {
+                    "epochs_share": share,
+                    "batch_norm_batches": self.search.batch_norm_batches or (3 if digits else 10),
+                },
+                "training": {
+                    "batch_size": self.training.batch_size or (32 if digits else 128),
+                    "mixed_precision": _own_precision()
+                    if self.training.mixed_precision == "auto"
+                    else self.training.mixed_precision,
+                    "learning_rate": self.training.learning_rate or (0.01 if pretrained else 0.05),
+                    "finetune_learning_rate": self.training.finetune_learning_rate or 0.02,
+                },
+            }
+        )
+
+    def changed(self, overrides: Mapping[str, Any], source: str = "the command line") -> Recipe:
+        """The recipe with some fields replaced; nested parts are merged field by field.
+
+        Raises:
+            CompressorError: an override does not fit its field.
+        """
+        return validated(Recipe, merged(self.model_dump(mode="json"), overrides), source)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `load_recipe` reads back as the same recipe."""
+        import yaml
+
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _own_precision() -> str:
+    """bf16 where this CPU has instructions for it: training is about three times as fast then."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "no"
+    return "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "no"
