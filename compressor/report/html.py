@@ -10,6 +10,7 @@ from compressor.report import explain, plots, records
 from compressor.report.collect import REPORT, Collected, collect, section, sentences, text
 from compressor.report.comparison import comparison, tiles
 from compressor.report.judgement import budget_lines, judge, measured_to_the_end
+from compressor.report.layers import hottest, stubborn
 from compressor.report.svg import Chart
 from compressor.run_dir import write_atomic
 
@@ -71,8 +72,8 @@ def context(run: Collected) -> dict[str, Any]:
         "layer_charts": _charts(plots.layer_bars(manifest, key, f"layers-{key}") for key in ("macs", "ms")),
         "layers": records.layers(manifest),
         "speed": explain.speed(manifest),
-        "hot": explain.hottest(manifest),
-        "stubborn": explain.stubborn(manifest),
+        "hot": hottest(manifest),
+        "stubborn": stubborn(manifest),
         "explained": explain.explained(manifest),
         "effort": explain.effort(manifest),
         "search_charts": _charts(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from compressor.report import explain, plots
+from compressor.report import plots
 from compressor.report.collect import REPORT, Collected, Manifest, inside, rows, section, text
 from compressor.report.formats import (
     ABSENT,
@@ -21,6 +21,7 @@ from compressor.report.formats import (
     size,
 )
 from compressor.report.judgement import AFTERWARDS, NAMES, margin
+from compressor.report.layers import channels
 
 YARDSTICKS = ("uniform", "knapsack", "random")
 
@@ -69,7 +70,7 @@ def layers(manifest: Manifest) -> list[dict[str, str]]:
             "number": str(place),
             "name": text(layer, "name", "unnamed"),
             "kind": text(layer, "kind"),
-            "channels": explain.channels(layer),
+            "channels": channels(layer),
             "dense_macs": count(layer.get("dense_macs")),
             "slim_macs": count(layer.get("slim_macs")),
             "macs_share": percent(ratio(layer.get("slim_macs"), layer.get("dense_macs")), 0),

@@ -11,6 +11,7 @@ from rich.console import Console
 from compressor.report import closing_table, explain, formats, judgement, verdict
 from compressor.report.comparison import comparison, tiles
 from compressor.report.judgement import judge
+from compressor.report.layers import hottest, stubborn
 from compressor.report.plots import chosen, thinned
 from compressor.report.records import sources
 
@@ -169,11 +170,11 @@ def test_layers_whose_time_stayed_are_named() -> None:
         {"name": "kept whole", "dense_macs": 100, "slim_macs": 90, "dense_ms": 1.0, "slim_ms": 1.0},
     ]
     minus = formats.MINUS
-    assert explain.stubborn({"layers": layers}) == [
+    assert stubborn({"layers": layers}) == [
         f"slowed: MACs {minus}50.0%, time +10.0%",
         f"stayed: MACs {minus}50.0%, time {minus}20.0%",
     ]
-    hot = explain.hottest({"layers": layers, "latency": {"predicted_ms": 4.0}}, most=2)
+    hot = hottest({"layers": layers, "latency": {"predicted_ms": 4.0}}, most=2)
     assert hot is not None
     assert [(layer.name, layer.number, layer.share) for layer in hot.layers] == [
         ("slowed", 3, "31.4%"),
