@@ -52,22 +52,13 @@ def profile(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
 
     Args:
         recipe: the network and its data.
-        time_limit: how long measuring the CPU may take, such as `90s` or `5min`; a table in the cache that had less
-            time and is not good enough is then made anew.
-
-    Raises:
-        CompressorError: a time limit is given, and it is a GPU that is measured here.
+        time_limit: how long measuring may take, such as `90s` or `5min`; a table in the cache that had less time and
+            is not good enough is then made anew.
     """
     from compressor.job import prepare
     from compressor.latency.duration import duration_s
-    from export.here import CPU, gpu_backend
 
     seconds = None if time_limit is None else duration_s(time_limit)
-    if seconds is not None and gpu_backend() is not None:
-        raise CompressorError(
-            "--time-limit is for this machine's CPU; its GPU measures the same networks every time.",
-            f"Leave it out, or take the CPU: export COMPRESSOR_BACKEND={CPU}",
-        )
     recipe = recipe.changed({"budgets": {"latency": "100%"}, "device": "local"}).resolved()
     job = prepare(recipe, profile_limit_s=seconds)
     table = job.table

@@ -106,7 +106,7 @@ def prepare(
     Args:
         recipe: resolved.
         table: the device's latency where it is known already, from the folder of the run that goes on.
-        profile_limit_s: how long this machine's CPU may be measured where its table is not known; None is the usual.
+        profile_limit_s: how long this machine may be measured where its table is not known; None is the usual.
 
     Raises:
         CompressorError: whatever in the recipe cannot be had, with the mend.
@@ -281,9 +281,11 @@ def latency_table(
     from export.here import gpu_backend
 
     if (backend := gpu_backend()) is not None:
-        from compressor.latency.local_gpu import gpu_table
+        from compressor.latency import local_gpu
 
-        return gpu_table(space, example, backend, device_precision(recipe))
+        limit_s = local_gpu.TIME_LIMIT_S if profile_limit_s is None else profile_limit_s
+        precision = device_precision(recipe)
+        return local_gpu.gpu_table(space, example, backend, precision, time_limit_s=limit_s)
     from compressor.latency.local import TIME_LIMIT_S, local_table
 
     limit_s = TIME_LIMIT_S if profile_limit_s is None else profile_limit_s

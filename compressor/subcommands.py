@@ -34,7 +34,8 @@ def profile(
     time_limit: Annotated[
         str | None,
         typer.Option(
-            help="How long this machine's CPU may be measured, such as 90s or 5min; 75s if left out."
+            help="How long this machine may be measured, such as 90s or 5min; 75s for its CPU and 10min for a GPU "
+            "if left out."
         ),
     ] = None,
 ) -> None:
@@ -45,7 +46,7 @@ def profile(
 
         if time_limit is not None and (results or bundle or device not in (None, "local")):
             raise CompressorError(
-                "--time-limit is for this machine's CPU; a device measures all networks of its bundle.",
+                "--time-limit is for this machine; a device measures all networks of its bundle.",
                 "Leave it out. On the device, run.sh takes --duration SECONDS and --processes N.",
             )
         if results is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,15 +12,17 @@ import numpy as np
 from compressor.latency.assemble import Sample, measure_candidate, table_from
 from compressor.latency.backends import device_of
 from compressor.latency.cache import cache_folder, cached_table, measuring_alone, table_path
-from compressor.latency.carried import require_steady
-from compressor.latency.carry import DENSE, Precision, candidate_rows
+from compressor.latency.carry import Precision
 from compressor.latency.fused import fitted_shares
-from compressor.latency.made import Made
+from compressor.latency.journal import Journal, heading_of
+from compressor.latency.local import GOAL, fit_for, go_on, say_how_quiet, with_dense_of
+from compressor.latency.made import SECONDS_A_NETWORK, Made
 from compressor.latency.ort_profile import NetworkTimes
+from compressor.latency.sampling import TooNoisy, collect
 from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields
-from compressor.latency.signature import network_signature
+from compressor.latency.signature import Widths, network_signature
 from compressor.latency.table import LatencyTable
-from compressor.progress import bar, say
+from compressor.progress import say
 from export.here import Backend
 
 if TYPE_CHECKING:
@@ -27,11 +30,27 @@ if TYPE_CHECKING:
 
     from compressor.pruning.space import PruningSpace
 
+TIME_LIMIT_S = 600.0
+"""An engine takes seconds to a minute to build, and is then run for half a second."""
+
 
 def gpu_table(
-    space: PruningSpace, example: Tensor, backend: Backend, precision: Precision, *, seed: int = 0
+    space: PruningSpace,
+    example: Tensor,
+    backend: Backend,
+    precision: Precision,
+    *,
+    time_limit_s: float = TIME_LIMIT_S,
+    goal: float = GOAL,
+    seed: int = 0,
 ) -> LatencyTable:
     """This machine's table for the networks of `space` on its GPU, from the cache or measured now.
+
+    Args:
+        space, example: The networks, and a batch of one.
+        backend, precision: What runs them.
+        time_limit_s, goal, seed: As for `local_table`; a GPU's engines take long to build, so that it usually has more
+            time.
 
     Raises:
         CompressorError: a network cannot be exported, built or run, or the GPU does not hold still.
@@ -45,63 +64,107 @@ def gpu_table(
         threads=0,
         network=network,
     )
+
+    def good(known: LatencyTable) -> bool:
+        return known.covers(space) and fit_for(known, network, goal, time_limit_s, TIME_LIMIT_S)
+
     known = cached_table(path)
-    if known is not None and known.covers(space):
+    if known is not None and good(known):
         return known
     with measuring_alone(folder):
         known = cached_table(path, quiet=True)  # another process may have measured it while this one waited
-        if known is not None and known.covers(space):
+        if known is not None and good(known):
             return known
-        table = measured_table(space, example, backend, precision, seed=seed)
+        table = measured_table(
+            space, example, backend, precision,
+            time_limit_s=time_limit_s, goal=goal, seed=seed, journal_path=path.with_suffix(".partial.jsonl"),
+        )  # fmt: skip
+        if known is not None and network in known.fields.networks:
+            table = with_dense_of(table, known, network)
         table.write(path)
     return table
 
 
 def measured_table(
-    space: PruningSpace, example: Tensor, backend: Backend, precision: Precision, *, seed: int = 0
+    space: PruningSpace,
+    example: Tensor,
+    backend: Backend,
+    precision: Precision,
+    *,
+    time_limit_s: float = TIME_LIMIT_S,
+    goal: float = GOAL,
+    seed: int = 0,
+    journal_path: Path | None = None,
 ) -> LatencyTable:
-    """Measure and fit, with nothing read from the cache or written to it."""
-    started = time.monotonic()
-    device, ranking, rows = device_of(backend, precision), space.rank(), candidate_rows(space, seed)
-    samples: list[Sample] = []
-    roles: list[str] = []
-    say(
-        f"Measuring this network on {backend.gpu.name} with {backend.runtime}; the table is kept for the next run."
+    """Measure and fit; nothing is read from the cache but what an earlier attempt has measured.
+
+    A network that cannot be built or run ends it, and what was measured before is kept for the next attempt; what a
+    GPU gave that does not hold still is not.
+    """
+    device, ranking, gpu = device_of(backend, precision), space.rank(), backend.gpu
+    heading = heading_of(
+        space, seed, device=gpu.name, compute_capability=gpu.compute_capability, driver=gpu.driver,
+        backend=backend.kind, version=backend.version, precision=precision,
+    )  # fmt: skip
+    journal, block = Journal(journal_path, heading), BLOCKS.get(precision, 1)
+
+    def measure(widths: Widths) -> Sample:
+        return measure_candidate(space, ranking, example, widths, device)
+
+    def ready(samples: Sequence[Sample]) -> Sequence[Sample]:
+        return samples if _mapped(samples) else _fitted(space, samples, block)
+
+    if journal.records:
+        go_on(journal, space, example, device)
+    else:
+        say(
+            f"Measuring this network on {gpu.name} with {backend.runtime}; the table is kept for the next run."
+        )
+    try:
+        samples = collect(
+            space, measure, journal, time_limit_s=time_limit_s, goal=goal, seed=seed, block=block, ready=ready
+        )
+    except TooNoisy as error:
+        journal.begin_anew()
+        raise TooNoisy(
+            error.message, "Keep the GPU cool and free of other work, hold its clocks, and try again."
+        ) from None
+    say_how_quiet(samples)
+    fitted, unseen = samples.to_fit(), list(samples.held.values())
+    how = (
+        "layers under the profiler"
+        if _mapped(fitted)
+        else "operators by a fit of arithmetic, traffic and launches"
     )
-    with bar("Measuring latency", len(rows) + 1) as progress:
-        for role, widths in [*rows.values(), rows[DENSE]]:
-            samples.append(measure_candidate(space, ranking, example, widths, device))
-            roles.append(role)
-            progress.advance(1, f"{samples[-1].times.median_ms:.3g} ms")
-    block = BLOCKS.get(precision, 1)
-    mapped = all(len(sample.times.operators_ms) for sample in samples)
-    if not mapped:
-        samples = _fitted(space, samples, block)
-    drift = samples[-1].times.median_ms / samples[0].times.median_ms - 1.0
-    require_steady(drift, "Keep the GPU cool and free of other work, hold its clocks, and measure again.")
-    fitted = [sample for sample, role in zip(samples, roles, strict=True) if role != "held out"]
-    unseen = [sample for sample, role in zip(samples, roles, strict=True) if role == "held out"]
-    how = "layers under the profiler" if mapped else "operators by a fit of arithmetic, traffic and launches"
     made = Made(
         device=DeviceFields(
             name="local",
-            sku=backend.gpu.name,
-            compute_capability=backend.gpu.compute_capability,
-            clocks=f"GPU at most {backend.gpu.clock_mhz} MHz",
+            sku=gpu.name,
+            compute_capability=gpu.compute_capability,
+            clocks=f"GPU at most {gpu.clock_mhz} MHz",
         ),
         runtime=RuntimeFields(name=backend.runtime, version=backend.version),
         precision=precision,
         block=block,
         protocol=(
-            f"{len(fitted)} sub-networks in a random order through {backend.kind}, each warmed up and run; {how}; "
-            f"{len(unseen)} more were held out; the dense network first and last"
+            f"{len(fitted)} measurements of sub-networks through {backend.kind}, each built, warmed up and run for "
+            f"{SECONDS_A_NETWORK} s; {how}; {len(unseen)} networks were held out; the dense network first, every "
+            "dozen, and last; a network that came out much slower than predicted was measured again, and its calmest "
+            "time counts"
         ),
-        sources=(f"driver for CUDA {backend.gpu.driver}",),
+        sources=(f"driver for CUDA {gpu.driver}",),
     )
-    return table_from(space, fitted, unseen, drift, time.monotonic() - started, 0, made)
+    table = table_from(space, ready(fitted), unseen, samples.drift, samples.seconds, 0, made)
+    journal.close()
+    return table
 
 
-def _fitted(space: PruningSpace, samples: list[Sample], block: int) -> list[Sample]:
+def _mapped(samples: Sequence[Sample]) -> bool:
+    """Whether the device told the operators of all these networks apart."""
+    return all(len(sample.times.operators_ms) for sample in samples)
+
+
+def _fitted(space: PruningSpace, samples: Sequence[Sample], block: int) -> list[Sample]:
     """The samples with operator times that explain their whole times."""
     c_in, c_out = np.stack([each.c_in for each in samples]), np.stack([each.c_out for each in samples])
     whole = np.asarray([each.times.median_ms for each in samples])

@@ -139,12 +139,10 @@ class _Rule:
 def test_a_table_of_the_gpu_says_what_it_is(
     space: PruningSpace, example: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(carry, "LEVELS", 3)
-    monkeypatch.setattr(carry, "HELD_OUT", 4)
     made: list[_Rule] = []
     monkeypatch.setattr(local_gpu, "device_of", lambda backend, precision: made.append(_Rule()) or made[-1])
     backend = Backend("tensorrt_rtx_bindings", "1.7.0", RTX4090)
-    table = gpu_table(space, example, backend, "fp16")
+    table = gpu_table(space, example, backend, "fp16", time_limit_s=0.0)
     fields = table.fields
     assert (fields.device.name, fields.device.sku, fields.device.compute_capability) == (
         "local",
@@ -161,7 +159,8 @@ def test_a_table_of_the_gpu_says_what_it_is(
     assert table.covers(space)
     assert gpu_table(space, example, backend, "fp16").to_json() == table.to_json()
     assert len(made) == 1  # the second came from the cache
-    gpu_table(space, example, Backend("tensorrt_rtx_bindings", "1.8.0", RTX4090), "fp16")
+    newer = Backend("tensorrt_rtx_bindings", "1.8.0", RTX4090)
+    gpu_table(space, example, newer, "fp16", time_limit_s=0.0)
     assert len(made) == 2
     assert backends.CPU == "onnxruntime-cpu"
 
