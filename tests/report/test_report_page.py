@@ -17,6 +17,9 @@ from compressor.errors import CompressorError
 from compressor.report import write_report
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
+SECTIONS = ["budgets", "comparison", "removed", "search", "speed", "training", "export", "repeat"]
+PYTHONS = re.compile(r"\b(?:None|nan|inf)\b")
+"""What Python prints for values that are missing or no numbers: nothing that a reader should see."""
 
 
 class Page(HTMLParser):
@@ -49,6 +52,12 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(word for word in self.words if word)
+
+    @property
+    def sections(self) -> list[str | None]:
+        return [
+            attributes["id"] for tag, attributes in self.elements if tag == "section" and "id" in attributes
+        ]
 
     def attributes(self, name: str) -> list[str]:
         return [value for _, attributes in self.elements if (value := attributes.get(name)) is not None]
@@ -194,13 +203,21 @@ def test_an_empty_manifest_says_that_nothing_is_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [[], {}, "text", 3, [None, 1, "x"], {"x": None, "y": {"z": []}}])
 def test_every_part_may_be_wrong(tmp_path: Path, manifest: dict[str, Any], wrong: Any) -> None:
-    page_of(write_run(tmp_path / "run", dict.fromkeys(manifest, wrong), []))
+    page = page_of(write_run(tmp_path / "run", dict.fromkeys(manifest, wrong), []))
+    assert page.sections == SECTIONS
+    assert "This run is not finished, so there is no verdict" in page.text
+    assert PYTHONS.findall(page.text) == []
 
 
 @pytest.mark.parametrize("turn", range(4))
 def test_any_half_of_the_keys_may_be_missing(run_folder: Path, manifest: dict[str, Any], turn: int) -> None:
     missing = [key for place, key in enumerate(sorted(manifest)) if place >> (turn // 2) & 1 == turn % 2]
-    changed(run_folder, manifest, **dict.fromkeys(missing))
+    page = changed(run_folder, manifest, **dict.fromkeys(missing))
+    assert page.sections == SECTIONS
+    model = "model not recorded" if "model" in missing else "resnet50"
+    data = "data not recorded" if "data" in missing else "digits"
+    assert page.text.startswith(f"{model} on {data}: ")
+    assert PYTHONS.findall(page.text) == []
 
 
 def with_leaves(value: Any, wrong: Callable[[Any], Any]) -> Any:
@@ -212,7 +229,9 @@ def with_leaves(value: Any, wrong: Callable[[Any], Any]) -> Any:
 @pytest.mark.parametrize("wrong", [None, "7", -1, 0, 1e30, 10**400, True, {"a": None}])
 def test_every_value_may_be_wrong(tmp_path: Path, manifest: dict[str, Any], wrong: Any) -> None:
     broken = with_leaves(manifest, lambda _: wrong)
-    page_of(write_run(tmp_path / "run", broken, with_leaves(invented_episodes(), lambda _: wrong)))
+    page = page_of(write_run(tmp_path / "run", broken, with_leaves(invented_episodes(), lambda _: wrong)))
+    assert page.sections == SECTIONS
+    assert PYTHONS.findall(page.text) == []
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -222,9 +241,11 @@ def test_some_values_may_be_wrong(tmp_path: Path, manifest: dict[str, Any], seed
     def spoil(value: Any) -> Any:
         return chance.choice([None, "x", -1, 0, [], 2.5]) if chance.random() < 0.2 else value
 
-    page_of(
+    page = page_of(
         write_run(tmp_path / "run", with_leaves(manifest, spoil), with_leaves(invented_episodes(), spoil))
     )
+    assert page.sections == SECTIONS
+    assert PYTHONS.findall(page.text) == []
 
 
 def test_a_device_that_was_not_reached(run_folder: Path, manifest: dict[str, Any]) -> None:
