@@ -258,7 +258,6 @@ def latency_table(
     recipe: Recipe, space: PruningSpace, example: Tensor, profile_limit_s: float | None = None
 ) -> LatencyTable:
     """The device's latency: measured now (or read from the cache) for this machine or over ssh, else its table."""
-    from compressor.latency.signature import network_signature
     from compressor.latency.table import LatencyTable
 
     if recipe.device.startswith("ssh:"):
@@ -273,8 +272,7 @@ def latency_table(
             opset=recipe.export.opset,
         )
     if recipe.device != "local":
-        network = network_signature(space)
-        table = LatencyTable.load(recipe.device, precision=recipe.precision, network=network)
+        table = LatencyTable.load(recipe.device, precision=recipe.precision, space=space)
         if table.estimated:
             say(f"The latency of {recipe.device} is estimated, not measured.")
         return table

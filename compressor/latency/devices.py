@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from compressor.errors import CompressorError
 from compressor.latency.schema import BLOCKS
+from compressor.latency.signature import network_signature
 from compressor.latency.surface import ALIGNMENT
 from compressor.latency.table import LatencyTable
 from compressor.latency.user_tables import check_name, find_user_table, user_tables
@@ -21,6 +22,7 @@ from export.here import ORT_CUDA
 
 if TYPE_CHECKING:
     from compressor.pruning.groups import Group
+    from compressor.pruning.space import PruningSpace
 
 LOCAL = "local"
 TENSORRT = "tensorrt"
@@ -58,8 +60,8 @@ def devices() -> list[KnownDevice]:
     found = [
         KnownDevice(LOCAL, f"onnxruntime-cpu {version}", ("fp32",), "measured here when it is asked for")
     ]
-    for name in _table_files():
-        table = find_table(name)
+    for name, path in _table_files().items():
+        table = LatencyTable.read(path)
         fields = table.fields
         runtime = f"{fields.runtime.name} {fields.runtime.version}".strip()
         found.append(KnownDevice(name, runtime, table.precisions, _how(table)))
@@ -96,13 +98,16 @@ def check_known(device: str) -> None:
     )
 
 
-def find_table(device: str, precision: str | None = None, network: str | None = None) -> LatencyTable:
+def find_table(
+    device: str, precision: str | None = None, space: PruningSpace | None = None
+) -> LatencyTable:
     """The table of a device: the user's own where there is one, else the shipped one.
 
     Args:
         device: Its name.
-        precision, network: Which of the user's tables, by precision and by the network's signature; a table of
-            another network of the device is better than none.
+        precision: Which of the user's tables.
+        space: The network that it is for. A user's table that lacks its operators does not hide the shipped one; where
+            nothing is shipped it is given all the same, and says itself what it lacks.
 
     Raises:
         CompressorError: there is none (the nearest names are given), or its file is damaged.
@@ -113,8 +118,19 @@ def find_table(device: str, precision: str | None = None, network: str | None = 
             "Use local_table(space, input).",
         )
     check_known(device)
-    own = find_user_table(device, precision, network)
-    shipped_file = _table_files().get(device)
+    own, shipped_file = find_user_table(device, precision, space), _table_files().get(device)
+    if own is not None and space is not None and network_signature(space) not in own.fields.networks:
+        lacks = own.lacks(space)
+        if not lacks:
+            say(
+                f"This network was not measured on {device}: its latency is put together from operators of others."
+            )
+        elif shipped_file is not None:
+            say(
+                f"You have measured {device} with other networks only: {lacks} The shipped table is taken, so that "
+                f"this network is estimated. To measure it: compress profile --model MODEL --device {device} --bundle DIR"
+            )
+            own = None
     if own is not None:
         if shipped_file is not None:
             say(

@@ -81,7 +81,7 @@ def fresh_ssh_table(
 
 
 def _known(url: str, space: PruningSpace, precision: str) -> LatencyTable | None:
-    table = find_user_table(url, precision, signature(space))
+    table = find_user_table(url, precision, space)
     return table if table is not None and table.covers(space) else None
 
 

@@ -45,9 +45,14 @@ class LatencyTable:
         *,
         batch: int = 1,
         runtime: str | None = None,
-        network: str | None = None,
+        space: PruningSpace | None = None,
     ) -> LatencyTable:
-        """The table of a device: measured by the user, for the network where there is one, else the shipped one.
+        """The table of a device: measured by the user, else the shipped one.
+
+        Args:
+            device, precision, batch, runtime: What it must be for.
+            space: The network that it must predict: a user's table of other networks that lacks its operators does not
+                take the shipped one's place.
 
         Raises:
             CompressorError: no such device (the nearest names are given), or its table was not made for this
@@ -55,7 +60,7 @@ class LatencyTable:
         """
         from compressor.latency.devices import find_table
 
-        return find_table(device, precision, network).at(precision, batch=batch, runtime=runtime)
+        return find_table(device, precision, space).at(precision, batch=batch, runtime=runtime)
 
     @classmethod
     def read(cls, path: str | Path) -> LatencyTable:
@@ -212,6 +217,14 @@ class LatencyTable:
         if network is None or len(network.layers) != len(space.layers):
             return False
         return not self._uncovered(space, network, [self._surface([key]) for key in network.layers])
+
+    def lacks(self, space: PruningSpace) -> str:
+        """Why no candidate of `space` can be predicted, as a sentence; empty where all can."""
+        try:
+            self.curve(space)
+        except CompressorError as error:
+            return error.message
+        return ""
 
     def refit(self, samples: Sequence[tuple[float, float]], *, lower: bool = False) -> LatencyTable:
         """The table after whole networks of its device turned out slower than it predicted.

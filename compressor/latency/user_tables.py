@@ -7,13 +7,18 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compressor.errors import CompressorError
+from compressor.latency.signature import network_signature
 from compressor.latency.table import LatencyTable
 from compressor.progress import say
 from compressor.recipe import shipped
 from export.connection import parse_destination
 from export.errors import ExportError
+
+if TYPE_CHECKING:
+    from compressor.pruning.space import PruningSpace
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,60}", re.IGNORECASE)
 RESERVED = ("local",)
@@ -67,14 +72,24 @@ def user_tables(device: str | None = None) -> list[tuple[Path, LatencyTable]]:
 
 
 def find_user_table(
-    device: str, precision: str | None = None, network: str | None = None
+    device: str, precision: str | None = None, space: PruningSpace | None = None
 ) -> LatencyTable | None:
-    """The user's table of a device: that of the network, else the newest; None where there is none."""
+    """The user's table of a device; None where there is none.
+
+    Args:
+        device: Its name.
+        precision: That it must be for.
+        space: The network that it is for: one that has it comes first, then one that has its operators, then the
+            newest, which has neither.
+    """
     fitting = [
         table for _, table in user_tables(device) if precision is None or precision in table.precisions
     ]
-    own = [table for table in fitting if network is None or network in table.fields.networks] or fitting
-    return own[-1] if own else None
+    if space is not None:
+        network = network_signature(space)
+        measured = [table for table in fitting if network in table.fields.networks]
+        fitting = measured or [table for table in fitting if not table.lacks(space)] or fitting
+    return fitting[-1] if fitting else None
 
 
 def keep(table: LatencyTable) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
+from compressor.job import latency_table
 from compressor.latency import carry
 from compressor.latency.carried import table_of_results
 from compressor.latency.carry import write_table_bundle
@@ -25,9 +28,11 @@ from compressor.latency.fused import shares_of_layers
 from compressor.latency.table import LatencyTable
 from compressor.latency.user_tables import keep, tables_folder
 from compressor.pruning.space import PruningSpace
+from compressor.recipe import parse_recipe
 from export.archive import CHECKSUMS, checksums, unpack
 from export.errors import ExportError
 from tests.export.fake_trtexec import known_layers, make_trtexec
+from tests.latency.conftest import SmallNet
 
 TOOLS = ["cat", "cut", "gzip", "head", "mkdir", "mv", "rm", "sha256sum", "sort", "tail", "tar", "tr", "wc"]
 FAST = ("--duration", "1", "--warmup", "0", "--processes", "2")
@@ -343,6 +348,54 @@ def test_a_shipped_name_is_taken_only_by_its_own_module(measured: Path, said: li
     assert not find_table("jetson-orin-nano-8gb", "fp16").estimated
     assert any("takes the shipped one's place" in line for line in said)
     assert find_table("jetson-orin-nano-8gb", "fp32").estimated
+
+
+class Straight(SmallNet):
+    """The small network without its addition: other groups, but no operator that it has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.two(self.one(self.stem(x))))
+        return self.head(self.narrow(self.deep(self.wide(x))).mean((2, 3)))
+
+
+def test_other_networks_keep_the_shipped_estimate(
+    measured: Path, space: PruningSpace, said: list[str]
+) -> None:
+    name = "jetson-orin-nano-8gb"
+    table = table_of_results(measured, name)
+    estimated = LatencyTable.load(name, "fp16", space=space)
+    assert estimated.estimated
+    keep(table)
+    assert [entry.how.split()[0] for entry in devices() if entry.name == name] == ["estimated:", "measured"]
+    assert LatencyTable.load(name, "fp16", space=space).to_json() == table.to_json()
+    assert any("takes the shipped one's place" in line for line in said)
+
+    said.clear()
+    larger = PruningSpace(SmallNet().eval(), torch.zeros(1, 3, 24, 24), granularity=8)
+    found = LatencyTable.load(name, "fp16", space=larger)
+    assert found.estimated
+    assert found.predict(larger) > estimated.predict(space)
+    (line,) = said
+    assert re.search(
+        r"other networks only: .* lacks 4 of .* operators, such as: .* network is estimated", line
+    )
+    recipe = parse_recipe({"model": "resnet18", "device": name, "precision": "fp16"}, "test")
+    assert latency_table(recipe, larger, torch.zeros(1, 3, 24, 24)).to_json() == found.to_json()
+    assert said[-1] == f"The latency of {name} is estimated, not measured."
+
+    said.clear()
+    straight = PruningSpace(Straight().eval(), torch.zeros(1, 3, 16, 16), granularity=8)
+    together = LatencyTable.load(name, "fp16", space=straight)
+    assert not together.estimated
+    assert together.predict(straight) == pytest.approx(table.predict(space), rel=0.2)
+    assert any("was not measured on" in line and "operators of others" in line for line in said)
+
+
+def test_where_nothing_is_shipped_a_table_says_what_it_lacks(measured: Path) -> None:
+    keep(table_of_results(measured))
+    larger = PruningSpace(SmallNet().eval(), torch.zeros(1, 3, 24, 24), granularity=8)
+    with pytest.raises(CompressorError, match=r"table of my-orin lacks 4 of this network's operators"):
+        LatencyTable.load("my-orin", "fp16", space=larger).predict(larger)
 
 
 def test_another_board_of_the_same_name(measured: Path, back: Path) -> None:
