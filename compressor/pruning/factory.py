@@ -84,13 +84,15 @@ def build_dense(spec: Mapping[str, Any]) -> nn.Module:
             model = build_from_factory(spec)
         if not _meta_leftovers(model):
             return model
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        # Constructors that compute with tensors need real ones; what they get wrong on their own fails again
-        # below.
+    except CompressorError:
+        raise
+    except Exception:  # constructors that compute with tensors need real ones; what else is wrong fails again below
         pass
     try:
         return build_from_factory(spec)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except CompressorError:
+        raise
+    except Exception as error:  # the code of a user or a library may raise anything; it is told with its cause
         raise CompressorError(
             f"The factory {name!r} fails: {type(error).__name__}: {error}.", _ADVICE
         ) from error

@@ -134,6 +134,11 @@ def zoo(num_classes: int = 5) -> nn.Module:
     return Zoo(num_classes)
 
 
+def unset(num_classes: int = 5) -> nn.Module:
+    """A factory that fails in its own way."""
+    return {}["config"]
+
+
 def filled(model: nn.Module, seed: int = 0) -> nn.Module:
     """Weights that keep activations alive, batch-norm statistics far from their defaults, in eval mode."""
     random = torch.Generator().manual_seed(seed)

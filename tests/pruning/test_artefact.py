@@ -184,6 +184,10 @@ def _edited(folder: Path, **changes: Any) -> None:
             {"factory": {"factory": "tests.pruning.networks:zoo", "kwargs": {"num_classes": "rm"}}},
             "num_classes as an integer",
         ),
+        (
+            {"factory": {"factory": "tests.pruning.networks:unset", "kwargs": {"num_classes": 5}}},
+            "'tests.pruning.networks:unset' fails: KeyError: 'config'",
+        ),
         ({"edits": [["stem", "out_channels", 10**6]]}, "sets 'stem.out_channels'"),
         ({"edits": [["stem", "__class__", 3]]}, "sets 'stem.__class__'"),
         ({"edits": [["gone", "out_channels", 3]]}, "network lacks"),

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.pruning_coverage import Row, examine, networks, table
+from compressor.pruning.build import build
 from compressor.pruning.space import PruningSpace
 from tests.pruning.networks import Attentive, Tied, UNet, Zoo
 
@@ -93,6 +94,25 @@ def test_auxiliary_heads_fit_in_training() -> None:
     small = space.apply(space.uniform(0.5)).train()
     out = small(torch.randn(2, 3, 64, 64))
     assert [tuple(t.shape) for t in out] == [(2, 1000)] * 3
+
+
+class WantsLabels(nn.Module):
+    """In training it looks for labels that nobody gave it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.spare = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.given: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).mean((2, 3))
+        return self.head(x) + (self.spare(x) - self.given["labels"] if self.training else 0)
+
+
+def test_a_pass_in_training_may_fail_in_any_way() -> None:
+    built = build(WantsLabels().eval(), (torch.zeros(1, 3, 8, 8),))
+    assert built.on_meta  # the dense pass is not repeated with real tensors
+    assert [group.name for group in built.resolved.groups] == ["stem"]
 
 
 def test_the_real_checkpoint_survives_mild_pruning(shared_data: Path) -> None:
