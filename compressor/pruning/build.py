@@ -180,7 +180,7 @@ def _train_pass(tracer: Tracer, skeleton: nn.Module, args: tuple[Any, ...], meta
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), tracer:
             out = skeleton(*twice)
-    except Exception:  # what runs in training only may want labels or real data, and miss them by any exception
+    except Exception:  # what runs in training only may want labels or real data, and fail in any way
         return
     _fix_outputs(tracer, out)
 

@@ -86,13 +86,14 @@ def build_dense(spec: Mapping[str, Any]) -> nn.Module:
             return model
     except CompressorError:
         raise
-    except Exception:  # constructors that compute with tensors need real ones; what else is wrong fails again below
+    except Exception:
+        # Constructors that compute with tensors need real ones; what they get wrong on their own fails again below.
         pass
     try:
         return build_from_factory(spec)
     except CompressorError:
         raise
-    except Exception as error:  # the code of a user or a library may raise anything; it is told with its cause
+    except Exception as error:  # a user's or a library's code may raise anything
         raise CompressorError(
             f"The factory {name!r} fails: {type(error).__name__}: {error}.", _ADVICE
         ) from error
