@@ -115,15 +115,6 @@ def _setting(value: Any, name: str, default: Any, names: Sequence[str], what: st
     return default
 
 
-def legal_widths(group: Group) -> Ints:
-    legal = (
-        set(range(group.min_width, group.width + 1, group.granularity))
-        if group.min_width % group.granularity == 0
-        else set()
-    )
-    return np.array(sorted(legal | {group.width}), dtype=np.int64)
-
-
 def make_layers(facts: Facts, resolved: Resolved) -> tuple[Layer, ...]:
     return tuple(
         Layer(

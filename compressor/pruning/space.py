@@ -17,13 +17,11 @@ from compressor.pruning.construct import (
     Ints,
     Layer,
     exclude,
-    legal_widths,
     make_groups,
     make_layers,
     name_unreached,
     param_terms,
     resolved_terms,
-    some,
 )
 from compressor.pruning.counts import CostTerms, RoundedTerms
 from compressor.pruning.groups import Group, Skipped
@@ -33,6 +31,7 @@ from compressor.pruning.liveness import Activations
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import named_tensors
 from compressor.pruning.slicer import RECORD, Slicer, cut
+from compressor.pruning.widths import checked_widths, legal_widths, nearest_widths
 
 __all__ = ["Layer", "PruningSpace"]
 
@@ -41,24 +40,19 @@ class PruningSpace:
     """Everything that may be pruned in `model`, traced once.
 
     Args:
-        model: Any network that runs in eval mode on `example_input` without a course that depends on data.
-        It is never
-            changed; importance and `apply` read its weights of the moment.
-        example_input: A tensor, or a tuple of positional arguments. Only shapes, types and devices matter. A
-        batch is
-            cut to one input, so that costs are those of one input.
-        granularity: Widths are multiples of this many channels (or the dense width); by pattern of group
-        names too.
-        min_width: The smallest width: channels (int), a share of the dense width (float), or either by
-        pattern of group
-            names. Default: a tenth of the dense width, at least one step.
+        model: Any network that runs in eval mode on `example_input` without a course that depends on data. It is
+            never changed; importance and `apply` read its weights of the moment.
+        example_input: A tensor, or a tuple of positional arguments. Only shapes, types and devices matter. A batch
+            is cut to one input, so that costs are those of one input.
+        granularity: Widths are multiples of this many channels (or the dense width); by pattern of group names too.
+        min_width: The smallest width: channels (int), a share of the dense width (float), or either by pattern of
+            group names. Default: a tenth of the dense width, at least one step.
         frozen: Patterns (fnmatch) of group or module names that stay dense.
         scope: "all", or "inner" to leave groups that run through residual additions dense.
 
     Raises:
-        CompressorError: the forward pass fails or depends on data, the model lies on the meta device, the
-        input on another
-            device than the model, or a pattern matches nothing.
+        CompressorError: the forward pass fails or depends on data, the model lies on the meta device, the input on
+            another device than the model, or a pattern matches nothing.
 
     Example: a torchvision ResNet-18 at 3x224x224 has 12 groups, 4 of them coupled by residual additions.
     """
@@ -137,53 +131,11 @@ class PruningSpace:
         Raises:
             CompressorError: an unknown group, a wrong number of widths, or a width that is not legal.
         """
-        if isinstance(x, Mapping):
-            for name in x:
-                if name not in self._index:
-                    raise CompressorError(
-                        f"There is no group '{name}'.", f"Groups: {some(list(self._index), str(name))}."
-                    )
-            values: list[Any] = [x.get(group.name, group.width) for group in self.groups]
-        else:
-            values = list(x)
-            if len(values) != len(self.groups):
-                raise CompressorError(
-                    f"{len(values)} widths for {len(self.groups)} groups.",
-                    "Give one for each group, in their order.",
-                )
-        for group, value in zip(self.groups, values, strict=True):
-            self._check_width(group, value)
-        return np.array(values, dtype=np.int64)
-
-    def _check_width(self, group: Group, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise CompressorError(
-                f"The width of group '{group.name}' must be a whole number, not {value!r}.", "Use round()."
-            )
-        if value in self._choices[group.index]:
-            return
-        legal = f"multiples of {group.granularity} from {group.min_width} on, or {group.width}"
-        if value > group.width:
-            what = f"is above the dense width {group.width}"
-        elif value < group.min_width:
-            what = f"is below the smallest width {group.min_width}"
-        else:
-            what = f"is not a multiple of the granularity {group.granularity}"
-        raise CompressorError(f"Width {value} of group '{group.name}' {what}.", f"Legal widths: {legal}.")
+        return checked_widths(self.groups, self._choices, x)
 
     def round(self, widths: Any) -> Ints:
         """The legal widths nearest to `widths` (G,), real numbers."""
-        wanted = np.asarray(widths, dtype=np.float64)
-        if wanted.shape != (len(self.groups),) or not np.isfinite(wanted).all():
-            raise CompressorError(
-                f"Widths to round must be {len(self.groups)} finite numbers, not shape {wanted.shape}.",
-                "Give one a group.",
-            )
-        nearest = [
-            legal[int(np.abs(legal - value).argmin())]
-            for legal, value in zip(self._choices, wanted, strict=True)
-        ]
-        return np.array(nearest, dtype=np.int64)
+        return nearest_widths(self._choices, widths)
 
     # ---------------------------------------------------------------- plans
     def rank(self, importance: Importance = "l1", data: Any = None, seed: int = 0) -> Ranking:

@@ -1,0 +1,85 @@
+"""Which widths are legal: the choices of each group, and what a user's numbers are checked or rounded to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from compressor.errors import CompressorError
+from compressor.pruning.construct import Ints, some
+from compressor.pruning.groups import Group
+
+
+def legal_widths(group: Group) -> Ints:
+    """The legal widths of a group, ascending; the last is dense."""
+    legal = (
+        set(range(group.min_width, group.width + 1, group.granularity))
+        if group.min_width % group.granularity == 0
+        else set()
+    )
+    return np.array(sorted(legal | {group.width}), dtype=np.int64)
+
+
+def checked_widths(
+    groups: Sequence[Group], choices: Sequence[Ints], given: Mapping[str, int] | Sequence[int] | Ints
+) -> Ints:
+    """Widths (G,) from a mapping (groups left out stay dense) or a sequence.
+
+    Args:
+        groups: of the space.
+        choices: the legal widths of each.
+        given: what the user asks for.
+
+    Raises:
+        CompressorError: an unknown group, a wrong number of widths, or a width that is not legal.
+    """
+    if isinstance(given, Mapping):
+        values: list[Any] = [given.get(group.name, group.width) for group in groups]
+        if sum(group.name in given for group in groups) < len(given):
+            names = [group.name for group in groups]
+            unknown = next(name for name in given if name not in names)
+            raise CompressorError(f"There is no group '{unknown}'.", f"Groups: {some(names, str(unknown))}.")
+    else:
+        values = list(given)
+        if len(values) != len(groups):
+            raise CompressorError(
+                f"{len(values)} widths for {len(groups)} groups.", "Give one for each group, in their order."
+            )
+    for group, legal, value in zip(groups, choices, values, strict=True):
+        _check(group, legal, value)
+    return np.array(values, dtype=np.int64)
+
+
+def _check(group: Group, legal: Ints, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise CompressorError(
+            f"The width of group '{group.name}' must be a whole number, not {value!r}.", "Use round()."
+        )
+    if value in legal:
+        return
+    told = f"multiples of {group.granularity} from {group.min_width} on, or {group.width}"
+    if value > group.width:
+        what = f"is above the dense width {group.width}"
+    elif value < group.min_width:
+        what = f"is below the smallest width {group.min_width}"
+    else:
+        what = f"is not a multiple of the granularity {group.granularity}"
+    raise CompressorError(f"Width {value} of group '{group.name}' {what}.", f"Legal widths: {told}.")
+
+
+def nearest_widths(choices: Sequence[Ints], wanted: Any) -> Ints:
+    """The legal widths nearest to `wanted` (G,), real numbers.
+
+    Raises:
+        CompressorError: they are not as many, or not finite.
+    """
+    real = np.asarray(wanted, dtype=np.float64)
+    if real.shape != (len(choices),) or not np.isfinite(real).all():
+        raise CompressorError(
+            f"Widths to round must be {len(choices)} finite numbers, not shape {real.shape}.",
+            "Give one a group.",
+        )
+    nearest = [legal[int(np.abs(legal - value).argmin())] for legal, value in zip(choices, real, strict=True)]
+    return np.array(nearest, dtype=np.int64)
