@@ -4,10 +4,12 @@
     python benchmarks/latency_accuracy.py resnet50@224 --networks 10
 
 For each network: a table is measured from nothing (its time is printed), then random sub-networks that were
-used for nothing else are measured end to end, three times with the others in between, of which the median counts,
-and compared with the table's prediction, with the plain sum of the operators (scaled by its best factor), and with a
-guess proportional to multiply-adds (likewise). The machine should do nothing else meanwhile; all four take about 15
-minutes. Results are saved network by network, and a second call goes on with those that are missing.
+used for nothing else are measured end to end, three times with the others in between. As in the table, runs that
+another process interrupted or slowed down do not count (`compressor.latency.calm.undisturbed`). The median of the
+others is compared with the table's prediction, with the plain sum of the operators (scaled by its best factor), and
+with a guess proportional to multiply-adds (likewise). How far the three turns of a network lie apart says how well its
+time can be known at all. The machine should do nothing else meanwhile; all four take about 15 minutes.
+Results are saved network by network, and a second call goes on with those that are missing.
 """
 
 from __future__ import annotations
@@ -49,18 +51,21 @@ Floats = npt.NDArray[np.float64]
 def measured_ms(
     space: PruningSpace, example: torch.Tensor, widths: Widths, threads: int
 ) -> tuple[Floats, Floats]:
-    """The median of each network's turns, and how far its turns lie apart as a share, both (N,)."""
+    """The median of each network's undisturbed runs, and how far its turns lie apart as a share, both (N,)."""
     ranking = space.rank()
     models = [export_candidate(space, ranking, example, row).model for row in widths]
     rng = np.random.default_rng(0)
     turns = np.zeros((TURNS, len(models)))
+    seen: list[list[Floats]] = [[] for _ in models]
     for turn in range(TURNS):
         for place in rng.permutation(len(models)):
             runner = OnnxRunner(models[place], threads=threads)
             once_ms = runner.warm_up(0.1)
             runs = int(np.clip(SECONDS_A_TURN * 1e3 / once_ms, 7, 300))
-            turns[turn, place] = float(np.median(undisturbed(timed(runner, runs))))
-    return np.median(turns, axis=0), np.ptp(turns, axis=0) / np.median(turns, axis=0)
+            seen[place].append(timed(runner, runs))
+            turns[turn, place] = float(np.median(undisturbed(seen[place][-1])))
+    measured = [float(np.median(undisturbed(np.concatenate(each)))) for each in seen]
+    return np.asarray(measured), np.ptp(turns, axis=0) / np.median(turns, axis=0)
 
 
 def errors(predicted: Floats, measured: Floats) -> dict[str, float]:
@@ -112,7 +117,8 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
     """Print all results so far."""
     table = Table(title="Predicted against measured, on sub-networks that were used for nothing else")
     columns = (
-        "network", "guess", "MAPE", "95 % within", "worst", "bias", "within 10 %", "Spearman", "made in s", "cached s",
+        "network", "guess", "MAPE", "95 % within", "worst", "bias", "within 10 %", "Spearman", "turns apart",
+        "made in s", "cached s",
     )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column in ("network", "guess") else "right")
@@ -124,6 +130,7 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
                 result["network"] if own else "", guess,
                 f"{row['mape']:.1%}", f"{row['p95']:.1%}", f"{row['worst']:.1%}",
                 f"{row['bias']:+.1%}", f"{row['within_10_percent']:.0%}", f"{row['spearman']:.4f}",
+                f"{result['turns_apart']:.1%}" if own else "",
                 f"{result['built_s']:.0f}" if own else "", f"{result['cached_s']:.1f}" if own else "",
             )  # fmt: skip
     console.print(table)

@@ -27,7 +27,7 @@ from compressor.latency.schema import (
     possible,
     rounded,
 )
-from compressor.latency.signature import Widths, channels, network_signature, signature_of
+from compressor.latency.signature import Widths, channels, network_signature, signature_of, weight_elements
 from compressor.latency.surface import Floats, Surfaces, fit_surface
 from compressor.latency.table import LatencyTable
 from export.errors import ExportError
@@ -126,7 +126,7 @@ def table_from(
 
     Args:
         space: Whose sub-networks were measured.
-        samples: Those to fit to; the dense network first and last.
+        samples: Those to fit to; the dense network first.
         unseen: Those held out for the error.
         drift: The dense network's time at the end over that at the start, minus one.
         seconds: How long measuring took.
@@ -164,6 +164,7 @@ def table_from(
             slope=rounded(correction.slope),
             least_ms=rounded(correction.least),
             bends=tuple((rounded(at), rounded(slope)) for at, slope in correction.bends),
+            weights=tuple((rounded(at), rounded(slope)) for at, slope in correction.weights),
         ),
         fitted_networks=len(samples),
         held_out=held,
@@ -204,21 +205,26 @@ class Predictor:
             for key, entry in entries.items()
         }
         self._surfaces = Surfaces([fits[key] for key in layers], block)
+        self._weights = weight_elements(layers)
+        c_in, c_out = _stacked(samples)
         self.correction = fit_correction(
-            self._totals(samples).tolist(), [each.times.median_ms for each in samples]
+            self._surfaces(c_in, c_out).sum(axis=1).tolist(),
+            self._weights(c_in, c_out).tolist(),
+            [each.times.median_ms for each in samples],
         )
 
     def __call__(self, samples: Sequence[Sample]) -> Floats:
         """Milliseconds (N,) of networks with these channels."""
-        return self.correction(self._totals(samples))
+        return self.of_channels(*_stacked(samples))
 
     def of_channels(self, c_in: Widths, c_out: Widths) -> Floats:
         """Milliseconds (N,) from the channels of each operator, (N, layers)."""
-        return self.correction(self._surfaces(c_in, c_out).sum(axis=1))
+        return self.correction(self._surfaces(c_in, c_out).sum(axis=1), self._weights(c_in, c_out))
 
-    def _totals(self, samples: Sequence[Sample]) -> Floats:
-        c_in, c_out = np.stack([each.c_in for each in samples]), np.stack([each.c_out for each in samples])
-        return np.asarray(self._surfaces(c_in, c_out).sum(axis=1))
+
+def _stacked(samples: Sequence[Sample]) -> tuple[Widths, Widths]:
+    """The channels of each operator of each network, two arrays (N, layers)."""
+    return np.stack([each.c_in for each in samples]), np.stack([each.c_out for each in samples])
 
 
 def fitted_predictor(space: PruningSpace, samples: Sequence[Sample], block: int) -> Predictor:

@@ -28,19 +28,32 @@ def timed(runner: OnnxRunner, runs: int) -> Floats:
     return times / 1e6
 
 
+SLOWED = 0.15
+"""A run that takes longer than the fastest tenth of them by this share met a slower processor than they did."""
+
+
 def undisturbed(times: Floats) -> Floats:
-    """The runs that no other process interrupted.
+    """The runs that no other process interrupted or slowed down.
+
+    A neighbour on the same core, or one that fills the shared cache, interrupts nothing and makes all runs longer for
+    seconds at a time; it never makes one shorter.
 
     Args:
         times: (runs, 2): wall clock and the thread's own clock, as `timed` gives them.
 
     Returns:
-        The wall times of the runs for which both clocks agree. Where hardly any was left alone, the times on the
-        thread's own clock, which stands still while another process runs.
+        The wall times of the runs for which both clocks agree, without those at a lower speed. Where hardly any was
+        left alone, the times on the thread's own clock, which stands still while another process runs.
     """
     wall, own = times[:, 0], times[:, 1]
     alone = wall <= own * (1 + INTERRUPTED)
-    return np.asarray(wall[alone] if alone.sum() >= max(3, len(wall) // 5) else own)
+    kept = np.asarray(wall[alone] if alone.sum() >= max(3, len(wall) // 5) else own)
+    return np.asarray(kept[at_full_speed(kept)])
+
+
+def at_full_speed(times: Floats) -> npt.NDArray[np.bool_]:
+    """Which of these times (runs,) are no longer than the fastest tenth by more than `SLOWED`."""
+    return np.asarray(times <= (1 + SLOWED) * np.quantile(times, 0.1))
 
 
 def middle(values: Floats) -> float:

@@ -1,9 +1,9 @@
 """From the sum of the operators to the whole network.
 
 A network's time is not the sum of its operators' times: the profiler adds to each of them, the runtime adds
-to all of them, and a small network finds its weights in nearer caches than a large one. The correction rises with
-the sum in straight pieces, whose slopes may differ but are drawn towards one another; it is fitted to whole networks
-that were measured end to end, with errors counted relative to the time.
+to all of them, and a network with few weights finds them in nearer caches than one with many. The correction rises
+with the sum and with the weights, with both in straight pieces whose slopes may differ but are drawn towards one
+another; it is fitted to whole networks that were measured end to end, with errors counted relative to the time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,20 @@ TINY = 0.03
 BENDS = (0.15, 0.3, 0.55)
 """Where the correction may bend, as shares of the largest measured sum."""
 
-ENOUGH = 20
-"""Networks from which on the correction may bend."""
+FILLED = (0.04, 0.08, 0.16, 0.32, 0.64)
+"""Where it may bend as weights fill one cache after another, as shares of the most weights measured."""
 
-PULL = 0.02
+ENOUGH = 20
+"""Networks from which on the correction may bend, and weights count."""
+
+PULL = 0.005
 """How strongly the slopes of neighbouring pieces are drawn together: the error that a difference of 1 counts as."""
 
+NEEDLESS = 0.3
+"""How strongly a slope over the weights is drawn to nothing, as a share of `PULL`."""
+
 FLATTEST = 1e-6
+"""The least slope over the sum."""
 
 
 @dataclass(frozen=True)
@@ -52,62 +59,109 @@ class HeldOut:
     spearman: float
 
 
+Pieces = tuple[tuple[float, float], ...]
+"""Where each piece begins, ascending, and its slope."""
+
+
 @dataclass(frozen=True)
 class Correction:
-    """Milliseconds of a whole network from the sum of its operators' milliseconds.
-
-    `offset + slope x sum` up to the first bend; from each bend on the line goes on with the bend's own slope.
+    """Milliseconds of a whole network from the sum of its operators' milliseconds and its weights.
 
     Attributes:
         offset: Milliseconds that every network pays; below zero where the profiler added more than the runtime.
-        slope: Above zero.
+        slope: Of the sum, up to the first bend; above zero.
         least: No network is predicted below this; milliseconds.
         bends: (sum in milliseconds, slope from there on), ascending.
+        weights: (elements of all weights, milliseconds for each one from there on), ascending; none below zero.
     """
 
     offset: float
     slope: float
     least: float = 0.0
-    bends: tuple[tuple[float, float], ...] = ()
+    bends: Pieces = ()
+    weights: Pieces = ()
 
-    def __call__(self, total: npt.ArrayLike) -> Floats:
-        """The whole network's milliseconds; never falls when the sum grows."""
-        sums = np.asarray(total, dtype=np.float64)
-        value, slope = self.offset + self.slope * sums, self.slope
-        for start, after in self.bends:
-            value = value + (after - slope) * np.maximum(sums - start, 0.0)
-            slope = after
-        return np.asarray(np.maximum(value, self.least))
+    def __call__(self, total: npt.ArrayLike, weights: npt.ArrayLike) -> Floats:
+        """The whole network's milliseconds; never falls when the sum or the weights grow."""
+        by_sum = _along(((0.0, self.slope), *self.bends), np.asarray(total, dtype=np.float64))
+        by_weights = _along(self.weights, np.asarray(weights, dtype=np.float64))
+        return np.asarray(np.maximum(self.offset + by_sum + by_weights, self.least))
 
 
-def fit_correction(totals: Sequence[float], measured: Sequence[float]) -> Correction:
-    """Fit to measured networks: bends from `ENOUGH` networks on, else a line; one network gives a plain factor."""
+def _along(pieces: Pieces, values: Floats) -> Floats:
+    """What straight pieces add up to from zero to each value."""
+    total, slope = np.zeros_like(values), 0.0
+    for start, after in pieces:
+        total = total + (after - slope) * np.maximum(values - start, 0.0)
+        slope = after
+    return total
+
+
+def fit_correction(
+    totals: Sequence[float], weights: Sequence[float], measured: Sequence[float]
+) -> Correction:
+    """Fit to measured networks: bends from `ENOUGH` networks on, else a line; one network gives a plain factor.
+
+    Args:
+        totals: The sum of each network's operators, in milliseconds.
+        weights: Elements of all its weights.
+        measured: Its milliseconds end to end.
+    """
     sums, times = np.asarray(totals, dtype=np.float64), np.asarray(measured, dtype=np.float64)
+    sizes = np.asarray(weights, dtype=np.float64)
     least = 0.5 * float(times.min())
     if len(sums) >= 3 and np.ptp(sums) > 0.05 * sums.mean():
-        places = sums.max() * np.asarray(BENDS) if len(sums) >= ENOUGH else np.zeros(0)
-        # A piece without networks of its own would have its slope from nowhere.
-        places = places[[bool((sums < place).sum() >= 3 and (sums > place).sum() >= 3) for place in places]]
-        offset, *slopes = _pieces(sums, times, places)
-        if min(slopes) > FLATTEST:
-            pairs = zip(places.tolist(), slopes[1:], strict=True)
-            return Correction(offset, slopes[0], least, tuple((float(at), slope) for at, slope in pairs))
+        enough = len(sums) >= ENOUGH
+        sum_starts = _starts(sums, BENDS) if enough else [0.0]
+        size_starts = _starts(sizes, FILLED) if enough and np.ptp(sizes) > 0 else []
+        offset, by_sum, by_size = _fit_pieces(sums, sizes, times, sum_starts, size_starts)
+        if min(by_sum) > FLATTEST:
+            bends = tuple(zip(sum_starts[1:], by_sum[1:], strict=True))
+            filled = tuple(zip(size_starts, by_size, strict=True)) if any(by_size) else ()
+            return Correction(offset, by_sum[0], least, bends, filled)
     return Correction(0.0, float(np.median(times / sums)), least)
 
 
-def _pieces(sums: Floats, times: Floats, places: Floats) -> list[float]:
-    """The offset and the slope of each piece, none below `FLATTEST`, neighbours drawn towards one another."""
+def _starts(values: Floats, shares: Sequence[float]) -> list[float]:
+    """Where pieces begin: zero, and those shares of the largest value that have networks on both sides."""
+    places = [float(values.max() * share) for share in shares]
+    return [0.0, *(place for place in places if values.min() < place)]
+
+
+def _fit_pieces(
+    sums: Floats, sizes: Floats, times: Floats, sum_starts: list[float], size_starts: list[float]
+) -> tuple[float, list[float], list[float]]:
+    """The offset, and the slope of each piece: over the sum none below `FLATTEST`, over the weights none below zero."""
     from scipy.optimize import lsq_linear
 
-    scale = np.maximum(times, TINY * times.max())
-    edges = np.concatenate([[0.0], places, [np.inf]])
-    lengths = np.clip(sums[:, None] - edges[:-1], 0.0, np.diff(edges))
-    rows = np.concatenate([np.ones((len(sums), 1)), lengths], axis=1) / scale[:, None]
-    pull = np.diff(np.eye(len(places) + 1), axis=0) * PULL * np.sqrt(len(sums))
-    matrix = np.concatenate([rows, np.pad(pull, ((0, 0), (1, 0)))])
+    scale, most = np.maximum(times, TINY * times.max()), float(times.max())
+    parts: list[Floats] = [np.ones((len(times), 1))]
+    pulls: list[Floats] = []
+    units: list[float] = []
+    for values, starts in ((sums, sum_starts), (sizes, size_starts)):
+        if starts:  # both in units of the longest time, so that one strength of pull serves both
+            units.append(float(values.max()) / most)
+            edges = np.asarray([*starts, np.inf])
+            parts.append(np.clip(values[:, None] - edges[:-1], 0.0, np.diff(edges)) / units[-1])
+            pulls.append(np.diff(np.eye(len(starts)), axis=0))
+    if size_starts:
+        pulls[1] = np.concatenate([pulls[1], NEEDLESS * np.eye(len(size_starts))])
+    pull = np.zeros((sum(map(len, pulls)), sum(part.shape[1] for part in parts)))
+    row, column = 0, 1
+    for each in pulls:
+        pull[row : row + len(each), column : column + each.shape[1]] = each
+        row, column = row + len(each), column + each.shape[1]
+    matrix = np.concatenate(
+        [np.concatenate(parts, axis=1) / scale[:, None], PULL * np.sqrt(len(times)) * pull]
+    )
     target = np.concatenate([times / scale, np.zeros(len(pull))])
-    lowest = np.concatenate([[-np.inf], np.full(len(places) + 1, FLATTEST)])
-    return [float(value) for value in lsq_linear(matrix, target, bounds=(lowest, np.inf)).x]
+    lowest = np.concatenate(
+        [[-np.inf], np.full(len(sum_starts), FLATTEST * units[0]), np.zeros(len(size_starts))]
+    )
+    found = lsq_linear(matrix, target, bounds=(lowest, np.inf)).x
+    middle = 1 + len(sum_starts)
+    by_sum = [float(value) / units[0] for value in found[1:middle]]
+    return float(found[0]), by_sum, [float(value) / units[1] for value in found[middle:]]
 
 
 def held_out_error(predicted: Sequence[float], measured: Sequence[float]) -> HeldOut:

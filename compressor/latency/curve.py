@@ -18,16 +18,21 @@ Operators = Callable[[Floats, Floats, bool], Floats]
 from above."""
 
 
+Total = Callable[[Floats, Floats, Floats], Floats]
+"""(sum of operators, c_in, c_out) -> milliseconds of whole networks, (N,)."""
+
+
 class LatencyCurve:
     """Predicted milliseconds of any candidate of one space.
 
     Args:
         space: Its layers say how channels follow from widths.
         operators: The time of each operator from its channels.
-        total: The whole network's time from the sum of the operators' times, never decreasing.
+        total: The whole network's time from the sum of the operators' times (N,) and their input and output
+            channels, each (N, layers); never decreasing.
     """
 
-    def __init__(self, space: PruningSpace, operators: Operators, total: Callable[[Floats], Floats]) -> None:
+    def __init__(self, space: PruningSpace, operators: Operators, total: Total) -> None:
         self._inputs = _matrix([layer.in_channels for layer in space.layers], len(space.groups))
         self._outputs = _matrix([layer.out_channels for layer in space.layers], len(space.groups))
         self._operators = operators
@@ -36,7 +41,7 @@ class LatencyCurve:
 
     def __call__(self, widths: npt.ArrayLike) -> Floats:
         """Milliseconds (N,) from widths (N, G)."""
-        return self._total(self.operators(widths).sum(axis=1))
+        return self._whole(widths, upper=False)
 
     def envelope(self, widths: npt.ArrayLike) -> Floats:
         """A bound from above, (N,) from (N, G), that never falls when a width grows.
@@ -44,12 +49,19 @@ class LatencyCurve:
         Where channels fit the runtime's blocks it equals the prediction; elsewhere it counts the slower
         kernels in.
         """
-        return self._total(self.operators(widths, upper=True).sum(axis=1))
+        return self._whole(widths, upper=True)
 
-    def operators(self, widths: npt.ArrayLike, *, upper: bool = False) -> Floats:
+    def operators(self, widths: npt.ArrayLike) -> Floats:
         """Milliseconds of each operator before the whole-network correction, (N, layers) from (N, G)."""
+        return self._operators(*self._channels(widths), False)
+
+    def _whole(self, widths: npt.ArrayLike, *, upper: bool) -> Floats:
+        c_in, c_out = self._channels(widths)
+        return self._total(self._operators(c_in, c_out, upper).sum(axis=1), c_in, c_out)
+
+    def _channels(self, widths: npt.ArrayLike) -> tuple[Floats, Floats]:
         rows = np.atleast_2d(np.asarray(widths, dtype=np.float64))
-        return self._operators(_channels(rows, self._inputs), _channels(rows, self._outputs), upper)
+        return _affine(rows, self._inputs), _affine(rows, self._outputs)
 
 
 def _matrix(functions: Sequence[Any], groups: int) -> tuple[Floats, Floats]:
@@ -62,6 +74,6 @@ def _matrix(functions: Sequence[Any], groups: int) -> tuple[Floats, Floats]:
     return matrix, constant
 
 
-def _channels(rows: Floats, affine: tuple[Floats, Floats]) -> Floats:
+def _affine(rows: Floats, affine: tuple[Floats, Floats]) -> Floats:
     matrix, constant = affine
     return np.asarray(rows @ matrix + constant)

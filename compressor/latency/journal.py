@@ -46,7 +46,7 @@ class Record:
 def heading_of(space: PruningSpace, seed: int, **device: str) -> dict[str, Any]:
     """What is measured: the sub-networks of a space, drawn by a seed, on a device that is described in words."""
     return {
-        "journal": 1,
+        "journal": 2,
         "network": network_signature(space),
         "least": [int(width) for width in space.min_widths],
         "steps": [int(group.granularity) for group in space.groups],
@@ -124,6 +124,7 @@ def _to_line(record: Record) -> str:
         "epilogues": list(sample.network.epilogues),
         "whole_ms": np.round(sample.times.whole_ms, 6).tolist(),
         "operators_ms": np.round(sample.times.operators_ms, 6).tolist(),
+        "slowdown": round(sample.times.slowdown, 4),
         "at_s": round(record.at_s, 3),
     }
     return json.dumps(fields) + "\n"
@@ -137,7 +138,7 @@ def _from_json(fields: Mapping[str, Any]) -> Record:
         raise ValueError("no measurement")
     c_in, c_out = (np.asarray(fields[name], dtype=np.int64) for name in ("c_in", "c_out"))
     network = TaggedNetwork(b"", (), tuple(str(each) for each in fields["epilogues"]))
-    sample = Sample(c_in, c_out, network, NetworkTimes(whole, operators))
+    sample = Sample(c_in, c_out, network, NetworkTimes(whole, operators, float(fields["slowdown"])))
     return Record(
         fields["role"], tuple(int(width) for width in fields["widths"]), sample, float(fields["at_s"])
     )

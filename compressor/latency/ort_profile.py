@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from compressor.latency.calm import Pace, timed, undisturbed
+from compressor.latency.calm import Pace, at_full_speed, timed, undisturbed
 from compressor.latency.graph import WEIGHTED
 from export.bench import OnnxRunner
 from export.ort import CPU, random_feeds, runtime
@@ -67,15 +67,22 @@ class NetworkTimes:
     Attributes:
         whole_ms: End-to-end times without the profiler, one for each run.
         operators_ms: (runs, operators): times under the profiler.
+        slowdown: How much slower than at its best the processor was meanwhile, a share; 0 where nothing tells.
     """
 
     whole_ms: Floats
     operators_ms: Floats
+    slowdown: float = 0.0
 
     @property
     def median_ms(self) -> float:
         """The median end-to-end time."""
         return float(np.median(self.whole_ms))
+
+    @property
+    def calm(self) -> bool:
+        """Whether the processor was about as fast as it can be."""
+        return self.slowdown <= CALM
 
 
 class Device(Protocol):
@@ -157,24 +164,25 @@ class OrtCpu:
         runner = OnnxRunner(network.model, threads=self.threads)
         once = runner.warm_up(seconds / 10)
         runs = min(MOST_RUNS, max(LEAST_RUNS, int(seconds / 4 / (once / 1e3))))
-        calmest: tuple[float, NetworkTimes] | None = None
+        calmest: NetworkTimes | None = None
         for _ in range(ATTEMPTS):
             slow = self._pace.slowdown()
             before = timed(runner, runs)
             operators = self._profile(network, min(2 * runs, MOST_PROFILED))
             after = timed(runner, runs)
             slow = max(slow, self._pace.slowdown())
-            times = NetworkTimes(undisturbed(np.concatenate([before, after])), operators)
-            if calmest is None or slow < calmest[0]:
-                calmest = (slow, times)
-            if calmest[0] <= CALM:
+            times = NetworkTimes(undisturbed(np.concatenate([before, after])), operators, slow)
+            if calmest is None or slow < calmest.slowdown:
+                calmest = times
+            if calmest.calm:
                 break
         assert calmest is not None
-        return calmest[1]
+        return calmest
 
     def _profile(self, network: TaggedNetwork, runs: int) -> Floats:
-        """(runs, operators) milliseconds from ONNX Runtime's profiler."""
-        return _by_operator(_events(network.model, self.threads, runs + WARM_UP), network)[WARM_UP:]
+        """(runs, operators) milliseconds from ONNX Runtime's profiler, of the runs at full speed."""
+        times = _by_operator(_events(network.model, self.threads, runs + WARM_UP), network)[WARM_UP:]
+        return np.asarray(times[at_full_speed(times.sum(axis=1))])
 
 
 WARM_UP = 2

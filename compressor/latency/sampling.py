@@ -1,9 +1,9 @@
 """Which sub-networks are measured, one after the other, until the table predicts well enough.
 
-A start set fills every operator's grid, and a few networks are held out. Then, in turns: networks that came out slower
-than the table says are measured again, because a busy moment slows a network and never speeds it up; and random
-networks are added where those like them are predicted worst when they are left out of the fit. It ends when the error
-on the held-out networks meets the goal, or the time is up.
+A start set fills every operator's grid, and a few networks are held out. Then, in turns: networks that met a slow
+processor, or came out slower than the table says, are measured again, because a busy moment slows a network and never
+speeds it up; and random networks are added where those like them are predicted worst when they are left out of the
+fit. It ends when the error on the held-out networks meets the goal, or the time is up.
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ class Samples:
         return float((high - low) / middle)
 
     def to_fit(self) -> list[Sample]:
-        """The dense network first and last, the others between."""
-        return [*self.dense[:-1], *self.fitted.values(), self.dense[-1]]
+        """The dense network first, wherever it did not meet a slow processor, then the others."""
+        dense = [sample for sample in self.dense if sample.times.calm] or self.dense
+        return [*dense, *self.fitted.values()]
 
 
 def collect(
@@ -232,7 +233,7 @@ class _Collector:
         return [("fit", row) for row in chosen]
 
     def _suspects(self) -> list[tuple[Role, Widths]]:
-        """Networks that came out slower than those like them say, the most suspicious first."""
+        """Networks that met a slow processor, or came out slower than those like them say, the worst first."""
         predict = self._predictor(self.samples.to_fit())
         found: list[tuple[float, Role, Widths]] = []
         kinds: tuple[tuple[Role, dict[tuple[int, ...], Sample]], ...] = (
@@ -243,9 +244,10 @@ class _Collector:
             samples = list(kept.values())
             error = np.asarray([each.times.median_ms for each in samples]) / predict(samples) - 1.0
             limit = max(SUSPICIOUS, 3.0 * float(np.median(np.abs(error))))
-            for widths, slower in zip(kept, error, strict=True):
-                if slower > limit and self.times_measured[widths] < AGAIN:
-                    found.append((float(slower), role, np.asarray(widths, dtype=np.int64)))
+            for widths, sample, slower in zip(kept, samples, error, strict=True):
+                if (slower > limit or not sample.times.calm) and self.times_measured[widths] < AGAIN:
+                    worst = max(float(slower), sample.times.slowdown)
+                    found.append((worst, role, np.asarray(widths, dtype=np.int64)))
         return [(role, row) for _, role, row in sorted(found, key=lambda item: -item[0])]
 
     def _worst_predicted(self, count: int) -> Widths:

@@ -95,7 +95,8 @@ class Entry(_Part):
 
 
 class CorrectionFields(_Part):
-    """milliseconds = max(least, offset + slope x sum of operators), with another slope from each bend on."""
+    """milliseconds = max(least, offset + slope x sum of operators), with another slope from each bend on, and for the
+    weights a slope of their own from each number of them on."""
 
     offset_ms: Finite
     slope: Positive
@@ -103,12 +104,16 @@ class CorrectionFields(_Part):
     bends: tuple[tuple[Positive, Positive], ...] = Field(
         default=(), description="(sum of operators in ms, slope from there on), ascending."
     )
+    weights: tuple[tuple[Share, Share], ...] = Field(
+        default=(), description="(elements of all weights, ms for each one from there on), ascending."
+    )
 
     @model_validator(mode="after")
     def _ascend(self) -> CorrectionFields:
-        places = [place for place, _ in self.bends]
-        if places != sorted(set(places)):
-            raise ValueError("its bends are not in ascending order")
+        for pieces in (self.bends, self.weights):
+            places = [place for place, _ in pieces]
+            if places != sorted(set(places)):
+                raise ValueError("its bends are not in ascending order")
         return self
 
 

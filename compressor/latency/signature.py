@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,26 @@ def channels(space: PruningSpace, widths: Widths) -> tuple[npt.NDArray[np.int64]
         inputs[:, index] = layer.in_channels(widths)
         outputs[:, index] = layer.out_channels(widths)
     return inputs, outputs
+
+
+def weight_elements(
+    keys: Sequence[str],
+) -> Callable[[npt.ArrayLike, npt.ArrayLike], npt.NDArray[np.float64]]:
+    """How many weights operators have: (c_in, c_out), each (N, operators), -> elements of all of them, (N,).
+
+    Args:
+        keys: The signature of each operator.
+    """
+    signatures = [OpSignature.from_key(key) for key in keys]
+    taps = np.asarray([float(each.kernel[0] * each.kernel[1]) for each in signatures])
+    own = np.asarray([each.groups == 0 for each in signatures], dtype=bool)
+    groups = np.asarray([max(each.groups, 1) for each in signatures], dtype=np.float64)
+
+    def elements(c_in: npt.ArrayLike, c_out: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        a_group = np.where(own, 1.0, np.asarray(c_in) / groups)
+        return np.asarray((taps * a_group * np.asarray(c_out)).sum(axis=-1))
+
+    return elements
 
 
 def _affine(function: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from compressor.errors import CompressorError
 from compressor.latency.correction import Correction
 from compressor.latency.curve import Floats, LatencyCurve
 from compressor.latency.schema import NetworkFields, TableFields, read_table
-from compressor.latency.signature import network_signature, signature_of
+from compressor.latency.signature import network_signature, signature_of, weight_elements
 from compressor.latency.surface import Surface, Surfaces, fit_surface
 from compressor.run_dir import write_atomic
 
@@ -187,7 +187,7 @@ class LatencyTable:
             return LatencyCurve(
                 space,
                 roofline_operators(fields, self.precision, space),
-                lambda total: raised * (total + fields.network_ms),
+                lambda total, c_in, c_out: raised * (total + fields.network_ms),
             )
         network = self.fields.networks.get(network_signature(space))
         if network is not None:
@@ -201,13 +201,17 @@ class LatencyTable:
                 "Measure it for this space: compress profile",
             )
         surfaces = Surfaces(entries, self.fields.block)
-        fields_c = network.correction
-        correction = Correction(fields_c.offset_ms, fields_c.slope, fields_c.least_ms, fields_c.bends)
+        made = network.correction
+        correction = Correction(made.offset_ms, made.slope, made.least_ms, made.bends, made.weights)
+        weights = weight_elements(network.layers)
 
         def operators(c_in: Floats, c_out: Floats, upper: bool) -> Floats:
             return surfaces(c_in, c_out, upper=upper)
 
-        return LatencyCurve(space, operators, lambda total: raised * correction(total))
+        def whole(total: Floats, c_in: Floats, c_out: Floats) -> Floats:
+            return raised * correction(total, weights(c_in, c_out))
+
+        return LatencyCurve(space, operators, whole)
 
     def covers(self, space: PruningSpace) -> bool:
         """Whether every candidate of `space` lies inside what was measured."""

@@ -16,7 +16,13 @@ from compressor.latency.calm import channel_block, middle, undisturbed
 from compressor.latency.correction import fit_correction, held_out_error
 from compressor.latency.design import LEVELS, anchor_widths, grid_widths, random_widths
 from compressor.latency.ort_profile import OrtCpu, _by_operator, tag
-from compressor.latency.signature import OpSignature, channels, network_signature, signature_of
+from compressor.latency.signature import (
+    OpSignature,
+    channels,
+    network_signature,
+    signature_of,
+    weight_elements,
+)
 from compressor.latency.surface import Surfaces, fit_surface
 from compressor.pruning.space import PruningSpace
 from export.to_onnx import export_onnx
@@ -83,12 +89,41 @@ def test_surfaces_of_noise_are_positive_and_bounded_by_their_envelope(seed: int)
 
 def test_the_correction_finds_a_line() -> None:
     totals = np.linspace(1, 10, 20)
-    correction = fit_correction(totals, 0.3 + 0.8 * totals)
+    correction = fit_correction(totals, np.full(20, 7.0), 0.3 + 0.8 * totals)
     assert correction.offset == pytest.approx(0.3)
     assert correction.slope == pytest.approx(0.8)
-    assert float(fit_correction([2.0], [3.0])(4.0)) == pytest.approx(6.0)
-    falling = fit_correction([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])
+    assert correction.weights == ()
+    assert float(fit_correction([2.0], [9.0], [3.0])(4.0, 9.0)) == pytest.approx(6.0)
+    falling = fit_correction([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0])
     assert falling.slope > 0
+
+
+def test_the_correction_sees_that_many_weights_leave_the_nearest_cache() -> None:
+    rng = np.random.default_rng(3)
+    totals, weights = rng.uniform(0.2, 1.0, 80), rng.uniform(0.0, 1e7, 80)
+
+    def truth(total: np.ndarray, size: np.ndarray) -> np.ndarray:
+        return 0.02 + total + 0.4 * np.clip((size - 1.6e6) / 4.8e6, 0.0, 1.0)
+
+    correction = fit_correction(totals, weights, truth(totals, weights))
+    unseen, sizes = rng.uniform(0.2, 1.0, 200), rng.uniform(0.0, 1e7, 200)
+    off = np.abs(correction(unseen, sizes) / truth(unseen, sizes) - 1)
+    by_sum_alone = fit_correction(totals, np.zeros(80), truth(totals, weights))
+    assert off.mean() < 0.03
+    assert off.mean() < 0.3 * np.abs(by_sum_alone(unseen, 0.0) / truth(unseen, sizes) - 1).mean()
+    more = correction(np.full(50, 0.5), np.linspace(0, 2e7, 50))
+    assert (np.diff(more) >= 0).all()
+
+
+def test_weights_are_counted_by_kind() -> None:
+    keys = [
+        "conv k3x3 s1x1 p1x1 d1x1 g1 in8x8",
+        "depthwise k3x3 s1x1 p1x1 d1x1 gc in8x8",
+        "grouped k1x1 s1x1 p0x0 d1x1 g4 in8x8",
+        "linear k1x1 s1x1 p0x0 d1x1 g1 in1x1",
+    ]
+    found = weight_elements(keys)(np.asarray([[3, 16, 16, 20]]), np.asarray([[16, 16, 20, 10]]))
+    assert found.tolist() == [9 * 3 * 16 + 9 * 16 + 16 * 20 // 4 + 20 * 10]
 
 
 def test_held_out_error_by_hand() -> None:
@@ -193,6 +228,12 @@ def test_interrupted_runs_do_not_count() -> None:
     mixed[:, 0] = 4.0
     assert set(undisturbed(mixed)) == {1.0}
     assert middle(np.asarray([1.0, 2.0, 4.0, 99.0])) == 3.0
+
+
+def test_runs_on_a_slowed_processor_do_not_count() -> None:
+    slowed = np.tile(np.linspace(1.0, 1.1, 40)[:, None], (1, 2))
+    slowed[:30] *= 1.9  # no other process ran on this core: both clocks agree
+    assert undisturbed(slowed).tolist() == slowed[30:, 0].tolist()
 
 
 def test_the_channel_block_is_a_vectors() -> None:
