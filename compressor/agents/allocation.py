@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.agents.proposals import scaled_widths
+from compressor.agents.proposals import scaled_widths, uniform_or_cheapest
 from compressor.env.bounds import Widths
 from compressor.env.environment import PruningEnv
 
@@ -56,7 +56,7 @@ class Allocator:
         dense = self.bounds.dense
         if self.bounds.feasible(dense)[0]:
             return dense.copy()
-        current = self._snap(scaled_widths(self.env, np.ones(len(dense))))
+        current = self._snap(uniform_or_cheapest(self.env))
         best, best_value = current, self._value(current, values)
         reach = 2.0
         for _ in range(_ITERATIONS):

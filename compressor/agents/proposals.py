@@ -50,6 +50,11 @@ def uniform_widths(env: PruningEnv) -> Widths:
     return widths
 
 
+def uniform_or_cheapest(env: PruningEnv) -> Widths:
+    """`uniform_widths`; where costs jump so that no single ratio keeps the budgets, the cheapest widths known."""
+    return scaled_widths(env, np.ones(len(env.bounds.dense)))
+
+
 def _scaled(env: PruningEnv, shape: NDArray[np.float64]) -> Widths | None:
     """By scanning the factors ever finer, many in one prediction: of those that keep the budgets, the largest seen."""
     low, high = 0.0, float(1.0 / shape.min())

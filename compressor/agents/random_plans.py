@@ -9,7 +9,7 @@ import numpy as np
 
 from compressor import progress
 from compressor.agents.base import Agent, SearchResult
-from compressor.agents.proposals import follow, followed, random_widths, scaled_widths
+from compressor.agents.proposals import follow, followed, random_widths, uniform_or_cheapest
 
 if TYPE_CHECKING:
     from compressor.agents.search_run import SearchRun
@@ -63,6 +63,5 @@ class RandomAgent(Agent):
     def _drawn(self, run: SearchRun, step: int) -> Widths:
         """The widths of one step, from a generator of its own."""
         if step == 0:
-            # Where costs jump, no single ratio may do.
-            return scaled_widths(run.env, np.ones(len(run.env.bounds.dense)))
+            return uniform_or_cheapest(run.env)
         return random_widths(run.env, np.random.default_rng([self.seed, run.place.round, step]))

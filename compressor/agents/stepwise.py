@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from compressor import progress
 from compressor.agents.base import Agent, SearchResult
 from compressor.agents.dueling import DoubleDqn
-from compressor.agents.proposals import scaled_widths
+from compressor.agents.proposals import uniform_or_cheapest
 from compressor.env.observation import FEATURES
 from compressor.errors import CompressorError
 
@@ -85,7 +85,7 @@ class StepwiseAgent(Agent):
                 search.play(0.0 if last else search.epsilon(episode, total), phase)
                 run.done(phase)
                 bar.advance(note=f"{run.candidates[-1].accuracy:.1%}")
-        uniform = scaled_widths(env, np.ones(len(env.bounds.dense))).tolist()
+        uniform = uniform_or_cheapest(env).tolist()
         ours = [c for c in run.candidates if c.round == run.place.round]
         best = [max(ours, key=lambda candidate: candidate.reward).widths] if ours else []
         return run.choose([*best, uniform])

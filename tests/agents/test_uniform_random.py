@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compressor.agents.base import Limits
-from compressor.agents.proposals import random_widths, scaled_widths, uniform_widths
+from compressor.agents.proposals import random_widths, uniform_or_cheapest, uniform_widths
 from compressor.agents.registry import AGENTS, agent_class, create_agent
 from compressor.agents.schedule import Schedule
 from compressor.env.environment import PruningEnv
@@ -39,7 +39,7 @@ def test_uniform_where_no_ratio_serves() -> None:
     env = PruningEnv(space, [budget], FakeEvaluator(space, [1, 1]))
     with pytest.raises(CompressorError, match="No single ratio"):
         uniform_widths(env)
-    assert env.bounds.feasible(scaled_widths(env, np.ones(2)))[0]
+    assert env.bounds.feasible(uniform_or_cheapest(env))[0]
 
 
 def test_random_widths_fill_the_budget() -> None:

@@ -17,7 +17,7 @@ from compressor.agents.constrained.ppo import LagrangianPpo
 from compressor.agents.constrained.settings import ConstrainedSettings
 from compressor.agents.constrained.state import States
 from compressor.agents.constrained.walk import Walk, Walker
-from compressor.agents.proposals import scaled_widths
+from compressor.agents.proposals import scaled_widths, uniform_or_cheapest
 from compressor.agents.randomness import OwnRandomness
 from compressor.agents.search_run import SearchRun
 from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
@@ -66,7 +66,7 @@ class ConstrainedSearch:
         """Choose the plan around which the policy acts at first."""
         if self.settings.start == "dense":
             return
-        starts = [scaled_widths(self.env, np.ones(self.groups))]
+        starts = [uniform_or_cheapest(self.env)]
         if self._points():
             self._sensitivity.measure()
             if self._sensitivity.complete:

@@ -14,7 +14,14 @@ from compressor.agents.base import Candidate, SearchResult
 from compressor.agents.episodes import Policy
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import BLOCK, JointSettings
-from compressor.agents.proposals import follow, followed, near_widths, random_widths, scaled_widths
+from compressor.agents.proposals import (
+    follow,
+    followed,
+    near_widths,
+    random_widths,
+    scaled_widths,
+    uniform_or_cheapest,
+)
 from compressor.agents.search_run import SearchRun
 from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
 from compressor.env.bounds import Widths
@@ -179,7 +186,7 @@ class JointSearch:
         """Score the shortlist on the final weights and choose the best."""
         if not self.settings.rescore:
             return self._ended(
-                self.run.choose([self._best_ever(), self._uniform().tolist()], score_all=False)
+                self.run.choose([self._best_ever(), uniform_or_cheapest(self.env).tolist()], score_all=False)
             )
         if self._learns and self._favoured is not None and not self.run.spent(reserve=1):
             self._episode(self.learner.policy(deterministic=True), "policy")
@@ -188,7 +195,7 @@ class JointSearch:
     def _shortlist(self) -> list[list[int]]:
         """The best plan now, the favoured one, the best few so far and the uniform one; each once."""
         found: list[Any] = [self._best_now(), *([] if self._favoured is None else [self._favoured])]
-        found += [*self._best_known(self.settings.shortlist), self._uniform()]
+        found += [*self._best_known(self.settings.shortlist), uniform_or_cheapest(self.env)]
         return [list(each) for each in dict.fromkeys(tuple(map(int, widths)) for widths in found)]
 
     def _ended(self, result: SearchResult) -> SearchResult:
@@ -236,7 +243,7 @@ class JointSearch:
 
     def _filling(self, step: int, generator: np.random.Generator | None = None) -> Widths:
         if step == 0 or self.settings.proposer == "uniform":
-            return self._uniform()
+            return uniform_or_cheapest(self.env)
         if self.settings.measures_groups:
             sensitivity = self._sensitivity
             if step == 1 and sensitivity is not None and sensitivity.complete:
@@ -263,7 +270,7 @@ class JointSearch:
         best = self._best_candidate()
         if best is not None:
             return np.array(best.widths, dtype=np.int64)
-        return self._uniform() if self._favoured is None else self._favoured
+        return uniform_or_cheapest(self.env) if self._favoured is None else self._favoured
 
     def _best_candidate(self) -> Candidate | None:
         """The best plan that was scored on the weights as they are."""
@@ -276,7 +283,7 @@ class JointSearch:
         """The plan that earned the most, on whatever weights."""
         plans = [c for c in self.run.candidates if c.phase != PHASE and c.round == self.run.place.round]
         best = max(plans, key=lambda candidate: candidate.reward, default=None)
-        return self._uniform().tolist() if best is None else list(best.widths)
+        return uniform_or_cheapest(self.env).tolist() if best is None else list(best.widths)
 
     def _best_known(self, number: int) -> list[tuple[int, ...]]:
         """The best plans so far, first those scored on the latest weights."""
@@ -285,10 +292,6 @@ class JointSearch:
         known = [c for c in plans if c.round == place.round or c.phase == "final"]
         known.sort(key=lambda c: (c.epoch == latest, c.reward), reverse=True)
         return list(dict.fromkeys(candidate.widths for candidate in known))[:number]
-
-    def _uniform(self) -> Widths:
-        """The uniform plan; where no single ratio keeps the budgets, the cheapest one."""
-        return scaled_widths(self.env, np.ones(len(self.env.bounds.dense)))
 
     def _state(self) -> dict[str, Any]:
         return {
