@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Agent, SearchResult
+from compressor.agents.best import best_of_round
 from compressor.agents.proposals import near_widths
 from compressor.agents.search_run import SearchRun
-from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
+from compressor.agents.values import POWERS, Sensitivity, saliency_values
 
 if TYPE_CHECKING:
     from compressor.env.bounds import Widths
@@ -87,10 +88,10 @@ class _KnapsackSearch:
                         self._try("sensitivities", np.zeros(groups))
                     run.done("measured")
         self._refine(total)
-        ours = [c for c in run.candidates if c.round == run.place.round and c.phase != PHASE]
-        if not ours:
+        best = best_of_round(run)
+        if best is None:
             return run.choose([self.allocator.solve(self._values("saliency1.0")).tolist()])
-        return run.choose([max(ours, key=lambda candidate: candidate.reward).widths])
+        return run.choose([best.widths])
 
     def _planned(self) -> int:
         if self.run.place.round:

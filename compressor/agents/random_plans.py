@@ -9,6 +9,7 @@ import numpy as np
 
 from compressor import progress
 from compressor.agents.base import Agent, SearchResult
+from compressor.agents.best import best_of_round
 from compressor.agents.proposals import follow, followed, random_widths, uniform_or_cheapest
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ class RandomAgent(Agent):
                 if (step + 1) % 10 == 0:
                     run.save()
                 bar.advance(run.evaluations - before, note=f"{scored.accuracy:.1%}")
-        ours = [candidate for candidate in run.candidates if candidate.round == run.place.round]
-        best = max(ours, key=lambda candidate: candidate.reward, default=None)
+        best = best_of_round(run)
         return run.choose([self._drawn(run, 0).tolist() if best is None else best.widths])
 
     def _drawn(self, run: SearchRun, step: int) -> Widths:

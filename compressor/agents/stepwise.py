@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from compressor import progress
 from compressor.agents.base import Agent, SearchResult
+from compressor.agents.best import best_of_round
 from compressor.agents.dueling import DoubleDqn
 from compressor.agents.proposals import uniform_or_cheapest
 from compressor.env.observation import FEATURES
@@ -86,9 +87,8 @@ class StepwiseAgent(Agent):
                 run.done(phase)
                 bar.advance(note=f"{run.candidates[-1].accuracy:.1%}")
         uniform = uniform_or_cheapest(env).tolist()
-        ours = [c for c in run.candidates if c.round == run.place.round]
-        best = [max(ours, key=lambda candidate: candidate.reward).widths] if ours else []
-        return run.choose([*best, uniform])
+        best = best_of_round(run)
+        return run.choose([uniform] if best is None else [best.widths, uniform])
 
 
 class _StepwiseSearch:

@@ -11,6 +11,7 @@ import numpy as np
 from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Candidate, SearchResult
+from compressor.agents.best import best_known, best_of_round, best_on_weights
 from compressor.agents.episodes import Policy
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import BLOCK, JointSettings
@@ -23,7 +24,7 @@ from compressor.agents.proposals import (
     uniform_or_cheapest,
 )
 from compressor.agents.search_run import SearchRun
-from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
+from compressor.agents.values import POWERS, Sensitivity, saliency_values
 from compressor.env.bounds import Widths
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class JointSearch:
             self._favoured = np.array(policys.widths, dtype=np.int64)
         else:
             if self._favoured is not None and not self.run.spent(reserve):
-                best = self._best_candidate()
+                best = best_on_weights(self.run)
                 # Only whether it beats the best matters here, and the replay does not get it.
                 self.run.score(self._favoured, "favoured", floor=None if best is None else best.reward)
             self._favoured = self._best_now()
@@ -156,7 +157,7 @@ class JointSearch:
 
     def play_again(self) -> None:
         """Search on with tightened budgets: near the best plan so far, scaled to them."""
-        ratios = np.asarray(self._best_known(1)[0]) / self.env.bounds.dense
+        ratios = np.asarray(best_known(self.run, 1)[0]) / self.env.bounds.dense
         self._favoured = scaled_widths(self.env, ratios)
         for step in self.run.remaining("again", self.settings.again_episodes):
             if self.run.spent(reserve=1):
@@ -185,9 +186,9 @@ class JointSearch:
     def choose(self) -> SearchResult:
         """Score the shortlist on the final weights and choose the best."""
         if not self.settings.rescore:
-            return self._ended(
-                self.run.choose([self._best_ever(), uniform_or_cheapest(self.env).tolist()], score_all=False)
-            )
+            best, uniform = best_of_round(self.run), uniform_or_cheapest(self.env).tolist()
+            first = uniform if best is None else best.widths
+            return self._ended(self.run.choose([first, uniform], score_all=False))
         if self._learns and self._favoured is not None and not self.run.spent(reserve=1):
             self._episode(self.learner.policy(deterministic=True), "policy")
         return self._ended(self.run.choose(self._shortlist()))
@@ -195,7 +196,7 @@ class JointSearch:
     def _shortlist(self) -> list[list[int]]:
         """The best plan now, the favoured one, the best few so far and the uniform one; each once."""
         found: list[Any] = [self._best_now(), *([] if self._favoured is None else [self._favoured])]
-        found += [*self._best_known(self.settings.shortlist), uniform_or_cheapest(self.env)]
+        found += [*best_known(self.run, self.settings.shortlist), uniform_or_cheapest(self.env)]
         return [list(each) for each in dict.fromkeys(tuple(map(int, widths)) for widths in found)]
 
     def _ended(self, result: SearchResult) -> SearchResult:
@@ -267,31 +268,10 @@ class JointSearch:
 
     def _best_now(self) -> Widths:
         """The best plan on the weights as they are, else the favoured one, else the uniform one."""
-        best = self._best_candidate()
+        best = best_on_weights(self.run)
         if best is not None:
             return np.array(best.widths, dtype=np.int64)
         return uniform_or_cheapest(self.env) if self._favoured is None else self._favoured
-
-    def _best_candidate(self) -> Candidate | None:
-        """The best plan that was scored on the weights as they are."""
-        place = self.run.place
-        plans = [c for c in self.run.candidates if c.phase != PHASE]
-        now = [c for c in plans if (c.epoch, c.round) == (place.epoch, place.round)]
-        return max(now, key=lambda candidate: candidate.reward, default=None)
-
-    def _best_ever(self) -> list[int]:
-        """The plan that earned the most, on whatever weights."""
-        plans = [c for c in self.run.candidates if c.phase != PHASE and c.round == self.run.place.round]
-        best = max(plans, key=lambda candidate: candidate.reward, default=None)
-        return uniform_or_cheapest(self.env).tolist() if best is None else list(best.widths)
-
-    def _best_known(self, number: int) -> list[tuple[int, ...]]:
-        """The best plans so far, first those scored on the latest weights."""
-        place, latest = self.run.place, max((c.epoch for c in self.run.candidates), default=0)
-        plans = [c for c in self.run.candidates if c.phase != PHASE]
-        known = [c for c in plans if c.round == place.round or c.phase == "final"]
-        known.sort(key=lambda c: (c.epoch == latest, c.reward), reverse=True)
-        return list(dict.fromkeys(candidate.widths for candidate in known))[:number]
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,41 @@
+"""The best plans of a search so far, which every agent asks for; measurements of single groups are no plans."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compressor.agents.values import PHASE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from compressor.agents.base import Candidate
+    from compressor.agents.search_run import SearchRun
+
+
+def best_of_round(run: SearchRun) -> Candidate | None:
+    """The best plan of this round of the search, on whatever weights."""
+    return _highest(c for c in _plans(run) if c.round == run.place.round)
+
+
+def best_on_weights(run: SearchRun) -> Candidate | None:
+    """The best plan of this round that was scored on the weights as they are."""
+    place = run.place
+    return _highest(c for c in _plans(run) if (c.epoch, c.round) == (place.epoch, place.round))
+
+
+def best_known(run: SearchRun, number: int) -> list[tuple[int, ...]]:
+    """Widths of the best plans of this round and of earlier results, first those scored on the latest weights."""
+    latest = max((c.epoch for c in run.candidates), default=0)
+    known = [c for c in _plans(run) if c.round == run.place.round or c.phase == "final"]
+    known.sort(key=lambda c: (c.epoch == latest, c.reward), reverse=True)
+    return list(dict.fromkeys(candidate.widths for candidate in known))[:number]
+
+
+def _plans(run: SearchRun) -> list[Candidate]:
+    return [candidate for candidate in run.candidates if candidate.phase != PHASE]
+
+
+def _highest(candidates: Iterable[Candidate]) -> Candidate | None:
+    """The candidate that earned the most, of equal ones the first; None where there is none."""
+    return max(candidates, key=lambda candidate: candidate.reward, default=None)
