@@ -128,7 +128,7 @@ class LagrangianPpo(PPO):
     Args:
         inputs: numbers in a state.
         actions: numbers in an action.
-        steps: of a rollout; whole episodes. Minibatches are as large as the settings allow without a rest.
+        steps: of a rollout; whole episodes.
         budgets: how many costs there are.
         settings: the method's numbers.
     """
@@ -144,7 +144,8 @@ class LagrangianPpo(PPO):
             _Spaces(inputs, actions),
             learning_rate=settings.rate,
             n_steps=steps,
-            batch_size=max(size for size in range(1, min(settings.batch, steps) + 1) if steps % size == 0),
+            batch_size=steps,
+            normalize_advantage=False,  # `train` does it; PPO would refuse to for a rollout of one step
             n_epochs=settings.epochs,
             gamma=settings.gamma,
             gae_lambda=settings.reward_lambda,
@@ -158,6 +159,8 @@ class LagrangianPpo(PPO):
             },
             device="cpu",
         )
+        # Not given to PPO, which would warn of a last minibatch that is smaller.
+        self.batch_size = minibatch_size(steps, settings.batch)
         self.set_logger(Logger(None, []))
         self.cost_critics = CostCritics(inputs, budgets, settings.hidden)
         self._cost_optimizer = torch.optim.Adam(self.cost_critics.parameters(), lr=settings.rate)
@@ -215,6 +218,17 @@ class LagrangianPpo(PPO):
         self._cost_optimizer.load_state_dict(state["cost_optimizer"])
         self.multipliers.restore(state["multipliers"])
         self._n_updates = int(state["updates"])
+
+
+def minibatch_size(steps: int, most: int) -> int:
+    """Steps in a minibatch: the most allowed that divide a rollout; where none do (as for a prime), those of minibatches
+    of equal size but for the last.
+
+    >>> [minibatch_size(steps, 64) for steps in (1, 48, 104, 67)]
+    [1, 48, 52, 34]
+    """
+    size = max(size for size in range(1, min(most, steps) + 1) if steps % size == 0)
+    return size if size > 1 else -(-steps // -(-steps // most))
 
 
 def centred(advantages: Tensor, *, scale: bool) -> Tensor:
