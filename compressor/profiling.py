@@ -73,19 +73,20 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
 def profile_remote(recipe: Recipe) -> Iterator[str]:
     """Measure a device over ssh, or say what is known of it where nothing has changed there."""
     from compressor.job import device_precision
-    from compressor.latency.over_ssh import fresh_ssh_table
+    from compressor.latency.over_ssh import ssh_table
     from compressor.latency.user_tables import check_name
 
     check_name(recipe.device)
     recipe = _for_latency(recipe)
     space, example = _traced(recipe)
-    table = fresh_ssh_table(
+    table = ssh_table(
         recipe.device,
         space,
         example,
         model=recipe.model,
         precision=device_precision(recipe),
         opset=recipe.export.opset,
+        renew=True,
     )
     smallest = table.predict(space, space.smallest())
     yield from _described(table)

@@ -53,36 +53,36 @@ _BUNDLE = "profile"
 
 
 def ssh_table(
-    url: str, space: PruningSpace, example: Tensor, *, model: str, precision: Precision, opset: int = 17
+    url: str,
+    space: PruningSpace,
+    example: Tensor,
+    *,
+    model: str,
+    precision: Precision,
+    opset: int = 17,
+    renew: bool = False,
 ) -> LatencyTable:
-    """The device's table for a network: kept from before where it still is what it was, else measured now.
+    """The device's table for a network: kept from before where the device still is what it was, else measured now.
+
+    Args:
+        url: The device.
+        space, example, model: The network, a batch of one, and what messages call it.
+        precision, opset: Of its ONNX files.
+        renew: Whether a device that is no longer what its table was measured on is measured anew, not refused.
 
     Raises:
         CompressorError: the device is not reached, has no trtexec, or is not what its table was measured on.
     """
-    table = _known(url, space, precision)
-    if table is None:
-        return profile_over_ssh(url, space, example, model=model, precision=precision, opset=opset)
-    _require_same(table, _identified(url))
-    return table
-
-
-def fresh_ssh_table(
-    url: str, space: PruningSpace, example: Tensor, *, model: str, precision: Precision, opset: int = 17
-) -> LatencyTable:
-    """As `ssh_table`, but a device that is no longer what its table was measured on is measured anew."""
-    table = _known(url, space, precision)
-    if table is not None:
-        differs = _differences(table, _identified(url))
+    table = find_user_table(url, precision, space)
+    if table is not None and table.covers(space):
+        now = _identified(url)
+        if not renew:
+            _require_same(table, now)
+        differs = _differences(table, now)
         if not differs:
             return table
         say(f"{url} is not what its table was measured on: {differs}. It is measured anew.")
     return profile_over_ssh(url, space, example, model=model, precision=precision, opset=opset)
-
-
-def _known(url: str, space: PruningSpace, precision: str) -> LatencyTable | None:
-    table = find_user_table(url, precision, space)
-    return table if table is not None and table.covers(space) else None
 
 
 def profile_over_ssh(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressor.errors import CompressorError
 from compressor.latency import carry, over_ssh
-from compressor.latency.over_ssh import fresh_ssh_table, measured_over_ssh, ssh_table
+from compressor.latency.over_ssh import measured_over_ssh, ssh_table
 from compressor.latency.table import LatencyTable
 from compressor.latency.user_tables import find_user_table
 from compressor.pruning.space import PruningSpace
@@ -100,7 +100,7 @@ def test_a_table_is_measured_once(
     with pytest.raises(CompressorError, match=r"TensorRT is 10\.13\.2, and was 10\.3\.0") as refused:
         table_of(board, space, example)
     assert f"compress profile --model MODEL --device {board.url}" in refused.value.hint
-    anew = fresh_ssh_table(board.url, space, example, model="small", precision="fp16")
+    anew = ssh_table(board.url, space, example, model="small", precision="fp16", renew=True)
     assert anew.fields.runtime.version == "10.13.2"
     assert find_user_table(board.url, "fp16") is not None
     assert any("It is measured anew" in line for line in said)
