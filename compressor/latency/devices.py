@@ -98,9 +98,7 @@ def check_known(device: str) -> None:
     )
 
 
-def find_table(
-    device: str, precision: str | None = None, space: PruningSpace | None = None
-) -> LatencyTable:
+def find_table(device: str, precision: str | None = None, space: PruningSpace | None = None) -> LatencyTable:
     """The table of a device: the user's own where there is one, else the shipped one.
 
     Args:
@@ -128,7 +126,8 @@ def find_table(
         elif shipped_file is not None:
             say(
                 f"You have measured {device} with other networks only: {lacks} The shipped table is taken, so that "
-                f"this network is estimated. To measure it: compress profile --model MODEL --device {device} --bundle DIR"
+                f"this network is estimated. To measure it: compress profile --model MODEL --device {device} "
+                "--bundle DIR"
             )
             own = None
     if own is not None:
