@@ -4,18 +4,10 @@ set -u
 LC_ALL=C
 export LC_ALL
 
-# read by what is included
-# shellcheck disable=SC2034
-out='' workspace='' dla=''
-
-say() { printf '%s\n' "$*"; }
-die() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
+# include on_device_common.sh
 
 exec 3>&1 >&2 # what is said on the way is not part of the answer
-# include on_device_common.sh
+look_around
 exec >&3
 printf 'tensorrt=%s\njetpack=%s\nl4t=%s\n' "$version" "$jetpack" "$l4t"
 printf 'model=%s\npower_mode=%s\nboard=%s\n' "$model_name" "$power_mode" "$(board_id)"

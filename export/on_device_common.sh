@@ -1,5 +1,17 @@
 # What every script for a device shares; `export.bundle` puts it in place of the line that includes it.
-# Expects: $out, $workspace, $dla, and the functions say and die.
+# Functions only. Those that build and measure expect $out, $workspace, $dla, and that look_around was called.
+
+# --- words and options ----------------------------------------------------------------------------------------
+
+say() { printf '%s\n' "$*"; }
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+number() { # option value
+    case $2 in '' | *[!0-9]*) die "$1 takes a whole number, got '$2'" ;; esac
+}
 
 # --- what is here ---------------------------------------------------------------------------------------------
 
@@ -12,9 +24,6 @@ find_trtexec() {
         [ -n "$candidate" ] && [ -x "$candidate" ] && say "$candidate" && return
     done
 }
-
-trtexec=$(find_trtexec)
-[ -n "$trtexec" ] || die 'trtexec was not found: install TensorRT (sudo apt-get install tensorrt), or set TRTEXEC'
 
 find_version() { # trtexec's first line holds [TensorRT v8502] or [TensorRT v101303]
     if [ -n "${TRT_VERSION:-}" ]; then
@@ -37,31 +46,36 @@ find_version() { # trtexec's first line holds [TensorRT v8502] or [TensorRT v101
     done
 }
 
-version=$(find_version)
-case $version in
-    [0-9]*.[0-9]*) ;;
-    *) die "the version of $trtexec was not found: set TRT_VERSION, such as TRT_VERSION=8.5.2" ;;
-esac
-major=${version%%.*} minor=${version#*.} minor=${minor%%.*}
-release=$((major * 100 + minor))
-[ "$release" -ge 800 ] || die "TensorRT $version is too old: 8.0 (JetPack 4.6) or newer is needed"
+look_around() { # -> $trtexec $version $release $l4t $jetpack $model_name $power_mode, or an end with what is missing
+    trtexec=$(find_trtexec)
+    [ -n "$trtexec" ] || die 'trtexec was not found: install TensorRT (sudo apt-get install tensorrt), or set TRTEXEC'
+    version=$(find_version)
+    case $version in
+        [0-9]*.[0-9]*) ;;
+        *) die "the version of $trtexec was not found: set TRT_VERSION, such as TRT_VERSION=8.5.2" ;;
+    esac
+    major=${version%%.*} minor=${version#*.} minor=${minor%%.*}
+    release=$((major * 100 + minor))
+    [ "$release" -ge 800 ] || die "TensorRT $version is too old: 8.0 (JetPack 4.6) or newer is needed"
 
-l4t=$(first_line_of /etc/nv_tegra_release)
-jetpack=''
-case $l4t in
-    '# R32'*) jetpack=4.6 ;;
-    '# R35'*) jetpack=5.1 ;;
-    '# R36'*'REVISION: 2'* | '# R36'*'REVISION: 3'*) jetpack=6.0 ;;
-    '# R36'*) jetpack=6.1 ;;
-    '# R38'*) jetpack=7.0 ;;
-esac
-model_name=$(first_line_of /proc/device-tree/model)
-power_mode=''
-if command -v nvpmodel >/dev/null 2>&1; then
-    power_mode=$(nvpmodel -q 2>/dev/null </dev/null | while read -r line; do
-        case $line in *'Power Mode: '*) say "${line#*'Power Mode: '}" && break ;; esac
-    done | tr -d '"\\' | tr -cd '[:print:]')
-fi
+    l4t=$(first_line_of /etc/nv_tegra_release)
+    jetpack=''
+    case $l4t in
+        '# R32'*) jetpack=4.6 ;;
+        '# R35'*) jetpack=5.1 ;;
+        '# R36'*'REVISION: 2'* | '# R36'*'REVISION: 3'*) jetpack=6.0 ;;
+        '# R36'*) jetpack=6.1 ;;
+        '# R38'*) jetpack=7.0 ;;
+    esac
+    model_name=$(first_line_of /proc/device-tree/model)
+    power_mode=''
+    if command -v nvpmodel >/dev/null 2>&1; then
+        power_mode=$(nvpmodel -q 2>/dev/null </dev/null | while read -r line; do
+            case $line in *'Power Mode: '*) say "${line#*'Power Mode: '}" && break ;; esac
+        done | tr -d '"\\' | tr -cd '[:print:]')
+    fi
+    say "TensorRT $version${jetpack:+, JetPack $jetpack}${model_name:+, $model_name}${power_mode:+, $power_mode}"
+}
 
 readings() { # the clocks in MHz and temperatures in millidegrees as the members of a JSON object
     between=''
@@ -80,8 +94,6 @@ readings() { # the clocks in MHz and temperatures in millidegrees as the members
         between=', '
     done
 }
-
-say "TensorRT $version${jetpack:+, JetPack $jetpack}${model_name:+, $model_name}${power_mode:+, $power_mode}"
 
 # --- trtexec's flags, by version --------------------------------------------------------------------------------
 
@@ -204,4 +216,21 @@ after_words() { # file, words -> what stands behind them where they occur first,
     tr -d '"\\' <"$1" | tr -cd '[:print:]\n' | while read -r line; do
         case $line in *"$2"*) say "${line#*"$2"}" && break ;; esac
     done
+}
+
+# --- the way back ---------------------------------------------------------------------------------------------
+
+pack_results() { # the checksums of what is in $out, and one file to carry back
+    (
+        cd "$out" || exit 2
+        rm -f SHA256SUMS
+        for file in results.json identity.txt */*.json */*.txt */*.log; do
+            [ -f "$file" ] && sha256sum "$file"
+        done >SHA256SUMS
+    ) || die "cannot write $out/SHA256SUMS: is the disk full?"
+    if command -v tar >/dev/null 2>&1 && command -v gzip >/dev/null 2>&1; then
+        tar -czf "$out.tar.gz.part" "$out" && mv "$out.tar.gz.part" "$out.tar.gz" && say "carry $out.tar.gz back"
+    else
+        say "carry the folder $out back"
+    fi
 }

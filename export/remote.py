@@ -75,8 +75,8 @@ def run_remote(
         setting = f"TRTEXEC={shlex.quote(trtexec)}; export TRTEXEC; " if trtexec else ""
         # started once; it outlives the connection that started it
         connection.run(
-            f"cd {place} && if [ ! -f rc ] && ! {{ [ -f pid ] && kill -0 $(cat pid) 2>/dev/null; }}; then "
-            f"rm -f log; {setting}nohup sh -c {shlex.quote(script)} >/dev/null 2>&1 </dev/null & echo $! >pid; fi"
+            f"cd {place} && if [ ! -f rc ] && ! {_runs(place)}; then rm -f log; {setting}"
+            f"nohup sh -c {shlex.quote(script)} {_mark(place)} >/dev/null 2>&1 </dev/null & echo $! >pid; fi"
         )
         code = _follow(connection, place, say, poll_s)
         if code not in (0, 1):
@@ -119,13 +119,30 @@ def identify(
     return {name: value[:120] for name, _, value in lines if name.isidentifier()}
 
 
+def _mark(place: str) -> str:
+    """The last word of the script's process in the board's list of processes."""
+    return f"compressor-{place.rpartition('/')[2]}"
+
+
+def _runs(place: str) -> str:
+    """A condition for the shell in a bundle's place on the board: whether its script runs.
+
+    The number in `pid` may be another process's by now, so that the process is asked for its last word too; where there
+    is no /proc, the number has to do.
+    """
+    last = """$(tr '\\000' '\\n' <"/proc/$p/cmdline" | tail -n 1)"""
+    return (
+        '{ p=$(cat pid) && kill -0 "$p" && '
+        f'{{ [ ! -r /proc/self/cmdline ] || [ "{last}" = {_mark(place)} ]; }}; }} 2>/dev/null'
+    )
+
+
 def _follow(connection: Connection, place: str, say: Callable[[str], None], poll_s: float) -> int:
     """Say what the script says until it ends; its exit code."""
     seen, rest, gone = 0, b"", 0
     while True:
         state = connection.run(
-            f"cd {place} && if [ -f rc ]; then cat rc; elif kill -0 $(cat pid) 2>/dev/null; then echo running; "
-            "else echo gone; fi"
+            f"cd {place} && if [ -f rc ]; then cat rc; elif {_runs(place)}; then echo running; else echo gone; fi"
         ).strip()
         fresh = connection.run(f"cd {place} && if [ -f log ]; then tail -c +{seen + 1} log; fi")
         seen += len(fresh)

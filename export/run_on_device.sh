@@ -13,19 +13,11 @@ export LC_ALL
 
 duration=15 warmup=2 processes=3 only='' out=results workspace='' dla='' check=yes
 
-say() { printf '%s\n' "$*"; }
-die() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
+# include on_device_common.sh
 
 usage() {
     say 'usage: sh run.sh [--only PRECISION] [--duration SECONDS] [--warmup SECONDS] [--processes N]'
     say '                 [--workspace MIB] [--dla CORE] [--out FOLDER] [--skip-checksums]'
-}
-
-number() {
-    case $2 in '' | *[!0-9]*) die "$1 takes a whole number, got '$2'" ;; esac
 }
 
 while [ $# -gt 0 ]; do
@@ -56,7 +48,7 @@ if [ "$check" = yes ]; then
 fi
 mkdir -p "$out" engines || die "cannot write to $out"
 
-# include on_device_common.sh
+look_around
 
 # --- one network ------------------------------------------------------------------------------------------------
 
@@ -209,16 +201,5 @@ done <models.txt
     done <models.txt
     printf ']}\n'
 } >"$out/results.json.part" && mv "$out/results.json.part" "$out/results.json" || die "cannot write $out/results.json"
-(
-    cd "$out" || exit 2
-    rm -f SHA256SUMS
-    for file in results.json */*.json */*.txt */*.log; do
-        [ -f "$file" ] && sha256sum "$file"
-    done >SHA256SUMS
-) || die "cannot write $out/SHA256SUMS"
-if command -v tar >/dev/null 2>&1 && command -v gzip >/dev/null 2>&1; then
-    tar -czf "$out.tar.gz.part" "$out" && mv "$out.tar.gz.part" "$out.tar.gz" && say "carry $out.tar.gz back"
-else
-    say "carry the folder $out back"
-fi
+pack_results
 exit "$failed"

@@ -13,19 +13,11 @@ export LC_ALL
 
 duration=5 warmup=2 processes=3 out=results workspace='' dla='' check=yes keep=no
 
-say() { printf '%s\n' "$*"; }
-die() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
+# include on_device_common.sh
 
 usage() {
     say 'usage: sh run.sh [--duration SECONDS] [--warmup SECONDS] [--processes N] [--workspace MIB]'
     say '                 [--keep-engines] [--skip-checksums]'
-}
-
-number() {
-    case $2 in '' | *[!0-9]*) die "$1 takes a whole number, got '$2'" ;; esac
 }
 
 while [ $# -gt 0 ]; do
@@ -55,7 +47,7 @@ fi
 [ -n "$workspace" ] || workspace=$(cat workspace.txt)
 mkdir -p "$out" engines || die "cannot write to $out"
 
-# include on_device_common.sh
+look_around
 
 # --- what was measured before must have been measured here --------------------------------------------------------
 
@@ -214,19 +206,8 @@ done <networks.txt
     printf ']}\n'
 } >"$out/results.json.part" && mv "$out/results.json.part" "$out/results.json" || die "cannot write $out/results.json: is the disk full?"
 rm -f "$out"/*/*.part
-(
-    cd "$out" || exit 2
-    rm -f SHA256SUMS
-    for file in results.json identity.txt */*.json */*.txt */*.log; do
-        [ -f "$file" ] && sha256sum "$file"
-    done >SHA256SUMS
-) || die "cannot write $out/SHA256SUMS: is the disk full?"
 if [ "$failed" -eq 0 ] && [ "$keep" = no ]; then
     rm -rf engines
 fi
-if command -v tar >/dev/null 2>&1 && command -v gzip >/dev/null 2>&1; then
-    tar -czf "$out.tar.gz.part" "$out" && mv "$out.tar.gz.part" "$out.tar.gz" && say "carry $out.tar.gz back"
-else
-    say "carry the folder $out back"
-fi
+pack_results
 exit "$failed"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from export.archive import CHECKSUMS, checksums, pack, unpack
-from export.bundle import make_bundle
+from export.bundle import device_script, make_bundle
 from export.bundle_results import DeviceResults, read_results
 from export.errors import ExportError
 from export.half import convert_half
@@ -192,6 +192,30 @@ def test_other_shells(tmp_path: Path, bundle: Path, shell: str) -> None:
     else:
         done = run(folder, trtexec, "--processes", "1", "--only", "fp32", shell=shell)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["run_on_device.sh", "time_on_device.sh", "identify_on_device.sh"])
+def test_a_device_gets_one_file_that_needs_no_other(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.sh"
+    path.write_bytes(device_script(name))
+    text = path.read_text()
+    assert "# include" not in text
+    for function in ("say", "die", "number", "look_around", "pack_results"):
+        assert text.count(f"\n{function}() {{") == 1
+    environment = {"PATH": "", "TRTEXEC": ""}
+    done = subprocess.run(
+        [str(shutil.which("sh")), str(path), "--help"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if name == "identify_on_device.sh":
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "error: " in done.stderr
+    else:  # nothing is looked for before the options are read
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("usage: sh run.sh")
 
 
 def test_results_are_packed_where_tar_is(tmp_path: Path, bundle: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from export.archive import pack
+from export.archive import CHECKSUMS, pack, unpack
 from export.bundle import make_bundle
 from export.bundle_results import read_results
 from export.connection import Connection, Destination, parse_destination
 from export.errors import ExportError
 from export.parity import onnx_outputs
 from export.reference import Reference
-from export.remote import run_remote
+from export.remote import _follow, _mark, place_of, run_remote
 from export.to_onnx import export_onnx
 from tests.export.fake_trtexec import make_trtexec
 from tests.export.local_sshd import Board, open_board
@@ -107,6 +108,42 @@ def test_a_dropped_connection_is_taken_up_again(
     assert code == 0
     assert not (board.folder / "drop").exists()  # it did drop
     assert read_results(tmp_path / "results.tar.gz", bundle).networks[0].status == "ok"
+
+
+@pytest.fixture
+def stranger() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of the board that has the number which the script's once had."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+def test_a_number_that_is_another_process_now(
+    board: Board, bundle: Path, tmp_path: Path, stranger: subprocess.Popen[bytes]
+) -> None:
+    place = board.home / place_of(unpack(bundle)[CHECKSUMS])
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    (place / "pid").write_text(f"{stranger.pid}\n")  # as a board that was switched off in the middle has it
+    code, _ = go(board, bundle, tmp_path)
+    assert code == 0
+    assert stranger.poll() is None
+    assert read_results(tmp_path / "results.tar.gz", bundle).networks[0].status == "ok"
+
+
+def test_only_its_own_process_is_waited_for(
+    board: Board, connection: Connection, stranger: subprocess.Popen[bytes]
+) -> None:
+    place = ".cache/compressor-bundles/0123456789abcdef"
+    connection.run(f"mkdir -p {place} && echo {stranger.pid} >{place}/pid")
+    with pytest.raises(ExportError, match=r"The script on .* was ended"):
+        _follow(connection, place, lambda text: None, 0.01)
+    assert not (board.home / place / "pid").exists()
+    script = "sleep 0.5; echo 1 >rc"
+    connection.run(
+        f"cd {place} && nohup sh -c '{script}' {_mark(place)} >log 2>&1 </dev/null & echo $! >{place}/pid"
+    )
+    assert _follow(connection, place, lambda text: None, 0.1) == 1
 
 
 def test_copies_go_on_where_they_broke(board: Board, connection: Connection) -> None:
