@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from compressor.agents.base import Agent, Candidate, Limits, SearchResult
 from compressor.agents.curves import Curves
 from compressor.agents.episodes import Episode, Policy, Transition
 from compressor.agents.saved import Place
+from compressor.agents.shortlist import score_shortlists
 from compressor.env.bounds import Widths
 from compressor.env.environment import PruningEnv, Score
 from compressor.errors import CompressorError
@@ -148,6 +148,7 @@ class SearchRun:
     def choose(
         self,
         shortlist: Iterable[Sequence[int]],
+        more: Iterable[Sequence[int]] = (),
         *,
         score_all: bool = True,
         plans: Mapping[tuple[int, ...], ChannelPlan] | None = None,
@@ -160,6 +161,7 @@ class SearchRun:
 
         Args:
             shortlist: widths (G,) each; none is asked for any more once a limit is reached.
+            more: the same, begun when all of the shortlist are scored.
             score_all: whether more than the first is scored.
             plans: by widths, the channels to keep where these are not the most important ones.
             measure: accuracy of a plan, where it is not the evaluator's; what is known is then scored again.
@@ -167,26 +169,12 @@ class SearchRun:
         Raises:
             CompressorError: none keeps the budgets.
         """
-        scored: list[Candidate] = []
-        seen: set[tuple[int, ...]] = set()
-        for asked in shortlist:
-            widths = tuple(int(width) for width in asked)
-            if scored and (not score_all or self.spent()):
-                break
-            if widths in seen or not self.env.bounds.feasible(np.array(widths, dtype=np.int64))[0]:
-                continue
-            seen.add(widths)
-            plan = (plans or {}).get(widths)
-            if plan is None and measure is None:
-                floor = max((candidate.reward for candidate in scored), default=None)
-                scored.append(self.score(widths, "final", floor))
-            else:
-                judged = partial(measure or self.evaluator, plan or self.env.plan(widths))
-                scored.append(self.score_by(widths, judged, "final"))
+        own = plans or {}
+        scored = score_shortlists(self, (shortlist, more), score_all=score_all, plans=own, measure=measure)
         if not scored:
             raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")
         self.place.chosen = list(max(scored, key=lambda candidate: candidate.reward).widths)
-        chosen = (plans or {}).get(tuple(self.place.chosen))
+        chosen = own.get(tuple(self.place.chosen))
         self.place.kept = None if chosen is None else chosen.to_json()
         self.save()
         return self._result(self.place.chosen)

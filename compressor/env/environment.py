@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.budgets.function import FunctionBudget
+from compressor.env.accuracies import Accuracies, Evaluate, Key, checked_accuracy
 from compressor.env.bounds import ActionBounds, LegalWidths, Widths
 from compressor.env.observation import FEATURES, Observer
 from compressor.env.reward import Reward, accuracy_needed, accuracy_reward
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from compressor.budgets.base import Budget
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
-
-    Evaluate = Callable[..., float]
 
 Observation = NDArray[np.float32]
 
@@ -49,20 +47,6 @@ class Score:
     costs: Mapping[str, float]
     seconds: float
     given_up: bool = False
-
-
-def checked_accuracy(accuracy: float) -> float:
-    """The accuracy that an evaluator gave, 0..1.
-
-    Raises:
-        CompressorError: it is no such number; nothing can be learned from it.
-    """
-    if not 0.0 <= accuracy <= 1.0:
-        raise CompressorError(
-            f"The evaluation of a candidate gave an accuracy of {accuracy}, expected a number from 0 to 1.",
-            "Are the weights NaN, or is the search split empty? What was found until then is kept.",
-        )
-    return float(accuracy)
 
 
 class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
@@ -110,12 +94,10 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self.bounds = ActionBounds(space, budgets)
         self.importance = importance
         self.importance_data = importance_data
-        self._evaluate = evaluator
+        self._accuracies = Accuracies(evaluator, self.plan)
         self._reward = reward
         self._observe = Observer(space)
         self._ranking: Any = None
-        self._known: dict[tuple[int, ...], float] = {}
-        self._ahead: dict[tuple[int, ...], tuple[float, float]] = {}
         self.evaluations = 0
         self.evaluation_seconds = 0.0
         self.context_size = context_size
@@ -180,18 +162,14 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             reward_floor: the evaluation may be given up once this reward is out of reach. What was seen until then
                 is returned, lies below it, and is not remembered.
         """
-        key = tuple(int(width) for width in widths)
+        key = _key(widths)
         costs = self.costs(key)
-        started = time.perf_counter()
-        accuracy, seconds, given_up = self._known.get(key), 0.0, False
+        accuracy, seconds, given_up = self._accuracies.known.get(key), 0.0, False
         if accuracy is None:
             floor = None if reward_floor is None else accuracy_needed(self._reward, reward_floor, costs)
-            accuracy = checked_accuracy(self._evaluated(key, floor))
+            accuracy, seconds = self._accuracies.ask(key, floor)
             self.evaluations += 1
             given_up = floor is not None and accuracy < floor
-            if not given_up:
-                self._known[key] = accuracy
-            seconds = time.perf_counter() - started
         self.evaluation_seconds += seconds
         return Score(key, accuracy, float(self._reward(accuracy, costs)), costs, seconds, given_up)
 
@@ -200,7 +178,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
         `measure` returns its accuracy, which is not remembered; the evaluation counts like any other.
         """
-        key = tuple(int(width) for width in widths)
+        key = _key(widths)
         started = time.perf_counter()
         accuracy = checked_accuracy(measure())
         self.evaluations += 1
@@ -209,21 +187,12 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         costs = self.costs(key)
         return Score(key, accuracy, float(self._reward(accuracy, costs)), costs, seconds)
 
-    def _evaluated(self, key: tuple[int, ...], floor: float | None) -> float:
-        """The accuracy of widths that are not known yet, by the evaluator or as it was scored ahead."""
-        accuracy, seconds = self._ahead.pop(key, (None, 0.0))
-        if accuracy is not None and (floor is None or accuracy >= floor):
-            self.evaluation_seconds += seconds
-            return accuracy
-        plan = self.plan(key)
-        return float(self._evaluate(plan) if floor is None else self._evaluate(plan, floor=floor))
-
     @property
     def workers(self) -> int:
         """Plans that the evaluator scores at a time."""
-        return int(getattr(self._evaluate, "workers", 1))
+        return self._accuracies.workers
 
-    def ahead(self, proposals: Iterable[Widths | Sequence[int]]) -> None:
+    def ahead(self, proposals: Iterable[Widths | Sequence[int]], reward_floor: float | None = None) -> None:
         """Have several workers score side by side what `score` will probably be asked for next.
 
         Nothing is recorded or counted before `score` asks: what a search finds does not depend on what is scored
@@ -232,28 +201,22 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         Args:
             proposals: widths (G,) each, in the order in which they will be asked for; as many new ones are taken as
                 there are workers.
+            reward_floor: the one that `score` will be given; where it is another one then, plans that this one gave
+                up are scored again.
         """
-        if self.workers <= 1:
-            return
-        wanted: dict[tuple[int, ...], None] = {}
-        for count, widths in enumerate(itertools.islice(proposals, 2 * self.workers)):
-            key = tuple(int(width) for width in widths)
-            if key not in self._known and key not in self._ahead:
-                wanted[key] = None
-            elif count == 0:
-                return  # what is asked for next needs no scoring: it is too early
-            if len(wanted) == self.workers:
-                break
-        if not wanted:
-            return
-        started = time.perf_counter()
-        accuracies = self._evaluate.many([self.plan(key) for key in wanted], remember=False)  # type: ignore[attr-defined]
-        seconds = (time.perf_counter() - started) / len(wanted)
-        self._ahead.update({key: (float(a), seconds) for key, a in zip(wanted, accuracies, strict=True)})
+
+        def asked() -> Iterator[tuple[Key, float | None]]:
+            for key in map(_key, proposals):
+                if reward_floor is None:
+                    yield key, None
+                else:
+                    yield key, accuracy_needed(self._reward, reward_floor, self.costs(key))
+
+        self._accuracies.ahead(asked())
 
     def known(self, widths: Widths | Sequence[int]) -> bool:
         """Whether these widths were scored on the present weights."""
-        return tuple(int(width) for width in widths) in self._known
+        return _key(widths) in self._accuracies.known
 
     def costs(self, widths: Widths | Sequence[int]) -> dict[str, float]:
         """The predicted cost of each budget by name, in its own unit, for widths (G,)."""
@@ -278,14 +241,13 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     def weights_moved(self) -> None:
         """Forget accuracies and rankings: the model's weights are others now. Tell the evaluator as well."""
-        self._known.clear()
-        self._ahead.clear()
+        self._accuracies.forget()
         self._ranking = None
 
     def state(self) -> dict[str, Any]:
         """What was evaluated on the present weights, as plain values."""
         return {
-            "known": [[list(widths), accuracy] for widths, accuracy in self._known.items()],
+            "known": [[list(widths), accuracy] for widths, accuracy in self._accuracies.known.items()],
             "evaluations": self.evaluations,
             "evaluation_seconds": self.evaluation_seconds,
             "functions": {
@@ -297,9 +259,8 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` returned; the weights must be those of that moment."""
-        self._known = {tuple(widths): float(accuracy) for widths, accuracy in state["known"]}
-        self._ahead.clear()
-        self._ranking = None
+        self.weights_moved()
+        self._accuracies.known.update({_key(widths): float(accuracy) for widths, accuracy in state["known"]})
         # A noisy function would otherwise give other values than those that the search went by.
         for budget in self.budgets:
             if isinstance(budget, FunctionBudget):
@@ -312,3 +273,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         last = min(self._step, len(self.bounds.dense) - 1)
         seen = self._observe(last, self._widths, self._previous)
         return np.concatenate([seen, self.context]).astype(np.float32)
+
+
+def _key(widths: Widths | Sequence[int]) -> Key:
+    return tuple(int(width) for width in widths)

@@ -209,28 +209,43 @@ class Evaluator:
             floor: Give up as soon as this accuracy is out of reach; the answer is then an estimate below
                 it, which is not remembered.
         """
-        return self.many([plan], floor=floor)[0]
+        return self.many([plan], floors=[floor])[0]
 
     def many(
-        self, plans: Sequence[ChannelPlan], *, floor: float | None = None, remember: bool = True
+        self,
+        plans: Sequence[ChannelPlan],
+        *,
+        floors: Sequence[float | None] | None = None,
+        remember: bool = True,
     ) -> list[float]:
         """Accuracy of each plan, in their order; several workers score them side by side.
 
-        With `remember` off, a later call scores them again: what is scored ahead must not change what a floor gives.
+        Args:
+            plans: which channels are kept; of equal ones the first is scored.
+            floors: for each plan what `__call__` takes; left out, none is given up.
+            remember: whether a later call need not score them again. What is scored ahead must not change what a floor
+                gives.
 
         Raises:
             CompressorError: a candidate ended one worker after another.
         """
-        new = list({plan.checksum: plan for plan in plans if plan.checksum not in self._scores}.values())
+        new: dict[str, tuple[ChannelPlan, float | None]] = {}
+        for plan, floor in zip(plans, floors or [None] * len(plans), strict=True):
+            if plan.checksum not in self._scores:
+                new.setdefault(plan.checksum, (plan, floor))
         started = time.perf_counter()
         if self._site is None:
-            scores = [self.score(self.space.apply(plan).to(self.device), floor=floor) for plan in new]
+            scores = [
+                self.score(self.space.apply(plan).to(self.device), floor=floor)
+                for plan, floor in new.values()
+            ]
         else:
-            scores = self._started(self._site).score(new, floor) if new else []
-        found = {plan.checksum: score for plan, score in zip(new, scores, strict=True)}
+            scores = self._started(self._site).score(*zip(*new.values(), strict=True)) if new else []
+        found = dict(zip(new, scores, strict=True))
         known = self._scores | found
         if remember:
-            self._scores.update({key: s for key, s in found.items() if floor is None or s >= floor})
+            whole = (key for key, (_, floor) in new.items() if floor is None or found[key] >= floor)
+            self._scores.update({key: found[key] for key in whole})
         self.evaluations += len(new)
         self.seconds += time.perf_counter() - started
         return [known[plan.checksum] for plan in plans]

@@ -98,13 +98,16 @@ class Workers:
         self._plain["channels_last"] = channels_last
         self._weights = self._site.publish(f"weights-{self._version}", tensors)
 
-    def score(self, plans: Sequence[ChannelPlan], floor: float | None = None) -> list[float]:
-        """Accuracy of each plan, in their order.
+    def score(
+        self, plans: Sequence[ChannelPlan], floors: Sequence[float | None] | None = None
+    ) -> list[float]:
+        """Accuracy of each plan, in their order, given up below its floor where there is one.
 
         Raises:
             CompressorError: a candidate ended `ATTEMPTS` workers, or cannot be scored.
         """
-        waiting = [self._threads.submit(self._one, plan, floor) for plan in plans]
+        asked = zip(plans, floors or [None] * len(plans), strict=True)
+        waiting = [self._threads.submit(self._one, plan, floor) for plan, floor in asked]
         try:
             return [each.result() for each in waiting]
         except BaseException:

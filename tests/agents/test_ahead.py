@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from compressor.agents.base import Limits, SearchResult
 from compressor.agents.registry import create_agent
+from compressor.agents.search_run import SearchRun
 from compressor.env.environment import PruningEnv
 from compressor.run_dir import Checkpoint, EpisodeLog
 from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
@@ -24,9 +28,24 @@ class Several(FakeEvaluator):
         super().__init__(space, worth)
         self.batches: list[int] = []
 
-    def many(self, plans: Sequence[Any], remember: bool = True) -> list[float]:
+    def many(self, plans: Sequence[Any], floors: Sequence[float | None], remember: bool) -> list[float]:
+        assert not remember
         self.batches.append(len(plans))
-        return [self(plan) for plan in plans]
+        return [self(plan, floor=floor) for plan, floor in zip(plans, floors, strict=True)]
+
+
+class GivesUp(FakeEvaluator):
+    """One worker, whose estimate of a plan that it gives up depends on when it does."""
+
+    def __call__(self, plan: Any, *, floor: float | None = None) -> float:
+        accuracy = super().__call__(plan)
+        return accuracy if floor is None or accuracy >= floor else accuracy * (1.0 - 0.5 * (floor - accuracy))
+
+
+class SeveralGiveUp(Several, GivesUp):
+    """Two workers that do so."""
+
+    workers = 2
 
 
 def search(
@@ -60,6 +79,65 @@ def test_the_same_candidates_with_any_number_of_workers(
     # Most candidates were scored in batches, and few of those in vain.
     assert sum(evaluator.batches) >= share * alone.evaluations
     assert evaluator.evaluations <= 1.6 * alone.evaluations
+
+
+@pytest.mark.parametrize(("name", "most"), [("stepwise", 40), ("constrained", 40), ("joint", 24)])
+def test_estimates_of_plans_given_up_agree_too(name: str, most: int, tmp_path: Path) -> None:
+    alone, _ = search(name, GivesUp, tmp_path / "one", most)
+    several, _ = search(name, SeveralGiveUp, tmp_path / "two", most)
+    assert several.candidates == alone.candidates
+    assert several.widths == alone.widths
+
+
+def choice(
+    kind: type[FakeEvaluator],
+    shortlist: Sequence[list[int]],
+    more: Sequence[list[int]],
+    folder: Path,
+    most: int,
+) -> tuple[SearchResult, Any]:
+    space = FakeSpace([16, 24, 16, 32], granularity=2)
+    evaluator = kind(space, [5.0, 1.0, 1.0, 4.0])
+    env = PruningEnv(space, [macs_budget(space, 0.5)], evaluator)  # type: ignore[arg-type]
+    run = SearchRun(
+        create_agent("random"),
+        env,
+        evaluator,  # type: ignore[arg-type]
+        Limits(max_evaluations=most),
+        EpisodeLog(folder / "log.jsonl"),
+        Checkpoint(folder / "state.pt"),
+    )
+    return run.choose(iter(shortlist), iter(more)), evaluator
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 8), min_size=4, max_size=4), min_size=2, max_size=14),
+    st.integers(1, 12),
+    st.integers(0, 14),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_same_choice_with_one_and_two_workers(rows: list[list[int]], most: int, cut: int) -> None:
+    plans = [[2 * a, 2 * b, 2 * c, 2 * d] for a, b, c, d in rows]
+    first, more = [[4, 4, 4, 4], *plans[:cut]], plans[cut:]
+    with tempfile.TemporaryDirectory() as folder:
+        alone, one = choice(GivesUp, first, more, Path(folder) / "one", most)
+        several, two = choice(SeveralGiveUp, first, more, Path(folder) / "two", most)
+    assert several.candidates == alone.candidates
+    assert several.widths == alone.widths
+    assert several.evaluations == alone.evaluations == one.evaluations
+    # In vain are what a limit leaves in hand and what a floor that rose asks for again: beside each at most one.
+    assert two.evaluations <= 2 * alone.evaluations
+
+
+def test_the_best_few_are_scored_side_by_side(tmp_path: Path) -> None:
+    falling = [[16, 4, 4, 16], [14, 4, 4, 14], [12, 4, 4, 12], [10, 4, 4, 10], [8, 4, 4, 8]]
+    result, evaluator = choice(SeveralGiveUp, falling, [], tmp_path, 10)
+    assert [candidate.given_up for candidate in result.candidates] == [False, True, True, True, True]
+    assert evaluator.batches == [2, 2]
+    assert evaluator.evaluations == 5  # each once, though all but the first are given up
+    rising, evaluator = choice(SeveralGiveUp, falling[::-1], [], tmp_path / "rising", 10)
+    assert list(rising.widths.values()) == falling[0]
+    assert evaluator.evaluations == 5  # what earns more than the floor serves a higher one as well
 
 
 def test_nothing_is_drawn_for_one_worker() -> None:

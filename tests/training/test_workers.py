@@ -98,6 +98,12 @@ def test_the_same_accuracies_as_in_one_process(space: PruningSpace, digits: Data
     again = Evaluator(space, digits, bn_batches=1).many(plans)
     assert again != alone
     assert several.many(plans) == again
+    several.weights_moved()
+    floors = [None, 0.0, *[1.0] * 4]  # the last four are given up after the first batch
+    alone = Evaluator(space, digits, bn_batches=1).many(plans, floors=floors)
+    assert alone[:2] == again[:2]
+    assert alone[2:] != again[2:]
+    assert several.many(plans, floors=floors) == alone
     last = site.pids
     several.close()
     assert all(gone(pid) for pid in [*first, *last])

@@ -221,8 +221,8 @@ class LagrangianPpo(PPO):
 
 
 def minibatch_size(steps: int, most: int) -> int:
-    """Steps in a minibatch: the most allowed that divide a rollout; where none do (as for a prime), those of minibatches
-    of equal size but for the last.
+    """Steps in a minibatch: the most allowed that divide a rollout; where none do, as for a prime, those of
+    minibatches that are alike but for the last.
 
     >>> [minibatch_size(steps, 64) for steps in (1, 48, 104, 67)]
     [1, 48, 52, 34]

@@ -147,7 +147,7 @@ class ConstrainedSearch:
 
         widths = (each.tolist() for each in [*self._of_masks(plans), *self._of_candidates()])
         more = (each.tolist() for each in self._more()) if self.run.limits.use_all else ()
-        return self.run.choose(itertools.chain(widths, more), plans=plans, measure=measure if steps else None)
+        return self.run.choose(widths, more, plans=plans, measure=measure if steps else None)
 
     # What they are made of.
 
