@@ -14,7 +14,7 @@ import numpy as np
 
 from compressor.errors import CompressorError
 from compressor.latency.calm import middle
-from compressor.latency.correction import fit_correction, held_out_error
+from compressor.latency.correction import fit_correction, fit_factors, held_out_error
 from compressor.latency.made import SECONDS_A_NETWORK, Made, made_here
 from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork, tag
 from compressor.latency.schema import (
@@ -164,6 +164,7 @@ def table_from(
             slope=rounded(correction.slope),
             least_ms=rounded(correction.least),
             bends=tuple((rounded(at), rounded(slope)) for at, slope in correction.bends),
+            factors=tuple(rounded(factor) for factor in predict.factors),
             weights=tuple((rounded(at), rounded(slope)) for at, slope in correction.weights),
         ),
         fitted_networks=len(samples),
@@ -204,13 +205,14 @@ class Predictor:
             key: fit_surface(entry.c_in, entry.c_out, entry.median_ms, block)
             for key, entry in entries.items()
         }
-        self._surfaces = Surfaces([fits[key] for key in layers], block)
-        self._weights = weight_elements(layers)
+        of_layers = [fits[key] for key in layers]
         c_in, c_out = _stacked(samples)
+        measured = [each.times.median_ms for each in samples]
+        self.factors = fit_factors(Surfaces(of_layers, block).by_kind(c_in, c_out), measured)
+        self._surfaces = Surfaces(of_layers, block, self.factors)
+        self._weights = weight_elements(layers)
         self.correction = fit_correction(
-            self._surfaces(c_in, c_out).sum(axis=1).tolist(),
-            self._weights(c_in, c_out).tolist(),
-            [each.times.median_ms for each in samples],
+            self._surfaces(c_in, c_out).sum(axis=1).tolist(), self._weights(c_in, c_out).tolist(), measured
         )
 
     def __call__(self, samples: Sequence[Sample]) -> Floats:

@@ -1,9 +1,10 @@
 """From the sum of the operators to the whole network.
 
-A network's time is not the sum of its operators' times: the profiler adds to each of them, the runtime adds
-to all of them, and a network with few weights finds them in nearer caches than one with many. The correction rises
-with the sum and with the weights, with both in straight pieces whose slopes may differ but are drawn towards one
-another; it is fitted to whole networks that were measured end to end, with errors counted relative to the time.
+A network's time is not the sum of its operators' times: the profiler adds to each kernel, the runtime adds
+to all of them, and a network with few weights finds them in nearer caches than one with many. First each kind of term
+of the operators' times gets a factor. The correction then rises with their sum and with the weights, with both in
+straight pieces whose slopes may differ but are drawn towards one another. Both are fitted to whole networks that were
+measured end to end, with errors counted relative to the time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ FILLED = (0.04, 0.08, 0.16, 0.32, 0.64)
 ENOUGH = 20
 """Networks from which on the correction may bend, and weights count."""
 
-PULL = 0.005
+LIKE = 0.05
+"""How strongly the factors of all kinds of terms are drawn to the same number: the error that a difference of 1 counts
+as."""
+
+PULL = 0.02
 """How strongly the slopes of neighbouring pieces are drawn together: the error that a difference of 1 counts as."""
 
 NEEDLESS = 0.3
@@ -95,6 +100,31 @@ def _along(pieces: Pieces, values: Floats) -> Floats:
         total = total + (after - slope) * np.maximum(values - start, 0.0)
         slope = after
     return total
+
+
+def fit_factors(parts: Floats, measured: Sequence[float]) -> tuple[float, ...]:
+    """What the operators' times are to be multiplied by, for each kind of term; none below zero.
+
+    Args:
+        parts: Milliseconds of all operators of each network by kind, (N, kinds), as `Surfaces.by_kind` gives them.
+        measured: Each network's milliseconds end to end.
+
+    Returns:
+        (kinds,), or () with fewer than `ENOUGH` networks.
+    """
+    from scipy.optimize import lsq_linear
+
+    if len(measured) < ENOUGH:
+        return ()
+    times, kinds = np.asarray(measured, dtype=np.float64), parts.shape[1]
+    scale, pull = np.maximum(times, TINY * times.max()), LIKE * np.sqrt(len(times))
+    usual = float(np.median(times / parts.sum(axis=1)))
+    rows = np.concatenate([np.ones((len(times), 1)), parts], axis=1) / scale[:, None]
+    alike = pull * np.eye(kinds + 1)[1:]
+    target = np.concatenate([times / scale, np.full(kinds, pull * usual)])
+    lowest = np.concatenate([[-np.inf], np.zeros(kinds)])
+    found = lsq_linear(np.concatenate([rows, alike]), target, bounds=(lowest, np.inf)).x
+    return tuple(float(value) for value in found[1:])
 
 
 def fit_correction(

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.errors import CompressorError
+from compressor.latency.surface import KINDS
 
 SCHEMA_VERSION = 1
 
@@ -98,6 +99,10 @@ class CorrectionFields(_Part):
     """milliseconds = max(least, offset + slope x sum of operators), with another slope from each bend on, and for the
     weights a slope of their own from each number of them on."""
 
+    factors: tuple[Share, ...] = Field(
+        default=(),
+        description="What terms of each kind (`surface.KINDS`) are multiplied by in the operators' times.",
+    )
     offset_ms: Finite
     slope: Positive
     least_ms: Share = 0.0
@@ -109,7 +114,9 @@ class CorrectionFields(_Part):
     )
 
     @model_validator(mode="after")
-    def _ascend(self) -> CorrectionFields:
+    def _fits(self) -> CorrectionFields:
+        if self.factors and len(self.factors) != len(set(KINDS)):
+            raise ValueError(f"it has {len(self.factors)} factors instead of {len(set(KINDS))}")
         for pieces in (self.bends, self.weights):
             places = [place for place, _ in pieces]
             if places != sorted(set(places)):

@@ -27,6 +27,13 @@ Floats = npt.NDArray[np.float64]
 ALIGNMENT = 4
 """Channels that are not a multiple of this have no blocked layout in ONNX Runtime."""
 
+KINDS = (
+    "launch", "blocks", "blocks", "padded work", "channels", "channels", "work", "work", "work",
+    "launch", "launch", "launch", "misfit", "misfit", "misfit", "misfit", "misfit",
+    "ragged", "ragged", "ragged", "ragged", "ragged",
+)  # fmt: skip
+"""What each term stands for, in their order: terms of one kind are wrong together."""
+
 _RIDGE = 1e-3
 """Share of a term's norm that is added to its diagonal: settles which of two nearly equal terms is used."""
 
@@ -60,10 +67,15 @@ class Surfaces:
     Args:
         surfaces: One for each operator.
         block: Channels of a vector block.
+        factors: What the terms of each kind are multiplied by, in the order in which `KINDS` first names them; none for
+            the terms as they are.
     """
 
-    def __init__(self, surfaces: Sequence[Surface], block: int) -> None:
+    def __init__(self, surfaces: Sequence[Surface], block: int, factors: Sequence[float] = ()) -> None:
         self._coefficients = np.stack([surface.coefficients for surface in surfaces])
+        if factors:
+            by_kind = dict(zip(dict.fromkeys(KINDS), factors, strict=True))
+            self._coefficients = self._coefficients * np.asarray([by_kind[kind] for kind in KINDS])
         self._floor = np.asarray([surface.floor for surface in surfaces])
         self._block = block
 
@@ -78,6 +90,13 @@ class Surfaces:
         for place, term in enumerate(_terms(c_in, c_out, self._block, upper=upper)):
             total += term * self._coefficients[:, place]
         return np.asarray(np.maximum(total, self._floor))
+
+    def by_kind(self, c_in: npt.ArrayLike, c_out: npt.ArrayLike) -> Floats:
+        """Milliseconds of all operators together by kind of term, (N, kinds) from channel counts (N, operators)."""
+        parts = {kind: np.zeros(len(np.asarray(c_in))) for kind in KINDS}
+        for place, term in enumerate(_terms(c_in, c_out, self._block)):
+            parts[KINDS[place]] += (term * self._coefficients[:, place]).sum(axis=1)
+        return np.stack(list(parts.values()), axis=1)
 
 
 def fit_surface(c_in: Sequence[int], c_out: Sequence[int], ms: Sequence[float], block: int) -> Surface:

@@ -200,7 +200,7 @@ class LatencyTable:
                 f"The latency table of {self.device} does not cover these widths: {problem}.",
                 "Measure it for this space: compress profile",
             )
-        surfaces = Surfaces(entries, self.fields.block)
+        surfaces = Surfaces(entries, self.fields.block, network.correction.factors)
         made = network.correction
         correction = Correction(made.offset_ms, made.slope, made.least_ms, made.bends, made.weights)
         weights = weight_elements(network.layers)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.latency.calm import channel_block, middle, undisturbed
-from compressor.latency.correction import fit_correction, held_out_error
+from compressor.latency.correction import fit_correction, fit_factors, held_out_error
 from compressor.latency.design import LEVELS, anchor_widths, grid_widths, random_widths
 from compressor.latency.ort_profile import OrtCpu, _by_operator, tag
 from compressor.latency.signature import (
@@ -23,7 +23,7 @@ from compressor.latency.signature import (
     signature_of,
     weight_elements,
 )
-from compressor.latency.surface import Surfaces, fit_surface
+from compressor.latency.surface import KINDS, Surfaces, fit_surface
 from compressor.pruning.space import PruningSpace
 from export.to_onnx import export_onnx
 
@@ -113,6 +113,30 @@ def test_the_correction_sees_that_many_weights_leave_the_nearest_cache() -> None
     assert off.mean() < 0.3 * np.abs(by_sum_alone(unseen, 0.0) / truth(unseen, sizes) - 1).mean()
     more = correction(np.full(50, 0.5), np.linspace(0, 2e7, 50))
     assert (np.diff(more) >= 0).all()
+
+
+def test_each_kind_of_term_gets_its_factor() -> None:
+    rng = np.random.default_rng(5)
+    parts = rng.uniform(0.5, 2.0, (60, len(set(KINDS))))
+    factors = np.asarray([0.0, 0.7, 1.1, 0.6, 1.3, 0.9, 0.8])
+    truth = parts @ factors
+    found = np.asarray(fit_factors(parts, truth.tolist()))
+    assert np.corrcoef(found, factors)[0, 1] > 0.95  # drawn to one another, yet in the right order
+    alike = parts.sum(axis=1) * float(np.median(truth / parts.sum(axis=1)))
+    assert np.abs(parts @ found / truth - 1).mean() < 0.5 * np.abs(alike / truth - 1).mean()
+    assert fit_factors(parts, (3.0 * parts.sum(axis=1)).tolist()) == pytest.approx([3.0] * len(factors))
+    assert fit_factors(parts[:5], [1.0] * 5) == ()
+
+
+def test_factors_scale_terms_of_their_kind_only() -> None:
+    rng = np.random.default_rng(6)
+    c_in, c_out = rng.integers(1, 100, 40), rng.integers(1, 100, 40)
+    fitted = fit_surface(c_in, c_out, 0.1 + 0.01 * c_in + 0.002 * c_in * c_out, block=8)
+    asked = rng.integers(8, 100, (2, 30, 1))
+    parts = Surfaces([fitted], 8).by_kind(*asked)
+    assert parts.sum(axis=1) == pytest.approx(Surfaces([fitted], 8)(*asked)[:, 0])
+    doubled = Surfaces([fitted], 8, [1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0])
+    assert doubled(*asked)[:, 0] == pytest.approx(parts.sum(axis=1) + parts[:, 4])
 
 
 def test_weights_are_counted_by_kind() -> None:
