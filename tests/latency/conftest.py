@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from compressor.latency import carry
+from compressor.latency.carry import write_table_bundle
 from compressor.latency.local import local_table
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
+from tests.export.fake_trtexec import known_layers, make_trtexec
+from tests.latency.carried_bundle import run
 
 
 class SmallNet(nn.Module):
@@ -116,3 +122,46 @@ def truth(space: PruningSpace) -> Callable[[np.ndarray], np.ndarray]:
         return np.asarray(times)
 
     return milliseconds
+
+
+@pytest.fixture
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of user tables for one test."""
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def written(space: PruningSpace, example: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(carry, "LEVELS", 3)
+    patch.setattr(carry, "HELD_OUT", 4)
+    folder = tmp_path_factory.mktemp("carry") / "carry"
+    write_table_bundle(space, example, folder, device="my-orin", model="small", precision="fp16")
+    patch.undo()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def memory(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the stand-in makes of each network, worked out here once."""
+    folder = tmp_path_factory.mktemp("memory")
+    for path in (written / "models").iterdir():
+        for rule in ("named", "nameless"):
+            known_layers(path.read_bytes(), rule, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def measured(written: Path, memory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle after it was on the device."""
+    folder = shutil.copytree(written, tmp_path_factory.mktemp("device") / "carry")
+    done = run(folder, make_trtexec(folder.parent / "bin", "10.3.0", rule="named", memory=str(memory)))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    return Path(folder)
+
+
+@pytest.fixture
+def back(measured: Path, tmp_path: Path) -> Path:
+    """A copy of the measured bundle to spoil."""
+    return Path(shutil.copytree(measured, tmp_path / "carry"))
