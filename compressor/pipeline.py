@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.delivery import close, export, measure, probe
 from compressor.errors import CompressorError
-from compressor.job import Job, prepare
+from compressor.job import Job, device_precision, prepare
 from compressor.progress import say
 from compressor.recipe import Recipe, load_recipe
 from compressor.run_dir import RECIPE, RunDir, new_run_path, write_atomic
@@ -145,7 +145,8 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
     """The latency table that the run was searching with, corrected by what was measured since.
 
     Raises:
-        CompressorError: it is damaged, or there is more to measure and this is not the machine that it was made on.
+        CompressorError: it is damaged or of another device than the recipe's, or there is more to measure and this is
+            not the machine that it was made on.
     """
     from compressor.latency.local import require_made_here
     from compressor.latency.table import LatencyTable
@@ -154,7 +155,9 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
     if not file.exists():
         return None
     table = LatencyTable.read(file)
-    if recipe.device == "local" and not run.finished("measure"):
+    if recipe.device != "local":
+        table = table.at(device_precision(recipe), device=recipe.device)
+    elif not run.finished("measure"):
         require_made_here(table, recipe.threads)
     for predicted_ms, measured_ms in run.manifest.get("corrections", []):
         table = table.refit([(predicted_ms, measured_ms)], lower=True)

@@ -21,8 +21,11 @@ from compressor.latency.devices import (
 )
 from compressor.latency.table import LatencyTable
 from compressor.models import create_model
+from compressor.pipeline import resume
 from compressor.pruning.space import PruningSpace
-from compressor.recipe import shipped
+from compressor.recipe import parse_recipe, shipped
+from compressor.run_dir import RunDir, write_atomic
+from compressor.stages import TABLE
 
 JETSONS = [path.stem for path in sorted(shipped("latency_tables").glob("*.json"))]
 
@@ -137,3 +140,12 @@ def test_narrow_groups_get_finer_steps() -> None:
     again = PruningSpace(space.model, torch.zeros(1, 3, 32, 32), granularity=steps)
     for group in again.groups:
         assert group.granularity * group.unit == steps[group.name]
+
+
+def test_a_run_goes_on_only_with_a_table_of_its_device(tmp_path: Path) -> None:
+    fields = {"model": "resnet18", "device": "jetson-tx2", "precision": "fp16", "budgets": {"latency": "50%"}}
+    run = RunDir.create(tmp_path / "run", parse_recipe(fields, "here").resolved().to_yaml())
+    write_atomic(run.file(TABLE), LatencyTable.load("jetson-nano", "fp16").to_json())
+    run.close()
+    with pytest.raises(CompressorError, match="device is jetson-nano, not jetson-tx2"):
+        resume(tmp_path / "run")
