@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.agents.proposals import scaled_widths, uniform_or_cheapest
+from compressor.budgets.function import FunctionBudget
 from compressor.env.bounds import Widths
 from compressor.env.environment import PruningEnv
 
@@ -142,6 +143,10 @@ class Allocator:
         if any(self.levels[i][min(k, len(self.levels[i]) - 1)] != widths[i] for i, k in enumerate(at)):
             return widths
         moves = _moves(len(at))
+        tries = [(moves, _TRIED)]
+        if not any(isinstance(budget, FunctionBudget) for budget in self.env.budgets):
+            small = moves[: len(at) * len(at)]  # those by one level
+            tries.append((small, len(small)))
         sizes = np.array([len(levels) for levels in self.levels])
         padded = np.full((len(at), sizes.max()), -np.inf)
         table = np.zeros((len(at), sizes.max()), dtype=np.int64)
@@ -149,17 +154,19 @@ class Allocator:
             padded[i, : len(value)], table[i, : len(levels)] = value, levels
         groups = np.arange(len(at))
         for _ in range(_POLISHING):
-            steps = at + moves
-            steps = steps[((steps >= 0) & (steps < sizes)).all(axis=1)]
-            gains = padded[groups, steps].sum(axis=1) - padded[groups, at].sum()
-            order = np.argsort(-gains, kind="stable")[:_TRIED]
-            order = order[gains[order] > 1e-12]
-            kept = (
-                self.bounds.feasible(table[groups, steps[order]]) if len(order) else np.zeros(0, dtype=bool)
-            )
-            if not kept.any():
+            # Large moves promise most; where none of the most promising is allowed, a small one may be.
+            for moved, most in tries:
+                steps = at + moved
+                steps = steps[((steps >= 0) & (steps < sizes)).all(axis=1)]
+                gains = padded[groups, steps].sum(axis=1) - padded[groups, at].sum()
+                order = np.argsort(-gains, kind="stable")[:most]
+                order = order[gains[order] > 1e-12]
+                kept = order[self.bounds.feasible(table[groups, steps[order]])] if len(order) else order
+                if len(kept):
+                    at = steps[kept[0]]
+                    break
+            else:
                 break
-            at = steps[order[kept][0]]
         return np.asarray(table[groups, at])
 
 

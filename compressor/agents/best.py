@@ -28,8 +28,13 @@ def best_known(run: SearchRun, number: int) -> list[tuple[int, ...]]:
     """Widths of the best plans of this round and of earlier results, first those scored on the latest weights."""
     latest = max((c.epoch for c in run.candidates), default=0)
     known = [c for c in _plans(run) if c.round == run.place.round or c.phase == "final"]
-    known.sort(key=lambda c: (c.epoch == latest, c.reward), reverse=True)
+    known.sort(key=lambda c: (c.epoch == latest, *merit(c)), reverse=True)
     return list(dict.fromkeys(candidate.widths for candidate in known))[:number]
+
+
+def merit(candidate: Candidate) -> tuple[float, int]:
+    """What plans are compared by: the reward, then the channels kept, since what a budget allows costs nothing."""
+    return candidate.reward, sum(candidate.widths)
 
 
 def _plans(run: SearchRun) -> list[Candidate]:
@@ -37,5 +42,5 @@ def _plans(run: SearchRun) -> list[Candidate]:
 
 
 def _highest(candidates: Iterable[Candidate]) -> Candidate | None:
-    """The candidate that earned the most, of equal ones the first; None where there is none."""
-    return max(candidates, key=lambda candidate: candidate.reward, default=None)
+    """The candidate of the greatest merit, of equal ones the first; None where there is none."""
+    return max(candidates, key=merit, default=None)

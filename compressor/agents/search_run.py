@@ -11,6 +11,7 @@ import numpy as np
 from compressor import progress
 from compressor.agents import saved
 from compressor.agents.base import Agent, Candidate, Limits, SearchResult
+from compressor.agents.best import merit
 from compressor.agents.curves import Curves
 from compressor.agents.episodes import Episode, Policy, Transition
 from compressor.agents.saved import Place
@@ -173,7 +174,7 @@ class SearchRun:
         scored = score_shortlists(self, (shortlist, more), score_all=score_all, plans=own, measure=measure)
         if not scored:
             raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")
-        self.place.chosen = list(max(scored, key=lambda candidate: candidate.reward).widths)
+        self.place.chosen = list(max(scored, key=merit).widths)
         chosen = own.get(tuple(self.place.chosen))
         self.place.kept = None if chosen is None else chosen.to_json()
         self.save()

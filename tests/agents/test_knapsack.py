@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from compressor.agents.allocation import Allocator
+from compressor.agents.proposals import scaled_widths
 from compressor.agents.base import Limits
 from compressor.agents.values import saliency_values
 from compressor.env.environment import PruningEnv
@@ -52,6 +53,18 @@ def test_several_budgets_and_jumps() -> None:
     assert env.bounds.feasible(widths)[0]
     found = sum(np.sqrt(widths))
     assert found >= 0.96 * optimum(env, values, allocator.levels)
+
+
+def test_room_for_one_small_step_is_used() -> None:
+    """Of many groups hundreds of larger moves promise more than one level of one group, and none of them fits."""
+    space = FakeSpace([64] * 24)
+    env = PruningEnv(space, [macs_budget(space, 0.5)], FakeEvaluator(space, [1] * 24))
+    allocator = Allocator(env)
+    values = [np.log(levels) for levels in allocator.levels]
+    widths = allocator._polish(scaled_widths(env, np.ones(24)), values)
+    raised = np.minimum(widths + np.eye(24, dtype=np.int64), 64)
+    assert env.bounds.feasible(widths)[0]
+    assert not env.bounds.feasible(raised[(raised != widths).any(axis=1)]).any()
 
 
 def test_values_by_hand() -> None:
