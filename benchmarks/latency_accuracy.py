@@ -7,8 +7,10 @@ For each network: a table is measured from nothing (its time is printed), then r
 used for nothing else are measured end to end, three times with the others in between. As in the table, runs that
 another process interrupted or slowed down do not count (`compressor.latency.calm.undisturbed`). The median of the
 others is compared with the table's prediction, with the plain sum of the operators (scaled by its best factor), and
-with a guess proportional to multiply-adds (likewise). How far the three turns of a network lie apart says how well its
-time can be known at all. The machine should do nothing else meanwhile; all four take about 15 minutes.
+with a guess proportional to multiply-adds (likewise). The dense network is measured among them: where a shared machine
+has become faster or slower since its table was made, "at today's speed" is the table's error with all predictions
+multiplied by the dense network's change (the column "speed"). How far the three turns of a network lie apart says how
+well its time can be known at all. The machine should do nothing else meanwhile; all four take about 15 minutes.
 Results are saved network by network, and a second call goes on with those that are missing.
 """
 
@@ -108,7 +110,11 @@ def run(name: str, networks: int, threads: int, time_limit_s: float) -> dict[str
         local_table(space, example, threads=threads, cache_dir=cache)
         cached_s = time.monotonic() - started
     curve, widths = table.curve(space), random_widths(space, networks, seed=UNSEEN)
-    measured, apart = measured_ms(space, example, widths, threads)
+    dense = np.asarray(space.dense_widths, dtype=np.int64)
+    (*measured_by_place, dense_now), apart = measured_ms(
+        space, example, np.concatenate([widths, dense[None]]), threads
+    )
+    measured, speed = np.asarray(measured_by_place), dense_now / table.dense_ms(space)
     total, macs = plain_sum_ms(table, space, widths), np.asarray(space.macs(widths), dtype=np.float64)
     scaled = {
         guess: values * float(np.median(measured / values))
@@ -119,6 +125,7 @@ def run(name: str, networks: int, threads: int, time_limit_s: float) -> dict[str
         "network": name, "threads": threads, "networks": networks, "dense_ms": table.dense_ms(space),
         "fitted_networks": network.fitted_networks, "stated": network.held_out and network.held_out.model_dump(),
         "built_s": round(built_s, 1), "cached_s": round(cached_s, 2), "turns_apart": float(np.median(apart)),
+        "speed": speed - 1, "at today's speed": errors(curve(widths) * speed, measured),
         "table": errors(curve(widths), measured), "sum of operators": errors(scaled["sum"], measured),
         "proportional to MACs": errors(scaled["macs"], measured), "measured_ms": np.round(measured, 5).tolist(),
         "predicted_ms": np.round(curve(widths), 5).tolist(),
@@ -129,19 +136,20 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
     """Print all results so far."""
     table = Table(title="Predicted against measured, on sub-networks that were used for nothing else")
     columns = (
-        "network", "guess", "MAPE", "95 % within", "worst", "bias", "within 10 %", "Spearman", "turns apart",
+        "network", "guess", "MAPE", "95 % within", "worst", "bias", "within 10 %", "Spearman", "speed", "turns apart",
         "made in s", "cached s",
     )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column in ("network", "guess") else "right")
     for result in results:
-        for guess in ("table", "sum of operators", "proportional to MACs"):
+        for guess in ("table", "at today's speed", "sum of operators", "proportional to MACs"):
             row = result[guess]
             own = guess == "table"
             table.add_row(
                 result["network"] if own else "", guess,
                 f"{row['mape']:.1%}", f"{row['p95']:.1%}", f"{row['worst']:.1%}",
                 f"{row['bias']:+.1%}", f"{row['within_10_percent']:.0%}", f"{row['spearman']:.4f}",
+                f"{result['speed']:+.1%}" if own else "",
                 f"{result['turns_apart']:.1%}" if own else "",
                 f"{result['built_s']:.0f}" if own else "", f"{result['cached_s']:.1f}" if own else "",
             )  # fmt: skip

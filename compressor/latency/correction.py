@@ -4,7 +4,7 @@ A network's time is not the sum of its operators' times: the profiler adds to ea
 to all of them, and a network with few weights finds them in nearer caches than one with many. First each kind of term
 of the operators' times gets a factor. The correction then rises with their sum and with the weights, with both in
 straight pieces whose slopes may differ but are drawn towards one another. Both are fitted to whole networks that were
-measured end to end, with errors counted relative to the time.
+measured end to end, with errors counted relative to the time, and large ones less: a busy moment may have slowed any.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ PULL = 0.02
 NEEDLESS = 0.3
 """How strongly a slope over the weights is drawn to nothing, as a share of `PULL`."""
 
+USUAL = 1.5
+"""Errors beyond this many times the median one count by their size only, no longer by its square."""
+
+LEAST_USUAL = 0.005
+"""Errors below this share are usual on any machine."""
+
+REFITS = 5
 FLATTEST = 1e-6
 """The least slope over the sum."""
 
@@ -112,8 +119,6 @@ def fit_factors(parts: Floats, measured: Sequence[float]) -> tuple[float, ...]:
     Returns:
         (kinds,), or () with fewer than `ENOUGH` networks.
     """
-    from scipy.optimize import lsq_linear
-
     if len(measured) < ENOUGH:
         return ()
     times, kinds = np.asarray(measured, dtype=np.float64), parts.shape[1]
@@ -123,8 +128,27 @@ def fit_factors(parts: Floats, measured: Sequence[float]) -> tuple[float, ...]:
     alike = pull * np.eye(kinds + 1)[1:]
     target = np.concatenate([times / scale, np.full(kinds, pull * usual)])
     lowest = np.concatenate([[-np.inf], np.zeros(kinds)])
-    found = lsq_linear(np.concatenate([rows, alike]), target, bounds=(lowest, np.inf)).x
+    found = _fitted(np.concatenate([rows, alike]), target, lowest, len(times))
     return tuple(float(value) for value in found[1:])
+
+
+def _fitted(matrix: Floats, target: Floats, lowest: Floats, networks: int) -> Floats:
+    """Bounded least squares, refitted with less weight on networks that are far off (Huber's weights).
+
+    Args:
+        matrix, target: A row for each network first, in units of its time; then those that draw coefficients together.
+        lowest: The least value of each coefficient.
+        networks: How many rows are networks.
+    """
+    from scipy.optimize import lsq_linear
+
+    weights = np.ones(len(target))
+    for _ in range(REFITS):
+        found = lsq_linear(matrix * weights[:, None], target * weights, bounds=(lowest, np.inf)).x
+        off = np.abs(matrix @ found - target)[:networks]
+        usual = max(USUAL * float(np.median(off)), LEAST_USUAL)
+        weights[:networks] = np.sqrt(usual / np.maximum(off, usual))
+    return np.asarray(found)
 
 
 def fit_correction(
@@ -162,8 +186,6 @@ def _fit_pieces(
     sums: Floats, sizes: Floats, times: Floats, sum_starts: list[float], size_starts: list[float]
 ) -> tuple[float, list[float], list[float]]:
     """The offset, and the slope of each piece: over the sum none below `FLATTEST`, over the weights none below zero."""
-    from scipy.optimize import lsq_linear
-
     scale, most = np.maximum(times, TINY * times.max()), float(times.max())
     parts: list[Floats] = [np.ones((len(times), 1))]
     pulls: list[Floats] = []
@@ -188,7 +210,7 @@ def _fit_pieces(
     lowest = np.concatenate(
         [[-np.inf], np.full(len(sum_starts), FLATTEST * units[0]), np.zeros(len(size_starts))]
     )
-    found = lsq_linear(matrix, target, bounds=(lowest, np.inf)).x
+    found = _fitted(matrix, target, lowest, len(times))
     middle = 1 + len(sum_starts)
     by_sum = [float(value) / units[0] for value in found[1:middle]]
     return float(found[0]), by_sum, [float(value) / units[1] for value in found[middle:]]

@@ -44,7 +44,7 @@ def made_here(fitted: int, unseen: int, threads: int) -> Made:
             f"{fitted} measurements of sub-networks, each warmed up and run for {SECONDS_A_NETWORK} s: "
             "end to end, then under ONNX Runtime's profiler (mean of the middle half of the runs), then end to "
             f"end again; {unseen} networks were held out; the dense network first, every dozen, and last; runs that "
-            "other processes interrupted or slowed down do not count; a network that came out much slower than predicted was measured "
-            "again, and its calmest time counts"
+            "other processes interrupted or slowed down do not count; a network that met a slow processor or came out "
+            "much slower than predicted was measured again, and its calmest time counts"
         ),
     )

@@ -128,6 +128,15 @@ def test_each_kind_of_term_gets_its_factor() -> None:
     assert fit_factors(parts[:5], [1.0] * 5) == ()
 
 
+def test_a_few_slowed_networks_do_not_bend_the_correction() -> None:
+    rng = np.random.default_rng(8)
+    totals = rng.uniform(0.2, 1.0, 60)
+    truth = 0.05 + 1.1 * totals
+    slowed = np.where(np.arange(60) % 5 == 0, 1.4, 1.0) * truth
+    correction = fit_correction(totals, np.full(60, 7.0), slowed)
+    assert np.abs(correction(totals, 7.0) / truth - 1).max() < 0.04
+
+
 def test_factors_scale_terms_of_their_kind_only() -> None:
     rng = np.random.default_rng(6)
     c_in, c_out = rng.integers(1, 100, 40), rng.integers(1, 100, 40)
