@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from compressor.agents.allocation import Allocator
-from compressor.agents.proposals import scaled_widths
 from compressor.agents.base import Limits
+from compressor.agents.proposals import scaled_widths
 from compressor.agents.values import saliency_values
 from compressor.env.environment import PruningEnv
 from tests.agents.bench import Killed
