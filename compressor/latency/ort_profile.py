@@ -32,7 +32,6 @@ MOST_PROFILED = 60
 LEAST_RUNS = 7
 """No network is timed with fewer runs, however slow it is."""
 
-ATTEMPTS = 2
 CALM = 0.08
 """Slower than at its best by no more than this share, the processor counts as calm."""
 
@@ -157,27 +156,16 @@ class OrtCpu:
         self._pace = Pace(threads)
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
-        """End to end, then under the profiler, then end to end again, so that a drift is seen by both.
-
-        Measured again while the processor is slower than it can be, `ATTEMPTS` times at most; the calmest counts.
-        """
+        """End to end, then under the profiler, then end to end again, so that a drift is seen by both."""
         runner = OnnxRunner(network.model, threads=self.threads)
         once = runner.warm_up(seconds / 10)
         runs = min(MOST_RUNS, max(LEAST_RUNS, int(seconds / 4 / (once / 1e3))))
-        calmest: NetworkTimes | None = None
-        for _ in range(ATTEMPTS):
-            slow = self._pace.slowdown()
-            before = timed(runner, runs)
-            operators = self._profile(network, min(2 * runs, MOST_PROFILED))
-            after = timed(runner, runs)
-            slow = max(slow, self._pace.slowdown())
-            times = NetworkTimes(undisturbed(np.concatenate([before, after])), operators, slow)
-            if calmest is None or slow < calmest.slowdown:
-                calmest = times
-            if calmest.calm:
-                break
-        assert calmest is not None
-        return calmest
+        slow = self._pace.slowdown()
+        before = timed(runner, runs)
+        operators = self._profile(network, min(2 * runs, MOST_PROFILED))
+        after = timed(runner, runs)
+        slow = max(slow, self._pace.slowdown())
+        return NetworkTimes(undisturbed(np.concatenate([before, after])), operators, slow)
 
     def _profile(self, network: TaggedNetwork, runs: int) -> Floats:
         """(runs, operators) milliseconds from ONNX Runtime's profiler, of the runs at full speed."""
