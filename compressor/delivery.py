@@ -43,20 +43,19 @@ def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
         Whether the latency target is met, and not by so much that the search should go on; True where there is none,
         or no device to measure on.
     """
-    target = _latency_target(run)
-    if target is None or not job.measurable:
+    if job.latency_target() is None or not job.measurable:
         return True
     if not run.finished("probe"):
         with run.stage("probe"):
             _write_onnx(job, job.space.apply(plan), run.file(PROBE))
             _write_dense(run, job)
             dense, slim = timed_on_device(run, job, run.file(PROBE))
-            if slim.median_ms <= target:
+            done = _add_round(run, job, plan, dense, slim)
+            if done["kept"]:
                 remember(run, plan)
-            _add_round(run, job, plan, target, slim.median_ms)
             say(
                 f"The plan takes {slim.median_ms:.3f} ms as measured "
-                f"(target {target:.3f} ms, dense {dense.median_ms:.3f} ms)."
+                f"(target {done['target_ms']:.3f} ms, dense {dense.median_ms:.3f} ms)."
             )
     return bool(run.manifest["rounds"][-1]["kept"]) and not slack_left(run, job)
 
@@ -122,14 +121,12 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
             entry["kept"] is not False for entry in run.manifest["budgets"] if entry["name"] == "latency"
         )
     with run.stage("measure"):
-        target = _latency_target(run)
         widths = job.space.widths(plan.widths)
         slim: LatencyStats | None = None
+        dense: LatencyStats | None = None
         if job.measurable:
             dense, slim = timed_on_device(run, job, run.file(MODEL))
-            latency = _latency_record(job, plan, dense, slim)
-        else:
-            latency = _predicted_record(job, plan)
+        latency = _latency_record(job, plan, dense, slim)
         budgets = []
         for entry, budget in zip(run.manifest["budgets"], job.budgets(), strict=True):
             predicted = float(budget.predict(widths[None])[0])
@@ -141,12 +138,14 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
                 if entry["name"] in job.callers
                 else _counted(run, entry["name"], predicted)
             )
+            if is_latency and dense is not None:
+                entry, predicted = _at_the_same_time(job, entry, predicted, dense)
             kept = None if found is None else found <= entry["target"]
             budgets.append({**entry, "predicted": predicted, "measured": found, "kept": kept})
         # With the stage's end in one write: a kill in between would have the same plan measured as two rounds.
         run.manifest.update(latency=latency, budgets=budgets)
-        if slim is not None and target is not None:
-            _add_round(run, job, plan, target, slim.median_ms)
+        if dense is not None and slim is not None and job.latency_target() is not None:
+            _add_round(run, job, plan, dense, slim)
     return all(entry["kept"] is not False for entry in budgets if entry["name"] == "latency")
 
 
@@ -174,23 +173,36 @@ def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
     return code
 
 
-def _latency_target(run: RunDir) -> float | None:
-    return next(
-        (float(entry["target"]) for entry in run.manifest["budgets"] if entry["name"] == "latency"), None
-    )
+def _at_the_same_time(
+    job: Job, entry: dict[str, Any], predicted: float, dense: LatencyStats
+) -> tuple[dict[str, Any], float]:
+    """A latency budget and its prediction at the speed at which the dense network was measured."""
+    asked = job.latency_target(dense.median_ms)
+    assert asked is not None
+    target, speed = asked
+    if speed != 1.0:
+        entry = {**entry, "target": target, "dense": dense.median_ms}
+    return entry, predicted * speed
 
 
-def _add_round(run: RunDir, job: Job, plan: ChannelPlan, target: float, measured_ms: float) -> None:
-    """Note what was measured of a plan; the end of the stage writes it."""
+def _add_round(
+    run: RunDir, job: Job, plan: ChannelPlan, dense: LatencyStats, slim: LatencyStats
+) -> dict[str, Any]:
+    """Note what was measured of a plan, and return it; the end of the stage writes it."""
     assert job.table is not None
+    asked = job.latency_target(dense.median_ms)
+    assert asked is not None
+    target, speed = asked
     entry = {
-        "predicted_ms": job.table.predict(job.space, plan),
-        "measured_ms": measured_ms,
+        "predicted_ms": speed * job.table.predict(job.space, plan),
+        "measured_ms": slim.median_ms,
         "target_ms": target,
-        "kept": measured_ms <= target,
+        "dense_ms": dense.median_ms,
+        "kept": slim.median_ms <= target,
         "widths": list(plan.widths.values()),
     }
     run.manifest["rounds"] = [*run.manifest["rounds"], entry]
+    return entry
 
 
 def _write_dense(run: RunDir, job: Job) -> None:
@@ -235,9 +247,29 @@ def _layer_macs(layer: Layer, inputs: Any, outputs: Any) -> Any:
     return positions * int(np.prod(layer.kernel or (1,))) * outputs * per_output
 
 
-def _latency_record(job: Job, plan: ChannelPlan, dense: LatencyStats, slim: LatencyStats) -> dict[str, Any]:
+def _latency_record(
+    job: Job, plan: ChannelPlan, dense: LatencyStats | None, slim: LatencyStats | None
+) -> dict[str, Any]:
+    """What the manifest says of the latency; without measurements what the table says."""
+    table = job.table
+    asked = job.latency_target(dense.median_ms if dense is not None else None)
+    speed = asked[1] if asked is not None else 1.0
+    record = {
+        "device": job.recipe.device,
+        "runtime": table.fields.runtime.name if table else None,
+        "precision": job.recipe.precision,
+        "batch": 1,
+        "percentile": 50,
+        "estimated": bool(table and table.estimated),
+        "predicted_ms": speed * table.predict(job.space, plan) if table else None,
+        "predicted_dense_ms": speed * table.predict(job.space) if table else None,
+        "measured_ms": None,
+        "dense_ms": None,
+    }
+    if dense is None or slim is None:
+        return record
     return {
-        **_predicted_record(job, plan),
+        **record,
         "runtime": f"{CPU if slim.runtime == 'onnxruntime' else slim.runtime} {slim.version}",
         "threads": slim.threads,
         "measured_ms": slim.median_ms,
@@ -247,22 +279,6 @@ def _latency_record(job: Job, plan: ChannelPlan, dense: LatencyStats, slim: Late
         "dense_p90_ms": dense.p90_ms,
         "dense_p99_ms": dense.p99_ms,
         "runs": slim.runs * (job.recipe.contract.repeats if slim.runtime == "onnxruntime" else 1),
-    }
-
-
-def _predicted_record(job: Job, plan: ChannelPlan) -> dict[str, Any]:
-    table = job.table
-    return {
-        "device": job.recipe.device,
-        "runtime": table.fields.runtime.name if table else None,
-        "precision": job.recipe.precision,
-        "batch": 1,
-        "percentile": 50,
-        "estimated": bool(table and table.estimated),
-        "predicted_ms": table.predict(job.space, plan) if table else None,
-        "predicted_dense_ms": table.predict(job.space) if table else None,
-        "measured_ms": None,
-        "dense_ms": None,
     }
 
 

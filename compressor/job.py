@@ -77,6 +77,28 @@ class Job:
         reachable(budgets, self.space)
         return budgets
 
+    def latency_target(self, dense_ms: float | None = None) -> tuple[float, float] | None:
+        """The latency that is asked for, and how fast the device is against its table; None where none is asked for.
+
+        A share of the dense network's latency is a share of what the dense network takes at the same time: a shared
+        machine may be faster or slower than when its table was made. Milliseconds are milliseconds.
+
+        Args:
+            dense_ms: What the dense network takes now; None for what the table says.
+
+        Returns:
+            The target in milliseconds, and milliseconds now over milliseconds of the table: 1 where the target is
+            none of shares.
+        """
+        (asked,) = [each for each in budget_specs(self.recipe) if each.name == "latency"] or (None,)
+        if asked is None or self.table is None:
+            return None
+        if not asked.relative:
+            return asked.value, 1.0
+        by_table = self.table.dense_ms(self.space)
+        now = by_table if dense_ms is None else dense_ms
+        return asked.value * now, now / by_table
+
 
 def budget_specs(recipe: Recipe) -> Sequence[BudgetSpec]:
     """The budgets of a recipe, parsed.

@@ -189,12 +189,18 @@ class OtherDevice:
 FINE = {"granularity": 4, "min_share": 0.1}
 
 
+@pytest.fixture(scope="module")
+def by_table(finished: Path) -> float:
+    """What the made-up device's table says that the dense network takes, in milliseconds."""
+    return Proportional().measure(tag(finished / "checkpoints/dense.onnx"), 1.0).median_ms
+
+
 @pytest.mark.parametrize(("factor", "noise"), [(1.5, 0.0), (1.0, 0.2)])
 def test_a_slower_or_noisy_device_tightens_the_search_until_it_measures_the_target(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, noise: float
+    by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, noise: float
 ) -> None:
     OtherDevice(factor, noise).install(monkeypatch)
-    wanted = recipe(budgets={"latency": "80%"}, pruning=FINE)
+    wanted = recipe(budgets={"latency": f"{0.8 * by_table}ms"}, pruning=FINE)
     result = compress(wanted, out=tmp_path / "run")
     rounds = result.manifest["rounds"]
     assert rounds[-1]["kept"]
@@ -208,9 +214,30 @@ def test_a_slower_or_noisy_device_tightens_the_search_until_it_measures_the_targ
         assert rounds[-1]["measured_ms"] < rounds[0]["measured_ms"]
 
 
-def test_a_correction_survives_a_stop_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_is_of_the_dense_network_at_the_same_time(
+    by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that others slow down, or no longer do, since its table was made; milliseconds stay what they are."""
     OtherDevice(1.5).install(monkeypatch)
-    wanted = recipe(budgets={"latency": "80%"}, pruning=FINE)
+    manifest = compress(recipe(budgets={"latency": "60%"}, pruning=FINE), out=tmp_path / "run").manifest
+    (budget,) = manifest["budgets"]
+    assert manifest["exit_code"] == 0
+    assert budget["dense"] == manifest["latency"]["dense_ms"] == pytest.approx(1.5 * by_table, rel=0.01)
+    assert budget["target"] == pytest.approx(0.6 * budget["dense"])
+    assert 0.9 * budget["target"] < budget["measured"] <= budget["target"]
+    assert budget["measured"] == manifest["latency"]["measured_ms"]
+    assert budget["predicted"] == pytest.approx(budget["measured"], rel=0.1)
+    assert manifest["latency"]["predicted_ms"] == pytest.approx(budget["predicted"])
+    assert all(
+        row["kept"] and row["target_ms"] == pytest.approx(budget["target"]) for row in manifest["rounds"]
+    )
+
+
+def test_a_correction_survives_a_stop_once(
+    by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    OtherDevice(1.5).install(monkeypatch)
+    wanted = recipe(budgets={"latency": f"{0.8 * by_table}ms"}, pruning=FINE)
     undisturbed = compress(wanted, out=tmp_path / "one").manifest
     said = []
 
@@ -230,10 +257,13 @@ def test_a_correction_survives_a_stop_once(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_device_that_cannot_reach_the_target_ends_with_3_and_everything_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     OtherDevice(50.0).install(monkeypatch)
-    result = compress(recipe(budgets={"latency": "80%"}, agent="uniform", pruning=FINE), out=tmp_path / "run")
+    result = compress(
+        recipe(budgets={"latency": f"{0.8 * by_table}ms"}, agent="uniform", pruning=FINE),
+        out=tmp_path / "run",
+    )
     assert result.exit_code == 3
     budget = result.manifest["budgets"][0]
     assert budget["kept"] is False
@@ -250,10 +280,10 @@ def test_a_budget_that_is_met_already_prunes_nothing(tmp_path: Path) -> None:
 
 
 def test_latency_that_is_left_unused_sends_the_search_on_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     OtherDevice(0.85).install(monkeypatch)  # faster than its table
-    result = compress(recipe(budgets={"latency": "60%"}, pruning=FINE), out=tmp_path / "run")
+    result = compress(recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE), out=tmp_path / "run")
     first, second, last = result.manifest["rounds"]
     assert first["kept"]
     assert first["measured_ms"] < 0.92 * first["target_ms"]
@@ -266,7 +296,7 @@ def test_latency_that_is_left_unused_sends_the_search_on_once(
 
 
 def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = OtherDevice(0.85)
     device.install(monkeypatch)
@@ -283,7 +313,8 @@ def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(
     monkeypatch.setattr("compressor.timing.measured", moody)
     contract = {"repeats": 1, "max_rounds": 3}
     result = compress(
-        recipe(budgets={"latency": "60%"}, pruning=FINE, contract=contract), out=tmp_path / "run"
+        recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract=contract),
+        out=tmp_path / "run",
     )
     rounds = result.manifest["rounds"]
     assert rounds[0]["kept"]
@@ -293,9 +324,13 @@ def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(
     assert [group["kept"] for group in result.manifest["groups"]] == rounds[-1]["widths"]
 
 
-def test_a_finished_run_is_not_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_not_searched_again(
+    by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     OtherDevice(1.0).install(monkeypatch)
-    folder = compress(recipe(budgets={"latency": "80%"}, pruning=FINE), out=tmp_path / "run").directory
+    folder = compress(
+        recipe(budgets={"latency": f"{0.8 * by_table}ms"}, pruning=FINE), out=tmp_path / "run"
+    ).directory
     manifest = manifest_of(folder)
     last = manifest["rounds"][-1]
     last |= {"kept": True, "measured_ms": 0.9 * last["target_ms"], "predicted_ms": 0.97 * last["target_ms"]}
@@ -308,10 +343,12 @@ def test_a_finished_run_is_not_searched_again(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_run_goes_on_only_with_the_runtime_of_its_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     OtherDevice(1.0).install(monkeypatch)
-    folder = compress(recipe(budgets={"latency": "80%"}, pruning=FINE), out=tmp_path / "run").directory
+    folder = compress(
+        recipe(budgets={"latency": f"{0.8 * by_table}ms"}, pruning=FINE), out=tmp_path / "run"
+    ).directory
     manifest = manifest_of(folder)
     monkeypatch.setattr("onnxruntime.__version__", "0.0.1")
     assert resume(folder).exit_code == 0  # nothing is left to measure

@@ -125,10 +125,9 @@ class LatencyTable:
         *,
         batch: int = 1,
         runtime: str | None = None,
-        version: str | None = None,
         device: str | None = None,
     ) -> LatencyTable:
-        """This table for a precision, batch, runtime, runtime version and device; what is None is not asked for.
+        """This table for a precision, batch, runtime and device; what is None is not asked for.
 
         Raises:
             CompressorError: it was not made for them; what differs is named.
@@ -140,8 +139,6 @@ class LatencyTable:
             "batch": str(fields.batch),
             "runtime": fields.runtime.name,
         }
-        if version is not None and not self.estimated:
-            asked["runtime version"], made["runtime version"] = version, fields.runtime.version
         if device is not None:
             asked["device"], made["device"] = device, self.device
         wrong = [name for name in asked if asked[name] not in made[name].split(", ")]
