@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.delivery import close, export, measure, probe
+from compressor.device import device_precision
 from compressor.errors import CompressorError
-from compressor.job import Job, device_precision, prepare
+from compressor.job import Job, prepare
 from compressor.progress import say
 from compressor.recipe import Recipe, load_recipe
 from compressor.run_dir import RECIPE, RunDir, new_run_path, write_atomic

@@ -25,7 +25,7 @@ def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
     Raises:
         CompressorError, ExportError: the device has no plain name, the folder is taken, the network cannot be exported.
     """
-    from compressor.job import device_precision
+    from compressor.device import device_precision
     from compressor.latency.carry import refuse_taken, write_table_bundle
     from compressor.latency.user_tables import check_name
 
@@ -72,7 +72,7 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
 
 def profile_remote(recipe: Recipe) -> Iterator[str]:
     """Measure a device over ssh, or say what is known of it where nothing has changed there."""
-    from compressor.job import device_precision
+    from compressor.device import device_precision
     from compressor.latency.over_ssh import ssh_table
     from compressor.latency.user_tables import check_name
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressor.job import Job, device_precision
+from compressor.device import device_precision
+from compressor.job import Job
 from compressor.onnx_files import DENSE, measured
 from compressor.run_dir import RunDir
 

@@ -161,7 +161,7 @@ class Contract(Part):
         description="The search aims this share below the latency target, so that noise does not break it.",
     )
     max_rounds: Positive = Field(
-        4,
+        6,
         description="The most measurements of plans; until then a latency that is missed, or kept by far, sends the "
         "search on.",
     )

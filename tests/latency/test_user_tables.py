@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressor.device import latency_table
 from compressor.errors import CompressorError
-from compressor.job import latency_table
 from compressor.latency.carried import table_of_results
 from compressor.latency.devices import devices, find_table
 from compressor.latency.table import LatencyTable
