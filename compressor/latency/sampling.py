@@ -141,6 +141,7 @@ class _Collector:
         self.dense = np.asarray(space.dense_widths, dtype=np.int64)
         self.samples = Samples()
         self.times_measured: dict[tuple[int, ...], int] = {}
+        self.settled: set[tuple[int, ...]] = set()  # slow twice: that is their time
         for record in journal.records:
             self._keep(record)
         before = journal.records[-1].at_s if journal.records else 0.0
@@ -194,6 +195,10 @@ class _Collector:
             return
         kept = self.samples.fitted if record.role == "fit" else self.samples.held
         before = kept.get(record.widths)
+        if before is not None and record.sample.times.calm:
+            again, first = record.sample.times.median_ms, before.times.median_ms
+            if abs(again / first - 1.0) <= SUSPICIOUS:
+                self.settled.add(record.widths)
         if before is None or record.sample.times.median_ms < before.times.median_ms:
             kept[record.widths] = record.sample
         self.times_measured[record.widths] = self.times_measured.get(record.widths, 0) + 1
@@ -245,7 +250,9 @@ class _Collector:
             error = np.asarray([each.times.median_ms for each in samples]) / predict(samples) - 1.0
             limit = max(SUSPICIOUS, 3.0 * float(np.median(np.abs(error))))
             for widths, sample, slower in zip(kept, samples, error, strict=True):
-                if (slower > limit or not sample.times.calm) and self.times_measured[widths] < AGAIN:
+                if widths in self.settled or self.times_measured[widths] >= AGAIN:
+                    continue
+                if slower > limit or not sample.times.calm:
                     worst = max(float(slower), sample.times.slowdown)
                     found.append((worst, role, np.asarray(widths, dtype=np.int64)))
         return [(role, row) for _, role, row in sorted(found, key=lambda item: -item[0])]
