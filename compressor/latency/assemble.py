@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compressor.errors import CompressorError
-from compressor.latency.calm import middle
 from compressor.latency.correction import fit_correction, fit_factors, held_out_error
 from compressor.latency.made import SECONDS_A_NETWORK, Made, made_here
 from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork, tag
@@ -248,10 +247,10 @@ def _entries(layers: Sequence[str], samples: Sequence[Sample]) -> dict[str, Entr
     found: dict[Point, list[tuple[int, float, float, float]]] = defaultdict(list)
     for sample in samples:
         for index, key in enumerate(layers):
-            times = sample.times.operators_ms[:, index]
             point = (key, int(sample.c_in[index]), int(sample.c_out[index]))
-            seen = [max(value, FASTEST_MS) for value in (middle(times), float(np.quantile(times, 0.9)))]
-            found[point].append((len(times), seen[0], seen[1], float(times.std())))
+            usual, p90, std = (float(value) for value in sample.times.by_operator_ms[:, index])
+            count = len(sample.times.operators_ms)
+            found[point].append((count, max(usual, FASTEST_MS), max(p90, FASTEST_MS), std))
     rows: dict[str, list[tuple[int, int, int, tuple[float, ...]]]] = defaultdict(list)
     for (key, c_in, c_out), values in sorted(found.items()):
         runs, *times_ms = zip(*values, strict=True)

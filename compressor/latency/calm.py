@@ -58,9 +58,14 @@ def at_full_speed(times: Floats) -> npt.NDArray[np.bool_]:
 
 def middle(values: Floats) -> float:
     """The mean of the middle half: as steady as a median, without sticking to a clock's whole microseconds."""
-    ordered = np.sort(values)
+    return float(middles(values[:, None])[0])
+
+
+def middles(values: Floats) -> Floats:
+    """`middle` of each column, (columns,) from (runs, columns)."""
+    ordered = np.sort(values, axis=0)
     quarter = len(ordered) // 4
-    return float(ordered[quarter : len(ordered) - quarter].mean())
+    return np.asarray(ordered[quarter : len(ordered) - quarter].mean(axis=0))
 
 
 class Pace:

@@ -12,13 +12,14 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from compressor.latency.calm import Pace, at_full_speed, timed, undisturbed
+from compressor.latency.calm import Pace, at_full_speed, middles, timed, undisturbed
 from compressor.latency.graph import WEIGHTED
 from export.bench import OnnxRunner
 from export.ort import CPU, random_feeds, runtime
@@ -77,6 +78,12 @@ class NetworkTimes:
     def median_ms(self) -> float:
         """The median end-to-end time."""
         return float(np.median(self.whole_ms))
+
+    @cached_property
+    def by_operator_ms(self) -> Floats:
+        """What a table keeps of each operator, (3, operators): mean of the middle half, 90th percentile, deviation."""
+        times = self.operators_ms
+        return np.stack([middles(times), np.quantile(times, 0.9, axis=0), times.std(axis=0)])
 
     @property
     def calm(self) -> bool:
