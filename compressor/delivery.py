@@ -9,6 +9,7 @@ import numpy as np
 
 from compressor.contract import remember, slack_left
 from compressor.job import Job
+from compressor.latency.distinct import with_distinct_weights
 from compressor.onnx_files import (
     COMPARED_IMAGES,
     DENSE,
@@ -47,7 +48,7 @@ def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
         return True
     if not run.finished("probe"):
         with run.stage("probe"):
-            _write_onnx(job, job.space.apply(plan), run.file(PROBE))
+            _write_onnx(job, with_distinct_weights(job.space.apply(plan)), run.file(PROBE))
             _write_dense(run, job)
             dense, slim = timed_on_device(run, job, run.file(PROBE))
             done = _add_round(run, job, plan, dense, slim)
@@ -207,7 +208,7 @@ def _add_round(
 
 def _write_dense(run: RunDir, job: Job) -> None:
     if not run.file(DENSE).exists():
-        _write_onnx(job, job.model, run.file(DENSE))
+        _write_onnx(job, with_distinct_weights(job.model), run.file(DENSE))
 
 
 def _write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any] | None = None) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from compressor.errors import CompressorError
 from compressor.latency.correction import fit_correction, fit_factors, held_out_error
+from compressor.latency.distinct import with_distinct_weights
 from compressor.latency.made import SECONDS_A_NETWORK, Made, made_here
 from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork, tag
 from compressor.latency.schema import (
@@ -84,7 +85,7 @@ def export_candidate(
     Raises:
         CompressorError: it cannot be exported, or its operators cannot be told apart.
     """
-    small = space.apply(space.plan(widths, ranking))
+    small = with_distinct_weights(space.apply(space.plan(widths, ranking)))
     c_in, c_out = (rows[0] for rows in channels(space, widths[None]))
     weights = [_weights(layer, *pair) for layer, *pair in zip(space.layers, c_in, c_out, strict=True)]
     with tempfile.TemporaryDirectory(prefix="compressor-latency-") as folder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
+from compressor.latency.assemble import export_candidate
 from compressor.latency.calm import channel_block, middle, undisturbed
 from compressor.latency.correction import fit_correction, fit_factors, held_out_error
 from compressor.latency.design import LEVELS, anchor_widths, grid_widths, random_widths
+from compressor.latency.distinct import with_distinct_weights
 from compressor.latency.ort_profile import OrtCpu, _by_operator, tag
 from compressor.latency.signature import (
     OpSignature,
@@ -24,6 +27,7 @@ from compressor.latency.signature import (
     weight_elements,
 )
 from compressor.latency.surface import KINDS, Surfaces, fit_surface
+from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
 from export.to_onnx import export_onnx
 
@@ -250,6 +254,17 @@ def test_events_are_summed_by_run_and_operator(tmp_path: Path) -> None:
         {"cat": "Session", "name": "model_run", "ts": 0, "dur": 99, "args": {}},
     ]  # fmt: skip
     assert _by_operator(events[::-1], network) == pytest.approx(np.asarray([[0.013, 0.005], [0.024, 0.006]]))
+
+
+def test_untrained_networks_are_timed_with_all_their_weights(tmp_path: Path) -> None:
+    model = create_model("resnet18", 10, "none", (3, 32, 32)).eval()
+    assert not bool(model.layer4[1].bn2.weight.any())  # as torchvision begins it, with our settings
+    space = PruningSpace(model, torch.zeros(1, 3, 32, 32), granularity=16)
+    network = export_candidate(space, space.rank(), torch.zeros(1, 3, 32, 32), np.asarray(space.dense_widths))
+    stored = [item for item in onnx.load_from_string(network.model).graph.initializer if len(item.dims) == 4]
+    assert len(stored) == 20
+    assert not bool(model.layer4[1].bn2.weight.any())  # the network itself is left alone
+    assert with_distinct_weights(model.layer1[0].conv1) is model.layer1[0].conv1
 
 
 def test_interrupted_runs_do_not_count() -> None:
