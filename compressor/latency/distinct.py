@@ -1,8 +1,8 @@
-"""Networks whose weights are all zero here and there, made fit for timing.
+"""Networks whose weights or biases are all zero here and there, made fit for timing.
 
-A residual network usually begins with its last normalisations at zero. Folded into convolutions they make weights of
-nothing but zeros, and equal weights are stored once in an ONNX file: untrained, such a network would be timed with a
-part of its weights, and would take longer once it is trained.
+A residual network usually begins with its last normalisations at zero, and all begin with biases of zero. Folded into
+convolutions they make tensors of nothing but zeros, and equal tensors are stored once in an ONNX file: untrained, such
+a network would be timed with a part of its weights, and would take longer once it is trained.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def with_distinct_weights(model: nn.Module) -> nn.Module:
-    """The network itself; or where a weight is zero throughout, a copy in which each of these has values of its own."""
+    """The network itself; or where weights or biases are zero throughout, a copy in which these have values."""
     import torch
 
     if not _empty(model):
@@ -24,7 +24,7 @@ def with_distinct_weights(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for weight in _empty(filled):
             values = torch.rand(weight.shape, generator=generator)
-            weight.copy_(0.5 + values if weight.ndim == 1 else 0.1 * (values - 0.5))
+            weight.copy_(0.1 * (values - 0.5))
     return filled
 
 
@@ -34,4 +34,6 @@ def _empty(model: nn.Module) -> list[nn.Parameter]:
         for each in model.modules()
         for name, parameter in each.named_parameters(recurse=False)
     )
-    return [parameter for name, parameter in named if name == "weight" and not bool(parameter.any())]
+    return [
+        parameter for name, parameter in named if name in ("weight", "bias") and not bool(parameter.any())
+    ]

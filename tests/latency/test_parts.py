@@ -263,6 +263,8 @@ def test_untrained_networks_are_timed_with_all_their_weights(tmp_path: Path) -> 
     network = export_candidate(space, space.rank(), torch.zeros(1, 3, 32, 32), np.asarray(space.dense_widths))
     stored = [item for item in onnx.load_from_string(network.model).graph.initializer if len(item.dims) == 4]
     assert len(stored) == 20
+    shapes = [len(item.dims) for item in onnx.load_from_string(network.model).graph.initializer]
+    assert shapes.count(1) == 21  # the biases of the folded normalisations, and the classifier's
     assert not bool(model.layer4[1].bn2.weight.any())  # the network itself is left alone
     assert with_distinct_weights(model.layer1[0].conv1) is model.layer1[0].conv1
 
