@@ -1,8 +1,8 @@
 """How much of a promised latency a plan leaves unused, and which plan is kept when a run goes on to use it.
 
 A plan that was measured well below its target has lost accuracy for nothing: the table predicted it too slow. The
-search then goes on once with the table lowered to what was measured, and half the margin, because what was measured
-needs less of it. Should nothing found afterwards keep the target, the plan that did is taken.
+search then goes on, twice at most, with the table lowered to what was measured, and half the margin, because what was
+measured needs less of it. Should nothing found afterwards keep the target, the plan that did is taken.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from compressor.job import Job
 
 KEPT_PLAN = "search/kept_plan.json"
+SEARCHES_MORE = 2
+"""How often a kept latency is searched on for."""
+
 UNUSED = 0.01
 """Below the margin by this share, a plan is worth another search."""
 
@@ -35,15 +38,12 @@ def slack_left(run: RunDir, job: Job) -> bool:
     """Whether the plan measured last keeps its target by so much that the search should go on."""
     rounds: list[dict[str, Any]] = run.manifest["rounds"]
     last = rounds[-1]
-    if (
-        not last["kept"]
-        or run.manifest.get("corrections")
-        or len(rounds) + 2 > job.recipe.contract.max_rounds
-    ):
+    lowered = sum(measured < predicted for predicted, measured in run.manifest.get("corrections", []))
+    if not last["kept"] or lowered >= SEARCHES_MORE or len(rounds) + 2 > job.recipe.contract.max_rounds:
         return False
     if last["widths"] == [int(width) for width in job.space.dense_widths]:
         return False
-    allowed = job.recipe.contract.margin
+    allowed = margin(run, job)
     return bool(
         last["measured_ms"] < (1 - allowed - UNUSED) * last["target_ms"]
         and last["predicted_ms"] > (1 - allowed - BINDING) * last["target_ms"]

@@ -279,20 +279,21 @@ def test_a_budget_that_is_met_already_prunes_nothing(tmp_path: Path) -> None:
     assert any("nothing was pruned" in note for note in result.manifest["notes"])
 
 
-def test_latency_that_is_left_unused_sends_the_search_on_once(
+def test_latency_that_is_left_unused_sends_the_search_on_twice_at_most(
     by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     OtherDevice(0.85).install(monkeypatch)  # faster than its table
     result = compress(recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE), out=tmp_path / "run")
-    first, second, last = result.manifest["rounds"]
+    first, *after, probed, last = result.manifest["rounds"]
     assert first["kept"]
     assert first["measured_ms"] < 0.92 * first["target_ms"]
-    assert second["measured_ms"] > 1.05 * first["measured_ms"]
+    assert len(after) <= 1
+    assert all(later["measured_ms"] > 1.05 * first["measured_ms"] for later in (*after, probed))
     assert last["kept"]
     assert result.exit_code == 0
-    assert 0.92 * last["target_ms"] < last["measured_ms"] <= last["target_ms"]
+    assert 0.94 * last["target_ms"] < last["measured_ms"] <= last["target_ms"]
     kept = [group["kept"] for group in result.manifest["groups"]]
-    assert kept == list(second["widths"])
+    assert kept == list(probed["widths"])
 
 
 def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(

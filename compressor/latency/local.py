@@ -92,8 +92,6 @@ def local_table(
             space, example_input, OrtCpu(threads), time_limit_s, seed, threads,
             goal=goal, journal_path=path.with_suffix(".partial.jsonl"),
         )  # fmt: skip
-        if known is not None and network in known.fields.networks:
-            table = with_dense_of(table, known, network)
         table.write(path)
     held = table.fields.networks[network].held_out
     if held is not None and held.mape > UNSURE:
@@ -132,13 +130,6 @@ def _true_still(known: LatencyTable, space: PruningSpace, example: Tensor, devic
         f"The dense network takes {now:.3g} ms, and {then:.3g} ms when this machine's table was made: it is made anew."
     )
     return False
-
-
-def with_dense_of(table: LatencyTable, known: LatencyTable, network: str) -> LatencyTable:
-    """Keep the dense network's first time, so that `50%` means the same in every run on this machine."""
-    old, new = known.fields.networks[network], table.fields.networks[network]
-    kept = new.model_copy(update={"dense_ms": old.dense_ms, "dense_p90_ms": old.dense_p90_ms})
-    return LatencyTable(table.fields.model_copy(update={"networks": {network: kept}}))
 
 
 def require_made_here(table: LatencyTable, threads: int) -> None:

@@ -15,7 +15,7 @@ from compressor.latency.cache import cache_folder, cached_table, measuring_alone
 from compressor.latency.carry import Precision
 from compressor.latency.fused import fitted_shares
 from compressor.latency.journal import Journal, heading_of
-from compressor.latency.local import GOAL, fit_for, go_on, say_how_quiet, with_dense_of
+from compressor.latency.local import GOAL, fit_for, go_on, say_how_quiet
 from compressor.latency.made import SECONDS_A_NETWORK, Made
 from compressor.latency.ort_profile import NetworkTimes
 from compressor.latency.sampling import TooNoisy, collect
@@ -79,8 +79,6 @@ def gpu_table(
             space, example, backend, precision,
             time_limit_s=time_limit_s, goal=goal, seed=seed, journal_path=path.with_suffix(".partial.jsonl"),
         )  # fmt: skip
-        if known is not None and network in known.fields.networks:
-            table = with_dense_of(table, known, network)
         table.write(path)
     return table
 

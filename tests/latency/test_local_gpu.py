@@ -107,7 +107,6 @@ def test_more_time_makes_it_anew_unless_it_is_good(
     again = gpu_table(space, example, BACKEND, "fp16", time_limit_s=3600.0, goal=0.9 * error)
     assert device.measured > hurried + 40
     assert network_of(again).held_out.networks == sampling.HELD_OUT
-    assert again.dense_ms(space) == first.dense_ms(space)  # 50% means what it meant
 
 
 @pytest.mark.parametrize("apart", [True, False])
