@@ -3,14 +3,15 @@
     python benchmarks/latency_accuracy.py                       # all four networks, 40 sub-networks each
     python benchmarks/latency_accuracy.py resnet50@224 --networks 10
 
-For each network: a table is measured from nothing (its time is printed), then random sub-networks that were
-used for nothing else are measured end to end, three times with the others in between. As in the table, runs that
-another process interrupted or slowed down do not count (`compressor.latency.calm.undisturbed`). The median of the
-others is compared with the table's prediction, with the plain sum of the operators (scaled by its best factor), and
-with a guess proportional to multiply-adds (likewise). The dense network is measured among them: where a shared machine
-has become faster or slower since its table was made, "at today's speed" is the table's error with all predictions
-multiplied by the dense network's change (the column "speed"). How far the three turns of a network lie apart says how
-well its time can be known at all. The machine should do nothing else meanwhile; all four take about 15 minutes.
+For each network: a table is measured from nothing (its time is printed), then random sub-networks that were used for
+nothing else are measured end to end, three times with the others in between, in three processes of their own. As in
+the table, runs that another process interrupted or slowed down do not count (`compressor.latency.calm.undisturbed`).
+The median of the others is compared with the table's prediction, with the plain sum of the operators (scaled by its
+best factor), and with a guess proportional to multiply-adds (likewise). The dense network is measured among them:
+where a shared machine has become faster or slower since its table was made, "at today's speed" is the table's error
+with all predictions multiplied by the dense network's change (the column "speed"). How far the three turns of a
+network lie apart says how well its time can be known at all. The machine should do nothing else meanwhile; all four
+take about 15 minutes.
 Results are saved network by network, and a second call goes on with those that are missing.
 """
 
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +33,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from compressor.latency.apart import OrtApart
 from compressor.latency.assemble import export_candidate
 from compressor.latency.cache import clocks, cpu_model, governor
-from compressor.latency.calm import timed, undisturbed
+from compressor.latency.calm import at_full_speed
 from compressor.latency.correction import held_out_error
 from compressor.latency.design import random_widths
 from compressor.latency.devices import recommended_steps
 from compressor.latency.local import local_table
+from compressor.latency.ort_profile import TaggedNetwork
 from compressor.latency.signature import Widths
 from compressor.latency.table import LatencyTable
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
 from compressor.run_dir import write_atomic
-from export.bench import OnnxRunner
 
 NETWORKS = ("resnet50@224", "mobilenet_v2@224", "cifar_resnet56@32", "resnet18@32")
 TURNS = 3
-SECONDS_A_TURN = 0.35
+SECONDS_A_TURN = 0.7
 UNSEEN = 20261121
 """Seed of the networks to compare with. The correction was designed with those of another seed in view (987654)."""
 
@@ -64,13 +67,13 @@ def measured_ms(
     turns = np.zeros((TURNS, len(models)))
     seen: list[list[Floats]] = [[] for _ in models]
     for turn in range(TURNS):
-        for place in rng.permutation(len(models)):
-            runner = OnnxRunner(models[place], threads=threads)
-            once_ms = runner.warm_up(0.1)
-            runs = int(np.clip(SECONDS_A_TURN * 1e3 / once_ms, 7, 300))
-            seen[place].append(timed(runner, runs))
-            turns[turn, place] = float(np.median(undisturbed(seen[place][-1])))
-    measured = [float(np.median(undisturbed(np.concatenate(each)))) for each in seen]
+        with closing(OrtApart(threads)) as device:
+            for place in rng.permutation(len(models)):
+                times = device.measure(TaggedNetwork(models[place], (), ()), SECONDS_A_TURN)
+                seen[place].append(times.whole_ms)
+                turns[turn, place] = times.median_ms
+    every = [np.concatenate(each) for each in seen]
+    measured = [float(np.median(times[at_full_speed(times)])) for times in every]
     return np.asarray(measured), np.ptp(turns, axis=0) / np.median(turns, axis=0)
 
 

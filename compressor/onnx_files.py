@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,13 +134,17 @@ def build_engine_of(
 
 
 def measured(dense: Path, slim: Path, threads: int, repeats: int) -> tuple[LatencyStats, LatencyStats]:
-    """Time two ONNX files in turns, `repeats` times; for each file the measurement of the middle median."""
-    from export.bench import compare_onnx
+    """Time two ONNX files in turns, `repeats` times; for each file the measurement of the middle median.
+
+    Each time in a process of its own: where in memory a network comes to lie is worth a few per cent of its time.
+    """
+    from compressor.latency.apart import OrtApart
 
     found: list[tuple[LatencyStats, LatencyStats]] = []
     with bar("Measuring latency", repeats) as progress:
         for turn in range(repeats):
-            first, second = compare_onnx([dense, slim], threads=threads, max_seconds=10.0, seed=turn).stats
+            with closing(OrtApart(threads)) as device:
+                first, second = device.compare(dense, slim, seed=turn)
             found.append((first, second))
             progress.advance(1, note=f"{second.median_ms:.3f} ms")
     middle = [

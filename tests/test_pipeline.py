@@ -291,7 +291,7 @@ def test_latency_that_is_left_unused_sends_the_search_on_twice_at_most(
     assert all(later["measured_ms"] > 1.05 * first["measured_ms"] for later in (*after, probed))
     assert last["kept"]
     assert result.exit_code == 0
-    assert 0.94 * last["target_ms"] < last["measured_ms"] <= last["target_ms"]
+    assert 0.92 * last["target_ms"] < last["measured_ms"] <= last["target_ms"]
     kept = [group["kept"] for group in result.manifest["groups"]]
     assert kept == list(probed["widths"])
 

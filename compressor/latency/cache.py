@@ -13,9 +13,6 @@ from compressor.latency.table import LatencyTable
 from compressor.progress import say
 from compressor.versions import cpu_name
 
-PATIENCE_S = 900.0
-"""How long to wait for another process that is measuring, in seconds."""
-
 
 def cache_folder(folder: str | Path | None = None) -> Path:
     """The folder given, else `$COMPRESSOR_CACHE`, else the user's cache folder."""
@@ -50,6 +47,8 @@ def cached_table(path: Path, *, quiet: bool = False) -> LatencyTable | None:
 def measuring_alone(folder: Path) -> Iterator[None]:
     """Hold the machine's measuring lock: two processes that measure at once would measure each other.
 
+    One that is measuring already is waited for, however long it has been given; the lock goes with its process.
+
     Raises:
         CompressorError: the folder cannot be written.
     """
@@ -62,13 +61,7 @@ def measuring_alone(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             say("Another process is measuring on this machine; waiting for it to end.")
-            try:
-                lock.acquire(timeout=PATIENCE_S)
-            except Timeout:
-                raise CompressorError(
-                    f"Another process has been measuring on this machine for {PATIENCE_S / 60:.0f} minutes.",
-                    f"End it, or delete {folder / 'latency' / 'measuring.lock'} if it is gone.",
-                ) from None
+            lock.acquire()
     except OSError as error:
         raise CompressorError(
             f"The cache folder {folder} cannot be written: {error.strerror or error}.",

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compressor.errors import CompressorError
+from compressor.latency.apart import OrtApart
 from compressor.latency.assemble import Sample, measure_candidate, table_from
 from compressor.latency.cache import cache_folder, cached_table, cpu_model, measuring_alone, table_path
 from compressor.latency.calm import channel_block
 from compressor.latency.journal import Journal, heading_of
-from compressor.latency.ort_profile import Device, OrtCpu
-from compressor.latency.sampling import Samples, collect
+from compressor.latency.ort_profile import Device
+from compressor.latency.sampling import Samples, TooNoisy, collect
 from compressor.latency.signature import Widths, network_signature
 from compressor.latency.table import LatencyTable
 from compressor.progress import say
@@ -81,7 +82,7 @@ def local_table(
     path = table_path(folder, runtime=CPU, version=onnxruntime.__version__, threads=threads, network=network)
     known = cached_table(path)
     if known is not None and known.covers(space) and fit_for(known, network, goal, time_limit_s):
-        if _true_still(known, space, example_input, OrtCpu(threads)):
+        if true_still(known, space, example_input, OrtApart(threads)):
             return known
         path.unlink(missing_ok=True)
     with measuring_alone(folder):
@@ -89,7 +90,7 @@ def local_table(
         if known is not None and known.covers(space) and fit_for(known, network, goal, time_limit_s):
             return known
         table = _measured(
-            space, example_input, OrtCpu(threads), time_limit_s, seed, threads,
+            space, example_input, OrtApart(threads), time_limit_s, seed, threads,
             goal=goal, journal_path=path.with_suffix(".partial.jsonl"),
         )  # fmt: skip
         table.write(path)
@@ -114,7 +115,7 @@ def fit_for(
     )
 
 
-def _true_still(known: LatencyTable, space: PruningSpace, example: Tensor, device: Device) -> bool:
+def true_still(known: LatencyTable, space: PruningSpace, example: Tensor, device: Device) -> bool:
     """Whether the dense network still takes the time that the table was made at.
 
     A table of a busy or throttled machine would have `50%` mean more than the whole of the dense network on a quiet
@@ -186,8 +187,8 @@ def _measured(
         samples = collect(
             space, measure, journal, time_limit_s=limit_s, goal=goal, seed=seed, block=channel_block()
         )
-    except CompressorError:
-        journal.begin_anew()  # what a noisy machine gave is of no use to the next attempt
+    except TooNoisy:
+        journal.begin_anew()  # what it gave is of no use to the next attempt
         raise
     say_how_quiet(samples)
     unseen = list(samples.held.values())

@@ -15,7 +15,7 @@ from compressor.latency.cache import cache_folder, cached_table, measuring_alone
 from compressor.latency.carry import Precision
 from compressor.latency.fused import fitted_shares
 from compressor.latency.journal import Journal, heading_of
-from compressor.latency.local import GOAL, fit_for, go_on, say_how_quiet
+from compressor.latency.local import GOAL, fit_for, go_on, say_how_quiet, true_still
 from compressor.latency.made import SECONDS_A_NETWORK, Made
 from compressor.latency.ort_profile import NetworkTimes
 from compressor.latency.sampling import TooNoisy, collect
@@ -70,7 +70,9 @@ def gpu_table(
 
     known = cached_table(path)
     if known is not None and good(known):
-        return known
+        if true_still(known, space, example, device_of(backend, precision)):
+            return known
+        path.unlink(missing_ok=True)
     with measuring_alone(folder):
         known = cached_table(path, quiet=True)  # another process may have measured it while this one waited
         if known is not None and good(known):

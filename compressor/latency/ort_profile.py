@@ -99,7 +99,7 @@ class Device(Protocol):
 
 
 def tag(path: Path, weights: Sequence[int | None] | None = None) -> TaggedNetwork:
-    """Read an ONNX file and rename its nodes and inner tensors to `@INDEX.`, the index of the node that makes them.
+    """Read an ONNX file and rename its nodes and what they make to `@INDEX.`, the index of the node that makes it.
 
     ONNX Runtime names a fused node after one of the tensors or nodes it replaces, so the tag survives
     optimisation. A node without weights counts to the latest weight-bearing operator that it depends on.
@@ -115,7 +115,6 @@ def tag(path: Path, weights: Sequence[int | None] | None = None) -> TaggedNetwor
     proto = onnx.load(str(path))
     graph = proto.graph
     constants = {item.name: int(np.prod(item.dims)) for item in graph.initializer}
-    outputs = {item.name for item in graph.output}
     names: dict[str, str] = {}
     owner_of: dict[str, int] = {}
     owner: list[int] = []
@@ -131,12 +130,13 @@ def tag(path: Path, weights: Sequence[int | None] | None = None) -> TaggedNetwor
         node.name = f"@{index}."
         for place, name in enumerate(node.output):
             owner_of[name] = owner[-1]
-            if name not in outputs:
-                names[name] = f"@{index}.{place}"
+            names[name] = f"@{index}.{place}"
     for node in graph.node:
         for values in (node.input, node.output):
             for place, name in enumerate(values):
                 values[place] = names.get(name, name)
+    for item in graph.output:
+        item.name = names.get(item.name, item.name)
     del graph.value_info[:]
     return TaggedNetwork(proto.SerializeToString(), tuple(owner), tuple("+".join(each) for each in epilogues))
 
@@ -169,7 +169,9 @@ class OrtCpu:
         runs = min(MOST_RUNS, max(LEAST_RUNS, int(seconds / 4 / (once / 1e3))))
         slow = self._pace.slowdown()
         before = timed(runner, runs)
-        operators = self._profile(network, min(2 * runs, MOST_PROFILED))
+        operators = np.zeros((0, 0))
+        if network.operators:
+            operators = self._profile(network, min(2 * runs, MOST_PROFILED))
         after = timed(runner, runs)
         slow = max(slow, self._pace.slowdown())
         return NetworkTimes(undisturbed(np.concatenate([before, after])), operators, slow)

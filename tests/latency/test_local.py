@@ -100,7 +100,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: type) -> list[int]:
         made.append(rest[-1])
         return measured(space, example, *rest, **named)
 
-    monkeypatch.setattr(local, "OrtCpu", lambda threads=1: device(noise=0.05, seed=len(made)))
+    monkeypatch.setattr(local, "OrtApart", lambda threads=1: device(noise=0.05, seed=len(made)))
     monkeypatch.setattr(local, "_measured", counting)
     return made
 
@@ -127,7 +127,7 @@ def test_a_table_of_a_busy_machine_is_made_anew_on_a_quiet_one(
     factor: float,
 ) -> None:
     before = local_table(space, example, cache_dir=tmp_path)
-    monkeypatch.setattr(local, "OrtCpu", lambda threads=1: device(factor=factor))
+    monkeypatch.setattr(local, "OrtApart", lambda threads=1: device(factor=factor))
     lines = _Lines()
     with shown_on(lines):
         now = local_table(space, example, cache_dir=tmp_path)

@@ -103,10 +103,22 @@ def test_more_time_makes_it_anew_unless_it_is_good(
     gpu_table(space, example, BACKEND, "fp16", time_limit_s=1.0, goal=0.0)
     error = network_of(first).held_out.mape
     gpu_table(space, example, BACKEND, "fp16", time_limit_s=3600.0, goal=error)
-    assert device.measured == hurried
+    assert device.measured == hurried + 2  # a look at the dense network each time
     again = gpu_table(space, example, BACKEND, "fp16", time_limit_s=3600.0, goal=0.9 * error)
     assert device.measured > hurried + 40
     assert network_of(again).held_out.networks == sampling.HELD_OUT
+
+
+def test_a_table_of_a_throttled_gpu_is_made_anew(
+    space: PruningSpace, example: Tensor, plugged: Any, said: list[str]
+) -> None:
+    plugged(Gpu(1.5))
+    then = gpu_table(space, example, BACKEND, "fp16", time_limit_s=0.0)
+    quick = plugged(Gpu())
+    now = gpu_table(space, example, BACKEND, "fp16", time_limit_s=0.0)
+    assert quick.measured > sampling.LEAST
+    assert any("made anew" in line for line in said)
+    assert now.dense_ms(space) == pytest.approx(then.dense_ms(space) / 1.5, rel=0.05)
 
 
 @pytest.mark.parametrize("apart", [True, False])

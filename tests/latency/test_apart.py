@@ -1,0 +1,69 @@
+"""Timing in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compressor.latency.apart import OrtApart
+from compressor.latency.ort_profile import TaggedNetwork, tag
+from export.errors import ExportError
+from export.to_onnx import export_onnx
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A network, and one of a sixteenth of its arithmetic."""
+    folder = tmp_path_factory.mktemp("apart")
+    paths = folder / "wide.onnx", folder / "narrow.onnx"
+    for path, width in zip(paths, (128, 32), strict=True):
+        net = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU()).eval()
+        export_onnx(net, torch.zeros(1, 3, 32, 32), path)
+    return paths
+
+
+def test_operators_and_whole_come_back(files: tuple[Path, Path]) -> None:
+    network = tag(files[0])
+    times = OrtApart().measure(network, 0.05)
+    assert times.operators_ms.shape[1] == network.operators == 2
+    assert len(times.whole_ms) > 3
+    first, second = np.median(times.operators_ms, axis=0)
+    assert 0 < first < second < 2 * times.median_ms
+    assert times.slowdown >= 0
+
+
+def test_a_network_without_operators_is_timed_as_a_whole(files: tuple[Path, Path]) -> None:
+    times = OrtApart().measure(TaggedNetwork(files[1].read_bytes(), (), ()), 0.05)
+    assert times.operators_ms.shape == (0, 0)
+    assert times.median_ms > 0
+
+
+def test_two_files_are_compared(files: tuple[Path, Path]) -> None:
+    wide, narrow = OrtApart(threads=2).compare(*files)
+    assert (wide.runtime, wide.threads) == ("onnxruntime", 2)
+    assert 0 < narrow.median_ms < 0.7 * wide.median_ms
+    assert narrow.runs >= 24
+
+
+def test_a_file_that_is_no_network(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    device = OrtApart()
+    with pytest.raises(ExportError, match="cannot load the network") as caught:
+        device.measure(TaggedNetwork(b"nothing of the kind", (), ()), 0.05)
+    assert "ExportError" not in str(caught.value)
+    assert device.measure(TaggedNetwork(files[1].read_bytes(), (), ()), 0.05).median_ms > 0
+
+
+def test_a_process_that_dies_is_said_and_replaced(files: tuple[Path, Path]) -> None:
+    device, network = OrtApart(), TaggedNetwork(files[1].read_bytes(), (), ())
+    device.measure(network, 0.05)
+    assert device._child is not None
+    os.kill(device._child.pid, signal.SIGKILL)
+    with pytest.raises(ExportError, match="times networks was killed by SIGKILL"):
+        device.measure(network, 0.05)
+    assert device.measure(network, 0.05).median_ms > 0
