@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,22 +135,45 @@ def build_engine_of(
     ], f"{done} {path.name} for compute capability {entry['compute_capability']} with {info.module}."
 
 
-def measured(dense: Path, slim: Path, threads: int, repeats: int) -> tuple[LatencyStats, LatencyStats]:
-    """Time two ONNX files in turns, `repeats` times; for each file the measurement of the middle median.
+PRECISE = 0.005
+"""A time is known well enough when its standard error is this share of it."""
 
-    Each time in a process of its own: where in memory a network comes to lie is worth a few per cent of its time.
+
+def measured(dense: Path, slim: Path, threads: int, repeats: int) -> tuple[LatencyStats, LatencyStats]:
+    """Time two ONNX files in turns, each time in a fresh process; for each file the measurement of the middle median.
+
+    Where in memory a network comes to lie is worth a few per cent of its time. After `repeats` times it goes on, to
+    three times as many, until the slim network's median is known to within `PRECISE`: what it comes out as has no say
+    in this.
+
+    Returns:
+        For each file the statistics of its middle measurement, with the runs of all of them.
     """
     from compressor.latency.apart import OrtApart
 
     found: list[tuple[LatencyStats, LatencyStats]] = []
     with bar("Measuring latency", repeats) as progress:
-        for turn in range(repeats):
+        while len(found) < repeats or (len(found) < 3 * repeats and _uncertain([each for _, each in found])):
             with closing(OrtApart(threads)) as device:
-                first, second = device.compare(dense, slim, seed=turn)
-            found.append((first, second))
-            progress.advance(1, note=f"{second.median_ms:.3f} ms")
-    middle = [
-        sorted(column, key=lambda stats: stats.median_ms)[len(found) // 2]
+                found.append(device.compare(dense, slim, seed=len(found)))
+            progress.advance(1, note=f"{found[-1][1].median_ms:.3f} ms")
+    first, second = (
+        replace(
+            sorted(column, key=lambda stats: stats.median_ms)[len(found) // 2],
+            runs=sum(stats.runs for stats in column),
+        )
         for column in zip(*found, strict=True)
-    ]
-    return middle[0], middle[1]
+    )
+    return first, second
+
+
+def _uncertain(found: Sequence[LatencyStats]) -> bool:
+    """Whether the median of these medians has a larger standard error than is good enough; not known of one."""
+    medians = [stats.median_ms for stats in found]
+    if len(medians) < 2:
+        return False
+    lower, middle, upper = statistics.quantiles(medians, n=4)
+    deviation = (
+        upper - lower
+    ) / 1.349  # of a normal distribution, from its quartiles: one busy moment says little
+    return bool(1.2533 * deviation / len(medians) ** 0.5 > PRECISE * middle)
