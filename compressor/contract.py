@@ -1,8 +1,8 @@
 """How much of a promised latency a plan leaves unused, and which plan is kept when a run goes on to use it.
 
 A plan that was measured well below its target has lost accuracy for nothing: the table predicted it too slow. The
-search then goes on, twice at most, with the table lowered to what was measured, and half the margin, because what was
-measured needs less of it. Should nothing found afterwards keep the target, the plan that did is taken.
+search then goes on, twice at most, with the table lowered to what was measured. Every plan that misses the target widens
+the margin for those after it. Should nothing found afterwards keep the target, the plan that did is taken.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ KEPT_PLAN = "search/kept_plan.json"
 SEARCHES_MORE = 2
 """How often a kept latency is searched on for."""
 
+WIDER = 0.5
+"""What a plan that misses its target adds to the margin, as a share of it."""
+
 UNUSED = 0.01
 """Below the margin by this share, a plan is worth another search."""
 
@@ -27,11 +30,11 @@ BINDING = 0.03
 
 
 def margin(run: RunDir, job: Job) -> float:
-    """The share below the target that the search aims at: the recipe's, half of it once the table was corrected."""
+    """The share below the target that the search aims at: the recipe's, and half of it more for each plan that missed."""
     if not job.measurable:
         return 0.0
-    full = job.recipe.contract.margin
-    return full / 2 if run.manifest.get("corrections") else full
+    missed = sum(not each["kept"] for each in run.manifest["rounds"])
+    return job.recipe.contract.margin * (1 + WIDER * missed)
 
 
 def slack_left(run: RunDir, job: Job) -> bool:

@@ -22,6 +22,9 @@ from export.stats import LatencyStats
 COMPARED_S = 10.0
 """Networks that are compared are run for about this long together, at most."""
 
+WARM_UP_S = 0.25
+"""Each of them is run for so long before it counts."""
+
 
 class OrtApart:
     """A `Device`: `OrtCpu` in a process of its own, which begins with the first network and ends with this object.
@@ -91,8 +94,14 @@ def main() -> None:
     def answer(request: dict[str, Any]) -> Any:
         threads = request["threads"]
         if request["do"] == "compare":
-            settings = {"threads": threads, "max_seconds": COMPARED_S, "seed": request["seed"]}
-            return [stats.to_dict() for stats in compare_onnx(request["models"], **settings).stats]
+            compared = compare_onnx(
+                request["models"],
+                threads=threads,
+                warmup_s=WARM_UP_S,
+                max_seconds=COMPARED_S,
+                seed=request["seed"],
+            )
+            return [stats.to_dict() for stats in compared.stats]
         if threads not in devices:
             devices[threads] = OrtCpu(threads)
         content = Path(request["model"]).read_bytes()
