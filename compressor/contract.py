@@ -1,8 +1,8 @@
 """How much of a promised latency a plan leaves unused, and which plan is kept when a run goes on to use it.
 
 A plan that was measured well below its target has lost accuracy for nothing: the table predicted it too slow. The
-search then goes on, twice at most, with the table lowered to what was measured. Every plan that misses the target widens
-the margin for those after it. Should nothing found afterwards keep the target, the plan that did is taken.
+search then goes on, twice at most, with the table lowered to what was measured. Every plan that misses the target
+widens the margin for those after it. Should nothing found afterwards keep the target, the plan that did is taken.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BINDING = 0.03
 
 
 def margin(run: RunDir, job: Job) -> float:
-    """The share below the target that the search aims at: the recipe's, and half of it more for each plan that missed."""
+    """The share below the target that is aimed at: the recipe's, and half of it more for each plan that missed."""
     if not job.measurable:
         return 0.0
     missed = sum(not each["kept"] for each in run.manifest["rounds"])
