@@ -2,11 +2,12 @@
 
 A plan that was measured well below its target has lost accuracy for nothing: the table predicted it too slow. The
 search then goes on, twice at most, with the table lowered to what was measured. Every plan that misses the target
-widens the margin for those after it. Should nothing found afterwards keep the target, the plan that did is taken.
+widens the margin for those after it. Of the plans that keep the target the one that leaves least of it unused is taken.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.pruning.plan import ChannelPlan
@@ -15,7 +16,7 @@ from compressor.run_dir import RunDir, write_atomic
 if TYPE_CHECKING:
     from compressor.job import Job
 
-KEPT_PLAN = "search/kept_plan.json"
+KEPT_PLAN = "search/kept_plan-{round}.json"
 SEARCHES_MORE = 2
 """How often a kept latency is searched on for."""
 
@@ -54,13 +55,30 @@ def slack_left(run: RunDir, job: Job) -> bool:
 
 
 def remember(run: RunDir, plan: ChannelPlan) -> None:
-    """Write down a plan that keeps the target as measured."""
-    write_atomic(run.file(KEPT_PLAN), plan.to_json())
+    """Write down the plan that was measured last, and keeps the target."""
+    write_atomic(_file(run, len(run.manifest["rounds"])), plan.to_json())
 
 
 def kept_plan(run: RunDir, plan: ChannelPlan) -> ChannelPlan:
-    """The plan that the run ends with: this one, or where it misses the target an earlier one that did not."""
-    rounds = run.manifest["rounds"]
-    if not rounds or rounds[-1]["kept"] or not run.file(KEPT_PLAN).exists():
+    """The plan to go on with: of those that kept the target whenever they were measured, the one closest to it.
+
+    Args:
+        run: With the measurements so far.
+        plan: The search's last, which is taken where none did.
+    """
+    used: dict[tuple[int, ...], float] = {}
+    files: dict[tuple[int, ...], Path] = {}
+    for number, each in enumerate(run.manifest["rounds"], start=1):
+        widths = tuple(each["widths"])
+        used[widths] = max(used.get(widths, 0.0), each["measured_ms"] / each["target_ms"])
+        if _file(run, number).exists():
+            files[widths] = _file(run, number)
+    kept = [widths for widths in files if used[widths] <= 1]
+    if not kept:
         return plan
-    return ChannelPlan.from_json(run.file(KEPT_PLAN).read_text(encoding="utf-8"))
+    best = max(kept, key=lambda widths: used[widths])
+    return ChannelPlan.from_json(files[best].read_text(encoding="utf-8"))
+
+
+def _file(run: RunDir, number: int) -> Path:
+    return run.file(KEPT_PLAN.format(round=number))

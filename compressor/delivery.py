@@ -200,7 +200,7 @@ def _add_round(
         "target_ms": target,
         "dense_ms": dense.median_ms,
         "kept": slim.median_ms <= target,
-        "widths": list(plan.widths.values()),
+        "widths": [int(width) for width in job.space.widths(plan.widths)],
     }
     run.manifest["rounds"] = [*run.manifest["rounds"], entry]
     return entry

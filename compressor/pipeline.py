@@ -25,7 +25,7 @@ from compressor.job import Job, prepare
 from compressor.progress import say
 from compressor.recipe import Recipe, load_recipe
 from compressor.run_dir import RECIPE, RunDir, new_run_path, write_atomic
-from compressor.stages import TABLE, begin, finetune, search, settle, tighten
+from compressor.stages import TABLE, begin, fall_back, finetune, search, settle, tighten
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,7 +122,7 @@ def _walk(run: RunDir, job: Job) -> RunResult:
         plan = _plan_that_keeps_its_latency(run, job)
         slim = finetune(run, job, plan)
         export(run, job, plan, slim)
-        if measure(run, job, plan) or not tighten(run, job):
+        if measure(run, job, plan) or not (tighten(run, job) or fall_back(run, plan)):
             break
     return RunResult(run.path, run.manifest, close(run, job, plan))
 
@@ -136,9 +136,7 @@ def _plan_that_keeps_its_latency(run: RunDir, job: Job) -> ChannelPlan:
             "finetune"
         ):  # a stop after a plan was settled on and trained: nothing is decided again
             return read_plan(run.path)
-        if probe(run, job, plan):
-            return plan
-        if not tighten(run, job):
+        if probe(run, job, plan) or not tighten(run, job):
             return settle(run, job, plan)
 
 

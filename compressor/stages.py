@@ -170,12 +170,24 @@ def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evalua
 
 
 def settle(run: RunDir, job: Job, plan: ChannelPlan) -> ChannelPlan:
-    """The plan that the run ends with: the last, or where that misses its latency an earlier one that did not."""
+    """The plan to fine-tune: the last, or an earlier one that keeps the latency target and leaves less of it unused."""
     kept = kept_plan(run, plan)
     if kept.checksum != plan.checksum and not run.finished("finetune"):
         _note_plan(run, job, kept)
-        say("What was found last misses the latency target: the plan that kept it is taken.")
+        say("The plan that kept the latency target most closely is taken, and not the last.")
     return kept
+
+
+def fall_back(run: RunDir, plan: ChannelPlan) -> bool:
+    """After a latency that was missed, with nothing left to search for: take an earlier plan that keeps it.
+
+    Returns:
+        Whether there is one.
+    """
+    if kept_plan(run, plan).checksum == plan.checksum:
+        return False
+    run.reopen("finetune", "export", "measure")
+    return True
 
 
 def _note_plan(run: RunDir, job: Job, plan: ChannelPlan) -> None:

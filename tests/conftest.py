@@ -50,6 +50,18 @@ def cifar_jpegs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run within two counted budgets."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    from compressor import compress
+    from tests.runs import recipe
+
+    result = compress(recipe(budgets={"flops": "60%", "params": "70%"}), out=folder)
+    assert result.exit_code == 0
+    return folder
+
+
 class _Silent:
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Bars are not recorded."""

@@ -157,7 +157,7 @@ class Contract(Part):
     """How the promise in milliseconds is kept."""
 
     margin: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.02,
+        0.015,
         description="The search aims this share below the latency target, so that noise does not break it.",
     )
     max_rounds: Positive = Field(

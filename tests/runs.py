@@ -1,0 +1,23 @@
+"""Small runs that several tests make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from compressor import Recipe
+
+FAST = {"max_evaluations": 6, "batch_norm_batches": 2}
+
+
+def recipe(**fields: Any) -> Recipe:
+    """A recipe of a tiny network on tiny images."""
+    base = {"model": "tests.nets:tiny", "epochs": 3, "search": FAST, "contract": {"repeats": 1}}
+    return Recipe.model_validate({**base, **fields})
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """A run's manifest as it lies on the disk."""
+    content: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return content
