@@ -23,6 +23,9 @@ SEARCHES_MORE = 2
 WIDER = 0.5
 """What a plan that misses its target adds to the margin, as a share of it."""
 
+WIDEST = 0.5
+"""The widest margin, however many have missed."""
+
 UNUSED = 0.01
 """Below the margin by this share, a plan is worth another search."""
 
@@ -35,7 +38,7 @@ def margin(run: RunDir, job: Job) -> float:
     if not job.measurable:
         return 0.0
     missed = sum(not each["kept"] for each in run.manifest["rounds"])
-    return job.recipe.contract.margin * (1 + WIDER * missed)
+    return min(WIDEST, job.recipe.contract.margin * (1 + WIDER * missed))
 
 
 def slack_left(run: RunDir, job: Job) -> bool:

@@ -163,7 +163,7 @@ class Contract(Part):
     max_rounds: Positive = Field(
         6,
         description="The most measurements of plans; until then a latency that is missed, or kept by far, sends the "
-        "search on.",
+        "search on. A plan found earlier that takes the place of one that missed is measured once more.",
     )
     repeats: Positive = Field(
         5,
