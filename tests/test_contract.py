@@ -253,13 +253,17 @@ def test_a_trained_plan_that_misses_gives_way_to_one_that_does_not(
     assert resume(tmp_path / "run").manifest["rounds"] == rounds
 
 
+def finished_on_its_table(by_table: float, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run on a device that is as its table says."""
+    OtherDevice(1.0).install(monkeypatch)
+    wanted = recipe(budgets={"latency": f"{0.8 * by_table}ms"}, pruning=FINE)
+    return compress(wanted, out=folder / "run").directory
+
+
 def test_a_finished_run_is_not_searched_again(
     by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    OtherDevice(1.0).install(monkeypatch)
-    folder = compress(
-        recipe(budgets={"latency": f"{0.8 * by_table}ms"}, pruning=FINE), out=tmp_path / "run"
-    ).directory
+    folder = finished_on_its_table(by_table, tmp_path, monkeypatch)
     manifest = manifest_of(folder)
     last = manifest["rounds"][-1]
     last |= {"kept": True, "measured_ms": 0.9 * last["target_ms"], "predicted_ms": 0.97 * last["target_ms"]}
@@ -274,10 +278,7 @@ def test_a_finished_run_is_not_searched_again(
 def test_a_run_goes_on_only_with_the_runtime_of_its_table(
     by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    OtherDevice(1.0).install(monkeypatch)
-    folder = compress(
-        recipe(budgets={"latency": f"{0.8 * by_table}ms"}, pruning=FINE), out=tmp_path / "run"
-    ).directory
+    folder = finished_on_its_table(by_table, tmp_path, monkeypatch)
     manifest = manifest_of(folder)
     monkeypatch.setattr("onnxruntime.__version__", "0.0.1")
     assert resume(folder).exit_code == 0  # nothing is left to measure
