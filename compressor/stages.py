@@ -84,7 +84,7 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
         run.save(
             search={
                 "agent": job.recipe.agent,
-                "evaluations": result.evaluations,
+                "evaluations": run.manifest.get("evaluations_before", 0) + result.evaluations,
                 "episodes": len(result.candidates),
                 "seconds": round(result.seconds, 3),
                 "timing": {name: round(seconds, 3) for name, seconds in result.timing.items()},
@@ -243,6 +243,7 @@ def tighten(run: RunDir, job: Job) -> bool:
     run.reopen(
         "search", "probe", "finetune", "export", "measure",
         corrections=[*run.manifest.get("corrections", []), list(correction)],
+        evaluations_before=run.manifest["search"]["evaluations"],
     )  # fmt: skip
     say("The table was refitted with the measurement; the search goes on.")
     return True

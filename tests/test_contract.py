@@ -76,6 +76,8 @@ def test_a_slower_or_noisy_device_tightens_the_search_until_it_measures_the_targ
     budget = result.manifest["budgets"][0]
     assert budget["measured"] <= budget["target"]
     if not noise:
+        scored = result.manifest["search"]["evaluations"]
+        assert scored > result.manifest["evaluations_before"] > 0  # those of all searches
         assert not rounds[0]["kept"]
         assert rounds[0]["measured_ms"] > 1.05 * rounds[0]["predicted_ms"]
         assert rounds[-1]["measured_ms"] == pytest.approx(rounds[-1]["predicted_ms"], rel=0.1)
