@@ -173,7 +173,5 @@ def _uncertain(found: Sequence[LatencyStats]) -> bool:
     if len(medians) < 2:
         return False
     lower, middle, upper = statistics.quantiles(medians, n=4)
-    deviation = (
-        upper - lower
-    ) / 1.349  # of a normal distribution, from its quartiles: one busy moment says little
+    deviation = (upper - lower) / 1.349  # as of a normal distribution: one busy moment says little
     return bool(1.2533 * deviation / len(medians) ** 0.5 > PRECISE * middle)

@@ -244,6 +244,7 @@ def tighten(run: RunDir, job: Job) -> bool:
         "search", "probe", "finetune", "export", "measure",
         corrections=[*run.manifest.get("corrections", []), list(correction)],
         evaluations_before=run.manifest["search"]["evaluations"],
+        missed=sum(not each["kept"] for each in rounds),
     )  # fmt: skip
     say("The table was refitted with the measurement; the search goes on.")
     return True

@@ -45,6 +45,19 @@ class OtherDevice:
         )
         monkeypatch.setattr("compressor.timing.measured", self.measured)
 
+    def install_measuring(self, monkeypatch: pytest.MonkeyPatch, slim_ms: list[float]) -> None:
+        """As `install`, with these times of the slim networks, one after another."""
+        self.install(monkeypatch)
+        left = iter(slim_ms)
+
+        def scripted(
+            dense: Path, slim: Path, threads: int, repeats: int
+        ) -> tuple[LatencyStats, LatencyStats]:
+            whole, _ = self.measured(dense, slim, threads, repeats)
+            return whole, summarise([next(left)] * 9, runtime="made up", version="1", threads=threads)
+
+        monkeypatch.setattr("compressor.timing.measured", scripted)
+
     def measured(
         self, dense: Path, slim: Path, threads: int, repeats: int
     ) -> tuple[LatencyStats, LatencyStats]:
@@ -231,16 +244,8 @@ def test_of_the_plans_that_keep_the_target_the_closest_is_taken(
 def test_a_trained_plan_that_misses_gives_way_to_one_that_does_not(
     by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = OtherDevice(1.0)
-    device.install(monkeypatch)
-    shares = iter([0.70, 0.99, 1.01, 0.72])  # the second plan takes longer once it is trained
-
-    def scripted(dense: Path, slim: Path, threads: int, repeats: int) -> tuple[LatencyStats, LatencyStats]:
-        whole, _ = device.measured(dense, slim, threads, repeats)
-        time = next(shares) * 0.6 * by_table
-        return whole, summarise([time] * 9, runtime="made up", version="1", threads=threads)
-
-    monkeypatch.setattr("compressor.timing.measured", scripted)
+    shares = [0.70, 0.99, 1.01, 0.72]  # the second plan takes longer once it is trained
+    OtherDevice(1.0).install_measuring(monkeypatch, [share * 0.6 * by_table for share in shares])
     monkeypatch.setattr("compressor.contract.BINDING", 0.5)
     wanted = recipe(
         budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract={"repeats": 1, "max_rounds": 3}
@@ -275,6 +280,22 @@ def test_a_finished_run_is_not_searched_again(
     assert again["rounds"] == [last]
     assert again["corrections"] == []
     assert again["stages"]["search"] == manifest["stages"]["search"]
+
+
+def test_a_run_that_ended_with_a_miss_is_not_searched_again(
+    by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    OtherDevice(1.0).install_measuring(monkeypatch, [share * 0.6 * by_table for share in (0.98, 1.01)])
+    wanted = recipe(
+        budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract={"repeats": 1, "max_rounds": 2}
+    )
+    result = compress(wanted, out=tmp_path / "run")
+    assert result.exit_code == 3
+    episodes = (tmp_path / "run/search/episodes.jsonl").read_text()
+    again = resume(tmp_path / "run")
+    assert again.exit_code == 3
+    assert again.manifest["rounds"] == result.manifest["rounds"]
+    assert (tmp_path / "run/search/episodes.jsonl").read_text() == episodes
 
 
 def test_a_run_goes_on_only_with_the_runtime_of_its_table(
