@@ -40,7 +40,8 @@ def margin(run: RunDir, job: Job) -> float:
     """
     if not job.measurable:
         return 0.0
-    return min(WIDEST, job.recipe.contract.margin * (1 + WIDER * run.manifest.get("missed", 0)))
+    missed = int(run.manifest.get("missed", 0))
+    return min(WIDEST, job.recipe.contract.margin * (1 + WIDER * missed))
 
 
 def slack_left(run: RunDir, job: Job) -> bool:
