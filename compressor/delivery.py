@@ -1,4 +1,4 @@
-"""The stages that hand the slim network over: ONNX, parity, engine, the measured latency, the verdict."""
+"""The stages that hand the slim network over: ONNX, parity, engine, the measured latency, what each budget comes to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from compressor.onnx_files import (
 )
 from compressor.precisions import write_precision
 from compressor.progress import say
-from compressor.run_dir import RECIPE, RunDir, sha256_file
+from compressor.run_dir import RunDir
 from compressor.timing import timed_on_device
 from export.here import CPU
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import Layer
     from export.stats import LatencyStats
-
-MISSED = 3  # exit code: the best found misses a budget
 
 
 def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
@@ -150,30 +148,6 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
     return all(entry["kept"] is not False for entry in budgets if entry["name"] == "latency")
 
 
-def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
-    """Write the report, the checksums and the verdict.
-
-    Returns:
-        The exit code: 0 where no budget is missed, else 3.
-    """
-    from compressor.report.html import write_report
-
-    kept = all(entry["kept"] is not False for entry in run.manifest["budgets"])
-    code = 0 if kept else MISSED
-    notes = list(run.manifest["notes"])
-    if any(entry["kept"] is None for entry in run.manifest["budgets"]):
-        how = "estimated" if job.table is not None and job.table.estimated else "predicted"
-        notes.append(f"{job.recipe.device} is not this machine: its latency is {how}, and was not measured.")
-    if plan.widths == job.space.dense().widths and run.manifest["budgets"]:
-        notes.append("The dense network keeps every budget already: nothing was pruned.")
-    run.save(status="finished", exit_code=code, notes=list(dict.fromkeys(notes)))
-    with run.stage("report"):
-        run.save(files=_checksums(run))
-        write_report(run.path)
-    run.save(files=_checksums(run))  # with the report's own
-    return code
-
-
 def _at_the_same_time(
     job: Job, entry: dict[str, Any], predicted: float, dense: LatencyStats
 ) -> tuple[dict[str, Any], float]:
@@ -287,10 +261,3 @@ def _counted(run: RunDir, name: str, predicted: float) -> float:
     """The cost of the slim network as it was counted on the built module, where that was done."""
     counted = run.manifest["cost"]["slim"].get({"flops": "macs"}.get(name, name))
     return float(counted) if counted is not None else predicted
-
-
-def _checksums(run: RunDir) -> dict[str, str]:
-    names = [RECIPE, "channels.json", "model.safetensors", MODEL, "report.html"]
-    for pattern in ("model.*.onnx", "engines/*"):
-        names += sorted(str(path.relative_to(run.path)) for path in run.path.glob(pattern) if path.is_file())
-    return {name: sha256_file(run.file(name)) for name in names if run.file(name).exists()}

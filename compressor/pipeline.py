@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.delivery import close, export, measure, probe
+from compressor.closing import close
+from compressor.delivery import export, measure, probe
 from compressor.device import device_precision
 from compressor.errors import CompressorError
 from compressor.job import Job, prepare

@@ -3,69 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-import numpy as np
 import pytest
 
 from compressor import compress
 from compressor.contract import kept_plan, remember
 from compressor.errors import CompressorError
-from compressor.latency.local import local_table
 from compressor.latency.ort_profile import tag
 from compressor.pipeline import resume
 from compressor.pruning.plan import ChannelPlan
 from compressor.run_dir import RunDir
 from export.stats import LatencyStats, summarise
-from tests.latency.conftest import MadeUpDevice
+from tests.other_device import OtherDevice, Proportional
 from tests.runs import manifest_of, recipe
-
-
-class Proportional(MadeUpDevice):
-    """Time grows with the weights, channel by channel, so that a small network has something to choose from."""
-
-    def rule(self, shape: tuple[int, ...]) -> float:
-        return float(0.002 + 1e-5 * np.prod(shape))
-
-
-@dataclass
-class OtherDevice:
-    """Takes the place of this machine: the table is made on a made-up device, the contract measured on a slower one."""
-
-    factor: float
-    noise: float = 0.0
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            "compressor.latency.local.local_table", partial(local_table, device=Proportional())
-        )
-        monkeypatch.setattr("compressor.timing.measured", self.measured)
-
-    def install_measuring(self, monkeypatch: pytest.MonkeyPatch, slim_ms: list[float]) -> None:
-        """As `install`, with these times of the slim networks, one after another."""
-        self.install(monkeypatch)
-        left = iter(slim_ms)
-
-        def scripted(
-            dense: Path, slim: Path, threads: int, repeats: int
-        ) -> tuple[LatencyStats, LatencyStats]:
-            whole, _ = self.measured(dense, slim, threads, repeats)
-            return whole, summarise([next(left)] * 9, runtime="made up", version="1", threads=threads)
-
-        monkeypatch.setattr("compressor.timing.measured", scripted)
-
-    def measured(
-        self, dense: Path, slim: Path, threads: int, repeats: int
-    ) -> tuple[LatencyStats, LatencyStats]:
-        device = Proportional(factor=self.factor, noise=self.noise)
-        times = [device.measure(tag(path), 1.0).whole_ms.tolist() for path in (dense, slim)]
-        first, second = (summarise(each, runtime="made up", version="1", threads=threads) for each in times)
-        return first, second
-
 
 FINE = {"granularity": 4, "min_share": 0.1}
 

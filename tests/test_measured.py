@@ -1,4 +1,4 @@
-"""How often two files are timed, and what comes of it."""
+"""How often two files are timed, and what a run makes of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from compressor import compress
+from compressor.latency.ort_profile import tag
 from compressor.onnx_files import measured
 from export.stats import LatencyStats, summarise
+from tests.other_device import OtherDevice, Proportional
+from tests.runs import recipe
 
 
 class Scripted:
@@ -51,3 +55,15 @@ def test_goes_on_until_the_time_is_known(
     assert (scripted.processes, scripted.closed) == (processes, processes)
     assert (dense.median_ms, slim.median_ms) == (4.0, median_ms)
     assert dense.runs == slim.runs == 10 * processes
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.9, False), (1.1, True)])
+def test_a_network_that_saves_multiply_adds_and_no_time_says_so(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, told: bool
+) -> None:
+    dense_ms = Proportional().measure(tag(finished / "checkpoints/dense.onnx"), 1.0).median_ms
+    OtherDevice(1.0).install_measuring(monkeypatch, slim_ms=[share * dense_ms])
+    result = compress(recipe(budgets={"flops": "50%"}, agent="uniform"), out=tmp_path / "run")
+    assert result.exit_code == 0
+    assert any("110% of the dense one's time" in note for note in result.manifest["notes"]) == told
+    assert ("no latency was asked for" in (tmp_path / "run/report.html").read_text()) == told
