@@ -30,6 +30,7 @@ def count(model: nn.Module) -> int:
         ("cifar_resnet56", 853_018),
         ("cifar_resnet110", 1_727_962),
         ("cifar_mobilenet_v2", 3_504_872 - 990 * 1281),
+        ("cifar_vgg16_bn", 14_723_136 + 10 * 513),  # its features' own, and a linear layer
         ("resnet18", 11_689_512 - 990 * 513),
         ("squeezenet1_1", 1_235_496 - 990 * 513),
     ],

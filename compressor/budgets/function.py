@@ -104,7 +104,7 @@ class FunctionCaller(Prices):
             self._child = None
             raise CompressorError(
                 f"--budget {self.name} did not return within {self.seconds:g} s on {networks}; it was stopped.",
-                f"Mend it, or give it longer with --set budgets.function_seconds=SECONDS. {_RESUME}",
+                f"{_RESUME}. A new run may give it longer: --set budgets.function_seconds=SECONDS",
             ) from None
         except ChildDied as died:
             self._child = None

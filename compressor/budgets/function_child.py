@@ -54,7 +54,7 @@ def load_function(name: str) -> Function:
         )
         raise CompressorError(
             f"--budget {name}: the function {attribute!r} of {module_name} {what}.",
-            f"The nearest are {', '.join(near)}." if near else where,
+            f"The nearest: {', '.join(near)}." if near else where,
         )
     try:
         inspect.signature(function).bind(None)

@@ -31,7 +31,7 @@ def create_model(
 
     Args:
         name: A torchvision name ("resnet50"), "timm:NAME", one of ours ("cifar_resnet20/32/44/56/110",
-            "cifar_mobilenet_v2") or "package.module:factory", a callable that returns a module.
+            "cifar_mobilenet_v2", "cifar_vgg16_bn") or "package.module:factory", a callable that returns a module.
         num_classes: Outputs of the last layer; a head of another size is replaced, and that is said.
         weights: "none" (fresh, from torch's global generator), "default" (what the library calls its best) or
             a file of weights; see `load_weights`.

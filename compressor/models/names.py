@@ -49,7 +49,7 @@ def torchvision_names() -> list[str]:
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     plain = {"".join(filter(str.isalnum, candidate)): candidate for candidate in known}
     near = get_close_matches("".join(filter(str.isalnum, name.lower())), plain, n=3, cutoff=0.5)
-    return f"The nearest are {', '.join(prefix + plain[match] for match in near)}." if near else ""
+    return f"The nearest: {', '.join(prefix + plain[match] for match in near)}." if near else ""
 
 
 def _timm_name(name: str) -> str:
