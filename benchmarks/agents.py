@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import shlex
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.agents_page import Cell, page, show
 from compressor.agents.base import Limits
 from compressor.agents.registry import AGENTS, create_agent
 from compressor.agents.schedule import Schedule
@@ -39,40 +39,22 @@ from compressor.training.evaluate import accuracy, reestimate_batch_norm
 from export.to_onnx import export_onnx
 
 BUDGETS = ("latency:50%", "latency:30%", "params:50%", "params:30%")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One search: which agent, within which budget, with how many evaluations, which seed, and how many steps of
-    training on each candidate."""
-
-    model: str
-    budget: str
-    evaluations: int
-    agent: str
-    seed: int
-    brief: int = 0
-
-    @property
-    def name(self) -> str:
-        """The stem of its file."""
-        parts = [self.model, self.budget, self.evaluations, self.agent, self.seed]
-        parts += [f"brief{self.brief}"] if self.brief else []
-        return "-".join(map(str, parts)).replace(":", "-").replace("%", "")
+MODELS = ("cifar_resnet20", "cifar_resnet56", "cifar_mobilenet_v2", "cifar_vgg16_bn")
+ORDER = ("uniform", "random", "knapsack", "joint", "constrained", "stepwise")
 
 
 def main() -> None:
     options = parsed()
     console = Console(width=130)
-    wanted = cells(options)
+    wanted = cells(options, options.model)
     check_settings(options, wanted)
     deadline = time.monotonic() + 60 * options.minutes
     for cell in wanted:
-        if not path_of(options, cell).exists() and time.monotonic() < deadline:
+        if not options.page_only and not path_of(options, cell).exists() and time.monotonic() < deadline:
             console.print(f"{cell.name} ...", highlight=False)
             write_atomic(path_of(options, cell), json.dumps(run(options, cell), indent=1) + "\n")
-            show(options, wanted, console)
-    show(options, wanted, console)
+            write(options, console)
+    write(options, console)
 
 
 def parsed() -> argparse.Namespace:
@@ -84,7 +66,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
     parser.add_argument("--evaluations", nargs="+", type=int, default=[100, 400])
-    parser.add_argument("--agents", nargs="+", default=sorted(AGENTS), choices=sorted(AGENTS))
+    parser.add_argument("--agents", nargs="+", default=list(ORDER), choices=sorted(AGENTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning; 0 leaves it out")
     parser.add_argument("--search-images", type=int, default=2000)
@@ -98,16 +80,18 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after this time")
     parser.add_argument("--out", type=Path, default=Path("runs/agents"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results-agents.md"))
+    parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     return parser.parse_args()
 
 
-def cells(options: argparse.Namespace) -> list[Cell]:
-    """All cells, those first that are compared with each other; uniform pruning has one number of evaluations."""
+def cells(options: argparse.Namespace, model: str) -> list[Cell]:
+    """All cells of a network, those first that are compared; uniform pruning has one number of evaluations."""
     found = []
     order = product(options.seeds, options.evaluations, options.budgets, options.agents, options.brief)
     for seed, evaluations, budget, agent, brief in order:
         one = agent == "uniform"
-        cell = Cell(options.model, budget, 1 if one else evaluations, agent, seed, 0 if one else brief)
+        cell = Cell(model, budget, 1 if one else evaluations, agent, seed, 0 if one else brief)
         if cell not in found:
             found.append(cell)
     return found
@@ -193,6 +177,7 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         "after": accuracy(slim, job.data.test, device=job.torch_device),
         "kept": all(float(np.asarray(each.predict(widths[None]))[0]) <= each.target for each in budgets),
         "share": costs[kind if kind != "flops" else "macs"],
+        "test_images": len(job.data.test),
         "measured_share": measured_share(job, slim, folder) if kind == "latency" else None,
         "used": result.evaluations,
         "search_minutes": result.seconds / 60,
@@ -234,68 +219,30 @@ def best_so_far(rewards: list[float]) -> list[float]:
     return [round(float(value), 5) for value in np.maximum.accumulate(rewards)] if rewards else []
 
 
-def show(options: argparse.Namespace, wanted: list[Cell], console: Console) -> None:
-    """Print the table, mean and spread over the seeds, what is missing, and save it beside the cells."""
-    done = {
-        cell: json.loads(path_of(options, cell).read_text())
-        for cell in wanted
-        if path_of(options, cell).exists()
-    }
-    rows = []
-    table = Table(
-        title=f"{options.model}: test accuracy before -> after {options.epochs} epochs of fine-tuning"
+def write(options: argparse.Namespace, console: Console) -> None:
+    """Print the tables of all cells that there are, of whatever network, and write them as a page."""
+    found = [json.loads(path.read_text()) for path in (options.out / "cells").glob("*.json")]
+    found.sort(
+        key=lambda cell: (*(str(cell[name]) for name in ("model", "budget")), ORDER.index(cell["agent"]))
     )
-    names = (
-        "budget",
-        "agent",
-        "brief",
-        "evaluations",
-        "used",
-        "before",
-        "after",
-        "share",
-        "measured",
-        "kept",
-        "minutes",
-        "seeds",
-    )
-    for name in names:
-        table.add_column(name, justify="left" if name in ("budget", "agent") else "right")
-    groups = dict.fromkeys(replace(cell, seed=0) for cell in wanted)
-    for group in groups:
-        row = asdict(group) | summary([done[cell] for cell in done if replace(cell, seed=0) == group])
-        rows.append(row)
-        table.add_row(*(str(row[name]) for name in names))
-    missing = [cell.name for cell in wanted if cell not in done]
-    console.print(table)
-    if missing:
-        console.print(f"{len(missing)} of {len(wanted)} cells are missing; the same command fills them.")
-    saved = {"rows": rows, "cells": [*done.values()], "missing": missing}
-    write_atomic(options.out / f"table-{options.model}.json", json.dumps(saved, indent=1) + "\n")
+    missing = [
+        cell
+        for model in dict.fromkeys((*MODELS, options.model))
+        for cell in cells(options, model)
+        if not path_of(options, cell).exists()
+    ]
+    show(found, len(missing), console)
+    write_atomic(options.page, page(found, missing, command(options)))
+    console.print(f"Wrote {options.page}", highlight=False)
 
 
-def summary(of: list[dict[str, Any]]) -> dict[str, str]:
-    """One row of the table from the cells of its seeds."""
-    if not of:
-        names = ("used", "before", "after", "share", "measured", "kept", "minutes")
-        return dict.fromkeys(names, "-") | {"seeds": "0"}
-
-    def spread(name: str) -> str:
-        values = [entry[name] for entry in of]
-        text = f"{statistics.mean(values):.2%}"
-        return text if len(values) == 1 else f"{text} ±{100 * statistics.stdev(values):.2f}"
-
-    shares = [entry["measured_share"] for entry in of if entry["measured_share"] is not None]
-    return {
-        "used": f"{statistics.mean(entry['used'] for entry in of):.0f}",
-        "before": spread("before"),
-        "after": spread("after"),
-        "share": f"{statistics.mean(entry['share'] for entry in of):.1%}",
-        "measured": f"{statistics.mean(shares):.1%}" if shares else "",
-        "kept": "yes" if all(entry["kept"] for entry in of) else "no",
-        "minutes": f"{statistics.mean(entry['search_minutes'] for entry in of):.1f}",
-        "seeds": str(len(of)),
-    }
+def command(options: argparse.Namespace) -> str:
+    """What fills the missing cells, with the caller's own paths left out."""
+    parts = ["python", "-m", "benchmarks.agents", "--data", f"{options.data.partition(':')[0]}:PATH"]
+    parts += ["--model", "MODEL", "--weights", "FILE", "--seeds", *map(str, options.seeds)]
+    parts += ["--evaluations", *map(str, options.evaluations), "--budgets", *options.budgets]
+    parts += ["--epochs", str(options.epochs), "--search-images", str(options.search_images)]
+    return shlex.join([*parts, "--batch-norm-batches", str(options.batch_norm_batches)])
 
 
 if __name__ == "__main__":

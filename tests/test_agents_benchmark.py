@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.agents import Cell, cells, check_settings, path_of, summary
+from benchmarks.agents import cells, check_settings, path_of
+from benchmarks.agents_page import Cell, gap_and_noise, page, summary
 
 
 def options(folder: Path, **changed: object) -> argparse.Namespace:
@@ -21,7 +23,7 @@ def options(folder: Path, **changed: object) -> argparse.Namespace:
 
 
 def test_cells_and_their_names(tmp_path: Path) -> None:
-    found = cells(options(tmp_path))
+    found = cells(options(tmp_path), "cifar_resnet20")
     names = [cell.name for cell in found]
     assert len(found) == len(set(names)) == 2 * (1 + 2 * 2)  # uniform pruning has one cell for each seed
     assert names[:3] == [
@@ -33,20 +35,58 @@ def test_cells_and_their_names(tmp_path: Path) -> None:
 
 def test_cells_of_other_settings_are_no_part_of_the_table(tmp_path: Path) -> None:
     given = options(tmp_path)
-    wanted = cells(given)
+    wanted = cells(given, "cifar_resnet20")
     path_of(given, wanted[1]).write_text(json.dumps({"epochs": 1, "search_images": 500}))
     check_settings(given, wanted)
     with pytest.raises(SystemExit, match="was made with epochs 1, not 5: give another --out"):
         check_settings(options(tmp_path, epochs=5), wanted)
 
 
+def cell(agent: str, after: float, seed: int = 0, **changed: object) -> dict[str, Any]:
+    given = {
+        "model": "cifar_resnet20", "budget": "params:50%", "evaluations": 100, "agent": agent, "seed": seed,
+        "brief": 0, "epochs": 1, "search_images": 500, "batch_norm_batches": 10, "used": 100,
+        "search_accuracy": 0.3, "before": 0.2, "after": after, "share": 0.3, "measured_share": None,
+        "test_images": 10_000, "kept": True, "search_minutes": 2.0,
+    }  # fmt: skip
+    return {**given, **changed}
+
+
 def test_a_row_has_mean_and_spread_over_the_seeds() -> None:
-    entries = [
-        {"used": 100, "before": 0.2, "after": after, "share": 0.3, "measured_share": None, "kept": kept,
-         "search_minutes": 2.0}
-        for after, kept in ((0.5, True), (0.6, False))
-    ]  # fmt: skip
-    row = summary(entries)
-    assert (row["after"], row["kept"], row["used"], row["seeds"]) == ("55.00% ±7.07", "no", "100", "2")
-    assert summary([])["after"] == "-"
+    row = summary([cell("joint", 0.5), cell("joint", 0.6, seed=1, kept=False)])
+    assert (row["after"], row["kept"], row["used"], row["seeds"]) == ("55.0 ± 7.1", "no", "100", "2")
     assert Cell("m", "params:50%", 4, "joint", 1, 16).name == "m-params-50-4-joint-1-brief16"
+
+
+def test_a_gap_counts_the_seeds_that_both_have() -> None:
+    base = [cell("knapsack", 0.80), cell("knapsack", 0.50, seed=1)]
+    gap, noise = gap_and_noise([cell("joint", 0.83)], base)
+    assert gap == pytest.approx(3)
+    assert noise == pytest.approx(200 * ((0.8 * 0.2 + 0.83 * 0.17) / 10_000) ** 0.5)
+    gap, noise = gap_and_noise([cell("joint", 0.81), cell("joint", 0.61, seed=1)], base)
+    assert gap == pytest.approx(6)
+    assert noise > 30  # between the seeds
+
+
+def test_the_page_tells_the_agents_apart_and_what_is_missing() -> None:
+    found = [
+        cell("uniform", 0.70, evaluations=1, used=1), cell("knapsack", 0.80), cell("joint", 0.81),
+        cell("stepwise", 0.70), cell("knapsack", 0.82, evaluations=400, used=400),
+    ]  # fmt: skip
+    missing = [
+        Cell("cifar_resnet20", "params:50%", 400, agent, seed)
+        for agent in ("joint", "random")
+        for seed in (0, 1)
+    ]
+    text = page(found, [*missing, Cell("cifar_vgg16_bn", "params:10%", 100, "joint", 0)], "python -m it")
+    first, second = text.split("## cifar_resnet20, 400 evaluations")
+    assert "| params:50% | joint | 100 | 30.0 | 20.0 | 81.0 | 30.0% |  | yes | 2.0 | 1 |" in first
+    assert "| params:50% | uniform | 1 |" in first
+    assert "| params:50% | uniform | 1 |" in second
+    assert "- params:50%: joint is as good as the knapsack (+1.00 points, noise 1.12)." in first
+    assert "- params:50%: stepwise is worse than the knapsack (-10.00 points, noise 1.22)." in first
+    assert "is worse" not in second
+    assert "5 cells:" in second
+    assert "- `cifar_resnet20`, 400 evaluations, params:50%: joint, random (seeds 0, 1)" in second
+    assert "- `cifar_vgg16_bn`, 100 evaluations, params:10%: joint (seeds 0)" in second
+    assert "python -m it" in second

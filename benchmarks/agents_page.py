@@ -1,0 +1,223 @@
+"""The tables of `benchmarks.agents`, on the terminal and as a page: all cells, gaps to the knapsack, what lacks."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+LEARNING = ("joint", "constrained", "stepwise")
+YARDSTICK = "knapsack"
+COLUMNS = {
+    "budget": "budget",
+    "agent": "agent",
+    "brief": "brief",
+    "used": "evaluations",
+    "searched": "search split, %",
+    "before": "before, %",
+    "after": "after, %",
+    "share": "predicted",
+    "measured": "measured",
+    "kept": "kept",
+    "minutes": "minutes",
+    "seeds": "seeds",
+}
+CLAIMS = """\
+| paper | network, CIFAR-10 | claim |
+|---|---|---|
+| constrained (arXiv 2110.08558) | VGG variants | 83 to 92.9 % of the parameters removed at comparable accuracy |
+| constrained (arXiv 2110.08558) | ResNet-18 | 75.09 % of the parameters removed at comparable accuracy |
+
+Their networks were trained to the end, with some 3,000 evaluations and long fine-tuning. What compares with it here is
+`cifar_vgg16_bn` at 17 % and 10 % of the parameters, as far as those cells were run."""
+
+Cells = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One search: which agent, within which budget, with how many evaluations, which seed, and how many steps of
+    training on each candidate."""
+
+    model: str
+    budget: str
+    evaluations: int
+    agent: str
+    seed: int
+    brief: int = 0
+
+    @property
+    def name(self) -> str:
+        """The stem of its file."""
+        parts = [self.model, self.budget, self.evaluations, self.agent, self.seed]
+        parts += [f"brief{self.brief}"] if self.brief else []
+        return "-".join(map(str, parts)).replace(":", "-").replace("%", "")
+
+
+def rows_of(cells: Cells) -> list[dict[str, str]]:
+    """One row for each budget and agent, over its seeds; uniform pruning stands in every table of its network."""
+    keys = dict.fromkeys((cell["budget"], cell["agent"], cell["brief"]) for cell in cells)
+    return [
+        {"budget": budget, "agent": agent, "brief": str(brief)}
+        | summary(
+            [
+                cell
+                for cell in cells
+                if (cell["budget"], cell["agent"], cell["brief"]) == (budget, agent, brief)
+            ]
+        )
+        for budget, agent, brief in keys
+    ]
+
+
+def summary(of: Cells) -> dict[str, str]:
+    """One row of the table from the cells of its seeds."""
+    shares = [entry["measured_share"] for entry in of if entry["measured_share"] is not None]
+    return {
+        "used": f"{statistics.mean(entry['used'] for entry in of):.0f}",
+        "searched": _spread(entry["search_accuracy"] for entry in of),
+        "before": _spread(entry["before"] for entry in of),
+        "after": _spread(entry["after"] for entry in of),
+        "share": f"{statistics.mean(entry['share'] for entry in of):.1%}",
+        "measured": f"{statistics.mean(shares):.1%}" if shares else "",
+        "kept": "yes" if all(entry["kept"] for entry in of) else "no",
+        "minutes": f"{statistics.mean(entry['search_minutes'] for entry in of):.1f}",
+        "seeds": str(len(of)),
+    }
+
+
+def show(cells: Cells, missing: int, console: Console) -> None:
+    """Print what there is, network by network."""
+    for model, evaluations, of in tables(cells):
+        table = Table(title=f"{model}, {evaluations} evaluations")
+        for name, heading in COLUMNS.items():
+            table.add_column(heading, justify="left" if name in ("budget", "agent") else "right")
+        for row in rows_of(of):
+            table.add_row(*(row[name] for name in COLUMNS))
+        console.print(table)
+    if missing:
+        console.print(f"{missing} cells are missing; the same command fills them.")
+
+
+def tables(cells: Cells) -> Iterable[tuple[str, int, Cells]]:
+    """Network by network and number by number the cells that may be compared; uniform pruning goes with each number."""
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        own = [cell for cell in cells if cell["model"] == model]
+        for evaluations in sorted({cell["evaluations"] for cell in own if cell["agent"] != "uniform"}):
+            yield (
+                model,
+                evaluations,
+                [cell for cell in own if cell["agent"] == "uniform" or cell["evaluations"] == evaluations],
+            )
+
+
+def page(cells: Cells, missing: Sequence[Cell], command: str) -> str:
+    """The whole page as Markdown.
+
+    Args:
+        cells: as `benchmarks.agents.run` gives them, in the order of the tables.
+        missing: those that the command would still run.
+        command: it, with the caller's own paths left out.
+    """
+    parts = ["# The agents at equal evaluations", _protocol(cells)]
+    for model, evaluations, of in tables(cells):
+        parts += [f"## {model}, {evaluations} evaluations", _table(of), _gaps(of)]
+    parts += ["## What the papers claim", CLAIMS, "## Missing", _missing(missing, command)]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def _protocol(cells: Cells) -> str:
+    said = {
+        name: _all(cells, name) for name in ("epochs", "search_images", "batch_norm_batches", "test_images")
+    }
+    return textwrap.fill(
+        f"""
+        Written by `python -m benchmarks.agents` from its cells. Every agent searches on the same given weights, which
+        stay as they are, with the same number of evaluations (uniform pruning needs one; *evaluations* is what was
+        used); then every slim network is fine-tuned alike, epochs on all training images: {said["epochs"]}. *Search
+        split* is the accuracy that the search saw, on {said["search_images"]} images after
+        {said["batch_norm_batches"]} batches for batch norm. *Before* and *after* fine-tuning are on the
+        {said["test_images"]} test images, which neither training nor search has seen. *Predicted* and *measured* are
+        shares of the dense network's cost; latency is measured beside the dense network. *Minutes* are those of the
+        search. With more than one seed: means and standard deviations. Noise is two standard errors of a difference,
+        of the test images, or between seeds where that is larger.
+        """.strip(),
+        width=118,
+    )
+
+
+def _table(of: Cells) -> str:
+    brief = any(cell["brief"] for cell in of)
+    names = [name for name in COLUMNS if name != "brief" or brief]
+    lines = [
+        f"| {' | '.join(COLUMNS[name] for name in names)} |",
+        "|" + "---|" * len(names),
+    ]
+    lines += [f"| {' | '.join(row[name] for name in names)} |" for row in rows_of(of)]
+    return "\n".join(lines)
+
+
+def _gaps(of: Cells) -> str:
+    """After fine-tuning, every learning agent against the knapsack at the same cost, in words."""
+    lines = []
+    for budget in dict.fromkeys(cell["budget"] for cell in of):
+        here = [cell for cell in of if cell["budget"] == budget and not cell["brief"]]
+        base = [cell for cell in here if cell["agent"] == YARDSTICK]
+        for agent in LEARNING:
+            ours = [cell for cell in here if cell["agent"] == agent]
+            if ours and base:
+                gap, noise = gap_and_noise(ours, base)
+                says = "as good as" if abs(gap) <= noise else "better than" if gap > 0 else "worse than"
+                lines.append(
+                    f"- {budget}: {agent} is {says} the knapsack ({gap:+.2f} points, noise {noise:.2f})."
+                )
+    return "\n".join(lines)
+
+
+def gap_and_noise(ours: Cells, base: Cells) -> tuple[float, float]:
+    """Difference of the accuracies after fine-tuning and two standard errors of it, in points.
+
+    Over the seeds that both have, where there are any.
+    """
+    seeds = {cell["seed"] for cell in ours} & {cell["seed"] for cell in base}
+    pair = [[cell["after"] for cell in group if not seeds or cell["seed"] in seeds] for group in (ours, base)]
+    means = [statistics.fmean(values) for values in pair]
+    images = sum(
+        mean * (1 - mean) / base[0]["test_images"] / len(values)
+        for mean, values in zip(means, pair, strict=True)
+    )
+    between = sum(statistics.variance(values) / len(values) for values in pair if len(values) > 1)
+    return 100 * (means[0] - means[1]), 200 * max(images, between) ** 0.5
+
+
+def _missing(missing: Sequence[Cell], command: str) -> str:
+    """What is still to be run, shortest where all agents of a budget lack the same seeds."""
+    if not missing:
+        return "None of what was asked for."
+    found: dict[tuple[str, int, str], dict[str, list[int]]] = {}
+    for cell in missing:
+        found.setdefault((cell.model, cell.evaluations, cell.budget), {}).setdefault(cell.agent, []).append(
+            cell.seed
+        )
+    lines = [f"{len(missing)} cells:", ""]
+    for (model, evaluations, budget), agents in found.items():
+        seeds = {agent: ", ".join(map(str, numbers)) for agent, numbers in agents.items()}
+        alike = dict.fromkeys(seeds.values())
+        parts = [f"{', '.join(a for a in seeds if seeds[a] == these)} (seeds {these})" for these in alike]
+        lines.append(f"- `{model}`, {evaluations} evaluations, {budget}: {'; '.join(parts)}")
+    return "\n".join([*lines, "", "This fills them, where it left off:", "", "```bash", command, "```"])
+
+
+def _all(cells: Cells, name: str) -> str:
+    return " or ".join(f"{value:,}" for value in sorted({cell[name] for cell in cells})) or "no"
+
+
+def _spread(values: Iterable[float]) -> str:
+    percent = [100 * value for value in values]
+    text = f"{statistics.fmean(percent):.1f}"
+    return text if len(percent) == 1 else f"{text} ± {statistics.stdev(percent):.1f}"
