@@ -85,7 +85,7 @@ def summary(of: Cells) -> dict[str, str]:
         "after": _spread(entry["after"] for entry in of),
         "share": f"{statistics.mean(entry['share'] for entry in of):.1%}",
         "measured": f"{statistics.mean(shares):.1%}" if shares else "",
-        "kept": "yes" if all(entry["kept"] for entry in of) else "no",
+        "kept": _kept(of),
         "minutes": f"{statistics.mean(entry['search_minutes'] for entry in of):.1f}",
         "seeds": str(len(of)),
     }
@@ -135,20 +135,19 @@ def _protocol(cells: Cells) -> str:
     said = {
         name: _all(cells, name) for name in ("epochs", "search_images", "batch_norm_batches", "test_images")
     }
-    return textwrap.fill(
-        f"""
+    text = f"""
         Written by `python -m benchmarks.agents` from its cells. Every agent searches on the same given weights, which
         stay as they are, with the same number of evaluations (uniform pruning needs one; *evaluations* is what was
         used); then every slim network is fine-tuned alike, epochs on all training images: {said["epochs"]}. *Search
         split* is the accuracy that the search saw, on {said["search_images"]} images after
         {said["batch_norm_batches"]} batches for batch norm. *Before* and *after* fine-tuning are on the
         {said["test_images"]} test images, which neither training nor search has seen. *Predicted* and *measured* are
-        shares of the dense network's cost; latency is measured beside the dense network. *Minutes* are those of the
-        search. With more than one seed: means and standard deviations. Noise is two standard errors of a difference,
-        of the test images, or between seeds where that is larger.
-        """.strip(),
-        width=118,
-    )
+        shares of the dense network's cost; latency is measured beside the dense network. A budget is *kept* by
+        prediction only where the measurement is above it: a run of `compress` would refit its table and search on.
+        *Minutes* are those of the search. With more than one seed: means and standard deviations. Noise is two standard
+        errors of a difference, of the test images, or between seeds where that is larger.
+        """
+    return textwrap.fill(" ".join(text.split()), width=118)
 
 
 def _table(of: Cells) -> str:
@@ -211,6 +210,20 @@ def _missing(missing: Sequence[Cell], command: str) -> str:
         parts = [f"{', '.join(a for a in seeds if seeds[a] == these)} (seeds {these})" for these in alike]
         lines.append(f"- `{model}`, {evaluations} evaluations, {budget}: {'; '.join(parts)}")
     return "\n".join([*lines, "", "This fills them, where it left off:", "", "```bash", command, "```"])
+
+
+def _kept(of: Cells) -> str:
+    if not all(entry["kept"] for entry in of):
+        return "no"
+    measured = [entry for entry in of if entry["measured_share"] is not None]
+    above = any(100 * entry["measured_share"] > _percent(entry["budget"]) for entry in measured)
+    return "by prediction" if above else "yes"
+
+
+def _percent(budget: str) -> float:
+    """Of the dense network: 30 for "latency:30%", and no bound for a limit in the budget's own unit."""
+    _, _, limit = budget.partition(":")
+    return float(limit[:-1]) if limit.endswith("%") else float("inf")
 
 
 def _all(cells: Cells, name: str) -> str:

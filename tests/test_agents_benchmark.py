@@ -55,6 +55,9 @@ def cell(agent: str, after: float, seed: int = 0, **changed: object) -> dict[str
 def test_a_row_has_mean_and_spread_over_the_seeds() -> None:
     row = summary([cell("joint", 0.5), cell("joint", 0.6, seed=1, kept=False)])
     assert (row["after"], row["kept"], row["used"], row["seeds"]) == ("55.0 ± 7.1", "no", "100", "2")
+    latency = cell("joint", 0.5, budget="latency:30%", measured_share=0.29)
+    assert summary([latency])["kept"] == "yes"
+    assert summary([latency, {**latency, "measured_share": 0.301}])["kept"] == "by prediction"
     assert Cell("m", "params:50%", 4, "joint", 1, 16).name == "m-params-50-4-joint-1-brief16"
 
 
