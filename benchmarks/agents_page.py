@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.compared import compared
+
 LEARNING = ("joint", "constrained", "stepwise")
 YARDSTICK = "knapsack"
 COLUMNS = {
@@ -170,28 +172,16 @@ def _gaps(of: Cells) -> str:
         for agent in LEARNING:
             ours = [cell for cell in here if cell["agent"] == agent]
             if ours and base:
-                gap, noise = gap_and_noise(ours, base)
-                says = "as good as" if abs(gap) <= noise else "better than" if gap > 0 else "worse than"
+                found = compared(_after(ours), _after(base), base[0]["test_images"])
                 lines.append(
-                    f"- {budget}: {agent} is {says} the knapsack ({gap:+.2f} points, noise {noise:.2f})."
+                    f"- {budget}: {agent} is {found.verdict} the knapsack ({found.gap:+.2f} points, "
+                    f"noise {found.noise:.2f})."
                 )
     return "\n".join(lines)
 
 
-def gap_and_noise(ours: Cells, base: Cells) -> tuple[float, float]:
-    """Difference of the accuracies after fine-tuning and two standard errors of it, in points.
-
-    Over the seeds that both have, where there are any.
-    """
-    seeds = {cell["seed"] for cell in ours} & {cell["seed"] for cell in base}
-    pair = [[cell["after"] for cell in group if not seeds or cell["seed"] in seeds] for group in (ours, base)]
-    means = [statistics.fmean(values) for values in pair]
-    images = sum(
-        mean * (1 - mean) / base[0]["test_images"] / len(values)
-        for mean, values in zip(means, pair, strict=True)
-    )
-    between = sum(statistics.variance(values) / len(values) for values in pair if len(values) > 1)
-    return 100 * (means[0] - means[1]), 200 * max(images, between) ** 0.5
+def _after(of: Cells) -> dict[int, float]:
+    return {cell["seed"]: cell["after"] for cell in of}
 
 
 def _missing(missing: Sequence[Cell], command: str) -> str:

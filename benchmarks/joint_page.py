@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compared import Compared, compared
+
 BASE = "resnet20-pretrained"
 RESULTS = {
     "resnet20-dense": ("ResNet-20", "dense baseline, from scratch", None),
@@ -211,11 +213,10 @@ def _compared(by_name: dict[str, list[Row]]) -> str:
     lines = []
     for name, (network, what, baseline) in RESULTS.items():
         if name in by_name and baseline in by_name:
-            gap = _gap(by_name[name], by_name[str(baseline)])
-            noise = _noise([*by_name[name], *by_name[str(baseline)]])
-            verdict = "as good as" if abs(gap) <= noise else "better than" if gap > 0 else "worse than"
+            found = _against(by_name[name], by_name[str(baseline)])
             lines.append(
-                f"- {network}, {what}: {verdict} its baseline ({gap:+.2f} points, noise {noise:.2f})."
+                f"- {network}, {what}: {found.verdict} its baseline ({found.gap:+.2f} points, "
+                f"noise {found.noise:.2f})."
             )
     return "\n".join(lines)
 
@@ -234,10 +235,10 @@ def _ablations(by_name: dict[str, list[Row]]) -> str:
     for name, what in ABLATIONS.items():
         if name in by_name:
             found = by_name[name]
-            gap, noise = _gap(found, base), _noise([*found, *base])
-            says = "nothing" if abs(gap) <= noise else "worse" if gap < 0 else "better"
+            against = _against(found, base)
+            says = {"as good as": "nothing"}.get(against.verdict, against.verdict.removesuffix(" than"))
             lines.append(
-                f"| {what} | {_accuracy(found)} | {gap:+.2f} | {says} | {len(found)} "
+                f"| {what} | {_accuracy(found)} | {against.gap:+.2f} | {says} | {len(found)} "
                 f"| {_mean(r.evaluations for r in found):.0f} | {_mean(r.minutes for r in found):.1f} |"
             )
     return "\n".join(lines) if len(lines) > 5 else f"None has been run yet; they are told against `{BASE}`."
@@ -264,27 +265,13 @@ def _accuracy(rows: Sequence[Row]) -> str:
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
-def _gap(rows: Sequence[Row], base: Sequence[Row]) -> float:
-    """In points; over the seeds that both have, where there are any."""
-    seeds = {row.seed for row in rows} & {row.seed for row in base} or None
-    ours, theirs = (
-        [100 * row.accuracy for row in group if seeds is None or row.seed in seeds] for group in (rows, base)
-    )
-    return statistics.fmean(ours) - statistics.fmean(theirs)
-
-
-def _noise(rows: Sequence[Row]) -> float:
-    """Two standard errors, in points, of a difference between two halves of these runs."""
-    seeds = max(1, len(rows) // 2)
-    share = _mean(row.accuracy for row in rows)
-    images = (2 * share * (1 - share) / rows[0].images / seeds) ** 0.5
-    groups = [[row.accuracy for row in rows if row.name == name] for name in {row.name for row in rows}]
-    spreads = [statistics.variance(group) / len(group) for group in groups if len(group) > 1]
-    return 200 * max(images, sum(spreads) ** 0.5)
+def _against(rows: Sequence[Row], base: Sequence[Row]) -> Compared:
+    ours, theirs = ({row.seed: row.accuracy for row in group} for group in (rows, base))
+    return compared(ours, theirs, base[0].images)
 
 
 def _difference(rows: Sequence[Row], base: Sequence[Row]) -> str:
-    return f"{_gap(rows, base):+.2f}" if base else ""
+    return f"{_against(rows, base).gap:+.2f}" if base else ""
 
 
 def _latency(rows: Sequence[Row]) -> str:

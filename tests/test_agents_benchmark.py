@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.agents import cells, check_settings, path_of
-from benchmarks.agents_page import Cell, gap_and_noise, page, summary
+from benchmarks.agents_page import Cell, page, summary
+from benchmarks.compared import compared
 
 
 def options(folder: Path, **changed: object) -> argparse.Namespace:
@@ -62,13 +63,16 @@ def test_a_row_has_mean_and_spread_over_the_seeds() -> None:
 
 
 def test_a_gap_counts_the_seeds_that_both_have() -> None:
-    base = [cell("knapsack", 0.80), cell("knapsack", 0.50, seed=1)]
-    gap, noise = gap_and_noise([cell("joint", 0.83)], base)
-    assert gap == pytest.approx(3)
-    assert noise == pytest.approx(200 * ((0.8 * 0.2 + 0.83 * 0.17) / 10_000) ** 0.5)
-    gap, noise = gap_and_noise([cell("joint", 0.81), cell("joint", 0.61, seed=1)], base)
-    assert gap == pytest.approx(6)
-    assert noise > 30  # between the seeds
+    base = {0: 0.80, 1: 0.50}
+    found = compared({0: 0.83}, base, 10_000)
+    assert found.gap == pytest.approx(3)
+    assert found.noise == pytest.approx(200 * ((0.8 * 0.2 + 0.83 * 0.17) / 10_000) ** 0.5)
+    assert found.verdict == "better than"
+    found = compared({0: 0.81, 1: 0.61}, base, 10_000)
+    assert found.gap == pytest.approx(6)
+    assert found.noise > 30  # between the seeds
+    assert found.verdict == "as good as"
+    assert compared({2: 0.5}, base, 10_000).gap == pytest.approx(-15)  # no seed in common
 
 
 def test_the_page_tells_the_agents_apart_and_what_is_missing() -> None:
