@@ -35,6 +35,7 @@ ABLATIONS = {
     "ablation-no-environment": "no model of the changing reward",
     "ablation-no-alignment": "no alignment",
     "ablation-align-channel": "alignment by channel instead of by tensor",
+    "ablation-early": "pruned after a quarter of the epochs instead of a half",
     "ablation-no-joint": "no joint training: pruned once, then fine-tuned",
     "ablation-uniform": "uniform plan instead of the agent",
     "ablation-random": "as many random plans instead of the agent's",
