@@ -45,7 +45,7 @@ ORDER = ("uniform", "random", "knapsack", "joint", "constrained", "stepwise")
 
 def main() -> None:
     options = parsed()
-    console = Console(width=130)
+    console = Console(width=150)
     wanted = cells(options, options.model)
     check_settings(options, wanted)
     deadline = time.monotonic() + 60 * options.minutes

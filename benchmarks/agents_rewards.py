@@ -78,7 +78,13 @@ def one_run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, A
     ).resolved()
     job = prepare(recipe)
     env, evaluator = environment(job, job.budgets())
-    agent = create_agent("stepwise", seed=seed, settings={"rewards": variant, "episodes": options.episodes})
+    paper = {
+        "actions": "alpha",
+        "warm_start": False,
+        "near_share": 0.0,
+    }  # nothing but the rewards teaches the network
+    settings = {"rewards": variant, "episodes": options.episodes, **paper}
+    agent = create_agent("stepwise", seed=seed, settings=settings)
     folder.mkdir(parents=True, exist_ok=True)
     log, checkpoint = EpisodeLog(folder / "episodes.jsonl"), Checkpoint(folder / "state.pt")
     result = agent.search(env, evaluator, Limits(), log=log, checkpoint=checkpoint)

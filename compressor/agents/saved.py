@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compressor.agents.base import Agent
     from compressor.env.environment import PruningEnv
 
-FORMAT = 1
+FORMAT = 2
 """Version of the checkpoint's content; another one is refused."""
 
 

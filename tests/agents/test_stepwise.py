@@ -10,6 +10,7 @@ import torch
 
 from compressor.agents.base import Limits
 from compressor.agents.dueling import DoubleDqn, Dueling
+from compressor.errors import CompressorError
 from tests.agents.bench import Killed
 
 SMALL: dict[str, Any] = {"episodes": 12, "hidden": 32}
@@ -49,7 +50,9 @@ def test_stepwise_beats_uniform_within_its_limits(new_bench: Any) -> None:
     assert result.evaluations <= 150
     assert result.reward > uniform.reward
     target = bench.env.budgets[0].target
-    assert all(candidate.costs["macs"] <= target for candidate in result.candidates)
+    plans = [candidate for candidate in result.candidates if candidate.phase != "sensitivity"]
+    assert len(plans) < len(result.candidates)
+    assert all(candidate.costs["macs"] <= target for candidate in plans)
 
 
 def test_killed_anywhere_it_ends_the_same(new_bench: Any) -> None:
@@ -62,3 +65,25 @@ def test_killed_anywhere_it_ends_the_same(new_bench: Any) -> None:
     again = bench.search("stepwise", settings=SMALL, share=0.45)
     assert again.evaluations <= 10
     assert bench.env.bounds.feasible(np.array([list(again.widths.values())]))[0]
+
+
+def test_the_warm_start_begins_with_the_knapsacks_plan_and_stays_near_the_best(new_bench: Any) -> None:
+    knapsack = new_bench("knapsack").search("knapsack")
+    solved = next(candidate for candidate in knapsack.candidates if candidate.phase == "sensitivities")
+    result = new_bench("stepwise").search("stepwise", settings={**SMALL, "near_share": 1.0})
+    played = [candidate for candidate in result.candidates if candidate.phase == "stepwise"]
+    near = [candidate for candidate in result.candidates if candidate.phase == "near"]
+    assert played[0].widths == solved.widths
+    assert len(near) == 11 * 4  # as many as the other episodes have groups
+    assert {candidate.widths for candidate in played[1:-1]} <= {candidate.widths for candidate in near}
+    best = max(near, key=lambda candidate: candidate.reward)
+    assert best.reward > solved.reward
+    assert result.reward >= best.reward
+
+
+def test_the_papers_own_measures_nothing_and_acts_by_thresholds(new_bench: Any) -> None:
+    paper = {**SMALL, "actions": "alpha", "warm_start": False, "near_share": 0.0}
+    result = new_bench("paper").search("stepwise", settings=paper)
+    assert {candidate.phase for candidate in result.candidates} == {"stepwise", "final"}
+    with pytest.raises(CompressorError, match="actions is 'beta', expected 'shares' or 'alpha'"):
+        new_bench("wrong").search("stepwise", settings={"actions": "beta"})
