@@ -127,8 +127,16 @@ def row_of(name: str, seed: int, folder: Path) -> Row:
         latency=latency["measured_ms"] / latency["dense_ms"] if latency.get("measured_ms") else None,
         evaluations=manifest["search"]["evaluations"],
         neither=timing["agent"] / timing["total"],
-        minutes=sum(stage["seconds"] for stage in manifest["stages"].values()) / 60,
+        minutes=_minutes(manifest),
     )
+
+
+def _minutes(manifest: dict[str, Any]) -> float:
+    """Wall time of all stages; of one that was stopped and went on, what its search and its epochs took in all."""
+    seconds = {name: float(stage["seconds"]) for name, stage in manifest["stages"].items()}
+    epochs = [epoch["seconds"] for epoch in manifest["training"] if epoch["phase"] == "finetune"]
+    whole = {"search": manifest["search"]["timing"]["total"], "finetune": sum(epochs)}
+    return sum(max(took, whole.get(name, 0.0)) for name, took in seconds.items()) / 60
 
 
 def counted_macs(folder: Path) -> int:
