@@ -6,7 +6,8 @@ Each agent searches on the same pretrained weights, which stay as they are, with
 pruning needs one; what a search really used is in the column "used"); the slim network is then fine-tuned for the same
 epochs. With the same seed all agents score on the same images. `--brief 8` trains each candidate for 8 steps before it
 is scored. Test accuracy is on images that neither training nor the search has seen. Every cell is kept as a file, a
-search that was stopped goes on where it stood, and the table says which cells are missing: the same command fills them.
+search that was stopped goes on where it stood, and docs/results-agents.md is written anew after each: all cells of
+`--out`, of whatever network, and which are missing; the same command fills them.
 The latency table is made once, on the first call that needs it; make that one with the machine at rest.
 """
 
@@ -40,7 +41,7 @@ from export.to_onnx import export_onnx
 
 BUDGETS = ("latency:50%", "latency:30%", "params:50%", "params:30%")
 MODELS = ("cifar_resnet20", "cifar_resnet56", "cifar_mobilenet_v2", "cifar_vgg16_bn")
-ORDER = ("uniform", "random", "knapsack", "joint", "constrained", "stepwise")
+ORDER = tuple(dict.fromkeys(("uniform", "random", "knapsack", *AGENTS)))  # the yardsticks first
 
 
 def main() -> None:

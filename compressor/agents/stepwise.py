@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor import progress
-from compressor.agents.allocation import Allocator
+from compressor.agents.allocation import Allocator, Values
 from compressor.agents.base import Agent, SearchResult
 from compressor.agents.best import best_known, best_of_round, merit
 from compressor.agents.dueling import DoubleDqn
 from compressor.agents.proposals import near_widths, scaled_widths, uniform_or_cheapest
-from compressor.agents.values import Sensitivity
+from compressor.agents.values import POWERS, Sensitivity, saliency_values
 from compressor.env.observation import FEATURES
 from compressor.errors import CompressorError
 
@@ -45,8 +45,8 @@ class StepwiseSettings:
     epsilon: share of random actions at the end; it falls from 1 over the first two thirds of the episodes.
     actions: "shares", as many evenly spaced shares of a group's channels as there are thresholds; or "alpha", the
         paper's thresholds: norms of filters lie close together, so that most of these remove none or all.
-    warm_start: whether each group is measured first, where there are three evaluations for each, and the episodes
-        begin with the knapsack's plan; the replay gets the nearest actions.
+    warm_start: whether the episodes begin with the knapsack's plan, and each group is measured for it where there are
+        three evaluations for each; the replay gets the nearest actions.
     near_share: share of the turns that vary the best plan so far instead of asking the network: as many plans as an
         episode has evaluations, each scored once, when it is whole.
     near_spread: standard deviation of their change to the logarithm of ratios.
@@ -108,9 +108,10 @@ class StepwiseAgent(Agent):
                 search.turn(episode, total, phase)
                 run.done(phase)
                 bar.advance(note=f"{run.candidates[-1].accuracy:.1%}")
-        for _ in run.remaining(f"{phase}-last", 0 if run.spent(search.evaluations_an_episode + 1) else 1):
+        more = not run.place.round and not run.spent(reserve=search.evaluations_an_episode + 1)
+        for _ in run.remaining("last", int(more)):
             search.play(search.learned(epsilon=0.0), phase)
-            run.done(f"{phase}-last")
+            run.done("last")
         uniform = uniform_or_cheapest(env).tolist()
         best = best_of_round(run)
         return run.choose([uniform] if best is None else [best.widths, uniform])
@@ -187,12 +188,18 @@ class _StepwiseSearch:
         if episode == 0 and self.run.place.round:
             ratios = np.asarray(best_known(self.run, 1)[0]) / self.env.bounds.dense
             self.play(self._following(scaled_widths(self.env, ratios)), phase)
-        elif episode == 0 and self._sensitivity.complete:
-            self.play(self._following(self._allocator.solve(self._sensitivity.values())), phase)
+        elif episode == 0 and self.settings.warm_start:
+            self.play(self._following(self._allocator.solve(self._values())), phase)
         elif best is not None and generator.random() < self.settings.near_share:
             self._vary(best, generator, phase)
         else:
             self.play(self.learned(self._epsilon(episode, total)), phase)
+
+    def _values(self) -> Values:
+        """What widths are worth: as measured, or by Taylor saliency where the limits leave no room for that."""
+        if self._sensitivity.complete:
+            return self._sensitivity.values()
+        return saliency_values(self.env.saliency(), self._allocator.levels, POWERS[0])
 
     def _vary(self, best: Candidate, generator: np.random.Generator, phase: str) -> None:
         """Score plans near the best, as many as an episode has evaluations; a better one is played, to be learned."""

@@ -81,6 +81,16 @@ def test_the_warm_start_begins_with_the_knapsacks_plan_and_stays_near_the_best(n
     assert result.reward >= best.reward
 
 
+def test_with_few_evaluations_it_begins_with_the_plan_of_the_saliency(new_bench: Any) -> None:
+    few = Limits(max_evaluations=15, use_all=True)
+    knapsack = new_bench("knapsack").search("knapsack", limits=few)
+    result = new_bench("stepwise").search("stepwise", settings={"hidden": 32}, limits=few)
+    assert result.evaluations <= 15
+    first = next(candidate for candidate in result.candidates if candidate.phase == "stepwise")
+    solved = next(candidate for candidate in knapsack.candidates if candidate.phase == "saliency1.0")
+    assert first.widths == solved.widths
+
+
 def test_the_papers_own_measures_nothing_and_acts_by_thresholds(new_bench: Any) -> None:
     paper = {**SMALL, "actions": "alpha", "warm_start": False, "near_share": 0.0}
     result = new_bench("paper").search("stepwise", settings=paper)
