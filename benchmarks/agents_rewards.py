@@ -78,11 +78,8 @@ def one_run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, A
     ).resolved()
     job = prepare(recipe)
     env, evaluator = environment(job, job.budgets())
-    paper = {
-        "actions": "alpha",
-        "warm_start": False,
-        "near_share": 0.0,
-    }  # nothing but the rewards teaches the network
+    # The paper's way: nothing but the rewards teaches the network.
+    paper = {"actions": "alpha", "warm_start": False, "near_share": 0.0}
     settings = {"rewards": variant, "episodes": options.episodes, **paper}
     agent = create_agent("stepwise", seed=seed, settings=settings)
     folder.mkdir(parents=True, exist_ok=True)

@@ -98,8 +98,9 @@ class StepwiseAgent(Agent):
         search.measure_groups()
         total = search.episodes()
         phase = f"stepwise{run.place.round or ''}"
-        # Episodes over plans that are known cost less: where all evaluations are to be used, more of them follow.
-        most = 10 * total if run.limits.use_all and not run.place.round else total
+        most = total if run.place.round else max(1, total - 1)  # and the network's own at the end
+        if run.limits.use_all and not run.place.round:
+            most = 10 * total  # episodes over plans that are known cost less, so that more of them can follow
         with progress.bar("Playing episodes", total=total) as bar:
             bar.advance(run.place.steps.get(phase, 0))
             for episode in run.remaining(phase, most):
