@@ -48,7 +48,7 @@ def main() -> None:
     options = parsed()
     console = Console(width=150)
     wanted = cells(options, options.model)
-    check_settings(options, wanted)
+    check_settings(options)
     deadline = time.monotonic() + 60 * options.minutes
     for cell in wanted:
         if not options.page_only and not path_of(options, cell).exists() and time.monotonic() < deadline:
@@ -98,11 +98,11 @@ def cells(options: argparse.Namespace, model: str) -> list[Cell]:
     return found
 
 
-def path_of(options: argparse.Namespace, cell: Cell) -> Path:
-    """Where a cell's result lies."""
+def path_of(options: argparse.Namespace, cell: Cell | None = None) -> Path:
+    """Where a cell's result lies, or all of them."""
     folder: Path = options.out / "cells"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{cell.name}.json"
+    return folder if cell is None else folder / f"{cell.name}.json"
 
 
 def shared(options: argparse.Namespace) -> dict[str, Any]:
@@ -110,18 +110,19 @@ def shared(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("epochs", "search_images", "batch_norm_batches")}
 
 
-def check_settings(options: argparse.Namespace, wanted: list[Cell]) -> None:
-    """Refuse to put cells of other settings into one table."""
-    for cell in wanted:
-        if (path := path_of(options, cell)).exists():
-            stored = json.loads(path.read_text())
-            for name, value in shared(options).items():
-                if cell.agent == "uniform" and name != "epochs":
-                    continue  # its plan does not depend on the images
-                if stored.get(name, value) != value:
-                    raise SystemExit(
-                        f"{path} was made with {name} {stored[name]}, not {value}: give another --out, or that value."
-                    )
+def check_settings(options: argparse.Namespace) -> None:
+    """Refuse to put cells of other settings, or of an earlier version, into one page."""
+    for path in sorted(path_of(options).glob("*.json")):
+        stored = json.loads(path.read_text())
+        for name, value in shared(options).items():
+            if stored["agent"] == "uniform" and name != "epochs":
+                continue  # its plan does not depend on the images
+            if stored.get(name) != value:
+                raise SystemExit(
+                    f"{path} was made with {name} {stored.get(name)}, not {value}: give another --out, or that value."
+                )
+        if lacking := {"test_images", "target_share"} - stored.keys():
+            raise SystemExit(f"{path} lacks {min(lacking)}, as of an earlier version: give another --out.")
 
 
 def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
@@ -178,6 +179,7 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         "after": accuracy(slim, job.data.test, device=job.torch_device),
         "kept": all(float(np.asarray(each.predict(widths[None]))[0]) <= each.target for each in budgets),
         "share": costs[kind if kind != "flops" else "macs"],
+        "target_share": next(each.target / each.dense for each in budgets),
         "test_images": len(job.data.test),
         "measured_share": measured_share(job, slim, folder) if kind == "latency" else None,
         "used": result.evaluations,
@@ -222,7 +224,7 @@ def best_so_far(rewards: list[float]) -> list[float]:
 
 def write(options: argparse.Namespace, console: Console) -> None:
     """Print the tables of all cells that there are, of whatever network, and write them as a page."""
-    found = [json.loads(path.read_text()) for path in (options.out / "cells").glob("*.json")]
+    found = [json.loads(path.read_text()) for path in path_of(options).glob("*.json")]
     found.sort(
         key=lambda cell: (*(str(cell[name]) for name in ("model", "budget")), ORDER.index(cell["agent"]))
     )
@@ -243,6 +245,7 @@ def command(options: argparse.Namespace) -> str:
     parts += ["--model", "MODEL", "--weights", "FILE", "--seeds", *map(str, options.seeds)]
     parts += ["--evaluations", *map(str, options.evaluations), "--budgets", *options.budgets]
     parts += ["--epochs", str(options.epochs), "--search-images", str(options.search_images)]
+    parts += ["--agents", *options.agents, "--brief", *map(str, options.brief)]
     return shlex.join([*parts, "--batch-norm-batches", str(options.batch_norm_batches)])
 
 

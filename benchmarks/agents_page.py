@@ -110,7 +110,8 @@ def tables(cells: Cells) -> Iterable[tuple[str, int, Cells]]:
     """Network by network and number by number the cells that may be compared; uniform pruning goes with each number."""
     for model in dict.fromkeys(cell["model"] for cell in cells):
         own = [cell for cell in cells if cell["model"] == model]
-        for evaluations in sorted({cell["evaluations"] for cell in own if cell["agent"] != "uniform"}):
+        numbers = {cell["evaluations"] for cell in own if cell["agent"] != "uniform"} or {1}
+        for evaluations in sorted(numbers):
             yield (
                 model,
                 evaluations,
@@ -188,17 +189,17 @@ def _missing(missing: Sequence[Cell], command: str) -> str:
     """What is still to be run, shortest where all agents of a budget lack the same seeds."""
     if not missing:
         return "None of what was asked for."
-    found: dict[tuple[str, int, str], dict[str, list[int]]] = {}
+    found: dict[tuple[str, int, str, int], dict[str, list[int]]] = {}
     for cell in missing:
-        found.setdefault((cell.model, cell.evaluations, cell.budget), {}).setdefault(cell.agent, []).append(
-            cell.seed
-        )
+        agents = found.setdefault((cell.model, cell.evaluations, cell.budget, cell.brief), {})
+        agents.setdefault(cell.agent, []).append(cell.seed)
     lines = [f"{len(missing)} cells:", ""]
-    for (model, evaluations, budget), agents in found.items():
+    for (model, evaluations, budget, brief), agents in found.items():
         seeds = {agent: ", ".join(map(str, numbers)) for agent, numbers in agents.items()}
         alike = dict.fromkeys(seeds.values())
         parts = [f"{', '.join(a for a in seeds if seeds[a] == these)} (seeds {these})" for these in alike]
-        lines.append(f"- `{model}`, {evaluations} evaluations, {budget}: {'; '.join(parts)}")
+        steps = f", {brief} steps on each" if brief else ""
+        lines.append(f"- `{model}`, {evaluations} evaluations{steps}, {budget}: {'; '.join(parts)}")
     return "\n".join([*lines, "", "This fills them, where it left off:", "", "```bash", command, "```"])
 
 
@@ -206,14 +207,8 @@ def _kept(of: Cells) -> str:
     if not all(entry["kept"] for entry in of):
         return "no"
     measured = [entry for entry in of if entry["measured_share"] is not None]
-    above = any(100 * entry["measured_share"] > _percent(entry["budget"]) for entry in measured)
+    above = any(entry["measured_share"] > entry["target_share"] for entry in measured)
     return "by prediction" if above else "yes"
-
-
-def _percent(budget: str) -> float:
-    """Of the dense network: 30 for "latency:30%", and no bound for a limit in the budget's own unit."""
-    _, _, limit = budget.partition(":")
-    return float(limit[:-1]) if limit.endswith("%") else float("inf")
 
 
 def _all(cells: Cells, name: str) -> str:

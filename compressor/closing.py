@@ -48,13 +48,13 @@ def _closing_notes(manifest: Mapping[str, Any], job: Job, plan: ChannelPlan) -> 
 
 
 def _hardly_faster(latency: Mapping[str, Any]) -> Iterator[str]:
-    """A warning where fewer multiply-adds or weights have saved hardly any time, as measured on this machine."""
+    """A warning where fewer multiply-adds or weights have saved hardly any time, as measured."""
     slim_ms, dense_ms = latency["measured_ms"], latency["dense_ms"]
     if slim_ms is not None and dense_ms is not None and slim_ms >= HARDLY_FASTER * dense_ms:
         yield (
-            f"The slim network takes {slim_ms / dense_ms:.0%} of the dense one's time here "
-            f"({slim_ms:.3g} of {dense_ms:.3g} ms): no latency was asked for, and this machine computes some channel "
-            "counts badly. Give --latency too, or --granularity measured; compress measure RUN --explain says where "
+            f"The slim network takes {slim_ms / dense_ms:.0%} of the dense one's time as measured "
+            f"({slim_ms:.3g} of {dense_ms:.3g} ms): no latency was asked for, and some channel counts may suit the "
+            "device badly. Give --latency too, or --granularity measured; compress measure RUN --explain says where "
             "the time goes."
         )
 

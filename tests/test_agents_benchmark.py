@@ -34,13 +34,18 @@ def test_cells_and_their_names(tmp_path: Path) -> None:
     ]
 
 
-def test_cells_of_other_settings_are_no_part_of_the_table(tmp_path: Path) -> None:
+def test_cells_of_other_settings_are_no_part_of_the_page(tmp_path: Path) -> None:
     given = options(tmp_path)
-    wanted = cells(given, "cifar_resnet20")
-    path_of(given, wanted[1]).write_text(json.dumps({"epochs": 1, "search_images": 500}))
-    check_settings(given, wanted)
+    path = path_of(given, cells(given, "cifar_resnet20")[1])
+    path.write_text(json.dumps(cell("knapsack", 0.5)))
+    check_settings(given)
     with pytest.raises(SystemExit, match="was made with epochs 1, not 5: give another --out"):
-        check_settings(options(tmp_path, epochs=5), wanted)
+        check_settings(options(tmp_path, epochs=5))
+    path.write_text(
+        json.dumps({key: value for key, value in cell("joint", 0.5).items() if key != "test_images"})
+    )
+    with pytest.raises(SystemExit, match="lacks test_images, as of an earlier version"):
+        check_settings(given)
 
 
 def cell(agent: str, after: float, seed: int = 0, **changed: object) -> dict[str, Any]:
@@ -48,7 +53,7 @@ def cell(agent: str, after: float, seed: int = 0, **changed: object) -> dict[str
         "model": "cifar_resnet20", "budget": "params:50%", "evaluations": 100, "agent": agent, "seed": seed,
         "brief": 0, "epochs": 1, "search_images": 500, "batch_norm_batches": 10, "used": 100,
         "search_accuracy": 0.3, "before": 0.2, "after": after, "share": 0.3, "measured_share": None,
-        "test_images": 10_000, "kept": True, "search_minutes": 2.0,
+        "test_images": 10_000, "target_share": 0.3, "kept": True, "search_minutes": 2.0,
     }  # fmt: skip
     return {**given, **changed}
 

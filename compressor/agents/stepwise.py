@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor import progress
-from compressor.agents.allocation import Allocator, Values
+from compressor.agents.allocation import Allocator
 from compressor.agents.base import Agent, SearchResult
 from compressor.agents.best import best_known, best_of_round, merit
 from compressor.agents.dueling import DoubleDqn
@@ -22,6 +22,7 @@ from compressor.errors import CompressorError
 if TYPE_CHECKING:
     from compressor.agents.base import Candidate
     from compressor.agents.search_run import SearchRun
+    from compressor.env.bounds import Widths
 
 ALPHAS = np.round(np.arange(0.0, 2.21, 0.1), 1)
 """The paper's actions: prune what lies below so many standard deviations of the layer's weights."""
@@ -35,7 +36,7 @@ Choice = Callable[[int, NDArray[np.float32]], tuple[int, float]]
 class StepwiseSettings:
     """Attributes:
     episodes: unless the limits ask for others, turns near the best included; the paper needs about 55. Each costs
-        one evaluation a group.
+        up to one evaluation a group, and one near the best that is played as well up to two.
     again_episodes: episodes after a budget was tightened.
     beta: scale of the rewards.
     hidden: width of the two hidden layers.
@@ -45,8 +46,8 @@ class StepwiseSettings:
     epsilon: share of random actions at the end; it falls from 1 over the first two thirds of the episodes.
     actions: "shares", as many evenly spaced shares of a group's channels as there are thresholds; or "alpha", the
         paper's thresholds: norms of filters lie close together, so that most of these remove none or all.
-    warm_start: whether the episodes begin with the knapsack's plan, and each group is measured for it where there are
-        three evaluations for each; the replay gets the nearest actions.
+    warm_start: whether the episodes begin with the knapsack's plan, and each group is measured for it where the limits
+        leave room for an episode after that; the replay gets the nearest actions.
     near_share: share of the turns that vary the best plan so far instead of asking the network: as many plans as an
         episode has evaluations, each scored once, when it is whole.
     near_spread: standard deviation of their change to the logarithm of ratios.
@@ -76,6 +77,8 @@ class StepwiseSettings:
             raise CompressorError(f"The setting rewards is {self.rewards!r}, expected 'dense' or 'terminal'.")
         if self.actions not in ("shares", "alpha"):
             raise CompressorError(f"The setting actions is {self.actions!r}, expected 'shares' or 'alpha'.")
+        if not 0 <= self.near_share <= 1:
+            raise CompressorError(f"The setting near_share is {self.near_share}, expected 0 to 1.")
 
 
 class StepwiseAgent(Agent):
@@ -93,29 +96,26 @@ class StepwiseAgent(Agent):
     Settings = StepwiseSettings
 
     def _search(self, run: SearchRun) -> SearchResult:
-        env = run.env
         search = _StepwiseSearch(run, self.settings)
         search.measure_groups()
         total = search.episodes()
         phase = f"stepwise{run.place.round or ''}"
-        most = total if run.place.round else max(1, total - 1)  # and the network's own at the end
-        if run.limits.use_all and not run.place.round:
-            most = 10 * total  # episodes over plans that are known cost less, so that more of them can follow
+        cost = search.evaluations_an_episode + 1  # the dense network's comes with the first
+        # Episodes over plans that are known cost less: where all evaluations are to be used, more of them follow.
+        most = 10 * total if run.limits.use_all and not run.place.round else total
         with progress.bar("Playing episodes", total=total) as bar:
             bar.advance(run.place.steps.get(phase, 0))
             for episode in run.remaining(phase, most):
-                if run.spent(reserve=2 * search.evaluations_an_episode + 1):
+                if run.spent(reserve=2 * cost if episode else cost):  # one is put by for the network's own
                     break
                 search.turn(episode, total, phase)
                 run.done(phase)
                 bar.advance(note=f"{run.candidates[-1].accuracy:.1%}")
-        more = not run.place.round and not run.spent(reserve=search.evaluations_an_episode + 1)
-        for _ in run.remaining("last", int(more)):
-            search.play(search.learned(epsilon=0.0), phase)
-            run.done("last")
-        uniform = uniform_or_cheapest(env).tolist()
+        if run.limits.use_all and not run.place.round:
+            search.play_out(phase)
         best = best_of_round(run)
-        return run.choose([uniform] if best is None else [best.widths, uniform])
+        first = search.beginning() if best is None else best.widths
+        return run.choose([list(first), uniform_or_cheapest(run.env).tolist()])
 
 
 class _StepwiseSearch:
@@ -158,9 +158,9 @@ class _StepwiseSearch:
         ]
 
     def measure_groups(self) -> None:
-        """For the warm start, measure what pruning each group alone costs."""
+        """For the warm start, measure what pruning each group alone costs, where an episode can follow."""
         most, groups = self.run.limits.max_evaluations, len(self.env.bounds.dense)
-        enough = most is None or most >= 3 * groups + self.evaluations_an_episode
+        enough = most is None or most >= 2 * groups + self.evaluations_an_episode + 3
         if self.settings.warm_start and enough and not self.run.place.round:
             self._sensitivity.measure()
 
@@ -179,31 +179,46 @@ class _StepwiseSearch:
         """The most that an episode can take."""
         return len(self.env.bounds.dense) if self.settings.rewards == "dense" else 1
 
-    def turn(self, episode: int, total: int, phase: str) -> None:
-        """The knapsack's plan first, then episodes of the network's and turns that vary the best plan so far.
+    def beginning(self) -> Widths:
+        """What the episodes begin with: in a later round the best plan known, scaled to the budgets as they are then;
+        else the knapsack's, or the uniform one without a warm start."""
+        if self.run.place.round:
+            return scaled_widths(self.env, np.asarray(best_known(self.run, 1)[0]) / self.env.bounds.dense)
+        if not self.settings.warm_start:
+            return uniform_or_cheapest(self.env)
+        if self._sensitivity.complete:
+            return self._allocator.solve(self._sensitivity.values())
+        return self._allocator.solve(saliency_values(self.env.saliency(), self._allocator.levels, POWERS[0]))
 
-        In a later round the first follows the best plan known, scaled to the budgets as they are then.
-        """
+    def turn(self, episode: int, total: int, phase: str) -> None:
+        """The beginning, then episodes of the network's and turns that vary the best plan so far; the last of those
+        planned follows the network without chance."""
         generator = np.random.default_rng([self.run.agent.seed, self.run.place.round, episode])
         best = best_of_round(self.run)
-        if episode == 0 and self.run.place.round:
-            ratios = np.asarray(best_known(self.run, 1)[0]) / self.env.bounds.dense
-            self.play(self._following(scaled_widths(self.env, ratios)), phase)
-        elif episode == 0 and self.settings.warm_start:
-            self.play(self._following(self._allocator.solve(self._values())), phase)
+        if episode == 0 and (self.settings.warm_start or self.run.place.round):
+            self._play(self._following(self.beginning()), phase)
+        elif episode == total - 1:
+            self._play(self._learned(0.0), phase)
         elif best is not None and generator.random() < self.settings.near_share:
-            self._vary(best, generator, phase)
+            self._vary(best, generator)
+            self._teach(best, phase)
         else:
-            self.play(self.learned(self._epsilon(episode, total)), phase)
+            self._play(self._learned(self._epsilon(episode, total)), phase)
 
-    def _values(self) -> Values:
-        """What widths are worth: as measured, or by Taylor saliency where the limits leave no room for that."""
-        if self._sensitivity.complete:
-            return self._sensitivity.values()
-        return saliency_values(self.env.saliency(), self._allocator.levels, POWERS[0])
+    def play_out(self, phase: str) -> None:
+        """With what is left: an episode that follows the network without chance, then plans near the best."""
+        if not self.run.spent(reserve=self.evaluations_an_episode + 1) and "last" not in self.run.place.steps:
+            self._play(self._learned(0.0), phase)
+            self.run.done("last")
+        for step in self.run.remaining("out", 4 if self.settings.near_share else 0):
+            best = best_of_round(self.run)
+            if best is None or self.run.spent(reserve=1):
+                return
+            self._vary(best, np.random.default_rng([self.run.agent.seed, self.run.place.round, 0, step]))
+            self.run.done("out")
 
-    def _vary(self, best: Candidate, generator: np.random.Generator, phase: str) -> None:
-        """Score plans near the best, as many as an episode has evaluations; a better one is played, to be learned."""
+    def _vary(self, best: Candidate, generator: np.random.Generator) -> None:
+        """Score plans near the best, each once, when it is whole: as many as an episode has evaluations."""
         widths = np.array(best.widths, dtype=np.int64)
         near = [
             near_widths(
@@ -211,23 +226,28 @@ class _StepwiseSearch:
             )
             for _ in range(self.evaluations_an_episode)
         ]
-        self.env.ahead(near)
-        for each in near:
-            if self.run.spent():
+        for number, each in enumerate(near):
+            if self.run.spent(reserve=1):
                 return
+            self.env.ahead(near[number:])
             self.run.score(each, "near")
-        found = best_of_round(self.run)
-        if found is not None and merit(found) > merit(best):
-            self.play(self._following(np.array(found.widths, dtype=np.int64)), phase)
 
-    def learned(self, epsilon: float) -> Choice:
+    def _teach(self, before: Candidate, phase: str) -> None:
+        """Play the best plan as an episode where it is better than before, so that the network learns from it."""
+        best = best_of_round(self.run)
+        if best is None or merit(best) <= merit(before):
+            return
+        if not self.run.spent(reserve=self.evaluations_an_episode + 1):
+            self._play(self._following(np.array(best.widths, dtype=np.int64)), phase)
+
+    def _learned(self, epsilon: float) -> Choice:
         def choice(step: int, state: NDArray[np.float32]) -> tuple[int, float]:
             action = self._dqn.act(state, epsilon)
             return action, float(self._ratios[step][action])
 
         return choice
 
-    def _following(self, widths: NDArray[np.int64]) -> Choice:
+    def _following(self, widths: Widths) -> Choice:
         """These widths (G,), and the nearest actions."""
         ratios = 1.0 - widths / self.env.bounds.dense
 
@@ -242,7 +262,7 @@ class _StepwiseSearch:
             return self.settings.epsilon
         return max(float(self.settings.epsilon), 1.0 - episode / max(1.0, 2 / 3 * total))
 
-    def play(self, choice: Choice, phase: str) -> None:
+    def _play(self, choice: Choice, phase: str) -> None:
         """One episode: a group, its reward, an update, and so on."""
         env, groups = self.env, len(self.env.bounds.dense)
         dense = env.score(env.bounds.dense).accuracy
