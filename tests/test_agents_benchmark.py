@@ -76,7 +76,7 @@ def test_a_gap_counts_the_seeds_that_both_have() -> None:
     found = compared({0: 0.81, 1: 0.61}, base, 10_000)
     assert found.gap == pytest.approx(6)
     assert found.noise > 30  # between the seeds
-    assert found.verdict == "as good as"
+    assert found.verdict == "not told apart from"
     assert compared({2: 0.5}, base, 10_000).gap == pytest.approx(-15)  # no seed in common
 
 
@@ -95,7 +95,7 @@ def test_the_page_tells_the_agents_apart_and_what_is_missing() -> None:
     assert "| params:50% | joint | 100 | 30.0 | 20.0 | 81.0 | 30.0% |  | yes | 2.0 | 1 |" in first
     assert "| params:50% | uniform | 1 |" in first
     assert "| params:50% | uniform | 1 |" in second
-    assert "- params:50%: joint is as good as the knapsack (+1.00 points, noise 1.12)." in first
+    assert "- params:50%: joint is not told apart from the knapsack (+1.00 points, noise 1.12)." in first
     assert "- params:50%: stepwise is worse than the knapsack (-10.00 points, noise 1.22)." in first
     assert "is worse" not in second
     assert "5 cells:" in second
