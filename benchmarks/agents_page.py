@@ -63,17 +63,12 @@ class Cell:
 
 def rows_of(cells: Cells) -> list[dict[str, str]]:
     """One row for each budget and agent, over its seeds; uniform pruning stands in every table of its network."""
-    keys = dict.fromkeys((cell["budget"], cell["agent"], cell["brief"]) for cell in cells)
+    groups: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["budget"], cell["agent"], cell["brief"]), []).append(cell)
     return [
-        {"budget": budget, "agent": agent, "brief": str(brief)}
-        | summary(
-            [
-                cell
-                for cell in cells
-                if (cell["budget"], cell["agent"], cell["brief"]) == (budget, agent, brief)
-            ]
-        )
-        for budget, agent, brief in keys
+        {"budget": budget, "agent": agent, "brief": str(brief)} | summary(of)
+        for (budget, agent, brief), of in groups.items()
     ]
 
 

@@ -245,7 +245,9 @@ def _ablations(by_name: dict[str, list[Row]]) -> str:
         if name in by_name:
             found = by_name[name]
             against = _against(found, base)
-            says = {"not told apart from": "nothing"}.get(against.verdict, against.verdict.removesuffix(" than"))
+            says = {"not told apart from": "nothing"}.get(
+                against.verdict, against.verdict.removesuffix(" than")
+            )
             lines.append(
                 f"| {what} | {_accuracy(found)} | {against.gap:+.2f} | {says} | {len(found)} "
                 f"| {_mean(r.evaluations for r in found):.0f} | {_mean(r.minutes for r in found):.1f} |"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from compressor.agents.proposals import scaled_widths
 from compressor.agents.values import PHASE
 
 if TYPE_CHECKING:
@@ -11,6 +14,7 @@ if TYPE_CHECKING:
 
     from compressor.agents.base import Candidate
     from compressor.agents.search_run import SearchRun
+    from compressor.env.bounds import Widths
 
 
 def best_of_round(run: SearchRun) -> Candidate | None:
@@ -30,6 +34,12 @@ def best_known(run: SearchRun, number: int) -> list[tuple[int, ...]]:
     known = [c for c in _plans(run) if c.round == run.place.round or c.phase == "final"]
     known.sort(key=lambda c: (c.epoch == latest, *merit(c)), reverse=True)
     return list(dict.fromkeys(candidate.widths for candidate in known))[:number]
+
+
+def best_scaled(run: SearchRun) -> Widths:
+    """Widths (G,) of the best plan known, scaled to the budgets as they are now."""
+    dense = run.env.bounds.dense
+    return scaled_widths(run.env, np.asarray(best_known(run, 1)[0]) / dense)
 
 
 def merit(candidate: Candidate) -> tuple[float, int]:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Agent, SearchResult
-from compressor.agents.best import best_known, best_of_round, merit
+from compressor.agents.best import best_of_round, best_scaled, merit
 from compressor.agents.dueling import DoubleDqn
-from compressor.agents.proposals import near_widths, scaled_widths, uniform_or_cheapest
+from compressor.agents.proposals import near_widths, uniform_or_cheapest
 from compressor.agents.values import POWERS, Sensitivity, saliency_values
 from compressor.env.observation import FEATURES
 from compressor.errors import CompressorError
@@ -183,7 +183,7 @@ class _StepwiseSearch:
         """What the episodes begin with: in a later round the best plan known, scaled to the budgets as they are then;
         else the knapsack's, or the uniform one without a warm start."""
         if self.run.place.round:
-            return scaled_widths(self.env, np.asarray(best_known(self.run, 1)[0]) / self.env.bounds.dense)
+            return best_scaled(self.run)
         if not self.settings.warm_start:
             return uniform_or_cheapest(self.env)
         if self._sensitivity.complete:

@@ -11,7 +11,7 @@ import numpy as np
 from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Candidate, SearchResult
-from compressor.agents.best import best_known, best_of_round, best_on_weights
+from compressor.agents.best import best_known, best_of_round, best_on_weights, best_scaled
 from compressor.agents.episodes import Policy
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import BLOCK, JointSettings
@@ -20,7 +20,6 @@ from compressor.agents.proposals import (
     followed,
     near_widths,
     random_widths,
-    scaled_widths,
     uniform_or_cheapest,
 )
 from compressor.agents.search_run import SearchRun
@@ -157,8 +156,7 @@ class JointSearch:
 
     def play_again(self) -> None:
         """Search on with tightened budgets: near the best plan so far, scaled to them."""
-        ratios = np.asarray(best_known(self.run, 1)[0]) / self.env.bounds.dense
-        self._favoured = scaled_widths(self.env, ratios)
+        self._favoured = best_scaled(self.run)
         for step in self.run.remaining("again", self.settings.again_episodes):
             if self.run.spent(reserve=1):
                 break
