@@ -8,7 +8,8 @@ epochs. With the same seed all agents score on the same images. `--brief 8` trai
 is scored. Test accuracy is on images that neither training nor the search has seen. Every cell is kept as a file, a
 search that was stopped goes on where it stood, and docs/results-agents.md is written anew after each: all cells of
 `--out`, of whatever network, and which are missing; the same command fills them.
-The latency table is made once, on the first call that needs it; make that one with the machine at rest.
+The latency table is made once, on the first call that needs it; make that one with the machine at rest. Once for each
+network, too, the accuracy of the given weights is taken; other weights for the same network are refused.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from compressor.job import Job, prepare
 from compressor.latency.table import LatencyTable
 from compressor.onnx_files import measured
 from compressor.recipe import Recipe
-from compressor.run_dir import Checkpoint, EpisodeLog, write_atomic
+from compressor.run_dir import Checkpoint, EpisodeLog, sha256_file, write_atomic
 from compressor.stages import environment
 from compressor.trainers import trainer
 from compressor.training.evaluate import accuracy, reestimate_batch_norm
@@ -123,6 +124,25 @@ def check_settings(options: argparse.Namespace) -> None:
                 )
         if lacking := {"test_images", "target_share"} - stored.keys():
             raise SystemExit(f"{path} lacks {min(lacking)}, as of an earlier version: give another --out.")
+    path = network_path(options, options.model)
+    if path.exists() and json.loads(path.read_text())["weights_sha256"] != sha256_file(Path(options.weights)):
+        raise SystemExit(f"{path} was made with other weights than {options.weights}: give another --out.")
+
+
+def network_path(options: argparse.Namespace, model: str) -> Path:
+    """Where it stands which weights were given for a network and how accurate they are."""
+    folder: Path = options.out / "networks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{model}.json"
+
+
+def note_network(options: argparse.Namespace, job: Job) -> None:
+    """Keep the accuracy of the given weights on the test images, beside which all cells stand."""
+    path = network_path(options, options.model)
+    if not path.exists():
+        dense = accuracy(job.model, job.data.test, device=job.torch_device)
+        found = {"weights_sha256": sha256_file(Path(options.weights)), "dense_accuracy": dense}
+        write_atomic(path, json.dumps(found, indent=1) + "\n")
 
 
 def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
@@ -145,6 +165,7 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         }
     ).resolved()
     job = prepared(options, recipe, kind)
+    note_network(options, job)
     budgets = job.budgets()
     env, evaluator = environment(job, budgets)
     folder = options.out / "searches" / cell.name
@@ -234,8 +255,14 @@ def write(options: argparse.Namespace, console: Console) -> None:
         for cell in cells(options, model)
         if not path_of(options, cell).exists()
     ]
+    paths = {model: network_path(options, model) for model in {cell["model"] for cell in found}}
+    dense = {
+        model: json.loads(path.read_text())["dense_accuracy"]
+        for model, path in paths.items()
+        if path.exists()
+    }
     show(found, len(missing), console)
-    write_atomic(options.page, page(found, missing, command(options)))
+    write_atomic(options.page, page(found, dense, missing, command(options)))
     console.print(f"Wrote {options.page}", highlight=False)
 
 

@@ -114,17 +114,19 @@ def tables(cells: Cells) -> Iterable[tuple[str, int, Cells]]:
             )
 
 
-def page(cells: Cells, missing: Sequence[Cell], command: str) -> str:
+def page(cells: Cells, dense: Mapping[str, float], missing: Sequence[Cell], command: str) -> str:
     """The whole page as Markdown.
 
     Args:
         cells: as `benchmarks.agents.run` gives them, in the order of the tables.
+        dense: accuracy (0..1) of the given weights on the test images, network by network.
         missing: those that the command would still run.
         command: it, with the caller's own paths left out.
     """
     parts = ["# The agents at equal evaluations", _protocol(cells)]
     for model, evaluations, of in tables(cells):
-        parts += [f"## {model}, {evaluations} evaluations", _table(of), _gaps(of)]
+        given = f"Dense, as given: {dense[model]:.2%}." if model in dense else ""
+        parts += [f"## {model}, {evaluations} evaluations", given, _table(of), _gaps(of)]
     parts += ["## What the papers claim", CLAIMS, "## Missing", _missing(missing, command)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.agents import cells, check_settings, path_of
+from benchmarks.agents import cells, check_settings, network_path, path_of
 from benchmarks.agents_page import Cell, page, summary
 from benchmarks.compared import compared
+from compressor.run_dir import sha256_file
 
 
 def options(folder: Path, **changed: object) -> argparse.Namespace:
@@ -46,6 +47,18 @@ def test_cells_of_other_settings_are_no_part_of_the_page(tmp_path: Path) -> None
     )
     with pytest.raises(SystemExit, match="lacks test_images, as of an earlier version"):
         check_settings(given)
+
+
+def test_cells_of_other_weights_are_refused(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"these")
+    given = options(tmp_path, weights=str(weights))
+    network_path(given, given.model).write_text(json.dumps({"weights_sha256": sha256_file(weights)}))
+    check_settings(given)
+    weights.write_bytes(b"others")
+    with pytest.raises(SystemExit, match="was made with other weights than"):
+        check_settings(given)
+    check_settings(options(tmp_path, weights=str(weights), model="cifar_resnet56"))
 
 
 def cell(agent: str, after: float, seed: int = 0, **changed: object) -> dict[str, Any]:
@@ -90,8 +103,14 @@ def test_the_page_tells_the_agents_apart_and_what_is_missing() -> None:
         for agent in ("joint", "random")
         for seed in (0, 1)
     ]
-    text = page(found, [*missing, Cell("cifar_vgg16_bn", "params:10%", 100, "joint", 0)], "python -m it")
+    text = page(
+        found,
+        {"cifar_resnet20": 0.8827},
+        [*missing, Cell("cifar_vgg16_bn", "params:10%", 100, "joint", 0)],
+        "python -m it",
+    )
     first, second = text.split("## cifar_resnet20, 400 evaluations")
+    assert "Dense, as given: 88.27%." in first
     assert "| params:50% | joint | 100 | 30.0 | 20.0 | 81.0 | 30.0% |  | yes | 2.0 | 1 |" in first
     assert "| params:50% | uniform | 1 |" in first
     assert "| params:50% | uniform | 1 |" in second
