@@ -20,6 +20,8 @@ _BINS = 2000
 _ITERATIONS = 24
 _POLISHING = 60
 _TRIED = 256
+_TRIED_DEAR = 16
+"""Moves that are priced for one step of polishing where each price is a call of a user's function."""
 _STEPS = (1, 2, 4, 8)
 
 
@@ -43,6 +45,7 @@ class Allocator:
     def __init__(self, env: PruningEnv, levels: int = 64) -> None:
         self.env = env
         self.bounds = env.bounds
+        self._dear = any(isinstance(budget, FunctionBudget) for budget in env.budgets)
         self.levels: tuple[Widths, ...] = tuple(
             choices[
                 np.unique(
@@ -143,31 +146,41 @@ class Allocator:
         if any(self.levels[i][min(k, len(self.levels[i]) - 1)] != widths[i] for i, k in enumerate(at)):
             return widths
         moves = _moves(len(at))
-        tries = [(moves, _TRIED)]
-        if not any(isinstance(budget, FunctionBudget) for budget in self.env.budgets):
-            small = moves[: len(at) * len(at)]  # those by one level
-            tries.append((small, len(small)))
+        small = moves[: len(at) * len(at)]  # those by one level
+        tries = [(moves, _TRIED_DEAR)] if self._dear else [(moves, _TRIED), (small, len(small))]
         sizes = np.array([len(levels) for levels in self.levels])
         padded = np.full((len(at), sizes.max()), -np.inf)
         table = np.zeros((len(at), sizes.max()), dtype=np.int64)
         for i, (value, levels) in enumerate(zip(values, self.levels, strict=True)):
             padded[i, : len(value)], table[i, : len(levels)] = value, levels
         groups = np.arange(len(at))
+        added = np.zeros(table.shape)  # to the share of the budget, by each level of each group
+        if self._dear:  # what hardly fits is not asked for
+            for i, price in enumerate(self._prices(widths)):
+                added[i, : len(price)] = price - price[at[i]]
+            added[0] += self.bounds.excess(widths[None])[0] - 1.0
         for _ in range(_POLISHING):
             # Large moves promise most; where none of the most promising is allowed, a small one may be.
             for moved, most in tries:
                 steps = at + moved
                 steps = steps[((steps >= 0) & (steps < sizes)).all(axis=1)]
+                steps = steps[added[groups, steps].sum(axis=1) <= 1e-9]
                 gains = padded[groups, steps].sum(axis=1) - padded[groups, at].sum()
                 order = np.argsort(-gains, kind="stable")[:most]
                 order = order[gains[order] > 1e-12]
-                kept = order[self.bounds.feasible(table[groups, steps[order]])] if len(order) else order
-                if len(kept):
-                    at = steps[kept[0]]
+                first = self._first_kept(table[groups, steps[order]])
+                if first is not None:
+                    at = steps[order[first]]
                     break
             else:
                 break
         return np.asarray(table[groups, at])
+
+    def _first_kept(self, rows: Widths) -> int | None:
+        """Index of the first of rows (N, G) that keeps the budgets; where prices are dear, row by row until there."""
+        chunks = np.split(rows, len(rows)) if self._dear and len(rows) else [rows]
+        kept = (self.bounds.feasible(chunk) for chunk in chunks if len(chunk))
+        return next((i for i, here in enumerate(itertools.chain.from_iterable(kept)) if here), None)
 
 
 def _moves(groups: int) -> NDArray[np.int64]:

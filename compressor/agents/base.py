@@ -30,12 +30,13 @@ class Limits:
     """What a search may cost.
 
     Attributes:
-        max_evaluations: the most candidates scored in all, those of the final choice included; None is no
-            limit.
+        max_evaluations: the most candidates scored in each round (the search, and each time that it goes on with
+            budgets that have changed), those of the final choice included; None is no limit.
         use_all: use all of `max_evaluations`, as comparisons at equal cost need; otherwise the agent's settings say
             how many it takes, and the limit only cuts them short.
-        max_seconds: wall time from the start of `search`, time before a resume included; None is no limit. No
-            new candidate is begun after it; a run that it cuts short cannot be repeated to the letter.
+        max_seconds: wall time of all rounds, time before a resume included; None is no limit. After it no candidate
+            and no epoch of training is begun, but for the one candidate that a round without any needs for its result;
+            what is begun is ended. A run that it cuts short cannot be repeated to the letter.
     """
 
     max_evaluations: int | None = None

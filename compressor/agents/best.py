@@ -10,7 +10,7 @@ from compressor.agents.proposals import scaled_widths
 from compressor.agents.values import PHASE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from compressor.agents.base import Candidate
     from compressor.agents.search_run import SearchRun
@@ -36,10 +36,16 @@ def best_known(run: SearchRun, number: int) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(candidate.widths for candidate in known))[:number]
 
 
-def best_scaled(run: SearchRun) -> Widths:
-    """Widths (G,) of the best plan known, scaled to the budgets as they are now."""
-    dense = run.env.bounds.dense
-    return scaled_widths(run.env, np.asarray(best_known(run, 1)[0]) / dense)
+def carried_over(run: SearchRun) -> Iterator[Widths]:
+    """In a later round of the search, widths (G,) of the best result of the earlier ones: scaled to the budgets as they
+    are now, and as they were. In the first round there are none."""
+    results = [c for c in _plans(run) if c.round < run.place.round and c.phase == "final"]
+    latest = max((c.epoch for c in results), default=0)
+    best = _highest(c for c in results if c.epoch == latest)
+    if best is not None:
+        widths = np.array(best.widths, dtype=np.int64)
+        yield scaled_widths(run.env, widths / run.env.bounds.dense)
+        yield widths
 
 
 def merit(candidate: Candidate) -> tuple[float, int]:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Agent, SearchResult
-from compressor.agents.best import best_of_round
-from compressor.agents.proposals import near_widths
+from compressor.agents.best import best_of_round, carried_over
+from compressor.agents.proposals import near_widths, uniform_or_cheapest
 from compressor.agents.search_run import SearchRun
 from compressor.agents.values import POWERS, Sensitivity, saliency_values
 
@@ -89,9 +89,11 @@ class _KnapsackSearch:
                     run.done("measured")
         self._refine(total)
         best = best_of_round(run)
-        if best is None:
-            return run.choose([self.allocator.solve(self._values("saliency1.0")).tolist()])
-        return run.choose([best.widths])
+        if best is not None:
+            return run.choose([best.widths])
+        if run.place.round:
+            return run.choose([])  # nothing but what is carried over
+        return run.choose([uniform_or_cheapest(self.env).tolist()])  # no time for anything
 
     def _planned(self) -> int:
         if self.run.place.round:
@@ -134,11 +136,18 @@ class _KnapsackSearch:
             step, spread = step + 1, self._next_spread(spread, False)
 
     def _adapt(self) -> None:
-        """The best values so far, solved for the tightened budgets."""
-        for _ in self.run.remaining(f"again{self.run.place.round}", 1):
-            self._best["reward"] = None
-            self._try(self._best["source"], np.array(self._best["weights"]))
-            self.run.done(f"again{self.run.place.round}")
+        """The best plan so far, scaled to the tightened budgets; then the best values, solved for them."""
+        phase = f"again{self.run.place.round}"
+        for step in self.run.remaining(phase, 2):
+            if self.run.spent():
+                return
+            source, weights = self._best["source"], np.array(self._best["weights"])
+            if step == 0:
+                self._best["reward"] = None
+                self._scored(next(carried_over(self.run)), source, weights)
+            else:
+                self._try(source, weights)
+            self.run.done(phase)
 
     def _try(
         self, source: str, weights: NDArray[np.float64], generator: np.random.Generator | None = None
@@ -146,7 +155,10 @@ class _KnapsackSearch:
         """Solve for these values and score the plan; whether it is the best so far."""
         if self.run.spent():
             return False
-        widths = self._solved(source, weights, generator, self._spread)
+        return self._scored(self._solved(source, weights, generator, self._spread), source, weights)
+
+    def _scored(self, widths: Widths, source: str, weights: NDArray[np.float64]) -> bool:
+        """Score a plan that these values led to, or lies near such a one; whether it is the best so far."""
         candidate = self.run.score(widths, source)
         better = self._best["reward"] is None or candidate.reward > self._best["reward"]
         if better:

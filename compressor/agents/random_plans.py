@@ -9,7 +9,7 @@ import numpy as np
 
 from compressor import progress
 from compressor.agents.base import Agent, SearchResult
-from compressor.agents.best import best_of_round
+from compressor.agents.best import best_of_round, carried_over
 from compressor.agents.proposals import follow, followed, random_widths, uniform_or_cheapest
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class RandomSettings:
 
 class RandomAgent(Agent):
     """Scores random plans at the budget and keeps the best; the uniform plan is the first of them.
+
+    With budgets that have changed it begins with the best plan so far, scaled to them.
 
     A plan is the uniform one with every ratio changed at random, scaled to the budget and passed through the
     same bounds as the actions of agents that learn. Each plan has a generator of its own, so that a resumed
@@ -61,7 +63,7 @@ class RandomAgent(Agent):
         return run.choose([self._drawn(run, 0).tolist() if best is None else best.widths])
 
     def _drawn(self, run: SearchRun, step: int) -> Widths:
-        """The widths of one step, from a generator of its own."""
+        """The widths of a step, from a generator of its own; the first are uniform, or the best of earlier rounds."""
         if step == 0:
-            return uniform_or_cheapest(run.env)
+            return next(carried_over(run)) if run.place.round else uniform_or_cheapest(run.env)
         return random_widths(run.env, np.random.default_rng([self.seed, run.place.round, step]))

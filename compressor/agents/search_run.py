@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import numpy as np
 from compressor import progress
 from compressor.agents import saved
 from compressor.agents.base import Agent, Candidate, Limits, SearchResult
-from compressor.agents.best import merit
+from compressor.agents.best import carried_over, merit
 from compressor.agents.curves import Curves
 from compressor.agents.episodes import Episode, Policy, Transition
 from compressor.agents.saved import Place
@@ -80,10 +81,14 @@ class SearchRun:
 
     def spent(self, reserve: int = 0) -> bool:
         """Whether a limit is reached, with `reserve` evaluations put by for later."""
-        most, seconds = self.limits.max_evaluations, self.limits.max_seconds
-        if most is not None and self.evaluations + reserve >= most:
-            return True
-        return seconds is not None and self.seconds >= seconds
+        most = self.limits.max_evaluations
+        return self.late or (most is not None and self.evaluations + reserve >= most)
+
+    @property
+    def late(self) -> bool:
+        """Whether the time limit is reached: nothing is begun any more."""
+        most = self.limits.max_seconds
+        return most is not None and self.seconds >= most
 
     def train_epoch(self, phase: str) -> None:
         """Train the weights for one epoch, if the agent has a trainer; scores so far are of the past then."""
@@ -115,12 +120,17 @@ class SearchRun:
         )
 
     def train(self, phase: str, epochs: int, label: str) -> None:
-        """Train for `epochs` in all, saving after each."""
+        """Train for `epochs` in all, saving after each; fewer where the time is up."""
         if self.agent.trainer is None or self.place.steps.get(phase, 0) >= epochs:
             return
         with progress.bar(label, total=epochs) as bar:
             bar.advance(self.place.steps.get(phase, 0))
-            for _ in self.remaining(phase, epochs):
+            for step in self.remaining(phase, epochs):
+                if self.late:
+                    progress.say(
+                        f"{label}: the time limit of the search leaves it at {step} of {epochs} epochs."
+                    )
+                    return
                 self.train_epoch(phase)
                 self.done(phase)
                 bar.advance()
@@ -158,7 +168,8 @@ class SearchRun:
         """Score the feasible ones of a shortlist on the weights as they are now; the best is the result.
 
         The first feasible one is scored whatever the limits say, so that there is a result; with `score_all` off, it
-        is the result. Only the best matters here: one that cannot beat the best so far is given up.
+        is the result. In a later round the best result of the earlier ones follows the shortlist. Only the best
+        matters here: one that cannot beat the best so far is given up.
 
         Args:
             shortlist: widths (G,) each; none is asked for any more once a limit is reached.
@@ -171,7 +182,9 @@ class SearchRun:
             CompressorError: none keeps the budgets.
         """
         own = plans or {}
-        scored = score_shortlists(self, (shortlist, more), score_all=score_all, plans=own, measure=measure)
+        carried = (widths.tolist() for widths in carried_over(self))
+        lists = (itertools.chain(shortlist, carried), more)
+        scored = score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
         if not scored:
             raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")
         self.place.chosen = list(max(scored, key=merit).widths)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Agent, SearchResult
-from compressor.agents.best import best_of_round, best_scaled, merit
+from compressor.agents.best import best_of_round, carried_over, merit
 from compressor.agents.dueling import DoubleDqn
 from compressor.agents.proposals import near_widths, uniform_or_cheapest
 from compressor.agents.values import POWERS, Sensitivity, saliency_values
@@ -110,7 +110,7 @@ class StepwiseAgent(Agent):
                     break
                 search.turn(episode, total, phase)
                 run.done(phase)
-                bar.advance(note=f"{run.candidates[-1].accuracy:.1%}")
+                bar.advance(note=f"{run.candidates[-1].accuracy:.1%}" if run.candidates else "")
         if run.limits.use_all and not run.place.round:
             search.play_out(phase)
         best = best_of_round(run)
@@ -126,7 +126,9 @@ class _StepwiseSearch:
         self._allocator = Allocator(run.env)
         self._sensitivity = Sensitivity(run, self._allocator.levels)
         self._dense_share = bounds.shares(bounds.dense[None])[:, 0]
-        self._wanted = np.maximum(1.0 - 1.0 / np.maximum(self._dense_share, 1e-12), 1e-9)
+        self._asks = (
+            self._dense_share > 1.0
+        )  # the other budgets are kept from the start, and can only be left
         self._dqn = DoubleDqn(
             len(FEATURES) + run.env.context_size + 2 + len(bounds.dense),
             len(ALPHAS),
@@ -183,7 +185,7 @@ class _StepwiseSearch:
         """What the episodes begin with: in a later round the best plan known, scaled to the budgets as they are then;
         else the knapsack's, or the uniform one without a warm start."""
         if self.run.place.round:
-            return best_scaled(self.run)
+            return next(carried_over(self.run))
         if not self.settings.warm_start:
             return uniform_or_cheapest(self.env)
         if self._sensitivity.complete:
@@ -268,8 +270,10 @@ class _StepwiseSearch:
         dense = env.score(env.bounds.dense).accuracy
         widths, past = env.bounds.dense.copy(), np.zeros(groups)
         observation, _ = env.reset()
-        state = self._state(observation, 1.0, np.zeros_like(self._wanted), past)
+        state = self._state(observation, 1.0, self._progress(widths), past)
         for step in range(groups):
+            if step and self.run.late:
+                return
             action, ratio = choice(step, state)
             observation, _, last, _, info = env.step(np.array([ratio], dtype=np.float32))
             widths[step], past[step] = info["width"], info["action"]
@@ -277,18 +281,25 @@ class _StepwiseSearch:
             accuracy = dense
             if told:
                 accuracy = self.run.score(widths, phase).accuracy if last else env.score(widths).accuracy
-            removed = 1.0 - env.bounds.shares(widths[None])[:, 0] / np.maximum(self._dense_share, 1e-12)
+            reached = self._progress(widths)
             kept = accuracy / max(dense, 1e-9)
-            missing = max(float((1 - removed / self._wanted).max()), 0.0)
+            missing = max(1 - reached, 0.0)
             reward = -self.settings.beta * (max(1 - kept, 0.0) + missing) if told else 0.0
-            following = self._state(observation, kept, removed, past)
+            following = self._state(observation, kept, reached, past)
             self._dqn.remember(state, action, reward, following, last)
             state = following
         loss = self._dqn.learn(self.settings.updates_per_step * groups, self.settings.batch)
         self.run.curves.add(len(self.run.candidates), {"agent/q_loss": loss})
 
+    def _progress(self, widths: Widths) -> float:
+        """P / T_P of the tightest budget, from -1 to 2; 1 is reached. A budget that the dense network keeps asks for
+        nothing: it is reached, less what exceeds it."""
+        shares, dense, asks = self.env.bounds.shares(widths[None])[:, 0], self._dense_share, self._asks
+        reached = 1.0 - np.maximum(shares - 1.0, 0.0)
+        reached[asks] = (1.0 - shares[asks] / dense[asks]) / (1.0 - 1.0 / dense[asks])
+        return float(np.clip(reached.min(initial=1.0), -1.0, 2.0))
+
     def _state(
-        self, observation: NDArray[np.float32], kept: float, removed: NDArray[np.float64], past: NDArray[Any]
+        self, observation: NDArray[np.float32], kept: float, reached: float, past: NDArray[Any]
     ) -> NDArray[np.float32]:
-        share = float((removed / self._wanted).min().clip(-1.0, 2.0))
-        return np.concatenate([observation, [kept, share], past]).astype(np.float32)
+        return np.concatenate([observation, [kept, reached], past]).astype(np.float32)

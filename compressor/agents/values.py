@@ -62,6 +62,8 @@ class Sensitivity:
                     return
                 pairs = []
                 for kept in self._kept:
+                    if self._run.late:
+                        return
                     levels, widths = self._levels[group], self._cut(group, kept)
                     env.ahead(self._planned(group, kept))
                     lost = env.score(env.bounds.dense).reward - self._run.score(widths, PHASE).reward

@@ -79,8 +79,15 @@ class Search(Part):
         "looked for; the slim network has the rest. Left out: 0.6 from scratch; of pretrained weights a third for "
         "agents that train jointly, none for others.",
     )
-    max_evaluations: Positive = Field(200, description="The most networks that may be scored.")
-    max_seconds: float | None = Field(None, gt=0, description="The longest time that the search may take.")
+    max_evaluations: Positive = Field(
+        200,
+        description="The most networks that may be scored in the search, and each time that it goes on later.",
+    )
+    max_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="The longest time that the search may take, training in it included; what is begun then is ended.",
+    )
     workers: Positive | Annotated[str, Field(pattern=r"^(\d+|ray://\S+)$")] = Field(
         1,
         description="Processes that score candidates side by side: a number, or ray://host:port for a Ray cluster.",

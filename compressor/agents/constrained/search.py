@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,20 +67,13 @@ class ConstrainedSearch:
         """Choose the plan around which the policy acts at first."""
         if self.settings.start == "dense":
             return
-        starts = [uniform_or_cheapest(self.env)]
         if self._points():
             self._sensitivity.measure()
-            if self._sensitivity.complete:
-                starts.append(self._allocator.solve(self._sensitivity.values()))
-            saliency = self.env.saliency()
-            starts += [
-                self._allocator.solve(saliency_values(saliency, self._allocator.levels, power))
-                for power in POWERS
-            ]
+        starts = self._plans_to_start_from()
         for number in self.run.remaining(_START, len(starts)):
             if self.run.spent(reserve=1):
                 return
-            self.run.score(starts[number], _START)
+            self.run.score(starts[number](), _START)
             ours = [c for c in self.run.candidates if c.phase == _START]
             self.actions.centre(np.array(max(ours, key=lambda candidate: candidate.reward).widths))
             self.run.done(_START)
@@ -150,6 +144,16 @@ class ConstrainedSearch:
         return self.run.choose(widths, more, plans=plans, measure=measure if steps else None)
 
     # What they are made of.
+
+    def _plans_to_start_from(self) -> list[Callable[[], Widths]]:
+        """The uniform plan and, where groups are measured, knapsack plans; each is solved for when it is its turn."""
+        found: list[Callable[[], Widths]] = [partial(uniform_or_cheapest, self.env)]
+        if self._points():
+            saliency, levels = self.env.saliency(), self._allocator.levels
+            values = [self._sensitivity.values()] if self._sensitivity.complete else []
+            values += [saliency_values(saliency, levels, power) for power in POWERS]
+            found += [partial(self._allocator.solve, each) for each in values]
+        return found
 
     def _of_masks(self, plans: dict[tuple[int, ...], ChannelPlan]) -> list[Widths]:
         """Where single channels are decided on: the best masks and the policy's, cut to the budgets, into `plans`."""

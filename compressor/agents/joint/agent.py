@@ -43,6 +43,8 @@ class JointAgent(Agent):
         search.measure_groups(plan.points)
         search.fill_replay(plan.fill, plan.reserve)
         for block in run.remaining("joint", plan.rounds * plan.blocks):
+            if run.late:
+                break
             search.play(plan.block_episodes(block), plan.reserve)
             search.learn()
             if plan.ends_round(block):

@@ -11,7 +11,7 @@ import numpy as np
 from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Candidate, SearchResult
-from compressor.agents.best import best_known, best_of_round, best_on_weights, best_scaled
+from compressor.agents.best import best_known, best_of_round, best_on_weights, carried_over
 from compressor.agents.episodes import Policy
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import BLOCK, JointSettings
@@ -134,7 +134,9 @@ class JointSearch:
         )
 
     def train_joint_epoch(self) -> None:
-        """One epoch of training that pulls the weights towards the favoured structure."""
+        """One epoch of training that pulls the weights towards the favoured structure; none where the time is up."""
+        if self.run.late:
+            return
         self._target = None
         self.align_to_favoured()
         self.run.train_epoch("joint")
@@ -156,7 +158,7 @@ class JointSearch:
 
     def play_again(self) -> None:
         """Search on with tightened budgets: near the best plan so far, scaled to them."""
-        self._favoured = best_scaled(self.run)
+        self._favoured = next(carried_over(self.run))
         for step in self.run.remaining("again", self.settings.again_episodes):
             if self.run.spent(reserve=1):
                 break

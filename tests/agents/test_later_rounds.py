@@ -1,0 +1,202 @@
+"""Budgets that change after a search, and limits of time: what is known is not lost, and nothing is begun too late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compressor.agents.base import Limits, SearchResult
+from compressor.agents.dueling import DoubleDqn
+from compressor.agents.proposals import scaled_widths
+from compressor.agents.registry import AGENTS, create_agent
+from compressor.agents.schedule import Schedule
+from compressor.env.environment import PruningEnv
+from compressor.run_dir import Checkpoint, EpisodeLog
+from tests.agents.bench import FragileCheckpoint, Killed
+from tests.env.fake_space import FakeBudget, FakeEvaluator, FakePlan, FakeSpace, FakeTrainer, macs_budget
+
+SEARCHING = sorted(set(AGENTS) - {"uniform"})
+
+
+class Rugged(FakeEvaluator):
+    """Neighbouring plans differ, so that the best plan is seldom the optimum of any smooth values."""
+
+    def __call__(self, plan: FakePlan, *, floor: float | None = None) -> float:
+        self.evaluations += 1
+        widths = np.array(list(plan.widths.values()))
+        rough = np.sin(widths * np.arange(1, len(widths) + 1)).mean()
+        smooth = float((self.worth * np.sqrt(widths / self.dense)).sum())
+        return float(np.clip(0.9 * smooth + 0.05 * rough, 0.0, 1.0))
+
+
+class Clock:
+    """Time that passes only where it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(
+            "compressor.agents.search_run.time", SimpleNamespace(perf_counter=lambda: self.now)
+        )
+
+
+class Timed(FakeEvaluator):
+    """Each plan takes a second."""
+
+    clock: Clock
+    begun: list[float]
+
+    def __call__(self, plan: FakePlan, *, floor: float | None = None) -> float:
+        self.begun.append(self.clock.now)
+        self.clock.now += 1.0
+        return super().__call__(plan, floor=floor)
+
+
+def search(
+    name: str,
+    folder: Path,
+    share: float,
+    *,
+    limits: Limits | None = None,
+    kill_after: int | None = None,
+    seed: int = 0,
+) -> tuple[SearchResult, PruningEnv]:
+    space = FakeSpace([16, 24, 16, 32, 32, 16], granularity=2)
+    evaluator = Rugged(space, list(np.linspace(1, 3, 6)))
+    env = PruningEnv(space, [macs_budget(space, share)], evaluator)
+    agent = create_agent(name, seed=seed)
+    result = agent.search(
+        env,
+        evaluator,
+        limits or Limits(max_evaluations=60),
+        log=EpisodeLog(folder / "episodes.jsonl"),
+        checkpoint=FragileCheckpoint(folder / "agent.pt", kill_after),
+    )
+    return result, env
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+@pytest.mark.parametrize("share", [0.495, 0.47, 0.51])
+def test_a_changed_budget_does_not_cost_what_was_known(tmp_path: Path, name: str, share: float) -> None:
+    first, _ = search(name, tmp_path, 0.5)
+    second, env = search(name, tmp_path, share)
+    old = np.array(list(first.widths.values()))
+    scaled = env.score(scaled_widths(env, old / env.bounds.dense)).reward
+    still = first.reward if env.bounds.feasible(old)[0] else 0.0
+    assert second.reward >= max(scaled, still)
+    assert env.bounds.feasible(np.array(list(second.widths.values())))[0]
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_a_round_without_time_lives_on_what_was_known(tmp_path: Path, name: str) -> None:
+    first, _ = search(name, tmp_path, 0.5)
+    second, env = search(name, tmp_path, 0.47, limits=Limits(max_evaluations=60, max_seconds=1e-6))
+    scaled = scaled_widths(env, np.array(list(first.widths.values())) / env.bounds.dense)
+    assert second.evaluations <= 1
+    assert (
+        second.reward >= 0.98 * env.score(scaled).reward
+    )  # or another known plan, which keeps the budget as it is
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_killed_in_a_later_round_it_ends_the_same(tmp_path: Path, name: str) -> None:
+    search(name, tmp_path, 0.5)
+    state = (tmp_path / "agent.pt").read_bytes()
+    log = (tmp_path / "episodes.jsonl").read_bytes()
+    whole, _ = search(name, tmp_path, 0.47)
+    kills = 0
+    for saves in (1, 2, 3, 5):
+        folder = tmp_path / str(saves)
+        folder.mkdir()
+        (folder / "agent.pt").write_bytes(state)
+        (folder / "episodes.jsonl").write_bytes(log)
+        try:
+            search(name, folder, 0.47, kill_after=saves)
+        except Killed:
+            kills += 1
+        resumed, _ = search(name, folder, 0.47)
+        assert resumed.candidates == whole.candidates
+        assert resumed.widths == whole.widths
+    assert kills
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_no_candidate_is_begun_after_the_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """But for the one that the result needs where no plan within the budgets was scored before."""
+    for limit in (3.5, 9.5, 31.5):
+        space = FakeSpace([16] * 8, granularity=2)
+        evaluator = Timed(space, list(np.linspace(1, 3, 8)))
+        evaluator.clock, evaluator.begun = Clock(monkeypatch), []
+        env = PruningEnv(space, [macs_budget(space, 0.5)], evaluator)
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        result = create_agent(name).search(
+            env,
+            evaluator,
+            Limits(max_evaluations=200, max_seconds=limit),
+            log=EpisodeLog(folder / "episodes.jsonl"),
+            checkpoint=Checkpoint(folder / "agent.pt"),
+        )
+        late = [begun for begun in evaluator.begun if begun >= limit]
+        assert len(evaluator.begun) >= limit
+        assert len(late) <= 1
+        assert env.bounds.feasible(np.array(list(result.widths.values())))[0]
+
+
+def test_training_ends_with_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
+    class Slow(FakeTrainer):
+        def run_epoch(self) -> SimpleNamespace:
+            clock.now += 10.0
+            return super().run_epoch()
+
+    for limit, epochs in ((5.0, 1), (25.0, 3), (65.0, 7)):
+        clock.now = 0.0
+        space, trainer = FakeSpace([16, 24, 16, 32], granularity=2), Slow()
+        evaluator = FakeEvaluator(space, [5.0, 1.0, 1.0, 4.0], trainer)
+        env = PruningEnv(space, [macs_budget(space, 0.5)], evaluator)
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        agent: Any = create_agent("joint", trainer=trainer, schedule=Schedule(2, 3, 4))
+        result = agent.search(
+            env,
+            evaluator,
+            Limits(max_seconds=limit),
+            log=EpisodeLog(folder / "episodes.jsonl"),
+            checkpoint=Checkpoint(folder / "agent.pt"),
+        )
+        assert trainer.epoch == epochs
+        assert len(result.training) == epochs
+
+
+def test_stepwise_is_not_paid_for_budgets_that_ask_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as channels that are no multiples of 32, of which the dense network has none."""
+    space = FakeSpace([32, 64, 32, 64], granularity=4)
+    odd = FakeBudget("odd", 64.0, lambda widths: np.where(widths % 32, widths, 0).sum(axis=1))
+    evaluator = FakeEvaluator(space, [1.0, 2.0, 3.0, 4.0])
+    rewards: list[float] = []
+    remember = DoubleDqn.remember
+
+    def told(self: DoubleDqn, state: Any, action: int, reward: float, following: Any, last: bool) -> None:
+        rewards.append(reward)
+        remember(self, state, action, reward, following, last)
+
+    monkeypatch.setattr(DoubleDqn, "remember", told)
+    result = create_agent("stepwise").search(
+        PruningEnv(space, [macs_budget(space, 0.5), odd], evaluator),
+        evaluator,
+        Limits(max_evaluations=60),
+        log=EpisodeLog(tmp_path / "episodes.jsonl"),
+        checkpoint=Checkpoint(tmp_path / "agent.pt"),
+    )
+    assert odd.predict(np.array([list(result.widths.values())]))[0] <= 64
+    assert len(rewards) > 8
+    assert -15.0 <= min(rewards) < max(rewards) <= 0.0
