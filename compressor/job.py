@@ -13,7 +13,7 @@ from compressor.device import check_device, latency_table, runtime_of, steps_of
 from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -120,7 +120,11 @@ def reward_weights(recipe: Recipe) -> dict[str, float]:
 
 
 def prepare(
-    recipe: Recipe, table: LatencyTable | None = None, *, profile_limit_s: float | None = None
+    recipe: Recipe,
+    table: LatencyTable | None = None,
+    *,
+    profile_limit_s: float | None = None,
+    values: Mapping[str, Mapping[tuple[int, ...], float]] | None = None,
 ) -> Job:
     """Load and trace everything that a resolved recipe names.
 
@@ -128,6 +132,8 @@ def prepare(
         recipe: resolved.
         table: the device's latency where it is known already, from the folder of the run that goes on.
         profile_limit_s: how long this machine may be measured where its table is not known; None is the usual.
+        values: by budget and widths what functions have given already, in the run that goes on; they are not asked
+            again for these, since a noisy one would answer otherwise.
 
     Raises:
         CompressorError: whatever in the recipe cannot be had, with the mend.
@@ -182,6 +188,8 @@ def prepare(
     )
     if counters is not None:
         job.callers["energy"] = EnergyMeter(space, counters, recipe.threads, recipe.export.opset)
+    for name, caller in job.callers.items():
+        caller.known.update((values or {}).get(name, {}))
     soft_reward(reward_weights(recipe), job.budgets())
     return job
 

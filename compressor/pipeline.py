@@ -100,7 +100,7 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
                 f"The run in {folder} has another recipe: {_differences(recipe, expected)}.",
                 "Resume it without these options, or start a new run with --out DIR.",
             )
-        return _walk(run, prepare(expected, _table_of(run, expected)))
+        return _walk(run, prepare(expected, _table_of(run, expected), values=_function_values(run)))
 
 
 _RATES = ("learning_rate", "finetune_learning_rate")
@@ -162,6 +162,17 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
     for predicted_ms, measured_ms in run.manifest.get("corrections", []):
         table = table.refit([(predicted_ms, measured_ms)], lower=True)
     return table
+
+
+def _function_values(run: RunDir) -> dict[str, dict[tuple[int, ...], float]]:
+    """By budget and widths what the user's functions have given in the search so far."""
+    from compressor.agents.saved import FORMAT
+
+    state = run.checkpoint("search").load()
+    if state is None or state.get("format") != FORMAT:  # the search refuses another format, with the mend
+        return {}
+    known = state["env"]["functions"]
+    return {name: {tuple(widths): float(value) for widths, value in known[name]} for name in known}
 
 
 def _differences(recipe: Recipe, expected: Recipe) -> str:
