@@ -82,6 +82,24 @@ def alike(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[flo
     )
 
 
+def check_unfinished(
+    ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]], path: Path
+) -> None:
+    """Refuse to go on within other budgets with a search without a result; the budgets as `budgets_told` gives them.
+
+    Raises:
+        CompressorError: the targets are others.
+    """
+    before, now = ({name: told[0] for name, told in each.items()} for each in (ours, theirs))
+    if before.keys() == now.keys() and all(np.isclose(before[name], now[name], rtol=1e-9) for name in now):
+        return
+    said = [", ".join(f"{name} <= {target:g}" for name, target in each.items()) for each in (before, now)]
+    raise CompressorError(
+        f"The search's state in {path} is of one that had not ended, within {said[0]}, not within {said[1]}.",
+        "End it within those budgets first, or delete that file to search anew.",
+    )
+
+
 def space_fingerprint(env: PruningEnv) -> str:
     """A checksum of the groups and their legal widths: where it agrees, widths mean the same."""
     choices = env.bounds.choices

@@ -249,7 +249,9 @@ class SearchRun:
         self.env.restore(state["env"])
         self.restored = state["own"] or None  # saved before the method began, as in the warm-up: nothing yet
         told = saved.budgets_told(self.env, self.place.chosen)
-        if self.place.chosen is not None and not saved.alike(state["budgets"], told):
+        if self.place.chosen is None:
+            saved.check_unfinished(state["budgets"], told, self._checkpoint.path)
+        elif not saved.alike(state["budgets"], told):
             self.place.chosen = None
             self.place.round += 1
             self.place.evaluations_before = self.env.evaluations

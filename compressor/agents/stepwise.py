@@ -265,7 +265,7 @@ class _StepwiseSearch:
         return max(float(self.settings.epsilon), 1.0 - episode / max(1.0, 2 / 3 * total))
 
     def _play(self, choice: Choice, phase: str) -> None:
-        """One episode: a group, its reward, an update, and so on."""
+        """One episode: a group and its reward, and so on; then the updates. Given up where the time is up."""
         env, groups = self.env, len(self.env.bounds.dense)
         dense = env.score(env.bounds.dense).accuracy
         widths, past = env.bounds.dense.copy(), np.zeros(groups)

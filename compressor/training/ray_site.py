@@ -22,7 +22,7 @@ CONNECT_SECONDS = 30
 
 
 class RayCluster(Site):
-    """As many actors as the cluster has CPUs (or GPUs) free for them; tensors lie in its object store.
+    """As many actors as the cluster's machines have room for; tensors lie in its object store.
 
     The toolkit and the network's own module must be installed on the cluster's machines, in the same versions for
     the same last digits. Tensors travel as safetensors, plans as JSON.
@@ -42,15 +42,14 @@ class RayCluster(Site):
         self._owns = not ray.is_initialized()
         if self._owns:
             _connect(ray, address)
-        resources = ray.cluster_resources()
-        most = int(resources.get("GPU", 0)) if gpu else int(resources.get("CPU", 0)) // threads
-        if most < 1:
-            what = "GPU" if gpu else f"{threads} CPUs"
+        self.number = _room(ray, {"CPU": float(threads), **({"GPU": 1.0} if gpu else {})})
+        if self.number < 1:
+            what = f"{threads} CPUs and a GPU" if gpu else f"{threads} CPUs"
             self.close()
             raise CompressorError(
-                f"The Ray cluster {address} has no {what} for a worker.", "Start nodes with more resources."
+                f"No machine of the Ray cluster {address} has {what} for a worker.",
+                "Start nodes with more resources, or give workers fewer threads: --set search.threads=1",
             )
-        self.number = most
 
     def publish(self, name: str, tensors: Mapping[str, Tensor]) -> Any:
         from safetensors.torch import save
@@ -101,12 +100,27 @@ class _Actor(Worker):
             cause = error.cause
             if isinstance(cause, CompressorError):
                 raise cause from None
-            raise CompressorError(
-                f"A worker on the Ray cluster failed: {type(cause).__name__}: {cause}.",
-                "The cluster's machines need the same versions of the toolkit, of torch and of the network's module.",
-            ) from None
+            raise _failed(f"{type(cause).__name__}: {cause}") from None
         except errors.RayError as error:
+            if getattr(error, "actor_init_failed", False):  # what it raised stands in the last line
+                raise _failed(str(error).strip().splitlines()[-1]) from None
             raise WorkerLost(f"lost by Ray: {str(error).splitlines()[0]}") from None
+
+
+def _failed(how: str) -> CompressorError:
+    return CompressorError(
+        f"A worker on the Ray cluster failed: {how}.",
+        "The cluster's machines need the same versions of the toolkit, of torch and of the network's module.",
+    )
+
+
+def _room(ray: Any, needed: Mapping[str, float]) -> int:
+    """How many workers that need this much of each resource fit on the cluster's machines, each on one.
+
+    What others hold at the moment is not asked for: that of our own last workers may still be about to be freed.
+    """
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(have.get(name, 0) // much) for name, much in needed.items()) for have in machines)
 
 
 def _connect(ray: Any, address: str) -> None:

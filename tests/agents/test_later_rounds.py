@@ -15,6 +15,7 @@ from compressor.agents.proposals import scaled_widths
 from compressor.agents.registry import AGENTS, create_agent
 from compressor.agents.schedule import Schedule
 from compressor.env.environment import PruningEnv
+from compressor.errors import CompressorError
 from compressor.run_dir import Checkpoint, EpisodeLog
 from tests.agents.bench import FragileCheckpoint, Killed
 from tests.env.fake_space import FakeBudget, FakeEvaluator, FakePlan, FakeSpace, FakeTrainer, macs_budget
@@ -121,6 +122,15 @@ def test_killed_in_a_later_round_it_ends_the_same(tmp_path: Path, name: str) -> 
         assert resumed.candidates == whole.candidates
         assert resumed.widths == whole.widths
     assert kills
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_an_unfinished_search_does_not_go_on_within_other_budgets(tmp_path: Path, name: str) -> None:
+    with pytest.raises(Killed):
+        search(name, tmp_path, 0.5, kill_after=2)
+    with pytest.raises(CompressorError, match="is of one that had not ended, within macs <= "):
+        search(name, tmp_path, 0.49)
+    search(name, tmp_path, 0.5)
 
 
 @pytest.mark.parametrize("name", SEARCHING)

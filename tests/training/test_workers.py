@@ -21,6 +21,7 @@ from compressor.models import create_model
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
 from compressor.training.evaluate import Evaluator
+from compressor.training.ray_site import _room
 from compressor.training.sites import check_workers, open_site
 from compressor.training.workers import ThisMachine
 from tests.nets import Tiny
@@ -187,6 +188,32 @@ def test_workers_that_cannot_be_had_are_refused() -> None:
         check_workers("ray://127.0.0.1:9")
     with pytest.raises(CompressorError, match="no address"):
         check_workers("ray://nowhere")
+
+
+def test_workers_on_ray_fit_on_single_machines() -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 7.0, "GPU": 1.0}},
+        {"Alive": True, "Resources": {"CPU": 1.0, "GPU": 4.0}},
+        {"Alive": True, "Resources": {"memory": 1e9}},
+        {"Alive": False, "Resources": {"CPU": 64.0}},
+    ]
+    ray = SimpleNamespace(nodes=lambda: nodes)
+    assert _room(ray, {"CPU": 1.0}) == 8
+    assert _room(ray, {"CPU": 2.0}) == 3  # and not four
+    assert _room(ray, {"CPU": 2.0, "GPU": 1.0}) == 1
+    assert _room(ray, {"CPU": 8.0}) == 0
+
+
+def test_a_worker_on_ray_that_cannot_begin_says_why(space: PruningSpace, digits: DataBundle) -> None:
+    pytest.importorskip("ray")
+    site = open_site("ray://local", 1, 100)
+    try:
+        worker = site.start(0, {"evaluator": {}, "network": "elsewhere"}, b"", b"")
+        with pytest.raises(CompressorError, match=r"A worker on the Ray cluster failed: \w+Error"):
+            worker.score("{}", None)
+    finally:
+        site.stop()
+        site.close()
 
 
 def test_ray_gives_the_same_accuracies(space: PruningSpace, digits: DataBundle) -> None:
