@@ -35,7 +35,7 @@ from compressor.latency.table import LatencyTable
 from compressor.onnx_files import measured
 from compressor.recipe import Recipe
 from compressor.run_dir import Checkpoint, EpisodeLog, sha256_file, write_atomic
-from compressor.stages import environment
+from compressor.surroundings import environment
 from compressor.trainers import trainer
 from compressor.training.evaluate import accuracy, reestimate_batch_norm
 from export.to_onnx import export_onnx

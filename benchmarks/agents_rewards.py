@@ -24,7 +24,7 @@ from compressor.agents.registry import create_agent
 from compressor.job import prepare
 from compressor.recipe import Recipe
 from compressor.run_dir import Checkpoint, EpisodeLog, write_atomic
-from compressor.stages import environment
+from compressor.surroundings import environment
 
 VARIANTS = ("dense", "terminal")
 PARTS = 10

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compressor.contract import kept_plan, margin
 from compressor.errors import CompressorError
-from compressor.job import Job, reward_weights
+from compressor.job import Job
 from compressor.progress import bar, say
 from compressor.run_dir import RunDir, write_atomic
-from compressor.trainers import brief_training, epoch_record, search_epochs, trainer
+from compressor.surroundings import environment, too_few_images
+from compressor.trainers import epoch_record, search_epochs, trainer
 from compressor.versions import machine, versions
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
     from compressor.agents.base import SearchResult
     from compressor.budgets.base import Budget
-    from compressor.env.environment import PruningEnv
     from compressor.pruning.plan import ChannelPlan
-    from compressor.training.evaluate import Evaluator
 
 PLAN = "search/plan.json"
 TABLE = "latency_table.json"
@@ -81,6 +79,9 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
             note = f"The dense network has had the {epochs} epochs of the search, the slim one all of them."
             _note_accuracy(run, dense=dense, dense_note=note)
         _note_plan(run, job, result.best)
+        if len(result.training) < (planned := search_epochs(job)):
+            done = len(result.training)
+            _tell(run, f"The search's time limit left its training at {done} of {planned} epochs.")
         run.save(
             search={
                 "agent": job.recipe.agent,
@@ -105,6 +106,13 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
     return result.best
 
 
+def _tell(run: RunDir, note: str) -> None:
+    """Say a sentence and keep it among the run's notes, once."""
+    if note not in run.manifest["notes"]:
+        say(note)
+        run.save(notes=[*run.manifest["notes"], note])
+
+
 def _search(run: RunDir, job: Job) -> SearchResult:
     from compressor.agents.base import Limits
     from compressor.agents.registry import create_agent
@@ -114,9 +122,8 @@ def _search(run: RunDir, job: Job) -> SearchResult:
     recipe, settings = job.recipe, job.recipe.search
     schedule = share_epochs(search_epochs(job), pretrained=job.teacher is not None)
     env, evaluator = environment(job, search_budgets(run, job))
-    if (note := too_few_images(evaluator.images)) and note not in run.manifest["notes"]:
-        say(note)
-        run.save(notes=[*run.manifest["notes"], note])
+    if note := too_few_images(evaluator.images):
+        _tell(run, note)
     agent = create_agent(
         recipe.agent,
         seed=recipe.seed,
@@ -134,39 +141,6 @@ def _search(run: RunDir, job: Job) -> SearchResult:
         return agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
     finally:
         evaluator.close()
-
-
-def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evaluator]:
-    """What an agent searches in: plans of the job's network within `budgets`, scored on its search split."""
-    from compressor.env.environment import PruningEnv
-    from compressor.env.reward import soft_reward
-    from compressor.training.evaluate import Evaluator
-    from compressor.training.sites import open_site
-
-    recipe, settings = job.recipe, job.recipe.search
-    evaluator = Evaluator(
-        job.space,
-        job.data,
-        device=job.torch_device,
-        bn_batches=int(settings.batch_norm_batches or 10),
-        search_images=settings.search_images,
-        mixed_precision=recipe.training.mixed_precision,
-        seed=recipe.seed,
-        threads=settings.threads,
-        site=open_site(settings.workers, settings.threads, settings.evaluation_seconds, job.torch_device),
-        brief=brief_training(job),
-        brief_steps=settings.brief_iterations,
-    )
-    env = PruningEnv(
-        job.space,
-        budgets,
-        evaluator,
-        reward=soft_reward(reward_weights(recipe), budgets),
-        importance=recipe.pruning.importance,
-        context_size=settings.context_size if recipe.agent == "joint" else 0,
-        importance_data=_importance_data(job),
-    )
-    return env, evaluator
 
 
 def settle(run: RunDir, job: Job, plan: ChannelPlan) -> ChannelPlan:
@@ -228,7 +202,7 @@ def tighten(run: RunDir, job: Job) -> bool:
     Returns:
         Whether there is anything left to try.
     """
-    rounds: Sequence[dict[str, Any]] = run.manifest["rounds"]
+    rounds: list[dict[str, Any]] = run.manifest["rounds"]
     if job.table is None or len(rounds) >= job.recipe.contract.max_rounds:
         return False
     correction = (rounds[-1]["predicted_ms"], rounds[-1]["measured_ms"])
@@ -282,25 +256,6 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
         run.save(training=history)
         say(f"The slim network's test accuracy is {finetuned:.2%}.")
     return slim
-
-
-def _importance_data(job: Job) -> list[tuple[Any, Any]]:
-    """Two batches of training images and labels, for criteria and values that need gradients."""
-    stream = job.data.train.batches(128, shuffle_seed=job.recipe.seed, device=job.torch_device)
-    return [batch for _, batch in zip(range(2), stream, strict=False)]
-
-
-def too_few_images(images: int) -> str | None:
-    """What to say where the search split tells networks apart only roughly: a standard error above 2 points."""
-    from compressor.training.evaluate import standard_error
-
-    error = standard_error(0.9, images)
-    if error <= 0.02:
-        return None
-    return (
-        f"The search split has {images} images: an accuracy of 90 % is known to within {error:.1%} (standard error), "
-        "and networks that differ by less cannot be told apart."
-    )
 
 
 def _note_accuracy(run: RunDir, **values: Any) -> None:

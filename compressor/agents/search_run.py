@@ -125,11 +125,8 @@ class SearchRun:
             return
         with progress.bar(label, total=epochs) as bar:
             bar.advance(self.place.steps.get(phase, 0))
-            for step in self.remaining(phase, epochs):
+            for _ in self.remaining(phase, epochs):
                 if self.late:
-                    progress.say(
-                        f"{label}: the time limit of the search leaves it at {step} of {epochs} epochs."
-                    )
                     return
                 self.train_epoch(phase)
                 self.done(phase)
