@@ -125,6 +125,8 @@ def check_settings(options: argparse.Namespace) -> None:
         if lacking := {"test_images", "target_share"} - stored.keys():
             raise SystemExit(f"{path} lacks {min(lacking)}, as of an earlier version: give another --out.")
     path = network_path(options, options.model)
+    if not path.exists() and any(path_of(options).glob(f"{options.model}-*.json")):
+        raise SystemExit(f"{path} is missing beside the cells, as of an earlier version: give another --out.")
     if path.exists() and json.loads(path.read_text())["weights_sha256"] != sha256_file(Path(options.weights)):
         raise SystemExit(f"{path} was made with other weights than {options.weights}: give another --out.")
 

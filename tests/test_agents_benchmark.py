@@ -36,9 +36,14 @@ def test_cells_and_their_names(tmp_path: Path) -> None:
 
 
 def test_cells_of_other_settings_are_no_part_of_the_page(tmp_path: Path) -> None:
-    given = options(tmp_path)
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"these")
+    given = options(tmp_path, weights=str(weights))
     path = path_of(given, cells(given, "cifar_resnet20")[1])
     path.write_text(json.dumps(cell("knapsack", 0.5)))
+    with pytest.raises(SystemExit, match="is missing beside the cells, as of an earlier version"):
+        check_settings(given)
+    network_path(given, given.model).write_text(json.dumps({"weights_sha256": sha256_file(weights)}))
     check_settings(given)
     with pytest.raises(SystemExit, match="was made with epochs 1, not 5: give another --out"):
         check_settings(options(tmp_path, epochs=5))

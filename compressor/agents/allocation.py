@@ -21,7 +21,7 @@ _ITERATIONS = 24
 _POLISHING = 60
 _TRIED = 256
 _TRIED_DEAR = 16
-"""Moves that are priced for one step of polishing where each price is a call of a user's function."""
+"""Moves that fit by estimate, and are priced first, where each price is a call of a user's function."""
 _STEPS = (1, 2, 4, 8)
 
 
@@ -147,7 +147,11 @@ class Allocator:
             return widths
         moves = _moves(len(at))
         small = moves[: len(at) * len(at)]  # those by one level
-        tries = [(moves, _TRIED_DEAR)] if self._dear else [(moves, _TRIED), (small, len(small))]
+        tries = [(moves, _TRIED, np.inf), (small, len(small), np.inf)]
+        if (
+            self._dear
+        ):  # first those that fit by the prices of single groups, though a cost need not be their sum
+            tries = [(moves, _TRIED_DEAR, 1e-9), (moves, _TRIED, np.inf)]
         sizes = np.array([len(levels) for levels in self.levels])
         padded = np.full((len(at), sizes.max()), -np.inf)
         table = np.zeros((len(at), sizes.max()), dtype=np.int64)
@@ -155,16 +159,16 @@ class Allocator:
             padded[i, : len(value)], table[i, : len(levels)] = value, levels
         groups = np.arange(len(at))
         added = np.zeros(table.shape)  # to the share of the budget, by each level of each group
-        if self._dear:  # what hardly fits is not asked for
+        if self._dear:
             for i, price in enumerate(self._prices(widths)):
                 added[i, : len(price)] = price - price[at[i]]
             added[0] += self.bounds.excess(widths[None])[0] - 1.0
         for _ in range(_POLISHING):
             # Large moves promise most; where none of the most promising is allowed, a small one may be.
-            for moved, most in tries:
+            for moved, most, room in tries:
                 steps = at + moved
                 steps = steps[((steps >= 0) & (steps < sizes)).all(axis=1)]
-                steps = steps[added[groups, steps].sum(axis=1) <= 1e-9]
+                steps = steps[added[groups, steps].sum(axis=1) <= room]
                 gains = padded[groups, steps].sum(axis=1) - padded[groups, at].sum()
                 order = np.argsort(-gains, kind="stable")[:most]
                 order = order[gains[order] > 1e-12]

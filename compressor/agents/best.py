@@ -37,15 +37,17 @@ def best_known(run: SearchRun, number: int) -> list[tuple[int, ...]]:
 
 
 def carried_over(run: SearchRun) -> Iterator[Widths]:
-    """In a later round of the search, widths (G,) of the best result of the earlier ones: scaled to the budgets as they
-    are now, and as they were. In the first round there are none."""
+    """In a later round of the search, widths (G,) of the result of the last one and of the best of all: each scaled to
+    the budgets as they are now, and as it was. In the first round there are none."""
     results = [c for c in _plans(run) if c.round < run.place.round and c.phase == "final"]
     latest = max((c.epoch for c in results), default=0)
-    best = _highest(c for c in results if c.epoch == latest)
-    if best is not None:
-        widths = np.array(best.widths, dtype=np.int64)
-        yield scaled_widths(run.env, widths / run.env.bounds.dense)
-        yield widths
+    last = [c for c in results if c.round == run.place.round - 1]
+    for among in (last, results):
+        best = _highest(c for c in among if c.epoch == latest)
+        if best is not None:
+            widths = np.array(best.widths, dtype=np.int64)
+            yield scaled_widths(run.env, widths / run.env.bounds.dense)
+            yield widths
 
 
 def merit(candidate: Candidate) -> tuple[float, int]:

@@ -64,11 +64,12 @@ def search(
     limits: Limits | None = None,
     kill_after: int | None = None,
     seed: int = 0,
+    settings: dict[str, Any] | None = None,
 ) -> tuple[SearchResult, PruningEnv]:
     space = FakeSpace([16, 24, 16, 32, 32, 16], granularity=2)
     evaluator = Rugged(space, list(np.linspace(1, 3, 6)))
     env = PruningEnv(space, [macs_budget(space, share)], evaluator)
-    agent = create_agent(name, seed=seed)
+    agent = create_agent(name, seed=seed, settings=settings)
     result = agent.search(
         env,
         evaluator,
@@ -92,9 +93,22 @@ def test_a_changed_budget_does_not_cost_what_was_known(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", SEARCHING)
-def test_a_round_without_time_lives_on_what_was_known(tmp_path: Path, name: str) -> None:
-    first, _ = search(name, tmp_path, 0.5)
-    second, env = search(name, tmp_path, 0.47, limits=Limits(max_evaluations=60, max_seconds=1e-6))
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_budget_that_widens_again_does_not_either(tmp_path: Path, name: str, seed: int) -> None:
+    """A miss, and then a plan that kept the budget by too much."""
+    search(name, tmp_path, 0.5, seed=seed)
+    second, _ = search(name, tmp_path, 0.47, seed=seed)
+    third, env = search(name, tmp_path, 0.475, seed=seed)
+    assert env.bounds.feasible(np.array(list(second.widths.values())))[0]
+    assert third.reward >= second.reward
+
+
+@pytest.mark.parametrize(("name", "unscored"), [*((name, False) for name in SEARCHING), ("joint", True)])
+def test_a_round_without_time_lives_on_what_was_known(tmp_path: Path, name: str, unscored: bool) -> None:
+    settings: dict[str, Any] = {"rescore": False} if unscored else {}
+    first, _ = search(name, tmp_path, 0.5, settings=settings)
+    late = Limits(max_evaluations=60, max_seconds=1e-6)
+    second, env = search(name, tmp_path, 0.47, limits=late, settings=settings)
     scaled = scaled_widths(env, np.array(list(first.widths.values())) / env.bounds.dense)
     assert second.evaluations <= 1
     assert (

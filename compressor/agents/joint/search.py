@@ -187,7 +187,8 @@ class JointSearch:
         """Score the shortlist on the final weights and choose the best."""
         if not self.settings.rescore:
             best, uniform = best_of_round(self.run), uniform_or_cheapest(self.env).tolist()
-            first = uniform if best is None else best.widths
+            known = uniform if self._favoured is None else self._favoured.tolist()
+            first = known if best is None else best.widths
             return self._ended(self.run.choose([first, uniform], score_all=False))
         if self._learns and self._favoured is not None and not self.run.spent(reserve=1):
             self._episode(self.learner.policy(deterministic=True), "policy")
