@@ -22,6 +22,9 @@ _DEAR_SCANS = (9, 5)
 """The same where each price is a call of a user's function: 14 calls, which resolve the factor to a thirtieth."""
 
 
+_HALVINGS = 14
+
+
 def scaled_widths(env: PruningEnv, shape: NDArray[np.float64]) -> Widths:
     """The widest legal network whose kept ratios are proportional to `shape` and that keeps all budgets.
 
@@ -86,6 +89,28 @@ def near_widths(
     """
     change = spread * generator.standard_normal(len(widths)) * (generator.random(len(widths)) < share)
     return scaled_widths(env, widths / env.bounds.dense * np.exp(change))
+
+
+def near_rows(
+    env: PruningEnv, widths: Widths, generator: np.random.Generator, spread: float, number: int
+) -> Widths:
+    """Many random plans near given widths (G,), each scaled to the budgets by halving; (N, G), N at most `number`.
+
+    Args:
+        spread: as `near_widths` takes it; half of it to one and a half, and any share of the groups.
+    """
+    size = (number, len(widths))
+    change = generator.standard_normal(size) * (generator.random(size) < generator.uniform(0.1, 1.0, (number, 1)))
+    shapes = widths / env.bounds.dense * np.exp(change * spread * generator.uniform(0.5, 1.5, (number, 1)))
+    found = np.tile(env.bounds.cheapest, (number, 1))
+    low, high = np.zeros(number), 1.0 / shapes.min(axis=1)
+    for _ in range(_HALVINGS):
+        factors = (low + high) / 2
+        rows = env.bounds.round(np.clip(factors[:, None] * shapes, 0.0, 1.0) * env.bounds.dense)
+        kept = env.bounds.feasible(rows)
+        found[kept] = rows[kept]
+        low, high = np.where(kept, factors, low), np.where(kept, high, factors)
+    return np.unique(found, axis=0)
 
 
 def random_widths(env: PruningEnv, generator: np.random.Generator) -> Widths:

@@ -14,7 +14,8 @@ from compressor.agents.allocation import Allocator
 from compressor.agents.base import Agent, SearchResult
 from compressor.agents.best import best_of_round, carried_over, merit
 from compressor.agents.dueling import DoubleDqn
-from compressor.agents.proposals import near_widths, uniform_or_cheapest
+from compressor.agents.near import NearBest
+from compressor.agents.proposals import uniform_or_cheapest
 from compressor.agents.values import POWERS, Sensitivity, saliency_values
 from compressor.env.observation import FEATURES
 from compressor.errors import CompressorError
@@ -51,6 +52,8 @@ class StepwiseSettings:
     near_share: share of the turns that vary the best plan so far instead of asking the network: as many plans as an
         episode has evaluations, each scored once, when it is whole.
     near_spread: standard deviation of their change to the logarithm of ratios.
+    proposals: plans that are drawn for each of these: a model of the reward, learned from all plans scored, picks it
+        (`agents/reward_model.py`). 1 leaves it to chance.
     rewards: "dense", after every group; or "terminal", the same number once, after the last one, for comparison: one
         evaluation an episode, and the accuracy in the state stays the dense one's.
     """
@@ -68,8 +71,9 @@ class StepwiseSettings:
     epsilon: float = 0.05
     actions: Literal["shares", "alpha"] = "shares"
     warm_start: bool = True
-    near_share: float = 0.5
+    near_share: float = 0.75
     near_spread: float = 0.3
+    proposals: int = 256
     rewards: Literal["dense", "terminal"] = "dense"
 
     def __post_init__(self) -> None:
@@ -79,6 +83,8 @@ class StepwiseSettings:
             raise CompressorError(f"The setting actions is {self.actions!r}, expected 'shares' or 'alpha'.")
         if not 0 <= self.near_share <= 1:
             raise CompressorError(f"The setting near_share is {self.near_share}, expected 0 to 1.")
+        if self.proposals < 1:
+            raise CompressorError(f"The setting proposals is {self.proposals}, expected 1 or more.")
 
 
 class StepwiseAgent(Agent):
@@ -139,9 +145,15 @@ class _StepwiseSearch:
             capacity=settings.replay,
             seed=run.agent.seed,
         )
-        run.own = lambda: {"dqn": self._dqn.state(), "losses": self._sensitivity.losses}
+        self._near = NearBest(run, settings.near_spread, settings.proposals)
+        run.own = lambda: {
+            "dqn": self._dqn.state(),
+            "losses": self._sensitivity.losses,
+            "near": self._near.state(),
+        }
         if run.restored is not None:
             self._dqn.restore(run.restored["dqn"])
+            self._near.restore(run.restored["near"])
             self._sensitivity.losses = list(run.restored["losses"])
 
     def _alphas(self) -> list[NDArray[np.float64]]:
@@ -202,7 +214,7 @@ class _StepwiseSearch:
         elif episode == total - 1:
             self._play(self._learned(0.0), phase)
         elif best is not None and generator.random() < self.settings.near_share:
-            self._vary(best, generator)
+            self._vary()
             self._teach(best, phase)
         else:
             self._play(self._learned(self._epsilon(episode, total)), phase)
@@ -212,27 +224,21 @@ class _StepwiseSearch:
         if not self.run.spent(reserve=self.evaluations_an_episode + 1) and "last" not in self.run.place.steps:
             self._play(self._learned(0.0), phase)
             self.run.done("last")
-        for step in self.run.remaining("out", 4 if self.settings.near_share else 0):
+        for _ in self.run.remaining("out", 4 if self.settings.near_share else 0):
+            if self.run.spent(reserve=1):
+                return
+            self._vary()
+            self.run.done("out")
+
+    def _vary(self) -> None:
+        """Score plans near the best, each once, when it is whole: as many as an episode has evaluations."""
+        for _ in range(self.evaluations_an_episode):
             best = best_of_round(self.run)
             if best is None or self.run.spent(reserve=1):
                 return
-            self._vary(best, np.random.default_rng([self.run.agent.seed, self.run.place.round, 0, step]))
-            self.run.done("out")
-
-    def _vary(self, best: Candidate, generator: np.random.Generator) -> None:
-        """Score plans near the best, each once, when it is whole: as many as an episode has evaluations."""
-        widths = np.array(best.widths, dtype=np.int64)
-        near = [
-            near_widths(
-                self.env, widths, generator, self.settings.near_spread, float(generator.uniform(0.1, 1.0))
-            )
-            for _ in range(self.evaluations_an_episode)
-        ]
-        for number, each in enumerate(near):
-            if self.run.spent(reserve=1):
-                return
-            self.env.ahead(near[number:])
-            self.run.score(each, "near")
+            widths = self._near.next(np.array(best.widths, dtype=np.int64))
+            self.env.ahead([widths, *self._near.coming])
+            self.run.score(widths, "near")
 
     def _teach(self, before: Candidate, phase: str) -> None:
         """Play the best plan as an episode where it is better than before, so that the network learns from it."""

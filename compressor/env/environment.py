@@ -218,6 +218,18 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """Whether these widths were scored on the present weights."""
         return _key(widths) in self._accuracies.known
 
+    def rewards(self) -> dict[Key, float]:
+        """Rewards by widths of all that was scored on the present weights, in its order; what was given up is not."""
+        known = self._accuracies.known
+        if not known:
+            return {}
+        rows = np.array(list(known), dtype=np.int64)
+        costs = {budget.name: np.asarray(budget.predict(rows), dtype=np.float64) for budget in self.budgets}
+        return {
+            widths: float(self._reward(accuracy, {name: float(of[i]) for name, of in costs.items()}))
+            for i, (widths, accuracy) in enumerate(known.items())
+        }
+
     def costs(self, widths: Widths | Sequence[int]) -> dict[str, float]:
         """The predicted cost of each budget by name, in its own unit, for widths (G,)."""
         row = np.asarray(widths, dtype=np.int64)[None]

@@ -39,5 +39,6 @@ class ConstrainedAgent(Agent):
             if not search.play(update, updates):
                 break
             search.learn()
+            search.stay_near_the_best()
             run.done("update")
         return search.choose()

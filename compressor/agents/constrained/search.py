@@ -18,6 +18,7 @@ from compressor.agents.constrained.ppo import LagrangianPpo
 from compressor.agents.constrained.settings import ConstrainedSettings
 from compressor.agents.constrained.state import States
 from compressor.agents.constrained.walk import Walk, Walker
+from compressor.agents.near import NearBest
 from compressor.agents.proposals import scaled_widths, uniform_or_cheapest
 from compressor.agents.randomness import OwnRandomness
 from compressor.agents.search_run import SearchRun
@@ -57,6 +58,7 @@ class ConstrainedSearch:
         self._scale: list[float] | None = None
         self._allocator = Allocator(run.env)
         self._sensitivity = Sensitivity(run, self._allocator.levels, self._points())
+        self._near = NearBest(run, settings.near_spread, settings.proposals)
         run.own = self._state
         if run.restored is not None:
             self._restore(run.restored)
@@ -82,7 +84,8 @@ class ConstrainedSearch:
         """How many updates the evaluations that are left have room for, those done included."""
         total = self.run.limits.planned(self.settings.evaluations)
         before = self.groups * self._points() + bool(self._points()) + self._starts()
-        return max(1, (total - before - self.reserve) // self.settings.episodes_per_update)
+        each = self.settings.episodes_per_update + self._near_plans()
+        return max(1, (total - before - self.reserve) // each)
 
     @property
     def reserve(self) -> int:
@@ -128,6 +131,19 @@ class ConstrainedSearch:
             curves[f"agent/multiplier_{name}"] = value
         self.run.curves.add(len(self.run.candidates), curves)
 
+    def stay_near_the_best(self) -> None:
+        """Score plans near the best feasible one, and let the policy act around the best from now on."""
+        for _ in range(self._near_plans()):
+            best = self._best_kept()
+            if best is None or self.run.spent(self.reserve):
+                break
+            widths = self._near.next(np.array(best.widths, dtype=np.int64))
+            self.env.ahead([widths, *self._near.coming])
+            self.run.score(widths, "near")
+        best = self._best_kept()
+        if best is not None and self._near_plans():
+            self.actions.centre(np.array(best.widths))
+
     def choose(self) -> SearchResult:
         """The best episode that keeps the budgets, scored again beside the best few scaled to the budgets.
 
@@ -169,10 +185,8 @@ class ConstrainedSearch:
 
     def _of_candidates(self) -> list[Widths]:
         """The best feasible candidate; the best few by reward less excess and the policy's, scaled to the budgets."""
-        dense, known = self.env.bounds.dense, self._known()
-        widths = np.array([c.widths for c in known], dtype=np.int64).reshape(-1, self.groups)
-        best = best_feasible([c.reward for c in known], self.env.bounds.feasible(widths)) if known else None
-        shortlist = [] if best is None else [widths[best]]
+        dense, known, best = self.env.bounds.dense, self._known(), self._best_kept()
+        shortlist = [] if best is None else [np.array(best.widths, dtype=np.int64)]
         shortlist += itertools.islice(self._more(), int(self.settings.shortlist))
         if not self._channels:
             policys = np.array(self._walk(1.0, deterministic=True).widths)
@@ -193,6 +207,20 @@ class ConstrainedSearch:
         ]
         for index in np.argsort([-value for value in worth], kind="stable"):
             yield scaled_widths(self.env, rows[index] / bounds.dense)
+
+    def _near_plans(self) -> int:
+        """Plans near the best after each update; none where candidates are more than their widths."""
+        if self._channels or any(self.settings.finetune_iterations):
+            return 0
+        share = self.settings.near_share
+        return round(self.settings.episodes_per_update * share / (1.0 - share))
+
+    def _best_kept(self) -> Candidate | None:
+        """The best candidate that keeps the budgets."""
+        known = self._known()
+        widths = np.array([c.widths for c in known], dtype=np.int64).reshape(-1, self.groups)
+        best = best_feasible([c.reward for c in known], self.env.bounds.feasible(widths)) if known else None
+        return None if best is None else known[best]
 
     def _known(self) -> list[Candidate]:
         """The candidates whose plans are those of their widths."""
@@ -269,6 +297,7 @@ class ConstrainedSearch:
             "masks": [[worth, [mask.tolist() for mask in masks]] for worth, masks in self._masks],
             "scale": self._scale,
             "losses": self._sensitivity.losses,
+            "near": self._near.state(),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -279,6 +308,7 @@ class ConstrainedSearch:
         self._masks = [(worth, [np.array(mask) for mask in masks]) for worth, masks in state["masks"]]
         self._scale = None if state["scale"] is None else [float(number) for number in state["scale"]]
         self._sensitivity.losses = list(state["losses"])
+        self._near.restore(state["near"])
 
 
 def dense_costs(env: Any) -> list[float]:

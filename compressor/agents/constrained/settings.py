@@ -25,6 +25,7 @@ PAPER: Mapping[str, Any] = {
     "multiplier_rate": 3e-4,
     "finetune_iterations": (0, 32, 128),
     "shortlist": 1,
+    "near_share": 0.0,
 }
 """What `paper` stands for, where the defaults are others: 40,000 steps in updates of 384 are about 3,000 episodes of 13
 layers and 24 to 29 of them in an update. The multiplier's rate and the first deviation are silent in the source; these
@@ -59,6 +60,12 @@ class ConstrainedSettings:
         cap: ratio beyond which nothing is removed at first; it rises by 0.05 over the run, to 1 at most.
         finetune_iterations: training steps on each candidate before it is scored, in each third of the run; the final
             candidates all have those of the last third. The weights are as before afterwards.
+        near_share: share of the evaluations after the start that go to plans near the best one, some after each update;
+            the policy acts around the best from then on. None where channels are masked or candidates are trained:
+            their worth is not that of their widths.
+        near_spread: how far they lie from it; see `near_widths`.
+        proposals: plans that are drawn for each of these: a model of the reward, learned from all plans scored, picks
+            it (`agents/reward_model.py`). 1 leaves it to chance.
         shortlist: how many of the best plans are scaled to the budget and scored again in the end.
     """
 
@@ -84,6 +91,9 @@ class ConstrainedSettings:
     fold: bool = True
     cap: float = 0.9
     finetune_iterations: tuple[int, int, int] = (0, 0, 0)
+    near_share: float = 0.5
+    near_spread: float = 0.3
+    proposals: int = 256
     shortlist: int = 4
 
     def __post_init__(self) -> None:
@@ -103,6 +113,9 @@ def _check(name: str, value: Any) -> None:
     if name == "finetune_iterations":
         if len(value) != 3 or any(type(each) is not int or each < 0 for each in value):
             raise CompressorError(f"The setting {name} is {value!r}, expected three numbers of steps.")
+    elif name == "near_share":
+        if not 0 <= value < 1:
+            raise CompressorError(f"The setting {name} is {value}, expected 0 or more and less than 1.")
     elif type(value) in (int, float) and not value > 0:
         raise CompressorError(f"The setting {name} is {value}, expected more than 0.")
     elif name in ("gamma", "reward_lambda", "cost_lambda", "cap") and value > 1:

@@ -15,13 +15,8 @@ from compressor.agents.best import best_known, best_of_round, best_on_weights, c
 from compressor.agents.episodes import Policy
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import BLOCK, JointSettings
-from compressor.agents.proposals import (
-    follow,
-    followed,
-    near_widths,
-    random_widths,
-    uniform_or_cheapest,
-)
+from compressor.agents.near import NearBest
+from compressor.agents.proposals import follow, followed, random_widths, uniform_or_cheapest
 from compressor.agents.search_run import SearchRun
 from compressor.agents.values import POWERS, Sensitivity, saliency_values
 from compressor.env.bounds import Widths
@@ -53,6 +48,7 @@ class JointSearch:
         self._favoured: Widths | None = None
         self._target: str | None = None  # the plan of the aligned epochs, as JSON: the same after a resume
         self._new_episodes = 0
+        self._near = NearBest(run, settings.near_spread, settings.proposals)
         self._allocator = Allocator(run.env)
         self._sensitivity: Sensitivity | None = None
         self._losses: list[list[list[float]]] = []
@@ -72,7 +68,7 @@ class JointSearch:
     def fill_replay(self, episodes: int, reserve: int) -> None:
         """Play random plans at the budget, the uniform one first, and learn from them; the weights rest.
 
-        With a warm start, knapsack plans follow, and every other plan varies the best so far.
+        With a warm start, knapsack plans follow the uniform one, and the second half of the rest lies near the best.
         """
         done = self.run.place.steps
         solved: dict[int, Widths] = {}
@@ -81,8 +77,8 @@ class JointSearch:
             for step in self.run.remaining("fill", episodes):
                 if self.run.spent(reserve):
                     break
-                self.env.ahead(self._foreseen(range(step, episodes), solved))
-                widths = solved.pop(step) if step in solved else self._filling(step)
+                widths = solved.pop(step) if step in solved else self._filling(step, episodes)
+                self.env.ahead(self._foreseen(widths, step, episodes, solved))
                 candidate = self._episode(follow(widths), "fill")
                 done["fill"] = step + 1
                 if (step + 1) % BLOCK == 0 or step + 1 == episodes:
@@ -99,8 +95,7 @@ class JointSearch:
             for _ in range(episodes):
                 if self.run.spent(reserve):
                     return
-                policy, phase = self._proposal()
-                candidate = self._episode(policy, phase)
+                candidate = self._proposed()
                 bar.advance(note=f"{candidate.accuracy:.1%}")
 
     def learn(self) -> None:
@@ -167,9 +162,9 @@ class JointSearch:
             elif step == 1 and self._learns:
                 self._episode(self.learner.policy(deterministic=True), "again")
             elif self._learns:
-                self._episode(follow(self._near(self._best_now())), "again")
+                self._nearby("again")
             else:
-                self._episode(follow(self._filling(1)), "again")
+                self._episode(follow(self._instead()), "again")
             self.run.done("again")
 
     def play_out(self, blocks: int) -> None:
@@ -217,25 +212,44 @@ class JointSearch:
     def _learns(self) -> bool:
         return self.settings.proposer == "learned"
 
-    def _proposal(self) -> tuple[Policy, str]:
-        """What the next joint episode follows, and the phase that it is logged under."""
+    def _proposed(self) -> Candidate:
+        """The next joint episode: the policy's, one near the best, or what stands in the agent's place."""
         if not self._learns:
-            return follow(self._filling(1)), "joint"
+            return self._episode(follow(self._instead()), "joint")
         if self.learner.generator.random() < self.settings.near_share:
-            return follow(self._near(self._best_now())), "near"
-        return self.learner.policy(), "joint"
+            return self._nearby("near")
+        return self._episode(self.learner.policy(), "joint")
 
-    def _foreseen(self, steps: range, solved: dict[int, Widths]) -> Iterator[Widths]:
-        """What the episodes of these steps of the fill end with, if none beats the best plan so far.
+    def _nearby(self, phase: str) -> Candidate:
+        """An episode of a plan near the best of the moment."""
+        widths = self._near.next(self._best_now())
+        self.env.ahead(followed(self.env, each) for each in (widths, *self._near.coming))
+        return self._episode(follow(widths), phase)
+
+    def _instead(self) -> Widths:
+        """What is played in the place of an agent that learns."""
+        if self.settings.proposer == "uniform":
+            return uniform_or_cheapest(self.env)
+        return random_widths(self.env, self.learner.generator)
+
+    def _foreseen(
+        self, widths: Widths, step: int, episodes: int, solved: dict[int, Widths]
+    ) -> Iterator[Widths]:
+        """What the episode of these widths ends with, and those of the steps of the fill that follow this one.
 
         Nothing is drawn from the generator. Plans that are solved for are kept in `solved`: no step changes them.
         """
+        yield followed(self.env, widths)
         generator = copy.deepcopy(self.learner.generator)
-        for step in steps:
-            widths = solved[step] if step in solved else self._filling(step, generator)
-            if self._solved_for(step):
-                solved[step] = widths
-            yield followed(self.env, widths)
+        for coming in range(step + 1, episodes):
+            if self._is_near(coming, episodes):
+                break
+            found = solved[coming] if coming in solved else self._filling(coming, episodes, generator)
+            if self._solved_for(coming):
+                solved[coming] = found
+            yield followed(self.env, found)
+        if self._is_near(step, episodes):
+            yield from (followed(self.env, each) for each in self._near.coming)
 
     def _solved_for(self, step: int) -> bool:
         """Whether neither chance nor the plans before this step of the fill decide its plan."""
@@ -243,7 +257,12 @@ class JointSearch:
             return False
         return step != 1 or (self._sensitivity is not None and self._sensitivity.complete)
 
-    def _filling(self, step: int, generator: np.random.Generator | None = None) -> Widths:
+    def _is_near(self, step: int, episodes: int) -> bool:
+        """Whether this step of the fill plays a plan near the best."""
+        first = 2 + len(POWERS)
+        return self.settings.measures_groups and step >= first + (episodes - first) // 2
+
+    def _filling(self, step: int, episodes: int, generator: np.random.Generator | None = None) -> Widths:
         if step == 0 or self.settings.proposer == "uniform":
             return uniform_or_cheapest(self.env)
         if self.settings.measures_groups:
@@ -253,19 +272,9 @@ class JointSearch:
             if 1 < step <= 1 + len(POWERS):
                 values = saliency_values(self.env.saliency(), self._allocator.levels, POWERS[step - 2])
                 return self._allocator.solve(values)
-            if step % 2:
-                return self._near(self._best_now(), generator)
+            if self._is_near(step, episodes):
+                return self._near.next(self._best_now())
         return random_widths(self.env, generator or self.learner.generator)
-
-    def _near(self, widths: Widths, generator: np.random.Generator | None = None) -> Widths:
-        """Widths near given ones, if possible some that were not scored yet."""
-        generator = generator or self.learner.generator
-        for _ in range(5):
-            share = float(generator.uniform(0.1, 1.0))
-            found = near_widths(self.env, widths, generator, self.settings.near_spread, share)
-            if not self.env.known(found):
-                break
-        return found
 
     def _best_now(self) -> Widths:
         """The best plan on the weights as they are, else the favoured one, else the uniform one."""
@@ -281,6 +290,7 @@ class JointSearch:
             "target": self._target,
             "new_episodes": self._new_episodes,
             "losses": self._losses,
+            "near": self._near.state(),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -290,3 +300,4 @@ class JointSearch:
         self._target = state["target"]
         self._new_episodes = int(state["new_episodes"])
         self._losses = list(state["losses"])
+        self._near.restore(state["near"])

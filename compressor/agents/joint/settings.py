@@ -42,9 +42,11 @@ class JointSettings:
         store_asked: whether the action that the policy asked for is stored beside the one that the bounds
             made of it. With the latter alone, as in the paper, the critics never hear of actions beyond the
             bounds, and a policy that has wandered there stays.
-        near_share: share of the joint episodes that vary the favoured plan instead of following the policy; 0
-            is the paper's way.
+        near_share: share of the joint episodes that vary the best plan of the moment instead of following the policy;
+            0 is the paper's way.
         near_spread: how far they vary it; see `near_widths`.
+        proposals: variations that are drawn for each one played: a model of the reward, learned from all plans scored,
+            picks it (`agents/reward_model.py`). 1 leaves it to chance.
         warm_start: whether the replay is filled with knapsack plans and plans near the best, besides random
             ones.
         scale_rewards: whether the critics see rewards with mean 0 and deviation 1 instead of plain accuracies.
@@ -76,8 +78,9 @@ class JointSettings:
     updates_per_episode: int = 10
     returns: Literal["episode", "bootstrapped"] = "episode"
     store_asked: bool = True
-    near_share: float = 0.5
+    near_share: float = 0.75
     near_spread: float = 0.3
+    proposals: int = 256
     warm_start: bool = True
     scale_rewards: bool = True
     favour: Literal["best", "policy"] = "best"
@@ -101,6 +104,7 @@ class JointSettings:
             "batch",
             "replay",
             "hidden",
+            "proposals",
         ):
             if getattr(self, name) < 1:
                 raise CompressorError(f"The setting {name} is {getattr(self, name)}, expected 1 or more.")
@@ -169,8 +173,6 @@ def plan_episodes(settings: JointSettings, joint_epochs: int, limits: Limits, gr
     rescored = rounds - 1  # the favoured plan is scored again in each round, on weights that have moved
     free = max(1, most - reserve - rescored - points * groups - bool(points))
     fill = min(fill_episodes, max(1, free // 3 + fill_episodes - settings.fill_episodes))
-    if limits.use_all:
-        fill = max(fill, free // 4)
     per_round = max(1, (free - fill) // rounds)
     if not limits.use_all:
         per_round = min(per_round, settings.episodes_per_epoch)
