@@ -156,7 +156,7 @@ def serve(answer: Callable[[dict[str, Any]], Any]) -> None:
             reply: dict[str, Any] = {"value": answer(request)}
         except CompressorError as error:
             reply = {"error": CompressorError.__name__, "message": error.message, "hint": error.hint}
-        except (Exception, SystemExit) as error:  # whatever a user's function may raise is an answer, too
+        except BaseException as error:  # whatever a user's function may raise is an answer, too
             reply = {"error": type(error).__name__, "message": " ".join(str(error).split())}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()

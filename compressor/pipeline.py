@@ -12,7 +12,7 @@ stages again and skips those that had finished.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,8 @@ from compressor.errors import CompressorError
 from compressor.job import Job, prepare
 from compressor.progress import say
 from compressor.recipe import Recipe, load_recipe
-from compressor.run_dir import RECIPE, RunDir, new_run_path, write_atomic
+from compressor.recipe.validation import validated
+from compressor.run_dir import MANIFEST, RECIPE, RunDir, new_run_path, write_atomic
 from compressor.stages import TABLE, begin, fall_back, finetune, search, settle, tighten
 
 if TYPE_CHECKING:
@@ -81,39 +82,60 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
     Args:
         folder: the run's folder.
         overrides: fields that the caller expects in its recipe. Learning rates may be others, so that a training
-            whose loss became infinite can go on from what was saved; the recipe is rewritten then, and that is noted.
+            whose loss became infinite can go on from what was saved, and so may the workers, which change nothing in
+            what is found; the recipe is rewritten then, and that is noted.
 
     Raises:
-        CompressorError: the folder belongs to a run of another recipe, or another process is working on it.
+        CompressorError: the run was begun with another recipe, or another process is working on the folder.
     """
     with closing(RunDir.open(folder)) as run:
-        recipe = load_recipe(run.file(RECIPE))
-        expected = recipe.changed(overrides or {})
-        if expected != recipe and _other_rates(recipe, expected):
-            note = f"Resumed at another learning rate: {_rates(expected)} instead of {_rates(recipe)}."
+        expected = load_recipe(run.file(RECIPE)).changed(overrides or {})
+        changed = _changed_since(run, expected)
+        if refused := [said for name, said in changed.items() if name not in _FREE]:
+            raise CompressorError(
+                f"The run in {folder} was begun with another recipe: {'; '.join(refused)}.",
+                f"Resume it without these options and with its {RECIPE} as it was, or start a new run with --out DIR.",
+            )
+        if changed:
+            note = f"Resumed with other settings: {'; '.join(changed.values())}."
             write_atomic(run.file(RECIPE), expected.to_yaml())
             if run.manifest:
-                run.save(notes=[*run.manifest.get("notes", []), note])
+                run.save(recipe=_plain(expected), notes=[*run.manifest.get("notes", []), note])
             say(note)
-        elif expected != recipe:
-            raise CompressorError(
-                f"The run in {folder} has another recipe: {_differences(recipe, expected)}.",
-                "Resume it without these options, or start a new run with --out DIR.",
-            )
         return _walk(run, prepare(expected, _table_of(run, expected), values=_function_values(run)))
 
 
-_RATES = ("learning_rate", "finetune_learning_rate")
+_FREE = (
+    "training.learning_rate",
+    "training.finetune_learning_rate",
+    "search.workers",
+    "search.evaluation_seconds",
+)
+"""Fields that may be others when a run is resumed."""
 
 
-def _rates(recipe: Recipe) -> str:
-    return " and ".join(f"{name} {getattr(recipe.training, name):g}" for name in _RATES)
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json")
 
 
-def _other_rates(recipe: Recipe, expected: Recipe) -> bool:
-    """Whether learning rates are all that two recipes differ in."""
-    own = {name: getattr(recipe.training, name) for name in _RATES}
-    return expected.changed({"training": own}) == recipe
+def _changed_since(run: RunDir, recipe: Recipe) -> dict[str, str]:
+    """By their names, the fields in which a recipe differs from that which the run was begun with, in words."""
+    if "recipe" in run.manifest:
+        begun = validated(Recipe, run.manifest["recipe"], f"the recipe in {run.file(MANIFEST)}")
+    else:  # killed before its first stage, or by an earlier version
+        begun = load_recipe(run.file(RECIPE))
+    before, now = dict(_fields(_plain(begun))), dict(_fields(_plain(recipe)))
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return {name: f"{name} is {before.get(name)}, not {now.get(name)}" for name in names}
+
+
+def _fields(plain: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a recipe and of its parts, with their dotted names."""
+    for name, value in plain.items():
+        if isinstance(value, Mapping) and value:
+            yield from _fields(value, f"{within}{name}.")
+        else:
+            yield within + name, value
 
 
 def _walk(run: RunDir, job: Job) -> RunResult:
@@ -173,10 +195,3 @@ def _function_values(run: RunDir) -> dict[str, dict[tuple[int, ...], float]]:
         return {}
     known = state["env"]["functions"]
     return {name: {tuple(widths): float(value) for widths, value in known[name]} for name in known}
-
-
-def _differences(recipe: Recipe, expected: Recipe) -> str:
-    here, there = recipe.model_dump(mode="json"), expected.model_dump(mode="json")
-    return "; ".join(
-        f"{name} is {here[name]}, not {there[name]}" for name in here if here[name] != there[name]
-    )

@@ -46,6 +46,7 @@ def begin(run: RunDir, job: Job) -> None:
             agent=recipe.agent,
             weights=recipe.weights,
             epochs=recipe.epochs,
+            recipe=recipe.model_dump(mode="json"),
             versions=versions(),
             machine=machine(),
             budgets=[

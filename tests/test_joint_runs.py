@@ -88,7 +88,7 @@ def test_a_loss_that_is_no_number_stops_and_goes_on_lower(
         assert all(value.isfinite().all() for value in state["trainer"]["model"].values())
     code, output = invoked("--resume", str(folder), "--set", f"{field}=0.002")
     assert code == 0
-    assert "Resumed at another learning rate" in output
+    assert "Resumed with other settings: " + field in output
     manifest = manifest_of(folder)
     assert [(entry["phase"], entry["epoch"]) for entry in manifest["training"]] == [
         ("warmup", 1), ("joint", 2), ("finetune", 1), ("finetune", 2)

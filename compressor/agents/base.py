@@ -99,7 +99,8 @@ class SearchResult:
         best: the chosen plan, by the weights at the end.
         widths: channels that it keeps, by group name.
         reward, accuracy: of the chosen plan, on the search split with the weights at the end.
-        candidates: all scored, in their order.
+        candidates: all plans that were scored and the measurements of single groups, in their order. What else was
+            scored to learn from it, the dense network and partial plans, counts as evaluations only.
         evaluations: candidates scored that were not known already.
         seconds: wall time of the search, time before resumes included.
         timing: seconds by "evaluation", "training", "agent" (everything else) and "total".
@@ -117,9 +118,15 @@ class SearchResult:
     training: tuple[Mapping[str, Any], ...] = ()
 
     def front(self, cost: str) -> tuple[Candidate, ...]:
-        """The candidates that no other one beats in both accuracy and the named cost, from cheap to dear."""
+        """The candidates that no other one beats in both accuracy and the named cost, from cheap to dear.
+
+        Only those compared alike: on the latest weights and on all images. Dearer ones than the budget allows, which
+        show what more would bring, are among them.
+        """
+        latest = max((each.epoch for each in self.candidates), default=0)
+        alike = [each for each in self.candidates if each.epoch == latest and not each.given_up]
         front: list[Candidate] = []
-        for candidate in sorted(self.candidates, key=lambda c: (c.costs[cost], -c.accuracy)):
+        for candidate in sorted(alike, key=lambda c: (c.costs[cost], -c.accuracy)):
             if not front or candidate.accuracy > front[-1].accuracy:
                 front.append(candidate)
         return tuple(front)
@@ -185,8 +192,12 @@ class Agent(ABC):
         run = SearchRun(self, env, evaluator, limits, log, checkpoint)
         if (result := run.result()) is not None:
             return result
-        run.train("warmup", self.epochs_before, "Training before the search")
-        return self._search(run)
+        try:
+            run.train("warmup", self.epochs_before, "Training before the search")
+            return self._search(run)
+        except BaseException:
+            run.keep_function_values()
+            raise
 
     @property
     def epochs_before(self) -> int:

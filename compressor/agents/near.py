@@ -82,9 +82,7 @@ class NearBest:
         """Widths (N, G), epochs (N,) and rewards (N,) of what was scored; on other weights, of whole candidates."""
         epoch = self._run.place.epoch
         found = {
-            (c.epoch, c.widths): c.reward
-            for c in self._run.candidates
-            if c.epoch != epoch and not c.given_up
+            (c.epoch, c.widths): c.reward for c in self._run.candidates if c.epoch != epoch and not c.given_up
         }
         found |= {(epoch, widths): reward for widths, reward in self._env.rewards().items()}
         epochs = np.array([epoch for epoch, _ in found])

@@ -100,7 +100,9 @@ def near_rows(
         spread: as `near_widths` takes it; half of it to one and a half, and any share of the groups.
     """
     size = (number, len(widths))
-    change = generator.standard_normal(size) * (generator.random(size) < generator.uniform(0.1, 1.0, (number, 1)))
+    change = generator.standard_normal(size) * (
+        generator.random(size) < generator.uniform(0.1, 1.0, (number, 1))
+    )
     shapes = widths / env.bounds.dense * np.exp(change * spread * generator.uniform(0.5, 1.5, (number, 1)))
     found = np.tile(env.bounds.cheapest, (number, 1))
     low, high = np.zeros(number), 1.0 / shapes.min(axis=1)

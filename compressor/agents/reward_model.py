@@ -72,7 +72,9 @@ class RewardModel:
         from sklearn.gaussian_process import GaussianProcessRegressor
 
         assert self._kernel is not None, "learn comes first"
-        return GaussianProcessRegressor(self._kernel[1], optimizer=None, normalize_y=True).fit(inputs, rewards)
+        return GaussianProcessRegressor(self._kernel[1], optimizer=None, normalize_y=True).fit(
+            inputs, rewards
+        )
 
 
 def expected_improvement(mean: Inputs, deviation: Inputs, best: float) -> Inputs:
@@ -104,4 +106,6 @@ def _fitted_kernel(inputs: Inputs, rewards: Inputs) -> Any:
     kernel = kernel + WhiteKernel(1e-3, (1e-5, 1.0))
     with warnings.catch_warnings():  # of lengths at their bounds: inputs that hardly matter
         warnings.simplefilter("ignore")
-        return GaussianProcessRegressor(kernel, optimizer=descend, normalize_y=True).fit(inputs, rewards).kernel_
+        return (
+            GaussianProcessRegressor(kernel, optimizer=descend, normalize_y=True).fit(inputs, rewards).kernel_
+        )

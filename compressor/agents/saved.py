@@ -93,7 +93,10 @@ def check_unfinished(
     before, now = ({name: told[0] for name, told in each.items()} for each in (ours, theirs))
     if before.keys() == now.keys() and all(np.isclose(before[name], now[name], rtol=1e-9) for name in now):
         return
-    said = [", ".join(f"{name} <= {target:g}" for name, target in each.items()) for each in (before, now)]
+    said = [
+        ", ".join(f"{name} <= {target:g}" for name, target in each.items()) or "no budget"
+        for each in (before, now)
+    ]
     raise CompressorError(
         f"The search's state in {path} is of one that had not ended, within {said[0]}, not within {said[1]}.",
         "End it within those budgets first, or delete that file to search anew.",

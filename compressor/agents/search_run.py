@@ -53,12 +53,13 @@ class SearchRun:
         self.restored: dict[str, Any] | None = None
         self.place = Place()
         self.candidates: list[Candidate] = []
-        self.curves = Curves(agent.curves)
         self._started = time.perf_counter()
         state = checkpoint.load()
-        log.truncate(0 if state is None else int(state.get("episodes", 0)))
         if state is not None:
+            saved.check(state, checkpoint.path, agent, env)
             self._restore(state)
+        log.truncate(0 if state is None else int(state["episodes"]))
+        self.curves = Curves(agent.curves)  # not before a state that is refused
 
     def remaining(self, phase: str, total: int) -> Iterator[int]:
         """The steps of a phase that are not done yet."""
@@ -178,7 +179,7 @@ class SearchRun:
         Raises:
             CompressorError: none keeps the budgets.
         """
-        own = plans or {}
+        own = {**self._kept(), **(plans or {})}
         carried = (widths.tolist() for widths in carried_over(self))
         lists = (itertools.chain(shortlist, carried), more)
         scored = score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
@@ -189,6 +190,13 @@ class SearchRun:
         self.place.kept = None if chosen is None else chosen.to_json()
         self.save()
         return self._result(self.place.chosen)
+
+    def _kept(self) -> dict[tuple[int, ...], ChannelPlan]:
+        """By its widths, the last round's result where its agent chose the channels as well."""
+        if self.place.kept is None:
+            return {}
+        plan = ChannelPlan.from_json(self.place.kept)
+        return {tuple(plan.widths[group.name] for group in self.env.space.groups): plan}
 
     def result(self) -> SearchResult | None:
         """The result if the search has ended, else None."""
@@ -236,8 +244,14 @@ class SearchRun:
             }
         )
 
+    def keep_function_values(self) -> None:
+        """Add to the last checkpoint what functions as budgets have said since, each a slow call; the rest stays."""
+        functions, state = self.env.state()["functions"], self._checkpoint.load()
+        if state is not None and state["env"]["functions"] != functions:
+            state["env"]["functions"] = functions
+            self._checkpoint.save(state)
+
     def _restore(self, state: Mapping[str, Any]) -> None:
-        saved.check(state, self._checkpoint.path, self.agent, self.env)
         self.place = Place(**state["place"])
         self.candidates = [Candidate.from_plain(plain) for plain in state["candidates"]]
         if self.agent.trainer is not None:

@@ -85,15 +85,22 @@ def checked(value: Any) -> dict[str, Any]:
     """A function's answer as a float, or None with how to show what came instead."""
     if isinstance(value, np.generic | np.ndarray | torch.Tensor) and math.prod(value.shape) == 1:
         value = value.item()
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except Exception:  # its own, or a whole number of more digits than Python writes
+        shown = "a value that cannot be shown"
     shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
     if value is None or isinstance(value, bool) or not isinstance(value, numbers.Real):
         return {"value": None, "shown": f"{shown} ({type(value).__name__}), no number,"}
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number that no float reaches
+        number = math.inf
+    if not math.isfinite(number):
         return {"value": None, "shown": f"{shown}, which is not finite,"}
-    if value < 0:
+    if number < 0:
         return {"value": None, "shown": f"{shown}, which is negative,"}
-    return {"value": float(value), "shown": shown}
+    return {"value": number, "shown": shown}
 
 
 class _Caller:

@@ -44,11 +44,12 @@ class RayCluster(Site):
             _connect(ray, address)
         self.number = _room(ray, {"CPU": float(threads), **({"GPU": 1.0} if gpu else {})})
         if self.number < 1:
-            what = f"{threads} CPUs and a GPU" if gpu else f"{threads} CPUs"
+            what = f"{threads} CPUs and a GPU, as this one has," if gpu else f"{threads} CPUs"
             self.close()
             raise CompressorError(
                 f"No machine of the Ray cluster {address} has {what} for a worker.",
-                "Start nodes with more resources, or give workers fewer threads: --set search.threads=1",
+                f"Start nodes with more{' GPUs or' if gpu else ''} CPUs, or give workers fewer threads: "
+                "--set search.threads=1",
             )
 
     def publish(self, name: str, tensors: Mapping[str, Tensor]) -> Any:

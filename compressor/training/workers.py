@@ -147,8 +147,7 @@ class Workers:
                         raise CompressorError(
                             f"A candidate of widths {list(plan.widths.values())} ended {ATTEMPTS} workers, one after "
                             f"another: the last was {end}.",
-                            "Where memory ran out, use fewer --workers or a smaller search.search_images; "
-                            "go on with: compress --resume RUN",
+                            "Where memory ran out, go on with fewer workers: compress --resume RUN --workers 1",
                         ) from None
             raise CompressorError("The search was stopped.")
         finally:
