@@ -1,21 +1,23 @@
 """Every agent at equal evaluations and equal fine-tuning: accuracy before and after, budget kept, evaluations, minutes.
 
     python -m benchmarks.agents --data folder:/data/cifar10-jpeg --weights resnet20.pt
+    python -m benchmarks.agents --data folder:/data/cifar10-jpeg --weights resnet20.pt --measure
 
 Each agent searches on the same pretrained weights, which stay as they are, with the same number of evaluations (uniform
 pruning needs one; what a search really used is in the column "used"); the slim network is then fine-tuned for the same
 epochs. With the same seed all agents score on the same images. `--brief 8` trains each candidate for 8 steps before it
 is scored. Test accuracy is on images that neither training nor the search has seen. Every cell is kept as a file, a
-search that was stopped goes on where it stood, and docs/results-agents.md is written anew after each: all cells of
-`--out`, of whatever network, and which are missing; the same command fills them.
-The latency table is made once, on the first call that needs it; make that one with the machine at rest. Once for each
-network, too, the accuracy of the given weights is taken; other weights for the same network are refused.
+search that was stopped goes on where it stood, several of these commands may run side by side, and
+docs/results-agents.md is written anew after each cell: all there are, of whatever network, and which are missing; the
+same command fills them. Other weights for the same network are refused.
+
+Latency is measured with the machine at rest: the table of a network on the first call that needs it, and what the slim
+networks take by `--measure`, when the searches are done.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import time
 from dataclasses import asdict
@@ -26,15 +28,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from benchmarks import agents_store as store
 from benchmarks.agents_page import Cell, page, show
-from compressor.agents.base import Limits
+from compressor.agents.base import Limits, SearchResult
 from compressor.agents.registry import AGENTS, create_agent
 from compressor.agents.schedule import Schedule
 from compressor.job import Job, prepare
 from compressor.latency.table import LatencyTable
 from compressor.onnx_files import measured
 from compressor.recipe import Recipe
-from compressor.run_dir import Checkpoint, EpisodeLog, sha256_file, write_atomic
+from compressor.run_dir import Checkpoint, EpisodeLog, write_atomic
 from compressor.surroundings import environment
 from compressor.trainers import trainer
 from compressor.training.evaluate import accuracy, reestimate_batch_norm
@@ -48,15 +51,18 @@ ORDER = tuple(dict.fromkeys(("uniform", "random", "knapsack", *AGENTS)))  # the 
 def main() -> None:
     options = parsed()
     console = Console(width=150)
-    wanted = cells(options, options.model)
-    check_settings(options)
-    deadline = time.monotonic() + 60 * options.minutes
-    for cell in wanted:
-        if not options.page_only and not path_of(options, cell).exists() and time.monotonic() < deadline:
-            console.print(f"{cell.name} ...", highlight=False)
-            write_atomic(path_of(options, cell), json.dumps(run(options, cell), indent=1) + "\n")
-            write(options, console)
-    write(options, console)
+    store.check(options)
+    if options.measure:
+        measure(options, console)
+    elif not options.page_only:
+        deadline = time.monotonic() + 60 * options.minutes
+        for cell in cells(options, options.model):
+            with store.claimed(options, cell) as ours:
+                if ours and time.monotonic() < deadline:
+                    console.print(f"{cell.name} ...", highlight=False)
+                    store.keep(options, cell, run(options, cell))
+                    write(options)
+    console.print(f"Wrote {write(options, console)}", highlight=False)
 
 
 def parsed() -> argparse.Namespace:
@@ -81,7 +87,9 @@ def parsed() -> argparse.Namespace:
         help="steps of training on each candidate before it is scored",
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after this time")
-    parser.add_argument("--out", type=Path, default=Path("runs/agents"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/agents"))
+    parser.add_argument("--work", type=Path, default=Path("runs/agents"), help="where the searches lie")
+    parser.add_argument("--measure", action="store_true", help="measure the latencies that are missing")
     parser.add_argument("--page", type=Path, default=Path("docs/results-agents.md"))
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     return parser.parse_args()
@@ -99,79 +107,15 @@ def cells(options: argparse.Namespace, model: str) -> list[Cell]:
     return found
 
 
-def path_of(options: argparse.Namespace, cell: Cell | None = None) -> Path:
-    """Where a cell's result lies, or all of them."""
-    folder: Path = options.out / "cells"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder if cell is None else folder / f"{cell.name}.json"
-
-
-def shared(options: argparse.Namespace) -> dict[str, Any]:
-    """What all cells of a folder must have in common to be compared."""
-    return {name: getattr(options, name) for name in ("epochs", "search_images", "batch_norm_batches")}
-
-
-def check_settings(options: argparse.Namespace) -> None:
-    """Refuse to put cells of other settings, or of an earlier version, into one page."""
-    for path in sorted(path_of(options).glob("*.json")):
-        stored = json.loads(path.read_text())
-        for name, value in shared(options).items():
-            if stored["agent"] == "uniform" and name != "epochs":
-                continue  # its plan does not depend on the images
-            if stored.get(name) != value:
-                raise SystemExit(
-                    f"{path} was made with {name} {stored.get(name)}, not {value}: give another --out, or that value."
-                )
-        if lacking := {"test_images", "target_share"} - stored.keys():
-            raise SystemExit(f"{path} lacks {min(lacking)}, as of an earlier version: give another --out.")
-    path = network_path(options, options.model)
-    if not path.exists() and any(path_of(options).glob(f"{options.model}-*.json")):
-        raise SystemExit(f"{path} is missing beside the cells, as of an earlier version: give another --out.")
-    if path.exists() and json.loads(path.read_text())["weights_sha256"] != sha256_file(Path(options.weights)):
-        raise SystemExit(f"{path} was made with other weights than {options.weights}: give another --out.")
-
-
-def network_path(options: argparse.Namespace, model: str) -> Path:
-    """Where it stands which weights were given for a network and how accurate they are."""
-    folder: Path = options.out / "networks"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{model}.json"
-
-
-def note_network(options: argparse.Namespace, job: Job) -> None:
-    """Keep the accuracy of the given weights on the test images, beside which all cells stand."""
-    path = network_path(options, options.model)
-    if not path.exists():
-        dense = accuracy(job.model, job.data.test, device=job.torch_device)
-        found = {"weights_sha256": sha256_file(Path(options.weights)), "dense_accuracy": dense}
-        write_atomic(path, json.dumps(found, indent=1) + "\n")
-
-
 def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     """Search, fine-tune, judge."""
-    kind, _, limit = cell.budget.partition(":")
-    recipe = Recipe.model_validate(
-        {
-            "model": cell.model,
-            "data": options.data,
-            "weights": options.weights,
-            "agent": cell.agent,
-            "seed": cell.seed,
-            "epochs": max(1, options.epochs),
-            "budgets": {kind: limit},
-            "search": {
-                "search_images": options.search_images,
-                "batch_norm_batches": options.batch_norm_batches,
-                "brief_iterations": cell.brief,
-            },
-        }
-    ).resolved()
+    kind = cell.budget.partition(":")[0]
+    recipe = recipe_of(options, cell)
     job = prepared(options, recipe, kind)
-    note_network(options, job)
+    store.note_network(options, job)
     budgets = job.budgets()
     env, evaluator = environment(job, budgets)
-    folder = options.out / "searches" / cell.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = store.search_path(options, cell)
     agent = create_agent(cell.agent, seed=cell.seed, schedule=Schedule(), settings=recipe.search.settings)
     limits = Limits(max_evaluations=cell.evaluations, use_all=True)
     result = agent.search(
@@ -196,7 +140,7 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     costs = {each.name: float(np.asarray(each.predict(widths[None]))[0]) / each.dense for each in budgets}
     return {
         **asdict(cell),
-        **shared(options),
+        **store.settings(options),
         "search_accuracy": result.accuracy,
         "before": before,
         "after": accuracy(slim, job.data.test, device=job.torch_device),
@@ -204,21 +148,42 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         "share": costs[kind if kind != "flops" else "macs"],
         "target_share": next(each.target / each.dense for each in budgets),
         "test_images": len(job.data.test),
-        "measured_share": measured_share(job, slim, folder) if kind == "latency" else None,
+        "measured_share": None,
         "used": result.evaluations,
         "search_minutes": result.seconds / 60,
         "evaluation_minutes": result.timing["evaluation"] / 60,
         "finetune_minutes": (time.perf_counter() - started) / 60,
         "widths": dict(result.widths),
-        "best_so_far": best_so_far([candidate.reward for candidate in result.candidates]),
+        "found": found(result, env.bounds.feasible),
     }
+
+
+def recipe_of(options: argparse.Namespace, cell: Cell) -> Recipe:
+    """What a cell runs."""
+    kind, _, limit = cell.budget.partition(":")
+    return Recipe.model_validate(
+        {
+            "model": cell.model,
+            "data": options.data,
+            "weights": options.weights,
+            "agent": cell.agent,
+            "seed": cell.seed,
+            "epochs": max(1, options.epochs),
+            "budgets": {kind: limit},
+            "search": {
+                "search_images": options.search_images,
+                "batch_norm_batches": options.batch_norm_batches,
+                "brief_iterations": cell.brief,
+            },
+        }
+    ).resolved()
 
 
 def prepared(options: argparse.Namespace, recipe: Recipe, kind: str) -> Job:
     """The job, with the latency table that all cells of a network share."""
     if kind != "latency":
         return prepare(recipe)
-    path = options.out / "tables" / f"{recipe.model}.json"
+    path = store.table_path(options, recipe.model)
     if path.exists():
         return prepare(recipe, LatencyTable.read(path))
     job = prepare(recipe)
@@ -226,6 +191,23 @@ def prepared(options: argparse.Namespace, recipe: Recipe, kind: str) -> Job:
     path.parent.mkdir(parents=True, exist_ok=True)
     job.table.write(path)
     return job
+
+
+def measure(options: argparse.Namespace, console: Console) -> None:
+    """Time the slim networks of all cells that lack it, in turns with the dense one; their weights do not matter."""
+    for entry in store.stored(options):
+        cell = Cell(**{name: entry[name] for name in Cell.__dataclass_fields__})
+        if cell.model == options.model and is_unmeasured(entry):
+            job = prepared(options, recipe_of(options, cell), "latency")
+            slim = job.space.apply(job.space.plan(entry["widths"]))
+            entry["measured_share"] = measured_share(job, slim, store.search_path(options, cell))
+            store.keep(options, cell, entry)
+            console.print(f"{cell.name}: {entry['measured_share']:.1%} of the dense time", highlight=False)
+
+
+def is_unmeasured(entry: dict[str, Any]) -> bool:
+    """Whether a cell's latency is still to be measured."""
+    return entry["budget"].startswith("latency") and entry["measured_share"] is None
 
 
 def measured_share(job: Job, slim: Any, folder: Path) -> float:
@@ -240,32 +222,33 @@ def measured_share(job: Job, slim: Any, folder: Path) -> float:
     return float(ours.median_ms / dense.median_ms)
 
 
-def best_so_far(rewards: list[float]) -> list[float]:
-    """The best reward after each candidate, those of partial plans included."""
-    return [round(float(value), 5) for value in np.maximum.accumulate(rewards)] if rewards else []
+def found(result: SearchResult, feasible: Any) -> list[list[float]]:
+    """How soon plans were found: pairs of plans scored by then and the best accuracy of those that keep the budgets."""
+    rises: list[list[float]] = []
+    seen = set[tuple[int, ...]]()
+    for candidate in result.candidates:
+        seen.add(candidate.widths)
+        kept = not candidate.given_up and feasible(np.array([candidate.widths]))[0]
+        if kept and (not rises or candidate.accuracy > rises[-1][1]):
+            rises.append([len(seen), round(candidate.accuracy, 5)])
+    return rises
 
 
-def write(options: argparse.Namespace, console: Console) -> None:
-    """Print the tables of all cells that there are, of whatever network, and write them as a page."""
-    found = [json.loads(path.read_text()) for path in path_of(options).glob("*.json")]
-    found.sort(
-        key=lambda cell: (*(str(cell[name]) for name in ("model", "budget")), ORDER.index(cell["agent"]))
+def write(options: argparse.Namespace, console: Console | None = None) -> Path:
+    """Write the tables of all cells that there are, of whatever network, as a page, and print them."""
+    cells_now = sorted(
+        store.stored(options), key=lambda cell: (cell["model"], cell["budget"], ORDER.index(cell["agent"]))
     )
     missing = [
         cell
         for model in dict.fromkeys((*MODELS, options.model))
         for cell in cells(options, model)
-        if not path_of(options, cell).exists()
+        if not store.cell_path(options, cell).exists()
     ]
-    paths = {model: network_path(options, model) for model in {cell["model"] for cell in found}}
-    dense = {
-        model: json.loads(path.read_text())["dense_accuracy"]
-        for model, path in paths.items()
-        if path.exists()
-    }
-    show(found, len(missing), console)
-    write_atomic(options.page, page(found, dense, missing, command(options)))
-    console.print(f"Wrote {options.page}", highlight=False)
+    if console is not None:
+        show(cells_now, len(missing), console)
+    write_atomic(options.page, page(cells_now, store.dense_accuracies(options), missing, command(options)))
+    return Path(options.page)
 
 
 def command(options: argparse.Namespace) -> str:

@@ -108,7 +108,8 @@ class NearBest:
     def state(self) -> dict[str, Any]:
         """Plain values."""
         generator = json.dumps(self._generator.bit_generator.state)
-        return {"generator": generator, "picked": self._picked, "place": self._place}
+        picked = [list(each) for each in self._picked]
+        return {"generator": generator, "picked": picked, "place": list(self._place)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` returned."""

@@ -1,0 +1,175 @@
+"""Plans near the best, and the model of the reward that picks them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compressor.agents.base import Agent, Limits, SearchResult
+from compressor.agents.near import PICKED, NearBest
+from compressor.agents.proposals import near_rows
+from compressor.agents.registry import agent_class, create_agent
+from compressor.agents.reward_model import RewardModel, expected_improvement
+from compressor.agents.search_run import SearchRun
+from compressor.env.environment import PruningEnv
+from compressor.run_dir import Checkpoint, EpisodeLog
+from tests.env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
+
+GROUPS = [16, 24, 32, 16, 48, 32, 24, 64]
+
+
+class Coupled(FakeEvaluator):
+    """Neighbouring groups are worth the product of their ratios: no sum of groups tells what a plan is worth."""
+
+    def __call__(self, plan: Any, *, floor: float | None = None) -> float:
+        self.evaluations += 1
+        ratios = np.sqrt(np.array(list(plan.widths.values())) / self.dense)
+        pairs = ratios * np.roll(ratios, 1)
+        return float((self.worth * pairs).sum())
+
+
+def environment(share: float = 0.4) -> tuple[PruningEnv, FakeEvaluator]:
+    space = FakeSpace(GROUPS, granularity=2)
+    evaluator = Coupled(space, [5.0, 1.0, 1.0, 4.0, 1.0, 6.0, 1.0, 2.0])
+    return PruningEnv(space, [macs_budget(space, share)], evaluator), evaluator  # type: ignore[arg-type]
+
+
+def started(folder: Path, agent: Agent, known: int = 12) -> SearchRun:
+    """A search with some random plans scored."""
+    env, evaluator = environment()
+    run = SearchRun(
+        agent,
+        env,
+        evaluator,  # type: ignore[arg-type]
+        Limits(),
+        EpisodeLog(folder / "log.jsonl"),
+        Checkpoint(folder / "state.pt"),
+    )
+    for widths in near_rows(env, env.bounds.dense, np.random.default_rng(0), 0.5, 4 * known)[:known]:
+        run.score(widths, "random")
+    return run
+
+
+def test_expected_improvement_by_hand() -> None:
+    mean, deviation = np.array([0.5, 0.4, 0.3]), np.array([0.0, 0.1, 10.0])
+    gains = expected_improvement(mean, deviation, 0.5)
+    assert gains[0] == pytest.approx(0.0, abs=1e-9)
+    assert gains[1] == pytest.approx(-0.1 * 0.158655 + 0.1 * 0.241971, abs=1e-5)  # z = -1
+    assert gains.argmax() == 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_it_picks_is_among_the_best(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+
+    def worth(plans: Any) -> Any:
+        return plans[:, 0] * plans[:, 1] - (plans[:, 2] - 0.6) ** 2 + 0.2 * plans[:, 4]
+
+    seen, proposals = generator.random((60, 6)), generator.random((200, 6))
+    model = RewardModel()
+    model.learn(seen, worth(seen), kind=0)
+    picked = model.pick(proposals, float(worth(seen).max()), 4)
+    assert len(set(picked)) == 4
+    truth = worth(proposals)
+    ranks = (-truth).argsort().argsort()
+    assert ranks[picked[0]] < 5
+    assert truth[picked].mean() > np.quantile(truth, 0.95)
+    again = RewardModel()
+    again.learn(seen, worth(seen), kind=0)
+    assert again.pick(proposals, float(worth(seen).max()), 4) == picked
+
+
+def test_what_it_says_follows_from_what_it_was_given_last() -> None:
+    generator = np.random.default_rng(1)
+    seen, proposals = generator.random((70, 5)), generator.random((30, 5))
+    rewards = seen.prod(axis=1)
+    at_once, little_by_little = RewardModel(), RewardModel()
+    at_once.learn(seen, rewards, kind=3)
+    for number in (10, 25, 40, 70):
+        little_by_little.learn(seen[:number], rewards[:number], kind=3)
+    assert at_once.pick(proposals, None, 5) == little_by_little.pick(proposals, None, 5)
+
+
+def test_rows_near_are_legal_and_use_the_budget() -> None:
+    env, _ = environment()
+    start = near_rows(env, env.bounds.dense, np.random.default_rng(4), 0.5, 1)[0]
+    rows = near_rows(env, start, np.random.default_rng(5), 0.3, 200)
+    assert len(rows) > 100
+    assert env.bounds.feasible(rows).all()
+    for group, choices in enumerate(env.bounds.choices):
+        assert np.isin(rows[:, group], choices).all()
+    excess = env.bounds.excess(rows)
+    assert np.median(excess) > 0.95
+    assert len(np.unique(rows, axis=0)) == len(rows)
+
+
+def test_it_hands_out_new_plans_and_goes_on_where_it_stood(tmp_path: Path) -> None:
+    run = started(tmp_path, create_agent("random"))
+    near = NearBest(run, 0.3, 64)
+    best = np.array(max(run.candidates, key=lambda each: each.reward).widths)
+    first = near.next(best)
+    assert len(near.coming) == PICKED - 1
+    assert not run.env.known(first)
+    state = near.state()
+    taken = [near.next(best).tolist() for _ in range(2)]
+    again = NearBest(run, 0.3, 64)
+    again.restore(state)
+    assert [again.next(best).tolist() for _ in range(2)] == taken
+    run.score(near.coming[0], "near")  # scored meanwhile: it is not handed out again
+    scored = run.candidates[-1].widths
+    assert near.next(best).tolist() != list(scored)
+
+
+def test_weights_that_moved_ask_for_new_picks(tmp_path: Path) -> None:
+    run = started(tmp_path, create_agent("joint", trainer=FakeTrainer()))  # type: ignore[arg-type]
+    near = NearBest(run, 0.3, 64)
+    best = np.array(run.candidates[0].widths)
+    near.next(best)
+    assert near.coming
+    run.train_epoch("joint")
+    found = near.next(best)  # learned from the candidates of the epoch before
+    assert len(near.coming) == PICKED - 1
+    assert run.env.bounds.feasible(found[None])[0]
+
+
+def test_with_little_known_or_one_proposal_chance_decides(tmp_path: Path) -> None:
+    few = NearBest(started(tmp_path / "few", create_agent("random"), known=3), 0.3, 64)
+    one = NearBest(started(tmp_path / "one", create_agent("random")), 0.3, 1)
+    for near in (few, one):
+        found = near.next(near._env.bounds.cheapest)
+        assert near._env.bounds.feasible(found[None])[0]
+        assert not near.coming
+
+
+def found(name: str, seed: int, proposals: int, folder: Path) -> SearchResult:
+    env, evaluator = environment()
+    settings: dict[str, Any] = {"proposals": proposals}
+    if name == "joint":
+        settings |= {"hidden": 16, "updates_per_episode": 1}
+    return create_agent(name, seed=seed, settings=settings).search(
+        env,
+        evaluator,  # type: ignore[arg-type]
+        Limits(max_evaluations=70, use_all=True),
+        log=EpisodeLog(folder / "log.jsonl"),
+        checkpoint=Checkpoint(folder / "state.pt"),
+    )
+
+
+@pytest.mark.parametrize("name", ["joint", "constrained", "stepwise"])
+def test_the_models_picks_beat_chance(name: str, tmp_path: Path) -> None:
+    """Over seeds, at equal evaluations, where groups interact."""
+    guided, blind = (
+        np.mean([found(name, seed, number, tmp_path / f"{number}-{seed}").reward for seed in range(4)])
+        for number in (256, 1)
+    )
+    assert guided > blind
+
+
+@pytest.mark.parametrize("name", ["joint", "constrained", "stepwise"])
+def test_bad_numbers_of_proposals(name: str) -> None:
+    with pytest.raises(Exception, match="proposals is 0, expected"):
+        create_agent(name, settings={"proposals": 0})
+    assert agent_class(name).Settings().proposals > 1
