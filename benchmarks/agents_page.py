@@ -162,7 +162,7 @@ def _table(of: Cells) -> str:
 
 
 def _gaps(of: Cells) -> str:
-    """After fine-tuning, every learning agent against the knapsack at the same cost, in words."""
+    """Every learning agent against the knapsack at the same cost, in words."""
     lines = []
     for budget in dict.fromkeys(cell["budget"] for cell in of):
         here = [cell for cell in of if cell["budget"] == budget and not cell["brief"]]
@@ -170,16 +170,36 @@ def _gaps(of: Cells) -> str:
         for agent in LEARNING:
             ours = [cell for cell in here if cell["agent"] == agent]
             if ours and base:
-                found = compared(_after(ours), _after(base), base[0]["test_images"])
+                before, after = (_gap(ours, base, when) for when in ("before", "after"))
                 lines.append(
-                    f"- {budget}: {agent} is {found.verdict} the knapsack ({found.gap:+.2f} points, "
-                    f"noise {found.noise:.2f})."
+                    f"- {budget}: {agent} is {after} after fine-tuning, and {before} before it."
+                    f"{_soon(ours, base)}"
                 )
     return "\n".join(lines)
 
 
-def _after(of: Cells) -> dict[int, float]:
-    return {cell["seed"]: cell["after"] for cell in of}
+def _gap(ours: Cells, base: Cells, when: str) -> str:
+    """The difference of test accuracies, and whether it is more than chance."""
+    first, second = ({cell["seed"]: cell[when] for cell in of} for of in (ours, base))
+    found = compared(first, second, base[0]["test_images"])
+    return f"{found.verdict} the knapsack ({found.gap:+.2f} points, noise {found.noise:.2f})"
+
+
+def _soon(ours: Cells, base: Cells) -> str:
+    """After how many plans an agent has found one as good on the search split as the knapsack's last."""
+    ends = {cell["seed"]: cell["search_accuracy"] for cell in base}
+    both = [cell for cell in ours if cell["seed"] in ends]
+    soon = [
+        next((number for number, accuracy in cell["found"] if accuracy >= ends[cell["seed"]]), None)
+        for cell in both
+    ]
+    there = [number for number in soon if number is not None]
+    if not there:
+        return " On the search split it finds nothing as good." if both else ""
+    return (
+        f" On the search split it has what the knapsack ends with after {statistics.fmean(there):.0f} plans "
+        f"({len(there)} of {len(both)} seeds)."
+    )
 
 
 def _missing(missing: Sequence[Cell], command: str) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.agents import cells, check_settings, network_path, path_of
+from benchmarks import agents_store as store
+from benchmarks.agents import cells, found, is_unmeasured
 from benchmarks.agents_page import Cell, page, summary
 from benchmarks.compared import compared
+from compressor.agents.base import Candidate, SearchResult
 from compressor.run_dir import sha256_file
 
 
@@ -19,7 +21,7 @@ def options(folder: Path, **changed: object) -> argparse.Namespace:
     given = {
         "model": "cifar_resnet20", "seeds": [0, 1], "evaluations": [100, 400], "budgets": ["latency:30%"],
         "agents": ["uniform", "knapsack"], "brief": [0, 8], "epochs": 1, "search_images": 500,
-        "batch_norm_batches": 10, "out": folder,
+        "batch_norm_batches": 10, "results": folder / "results", "work": folder / "work",
     }  # fmt: skip
     return argparse.Namespace(**{**given, **changed})
 
@@ -39,31 +41,59 @@ def test_cells_of_other_settings_are_no_part_of_the_page(tmp_path: Path) -> None
     weights = tmp_path / "weights.pt"
     weights.write_bytes(b"these")
     given = options(tmp_path, weights=str(weights))
-    path = path_of(given, cells(given, "cifar_resnet20")[1])
-    path.write_text(json.dumps(cell("knapsack", 0.5)))
-    with pytest.raises(SystemExit, match="is missing beside the cells, as of an earlier version"):
-        check_settings(given)
-    network_path(given, given.model).write_text(json.dumps({"weights_sha256": sha256_file(weights)}))
-    check_settings(given)
-    with pytest.raises(SystemExit, match="was made with epochs 1, not 5: give another --out"):
-        check_settings(options(tmp_path, epochs=5))
-    path.write_text(
-        json.dumps({key: value for key, value in cell("joint", 0.5).items() if key != "test_images"})
-    )
-    with pytest.raises(SystemExit, match="lacks test_images, as of an earlier version"):
-        check_settings(given)
+    store.check(given)
+    one = cells(given, "cifar_resnet20")[1]
+    store.keep(given, one, cell("knapsack", 0.5))
+    store.check(given)
+    assert store.stored(given) == [cell("knapsack", 0.5)]
+    with pytest.raises(SystemExit, match="was made with epochs 1, not 5: give another --results"):
+        store.check(options(tmp_path, weights=str(weights), epochs=5))
 
 
 def test_cells_of_other_weights_are_refused(tmp_path: Path) -> None:
     weights = tmp_path / "weights.pt"
     weights.write_bytes(b"these")
     given = options(tmp_path, weights=str(weights))
-    network_path(given, given.model).write_text(json.dumps({"weights_sha256": sha256_file(weights)}))
-    check_settings(given)
+    path = store.network_path(given, given.model)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"weights_sha256": sha256_file(weights), "dense_accuracy": 0.9}))
+    store.check(given)
+    assert store.dense_accuracies(given) == {"cifar_resnet20": 0.9}
     weights.write_bytes(b"others")
     with pytest.raises(SystemExit, match="was made with other weights than"):
-        check_settings(given)
-    check_settings(options(tmp_path, weights=str(weights), model="cifar_resnet56"))
+        store.check(given)
+    store.check(options(tmp_path, weights=str(weights), model="cifar_resnet56"))
+
+
+def test_commands_side_by_side_run_each_cell_once(tmp_path: Path) -> None:
+    given = options(tmp_path)
+    one, other = cells(given, "cifar_resnet20")[:2]
+    with store.claimed(given, one) as ours, store.claimed(given, one) as theirs:
+        assert ours
+        assert not theirs
+        with store.claimed(given, other) as third:
+            assert third
+        store.keep(given, one, cell("uniform", 0.5))
+    with store.claimed(given, one) as again:
+        assert not again  # it is there
+
+
+def test_how_soon_plans_were_found() -> None:
+    def candidate(width: int, accuracy: float, given_up: bool = False) -> Candidate:
+        return Candidate((width,), accuracy, accuracy, {"params": float(width)}, "p", 0, given_up=given_up)
+
+    scored = [
+        candidate(9, 0.95), candidate(4, 0.3), candidate(3, 0.2), candidate(4, 0.3), candidate(2, 0.9, True),
+        candidate(5, 0.5),
+    ]  # fmt: skip
+    result = SearchResult(None, {}, 0.5, 0.5, tuple(scored), 5, 1.0, {})  # type: ignore[arg-type]
+    assert found(result, lambda rows: rows[:, 0] <= 5) == [[2, 0.3], [5, 0.5]]
+
+
+def test_latencies_that_are_still_to_be_measured() -> None:
+    assert is_unmeasured(cell("joint", 0.5, budget="latency:50%"))
+    assert not is_unmeasured(cell("joint", 0.5, budget="latency:50%", measured_share=0.4))
+    assert not is_unmeasured(cell("joint", 0.5))
 
 
 def cell(agent: str, after: float, seed: int = 0, **changed: object) -> dict[str, Any]:
@@ -72,6 +102,7 @@ def cell(agent: str, after: float, seed: int = 0, **changed: object) -> dict[str
         "brief": 0, "epochs": 1, "search_images": 500, "batch_norm_batches": 10, "used": 100,
         "search_accuracy": 0.3, "before": 0.2, "after": after, "share": 0.3, "measured_share": None,
         "test_images": 10_000, "target_share": 0.3, "kept": True, "search_minutes": 2.0,
+        "found": [[30, 0.2], [60, 0.3]],
     }  # fmt: skip
     return {**given, **changed}
 
@@ -101,7 +132,7 @@ def test_a_gap_counts_the_seeds_that_both_have() -> None:
 def test_the_page_tells_the_agents_apart_and_what_is_missing() -> None:
     found = [
         cell("uniform", 0.70, evaluations=1, used=1), cell("knapsack", 0.80), cell("joint", 0.81),
-        cell("stepwise", 0.70), cell("knapsack", 0.82, evaluations=400, used=400),
+        cell("stepwise", 0.70, before=0.1, found=[[80, 0.25]]), cell("knapsack", 0.82, evaluations=400, used=400),
     ]  # fmt: skip
     missing = [
         Cell("cifar_resnet20", "params:50%", 400, agent, seed)
@@ -119,8 +150,15 @@ def test_the_page_tells_the_agents_apart_and_what_is_missing() -> None:
     assert "| params:50% | joint | 100 | 30.0 | 20.0 | 81.0 | 30.0% |  | yes | 2.0 | 1 |" in first
     assert "| params:50% | uniform | 1 |" in first
     assert "| params:50% | uniform | 1 |" in second
-    assert "- params:50%: joint is not told apart from the knapsack (+1.00 points, noise 1.12)." in first
-    assert "- params:50%: stepwise is worse than the knapsack (-10.00 points, noise 1.22)." in first
+    assert (
+        "- params:50%: joint is not told apart from the knapsack (+1.00 points, noise 1.12) after fine-tuning, and not "
+        "told apart from the knapsack (+0.00 points, noise 1.13) before it. On the search split it has what the "
+        "knapsack ends with after 60 plans (1 of 1 seeds)."
+    ) in first
+    assert (
+        "- params:50%: stepwise is worse than the knapsack (-10.00 points, noise 1.22) after fine-tuning, and worse "
+        "than the knapsack (-10.00 points, noise 1.00) before it. On the search split it finds nothing as good."
+    ) in first
     assert "is worse" not in second
     assert "5 cells:" in second
     assert "- `cifar_resnet20`, 400 evaluations, params:50%: joint, random (seeds 0, 1)" in second
