@@ -40,6 +40,7 @@ ABLATIONS = {
     "ablation-uniform": "uniform plan instead of the agent",
     "ablation-random": "as many random plans instead of the agent's",
     "ablation-no-warm-start": "no warm start of the replay",
+    "ablation-no-reward-model": "plans near the best by chance, not picked by the model of the reward",
     "ablation-importance-taylor": "Taylor saliency instead of L1 norms",
     "ablation-no-rescore": "no re-scoring on the final weights",
     "ablation-ema": "with an average of the weights",

@@ -14,8 +14,10 @@ _FIRST, _GROWTH = 20, 1.5
 """Plans after which the kernel is first fitted, and by what factor they grow until it is again."""
 _MOST = 500
 """Plans that are learned from: the latest."""
+_WORK = 1.6e6
+"""Square of the plans times the inputs, at most, of those that the kernel is fitted to, the latest: about a second."""
 _STEPS = 30
-"""Iterations of a fit; each costs a factorisation of all plans learned from."""
+"""Iterations of a fit."""
 
 
 class RewardModel:
@@ -44,8 +46,9 @@ class RewardModel:
             fitted = int(fitted * _GROWTH)
         fitted = min(fitted, len(inputs))
         if self._kernel is None or self._kernel[0] != (kind, fitted):
-            first = slice(max(0, fitted - _MOST), fitted)
-            self._kernel = (kind, fitted), _fitted_kernel(inputs[first], rewards[first])
+            most = int((_WORK / inputs.shape[1]) ** 0.5)
+            some = slice(max(0, fitted - most), fitted)
+            self._kernel = (kind, fitted), _fitted_kernel(inputs[some], rewards[some])
         self._inputs, self._rewards = inputs[-_MOST:], rewards[-_MOST:]
 
     def pick(self, proposals: Inputs, best: float | None, number: int) -> list[int]:

@@ -14,6 +14,7 @@ from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Candidate, SearchResult
 from compressor.agents.constrained.actions import ChannelActions, LayerActions, Masks, plan_of_masks
+from compressor.agents.constrained.costs import Costs
 from compressor.agents.constrained.ppo import LagrangianPpo
 from compressor.agents.constrained.settings import ConstrainedSettings
 from compressor.agents.constrained.state import States
@@ -45,14 +46,13 @@ class ConstrainedSearch:
         self._channels = settings.action == "channel"
         self.actions = (ChannelActions if self._channels else LayerActions)(run.env, fold=settings.fold)
         self.states = States(run.env, past=self.actions.sums_past, one_hot=settings.one_hot)
-        self._dense_costs = dense_costs(run.env)
-        self._budgets = [
-            100.0 * each.target / unit for each, unit in zip(run.env.budgets, self._dense_costs, strict=True)
-        ]
+        self._costs = Costs(run.env, steps=self.groups, excess=settings.scale_costs)
         self.randomness = OwnRandomness(run.agent.seed)
         steps = settings.episodes_per_update * self.groups
         with self.randomness.active():
-            self.ppo = LagrangianPpo(self.states.size, self.actions.size, steps, len(self._budgets), settings)
+            self.ppo = LagrangianPpo(
+                self.states.size, self.actions.size, steps, len(self._costs.budgets), settings
+            )
         self._walk = Walker(self.actions, self.states, self.ppo, self.randomness)
         self._masks: list[tuple[float, Masks]] = []  # of the best episodes, with their worth
         self._scale: list[float] | None = None
@@ -122,8 +122,8 @@ class ConstrainedSearch:
         with self.randomness.active():
             self.ppo.train()
         recent = self.run.candidates[-self.settings.episodes_per_update :]
-        costs = np.mean([self._percent(candidate) for candidate in recent], axis=0)
-        self.ppo.multipliers.step(costs.tolist(), self._budgets)
+        costs = np.mean([self._costs.percent(candidate) for candidate in recent], axis=0)
+        self.ppo.multipliers.step(costs.tolist(), self._costs.budgets)
         self.states.update()
         names = [budget.name for budget in self.env.budgets]
         curves = {f"agent/cost_{name}": float(cost) for name, cost in zip(names, costs, strict=True)}
@@ -254,28 +254,12 @@ class ConstrainedSearch:
                 self._scale = [float(rewards.mean()), float(max(rewards.std(), 1e-3))]
             rewards = (rewards - self._scale[0]) / self._scale[1]
         for (walk, candidate), reward in zip(scored, rewards, strict=True):
-            costs = self._terminal_costs(candidate)
+            costs = self._costs.terminal(candidate)
             for number, (state, step) in enumerate(zip(walk.states, walk.steps, strict=True)):
                 last = number == self.groups - 1
                 self.ppo.rollout_buffer.add_with_costs(
                     state, step, reward if last else 0.0, costs if last else 0.0 * costs, number == 0
                 )
-
-    def _terminal_costs(self, candidate: Candidate) -> NDArray[np.float64]:
-        """What the cost critics learn from: the mean over the steps is the percentage kept, as in the paper.
-
-        With `scale_costs`, what exceeds the budget, in tens of percent: a plan within it costs nothing, so that a
-        multiplier that is still high does not drive the policy far below.
-        """
-        percent = self._percent(candidate)
-        if self.settings.scale_costs:
-            return np.asarray(np.maximum(percent - np.array(self._budgets), 0.0) / 10.0)
-        return np.asarray(self.groups * percent)
-
-    def _percent(self, candidate: Candidate) -> NDArray[np.float64]:
-        """Percent of the dense network's cost, (budgets,)."""
-        costs = [candidate.costs[budget.name] for budget in self.env.budgets]
-        return np.asarray(100.0 * np.array(costs) / np.array(self._dense_costs))
 
     def _points(self) -> int:
         """Widths of each group that are measured for the start; a third of the evaluations at most go there."""
@@ -309,15 +293,6 @@ class ConstrainedSearch:
         self._scale = None if state["scale"] is None else [float(number) for number in state["scale"]]
         self._sensitivity.losses = list(state["losses"])
         self._near.restore(state["near"])
-
-
-def dense_costs(env: Any) -> list[float]:
-    """What the dense network costs by each budget; the target where that is nothing, so that shares have meaning."""
-    costs = env.costs(env.bounds.dense)
-    return [
-        costs[budget.name] if costs[budget.name] > 0 else float(budget.target) or 1.0
-        for budget in env.budgets
-    ]
 
 
 def best_feasible(rewards: list[float], feasible: NDArray[np.bool_]) -> int | None:
