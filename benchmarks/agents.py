@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import tempfile
 import time
 from dataclasses import asdict
 from itertools import product
@@ -33,7 +34,9 @@ from benchmarks.agents_page import Cell, page, show
 from compressor.agents.base import Limits, SearchResult
 from compressor.agents.registry import AGENTS, create_agent
 from compressor.agents.schedule import Schedule
+from compressor.errors import CompressorError
 from compressor.job import Job, prepare
+from compressor.latency.local import require_made_here
 from compressor.latency.table import LatencyTable
 from compressor.onnx_files import measured
 from compressor.recipe import Recipe
@@ -61,7 +64,10 @@ def main() -> None:
                 if ours and time.monotonic() < deadline:
                     console.print(f"{cell.name} ...", highlight=False)
                     store.keep(options, cell, run(options, cell))
+                    store.forget_search(options, cell)
                     write(options)
+    if not store.stored(options):
+        raise SystemExit(f"There are no cells in {options.results} yet: nothing is written.")
     console.print(f"Wrote {write(options, console)}", highlight=False)
 
 
@@ -185,7 +191,9 @@ def prepared(options: argparse.Namespace, recipe: Recipe, kind: str) -> Job:
         return prepare(recipe)
     path = store.table_path(options, recipe.model)
     if path.exists():
-        return prepare(recipe, LatencyTable.read(path))
+        table = LatencyTable.read(path)
+        require_made_here(table, recipe.threads)
+        return prepare(recipe, table)
     job = prepare(recipe)
     assert job.table is not None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +208,8 @@ def measure(options: argparse.Namespace, console: Console) -> None:
         if cell.model == options.model and is_unmeasured(entry):
             job = prepared(options, recipe_of(options, cell), "latency")
             slim = job.space.apply(job.space.plan(entry["widths"]))
-            entry["measured_share"] = measured_share(job, slim, store.search_path(options, cell))
+            with tempfile.TemporaryDirectory() as folder:
+                entry["measured_share"] = measured_share(job, slim, Path(folder))
             store.keep(options, cell, entry)
             console.print(f"{cell.name}: {entry['measured_share']:.1%} of the dense time", highlight=False)
 
@@ -230,7 +239,7 @@ def found(result: SearchResult, feasible: Any) -> list[list[float]]:
         seen.add(candidate.widths)
         kept = not candidate.given_up and feasible(np.array([candidate.widths]))[0]
         if kept and (not rises or candidate.accuracy > rises[-1][1]):
-            rises.append([len(seen), round(candidate.accuracy, 5)])
+            rises.append([len(seen), candidate.accuracy])
     return rises
 
 
@@ -262,4 +271,7 @@ def command(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CompressorError as error:
+        raise SystemExit(f"{error.message} {error.hint or ''}") from None

@@ -7,7 +7,9 @@ cells share and what weights were given. `work` holds the searches themselves, w
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,8 +43,10 @@ def table_path(options: argparse.Namespace, model: str) -> Path:
 
 
 def search_path(options: argparse.Namespace, cell: Cell) -> Path:
-    """The folder of a cell's search, made where it is missing."""
-    path = Path(options.work) / cell.name
+    """The folder of a cell's search, made where it is missing; one of other settings or weights is another."""
+    made_of = {**settings(options), "data": options.data, "weights": sha256_file(Path(options.weights))}
+    stamp = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]
+    path = Path(options.work) / f"{cell.name}-{stamp}"
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -50,9 +54,11 @@ def search_path(options: argparse.Namespace, cell: Cell) -> Path:
 @contextmanager
 def claimed(options: argparse.Namespace, cell: Cell) -> Iterator[bool]:
     """Whether this cell is still to be run, and no other command is running it meanwhile."""
+    path = cell_path(options, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(search_path(options, cell) / ".lock", timeout=0):
-            yield not cell_path(options, cell).exists()
+        with FileLock(path.with_suffix(".lock"), timeout=0):
+            yield not path.exists()
     except Timeout:
         yield False
 
@@ -70,6 +76,11 @@ def keep(options: argparse.Namespace, cell: Cell, found: dict[str, Any]) -> None
     write_atomic(path, json.dumps(found) + "\n")
 
 
+def forget_search(options: argparse.Namespace, cell: Cell) -> None:
+    """Remove a search whose cell is kept: where the cell is deleted, it is to be run anew."""
+    shutil.rmtree(search_path(options, cell))
+
+
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the cells of a folder have in common."""
     return {name: getattr(options, name) for name in SETTINGS}
@@ -77,6 +88,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def check(options: argparse.Namespace) -> None:
     """Refuse to put cells of other settings, or of other weights, into one page."""
+    if not Path(options.weights).is_file():
+        raise SystemExit(f"There are no weights at {options.weights}.")
     for cell in stored(options):
         for name, value in settings(options).items():
             if cell["agent"] == "uniform" and name != "epochs":

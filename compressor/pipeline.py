@@ -96,13 +96,14 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
                 f"The run in {folder} was begun with another recipe: {'; '.join(refused)}.",
                 f"Resume it without these options and with its {RECIPE} as it was, or start a new run with --out DIR.",
             )
+        job = prepare(expected, _table_of(run, expected), values=_function_values(run))
         if changed:
             note = f"Resumed with other settings: {'; '.join(changed.values())}."
             write_atomic(run.file(RECIPE), expected.to_yaml())
             if run.manifest:
                 run.save(recipe=_plain(expected), notes=[*run.manifest.get("notes", []), note])
             say(note)
-        return _walk(run, prepare(expected, _table_of(run, expected), values=_function_values(run)))
+        return _walk(run, job)
 
 
 _FREE = (

@@ -21,7 +21,7 @@ def options(folder: Path, **changed: object) -> argparse.Namespace:
     given = {
         "model": "cifar_resnet20", "seeds": [0, 1], "evaluations": [100, 400], "budgets": ["latency:30%"],
         "agents": ["uniform", "knapsack"], "brief": [0, 8], "epochs": 1, "search_images": 500,
-        "batch_norm_batches": 10, "results": folder / "results", "work": folder / "work",
+        "batch_norm_batches": 10, "results": folder / "results", "work": folder / "work", "data": "digits",
     }  # fmt: skip
     return argparse.Namespace(**{**given, **changed})
 
@@ -63,6 +63,20 @@ def test_cells_of_other_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="was made with other weights than"):
         store.check(given)
     store.check(options(tmp_path, weights=str(weights), model="cifar_resnet56"))
+
+
+def test_a_search_of_other_settings_is_not_taken_up(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"these")
+    given = options(tmp_path, weights=str(weights))
+    one = cells(given, "cifar_resnet20")[0]
+    first = store.search_path(given, one)
+    assert store.search_path(given, one) == first
+    assert store.search_path(options(tmp_path, weights=str(weights), search_images=9), one) != first
+    weights.write_bytes(b"others")
+    assert store.search_path(given, one) != first
+    store.forget_search(given, one)
+    assert first.is_dir()
 
 
 def test_commands_side_by_side_run_each_cell_once(tmp_path: Path) -> None:

@@ -70,6 +70,14 @@ def test_workers_may_be_others(run: Path) -> None:
     assert resume(run).exit_code == 0  # the recipe on the disk is the one it goes by now
 
 
+def test_workers_that_cannot_be_had_leave_the_run_as_it_was(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(CompressorError):
+        resume(run, {"search": {"workers": "ray://nohost.invalid:1"}})
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert after == before
+
+
 def test_other_options_are_refused_by_their_names(run: Path) -> None:
     with pytest.raises(CompressorError, match=r"search\.max_evaluations is 6, not 9") as refused:
         resume(run, {"search": {"max_evaluations": 9, "workers": 2}})

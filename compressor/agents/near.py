@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.agents.best import best_on_weights
 from compressor.agents.proposals import near_rows, near_widths
 from compressor.agents.reward_model import RewardModel
 from compressor.budgets.function import FunctionBudget
@@ -72,10 +71,11 @@ class NearBest:
         plans, epochs, rewards = self._scored()
         if len(rewards) < _ENOUGH or not len(rows):
             return []
-        present = np.full(len(rows), self._run.place.epoch)
-        best = best_on_weights(self._run)
-        self._model.learn(self._inputs(plans, epochs), rewards, kind=self._run.place.epoch)
-        picked = self._model.pick(self._inputs(rows, present), None if best is None else best.reward, PICKED)
+        epoch = self._run.place.epoch
+        self._model.learn(self._inputs(plans, epochs), rewards, kind=epoch)
+        kept = rewards[(epochs == epoch) & self._env.bounds.feasible(plans)]  # what there is to improve on
+        proposals = self._inputs(rows, np.full(len(rows), epoch))
+        picked = self._model.pick(proposals, float(kept.max()) if len(kept) else None, PICKED)
         return [rows[index].tolist() for index in picked]
 
     def _scored(self) -> tuple[Any, Any, Any]:

@@ -66,7 +66,7 @@ class RewardModel:
             mean, deviation = self._process(inputs, rewards).predict(proposals, return_std=True)
             gains = expected_improvement(mean, deviation, float(mean.max()) if best is None else best)
             gains[picked] = -1.0
-            index = int(gains.argmax())
+            index = int(np.lexsort([mean, gains])[-1])  # by the mean where no gain is to be expected of any
             picked.append(index)
             inputs, rewards = np.vstack([inputs, proposals[index]]), np.append(rewards, mean[index])
         return picked

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compressor.agents.base import Agent
     from compressor.env.environment import PruningEnv
 
-FORMAT = 2
+FORMAT = 3
 """Version of the checkpoint's content; another one is refused."""
 
 

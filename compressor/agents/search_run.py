@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +61,8 @@ class SearchRun:
             self._restore(state)
         log.truncate(0 if state is None else int(state["episodes"]))
         self.curves = Curves(agent.curves)  # not before a state that is refused
+        if state is None and self.env.state()["functions"]:
+            self.save()  # for `keep_function_values`
 
     def remaining(self, phase: str, total: int) -> Iterator[int]:
         """The steps of a phase that are not done yet."""
@@ -246,10 +249,13 @@ class SearchRun:
 
     def keep_function_values(self) -> None:
         """Add to the last checkpoint what functions as budgets have said since, each a slow call; the rest stays."""
-        functions, state = self.env.state()["functions"], self._checkpoint.load()
-        if state is not None and state["env"]["functions"] != functions:
-            state["env"]["functions"] = functions
-            self._checkpoint.save(state)
+        functions = self.env.state()["functions"]
+        if functions:
+            with suppress(CompressorError):  # such as a full disk: it must not hide what ended the search
+                state = self._checkpoint.load()
+                if state is not None:
+                    state["env"]["functions"] = functions
+                    self._checkpoint.save(state)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.place = Place(**state["place"])

@@ -135,6 +135,34 @@ def test_weights_that_moved_ask_for_new_picks(tmp_path: Path) -> None:
     assert run.env.bounds.feasible(found[None])[0]
 
 
+def test_what_breaks_the_budgets_is_not_what_there_is_to_improve_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(tmp_path, create_agent("random"))
+    best = max(run.candidates, key=lambda each: each.reward)
+    run.score(run.env.bounds.dense, "policy")  # an episode that may leave the budgets
+    assert run.candidates[-1].reward > best.reward
+    asked: list[float | None] = []
+    pick = RewardModel.pick
+
+    def spied(model: RewardModel, proposals: Any, incumbent: float | None, number: int) -> list[int]:
+        asked.append(incumbent)
+        return pick(model, proposals, incumbent, number)
+
+    monkeypatch.setattr(RewardModel, "pick", spied)
+    NearBest(run, 0.3, 64).next(np.array(best.widths))
+    assert asked == [pytest.approx(best.reward)]
+
+
+def test_where_no_gain_is_expected_the_highest_mean_is_picked() -> None:
+    generator = np.random.default_rng(2)
+    seen = generator.random((40, 3))
+    model = RewardModel()
+    model.learn(seen, seen[:, 0], kind=0)
+    proposals = np.sort(generator.random((50, 3)), axis=0)
+    assert set(model.pick(proposals, 1e6, 2)) == {49, 48}
+
+
 def test_with_little_known_or_one_proposal_chance_decides(tmp_path: Path) -> None:
     few = NearBest(started(tmp_path / "few", create_agent("random"), known=3), 0.3, 64)
     one = NearBest(started(tmp_path / "one", create_agent("random")), 0.3, 1)
@@ -152,7 +180,7 @@ def found(name: str, seed: int, proposals: int, folder: Path) -> SearchResult:
     return create_agent(name, seed=seed, settings=settings).search(
         env,
         evaluator,  # type: ignore[arg-type]
-        Limits(max_evaluations=70, use_all=True),
+        Limits(max_evaluations=90, use_all=True),
         log=EpisodeLog(folder / "log.jsonl"),
         checkpoint=Checkpoint(folder / "state.pt"),
     )
