@@ -83,7 +83,7 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
         folder: the run's folder.
         overrides: fields that the caller expects in its recipe. Learning rates may be others, so that a training
             whose loss became infinite can go on from what was saved, and so may the workers, which change nothing in
-            what is found; the recipe is rewritten then, and that is noted.
+            what is found while each has the same threads; the recipe is rewritten then, and that is noted.
 
     Raises:
         CompressorError: the run was begun with another recipe, or another process is working on the folder.

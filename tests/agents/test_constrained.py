@@ -30,7 +30,7 @@ from compressor.training.evaluate import Evaluator
 from compressor.training.loop import TrainSettings
 from tests.agents.bench import Killed
 from tests.agents.test_real_parts import Residual
-from tests.env.fake_space import FakeEvaluator
+from tests.env.fake_space import FakeEvaluator, FakeSpace
 
 SMALL: dict[str, Any] = {"evaluations": 40, "episodes_per_update": 4}
 
@@ -261,3 +261,17 @@ def test_on_a_real_network_with_training_of_each_candidate(tmp_path: Path, actio
     assert {name: len(kept) for name, kept in result.best.keep.items()} == dict(result.widths)
     again = agent.search(env, evaluator, Limits(), log=log, checkpoint=checkpoint)
     assert (again.best, again.reward) == (result.best, result.reward)
+
+
+def test_without_a_budget_nothing_is_pruned(tmp_path: Path) -> None:
+    space = FakeSpace([16, 24], granularity=2)
+    evaluator = FakeEvaluator(space, [1.0, 2.0])
+    env = PruningEnv(space, [], evaluator)  # type: ignore[arg-type]
+    result = create_agent("constrained").search(
+        env,
+        evaluator,  # type: ignore[arg-type]
+        Limits(),
+        log=EpisodeLog(tmp_path / "log.jsonl"),
+        checkpoint=Checkpoint(tmp_path / "state.pt"),
+    )
+    assert list(result.widths.values()) == [16, 24]

@@ -29,8 +29,11 @@ class ConstrainedAgent(Agent):
         super().__init__(settings={**PAPER, **given} if given.get("paper") else given, **options)
 
     def _search(self, run: SearchRun) -> SearchResult:
+        dense = run.env.bounds.dense
+        if run.env.bounds.feasible(dense)[0]:
+            return run.choose([dense.tolist()])  # nothing asks for pruning
         search = ConstrainedSearch(run, self.settings)
-        if run.place.round or run.env.bounds.feasible(run.env.bounds.dense)[0]:
+        if run.place.round:
             return search.choose()  # a budget was tightened: what was learned serves
         search.start()
         updates = search.updates()
