@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PICKED = 4
 """Plans that are picked at a time, so that several workers can score them side by side."""
+
+_ATTEMPTS = 8
 
 _ENOUGH = 8
 """Plans that must have been scored before the model is asked."""
@@ -34,12 +36,20 @@ class NearBest:
         run: what was scored.
         spread: standard deviation of the changes to the logarithm of ratios.
         proposals: how many plans are drawn for the model to pick from; 1 does without it.
+        land: the plan that is scored where one of some widths (G,) is asked for; left out, that one.
     """
 
-    def __init__(self, run: SearchRun, spread: float, proposals: int) -> None:
+    def __init__(
+        self,
+        run: SearchRun,
+        spread: float,
+        proposals: int,
+        land: Callable[[Widths], Widths] | None = None,
+    ) -> None:
         self._run, self._env, self._spread = run, run.env, spread
         dear = any(isinstance(budget, FunctionBudget) for budget in run.env.budgets)
         self._proposals = 1 if dear else proposals
+        self._land = None if dear else land
         self._generator = np.random.default_rng([run.agent.seed, 1])
         self._model = RewardModel()
         self._picked: list[list[int]] = []
@@ -76,7 +86,11 @@ class NearBest:
         kept = rewards[(epochs == epoch) & self._env.bounds.feasible(plans)]  # what there is to improve on
         proposals = self._inputs(rows, np.full(len(rows), epoch))
         picked = self._model.pick(proposals, float(kept.max()) if len(kept) else None, PICKED)
-        return [rows[index].tolist() for index in picked]
+        landed = dict.fromkeys(tuple(self._landed(rows[index]).tolist()) for index in picked)
+        return [list(widths) for widths in landed if not self._env.known(widths)]
+
+    def _landed(self, widths: Widths) -> Widths:
+        return widths if self._land is None else self._land(widths)
 
     def _scored(self) -> tuple[Any, Any, Any]:
         """Widths (N, G), epochs (N,) and rewards (N,) of what was scored; on other weights, of whole candidates."""
@@ -94,10 +108,10 @@ class NearBest:
         return np.column_stack([widths / self._env.bounds.dense, epochs / last])
 
     def _drawn(self, widths: Widths) -> Widths:
-        """Widths near given ones, if possible some that were not scored yet."""
-        for _ in range(5):
-            share = float(self._generator.uniform(0.1, 1.0))
-            found = near_widths(self._env, widths, self._generator, self._spread, share)
+        """Widths near given ones, further away until they are some that were not scored yet."""
+        for attempt in range(_ATTEMPTS):
+            share, spread = float(self._generator.uniform(0.1, 1.0)), self._spread * (1 + attempt / 4)
+            found = self._landed(near_widths(self._env, widths, self._generator, spread, share))
             if not self._env.known(found):
                 break
         return found

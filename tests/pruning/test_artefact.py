@@ -73,8 +73,9 @@ def test_round_trip_finds_the_factory(build: Any, name: str, size: int, factory:
     assert content["factory"]["factory"] == factory
     assert content["extra"] == {"accuracy": 0.5}
     again = load(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(again(example), small(example))
+    with torch.no_grad():  # the same weights need not lie alike in memory, and some products round by that
+        torch.testing.assert_close(again(example), small(example), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in small.state_dict().items())
     assert read_plan(tmp_path) == plan
     assert not again.training
     # What was loaded can be saved again, and trained.

@@ -156,7 +156,8 @@ class ConstrainedSearch:
             return self.run.evaluator.score(self.env.space.apply(plan), steps=steps)
 
         widths = (each.tolist() for each in [*self._of_masks(plans), *self._of_candidates()])
-        more = (each.tolist() for each in self._more()) if self.run.limits.use_all else ()
+        rest = itertools.chain(self._more(), self._last_near_plans())
+        more = (each.tolist() for each in rest) if self.run.limits.use_all else ()
         return self.run.choose(widths, more, plans=plans, measure=measure if steps else None)
 
     # What they are made of.
@@ -214,6 +215,13 @@ class ConstrainedSearch:
             return 0
         share = self.settings.near_share
         return round(self.settings.episodes_per_update * share / (1.0 - share))
+
+    def _last_near_plans(self) -> Iterator[Widths]:
+        """Plans near the best, for evaluations that known plans have saved."""
+        for _ in range(self.reserve if self._near_plans() else 0):
+            best = self._best_kept()
+            if best is not None:
+                yield self._near.next(np.array(best.widths, dtype=np.int64))
 
     def _best_kept(self) -> Candidate | None:
         """The best candidate that keeps the budgets."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class JointSearch:
         self._favoured: Widths | None = None
         self._target: str | None = None  # the plan of the aligned epochs, as JSON: the same after a resume
         self._new_episodes = 0
-        self._near = NearBest(run, settings.near_spread, settings.proposals)
+        self._near = NearBest(run, settings.near_spread, settings.proposals, land=partial(followed, run.env))
         self._allocator = Allocator(run.env)
         self._sensitivity: Sensitivity | None = None
         self._losses: list[list[list[float]]] = []
@@ -223,7 +224,7 @@ class JointSearch:
     def _nearby(self, phase: str) -> Candidate:
         """An episode of a plan near the best of the moment."""
         widths = self._near.next(self._best_now())
-        self.env.ahead(followed(self.env, each) for each in (widths, *self._near.coming))
+        self.env.ahead([widths, *self._near.coming])
         return self._episode(follow(widths), phase)
 
     def _instead(self) -> Widths:
@@ -249,7 +250,7 @@ class JointSearch:
                 solved[coming] = found
             yield followed(self.env, found)
         if self._is_near(step, episodes):
-            yield from (followed(self.env, each) for each in self._near.coming)
+            yield from self._near.coming
 
     def _solved_for(self, step: int) -> bool:
         """Whether neither chance nor the plans before this step of the fill decide its plan."""
