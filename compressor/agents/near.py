@@ -69,6 +69,12 @@ class NearBest:
             return np.array(self._picked.pop(0), dtype=np.int64)
         return self._drawn(widths)
 
+    def score(self, widths: Widths) -> None:
+        """Score the next plan near these widths; several workers score those that come after it as well."""
+        found = self.next(widths)
+        self._env.ahead([found, *self.coming])
+        self._run.score(found, "near")
+
     @property
     def coming(self) -> list[Widths]:
         """Widths (G,) of the plans that are picked already and will be handed out next."""

@@ -120,10 +120,7 @@ class StepwiseAgent(Agent):
         if run.limits.use_all and not run.place.round:
             search.play_out(phase)
         best = best_of_round(run)
-        if best is not None:
-            first: Any = best.widths
-        else:  # what the episodes would have begun with; a knapsack takes long to solve where the time is up
-            first = uniform_or_cheapest(run.env) if run.late and not run.place.round else search.beginning()
+        first = search.beginning() if best is None else best.widths
         return run.choose([list(first), uniform_or_cheapest(run.env).tolist()])
 
 
@@ -198,10 +195,10 @@ class _StepwiseSearch:
 
     def beginning(self) -> Widths:
         """What the episodes begin with: in a later round the best plan known, scaled to the budgets as they are then;
-        else the knapsack's, or the uniform one without a warm start."""
+        else the knapsack's, or the uniform one without a warm start, or without the time to solve for another."""
         if self.run.place.round:
             return next(carried_over(self.run))
-        if not self.settings.warm_start:
+        if not self.settings.warm_start or self.run.late:
             return uniform_or_cheapest(self.env)
         if self._sensitivity.complete:
             return self._allocator.solve(self._sensitivity.values())
@@ -239,9 +236,7 @@ class _StepwiseSearch:
             best = best_of_round(self.run)
             if best is None or self.run.spent(reserve=1):
                 return
-            widths = self._near.next(np.array(best.widths, dtype=np.int64))
-            self.env.ahead([widths, *self._near.coming])
-            self.run.score(widths, "near")
+            self._near.score(np.array(best.widths, dtype=np.int64))
 
     def _teach(self, before: Candidate, phase: str) -> None:
         """Play the best plan as an episode where it is better than before, so that the network learns from it."""

@@ -137,9 +137,7 @@ class ConstrainedSearch:
             best = self._best_kept()
             if best is None or self.run.spent(self.reserve):
                 break
-            widths = self._near.next(np.array(best.widths, dtype=np.int64))
-            self.env.ahead([widths, *self._near.coming])
-            self.run.score(widths, "near")
+            self._near.score(np.array(best.widths, dtype=np.int64))
         best = self._best_kept()
         if best is not None and self._near_plans():
             self.actions.centre(np.array(best.widths))

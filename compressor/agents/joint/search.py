@@ -227,11 +227,11 @@ class JointSearch:
         self.env.ahead([widths, *self._near.coming])
         return self._episode(follow(widths), phase)
 
-    def _instead(self) -> Widths:
-        """What is played in the place of an agent that learns."""
+    def _instead(self, generator: np.random.Generator | None = None) -> Widths:
+        """What is played in the place of an agent that learns, and fills its replay."""
         if self.settings.proposer == "uniform":
             return uniform_or_cheapest(self.env)
-        return random_widths(self.env, self.learner.generator)
+        return random_widths(self.env, generator or self.learner.generator)
 
     def _foreseen(
         self, widths: Widths, step: int, episodes: int, solved: dict[int, Widths]
@@ -264,7 +264,7 @@ class JointSearch:
         return self.settings.measures_groups and step >= first + (episodes - first) // 2
 
     def _filling(self, step: int, episodes: int, generator: np.random.Generator | None = None) -> Widths:
-        if step == 0 or self.settings.proposer == "uniform":
+        if step == 0:
             return uniform_or_cheapest(self.env)
         if self.settings.measures_groups:
             sensitivity = self._sensitivity
@@ -275,7 +275,7 @@ class JointSearch:
                 return self._allocator.solve(values)
             if self._is_near(step, episodes):
                 return self._near.next(self._best_now())
-        return random_widths(self.env, generator or self.learner.generator)
+        return self._instead(generator)
 
     def _best_now(self) -> Widths:
         """The best plan on the weights as they are, else the favoured one, else the uniform one."""
