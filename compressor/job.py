@@ -72,7 +72,9 @@ class Job:
         """
         from compressor.budgets.resolve import reachable, resolve
 
-        budgets = resolve(budget_specs(self.recipe), self.space, table or self.table, self.callers)
+        budgets = resolve(
+            budget_specs(self.recipe), self.space, table or self.table, self.callers, self.recipe.precision
+        )
         reachable(budgets, self.space)
         return budgets
 

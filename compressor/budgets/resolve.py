@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compressor.budgets.base import Budget
-from compressor.budgets.counts import BYTES, MacsBudget, MemoryBudget, ParamsBudget, memory_bytes
+from compressor.budgets.counts import MacsBudget, MemoryBudget, ParamsBudget, memory_bytes
 from compressor.budgets.energy import EnergyBudget, EnergyMeter, find_counters
 from compressor.budgets.feasible import choices_for, keeping_widths
 from compressor.budgets.function import FunctionBudget, FunctionCaller, Prices
@@ -26,6 +26,7 @@ def resolve(
     space: PruningSpace,
     table: LatencyTable | None = None,
     callers: Mapping[str, Prices] | None = None,
+    precision: str = "fp32",
 ) -> list[Budget]:
     """Budgets in absolute numbers, in the order given.
 
@@ -34,6 +35,7 @@ def resolve(
         space: Gives the dense network's counts and those of every candidate.
         table: The device's latency; needed where a latency is asked for.
         callers: Of functions and of energy, by name; made where they are missing. They remember values.
+        precision: What the device computes in, for its memory.
 
     Raises:
         CompressorError: the same cost is limited twice, a latency is asked for without a table, or a function of
@@ -43,11 +45,15 @@ def resolve(
     for name in names:
         if names.count(name) > 1:
             raise CompressorError(f"The budget {name} is given twice.", "Give each cost one limit.")
-    return [_resolved(spec, space, table, callers or {}) for spec in specs]
+    return [_resolved(spec, space, table, callers or {}, precision) for spec in specs]
 
 
 def _resolved(
-    spec: BudgetSpec, space: PruningSpace, table: LatencyTable | None, callers: Mapping[str, Prices]
+    spec: BudgetSpec,
+    space: PruningSpace,
+    table: LatencyTable | None,
+    callers: Mapping[str, Prices],
+    precision: str,
 ) -> Budget:
     if spec.is_function:
         caller = callers.get(spec.name) or FunctionCaller(spec.name, space)
@@ -72,7 +78,6 @@ def _resolved(
         return LatencyBudget(table.curve(space), _target(spec, dense), dense, table.estimated)
     everything = np.asarray(space.dense_widths)[None]
     if spec.name == "memory":
-        precision = table.precision if table is not None else next(iter(BYTES))
         dense = float(memory_bytes(space, everything, precision)[0])
         return MemoryBudget(space, _target(spec, dense), dense, precision)
     kinds: dict[str, Callable[..., Budget]] = {"macs": MacsBudget, "params": ParamsBudget}

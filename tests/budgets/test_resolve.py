@@ -13,8 +13,10 @@ from compressor.budgets.counts import MemoryBudget
 from compressor.budgets.parse import parse_budget
 from compressor.budgets.resolve import reachable, resolve
 from compressor.errors import CompressorError
+from compressor.job import prepare
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
+from compressor.recipe import Recipe
 
 
 class Pair(nn.Module):
@@ -56,6 +58,16 @@ def test_memory_by_hand(space: PruningSpace) -> None:
     assert isinstance(memory, MemoryBudget)
     assert memory.dense == 4 * (PARAMS + 64 * (16 + 32))
     assert memory.predict(space.min_widths)[0] == 4 * (space.params(space.min_widths) + 64 * (4 + 4))
+
+
+def test_memory_is_counted_in_the_precision_of_the_device() -> None:
+    asked = {"model": "cifar_resnet20", "data": "digits", "budgets": {"memory": "50%"}}
+    for device, width in (("local", 4), ("jetson-orin-nano-8gb", 2)):
+        job = prepare(Recipe.model_validate({**asked, "device": device}).resolved())
+        (memory,) = job.budgets()
+        parameters = sum(each.numel() for each in job.model.parameters())
+        activations = int(job.space.activations(job.space.dense_widths[None])[0])
+        assert memory.dense == width * (parameters + activations)
 
 
 def test_tightening_a_budget_keeps_the_rest(space: PruningSpace) -> None:
