@@ -71,9 +71,9 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
     from compressor.training.evaluate import accuracy
 
     if run.finished("search"):
-        return _search(run, job).best
+        return _search(run, job)[0].best
     with run.stage("search"):
-        result = _search(run, job)
+        result, uniform = _search(run, job)
         if job.teacher is None:
             dense = accuracy(job.model, job.data.test, device=job.torch_device)
             epochs = len(result.training)  # fewer than planned where the time was up
@@ -96,7 +96,8 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
                         "reward": each.reward,
                         "accuracy": each.accuracy,
                         "costs": dict(each.costs),
-                        "source": each.phase,
+                        "source": "uniform" if each.widths == uniform else each.phase,
+                        "epoch": each.epoch,
                         **({"given_up": True} if each.given_up else {}),
                     }
                     for each in result.candidates
@@ -114,8 +115,10 @@ def _tell(run: RunDir, note: str) -> None:
         run.save(notes=[*run.manifest["notes"], note])
 
 
-def _search(run: RunDir, job: Job) -> SearchResult:
+def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None]:
+    """What the agent found, and the widths of uniform pruning within the same budgets, where a ratio keeps them."""
     from compressor.agents.base import Limits
+    from compressor.agents.proposals import uniform_widths
     from compressor.agents.registry import create_agent
     from compressor.agents.schedule import share_epochs
     from compressor.training.align import Alignment
@@ -139,9 +142,13 @@ def _search(run: RunDir, job: Job) -> SearchResult:
     log, checkpoint = run.episodes(), run.checkpoint("search")
     limits = Limits(max_evaluations=settings.max_evaluations, max_seconds=settings.max_seconds)
     try:
-        return agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
+        result = agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
     finally:
         evaluator.close()
+    try:
+        return result, tuple(uniform_widths(env).tolist())
+    except CompressorError:
+        return result, None
 
 
 def settle(run: RunDir, job: Job, plan: ChannelPlan) -> ChannelPlan:

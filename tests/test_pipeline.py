@@ -89,6 +89,9 @@ def test_other_agents_run_the_same_road(tmp_path: Path, agent: str) -> None:
     assert result.exit_code == 0
     assert result.manifest["budgets"][0]["kept"]
     assert result.manifest["engine_note"] == "The recipe asks for none."
+    assert "uniform" in {each["source"] for each in result.manifest["search"]["candidates"]}
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert ("of uniform pruning within the same budgets" in page) == (agent == "random")
 
 
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, tmp_path: Path) -> None:

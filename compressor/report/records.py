@@ -23,7 +23,7 @@ from compressor.report.formats import (
 from compressor.report.judgement import AFTERWARDS, NAMES, margin
 from compressor.report.layers import channels
 
-YARDSTICKS = ("uniform", "knapsack", "random")
+UNIFORM = "uniform"
 
 Record = Mapping[str, Any]
 
@@ -83,7 +83,7 @@ def layers(manifest: Manifest) -> list[dict[str, str]]:
 
 
 def sources(manifest: Manifest) -> dict[str, Any]:
-    """The best candidate of each source, and how the chosen one compares with the yardsticks among them."""
+    """The best candidate of each source, and how the chosen one compares with uniform pruning."""
     candidates = [
         row
         for row in rows(section(manifest, "search"), "candidates")
@@ -109,29 +109,29 @@ def sources(manifest: Manifest) -> dict[str, Any]:
             }
             for source in order
         ],
-        "yardstick": _against_yardsticks(manifest, candidates, pick),
+        "uniform": _against_uniform(manifest, candidates, pick),
     }
 
 
-def _against_yardsticks(manifest: Manifest, candidates: Sequence[Record], pick: Record | None) -> str:
-    """The chosen candidate beside the best yardstick that was scored on the same weights."""
-    agent = text(section(manifest, "search"), "agent")
-    if pick is None or agent in YARDSTICKS:
+def _against_uniform(manifest: Manifest, candidates: Sequence[Record], pick: Record | None) -> str:
+    """The chosen candidate beside uniform pruning within the same budgets, where it was scored on the same weights."""
+    if pick is None or text(section(manifest, "search"), "agent") == UNIFORM:
         return ""
+    if text(pick, "source") == UNIFORM:
+        return "The chosen network is that of uniform pruning: nothing better was found."
     rivals = [
-        row
-        for row in candidates
-        if text(row, "source").startswith(YARDSTICKS)
-        and row.get("epoch", pick.get("epoch")) == pick.get("epoch")
+        row for row in candidates if text(row, "source") == UNIFORM and row.get("epoch") == pick.get("epoch")
     ]
     if not rivals:
-        return f"No yardstick ({', '.join(YARDSTICKS)}) was scored on the same weights."
-    rival = max(rivals, key=_reward)
-    ours, theirs = _reward(pick), _reward(rival)
+        return ""
+    whole = [row for row in rivals if row.get("given_up") is not True]
+    if not whole:
+        return "Uniform pruning within the same budgets was given up: it could not reach the best any more."
+    ours, theirs = _reward(pick), max(map(_reward, whole))
     relation = "more than" if ours > theirs else "less than" if ours < theirs else "the same as"
     return (
-        f"The chosen network has reward {significant(ours, 4)}, {relation} the best yardstick's "
-        f"{significant(theirs, 4)} ({text(rival, 'source')})."
+        f"The chosen network has reward {significant(ours, 4)}, {relation} the {significant(theirs, 4)} of uniform "
+        "pruning within the same budgets and on the same weights."
     )
 
 

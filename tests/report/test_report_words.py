@@ -183,18 +183,23 @@ def test_layers_whose_time_stayed_are_named() -> None:
     assert "add up to 3.50 ms of the network's 4.00 ms. The other 0.500 ms (12.5%)" in hot.remark
 
 
-def test_yardsticks_count_only_on_the_same_weights() -> None:
+def test_uniform_pruning_counts_only_on_the_same_weights() -> None:
     def told(agent: str, *candidates: dict[str, Any]) -> str:
         found: str = sources(
             {"search": {"agent": agent, "best_reward": 0.9, "candidates": list(candidates)}}
-        )["yardstick"]
+        )["uniform"]
         return found
 
     ours = {"reward": 0.9, "source": "final", "epoch": 3}
-    assert told("joint", {"reward": 0.95, "source": "knapsack", "epoch": 3}, ours) == (
-        "The chosen network has reward 0.9000, less than the best yardstick's 0.9500 (knapsack)."
+    theirs = {"reward": 0.95, "source": "uniform", "epoch": 3}
+    assert told("joint", theirs, ours).startswith(
+        "The chosen network has reward 0.9000, less than the 0.9500 of uniform"
     )
-    assert told("joint", {"reward": 0.95, "source": "knapsack", "epoch": 2}, ours).startswith("No yardstick")
+    assert told("joint", theirs | {"given_up": True}, ours).startswith(
+        "Uniform pruning within the same budgets was"
+    )
+    assert told("joint", theirs | {"epoch": 2}, ours) == ""
+    assert told("joint", ours | {"source": "uniform"}).endswith("nothing better was found.")
     assert told("uniform", ours) == ""
 
 
