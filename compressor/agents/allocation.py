@@ -145,36 +145,33 @@ class Allocator:
         at = np.array([np.searchsorted(levels, w) for levels, w in zip(self.levels, widths, strict=True)])
         if any(self.levels[i][min(k, len(self.levels[i]) - 1)] != widths[i] for i, k in enumerate(at)):
             return widths
-        moves = _moves(len(at))
-        small = moves[: len(at) * len(at)]  # those by one level
-        tries = [(moves, _TRIED, np.inf), (small, len(small), np.inf)]
+        # Large moves promise most; where none of the most promising is allowed, a small one may be.
+        tries = [(_STEPS, _TRIED, np.inf), (_STEPS[:1], len(at) * len(at), np.inf)]
         if (
             self._dear
         ):  # first those that fit by the prices of single groups, though a cost need not be their sum
-            tries = [(moves, _TRIED_DEAR, 1e-9), (moves, _TRIED, np.inf)]
-        sizes = np.array([len(levels) for levels in self.levels])
-        padded = np.full((len(at), sizes.max()), -np.inf)
-        table = np.zeros((len(at), sizes.max()), dtype=np.int64)
+            tries = [(_STEPS, _TRIED_DEAR, 1e-9), (_STEPS, _TRIED, np.inf)]
+        shape = (len(at), max(len(levels) for levels in self.levels))
+        worth, table = np.full(shape, -np.inf), np.zeros(shape, dtype=np.int64)
         for i, (value, levels) in enumerate(zip(values, self.levels, strict=True)):
-            padded[i, : len(value)], table[i, : len(levels)] = value, levels
+            worth[i, : len(value)], table[i, : len(levels)] = value, levels
         groups = np.arange(len(at))
-        added = np.zeros(table.shape)  # to the share of the budget, by each level of each group
+        added = np.zeros(shape)  # to the share of the budget, by each level of each group
         if self._dear:
             for i, price in enumerate(self._prices(widths)):
                 added[i, : len(price)] = price - price[at[i]]
             added[0] += self.bounds.excess(widths[None])[0] - 1.0
         for _ in range(_POLISHING):
-            # Large moves promise most; where none of the most promising is allowed, a small one may be.
-            for moved, most, room in tries:
-                steps = at + moved
-                steps = steps[((steps >= 0) & (steps < sizes)).all(axis=1)]
-                steps = steps[added[groups, steps].sum(axis=1) <= room]
-                gains = padded[groups, steps].sum(axis=1) - padded[groups, at].sum()
-                order = np.argsort(-gains, kind="stable")[:most]
-                order = order[gains[order] > 1e-12]
-                first = self._first_kept(table[groups, steps[order]])
+            for steps, most, room in tries:
+                gains = _moved(worth, at, steps)
+                allowed = gains > 1e-12
+                if np.isfinite(room):
+                    allowed &= added[groups, at].sum() + _moved(added, at, steps) <= room
+                order = _largest(gains, np.flatnonzero(allowed), most)
+                rows = at + _moves(order, len(at), steps)
+                first = self._first_kept(table[groups, rows])
                 if first is not None:
-                    at = steps[order[first]]
+                    at = rows[first]
                     break
             else:
                 break
@@ -182,16 +179,49 @@ class Allocator:
 
     def _first_kept(self, rows: Widths) -> int | None:
         """Index of the first of rows (N, G) that keeps the budgets; where prices are dear, row by row until there."""
-        chunks = np.split(rows, len(rows)) if self._dear and len(rows) else [rows]
-        kept = (self.bounds.feasible(chunk) for chunk in chunks if len(chunk))
+        size = 1 if self._dear else _TRIED
+        chunks = (rows[start : start + size] for start in range(0, len(rows), size))
+        kept = (self.bounds.feasible(chunk) for chunk in chunks)
         return next((i for i, here in enumerate(itertools.chain.from_iterable(kept)) if here), None)
 
 
-def _moves(groups: int) -> NDArray[np.int64]:
-    """One group up by a level; or one up and another down, each by 1, 2, 4 or 8."""
-    single = np.eye(groups, dtype=np.int64)
-    moves = [single]
-    for up, down in itertools.product(_STEPS, _STEPS):
-        pairs = up * single[:, None] - down * single[None, :]
-        moves.append(pairs[~np.eye(groups, dtype=bool)])
-    return np.concatenate(moves)
+def _moved(by_level: NDArray[np.float64], at: NDArray[np.int64], steps: Sequence[int]) -> NDArray[np.float64]:
+    """What each move adds to a sum over the groups of `by_level` (G, L) at levels `at` (G,); -inf where it cannot be.
+
+    Returns:
+        (G + S * S * G * G,): one group up by a level; then, for each pair of steps up and down, one group up and
+        another one down.
+    """
+    groups, (count, most) = np.arange(len(at)), by_level.shape
+
+    def by(step: int) -> NDArray[np.float64]:
+        to = at + step
+        there = by_level[groups, to.clip(0, most - 1)] - by_level[groups, at]
+        return np.where((to >= 0) & (to < most), there, -np.inf)
+
+    up, down = np.array([by(step) for step in steps]), np.array([by(-step) for step in steps])
+    pairs = up[:, None, :, None] + down[None, :, None, :]
+    pairs[:, :, groups, groups] = -np.inf
+    return np.concatenate([by(1), pairs.reshape(-1)])
+
+
+def _moves(chosen: NDArray[np.int64], groups: int, steps: Sequence[int]) -> NDArray[np.int64]:
+    """The changes of levels (N, G) of the moves with these indices (N,), as `_moved` counts them."""
+    moves = np.zeros((len(chosen), groups), dtype=np.int64)
+    single = np.flatnonzero(chosen < groups)
+    moves[single, chosen[single]] = 1
+    paired = np.flatnonzero(chosen >= groups)
+    up, down, raised, lowered = np.unravel_index(
+        chosen[paired] - groups, (len(steps), len(steps), groups, groups)
+    )
+    moves[paired, raised] = np.asarray(steps)[up]
+    moves[paired, lowered] = -np.asarray(steps)[down]
+    return moves
+
+
+def _largest(gains: NDArray[np.float64], among: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Those of the indices `among` with the largest gains, in falling order, of equal ones the first."""
+    if len(among) > most:
+        least = np.partition(gains[among], -most)[-most]
+        among = among[gains[among] >= least]
+    return among[np.argsort(-gains[among], kind="stable")[:most]]
