@@ -192,7 +192,7 @@ def _moved(by_level: NDArray[np.float64], at: NDArray[np.int64], steps: Sequence
         (G + S * S * G * G,): one group up by a level; then, for each pair of steps up and down, one group up and
         another one down.
     """
-    groups, (count, most) = np.arange(len(at)), by_level.shape
+    groups, most = np.arange(len(at)), by_level.shape[1]
 
     def by(step: int) -> NDArray[np.float64]:
         to = at + step

@@ -10,7 +10,7 @@ import numpy as np
 from compressor import progress
 from compressor.agents.base import Agent, SearchResult
 from compressor.agents.best import best_of_round, carried_over
-from compressor.agents.proposals import follow, followed, random_widths, uniform_or_cheapest
+from compressor.agents.proposals import followed, random_widths, uniform_or_cheapest
 
 if TYPE_CHECKING:
     from compressor.agents.search_run import SearchRun
@@ -52,18 +52,18 @@ class RandomAgent(Agent):
                 before = run.evaluations
                 if run.spent() or before >= total:
                     break
-                env.ahead(followed(env, self._drawn(run, each)) for each in range(step, draws))
-                drawn = self._drawn(run, step)
-                scored = run.score(drawn, phase) if step == 0 else run.episode(follow(drawn), phase).candidate
+                env.ahead(self._plan(run, each) for each in range(step, draws))
+                scored = run.score(self._plan(run, step), phase)
                 run.place.steps[phase] = step + 1
                 if (step + 1) % 10 == 0:
                     run.save()
                 bar.advance(run.evaluations - before, note=f"{scored.accuracy:.1%}")
         best = best_of_round(run)
-        return run.choose([self._drawn(run, 0).tolist() if best is None else best.widths])
+        return run.choose([self._plan(run, 0).tolist() if best is None else best.widths])
 
-    def _drawn(self, run: SearchRun, step: int) -> Widths:
+    def _plan(self, run: SearchRun, step: int) -> Widths:
         """The widths of a step, from a generator of its own; the first are uniform, or the best of earlier rounds."""
         if step == 0:
             return next(carried_over(run)) if run.place.round else uniform_or_cheapest(run.env)
-        return random_widths(run.env, np.random.default_rng([self.seed, run.place.round, step]))
+        drawn = random_widths(run.env, np.random.default_rng([self.seed, run.place.round, step]))
+        return followed(run.env, drawn)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Inputs = NDArray[np.float64]
 
 _FIRST, _GROWTH = 20, 1.5
-"""Plans after which the kernel is first fitted, and by what factor they grow until it is again."""
+"""Plans up to which the kernel is fitted whenever there are more, and by what factor they grow until it is again."""
 _MOST = 500
 """Plans that are learned from: the latest."""
 _WORK = 1.6e6

@@ -160,7 +160,7 @@ class SearchRun:
     def choose(
         self,
         shortlist: Iterable[Sequence[int]],
-        more: Iterable[Sequence[int]] = (),
+        more: Iterable[Iterable[Sequence[int]]] = (),
         *,
         score_all: bool = True,
         plans: Mapping[tuple[int, ...], ChannelPlan] | None = None,
@@ -174,7 +174,7 @@ class SearchRun:
 
         Args:
             shortlist: widths (G,) each; none is asked for any more once a limit is reached.
-            more: the same, begun when all of the shortlist are scored.
+            more: further ones of the same, each begun when all before it are scored.
             score_all: whether more than the first is scored.
             plans: by widths, the channels to keep where these are not the most important ones.
             measure: accuracy of a plan, where it is not the evaluator's; what is known is then scored again.
@@ -184,7 +184,7 @@ class SearchRun:
         """
         own = {**self._kept(), **(plans or {})}
         carried = (widths.tolist() for widths in carried_over(self))
-        lists = (itertools.chain(shortlist, carried), more)
+        lists = itertools.chain([itertools.chain(shortlist, carried)], more)
         scored = score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
         if not scored:
             raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")

@@ -20,7 +20,7 @@ Widths = tuple[int, ...]
 
 def score_shortlists(
     run: SearchRun,
-    shortlists: Sequence[Iterable[Sequence[int]]],
+    shortlists: Iterable[Iterable[Sequence[int]]],
     *,
     score_all: bool,
     plans: Mapping[Widths, ChannelPlan],

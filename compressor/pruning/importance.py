@@ -40,8 +40,8 @@ class Ranking:
 def rank(space: PruningSpace, importance: Importance, data: Any = None, seed: int = 0) -> Ranking:
     """Score every unit of every group on the weights of the moment.
 
-    Methods, all sums over the layers of a group, each layer scaled to mean 1 so that none outweighs the
-    others:
+    Methods; the first four are sums over the layers of a group, each layer scaled to mean 1 so that none outweighs
+    the others:
         l1, l2: norm of the filters that make the channel (Li et al., ICLR 2017).
         bn: |scale| of its batch-norms (Liu et al., ICCV 2017); filters' L1 where a group has none.
         fpgm: distance of a filter to all others of its layer (He et al., CVPR 2019).

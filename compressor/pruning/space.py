@@ -45,7 +45,7 @@ class PruningSpace:
         example_input: A tensor, or a tuple of positional arguments. Only shapes, types and devices matter. A batch
             is cut to one input, so that costs are those of one input.
         granularity: Widths are multiples of this many channels (or the dense width); by pattern of group names too.
-        min_width: The smallest width: channels (int), a share of the dense width (float), or either by pattern of
+        min_width: The smallest width: units (int), a share of the dense width (float), or either by pattern of
             group names. Default: a tenth of the dense width, at least one step.
         frozen: Patterns (fnmatch) of group or module names that stay dense.
         scope: "all", or "inner" to leave groups that run through residual additions dense.

@@ -30,7 +30,7 @@ class Recipe(Part):
     image_size: Positive | None = Field(
         None,
         description="Height and width of an input in pixels; left out: 32 for digits and CIFAR, "
-        "224 for ImageNet, for a folder its images' own.",
+        "224 for ImageNet; for a folder its images' own, but 32 for cifar_* networks.",
     )
     device: str = Field("local", description="local, the name of a latency table, or ssh://user@host.")
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(

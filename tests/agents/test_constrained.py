@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compressor.agents.base import Limits
-from compressor.agents.constrained.actions import plan_of_masks
+from compressor.agents.constrained.actions import LayerActions, plan_of_masks
 from compressor.agents.constrained.lagrange import Multipliers, lagrangian_loss
 from compressor.agents.constrained.ppo import CostRolloutBuffer, LagrangianPpo, Step, centred
 from compressor.agents.constrained.search import best_feasible
@@ -30,7 +30,7 @@ from compressor.training.evaluate import Evaluator
 from compressor.training.loop import TrainSettings
 from tests.agents.bench import Killed
 from tests.agents.test_real_parts import Residual
-from tests.env.fake_space import FakeEvaluator, FakeSpace
+from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 SMALL: dict[str, Any] = {"evaluations": 40, "episodes_per_update": 4}
 
@@ -275,3 +275,13 @@ def test_without_a_budget_nothing_is_pruned(tmp_path: Path) -> None:
         checkpoint=Checkpoint(tmp_path / "state.pt"),
     )
     assert list(result.widths.values()) == [16, 24]
+
+
+def test_no_action_keeps_the_plan_that_it_is_added_to_also_above_the_cap() -> None:
+    space = FakeSpace([20, 20])
+    env = PruningEnv(space, [macs_budget(space, 0.5)], FakeEvaluator(space, [1, 1]))
+    actions = LayerActions(env, fold=True)
+    actions.centre(np.array([6, 16]))
+    ratios = [actions.ratio(group, np.zeros(1, dtype=np.float32), cap=0.5) for group in range(2)]
+    assert ratios == pytest.approx([0.7, 0.2])
+    assert actions.ratio(1, np.array([0.4], dtype=np.float32), cap=0.5) == pytest.approx(0.4)  # mirrored

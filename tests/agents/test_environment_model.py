@@ -138,3 +138,24 @@ def test_actions_beyond_the_bounds_are_stored_as_asked_and_as_moved() -> None:
         [0.0, 0.5], abs=1e-6
     )  # of [-1, 1]
     assert replay.returns[before : before + 2, 0].tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_every_episode_is_remembered_with_the_epoch_of_its_weights(
+    new_bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembered: list[tuple[int, int]] = []
+    remember = Learner.remember
+
+    def noted(self: Learner, episode: Episode) -> None:
+        remembered.append((episode.candidate.epoch, self._epoch))
+        remember(self, episode)
+
+    monkeypatch.setattr(Learner, "remember", noted)
+    schedule = Schedule(1, 2, 2)
+    new_bench("run").search("joint", train=True, schedule=schedule, settings=SMALL, context_size=16)
+    assert {epoch for epoch, _ in remembered} == {
+        1,
+        2,
+        5,
+    }  # after the warm-up, a joint epoch, and all of them
+    assert all(epoch == theirs + schedule.warmup for epoch, theirs in remembered)

@@ -169,6 +169,7 @@ def test_curves(new_bench: Any, tmp_path: Path) -> None:
         ("favour", "none", "favour is 'none', expected 'best' or 'policy'"),
         ("actor_rate", 0, "actor_rate is 0, expected more than 0"),
         ("shortlist", 0, "shortlist is 0, expected 1 or more"),
+        ("near_share", 75, "near_share is 75, expected 0 to 1"),
     ],
 )
 def test_settings_that_are_refused(bench: Bench, name: str, value: Any, expected: str) -> None:

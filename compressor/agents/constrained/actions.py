@@ -38,7 +38,8 @@ class LayerActions:
         self.around = 1.0 - np.asarray(widths) / self._env.bounds.dense
 
     def ratio(self, group: int, action: NDArray[np.float32], cap: float) -> float:
-        """The ratio that an action removes from a group, 0..cap."""
+        """The ratio that an action removes from a group, 0..cap; the plan's own ratio always, also above the cap."""
+        cap = max(cap, float(self.around[group]))
         wanted = float(self.around[group]) + float(action[0])
         if self._fold:
             wanted = abs(wanted) if wanted < cap else 2 * cap - wanted

@@ -98,7 +98,7 @@ class ConstrainedSearch:
         """Play the episodes of an update into the rollout buffer; whether all of them could be played."""
         self.ppo.rollout_buffer.reset()
         share = min(1.0, update / updates)
-        cap = min(self.settings.cap + 0.05 * share, 1.0)
+        cap = self._cap(share)
         training = self.settings.finetune_iterations[min(2, int(3 * share))]
         walks = [self._walk(cap) for _ in range(self.settings.episodes_per_update)]
         scored: list[tuple[Walk, Candidate]] = []
@@ -154,9 +154,13 @@ class ConstrainedSearch:
             return self.run.evaluator.score(self.env.space.apply(plan), steps=steps)
 
         widths = (each.tolist() for each in [*self._of_masks(plans), *self._of_candidates()])
-        rest = itertools.chain(self._more(), self._last_near_plans())
-        more = (each.tolist() for each in rest) if self.run.limits.use_all else ()
-        return self.run.choose(widths, more, plans=plans, measure=measure if steps else None)
+        more = itertools.chain([self._more()], self._last_near_plans()) if self.run.limits.use_all else ()
+        return self.run.choose(
+            widths,
+            ((each.tolist() for each in rest) for rest in more),
+            plans=plans,
+            measure=measure if steps else None,
+        )
 
     # What they are made of.
 
@@ -176,7 +180,7 @@ class ConstrainedSearch:
             return []
         names = [group.name for group in self.env.space.groups]
         found: list[Widths] = []
-        for masks in [*(masks for _, masks in self._masks), self._walk(1.0, deterministic=True).masks]:
+        for masks in [*(masks for _, masks in self._masks), self._policys_walk().masks]:
             widths = scaled_widths(self.env, self.actions.hard(masks) / self.env.bounds.dense)
             found.append(widths)
             plans.setdefault(tuple(widths.tolist()), plan_of_masks(names, masks, widths))
@@ -188,7 +192,7 @@ class ConstrainedSearch:
         shortlist = [] if best is None else [np.array(best.widths, dtype=np.int64)]
         shortlist += itertools.islice(self._more(), int(self.settings.shortlist))
         if not self._channels:
-            policys = np.array(self._walk(1.0, deterministic=True).widths)
+            policys = np.array(self._policys_walk().widths)
             shortlist.append(scaled_widths(self.env, policys / dense))
         starts = [c for c in known if c.phase == _START]
         if starts and any(self.settings.finetune_iterations):  # they were scored with less training, or none
@@ -207,6 +211,14 @@ class ConstrainedSearch:
         for index in np.argsort([-value for value in worth], kind="stable"):
             yield scaled_widths(self.env, rows[index] / bounds.dense)
 
+    def _policys_walk(self) -> Walk:
+        """The deterministic policy's, as at the end of the curriculum."""
+        return self._walk(self._cap(1.0), deterministic=True)
+
+    def _cap(self, share: float) -> float:
+        """The largest ratio that is removed from a group, after a share of the updates."""
+        return min(self.settings.cap + 0.05 * share, 1.0)
+
     def _near_plans(self) -> int:
         """Plans near the best after each update; none where candidates are more than their widths."""
         if self._channels or any(self.settings.finetune_iterations):
@@ -214,12 +226,12 @@ class ConstrainedSearch:
         share = self.settings.near_share
         return round(self.settings.episodes_per_update * share / (1.0 - share))
 
-    def _last_near_plans(self) -> Iterator[Widths]:
-        """Plans near the best, for evaluations that known plans have saved."""
+    def _last_near_plans(self) -> Iterator[list[Widths]]:
+        """Plans near the best, for evaluations that known plans have saved; each looks at all scored before."""
         for _ in range(self.reserve if self._near_plans() else 0):
             best = self._best_kept()
             if best is not None:
-                yield self._near.next(np.array(best.widths, dtype=np.int64))
+                yield [self._near.next(np.array(best.widths, dtype=np.int64))]
 
     def _best_kept(self) -> Candidate | None:
         """The best candidate that keeps the budgets."""

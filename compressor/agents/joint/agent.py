@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class JointAgent(Agent):
     """Trains and prunes at once: a soft actor-critic chooses the ratios, rewarded with the accuracy.
 
-    The phases, each resumable where a step of it ends: warm-up epochs; random episodes that fill the replay, with the
-    weights at rest; joint epochs, each after a round of episodes and with a regulariser that pulls the weights towards
+    The phases, each resumable where a step of it ends: warm-up epochs; episodes that fill the replay, with the weights
+    at rest; joint epochs, each after a round of episodes and with a regulariser that pulls the weights towards
     the structure favoured then; aligned epochs, with that structure fixed; and the final choice among the best few,
     the deterministic policy's and the uniform plan, all scored again on the final weights.
 
@@ -53,8 +53,7 @@ class JointAgent(Agent):
                     search.train_joint_epoch()
             run.done("joint")
         if joint:
-            search.align_to_favoured()
-            run.train("aligned", schedule.aligned, "Training towards the chosen structure")
+            search.train_aligned()
         if run.limits.use_all:
             search.play_out(plan.rounds * plan.blocks)
         return search.choose()

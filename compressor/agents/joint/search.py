@@ -137,7 +137,17 @@ class JointSearch:
         self.align_to_favoured()
         self.run.train_epoch("joint")
         self._target = None
-        self.learner.begin_epoch(self.run.place.epoch - self.run.agent.schedule.warmup)
+        self._begin_epoch()
+
+    def train_aligned(self) -> None:
+        """The last epochs, towards the favoured structure; what is played after them is on their weights."""
+        self.align_to_favoured()
+        epochs = self.run.agent.schedule.aligned
+        self.run.train("aligned", epochs, "Training towards the chosen structure")
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self.learner.begin_epoch(max(0, self.run.place.epoch - self.run.agent.schedule.warmup))
 
     def align_to_favoured(self) -> None:
         """Set the trainer's regulariser to the favoured structure; to the same channels after a resume."""

@@ -23,8 +23,8 @@ class JointSettings:
     """Numbers of the method; where arXiv 2403.19490 gives one, it is the default, except where said.
 
     Attributes:
-        fill_episodes: random plans that fill the replay before the policy acts (the paper: 100; 20 suits a
-            laptop).
+        fill_episodes: plans that fill the replay before the policy acts (the paper: 100, all random; 20 suits a
+            laptop): random ones, and with a warm start knapsack plans and some near the best.
         episodes_per_epoch: episodes before each joint epoch.
         again_episodes: episodes after a budget was tightened.
         shortlist: how many of the best plans are scored again on the final weights.
@@ -111,6 +111,9 @@ class JointSettings:
         for name in ("actor_rate", "critic_rate", "decoder_rate", "tau"):
             if not getattr(self, name) > 0:
                 raise CompressorError(f"The setting {name} is {getattr(self, name)}, expected more than 0.")
+        for name in ("near_share", "gamma"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise CompressorError(f"The setting {name} is {getattr(self, name)}, expected 0 to 1.")
 
     @property
     def measures_groups(self) -> bool:
@@ -124,7 +127,7 @@ class EpisodePlan:
 
     Attributes:
         points: evaluations of each group alone, for the warm start.
-        fill: random ones.
+        fill: those that fill the replay.
         rounds: rounds of joint episodes, each followed by an epoch of training if there is one.
         per_round: episodes of a round, that of the deterministic policy included.
         reserve: evaluations put by for the final choice.
