@@ -116,7 +116,7 @@ def cell(agent: str, after: float, seed: int = 0, **changed: object) -> dict[str
         "brief": 0, "epochs": 1, "search_images": 500, "batch_norm_batches": 10, "used": 100,
         "search_accuracy": 0.3, "before": 0.2, "after": after, "share": 0.3, "measured_share": None,
         "test_images": 10_000, "target_share": 0.3, "kept": True, "search_minutes": 2.0,
-        "found": [[30, 0.2], [60, 0.3]],
+        "found": [[30, 0.2], [60, 0.3]], "widths": {"a": 8},
     }  # fmt: skip
     return {**given, **changed}
 
@@ -178,3 +178,18 @@ def test_the_page_tells_the_agents_apart_and_what_is_missing() -> None:
     assert "- `cifar_resnet20`, 400 evaluations, params:50%: joint, random (seeds 0, 1)" in second
     assert "- `cifar_vgg16_bn`, 100 evaluations, params:10%: joint (seeds 0)" in second
     assert "python -m it" in second
+
+
+def test_what_the_search_sees_is_compared_with_what_training_makes_of_it() -> None:
+    def plan(width: int, before: float, after: float, **changed: object) -> dict[str, Any]:
+        return cell("joint", after, before=before, widths={"a": width}, **changed)
+
+    rising = [plan(width, 0.1 * width, 0.5 + 0.1 * (width % 5)) for width in range(1, 5)]
+    text = page([*rising, plan(5, 0.5, 0.5), cell("uniform", 0.1, before=0.9)], {}, [], "it")
+    # Of five plans the last falls from the first place to the last, which moves the other four by one.
+    assert "| cifar_resnet20 | params:50% | 5 | +0.00 | 15.8 | 15.8 |" in text
+    same = plan(5, 0.7, 0.5, evaluations=400)  # the plan of another search: the mean of both counts
+    assert "| cifar_resnet20 | params:50% | 5 | +0.00 | 19.2 | 15.8 |" in page(
+        [*rising, plan(5, 0.5, 0.5), same], {}, [], "it"
+    )
+    assert "| cifar_resnet20 | params:50% | 4 |" not in page(rising, {}, [], "it")  # too few
