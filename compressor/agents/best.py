@@ -1,4 +1,4 @@
-"""The best plans of a search so far, which every agent asks for; measurements of single groups are no plans."""
+"""The best plans of a search so far, which every agent asks for."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 def best_of_round(run: SearchRun) -> Candidate | None:
     """The best plan of this round of the search, on whatever weights."""
-    return _highest(c for c in _plans(run) if c.round == run.place.round)
+    return _highest(c for c in eligible(run) if c.round == run.place.round)
 
 
 def best_on_weights(run: SearchRun) -> Candidate | None:
     """The best plan of this round that was scored on the weights as they are."""
     place = run.place
-    return _highest(c for c in _plans(run) if (c.epoch, c.round) == (place.epoch, place.round))
+    return _highest(c for c in eligible(run) if (c.epoch, c.round) == (place.epoch, place.round))
 
 
 def best_known(run: SearchRun, number: int) -> list[tuple[int, ...]]:
     """Widths of the best plans of this round and of earlier results, first those scored on the latest weights."""
     latest = max((c.epoch for c in run.candidates), default=0)
-    known = [c for c in _plans(run) if c.round == run.place.round or c.phase == "final"]
+    known = [c for c in eligible(run) if c.round == run.place.round or c.phase == "final"]
     known.sort(key=lambda c: (c.epoch == latest, *merit(c)), reverse=True)
     return list(dict.fromkeys(candidate.widths for candidate in known))[:number]
 
@@ -39,7 +39,7 @@ def best_known(run: SearchRun, number: int) -> list[tuple[int, ...]]:
 def carried_over(run: SearchRun) -> Iterator[Widths]:
     """In a later round of the search, widths (G,) of the result of the last one and of the best of all: each scaled to
     the budgets as they are now, and as it was. In the first round there are none."""
-    results = [c for c in _plans(run) if c.round < run.place.round and c.phase == "final"]
+    results = [c for c in eligible(run) if c.round < run.place.round and c.phase == "final"]
     latest = max((c.epoch for c in results), default=0)
     last = [c for c in results if c.round == run.place.round - 1]
     for among in (last, results):
@@ -55,8 +55,13 @@ def merit(candidate: Candidate) -> tuple[float, int]:
     return candidate.reward, sum(candidate.widths)
 
 
-def _plans(run: SearchRun) -> list[Candidate]:
-    return [candidate for candidate in run.candidates if candidate.phase != PHASE]
+def eligible(run: SearchRun) -> list[Candidate]:
+    """What a search may choose from: measurements of single groups only where they keep the budgets."""
+    measured = [candidate.widths for candidate in run.candidates if candidate.phase == PHASE]
+    if not measured:
+        return list(run.candidates)
+    kept = dict(zip(measured, run.env.bounds.feasible(np.array(measured, dtype=np.int64)), strict=True))
+    return [c for c in run.candidates if c.phase != PHASE or kept[c.widths]]
 
 
 def _highest(candidates: Iterable[Candidate]) -> Candidate | None:

@@ -78,7 +78,7 @@ def context(run: Collected) -> dict[str, Any]:
         "effort": explain.effort(manifest),
         "search_charts": _charts(
             (
-                plots.reward_curve(run.episodes, "reward"),
+                plots.reward_curve(manifest, run.episodes, "reward"),
                 plots.candidate_scatter(manifest, run.episodes, "candidates"),
             )
         ),

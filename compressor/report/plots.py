@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
@@ -54,14 +55,19 @@ def training_curve(manifest: Manifest, key: str, prefix: str) -> Chart | None:
     )
 
 
-def reward_curve(episodes: Sequence[Record], prefix: str) -> Chart | None:
-    """Every episode's reward and the best so far."""
+def reward_curve(manifest: Manifest, episodes: Sequence[Record], prefix: str) -> Chart | None:
+    """Every episode's reward, and the best so far of those that keep the budgets."""
     known = [episode for episode in episodes if number(episode.get("reward")) is not None]
     if len(known) < 2:
         return None
     rewards = [float(episode["reward"]) for episode in known]
     places = list(range(1, len(rewards) + 1))
-    best = list(accumulate(rewards, max))
+    kept = [
+        reward if within_budgets(manifest, row) else -math.inf
+        for reward, row in zip(rewards, known, strict=True)
+    ]
+    best = list(accumulate(kept, max))
+    start = next((i for i, reward in enumerate(best) if reward > -math.inf), len(best))
     shown = thinned(len(rewards))
     with drawing() as (figure, axes):
         _bands(axes, [text(episode, "phase") for episode in known])
@@ -76,18 +82,28 @@ def reward_curve(episodes: Sequence[Record], prefix: str) -> Chart | None:
             color=COLOURS["slim"],
             label="an episode",
         )
-        axes.step(places, best, where="post", color=COLOURS["accent"], linewidth=1.8, label="best so far")
+        axes.step(
+            places[start:],
+            best[start:],
+            where="post",
+            color=COLOURS["accent"],
+            linewidth=1.8,
+            label="best so far within the budgets",
+        )
         axes.set_xlabel("episode")
         axes.set_ylabel("reward")
         _count_axis(axes, 1, len(rewards))
         figure.legend(loc="outside lower center", ncols=2)
         svg = to_svg(figure, prefix)
-    first = best.index(best[-1]) + 1
-    alt = f"Reward over {len(rewards)} episodes: best {significant(best[-1], 4)}, reached in episode {first}."
+    found = "None of them keeps the budgets, as predicted."
+    if start < len(best):
+        found = (
+            f"The best reward within the budgets, {significant(best[-1], 4)}, was reached in episode "
+            f"{best.index(best[-1]) + 1}."
+        )
     left_out = "" if len(shown) == len(known) else f" {len(shown):,} of {len(known):,} episodes are drawn."
-    return Chart(
-        svg, "Reward over the episodes", alt, f"The best reward was reached in episode {first}.{left_out}"
-    )
+    alt = f"Reward over {len(rewards)} episodes. {found}"
+    return Chart(svg, "Reward over the episodes", alt, f"{found}{left_out}")
 
 
 def candidate_scatter(manifest: Manifest, episodes: Sequence[Record], prefix: str) -> Chart | None:
@@ -193,6 +209,16 @@ def scatter_cost(manifest: Manifest, candidates: Sequence[Record], episodes: Seq
     recorded = [name for record in (*candidates, *episodes) for name in section(record, "costs")]
     wanted = [text(budget, "name") for budget in rows(manifest, "budgets")]
     return next((name for name in wanted if name in recorded), recorded[0] if recorded else "")
+
+
+def within_budgets(manifest: Manifest, record: Record) -> bool:
+    """Whether no recorded cost of a candidate or an episode is above its budget's target."""
+    costs = section(record, "costs")
+    for budget in rows(manifest, "budgets"):
+        price, target = number(costs.get(text(budget, "name"))), number(budget.get("target"))
+        if price is not None and target is not None and price > target * (1 + 1e-9):
+            return False
+    return True
 
 
 def cost_unit(manifest: Manifest, name: str) -> tuple[str, float | None]:

@@ -83,7 +83,7 @@ def layers(manifest: Manifest) -> list[dict[str, str]]:
 
 
 def sources(manifest: Manifest) -> dict[str, Any]:
-    """The best candidate of each source, and how the chosen one compares with uniform pruning."""
+    """The best candidate of each source within the budgets, and how the chosen one compares with uniform pruning."""
     candidates = [
         row
         for row in rows(section(manifest, "search"), "candidates")
@@ -94,8 +94,11 @@ def sources(manifest: Manifest) -> dict[str, Any]:
     groups: dict[str, list[Record]] = {}
     for candidate in candidates:
         groups.setdefault(text(candidate, "source", "not recorded"), []).append(candidate)
-    best = {source: max(members, key=_reward) for source, members in groups.items()}
-    order = sorted(best, key=lambda source: (-_reward(best[source]), source))
+    kept = {
+        source: [row for row in of if plots.within_budgets(manifest, row)] for source, of in groups.items()
+    }
+    best = {source: max(kept[source] or members, key=_reward) for source, members in groups.items()}
+    order = sorted(best, key=lambda source: (not kept[source], -_reward(best[source]), source))
     pick = plots.chosen(manifest)
     return {
         "source_cost": NAMES.get(name, name),
@@ -104,7 +107,8 @@ def sources(manifest: Manifest) -> dict[str, Any]:
                 "source": source,
                 "count": len(groups[source]),
                 "reward": significant(_reward(best[source]), 4),
-                "cost": cost(section(best[source], "costs").get(name), unit),
+                "cost": cost(section(best[source], "costs").get(name), unit)
+                + ("" if kept[source] else ", over a budget"),
                 "chosen": pick is not None and any(row is pick for row in groups[source]),
             }
             for source in order

@@ -280,7 +280,19 @@ def test_a_damaged_episode_log_is_counted(run_folder: Path) -> None:
     log.write_text("not json\n[1]\n" + log.read_text() + '{"episode": 60, "rew')
     text = page_of(run_folder).text
     assert "2 lines of the episode log could not be read and are left out." in text
-    assert "The best reward was reached in episode 59." in text
+    assert re.search(r"The best reward within the budgets, 0\.9\d+, was reached in episode 59\.", text)
+
+
+def test_what_breaks_a_budget_is_not_the_best(run_folder: Path, manifest: dict[str, Any]) -> None:
+    log = run_folder / "search" / "episodes.jsonl"
+    over = {"episode": 60, "phase": "final", "reward": 0.99, "costs": {"latency": 1.51}}
+    log.write_text(log.read_text() + json.dumps(over) + "\n")
+    manifest["search"]["candidates"].append({"reward": 0.99, "costs": {"latency": 1.51}, "source": "final"})
+    manifest["search"]["candidates"].append({"reward": 0.98, "costs": {"latency": 1.52}, "source": "policy"})
+    text = changed(run_folder, manifest).text
+    assert "was reached in episode 59." in text
+    assert "final 2 0.9511 1.45 ms chosen" in text
+    assert "policy 1 0.9800 1.52 ms, over a budget" in text
 
 
 def test_a_long_search_stays_a_small_page(tmp_path: Path, manifest: dict[str, Any]) -> None:

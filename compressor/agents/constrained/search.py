@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from compressor import progress
 from compressor.agents.allocation import Allocator
 from compressor.agents.base import Candidate, SearchResult
+from compressor.agents.best import eligible
 from compressor.agents.constrained.actions import ChannelActions, LayerActions, Masks, plan_of_masks
 from compressor.agents.constrained.costs import Costs
 from compressor.agents.constrained.ppo import LagrangianPpo
@@ -23,7 +24,7 @@ from compressor.agents.near import NearBest
 from compressor.agents.proposals import scaled_widths, uniform_or_cheapest
 from compressor.agents.randomness import OwnRandomness
 from compressor.agents.search_run import SearchRun
-from compressor.agents.values import PHASE, POWERS, Sensitivity, saliency_values
+from compressor.agents.values import POWERS, Sensitivity, saliency_values
 from compressor.env.bounds import Widths
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.soft import soften
@@ -242,8 +243,7 @@ class ConstrainedSearch:
 
     def _known(self) -> list[Candidate]:
         """The candidates whose plans are those of their widths."""
-        others = (PHASE, "policy") if self._channels else (PHASE,)
-        return [c for c in self.run.candidates if c.phase not in others]
+        return [c for c in eligible(self.run) if not (self._channels and c.phase == "policy")]
 
     def _scored(self, walk: Walk, training: int) -> Candidate:
         """The candidate of a walk, after some steps of training where these are asked for."""
