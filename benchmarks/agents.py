@@ -202,16 +202,25 @@ def prepared(options: argparse.Namespace, recipe: Recipe, kind: str) -> Job:
 
 
 def measure(options: argparse.Namespace, console: Console) -> None:
-    """Time the slim networks of all cells that lack it, in turns with the dense one; their weights do not matter."""
-    for entry in store.stored(options):
-        cell = Cell(**{name: entry[name] for name in Cell.__dataclass_fields__})
-        if cell.model == options.model and is_unmeasured(entry):
-            job = prepared(options, recipe_of(options, cell), "latency")
-            slim = job.space.apply(job.space.plan(entry["widths"]))
-            with tempfile.TemporaryDirectory() as folder:
-                entry["measured_share"] = measured_share(job, slim, Path(folder))
+    """Time the slim networks of all cells that lack it, in turns with the dense one; their weights do not matter, so
+    that cells of the same widths share one measurement."""
+    entries = [entry for entry in store.stored(options) if entry["model"] == options.model]
+    shares = {_plan_of(entry): entry["measured_share"] for entry in entries if entry["measured_share"]}
+    for entry in entries:
+        if is_unmeasured(entry):
+            cell = Cell(**{name: entry[name] for name in Cell.__dataclass_fields__})
+            if _plan_of(entry) not in shares:
+                job = prepared(options, recipe_of(options, cell), "latency")
+                slim = job.space.apply(job.space.plan(entry["widths"]))
+                with tempfile.TemporaryDirectory() as folder:
+                    shares[_plan_of(entry)] = measured_share(job, slim, Path(folder))
+            entry["measured_share"] = shares[_plan_of(entry)]
             store.keep(options, cell, entry)
             console.print(f"{cell.name}: {entry['measured_share']:.1%} of the dense time", highlight=False)
+
+
+def _plan_of(entry: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    return tuple(entry["widths"].items())
 
 
 def is_unmeasured(entry: dict[str, Any]) -> bool:

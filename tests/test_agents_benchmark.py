@@ -6,11 +6,13 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+from rich.console import Console
 
 from benchmarks import agents_store as store
-from benchmarks.agents import cells, found, is_unmeasured
+from benchmarks.agents import cells, found, is_unmeasured, measure
 from benchmarks.agents_page import Cell, page, summary
 from benchmarks.compared import compared
 from compressor.agents.base import Candidate, SearchResult
@@ -108,6 +110,25 @@ def test_latencies_that_are_still_to_be_measured() -> None:
     assert is_unmeasured(cell("joint", 0.5, budget="latency:50%"))
     assert not is_unmeasured(cell("joint", 0.5, budget="latency:50%", measured_share=0.4))
     assert not is_unmeasured(cell("joint", 0.5))
+
+
+def test_the_same_plan_is_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = iter([0.41, 0.42])
+    monkeypatch.setattr("benchmarks.agents.prepared", MagicMock())
+    monkeypatch.setattr("benchmarks.agents.measured_share", lambda *_: next(shares))
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"these")
+    given = options(tmp_path, weights=str(weights))
+    plans = {"joint": 8, "stepwise": 8, "constrained": 7, "knapsack": 6}
+    for agent, width in plans.items():
+        done = 0.4 if agent == "knapsack" else None
+        entry = cell(agent, 0.5, budget="latency:50%", widths={"a": width}, measured_share=done)
+        store.keep(given, Cell("cifar_resnet20", "latency:50%", 100, agent, 0), entry)
+    measure(given, Console(quiet=True))
+    found = {each["agent"]: each["measured_share"] for each in store.stored(given)}
+    assert found["joint"] == found["stepwise"] != found["constrained"]
+    assert {found["joint"], found["constrained"]} == {0.41, 0.42}
+    assert found["knapsack"] == 0.4
 
 
 def cell(agent: str, after: float, seed: int = 0, **changed: object) -> dict[str, Any]:
