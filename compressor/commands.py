@@ -40,8 +40,8 @@ def describe(recipe: Recipe) -> Iterator[Any]:
         reached = float(budget.predict(least[None])[0])
         how = ", estimated" if getattr(budget, "estimated", False) else ""
         yield (
-            f"Budget {budget.name}{how}: at most {budget.target:,.4g} {budget.unit}, dense {budget.dense:,.4g} "
-            f"({budget.target / budget.dense:.1%} of it), smallest reachable {reached:,.4g}."
+            f"Budget {budget.name}{how}: at most {budget.format(budget.target)}, dense {budget.format(budget.dense)} "
+            f"({budget.target / budget.dense:.1%} of it), smallest reachable {budget.format(reached)}."
         )
     for note in job.notes:
         yield f"Note: {note}"

@@ -142,6 +142,7 @@ def prepare(
     """
     import torch
 
+    from compressor.agents.registry import create_agent
     from compressor.budgets.energy import EnergyMeter, find_counters
     from compressor.budgets.function import FunctionCaller
     from compressor.data import load_data
@@ -153,6 +154,7 @@ def prepare(
     notes: list[str] = []
     check_device(recipe)
     check_workers(recipe.search.workers, recipe.search.brief_iterations)
+    create_agent(recipe.agent, settings=recipe.search.settings)  # only to have its settings checked
     counters = find_counters(recipe.device) if recipe.budgets.energy else None
     torch_device = "cuda" if torch.cuda.is_available() else "cpu"
     data = load_data(recipe.data, seed=recipe.seed, image_size=recipe.image_size)

@@ -160,6 +160,8 @@ def test_curves_and_episodes_of_a_run(stopped: Path) -> None:
         (["search.reward.speed=-1"], "'search.reward.speed'"),
         (["training.ema_decay=1"], "'training.ema_decay' is 1"),
         (["training.schedule=flat"], "'training.schedule' is 'flat'"),
+        (["search.settings.near_share=75"], "near_share is 75, expected 0 to 1"),
+        (["search.settings.nearshare=0.5"], "nearshare"),
     ],
 )
 def test_bad_fields(tmp_path: Path, settings: list[str], expected: str) -> None:
