@@ -14,8 +14,8 @@ import typer
 
 from compressor import subcommands
 from compressor.errors import CompressorError
+from compressor.flags import number_or_text, recipe_of, with_settings
 from compressor.flags import overrides as overrides_of
-from compressor.flags import recipe_of, with_settings
 from compressor.terminal import BAD_INPUT, friendly, out
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def compress_command(
                 "energy": energy, "functions": budget or None,
             },
             "pruning": {"granularity": granularity, "scope": scope, "importance": importance},
-            "search": {"workers": int(workers) if workers is not None and workers.isdigit() else workers},
+            "search": {"workers": None if workers is None else number_or_text(workers)},
         }
     )  # fmt: skip
     with friendly():

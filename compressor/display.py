@@ -15,6 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from compressor.progress import Bar
 
@@ -38,13 +39,13 @@ class RichDisplay:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -67,9 +68,8 @@ class RichDisplay:
             if self._open == 0:
                 self._progress.stop()
             if done.completed >= total:
-                self.console.print(
-                    f"  {label}{note} [dim]({_duration(done.elapsed or 0.0)})", highlight=False
-                )
+                took = (f" ({_duration(done.elapsed or 0.0)})", "dim")
+                self.console.print(Text.assemble(f"  {label}{note}", took), highlight=False)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from export.text import message_text
+
 
 class CompressorError(Exception):
     """Something the user can mend.
@@ -10,12 +12,14 @@ class CompressorError(Exception):
         message: What was expected and what came instead, in one or two sentences.
         hint: How to mend it; empty where nothing can be advised.
 
+    Both may quote foreign text: control characters are removed and long words shortened (`export.text`).
+
     The command line prints both and ends with `exit_code`, never with a traceback.
     """
 
     exit_code = 2
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message if not hint else f"{message} {hint}")
-        self.message = message
-        self.hint = hint
+        self.message = message_text(message)
+        self.hint = message_text(hint)
+        super().__init__(self.message if not hint else f"{self.message} {self.hint}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import export.files
 from compressor.errors import CompressorError
+from export.errors import ExportError
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -47,18 +48,49 @@ def disk_error(path: Path, error: OSError) -> CompressorError:
     )
 
 
-def read_json(path: Path) -> Any:
+def read_text(path: Path, what: str, largest: int | None = None) -> str:
+    """The text of a UTF-8 file.
+
+    Args:
+        path: The file.
+        what: How a message names its kind, such as "recipe".
+        largest: The most bytes that it may have; None for any number.
+
+    Raises:
+        CompressorError: it is missing, too large, no regular file, no UTF-8, or cannot be read.
+    """
+    try:
+        return export.files.read_bytes(path, what, largest).decode("utf-8")
+    except ExportError as error:
+        raise CompressorError(error.message, error.hint) from error
+    except UnicodeDecodeError as error:
+        raise CompressorError(f"The {what} {path} is no UTF-8 text: {error}.") from error
+
+
+def parse_json(text: str, source: str, hint: str = "") -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: The text.
+        source: How a message begins, such as the file's path.
+        hint: How to mend it.
+
+    Raises:
+        CompressorError: it is no JSON, or nested or with numbers as no program writes them.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: nesting without end
+        raise CompressorError(f"{source} is not readable as JSON: {error}.", hint) from error
+
+
+def read_json(path: Path, what: str = "file", hint: str = "") -> Any:
     """Parse a JSON file.
 
     Raises:
         CompressorError: the file is missing, unreadable or no JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CompressorError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CompressorError(f"{path} is not readable as JSON: {error}.") from error
+    return parse_json(read_text(path, what), str(path), hint)
 
 
 def now() -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
+
+
+_DEEPEST = 8
+"""Parts of a field's dotted name; no recipe has as many levels."""
 
 
 def overrides(flags: dict[str, Any]) -> dict[str, Any]:
@@ -18,26 +23,28 @@ def overrides(flags: dict[str, Any]) -> dict[str, Any]:
         if inside is not None and inside != {}:
             given[name] = inside
     granularity = given.get("pruning", {}).get("granularity")
-    if isinstance(granularity, str) and granularity.isdigit():
-        given["pruning"]["granularity"] = int(granularity)
+    if isinstance(granularity, str):
+        given["pruning"]["granularity"] = number_or_text(granularity)
     return given
+
+
+def number_or_text(text: str) -> int | str:
+    """A flag's whole number, or its text where it is none that a machine could mean."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text
 
 
 def with_settings(given: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """Add `--set part.field=value`, whose value is read as YAML."""
-    import yaml
+    from compressor.recipe.yaml_text import read_yaml
 
     for setting in settings:
         path, equals, text = setting.partition("=")
-        if not equals or not path.strip("."):
+        *parts, last = path.split(".")
+        if not equals or not all((*parts, last)) or len(parts) >= _DEEPEST:
             raise CompressorError(
                 f"--set {setting}: expected FIELD=VALUE.", "For example: --set training.batch_size=32"
             )
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise CompressorError(f"--set {setting}: the value is no YAML.", "Quote it.") from None
-        *parts, last = path.split(".")
+        value = read_yaml(text, f"--set {path}: the value {text!r}")
         place = given
         for part in parts:
             place = place.setdefault(part, {})

@@ -2,19 +2,98 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any, TextIO, cast
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from compressor.errors import CompressorError
+from export.text import plain
 
-out = Console(emoji=False)  # a function's name such as mycosts:ok: is no picture
-err = Console(stderr=True, emoji=False)
+
+class _Output(io.TextIOBase):
+    """Standard output or standard error, which may go away or be full without harm to the work.
+
+    A reader that leaves (`| head -1`) is in its right: what follows is written nowhere, and the command ends with the
+    exit code that its work has. What cannot be written to standard output for another reason is an error at the end.
+    """
+
+    failed: OSError | None = None
+    """Why something could not be written, other than that its reader had left."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def _stream(self) -> TextIO | None:
+        stream: TextIO | None = getattr(sys, self._name)
+        return getattr(
+            stream, "rich_proxied_file", stream
+        )  # while a bar is drawn, it stands before the stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise io.UnsupportedOperation("fileno")
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        with self._bearing() as stream:
+            if stream is not None:
+                # a terminal of another encoding gets a question mark for what it lacks
+                stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with self._bearing() as stream:
+            if stream is not None:
+                stream.flush()
+
+    @contextmanager
+    def _bearing(self) -> Iterator[TextIO | None]:
+        try:
+            yield self._stream
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                self.failed = self.failed or error
+            with suppress(OSError, ValueError):  # what is still buffered would fail again at the end
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
+
+
+class _Plain(Console):
+    """A console whose texts reach the terminal without control characters and format marks, wherever they come from."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(plain(segment.text, lines=True), segment.style)
+
+
+stdout, stderr = _Output("stdout"), _Output("stderr")
+# no markup: [bold] in a name is a name, as :ok: in mycosts:ok: is no picture
+out = _Plain(file=cast("IO[str]", stdout), emoji=False, markup=False)
+err = _Plain(file=cast("IO[str]", stderr), stderr=True, emoji=False, markup=False)
 
 BAD_INPUT = 2  # exit code: something the user can mend
 
@@ -39,7 +118,7 @@ def friendly() -> Iterator[None]:
 
 
 def fail(message: str, hint: str = "") -> None:
-    err.print("[bold red]Error:[/]", end=" ")
+    err.print("Error:", style="bold red", end=" ")
     err.print(message, markup=False, highlight=False, soft_wrap=True)
     if hint:
         err.print(hint, markup=False, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes
+from export.text import plain
 
 CHECKSUMS = "SHA256SUMS"
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
@@ -98,8 +99,8 @@ def json_object(files: Mapping[str, bytes], name: str, source: str | Path) -> di
 
 
 def printable(value: Any, longest: int = 120) -> str:
-    """What a device says, in plain letters and short: it is shown to people."""
-    return "".join(char for char in str(value) if " " <= char <= "~")[:longest].strip()
+    """What a device says, in ASCII and short: it is shown to people."""
+    return "".join(char for char in plain(str(value)) if " " <= char <= "~")[:longest].strip()
 
 
 def top_folder(path: str | Path) -> str:

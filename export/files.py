@@ -6,11 +6,12 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from export.errors import ExportError
 
@@ -62,18 +63,46 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
-def read_bytes(path: Path, what: str) -> bytes:
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file opened for reading in binary; nothing else than a regular file, which neither blocks nor goes on for ever.
+
+    Raises:
+        OSError: it is missing, may not be read, or is a folder, a FIFO, a socket or a device.
+    """
+    # O_NONBLOCK: to open a FIFO would wait for its writer otherwise
+    handle = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            what = (
+                "a FIFO" if stat.S_ISFIFO(mode) else "a device" if stat.S_ISCHR(mode) else "no regular file"
+            )
+            raise OSError(errno.EINVAL, f"It is {what}; a file is expected", str(path))
+        return os.fdopen(handle, "rb")
+    except OSError:
+        os.close(handle)
+        raise
+
+
+def read_bytes(path: Path, what: str, largest: int | None = None) -> bytes:
     """The bytes of a file.
 
     Args:
         path: The file.
         what: How a message names its kind, such as "ONNX file".
+        largest: The most bytes that it may have; None for any number.
 
     Raises:
-        ExportError: it is missing or cannot be read.
+        ExportError: it is missing, too large, no regular file, or cannot be read.
     """
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if largest is not None and size > largest:
+                raise ExportError(f"The {what} {path} has {size:,} bytes; at most {largest:,} are read.")
+            return file.read()
     except FileNotFoundError:
         raise ExportError(f"There is no {what} {path}.") from None
     except OSError as error:
@@ -88,7 +117,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_bytes(path, what).decode("utf-8"))
-    except ValueError as error:  # both a bad encoding and bad JSON
+    except (ValueError, RecursionError) as error:  # a bad encoding, bad JSON, numbers or nesting without end
         raise ExportError(f"The {what} {path} is no JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ExportError(f"The {what} {path} holds a {type(content).__name__}, expected an object.")
@@ -103,7 +132,7 @@ def sha256_bytes(content: bytes) -> str:
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()

@@ -9,6 +9,7 @@ meanwhile. Commands are fixed texts; the few things put into them are quoted and
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -17,9 +18,19 @@ from typing import Callable
 
 from export.archive import CHECKSUMS, require_checksums, top_folder, unpack
 from export.bundle import device_script
-from export.connection import HOME, Connection, parse_destination
+from export.connection import CHUNK, HOME, WORK_S, Connection, parse_destination
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
+from export.text import plain, short
+
+FACTS = ("tensorrt", "jetpack", "l4t", "model", "power_mode", "board")
+"""What `identify` says of a machine."""
+
+SILENT_S = 7200.0
+"""Seconds without a line from a script that still runs until it is no longer waited for; one engine takes minutes."""
+
+LARGEST_LOG = 16 << 20
+"""Bytes that a script may say."""
 
 
 def run_remote(
@@ -69,7 +80,8 @@ def run_remote(
         connection.put(content, f"{place}/bundle.tar.gz", say)
         top = shlex.quote(f"./{folder}")
         connection.run(
-            f"cd {place} && {{ [ -f unpacked ] || {{ tar -xzf bundle.tar.gz && : >unpacked; }}; }}"
+            f"cd {place} && {{ [ -f unpacked ] || {{ tar -xzf bundle.tar.gz && : >unpacked; }}; }}",
+            limit_s=WORK_S,
         )
         script = f"sh {top}/run.sh {measured} >log 2>&1; echo $? >rc.part; mv rc.part rc"
         setting = f"TRTEXEC={shlex.quote(trtexec)}; export TRTEXEC; " if trtexec else ""
@@ -81,9 +93,7 @@ def run_remote(
         code = _follow(connection, place, say, poll_s)
         if code not in (0, 1):
             # its process may still be on its way out: with its number, the next call would wait for it
-            last = connection.run(f"cd {place} && rm -f rc pid; tail -n 1 log").decode(
-                "utf-8", errors="replace"
-            )
+            last = _words(connection.run(f"cd {place} && rm -f rc pid; tail -n 1 log | head -c 1000"))
             if code > 128:
                 raise ExportError(
                     f"The script on {connection.destination.address} was ended.", "Run it again."
@@ -115,8 +125,15 @@ def identify(
     with Connection(parse_destination(url), options=ssh_options, pause_s=pause_s) as connection:
         setting = f"TRTEXEC={shlex.quote(trtexec)}; export TRTEXEC; " if trtexec else ""
         output = connection.run(f"{setting}sh -s", device_script("identify_on_device.sh"))
-    lines = [line.partition("=") for line in output.decode("utf-8", errors="replace").splitlines()]
-    return {name: value[:120] for name, _, value in lines if name.isidentifier()}
+        lines = [line.partition("=") for line in output.decode("utf-8", errors="replace").splitlines()]
+        facts = {name: short(plain(value).strip(), 120) for name, _, value in lines if name in FACTS}
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)+", facts.get("tensorrt", "")):
+            raise ExportError(
+                f"{connection.destination.address} did not say which TensorRT it has, but: {_words(output)!r}.",
+                "Something there answers in place of its shell; see what comes with: "
+                f"ssh {connection.destination.address} 'echo one; echo two'",
+            )
+    return {name: facts.get(name, "") for name in FACTS}
 
 
 def _mark(place: str) -> str:
@@ -139,20 +156,43 @@ def _runs(place: str) -> str:
 
 def _follow(connection: Connection, place: str, say: Callable[[str], None], poll_s: float) -> int:
     """Say what the script says until it ends; its exit code."""
-    seen, rest, gone = 0, b"", 0
+    seen, rest, gone, heard = 0, b"", 0, time.monotonic()
+    where = connection.destination.address
     while True:
-        state = connection.run(
-            f"cd {place} && if [ -f rc ]; then cat rc; elif {_runs(place)}; then echo running; else echo gone; fi"
-        ).strip()
-        fresh = connection.run(f"cd {place} && if [ -f log ]; then tail -c +{seen + 1} log; fi")
-        seen += len(fresh)
-        *lines, rest = (rest + fresh).split(b"\n")
-        for line in lines:
-            say(line.decode("utf-8", errors="replace"))
+        state = connection.ask(
+            f"cd {place} && if [ -f rc ]; then cat rc; elif {_runs(place)}; then echo running; else echo gone; fi",
+            r"\d{1,3}|running|gone",
+        )[0]
+        while True:
+            fresh = connection.run(
+                f"cd {place} && if [ -f log ]; then tail -c +{seen + 1} log | head -c {CHUNK}; fi",
+                most_bytes=CHUNK,
+            )
+            if not fresh:
+                break
+            seen, heard = seen + len(fresh), time.monotonic()
+            *lines, rest = (rest + fresh).split(b"\n")
+            for line in lines:
+                say(_words(line))
+            if seen > LARGEST_LOG:
+                raise ExportError(
+                    f"The script on {where} said more than {LARGEST_LOG >> 20} MB, and is not listened to any longer.",
+                    f"See what it says in {place}/log there.",
+                )
         if state.isdigit():
             return int(state)
-        gone = gone + 1 if state == b"gone" else 0
+        if time.monotonic() - heard > SILENT_S:
+            raise ExportError(
+                f"The script on {where} still runs, but has said nothing for {SILENT_S / 3600:.0f} hours.",
+                f"See what it does there ({place}/log), and end it or let it run.",
+            )
+        gone = gone + 1 if state == "gone" else 0
         if gone > 1:  # the first time it may just have been between its end and its exit code
             connection.run(f"cd {place} && rm -f pid")
-            raise ExportError(f"The script on {connection.destination.address} was ended.", "Run it again.")
+            raise ExportError(f"The script on {where} was ended.", "Run it again.")
         time.sleep(poll_s)
+
+
+def _words(said: bytes) -> str:
+    """A line of the machine's, fit to be shown."""
+    return short(plain(said.decode("utf-8", errors="replace")).strip(), 300)

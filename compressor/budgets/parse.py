@@ -30,7 +30,8 @@ _EXAMPLES = {
 _ALIASES = {"flops": "macs"}
 _BASE_UNIT = {"latency": "ms", "macs": "MACs", "params": "params", "memory": "bytes", "energy": "mJ"}
 _NUMBER = re.compile(
-    r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|[+-]?inf(?:inity)?)\s*(\S*)", re.IGNORECASE
+    r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|[+-]?inf(?:inity)?)\s*(\S*)",
+    re.IGNORECASE | re.ASCII,  # digits of other scripts look like others than they are
 )
 _FUNCTION = re.compile(r"\s*([A-Za-z_][\w.]*):([A-Za-z_]\w*)\s*<=\s*(\S.*?)\s*")
 
@@ -132,21 +133,18 @@ def _read(text: str, units: dict[str, float], given: str, expected: str) -> tupl
     number, unit = float(match[1]), match[2].lower()
     if not math.isfinite(number):
         raise CompressorError(f"{given} is not a finite number.", expected)
-    if number <= 0:
-        raise CompressorError(f"{given} is not above zero.", expected)
-    if unit in ("%", "x"):
-        share = number / 100 if unit == "%" else number
-        if share > 1:
-            raise CompressorError(
-                f"{given} asks for more than the dense network costs.", "Shares end at 100%."
-            )
-        return share, True
     for ending in ("macs", "flops", "params"):
         if "k" in units and unit.endswith(ending):
             unit = unit[: -len(ending)]
-            if not unit:
-                return number, False
-    if unit not in units:
+            units = units if unit else {"": 1.0}
+    if unit not in (*units, "%", "x"):
         problem = "has no unit" if not unit else f"has the unit {match[2]!r}, which is not known here"
         raise CompressorError(f"{given} {problem}.", expected)
-    return number * units[unit], False
+    if number <= 0:
+        raise CompressorError(f"{given} is not above zero.", expected)
+    if unit in units:
+        return number * units[unit], False
+    share = number / 100 if unit == "%" else number
+    if share > 1:
+        raise CompressorError(f"{given} asks for more than the dense network costs.", "Shares end at 100%.")
+    return share, True

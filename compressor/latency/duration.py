@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from compressor.errors import CompressorError
@@ -18,8 +19,8 @@ def duration_s(text: str) -> float:
     >>> duration_s("1.5min")
     90.0
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|min|m|h)\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|min|m|h)\s*", text, re.ASCII)
     seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
-    if seconds <= 0:
+    if not 0 < seconds < math.inf:
         raise CompressorError(f"{text!r} is no length of time.", "Write 90s, 5min or 1h.")
     return seconds

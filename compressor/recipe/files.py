@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import CompressorError
+from compressor.files import read_text
 from compressor.recipe.schema import Recipe
 from compressor.recipe.validation import validated
+from compressor.recipe.yaml_text import LARGEST_TEXT, read_yaml
 
 
 def parse_recipe(fields: Mapping[str, Any], source: str) -> Recipe:
@@ -27,18 +29,11 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         CompressorError: the file is missing or no YAML, or a field is wrong (file and field are named).
     """
-    import yaml
-
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise CompressorError(
             f"The recipe {path} does not exist.", "List the shipped ones with: compress recipes"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CompressorError(
-            f"The recipe {path} cannot be read as YAML: {' '.join(str(error).split())}."
-        ) from error
+        )
+    fields = read_yaml(read_text(path, "recipe", LARGEST_TEXT), f"The recipe {path}")
     if not isinstance(fields, dict):
         raise CompressorError(
             f"The recipe {path} holds {type(fields).__name__}, expected fields such as 'model: resnet50'."

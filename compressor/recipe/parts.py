@@ -88,7 +88,7 @@ class Search(Part):
         gt=0,
         description="The longest time that the search may take, training in it included; what is begun then is ended.",
     )
-    workers: Positive | Annotated[str, Field(pattern=r"^(\d+|ray://\S+)$")] = Field(
+    workers: Positive | Annotated[str, Field(pattern=r"^([0-9]{1,18}|ray://\S+)$")] = Field(
         1,
         description="Processes that score candidates side by side: a number, or ray://host:port for a Ray cluster.",
     )

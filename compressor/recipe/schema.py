@@ -10,6 +10,7 @@ from pydantic import Field
 
 from compressor.recipe.parts import Budgets, Contract, Export, Part, Positive, Pruning, Search, Training
 from compressor.recipe.validation import merged, validated
+from compressor.recipe.yaml_text import write_yaml
 
 AgentName = Literal["joint", "constrained", "stepwise", "knapsack", "uniform", "random"]
 
@@ -109,9 +110,7 @@ class Recipe(Part):
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load_recipe` reads back as the same recipe."""
-        import yaml
-
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return write_yaml(self.model_dump(mode="json"))
 
 
 def _own_precision() -> str:

@@ -13,6 +13,7 @@ from compressor.report.judgement import budget_lines, judge, measured_to_the_end
 from compressor.report.layers import hottest, stubborn
 from compressor.report.svg import Chart
 from compressor.run_dir import write_atomic
+from export.text import plain
 
 
 def write_report(run_path: Path) -> Path:
@@ -29,7 +30,9 @@ def write_report(run_path: Path) -> Path:
 
 
 def render(run: Collected) -> str:
-    """The page. Whatever comes from the run's files is escaped by the template; our own figures are not."""
+    """The page. Whatever comes from the run's files is cleaned and escaped by the template; our own figures are not
+    escaped.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -37,6 +40,7 @@ def render(run: Collected) -> str:
         loader=PackageLoader("compressor.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_plain,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -44,6 +48,11 @@ def render(run: Collected) -> str:
         chart.svg
     )  # the figures escape their texts themselves
     return environment.get_template("report.html.j2").render(**context(run)) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """What the template prints, without control characters and format marks."""
+    return type(value)(plain(value, lines=True)) if isinstance(value, str) else value
 
 
 def context(run: Collected) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def check_workers(workers: int | str, brief_steps: int = 0) -> None:
 
 def _number(workers: int | str) -> int | str:
     """A number that came as text, as from a recipe, as what it is."""
-    return int(workers) if isinstance(workers, str) and re.fullmatch(r"\d+", workers) else workers
+    return int(workers) if isinstance(workers, str) and re.fullmatch(r"[0-9]+", workers) else workers
 
 
 def _address(workers: str) -> tuple[str, int]:

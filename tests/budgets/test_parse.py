@@ -60,6 +60,10 @@ def test_accepted_forms(name: str, text: str, value: float, relative: bool) -> N
         ("fast", "not understood"),
         ("", "not understood"),
         ("5ms 6ms", "not understood"),
+        ("\uff15ms", "not understood"),  # digits of other scripts look like others than they are
+        ("\u0665ms", "not understood"),
+        ("0x10", "'x10'"),
+        ("1_000ms", "'_000ms'"),
     ],
 )
 def test_refused_forms_name_the_accepted_ones(text: str, says: str) -> None:
