@@ -16,6 +16,7 @@ from compressor import subcommands
 from compressor.errors import CompressorError
 from compressor.flags import number_or_text, recipe_of, with_settings
 from compressor.flags import overrides as overrides_of
+from compressor.signals import stoppable
 from compressor.terminal import BAD_INPUT, friendly, out
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="compress",
     help="Compress a CNN until it keeps the budget that a device sets, as measured.\n\n"
-    "Example: compress --model resnet50 --latency 50%",
+    "Example: compress --model resnet50 --latency 50%\n\n"
+    "Exit codes: 0 every budget is kept as measured; 3 the best found misses one; 4 none is missed, but one is only "
+    "predicted or cannot be decided; 2 something in the input is wrong; 1 an internal error; 130 after Ctrl-C, 143 "
+    "after SIGTERM: a run goes on with --resume.",
     no_args_is_help=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -81,6 +85,9 @@ def compress_command(
         str | None,
         typer.Option(help="Processes that score candidates side by side: a number, or ray://host:port."),
     ] = None,
+    accept_predicted: Annotated[
+        bool, typer.Option("--accept-predicted", help="Exit with 0, not 4, where a budget is only predicted.")
+    ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other field: training.batch_size=32.")
     ] = None,
@@ -107,6 +114,7 @@ def compress_command(
                 "energy": energy, "functions": budget or None,
             },
             "pruning": {"granularity": granularity, "scope": scope, "importance": importance},
+            "contract": {"accept_predicted": accept_predicted or None},
             "search": {"workers": None if workers is None else number_or_text(workers)},
         }
     )  # fmt: skip
@@ -143,13 +151,26 @@ def _run(recipe: Recipe, out_dir: Path | None) -> None:
     _finish(compress(recipe, out=out_dir))
 
 
+VERDICT_COLOURS = {"kept": "green", "none": "", "missed": "red"}  # any other verdict is amber, as on the page
+
+
 def _finish(result: Any) -> None:
-    from compressor.report import closing_table, verdict
+    from compressor.closing import OPEN
+    from compressor.report import closing_table, judge, verdict
 
     out.print(closing_table(result.manifest))
     for note in result.manifest.get("notes", []):
         out.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
-    out.print(verdict(result.manifest), highlight=False, markup=False, soft_wrap=True)
+    colour = VERDICT_COLOURS.get(judge(result.manifest).state, "yellow")
+    out.print(verdict(result.manifest), style=colour, highlight=False, markup=False, soft_wrap=True)
+    if result.exit_code == OPEN:
+        out.print(
+            "Exit code 4: no budget is missed, but not every one is kept as measured. --accept-predicted makes it 0 "
+            "where budgets are only predicted.",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     out.print(
         f"Everything lies in {result.directory} (open report.html).",
         highlight=False,
@@ -165,9 +186,10 @@ for _command in subcommands.COMMANDS:
 
 def main() -> None:
     """Entry point of the `compress` command."""
-    try:
-        app()
-    except BrokenPipeError:
-        # The reader of our output (head, less) went away; that is its right.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    with stoppable():
+        try:
+            app()
+        except BrokenPipeError:
+            # The reader of our output (head, less) went away; that is its right.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)

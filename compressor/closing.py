@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from compressor.job import Job
 from compressor.onnx_files import MODEL
+from compressor.report.judgement import time_ratio, verdict_of
 from compressor.run_dir import RECIPE, RunDir, sha256_file
 
 if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
 
-MISSED = 3  # exit code: the best found misses a budget
+KEPT, MISSED, OPEN = 0, 3, 4
+"""Exit codes: every budget is kept as measured; the best found misses one; neither, as one is only predicted or cannot
+be decided by what was measured."""
+
 HARDLY_FASTER = 0.95  # of the dense network's time; who deploys a pruned one expects less
 
 
@@ -20,12 +24,11 @@ def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
     """Write the report, the checksums and the verdict.
 
     Returns:
-        The exit code: 0 where no budget is missed, else 3.
+        The exit code.
     """
     from compressor.report.html import write_report
 
-    kept = all(entry["kept"] is not False for entry in run.manifest["budgets"])
-    code = 0 if kept else MISSED
+    code = exit_code(run.manifest["budgets"], job.recipe.contract.accept_predicted)
     notes = [*run.manifest["notes"], *_closing_notes(run.manifest, job, plan)]
     run.save(status="finished", exit_code=code, notes=list(dict.fromkeys(notes)))
     with run.stage("report"):
@@ -33,6 +36,24 @@ def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
         write_report(run.path)
     run.save(files=_checksums(run))  # with the report's own
     return code
+
+
+def exit_code(budgets: Iterable[Mapping[str, Any]], accept_predicted: bool = False) -> int:
+    """How a run ends by its budgets, as the manifest has them.
+
+    Args:
+        budgets: what was found of each.
+        accept_predicted: whether a prediction is enough.
+
+    Returns:
+        3 where one is missed, else 4 where one is undecided or only predicted (and that is not accepted), else 0.
+    """
+    found = {verdict_of(budget) for budget in budgets}
+    if "missed" in found:
+        return MISSED
+    if "undecided" in found or ("predicted" in found and not accept_predicted):
+        return OPEN
+    return KEPT
 
 
 def _closing_notes(manifest: Mapping[str, Any], job: Job, plan: ChannelPlan) -> Iterator[str]:
@@ -44,18 +65,18 @@ def _closing_notes(manifest: Mapping[str, Any], job: Job, plan: ChannelPlan) -> 
     if budgets and not pruned:
         yield "The dense network keeps every budget already: nothing was pruned."
     if pruned and all(entry["name"] != "latency" for entry in budgets):
-        yield from _hardly_faster(manifest["latency"])
+        yield from _hardly_faster(manifest)
 
 
-def _hardly_faster(latency: Mapping[str, Any]) -> Iterator[str]:
+def _hardly_faster(manifest: Mapping[str, Any]) -> Iterator[str]:
     """A warning where fewer multiply-adds or weights have saved hardly any time, as measured."""
-    slim_ms, dense_ms = latency["measured_ms"], latency["dense_ms"]
-    if slim_ms is not None and dense_ms is not None and slim_ms >= HARDLY_FASTER * dense_ms:
+    found, latency = time_ratio(manifest), manifest["latency"]
+    if found is not None and found[1] == "measured" and found[0] >= HARDLY_FASTER:
         yield (
-            f"The slim network takes {slim_ms / dense_ms:.0%} of the dense one's time as measured "
-            f"({slim_ms:.3g} of {dense_ms:.3g} ms): no latency was asked for, and some channel counts may suit the "
-            "device badly. Give --latency too, or --granularity measured; compress measure RUN --explain says where "
-            "the time goes."
+            f"The slim network takes {found[0]:.0%} of the dense one's time as measured "
+            f"({latency['measured_ms']:.3g} of {latency['dense_ms']:.3g} ms): no latency was asked for, and some "
+            "channel counts may suit the device badly. Give --latency too, or --granularity measured; "
+            "compress measure RUN --explain says where the time goes."
         )
 
 

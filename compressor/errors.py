@@ -1,6 +1,8 @@
-"""The one exception that users are meant to see."""
+"""The exceptions that users are meant to see."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from export.text import message_text
 
@@ -23,3 +25,15 @@ class CompressorError(Exception):
         self.message = message_text(message)
         self.hint = message_text(hint)
         super().__init__(self.message if not hint else f"{self.message} {self.hint}")
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was told to stop by Ctrl-C or SIGTERM.
+
+    Args:
+        folder: The run's folder, with all that was finished: the run goes on from there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"Stopped; go on with: compress --resume {folder}")
+        self.folder = folder

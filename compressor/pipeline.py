@@ -13,7 +13,7 @@ stages again and skips those that had finished.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.closing import close
 from compressor.delivery import export, measure, probe
 from compressor.device import device_precision
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, Stopped
 from compressor.job import Job, prepare
 from compressor.progress import say
 from compressor.recipe import Recipe, load_recipe
@@ -43,7 +43,8 @@ class RunResult:
     Attributes:
         directory: the run's folder.
         manifest: its `manifest.json`.
-        exit_code: 0 where every budget is kept, 3 where the best found misses one.
+        exit_code: 0 where every budget is kept as measured, 3 where the best found misses one, 4 where one is only
+            predicted or cannot be decided.
     """
 
     directory: Path
@@ -71,7 +72,7 @@ def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
     path = out or new_run_path(Path("runs"), f"{recipe.model}-{recipe.data_kind}")
     RunDir.refuse_taken(path)
     job = prepare(recipe)
-    with closing(RunDir.create(path, job.recipe.to_yaml())) as run:
+    with closing(RunDir.create(path, job.recipe.to_yaml())) as run, _stopped_in(path):
         say(f"The run's folder is {run.path}")
         return _walk(run, job)
 
@@ -88,7 +89,7 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
     Raises:
         CompressorError: the run was begun with another recipe, or another process is working on the folder.
     """
-    with closing(RunDir.open(folder)) as run:
+    with closing(RunDir.open(folder)) as run, _stopped_in(folder):
         expected = load_recipe(run.file(RECIPE)).changed(overrides or {})
         changed = _changed_since(run, expected)
         if refused := [said for name, said in changed.items() if name not in _FREE]:
@@ -111,6 +112,7 @@ _FREE = (
     "training.finetune_learning_rate",
     "search.workers",
     "search.evaluation_seconds",
+    "contract.accept_predicted",
 )
 """Fields that may be others when a run is resumed."""
 
@@ -149,6 +151,15 @@ def _walk(run: RunDir, job: Job) -> RunResult:
         if measure(run, job, plan) or not (tighten(run, job) or fall_back(run, plan)):
             break
     return RunResult(run.path, run.manifest, close(run, job, plan))
+
+
+@contextmanager
+def _stopped_in(folder: Path) -> Iterator[None]:
+    """An interrupt says which run it has stopped."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Stopped(folder) from stop
 
 
 def _plan_that_keeps_its_latency(run: RunDir, job: Job) -> ChannelPlan:

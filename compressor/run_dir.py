@@ -13,7 +13,7 @@ from typing import Any
 
 from compressor.errors import CompressorError
 from compressor.files import disk_error, now, read_json, replacing, write_atomic
-from export.files import sha256_file
+from export.files import remove_temporaries, sha256_file
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -88,6 +88,7 @@ class RunDir:
             )
         run = cls(path)
         run.lock()
+        remove_temporaries(path)
         run.read()
         return run
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import errno
 import io
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any, TextIO, cast
+from typing import IO, TextIO, cast
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, Stopped
+from compressor.signals import stop_code, stopped
 from export.text import plain
 
 
@@ -100,37 +100,40 @@ BAD_INPUT = 2  # exit code: something the user can mend
 
 @contextmanager
 def friendly() -> Iterator[None]:
-    """Show progress, and end with one clear message and exit code 2 where the user can mend something."""
+    """Show progress, and end with one clear message: with exit code 2 where the user can mend something.
+
+    A command that a signal stops ends with 130 or 143, and says how to go on.
+    """
     from compressor.display import RichDisplay
     from compressor.progress import shown_on
     from export.errors import ExportError
 
-    signal.signal(signal.SIGINT, _first_interrupt)
     try:
         with shown_on(RichDisplay(err)):
             yield
     except (CompressorError, ExportError) as error:
+        if stopped():  # such as that of a child which the signal ended, too
+            _say_stopped(None)
         fail(error.message, error.hint)
-    except KeyboardInterrupt:
-        # Nothing is left to stop, and one that came while Python shuts down would spoil the exit code.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        fail("Stopped. What was finished is kept.", "Go on with: compress --resume RUN")
+    except KeyboardInterrupt as stop:
+        _say_stopped(stop)
 
 
 def fail(message: str, hint: str = "") -> None:
     err.print("Error:", style="bold red", end=" ")
-    err.print(message, markup=False, highlight=False, soft_wrap=True)
+    _print(message)
     if hint:
-        err.print(hint, markup=False, highlight=False, soft_wrap=True)
+        _print(hint)
     raise typer.Exit(BAD_INPUT)
 
 
-def _first_interrupt(_signal: int, _frame: Any) -> None:
-    signal.signal(signal.SIGINT, _second_interrupt)
-    raise KeyboardInterrupt
+def _say_stopped(stop: KeyboardInterrupt | None) -> None:
+    if isinstance(stop, Stopped):
+        _print(f"Stopped. What was finished is kept; go on with: compress --resume {stop.folder}")
+    else:
+        _print("Stopped. No file was left half written; give the command again.")
+    raise typer.Exit(stop_code())
 
 
-def _second_interrupt(_signal: int, _frame: Any) -> None:
-    # Every file appears by rename, so that leaving at once loses nothing that was finished.
-    os.write(2, b"\nStopped at once. Go on with: compress --resume RUN\n")
-    os._exit(BAD_INPUT)
+def _print(text: str) -> None:
+    err.print(text, highlight=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 They need TensorRT and numpy; where there is no GPU, `measure` and `verify` use ONNX Runtime if it is
 installed.
-Exit codes: 0 done, 2 something to mend, with one sentence that says what.
+Exit codes: 0 done, 2 something to mend, with one sentence that says what, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 ORT = "onnxruntime"
+STOPPED = 130  # exit code, as shells give it after Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return STOPPED
     if options.json:
         write_json(Path(options.json), result)
     return 0

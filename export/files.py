@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ def replacing(path: Path, failed: Callable[[Path, OSError], Exception] | None = 
     except OSError as error:
         raise explained(path, error) from error
     os.close(handle)
-    temporary = Path(name)
+    temporary = Path(name)  # as `remove_temporaries` knows them
     try:
         yield temporary
         with temporary.open("rb") as written:
@@ -46,6 +47,21 @@ def replacing(path: Path, failed: Callable[[Path, OSError], Exception] | None = 
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `replacing` left in a folder, and in those below it, when its process was killed.
+
+    Call it only while no other process writes there.
+    """
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if _TEMPORARY.fullmatch(name):
+                Path(place, name).unlink()
+
+
+_TEMPORARY = re.compile(r"\..+(\.[^.]+)\.[a-z0-9_]{8}\1")
+"""The names of `replacing`: `.model.onnx.k3_x9abc.onnx`; a suffix that comes twice is nobody else's."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:

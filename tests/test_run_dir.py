@@ -31,6 +31,25 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
 
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    RunDir.create(folder, "model: a\n").close()
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom compressor.run_dir import replacing\n"
+        "with replacing(Path(sys.argv[1])) as temporary:\n    temporary.write_text('half')\n    os._exit(9)\n"
+    )
+    (folder / "search").mkdir()
+    for name in ("model.onnx", "search/plan.json"):
+        subprocess.run([sys.executable, "-c", script, str(folder / name)], check=False)
+    own = [".env.template", ".notes.txt", "search/.plan.json.bak", ".a.b.abcdefgh.c"]
+    for name in own:
+        (folder / name).write_text("mine")
+    assert len(list(folder.rglob("*"))) == len(own) + 5
+    RunDir.open(folder).close()
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert left == {*own, "recipe.yaml", ".lock", "search"}
+
+
 def test_sha256_of_known_bytes(tmp_path: Path) -> None:
     file = tmp_path / "abc"
     file.write_bytes(b"abc")

@@ -118,8 +118,12 @@ def load_files(files: Sequence[ImageFile], size: int, label: str, workers: int |
 
     threads = workers or min(8, 2 * (os.cpu_count() or 1))
     with progress.bar(label, total=len(files)) as bar, ThreadPoolExecutor(threads) as pool:
-        for done in pool.map(read, range(0, len(files), _CHUNK)):
-            bar.advance(done)
+        try:
+            for done in pool.map(read, range(0, len(files), _CHUNK)):
+                bar.advance(done)
+        except KeyboardInterrupt:  # leaving the pool would otherwise wait until every file is read
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     unreadable = tuple(file.path for file, good in zip(files, fine.tolist(), strict=True) if not good)
     refuse_unreadable(unreadable, len(files))
     labels = torch.tensor([file.label for file in files])

@@ -177,6 +177,11 @@ class Contract(Part):
         description="Measurements of one network, or up to three times as many until its time is known to 0.5 %; the "
         "median of their medians counts.",
     )
+    accept_predicted: bool = Field(
+        False,
+        description="Whether a budget that is only predicted, as on a device that is not reached, ends with exit code "
+        "0; else with 4.",
+    )
 
 
 class Export(Part):

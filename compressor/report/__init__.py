@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.report.html import write_report
-from compressor.report.judgement import verdict
+from compressor.report.judgement import judge, verdict
 from compressor.report.table import closing_table
 
-__all__ = ["closing_table", "verdict", "write_report"]
+__all__ = ["closing_table", "judge", "verdict", "write_report"]

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from compressor.report.collect import Manifest, rows, section, text
-from compressor.report.formats import ABSENT, cost, count, number, percent
+from compressor.report.formats import ABSENT, cost, count, number, percent, ratio, significant
 
-State = Literal["kept", "missed", "unmeasured", "unfinished", "none"]
+State = Literal["kept", "slower", "missed", "predicted", "undecided", "unfinished", "none"]
+BudgetVerdict = Literal["kept", "missed", "predicted", "undecided"]
 
 NAMES = {"latency": "latency", "flops": "MACs", "macs": "MACs", "params": "parameters", "memory": "memory"}
 COUNTED = ("MACs", "params")  # exact numbers of the built network: they are counted, not measured
 AFTERWARDS = ("report",)  # a report is written while its own stage still runs
+SLOWER = 1.02  # of the dense network's time: two measurements of one network differ by as much
 
 
 @dataclass(frozen=True)
 class BudgetLine:
-    """One budget as the page and the terminal print it. `kept` is None while nothing was measured."""
+    """One budget as the page and the terminal print it."""
 
     name: str
     target: str
@@ -26,7 +28,7 @@ class BudgetLine:
     predicted: str
     measured: str
     margin: str
-    kept: bool | None
+    verdict: BudgetVerdict
     phrase: str
 
 
@@ -58,13 +60,70 @@ def judge(manifest: Manifest) -> Verdict:
     remarks = _remarks(manifest)
     if not lines:
         return Verdict("none", "No budget was set, so there is none to keep.", remarks)
-    missed = [line.phrase for line in lines if line.kept is False]
-    open_ = [line.phrase for line in lines if line.kept is None]
-    kept = [line.phrase for line in lines if line.kept]
-    parts = [("Budget missed", missed), ("Not measured", open_), ("Budget kept", kept)]
-    sentence = " ".join(f"{label}: {'; '.join(phrases)}." for label, phrases in parts if phrases)
-    state: State = "missed" if missed else "unmeasured" if open_ else "kept"
+    phrases = {
+        verdict: [line.phrase for line in lines if line.verdict == verdict] for verdict in _HEADINGS
+    }
+    found = [verdict for verdict in _HEADINGS if phrases[verdict]]
+    sentence = " ".join(f"{_HEADINGS[verdict]}: {'; '.join(phrases[verdict])}." for verdict in found)
+    state: State = found[0]
+    if state == "kept" and slower_than_dense(manifest):
+        state = "slower"
     return Verdict(state, sentence, remarks)
+
+
+_HEADINGS: dict[BudgetVerdict, str] = {
+    "missed": "Budget missed",
+    "undecided": "Not decided",
+    "predicted": "Only predicted",
+    "kept": "Budget kept",
+}
+"""How the verdict introduces its budgets, the worst first."""
+
+
+def verdict_of(budget: Mapping[str, Any]) -> BudgetVerdict:
+    """What a budget of the manifest came to.
+
+    Runs of earlier versions recorded only whether it was kept; what was not measured is predicted.
+    """
+    recorded = budget.get("verdict")
+    for verdict in _HEADINGS:
+        if recorded == verdict:
+            return verdict
+    kept = budget.get("kept")
+    if not isinstance(kept, bool):
+        measured, target = number(budget.get("measured")), number(budget.get("target"))
+        if measured is None or target is None:
+            return "predicted"
+        kept = measured <= target
+    return "kept" if kept else "missed"
+
+
+def pruned(manifest: Manifest) -> bool:
+    """Whether the slim network has fewer channels than the dense one."""
+    return any(group.get("kept") != group.get("width") for group in rows(manifest, "groups"))
+
+
+def time_ratio(manifest: Manifest) -> tuple[float, str] | None:
+    """The slim network's latency over the dense one's, and whether it is "measured" or only "predicted".
+
+    None where it is not known, or nothing was pruned: then any difference is noise.
+    """
+    if not pruned(manifest):
+        return None
+    latency = section(manifest, "latency")
+    for slim, dense, how in (
+        ("measured_ms", "dense_ms", "measured"),
+        ("predicted_ms", "predicted_dense_ms", "predicted"),
+    ):
+        if (found := ratio(latency.get(slim), latency.get(dense))) is not None:
+            return found, how
+    return None
+
+
+def slower_than_dense(manifest: Manifest) -> bool:
+    """Whether pruning has made the network slower, by more than measurements of one network differ."""
+    found = time_ratio(manifest)
+    return found is not None and found[0] > SLOWER
 
 
 def measured_to_the_end(manifest: Manifest) -> bool:
@@ -83,9 +142,6 @@ def _line(budget: Mapping[str, Any]) -> BudgetLine:
     unit = text(budget, "unit")
     name = NAMES.get(text(budget, "name"), text(budget, "name", "unnamed"))
     target, measured, predicted = (number(budget.get(key)) for key in ("target", "measured", "predicted"))
-    kept = budget.get("kept")
-    if not isinstance(kept, bool):
-        kept = measured <= target if measured is not None and target is not None else None
     return BudgetLine(
         name=name,
         target=cost(target, unit),
@@ -93,7 +149,7 @@ def _line(budget: Mapping[str, Any]) -> BudgetLine:
         predicted=cost(predicted, unit),
         measured=cost(measured, unit),
         margin=margin(measured, target),
-        kept=kept,
+        verdict=verdict_of(budget),
         phrase=_phrase(name, unit, target, measured, predicted),
     )
 
@@ -110,22 +166,28 @@ def margin(value: float | None, target: float | None) -> str:
 def _phrase(
     name: str, unit: str, target: float | None, measured: float | None, predicted: float | None
 ) -> str:
-    value, how = (measured, "measured") if measured is not None else (predicted, "predicted")
+    value, how = (measured, " measured") if measured is not None else (predicted, "")
     if value is None:
         return f"{name} has neither a measurement nor a prediction, target {cost(target, unit)}"
     if unit in COUNTED and measured is not None:
-        how = "counted"
+        how = " counted"
     # the name of a count is its unit: "MACs 1.2 G counted"
     shown, aim = (count(value), count(target)) if unit in COUNTED else (cost(value, unit), cost(target, unit))
     if target is None:
-        return f"{name} {shown} {how}, target not recorded"
-    return f"{name} {shown} {how}, {margin(value, target)} the target of {aim}"
+        return f"{name} {shown}{how}, target not recorded"
+    return f"{name} {shown}{how}, {margin(value, target)} the target of {aim}"
 
 
 def _remarks(manifest: Manifest) -> tuple[str, ...]:
+    remarks = []
     if section(manifest, "latency").get("estimated") is True:
-        return ("The latency table of this device is estimated, not measured on it.",)
-    return ()
+        remarks.append("The latency table of this device is estimated, not measured on it.")
+    if (found := time_ratio(manifest)) is not None and slower_than_dense(manifest):
+        factor, how = found
+        remarks.append(
+            f"The slim network is slower: {significant(factor)} times as slow as the dense network as {how}."
+        )
+    return tuple(remarks)
 
 
 def _unfinished(manifest: Manifest) -> str:

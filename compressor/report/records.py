@@ -20,7 +20,7 @@ from compressor.report.formats import (
     significant,
     size,
 )
-from compressor.report.judgement import AFTERWARDS, NAMES, margin
+from compressor.report.judgement import AFTERWARDS, NAMES, margin, verdict_of
 from compressor.report.layers import channels
 
 UNIFORM = "uniform"
@@ -32,7 +32,6 @@ def rounds(manifest: Manifest) -> list[dict[str, Any]]:
     found = []
     for place, row in enumerate(rows(manifest, "rounds"), start=1):
         measured, target = number(row.get("measured_ms")), number(row.get("target_ms"))
-        kept = row.get("kept")
         found.append(
             {
                 "round": f"Round {place}",
@@ -40,7 +39,7 @@ def rounds(manifest: Manifest) -> list[dict[str, Any]]:
                 "measured": milliseconds(measured),
                 "target": milliseconds(target),
                 "margin": margin(measured, target),
-                "kept": kept if isinstance(kept, bool) else None,
+                "verdict": verdict_of({**row, "measured": measured, "target": target}),
             }
         )
     return found

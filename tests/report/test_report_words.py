@@ -84,12 +84,44 @@ def test_the_verdict_says_by_how_much() -> None:
 
 def test_without_a_measurement_there_is_no_verdict() -> None:
     predicted = finished(budgets=[latency(measured=None, kept=None)], latency={"estimated": True})
-    assert judge(predicted).state == "unmeasured"
+    assert judge(predicted).state == "predicted"
     assert verdict(predicted) == (
-        "Not measured: latency 1.40 ms predicted, 6.7% under the target of 1.50 ms. "
+        "Only predicted: latency 1.40 ms, 6.7% under the target of 1.50 ms. "
         "The latency table of this device is estimated, not measured on it."
     )
     assert verdict(finished()) == "No budget was set, so there is none to keep."
+
+
+def test_the_worst_budget_colours_the_verdict() -> None:
+    kept, undecided = latency(measured=1.4, kept=True), latency(measured=1.49, kept=None, verdict="undecided")
+    only_predicted = latency(measured=None, kept=None, verdict="predicted")
+    assert judge(finished(budgets=[kept, undecided])).state == "undecided"
+    assert judge(finished(budgets=[only_predicted, undecided])).state == "undecided"
+    assert judge(finished(budgets=[only_predicted, kept])).state == "predicted"
+    assert judge(finished(budgets=[undecided, latency(measured=1.6, kept=False)])).state == "missed"
+    assert verdict(finished(budgets=[undecided])) == (
+        "Not decided: latency 1.49 ms measured, 0.7% under the target of 1.50 ms."
+    )
+
+
+@pytest.mark.parametrize(
+    ("slim_ms", "groups", "state"),
+    [(5.0, [(8, 16)], "slower"), (4.05, [(8, 16)], "kept"), (3.0, [(8, 16)], "kept"), (5.0, [(16, 16)], "kept")],
+)
+def test_a_network_slower_than_the_dense_one_is_not_green(
+    slim_ms: float, groups: list[tuple[int, int]], state: str
+) -> None:
+    macs = {"name": "macs", "unit": "MACs", "target": 2e9, "dense": 4e9, "measured": 2e9, "kept": True}
+    judged = judge(
+        finished(
+            budgets=[macs],
+            groups=[{"name": "a", "kept": kept, "width": width} for kept, width in groups],
+            latency={"measured_ms": slim_ms, "dense_ms": 4.0},
+        )
+    )
+    assert judged.state == state
+    said = "The slim network is slower: 1.25 times as slow as the dense network as measured."
+    assert judged.remarks == ((said,) if state == "slower" else ())
 
 
 def test_a_run_on_its_way_says_where_it_stands() -> None:
