@@ -73,7 +73,7 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
     if run.finished("search"):
         return _search(run, job)[0].best
     with run.stage("search"):
-        result, uniform = _search(run, job)
+        result, uniform, compared = _search(run, job)
         if job.teacher is None:
             dense = accuracy(job.model, job.data.test, device=job.torch_device)
             epochs = len(result.training)  # fewer than planned where the time was up
@@ -91,6 +91,7 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
                 "seconds": round(result.seconds, 3),
                 "timing": {name: round(seconds, 3) for name, seconds in result.timing.items()},
                 "best_reward": result.reward,
+                "method": compared,
                 "candidates": [
                     {
                         "reward": each.reward,
@@ -115,19 +116,19 @@ def _tell(run: RunDir, note: str) -> None:
         run.save(notes=[*run.manifest["notes"], note])
 
 
-def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None]:
-    """What the agent found, and the widths of uniform pruning within the same budgets, where a ratio keeps them."""
+def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None, dict[str, Any] | None]:
+    """What the agent found, the widths of uniform pruning within the same budgets, where a ratio keeps them, and how
+    the search compares with the method's publication, where there is one."""
     from compressor.agents.base import Limits
     from compressor.agents.proposals import uniform_widths
+    from compressor.agents.published import method
     from compressor.agents.registry import create_agent
     from compressor.agents.schedule import share_epochs
+    from compressor.agents.without_effect import without_effect
     from compressor.training.align import Alignment
 
     recipe, settings = job.recipe, job.recipe.search
     schedule = share_epochs(search_epochs(job), pretrained=job.teacher is not None)
-    env, evaluator = environment(job, search_budgets(run, job))
-    if note := too_few_images(evaluator.images):
-        _tell(run, note)
     agent = create_agent(
         recipe.agent,
         seed=recipe.seed,
@@ -137,18 +138,24 @@ def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None
         alignment=partial(Alignment, job.space, form=settings.align, beta=settings.align_weight)
         if settings.align_weight
         else None,
+        context_size=settings.context_size or 0,
         curves=run.file("search/curves"),
     )
+    env, evaluator = environment(job, search_budgets(run, job), context_size=agent.context_size)
+    for note in (too_few_images(evaluator.images), *without_effect(agent, recipe)):
+        if note:
+            _tell(run, note)
     log, checkpoint = run.episodes(), run.checkpoint("search")
     limits = Limits(max_evaluations=settings.max_evaluations, max_seconds=settings.max_seconds)
     try:
         result = agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
     finally:
         evaluator.close()
+    compared = method(agent, recipe, agent.effects(result))
     try:
-        return result, tuple(uniform_widths(env).tolist())
+        return result, tuple(uniform_widths(env).tolist()), compared
     except CompressorError:
-        return result, None
+        return result, None, compared
 
 
 def settle(run: RunDir, job: Job, plan: ChannelPlan) -> ChannelPlan:

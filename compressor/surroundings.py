@@ -14,8 +14,16 @@ if TYPE_CHECKING:
     from compressor.training.evaluate import Evaluator
 
 
-def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evaluator]:
-    """What an agent searches in: plans of the job's network within `budgets`, scored on its search split."""
+def environment(
+    job: Job, budgets: Sequence[Budget], *, context_size: int = 0
+) -> tuple[PruningEnv, Evaluator]:
+    """What an agent searches in: plans of the job's network within `budgets`, scored on its search split.
+
+    Args:
+        job: network, data and settings.
+        budgets: what every plan keeps.
+        context_size: numbers that the agent adds to each observation, its `context_size`.
+    """
     from compressor.env.environment import PruningEnv
     from compressor.env.reward import soft_reward
     from compressor.training.evaluate import Evaluator
@@ -41,7 +49,7 @@ def environment(job: Job, budgets: Sequence[Budget]) -> tuple[PruningEnv, Evalua
         evaluator,
         reward=soft_reward(reward_weights(recipe), budgets),
         importance=recipe.pruning.importance,
-        context_size=settings.context_size if recipe.agent == "joint" else 0,
+        context_size=context_size,
         importance_data=_importance_data(job),
     )
     return env, evaluator

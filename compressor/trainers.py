@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 def search_epochs(job: Job) -> int:
     """Epochs of the dense weights; the slim network has the others, at least one."""
-    epochs = int(job.recipe.epochs or 0)
-    return min(round(epochs * float(job.recipe.search.epochs_share or 0)), epochs - 1)
+    from compressor.agents.schedule import epochs_in_search
+
+    return epochs_in_search(int(job.recipe.epochs or 0), float(job.recipe.search.epochs_share or 0))
 
 
 def brief_training(job: Job) -> BriefTraining:

@@ -139,6 +139,19 @@ def test_a_small_search_split_is_told_with_its_standard_error(stopped: Path) -> 
     assert "143 images: an accuracy of 90 % is known to within 2.5%" in notes[0]
 
 
+def test_too_few_joint_epochs_leave_the_environment_model_idle_and_say_so(stopped: Path) -> None:
+    """Of 4 epochs the search has 2: one of warm-up, one joint. Of 5 it would have 3, two of them joint."""
+    manifest = manifest_of(stopped)
+    (note,) = [note for note in manifest["notes"] if "environment model" in note]
+    assert "and the search has 1 joint epoch)" in note
+    assert note.endswith("with 0.6 of the epochs for the search, --epochs 5 or more.")
+    parts = {part["part"]: part for part in manifest["search"]["method"]["parts"]}
+    assert parts["environment model"]["by"] == "recipe"
+    assert parts["environment model"]["effect"].startswith("idle: it learns how rewards change")
+    assert parts["alignment of the weights"]["effect"].startswith("1 epoch; mean penalty 0.0")
+    assert parts["episodes near the best plan"]["by"] == "default"
+
+
 def test_curves_and_episodes_of_a_run(stopped: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

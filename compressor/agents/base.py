@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from compressor.agents.published import Published
     from compressor.agents.search_run import SearchRun
     from compressor.env.environment import PruningEnv
     from compressor.pruning.plan import ChannelPlan
@@ -105,6 +106,7 @@ class SearchResult:
         seconds: wall time of the search, time before resumes included.
         timing: seconds by "evaluation", "training", "agent" (everything else) and "total".
         training: phase, epoch, loss, accuracy, regulariser and seconds of each epoch of training.
+        learned: by part of the method, numbers that say what it has learned, where it learns apart from the policy.
     """
 
     best: ChannelPlan
@@ -116,6 +118,7 @@ class SearchResult:
     seconds: float
     timing: Mapping[str, float]
     training: tuple[Mapping[str, Any], ...] = ()
+    learned: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def front(self, cost: str) -> tuple[Candidate, ...]:
         """The candidates that no other one beats in both accuracy and the named cost, from cheap to dear.
@@ -145,10 +148,17 @@ class Agent(ABC):
         alignment: builds the regulariser that pulls the weights towards a plan (`training.align.Alignment`
             with the space and its form and strength filled in); None trains without. Only the joint agent
             uses it.
+        context_size: numbers of the environment model's state; 0 for none. Only the joint agent has one.
         curves: folder for TensorBoard curves; None writes none.
+
+    Attributes:
+        context_size: numbers that the environment's observations must have room for, for this agent; 0 where the
+            environment model would have nothing to learn from.
     """
 
     name: ClassVar[str]
+    source: ClassVar[str] = ""
+    published: ClassVar[tuple[Published, ...]] = ()
     trains_jointly: ClassVar[bool] = False
     Settings: ClassVar[type[Any]]
 
@@ -160,6 +170,7 @@ class Agent(ABC):
         schedule: Schedule | None = None,
         settings: Mapping[str, Any] | None = None,
         alignment: Callable[[ChannelPlan], Callable[[nn.Module], Tensor]] | None = None,
+        context_size: int = 0,
         curves: Path | None = None,
     ) -> None:
         self.seed = seed
@@ -168,6 +179,7 @@ class Agent(ABC):
         self.schedule = schedule if self.trains_jointly else schedule.all_before()
         self.settings = _settings(self.name, self.Settings, settings or {})
         self.alignment = alignment
+        self.context_size = context_size if self.trains_jointly else 0
         self.curves = curves
 
     def search(
@@ -203,6 +215,18 @@ class Agent(ABC):
     def epochs_before(self) -> int:
         """Epochs of training before the first candidate."""
         return self.schedule.warmup
+
+    def idle(self) -> dict[str, str]:
+        """By their names, the parts of the method that are on and cannot act in this search, with the reason."""
+        return {}
+
+    def unread_settings(self) -> dict[str, str]:
+        """By their names, the settings that have no effect beside the others as they are, with the reason."""
+        return {}
+
+    def effects(self, result: SearchResult) -> dict[str, str]:
+        """By their names, what the parts of the method have done in a search, in a clause each."""
+        return {}
 
     @abstractmethod
     def _search(self, run: SearchRun) -> SearchResult:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compressor.agents.base import Agent
     from compressor.env.environment import PruningEnv
 
-FORMAT = 3
+FORMAT = 4
 """Version of the checkpoint's content; another one is refused."""
 
 
@@ -34,6 +34,7 @@ class Place:
         chosen: widths of the result, once there is one.
         kept: its plan as JSON, where the agent chose the channels as well.
         training: what each epoch of training was, as the manifest has it.
+        learned: by part of the method, what it has learned; see `SearchResult`.
     """
 
     steps: dict[str, int] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Place:
     chosen: list[int] | None = None
     kept: str | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
+    learned: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def check(state: Mapping[str, Any], path: Path, agent: Agent, env: PruningEnv) -> None:

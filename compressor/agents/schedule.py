@@ -32,6 +32,33 @@ class Schedule:
         return Schedule(warmup=self.total)
 
 
+JOINT_EPOCHS_TO_LEARN = 2
+"""Joint epochs from which a reward can be seen to change: the episodes of the second round are on other weights."""
+
+
+def epochs_in_search(epochs: int, share: float) -> int:
+    """Epochs of the dense weights, of all there are; the slim network has the others, at least one."""
+    return min(round(epochs * share), epochs - 1)
+
+
+def epochs_until(joint: int, share: float, *, pretrained: bool) -> int | None:
+    """The fewest epochs, search and fine-tuning together, of which so many are joint; None where no number will do.
+
+    >>> epochs_until(2, 1 / 3, pretrained=True)
+    5
+    >>> epochs_until(2, 0.0, pretrained=True)
+    """
+    if share <= 0:
+        return None
+    most = (
+        int(4 * (joint + 2) / share) + 4
+    )  # at least 4 in 10 of the search's epochs are joint, but for the first few
+    for epochs in range(1, most + 1):
+        if share_epochs(epochs_in_search(epochs, share), pretrained=pretrained).joint >= joint:
+            return epochs
+    return None
+
+
 def share_epochs(epochs: int, *, pretrained: bool) -> Schedule:
     """Share the epochs of a search out between its phases.
 

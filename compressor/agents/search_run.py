@@ -220,6 +220,7 @@ class SearchRun:
             evaluations=self.evaluations,
             seconds=total,
             training=tuple(self.place.training),
+            learned={name: dict(numbers) for name, numbers in self.place.learned.items()},
             timing={
                 "evaluation": evaluation,
                 "training": training,

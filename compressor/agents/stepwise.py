@@ -16,6 +16,7 @@ from compressor.agents.best import best_of_round, carried_over, merit
 from compressor.agents.dueling import DoubleDqn
 from compressor.agents.near import NearBest
 from compressor.agents.proposals import uniform_or_cheapest
+from compressor.agents.published import Published
 from compressor.agents.values import POWERS, Sensitivity, saliency_values
 from compressor.env.observation import FEATURES
 from compressor.errors import CompressorError
@@ -87,6 +88,33 @@ class StepwiseSettings:
             raise CompressorError(f"The setting proposals is {self.proposals}, expected 1 or more.")
 
 
+PUBLISHED = (
+    Published("what is removed", "", "single weights", here="whole channels"),
+    Published(
+        "actions",
+        "actions",
+        "alpha",
+        why="norms of filters lie close together: most of the published thresholds remove none of them or all",
+    ),
+    Published("reward after every group", "rewards", "dense", named=True),
+    Published("scale of the rewards", "beta", 5.0),
+    Published("episodes", "episodes", 55),
+    Published(
+        "groups measured before the first episode",
+        "warm_start",
+        False,
+        why="the first episode is a good plan",
+    ),
+    Published(
+        "turns near the best plan",
+        "near_share",
+        0.0,
+        why="an episode costs one evaluation a group, and a whole plan near the best costs one",
+    ),
+)
+"""The method as arXiv 2007.04756 has it; the source leaves network, replay and rates open."""
+
+
 class StepwiseAgent(Agent):
     """Chooses a share for each group, and is told after each what became of accuracy and cost.
 
@@ -99,7 +127,13 @@ class StepwiseAgent(Agent):
     """
 
     name = "stepwise"
+    source = "arXiv 2007.04756"
+    published = PUBLISHED
     Settings = StepwiseSettings
+
+    def unread_settings(self) -> dict[str, str]:
+        names = ("near_spread", "proposals")
+        return {} if self.settings.near_share else dict.fromkeys(names, "near_share is 0")
 
     def _search(self, run: SearchRun) -> SearchResult:
         search = _StepwiseSearch(run, self.settings)

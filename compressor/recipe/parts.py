@@ -123,9 +123,10 @@ class Search(Part):
         "tensor", description="Form of the joint agent's alignment term."
     )
     align_weight: float = Field(1e-4, ge=0, description="Weight of the alignment term; 0 turns it off.")
-    context_size: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="Numbers of the joint agent's learned state of the changing reward (the paper: 128); 0 for none.",
+    context_size: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Numbers of the state of the joint agent's environment model, which describes the changing reward; "
+        "0 turns it off. Left out: 128, as published.",
     )
     settings: dict[str, int | float | bool | str | tuple[int, ...]] = Field(
         {}, description="Numbers of the agent's method that differ from its own defaults (docs/agents.md)."

@@ -12,6 +12,9 @@ from compressor.recipe.parts import Budgets, Contract, Export, Part, Positive, P
 from compressor.recipe.validation import merged, validated
 from compressor.recipe.yaml_text import write_yaml
 
+CONTEXT_SIZE = 128
+"""Numbers of the joint agent's environment model, as published."""
+
 AgentName = Literal["joint", "constrained", "stepwise", "knapsack", "uniform", "random"]
 
 
@@ -88,6 +91,7 @@ class Recipe(Part):
                 "search": {
                     "epochs_share": share,
                     "batch_norm_batches": self.search.batch_norm_batches or (3 if digits else 10),
+                    "context_size": self._context_size(),
                 },
                 "training": {
                     "batch_size": self.training.batch_size or (32 if digits else 128),
@@ -99,6 +103,11 @@ class Recipe(Part):
                 },
             }
         )
+
+    def _context_size(self) -> int | None:
+        """Other agents have no environment model: theirs stays open, for a joint one that takes the recipe up."""
+        given = self.search.context_size
+        return CONTEXT_SIZE if given is None and self.agent == "joint" else given
 
     def changed(self, overrides: Mapping[str, Any], source: str = "the command line") -> Recipe:
         """The recipe with some fields replaced; nested parts are merged field by field.

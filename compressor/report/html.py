@@ -92,6 +92,7 @@ def context(run: Collected) -> dict[str, Any]:
             )
         ),
         **records.sources(manifest),
+        "method": records.method(manifest),
         "training_charts": _charts(
             plots.training_curve(manifest, key, f"training-{key}") for key in ("loss", "accuracy")
         ),

@@ -116,6 +116,36 @@ def sources(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def method(manifest: Manifest) -> dict[str, Any] | None:
+    """How the search compares with the publication of its method; None where there is none, or none is recorded."""
+    found = section(section(manifest, "search"), "method")
+    parts = rows(found, "parts")
+    if not parts:
+        return None
+    same = [part for part in parts if part.get("same") is True]
+    other = [part for part in parts if part.get("same") is not True]
+    named = [
+        text(part, "part", "unnamed") + (f" ({effect})" if (effect := text(part, "effect")) else "")
+        for part in same
+    ]
+    return {
+        "source": text(found, "source", "its publication"),
+        "same": f"As published: {'; '.join(named)}." if named else "",
+        "other": [
+            {
+                "part": text(part, "part", "unnamed"),
+                "here": text(part, "here", ABSENT),
+                "published": text(part, "published", ABSENT),
+                "by": f"{text(part, 'by', ABSENT)} of {setting}"
+                if (setting := text(part, "setting"))
+                else "the toolkit",
+                "why": text(part, "effect") or text(part, "why") or ABSENT,
+            }
+            for part in other
+        ],
+    }
+
+
 def _against_uniform(manifest: Manifest, candidates: Sequence[Record], pick: Record | None) -> str:
     """The chosen candidate beside uniform pruning within the same budgets, where it was scored on the same weights."""
     if pick is None or text(section(manifest, "search"), "agent") == UNIFORM:

@@ -11,7 +11,7 @@ import torch
 from compressor.agents.base import Candidate
 from compressor.agents.episodes import Episode, Transition
 from compressor.agents.joint.learner import Learner
-from compressor.agents.joint.settings import JointSettings
+from compressor.agents.joint.settings import ENVIRONMENT_MODEL, JointSettings
 from compressor.agents.schedule import Schedule
 from compressor.env.environment import PruningEnv
 from compressor.errors import CompressorError
@@ -66,9 +66,9 @@ def test_the_decoder_tells_epochs_apart() -> None:
     learner = learner_with_epochs(4)
     assert learner.model is not None
     with learner.randomness.active():
-        first = learner.model.learn(learner.sac.replay_buffer, updates=1, batch=64)
+        first = learner.model.learn(learner.sac.replay_buffer, updates=1, batch=64)[0]
         for _ in range(10):
-            last = learner.model.learn(learner.sac.replay_buffer, updates=40, batch=64)
+            last = np.mean(learner.model.learn(learner.sac.replay_buffer, updates=40, batch=64))
     assert first > 0.5  # the scaled rewards have a variance of 1
     assert last < 0.1
 
@@ -118,7 +118,13 @@ def test_killed_with_the_model_it_ends_the_same(new_bench: Any) -> None:
         bench = new_bench(f"killed{kill}")
         with pytest.raises(Killed):
             bench.search("joint", kill_after=kill, **options)
-        assert bench.search("joint", **options).candidates == whole.candidates
+        again = bench.search("joint", **options)
+        assert again.candidates == whole.candidates
+        assert again.learned == whole.learned
+    # 20 updates, where the publication has 100, in the second round and in the third: three states of the weights.
+    learned = whole.learned[ENVIRONMENT_MODEL]
+    assert (learned["updates"], learned["weights"]) == (40, 3)
+    assert without.learned == {}
 
 
 def test_a_state_with_another_model_is_refused(bench: Bench) -> None:

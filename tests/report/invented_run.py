@@ -191,6 +191,17 @@ def invented_manifest() -> dict[str, Any]:
         "skipped": [{"name": "fc", "reason": "its outputs are the classes"}],
         "layers": layers,
         "search": {
+            "method": {
+                "source": "arXiv 2403.19490",
+                "parts": [
+                    {"part": "environment model", "setting": "search.context_size", "here": "128", "published": "128",
+                     "same": True, "by": "default", "why": "", "effect": "300 updates"},
+                    {"part": "episodes near the best plan", "setting": "search.settings.near_share", "here": "0.75",
+                     "published": "0", "same": False, "by": "default", "why": "they find better plans", "effect": ""},
+                    {"part": "alignment of the weights", "setting": "search.align_weight", "here": "off",
+                     "published": "1e-05 to 0.0001", "same": False, "by": "recipe", "why": "", "effect": ""},
+                ],
+            },
             "agent": "joint",
             "evaluations": 64,
             "episodes": 60,

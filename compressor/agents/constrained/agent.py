@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from compressor.agents.base import Agent, SearchResult
+from compressor.agents.constrained.published import PUBLISHED
 from compressor.agents.constrained.search import ConstrainedSearch
 from compressor.agents.constrained.settings import PAPER, ConstrainedSettings
 
@@ -22,11 +23,23 @@ class ConstrainedAgent(Agent):
     """
 
     name = "constrained"
+    source = "arXiv 2110.08558"
+    published = PUBLISHED
     Settings = ConstrainedSettings
 
     def __init__(self, *, settings: Mapping[str, Any] | None = None, **options: Any) -> None:
         given = dict(settings or {})
         super().__init__(settings={**PAPER, **given} if given.get("paper") else given, **options)
+
+    def unread_settings(self) -> dict[str, str]:
+        names = ("near_spread", "proposals")
+        if self.settings.action == "channel":
+            return dict.fromkeys(
+                (*names, "near_share"), "action is 'channel': plans are more than their widths"
+            )
+        if any(self.settings.finetune_iterations):
+            return dict.fromkeys((*names, "near_share"), "finetune_iterations trains each candidate")
+        return {} if self.settings.near_share else dict.fromkeys(names, "near_share is 0")
 
     def _search(self, run: SearchRun) -> SearchResult:
         dense = run.env.bounds.dense

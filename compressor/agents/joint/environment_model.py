@@ -42,8 +42,8 @@ class EnvironmentModel(nn.Module):
             nn.ReLU(),
             nn.Linear(hidden, 1),
         )
-        self._rate = rate
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=rate)
+        # One group and one fused step: with a group for each epoch the optimiser takes longer than the gradients.
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=rate, fused=True)
 
     @property
     def epochs(self) -> int:
@@ -55,7 +55,7 @@ class EnvironmentModel(nn.Module):
         while self.epochs <= epoch:
             embedding = nn.Parameter(self.embeddings[-1].detach().clone())
             self.embeddings.append(embedding)
-            self.optimizer.add_param_group({"params": [embedding]})
+            self.optimizer.param_groups[0]["params"].append(embedding)
 
     def contexts(self) -> torch.Tensor:
         """z of every epoch, (epochs, size), with gradients."""
@@ -68,8 +68,8 @@ class EnvironmentModel(nn.Module):
             array: NDArray[np.float32] = self.contexts().numpy()
         return array
 
-    def learn(self, replay: EpochReplay, updates: int, batch: int) -> float:
-        """Train on transitions drawn from the replay; returns the mean squared error of scaled rewards."""
+    def learn(self, replay: EpochReplay, updates: int, batch: int) -> list[float]:
+        """Train on transitions drawn from the replay; returns each update's mean squared error of scaled rewards."""
         losses = []
         for _ in range(updates):
             features, actions, epochs, rewards = replay.draw_returns(batch, len(FEATURES))
@@ -80,7 +80,7 @@ class EnvironmentModel(nn.Module):
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             losses.append(float(loss.detach()))
-        return sum(losses) / max(1, len(losses))
+        return losses
 
     def state(self) -> dict[str, Any]:
         """Weights and optimiser, as tensors and plain values."""

@@ -29,6 +29,10 @@ class Learner:
         env: read for its spaces.
         settings: the method's numbers.
         seed: of the networks and of all that is drawn.
+
+    Attributes:
+        learned: what the environment model has learned: `updates`, `weights` (how many different ones it has seen
+            rewards of), `first_error` and `last_error` (mean squared, of scaled rewards); empty before it has.
     """
 
     def __init__(self, env: PruningEnv, settings: JointSettings, seed: int) -> None:
@@ -37,6 +41,7 @@ class Learner:
         self.settings = settings
         self._env = env
         self._epoch = 0
+        self.learned: dict[str, float] = {}
         self.randomness = OwnRandomness(seed)
         with self.randomness.active():
             self.sac = PruningSac(env, settings)
@@ -63,6 +68,15 @@ class Learner:
         if self.model is not None:
             self.sac.replay_buffer.contexts = self.model.plain_contexts()
             self._env.context = self.sac.replay_buffer.contexts[self._epoch]
+
+    def _note(self, errors: list[float]) -> None:
+        """Keep what the environment model has learned: its error in the first updates of all and in the last."""
+        few = max(1, len(errors) // 10)
+        learned = self.learned
+        learned.setdefault("first_error", sum(errors[:few]) / few)
+        learned["last_error"] = sum(errors[-few:]) / few
+        learned["updates"] = learned.get("updates", 0) + len(errors)
+        learned["weights"] = self._epoch + 1
 
     def policy(self, *, deterministic: bool = False) -> Policy:
         """The policy as it is now; the ratio that it asks for, before the bounds move it."""
@@ -92,9 +106,9 @@ class Learner:
         with self.randomness.active():
             if self.model is not None and self.model.epochs > 1:  # one epoch alone has nothing to tell apart
                 decoder_updates, batch = self.settings.decoder_updates, self.settings.batch
-                losses["agent/decoder_loss"] = self.model.learn(
-                    self.sac.replay_buffer, decoder_updates, batch
-                )
+                errors = self.model.learn(self.sac.replay_buffer, decoder_updates, batch)
+                losses["agent/decoder_loss"] = sum(errors) / len(errors)
+                self._note(errors)
                 self._show()
                 z = self.sac.replay_buffer.contexts
                 losses["agent/z_norm"] = float(np.linalg.norm(z[self._epoch]))
@@ -114,6 +128,7 @@ class Learner:
             "sac": self.sac.state(),
             "model": None if self.model is None else self.model.state(),
             "epoch": self._epoch,
+            "learned": dict(self.learned),
             "randomness": self.randomness.state(),
             "generator": json.dumps(self.generator.bit_generator.state),
         }
@@ -136,5 +151,5 @@ class Learner:
         self.sac.restore(state["sac"])
         self.randomness.restore(state["randomness"])
         self.generator.bit_generator.state = json.loads(state["generator"])
-        self._epoch = int(state["epoch"])
+        self._epoch, self.learned = int(state["epoch"]), dict(state["learned"])
         self._show()

@@ -15,7 +15,7 @@ from compressor.agents.base import Candidate, SearchResult
 from compressor.agents.best import best_known, best_of_round, best_on_weights, carried_over
 from compressor.agents.episodes import Policy
 from compressor.agents.joint.learner import Learner
-from compressor.agents.joint.settings import BLOCK, JointSettings
+from compressor.agents.joint.settings import BLOCK, ENVIRONMENT_MODEL, JointSettings
 from compressor.agents.near import NearBest
 from compressor.agents.proposals import follow, followed, random_widths, uniform_or_cheapest
 from compressor.agents.search_run import SearchRun
@@ -103,6 +103,8 @@ class JointSearch:
         """Update the policy for the episodes played since the last time."""
         if self._new_episodes and self._learns:
             losses = self.learner.learn(self._new_episodes)
+            if self.learner.learned:
+                self.run.place.learned[ENVIRONMENT_MODEL] = dict(self.learner.learned)
             self.run.curves.add(len(self.run.candidates), losses)
         self._new_episodes = 0
 

@@ -17,6 +17,10 @@ _CHOICES = {
 BLOCK = 10
 """Episodes between two saves and two spells of learning."""
 
+ENVIRONMENT_MODEL = "environment model"
+LEARNED = ("updates", "weights", "first_error", "last_error")
+"""What is kept of its learning; see `Learner.learned`."""
+
 
 @dataclass(frozen=True)
 class JointSettings:
@@ -58,8 +62,8 @@ class JointSettings:
             else all of them come first, without alignment, and the weights rest while plans are looked for.
         proposer: what the episodes follow: what was "learned", "random" plans at the budget, as many, or the
             "uniform" plan alone. The latter two leave everything else as it is, and are there to be compared with.
-        decoder_updates: updates of the environment model before each spell of the policy's learning; there is
-            one if the environment has room for its state (`context_size`, of which the paper has 128).
+        decoder_updates: updates of the environment model before each spell of the policy's learning, from the
+            second joint round on (`search.context_size` is its size).
         decoder_rate: learning rate of the environment model.
     """
 
@@ -105,6 +109,8 @@ class JointSettings:
             "replay",
             "hidden",
             "proposals",
+            "updates_per_episode",
+            "decoder_updates",
         ):
             if getattr(self, name) < 1:
                 raise CompressorError(f"The setting {name} is {getattr(self, name)}, expected 1 or more.")
@@ -114,6 +120,28 @@ class JointSettings:
         for name in ("near_share", "gamma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CompressorError(f"The setting {name} is {getattr(self, name)}, expected 0 to 1.")
+
+    def unread(self, *, environment_model: bool) -> dict[str, str]:
+        """By their names, the settings without effect beside the others, with the reason.
+
+        Args:
+            environment_model: whether there is one that learns.
+        """
+        found = {}
+        if self.returns == "episode":
+            found["gamma"] = "returns is 'episode': every transition is drawn as if it were the last"
+        if not environment_model:
+            found |= dict.fromkeys(
+                ("decoder_updates", "decoder_rate"), "the environment model is off or idle"
+            )
+        if self.proposer != "learned":
+            reason = f"proposer is {self.proposer!r}: there is no policy"
+            names = (
+                "hidden actor_rate critic_rate entropy tau gamma batch replay updates_per_episode returns store_asked "
+                "scale_rewards near_share near_spread proposals decoder_updates decoder_rate"
+            )
+            found |= dict.fromkeys(names.split(), reason)
+        return found
 
     @property
     def measures_groups(self) -> bool:
