@@ -68,6 +68,10 @@ def compress_command(
         str | None, typer.Option(help="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH.")
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Mean of each channel, as 0.5,0.5,0.5; left out, that of the weights.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation of each channel, as --mean.")] = None,
     weights: Annotated[str | None, typer.Option(help="default, none, or a file with a state dict.")] = None,
     agent: Annotated[
         str | None, typer.Option(help="joint, constrained, stepwise, knapsack, uniform or random.")
@@ -107,7 +111,8 @@ def compress_command(
         return
     overrides = overrides_of(
         {
-            "model": model, "device": device, "precision": precision, "threads": threads, "data": data,
+            "model": model, "device": device, "precision": precision, "threads": threads,
+            "data": {"source": data, "mean": mean, "std": std},
             "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,
             "budgets": {
                 "latency": latency, "flops": flops, "params": params, "memory": memory,

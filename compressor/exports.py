@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.data import load_data
 from compressor.errors import CompressorError
+from compressor.inputs import load_images
 from compressor.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, first_images, metadata_of, opset_of
 from compressor.precisions import record, write_precision
 from compressor.recipe import Recipe, load_recipe
@@ -91,8 +91,7 @@ class Finished:
     def data(self) -> DataBundle:
         """The run's data, read when it is first needed."""
         if self._data is None:
-            recipe = self.recipe
-            self._data = load_data(recipe.data, seed=recipe.seed, image_size=recipe.image_size)
+            self._data = load_images(self.recipe)
         return self._data
 
     @property

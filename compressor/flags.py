@@ -39,7 +39,7 @@ def with_settings(given: dict[str, Any], settings: list[str]) -> dict[str, Any]:
 
     for setting in settings:
         path, equals, text = setting.partition("=")
-        *parts, last = path.split(".")
+        *parts, last = ("data.source" if path == "data" else path).split(".")
         if not equals or not all((*parts, last)) or len(parts) >= _DEEPEST:
             raise CompressorError(
                 f"--set {setting}: expected FIELD=VALUE.", "For example: --set training.batch_size=32"

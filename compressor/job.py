@@ -145,9 +145,9 @@ def prepare(
     from compressor.agents.registry import create_agent
     from compressor.budgets.energy import EnergyMeter, find_counters
     from compressor.budgets.function import FunctionCaller
-    from compressor.data import load_data
     from compressor.env.reward import soft_reward
-    from compressor.models import create_model, model_factory
+    from compressor.inputs import load
+    from compressor.models import model_factory
     from compressor.training.sites import check_workers
 
     specs = budget_specs(recipe)
@@ -157,10 +157,9 @@ def prepare(
     create_agent(recipe.agent, settings=recipe.search.settings)  # only to have its settings checked
     counters = find_counters(recipe.device) if recipe.budgets.energy else None
     torch_device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = load_data(recipe.data, seed=recipe.seed, image_size=recipe.image_size)
-    notes += data.notes
-    torch.manual_seed(recipe.seed)
-    model = create_model(recipe.model, data.num_classes, recipe.weights, data.input_shape)
+    loaded = load(recipe)
+    recipe, data, model = loaded.recipe, loaded.data, loaded.model
+    notes += loaded.notes
     teacher = copy.deepcopy(model).eval() if recipe.weights != "none" else None
     example = torch.zeros(1, *data.input_shape)
     space = trace(recipe, model, example)

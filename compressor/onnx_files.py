@@ -69,9 +69,9 @@ def metadata_of(recipe: Recipe, data: DataBundle, run: RunDir, plan_checksum: st
     """What a file says about itself: model, classes, normalisation, run and plan."""
     return {
         "model": recipe.model,
-        "classes": list(data.classes),
-        "mean": list(data.mean),
-        "std": list(data.std),
+        **data.facts(),
+        "mean": list(data.preprocessing.mean),
+        "std": list(data.preprocessing.std),
         "run": run.name,
         "plan": plan_checksum,
     }

@@ -115,19 +115,16 @@ def _described(table: LatencyTable) -> Iterator[str]:
 
 def _for_latency(recipe: Recipe) -> Recipe:
     """The recipe as a run with a latency budget would resolve it: same channel steps, same precision."""
-    return recipe.changed({"budgets": {"latency": "100%"}, "weights": "none"}).resolved()
+    return recipe.changed({"budgets": {"latency": "100%"}}).resolved()
 
 
 def _traced(recipe: Recipe) -> tuple[PruningSpace, Tensor]:
     """The network with random weights, which take as long as any others."""
     import torch
 
-    from compressor.data import load_data
+    from compressor.inputs import load
     from compressor.job import trace
-    from compressor.models import create_model
 
-    data = load_data(recipe.data, seed=recipe.seed, image_size=recipe.image_size)
-    torch.manual_seed(recipe.seed)
-    model = create_model(recipe.model, data.num_classes, "none", data.input_shape)
-    example = torch.zeros(1, *data.input_shape)
-    return trace(recipe, model, example), example
+    loaded = load(recipe, weights="none")
+    example = torch.zeros(1, *loaded.data.input_shape)
+    return trace(loaded.recipe, loaded.model, example), example

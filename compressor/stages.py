@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.contract import kept_plan, margin
 from compressor.errors import CompressorError
+from compressor.inputs import described
 from compressor.job import Job
 from compressor.progress import bar, say
 from compressor.run_dir import RunDir, write_atomic
@@ -41,7 +42,8 @@ def begin(run: RunDir, job: Job) -> None:
             schema=1,
             status="running",
             model=recipe.model,
-            data=recipe.data,
+            data=recipe.data.source,
+            preprocessing=described(recipe, job.data.preprocessing),
             seed=recipe.seed,
             agent=recipe.agent,
             weights=recipe.weights,
@@ -267,7 +269,7 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
         slim.eval()
         finetuned = accuracy(slim, job.data.test, device=job.torch_device)
         _note_accuracy(run, finetuned=finetuned)
-        save(slim, plan, run.path, factory=job.factory, extra={"classes": list(job.data.classes)})
+        save(slim, plan, run.path, factory=job.factory, extra=job.data.facts())
         run.save(training=history)
         say(f"The slim network's test accuracy is {finetuned:.2%}.")
     return slim

@@ -170,7 +170,7 @@ def test_large_folders_stay_on_the_disk(folder: Path, monkeypatch: pytest.Monkey
         assert torch.equal(memory[0], disk[0])
         assert torch.equal(memory[1], disk[1])
     assert images_of(in_memory) == images_of(on_disk)
-    assert len(on_disk.train.in_memory(7)) == 7
+    assert len(on_disk.train.sample(7)) == 7
     epochs = [list(on_disk.train.batches(8, shuffle_seed=4, augment=True)) for _ in range(2)]
     assert all(torch.equal(one[0], other[0]) for one, other in zip(*epochs, strict=True))
 

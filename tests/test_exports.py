@@ -78,7 +78,7 @@ def test_the_runs_own_file_comes_out_of_the_saved_network_again(run: Path, tmp_p
     export(run, "--out", tmp_path / "copy.onnx")
     assert (tmp_path / "copy.onnx").read_bytes() == (run / "model.onnx").read_bytes()
     facts = read_header(run / "model.onnx").metadata
-    assert set(facts) == {"model", "classes", "mean", "std", "run", "plan"}
+    assert set(facts) == {"model", "classes", "mean", "std", "preprocessing", "run", "plan"}
     assert (facts["run"], facts["model"]) == ("run", "tests.nets:tiny")
     assert facts["plan"] == json.loads((run / "channels.json").read_text())["plan_sha256"]
 

@@ -23,7 +23,7 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
 def test_pretrained_weights_shorten_training() -> None:
     recipe = Recipe(model="resnet50", data="imagenet:somewhere").resolved()
     assert recipe.pretrained
-    assert recipe.image_size == 224
+    assert recipe.image_size is None  # that of the weights, which the network's library knows
     assert recipe.epochs == 30
 
 

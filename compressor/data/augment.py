@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from compressor.data.preprocessing import SMALL, Preprocessing
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -16,16 +18,18 @@ class Augmentation:
         shift: Largest shift in pixels, each way; what moves in from outside is black.
         flip: Whether to mirror left and right, every second image.
         smallest_crop: Smallest share of the area that a random crop keeps, then scaled back; 1 for none.
+        interpolation: How crops are scaled: "nearest", "bilinear" or "bicubic".
     """
 
     shift: int = 0
     flip: bool = False
     smallest_crop: float = 1.0
+    interpolation: str = "bilinear"
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """uint8 (N, C, H, W) on the CPU to the same; the input is unchanged."""
         if self.smallest_crop < 1:
-            images = _random_crops(images, self.smallest_crop, generator)
+            images = _random_crops(images, self.smallest_crop, self.interpolation, generator)
         if self.shift:
             images = _random_shifts(images, self.shift, generator)
         if self.flip:
@@ -34,11 +38,13 @@ class Augmentation:
         return images
 
 
-def augmentation_for(size: int, flip: bool = True) -> Augmentation:
-    """The usual one for photographs of `size` pixels: shifts by an eighth if small, random crops if large."""
-    if size <= 96:
-        return Augmentation(shift=max(1, size // 8), flip=flip)
-    return Augmentation(flip=flip, smallest_crop=0.35)
+def augmentation_for(preprocessing: Preprocessing) -> Augmentation:
+    """The usual one for photographs: shifts by an eighth if small, random crops if large, scaled as for scoring."""
+    size, interpolation = preprocessing.size, preprocessing.interpolation
+    if size <= SMALL:
+        return Augmentation(shift=max(1, size // 8), flip=True)
+    crops = "bicubic" if interpolation == "lanczos" else interpolation  # torch has no lanczos
+    return Augmentation(flip=True, smallest_crop=0.35, interpolation=crops)
 
 
 def _random_shifts(images: torch.Tensor, reach: int, generator: torch.Generator) -> torch.Tensor:
@@ -52,8 +58,10 @@ def _random_shifts(images: torch.Tensor, reach: int, generator: torch.Generator)
     return out
 
 
-def _random_crops(images: torch.Tensor, smallest: float, generator: torch.Generator) -> torch.Tensor:
-    """Crops of random area and of an aspect ratio between 3:4 and 4:3, scaled back bilinearly."""
+def _random_crops(
+    images: torch.Tensor, smallest: float, interpolation: str, generator: torch.Generator
+) -> torch.Tensor:
+    """Crops of random area and of an aspect ratio between 3:4 and 4:3, scaled back."""
     count = len(images)
     area = smallest + (1 - smallest) * torch.rand(count, generator=generator)
     ratio = torch.exp((2 * torch.rand(count, generator=generator) - 1) * torch.tensor(4 / 3).log())
@@ -64,5 +72,7 @@ def _random_crops(images: torch.Tensor, smallest: float, generator: torch.Genera
     theta[:, 0, 0], theta[:, 1, 1] = width, height
     theta[:, 0, 2], theta[:, 1, 2] = centre[:, 0] * (1 - width), centre[:, 1] * (1 - height)
     grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
-    sampled = functional.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return sampled.round_().to(torch.uint8)
+    sampled = functional.grid_sample(
+        images.float(), grid, mode=interpolation, padding_mode="border", align_corners=False
+    )
+    return sampled.round_().clamp_(0, 255).to(torch.uint8)  # bicubic overshoots

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
 from compressor.data.augment import Augmentation, augmentation_for
-from compressor.data.bundle import MEAN, STD, DataBundle, hold_out
+from compressor.data.bundle import DataBundle, hold_out
+from compressor.data.files import fitted
+from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.data.splits import MemorySplit
 from compressor.errors import CompressorError
 
@@ -18,17 +22,27 @@ _TEST_SEED = 20
 """Deals the test split of data that has none of its own; the same for every run, so that runs compare."""
 
 
-def load_digits(seed: int, size: int, search_fraction: float, search_limit: int | None) -> DataBundle:
+def load_digits(seed: int, wanted: Wanted, search_fraction: float, search_limit: int | None) -> DataBundle:
     """scikit-learn's handwritten digits: 1,797 grey images of 8x8, scaled up, the same in three channels.
 
     A fifth is the test split. Mirroring would turn a digit into no digit, so images are only shifted.
+
+    Raises:
+        CompressorError: another crop or interpolation is wanted.
     """
     from sklearn.datasets import load_digits as embedded
 
-    raw = embedded()
+    if (wanted.crop_share or 1.0) != 1 or (wanted.interpolation or "bilinear") != "bilinear":
+        raise CompressorError(
+            "The digits are scaled bilinearly and not cut.",
+            "Leave out data.crop_share and data.interpolation.",
+        )
+    preprocessing = replace(wanted, crop_share=1.0, interpolation="bilinear").at(wanted.image_size or 32)
+    raw, size = embedded(), preprocessing.size
     grey = torch.from_numpy(np.asarray(raw.images, dtype=np.float32))[:, None] * (255 / 16)
     scaled = functional.interpolate(grey, size=(size, size), mode="bilinear", align_corners=False)
-    images = scaled.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    images = scaled.round().clamp(0, 255).to(torch.uint8)
+    images = images.expand(-1, preprocessing.channels, -1, -1).contiguous()
     labels = torch.from_numpy(np.asarray(raw.target, dtype=np.int64))
     rest, test = hold_out(labels.numpy(), 0.2, None, _TEST_SEED)
     kept, held = hold_out(labels.numpy()[rest], search_fraction, search_limit, seed)
@@ -36,10 +50,10 @@ def load_digits(seed: int, size: int, search_fraction: float, search_limit: int 
     return DataBundle(
         name="digits",
         classes=tuple(str(digit) for digit in range(10)),
-        input_shape=(3, size, size),
-        train=MemorySplit(images[rest[kept]], labels[rest[kept]], MEAN, STD, small_shifts),
-        search=MemorySplit(images[rest[held]], labels[rest[held]], MEAN, STD),
-        test=MemorySplit(images[test], labels[test], MEAN, STD),
+        input_shape=preprocessing.input_shape,
+        train=MemorySplit(images[rest[kept]], labels[rest[kept]], preprocessing, small_shifts),
+        search=MemorySplit(images[rest[held]], labels[rest[held]], preprocessing),
+        test=MemorySplit(images[test], labels[test], preprocessing),
         notes=(
             "The data is scikit-learn's embedded digits (1,797 small images): a demonstration, no real task.",
         ),
@@ -47,7 +61,12 @@ def load_digits(seed: int, size: int, search_fraction: float, search_limit: int 
 
 
 def load_cifar(
-    kind: str, path: Path | None, seed: int, size: int, search_fraction: float, search_limit: int | None
+    kind: str,
+    path: Path | None,
+    seed: int,
+    preprocessing: Preprocessing,
+    search_fraction: float,
+    search_limit: int | None,
 ) -> DataBundle:
     """CIFAR-10 or CIFAR-100 through torchvision, downloaded where it is missing.
 
@@ -69,18 +88,18 @@ def load_cifar(
             f"Fetch {dataset.filename} elsewhere, unpack it in a folder and give that as --data {kind}:PATH; "
             "or give images as --data folder:PATH.",
         ) from error
-    stacked = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    if size != 32:
-        stacked = [_resized(images, size) for images in stacked]
-    (train, test), (labels, test_labels) = stacked, [torch.tensor(part.targets) for part in parts]
+    (train, test), (labels, test_labels) = (
+        [_stacked(part.data, preprocessing) for part in parts],
+        [torch.tensor(part.targets) for part in parts],
+    )
     kept, held = hold_out(labels.numpy(), search_fraction, search_limit, seed)
     return DataBundle(
         name=kind if path is None else f"{kind}:{path}",
         classes=tuple(parts[0].classes),
-        input_shape=(3, size, size),
-        train=MemorySplit(train[kept], labels[kept], MEAN, STD, augmentation_for(size)),
-        search=MemorySplit(train[held], labels[held], MEAN, STD),
-        test=MemorySplit(test, test_labels, MEAN, STD),
+        input_shape=preprocessing.input_shape,
+        train=MemorySplit(train[kept], labels[kept], preprocessing, augmentation_for(preprocessing)),
+        search=MemorySplit(train[held], labels[held], preprocessing),
+        test=MemorySplit(test, test_labels, preprocessing),
     )
 
 
@@ -95,12 +114,11 @@ def _downloads() -> Path:
     return Path(cache) / "data"
 
 
-def _resized(images: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (N, C, H, W) to uint8 (N, C, size, size), a thousand at a time to bound the memory."""
-    parts = [
-        functional.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
-        .round_()
-        .to(torch.uint8)
-        for part in torch.split(images, 1000)
-    ]
-    return torch.cat(parts)
+def _stacked(images: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> torch.Tensor:
+    """uint8 (N, 32, 32, 3) to uint8 (N, channels, size, size)."""
+    from PIL import Image
+
+    if preprocessing.resize_size == images.shape[1] and preprocessing.channels == 3:
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    mode = "L" if preprocessing.channels == 1 else "RGB"
+    return torch.stack([fitted(Image.fromarray(image).convert(mode), preprocessing) for image in images])

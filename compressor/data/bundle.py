@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from compressor.data.preprocessing import Preprocessing
 from compressor.data.splits import Split
-
-MEAN = (0.485, 0.456, 0.406)
-"""Mean of ImageNet's channels on the scale 0..1; every data set is normalised with it."""
-STD = (0.229, 0.224, 0.225)
-"""Standard deviation of ImageNet's channels on the scale 0..1."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -26,8 +23,6 @@ class DataBundle:
         name: As it was asked for, such as "digits" or "folder:/data/birds".
         classes: Names of the classes, in the order of the labels.
         input_shape: (channels, height, width) of one image.
-        mean: Per channel, subtracted after scaling to 0..1.
-        std: Per channel, divided by after that.
         train: What the weights see.
         search: Held from training; scores candidates, and is never reported.
         test: Reported, and never chosen by.
@@ -40,13 +35,25 @@ class DataBundle:
     train: Split
     search: Split
     test: Split
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
     notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def facts(self) -> dict[str, Any]:
+        """What a network's files say about the images that it takes and about its classes; JSON's kinds only."""
+        return {"classes": list(self.classes), "preprocessing": self.preprocessing.to_dict()}
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How its images become inputs; the same in all splits."""
+        return self.train.preprocessing
+
+    def prepared(self, preprocessing: Preprocessing) -> DataBundle:
+        """The same images for another kind of network; see `Split.prepared`."""
+        parts = {name: getattr(self, name).prepared(preprocessing) for name in ("train", "search", "test")}
+        return replace(self, input_shape=preprocessing.input_shape, **parts)
 
 
 def hold_out(

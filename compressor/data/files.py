@@ -6,13 +6,18 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from compressor import progress
+from compressor.data.pixels import eight_bit
+from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 _TOLERATED_SHARE = 0.05
@@ -28,7 +33,7 @@ class ImageFile(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Images that were read: uint8 (N, 3, size, size), int64 (N,), and the paths that could not be."""
+    """Images that were read: uint8 (N, channels, size, size), int64 (N,), and the paths that could not be."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -73,45 +78,60 @@ def _unreadable() -> tuple[type[Exception], ...]:
     return OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError
 
 
-def decode(path: str, size: int) -> torch.Tensor | None:
-    """uint8 (3, size, size), or None where the file cannot be read.
+def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
+    """One image before its normalisation: uint8 (channels, size, size), or None where the file cannot be read.
 
-    An image of another size is scaled so that its short side is `size` (8/7 of it from 96 pixels on, as for
-    ImageNet: 256 for 224), and its middle is cut out.
+    Args:
+        path: The file.
+        wanted: Size, crop, interpolation and channels; a number is a size, with what is usual for the rest.
+
+    Raises:
+        CompressorError: it holds values of no known range; see `eight_bit`.
     """
-    from PIL import Image
+    from PIL import Image as pillow
 
+    preprocessing = Wanted().at(wanted) if isinstance(wanted, int) else wanted
+    needed = 2 * preprocessing.resize_size
     try:
-        with Image.open(path) as image:
-            if image.size != (size, size):
-                short = round(size * 8 / 7) if size >= 96 else size
-                image.draft("RGB", (short, short))
-            rgb = image.convert("RGB")
+        with pillow.open(path) as image:
+            # JPEG decodes to a half, a quarter or an eighth at once; twice the pixels that are needed lose nothing.
+            image.draft("RGB", (needed, needed))
+            pixels = eight_bit(image, preprocessing.channels)
     except _unreadable():
         return None
-    if rgb.size != (size, size):
-        scale = short / min(rgb.size)
-        width, height = (max(size, round(side * scale)) for side in rgb.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR).crop(
-            (left, top, left + size, top + size)
+    return fitted(pixels, preprocessing)
+
+
+def fitted(image: Image, preprocessing: Preprocessing) -> torch.Tensor:
+    """Scaled and cut as torchvision and timm do it, so that published accuracies hold: uint8 (channels, size, size)."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import center_crop, resize
+
+    size, scaled = preprocessing.size, preprocessing.resize_size
+    if scaled != size or image.size != (size, size):
+        sides = [scaled, scaled] if preprocessing.resize == "squash" else [scaled]
+        image = center_crop(
+            resize(image, sides, InterpolationMode(preprocessing.interpolation)), [size, size]
         )
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    pixels = np.array(image)
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1).contiguous()
 
 
-def load_files(files: Sequence[ImageFile], size: int, label: str, workers: int | None = None) -> Decoded:
+def load_files(
+    files: Sequence[ImageFile], preprocessing: Preprocessing, label: str, workers: int | None = None
+) -> Decoded:
     """Decode many files with a few threads (Pillow lets go of the interpreter while it decodes).
 
     Raises:
-        CompressorError: too many are unreadable; see `refuse_unreadable`.
+        CompressorError: too many are unreadable, see `refuse_unreadable`; or one holds values of no known range.
     """
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    images = torch.empty(len(files), *preprocessing.input_shape, dtype=torch.uint8)
     fine = torch.zeros(len(files), dtype=torch.bool)
 
     def read(start: int) -> int:
         chunk = range(start, min(start + _CHUNK, len(files)))
         for index in chunk:
-            if (image := decode(files[index].path, size)) is not None:
+            if (image := decode(files[index].path, preprocessing)) is not None:
                 images[index] = image
                 fine[index] = True
         return len(chunk)

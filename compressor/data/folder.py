@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,9 @@ import numpy as np
 
 from compressor.data.augment import Augmentation, augmentation_for
 from compressor.data.builtin import _TEST_SEED
-from compressor.data.bundle import MEAN, STD, DataBundle, Indices, hold_out
+from compressor.data.bundle import DataBundle, Indices, hold_out
 from compressor.data.files import ImageFile, class_folders, decode, image_size, load_files, refuse_unreadable
+from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.data.splits import MEMORY_LIMIT, FileSplit, MemorySplit, Split
 from compressor.errors import CompressorError
 
@@ -28,7 +30,7 @@ def load_folder(
     path: Path,
     name: str,
     seed: int,
-    size: int | None,
+    wanted: Wanted,
     search_fraction: float,
     search_limit: int | None,
     workers: int | None = None,
@@ -63,14 +65,14 @@ def load_folder(
             f"{path} has no train/ and test/: {len(test)} of its images are dealt into a test split."
         )
     kept, held = _dealt(train, search_fraction, search_limit, seed, notes)
-    return _bundle(name, classes, (kept, held, test), size, notes, workers)
+    return _bundle(name, classes, (kept, held, test), wanted.image_size, wanted, notes, workers)
 
 
 def load_imagenet(
     path: Path,
     name: str,
     seed: int,
-    size: int | None,
+    wanted: Wanted,
     search_fraction: float,
     search_limit: int | None,
     workers: int | None = None,
@@ -90,7 +92,8 @@ def load_imagenet(
         raise CompressorError(f"{path} has folders that are no WordNet ids, such as {strange[0]!r}.", mend)
     notes: list[str] = []
     kept, held = _dealt(_files(found["train"], classes), search_fraction, search_limit, seed, notes)
-    return _bundle(name, classes, (kept, held, _files(found["val"], classes)), size or 224, notes, workers)
+    size = wanted.image_size or wanted.usual.size
+    return _bundle(name, classes, (kept, held, _files(found["val"], classes)), size, wanted, notes, workers)
 
 
 def _checked(found: Classes, folder: Path) -> tuple[str, ...]:
@@ -145,39 +148,40 @@ def _bundle(
     classes: tuple[str, ...],
     parts: tuple[list[ImageFile], list[ImageFile], list[ImageFile]],
     size: int | None,
+    wanted: Wanted,
     notes: list[str],
     workers: int | None,
 ) -> DataBundle:
     if empty := [part for part, files in zip(("train", "search", "test"), parts, strict=True) if not files]:
         raise CompressorError(f"{name} has too few images: its {empty[0]} split is empty.", "Add some.")
-    size = size or _common_size(parts[0])
-    augmentations = (augmentation_for(size), None, None)
-    in_memory = sum(map(len, parts)) * 3 * size**2 <= MEMORY_LIMIT
+    preprocessing = wanted.at(size or _common_size(parts[0]) or wanted.usual.size)
+    augmentations = (augmentation_for(preprocessing), None, None)
+    in_memory = sum(map(len, parts)) * math.prod(preprocessing.input_shape) <= MEMORY_LIMIT
     read = _in_memory if in_memory else _on_disk
     train, search, test = (
-        read(files, size, augmentation, part, notes, workers)
+        read(files, preprocessing, augmentation, part, notes, workers)
         for files, augmentation, part in zip(parts, augmentations, ("train", "search", "test"), strict=True)
     )
-    return DataBundle(name, classes, (3, size, size), train, search, test, MEAN, STD, tuple(notes))
+    return DataBundle(name, classes, preprocessing.input_shape, train, search, test, tuple(notes))
 
 
 def _in_memory(
     files: Sequence[ImageFile],
-    size: int,
+    preprocessing: Preprocessing,
     augmentation: Augmentation | None,
     part: str,
     notes: list[str],
     workers: int | None,
 ) -> Split:
-    decoded = load_files(files, size, f"Reading {part} images", workers)
+    decoded = load_files(files, preprocessing, f"Reading {part} images", workers)
     if decoded.unreadable:
         notes.append(_skipped(len(decoded.unreadable), len(files), part, decoded.unreadable[0]))
-    return MemorySplit(decoded.images, decoded.labels, MEAN, STD, augmentation)
+    return MemorySplit(decoded.images, decoded.labels, preprocessing, augmentation)
 
 
 def _on_disk(
     files: Sequence[ImageFile],
-    size: int,
+    preprocessing: Preprocessing,
     augmentation: Augmentation | None,
     part: str,
     notes: list[str],
@@ -185,12 +189,12 @@ def _on_disk(
 ) -> Split:
     """Only a sample is decoded beforehand: opening a million files would take longer than many a run."""
     probe = _sample(files)
-    unreadable = [file.path for file in probe if decode(file.path, size) is None]
+    unreadable = [file.path for file in probe if decode(file.path, preprocessing) is None]
     refuse_unreadable(unreadable, len(probe))
     if unreadable:
         notes.append(_skipped(len(unreadable), len(probe), f"sampled {part}", unreadable[0]))
     return FileSplit(
-        files, size, MEAN, STD, augmentation, min(8, os.cpu_count() or 1) if workers is None else workers
+        files, preprocessing, augmentation, min(8, os.cpu_count() or 1) if workers is None else workers
     )
 
 
@@ -203,11 +207,11 @@ def _sample(files: Sequence[ImageFile]) -> list[ImageFile]:
     return [files[index] for index in np.sort(chosen).tolist()]
 
 
-def _common_size(files: Sequence[ImageFile]) -> int:
-    """The images' own size where all that were looked at are small squares alike, else 224."""
+def _common_size(files: Sequence[ImageFile]) -> int | None:
+    """The images' own size where all that were looked at are small squares alike."""
     sizes = {size for file in _sample(files) if (size := image_size(file.path)) is not None}
     if len(sizes) == 1:
         width, height = next(iter(sizes))
         if width == height and 8 <= width <= _LARGEST_OWN_SIZE:
             return width
-    return 224
+    return None

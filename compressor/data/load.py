@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from compressor.data.builtin import load_cifar, load_digits
 from compressor.data.bundle import DataBundle
 from compressor.data.folder import load_folder, load_imagenet
+from compressor.data.preprocessing import Wanted
 from compressor.errors import CompressorError
 
 KINDS = ("digits", "cifar10", "cifar100", "folder", "imagenet")
@@ -19,6 +21,7 @@ def load_data(
     *,
     seed: int,
     image_size: int | None = None,
+    wanted: Wanted | None = None,
     search_fraction: float = 0.1,
     search_limit: int = SEARCH_LIMIT,
     workers: int | None = None,
@@ -28,8 +31,9 @@ def load_data(
     Args:
         spec: "digits", "cifar10[:PATH]", "cifar100[:PATH]", "folder:PATH" or "imagenet:PATH".
         seed: Decides which training images the search split holds. The test split does not depend on it.
-        image_size: Height and width in pixels; None for 32 (digits, CIFAR), 224 (ImageNet) and, for a folder,
-            the images' own where they are all alike and small, else 224.
+        image_size: Height and width in pixels; None for 32 (digits, CIFAR), the weights' usual one (ImageNet) and,
+            for a folder, the images' own where they are all alike and small, else the weights' usual one.
+        wanted: How images are prepared; None for what is usual. Its `image_size` gives way to the argument.
         search_fraction: Share of the training images held out, in every class alike.
         search_limit: The most of them.
         workers: Threads or processes that decode files; None for a number that suits the machine.
@@ -51,17 +55,18 @@ def load_data(
         raise CompressorError(f"The search split's share must lie between 0 and 1, got {search_fraction}.")
     if image_size is not None and image_size < 8:
         raise CompressorError(f"Images need at least 8 pixels a side, got {image_size}.")
+    wanted = replace(wanted or Wanted(), image_size=image_size or (wanted.image_size if wanted else None))
     if kind == "digits":
         if where:
             raise CompressorError(f"digits takes no path, got {where!r}.", "It ships with scikit-learn.")
-        return load_digits(seed, image_size or 32, search_fraction, search_limit)
+        return load_digits(seed, wanted, search_fraction, search_limit)
     path = Path(where).expanduser() if where else None
     if kind in ("cifar10", "cifar100"):
-        return load_cifar(kind, path, seed, image_size or 32, search_fraction, search_limit)
+        return load_cifar(kind, path, seed, wanted.at(wanted.image_size or 32), search_fraction, search_limit)
     if path is None:
         raise CompressorError(f"{kind} needs a folder, as in {kind}:/data/images.")
     if not path.is_dir():
         what = "is a file" if path.is_file() else "does not exist"
         raise CompressorError(f"The folder of images {path} {what}.", f"Write --data {kind}:PATH.")
     load = load_folder if kind == "folder" else load_imagenet
-    return load(path, spec, seed, image_size, search_fraction, search_limit, workers)
+    return load(path, spec, seed, wanted, search_fraction, search_limit, workers)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from compressor.data.augment import Augmentation
 from compressor.data.files import ImageFile, decode, load_files
+from compressor.data.preprocessing import Preprocessing
+from compressor.errors import CompressorError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 MEMORY_LIMIT = 2 * 1024**3
@@ -19,13 +24,13 @@ class Split(ABC):
     """Images with labels that come in batches.
 
     Args:
-        mean, std: Per channel, on the scale 0..1.
+        preprocessing: How an image becomes an input.
+        augmentation: What may happen to a training image; None for nothing.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self._shift = torch.tensor(mean).view(1, -1, 1, 1) * 255
-        self._scale = torch.tensor(std).view(1, -1, 1, 1) * 255
-        self.moments = tuple(mean), tuple(std)
+    def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation | None = None) -> None:
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation or Augmentation()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -37,13 +42,29 @@ class Split(ABC):
         """uint8 images and labels in the given order; augmented where there is a generator."""
 
     @abstractmethod
-    def in_memory(self, images: int | None = None, seed: int = 0) -> Split:
-        """The split, or a seeded choice of `images` of it, decoded once; the same where it would not fit."""
+    def in_memory(self) -> Split:
+        """The split decoded once; the same where it would not fit."""
 
     @property
     @abstractmethod
     def labels(self) -> torch.Tensor:
         """int64 (N,)."""
+
+    @abstractmethod
+    def chosen(self, indices: torch.Tensor) -> Split:
+        """The images at these places, in their order."""
+
+    @abstractmethod
+    def prepared(self, preprocessing: Preprocessing) -> Split:
+        """The same images for another kind of network: other channels, mean or std, but not another size."""
+
+    def sample(self, images: int, seed: int = 0) -> Split:
+        """A seeded choice of `images`, spread over the classes; all of them where there are no more.
+
+        Every class has its share of the split, to within an image; so has it in each beginning of the sample, of
+        whatever length, since the classes take turns.
+        """
+        return self.chosen(torch.from_numpy(_spread(self.labels.numpy(), seed)[:images]))
 
     def batches(
         self,
@@ -86,11 +107,21 @@ class Split(ABC):
         if generator is not None:
             generator.manual_seed(((shuffle_seed or 0) * world + rank) ^ 0x5EED)
         for images, labels in self._raw(order, batch_size, generator if augment else None):
-            yield self._normalised(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+            normalised = self.preprocessing.normalised(images.to(device, non_blocking=True))
+            yield normalised, labels.to(device, non_blocking=True)
 
-    def _normalised(self, images: torch.Tensor) -> torch.Tensor:
-        shift, scale = self._shift.to(images.device), self._scale.to(images.device)
-        return images.to(torch.float32).sub_(shift).div_(scale)
+
+def _spread(labels: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
+    """All indices in a random order in which the classes take turns, each as often as it has images."""
+    if not len(labels):
+        return np.zeros(0, dtype=np.int64)
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    rank = np.arange(len(labels)) - np.repeat(starts, counts)
+    turn = (rank + np.repeat(generator.random(len(counts)), counts)) / np.repeat(counts, counts)
+    return np.asarray(order[np.argsort(turn, kind="stable")])
 
 
 class MemorySplit(Split):
@@ -105,18 +136,16 @@ class MemorySplit(Split):
         self,
         images: torch.Tensor,
         labels: torch.Tensor,
-        mean: Sequence[float],
-        std: Sequence[float],
+        preprocessing: Preprocessing,
         augmentation: Augmentation | None = None,
     ) -> None:
-        super().__init__(mean, std)
+        super().__init__(preprocessing, augmentation)
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
             raise ValueError(
                 f"expected uint8 (N, C, H, W) and N labels, got {images.dtype} {tuple(images.shape)}"
             )
         self.images = images
         self._labels = labels
-        self.augmentation = augmentation or Augmentation()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -125,13 +154,21 @@ class MemorySplit(Split):
     def labels(self) -> torch.Tensor:
         return self._labels
 
-    def in_memory(self, images: int | None = None, seed: int = 0) -> MemorySplit:
-        if images is None or images >= len(self):
-            return self
-        chosen = (
-            torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:images].sort().values
-        )
-        return MemorySplit(self.images[chosen], self._labels[chosen], *self.moments, self.augmentation)
+    def in_memory(self) -> MemorySplit:
+        return self
+
+    def chosen(self, indices: torch.Tensor) -> MemorySplit:
+        return MemorySplit(self.images[indices], self._labels[indices], self.preprocessing, self.augmentation)
+
+    def prepared(self, preprocessing: Preprocessing) -> MemorySplit:
+        from torchvision.transforms.functional import rgb_to_grayscale
+
+        images = self.images
+        if preprocessing.channels < images.shape[1]:
+            images = torch.cat([rgb_to_grayscale(part) for part in torch.split(images, 1000)])
+        elif preprocessing.channels > images.shape[1]:
+            images = images.expand(-1, preprocessing.channels, -1, -1).contiguous()
+        return MemorySplit(images, self._labels, preprocessing, self.augmentation)
 
     def _raw(
         self, order: torch.Tensor, batch_size: int, generator: torch.Generator | None
@@ -150,23 +187,19 @@ class FileSplit(Split):
 
     Args:
         files: Path and label of each image.
-        size: Height and width in pixels.
+        preprocessing, augmentation: As for any split.
         workers: Worker processes; 0 decodes in this one.
     """
 
     def __init__(
         self,
         files: Sequence[ImageFile],
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        preprocessing: Preprocessing,
         augmentation: Augmentation | None = None,
         workers: int = 0,
     ) -> None:
-        super().__init__(mean, std)
+        super().__init__(preprocessing, augmentation)
         self.files = tuple(files)
-        self.size = size
-        self.augmentation = augmentation or Augmentation()
         self.workers = workers
         self.unreadable = 0
 
@@ -177,17 +210,18 @@ class FileSplit(Split):
     def labels(self) -> torch.Tensor:
         return torch.tensor([file.label for file in self.files])
 
-    def in_memory(self, images: int | None = None, seed: int = 0) -> Split:
-        files = self.files
-        if images is not None and images < len(files):
-            generator = torch.Generator().manual_seed(seed)
-            files = tuple(
-                files[i] for i in torch.randperm(len(files), generator=generator)[:images].sort().values
-            )
-        if len(files) * 3 * self.size**2 > MEMORY_LIMIT:
+    def in_memory(self) -> Split:
+        if len(self) * math.prod(self.preprocessing.input_shape) > MEMORY_LIMIT:
             return self
-        decoded = load_files(files, self.size, "Reading images")
-        return MemorySplit(decoded.images, decoded.labels, *self.moments, self.augmentation)
+        decoded = load_files(self.files, self.preprocessing, "Reading images")
+        return MemorySplit(decoded.images, decoded.labels, self.preprocessing, self.augmentation)
+
+    def chosen(self, indices: torch.Tensor) -> FileSplit:
+        files = [self.files[index] for index in indices.tolist()]
+        return FileSplit(files, self.preprocessing, self.augmentation, self.workers)
+
+    def prepared(self, preprocessing: Preprocessing) -> FileSplit:
+        return FileSplit(self.files, preprocessing, self.augmentation, self.workers)
 
     def _raw(
         self, order: torch.Tensor, batch_size: int, generator: torch.Generator | None
@@ -195,29 +229,44 @@ class FileSplit(Split):
         from torch.utils.data import DataLoader
 
         seed = None if generator is None else generator.initial_seed()
-        items = _Items([self.files[i] for i in order.tolist()], self.size, self.augmentation, seed)
+        items = _Items([self.files[i] for i in order.tolist()], self.preprocessing, self.augmentation, seed)
         loader = DataLoader(items, batch_size=batch_size, num_workers=self.workers, collate_fn=_collate)
-        for images, labels, missing in loader:
+        for images, labels, missing, refused in loader:
+            if refused is not None:
+                raise refused
             self.unreadable += missing
             if len(labels):
                 yield images, labels
 
 
-class _Items(torch.utils.data.Dataset[tuple[torch.Tensor, int] | None]):
+_Item = tuple[torch.Tensor, int] | CompressorError | None
+"""An image with its label, why it is refused, or None for one that cannot be read."""
+
+
+class _Items(torch.utils.data.Dataset[_Item]):
     def __init__(
-        self, files: Sequence[ImageFile], size: int, augmentation: Augmentation, seed: int | None
+        self,
+        files: Sequence[ImageFile],
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        seed: int | None,
     ) -> None:
         self.files = files
-        self.size = size
+        self.preprocessing = preprocessing
         self.augmentation = augmentation
         self.seed = seed
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | None:
+    def __getitem__(self, index: int) -> _Item:
         file = self.files[index]
-        image = decode(file.path, self.size)
+        try:
+            image = decode(file.path, self.preprocessing)
+        except (
+            CompressorError
+        ) as refused:  # raised by the loader it would come with the worker's traceback in it
+            return refused
         if image is None:
             return None
         if self.seed is not None:  # one generator an image, so that the number of workers changes nothing
@@ -226,7 +275,10 @@ class _Items(torch.utils.data.Dataset[tuple[torch.Tensor, int] | None]):
         return image, file.label
 
 
-def _collate(items: Sequence[tuple[torch.Tensor, int] | None]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    whole = [item for item in items if item is not None]
+def _collate(
+    items: Sequence[_Item],
+) -> tuple[torch.Tensor, torch.Tensor, int, CompressorError | None]:
+    refused = next((item for item in items if isinstance(item, CompressorError)), None)
+    whole = [item for item in items if isinstance(item, tuple)]
     images = torch.stack([image for image, _ in whole]) if whole else torch.empty(0, dtype=torch.uint8)
-    return images, torch.tensor([label for _, label in whole]), len(items) - len(whole)
+    return images, torch.tensor([label for _, label in whole]), len(items) - len(whole), refused

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from compressor.models.create import build_from_factory, create_model, factory_of, model_factory
+from compressor.models.create import (
+    build_from_factory,
+    create_model,
+    factory_of,
+    input_channels,
+    model_factory,
+)
+from compressor.models.published import Published, published
 from compressor.models.weights import load_weights, read_weights
 
 __all__ = [
+    "Published",
     "build_from_factory",
     "create_model",
     "factory_of",
+    "input_channels",
     "load_weights",
     "model_factory",
+    "published",
     "read_weights",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def create_model(
         num_classes: Outputs of the last layer; a head of another size is replaced, and that is said.
         weights: "none" (fresh, from torch's global generator), "default" (what the library calls its best) or
             a file of weights; see `load_weights`.
-        input_shape: (channels, height, width) of one image, on which the network is tried once.
+        input_shape: (channels, height, width) of one image, on which the network is tried once; a network that
+            takes 1 channel is tried on 1 where the image has 3, and the other way round.
 
     Returns:
         The network in training mode on the CPU.
@@ -52,18 +53,19 @@ def create_model(
         _load_default(model, name, num_classes)
     elif str(weights) != "none":
         load_weights(model, Path(weights), num_classes)
-    _try_once(model, name, num_classes, input_shape)
+    channels = input_channels(model, input_shape)
+    _try_once(model, name, num_classes, (channels, *input_shape[1:]))
     return model.train()
 
 
 def model_factory(name: str, num_classes: int, weights: str = "none") -> dict[str, Any]:
     """What rebuilds the architecture of `create_model`: {"factory": name, "kwargs": JSON scalars}.
 
-    `weights` matters for torchvision's GoogLeNet and Inception-V3 only, whose default weights expect their
-    inputs on another scale and have the network convert them.
+    `weights` matters for torchvision's GoogLeNet and Inception-V3 only, whose weights expect their inputs on another
+    scale and have the network convert them.
     """
     kwargs: dict[str, Any] = {"num_classes": num_classes}
-    if name in _AUXILIARY and weights == "default":
+    if name in _AUXILIARY and weights != "none":
         kwargs["transform_input"] = True
     return {"factory": name, "kwargs": kwargs}
 
@@ -164,6 +166,39 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def input_channels(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """The channels of the images that a network takes: those of `input_shape`, or 1 for 3, or 3 for 1.
+
+    Raises:
+        CompressorError: its first convolution takes another number.
+    """
+    given, *sides = input_shape
+    first: list[int] = []
+
+    def note(module: nn.Conv2d, _: Any) -> None:
+        first.append(module.in_channels)
+
+    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for channels in (given, 1 if given == 3 else 3):
+            with torch.no_grad(), suppress(RuntimeError, ValueError, TypeError, AssertionError, IndexError):
+                model(torch.zeros(1, channels, *sides))
+                return channels
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    if first and first[0] not in (1, 3):
+        raise CompressorError(
+            f"The network's first convolution takes {first[0]} channels; images have 3, or 1 where they are grey.",
+            "Give a network for images of 3 channels or 1.",
+        )
+    return first[0] if first else given  # it fails for another reason, which running it says
 
 
 def _try_once(model: nn.Module, name: str, num_classes: int, input_shape: tuple[int, int, int]) -> None:

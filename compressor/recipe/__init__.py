@@ -5,13 +5,14 @@ fills in what depends on other fields, so that the `recipe.yaml` of a run's fold
 """
 
 from compressor.recipe.files import find_recipe, load_recipe, parse_recipe, shipped, shipped_recipes
-from compressor.recipe.parts import Budgets, Contract, Export, Pruning, RewardWeights, Search, Training
+from compressor.recipe.parts import Budgets, Contract, Data, Export, Pruning, RewardWeights, Search, Training
 from compressor.recipe.schema import AgentName, Recipe
 
 __all__ = [
     "AgentName",
     "Budgets",
     "Contract",
+    "Data",
     "Export",
     "Pruning",
     "Recipe",

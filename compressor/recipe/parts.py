@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -12,6 +12,57 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def _numbers(value: Any) -> Any:
+    """A list of numbers from what a flag holds: "0.5,0.5,0.5", or a single number for every channel."""
+    if isinstance(value, str) and value.isascii():
+        return [part.strip() for part in value.strip("[]()").split(",")]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+Numbers = Annotated[
+    tuple[Annotated[float, Field(allow_inf_nan=False)], ...],
+    BeforeValidator(_numbers),
+    Field(min_length=1, max_length=4),
+]
+
+
+class Data(Part):
+    """What the network is trained and tested on, and how images are prepared for it. What is left out is what the
+    network's weights were trained with, as timm or torchvision publish it, else what is usual for ImageNet."""
+
+    source: str = Field(
+        "digits", description="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH or imagenet:PATH."
+    )
+    mean: Numbers | None = Field(
+        None, description="Mean of each channel, as in 0.485,0.456,0.406; one number for all channels alike."
+    )
+    std: Numbers | None = Field(None, description="Standard deviation of each channel, as mean.")
+    crop_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Share of the scaled short side that the centre crop keeps: 0.875 scales to 256 for 224 pixels.",
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
+        None, description="How images are scaled."
+    )
+    channel_order: Literal["rgb", "bgr", "grey"] | None = Field(
+        None, description="Order of the channels; left out, grey for networks of one channel, else rgb."
+    )
+    range: Literal[1, 255] = Field(
+        1, description="Largest value of a pixel before the mean is subtracted, and scale of mean and std."
+    )
+
+    @model_validator(mode="after")
+    def _on_one_scale(self) -> Data:
+        if self.mean is not None and not all(0 <= value <= self.range for value in self.mean):
+            raise ValueError(
+                f"data.mean is {self.mean}, expected from 0 to {self.range}; for pixels on the scale 0..255 give "
+                "data.range=255 too"
+            )
+        if self.std is not None and not all(value > 0 for value in self.std):
+            raise ValueError(f"data.std is {self.std}, expected above 0")
+        return self
 
 
 class Budgets(Part):

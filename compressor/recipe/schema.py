@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from compressor.recipe.parts import Budgets, Contract, Export, Part, Positive, Pruning, Search, Training
+from compressor.recipe.parts import Budgets, Contract, Data, Export, Part, Positive, Pruning, Search, Training
 from compressor.recipe.validation import merged, validated
 from compressor.recipe.yaml_text import write_yaml
 
@@ -16,6 +16,15 @@ CONTEXT_SIZE = 128
 """Numbers of the joint agent's environment model, as published."""
 
 AgentName = Literal["joint", "constrained", "stepwise", "knapsack", "uniform", "random"]
+
+
+def _with_source(value: Any) -> Any:
+    """A part from text alone, which is its source."""
+    if isinstance(value, str):
+        return {"source": value}
+    if not isinstance(value, (Mapping, Data)):
+        raise ValueError("expected a source such as digits or folder:PATH, or fields such as source and mean")
+    return value
 
 
 class Recipe(Part):
@@ -28,13 +37,13 @@ class Recipe(Part):
         "default",
         description="default, none, or a file with a state dict. On digits, default trains from scratch.",
     )
-    data: str = Field(
-        "digits", description="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH or imagenet:PATH."
+    data: Annotated[Data, BeforeValidator(_with_source)] = Field(
+        Data(), description="Images and how they are prepared; text alone is the source, such as folder:PATH."
     )
     image_size: Positive | None = Field(
         None,
-        description="Height and width of an input in pixels; left out: 32 for digits and CIFAR, "
-        "224 for ImageNet; for a folder its images' own, but 32 for cifar_* networks.",
+        description="Height and width of an input in pixels; left out: 32 for digits, CIFAR and cifar_* networks; for "
+        "a folder its images' own where they are small and alike; else what the weights were trained with, or 224.",
     )
     device: str = Field("local", description="local, the name of a latency table, or ssh://user@host.")
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
@@ -56,7 +65,7 @@ class Recipe(Part):
     @property
     def data_kind(self) -> str:
         """The data without its path: digits, cifar10, cifar100, folder or imagenet."""
-        return self.data.partition(":")[0]
+        return self.data.source.partition(":")[0]
 
     @property
     def pretrained(self) -> bool:
@@ -84,8 +93,7 @@ class Recipe(Part):
         return self.changed(
             {
                 "weights": weights,
-                "image_size": self.image_size
-                or (32 if small else 224 if self.data_kind == "imagenet" else None),
+                "image_size": self.image_size or (32 if small else None),
                 "precision": precision,
                 "epochs": self.epochs or (scratch_epochs // 3 if pretrained else scratch_epochs),
                 "search": {
@@ -115,7 +123,10 @@ class Recipe(Part):
         Raises:
             CompressorError: an override does not fit its field.
         """
-        return validated(Recipe, merged(self.model_dump(mode="json"), overrides), source)
+        plain = dict(overrides)
+        if isinstance(plain.get("data"), str):  # a source alone leaves the preprocessing as it is
+            plain["data"] = _with_source(plain["data"])
+        return validated(Recipe, merged(self.model_dump(mode="json"), plain), source)
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load_recipe` reads back as the same recipe."""

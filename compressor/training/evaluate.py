@@ -183,8 +183,9 @@ class Evaluator:
         self._bf16 = mixed_precision == "bf16"
         self._bn_batches, self._batch_size, self._seed = bn_batches, batch_size, seed
         # Decoded once: a search reads the same images for every candidate.
-        self._train = data.train.in_memory(bn_batches * batch_size, seed)
-        self._search = data.search.in_memory(search_images, seed)
+        self._train = data.train.sample(bn_batches * batch_size, seed).in_memory()
+        whole = search_images is None or search_images >= len(data.search)
+        self._search = (data.search if whole else data.search.sample(search_images or 0, seed)).in_memory()
         self._scores: dict[str, float] = {}
         self._threads, self._site = threads, site
         self._brief, self._brief_steps = brief, brief_steps

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from compressor.data.bundle import MEAN, STD
 from compressor.data.files import ImageFile
+from compressor.data.preprocessing import Preprocessing
 from compressor.data.splits import FileSplit, MemorySplit, Split
 from compressor.pruning.blueprint import blueprint, read_tensors, rebuild, reweigh
 from compressor.pruning.plan import ChannelPlan
@@ -85,21 +85,20 @@ def described(
 
 def _plain(split: Split) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A split as plain values and, where it lies in memory, tensors."""
-    mean, std = split.moments
-    plain: dict[str, Any] = {"mean": list(mean), "std": list(std)}
+    plain: dict[str, Any] = {"preprocessing": split.preprocessing.to_dict()}
     if isinstance(split, FileSplit):
         files = [[str(Path(file.path).resolve()), file.label] for file in split.files]
-        return plain | {"files": files, "size": split.size}, {}
+        return plain | {"files": files}, {}
     assert isinstance(split, MemorySplit)
     return plain, {"images": split.images.contiguous(), "labels": split.labels.contiguous()}
 
 
 def _split(name: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Split:
-    mean, std = plain.get("mean", MEAN), plain.get("std", STD)
+    preprocessing = Preprocessing.from_dict(plain["preprocessing"])
     if "files" in plain:
         files = [ImageFile(path, label) for path, label in plain["files"]]
-        return FileSplit(files, plain["size"], mean, std)
-    return MemorySplit(tensors[f"{name}.images"], tensors[f"{name}.labels"], mean, std)
+        return FileSplit(files, preprocessing)
+    return MemorySplit(tensors[f"{name}.images"], tensors[f"{name}.labels"], preprocessing)
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def test_each_candidate_is_trained_from_the_same_weights(space: PruningSpace, di
 
 
 def test_more_steps_than_an_epoch_has(space: PruningSpace, digits: DataBundle) -> None:
-    small = dataclasses.replace(digits, train=digits.train.in_memory(40))
+    small = dataclasses.replace(digits, train=digits.train.sample(40))
     network = space.apply(space.uniform(0.5))
     before = network.get_parameter("conv1.weight").detach().clone()
     BriefTraining(small, SETTINGS, seed=0)(network, 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.data import DataBundle, MemorySplit, load_data
+from compressor.data import DataBundle, MemorySplit, Preprocessing, load_data
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
 from compressor.training.evaluate import Evaluator, accuracy, reestimate_batch_norm, standard_error
@@ -22,7 +22,7 @@ class Brightness(nn.Module):
 
 def split_of(levels: list[int], labels: list[int]) -> MemorySplit:
     images = torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
-    return MemorySplit(images, torch.tensor(labels), (0.5,) * 3, (0.5,) * 3)
+    return MemorySplit(images, torch.tensor(labels), Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3))
 
 
 def test_accuracy_counts() -> None:
@@ -109,7 +109,7 @@ def test_the_dense_plan_scores_as_the_dense_network(space: PruningSpace, digits:
     evaluate = Evaluator(space, digits, bn_batches=2, batch_size=64)
     dense = create_model("cifar_resnet20", 10)
     dense.load_state_dict(space.model.state_dict())
-    reestimate_batch_norm(dense, digits.train.in_memory(128), batches=2, batch_size=64)
+    reestimate_batch_norm(dense, digits.train.sample(128), batches=2, batch_size=64)
     assert evaluate(space.dense()) == pytest.approx(accuracy(dense, digits.search), abs=1.5 / 143)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compressor.data import DataBundle, MemorySplit, load_data
+from compressor.data import DataBundle, MemorySplit, Preprocessing, load_data
 from compressor.data.augment import Augmentation
 from compressor.errors import CompressorError
 from compressor.models import create_model
@@ -25,7 +25,7 @@ from compressor.training.settings import TrainSettings
 def digits() -> DataBundle:
     """Digits at 16x16, of which 256 train."""
     data = load_data("digits", seed=0, image_size=16)
-    train = data.train.in_memory(256)
+    train = data.train.sample(256)
     return DataBundle("digits", data.classes, data.input_shape, train, data.search, data.test)
 
 
@@ -65,7 +65,9 @@ def test_one_step_by_hand() -> None:
     """Nesterov's first step is w - lr * (1 + momentum) * gradient."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8, generator=generator)
-    split = MemorySplit(images, torch.arange(8) % 2, (0.5,) * 3, (0.5,) * 3, Augmentation())
+    split = MemorySplit(
+        images, torch.arange(8) % 2, Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3), Augmentation()
+    )
     data = DataBundle("made", ("a", "b"), (3, 4, 4), split, split, split)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.data import DataBundle, MemorySplit, load_data
+from compressor.data import DataBundle, MemorySplit, Preprocessing, load_data
 from compressor.errors import CompressorError
 from compressor.models import create_model
 from compressor.pruning.plan import ChannelPlan
@@ -115,7 +115,7 @@ def test_a_candidate_that_ends_every_worker_is_named(digits: DataBundle) -> None
     space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
     few = [
         MemorySplit(
-            torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), (0,), (1,)
+            torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), Preprocessing()
         )
         for _ in range(2)
     ]

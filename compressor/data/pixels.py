@@ -1,0 +1,105 @@
+"""From whatever an image file holds to 8-bit colour or grey, upright and without transparency."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BACKGROUND = (255, 255, 255)
+"""Behind transparent pixels: white, as viewers and web pages show them."""
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
+_WHITE_IS_ZERO = 0
+_TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
+_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+def eight_bit(image: Image, channels: int) -> Image:
+    """The image in mode "RGB", or "L" where `channels` is 1, as its viewer would see it.
+
+    The orientation that a camera noted is applied, transparent pixels are laid over `BACKGROUND`, and grey values of
+    16 bits or of floats from 0 to 1 are scaled to 0..255.
+
+    Raises:
+        CompressorError: the values have no range that could be known: floats beyond 0..1, 32-bit integers.
+        OSError and what else Pillow raises for damaged files.
+    """
+    image.load()  # here, where damage is expected
+    image = upright(image)
+    if image.mode in _DEEP:
+        image = _scaled(image)
+    if image.mode in _TRANSPARENT or "transparency" in image.info:
+        image = _opaque(image)
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode not in ("L", "RGB", mode):
+        image = image.convert(
+            "RGB"
+        )  # palettes and inks know their colours; their way to grey leads over these
+    return image if image.mode == mode else image.convert(mode)
+
+
+def upright(image: Image) -> Image:
+    """The image turned and mirrored as its orientation tag says; as it is where it has none or a damaged one."""
+    from PIL import Image as pillow
+
+    turns = pillow.Transpose
+    methods = {
+        2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
+        6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
+    }  # fmt: skip
+    try:
+        method = methods.get(image.getexif().get(_ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return image  # damaged notes beside a sound image
+    return image if method is None else image.transpose(method)
+
+
+def _opaque(image: Image) -> Image:
+    from PIL import Image as pillow
+
+    seen = image.convert("RGBA")
+    behind = pillow.new("RGBA", seen.size, (*BACKGROUND, 255))
+    return pillow.alpha_composite(behind, seen).convert("RGB")
+
+
+def _scaled(image: Image) -> Image:
+    """Grey values of more than 8 bits on the scale 0..255."""
+    from PIL import Image as pillow
+
+    values: npt.NDArray[Any] = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        limit = 1.0
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            found = f"{np.nanmin(values):g} to {np.nanmax(values):g}"
+            raise CompressorError(
+                f"{_name(image)} holds floats from {found}; floats are read as grey values from 0 to 1.",
+                "Divide them by the largest value that they can have, or save the images with 8 or 16 bits.",
+            )
+    elif image.mode == "I" and image.format not in (
+        "PNG",
+        "PPM",
+    ):  # these say that the range is that of 16 bits
+        raise CompressorError(
+            f"{_name(image)} holds signed or 32-bit integers ({values.min()} to {values.max()}), "
+            "of which nothing says where white is.",
+            "Save the images with 8 or unsigned 16 bits.",
+        )
+    else:
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))
+        limit = 2.0 ** (bits[0] if isinstance(bits, tuple) else bits) - 1
+    scaled = np.clip(values.astype(np.float64) * (255 / limit), 0, 255).round().astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        scaled = 255 - scaled
+    return pillow.fromarray(scaled)
+
+
+def _name(image: Image) -> str:
+    return str(getattr(image, "filename", "") or "An image")

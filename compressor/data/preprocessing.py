@@ -1,0 +1,183 @@
+"""From an image of any size to the numbers that a network takes: one description, used wherever images are fed.
+
+Training, scoring, calibration, parity and the device must all prepare images alike, as they were prepared for the
+weights: another mean, channel order or crop costs many points of accuracy without any error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from compressor.errors import CompressorError
+
+MEAN = (0.485, 0.456, 0.406)
+"""Mean of ImageNet's channels on the scale 0..1; assumed where neither the weights nor the user say."""
+STD = (0.229, 0.224, 0.225)
+"""Standard deviation of ImageNet's channels on the scale 0..1."""
+CROP_SHARE = 0.875
+"""Share of the scaled short side that the crop keeps, 224 of 256 pixels; assumed as `MEAN` is."""
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+ORDERS = ("rgb", "bgr", "grey")
+SMALL = 96
+"""Pixels a side below which an image is not cropped: of 32 pixels nothing is to spare."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a network's input.
+
+    Its short side is scaled to `resize_size`, the middle of `size` x `size` is cut out, pixels are scaled to
+    0..`range`, `mean` is subtracted and the result divided by `std`.
+
+    Attributes:
+        size: Height and width of the input in pixels.
+        mean, std: Per channel, in the network's order, on the scale 0..`range`.
+        crop_share: `size` over the side that the image is scaled to, above 0 and at most 1.
+        interpolation: One of `INTERPOLATIONS`, with antialiasing.
+        resize: "short" scales the short side and keeps the aspect ratio, "squash" scales both sides to the same.
+        channel_order: One of `ORDERS`; "grey" is one channel.
+        range: Largest value of a pixel before the mean is subtracted: 1 or 255.
+    """
+
+    size: int = 224
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    crop_share: float = CROP_SHARE
+    interpolation: str = "bilinear"
+    resize: str = "short"
+    channel_order: str = "rgb"
+    range: int = 1
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"{self.channels} channels need as many means and deviations, got {self}")
+        if self.interpolation not in INTERPOLATIONS or self.channel_order not in ORDERS:
+            raise ValueError(f"unknown interpolation or channel order in {self}")
+
+    @property
+    def channels(self) -> int:
+        """1 for grey images, else 3."""
+        return 1 if self.channel_order == "grey" else 3
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one input."""
+        return self.channels, self.size, self.size
+
+    @property
+    def resize_size(self) -> int:
+        """Pixels of the scaled short side, rounded down as timm does; torchvision's 232 comes out of 224/232."""
+        return max(self.size, math.floor(self.size / self.crop_share + 1e-6))
+
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, C, H, W) in the order of red, green, blue to float32 in the network's order and scale."""
+        if self.channel_order == "bgr":
+            images = images.flip(1)
+        scale = 255 / self.range
+        shift, divisor = (
+            torch.tensor(values, device=images.device).view(1, -1, 1, 1) * scale
+            for values in (self.mean, self.std)
+        )
+        return images.to(torch.float32).sub_(shift).div_(divisor)
+
+    def ordered(self, channel_order: str) -> Preprocessing:
+        """The same for a network with another order of channels; one of grey images has the mean over the colours."""
+        if channel_order == self.channel_order:
+            return self
+        mean, std = self.mean, self.std
+        if channel_order == "grey":
+            mean, std = ((round(sum(values) / len(values), 6),) for values in (mean, std))
+        elif self.channel_order == "grey":
+            mean, std = mean * 3, std * 3
+        else:
+            mean, std = mean[::-1], std[::-1]
+        return replace(self, mean=mean, std=std, channel_order=channel_order)
+
+    def scaled(self, limit: int) -> Preprocessing:
+        """The same numbers on the scale 0..`limit`."""
+        factor = limit / self.range
+        mean, std = (tuple(value * factor for value in values) for values in (self.mean, self.std))
+        return replace(self, mean=mean, std=std, range=limit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON's kinds only; with the size that images are scaled to, which follows from the others."""
+        return {
+            **asdict(self),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "resize_size": self.resize_size,
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`."""
+        fields = {name: value for name, value in plain.items() if name != "resize_size"}
+        return cls(**{**fields, "mean": tuple(plain["mean"]), "std": tuple(plain["std"])})
+
+    def describe(self) -> str:
+        """The numbers in words, for the user."""
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        scaled = f"{self.resize_size} pixels ({self.interpolation}) and cut to {self.size}"
+        order = "" if self.channel_order == "rgb" else f", channels {self.channel_order}"
+        return f"scaled to {scaled}, 0..{self.range}, mean {mean}, std {std}{order}"
+
+
+USUAL = Preprocessing()
+"""What is assumed where neither the weights nor the user say: ImageNet's usual preprocessing."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is known of the preprocessing before the images are.
+
+    Attributes:
+        usual: What the weights were trained with, or `USUAL`; everything below that is None follows from it.
+        image_size: Height and width in pixels; None for the images' own, or that of `usual` for larger ones.
+        mean, std: Per channel in the network's order; a single number stands for every channel.
+        crop_share: Left out, images below `SMALL` pixels of another size than the usual one are not cropped.
+        interpolation, channel_order, range: As in `Preprocessing`.
+    """
+
+    usual: Preprocessing = USUAL
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_share: float | None = None
+    interpolation: str | None = None
+    channel_order: str | None = None
+    range: int | None = None
+
+    def at(self, size: int) -> Preprocessing:
+        """The preprocessing of inputs of `size` x `size` pixels.
+
+        Raises:
+            CompressorError: there are more or fewer means than channels.
+        """
+        usual, order = self.usual, self.channel_order or self.usual.channel_order
+        made = replace(usual.ordered(order).scaled(self.range or usual.range), size=size)
+        if self.crop_share is None and size < SMALL and size != usual.size:
+            made = replace(made, crop_share=1.0)
+        return replace(
+            made,
+            mean=self._for_channels("mean", self.mean, made),
+            std=self._for_channels("std", self.std, made),
+            crop_share=self.crop_share or made.crop_share,
+            interpolation=self.interpolation or made.interpolation,
+        )
+
+    @staticmethod
+    def _for_channels(name: str, given: tuple[float, ...] | None, made: Preprocessing) -> tuple[float, ...]:
+        if given is None:
+            return tuple(getattr(made, name))
+        if len(given) not in (1, made.channels):
+            raise CompressorError(
+                f"data.{name} has {len(given)} numbers, but the network takes images of {made.channels} "
+                f"channel{'s' if made.channels > 1 else ''}.",
+                f"Give one number for each channel, or a single one for all: --{name} {made.mean[0]:g}",
+            )
+        return given if len(given) == made.channels else given * made.channels
