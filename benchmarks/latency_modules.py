@@ -173,11 +173,13 @@ def network(name: str, size: int, classes: int) -> tuple[Operators, Floats, Floa
         def see(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if isinstance(module, nn.Conv2d):
                 grouped = "grouped" if module.groups > 1 else "conv"
+                depthwise = module.groups == module.in_channels > 1
                 layers.append(
                     SimpleNamespace(
-                        kind="depthwise" if module.groups == module.in_channels > 1 else grouped,
+                        kind="depthwise" if depthwise else grouped,
                         kernel=module.kernel_size,
                         groups=module.groups,
+                        group_size=int(depthwise),
                         in_hw=tuple(inputs[0].shape[2:]),
                         out_hw=tuple(output.shape[2:]),
                         channels=(module.in_channels, module.out_channels),
@@ -186,7 +188,7 @@ def network(name: str, size: int, classes: int) -> tuple[Operators, Floats, Floa
             elif isinstance(module, nn.Linear):
                 layers.append(
                     SimpleNamespace(
-                        kind="linear", kernel=(1, 1), groups=1, in_hw=(1, 1), out_hw=(1, 1),
+                        kind="linear", kernel=(1, 1), groups=1, group_size=0, in_hw=(1, 1), out_hw=(1, 1),
                         channels=(module.in_features, module.out_features),
                     )
                 )  # fmt: skip

@@ -178,6 +178,12 @@ def examine(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], c
             problem = f"{kind}: outputs {found} instead of {expected}"
         elif costs[1] != params:
             problem = f"{kind}: {params} parameters instead of {costs[1]}"
+        elif (
+            listed := int(space.layer_macs(widths).sum() + sum(space.other_macs(widths).values()))
+        ) != costs[0]:
+            problem = (
+                f"{kind}: the layers and what is beside them add up to {listed}, the formula to {costs[0]}"
+            )
         elif not (costs[0] < dense[0] and costs[1] < dense[1]):
             problem = f"{kind}: costs do not fall"
         elif count and (counted := fvcore_macs(small, example)) != costs[0]:

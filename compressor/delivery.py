@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressor.pruning.plan import ChannelPlan
-    from compressor.pruning.space import Layer
     from export.stats import LatencyStats
 
 
@@ -96,6 +95,7 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
                 },
             },
             layers=_layers(job, plan),
+            other_macs=_other_macs(job, plan),
         )
         if job.recipe.export.engine:
             engines, note = build_engine_of(run, run.file(MODEL))
@@ -199,9 +199,8 @@ def _layers(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
     space = job.space
     both = np.stack([space.dense_widths, space.widths(plan.widths)])
     records = []
-    for layer in space.layers:
+    for layer, macs in zip(space.layers, space.layer_macs(both).T, strict=True):
         inputs, outputs = layer.in_channels(both), layer.out_channels(both)
-        macs = _layer_macs(layer, inputs, outputs)
         records.append(
             {
                 "name": layer.name,
@@ -215,11 +214,13 @@ def _layers(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
     return records
 
 
-def _layer_macs(layer: Layer, inputs: Any, outputs: Any) -> Any:
-    """Multiply-adds of a layer, (N,) from its input and output channels (N,)."""
-    positions = int(np.prod(layer.out_hw if layer.kind != "conv_transpose" else layer.in_hw))
-    per_output = inputs // (inputs if layer.kind == "depthwise" else layer.groups)
-    return positions * int(np.prod(layer.kernel or (1,))) * outputs * per_output
+def _other_macs(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
+    """Multiply-adds that fvcore counts beside the layers, by operation, dense and slim."""
+    both = np.stack([job.space.dense_widths, job.space.widths(plan.widths)])
+    return [
+        {"name": name, "dense_macs": int(dense), "slim_macs": int(slim)}
+        for name, (dense, slim) in job.space.other_macs(both).items()
+    ]
 
 
 def _latency_record(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compressor.pruning.importance import Ranking
-    from compressor.pruning.space import Layer, PruningSpace
+    from compressor.pruning.space import PruningSpace
 
 Point = tuple[str, int, int]
 """An operator's entry and its channels: (key, c_in, c_out)."""
@@ -87,7 +87,7 @@ def export_candidate(
     """
     small = with_distinct_weights(space.apply(space.plan(widths, ranking)))
     c_in, c_out = (rows[0] for rows in channels(space, widths[None]))
-    weights = [_weights(layer, *pair) for layer, *pair in zip(space.layers, c_in, c_out, strict=True)]
+    weights = [int(layer.weights(*pair)) for layer, *pair in zip(space.layers, c_in, c_out, strict=True)]
     with tempfile.TemporaryDirectory(prefix="compressor-latency-") as folder:
         path = Path(folder) / "network.onnx"
         try:
@@ -102,14 +102,6 @@ def export_candidate(
             "Give the budget in --flops or --params instead of --latency.",
         )
     return network
-
-
-def _weights(layer: Layer, c_in: int, c_out: int) -> int | None:
-    """Elements of a layer's weight; None where that depends on more than its channels."""
-    taps = int(np.prod(layer.kernel)) if layer.kernel else 1
-    if layer.kind == "depthwise":
-        return int(c_out) * taps
-    return None if layer.kind == "grouped" else int(c_in) * int(c_out) * taps
 
 
 @possible()

@@ -19,6 +19,7 @@ from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields, first
 from compressor.latency.signature import channels
 from compressor.latency.table import LatencyTable
 from compressor.progress import say
+from compressor.pruning.counts import positions_of
 from export.archive import CHECKSUMS
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes
@@ -226,15 +227,12 @@ def require_steady(drift: float, hint: str) -> None:
 
 
 def _require_plausible(facts: TableFacts, dense: Sample) -> None:
-    macs = 0.0
-    for layer, inputs, outputs in zip(layout_of(facts.layout).layers, dense.c_in, dense.c_out, strict=True):
-        taps, pixels = float(np.prod(layer.kernel or (1,))), float(np.prod(layer.out_hw))
-        macs += (
-            pixels
-            * taps
-            * float(outputs)
-            * (1 if layer.kind == "depthwise" else float(inputs) / max(1, layer.groups))
+    macs = sum(
+        positions_of(layer.kind, layer.in_hw, layer.out_hw) * float(layer.weights(inputs, outputs))
+        for layer, inputs, outputs in zip(
+            layout_of(facts.layout).layers, dense.c_in, dense.c_out, strict=True
         )
+    )
     if macs / (dense.times.median_ms / 1e3) > FASTEST_MACS:
         raise CompressorError(
             f"The dense network is said to take {dense.times.median_ms:.3g} ms for {macs:.3g} multiply-adds: no device "

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from compressor.latency.ort_profile import TAG
 from compressor.latency.schema import FASTEST_MS
+from compressor.pruning.counts import positions_of
 
 if TYPE_CHECKING:
     from compressor.pruning.construct import Layer
@@ -102,11 +103,14 @@ def _work(layers: Sequence[Layer], c_in: Counts, c_out: Counts, block: int) -> F
     terms = np.zeros((*c_in.shape, len(kinds) + 2))
     for index, layer in enumerate(layers):
         inputs, outputs = c_in[:, index].astype(float), c_out[:, index].astype(float)
-        taps = float(np.prod(layer.kernel)) if layer.kernel else 1.0
-        per_group = 1.0 if layer.kind == "depthwise" else _padded(inputs, block) / max(1, layer.groups)
         pixels_in, pixels_out = float(np.prod(layer.in_hw)), float(np.prod(layer.out_hw))
-        terms[:, index, kinds.index(layer.kind)] = pixels_out * taps * _padded(outputs, block) * per_group
-        terms[:, index, -2] = inputs * pixels_in + outputs * pixels_out + taps * outputs * per_group
+        padded = layer.weights(_padded(inputs, block), _padded(outputs, block))
+        terms[:, index, kinds.index(layer.kind)] = (
+            positions_of(layer.kind, layer.in_hw, layer.out_hw) * padded
+        )
+        terms[:, index, -2] = (
+            inputs * pixels_in + outputs * pixels_out + layer.weights(_padded(inputs, block), outputs)
+        )
         terms[:, index, -1] = 1.0
     return terms
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compressor.latency.signature import network_signature
 from compressor.pruning.construct import Layer
-from compressor.pruning.counts import Affine
+from compressor.pruning.counts import Affine, Product, positions_of
 from compressor.pruning.groups import Group
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class LayerFields(_Part):
     out_hw: tuple[Count, Count]
     in_channels: AffineFields
     out_channels: AffineFields
+    reads: AffineFields
 
 
 class GroupFields(_Part):
@@ -69,7 +70,7 @@ class LayoutFields(_Part):
     @model_validator(mode="after")
     def _known_groups(self) -> LayoutFields:
         for layer in self.layers:
-            for group, _ in (*layer.in_channels.terms, *layer.out_channels.terms):
+            for group, _ in (*layer.in_channels.terms, *layer.out_channels.terms, *layer.reads.terms):
                 if group >= len(self.groups):
                     raise ValueError(f"layer {layer.name} depends on group {group} of {len(self.groups)}")
         return self
@@ -98,6 +99,7 @@ def layout_fields(space: PruningSpace) -> LayoutFields:
                 padding=_numbers(layer.padding), dilation=_numbers(layer.dilation), groups=int(layer.groups),
                 in_hw=layer.in_hw, out_hw=layer.out_hw,
                 in_channels=affine(layer.in_channels), out_channels=affine(layer.out_channels),
+                reads=affine(layer.reads),
             )
             for layer in space.layers
         ),
@@ -116,6 +118,8 @@ def layout_of(fields: LayoutFields) -> Layout:
                 layer.in_hw, layer.out_hw,
                 Affine(layer.in_channels.constant, layer.in_channels.terms),
                 Affine(layer.out_channels.constant, layer.out_channels.terms),
+                Affine(layer.reads.constant, layer.reads.terms),
+                Product(positions_of(layer.kind, layer.in_hw, layer.out_hw)),
             )
             for layer in fields.layers
         ),

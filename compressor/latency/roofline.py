@@ -20,6 +20,7 @@ import numpy.typing as npt
 from compressor.errors import CompressorError
 from compressor.latency.company import company
 from compressor.latency.schema import RooflineFields
+from compressor.pruning.counts import positions_of, weight_elements
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
@@ -41,8 +42,10 @@ class Operators:
     Attributes:
         kind: Index into `KINDS`.
         taps: Kernel height times width.
-        groups: Groups of the convolution; 0 where they equal the channels.
+        groups, group_size: Groups of the convolution, and the channels of a group where whole groups are removed, as
+            in the layers.
         in_pixels, out_pixels: Height times width of input and output; 1 for a vector.
+        positions: How often each weight is used.
         launches: Kernels that are launched for it and for the steps beside it that `company` counts to it.
         beside: Elements that these steps move for each output channel of the operator.
     """
@@ -50,14 +53,16 @@ class Operators:
     kind: npt.NDArray[np.int64]
     taps: Floats
     groups: Floats
+    group_size: Floats
     in_pixels: Floats
     out_pixels: Floats
+    positions: Floats
     launches: Floats
     beside: Floats
 
     @classmethod
     def of(cls, layers: Sequence[Any], kernels: Floats, beside: Floats) -> Operators:
-        """Those of a space's layers (anything with kind, kernel, groups, in_hw and out_hw).
+        """Those of a space's layers (anything with kind, kernel, groups, group_size, in_hw and out_hw).
 
         Args:
             kernels: Of the steps beside each layer, as `company` counts them.
@@ -69,25 +74,27 @@ class Operators:
                 [_kind(layer.kind, tap) for layer, tap in zip(layers, taps, strict=True)], dtype=np.int64
             ),
             taps=np.asarray(taps),
-            groups=np.asarray(
-                [0.0 if layer.kind == "depthwise" else float(layer.groups or 1) for layer in layers]
-            ),
+            groups=np.asarray([float(layer.groups or 1) for layer in layers]),
+            group_size=np.asarray([float(layer.group_size) for layer in layers]),
             in_pixels=np.asarray([float(np.prod(layer.in_hw)) for layer in layers]),
             out_pixels=np.asarray([float(np.prod(layer.out_hw)) for layer in layers]),
+            positions=np.asarray(
+                [float(positions_of(layer.kind, layer.in_hw, layer.out_hw)) for layer in layers]
+            ),
             launches=1.0 + kernels,
             beside=beside,
         )
 
     def work(self, c_in: Floats, c_out: Floats, block: int) -> tuple[Floats, Floats]:
         """Multiply-adds as computed (channels padded to `block`) and elements moved, both (N, operators)."""
-        padded_in, padded_out = np.ceil(c_in / block) * block, np.ceil(c_out / block) * block
-        groups = np.where(self.groups == 0, 1.0, self.groups)
-        wide = self.groups == 0
-        per_output = np.where(
-            wide, self.taps, self.taps * np.where(self.groups > 1, c_in, padded_in) / groups
+        whole = (self.groups == 1) & (self.group_size == 0)  # kernels of grouped convolutions take no blocks
+        padded_in, padded_out = (
+            np.where(whole, np.ceil(count / block) * block, count) for count in (c_in, c_out)
         )
-        macs = per_output * np.where(self.groups == 1, padded_out, c_out) * self.out_pixels
-        weights = self.taps * c_out * np.where(wide, 1.0, c_in / groups)
+        macs = self.positions * weight_elements(
+            self.taps, padded_in, padded_out, self.groups, self.group_size
+        )
+        weights = weight_elements(self.taps, c_in, c_out, self.groups, self.group_size)
         moved = weights + c_in * self.in_pixels + c_out * (self.out_pixels + self.beside)
         return macs, moved
 

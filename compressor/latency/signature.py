@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.errors import CompressorError
+from compressor.pruning import counts
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
@@ -29,7 +30,7 @@ Widths = npt.NDArray[np.int64]
 
 _KEY = re.compile(
     r"(?P<kind>\w+) k(?P<kernel>\d+x\d+) s(?P<stride>\d+x\d+) p(?P<padding>\d+x\d+) d(?P<dilation>\d+x\d+) "
-    r"g(?P<groups>\d+|c) in(?P<in_hw>\d+x\d+)(?: \+(?P<epilogue>[\w+]+))?"
+    r"g(?P<groups>\d+|c(?:/\d+)?) in(?P<in_hw>\d+x\d+)(?: \+(?P<epilogue>[\w+]+))?"
 )
 
 
@@ -40,7 +41,8 @@ class OpSignature:
     Attributes:
         kind: `conv`, `depthwise`, `grouped`, `linear`, `conv_transpose`, ...
         kernel, stride, padding, dilation: (height, width); (1, 1), (1, 1), (0, 0), (1, 1) for a linear layer.
-        groups: Groups of the convolution; 0 where they equal the channels (depthwise).
+        groups: Groups of the convolution where their number is the same at all widths, else 0.
+        group_size: Input channels of a group where these are the same at all widths (1: depthwise), else 0.
         in_hw: Height and width of the input in pixels; (1, 1) for a vector.
         epilogue: ONNX operators computed along with it, in order, joined by `+`; empty where there are none.
     """
@@ -51,13 +53,14 @@ class OpSignature:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    group_size: int
     in_hw: tuple[int, int]
     epilogue: str = ""
 
     @property
     def key(self) -> str:
         """The signature as one line, the form that table files use."""
-        groups = "c" if self.groups == 0 else str(self.groups)
+        groups = str(self.groups) if self.groups else "c" if self.group_size == 1 else f"c/{self.group_size}"
         line = (
             f"{self.kind} k{_x(self.kernel)} s{_x(self.stride)} p{_x(self.padding)} d{_x(self.dilation)} "
             f"g{groups} in{_x(self.in_hw)}"
@@ -67,14 +70,13 @@ class OpSignature:
     def macs(self, c_in: int, c_out: int) -> float:
         """Multiply-adds with these channels; a lower bound where the output's size is not in the signature."""
         size = zip(self.in_hw, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        pixels = 1.0
-        for extent, kernel, stride, padding, dilation in size:
-            if self.kind == "conv_transpose":
-                pixels *= extent
-            else:
-                pixels *= max(1, (extent + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
-        a_group = 1.0 if self.groups == 0 else c_in / self.groups
-        return pixels * self.kernel[0] * self.kernel[1] * a_group * c_out
+        out_hw = [
+            max(1, (extent + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+            for extent, kernel, stride, padding, dilation in size
+        ]
+        taps = self.kernel[0] * self.kernel[1]
+        weights = counts.weight_elements(taps, c_in, c_out, self.groups, self.group_size)
+        return counts.positions_of(self.kind, self.in_hw, out_hw) * float(weights)
 
     @classmethod
     def from_key(cls, key: str) -> OpSignature:
@@ -90,20 +92,23 @@ class OpSignature:
             )
         part = match.groupdict()
         pairs = {name: _pair(part[name]) for name in ("kernel", "stride", "padding", "dilation", "in_hw")}
-        groups = 0 if part["groups"] == "c" else int(part["groups"])
-        return cls(kind=part["kind"], groups=groups, epilogue=part["epilogue"] or "", **pairs)
+        whole, _, size = part["groups"].partition("/")
+        groups, group_size = (0, int(size or 1)) if whole == "c" else (int(whole), 0)
+        return cls(
+            kind=part["kind"], groups=groups, group_size=group_size, epilogue=part["epilogue"] or "", **pairs
+        )
 
 
 def signature_of(layer: Any, epilogue: str = "") -> OpSignature:
     """The signature of one of a space's layers."""
-    depthwise = layer.kind == "depthwise"
     return OpSignature(
         kind=layer.kind,
         kernel=_two(layer.kernel, 1),
         stride=_two(layer.stride, 1),
         padding=_two(layer.padding, 0),
         dilation=_two(layer.dilation, 1),
-        groups=0 if depthwise else int(layer.groups or 1),
+        groups=0 if layer.group_size else int(layer.groups or 1),
+        group_size=layer.group_size,
         in_hw=_two(layer.in_hw, 1),
         epilogue=epilogue,
     )
@@ -147,12 +152,11 @@ def weight_elements(
     """
     signatures = [OpSignature.from_key(key) for key in keys]
     taps = np.asarray([float(each.kernel[0] * each.kernel[1]) for each in signatures])
-    own = np.asarray([each.groups == 0 for each in signatures], dtype=bool)
-    groups = np.asarray([max(each.groups, 1) for each in signatures], dtype=np.float64)
+    groups = np.asarray([each.groups for each in signatures])
+    sizes = np.asarray([each.group_size for each in signatures])
 
     def elements(c_in: npt.ArrayLike, c_out: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        a_group = np.where(own, 1.0, np.asarray(c_in) / groups)
-        return np.asarray((taps * a_group * np.asarray(c_out)).sum(axis=-1))
+        return np.asarray(counts.weight_elements(taps, c_in, c_out, groups, sizes).sum(axis=-1))
 
     return elements
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from compressor.errors import CompressorError
-from compressor.pruning.counts import Affine
+from compressor.pruning.counts import Affine, CostTerms, Floats, Product, RoundedTerms, weight_elements
 from compressor.pruning.facts import Facts
 from compressor.pruning.groups import Group, Resolved, Skipped
 
@@ -31,8 +31,13 @@ class Layer:
     """One call of an operation that bears weights, in the order of execution; channel counts as functions of
     widths.
 
-    `kind` is "conv", "depthwise", "grouped", "conv_transpose" or "linear"; `groups` is the dense number. Sizes are
-    (height, width), of a sequence (tokens, 1), without space (1, 1).
+    `kind` is "conv", "depthwise", "grouped", "conv_transpose" or "linear". Sizes are (height, width), of a sequence
+    (tokens, 1), without space (1, 1).
+
+    A pruned grouped convolution either loses whole groups or as many channels in each group. `groups` is the dense
+    number, which stays in the second case; `group_size` the input channels of a group where they stay, as in the
+    first case (1 for a depthwise convolution), else 0. `reads` are the input channels that one output reads, and
+    `positions` says how often each weight is used. `counted` is False where fvcore does not see the operation.
     """
 
     name: str
@@ -47,6 +52,76 @@ class Layer:
     out_hw: tuple[int, int]
     in_channels: Affine
     out_channels: Affine
+    reads: Affine
+    positions: Product
+    counted: bool = True
+
+    @property
+    def taps(self) -> int:
+        """Height times width of the kernel."""
+        return math.prod(self.kernel)
+
+    @property
+    def group_size(self) -> int:
+        """Input channels of a group where pruning removes whole groups; 0 where the number of groups stays."""
+        if self.kind == "depthwise":
+            return 1
+        whole = self.groups > 1 and self.reads.is_constant and not self.in_channels.is_constant
+        return self.reads.constant if whole else 0
+
+    @property
+    def multiply_adds(self) -> Product:
+        """Multiply-adds of one input as a function of the widths of all groups."""
+        return self.positions.times(self.taps, self.reads, self.out_channels)
+
+    def weights(self, c_in: Any, c_out: Any) -> Floats:
+        """Elements of the weight at these channels, arrays of any shape."""
+        return weight_elements(self.taps, c_in, c_out, self.groups, self.group_size)
+
+
+class MultiplyAdds:
+    """What a network multiplies and adds, as fvcore counts it: its layers, and what is counted beside them.
+
+    Args:
+        facts, resolved: Of its trace.
+        layers: Its layers.
+        groups: G.
+    """
+
+    def __init__(self, facts: Facts, resolved: Resolved, layers: Sequence[Layer], groups: int) -> None:
+        self._layers = [layer.multiply_adds for layer in layers]
+        seen = [layer.multiply_adds for layer in layers if layer.counted]
+        unseen = [layer.multiply_adds.times(-1) for layer in layers if not layer.counted]
+        plain: dict[str, list[Product]] = {}
+        rounded: dict[str, list[Product]] = {}
+        for term in facts.terms:
+            factors = tuple(resolved.affine(size) for size in term.sizes)
+            product = Product(term.constant, factors)
+            (rounded if term.rounded else plain).setdefault(term.operation, []).append(product)
+        self._total = CostTerms([*seen, *(term for terms in plain.values() for term in terms)], groups)
+        self._rounded = RoundedTerms([term for terms in rounded.values() for term in terms], groups)
+        self._beside: dict[str, CostTerms | RoundedTerms] = {
+            **{name: CostTerms(terms, groups) for name, terms in plain.items()},
+            **{name: RoundedTerms(terms, groups) for name, terms in rounded.items()},
+            **({UNSEEN: CostTerms(unseen, groups)} if unseen else {}),
+        }
+
+    def __call__(self, widths: Ints) -> Ints:
+        """Of the whole network, (N, G) -> (N,)."""
+        return self._total(widths) + self._rounded(widths)
+
+    def layers(self, widths: Ints) -> Ints:
+        """Of each layer, (N, G) -> (N, layers)."""
+        each = [product(widths) for product in self._layers]
+        return np.stack(each, axis=1) if each else np.zeros((len(widths), 0), dtype=np.int64)
+
+    def beside(self, widths: Ints) -> dict[str, Ints]:
+        """By operation what is counted beside the layers, (N, G) -> (N,) each; with the layers it is the whole."""
+        return {name: terms(widths) for name, terms in self._beside.items()}
+
+
+UNSEEN = "layers that fvcore does not count"
+"""Layers whose multiply-adds are not part of the total: they are taken off again."""
 
 
 def exclude(resolved: Resolved, frozen: Sequence[str], scope: str) -> None:
@@ -130,23 +205,20 @@ def make_layers(facts: Facts, resolved: Resolved) -> tuple[Layer, ...]:
             call.out_hw,
             resolved.affine(call.in_channels),
             resolved.affine(call.out_channels),
+            resolved.affine(call.reads),
+            Product(call.positions[0], tuple(resolved.affine(size) for size in call.positions[1])),
+            call.counted,
         )
         for call in facts.layers
     )
 
 
-def resolved_terms(
-    terms: Sequence[tuple[int, Sequence[Any]]], resolved: Resolved
-) -> list[tuple[int, list[Affine]]]:
-    return [(constant, [resolved.affine(size) for size in sizes]) for constant, sizes in terms]
-
-
-def param_terms(model: nn.Module, facts: Facts, resolved: Resolved) -> list[tuple[int, list[Affine]]]:
+def param_terms(model: nn.Module, facts: Facts, resolved: Resolved) -> list[Product]:
     terms = []
     for name, parameter in model.named_parameters():
         axes = facts.params.get(name, (None,) * parameter.dim())
         sizes = [size if axis is None else axis for size, axis in zip(parameter.shape, axes, strict=True)]
-        terms.append((1, [resolved.affine(size) for size in sizes]))
+        terms.append(Product(1, tuple(resolved.affine(size) for size in sizes)))
     return terms
 
 

@@ -1,16 +1,48 @@
 """Costs as functions of widths: sums of products of affine channel counts, evaluated for many candidates at
-once."""
+once; and how many weights an operator has, the one place that says it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+def weight_elements(
+    taps: ArrayLike, c_in: ArrayLike, c_out: ArrayLike, groups: ArrayLike, group_size: ArrayLike
+) -> Floats:
+    """Elements of the weights of convolutions and linear layers; arrays that broadcast, to one of their shape.
+
+    Args:
+        taps: height times width of the kernel; 1 for a linear layer.
+        c_in: input channels.
+        c_out: output channels.
+        groups: the number of groups; read where `group_size` is 0.
+        group_size: input channels of a group where pruning removes whole groups, 1 for depthwise convolutions; 0 where
+            the number of groups stays and each group loses channels.
+
+    Example: a grouped convolution of 128 to 128 channels in 32 groups that lost 16 of them has 3 * 3 * 4 * 64 weights:
+
+    >>> weight_elements(9, 64, 64, 32, 4).item()
+    2304.0
+    """
+    size = np.asarray(group_size)
+    read = np.where(size > 0, size, np.asarray(c_in) / np.maximum(np.asarray(groups), 1))
+    return np.asarray(np.asarray(taps) * read * np.asarray(c_out), dtype=np.float64)
+
+
+def positions_of(kind: str, in_hw: Sequence[int], out_hw: Sequence[int]) -> int:
+    """How often each weight is used for one input, from (height, width) of input and output: multiply-adds are that
+    many times the elements of the weight."""
+    height, width = in_hw if kind == "conv_transpose" else out_hw
+    return int(height) * int(width)
 
 
 @dataclass(frozen=True)
@@ -40,18 +72,36 @@ class Affine:
         return not self.terms
 
 
+class Product(NamedTuple):
+    """A cost: `constant` times a product of channel counts."""
+
+    constant: int
+    factors: tuple[Affine, ...] = ()
+
+    def __call__(self, widths: Ints) -> Ints:
+        """Costs for `widths`, (N, G) -> (N,) or (G,) -> scalar array."""
+        total = np.full(np.asarray(widths).shape[:-1], self.constant, dtype=np.int64)
+        for factor in self.factors:
+            total = total * factor(widths)
+        return np.asarray(total, dtype=np.int64)
+
+    def times(self, constant: int, *factors: Affine) -> Product:
+        """The product with more factors."""
+        return Product(self.constant * constant, (*self.factors, *factors))
+
+
 class CostTerms:
     """A sum of terms, each a constant times a product of affine counts.
 
     Args:
-        terms: (constant, affine factors) for each term.
+        terms: what is added.
         groups: G, the number of groups whose widths the costs are asked for.
 
     Evaluation is one matrix product for the distinct factors and one gather for each position of a factor;
     everything is whole numbers below 2**53, so that floating point arithmetic is exact and fast.
     """
 
-    def __init__(self, terms: Sequence[tuple[int, Sequence[Affine]]], groups: int) -> None:
+    def __init__(self, terms: Sequence[Product], groups: int) -> None:
         self._groups = groups
         self._affine: dict[Affine, int] = {}
         merged: dict[tuple[int, ...], int] = {}
@@ -124,7 +174,7 @@ class RoundedTerms:
     """Terms that fvcore counts by way of numpy's printed estimate of an einsum, each rounded before it is
     added."""
 
-    def __init__(self, terms: Sequence[tuple[int, Sequence[Affine]]], groups: int) -> None:
+    def __init__(self, terms: Sequence[Product], groups: int) -> None:
         # Not merged: every call is rounded on its own.
         self._terms = [CostTerms([term], groups) for term in terms]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,23 @@ class Step:
     labelled: list[Labels]
 
 
+class Counted(NamedTuple):
+    """What fvcore counts for one call of an operation without a layer: `constant` times the sizes of axes."""
+
+    operation: str
+    constant: int
+    sizes: list[Labels]
+    #: Rounded as fvcore rounds its count of an einsum.
+    rounded: bool = False
+
+
 @dataclass
 class LayerCall:
-    """One call of an operation that bears weights; channel axes as labels or constant sizes."""
+    """One call of an operation that bears weights; channel axes as labels or constant sizes.
+
+    `reads` are the input channels that one output reads (an axis of the weight), `positions` a constant and the axes
+    whose product says how often each weight is used; `counted` is False where fvcore does not see the operation.
+    """
 
     name: str
     kind: str
@@ -88,6 +102,9 @@ class LayerCall:
     out_hw: tuple[int, int]
     in_channels: int | Labels
     out_channels: int | Labels
+    reads: int | Labels
+    positions: tuple[int, list[Labels]]
+    counted: bool
 
 
 @dataclass
@@ -111,9 +128,8 @@ class Facts:
     params: dict[str, Axes] = field(default_factory=dict)
     outputs: dict[tuple[str, int], str] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
-    terms: list[tuple[int, list[Labels]]] = field(default_factory=list)
-    #: Like terms, but rounded as fvcore rounds its count of an einsum.
-    rounded: list[tuple[int, list[Labels]]] = field(default_factory=list)
+    #: What is counted beside the layers.
+    terms: list[Counted] = field(default_factory=list)
     layers: list[LayerCall] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     swaps: dict[str, str] = field(default_factory=dict)

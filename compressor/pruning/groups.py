@@ -120,11 +120,11 @@ def resolve(facts: Facts) -> Resolved:
     for labels in [axis for each in facts.params.values() for axis in each if axis is not None]:
         axes.setdefault(id(labels), labels)
     for layer in facts.layers:
-        for size in (layer.in_channels, layer.out_channels):
+        for size in (layer.in_channels, layer.out_channels, layer.reads, *layer.positions[1]):
             if isinstance(size, np.ndarray):
                 axes.setdefault(id(size), size)
-    for _, factors in [*facts.terms, *facts.rounded]:
-        for size in factors:
+    for term in facts.terms:
+        for size in term.sizes:
             axes.setdefault(id(size), size)
     for tie in facts.ties:
         axes.setdefault(id(tie.labels), tie.labels)

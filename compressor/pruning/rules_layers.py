@@ -12,7 +12,7 @@ from torch import Tensor
 from compressor.pruning.atoms import Labels
 from compressor.pruning.facts import Call, LayerCall
 from compressor.pruning.rules_shape import even
-from compressor.pruning.trace import Tracer
+from compressor.pruning.trace import Tracer, factored
 
 
 def _pair(values: Sequence[int] | int | str, rank: int) -> tuple[int, ...]:
@@ -22,12 +22,16 @@ def _pair(values: Sequence[int] | int | str, rank: int) -> tuple[int, ...]:
     return items * rank if len(items) == 1 < rank else items
 
 
-def _hw(tensor: Tensor, channel: int) -> tuple[int, int]:
-    """Height and width of a tensor; (tokens, 1) where it is a sequence, (1, 1) where it has no space."""
-    space = [size for i, size in enumerate(tensor.shape) if i not in (0, channel)] if tensor.dim() > 1 else []
-    if not space:
+def _hw(tensor: Tensor, channel: int, kind: str) -> tuple[int, int]:
+    """Height and width of a tensor; (tokens, 1) where it is a sequence, (1, 1) where it has no space.
+
+    What a linear layer computes as a batch (the windows of an attention) counts to the height: it is one input's.
+    """
+    if tensor.dim() < 2:
         return (1, 1)
-    return (space[0], 1) if len(space) == 1 else (space[0], math.prod(space[1:]))
+    batch, *space = [size for i, size in enumerate(tensor.shape) if i != channel]
+    height, *rest = space or [1]
+    return (height * (batch if kind == "linear" else 1), math.prod(rest))
 
 
 def note_layer(
@@ -39,11 +43,16 @@ def note_layer(
     channel: int,
     ins: Any,
     outs: Any,
+    reads: Any,
+    positions: Sequence[int | Labels],
     geometry: tuple[tuple[int, ...], ...] = ((1, 1), (1, 1), (0, 0), (1, 1)),
     groups: int = 1,
     name: str = "",
     out: Tensor | None = None,
+    counted: bool = True,
 ) -> None:
+    """Record a layer: its channels, the inputs that one output `reads`, and the sizes whose product says how often
+    each weight is used."""
     frame = tracer.stack[-1]
     known = tracer.name_of(weight)
     path = frame.path or (known.rpartition(".")[0] if known else "")
@@ -62,10 +71,13 @@ def note_layer(
             padding,
             dilation,
             groups,
-            _hw(source, channel % source.dim()),
-            _hw(call.out if out is None else out, channel % source.dim()),
+            _hw(source, channel % source.dim(), kind),
+            _hw(call.out if out is None else out, channel % source.dim(), kind),
             ins,
             outs,
+            reads,
+            factored(1, positions),
+            counted,
         )
     )
 
@@ -77,10 +89,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
     groups = int(call.arg(6, "groups", 1))
     padding = call.arg(4, "padding", 0)
     ins, outs = _channels_through(tracer, call, source, weight, groups, out_axis=0, in_axis=1, rank=rank)
-    if not isinstance(padding, str):
-        # fvcore knows aten::_convolution only, and a padding given by name is traced as another operator.
-        batch = call.out.shape[0] if source.dim() == rank + 2 else 1
-        tracer.count(batch, *tracer.sizes(weight), *_space(tracer, call.out, rank))
+    batch = call.out.shape[0] if source.dim() == rank + 2 else 1
     geometry = (
         tuple(weight.shape[2:]),
         _pair(call.arg(3, "stride", 1), rank),
@@ -95,7 +104,22 @@ def convolution(tracer: Tracer, call: Call) -> None:
             geometry[3],
         )
     kind = "conv" if groups == 1 else "depthwise" if weight.shape[1] == 1 else "grouped"
-    note_layer(tracer, call, kind, weight, source, -rank - 1, ins, outs, geometry, groups)
+    note_layer(
+        tracer,
+        call,
+        kind,
+        weight,
+        source,
+        -rank - 1,
+        ins,
+        outs,
+        tracer.sizes(weight)[1],
+        [batch, *tracer.sizes(call.out)[-rank:]],
+        geometry,
+        groups,
+        # fvcore knows aten::_convolution only, and a padding given by name is traced as another operator.
+        counted=not isinstance(padding, str),
+    )
 
 
 def transposed_convolution(tracer: Tracer, call: Call) -> None:
@@ -104,18 +128,27 @@ def transposed_convolution(tracer: Tracer, call: Call) -> None:
     rank = weight.dim() - 2
     groups = int(call.arg(6, "groups", 1))
     ins, outs = _channels_through(tracer, call, source, weight, groups, out_axis=1, in_axis=0, rank=rank)
-    tracer.count(source.shape[0], *tracer.sizes(weight), *_space(tracer, source, rank))
+    batch = source.shape[0] if source.dim() == rank + 2 else 1
     geometry = (
         tuple(weight.shape[2:]),
         _pair(call.arg(3, "stride", 1), rank),
         _pair(call.arg(4, "padding", 0), rank),
         _pair(call.arg(7, "dilation", 1), rank),
     )
-    note_layer(tracer, call, "conv_transpose", weight, source, -rank - 1, ins, outs, geometry, groups)
-
-
-def _space(tracer: Tracer, tensor: Tensor, rank: int) -> list[int | Labels]:
-    return tracer.sizes(tensor)[-rank:]
+    note_layer(
+        tracer,
+        call,
+        "conv_transpose",
+        weight,
+        source,
+        -rank - 1,
+        ins,
+        outs,
+        tracer.sizes(weight)[0] if groups == 1 else weight.shape[0] // groups,
+        [batch, *tracer.sizes(source)[-rank:]],
+        geometry,
+        groups,
+    )
 
 
 def _channels_through(
@@ -197,9 +230,8 @@ def linear(tracer: Tracer, call: Call) -> None:
     source, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     axes, filters = tracer.axes(source), tracer.axes(weight)
     outs = filters[0] if weight.dim() == 2 else None
-    tracer.count(
-        1, *tracer.sizes(source), *([weight.shape[0] if outs is None else outs] if weight.dim() == 2 else [])
-    )
+    made: Any = 1 if weight.dim() < 2 else weight.shape[0] if outs is None else outs
+    *positions, read = tracer.sizes(source)
     if weight.dim() == 2 and (axes[-1] is not None or filters[1] is not None):
         tracer.merge(axes[-1], filters[1])
     if bias is not None:
@@ -207,4 +239,4 @@ def linear(tracer: Tracer, call: Call) -> None:
     tracer.producer(weight, 0)
     tracer.mark(call.out, [*axes[:-1], *([outs] if weight.dim() == 2 else [])], tracer.active(source))
     ins: Any = source.shape[-1] if axes[-1] is None else axes[-1]
-    note_layer(tracer, call, "linear", weight, source, -1, ins, weight.shape[0] if outs is None else outs)
+    note_layer(tracer, call, "linear", weight, source, -1, ins, made, read, positions)

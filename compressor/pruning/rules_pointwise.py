@@ -51,7 +51,7 @@ def spatial(tracer: Tracer, call: Call) -> None:
         made = [*axes[:keep], *[None] * (out.dim() - keep)]
         tracer.mark(out, made, tracer.active(source))
     if call.name.startswith("adaptive_avg_pool2d"):
-        tracer.count(1, *tracer.sizes(source))
+        tracer.count(call.name, 1, *tracer.sizes(source))
     elif call.name in ("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "grid_sample"):
         mode = call.arg(3, "mode", "nearest") if call.name in ("interpolate", "upsample") else call.name
         price = {
@@ -62,7 +62,7 @@ def spatial(tracer: Tracer, call: Call) -> None:
             "grid_sample": 4,
         }.get(mode, 0)
         if call.out.dim() == 4 and price and not call.kwargs.get("antialias", False):
-            tracer.count(price, *tracer.sizes(call.out))
+            tracer.count(call.name, price, *tracer.sizes(call.out))
 
 
 def _spatial_rank(call: Call, out: Tensor) -> int:
@@ -91,11 +91,12 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
             axes[1] = tracer.merge(axes[1], tracer.axes(vector)[0])
     tracer.mark(call.out, axes, tracer.active(source) or any(tracer.active(v) for v in vectors))
     if call.name == "instance_norm":
-        tracer.count(5 if call.arg(3, "weight") is not None else 4, *tracer.sizes(source))
+        tracer.count(call.name, 5 if call.arg(3, "weight") is not None else 4, *tracer.sizes(source))
     else:
         trains = bool(call.arg(5, "training", False))
         affine = call.arg(3, "weight") is not None
-        tracer.count((5 if trains else 2) if affine else (4 if trains else 1), *tracer.sizes(source))
+        each = (5 if trains else 2) if affine else (4 if trains else 1)
+        tracer.count(call.name, each, *tracer.sizes(source))
 
 
 def layer_norm(tracer: Tracer, call: Call) -> None:
@@ -114,7 +115,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
             tracer.tie_attribute("normalized_shape", labels, i)
     tracer.mark(call.out, axes, tracer.active(source))
     if call.name == "layer_norm":
-        tracer.count(5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(source))
+        tracer.count(call.name, 5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(source))
 
 
 def group_norm(tracer: Tracer, call: Call) -> None:
@@ -131,4 +132,4 @@ def group_norm(tracer: Tracer, call: Call) -> None:
     elif labels is not None and groups > 1:
         even(tracer, labels, groups)
     tracer.mark(call.out, axes, tracer.active(source))
-    tracer.count(5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(source))
+    tracer.count(call.name, 5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(source))

@@ -36,7 +36,7 @@ def _product(tracer: Tracer, call: Call, a: Tensor, b: Tensor, counted: bool) ->
     left, right = list(tracer.axes(a)), list(tracer.axes(b))
     if counted and a.dim() > 0 and b.dim() > 0:
         last: int | Labels = b.shape[-1] if right[-1] is None else right[-1]
-        tracer.count(1, *tracer.sizes(a), last)
+        tracer.count("matmul", 1, *tracer.sizes(a), last)
     inner = right[-2] if b.dim() > 1 else right[-1]
     tracer.merge(left[-1], inner)
     if b.dim() > 1:
@@ -92,7 +92,7 @@ def einsum(tracer: Tracer, call: Call) -> None:
                     if letter in right and left.count(letter) == 1:
                         tracer.producer(operand, place)
         exact = plain in ("abc,abd->acd", "abc,adc->adb")
-        tracer.count(1 if exact else 2 if inner else 1, *factors, rounded=not exact)
+        tracer.count("einsum", 1 if exact else 2 if inner else 1, *factors, rounded=not exact)
 
 
 def attention(tracer: Tracer, call: Call) -> None:
@@ -196,14 +196,14 @@ def multi_head(tracer: Tracer, call: Call) -> None:
     made: Any = weight.shape[0] if rows is None else rows
     third: Any = embed if rows is None else rows.reshape(3, -1)[0]
     final: Any = out_weight.shape[0] if outs is None else outs
-    tracer.count(tokens * batch, wide, made)
-    tracer.count(tokens * batch, third, final)
     if given.get("need_weights", True):
         scores = (1 if given.get("attn_mask") is None else 0) + 1
-        tracer.count(scores * tokens * batch * key.shape[0], third)
+        tracer.count("attention", scores * tokens * batch * key.shape[0], third)
     seen = query.transpose(0, 1) if query.dim() == 3 else query
-    note_layer(tracer, call, "linear", weight, seen, -1, wide, made, name="in_proj", out=seen)
-    note_layer(tracer, call, "linear", out_weight, seen, -1, third, final, name="out_proj", out=seen)
+    for name, used, ins, outs in (("in_proj", weight, wide, made), ("out_proj", out_weight, third, final)):
+        note_layer(
+            tracer, call, "linear", used, seen, -1, ins, outs, ins, [tokens * batch], name=name, out=seen
+        )
 
 
 def embedding(tracer: Tracer, call: Call) -> None:

@@ -16,14 +16,14 @@ from compressor.pruning.construct import (
     MIN_SHARE,
     Ints,
     Layer,
+    MultiplyAdds,
     exclude,
     make_groups,
     make_layers,
     name_unreached,
     param_terms,
-    resolved_terms,
 )
-from compressor.pruning.counts import CostTerms, RoundedTerms
+from compressor.pruning.counts import CostTerms
 from compressor.pruning.groups import Group, Skipped
 from compressor.pruning.importance import Importance, Ranking, rank
 from compressor.pruning.inputs import checked_inputs, checked_model
@@ -88,8 +88,7 @@ class PruningSpace:
         same = len(resolved.groups) == before
         self.slicer = built.slicer if same else Slicer(built.facts, resolved, built.slicer.swaps)
         self.layers: tuple[Layer, ...] = make_layers(built.facts, resolved)
-        self._macs = CostTerms(resolved_terms(built.facts.terms, resolved), len(self.groups))
-        self._rounded = RoundedTerms(resolved_terms(built.facts.rounded, resolved), len(self.groups))
+        self._macs = MultiplyAdds(built.facts, resolved, self.layers, len(self.groups))
         self._activations = Activations(built.facts.traffic, resolved)
         self._params = CostTerms(param_terms(model, built.facts, resolved), len(self.groups))
         self.makers: tuple[tuple[tuple[str, int], ...], ...] = tuple(
@@ -99,7 +98,30 @@ class PruningSpace:
     # ---------------------------------------------------------------- costs
     def macs(self, widths: Any) -> Any:
         """Multiply-adds of one input as fvcore counts them; (N, G) -> (N,) int64, (G,) -> int."""
-        return self._cost(lambda each: self._macs(each) + self._rounded(each), widths)
+        return self._cost(self._macs, widths)
+
+    def layer_macs(self, widths: Any) -> Any:
+        """Multiply-adds of each of `layers`; (N, G) -> (N, layers) int64, (G,) -> (layers,).
+
+        With `other_macs` they add up to `macs`.
+        """
+        return self._cost(self._macs.layers, widths)
+
+    def other_macs(self, widths: Any) -> dict[str, Any]:
+        """Multiply-adds that fvcore counts beside the layers, by operation ("batch_norm", "matmul", ...); each (N, G)
+        -> (N,) int64, (G,) -> int.
+
+        Layers that fvcore does not see (convolutions with `padding="same"`) have an entry below 0: `macs` leaves them
+        out.
+        """
+        given = np.asarray(widths, dtype=np.int64)
+        names = list(self._macs.beside(self.dense_widths[None]))
+        if not names:
+            return {}
+        rows = self._cost(lambda each: np.stack(list(self._macs.beside(each).values()), axis=1), given)
+        return {
+            name: rows[:, place] if given.ndim == 2 else int(rows[place]) for place, name in enumerate(names)
+        }
 
     def params(self, widths: Any) -> Any:
         """Parameters, tied ones once; (N, G) -> (N,) int64, (G,) -> int."""
@@ -118,7 +140,9 @@ class PruningSpace:
                 "Give (G,) or (N, G) whole numbers, in the order of `groups`.",
             )
         costs = terms(np.atleast_2d(given))
-        return int(costs[0]) if given.ndim == 1 else costs
+        if given.ndim == 2:
+            return costs
+        return int(costs[0]) if costs.ndim == 1 else costs[0]
 
     # ---------------------------------------------------------------- widths
     def choices(self, group: int) -> Ints:

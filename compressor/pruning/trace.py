@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from compressor.errors import CompressorError
 from compressor.pruning.atoms import Atoms, Axes, Labels
-from compressor.pruning.facts import MEETS_FIXED, Call, Facts, Frame, Settings, Step, Tie, tensors_in
+from compressor.pruning.facts import MEETS_FIXED, Call, Counted, Facts, Frame, Settings, Step, Tie, tensors_in
 from compressor.pruning.provenance import Attribute, remember
 from compressor.pruning.quick import shape_only
 
@@ -116,18 +116,11 @@ class Tracer(TorchFunctionMode):
         if name is not None:
             self.facts.outputs.setdefault((name, axis), name.rpartition(".")[0] or name)
 
-    def count(self, constant: int, *sizes: int | Labels, rounded: bool = False) -> None:
-        """Add `constant * product(sizes)` to what fvcore counts; an axis with labels counts its kept
-        channels."""
-        if self.uncounted:
-            return
-        labels = []
-        for size in sizes:
-            if isinstance(size, (int, np.integer)):
-                constant *= int(size)
-            else:
-                labels.append(size)
-        (self.facts.rounded if rounded else self.facts.terms).append((constant, labels))
+    def count(self, operation: str, constant: int, *sizes: int | Labels, rounded: bool = False) -> None:
+        """Add `constant * product(sizes)` to what fvcore counts beside the layers; an axis with labels counts its
+        kept channels."""
+        if not self.uncounted:
+            self.facts.terms.append(Counted(operation, *factored(constant, sizes), rounded))
 
     def sizes(self, tensor: Tensor) -> list[int | Labels]:
         """The axes of `tensor` as factors for `count`."""
@@ -239,6 +232,17 @@ class Tracer(TorchFunctionMode):
             if self._check is None:
                 remember(path, module)
             module.__dict__["forward"] = _Watched(self, path, module, type(module).forward)
+
+
+def factored(constant: int, sizes: Iterable[int | Labels]) -> tuple[int, list[Labels]]:
+    """A product of sizes as its constant and the axes with labels."""
+    labels = []
+    for size in sizes:
+        if isinstance(size, (int, np.integer)):
+            constant *= int(size)
+        else:
+            labels.append(size)
+    return constant, labels
 
 
 class _Watched:

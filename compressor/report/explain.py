@@ -192,6 +192,18 @@ def _inputs(found: Mapping[str, Any]) -> str:
     return "the inputs" if images is None else f"{images:,.0f} inputs"
 
 
+def beside_layers(manifest: Manifest) -> str:
+    """What of the multiply-adds is in no layer, so that the table of layers and the network's total agree."""
+    found = rows(manifest, "other_macs")
+    if not found:
+        return ""
+    each = ", ".join(
+        f"{text(row, 'name', 'unnamed')} {count(row.get('dense_macs'))} → {count(row.get('slim_macs'))}"
+        for row in found
+    )
+    return f"MACs that are counted beside the layers, dense → slim: {each}. With them the layers add up to the total."
+
+
 def parity(manifest: Manifest) -> str:
     """How far the exported file is from the network that was trained."""
     found = section(manifest, "parity")

@@ -80,6 +80,7 @@ def context(run: Collected) -> dict[str, Any]:
         "skipped": records.skipped(manifest),
         "layer_charts": _charts(plots.layer_bars(manifest, key, f"layers-{key}") for key in ("macs", "ms")),
         "layers": records.layers(manifest),
+        "beside_layers": explain.beside_layers(manifest),
         "speed": explain.speed(manifest),
         "hot": hottest(manifest),
         "stubborn": stubborn(manifest),

@@ -157,10 +157,33 @@ def test_weights_are_counted_by_kind() -> None:
         "conv k3x3 s1x1 p1x1 d1x1 g1 in8x8",
         "depthwise k3x3 s1x1 p1x1 d1x1 gc in8x8",
         "grouped k1x1 s1x1 p0x0 d1x1 g4 in8x8",
+        "grouped k3x3 s1x1 p1x1 d1x1 gc/4 in8x8",
         "linear k1x1 s1x1 p0x0 d1x1 g1 in1x1",
     ]
-    found = weight_elements(keys)(np.asarray([[3, 16, 16, 20]]), np.asarray([[16, 16, 20, 10]]))
-    assert found.tolist() == [9 * 3 * 16 + 9 * 16 + 16 * 20 // 4 + 20 * 10]
+    found = weight_elements(keys)(np.asarray([[3, 16, 16, 8, 20]]), np.asarray([[16, 16, 20, 8, 10]]))
+    assert found.tolist() == [9 * 3 * 16 + 9 * 16 + 16 * 20 // 4 + 9 * 4 * 8 + 20 * 10]
+    assert OpSignature.from_key(keys[3]).key == keys[3]
+    assert OpSignature.from_key(keys[3]).macs(8, 8) == 64 * 9 * 4 * 8
+
+
+def test_groups_that_go_whole_are_known_to_tables_and_estimates() -> None:
+    """ResNeXt-50 at half, layer1.0.conv2: 16 of its 32 groups of 4 channels stay."""
+    from torchvision.models import resnext50_32x4d
+
+    from compressor.latency.layout import layout_fields, layout_of
+    from compressor.latency.roofline import operators_of
+
+    space = PruningSpace(resnext50_32x4d(weights=None).eval(), torch.zeros(1, 3, 64, 64))
+    half = space.round(0.5 * space.dense_widths)
+    place = [layer.name for layer in space.layers].index("layer1.0.conv2")
+    assert space.layer_macs(half)[place] == 589_824
+    assert signature_of(space.layers[place]).key == "grouped k3x3 s1x1 p1x1 d1x1 gc/4 in16x16"
+    assert signature_of(space.layers[place]).macs(64, 64) == 589_824
+    c_in, c_out = channels(space, half[None])
+    assert operators_of(space).work(c_in, c_out, 1)[0][0].tolist() == space.layer_macs(half).tolist()
+    again = layout_of(layout_fields(space)).layers
+    assert [layer.group_size for layer in again] == [layer.group_size for layer in space.layers]
+    assert [layer.weights(64, 64) for layer in again] == [layer.weights(64, 64) for layer in space.layers]
 
 
 def test_held_out_error_by_hand() -> None:

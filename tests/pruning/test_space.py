@@ -341,3 +341,69 @@ def test_split_sizes_in_attributes_follow(example: Tensor) -> None:
     small = space.apply(space.plan([4, 2, 3]))
     assert (small.width, small.sizes, model.sizes) == (8, [2, 3], [5, 7])
     assert small(example).shape == model(example).shape
+
+
+class Grouped(nn.Module):
+    """One grouped convolution that loses whole groups (8 of 2 channels), one whose groups lose channels (2 of 16), a
+    depthwise one, a transposed one, and one whose padding is given by name, which fvcore does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1, bias=False)
+        self.rows = nn.Conv2d(16, 16, 3, padding=1, groups=8, bias=False)
+        self.widen = nn.Conv2d(16, 32, 1, bias=False)
+        self.columns = nn.Conv2d(32, 32, 3, padding=1, groups=2, bias=False)
+        self.deep = nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False)
+        self.up = nn.ConvTranspose2d(32, 8, 2, stride=2, bias=False)
+        self.same = nn.Conv2d(8, 4, 3, padding="same", bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.columns(self.widen(self.rows(self.stem(x))))
+        return self.head(self.norm(self.same(self.up(self.deep(x)))).mean((2, 3)))
+
+
+def test_macs_of_each_layer_by_hand_and_as_fvcore_counts_them(example: Tensor) -> None:
+    from fvcore.nn import FlopCountAnalysis
+
+    from compressor.pruning.counts import positions_of
+
+    space = PruningSpace(Grouped().eval(), example)
+    widths = space.widths({"stem": 4, "widen": 8, "columns": 8, "up": 6, "same": 2})
+    small = space.apply(space.plan(widths))
+    assert (small.rows.groups, small.columns.groups, small.deep.groups) == (4, 2, 16)
+    found = dict(zip([layer.name for layer in space.layers], space.layer_macs(widths).tolist(), strict=True))
+    assert found == {
+        "stem": 100 * 3 * 8,
+        "rows": 100 * 9 * 2 * 8,
+        "widen": 100 * 8 * 16,
+        "columns": 100 * 9 * 8 * 16,
+        "deep": 100 * 9 * 16,
+        "up": 100 * 4 * 16 * 6,
+        "same": 400 * 9 * 6 * 2,
+        "head": 2 * 2,
+    }
+    assert space.other_macs(widths) == {
+        "batch_norm": 2 * 400 * 2,
+        "layers that fvcore does not count": -found["same"],
+    }
+    assert sum(found.values()) + sum(space.other_macs(widths).values()) == space.macs(widths)
+    counted = FlopCountAnalysis(small, example).unsupported_ops_warnings(False).by_module()
+    assert {name: counted[name] for name in found} == {**found, "same": 0}
+    for layer in space.layers:
+        weight = small.get_submodule(layer.name).weight
+        c_in, c_out = layer.in_channels(widths), layer.out_channels(widths)
+        assert layer.weights(c_in, c_out) == weight.numel(), layer.name
+        assert positions_of(layer.kind, layer.in_hw, layer.out_hw) * weight.numel() == found[layer.name]
+    assert [layer.group_size for layer in space.layers] == [0, 2, 0, 0, 1, 0, 0, 0]
+
+
+def test_windows_and_tokens_count_to_each_layer() -> None:
+    from torchvision.models import swin_t
+
+    space = PruningSpace(swin_t(weights=None).eval(), torch.zeros(1, 3, 64, 64))
+    qkv = next(layer for layer in space.layers if layer.name.endswith("attn"))
+    assert qkv.in_hw == (9 * 49, 1)  # 16 x 16 places are padded to 3 x 3 windows of 7 x 7
+    half = space.round(0.5 * space.dense_widths)
+    assert space.layer_macs(half).sum() + sum(space.other_macs(half).values()) == space.macs(half)
