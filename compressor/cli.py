@@ -161,9 +161,11 @@ VERDICT_COLOURS = {"kept": "green", "none": "", "missed": "red"}  # any other ve
 
 def _finish(result: Any) -> None:
     from compressor.closing import OPEN
-    from compressor.report import closing_table, judge, verdict
+    from compressor.report import checks, closing_table, judge, verdict
 
     out.print(closing_table(result.manifest))
+    for line in checks(result.manifest):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     for note in result.manifest.get("notes", []):
         out.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
     colour = VERDICT_COLOURS.get(judge(result.manifest).state, "yellow")

@@ -62,7 +62,10 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
     """Write the ONNX file, check it against torch on test images, score it, and build an engine."""
     if run.finished("export"):
         return
+    from compressor.pruning.confirm import checks
+
     with run.stage("export"):
+        run.save(checks=checks(job.space, plan, slim))
         _write_dense(run, job)
         info = _write_onnx(
             job, slim, run.file(MODEL), metadata=metadata_of(job.recipe, job.data, run, plan.checksum)

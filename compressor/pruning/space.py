@@ -88,6 +88,7 @@ class PruningSpace:
         same = len(resolved.groups) == before
         self.slicer = built.slicer if same else Slicer(built.facts, resolved, built.slicer.swaps)
         self.layers: tuple[Layer, ...] = make_layers(built.facts, resolved)
+        self._steps = built.facts.steps
         self._macs = MultiplyAdds(built.facts, resolved, self.layers, len(self.groups))
         self._activations = Activations(built.facts.traffic, resolved)
         self._params = CostTerms(param_terms(model, built.facts, resolved), len(self.groups))
@@ -143,6 +144,16 @@ class PruningSpace:
         if given.ndim == 2:
             return costs
         return int(costs[0]) if costs.ndim == 1 else costs[0]
+
+    def operations(self, group: int) -> tuple[str, ...]:
+        """Names of the operations that the channels of group `group` run through, as they are met."""
+        found: dict[str, None] = {}
+        for step in self._steps:
+            if step.name not in found and any(
+                (self._resolved.group[each] == group).any() for each in step.labelled
+            ):
+                found[step.name] = None
+        return tuple(found)
 
     # ---------------------------------------------------------------- widths
     def choices(self, group: int) -> Ints:

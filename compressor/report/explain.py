@@ -204,6 +204,13 @@ def beside_layers(manifest: Manifest) -> str:
     return f"MACs that are counted beside the layers, dense → slim: {each}. With them the layers add up to the total."
 
 
+def checks(manifest: Manifest) -> list[str]:
+    """What torch-pruning and fvcore said of the slim network, a sentence each; empty where a run recorded neither."""
+    found = section(manifest, "checks")
+    known = (("torch_pruning", "Removed channels"), ("fvcore", "Multiply-adds"))
+    return [f"{what}: {words}." for key, what in known if (words := text(section(found, key), "words"))]
+
+
 def parity(manifest: Manifest) -> str:
     """How far the exported file is from the network that was trained."""
     found = section(manifest, "parity")

@@ -98,6 +98,7 @@ def context(run: Collected) -> dict[str, Any]:
             plots.training_curve(manifest, key, f"training-{key}") for key in ("loss", "accuracy")
         ),
         "parity": explain.parity(manifest),
+        "checks": explain.checks(manifest),
         "engines": records.engines(manifest),
         "engine_note": text(manifest, "engine_note"),
         "stages": records.stages(manifest),
