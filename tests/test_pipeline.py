@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,45 @@ def test_the_onnx_file_computes_what_the_slim_network_does(finished: Path) -> No
     assert manifest["parity"]["max_abs"] <= 1e-4
     accuracy = manifest["accuracy"]
     assert accuracy["exported"] == pytest.approx(accuracy["finetuned"], abs=0.003)
+
+
+def test_the_slim_network_is_checked_by_torch_pruning_and_fvcore(finished: Path) -> None:
+    from compressor.report import checks
+
+    manifest = manifest_of(finished)
+    macs = manifest["cost"]["slim"]["macs"]
+    assert manifest["checks"]["torch_pruning"]["confirmed"] is True
+    assert manifest["checks"]["torch_pruning"]["words"].startswith("confirmed by torch-pruning: ")
+    assert manifest["checks"]["fvcore"]["confirmed"] is True
+    assert manifest["checks"]["fvcore"]["words"].startswith(f"confirmed by fvcore: {macs:,} multiply-adds")
+    page = (finished / "report.html").read_text()
+    assert all(line in page for line in checks(manifest))
+    for of in ("dense", "slim"):
+        listed = sum(row[f"{of}_macs"] for row in [*manifest["layers"], *manifest["other_macs"]])
+        assert listed == manifest["cost"][of]["macs"]
+
+
+def test_nothing_is_exported_where_a_check_contradicts_the_network(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressor.pruning import counted
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "model.onnx").unlink()
+    manifest = manifest_of(run)
+    for stage in ("export", "measure", "report"):
+        del manifest["stages"][stage]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    right = counted.count_macs
+    monkeypatch.setattr(counted, "count_macs", lambda *given: (right(*given)[0] + 1, *right(*given)[1:]))
+    with pytest.raises(
+        counted.Disagreement, match=r"fvcore counts [\d,]+ multiply-adds of the slim network"
+    ) as caught:
+        resume(run)
+    assert caught.value.exit_code == 1
+    assert not (run / "model.onnx").exists()
+    assert (run / "model.safetensors").exists()
 
 
 def test_episodes_are_logged_with_costs_within_the_budgets(finished: Path) -> None:

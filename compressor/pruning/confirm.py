@@ -58,6 +58,7 @@ class Comparison:
         unable: Name of each group that it could not remove -> why.
         failed: Why nothing could be compared; empty where something was.
         codes: Its tensors, by name: the place of each element in the dense tensor.
+        unreached: Names of tensors that its graph does not reach, such as those that only training uses.
     """
 
     agreed: list[str] = field(default_factory=list)
@@ -65,6 +66,7 @@ class Comparison:
     unable: dict[str, str] = field(default_factory=dict)
     failed: str = ""
     codes: dict[str, Tensor] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
 
 
 def checks(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> dict[str, dict[str, Any]]:
@@ -111,21 +113,28 @@ def confirm_cut(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> Chec
             raise Disagreement(
                 f"torch-pruning disagrees with the slim network about the channels of '{name}': {what}."
             )
-    _compare_tensors(space, ChannelPlan({name: plan.keep[name] for name in found.agreed}), found.codes)
+    compared = {name: codes for name, codes in found.codes.items() if name not in found.unreached}
+    _compare_tensors(
+        space, ChannelPlan({name: plan.keep[name] for name in found.agreed}), compared, found.unreached
+    )
     skipped = {**found.different, **found.unable}
     changed = len(found.agreed) + len(skipped)
-    if not skipped:
+    if not skipped and not found.unreached:
         return Check(
-            True, f"confirmed by torch-pruning: {len(found.codes)} tensors, {changed} groups of channels"
+            True, f"confirmed by torch-pruning: {len(compared)} tensors, {changed} groups of channels"
         )
+    lacks = []
+    if skipped:
+        reasons = Counter(", ".join(obstacles(space, name)) for name in found.different)
+        kinds = [f"{count} through {operations}" for operations, count in reasons.most_common(3)]
+        kinds += [f"{len(found.unable)} that it cannot remove"] if found.unable else []
+        first, what = next(iter(skipped.items()))
+        count = f"{len(skipped)} group{'s' if len(skipped) > 1 else ''}"
+        lacks.append(f"its graph cannot express {count} ({'; '.join(kinds)}), such as {first}: {what}")
+    if found.unreached:
+        lacks.append(f"its graph does not reach {len(found.unreached)} tensors, such as {found.unreached[0]}")
     start = f"{len(found.agreed)} of {changed} groups of channels confirmed by torch-pruning; "
-    reasons = Counter(", ".join(obstacles(space, name)) for name in found.different)
-    kinds = [f"{count} through {operations}" for operations, count in reasons.most_common(3)]
-    if found.unable:
-        kinds.append(f"{len(found.unable)} that it cannot remove")
-    first, what = next(iter(skipped.items()))
-    what_it_lacks = f"{len(skipped)} of them that its graph cannot express ({'; '.join(kinds)})"
-    return Check(None, f"{start}not checked: {what_it_lacks}, such as {first}: {what}")
+    return Check(None, f"{start if found.agreed else ''}not checked: {'; '.join(lacks)}")
 
 
 def obstacles(space: PruningSpace, group: str) -> tuple[str, ...]:
@@ -176,6 +185,13 @@ def compare(space: PruningSpace, plan: ChannelPlan, seconds: float = SECONDS) ->
             else:
                 found.agreed.append(group.name)
     found.codes = {name: cutter.tensor(name).detach() for name in cutter.dense}
+    changing = {
+        name
+        for group in space.groups
+        if group.name in found.agreed
+        for name, _ in cutter.by_group[group.index]
+    }
+    found.unreached = tuple(name for name in cutter.dense if name in cutter.unreached & changing)
     return found
 
 
@@ -212,6 +228,8 @@ class Cutter:
             for axis, place in axes
             if name in self.dense
         }
+        #: Tensors that none of its graph's nodes owns.
+        self.unreached = frozenset(name for name in self.dense if not self._reaches(name))
         self.by_group: dict[int, list[tuple[str, int]]] = {}
         for key, layout in self.layouts.items():
             for group in layout.groups:
@@ -246,6 +264,13 @@ class Cutter:
                 if type(found) is nn.Conv2d:
                     found.__class__ = WholeGroups
         self.graph.register_customized_layer(WholeGroups, Pruner())
+
+    def _reaches(self, name: str) -> bool:
+        known = self.graph.module2node
+        path, _, attribute = name.rpartition(".")
+        parts = path.split(".") if path else []
+        owners = [self.model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
+        return any(owner in known for owner in owners) or owners[-1]._parameters.get(attribute) in known
 
     def remove(self, group: int, take_back: bool = True) -> str:
         """Remove a group's channels wherever they are made.
@@ -326,6 +351,8 @@ class Cutter:
         keys = {(name, axis) for name in touched for axis in range(len(self.dense[name]))}
         extra: list[str] = []
         for name, axis in sorted({*keys, *self.by_group.get(group, ())}):
+            if name in self.unreached:
+                continue
             if self.tensor(name).dim() != len(self.dense[name]) or 0 in self.tensor(name).shape:
                 return f"nothing is left of '{name}'"
             left = self._left(name, axis)
@@ -386,7 +413,9 @@ def numbered(tensor: Tensor) -> Tensor:
     return torch.arange(tensor.numel(), dtype=dtype).reshape(tensor.shape)
 
 
-def _compare_tensors(space: PruningSpace, plan: ChannelPlan, codes: dict[str, Tensor]) -> None:
+def _compare_tensors(
+    space: PruningSpace, plan: ChannelPlan, codes: dict[str, Tensor], without: Sequence[str]
+) -> None:
     """The slicing on numbered tensors, and on the network's own, against torch-pruning's tensors.
 
     Raises:
@@ -394,7 +423,9 @@ def _compare_tensors(space: PruningSpace, plan: ChannelPlan, codes: dict[str, Te
     """
     ours = named_tensors(space.apply(plan, copy_structure(space.model, _numbered_or_copy)))
     real, dense = named_tensors(space.apply(plan)), named_tensors(space.model)
-    for name in sorted({name for name, tensor in ours.items() if _is_numbered(tensor)} | {*codes}):
+    for name in sorted(
+        {name for name, tensor in ours.items() if _is_numbered(tensor)} - {*without} | {*codes}
+    ):
         theirs, mine = codes.get(name), ours.get(name)
         if theirs is None or mine is None:
             raise Disagreement(

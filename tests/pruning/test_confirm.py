@@ -102,13 +102,34 @@ class Plain(nn.Module):
 def test_what_its_graph_cannot_trace_is_not_checked() -> None:
     found = confirm_cut(*slim_of(Forgetful(), 3, 8, 8))
     assert found.confirmed is None
-    assert found.words.startswith(
-        "0 of 1 groups of channels confirmed by torch-pruning; not checked: 1 of them that "
+    assert found.words == (
+        "not checked: its graph cannot express 1 group (1 that it cannot remove), such as conv: its graph has no node "
+        "that makes axis 0 of 'conv.weight'"
     )
-    assert found.words.endswith("such as conv: its graph has no node that makes axis 0 of 'conv.weight'")
     whole = confirm_cut(*slim_of(Plain(), 3, 8, 8))
     assert whole.confirmed is None
-    assert whole.words.startswith("not checked")
+    assert whole.words.startswith("not checked: its graph")
+
+
+class InTraining(nn.Module):
+    """A second head that only training uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.spare = nn.Conv2d(3, 8, 1), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).mean((2, 3))
+        return self.head(x) + self.spare(x) if self.training else self.head(x)
+
+
+def test_layers_that_only_training_uses_are_named() -> None:
+    space, plan, slim = slim_of(InTraining(), 3, 8, 8)
+    assert slim.spare.in_features < 8
+    assert confirm_cut(space, plan, slim).words == (
+        "1 of 1 groups of channels confirmed by torch-pruning; not checked: its graph does not reach 1 tensors, such "
+        "as spare.weight"
+    )
 
 
 def _mirrored(tensor: Tensor, kept: Sequence[slicer.Cut]) -> Tensor:
