@@ -13,6 +13,7 @@ disagreement is an error.
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections import Counter
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 SECONDS = 120.0
 """No further group is checked after this long."""
+
+SECONDS_A_GROUP = 15.0
+"""Its search for what goes with a group is given up after this long: through some attention it grows without end."""
 
 _EXACT = """
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm layer_norm prelu relu
@@ -216,6 +220,10 @@ class Cutter:
             self.graph.build_dependency(
                 self.model, example_inputs=list(moved(space.example_input, "cpu")), verbose=False
             )
+        self._end = math.inf
+        for node in self.graph.module2node.values():
+            for dep in node.dependencies:
+                dep.is_triggered_by = partial(self._in_time, dep.is_triggered_by)
         #: The dense shapes of the numbered tensors.
         self.dense: dict[str, tuple[int, ...]] = {}
         for name, tensor in named_tensors(self.model).items():
@@ -265,6 +273,12 @@ class Cutter:
                     found.__class__ = WholeGroups
         self.graph.register_customized_layer(WholeGroups, Pruner())
 
+    def _in_time(self, asked: Callable[[Any], bool], function: Any) -> bool:
+        """Asked on each step of its search, which cannot be bounded otherwise."""
+        if time.monotonic() > self._end:
+            raise Unable(f"it does not find within {SECONDS_A_GROUP:.0f} s what goes with them")
+        return asked(function)
+
     def _reaches(self, name: str) -> bool:
         known = self.graph.module2node
         path, _, attribute = name.rpartition(".")
@@ -284,6 +298,7 @@ class Cutter:
         """
         undo: list[Callable[[], None]] = []
         touched: set[str] = set()
+        self._end = time.monotonic() + SECONDS_A_GROUP
         try:
             for name, axis in self.space.makers[group]:
                 if (name, axis) not in self.layouts:
