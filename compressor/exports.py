@@ -165,6 +165,7 @@ class Finished:
                 opset=opset,
                 metadata=self.metadata(),
                 dynamic_batch=request.batch.open,
+                batches=request.batch.tried,
             )
             parity = check_parity(self.model, trial, self.images(), tolerance=self.recipe.export.tolerance)
             accuracy, images = scored(trial, self.data)

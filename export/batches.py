@@ -9,6 +9,7 @@ from typing import Mapping, Sequence, Tuple
 from export.errors import ExportError
 
 LARGEST = 4096
+MOST_TRIED = 32
 Shapes = Tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
@@ -31,6 +32,13 @@ class Batch:
         if not self.open:
             return "" if self.most == 1 else f"batch{self.most}"
         return f"batch{self.least}-{self.most}"
+
+    @property
+    def tried(self) -> tuple[int, ...]:
+        """Numbers of inputs with which a file is run before it counts: of an open one also others than asked for."""
+        if not self.open:
+            return (self.most,)
+        return tuple(sorted({1, 3, *(min(size, MOST_TRIED) for size in (self.least, self.usual, self.most))}))
 
     def profile(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Shapes]:
         """A builder's profile for the inputs whose first dimension is open; {} for a fixed batch.

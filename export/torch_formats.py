@@ -13,7 +13,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +27,9 @@ from export.batches import Batch
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
 from export.ort import first_line
-from export.parity import TOLERANCES, Parity, compare_outputs, require
+from export.parity import TOLERANCES, Parity, compare_outputs, gross_difference, portions, require, worst
 from export.program_archive import require_plain
-from export.to_onnx import frozen_copy, reference_outputs
+from export.to_onnx import OPEN_BATCHES, as_tuple, frozen_copy, reference_outputs
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -53,6 +53,8 @@ def export_torchscript(
 ) -> TorchInfo:
     """Write `model` as TorchScript, batch norms folded; any batch, and the height and width of the example.
 
+    It is traced, or compiled from its source where the trace is right for one number of inputs only.
+
     Two processes write the same bytes. Names of torch's own that count up within a process differ between two exports
     of one process.
 
@@ -65,15 +67,49 @@ def export_torchscript(
     Raises:
         ExportError: the network cannot be traced, or the file cannot be written.
     """
-    copied, buffer = frozen_copy(model), io.BytesIO()
-    try:
-        with _quiet(), torch.no_grad():
-            traced = torch.jit.trace(copied, example.cpu().float(), check_trace=False)  # type: ignore[no-untyped-call]
-            script = torch.jit.freeze(traced)
-            torch.jit.save(script, buffer, _extra_files={METADATA: _json(metadata)})
-    except _FAILURES as error:
-        raise ExportError(f"The network cannot be written as TorchScript: {first_line(error)}.") from error
-    return _written(Path(path), buffer.getvalue())
+    copied, sample = frozen_copy(model), example.cpu().float()
+    problem = ""
+    for ways in (_traced, _compiled):
+        buffer = io.BytesIO()
+        try:
+            with _quiet(), torch.no_grad():
+                script = torch.jit.freeze(ways(copied, sample))
+                torch.jit.save(script, buffer, _extra_files={METADATA: _json(metadata)})
+        except (*_FAILURES, torch.jit.frontend.NotSupportedError) as error:
+            problem = problem or first_line(error)
+            continue
+        if (wrong := _wrong(script, copied, sample, OPEN_BATCHES)) is None:
+            return _written(Path(path), buffer.getvalue())
+        problem = problem or wrong
+    raise ExportError(
+        f"The network cannot be written as TorchScript: {problem}.",
+        "TorchScript takes any number of inputs. Let forward keep the batch as a size (x.flatten(1), "
+        "x.reshape(x.shape[0], ...)) and take the same path for each, or take --format pt2 or onnx.",
+    )
+
+
+def _traced(model: nn.Module, sample: torch.Tensor) -> Any:
+    return torch.jit.trace(model, sample, check_trace=False)  # type: ignore[no-untyped-call]
+
+
+def _compiled(model: nn.Module, sample: torch.Tensor) -> Any:
+    return torch.jit.script(model)
+
+
+def _wrong(loaded: nn.Module, model: nn.Module, sample: torch.Tensor, sizes: Sequence[int]) -> str | None:
+    """What `loaded` computes otherwise than the network for these numbers of random inputs, or None."""
+    for size in sizes:
+        inputs = torch.randn(size, *sample.shape[1:], generator=torch.Generator().manual_seed(size))
+        try:
+            with _quiet(), torch.no_grad():
+                found, right = (
+                    [value.numpy() for value in as_tuple(network(inputs))] for network in (loaded, model)
+                )
+        except _FAILURES as error:
+            return f"it does not run on {size} inputs: {first_line(error)}"
+        if (wrong := gross_difference(right, found, size)) is not None:
+            return wrong
+    return None
 
 
 def export_program(
@@ -93,24 +129,42 @@ def export_program(
     Raises:
         ExportError: the network cannot be captured, fixes an open batch, or the file cannot be written.
     """
-    copied, buffer = frozen_copy(model), io.BytesIO()
-    sample, shapes = example.cpu().float(), None
+    copied, sample, shapes = frozen_copy(model), example.cpu().float(), None
     if batch is not None:
         # a traced size of 1 would be taken for a constant
         size = max(2, batch.usual) if batch.open else batch.usual
         sample = sample[:1].expand(size, *sample.shape[1:]).contiguous()
         if batch.open:
             shapes = ({0: torch.export.Dim("batch", min=batch.least, max=batch.most)},)
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.export.export(copied, (sample,), dynamic_shapes=shapes)
-            for node in program.graph.nodes:
-                for key in _TRACES:  # where the source lay on this machine is nobody's business
-                    node.meta.pop(key, None)
-            torch.export.save(program, buffer, extra_files={METADATA: _json(metadata)})
-    except _FAILURES as error:
-        raise ExportError(f"The network cannot be written by torch.export: {first_line(error)}.") from error
-    return _written(Path(path), buffer.getvalue())
+    sizes = [size for size in batch.tried if batch.least <= size <= batch.most] if batch else [len(sample)]
+    problem = ""
+    # the strict capture reads forward's code, and knows int(x.shape[0]) for a size; the other is faster, and takes more
+    for strict in (False, True):
+        buffer = io.BytesIO()
+        try:
+            with _quiet(), torch.no_grad():
+                program = torch.export.export(copied, (sample,), dynamic_shapes=shapes, strict=strict)
+                for node in program.graph.nodes:
+                    for key in _TRACES:  # where the source lay on this machine is nobody's business
+                        node.meta.pop(key, None)
+                torch.export.save(program, buffer, extra_files={METADATA: _json(metadata)})
+        except (*_FAILURES, torch._dynamo.exc.TorchDynamoException) as error:
+            problem = problem or _first_cause(error)
+            continue
+        if (wrong := _wrong(program.module(), copied, sample, sizes)) is None:
+            return _written(Path(path), buffer.getvalue())
+        problem = problem or wrong
+    raise ExportError(
+        f"The network cannot be written by torch.export: {problem}.",
+        "Let forward keep the batch as a size (x.flatten(1), x.reshape(x.shape[0], ...)) and take the same path for "
+        "every input" + (", or export a fixed batch." if batch and batch.open else "."),
+    )
+
+
+def _first_cause(error: BaseException) -> str:
+    """What torch.export says of a network: of violated constraints the constraint, not the advice before it."""
+    lines = [line.strip().lstrip("- ") for line in str(error).splitlines() if line.lstrip().startswith("- ")]
+    return lines[0].rstrip(".") if "Constraints violated" in str(error) and lines else first_line(error)
 
 
 def load_torchscript(path: str | Path) -> nn.Module:
@@ -157,22 +211,25 @@ def check_loaded(
 ) -> Parity:
     """Compare what was loaded with the network, on real inputs (N, C, H, W) in portions of `batch`.
 
+    Returns:
+        The worst of the outputs, where there are several.
+
     Raises:
         ExportError: they differ by more than FP32 files may.
     """
     import numpy as np
 
     whole = inputs[: max(len(inputs) - len(inputs) % batch, batch)]
-    right = reference_outputs(model, whole)[0]
-    found = []
+    runs = portions(len(whole), batch)
+    right = reference_outputs(model, whole, runs=runs)
+    parts = []
     with torch.no_grad():
-        for start in range(0, len(whole), batch):
-            outputs = loaded(
-                torch.from_numpy(np.ascontiguousarray(whole[start : start + batch], dtype=np.float32))
-            )
-            found.append((outputs if isinstance(outputs, torch.Tensor) else outputs[0]).numpy())
-    parity = compare_outputs(right, np.concatenate(found), tolerance=TOLERANCES["fp32"])
-    return require(parity, what, min_agreement=1 - 1 / len(whole))
+        for start, size in runs:
+            chunk = np.ascontiguousarray(whole[start : start + size], dtype=np.float32)
+            parts.append([value.numpy() for value in as_tuple(loaded(torch.from_numpy(chunk)))])
+    found = [np.concatenate(column) for column in zip(*parts)]
+    pairs = [compare_outputs(*pair, tolerance=TOLERANCES["fp32"]) for pair in zip(right, found)]
+    return require(worst(pairs), what, min_agreement=1 - 1 / len(whole))
 
 
 def _require_weights_only(held: bytes, member: str, name: str) -> None:

@@ -27,6 +27,29 @@ def test_pretrained_weights_shorten_training() -> None:
     assert recipe.epochs == 30
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu avx512f avx512_bf16 amx_bf16 avx512_fp16 amx_tile amx_int8", "bf16"),
+        ("fpu avx512f avx512_bf16", "no"),
+        ("fpu avx2", "no"),
+        (None, "no"),
+    ],
+)
+def test_training_is_in_bf16_where_the_cpu_has_matrix_units_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str | None, expected: str
+) -> None:
+    info = tmp_path / "cpuinfo"
+    if flags is not None:
+        info.write_text(
+            f"processor\t: 0\nmodel name\t: a CPU with amx_bf16 in its name\nflags\t\t: {flags}\n\n" * 2
+        )
+    monkeypatch.setattr("compressor.recipe.schema.CPU_INFO", info)
+    assert Recipe(model="resnet50").resolved().training.mixed_precision == expected
+    asked = Recipe(model="resnet50", training={"mixed_precision": "bf16"}).resolved()
+    assert asked.training.mixed_precision == "bf16"
+
+
 def test_a_recipe_is_frozen() -> None:
     recipe = Recipe(model="resnet50")
     with pytest.raises(ValidationError):

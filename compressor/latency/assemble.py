@@ -91,7 +91,7 @@ def export_candidate(
     with tempfile.TemporaryDirectory(prefix="compressor-latency-") as folder:
         path = Path(folder) / "network.onnx"
         try:
-            export_onnx(small, example, path, opset=opset)
+            export_onnx(small, example, path, opset=opset, compare=False)
         except ExportError as error:
             raise CompressorError(f"The network cannot be measured: {error.message}", error.hint) from error
         network = tag(path, weights)

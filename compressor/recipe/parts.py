@@ -208,7 +208,8 @@ class Training(Part):
     )
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto",
-        description="Precision of the training steps; auto is bf16 on CPUs that multiply in it, else no.",
+        description="Precision of the training steps; auto is bf16 on CPUs with AMX units (amx_bf16), else no: "
+        "with avx512_bf16 alone it is no faster than float32.",
     )
 
 

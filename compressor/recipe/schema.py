@@ -133,10 +133,20 @@ class Recipe(Part):
         return write_yaml(self.model_dump(mode="json"))
 
 
-def _own_precision() -> str:
-    """bf16 where this CPU has instructions for it: training is about three times as fast then."""
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def _own_precision(cpu_info: Path | None = None) -> str:
+    """bf16 where this CPU has matrix units for it (AMX), in which training is about three times as fast; else no.
+
+    avx512_bf16 alone does not count: with its dot products a training step took 1.0 to 1.7 times as long as in float32.
+
+    Args:
+        cpu_info: what Linux says of the CPU; where it cannot be read, nothing is assumed. None for `CPU_INFO`.
+    """
     try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        content = (cpu_info or CPU_INFO).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "no"
-    return "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "no"
+    flags = {flag for line in content.splitlines() if line.startswith("flags") for flag in line.split()}
+    return "bf16" if "amx_bf16" in flags else "no"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import torch
@@ -72,3 +74,19 @@ class SmallNet(nn.Module):
         x = self.body(x)
         x = torch.relu(self.branch(self.depthwise(x)) + x)
         return self.head(x.mean(dim=(2, 3)))
+
+
+class Within(nn.Module):
+    """A convolution, something between, and a linear head for images of 3x16x16."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.between = between
+        with torch.no_grad():
+            width = between(torch.zeros(2, 8, 16, 16)).flatten(1).shape[1]
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.between(torch.relu(self.conv(x))).flatten(1))

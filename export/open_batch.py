@@ -1,0 +1,168 @@
+"""A file for any batch out of two files for fixed ones.
+
+A network whose forward turns the size of the batch into a Python number (`n = int(x.shape[0])`) is traced with that
+number as a constant. Traced twice, with two sizes, it gives two graphs that differ in just these constants: each is
+put down as a number that grows with the batch, a * n + b, and becomes a small computation on the input's own size.
+Whether that holds for other sizes is for the caller to see, by running the file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+SIZES = (11, 13)
+"""Sizes to trace with: primes that hardly any layer has, so that none of its own constants is taken for the batch's."""
+
+_SCOPE = "/batch"
+
+
+class NotOpen(ValueError):
+    """Why two graphs cannot be made one: a clause that names the node."""
+
+
+def generalise(first: Any, second: Any) -> Any:
+    """Make the ONNX graph `first`, of `SIZES[0]` inputs, one for any number by what `second`, of `SIZES[1]`, has else.
+
+    Changes and returns `first`.
+
+    Raises:
+        NotOpen: they differ in more than constants, or in constants that do not grow with the batch; the message
+            names the node.
+    """
+    _require_alike(first, second)
+    constants = [{tensor.name: tensor for tensor in proto.graph.initializer} for proto in (first, second)]
+    made = _Made(first.graph)
+    for node, other in zip(list(first.graph.node), second.graph.node):
+        for place, names in enumerate(zip(node.input, other.input)):
+            pair = [known.get(name) for known, name in zip(constants, names)]
+            if pair[0] is None or pair[1] is None or _same(pair[0], pair[1]):
+                continue
+            node.input[place] = made.of(pair[0], pair[1], _described(node, pair[0]))
+    made.put_first()
+    del first.graph.value_info[:]
+    return first
+
+
+def _require_alike(first: Any, second: Any) -> None:
+    nodes = [list(proto.graph.node) for proto in (first, second)]
+    stored = [{tensor.name for tensor in proto.graph.initializer} for proto in (first, second)]
+    for node, other in zip(*nodes):
+        alike = node.op_type == other.op_type and len(node.input) == len(other.input)
+        if alike and list(node.attribute) != list(other.attribute):
+            alike = False
+        for name, its in zip(node.input, other.input):
+            alike = alike and (name == its or (name in stored[0] and its in stored[1]))
+        if not alike:
+            raise NotOpen(f"{node.name} ({node.op_type}) depends on how many inputs there are")
+    if len(nodes[0]) != len(nodes[1]):
+        counts = " and ".join(f"{len(own)} nodes for {size} inputs" for own, size in zip(nodes, SIZES))
+        raise NotOpen(f"the graph has {counts}")
+
+
+def _same(one: Any, other: Any) -> bool:
+    from onnx import numpy_helper
+
+    if one.dims != other.dims or one.data_type != other.data_type:
+        return False
+    if one.raw_data or other.raw_data:
+        return bool(one.raw_data == other.raw_data)
+    return bool((numpy_helper.to_array(one) == numpy_helper.to_array(other)).all())
+
+
+def _described(node: Any, tensor: Any) -> str:
+    from onnx import numpy_helper
+
+    values = numpy_helper.to_array(tensor)
+    said = str(values.tolist()) if values.size <= 8 else f"shape {list(values.shape)}"
+    return f"{node.name} ({node.op_type}) has a constant of the batch: {said} for {SIZES[0]} inputs"
+
+
+class _Made:
+    """The nodes that compute what depends on the batch, to stand before all others."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+        self._nodes: list[Any] = []
+        self._known: dict[tuple[Any, ...], str] = {}
+
+    def of(self, one: Any, other: Any, what: str) -> str:
+        """The name of the value that is `one` for the first number of inputs and `other` for the second."""
+        from onnx import numpy_helper
+
+        first, second = numpy_helper.to_array(one), numpy_helper.to_array(other)
+        if first.shape == second.shape and first.dtype == second.dtype:
+            return self._line(first, second, what)
+        return self._repeated(first, second, what)
+
+    def put_first(self) -> None:
+        """Put the nodes that were made before those of the graph."""
+        rest = list(self._graph.node)
+        del self._graph.node[:]
+        self._graph.node.extend([*self._nodes, *rest])
+
+    def _line(self, first: npt.NDArray[Any], second: npt.NDArray[Any], what: str) -> str:
+        """`slope * batch + start` for each element."""
+        import numpy as np
+
+        if first.dtype.kind not in "iuf":
+            raise NotOpen(what)
+        rise = second.astype(np.float64) - first.astype(np.float64)
+        slope = rise / (SIZES[1] - SIZES[0])
+        start = first - slope * SIZES[0]
+        if first.dtype.kind != "f" and not (np.mod(slope, 1) == 0).all():
+            raise NotOpen(what)
+        value = self._batch(first.ndim, first.dtype)
+        for kind, factor, nothing in (("Mul", slope, 1), ("Add", start, 0)):
+            if first.size > 1 or factor != nothing:
+                value = self._node(kind, [value, self._constant(factor.astype(first.dtype))])
+        return value
+
+    def _repeated(self, first: npt.NDArray[Any], second: npt.NDArray[Any], what: str) -> str:
+        """A constant that is repeated along one axis, as often as the batch asks for."""
+        import numpy as np
+
+        shapes = np.array([first.shape, second.shape]) if first.ndim == second.ndim else np.zeros((2, 0))
+        axes = np.flatnonzero(shapes[0] != shapes[1])
+        if len(axes) != 1 or first.dtype != second.dtype:
+            raise NotOpen(what)
+        row = np.take(first, [0], axis=axes[0])
+        if not all((values == row).all() for values in (first, second)):
+            raise NotOpen(what)
+        shape = self._line(shapes[0].astype(np.int64), shapes[1].astype(np.int64), what)
+        return self._node("Expand", [self._constant(row), shape])
+
+    def _batch(self, axes: int, dtype: np.dtype[Any]) -> str:
+        """The number of inputs, as one number along each of so many axes."""
+        import numpy as np
+        from onnx import helper
+
+        shape = self._node("Shape", [self._graph.input[0].name])
+        size = self._node("Gather", [shape, self._constant(np.zeros((1,) * axes, np.int64))], axis=0)
+        return (
+            size
+            if dtype == np.int64
+            else self._node("Cast", [size], to=helper.np_dtype_to_tensor_dtype(dtype))
+        )
+
+    def _constant(self, values: npt.NDArray[Any]) -> str:
+        from onnx import numpy_helper
+
+        key = ("constant", str(values.dtype), values.shape, values.tobytes())
+        if key not in self._known:
+            self._known[key] = f"{_SCOPE}/constant_{len(self._known)}"
+            self._graph.initializer.append(numpy_helper.from_array(values.copy(order="C"), self._known[key]))
+        return self._known[key]
+
+    def _node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
+        from onnx import helper
+
+        key = (kind, *inputs, *sorted(attributes.items()))
+        if key not in self._known:
+            name = f"{_SCOPE}/{kind}_{len(self._known)}"
+            self._known[key] = f"{name}_output_0"
+            self._nodes.append(helper.make_node(kind, inputs, [self._known[key]], name=name, **attributes))
+        return self._known[key]
