@@ -126,7 +126,7 @@ def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None
     from compressor.agents.published import method
     from compressor.agents.registry import create_agent
     from compressor.agents.schedule import share_epochs
-    from compressor.agents.without_effect import without_effect
+    from compressor.agents.without_effect import never_acted, without_effect
     from compressor.training.align import Alignment
 
     recipe, settings = job.recipe, job.recipe.search
@@ -153,6 +153,8 @@ def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None
         result = agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
     finally:
         evaluator.close()
+    for note in never_acted(agent, result):
+        _tell(run, note)
     compared = method(agent, recipe, agent.effects(result))
     try:
         return result, tuple(uniform_widths(env).tolist()), compared

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from compressor.training.loop import Trainer
 
 
+IDLE = "idle: "
+"""How the effect of a part that did not act begins; the reason follows."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a search may cost.
@@ -225,7 +229,10 @@ class Agent(ABC):
         return {}
 
     def effects(self, result: SearchResult) -> dict[str, str]:
-        """By their names, what the parts of the method have done in a search, in a clause each."""
+        """By their names, what the parts of the method have done in a search, in a clause each.
+
+        Where a part has not acted, the clause begins with `IDLE`.
+        """
         return {}
 
     @abstractmethod

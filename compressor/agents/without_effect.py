@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from compressor.agents.base import IDLE
 from compressor.agents.joint.settings import ENVIRONMENT_MODEL
 from compressor.agents.schedule import JOINT_EPOCHS_TO_LEARN, epochs_until
 
 if TYPE_CHECKING:
-    from compressor.agents.base import Agent
+    from compressor.agents.base import Agent, SearchResult
     from compressor.recipe import Recipe
 
 _JOINT_FIELDS = ("align", "align_weight", "context_size")
@@ -24,6 +25,14 @@ def without_effect(agent: Agent, recipe: Recipe) -> Iterator[str]:
     unread = list(_unread(agent, recipe))
     if unread:
         yield f"Without effect here: {'; '.join(f'{name} ({reason})' for name, reason in unread)}."
+
+
+def never_acted(agent: Agent, result: SearchResult) -> Iterator[str]:
+    """A sentence where a part had what it needs, and a limit ended the search before it could act."""
+    foreseen = agent.idle()
+    for part, effect in agent.effects(result).items():
+        if effect.startswith(IDLE) and part not in foreseen:
+            yield f"The {part} was {effect}. A limit of the search (max_evaluations, max_seconds) came first."
 
 
 def _more_epochs(agent: Agent, recipe: Recipe) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from compressor.agents.base import Candidate
+from compressor.agents.base import Candidate, Limits
 from compressor.agents.episodes import Episode, Transition
 from compressor.agents.joint.learner import Learner
 from compressor.agents.joint.settings import ENVIRONMENT_MODEL, JointSettings
 from compressor.agents.registry import create_agent
 from compressor.agents.schedule import Schedule, epochs_in_search, epochs_until, share_epochs
-from compressor.agents.without_effect import without_effect
+from compressor.agents.without_effect import never_acted, without_effect
 from compressor.env.environment import PruningEnv
 from compressor.recipe import Recipe
 from tests.env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
@@ -205,3 +206,14 @@ def test_defaults_have_nothing_without_effect(agent: str) -> None:
     recipe = Recipe(model="resnet18", agent=agent).resolved()
     assert recipe.search.context_size is None  # a joint search that takes this recipe up has its model
     assert list(without_effect(create_agent(agent), recipe)) == []
+
+
+def test_a_limit_that_comes_before_the_second_round_is_told(tmp_path: Path) -> None:
+    from tests.agents.bench import Bench
+
+    agent, _ = joint(20)
+    late = Limits(max_seconds=1e-9)
+    result = Bench(tmp_path).search("joint", settings=BASE, context_size=16, limits=late, **ROUNDS)
+    (note,) = never_acted(agent, result)
+    assert note.startswith("The environment model was idle: no round of episodes followed the first joint epoch.")
+    assert list(never_acted(create_agent("uniform"), result)) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compressor.agents.base import Agent, SearchResult
+from compressor.agents.base import IDLE, Agent, SearchResult
 from compressor.agents.joint.published import ALIGNMENT, PUBLISHED
 from compressor.agents.joint.search import JointSearch
 from compressor.agents.joint.settings import ENVIRONMENT_MODEL, LEARNED, JointSettings, plan_episodes
@@ -68,7 +68,7 @@ class JointAgent(Agent):
         return 0 if self.trainer is None else self.schedule.joint + self.schedule.aligned
 
     def effects(self, result: SearchResult) -> dict[str, str]:
-        told = {name: f"idle: {reason}" for name, reason in self.idle().items()}
+        told = {name: f"{IDLE}{reason}" for name, reason in self.idle().items()}
         if learned := result.learned.get(ENVIRONMENT_MODEL):
             updates, states, first, last = (learned[key] for key in LEARNED)
             told[ENVIRONMENT_MODEL] = (
@@ -76,7 +76,7 @@ class JointAgent(Agent):
                 f"rewards {first:.2f} at first, {last:.2f} at last"
             )
         elif self.context_size:
-            told[ENVIRONMENT_MODEL] = "idle: the search ended before its second joint epoch"
+            told[ENVIRONMENT_MODEL] = f"{IDLE}no round of episodes followed the first joint epoch"
         pulled = [each["regulariser"] for each in result.training if each["phase"] in ("joint", "aligned")]
         if pulled and self.alignment is not None and ALIGNMENT not in told:
             epochs = f"{len(pulled)} epoch{'' if len(pulled) == 1 else 's'}"
