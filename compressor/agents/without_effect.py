@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from compressor.agents.base import IDLE
 from compressor.agents.joint.settings import ENVIRONMENT_MODEL
 from compressor.agents.schedule import JOINT_EPOCHS_TO_LEARN, epochs_until
+from compressor.recipe.schema import FINETUNE_RATE, SEARCH_RATES
 
 if TYPE_CHECKING:
     from compressor.agents.base import Agent, SearchResult
@@ -63,6 +64,13 @@ def _unread(agent: Agent, recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield f"search.{name}", f"only the joint agent reads it, and this one is {agent.name}"
     elif recipe.search.align != "tensor" and not recipe.search.align_weight:
         yield "search.align", "search.align_weight is 0"
+    rates = recipe.training
+    if rates.one_schedule:
+        if rates.finetune_learning_rate not in (None, FINETUNE_RATE):
+            yield "training.finetune_learning_rate", "training.one_schedule has learning_rate for both"
+    elif not agent.schedule.total and rates.learning_rate not in (None, SEARCH_RATES[recipe.pretrained]):
+        reason = "the search trains no epochs; fine-tuning has training.finetune_learning_rate"
+        yield "training.learning_rate", reason
     reasons = agent.unread_settings()
     for field in dataclasses.fields(agent.settings):
         if field.name in reasons and getattr(agent.settings, field.name) != field.default:

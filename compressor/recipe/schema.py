@@ -12,6 +12,11 @@ from compressor.recipe.parts import Budgets, Contract, Data, Export, Part, Posit
 from compressor.recipe.validation import merged, validated
 from compressor.recipe.yaml_text import write_yaml
 
+SEARCH_RATES = {True: 0.01, False: 0.05}
+"""Highest learning rate of the search, by whether the weights are pretrained; `FINETUNE_RATE` is fine-tuning's."""
+
+FINETUNE_RATE = 0.02
+
 CONTEXT_SIZE = 128
 """Numbers of the joint agent's environment model, as published."""
 
@@ -106,8 +111,8 @@ class Recipe(Part):
                     "mixed_precision": _own_precision()
                     if self.training.mixed_precision == "auto"
                     else self.training.mixed_precision,
-                    "learning_rate": self.training.learning_rate or (0.01 if pretrained else 0.05),
-                    "finetune_learning_rate": self.training.finetune_learning_rate or 0.02,
+                    "learning_rate": self.training.learning_rate or SEARCH_RATES[pretrained],
+                    "finetune_learning_rate": self.training.finetune_learning_rate or FINETUNE_RATE,
                 },
             }
         )

@@ -208,6 +208,24 @@ def test_defaults_have_nothing_without_effect(agent: str) -> None:
     assert list(without_effect(create_agent(agent), recipe)) == []
 
 
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({"learning_rate": 0.1}, "training.learning_rate (the search trains no epochs"),
+        ({"learning_rate": 0.1, "one_schedule": True}, None),
+        (
+            {"finetune_learning_rate": 0.1, "one_schedule": True},
+            "training.finetune_learning_rate (training.one_schedule",
+        ),
+        ({"finetune_learning_rate": 0.1}, None),
+    ],
+)
+def test_learning_rates_that_nothing_reads_are_told(training: dict[str, Any], expected: str | None) -> None:
+    recipe = Recipe(model="resnet18", data="cifar10", agent="uniform", training=training).resolved()
+    told = list(without_effect(create_agent("uniform"), recipe))
+    assert told == [] if expected is None else expected in told[0]
+
+
 def test_a_limit_that_comes_before_the_second_round_is_told(tmp_path: Path) -> None:
     from tests.agents.bench import Bench
 
@@ -215,5 +233,7 @@ def test_a_limit_that_comes_before_the_second_round_is_told(tmp_path: Path) -> N
     late = Limits(max_seconds=1e-9)
     result = Bench(tmp_path).search("joint", settings=BASE, context_size=16, limits=late, **ROUNDS)
     (note,) = never_acted(agent, result)
-    assert note.startswith("The environment model was idle: no round of episodes followed the first joint epoch.")
+    assert note.startswith(
+        "The environment model was idle: no round of episodes followed the first joint epoch."
+    )
     assert list(never_acted(create_agent("uniform"), result)) == []

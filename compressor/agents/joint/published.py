@@ -88,7 +88,10 @@ PUBLISHED = (
         "images that score a plan", "search.search_images", None, why="scoring is most of the search's time"
     ),
     Published(
-        "schedule of the learning rate", "training.schedule", "step", why="it falls smoothly in runs of a few epochs"
+        "schedule of the learning rate",
+        "training.schedule",
+        "step",
+        why="it falls smoothly in runs of a few epochs",
     ),
     Published(
         "one schedule for search and fine-tuning",
