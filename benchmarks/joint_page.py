@@ -143,14 +143,13 @@ def _minutes(manifest: dict[str, Any]) -> float:
 def counted_macs(folder: Path) -> int:
     """Multiply-adds of a run's slim network, counted by fvcore on the module that is loaded from its folder."""
     import torch
-    from fvcore.nn import FlopCountAnalysis
 
     from compressor import load
+    from compressor.pruning.counted import count_macs
     from compressor.recipe import load_recipe
 
     size = load_recipe(folder / "recipe.yaml").image_size or 32
-    analysis = FlopCountAnalysis(load(folder).eval(), torch.zeros(1, 3, size, size))
-    return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
+    return count_macs(load(folder), (torch.zeros(1, 3, size, size),))[0]
 
 
 def page(setting: Setting, rows: Sequence[Row], missing: Sequence[str], command: str) -> str:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
+from compressor.pruning.counted import count_macs
 from compressor.pruning.space import PruningSpace
 
 TIMM = [
@@ -186,7 +187,7 @@ def examine(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], c
             )
         elif not (costs[0] < dense[0] and costs[1] < dense[1]):
             problem = f"{kind}: costs do not fall"
-        elif count and (counted := fvcore_macs(small, example)) != costs[0]:
+        elif count and (counted := count_macs(small, (example,))[0]) != costs[0]:
             problem = f"{kind}: fvcore counts {counted}, the formula {costs[0]}"
         least = (costs[0] / dense[0], costs[1] / dense[1])
     reasons = Counter(skipped.reason.partition(" (in ")[0] for skipped in space.skipped)
@@ -197,16 +198,6 @@ def shapes(out: Any) -> list[tuple[int, ...]]:
     """Shapes of all tensors in a network's output."""
     values = out.values() if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else [out]
     return [tuple(value.shape) for value in values if isinstance(value, Tensor)]
-
-
-def fvcore_macs(model: nn.Module, example: Tensor) -> int:
-    """fvcore's count."""
-    from fvcore.nn import FlopCountAnalysis
-
-    analysis = (
-        FlopCountAnalysis(model, example).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    )
-    return int(analysis.tracer_warnings("none").total())
 
 
 def table(rows: list[Row]) -> str:
