@@ -26,15 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.pruning_coverage import networks
-from compressor.pruning.confirm import Cutter, compare, obstacles
+from compressor.pruning.confirm import compare, obstacles
+from compressor.pruning.cutter import Cutter
 from compressor.pruning.plan import ChannelPlan
-from compressor.pruning.skeleton import copy_structure, named_tensors
+from compressor.pruning.skeleton import copy_structure
 from compressor.pruning.space import PruningSpace
 from tests.pruning.networks import filled
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "pruning_groups.json"
 PAGE = HERE.parent / "docs" / "groups.md"
+UNABLE = "layers that it cannot remove"
+EXPLAINS_NOTHING = "nothing that its graph cannot follow"
 SAME = 1e-3
 """Outputs that differ by less than this share of their size are the same."""
 
@@ -56,8 +59,9 @@ def examine(
         "different": [],
     }
     judged: set[str] = set()
-    for group, what in {**found.different, **found.unable}.items():
-        through = ", ".join(obstacles(space, group)) or "nothing that its graph cannot follow"
+    for group, what in found.other.items():
+        otherwise = UNABLE if group in found.unable else EXPLAINS_NOTHING
+        through = ", ".join(obstacles(space, group)) or otherwise
         entry = {"group": group, "what": what, "through": through}
         kind = through + what.partition(" of '")[0].translate(str.maketrans("", "", "0123456789"))
         if kind not in judged and "not reached" not in what:
@@ -78,17 +82,14 @@ def judge(space: PruningSpace, plan: ChannelPlan, group: str, example: Tensor) -
         cutter.remove(index, take_back=False)
     except Exception as error:
         return {"ours": ours, "theirs": f"fails: {type(error).__name__}"}
-    dense, masks = named_tensors(space.model), {}
-    for name, tensor in named_tensors(cutter.model).items():
-        if name not in cutter.dense:
-            continue
-        places = tensor.detach().flatten().long()
-        tensor.data = dense[name].detach().flatten()[places].reshape(tensor.shape)
-        if isinstance(dense[name], nn.Parameter):
-            mask = torch.zeros(dense[name].numel())
-            mask[places] = 1
-            masks[name] = mask.reshape(dense[name].shape)
-    return {"ours": ours, "theirs": _apart(lambda: cutter.model(example), space, masks, example)}
+    masks = {}
+    for name, parameter in space.model.named_parameters():
+        if name in cutter.dense:
+            masks[name] = torch.zeros(parameter.numel())
+            masks[name][cutter.tensor(name).detach().flatten().long()] = 1
+            masks[name] = masks[name].reshape(parameter.shape)
+    theirs = cutter.with_values()
+    return {"ours": ours, "theirs": _apart(lambda: theirs(example), space, masks, example)}
 
 
 def _apart(run: Callable[[], Any], space: PruningSpace, masks: dict[str, Tensor], example: Tensor) -> str:
@@ -193,7 +194,7 @@ def main() -> int:
         )
     PAGE.write_text(page({name: results[name] for name in names if name in results}))
     return int(
-        any("nothing that" in entry["through"] for row in results.values() for entry in row["different"])
+        any(entry["through"] == EXPLAINS_NOTHING for row in results.values() for entry in row["different"])
     )
 
 

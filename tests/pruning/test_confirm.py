@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.pruning import slicer
+from compressor.pruning import confirm, slicer
 from compressor.pruning import space as space_module
 from compressor.pruning.confirm import EXACT, compare, confirm_cut
 from compressor.pruning.construct import MultiplyAdds
@@ -72,7 +72,8 @@ def test_what_its_graph_cannot_express_is_named_and_the_rest_compared() -> None:
     assert "such as gate: it leaves channels in axis 1 of 'grouped.weight'" in found.words
     attentive = slim_of(Attentive(), 10, 24)
     found_there = compare(*attentive[:2])
-    assert [*found_there.different, *found_there.unable] == ["embed", "attention"]
+    assert list(found_there.other) == ["embed", "attention"]
+    assert "it also removes" in found_there.coarser["embed"]
 
 
 class Forgetful(nn.Module):
@@ -203,3 +204,13 @@ def test_exact_operations_have_rules() -> None:
     from compressor.pruning.rules import _RULES
 
     assert set(_RULES) >= EXACT
+
+
+def test_where_its_network_does_not_run_its_graph_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shortcuts that are padded with zero channels: it adds tensors of other sizes."""
+    from compressor.models import create_model
+
+    monkeypatch.setattr(confirm, "obstacles", lambda *_: ())
+    found = confirm_cut(*slim_of(create_model("cifar_resnet20", 10), 3, 16, 16))
+    assert found.confirmed is None
+    assert found.words.startswith("9 of 12 groups of channels confirmed by torch-pruning; not checked: ")
