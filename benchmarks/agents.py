@@ -176,6 +176,8 @@ def recipe_of(options: argparse.Namespace, cell: Cell) -> Recipe:
             "seed": cell.seed,
             "epochs": max(1, options.epochs),
             "budgets": {kind: limit},
+            # a count is compared over all widths; a latency over those that suit the device
+            "pruning": {"granularity": "auto" if kind == "latency" else 1},
             "search": {
                 "search_images": options.search_images,
                 "batch_norm_batches": options.batch_norm_batches,

@@ -70,6 +70,7 @@ def one_run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, A
             "agent": "stepwise",
             "seed": seed,
             "budgets": {"params": options.params},
+            "pruning": {"granularity": 1},
             "search": {
                 "search_images": options.search_images,
                 "batch_norm_batches": options.batch_norm_batches,

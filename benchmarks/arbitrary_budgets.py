@@ -79,6 +79,7 @@ def run(name: str, given: Any, folder: Path) -> dict[str, Any]:
             "functions": [f"benchmarks.arbitrary_budgets:{name}<={limit}"],
             "function_repeats": repeats,
         },
+        "pruning": {"granularity": 1},
         "search": {
             "max_evaluations": given.evaluations,
             "search_images": given.images,

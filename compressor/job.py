@@ -219,7 +219,7 @@ def trace(recipe: Recipe, model: nn.Module, example: Tensor) -> PruningSpace:
         )
 
     space = traced(1 if isinstance(pruning.granularity, str) else pruning.granularity)
-    if pruning.granularity == "auto" and recipe.budgets.latency:
+    if pruning.granularity == "auto":
         space = traced(recommended_steps(space.groups, runtime_of(recipe), recipe.precision))
     if not space.groups:
         reasons = "; ".join(f"{part.name}: {part.reason}" for part in space.skipped[:5])

@@ -6,14 +6,14 @@ import fcntl
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from compressor.errors import CompressorError
 from compressor.files import disk_error, now, read_json, replacing, write_atomic
-from export.files import remove_temporaries, sha256_file
+from export.files import is_temporary_of, remove_temporaries, sha256_file
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -60,13 +60,14 @@ class RunDir:
         except OSError as error:
             raise disk_error(path, error) from error
         run.lock()
+        remove_temporaries(path)
         write_atomic(path / RECIPE, recipe_yaml)
         return run
 
     @staticmethod
     def refuse_taken(path: Path) -> None:
         """Refuse a path that exists and is not an empty folder, before anything is computed for it."""
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if not path.exists() or (path.is_dir() and all(_before_the_recipe(each) for each in path.iterdir())):
             return
         if (path / RECIPE).exists():
             raise CompressorError(
@@ -91,6 +92,14 @@ class RunDir:
         remove_temporaries(path)
         run.read()
         return run
+
+    @staticmethod
+    def tidy(path: Path) -> None:
+        """Remove what killed writers left in a run's folder, unless a process is working on it now."""
+        if (path / RECIPE).is_file():
+            with suppress(CompressorError), closing(RunDir(path)) as run:
+                run.lock()
+                remove_temporaries(path)
 
     def read(self) -> None:
         """Read the manifest as it stands in the folder; a run that was killed before its first has none."""
@@ -162,6 +171,11 @@ class RunDir:
         yield
         stages[name] |= {"finished": now(), "seconds": round(spent + time.monotonic() - begun, 3)}
         self.save()
+
+
+def _before_the_recipe(path: Path) -> bool:
+    """Whether a file may be all that a run left which was killed before it had a recipe."""
+    return path.name == LOCK or is_temporary_of(path, RECIPE)
 
 
 def new_run_path(parent: Path, label: str) -> Path:

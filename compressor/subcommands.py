@@ -118,7 +118,9 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None
     """Write a run's report.html anew from its manifest."""
     with friendly():
         from compressor.report.html import write_report
+        from compressor.run_dir import RunDir
 
+        RunDir.tidy(run)
         out.print(f"Wrote {write_report(run)}", highlight=False, soft_wrap=True)
 
 

@@ -60,6 +60,11 @@ def remove_temporaries(folder: Path) -> None:
                 Path(place, name).unlink()
 
 
+def is_temporary_of(path: Path, name: str) -> bool:
+    """Whether a file is what a killed `replacing` left of the file `name` beside it."""
+    return bool(_TEMPORARY.fullmatch(path.name)) and path.name.startswith(f".{name}.")
+
+
 _TEMPORARY = re.compile(r"\..+(\.[^.]+)\.[a-z0-9_]{8}\1")
 """The names of `replacing`: `.model.onnx.k3_x9abc.onnx`; a suffix that comes twice is nobody else's."""
 

@@ -69,6 +69,19 @@ def test_an_earlier_run_is_offered_for_resuming(tmp_path: Path) -> None:
         RunDir.create(tmp_path / "run", "model: a\n")
 
 
+def test_a_run_that_was_killed_before_it_had_a_recipe_may_be_begun_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".lock", ".recipe.yaml.ab3_xyz9.yaml"):
+        (folder / name).touch()
+    RunDir.create(folder, "model: a\n").close()
+    assert {path.name for path in folder.iterdir()} == {".lock", "recipe.yaml"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".notes.txt.ab3_xyz9.txt").touch()
+    with pytest.raises(CompressorError, match="not an empty folder"):
+        RunDir.create(tmp_path / "other", "model: a\n")
+
+
 def test_a_live_run_holds_its_folder(tmp_path: Path) -> None:
     script = "import sys; from pathlib import Path; from compressor.run_dir import RunDir\n"
     script += (

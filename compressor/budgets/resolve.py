@@ -112,5 +112,5 @@ def reachable(budgets: Sequence[Budget], space: PruningSpace) -> None:
     )
     raise CompressorError(
         f"The budget cannot be reached: {problems}.",
-        "Ask for more, allow smaller widths (pruning.min_share, --granularity), or start from a smaller model.",
+        "Ask for more, allow smaller widths (pruning.min_share, --granularity 1), or start from a smaller model.",
     )

@@ -100,7 +100,8 @@ class Pruning(Part):
     granularity: Literal["auto", "measured"] | Positive | dict[str, Positive] = Field(
         "auto",
         description="Channel counts are multiples of this, for all groups or by pattern of their names; auto takes "
-        "what the device computes best, measured the steps after which latency jumps on this machine.",
+        "what the device computes best whatever the budget is, measured the steps after which latency jumps on this "
+        "machine.",
     )
     min_share: Share = Field(0.1, description="The smallest share of its channels that a group may keep.")
     frozen: tuple[str, ...] = Field(
