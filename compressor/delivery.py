@@ -16,7 +16,7 @@ from compressor.onnx_files import (
     MODEL,
     PROBE,
     build_engine_of,
-    first_images,
+    drawn,
     metadata_of,
     opset_of,
     scored,
@@ -70,7 +70,7 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
         info = _write_onnx(
             job, slim, run.file(MODEL), metadata=metadata_of(job.recipe, job.data, run, plan.checksum)
         )
-        images = first_images(job.data.test, COMPARED_IMAGES)
+        images, _ = drawn(job.data.test, COMPARED_IMAGES, job.recipe.seed)
         from export.parity import check_parity
 
         parity = check_parity(slim, run.file(MODEL), images, tolerance=job.recipe.export.tolerance)

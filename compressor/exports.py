@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.errors import CompressorError
 from compressor.inputs import load_images
-from compressor.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, first_images, metadata_of, opset_of
+from compressor.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, drawn, metadata_of, opset_of
 from compressor.precisions import record, write_precision
 from compressor.recipe import Recipe, load_recipe
 from compressor.run_dir import RECIPE, RunDir, replacing
@@ -111,7 +111,7 @@ class Finished:
 
     def images(self) -> Any:
         """Test images (N, C, H, W) on which exported files are compared."""
-        return first_images(self.data.test, COMPARED_IMAGES)
+        return drawn(self.data.test, COMPARED_IMAGES, self.recipe.seed)[0]
 
     def onnx(self, request: Request) -> Iterator[str]:
         """Write the ONNX file that `path_of` names, through the FP32 one of the same batch and opset."""

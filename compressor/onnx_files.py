@@ -25,36 +25,34 @@ MODEL = "model.onnx"
 DENSE = "checkpoints/dense.onnx"
 PROBE = "checkpoints/probe.onnx"
 COMPARED_IMAGES = 64  # on which an exported file is compared with the network
-EXPORTED_IMAGES = 10_000  # the most test images that an exported file is scored on
 
 
-def first_images(split: Split, count: int) -> Any:
-    """The first `count` images of a split, normalised, (N, C, H, W)."""
-    images: list[Any] = []
-    for x, _ in split.batches(min(count, 256), device="cpu"):
-        images.append(x.numpy())
-        if sum(map(len, images)) >= count:
-            break
-    return np.concatenate(images)[:count]
+def drawn(split: Split, images: int, seed: int) -> tuple[Any, Any]:
+    """A sample of a split, spread over the classes: normalised images (N, C, H, W) and labels (N,), as arrays."""
+    batches = [(x.numpy(), y.numpy()) for x, y in split.sample(images, seed).batches(256, device="cpu")]
+    return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
 
 
 def scored(path: Path, data: DataBundle) -> tuple[float, int]:
-    """Top-1 share of an ONNX file on the test split through ONNX Runtime, and the number of images."""
+    """Top-1 share of an ONNX file on the whole test split through ONNX Runtime, and the number of images.
+
+    It takes as many threads as torch does: this is no measurement of time.
+    """
+    import torch
+
     from export.accuracy import accuracy_onnx
 
-    total = min(len(data.test), EXPORTED_IMAGES)
+    seen = 0
 
     def batches() -> Iterator[tuple[Any, Any]]:
-        seen = 0
-        with bar("Scoring the exported network", total) as progress:
+        nonlocal seen
+        with bar("Scoring the exported network", len(data.test)) as progress:
             for x, y in data.test.batches(256, device="cpu"):
-                count = min(len(y), total - seen)
-                if count:
-                    yield x.numpy()[:count], y.numpy()[:count]
-                seen += count
-                progress.advance(count)
+                yield x.numpy(), y.numpy()
+                seen += len(y)
+                progress.advance(len(y))
 
-    return accuracy_onnx(path, batches(), threads=2), total
+    return accuracy_onnx(path, batches(), threads=torch.get_num_threads()), seen
 
 
 def opset_of(recipe: Recipe, target: str | None = None) -> int:

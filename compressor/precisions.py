@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.errors import CompressorError
-from compressor.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, first_images, scored
+from compressor.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, drawn, scored
 from compressor.run_dir import RunDir, replacing, sha256_file
 from export.here import CPU
 
@@ -35,8 +35,7 @@ def write_precision(
     """Write the run's network in another precision, judge it on the test split, and build its engine.
 
     INT8 keeps the most sensitive layers in floats until the accuracy on the search split is within the drop. The test
-    split chooses nothing: a file that loses more there is made once more without any drop on the search split, and
-    refused where that does not help.
+    split chooses nothing: a file that loses more there is refused.
 
     Args:
         run: one whose FP32 file is exported.
@@ -67,16 +66,12 @@ def write_precision(
         rest = "fp32" if here and str(latency.get("runtime") or CPU).startswith(CPU) else "fp16"
     exact = scored(given, data)[0] if source else run.manifest["accuracy"]["exported"]
     with replacing(goal) as trial:
+        seed = int(run.manifest["seed"])
         if precision == "fp16":
-            facts = _half(given, trial, data)
-            problem = _problem(given, trial, data, precision, exact, max_drop_points, facts)
+            facts = _half(given, trial, data, seed)
         else:
-            for limit in dict.fromkeys((max_drop_points, 0.0)):
-                facts = _int8(given, trial, data, limit, method, rest)
-                problem = _problem(given, trial, data, precision, exact, max_drop_points, facts)
-                if not problem:
-                    break
-        if problem:
+            facts = _int8(given, trial, data, seed, max_drop_points, method, rest)
+        if problem := _problem(given, trial, data, seed, precision, exact, max_drop_points, facts):
             raise CompressorError(
                 f"{goal.name}: {problem}", "Allow more with --max-drop (a recipe: export.max_drop)."
             )
@@ -102,27 +97,32 @@ def record(run: RunDir, key: str, entry: dict[str, Any], engines: list[dict[str,
     )
 
 
-def _half(given: Path, trial: Path, data: DataBundle) -> dict[str, Any]:
+def _half(given: Path, trial: Path, data: DataBundle, seed: int) -> dict[str, Any]:
     from export.half import convert_half
 
-    half = convert_half(given, trial, inputs=first_images(data.search, CALIBRATION_IMAGES))
+    half = convert_half(given, trial, inputs=drawn(data.search, CALIBRATION_IMAGES, seed)[0])
     return {
         "kept_fp32": [kept.node for kept in half.kept],
         "words": f"{half.converted} nodes in half precision, {len(half.kept)} kept in FP32",
     }
 
 
-def _int8(given: Path, trial: Path, data: DataBundle, limit: float, method: str, rest: str) -> dict[str, Any]:
+def _int8(
+    given: Path, trial: Path, data: DataBundle, seed: int, max_drop_points: float, method: str, rest: str
+) -> dict[str, Any]:
+    import torch
+
     from export.accuracy import accuracy_onnx, quantize_within
 
-    calibration = first_images(data.train, CALIBRATION_IMAGES)
-    judging = [(first_images(data.search, JUDGING_IMAGES), _labels(data, JUDGING_IMAGES))]
+    calibration, labels = drawn(data.train, CALIBRATION_IMAGES, seed)
+    judging, threads = [drawn(data.search, JUDGING_IMAGES, seed)], torch.get_num_threads()
+    counts = np.bincount(labels, minlength=data.num_classes).tolist()
     within = quantize_within(
         given,
         trial,
         calibration,
-        lambda file: accuracy_onnx(file, judging, threads=2),
-        max_drop=limit / 100,
+        lambda file: accuracy_onnx(file, judging, threads=threads),
+        max_drop=max_drop_points / 100,
         method=method,
         rest=rest,
     )
@@ -131,8 +131,10 @@ def _int8(given: Path, trial: Path, data: DataBundle, limit: float, method: str,
         "kept_float": kept,
         "calibration": method,
         "calibration_images": len(calibration),
+        "calibration_classes": dict(zip(data.classes, counts, strict=True)),
         "rest": rest,
-        "words": f"{len(within.quant.quantised)} nodes in INT8, {len(kept)} kept in floats",
+        "words": f"{len(within.quant.quantised)} nodes in INT8, {len(kept)} kept in floats, calibrated on "
+        f"{len(calibration)} training images, {min(counts)} to {max(counts)} of each class",
     }
 
 
@@ -140,6 +142,7 @@ def _problem(
     given: Path,
     trial: Path,
     data: DataBundle,
+    seed: int,
     precision: str,
     exact: float,
     max_drop_points: float,
@@ -149,7 +152,7 @@ def _problem(
     from export.errors import ExportError
     from export.parity import AGREEMENTS, TOLERANCES, compare_outputs, onnx_outputs, require
 
-    images = first_images(data.test, COMPARED_IMAGES)
+    images, _ = drawn(data.test, COMPARED_IMAGES, seed)
     right, judged = (onnx_outputs(file, images)[0] for file in (given, trial))
     parity = compare_outputs(right, judged, tolerance=TOLERANCES[precision])
     facts["parity"] = parity.to_dict()
@@ -165,8 +168,3 @@ def _problem(
     except ExportError as error:
         return error.message
     return ""
-
-
-def _labels(data: DataBundle, count: int) -> Any:
-    """The labels (N,) of the first images of the search split."""
-    return np.concatenate([labels.numpy() for _, labels in data.search.batches(256, device="cpu")])[:count]

@@ -12,7 +12,7 @@ import numpy as np
 
 from compressor.errors import CompressorError
 from compressor.exports import Finished, Request, export_format
-from compressor.onnx_files import MODEL, first_images
+from compressor.onnx_files import MODEL, drawn
 from compressor.progress import say
 from compressor.run_dir import RunDir
 from export.targets import find_target
@@ -70,7 +70,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
                     f"compress export {folder} --precision int8 --rest {request.rest or 'fp16'}"
                 )
             networks.append(path)
-        images = first_images(finished.data.test, REFERENCE_IMAGES)
+        images, _ = drawn(finished.data.test, REFERENCE_IMAGES, finished.recipe.seed)
         session = open_session(run.file(MODEL), threads=1)
         name = session.get_inputs()[0].name
         outputs = np.concatenate([run_session(session, {name: image[None]})[0] for image in images])

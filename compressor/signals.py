@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SIGNALLED = 128  # a process that a signal ended has this and the signal's number as its exit code, as shells count
+SIGNALLED = (
+    128  # a process that a signal ended has this and the signal's number as its exit code, as shells count
+)
 SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 _received: list[int] = []

@@ -60,7 +60,9 @@ _STRANGER = (
     "anew, ssh-keygen -R {1}, and connect once by hand: ssh {0} true"
 )
 _SILENT = "It is reached, but does nothing. See what it does with: ssh {0} uptime"
-_STRANGE = "A command for sh must answer there, and nothing else in its place: try ssh {0} 'echo one; echo two'"
+_STRANGE = (
+    "A command for sh must answer there, and nothing else in its place: try ssh {0} 'echo one; echo two'"
+)
 _FINAL = ("Host key verification failed", "Permission denied", "Could not resolve hostname")
 """What will not change by trying again."""
 

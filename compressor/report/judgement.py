@@ -60,9 +60,7 @@ def judge(manifest: Manifest) -> Verdict:
     remarks = _remarks(manifest)
     if not lines:
         return Verdict("none", "No budget was set, so there is none to keep.", remarks)
-    phrases = {
-        verdict: [line.phrase for line in lines if line.verdict == verdict] for verdict in _HEADINGS
-    }
+    phrases = {verdict: [line.phrase for line in lines if line.verdict == verdict] for verdict in _HEADINGS}
     found = [verdict for verdict in _HEADINGS if phrases[verdict]]
     sentence = " ".join(f"{_HEADINGS[verdict]}: {'; '.join(phrases[verdict])}." for verdict in found)
     state: State = found[0]
