@@ -73,6 +73,10 @@ def compress_command(
     ] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviation of each channel, as --mean.")] = None,
     weights: Annotated[str | None, typer.Option(help="default, none, or a file with a state dict.")] = None,
+    accept_dense: Annotated[
+        bool,
+        typer.Option("--accept-dense", help="Go on with a dense network that scores as if it were guessing."),
+    ] = False,
     agent: Annotated[
         str | None, typer.Option(help="joint, constrained, stepwise, knapsack, uniform or random.")
     ] = None,
@@ -112,6 +116,7 @@ def compress_command(
     overrides = overrides_of(
         {
             "model": model, "device": device, "precision": precision, "threads": threads,
+            "accept_dense": accept_dense or None,
             "data": {"source": data, "mean": mean, "std": std},
             "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,
             "budgets": {

@@ -108,6 +108,7 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
 
 
 _FREE = (
+    "accept_dense",
     "training.learning_rate",
     "training.finetune_learning_rate",
     "search.workers",

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compressor.contract import kept_plan, margin
+from compressor.dense import check_dense, lost_in_finetuning
 from compressor.errors import CompressorError
 from compressor.inputs import described
 from compressor.job import Job
@@ -29,7 +30,8 @@ TABLE = "latency_table.json"
 
 def begin(run: RunDir, job: Job) -> None:
     """Write down what is run, on what, within which budgets, and how accurate the dense network is."""
-    from compressor.training.evaluate import accuracy
+    from compressor.models.weights import FRESH_HEAD
+    from compressor.training.evaluate import predictions
 
     if run.finished("begin"):
         return
@@ -63,9 +65,13 @@ def begin(run: RunDir, job: Job) -> None:
             notes=job.notes,
         )  # fmt: skip
         if job.teacher is not None:
-            dense = accuracy(job.teacher, job.data.test, device=job.torch_device)
+            answers, labels = predictions(job.teacher, job.data.test, device=job.torch_device)
+            dense = float((answers == labels).double().mean())
             _note_accuracy(run, dense=dense, dense_note="The dense network is as its weights were given.")
             say(f"The dense network's test accuracy is {dense:.2%}.")
+            fresh = getattr(job.teacher, FRESH_HEAD, False)  # it can only guess so far
+            if not fresh and (note := check_dense(job, answers, labels, str(run.path))):
+                _tell(run, note)
 
 
 def search(run: RunDir, job: Job) -> ChannelPlan:
@@ -271,6 +277,9 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
         slim.eval()
         finetuned = accuracy(slim, job.data.test, device=job.torch_device)
         _note_accuracy(run, finetuned=finetuned)
+        known = run.manifest["accuracy"]
+        if note := lost_in_finetuning(finetuned, known.get("pruned"), known.get("dense"), len(job.data.test)):
+            _tell(run, note)
         save(slim, plan, run.path, factory=job.factory, extra=job.data.facts())
         run.save(training=history)
         say(f"The slim network's test accuracy is {finetuned:.2%}.")

@@ -19,6 +19,8 @@ from compressor.models.head import head_of
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 3
+FRESH_HEAD = "compressor_fresh_head"
+"""Attribute of a network whose weights were for other classes, so that its last layer starts untrained."""
 
 
 def load_weights(model: nn.Module, path: Path, num_classes: int) -> None:
@@ -127,6 +129,7 @@ def fit_state(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str, 
             "Give the weights of this very architecture, or --weights none.",
         )
     if fresh_head:
+        setattr(model, FRESH_HEAD, True)
         classes = state[replaced[0]].shape[0]
         progress.say(f"{origin} is for {classes} classes: {head} starts fresh with {num_classes}.")
     fitting = {key: value for key, value in state.items() if not (fresh_head and key in replaced)}

@@ -56,6 +56,11 @@ class Recipe(Part):
     )
     threads: Positive = Field(1, description="Threads of the runtime where the device is this machine's CPU.")
     agent: AgentName = Field("joint", description="What decides the widths.")
+    accept_dense: bool = Field(
+        False,
+        description="Whether to go on with given weights that score no better than guessing, or far below what is "
+        "published of them.",
+    )
     epochs: Positive | None = Field(
         None, description="All the training there is, search and fine-tuning together; left out: by the data."
     )

@@ -54,6 +54,23 @@ def accuracy(
     return right / max(1, seen)
 
 
+def predictions(
+    model: nn.Module, split: Split, *, device: str | torch.device = "cpu", batch_size: int = 256
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The classes that a model gives to a split's images, and their labels: int64 (N,) each, on the CPU.
+
+    Args:
+        model, device, batch_size: As for `accuracy`.
+        split: Gone through in its stored order.
+    """
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with _evaluating(model), torch.no_grad():
+        for images, labels in split.batches(batch_size, device=device):
+            logits = model(images.contiguous(memory_format=torch.channels_last))
+            found.append((logits.argmax(dim=1).cpu(), labels.cpu()))
+    return torch.cat([classes for classes, _ in found]), torch.cat([labels for _, labels in found])
+
+
 def standard_error(share: float, images: int) -> float:
     """Standard error of an accuracy (0..1) that was counted on so many images."""
     return float((max(share * (1 - share), 0.0) / max(1, images)) ** 0.5)

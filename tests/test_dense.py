@@ -1,0 +1,81 @@
+"""Given weights that answer as if they guessed, and fine-tuning that ends below where it began."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor import CompressorError, compress
+from compressor.dense import doubt, lost_in_finetuning
+from compressor.job import prepare
+from compressor.models import create_model
+from compressor.run_dir import RunDir
+from compressor.stages import begin
+from tests.runs import manifest_of, recipe
+
+
+def answers(labels: torch.Tensor, right: int) -> torch.Tensor:
+    """The first `right` answers are right, the others the next class."""
+    classes = int(labels.max()) + 1
+    return torch.where(torch.arange(len(labels)) < right, labels, (labels + 1) % classes)
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "right", "wrong"),
+    [
+        (1000, 1000, 3, True),  # 0.3 %: three classes where they belong by luck
+        (1000, 1000, 630, False),
+        (10, 10_000, 1_000, True),
+        (10, 10_000, 5_500, False),
+        (10, 20, 2, True),
+        (2, 10, 6, False),  # so few images show nothing
+        (2, 400, 205, True),
+        (2, 400, 300, False),
+    ],
+)
+def test_guessing_is_told_from_noise(classes: int, images: int, right: int, wrong: bool) -> None:
+    labels = torch.arange(images) % classes
+    shuffled = labels[torch.randperm(images, generator=torch.Generator().manual_seed(0))]
+    assert ("no better than guessing" in doubt(answers(shuffled, right), shuffled)) is wrong
+
+
+def test_one_answer_for_all_is_guessing_and_a_rare_class_found_is_not() -> None:
+    labels = (torch.arange(1000) % 10 == 0).long()  # nine tenths are class 0
+    assert "guessing (90.00%)" in doubt(torch.zeros_like(labels), labels)
+    assert doubt(answers(labels, 950), labels) == ""
+
+
+def test_published_accuracy_is_a_promise() -> None:
+    labels = torch.arange(1000)
+    assert doubt(answers(labels, 749), labels, 0.755) == ""
+    assert "far below the 80.86%" in doubt(answers(labels, 630), labels, 0.8086)
+
+
+def test_fine_tuning_that_loses_is_said() -> None:
+    assert lost_in_finetuning(0.86, 0.80, 0.88, 10_000) is None
+    assert "lowered the accuracy from 80.00% to 60.00%" in (lost_in_finetuning(0.6, 0.8, 0.88, 10_000) or "")
+    assert "28.0 points below" in (lost_in_finetuning(0.6, 0.5, 0.88, 10_000) or "")
+    assert lost_in_finetuning(0.7, 0.8, 0.8, 20) is None  # noise of twenty images
+
+
+def test_weights_that_guess_stop_the_run_unless_they_are_accepted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(create_model("tests.nets:tiny", 10).state_dict(), tmp_path / "net.pt")
+    wanted = recipe(
+        weights=str(tmp_path / "net.pt"), agent="uniform", epochs=1, budgets={"flops": "60%"}, image_size=16
+    )
+    with pytest.raises(CompressorError, match="no better than guessing") as caught:
+        compress(wanted, out=tmp_path / "run")
+    for word in ("--mean", "data.channel_order", "classes in another order", "--accept-dense"):
+        assert word in caught.value.hint
+    accepted = prepare(wanted.changed({"accept_dense": True}).resolved())
+    with closing(RunDir.open(tmp_path / "run")) as run:
+        begin(run, accepted)
+    found = manifest_of(tmp_path / "run")
+    assert any("The recipe accepts that." in note for note in found["notes"])
+    assert any("does not say how its images were prepared" in note for note in found["notes"])
+    assert found["preprocessing"]["origin"] == "assumed: usual for ImageNet"
+    assert found["stages"]["begin"]["finished"]
