@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.errors import CompressorError
+from compressor.files import read_text
 from compressor.latency.graph import file_nodes
 from compressor.latency.machine import Machine, calibrate
 from compressor.latency.nodes import Profile, profile_onnx
@@ -167,10 +168,7 @@ def read_profiles(
 
     found = []
     for path, network in ((dense, DENSE), (slim, MODEL)):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CompressorError(f"The layer profile {path} cannot be read: {error}.") from None
+        text = read_text(path, "layer profile")
         found.append(
             read_trt_profile(text, str(path), run.file(network), element_bytes=element_bytes, block=block)
         )

@@ -150,7 +150,7 @@ def _require_own(bundle: Path, run: RunDir) -> None:
     try:
         described: Any = json.loads(files["bundle.json"])
         name = described["facts"]["run"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise CompressorError(f"{bundle} does not say which run it is of.", "Make it again.") from None
     if name != run.name:
         raise CompressorError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -12,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import CompressorError
-from compressor.files import disk_error, now, read_json, replacing, write_atomic
-from export.files import is_temporary_of, remove_temporaries, sha256_file
+from compressor.files import disk_error, now, parse_json, read_json, read_text, replacing, write_atomic
+from export.files import is_temporary_of, open_regular, remove_temporaries, sha256_file
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -111,7 +113,9 @@ class RunDir:
     def lock(self) -> None:
         """Hold the folder until `close`; the system lets go of it when the process dies."""
         try:
-            self._lock = (self.path / LOCK).open("w")
+            # O_NONBLOCK: a FIFO in its place would be waited for otherwise
+            flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            self._lock = os.fdopen(os.open(self.path / LOCK, flags, 0o644), "r+b", buffering=0)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CompressorError(
@@ -220,17 +224,17 @@ class Checkpoint:
         Raises:
             CompressorError: the file is damaged or holds something else than a state.
         """
-        import pickle
-
         import torch
 
         if not self.path.exists():
             return None
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            with open_regular(self.path) as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises whatever its pieces make of it
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CompressorError(
-                f"The checkpoint {self.path} cannot be read: {str(error).splitlines()[0]}.",
+                f"The checkpoint {self.path} cannot be read: {reason}.",
                 "Delete it to repeat its stage from the start.",
             ) from error
         if not isinstance(state, dict):
@@ -241,6 +245,9 @@ class Checkpoint:
 
     def clear(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+_MEND_LOG = "Delete that line and those after it."
 
 
 class EpisodeLog:
@@ -267,11 +274,14 @@ class EpisodeLog:
         """The episodes so far; a last line that a kill cut short is left out."""
         if not self.path.exists():
             return
-        with self.path.open(encoding="utf-8") as file:
-            for line in file:
-                if not line.endswith("\n"):
-                    return
-                yield json.loads(line)
+        lines = io.StringIO(read_text(self.path, "episode log"))
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                return
+            record = parse_json(line, f"Line {number} of {self.path}", _MEND_LOG)
+            if not isinstance(record, dict):
+                raise CompressorError(f"Line {number} of {self.path} is no episode.", _MEND_LOG)
+            yield record
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` episodes: those that the checkpoint being resumed knows."""

@@ -154,6 +154,17 @@ def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None
         if note:
             _tell(run, note)
     log, checkpoint = run.episodes(), run.checkpoint("search")
+    if not checkpoint.path.exists():
+        if run.finished("search"):
+            _tell(
+                run,
+                f"{checkpoint.path} is gone, which held what the search had found: the search is done again from its "
+                f"start, its {len(log)} episodes included.",
+            )
+        elif len(log):
+            say(
+                f"{checkpoint.path} is not there: the search starts again; {len(log)} episodes are repeated."
+            )
     limits = Limits(max_evaluations=settings.max_evaluations, max_seconds=settings.max_seconds)
     try:
         result = agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
@@ -258,9 +269,11 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
         return load(run.path, device=job.torch_device)
     epochs = int(job.recipe.epochs or 0) - search_epochs(job)
     slim = job.space.apply(plan)
+    checkpoint = run.checkpoint("finetune")
+    if "finetune" in run.manifest["stages"] and not checkpoint.path.exists():
+        say(f"{checkpoint.path} is not there: fine-tuning starts again.")
     with run.stage("finetune"):
         training = trainer(job, slim, epochs, rate=job.recipe.training.finetune_learning_rate, teach=True)
-        checkpoint = run.checkpoint("finetune")
         state = checkpoint.load()
         if state is not None and state["plan"] == plan.checksum:
             training.restore(state["trainer"])

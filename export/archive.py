@@ -23,6 +23,18 @@ PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
 LARGEST = 2 << 30
 """Bytes that an archive may unpack to; a small file can announce any number of them."""
 
+MOST_MEMBERS = 20_000
+LARGEST_HEADER = 1 << 16
+"""Bytes of an extended header, which hold a member's long name or its times; a reader keeps them in memory."""
+
+_BLOCK = 512
+_READ_AT_ONCE = 1 << 20
+_EXTENDED = frozenset(
+    (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+)
+_DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, OverflowError, IndexError, KeyError)
+"""What reading a damaged archive raises; the last four come from numbers and names in its headers."""
+
 
 def pack(files: Mapping[str, bytes], folder: str, *, executable: frozenset[str] = frozenset()) -> bytes:
     """A `.tar.gz` of `files` below `folder`; equal files give equal bytes."""
@@ -54,27 +66,25 @@ def unpack(path: str | Path, *, largest: int = LARGEST) -> dict[str, bytes]:
             folder.
     """
     source = Path(path)
-    too_large = ExportError(f"{source} unpacks to more than {largest >> 20} MB; it was not read.")
+    too_large = ExportError(f"{source} unpacks to more than {largest >> 20} MB or {MOST_MEMBERS:,} files; it was not read.")
     if source.is_dir():
         items = [item for item in sorted(source.rglob("*")) if item.is_file() and not item.is_symlink()]
         if sum(item.stat().st_size for item in items) > largest:
             raise too_large
         return {item.relative_to(source).as_posix(): read_bytes(item, "file") for item in items}
-    content = read_bytes(source, "archive")
+    content = read_bytes(source, "archive", largest)
     files: dict[str, bytes] = {}
-    total = 0
     try:
+        if not _is_modest(content, largest):
+            raise too_large
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             for member in archive:
                 if member.isdir():
                     continue
                 name = _own_name(member, source)
-                total += member.size
-                if total > largest:
-                    raise too_large
                 opened = archive.extractfile(member)
                 files[name] = opened.read() if opened is not None else b""
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except _DAMAGED as error:
         raise ExportError(f"{source} is no whole .tar.gz: {error}.", "Copy it again.") from error
     if not files:
         raise ExportError(f"{source} is empty.")
@@ -109,10 +119,13 @@ def top_folder(path: str | Path) -> str:
     Raises:
         ExportError: it is missing, damaged, or called by more than letters, digits, dots and dashes.
     """
+    content = read_bytes(Path(path), "archive", LARGEST)
     try:
-        with tarfile.open(fileobj=io.BytesIO(read_bytes(Path(path), "archive")), mode="r:gz") as archive:
+        if not _is_modest(content, LARGEST):
+            raise ExportError(f"{path} unpacks to more than {LARGEST >> 20} MB or {MOST_MEMBERS:,} files; it was not read.")
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             first = archive.next()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except _DAMAGED as error:
         raise ExportError(f"{path} is no whole .tar.gz: {error}.", "Copy it again.") from error
     name = first.name.split("/")[0] if first is not None else ""
     if not PLAIN.fullmatch(name):
@@ -120,10 +133,40 @@ def top_folder(path: str | Path) -> str:
     return name
 
 
+def _is_modest(content: bytes, largest: int) -> bool:
+    """Whether a .tar.gz unpacks to at most `largest` bytes, in a bounded number of members with small headers.
+
+    It is unpacked piece by piece and forgotten, because tarfile reads an extended header of any size into memory.
+
+    Raises:
+        tarfile.TarError, OSError, EOFError, zlib.error: it is damaged, or has an extended header without bounds.
+    """
+    total = members = 0
+    extended = 0
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as plain:
+        while len(block := plain.read(_BLOCK)) == _BLOCK and block.count(b"\0") != _BLOCK:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            large = header.size < 0 or (header.type in _EXTENDED and header.size > LARGEST_HEADER)
+            extended = extended + 1 if header.type in _EXTENDED else 0
+            if large or extended > 4:  # more of them in a row would be read by as deep a recursion
+                raise tarfile.ReadError("a header is too large, or there are too many in a row")
+            members += 1
+            left = -(-header.size // _BLOCK) * _BLOCK if header.isreg() or header.type in _EXTENDED else 0
+            total += _BLOCK + left
+            if total > largest + members * 2 * _BLOCK or members > MOST_MEMBERS:
+                return False
+            while left:
+                piece = plain.read(min(left, _READ_AT_ONCE))
+                if not piece:
+                    raise EOFError("it ends in the middle of a file")
+                left -= len(piece)
+    return True
+
+
 def _own_name(member: tarfile.TarInfo, source: Path) -> str:
     parts = PurePosixPath(member.name).parts
     hostile = member.name.startswith("/") or ".." in parts or "\\" in member.name or "\0" in member.name
-    if hostile or not member.isfile():
+    if hostile or not member.isfile() or member.issparse():
         what = "leaves the archive's folder" if hostile else "is no plain file"
         raise ExportError(f"{source} has a member that {what}: {member.name!r}. It was not read.")
     below = parts[1:] if len(parts) > 1 else parts

@@ -162,7 +162,7 @@ def read_trt_profile(text: str, source: str, network: Path, *, element_bytes: in
         times = [float(entry.get("medianMs", entry.get("averageMs"))) for entry in layers]
         if not layers or not np.isfinite(times).all() or min(times) < 0:
             raise ValueError
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         raise CompressorError(
             f"{source} is no layer profile of trtexec.",
             "Write one on the device: trtexec --loadEngine=FILE --exportProfile=profile.json",

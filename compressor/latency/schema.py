@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.errors import CompressorError
+from compressor.files import parse_json
 from compressor.latency.surface import KINDS
 
 SCHEMA_VERSION = 1
@@ -249,13 +249,11 @@ def read_table(text: str, source: str) -> TableFields:
     Raises:
         CompressorError: it is no JSON, has another schema version, or a field is wrong (the field is named).
     """
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CompressorError(
-            f"The latency table {source} is damaged: no JSON after line {error.lineno}, column {error.colno}.",
-            "Delete the file; a table of this machine is then measured anew.",
-        ) from None
+    content = parse_json(
+        text,
+        f"The latency table {source} is damaged: it",
+        "Delete the file; a table of this machine is then measured anew.",
+    )
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise CompressorError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compressor.errors import CompressorError
+from compressor.files import read_text
 from compressor.latency.correction import Correction
 from compressor.latency.curve import Floats, LatencyCurve
 from compressor.latency.schema import NetworkFields, TableFields, read_table
@@ -69,11 +70,7 @@ class LatencyTable:
         Raises:
             CompressorError: the file is missing, damaged, or says something that cannot be.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CompressorError(f"The latency table {path} cannot be read: {error}.") from None
-        return cls(read_table(text, str(path)))
+        return cls(read_table(read_text(Path(path), "latency table"), str(path)))
 
     def to_json(self) -> str:
         """The file's text; `read` gives the same table back."""

@@ -21,7 +21,7 @@ from compressor.pruning.factory import build_dense, check_factory, infer_factory
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import aliases, named_tensors
 from compressor.pruning.slicer import RECORD, swap
-from compressor.run_dir import replacing, sha256_file, write_atomic
+from compressor.run_dir import read_json, replacing, sha256_file, write_atomic
 
 CHANNELS = "channels.json"
 WEIGHTS = "model.safetensors"
@@ -137,14 +137,9 @@ def read_plan(directory: str | Path) -> ChannelPlan:
 
 def _read_channels(folder: Path) -> dict[str, Any]:
     path = folder / CHANNELS
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CompressorError(
-            f"{folder} holds no {CHANNELS}.", "Give the folder that save() wrote."
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CompressorError(f"{path} cannot be read: {error}.", _AGAIN) from error
+    if not path.exists():
+        raise CompressorError(f"{folder} holds no {CHANNELS}.", "Give the folder that save() wrote.")
+    content = read_json(path, "file", _AGAIN)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CompressorError(f"{path} is no {FORMAT} file.", "Give the folder that save() wrote.")
     if content.get("version") != VERSION:

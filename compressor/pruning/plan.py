@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from compressor.errors import CompressorError
+from compressor.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,7 @@ class ChannelPlan:
         Raises:
             CompressorError: the text is not JSON, or not a plan.
         """
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise CompressorError(
-                f"A channel plan is not JSON: {error}.", "Save it again with to_json()."
-            ) from error
+        content = parse_json(text, "A channel plan", "Save it again with to_json().")
         keep = content.get("keep") if isinstance(content, dict) else None
         if not isinstance(keep, dict) or not all(
             isinstance(units, list) and all(type(unit) is int for unit in units) for units in keep.values()

@@ -70,7 +70,7 @@ def read_episodes(path: Path) -> tuple[tuple[Mapping[str, Any], ...], int]:
             break
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             kept.append(record)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import resource
+import tarfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from export.archive import CHECKSUMS, checksums, pack
+from export.archive import CHECKSUMS, checksums, pack, top_folder, unpack
 from export.bounded import run_bounded
 from export.connection import CHUNK, Connection, Destination
 from export.errors import ExportError
+from export.files import read_bytes
 from export.remote import identify, run_remote
 from tests.export.fake_trtexec import make_trtexec
 
@@ -135,3 +140,52 @@ def test_a_flood_takes_no_memory() -> None:
     ended = run_bounded(noisy, b"given" * 100_000, most_bytes=1 << 20, limit_s=60)
     assert (ended.code, ended.output, ended.errors[-4:]) == (0, b"given" * 100_000, b"\0end")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # KB
+
+
+def _tar(write: Callable[[gzip.GzipFile], object]) -> bytes:
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1) as file:
+        write(file)
+    return buffer.getvalue()
+
+
+def _header(kind: bytes, size: int, name: str = "b/file") -> bytes:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.size = kind, size
+    return entry.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_tar(lambda file: file.write(_header(b"x", 1 << 30) + bytes(1 << 20))), "a header is too large"),
+        (_tar(lambda file: file.write(_header(b"L", 1 << 30) + bytes(1 << 20))), "a header is too large"),
+        (_tar(lambda file: file.write(_header(b"x", 512) * 3000)), "too many in a row"),
+        (_tar(lambda file: file.write(_header(b"0", 64 << 30))), "unpacks to more than"),
+        (_tar(lambda file: file.write(_header(b"0", 0) * 300)), "unpacks to more than"),
+        (_tar(lambda file: file.write(_header(b"0", 5000))), "no whole"),
+    ],
+)
+def test_archives_without_bounds(
+    tmp_path: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.archive.MOST_MEMBERS", 100)
+    path = tmp_path / "results.tar.gz"
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        for read in (unpack, top_folder):
+            with pytest.raises(ExportError, match=message):
+                read(path)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_fifo_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path, message in ((tmp_path / "fifo", "It is a FIFO"), (Path("/dev/zero"), "It is a device")):
+        with pytest.raises(ExportError, match=message):
+            read_bytes(path, "file")
+        with pytest.raises(ExportError, match=message):
+            unpack(path)

@@ -223,5 +223,5 @@ def test_broken_files_and_links_are_refused(
     with pytest.raises(CompressorError, match="does not match the checksum"):
         load(tmp_path)
     (tmp_path / "channels.json").write_text("{")
-    with pytest.raises(CompressorError, match="cannot be read"):
+    with pytest.raises(CompressorError, match="is not readable as JSON"):
         load(tmp_path)
