@@ -66,7 +66,7 @@ def unpack(path: str | Path, *, largest: int = LARGEST) -> dict[str, bytes]:
             folder.
     """
     source = Path(path)
-    too_large = ExportError(f"{source} unpacks to more than {largest >> 20} MB or {MOST_MEMBERS:,} files; it was not read.")
+    too_large = ExportError(f"{source} unpacks to more than {largest >> 20} MB or {MOST_MEMBERS:,} files.")
     if source.is_dir():
         items = [item for item in sorted(source.rglob("*")) if item.is_file() and not item.is_symlink()]
         if sum(item.stat().st_size for item in items) > largest:
@@ -122,7 +122,7 @@ def top_folder(path: str | Path) -> str:
     content = read_bytes(Path(path), "archive", LARGEST)
     try:
         if not _is_modest(content, LARGEST):
-            raise ExportError(f"{path} unpacks to more than {LARGEST >> 20} MB or {MOST_MEMBERS:,} files; it was not read.")
+            raise ExportError(f"{path} unpacks to more than {LARGEST >> 20} MB or {MOST_MEMBERS:,} files.")
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             first = archive.next()
     except _DAMAGED as error:
