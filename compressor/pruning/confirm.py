@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from compressor.pruning.construct import Layer
     from compressor.pruning.space import PruningSpace
 
-SECONDS = 120.0
+SECONDS = 60.0
 """No further group is checked after this long."""
 
 _EXACT = """

@@ -21,8 +21,11 @@ from compressor.pruning.skeleton import copy_structure, named_tensors
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
-SECONDS_A_GROUP = 15.0
-"""Its search for what goes with a group is given up after this long: through some attention it grows without end."""
+SECONDS_A_GROUP = 5.0
+"""Its search for what goes with a group is given up after this long."""
+
+MOST_STEPS = 4000
+"""... or after so many steps: through some attention it grows without end, and so does the memory that it takes."""
 
 
 class Unable(Exception):
@@ -46,7 +49,7 @@ class Cutter:
             self.graph.build_dependency(
                 self.model, example_inputs=list(moved(space.example_input, "cpu")), verbose=False
             )
-        self._end = math.inf
+        self._end, self._steps = math.inf, 0
         for node in self.graph.module2node.values():
             for dep in node.dependencies:
                 dep.is_triggered_by = partial(self._in_time, dep.is_triggered_by)
@@ -103,7 +106,11 @@ class Cutter:
         """Asked on each step of its search, which cannot be bounded otherwise."""
         if time.monotonic() > self._end:
             raise Unable(f"it does not find within {SECONDS_A_GROUP:.0f} s what goes with them")
-        return asked(function)
+        triggered = asked(function)
+        self._steps += triggered
+        if self._steps > MOST_STEPS:
+            raise Unable(f"it does not find in {MOST_STEPS} steps what goes with them")
+        return triggered
 
     def _reaches(self, name: str) -> bool:
         known = self.graph.module2node
@@ -124,7 +131,7 @@ class Cutter:
         """
         undo: list[Callable[[], None]] = []
         touched: set[str] = set()
-        self._end = time.monotonic() + SECONDS_A_GROUP
+        self._end, self._steps = time.monotonic() + SECONDS_A_GROUP, 0
         try:
             for name, axis in self.space.makers[group]:
                 if (name, axis) not in self.layouts:
