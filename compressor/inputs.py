@@ -76,7 +76,9 @@ def described(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
     usual = _usual(recipe)
     mine = preprocessing.to_dict()
     theirs = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.size)
-    other = [name for name, value in theirs.to_dict().items() if value != mine[name]]
+    other = [
+        name for name, value in theirs.to_dict().items() if value != mine[name] and name != "resize_size"
+    ]
     origin = "assumed: usual for ImageNet" if usual is None else usual.origin
     if other:
         origin += f"; {', '.join(other)} as the recipe says"

@@ -127,8 +127,8 @@ def _spoil_many(folder: Path) -> None:
     ("spoil", "words"),
     [
         (_empty, ["no images in folders by class", "PATH/train/CLASS"]),
-        (lambda f: shutil.rmtree(f / "train/dog"), ["one class only, 'cat'"]),
-        (lambda f: shutil.rmtree(f / "test/dog"), ["one class only"]),
+        (lambda f: shutil.rmtree(f / "train/dog"), ["images of one class only, 'cat'"]),
+        (lambda f: shutil.rmtree(f / "test/dog"), ["images of one class only"]),
         (lambda f: shutil.rmtree(f / "test"), ["neither test/ nor val/"]),
         (lambda f: shutil.rmtree(f / "train"), ["no train/"]),
         (lambda f: os.rename(f / "test/dog", f / "test/wolf"), ["classes differ", "dog", "not in"]),

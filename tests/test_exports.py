@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from compressor import Recipe, compress, load
 from compressor.cli import app
 from compressor.run_dir import sha256_file
+from export import accuracy
 from export.archive import unpack
 from export.engine_info import read_sidecar
 from export.errors import ExportError
@@ -133,15 +134,29 @@ def test_int8_with_halves_within_the_drop(run: Path) -> None:
     kinds = [node.op_type for node in onnx.load(run / "model.int8.onnx").graph.node]
     assert "QuantizeLinear" in kinds
     assert "Cast" in kinds
+    assert entry["calibration_images"] == 256
+    assert set(entry["calibration_classes"]) == {str(digit) for digit in range(10)}
+    assert {25, 26} <= set(entry["calibration_classes"].values()) <= {24, 25, 26, 27}
+    assert sum(entry["calibration_classes"].values()) == 256
+    assert entry["images"] == 359  # the whole test split
 
 
 def test_a_drop_on_the_test_split_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressor.precisions.scored", lambda path, data: (0.1, 359))
+    made: list[float] = []
+    original = accuracy.quantize_within
+
+    def counted(*args: Any, max_drop: float, **kwargs: Any) -> Any:
+        made.append(max_drop)
+        return original(*args, max_drop=max_drop, **kwargs)
+
+    monkeypatch.setattr(accuracy, "quantize_within", counted)
     for precision in ("fp16", "int8"):
         message = refused(run, "--precision", precision, "--max-drop", 0.5)
         assert f"model.{precision}.onnx: it loses" in message
         assert "at most 0.5 is allowed" in message
     assert not list(run.glob("*fp16*"))
+    assert made == [0.005]  # no second try after the test split has spoken
 
 
 def test_engines_are_built_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

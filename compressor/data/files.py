@@ -23,6 +23,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", "
 _TOLERATED_SHARE = 0.05
 _TOLERATED_COUNT = 3
 _CHUNK = 256
+_SHOWN = 5
 
 
 class ImageFile(NamedTuple):
@@ -40,23 +41,39 @@ class Decoded(NamedTuple):
     unreadable: tuple[str, ...]
 
 
-def class_folders(folder: Path) -> dict[str, list[str]]:
+def class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
     """The images of each sub-folder, by its name, both in order; hidden and other files are passed over.
 
-    Sub-folders of a class's folder belong to the class. Folders without any image are left out.
+    Sub-folders of a class's folder belong to the class. An empty folder is a class without images, so that the others
+    keep their places; one with other files only is none, and `notes` gets a sentence about either.
     """
     found: dict[str, list[str]] = {}
+    empty: list[str] = []
+    foreign: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_dir() and not entry.name.startswith("."):
-            paths = [
+            files = [
                 os.path.join(where, name)
                 for where, _, names in os.walk(entry.path)
                 for name in names
-                if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+                if not name.startswith(".")
             ]
-            if paths:
-                found[entry.name] = sorted(paths)
+            paths = sorted(path for path in files if os.path.splitext(path)[1].lower() in SUFFIXES)
+            if paths or not files:
+                found[entry.name] = paths
+            if not paths:
+                (foreign if files else empty).append(entry.name)
+    if any(found.values()):
+        if empty:
+            notes.append(f"{folder} has classes without images: {_some(empty)}. They keep their places.")
+        if foreign:
+            notes.append(f"{folder} has folders without images, which are no classes: {_some(foreign)}.")
     return found
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def image_size(path: str) -> tuple[int, int] | None:

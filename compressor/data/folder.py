@@ -50,7 +50,7 @@ def load_folder(
             raise CompressorError(f"{path} has train/ but neither test/ nor val/.", _LAYOUT)
         if len(splits) == 3:
             notes.append(f"{path}: test/ is the test split; val/ is not used.")
-        found, tested = class_folders(splits["train"]), class_folders(splits[other])
+        found, tested = (class_folders(splits[part], notes) for part in ("train", other))
         classes = _same_classes(found, tested, splits["train"], splits[other])
         train, test = _files(found, classes), _files(tested, classes)
     elif splits:
@@ -58,7 +58,7 @@ def load_folder(
             f"{path} has {' and '.join(f'{part}/' for part in splits)} but no train/.", _LAYOUT
         )
     else:
-        found = class_folders(path)
+        found = class_folders(path, notes)
         classes = _checked(found, path)
         train, test = _dealt(_files(found, classes), 0.2, None, _TEST_SEED, notes)
         notes.append(
@@ -86,22 +86,23 @@ def load_imagenet(
     for part in ("train", "val"):
         if not (path / part).is_dir():
             raise CompressorError(f"{path} has no {part}/ folder.", mend)
-    found = {part: class_folders(path / part) for part in ("train", "val")}
+    notes: list[str] = []
+    found = {part: class_folders(path / part, notes) for part in ("train", "val")}
     classes = _same_classes(found["train"], found["val"], path / "train", path / "val")
     if strange := [name for name in classes if not re.fullmatch(r"n\d{8}", name)]:
         raise CompressorError(f"{path} has folders that are no WordNet ids, such as {strange[0]!r}.", mend)
-    notes: list[str] = []
     kept, held = _dealt(_files(found["train"], classes), search_fraction, search_limit, seed, notes)
     size = wanted.image_size or wanted.usual.size
     return _bundle(name, classes, (kept, held, _files(found["val"], classes)), size, wanted, notes, workers)
 
 
 def _checked(found: Classes, folder: Path) -> tuple[str, ...]:
-    if not found:
+    filled = [name for name, paths in found.items() if paths]
+    if not filled:
         raise CompressorError(f"{folder} holds no images in folders by class.", _LAYOUT)
-    if len(found) == 1:
+    if len(filled) == 1:
         raise CompressorError(
-            f"{folder} holds one class only, {next(iter(found))!r}; two are needed.", _LAYOUT
+            f"{folder} holds images of one class only, {filled[0]!r}; two are needed.", _LAYOUT
         )
     return tuple(found)
 
@@ -117,8 +118,14 @@ def _same_classes(train: Classes, test: Classes, train_path: Path, test_path: Pa
             more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
             raise CompressorError(
                 f"The classes differ: {', '.join(lone[:3])}{more} in {here}, but not in {there}.",
-                "Every class needs images in both.",
+                "Every class needs a folder in both.",
             )
+    if untaught := [name for name in classes if test[name] and not train[name]]:
+        name = untaught[0]
+        raise CompressorError(
+            f"{train_path / name} holds no images, but {test_path / name} has {len(test[name])}.",
+            "Add images to train on, or empty both.",
+        )
     return classes
 
 

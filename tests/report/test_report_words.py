@@ -106,7 +106,12 @@ def test_the_worst_budget_colours_the_verdict() -> None:
 
 @pytest.mark.parametrize(
     ("slim_ms", "groups", "state"),
-    [(5.0, [(8, 16)], "slower"), (4.05, [(8, 16)], "kept"), (3.0, [(8, 16)], "kept"), (5.0, [(16, 16)], "kept")],
+    [
+        (5.0, [(8, 16)], "slower"),
+        (4.05, [(8, 16)], "kept"),
+        (3.0, [(8, 16)], "kept"),
+        (5.0, [(16, 16)], "kept"),
+    ],
 )
 def test_a_network_slower_than_the_dense_one_is_not_green(
     slim_ms: float, groups: list[tuple[int, int]], state: str
