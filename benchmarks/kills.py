@@ -396,19 +396,16 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def warm_up() -> None:
-    """Import once, before any fork, what every run imports."""
-    import tempfile
+    """Import once, before any fork, what every run imports; no thread may start here, as a fork has none of them."""
     from importlib import import_module
 
     import torch
 
-    from export.to_onnx import export_onnx
-
-    for name in ("cli", "delivery", "pipeline", "precisions", "report.html"):
+    for name in ("cli", "delivery", "pipeline", "precisions", "report.html", "training.loop", "agents.registry"):
         import_module(f"compressor.{name}")
+    for name in ("onnxscript", "onnxruntime", "sklearn.datasets", "torchvision", "export.to_onnx", "export.parity"):
+        import_module(name)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        export_onnx(network().eval(), torch.zeros(1, 3, 32, 32), Path(folder) / "warm.onnx")
 
 
 def main() -> None:

@@ -191,7 +191,7 @@ def export_format(folder: Path, request: Request) -> Iterator[str]:
     Raises:
         CompressorError, ExportError: the run is not finished, the request cannot be had, or a check fails.
     """
-    _check(request)
+    check(request)
     with closing(Finished.open(folder)) as finished:
         if request.format in ("torchscript", "pt2"):
             made, lines = _torch_file(finished, request)
@@ -205,7 +205,12 @@ def export_format(folder: Path, request: Request) -> Iterator[str]:
             yield from _copied(made, request.out)
 
 
-def _check(request: Request) -> None:
+def check(request: Request) -> None:
+    """Refuse what cannot be had, before anything is loaded for it.
+
+    Raises:
+        CompressorError: with what can be asked for instead.
+    """
     for what, value, known in (
         ("format", request.format, FORMATS),
         ("precision", request.precision, PRECISIONS),

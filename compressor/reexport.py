@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compressor.errors import CompressorError
-from compressor.exports import Finished, Request, export_format
+from compressor.exports import Finished, Request, check, export_format
 from compressor.onnx_files import MODEL, drawn
 from compressor.progress import say
 from compressor.run_dir import RunDir
@@ -45,6 +46,8 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
     from export.reference import Reference
 
     board = find_target(target)
+    if wanted is not None:
+        check(replace(wanted, target=target))
     if bundle.exists():
         raise CompressorError(f"{bundle} exists already.", "Choose another --bundle FILE, or delete it.")
     with closing(Finished.open(folder)) as finished:
@@ -62,7 +65,8 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
                 rest=wanted.rest if wanted else None,
             )
             path = finished.path_of(request)
-            if not path.exists():
+            asked_anew = wanted is not None and wanted.precision == precision == "int8" and wanted.rest
+            if not path.exists() or (asked_anew and _rest_of(path) != request.rest):
                 yield from finished.onnx(request)
             elif precision == "int8" and _rest_of(path) != (request.rest or "fp16"):
                 yield (
@@ -110,7 +114,12 @@ def export_over_ssh(
 
 
 def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
-    """Take what a board measured into a run's manifest, once it is clear that it belongs to the bundle and the run."""
+    """Take what a board measured into a run's manifest, once it is clear that it belongs to the bundle and the run.
+
+    Raises:
+        CompressorError, ExportError: it does not belong there, or a network failed on the board; what came of the
+            others is in the manifest then.
+    """
     from export.bundle_results import read_results
 
     with closing(Finished.open(folder)) as finished:
@@ -123,6 +132,12 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
         yield f"{found.board.get('model') or found.target}, TensorRT {found.board.get('tensorrt')}:"
         for network in found.networks:
             yield f"  {network.describe()}"
+        failed = [network.name for network in found.networks if network.status != "ok"]
+        if failed:
+            raise CompressorError(
+                f"{len(failed)} of {len(found.networks)} networks failed on the board: {', '.join(failed)}.",
+                "The lines above say why. What the board measured of the others is in the manifest.",
+            )
 
 
 def _precisions(run: RunDir, wanted: Request | None) -> list[str]:

@@ -117,11 +117,12 @@ def measure(
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
     """Write a run's report.html anew from its manifest."""
     with friendly():
-        from compressor.report.html import write_report
-        from compressor.run_dir import RunDir
+        from compressor.report import verdict, write_report
+        from compressor.run_dir import MANIFEST, RunDir, read_json
 
         RunDir.tidy(run)
         out.print(f"Wrote {write_report(run)}", highlight=False, soft_wrap=True)
+        out.print(verdict(read_json(run / MANIFEST)), highlight=False, soft_wrap=True)
 
 
 def devices() -> None:

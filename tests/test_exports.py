@@ -214,6 +214,25 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
     assert "was made of the run 'run', not of 'other'" in message
 
 
+def test_a_network_that_failed_on_the_board_is_no_success(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export.bundle_results import DeviceResults, NetworkResult
+
+    ours = ["--bundle", tmp_path / "orin.tar.gz"]
+    export(run, "--target", "jetson-orin-nano-8gb", *ours)
+    failed = NetworkResult("model", "fp32", "build-failed", "out of memory", "", 0, "", None, None)
+    came = DeviceResults("jetson-orin-nano-8gb", {"model": "Orin", "tensorrt": "10.3.0"}, {}, (failed,))
+    monkeypatch.setattr("export.bundle_results.read_results", lambda *_: came)
+    arguments = ["export", str(run), *map(str, ours), "--import", "results.tar.gz"]
+    result = CliRunner().invoke(app, arguments)
+    message = " ".join(result.output.split())
+    assert result.exit_code == 2
+    assert "model (fp32): build-failed, out of memory" in message
+    assert "1 of 1 networks failed on the board: model." in message
+    assert json.loads((run / "manifest.json").read_text())["devices"][-1]["networks"][0]["status"] == "build-failed"
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -226,6 +245,10 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
         (["--calibration", "guess", "--precision", "int8"], "expected one of minmax, entropy, percentile"),
         (["--target", "jetson-orin"], "no target jetson-orin. Did you mean"),
         (["--target", "jetson-nano", "--precision", "int8"], "The Jetson Nano has no INT8 units"),
+        (
+            ["--target", "jetson-nano", "--precision", "int8", "--bundle", "b.tar.gz"],
+            "The Jetson Nano has no INT8 units",
+        ),
         (["--format", "engine", "--builder", "tensorflow"], "tensorflow is no module that builds engines"),
         (["--bundle", "b.tar.gz"], "A bundle is for a board"),
         (["--bundle", "b.tar.gz", "--target", "jetson-nano", "--format", "pt2"], "Leave out --format"),
