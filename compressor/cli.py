@@ -5,25 +5,52 @@ Nothing here imports torch before a command that needs it runs, so that `compres
 
 from __future__ import annotations
 
-import os
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from compressor import subcommands
 from compressor.errors import CompressorError
 from compressor.flags import number_or_text, recipe_of, with_settings
 from compressor.flags import overrides as overrides_of
 from compressor.signals import stoppable
-from compressor.terminal import BAD_INPUT, friendly, out
+from compressor.terminal import BAD_INPUT, friendly, out, written_out
+from export.text import message_text
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
 
+
+
+class _Commands(TyperGroup):
+    """The commands; what a usage error quotes of the command line is shown plain and short."""
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        with _short_quotes():
+            return super().make_context(*args, **more)
+
+    def invoke(self, *args: Any, **more: Any) -> Any:
+        with _short_quotes():
+            return super().invoke(*args, **more)
+
+
+@contextmanager
+def _short_quotes() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # click's, which typer brings in a copy of its own from some version on
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = message_text(message)  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
     name="compress",
+    cls=_Commands,
     help="Compress a CNN until it keeps the budget that a device sets, as measured.\n\n"
     "Example: compress --model resnet50 --latency 50%\n\n"
     "Exit codes: 0 every budget is kept as measured; 3 the best found misses one; 4 none is missed, but one is only "
@@ -198,10 +225,5 @@ for _command in subcommands.COMMANDS:
 
 def main() -> None:
     """Entry point of the `compress` command."""
-    with stoppable():
-        try:
-            app()
-        except BrokenPipeError:
-            # The reader of our output (head, less) went away; that is its right.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+    with stoppable(), written_out():
+        app()

@@ -10,7 +10,7 @@ import typer
 from compressor.errors import CompressorError
 from compressor.export_command import export
 from compressor.flags import overrides, recipe_of
-from compressor.terminal import friendly, out
+from compressor.terminal import friendly, out, stdout
 
 
 def profile(
@@ -154,7 +154,7 @@ def recipes(
         from compressor.recipe import Recipe, load_recipe, shipped_recipes
 
         if schema:
-            print(json.dumps(Recipe.model_json_schema(), indent=2))
+            stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
             raise typer.Exit
         table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
         for column in ("recipe", "model", "data", "device", "budget", "agent"):

@@ -16,7 +16,7 @@ from rich.segment import Segment
 
 from compressor.errors import CompressorError, Stopped
 from compressor.signals import stop_code, stopped
-from export.text import plain
+from export.text import message_text, plain
 
 
 class _Output(io.TextIOBase):
@@ -71,12 +71,16 @@ class _Output(io.TextIOBase):
         try:
             yield self._stream
         except OSError as error:
-            if error.errno != errno.EPIPE:
-                self.failed = self.failed or error
-            with suppress(OSError, ValueError):  # what is still buffered would fail again at the end
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self.fileno())
-                os.close(nowhere)
+            self.give_up(error)
+
+    def give_up(self, error: OSError) -> None:
+        """Write nowhere from now on."""
+        if error.errno != errno.EPIPE:
+            self.failed = self.failed or error
+        with suppress(OSError, ValueError):  # what is still buffered would fail again at the end
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
 
 
 class _Plain(Console):
@@ -98,6 +102,32 @@ err = _Plain(file=cast("IO[str]", stderr), stderr=True, emoji=False, markup=Fals
 BAD_INPUT = 2  # exit code: something the user can mend
 
 
+_OF_A_PATH = frozenset(
+    (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS)
+)
+"""What the system says of paths that a user gave; a file that is missing without a message is our own error."""
+
+_UNWRITTEN = frozenset((errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
+
+
+@contextmanager
+def written_out() -> Iterator[None]:
+    """End with a message and exit code 2 where standard output could not be written, as on a full disk."""
+    try:
+        yield
+    except OSError as error:  # of the help, which typer writes by itself
+        if error.filename is not None or error.errno not in _UNWRITTEN:
+            raise
+        stdout.give_up(error)
+    finally:
+        for stream in (stdout, stderr):
+            stream.flush()
+        if stdout.failed is not None:
+            err.print("Error:", style="bold red", end=" ")
+            _print(f"The output cannot be written: {stdout.failed.strerror or stdout.failed}.")
+            raise SystemExit(BAD_INPUT)
+
+
 @contextmanager
 def friendly() -> Iterator[None]:
     """Show progress, and end with one clear message: with exit code 2 where the user can mend something.
@@ -111,6 +141,10 @@ def friendly() -> Iterator[None]:
     try:
         with shown_on(RichDisplay(err)):
             yield
+    except OSError as error:
+        if error.filename is None or error.errno not in _OF_A_PATH:
+            raise
+        fail(f"{error.filename}: {error.strerror}.")
     except (CompressorError, ExportError) as error:
         if stopped():  # such as that of a child which the signal ended, too
             _say_stopped(None)
@@ -121,9 +155,9 @@ def friendly() -> Iterator[None]:
 
 def fail(message: str, hint: str = "") -> None:
     err.print("Error:", style="bold red", end=" ")
-    _print(message)
+    _print(message_text(message))
     if hint:
-        _print(hint)
+        _print(message_text(hint))
     raise typer.Exit(BAD_INPUT)
 
 

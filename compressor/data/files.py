@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ from compressor import progress
 from compressor.data.pixels import eight_bit
 from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.errors import CompressorError
+from export.files import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,6 +27,8 @@ _TOLERATED_SHARE = 0.05
 _TOLERATED_COUNT = 3
 _CHUNK = 256
 _SHOWN = 5
+_MOST_PIXELS = 1 << 26
+"""Of an image after it is scaled."""
 
 
 class ImageFile(NamedTuple):
@@ -81,7 +86,7 @@ def image_size(path: str) -> tuple[int, int] | None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             width, height = image.size
             return int(width), int(height)
     except _unreadable():
@@ -92,7 +97,8 @@ def _unreadable() -> tuple[type[Exception], ...]:
     """What Pillow raises for images that are damaged, cut short or absurdly large."""
     from PIL import Image
 
-    return OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError
+    damaged = (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error, zlib.error)
+    return OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, *damaged
 
 
 def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
@@ -110,7 +116,10 @@ def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
     preprocessing = Wanted().at(wanted) if isinstance(wanted, int) else wanted
     needed = 2 * preprocessing.resize_size
     try:
-        with pillow.open(path) as image:
+        with open_regular(path) as file, pillow.open(file) as image:
+            short, long = sorted(image.size)
+            if long * preprocessing.resize_size**2 > short * _MOST_PIXELS:
+                return None  # a line of pixels would become gigabytes when its short side is scaled
             # JPEG decodes to a half, a quarter or an eighth at once; twice the pixels that are needed lose nothing.
             image.draft("RGB", (needed, needed))
             pixels = eight_bit(image, preprocessing.channels)
