@@ -94,12 +94,12 @@ def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[st
     Returns:
         Multiply-adds in all; by module; how often each operator occurs that it does not count.
     """
-    from fvcore.nn import FlopCountAnalysis
-
     from compressor.pruning.facts import moved
 
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), "cpu")
     with evaluated(model), _quiet():
+        from fvcore.nn import FlopCountAnalysis  # its import warns of what it uses of torch
+
         analysis = FlopCountAnalysis(model, moved(example, device))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         return (

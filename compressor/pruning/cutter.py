@@ -21,7 +21,7 @@ from compressor.pruning.skeleton import copy_structure, named_tensors
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
-SECONDS_A_GROUP = 5.0
+SECONDS_A_GROUP = 15.0
 """Its search for what goes with a group is given up after this long."""
 
 MOST_STEPS = 4000
