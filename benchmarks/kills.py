@@ -214,15 +214,17 @@ def started(arguments: Sequence[str], folder: Path, case: str, watch: Watch | No
     if watch is not None:
         watch.install()
     sys.argv = ["compress", *arguments]
+    code = 0
     try:
         main()
     except SystemExit as end:
-        sys.stdout.flush()
-        raise SystemExit(end.code) from None
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
-        raise SystemExit(1) from None
-    raise SystemExit(0)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # libraries that were imported before the fork do not survive Python's own end
 
 
 def ended(pid: int) -> int:
