@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from compressor.run_dir import RECIPE, RunDir, sha256_file
 
 if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
+    from compressor.recipe import Recipe
 
 KEPT, MISSED, OPEN = 0, 3, 4
 """Exit codes: every budget is kept as measured; the best found misses one; neither, as one is only predicted or cannot
@@ -29,7 +31,11 @@ def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
     from compressor.report.html import write_report
 
     code = exit_code(run.manifest["budgets"], job.recipe.contract.accept_predicted)
-    notes = [*run.manifest["notes"], *_closing_notes(run.manifest, job, plan)]
+    notes = [
+        *run.manifest["notes"],
+        *_closing_notes(run.manifest, job, plan),
+        *_on_the_device(run, job.recipe),
+    ]
     run.save(status="finished", exit_code=code, notes=list(dict.fromkeys(notes)))
     with run.stage("report"):
         run.save(files=_checksums(run))
@@ -66,6 +72,17 @@ def _closing_notes(manifest: Mapping[str, Any], job: Job, plan: ChannelPlan) -> 
         yield "The dense network keeps every budget already: nothing was pruned."
     if pruned and all(entry["name"] != "latency" for entry in budgets):
         yield from _hardly_faster(manifest)
+
+
+def _on_the_device(run: RunDir, recipe: Recipe) -> Iterator[str]:
+    """The command that takes the network to a board that this run could not reach."""
+    from export.targets import TARGETS
+
+    if recipe.device in TARGETS:
+        yield (
+            f"Engines are built on the {TARGETS[recipe.device].title}. Make the bundle that does it: compress export "
+            f"{shlex.quote(str(run.path))} --target {recipe.device} --bundle {recipe.device}.tar.gz"
+        )
 
 
 def _hardly_faster(manifest: Mapping[str, Any]) -> Iterator[str]:

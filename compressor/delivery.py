@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.contract import remember, slack_left
+from compressor.device import opset_of
 from compressor.job import Job
 from compressor.latency.distinct import with_distinct_weights
 from compressor.onnx_files import (
@@ -18,7 +19,6 @@ from compressor.onnx_files import (
     build_engine_of,
     drawn,
     metadata_of,
-    opset_of,
     scored,
 )
 from compressor.precisions import write_precision
@@ -46,7 +46,6 @@ def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
     if not run.finished("probe"):
         with run.stage("probe"):
             _write_onnx(job, with_distinct_weights(job.space.apply(plan)), run.file(PROBE))
-            _write_dense(run, job)
             dense, slim = timed_on_device(run, job, run.file(PROBE))
             done = _add_round(run, job, plan, dense, slim)
             if done["kept"]:
@@ -66,7 +65,6 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
 
     with run.stage("export"):
         run.save(checks=checks(job.space, plan, slim))
-        _write_dense(run, job)
         info = _write_onnx(
             job, slim, run.file(MODEL), metadata=metadata_of(job.recipe, job.data, run, plan.checksum)
         )
@@ -100,7 +98,13 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
             layers=_layers(job, plan),
             other_macs=_other_macs(job, plan),
         )
-        if job.recipe.export.engine:
+        local = job.recipe.device == "local"
+        if job.recipe.export.engine and not local:
+            run.save(
+                engines=[],
+                engine_note=f"An engine for {job.recipe.device} is built there, not on this machine.",
+            )
+        elif job.recipe.export.engine:
             engines, note = build_engine_of(run, run.file(MODEL))
             say(note)
             run.save(engines=engines, engine_note=None if engines else note)
@@ -108,7 +112,9 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
             run.save(engines=[], engine_note="The recipe asks for none.")
         if job.recipe.precision != "fp32":
             recipe = job.recipe  # on this machine's CPU its precision is fp32
-            for line in write_precision(run, job.data, recipe.precision, recipe.export.max_drop, rest="fp16"):
+            for line in write_precision(
+                run, job.data, recipe.precision, recipe.export.max_drop, rest="fp16", engine=local
+            ):
                 say(line)
 
 
@@ -181,11 +187,6 @@ def _add_round(
     }
     run.manifest["rounds"] = [*run.manifest["rounds"], entry]
     return entry
-
-
-def _write_dense(run: RunDir, job: Job) -> None:
-    if not run.file(DENSE).exists():
-        _write_onnx(job, with_distinct_weights(job.model), run.file(DENSE))
 
 
 def _write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any] | None = None) -> Any:

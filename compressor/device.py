@@ -112,3 +112,11 @@ def latency_table(
 def device_precision(recipe: Recipe) -> Precision:
     """The precision of a resolved recipe, in which networks are timed on its device."""
     return "fp32" if recipe.precision == "auto" else recipe.precision
+
+
+def opset_of(recipe: Recipe, target: str | None = None) -> int:
+    """The ONNX opset for a device: the recipe's, or less where a board's TensorRT reads no newer one."""
+    from export.targets import TARGETS, find_target
+
+    board = find_target(target) if target else TARGETS.get(recipe.device)
+    return min(recipe.export.opset, board.opset) if board else recipe.export.opset

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.device import opset_of
 from compressor.errors import CompressorError
 from compressor.inputs import load_images
-from compressor.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, drawn, metadata_of, opset_of
+from compressor.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, drawn, metadata_of
 from compressor.precisions import record, write_precision
 from compressor.recipe import Recipe, load_recipe
 from compressor.run_dir import RECIPE, RunDir, replacing
@@ -130,7 +131,10 @@ class Finished:
                 rest=request.rest or ("fp16" if request.target else None),
                 source=None if fp32 == self.run.file(MODEL) else fp32,
                 path=self.path_of(request),
-                engine=request.format == "onnx" and not request.batch.open,
+                engine=request.format == "onnx"
+                and not request.batch.open
+                and request.target is None
+                and self.recipe.device == "local",  # an engine of this machine is no use to another
             )
 
     def path_of(self, request: Request, precision: str | None = None) -> Path:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.device import check_device, latency_table, runtime_of, steps_of
 from compressor.errors import CompressorError
+from compressor.trial import DenseFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -40,6 +42,7 @@ class Job:
         table: latency of the device; None where no latency budget asks for it.
         torch_device: where training runs, "cpu" or "cuda".
         notes: sentences that the user must see beside the numbers.
+        dense_file: the dense network's ONNX file, until the run has it.
         callers: of the functions that are budgets and of energy, by name.
     """
 
@@ -52,6 +55,7 @@ class Job:
     table: LatencyTable | None
     torch_device: str
     notes: list[str]
+    dense_file: DenseFile
     callers: dict[str, Prices] = field(default_factory=dict)
 
     @property
@@ -127,6 +131,7 @@ def prepare(
     *,
     profile_limit_s: float | None = None,
     values: Mapping[str, Mapping[tuple[int, ...], float]] | None = None,
+    dense: Path | None = None,
 ) -> Job:
     """Load and trace everything that a resolved recipe names.
 
@@ -136,6 +141,7 @@ def prepare(
         profile_limit_s: how long this machine may be measured where its table is not known; None is the usual.
         values: by budget and widths what functions have given already, in the run that goes on; they are not asked
             again for these, since a noisy one would answer otherwise.
+        dense: where the run that goes on has the dense network's ONNX file; it is exported where that is missing.
 
     Raises:
         CompressorError: whatever in the recipe cannot be had, with the mend.
@@ -163,6 +169,7 @@ def prepare(
     teacher = copy.deepcopy(model).eval() if recipe.weights != "none" else None
     example = torch.zeros(1, *data.input_shape)
     space = trace(recipe, model, example)
+    dense_file = DenseFile(dense, recipe, model, example)
     if recipe.pruning.granularity == "measured":
         recipe = recipe.changed({"pruning": {"granularity": steps_of(recipe, space, example)}})
         space = trace(recipe, model, example)
@@ -181,6 +188,7 @@ def prepare(
         table=table,
         torch_device=torch_device,
         notes=notes,
+        dense_file=dense_file,
         callers={
             spec.name: FunctionCaller(
                 spec.name, space, recipe.budgets.function_seconds, recipe.budgets.function_repeats

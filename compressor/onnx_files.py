@@ -55,14 +55,6 @@ def scored(path: Path, data: DataBundle) -> tuple[float, int]:
     return accuracy_onnx(path, batches(), threads=torch.get_num_threads()), seen
 
 
-def opset_of(recipe: Recipe, target: str | None = None) -> int:
-    """The ONNX opset for a device: the recipe's, or less where a board's TensorRT reads no newer one."""
-    from export.targets import TARGETS, find_target
-
-    board = find_target(target) if target else TARGETS.get(recipe.device)
-    return min(recipe.export.opset, board.opset) if board else recipe.export.opset
-
-
 def metadata_of(recipe: Recipe, data: DataBundle, run: RunDir, plan_checksum: str) -> dict[str, Any]:
     """What a file says about itself: model, classes, normalisation, run and plan."""
     return {

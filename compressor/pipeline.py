@@ -23,6 +23,7 @@ from compressor.delivery import export, measure, probe
 from compressor.device import device_precision
 from compressor.errors import CompressorError, Stopped
 from compressor.job import Job, prepare
+from compressor.onnx_files import DENSE
 from compressor.progress import say
 from compressor.recipe import Recipe, load_recipe
 from compressor.recipe.validation import validated
@@ -97,7 +98,7 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
                 f"The run in {folder} was begun with another recipe: {'; '.join(refused)}.",
                 f"Resume it without these options and with its {RECIPE} as it was, or start a new run with --out DIR.",
             )
-        job = prepare(expected, _table_of(run, expected), values=_function_values(run))
+        job = prepare(expected, _table_of(run, expected), values=_function_values(run), dense=run.file(DENSE))
         if changed:
             note = f"Resumed with other settings: {'; '.join(changed.values())}."
             write_atomic(run.file(RECIPE), expected.to_yaml())

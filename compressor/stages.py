@@ -11,6 +11,7 @@ from compressor.dense import check_dense, lost_in_finetuning
 from compressor.errors import CompressorError
 from compressor.inputs import described
 from compressor.job import Job
+from compressor.onnx_files import DENSE
 from compressor.progress import bar, say
 from compressor.run_dir import RunDir, write_atomic
 from compressor.surroundings import environment, too_few_images
@@ -33,6 +34,7 @@ def begin(run: RunDir, job: Job) -> None:
     from compressor.models.weights import FRESH_HEAD
     from compressor.training.evaluate import predictions
 
+    job.dense_file.put(run.file(DENSE))
     if run.finished("begin"):
         return
     recipe = job.recipe

@@ -34,3 +34,16 @@ def tiny(num_classes: int = 10) -> nn.Module:
 def no_channels(num_classes: int = 10) -> nn.Module:
     """A network in which nothing can be pruned."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))
+
+
+class NoOnnx(Tiny):
+    """It can be pruned, but an operation on its classes has no form in ONNX."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        classes = super().forward(x)
+        return classes + 1e-3 * torch.frac(classes)
+
+
+def no_onnx(num_classes: int = 10) -> nn.Module:
+    """`NoOnnx` as a factory."""
+    return NoOnnx(num_classes)

@@ -42,16 +42,34 @@ def test_what_is_only_predicted_ends_with_4_unless_that_is_accepted(tmp_path: Pa
     start = [
         "--model", "tests.nets:tiny", "--device", "jetson-orin-nano-8gb", "--latency", "99%", "--epochs", "1",
         "--agent", "uniform", "--set", "search.batch_norm_batches=1", "--set", "export.max_drop=99",
-        "--set", "export.engine=false", "--out", str(folder),
+        "--out", str(folder),
     ]  # fmt: skip
     code, said = _run(*start)
     assert code == 4
+    _builds_no_engine_here(folder, said)
     assert "Only predicted: latency" in said
     assert "--accept-predicted makes it 0" in said
     code, said = _run("--resume", str(folder), "--accept-predicted")
     assert code == 0
     assert "--accept-predicted" not in said.replace("contract.accept_predicted", "")
     assert json.loads((folder / "manifest.json").read_text())["exit_code"] == 0
+
+
+def _builds_no_engine_here(folder: Path, said: str) -> None:
+    """An engine of this machine is no use to the board; the run ends with the command that makes the board's bundle."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["engines"] == []
+    assert (
+        manifest["engine_note"] == "An engine for jetson-orin-nano-8gb is built there, not on this machine."
+    )
+    assert not list(folder.glob("engines/*.engine"))
+    command = f"compress export {folder} --target jetson-orin-nano-8gb --bundle jetson-orin-nano-8gb.tar.gz"
+    assert manifest["notes"][-1].endswith(command)
+    assert command in said
+    assert command in " ".join((folder / "report.html").read_text().split())
+    bundle = folder.parent / "jetson-orin-nano-8gb.tar.gz"
+    code, _ = _run("export", str(folder), "--target", "jetson-orin-nano-8gb", "--bundle", str(bundle))
+    assert (code, bundle.exists()) == (0, True)
 
 
 def _run(*arguments: str) -> tuple[int, str]:
