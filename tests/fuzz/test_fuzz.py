@@ -1,0 +1,224 @@
+"""Damaged and hostile files of every kind: each is read, or refused with one message, and nothing else happens.
+
+Valid files are changed in places: bytes, pieces cut out or doubled, values of their fields.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from compressor.data.files import decode
+from compressor.errors import CompressorError
+from compressor.latency.schema import SCHEMA_VERSION, read_table
+from compressor.models.weights import read_weights
+from compressor.pruning.artefact import read_plan
+from compressor.pruning.plan import ChannelPlan
+from compressor.recipe import Recipe, load_recipe
+from compressor.run_dir import Checkpoint
+from export.archive import CHECKSUMS, checksums, pack, require_checksums, unpack
+from export.bundle_results import compute_times, output_values, read_results
+from export.errors import ExportError
+from export.files import sha256_bytes
+
+Edits = list[tuple[int, int, bytes]]
+
+EDITS = st.lists(
+    st.tuples(
+        st.integers(0, 1 << 30),
+        st.integers(0, 3),
+        st.sampled_from(
+            [b"\0", b"\xff", b"\x80\x02.", b"9" * 30, b"[", b"{", b"-1", b"1e999", b"nan", b"&a [*a]", b"!!x "]
+        )
+        | st.binary(min_size=1, max_size=4),
+    ),
+    min_size=1,
+    max_size=4,
+)
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=8),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=8), inside, max_size=3),
+    max_leaves=5,
+)
+
+
+def edited(content: bytes, edits: Edits) -> bytes:
+    """The content with pieces overwritten, put in, cut out or doubled."""
+    for place, how, piece in edits:
+        at = place % (len(content) + 1)
+        if how == 0:
+            content = content[:at] + piece + content[at + len(piece) :]
+        elif how == 1:
+            content = content[:at] + piece + content[at:]
+        elif how == 2:
+            content = content[:at]
+        else:
+            content = content[:at] + content[at // 2 : at] + content[at:]
+    return content
+
+
+def with_value(fields: Any, place: int, value: Any) -> Any:
+    """Plain data with one of its values replaced."""
+    fields = json.loads(json.dumps(fields))
+    holder, key = {"": fields}, ""
+    inside: Any = fields
+    while isinstance(inside, dict | list) and inside and place % 5:
+        keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
+        holder, key = inside, keys[place % len(keys)]
+        place, inside = place // 3, holder[key]
+    holder[key] = value
+    return holder[""] if key == "" and set(holder) == {""} else fields
+
+
+def bounded(read: Callable[[], object]) -> None:
+    """Read something, or be refused."""
+    refusal: CompressorError | ExportError | None = None
+    try:
+        read()
+    except (CompressorError, ExportError) as error:
+        refusal = error
+    if refusal is not None:
+        assert refusal.message.strip()
+        assert len(str(refusal)) < 4000
+        assert all(char.isprintable() or char in "\n\t" for char in str(refusal))
+
+
+def fuzz(examples: int) -> Callable[[Any], Any]:
+    return settings(
+        max_examples=examples, derandomize=True, deadline=None, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+
+def _saved(value: object, **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **how)
+    return buffer.getvalue()
+
+
+def _picture(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((20, 16)).convert("RGB").save(buffer, kind)
+    return buffer.getvalue()
+
+
+NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+WEIGHTS = [
+    _saved(NET.state_dict()),
+    _saved({"state_dict": NET.state_dict()}, _use_new_zipfile_serialization=False),
+    _saved({"a": torch.ones(2).to_sparse(), "b": torch.zeros(1).expand(1 << 12, 1 << 12)}),
+]
+PICTURES = {kind: _picture(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")}
+RECIPE = Recipe(model="resnet50", budgets={"latency": "50%"}).resolved()
+PLAN = ChannelPlan({"conv1": (0, 1, 3), "layer1.0": (2,)})
+CHANNELS = {
+    "format": "compressor-slim", "version": 1, "factory": {"factory": "resnet18", "kwargs": {"num_classes": 10}},
+    "plan": json.loads(PLAN.to_json()), "plan_sha256": PLAN.checksum, "tensors": {"a": [1, 2]}, "edits": [],
+    "swaps": {}, "weights": {"file": "model.safetensors", "sha256": "0" * 64},
+}  # fmt: skip
+TABLE = {
+    "schema_version": SCHEMA_VERSION, "device": {"name": "x"}, "precision": "fp32",
+    "entries": {"conv": {"c_in": [1], "ms": [1.0]}},
+}  # fmt: skip
+RESULTS = {
+    "format": 1, "bundle": "0" * 64, "model": "Orin", "tensorrt": "10.3.0", "processes": 1,
+    "networks": [{"name": "net", "status": "ok", "onnx_sha256": "0" * 64, "engine_bytes": 5, "reason": ""}],
+}  # fmt: skip
+BUNDLE = {"format": 1, "target": "x", "networks": [{"name": "net", "sha256": "0" * 64, "precision": "fp32"}]}
+
+
+def archive(files: dict[str, bytes]) -> bytes:
+    return pack({**files, CHECKSUMS: checksums(files)}, "results")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@fuzz(400)
+@given(edits=EDITS, place=st.integers(0, 10**9), value=VALUES, fields=st.booleans())
+def test_recipes(folder: Path, edits: Edits, place: int, value: Any, fields: bool) -> None:
+    file = folder / "recipe.yaml"
+    if fields:
+        plain = with_value(RECIPE.model_dump(mode="json"), place, value)
+        bounded(lambda: file.write_text(json.dumps(plain)) and load_recipe(file).resolved())
+    else:
+        file.write_bytes(edited(RECIPE.to_yaml().encode(), edits))
+        bounded(lambda: load_recipe(file))
+
+
+@fuzz(300)
+@given(edits=EDITS, place=st.integers(0, 10**9), value=VALUES, fields=st.booleans())
+def test_artefacts(folder: Path, edits: Edits, place: int, value: Any, fields: bool) -> None:
+    text = json.dumps(with_value(CHANNELS, place, value) if fields else CHANNELS).encode()
+    (folder / "channels.json").write_bytes(text if fields else edited(text, edits))
+    bounded(lambda: read_plan(folder))
+
+
+@fuzz(200)
+@given(edits=EDITS, place=st.integers(0, 10**9), value=VALUES, fields=st.booleans())
+def test_tables(edits: Edits, place: int, value: Any, fields: bool) -> None:
+    text = json.dumps(with_value(TABLE, place, value) if fields else TABLE).encode()
+    bounded(lambda: read_table((text if fields else edited(text, edits)).decode(errors="replace"), "It"))
+
+
+@fuzz(300)
+@given(edits=EDITS, place=st.integers(0, 10**9), value=VALUES, which=st.integers(0, 2))
+def test_results(folder: Path, edits: Edits, place: int, value: Any, which: int) -> None:
+    bundle, results = folder / "bundle.tar.gz", folder / "results.tar.gz"
+    described = archive({"bundle.json": json.dumps(BUNDLE).encode()})
+    found = {**RESULTS, "bundle": ""}
+    bundle.write_bytes(described)
+    found["bundle"] = sha256_bytes(unpack(bundle)[CHECKSUMS])
+    content = json.dumps(with_value(found, place, value) if which else found).encode()
+    times = edited(b'[{"computeMs": 1.5}, {"computeMs": 2.5}]', edits)
+    results.write_bytes(archive({"results.json": content, "net/times-1.json": times}))
+    bounded(lambda: read_results(results, bundle))
+    bounded(lambda: compute_times(times, "times"))
+    bounded(lambda: output_values(edited(b'[{"values": [1, 2, 3]}]', edits), "values"))
+
+
+@fuzz(250)
+@given(edits=EDITS, raw=st.booleans())
+def test_archives(folder: Path, edits: Edits, raw: bool) -> None:
+    file = folder / "some.tar.gz"
+    content = archive({"a.json": b"{}" * 50, "b/c.txt": b"x" * 700})
+    if raw:  # the tar inside is changed, and packed again
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            entry = tarfile.TarInfo("results/" + "n" * 120)
+            entry.size, entry.mtime = 5, 1.5  # type: ignore[assignment]
+            tar.addfile(entry, io.BytesIO(b"hello"))
+        file.write_bytes(gzip.compress(edited(buffer.getvalue(), edits), 1))
+    else:
+        file.write_bytes(edited(content, edits))
+    bounded(lambda: require_checksums(unpack(file, largest=1 << 22), file))
+
+
+@fuzz(300)
+@given(edits=EDITS, kind=st.sampled_from(sorted(PICTURES)))
+def test_pictures(folder: Path, edits: Edits, kind: str) -> None:
+    file = folder / "picture"
+    file.write_bytes(edited(PICTURES[kind], edits))
+    bounded(lambda: decode(str(file), 16))
+
+
+@fuzz(250)
+@given(edits=EDITS, which=st.integers(0, len(WEIGHTS) - 1), checkpoint=st.booleans())
+def test_weights(folder: Path, edits: Edits, which: int, checkpoint: bool) -> None:
+    file = folder / "net.pt"
+    file.write_bytes(edited(WEIGHTS[which], edits))
+    bounded(lambda: Checkpoint(file).load() if checkpoint else read_weights(file))
