@@ -25,13 +25,16 @@ MOST_LINES = 25
 MOST_SENTENCES = 8
 
 
-def explain_again(folder: Path, profiles: tuple[Path, Path] | None = None) -> Iterator[Any]:
+def explain_again(
+    folder: Path, profiles: tuple[Path, Path] | None = None, factory: str | None = None
+) -> Iterator[Any]:
     """Profile a run's dense and slim network, print why the slim one is not faster, and write the report anew.
 
     Args:
         folder: A finished run's.
         profiles: Layer profiles of the dense and the slim engine that trtexec wrote on the run's device; by default
             both networks are profiled on this machine.
+        factory: What builds the run's network, where that is code of the user's; see `models.known`.
 
     Raises:
         CompressorError: the run has exported nothing yet, or a profile is not of its networks.
@@ -51,7 +54,7 @@ def explain_again(folder: Path, profiles: tuple[Path, Path] | None = None) -> It
         recipe = load_recipe(run.file(RECIPE)).resolved()
         table = _table(run)
         here = recipe.device == "local" and (table is None or table.fields.runtime.name == CPU)
-        predicted, note = _predicted(run, recipe, table) if here or profiles else (None, "")
+        predicted, note = _predicted(run, recipe, table, factory) if here or profiles else (None, "")
         if profiles is not None:
             machine, block, size = _device(recipe, table)
             found = read_profiles(*profiles, run, element_bytes=size, block=block)
@@ -144,7 +147,9 @@ def _table(run: RunDir) -> LatencyTable | None:
     return LatencyTable.read(run.file(TABLE)) if run.file(TABLE).exists() else None
 
 
-def _predicted(run: RunDir, recipe: Recipe, table: LatencyTable | None) -> tuple[Pairs | None, str]:
+def _predicted(
+    run: RunDir, recipe: Recipe, table: LatencyTable | None, factory: str | None
+) -> tuple[Pairs | None, str]:
     """The table's prediction of every operator, or why there is none."""
     from compressor.latency.local import require_made_here
     from compressor.layer_times import kept_widths, predicted_pairs, run_space
@@ -154,10 +159,10 @@ def _predicted(run: RunDir, recipe: Recipe, table: LatencyTable | None) -> tuple
     try:
         if recipe.device == "local":
             require_made_here(table, recipe.threads)
-        space = run_space(run, table)
+        space = run_space(run, table, factory)
         return predicted_pairs(table, space, kept_widths(run, space)), ""
     except CompressorError as error:
-        return None, f"Nothing was predicted: {error.message}"
+        return None, f"Nothing was predicted: {error.message} {error.hint}".rstrip()
 
 
 def _device(recipe: Recipe, table: LatencyTable | None) -> tuple[Any, int, int]:

@@ -34,6 +34,10 @@ def export(
         str | None, typer.Option(help="What int8 leaves over: fp32 or fp16 (the default for boards).")
     ] = None,
     file: Annotated[Path | None, typer.Option("--out", help="Copy the file there as well.")] = None,
+    factory: Annotated[
+        str | None,
+        typer.Option(help="module:factory of the run's network, where that is code that was not run from here."),
+    ] = None,
     builder: Annotated[
         str | None,
         typer.Option(help="tensorrt or tensorrt_rtx_bindings; what is installed.", rich_help_panel=ENGINES),
@@ -89,7 +93,8 @@ def export(
             {
                 "format": format, "precision": precision, "batch": parse_batch(batch), "opset": opset,
                 "target": None if over_ssh else target, "max_drop": max_drop, "method": calibration, "rest": rest,
-                "out": file, "module": builder, "compute_capability": tuple(compute_capability or ()),
+                "out": file, "factory": factory, "module": builder,
+                "compute_capability": tuple(compute_capability or ()),
             },
             {
                 "workspace_bytes": workspace << 20, "optimisation_level": optimisation_level, "dla_core": dla,

@@ -43,6 +43,7 @@ class Request:
         method: How INT8 ranges are found.
         rest: What INT8 leaves over computes in; None for what suits the device.
         out: A copy of the file goes here.
+        factory: What builds the network where that is code of the user's: `package.module:factory`.
         module, compute_capability, settings: Of the engine's builder.
     """
 
@@ -55,6 +56,7 @@ class Request:
     method: str = "minmax"
     rest: str | None = None
     out: Path | None = None
+    factory: str | None = None
     module: str | None = None
     compute_capability: tuple[str, ...] = ()
     settings: BuildSettings = field(default_factory=BuildSettings)
@@ -63,15 +65,20 @@ class Request:
 class Finished:
     """A run that has exported its network, with what exporting it again needs."""
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: RunDir, factory: str | None = None) -> None:
         self.run = run
+        self._factory = factory
         self.recipe: Recipe = load_recipe(run.file(RECIPE))
         self._data: DataBundle | None = None
         self._model: nn.Module | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> Finished:
+    def open(cls, folder: Path, factory: str | None = None) -> Finished:
         """The run in a folder, locked.
+
+        Args:
+            folder: the run's.
+            factory: what builds its network where that is code of the user's; see `models.known`.
 
         Raises:
             CompressorError: it is no run's, or the run has exported nothing yet.
@@ -82,7 +89,7 @@ class Finished:
             raise CompressorError(
                 f"The run in {folder} has exported nothing yet.", f"Go on: compress --resume {folder}"
             )
-        return cls(run)
+        return cls(run, factory)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -98,10 +105,12 @@ class Finished:
     @property
     def model(self) -> nn.Module:
         """The slim network as it was saved."""
+        from compressor.models.known import allowed_factory
         from compressor.pruning.artefact import load
 
         if self._model is None:
-            self._model = load(self.run.path)
+            factory = allowed_factory(self.recipe.model, self._factory, self.run.path)
+            self._model = load(self.run.path, factory=factory)
         return self._model
 
     def metadata(self) -> dict[str, Any]:
@@ -196,7 +205,7 @@ def export_format(folder: Path, request: Request) -> Iterator[str]:
         CompressorError, ExportError: the run is not finished, the request cannot be had, or a check fails.
     """
     check(request)
-    with closing(Finished.open(folder)) as finished:
+    with closing(Finished.open(folder, request.factory)) as finished:
         if request.format in ("torchscript", "pt2"):
             made, lines = _torch_file(finished, request)
             yield from lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -96,3 +97,14 @@ def read_json(path: Path, what: str = "file", hint: str = "") -> Any:
 def now() -> str:
     """The time in UTC, to the second, as ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """The folder given, else `$COMPRESSOR_CACHE`, else the user's cache folder."""
+    if folder is not None:
+        return Path(folder)
+    if os.environ.get("COMPRESSOR_CACHE"):
+        return Path(os.environ["COMPRESSOR_CACHE"])
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("compressor"))

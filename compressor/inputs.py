@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import CompressorError
+from compressor.progress import say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +50,12 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
 
     data = load_images(recipe)
     torch.manual_seed(recipe.seed)
-    model = create_model(recipe.model, data.num_classes, weights or recipe.weights, data.input_shape)
+    said: list[str] = []
+    model = create_model(
+        recipe.model, data.num_classes, weights or recipe.weights, data.input_shape, said.append
+    )
+    for sentence in said:
+        say(sentence)
     channels = input_channels(model, data.input_shape)
     if channels != data.preprocessing.channels:
         order = "grey" if channels == 1 else "rgb"
@@ -60,7 +66,7 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
                 f"Leave it out, or set it to {order}.",
             )
         data = data.prepared(_wanted(recipe, order).at(data.preprocessing.size))
-    notes = (*data.notes, *_assumed(recipe, data.preprocessing))
+    notes = (*data.notes, *said, *_assumed(recipe, data.preprocessing))
     return Loaded(_completed(recipe, data.preprocessing), data, model, notes)
 
 

@@ -153,7 +153,7 @@ def prepare(
     from compressor.budgets.function import FunctionCaller
     from compressor.env.reward import soft_reward
     from compressor.inputs import load
-    from compressor.models import model_factory
+    from compressor.models import factory_of
     from compressor.training.sites import check_workers
 
     specs = budget_specs(recipe)
@@ -166,6 +166,8 @@ def prepare(
     loaded = load(recipe)
     recipe, data, model = loaded.recipe, loaded.data, loaded.model
     notes += loaded.notes
+    factory = factory_of(model)
+    assert factory is not None  # create_model leaves it on every network
     teacher = copy.deepcopy(model).eval() if recipe.weights != "none" else None
     example = torch.zeros(1, *data.input_shape)
     space = trace(recipe, model, example)
@@ -182,7 +184,7 @@ def prepare(
         recipe=recipe,
         model=model,
         teacher=teacher.to(torch_device) if teacher is not None else None,
-        factory=model_factory(recipe.model, data.num_classes, recipe.weights),
+        factory=factory,
         data=data,
         space=space,
         table=table,

@@ -104,8 +104,13 @@ def _with_times(layers: Sequence[dict[str, Any]], lines: Sequence[Line]) -> list
     ]
 
 
-def run_space(run: RunDir, table: LatencyTable | None) -> PruningSpace:
+def run_space(run: RunDir, table: LatencyTable | None, factory: str | None = None) -> PruningSpace:
     """The pruning space of a run's network as its table knows it, without its data and without its weights.
+
+    Args:
+        run: Names the network.
+        table: Its channel steps.
+        factory: What builds the network where that is code of the user's; see `models.known`.
 
     Raises:
         CompressorError: the network cannot be made again.
@@ -115,6 +120,7 @@ def run_space(run: RunDir, table: LatencyTable | None) -> PruningSpace:
 
     from compressor.latency.signature import network_signature
     from compressor.models import create_model
+    from compressor.models.known import allowed_factory
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import load_recipe
     from compressor.run_dir import RECIPE
@@ -123,7 +129,7 @@ def run_space(run: RunDir, table: LatencyTable | None) -> PruningSpace:
     graph = onnx.load(str(run.file(DENSE)), load_external_data=False).graph
     shape = tuple(dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim)[1:]
     classes = graph.output[0].type.tensor_type.shape.dim[-1].dim_value
-    model = create_model(recipe.model, classes, "none", shape).eval()
+    model = create_model(allowed_factory(recipe.model, factory, run.path), classes, "none", shape).eval()
     pruning = recipe.pruning
 
     def traced(steps: int | dict[str, int]) -> PruningSpace:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.latency.cache import cache_folder
+from compressor.files import cache_folder
 from compressor.progress import bar
 from compressor.run_dir import RunDir
 

@@ -56,7 +56,7 @@ class RunResult:
         """The slim network, on the CPU."""
         from compressor.pruning.artefact import load
 
-        return load(self.directory)
+        return load(self.directory, factory=self.manifest["model"])
 
 
 def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
@@ -69,10 +69,13 @@ def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
     Raises:
         CompressorError: something in the recipe cannot be had; nothing was written then.
     """
+    from compressor.models.known import remember_factory
+
     recipe = recipe.resolved()
     path = out or new_run_path(Path("runs"), f"{recipe.model}-{recipe.data_kind}")
     RunDir.refuse_taken(path)
     job = prepare(recipe)
+    remember_factory(recipe.model)
     with closing(RunDir.create(path, job.recipe.to_yaml())) as run, _stopped_in(path):
         say(f"The run's folder is {run.path}")
         return _walk(run, job)
@@ -90,6 +93,8 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
     Raises:
         CompressorError: the run was begun with another recipe, or another process is working on the folder.
     """
+    from compressor.models.known import remember_factory
+
     with closing(RunDir.open(folder)) as run, _stopped_in(folder):
         expected = load_recipe(run.file(RECIPE)).changed(overrides or {})
         changed = _changed_since(run, expected)
@@ -99,6 +104,7 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
                 f"Resume it without these options and with its {RECIPE} as it was, or start a new run with --out DIR.",
             )
         job = prepare(expected, _table_of(run, expected), values=_function_values(run), dense=run.file(DENSE))
+        remember_factory(expected.model)
         if changed:
             note = f"Resumed with other settings: {'; '.join(changed.values())}."
             write_atomic(run.file(RECIPE), expected.to_yaml())

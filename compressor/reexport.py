@@ -50,7 +50,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
         check(replace(wanted, target=target))
     if bundle.exists():
         raise CompressorError(f"{bundle} exists already.", "Choose another --bundle FILE, or delete it.")
-    with closing(Finished.open(folder)) as finished:
+    with closing(Finished.open(folder, wanted.factory if wanted else None)) as finished:
         run = finished.run
         networks = []
         for precision in _precisions(run, wanted):

@@ -268,7 +268,7 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
     from compressor.training.evaluate import accuracy
 
     if run.finished("finetune"):
-        return load(run.path, device=job.torch_device)
+        return load(run.path, factory=job.recipe.model, device=job.torch_device)
     epochs = int(job.recipe.epochs or 0) - search_epochs(job)
     slim = job.space.apply(plan)
     checkpoint = run.checkpoint("finetune")

@@ -96,6 +96,10 @@ def measure(
         Path | None,
         typer.Option(help="With --explain: what trtexec --exportProfile wrote of the slim engine."),
     ] = None,
+    factory: Annotated[
+        str | None,
+        typer.Option(help="With --explain: module:factory of the network, where it was not run from here."),
+    ] = None,
 ) -> None:
     """Measure a run's dense and slim networks again on this machine."""
     with friendly():
@@ -108,7 +112,7 @@ def measure(
                 "Give --explain, --dense-profile FILE and --slim-profile FILE.",
             )
         profiles = (dense_profile, slim_profile) if dense_profile and slim_profile else None
-        for line in explain_again(run, profiles) if explain else measure_again(run):
+        for line in explain_again(run, profiles, factory) if explain else measure_again(run):
             out.print(
                 line, highlight=False, soft_wrap=isinstance(line, str), markup=not isinstance(line, str)
             )

@@ -106,10 +106,18 @@ def test_factory_rebuilds_the_architecture(name: str) -> None:
         ("cifar_resnet50", ["cifar_resnet56"]),
         ("mobilenetv3_small", ["mobilenet_v3_small"]),
         ("no_such_package:net", ["no_such_package", "package.module:factory"]),
-        ("torch.nn:Lineal", ["Lineal"]),
+        ("torch.nn:Lineal", ["Lineal", "Linear"]),
+        ("torch.nn:Module", ["without a forward"]),
+        (".:x", ["package.module:factory"]),
+        ("torch nn:x", ["package.module:factory"]),
+        ("fcos_resnet50_fpn", ["a detection network"]),
+        ("fcn_resnet50", ["a segmentation network"]),
+        ("r3d_18", ["video clips"]),
+        ("quantized_resnet50", ["quantised operators", "resnet50"]),
+        ("raft_small", ["optical flow"]),
         ("torch.nn:Linear", ["in_features"]),
         ("os:abort", ["expected a function"]),
-        ("torch.nn:ReLU", ["should give (1, 10)"]),
+        ("torch.nn:ReLU", ["should give (1, classes)", "map for each class"]),
         ("os:getcwdb", ["expected a function"]),
     ],
 )
@@ -155,7 +163,7 @@ def test_user_factory_with_and_without_classes(
     for name in ("fixed", "free"):
         model = create_model(f"my_networks:{name}", 6)
         assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 6)
-    assert said == ["my_networks:fixed has 1000 outputs: the last layer is replaced by one of 6."]
+    assert said == ["my_networks:fixed has 1000 outputs: its last layer 2 is replaced by one of 6."]
     with pytest.raises(CompressorError, match="returned a int"):
         create_model("my_networks:nothing", 6)
 

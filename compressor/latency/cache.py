@@ -14,17 +14,6 @@ from compressor.progress import say
 from compressor.versions import cpu_name
 
 
-def cache_folder(folder: str | Path | None = None) -> Path:
-    """The folder given, else `$COMPRESSOR_CACHE`, else the user's cache folder."""
-    if folder is not None:
-        return Path(folder)
-    if os.environ.get("COMPRESSOR_CACHE"):
-        return Path(os.environ["COMPRESSOR_CACHE"])
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("compressor"))
-
-
 def table_path(folder: Path, *, runtime: str, version: str, threads: int, network: str) -> Path:
     """The file of a network's table; another processor, runtime version or thread count has another one."""
     key = "|".join([cpu_model(), runtime, version, str(threads), network])

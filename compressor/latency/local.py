@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compressor.errors import CompressorError
+from compressor.files import cache_folder
 from compressor.latency.apart import OrtApart
 from compressor.latency.assemble import Sample, measure_candidate, table_from
-from compressor.latency.cache import cache_folder, cached_table, cpu_model, measuring_alone, table_path
+from compressor.latency.cache import cached_table, cpu_model, measuring_alone, table_path
 from compressor.latency.calm import channel_block
 from compressor.latency.journal import Journal, heading_of
 from compressor.latency.ort_profile import Device

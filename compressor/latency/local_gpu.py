@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from compressor.files import cache_folder
 from compressor.latency.assemble import Sample, measure_candidate, table_from
 from compressor.latency.backends import device_of
-from compressor.latency.cache import cache_folder, cached_table, measuring_alone, table_path
+from compressor.latency.cache import cached_table, measuring_alone, table_path
 from compressor.latency.carry import Precision
 from compressor.latency.fused import fitted_shares
 from compressor.latency.journal import Journal, heading_of

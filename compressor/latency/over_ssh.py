@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import CompressorError
-from compressor.latency.cache import cache_folder, measuring_alone
+from compressor.files import cache_folder
+from compressor.latency.cache import measuring_alone
 from compressor.latency.carried import RUNTIME, table_of_results
 from compressor.latency.carry import DENSE, Precision, target_of, write_table_bundle
 from compressor.latency.layout import signature

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,52 +14,90 @@ from torch import nn
 from compressor import progress
 from compressor.errors import CompressorError
 from compressor.models import cifar
-from compressor.models.head import head_of, replace_head
-from compressor.models.names import call_user_factory, resolve
-from compressor.models.weights import fit_state, load_weights
+from compressor.models.first_run import Shape, run_first
+from compressor.models.head import Makers, replace_head, single_head
+from compressor.models.names import call_factory, call_named_factory, resolve
+from compressor.models.weights import Say, fit_state, load_weights
 
 FACTORY_TAG = "compressor_factory"
 """Attribute of a created model: the spec with which `build_from_factory` builds it again."""
+
+Factory = Callable[..., Any] | str
+"""A function or class that builds a network, or its reference `package.module:name`."""
 
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
 
 def create_model(
-    name: str, num_classes: int, weights: str | Path = "none", input_shape: tuple[int, int, int] = (3, 32, 32)
+    name: str,
+    num_classes: int,
+    weights: str | Path = "none",
+    input_shape: Shape = (3, 32, 32),
+    say: Say = progress.say,
 ) -> nn.Module:
     """Build a network and give it weights.
+
+    Where the network has as many outputs as there are classes nothing is replaced. Else a fresh layer takes the place
+    of the one that makes its output, as one run tells.
 
     Args:
         name: A torchvision name ("resnet50"), "timm:NAME", one of ours ("cifar_resnet20/32/44/56/110",
             "cifar_mobilenet_v2", "cifar_vgg16_bn") or "package.module:factory", a callable that returns a module.
-        num_classes: Outputs of the last layer; a head of another size is replaced, and that is said.
-        weights: "none" (fresh, from torch's global generator), "default" (what the library calls its best) or
-            a file of weights; see `load_weights`.
+        num_classes: Outputs of the network.
+        weights: "none" (as the factory gives them, fresh from torch's global generator), "default" (what the library
+            calls its best) or a file of weights; see `load_weights`.
         input_shape: (channels, height, width) of one image, on which the network is tried once; a network that
             takes 1 channel is tried on 1 where the image has 3, and the other way round.
+        say: Takes a sentence about what was replaced or taken.
 
     Returns:
         The network in training mode on the CPU.
 
     Raises:
         CompressorError: unknown name, missing extra, weights that cannot be had or do not fit, or a network
-            that cannot take inputs of that shape.
+            that cannot take inputs of that shape, or has no one layer that could make place for another.
     """
     if num_classes < 2:
         raise CompressorError(f"A classifier needs at least 2 classes, got {num_classes}.")
     spec = model_factory(name, num_classes, weights=str(weights))
-    model = build_from_factory(spec)
+    model = _built(spec).cpu()
+    shape = (input_channels(model, input_shape), *input_shape[1:])
+    out, makers = run_first(model, name, shape)
+    if (outputs := out.shape[1]) != num_classes:
+        head = single_head(name, makers, outputs, num_classes)
+        replace_head(model, head, num_classes)
+        makers = _checked_head(model, name, head, num_classes, shape)
+        spec["head"] = head
+        say(f"{name} has {outputs} outputs: its last layer {head} is replaced by one of {num_classes}.")
+    heads = makers.heads(num_classes)
     if str(weights) == "default":
-        _load_default(model, name, num_classes)
+        _load_default(model, name, num_classes, heads, say)
     elif str(weights) != "none":
-        load_weights(model, Path(weights), num_classes)
-    channels = input_channels(model, input_shape)
-    _try_once(model, name, num_classes, (channels, *input_shape[1:]))
+        load_weights(model, Path(weights), num_classes, lambda: heads, say)
+    setattr(model, FACTORY_TAG, spec)
     return model.train()
 
 
+def _checked_head(model: nn.Module, name: str, head: str, num_classes: int, shape: Shape) -> Makers:
+    """What the output is made of after the head was replaced, once the network runs with the right classes."""
+    try:
+        out, makers = run_first(model, name, shape)
+    except CompressorError as error:
+        raise CompressorError(
+            f"The last layer {head} of {name} cannot be replaced by one of {num_classes} outputs: {error.message}",
+            "Have the factory accept num_classes and build the network for them.",
+        ) from error
+    if out.shape[1] != num_classes:
+        raise CompressorError(
+            f"With a last layer {head} of {num_classes} outputs {name} gives {out.shape[1]} outputs.",
+            "Have the factory accept num_classes and build the network for them.",
+        )
+    return makers
+
+
 def model_factory(name: str, num_classes: int, weights: str = "none") -> dict[str, Any]:
-    """What rebuilds the architecture of `create_model`: {"factory": name, "kwargs": JSON scalars}.
+    """What rebuilds the architecture of `create_model`: {"factory": name, "kwargs": JSON scalars}, where nothing was
+    replaced in it; `factory_of` tells the whole of a created model.
 
     `weights` matters for torchvision's GoogLeNet and Inception-V3 only, whose weights expect their inputs on another
     scale and have the network convert them.
@@ -70,33 +108,54 @@ def model_factory(name: str, num_classes: int, weights: str = "none") -> dict[st
     return {"factory": name, "kwargs": kwargs}
 
 
-def build_from_factory(spec: Mapping[str, Any]) -> nn.Module:
-    """Build the architecture that `model_factory` describes, with fresh weights (none on the meta device).
+def build_from_factory(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module:
+    """Build the architecture that `factory_of` describes, with fresh weights (none on the meta device).
 
     Of the spec's arguments only `num_classes` reaches a user's factory, and only as an integer.
+
+    Args:
+        spec: {"factory": name, "kwargs": arguments, "head": name of the layer that was replaced, if any}.
+        factory: Called in the place of the spec's, or the reference `package.module:factory` of one.
 
     Raises:
         CompressorError: the spec is malformed or names something unknown.
     """
-    name, kwargs = spec.get("factory"), spec.get("kwargs", {})
-    if not isinstance(name, str) or not isinstance(kwargs, Mapping):
+    model = _built(spec, factory)
+    setattr(model, FACTORY_TAG, {key: spec[key] for key in ("factory", "kwargs", "head") if key in spec})
+    return model
+
+
+def _built(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module:
+    name, kwargs, head = spec.get("factory"), spec.get("kwargs", {}), spec.get("head")
+    if not isinstance(kwargs, Mapping) or not (name is None or isinstance(name, str)):
         raise CompressorError(f"A factory needs a name and keyword arguments, got {dict(spec)!r}.")
     num_classes = kwargs.get("num_classes")
     if type(num_classes) is not int or set(kwargs) - {"num_classes", "transform_input"}:
         raise CompressorError(f"The factory {name!r} takes num_classes as an integer, got {dict(kwargs)!r}.")
+    if isinstance(factory, str):
+        return _built({**spec, "factory": factory})
+    if factory is not None:
+        model, _ = call_factory(factory, "The given factory", num_classes)
+    elif name is None:
+        raise CompressorError("A factory needs a name and keyword arguments, got none.")
+    else:
+        model = _by_name(name, num_classes, bool(kwargs.get("transform_input", False)))
+    if head is not None:
+        if not isinstance(head, str):
+            raise CompressorError(f"A factory's head is the name of a layer, not {head!r}.")
+        replace_head(model, head, num_classes)
+    return model
+
+
+def _by_name(name: str, num_classes: int, transform_input: bool) -> nn.Module:
     source, inner = resolve(name)
     if source == "cifar":
-        model = cifar.BUILDERS[inner](num_classes)
-    elif source == "torchvision":
-        model = _torchvision(inner, num_classes, bool(kwargs.get("transform_input", False)))
-    elif source == "timm":
-        model = _timm(inner, num_classes, pretrained=False)
-    else:
-        model = call_user_factory(inner, num_classes)
-        if (old := replace_head(model, num_classes)) is not None:
-            progress.say(f"{name} has {old} outputs: the last layer is replaced by one of {num_classes}.")
-    setattr(model, FACTORY_TAG, {"factory": name, "kwargs": dict(kwargs)})
-    return model
+        return cifar.BUILDERS[inner](num_classes)
+    if source == "torchvision":
+        return _torchvision(inner, num_classes, transform_input)
+    if source == "timm":
+        return _timm(inner, num_classes, pretrained=False)
+    return call_named_factory(inner, num_classes)[0]
 
 
 def factory_of(model: nn.Module) -> dict[str, Any] | None:
@@ -127,7 +186,7 @@ def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
     return model
 
 
-def _load_default(model: nn.Module, name: str, num_classes: int) -> None:
+def _load_default(model: nn.Module, name: str, num_classes: int, heads: Sequence[str], say: Say) -> None:
     source, inner = resolve(name)
     mend = "Use --weights none to train from scratch, or --weights FILE with a state dict that you have."
     if source not in ("torchvision", "timm"):
@@ -139,7 +198,7 @@ def _load_default(model: nn.Module, name: str, num_classes: int) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CompressorError(f"The default weights of {name} cannot be fetched: {reason}", mend) from error
     state = {key: value for key, value in state.items() if not key.startswith(_AUXILIARY.get(inner, ("\0",)))}
-    fit_state(model, state, f"the default weights of {name}", num_classes)
+    fit_state(model, state, f"the default weights of {name}", num_classes, lambda: heads, say)
 
 
 def _torchvision_state(name: str) -> dict[str, torch.Tensor]:
@@ -185,7 +244,7 @@ def input_channels(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     model.eval()
     try:
         for channels in (given, 1 if given == 3 else 3):
-            with torch.no_grad(), suppress(RuntimeError, ValueError, TypeError, AssertionError, IndexError):
+            with torch.no_grad(), suppress(Exception):  # the network's code may raise anything
                 model(torch.zeros(1, channels, *sides))
                 return channels
     finally:
@@ -199,27 +258,3 @@ def input_channels(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
             "Give a network for images of 3 channels or 1.",
         )
     return first[0] if first else given  # it fails for another reason, which running it says
-
-
-def _try_once(model: nn.Module, name: str, num_classes: int, input_shape: tuple[int, int, int]) -> None:
-    """Run one blank image through the network, so that a misfit shows here and not in the middle of a run."""
-    shape = "x".join(str(size) for size in input_shape)
-    model.eval()
-    try:
-        with torch.no_grad():
-            out = model(torch.zeros(1, *input_shape))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CompressorError(
-            f"{name} cannot take images of {shape}: {reason}",
-            "Choose an image size that the network was made for, such as --image-size 224.",
-        ) from error
-    if not isinstance(out, torch.Tensor) or out.shape != (1, num_classes):
-        got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        head = head_of(model)
-        raise CompressorError(
-            f"{name} should give (1, {num_classes}) for one image, but gives {got}.",
-            f"Its last layer is taken to be {head!r}; have the factory accept num_classes and return logits."
-            if head is not None
-            else "Have the factory accept num_classes and return a tensor of logits.",
-        )

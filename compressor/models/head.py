@@ -1,42 +1,163 @@
-"""The last layer of a classifier: which it is, and one of another size in its place."""
+"""The head of a classifier: the layer that makes its output, found by running the network, and one of another size."""
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import CompressorError
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def head_of(model: nn.Module) -> str | None:
-    """The name of the last linear layer, or of the last 1x1 convolution where there is none (SqueezeNet)."""
-    linear: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if linear:
-        return linear[-1]
-    convs: list[str] = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
-    ]
-    return convs[-1] if convs else None
+@dataclass
+class Makers:
+    """What a network's output is made of, without what lies before the last layer on each way.
 
-
-def replace_head(model: nn.Module, num_classes: int) -> int | None:
-    """Put a fresh layer of `num_classes` outputs in the head's place, in situ.
-
-    Returns:
-        The outputs of the old head, or None where it fitted or none was found (nothing is changed then).
+    Attributes:
+        layers: name of a linear or convolutional layer -> its outputs.
+        parameters: names of other parameters on the way: scales, or the weights of layers of the user's own.
     """
-    name = head_of(model)
-    if not name:
-        return None
-    old = model.get_submodule(name)
-    new: nn.Module
-    if isinstance(old, nn.Linear) and old.out_features != num_classes:
-        outputs = old.out_features
-        new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
-    elif isinstance(old, nn.Conv2d) and old.out_channels != num_classes:
-        outputs = old.out_channels
-        new = nn.Conv2d(old.in_channels, num_classes, 1, stride=old.stride, bias=old.bias is not None)  # type: ignore[arg-type]
+
+    layers: dict[str, int] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
+
+    def heads(self, outputs: int) -> list[str]:
+        """The layers whose outputs are the network's, channel by channel."""
+        return [name for name, channels in self.layers.items() if channels == outputs]
+
+
+class Recorder:
+    """Follows the layers of a network while it runs once, so that `makers` can tell which of them made its output.
+
+    Every output of a layer starts a graph of gradients of its own, so that the way back from the network's output
+    ends at the last layers, whatever lies before them and whether or not their parameters are trained.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._made: dict[Any, tuple[str, int]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record the runs within the context."""
+        handles = [
+            module.register_forward_hook(self._noting(name))
+            for name, module in self.model.named_modules()
+            if isinstance(module, LAYERS)
+        ]
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _noting(self, name: str) -> Any:
+        def note(module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                return None
+            started = output.detach().requires_grad_().clone()
+            channels = (
+                output.shape[-1] if isinstance(module, nn.Linear) else module.get_parameter("weight").shape[0]
+            )
+            self._made[started.grad_fn] = (name, int(channels))
+            return started
+
+        return note
+
+    def makers(self, output: Tensor) -> Makers:
+        """What the output of a watched run is made of."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        found, seen, stack = Makers(), set(), [output.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in self._made:
+                name, channels = self._made[node]
+                found.layers.setdefault(name, channels)
+                continue
+            variable = getattr(node, "variable", None)  # of the nodes at which parameters enter
+            if variable is not None and id(variable) in names:
+                found.parameters.append(names[id(variable)])
+            stack.extend(before for before, _ in node.next_functions)
+        return found
+
+
+def single_head(name: str, makers: Makers, outputs: int, num_classes: int) -> str:
+    """The one layer that must change for a network to have other classes.
+
+    Raises:
+        CompressorError: no single layer makes the output.
+    """
+    heads = makers.heads(outputs)
+    if len(heads) == 1:
+        return heads[0]
+    said = f"{name} gives {outputs} outputs for one image where the data have {num_classes} classes"
+    advice = "Have the factory accept num_classes and build the network for them."
+    if heads:
+        raise CompressorError(f"{said}, and several layers make them together: {', '.join(heads)}.", advice)
+    parts = [
+        *(f"{layer} ({channels} outputs)" for layer, channels in makers.layers.items()),
+        *makers.parameters,
+    ]
+    made = f": they come from {', '.join(parts[:4])}" if parts else ""
+    raise CompressorError(f"{said}, and no single linear or convolutional layer makes them{made}.", advice)
+
+
+def replace_head(model: nn.Module, name: str, num_classes: int) -> None:
+    """Put a fresh layer of `num_classes` outputs in the place of layer `name`, in situ.
+
+    Bias, type and every other setting stay. Attributes called `num_classes` that hold the old number follow.
+
+    Raises:
+        CompressorError: there is no such layer, or it is grouped.
+    """
+    modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    old = modules.get(name)
+    if not isinstance(old, LAYERS) or not name:
+        raise CompressorError(f"The network has no linear or convolutional layer {name!r}.")
+    if getattr(old, "groups", 1) != 1:
+        raise CompressorError(
+            f"The last layer {name} is a convolution of {old.groups} groups, which cannot have {num_classes} outputs.",
+            "Have the factory accept num_classes.",
+        )
+    outputs = int(old.out_features if isinstance(old, nn.Linear) else old.out_channels)
+    new = _resized(old, num_classes)
+    for path, module in modules.items():
+        if module is old:
+            parent, _, leaf = path.rpartition(".")
+            setattr(modules[parent], leaf, new)
+        if module.__dict__.get("num_classes") == outputs and type(module.__dict__["num_classes"]) is int:
+            module.__dict__["num_classes"] = num_classes
+
+
+def _resized(old: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, outputs: int) -> nn.Module:
+    weight = old.weight
+    options: dict[str, Any] = {"bias": old.bias is not None, "dtype": weight.dtype, "device": weight.device}
+    if isinstance(old, nn.Linear):
+        plain: nn.Module = nn.Linear(old.in_features, outputs, **options)
     else:
-        return None
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new.to(next(old.parameters()).dtype))
-    return outputs
+        kind = next(kind for kind in LAYERS[1:] if isinstance(old, kind))
+        settings = {key: getattr(old, key) for key in ("stride", "padding", "dilation", "padding_mode")}
+        plain = kind(old.in_channels, outputs, old.kernel_size, **settings, **options)  # type: ignore[arg-type]
+    computed = (
+        set(old._parameters) != {"weight", "bias"}
+        or old._forward_pre_hooks
+        or hasattr(old, "parametrizations")
+    )
+    if type(old) in LAYERS or computed:
+        return plain.train(old.training)
+    # A layer of the user's own class, such as one that normalises its weights: its forward stays.
+    new = copy.deepcopy(old)
+    new._parameters.update(plain._parameters)
+    setattr(new, "out_features" if isinstance(old, nn.Linear) else "out_channels", outputs)
+    return new

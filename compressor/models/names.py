@@ -2,41 +2,88 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
 from compressor.errors import CompressorError
+from compressor.importing import import_object, raised_at
 from compressor.models import cifar
 
 TIMM = "timm:"
 
 
+_OTHER_TASKS = {
+    "detection": "a detection network",
+    "segmentation": "a segmentation network",
+    "video": "a network for video clips",
+    "quantization": "a network of quantised operators",
+    "optical_flow": "a network for optical flow",
+}
+"""Modules of torchvision.models beside its classifiers, and what their networks are."""
+
+
 def resolve(name: str) -> tuple[str, str]:
-    """The source of a name and the name within it: ("cifar" | "torchvision" | "timm" | "user", name).
+    """The source of a name and the name within it: ("cifar" | "torchvision" | "timm" | "class" | "user", name).
+
+    "class" is a class of torchvision's own (`torchvision.models.googlenet:GoogLeNet`), "user" any other
+    `package.module:factory`. Nothing is imported for it.
 
     Raises:
-        CompressorError: nothing is called so (the nearest names are given), or timm is not installed.
+        CompressorError: nothing is called so (the nearest names are given), it is no classifier, or timm is not
+            installed.
     """
     if name.startswith(TIMM):
         return "timm", _timm_name(name.removeprefix(TIMM))
     if ":" in name:
-        return "user", name
+        return ("class" if _is_torchvision_class(name) else "user"), name
     if name in cifar.BUILDERS:
         return "cifar", name
     ours, theirs = list(cifar.BUILDERS), torchvision_names()
     if name in theirs:
         return "torchvision", name
+    _refuse_other_tasks(name)
     near = _nearest(name, [*ours, *theirs])
     raise CompressorError(
-        f"There is no model called {name!r}.",
+        f"There is no model called {name[:200]!r}.",
         f"{near} A model is a torchvision name, timm:NAME, package.module:factory or "
         f"one of {', '.join(ours)}.".strip(),
     )
+
+
+def is_users(name: str) -> bool:
+    """Whether a name stands for code of the user's, which is imported only where the user names it."""
+    return ":" in name and not name.startswith(TIMM) and not _is_torchvision_class(name)
+
+
+def _is_torchvision_class(name: str) -> bool:
+    """Whether a name is that of a class which torchvision defines beside one of its classifiers."""
+    module, _, attribute = name.partition(":")
+    if not module.startswith("torchvision.models."):
+        return False
+    import torchvision
+
+    builders = [torchvision.models.get_model_builder(each) for each in torchvision_names()]
+    if module not in {inspect.unwrap(builder).__module__ for builder in builders}:
+        return False
+    found = vars(sys.modules[module]).get(attribute)
+    return inspect.isclass(found) and issubclass(found, nn.Module) and found.__module__ == module
+
+
+def _refuse_other_tasks(name: str) -> None:
+    import torchvision
+
+    for task, what in _OTHER_TASKS.items():
+        if name in torchvision.models.list_models(module=getattr(torchvision.models, task)):
+            plain = _nearest(name.removeprefix("quantized_"), torchvision_names())
+            raise CompressorError(
+                f"{name} is {what}; only classifiers of images can be compressed.",
+                f"{plain} The classifiers are those of torchvision.models.".strip(),
+            )
 
 
 def torchvision_names() -> list[str]:
@@ -53,47 +100,61 @@ def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 def _timm_name(name: str) -> str:
+    """A name of timm's registry, with the tag of its weights where there is one; no other source that timm knows."""
     try:
         import timm
+        from timm.models import get_arch_pretrained_cfgs
     except ImportError as error:
         raise CompressorError(
             f"The model timm:{name} needs timm, which is not installed.",
             "Install it with: pip install 'compressor[timm]'",
         ) from error
-    architecture = name.partition(".")[0]  # what follows the point names weights, such as ".a1_in1k"
+    architecture, _, tag = name.partition(".")
     if architecture not in (known := timm.list_models()):
         raise CompressorError(
-            f"timm {timm.__version__} has no model called {name!r}.",
+            f"timm {timm.__version__} has no model called {name[:200]!r}.",
             _nearest(architecture, known, TIMM) or "timm.list_models() lists its models.",
+        )
+    tags = [each.partition(".")[2] for each in get_arch_pretrained_cfgs(architecture)]
+    if "." in name and tag not in tags:
+        known_tags = ", ".join(each for each in tags if each)
+        raise CompressorError(
+            f"timm {timm.__version__} has no weights called {tag[:200]!r} of {architecture}.",
+            f"It knows: {known_tags}." if known_tags else f"Leave the tag out: {TIMM}{architecture}",
         )
     return name
 
 
-def call_user_factory(name: str, num_classes: int) -> nn.Module:
-    """Import "package.module:factory" and call it with `num_classes`, or with nothing where it takes none.
+def call_named_factory(name: str, num_classes: int) -> tuple[nn.Module, bool]:
+    """Import "package.module:factory" and call it; see `call_factory`."""
+    what = f"The model {name[:200]!r}"
+    return call_factory(import_object(name, what, "package.module:factory"), what, num_classes)
+
+
+def call_factory(factory: Callable[..., Any], what: str, num_classes: int) -> tuple[nn.Module, bool]:
+    """A network from a factory, and whether the factory was given `num_classes`; it is called without where it takes
+    none.
+
+    Args:
+        factory: a function or a class of modules.
+        what: how messages call it.
+        num_classes: outputs of the network.
 
     Raises:
-        CompressorError: it cannot be imported or called, or returns no module.
+        CompressorError: it cannot be called so, raises, or returns no module.
     """
-    module_name, _, attribute = name.partition(":")
-    example = "Write it as package.module:factory, with the package installed or in the folder of the call."
-    try:
-        factory: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            factory = getattr(factory, part)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise CompressorError(f"The model {name!r} cannot be imported: {error}.", example) from error
-    # A builtin such as os.abort is no factory, and the name may come from somebody else's file.
+    # A builtin such as os.abort is no factory.
     if not callable(factory) or inspect.isbuiltin(factory):
-        what = type(factory).__name__
         raise CompressorError(
-            f"The model {name!r} is a {what}, expected a function or a class of modules.", example
+            f"{what} is a {type(factory).__name__}, expected a function or a class of modules.",
+            "Write it as package.module:factory.",
         )
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError) as error:
-        raise CompressorError(f"The model {name!r} cannot be called: {error}.", example) from error
-    takes = "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        raise CompressorError(f"{what} cannot be called: {error}.", "Name a function or a class.") from error
+    named = "num_classes" in parameters
+    takes = named or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     required = [
         p.name
         for p in parameters.values()
@@ -101,11 +162,25 @@ def call_user_factory(name: str, num_classes: int) -> nn.Module:
     ]
     if others := [p for p in required if p != "num_classes"]:
         raise CompressorError(
-            f"The model {name!r} wants the arguments {', '.join(others)}; only num_classes is given.",
+            f"{what} wants the arguments {', '.join(others)}; only num_classes is given.",
             "Give them defaults, or wrap the factory in a function of your own.",
         )
-    model = factory(num_classes=num_classes) if takes else factory()
+    try:
+        try:
+            model = factory(num_classes=num_classes) if takes else factory()
+        except TypeError:
+            if named or not takes:
+                raise
+            model, takes = factory(), False  # its **keywords are for other things
+    except CompressorError:
+        raise
+    except (Exception, SystemExit) as error:  # the factory's code may raise anything
+        given = f"num_classes={num_classes}" if takes else ""
+        shown = " ".join(str(error).split())[:300]
+        raise CompressorError(
+            f"{what}, called with ({given}), fails: {type(error).__name__}: {shown}{raised_at(error)}.",
+            "The factory must build the network from num_classes at most.",
+        ) from error
     if not isinstance(model, nn.Module):
-        what = type(model).__name__
-        raise CompressorError(f"The model {name!r} returned a {what}, expected a torch.nn.Module.")
-    return model
+        raise CompressorError(f"{what} returned a {type(model).__name__}, expected a torch.nn.Module.")
+    return model, takes

@@ -1,164 +1,323 @@
-"""Weights from files: read without running anything, and fitted to a network or refused with the reason."""
+"""Weights from files, fitted to a network or refused with the reason."""
 
 from __future__ import annotations
 
-import pickle
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor import progress
 from compressor.errors import CompressorError
-from compressor.models.head import head_of
+from compressor.models.checkpoint import SAVE, Entry, State, entries, is_average, read_file
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
-_PREFIXES = ("module.", "_orig_mod.")
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Parts of names that torch.compile and the wrappers of distributed training put in, at any depth."""
+
+_LEFTOVERS = frozenset({"total_ops", "total_params", "n_averaged"})
+"""Counters that thop and torch's AveragedModel leave in state dicts."""
+
 _SHOWN = 3
+
 FRESH_HEAD = "compressor_fresh_head"
 """Attribute of a network whose weights were for other classes, so that its last layer starts untrained."""
 
+Heads = Callable[[], Collection[str]]
+Say = Callable[[str], None]
 
-def load_weights(model: nn.Module, path: Path, num_classes: int) -> None:
-    """Load a file of weights into `model`, in situ; only the head may differ, and then stays fresh.
+
+def load_weights(
+    model: nn.Module,
+    path: Path,
+    num_classes: int,
+    heads: Heads | None = None,
+    say: Say = progress.say,
+) -> None:
+    """Load a file of weights into `model`, in situ.
+
+    Where averages over training lie beside the weights as they were trained, the averages are taken, and that is said.
+    Names may stand under a prefix (`module.`, `model.`, `net.`, ...): that which holds the whole network is found.
+
+    Args:
+        model: on the CPU.
+        path: .safetensors, or what `torch.save` wrote; `read_file` says what may lie in it.
+        num_classes: of the model.
+        heads: gives the names of the layers that make the output, which alone may be of other classes and then stay
+            fresh; asked for only where shapes differ. None allows no difference.
+        say: takes a sentence about what was taken.
 
     Raises:
-        CompressorError: the file cannot be read, holds more than tensors, or does not fit.
+        CompressorError: the file cannot be read, holds something else, or does not fit; the model is unchanged then.
     """
-    fit_state(model, read_weights(path), str(path), num_classes)
+    found = entries(read_file(path), path)
+    own = model.state_dict()
+    choice = _Choice([_aligned(_renamed(model, entry), own) for entry in found], own)
+    for note in choice.notes:
+        say(f"{path}: {note}")
+    _fit(model, choice.state, str(path), num_classes, heads, say)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state dict from a .safetensors file or from what `torch.save` wrote.
-
-    Accepts {"state_dict": ...} and {"model": ...} around it and the prefix "module." of data-parallel
-    training. Pickled objects other than tensors are refused without being built.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, by the names of the network that was saved: the average where there is one.
 
     Raises:
-        CompressorError: missing, damaged, unsafe, or no state dict.
+        CompressorError: the file cannot be read, or holds anything but finite tensors.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CompressorError(
-            f"The weights {path} {what}; expected 'default', 'none' or a file.", "Check --weights."
-        )
-    raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    for wrapper in _WRAPPERS:
-        if isinstance(raw, Mapping) and isinstance(raw.get(wrapper), Mapping):
-            raw = raw[wrapper]
-            break
-    if not isinstance(raw, Mapping) or not raw:
-        raise CompressorError(f"{path} holds a {type(raw).__name__}, expected a dict of tensors.", _SAVE)
-    wrong = [str(key) for key, value in raw.items() if not isinstance(value, torch.Tensor)]
-    if wrong:
-        raise CompressorError(f"{path} should hold tensors only, but {_some(wrong)} are none.", _SAVE)
-    if unusual := [
-        str(key)
-        for key, value in raw.items()
-        if value.is_meta or value.is_nested or value.is_quantized or value.layout != torch.strided
-    ]:
-        raise CompressorError(
-            f"{path} holds tensors that are sparse, quantised or without values: {_some(unusual)}.", _SAVE
-        )
-    state = {_plain(str(key)): value for key, value in raw.items()}
-    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise CompressorError(
-            f"{path} holds NaN or infinite numbers in {_some(broken)}.",
-            "Take a checkpoint from before they appeared.",
-        )
-    return state
+    entry = entries(read_file(path), path)[0]
+    tensors = {key: _dense(key, value, str(path)) for key, value in entry.state.items()}
+    _check_finite(tensors, str(path))
+    plain = {_unwrapped(key): value for key, value in tensors.items()}
+    while plain and all(key.startswith("module.") or key in _LEFTOVERS for key in plain):
+        plain = {key.removeprefix("module."): value for key, value in plain.items() if key not in _LEFTOVERS}
+    return plain
 
 
-_SAVE = "Write such a file with: torch.save(model.state_dict(), FILE)"
-
-
-def _plain(key: str) -> str:
-    while key.startswith(_PREFIXES):
-        key = key.partition(".")[2]
-    return key
-
-
-def _read_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CompressorError(
-            f"{path} is unreadable as safetensors: {error}.", "It may be cut short."
-        ) from error
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is refused or fits anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        raise CompressorError(
-            f"{path} is refused: it holds more than tensors, and reading it could run code. {reason}".strip(),
-            f"If you trust its source, convert it where it was made. {_SAVE}",
-        ) from error
-    except Exception as error:  # a damaged file raises whatever its pieces make of it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        mend = f"It may be cut short. {_SAVE}"
-        raise CompressorError(f"{path} cannot be read as weights: {reason}.", mend) from error
-
-
-def fit_state(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str, num_classes: int) -> None:
-    """Copy `state` into `model`; a head of another number of classes is left out, and that is said.
+def fit_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    origin: str,
+    num_classes: int,
+    heads: Heads | None = None,
+    say: Say = progress.say,
+) -> None:
+    """Copy `state`, whose names are the model's, into it; `heads` and `say` as in `load_weights`.
 
     Raises:
         CompressorError: other keys are missing, unexpected or of another shape; the model is unchanged then.
     """
-    own = model.state_dict()
-    head = head_of(model)
-    misfits = [key for key in own if key in state and own[key].shape != state[key].shape]
-    replaced = [key for key in misfits if head is not None and key.rpartition(".")[0] == head]
-    fresh_head = bool(replaced) and all(
-        own[key].shape[1:] == state[key].shape[1:] and own[key].shape[0] == num_classes for key in replaced
-    )
-    shaped = [key for key in misfits if not (fresh_head and key in replaced)]
-    # Checkpoints from before torch 0.4.1 do not count their batches; nothing that we do needs the count.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    if missing or unexpected or shaped:
+    _fit(model, state, origin, num_classes, heads, say)
+
+
+@dataclass(frozen=True)
+class _Aligned:
+    """A state dict under the model's own names."""
+
+    entry: Entry
+    state: State
+    prefix: str
+    average: bool
+    left_out: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """Its place in the file, for people."""
+        return (
+            ".".join(part for part in (self.entry.where, self.prefix.rstrip(".")) if part) or "the whole file"
+        )
+
+
+class _Choice:
+    """Which of a file's state dicts is taken: the first average that fits, else the first that was trained."""
+
+    def __init__(self, found: Sequence[Sequence[_Aligned]], own: Mapping[str, Tensor]) -> None:
+        every = [each for group in found for each in group]
+        averages = [each for each in every if each.average]
+        trained = [each for each in every if not each.average]
+        self.notes: list[str] = []
+        raw = next((each for each in trained if _fits(each, own)), trained[0] if trained else None)
+        chosen = next((each for each in averages if _fits(_completed(each, raw, own), own)), None)
+        if chosen is not None:
+            beside = f", not those of the last step beside them ({raw.where})" if raw is not None else ""
+            self.notes.append(f"the weights averaged over training ({chosen.where}) are taken{beside}.")
+            completed = _completed(chosen, raw, own)
+            if completed is not chosen and raw is not None:
+                self.notes.append(f"the average has no running statistics; they are those of {raw.where}.")
+            chosen = completed
+        elif raw is not None:
+            if averages:
+                self.notes.append(
+                    f"the averaged weights ({averages[0].where}) do not fit the network; {raw.where} is taken."
+                )
+            chosen = raw
+        else:
+            chosen = averages[0]
+        if chosen.left_out:
+            self.notes.append(
+                f"{len(chosen.left_out)} tensors beside the network are left out ({some(chosen.left_out)})."
+            )
+        self.state = chosen.state
+
+
+def _fits(found: _Aligned, own: Mapping[str, Tensor]) -> bool:
+    return not [key for key in found.missing if not key.endswith("num_batches_tracked")]
+
+
+def _completed(average: _Aligned, raw: _Aligned | None, own: Mapping[str, Tensor]) -> _Aligned:
+    """An average of the parameters alone, with the buffers that were trained beside it."""
+    if raw is None or not average.missing:
+        return average
+    if not all(key.rpartition(".")[2] in _STATISTICS and key in raw.state for key in average.missing):
+        return average
+    state = {**average.state, **{key: raw.state[key] for key in average.missing}}
+    return _Aligned(average.entry, state, average.prefix, True, average.left_out, ())
+
+
+_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+
+
+def _renamed(model: nn.Module, entry: Entry) -> Entry:
+    """The entry under the names that the model's own hooks for older state dicts give it (weight norm's, say)."""
+    state = {_unwrapped(key): value for key, value in entry.state.items()}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for hook in module._load_state_dict_pre_hooks.values():
+            hook(state, prefix, {}, True, [], [], [])
+    return Entry(entry.where, entry.average, state)
+
+
+def _unwrapped(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def _aligned(entry: Entry, own: Mapping[str, Tensor]) -> list[_Aligned]:
+    """The ways to see the model's names in an entry: under the prefixes that hold most of them, averages first."""
+    state = {
+        key: value
+        for key, value in entry.state.items()
+        if key in own or key.rpartition(".")[2] not in _LEFTOVERS
+    }
+    counts = {prefix: sum(f"{prefix}{key}" in state for key in own) for prefix in _prefixes(state, own)}
+    most = max(counts.values(), default=0)
+    best = [prefix for prefix, count in counts.items() if count == most]
+    best.sort(key=lambda prefix: (not is_average(prefix), prefix != "", len(prefix)))
+    if any(map(is_average, best)):  # one state dict that holds a network and its average, each under a prefix
+        best = [*(prefix for prefix in best if is_average(prefix)), *(p for p in best if not is_average(p))]
+    elif "" not in best and len(best) > 1 and most == len(own):
         raise CompressorError(
-            f"{origin} does not fit the model: {_misfit(own, state, missing, unexpected, shaped)}.",
+            f"The weights hold several such networks, under {', '.join(best[:5])}.",
+            f"Write the one that is wanted into a file of its own. {SAVE}",
+        )
+    else:
+        best = best[:1]
+    found = []
+    for prefix in best or [""]:
+        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        outside = tuple(key for key in state if not key.startswith(prefix) and not _inside(key, best))
+        missing = tuple(key for key in own if key not in inside)
+        found.append(_Aligned(entry, inside, prefix, entry.average or is_average(prefix), outside, missing))
+    return found
+
+
+def _inside(key: str, prefixes: Sequence[str]) -> bool:
+    return any(prefix and key.startswith(prefix) for prefix in prefixes)
+
+
+def _prefixes(state: State, own: Mapping[str, Tensor]) -> list[str]:
+    names = list(own)
+    anchors = {names[0], names[len(names) // 2], names[-1]} if names else set()
+    found = {""}
+    for key in state:
+        found.update(key[: -len(anchor)] for anchor in anchors if key.endswith(f".{anchor}"))
+    return sorted(found)
+
+
+def _dense(key: str, value: object, origin: str) -> Tensor:
+    """A plain tensor with values, or the refusal of what a file has in its place."""
+    if not isinstance(value, Tensor):
+        raise CompressorError(
+            f"{origin} should hold tensors only, but {key} is a {type(value).__name__}.", SAVE
+        )
+    if value.is_meta:
+        what = "has a shape, but no values (it was saved on the meta device)"
+    elif value.is_nested or value.layout != torch.strided:
+        what = "is a sparse or nested tensor"
+    elif value.is_quantized:
+        what = "is quantised"
+    else:
+        return value
+    raise CompressorError(f"{origin}: {key} {what}.", f"Give the float weights, on the CPU. {SAVE}")
+
+
+def _check_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Refuse weights that are no numbers; of expanded tensors only what lies in memory is looked at."""
+    broken = []
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex():
+            stored = tensor[tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())]
+            if not torch.isfinite(stored.float() if stored.itemsize == 1 else stored).all():
+                broken.append(key)
+    if broken:
+        raise CompressorError(
+            f"{origin} holds NaN or infinite numbers in {some(broken)}.",
+            "Take a checkpoint from before they appeared.",
+        )
+
+
+def _fit(
+    model: nn.Module, state: State, origin: str, num_classes: int, heads: Heads | None, say: Say
+) -> None:
+    own = model.state_dict()
+    given = {key: _dense(key, value, origin) for key, value in state.items()}
+    misfits = [key for key in own if key in given and own[key].shape != given[key].shape]
+    made = [name for name in (heads() if heads is not None and misfits else ())]
+    fresh = {
+        name: [key for key in misfits if key.startswith(f"{name}.")]
+        for name in made
+        if _of_other_classes(
+            [(own[key], given[key]) for key in misfits if key.startswith(f"{name}.")], num_classes
+        )
+    }
+    left = {key for keys in fresh.values() for key in keys}
+    shaped = [key for key in misfits if key not in left]
+    # Checkpoints from before torch 0.4.1 do not count their batches; nothing that we do needs the count.
+    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in given if key not in own]
+    typed = [
+        key
+        for key in given
+        if key in own and own[key].is_floating_point() and not given[key].is_floating_point()
+    ]
+    if missing or unexpected or shaped or typed:
+        raise CompressorError(
+            f"{origin} does not fit the model: {_misfit(own, given, missing, unexpected, shaped, typed)}.",
             "Give the weights of this very architecture, or --weights none.",
         )
-    if fresh_head:
+    fitting = {key: value for key, value in given.items() if key not in left}
+    _check_finite(fitting, origin)
+    if fresh:
         setattr(model, FRESH_HEAD, True)
-        classes = state[replaced[0]].shape[0]
-        progress.say(f"{origin} is for {classes} classes: {head} starts fresh with {num_classes}.")
-    fitting = {key: value for key, value in state.items() if not (fresh_head and key in replaced)}
+    for name, keys in fresh.items():
+        say(f"{origin} is for {given[keys[0]].shape[0]} classes: {name} starts fresh with {num_classes}.")
     model.load_state_dict(fitting, strict=False)
 
 
+def _of_other_classes(pairs: Sequence[tuple[Tensor, Tensor]], num_classes: int) -> bool:
+    """Whether tensors (own, given) of a layer differ in the number of classes alone, which is their first axis."""
+    return bool(pairs) and all(
+        mine.dim() > 0
+        and mine.dim() == other.dim()
+        and mine.shape[1:] == other.shape[1:]
+        and mine.shape[0] == num_classes
+        for mine, other in pairs
+    )
+
+
 def _misfit(
-    own: Mapping[str, torch.Tensor],
-    state: Mapping[str, torch.Tensor],
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
     missing: Sequence[str],
     unexpected: Sequence[str],
     shaped: Sequence[str],
+    typed: Sequence[str],
 ) -> str:
     parts = []
     if missing:
-        parts.append(f"{len(missing)} of {len(own)} keys are missing ({_some(missing)})")
+        parts.append(f"{len(missing)} of {len(own)} keys are missing ({some(missing)})")
     if unexpected:
-        parts.append(f"{len(unexpected)} keys are unexpected ({_some(unexpected)})")
+        parts.append(f"{len(unexpected)} keys are unexpected ({some(unexpected)})")
     if shaped:
         shapes = [f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}" for key in shaped]
-        parts.append(f"{len(shaped)} keys have another shape ({_some(shapes)})")
+        parts.append(f"{len(shaped)} keys have another shape ({some(shapes)})")
+    if typed:
+        types = [f"{key} is {str(state[key].dtype).removeprefix('torch.')}" for key in typed]
+        parts.append(f"{len(typed)} keys hold no real numbers ({some(types)})")
     return "; ".join(parts)
 
 
-def _some(items: Sequence[str]) -> str:
+def some(items: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more
+    return ", ".join(item[:200] for item in items[:_SHOWN]) + more

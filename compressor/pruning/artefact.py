@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.pruning.attention import swap_name
-from compressor.pruning.factory import build_dense, check_factory, infer_factory
+from compressor.pruning.factory import Factory, build_dense, find_factory, given_factory
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import aliases, named_tensors
 from compressor.pruning.slicer import RECORD, swap
@@ -35,7 +35,7 @@ def save(
     plan: ChannelPlan,
     directory: str | Path,
     *,
-    factory: Mapping[str, Any] | None = None,
+    factory: Factory | Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pruned network.
@@ -44,12 +44,15 @@ def save(
         small: What `PruningSpace.apply` returned, fine-tuned or not, or a copy of it.
         plan: The plan it was made with.
         directory: Folder to write to; made where it is missing.
-        factory: {"factory": name, "kwargs": {"num_classes": N}}, what `models.model_factory` returns. Left
-            out, it is found for networks of `create_model`, torchvision and timm, and for importable classes.
+        factory: What builds the dense network from num_classes at most: a function or class, its reference
+            "package.module:name", or {"factory": name, "kwargs": {"num_classes": N}}. Left out, it is found for
+            networks of `create_model`, torchvision and timm, and for classes of your own that can be imported; where
+            none is found, `load` needs the function itself.
         extra: Anything that JSON can hold, kept under "extra".
 
     Raises:
-        CompressorError: the network was not made by `apply`, was made with another plan, or has no factory.
+        CompressorError: the network was not made by `apply` or was made with another plan, or the given factory does
+            not build its dense network.
     """
     from safetensors.torch import save_file
 
@@ -63,11 +66,11 @@ def save(
         raise CompressorError(
             "The network was made with another plan.", "Give the plan that apply was called with."
         )
-    spec = (
-        check_factory(factory, record["dense"])
-        if factory is not None
-        else infer_factory(small, record["dense"])
-    )
+    dense, outputs = record["dense"], record["outputs"]
+    spec = find_factory(small, dense, outputs) if factory is None else given_factory(factory, dense, outputs)
+    if spec is None:
+        kind = f"{type(small).__module__}.{type(small).__qualname__}"
+        spec = {"factory": None, "class": kind, "kwargs": {"num_classes": outputs}}
     folder = Path(directory)
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors(small).items()
@@ -100,11 +103,15 @@ def save(
     write_atomic(folder / CHANNELS, text + "\n")
 
 
-def load(directory: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
-    """Read a pruned network; it comes in eval mode.
+def load(
+    directory: str | Path, *, factory: Factory | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Read a pruned network; it comes in eval mode. No code runs that a file names.
 
     Args:
         directory: What `save` wrote.
+        factory: What builds the dense network, from num_classes at most: a function or class, or its reference
+            "package.module:name". Networks of torchvision, timm and this package need none.
         device: Where the weights go.
 
     Raises:
@@ -113,10 +120,11 @@ def load(directory: str | Path, *, device: str | torch.device = "cpu") -> nn.Mod
     """
     folder = Path(directory)
     content = _read_channels(folder)
+    _check_factory(content["factory"], factory, folder)
     tensors = _read_weights(folder, content)
-    model = build_dense(content["factory"])
+    model = build_dense(content["factory"], factory)
     dense = {name: list(tensor.shape) for name, tensor in named_tensors(model).items()}
-    _check_shapes(content, dense, tensors)
+    _check_shapes(content, dense, tensors, given=factory is not None)
     set_tensors(model, tensors, device)
     _set_attributes(model, content)
     if content.get("channels_last"):
@@ -126,8 +134,29 @@ def load(directory: str | Path, *, device: str | torch.device = "cpu") -> nn.Mod
         "dense": {name: tuple(shape) for name, shape in dense.items()},
         "edits": content["edits"],
         "swaps": content["swaps"],
+        "outputs": content["factory"]["kwargs"]["num_classes"],
     }
     return model.eval()
+
+
+def _check_factory(spec: Mapping[str, Any], given: Factory | None, folder: Path) -> None:
+    """Refuse to build a network of the user's own unless the caller says how."""
+    from compressor.models.names import is_users
+
+    name = spec.get("factory")
+    if given is not None:
+        return
+    if name is None:
+        raise CompressorError(
+            f"{folder} holds a {str(spec.get('class'))[:200]}, and no reference to what builds it.",
+            f"Give a function that builds the dense network: load({str(folder)!r}, factory=build).",
+        )
+    if isinstance(name, str) and is_users(name):
+        shown = name[:200]
+        raise CompressorError(
+            f"{folder} holds a network that {shown!r} builds, and loading imports no code that a file names.",
+            f"If you trust it, name it: load({str(folder)!r}, factory={shown!r}), or give the function or class.",
+        )
 
 
 def read_plan(directory: str | Path) -> ChannelPlan:
@@ -184,13 +213,16 @@ def _read_weights(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         raise CompressorError(f"{path} is no safetensors file: {error}.", _AGAIN) from error
 
 
-def _check_shapes(content: dict[str, Any], dense: dict[str, list[int]], tensors: dict[str, Tensor]) -> None:
-    name = content["factory"].get("factory")
+def _check_shapes(
+    content: dict[str, Any], dense: dict[str, list[int]], tensors: dict[str, Tensor], given: bool
+) -> None:
+    name = "that was given" if given else repr(content["factory"].get("factory"))
+    advice = "Give what built the dense network that was pruned." if given else _AGAIN
     for what, names in (("weights", tensors.keys()), (CHANNELS, content["tensors"].keys())):
         wrong = sorted(set(names) ^ set(dense))
         if wrong:
             raise CompressorError(
-                f"The factory {name!r} and the {what} disagree about tensor '{wrong[0]}'.", _AGAIN
+                f"The factory {name} and the {what} disagree about tensor '{wrong[0]}'.", advice
             )
     for key, tensor in tensors.items():
         shape = list(tensor.shape)
@@ -201,7 +233,7 @@ def _check_shapes(content: dict[str, Any], dense: dict[str, list[int]], tensors:
         if len(shape) != len(dense[key]) or any(s > d for s, d in zip(shape, dense[key], strict=True)):
             raise CompressorError(
                 f"Tensor '{key}' of shape {shape} is no part of the dense network's {dense[key]}.",
-                "Was the network's code changed since it was saved?",
+                advice if given else "Was the network's code changed since it was saved?",
             )
 
 

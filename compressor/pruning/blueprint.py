@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.pruning.artefact import set_tensors
-from compressor.pruning.factory import build_dense, infer_factory
+from compressor.pruning.factory import build_dense, find_factory
 from compressor.pruning.skeleton import named_tensors
 from compressor.pruning.space import PruningSpace
 
@@ -27,14 +27,13 @@ def blueprint(space: PruningSpace) -> dict[str, Any]:
     """
     model = space.model
     dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-    try:
-        factory = infer_factory(model, dense)
-    except CompressorError as error:
+    factory = find_factory(model, dense, space.outputs)
+    if factory is None:
         raise CompressorError(
             "Several workers, and functions that are budgets, build the network in processes of their own, and no "
             f"factory was found that builds the dense {type(model).__qualname__}.",
             "Name the network as package.module:factory, or use one worker and none but the built-in budgets.",
-        ) from error
+        )
     return {
         "factory": factory,
         "inputs": [list(tensor.shape) for tensor in space.example_input],

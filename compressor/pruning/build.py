@@ -134,6 +134,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
             error._module_path = failed.path  # type: ignore[attr-defined]
         raise
     _fix_outputs(tracer, out)
+    shapes = [tensor.shape for tensor in example_tensors(_plain(out)) if tensor.dim() > 1]
+    tracer.facts.classes = int(shapes[0][1]) if shapes else 1
     tracer.facts.traffic.record(tracer, "output", example_tensors(_plain(out)), ())
     if any(name not in tracer.facts.params for name, value in named_tensors(skeleton).items() if value.dim()):
         _train_pass(tracer, skeleton, args, meta)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,107 +13,97 @@ from compressor.errors import CompressorError
 from compressor.pruning.skeleton import named_tensors
 
 Shapes = Mapping[str, Sequence[int]]
+Factory = Callable[..., Any] | str
 _ADVICE = (
-    'Pass factory={"factory": "package.module:function", "kwargs": {"num_classes": N}} to save(), where the function '
-    "builds the dense network from num_classes at most, and can be imported."
+    "Give a function or class that builds the dense network from num_classes at most: factory=build, or its reference "
+    'factory="package.module:build".'
 )
 
 
-def infer_factory(model: nn.Module, dense: Shapes) -> dict[str, Any]:
-    """The spec that rebuilds the dense network of `model`.
+def find_factory(model: nn.Module, dense: Shapes, outputs: int) -> dict[str, Any] | None:
+    """The spec that rebuilds the dense network of `model`; None where none is found.
 
     Looked for in turn: the tag that `create_model` leaves, torchvision's builders, timm's configuration, and
     the class of the network where it can be imported. A find counts only where it rebuilds every tensor in
     its dense shape.
 
     Args:
-        model: The pruned network.
+        model: The pruned network, or the dense one.
         dense: Name of each parameter and buffer -> its dense shape.
-
-    Raises:
-        CompressorError: none fits; the message names what to pass.
+        outputs: Of the network, for one input.
     """
     from compressor.models import factory_of
 
     tagged = factory_of(model)
-    if tagged is not None:
-        return tagged
-    for spec in _candidates(model, dense):
-        if _fits(spec, dense):
-            return spec
-    kind = type(model)
-    raise CompressorError(
-        f"No factory was found that builds the dense {kind.__module__}.{kind.__qualname__} again, so that a saved "
-        "network could not be loaded.",
-        _ADVICE,
-    )
+    candidates = [tagged] if tagged is not None else _candidates(model, outputs)
+    return next((spec for spec in candidates if _fits(spec, dense)), None)
 
 
-def check_factory(spec: Any, dense: Shapes) -> dict[str, Any]:
-    """A spec given by the caller, once it rebuilds the dense network.
+def given_factory(given: Factory | Mapping[str, Any], dense: Shapes, outputs: int) -> dict[str, Any]:
+    """The spec of a factory that the caller gives, once it rebuilds the dense network.
+
+    Args:
+        given: A function or class, its reference `package.module:name`, or a whole spec.
+        dense: Name of each parameter and buffer -> its dense shape.
+        outputs: Of the network, for one input.
 
     Raises:
         CompressorError: it is malformed, cannot be built, or builds other shapes.
     """
-    if not isinstance(spec, Mapping) or not isinstance(spec.get("factory"), str):
-        raise CompressorError(f"A factory is a name with arguments, not {spec!r}.", _ADVICE)
-    made = {"factory": spec["factory"], "kwargs": dict(spec.get("kwargs", {}))}
-    wrong = differences(build_dense(made), dense)
+    factory: Factory | None = None
+    if isinstance(given, Mapping):
+        if not isinstance(given.get("factory"), str):
+            raise CompressorError(f"A factory is a name with arguments, not {given!r}.", _ADVICE)
+        spec = {**given, "kwargs": dict(given.get("kwargs", {}))}
+    elif isinstance(given, str):
+        spec = {"factory": given, "kwargs": {"num_classes": outputs}}
+    elif callable(given):
+        spec, factory = {"factory": _reference(given), "kwargs": {"num_classes": outputs}}, given
+    else:
+        raise CompressorError(f"A factory is a function or its name, not {given!r}.", _ADVICE)
+    wrong = differences(build_dense(spec, factory), dense)
     if wrong:
         raise CompressorError(f"The factory {spec['factory']!r} builds another network: {wrong}.", _ADVICE)
-    return made
+    return spec
 
 
-def build_dense(spec: Mapping[str, Any]) -> nn.Module:
+def _reference(kind: Any) -> str | None:
+    """`package.module:name` of a function or class that can be imported."""
+    module, name = getattr(kind, "__module__", None), getattr(kind, "__qualname__", "<")
+    return None if module in (None, "__main__") or "<" in name else f"{module}:{name}"
+
+
+def build_dense(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module:
     """The dense network, on the meta device where its constructor allows it, else with fresh values on the
     CPU.
 
-    A user's factory must be a function or a class of modules, and is called with `num_classes` at most.
+    A user's factory is called with `num_classes` at most.
+
+    Args:
+        spec: As `find_factory` gives it.
+        factory: What the caller gives in the place of the spec's own.
 
     Raises:
         CompressorError: the factory is unknown, cannot be imported, or fails.
     """
     from compressor.models import build_from_factory
 
-    name = str(spec.get("factory"))
-    if ":" in name and not name.startswith("timm:"):
-        _check_user_factory(name)
     try:
         with torch.device("meta"):
-            model = build_from_factory(spec)
+            model = build_from_factory(spec, factory)
         if not _meta_leftovers(model):
             return model
-    except CompressorError:
-        raise
     except Exception:
         # Constructors that compute with tensors need real ones; what they get wrong on their own fails again below.
         pass
     try:
-        return build_from_factory(spec)
+        return build_from_factory(spec, factory)
     except CompressorError:
         raise
-    except Exception as error:  # a user's or a library's code may raise anything
+    except Exception as error:  # a library's code may raise anything
         raise CompressorError(
-            f"The factory {name!r} fails: {type(error).__name__}: {error}.", _ADVICE
+            f"The factory {spec.get('factory')!r} fails: {type(error).__name__}: {error}.", _ADVICE
         ) from error
-
-
-def _check_user_factory(name: str) -> None:
-    module, _, attribute = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CompressorError(
-            f"The factory {name!r}, which builds this network, cannot be imported: {error}.",
-            "Install the package, or start Python in the folder of that module.",
-        ) from error
-    if not inspect.isfunction(found) and not (inspect.isclass(found) and issubclass(found, nn.Module)):
-        raise CompressorError(
-            f"The factory {name!r} is neither a function nor a class of modules.",
-            "Name one that builds the dense network.",
-        )
 
 
 def _meta_leftovers(model: nn.Module) -> bool:
@@ -122,9 +111,8 @@ def _meta_leftovers(model: nn.Module) -> bool:
     return any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
 
 
-def _candidates(model: nn.Module, dense: Shapes) -> Iterator[dict[str, Any]]:
+def _candidates(model: nn.Module, outputs: int) -> Iterator[dict[str, Any]]:
     kind = type(model)
-    outputs = _outputs(dense)
     if kind.__module__.startswith("torchvision.models"):
         import torchvision.models
 
@@ -139,14 +127,8 @@ def _candidates(model: nn.Module, dense: Shapes) -> Iterator[dict[str, Any]]:
     if isinstance(architecture, str) and kind.__module__.startswith("timm."):
         classes = getattr(model, "num_classes", outputs)
         yield {"factory": f"timm:{architecture}", "kwargs": {"num_classes": int(classes)}}
-    if kind.__module__ != "__main__" and "<locals>" not in kind.__qualname__:
-        yield {"factory": f"{kind.__module__}:{kind.__qualname__}", "kwargs": {"num_classes": outputs}}
-
-
-def _outputs(dense: Shapes) -> int:
-    """Outputs of the last weight: the number of classes of every common network."""
-    weights = [shape for shape in dense.values() if len(shape) > 1]
-    return weights[-1][0] if weights else 1
+    if (reference := _reference(kind)) is not None:
+        yield {"factory": reference, "kwargs": {"num_classes": outputs}}
 
 
 def _fits(spec: Mapping[str, Any], dense: Shapes) -> bool:

@@ -135,6 +135,8 @@ class Facts:
     swaps: dict[str, str] = field(default_factory=dict)
     decisions: dict[Key, tuple[str, list[Labels]]] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
+    #: Channels of the network's first output: the classes of a classifier.
+    classes: int = 1
 
 
 @dataclass

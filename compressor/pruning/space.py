@@ -82,6 +82,7 @@ class PruningSpace:
         self.dense_widths: Ints = np.array([group.width for group in self.groups], dtype=np.int64)
         self.min_widths: Ints = np.array([group.min_width for group in self.groups], dtype=np.int64)
         self._dense_shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+        self.outputs = built.facts.classes
         self._index = {group.name: group.index for group in self.groups}
         self._choices = tuple(legal_widths(group) for group in self.groups)
         self._resolved = resolved
@@ -245,6 +246,7 @@ class PruningSpace:
         small = self.slicer.build(source, keep, widths, cut)
         small.__dict__[RECORD]["plan"] = plan
         small.__dict__[RECORD]["dense"] = self._dense_shapes
+        small.__dict__[RECORD]["outputs"] = self.outputs
         return small
 
     def _check_same(self, model: nn.Module) -> None:

@@ -40,7 +40,8 @@ class Recipe(Part):
     )
     weights: str = Field(
         "default",
-        description="default, none, or a file with a state dict. On digits, default trains from scratch.",
+        description="default, none, or a file with a state dict. On digits default trains from scratch; for networks "
+        "whose default weights nobody publishes (cifar_*, module:factory) it is none.",
     )
     data: Annotated[Data, BeforeValidator(_with_source)] = Field(
         Data(), description="Images and how they are prepared; text alone is the source, such as folder:PATH."
@@ -80,17 +81,18 @@ class Recipe(Part):
     @property
     def pretrained(self) -> bool:
         """Whether the run starts from trained weights."""
-        return self.weights != "none" and not (self.weights == "default" and self.data_kind == "digits")
+        unpublished = self.model.startswith("cifar_") or (":" in self.model and not self.model.startswith("timm:"))
+        return self.weights != "none" and not (
+            self.weights == "default" and (self.data_kind == "digits" or unpublished)
+        )
 
     def resolved(self) -> Recipe:
         """The same recipe with every field filled in that follows from others."""
         own = self.model.startswith("cifar_")
         small = self.data_kind in ("digits", "cifar10", "cifar100") or own
         scratch_epochs = {"digits": 20, "imagenet": 90}.get(self.data_kind, 60)
-        weights = "none" if not self.pretrained else self.weights
-        if weights == "default" and own:
-            weights = "none"  # nobody publishes weights for these under a name that could be fetched
-        pretrained = weights != "none"
+        pretrained = self.pretrained
+        weights = self.weights if pretrained else "none"
         digits = self.data_kind == "digits"
         share = self.search.epochs_share
         if share is None:

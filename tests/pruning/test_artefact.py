@@ -17,7 +17,7 @@ from compressor.errors import CompressorError
 from compressor.pruning.artefact import load, read_plan, save
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
-from tests.pruning.networks import Zoo, filled
+from tests.pruning.networks import UNet, Zoo, filled, unset, zoo
 
 ZOO = {"factory": "tests.pruning.networks:zoo", "kwargs": {"num_classes": 5}}
 
@@ -88,7 +88,7 @@ def test_given_factory_types_and_copies(slim: tuple[nn.Module, ChannelPlan, Tens
     small, plan, example = slim
     half = copy.deepcopy(small).half().to(memory_format=torch.channels_last)
     save(half, plan, tmp_path, factory=ZOO)
-    again = load(tmp_path)
+    again = load(tmp_path, factory=zoo)
     assert again.stem.weight.dtype == torch.float16
     assert again.shared.weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(again.float()(example), half.float()(example))
@@ -105,7 +105,7 @@ def test_another_process_without_torch_pruning(
         "sys.modules['torch_pruning'] = None\n"
         "from compressor import load\n"
         f"x = torch.load({str(tmp_path / 'x.pt')!r}, weights_only=True)\n"
-        f"print(load({str(tmp_path)!r})(x).tolist())\n"
+        f"print(load({str(tmp_path)!r}, factory='tests.pruning.networks:zoo')(x).tolist())\n"
         "assert 'compressor.pruning.space' not in sys.modules\n"
     )
     root = Path(__file__).resolve().parents[2]
@@ -114,16 +114,38 @@ def test_another_process_without_torch_pruning(
     torch.testing.assert_close(torch.tensor(json.loads(out.stdout)), small(example), rtol=1e-5, atol=1e-5)
 
 
-def test_a_network_without_a_factory_is_named(tmp_path: Path) -> None:
+def test_a_network_without_a_reference_is_loaded_by_its_function(tmp_path: Path) -> None:
     class Local(nn.Sequential):
         pass
 
+    def build() -> nn.Module:
+        return Local(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1))
+
     example = torch.randn(1, 3, 8, 8)
-    space = PruningSpace(Local(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)).eval(), example)
+    space = PruningSpace(build().eval(), example)
     plan = space.uniform(0.5)
-    with pytest.raises(CompressorError, match=r"No factory was found.*Local.*Pass factory="):
-        save(space.apply(plan), plan, tmp_path)
-    assert not list(tmp_path.iterdir())
+    small = space.apply(plan)
+    save(small, plan, tmp_path)
+    with pytest.raises(CompressorError, match=r"Local, and no reference.*factory=build"):
+        load(tmp_path)
+    assert torch.equal(load(tmp_path, factory=build)(example), small(example))
+
+
+def test_loading_imports_nothing_that_a_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file names code of a module that would leave a mark when it is imported or called."""
+    marker = tmp_path / "mark"
+    (tmp_path / "trap.py").write_text(f"import os\nos.mkdir({str(marker)!r})\ndef net(num_classes=2):\n    return 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    space = PruningSpace(filled(Zoo()), torch.randn(1, 3, 32, 32))
+    plan = space.uniform(0.5)
+    save(space.apply(plan), plan, tmp_path / "run", factory=ZOO)
+    for name in ("trap:net", "torchvision.models.resnet:partial", "timm:hf-hub:a/b", "timm:local-dir:/tmp", "os:system"):
+        _edited(tmp_path / "run", factory={"factory": name, "kwargs": {"num_classes": 5}})
+        with pytest.raises(CompressorError, match=r"imports no code that a file names|has no model called"):
+            load(tmp_path / "run")
+    assert not marker.exists()
+    assert load(tmp_path / "run", factory=zoo)(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
 
 
 def test_save_refuses_what_apply_did_not_make(
@@ -165,30 +187,8 @@ def _edited(folder: Path, **changes: Any) -> None:
             {"tensors": lambda t: {k: v for k, v in t.items() if k != "stem.weight"}},
             "disagree about tensor 'stem.weight'",
         ),
-        (
-            {"factory": {"factory": "tests.pruning.networks:nothing", "kwargs": {"num_classes": 5}}},
-            "cannot be imported",
-        ),
-        (
-            {"factory": {"factory": "os:system", "kwargs": {"num_classes": 5}}},
-            "neither a function nor a class of modules",
-        ),
-        (
-            {"factory": {"factory": "subprocess:Popen", "kwargs": {"num_classes": 5}}},
-            "neither a function nor",
-        ),
-        (
-            {"factory": {"factory": "tests.pruning.networks:UNet", "kwargs": {"num_classes": 5}}},
-            "disagree about tensor",
-        ),
-        (
-            {"factory": {"factory": "tests.pruning.networks:zoo", "kwargs": {"num_classes": "rm"}}},
-            "num_classes as an integer",
-        ),
-        (
-            {"factory": {"factory": "tests.pruning.networks:unset", "kwargs": {"num_classes": 5}}},
-            "'tests.pruning.networks:unset' fails: KeyError: 'config'",
-        ),
+        ({"factory": {"factory": "x:y", "kwargs": {"num_classes": "rm"}}}, "num_classes as an integer"),
+        ({"factory": {"factory": "x:y", "kwargs": {"num_classes": 5}, "head": "gone"}}, "no linear"),
         ({"edits": [["stem", "out_channels", 10**6]]}, "sets 'stem.out_channels'"),
         ({"edits": [["stem", "__class__", 3]]}, "sets 'stem.__class__'"),
         ({"edits": [["gone", "out_channels", 3]]}, "network lacks"),
@@ -202,7 +202,25 @@ def test_corrupt_and_foreign_files_are_refused(
     save(small, plan, tmp_path, factory=ZOO)
     _edited(tmp_path, **changes)
     with pytest.raises(CompressorError, match=words):
-        load(tmp_path)
+        load(tmp_path, factory=zoo)
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("tests.pruning.networks:nothing", "has no 'nothing'"),
+        (UNet, "disagree about tensor"),
+        (unset, "fails: KeyError: 'config'"),
+        (len, "expected a function or a class"),
+    ],
+)
+def test_factories_that_do_not_build_the_network(
+    factory: Any, words: str, slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path
+) -> None:
+    small, plan, _ = slim
+    save(small, plan, tmp_path, factory=ZOO)
+    with pytest.raises(CompressorError, match=words):
+        load(tmp_path, factory=factory)
 
 
 def test_broken_files_and_links_are_refused(
@@ -210,18 +228,18 @@ def test_broken_files_and_links_are_refused(
 ) -> None:
     small, plan, _ = slim
     with pytest.raises(CompressorError, match=r"holds no channels\.json"):
-        load(tmp_path)
+        load(tmp_path, factory=zoo)
     save(small, plan, tmp_path, factory=ZOO)
     weights = tmp_path / "model.safetensors"
     outside = tmp_path.parent / f"{tmp_path.name}.safetensors"
     weights.rename(outside)
     weights.symlink_to(outside)
     with pytest.raises(CompressorError, match="outside its folder"):
-        load(tmp_path)
+        load(tmp_path, factory=zoo)
     weights.unlink()
     weights.write_bytes(outside.read_bytes()[:-8])
     with pytest.raises(CompressorError, match="does not match the checksum"):
-        load(tmp_path)
+        load(tmp_path, factory=zoo)
     (tmp_path / "channels.json").write_text("{")
     with pytest.raises(CompressorError, match="is not readable as JSON"):
-        load(tmp_path)
+        load(tmp_path, factory=zoo)

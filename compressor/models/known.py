@@ -1,0 +1,76 @@
+"""Which factories of networks this user has run on this machine.
+
+A run's folder may come from somebody else, and its recipe names the factory of its network. Commands that read a
+finished run import a factory only where this user has begun a run with the same reference and the same module file
+before, as a list in the cache folder says, or names it now.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import suppress
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from compressor.errors import CompressorError
+from compressor.files import cache_folder, write_atomic
+from compressor.models.names import is_users
+
+_FILE = "factories.json"
+
+
+def remember_factory(name: str) -> None:
+    """Note that the user runs the factory `package.module:factory`; other names need no note."""
+    if not is_users(name) or (place := _module_file(name)) is None:
+        return
+    known = _read()
+    if place in known.get(name, []):
+        return
+    with suppress(CompressorError):  # without a cache the commands ask for the name
+        write_atomic(
+            cache_folder() / _FILE, json.dumps({**known, name: [*known.get(name, []), place]}, indent=1)
+        )
+
+
+def allowed_factory(name: str, given: str | None, folder: Path) -> str:
+    """The factory with which the network of the run in `folder` is built.
+
+    Args:
+        name: as the run's files have it.
+        given: as the user gave it with the command, if at all.
+        folder: of the run.
+
+    Raises:
+        CompressorError: it is code of a user's that neither was run here before nor is named now.
+    """
+    if given is not None:
+        return given
+    if not is_users(name) or _module_file(name) in _read().get(name, []):
+        return name
+    raise CompressorError(
+        f"The network of {folder} is built by {name[:200]!r}, Python code that was not run from here before; code that "
+        "only a file names is not imported.",
+        f"If you trust it, name it, in the folder of its module: --factory {name[:200]}",
+    )
+
+
+def _module_file(name: str) -> str | None:
+    """The file of the outermost package or module of a reference, as it would be imported from here; none is run."""
+    top = name.partition(":")[0].partition(".")[0]
+    found = PathFinder.find_spec(top, [os.getcwd(), *sys.path])
+    if found is None:
+        return None
+    places = list(found.submodule_search_locations or [])
+    return str(Path(found.origin or places[0]).resolve()) if found.origin or places else None
+
+
+def _read() -> dict[str, list[str]]:
+    try:
+        known = json.loads((cache_folder() / _FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {name: places for name, places in known.items() if isinstance(places, list)}
