@@ -104,7 +104,7 @@ def single_head(name: str, makers: Makers, outputs: int, num_classes: int) -> st
     said = f"{name} gives {outputs} outputs for one image where the data have {num_classes} classes"
     advice = "Have the factory accept num_classes and build the network for them."
     if heads:
-        raise CompressorError(f"{said}, and several layers make them together: {', '.join(heads)}.", advice)
+        raise CompressorError(f"{said}, and several layers make them together: {', '.join(sorted(heads))}.", advice)
     parts = [
         *(f"{layer} ({channels} outputs)" for layer, channels in makers.layers.items()),
         *makers.parameters,

@@ -140,7 +140,8 @@ def test_loading_imports_nothing_that_a_file_names(tmp_path: Path, monkeypatch: 
     space = PruningSpace(filled(Zoo()), torch.randn(1, 3, 32, 32))
     plan = space.uniform(0.5)
     save(space.apply(plan), plan, tmp_path / "run", factory=ZOO)
-    for name in ("trap:net", "torchvision.models.resnet:partial", "timm:hf-hub:a/b", "timm:local-dir:/tmp", "os:system"):
+    named = ("trap:net", "torchvision.models.resnet:partial", "timm:hf-hub:a/b", "timm:local-dir:/tmp", "os:system")
+    for name in named:
         _edited(tmp_path / "run", factory={"factory": name, "kwargs": {"num_classes": 5}})
         with pytest.raises(CompressorError, match=r"imports no code that a file names|has no model called"):
             load(tmp_path / "run")
