@@ -171,8 +171,8 @@ def run(cell: Cell) -> None:
     assert cell.recipe is not None
     if (cell.folder / RECIPE).exists():
         # Only what this command sets: a learning rate that was lowered on the way stays.
-        expected = cell.recipe.model_dump(mode="json", include={"model", "data", "weights", "epochs", "seed"})
-        resume(cell.folder, expected)
+        expected = cell.recipe.model_dump(mode="json", include={"model", "weights", "epochs", "seed"})
+        resume(cell.folder, {**expected, "data": cell.recipe.data.source})
     else:
         compress(cell.recipe, out=cell.folder)
 

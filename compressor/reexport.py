@@ -79,7 +79,11 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
         name = session.get_inputs()[0].name
         outputs = np.concatenate([run_session(session, {name: image[None]})[0] for image in images])
         info = make_bundle(
-            bundle, networks, Reference(images, outputs), target=target, facts={"run": run.name}
+            bundle,
+            networks,
+            Reference(images, outputs),
+            target=target,
+            facts={"run": run.name, **finished.data.facts()},
         )
         yield f"Wrote {info.path} for {info.target.name}: {', '.join(info.networks)} ({info.size / 1e6:.1f} MB)."
         yield "On the board: unpack it, run run.sh in it, and bring results.tar.gz back."

@@ -201,6 +201,7 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
     described = json.loads(files["bundle.json"])
     assert {entry["opset"] for entry in described["networks"]} == {13}
     assert described["facts"]["run"] == "run"
+    assert described["facts"]["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     words = export(run, "--target", "jetson-orin-nano-8gb", "--bundle", tmp_path / "orin.tar.gz")
     assert "model.int8.onnx computes its rest in fp32; another one is made by" in words
     names = sorted(name for name in unpack(tmp_path / "orin.tar.gz") if name.startswith("models/"))
