@@ -122,7 +122,7 @@ def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
                 return None  # a line of pixels would become gigabytes when its short side is scaled
             # JPEG decodes to a half, a quarter or an eighth at once; twice the pixels that are needed lose nothing.
             image.draft("RGB", (needed, needed))
-            pixels = eight_bit(image, preprocessing.channels)
+            pixels = eight_bit(image, preprocessing.channels, path)
     except _unreadable():
         return None
     return fitted(pixels, preprocessing)

@@ -21,11 +21,11 @@ _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
-def eight_bit(image: Image, channels: int) -> Image:
+def eight_bit(image: Image, channels: int, name: str) -> Image:
     """The image in mode "RGB", or "L" where `channels` is 1, as its viewer would see it.
 
     The orientation that a camera noted is applied, transparent pixels are laid over `BACKGROUND`, and grey values of
-    16 bits or of floats from 0 to 1 are scaled to 0..255.
+    16 bits or of floats from 0 to 1 are scaled to 0..255. `name` is what messages call it.
 
     Raises:
         CompressorError: the values have no range that could be known: floats beyond 0..1, 32-bit integers.
@@ -34,7 +34,7 @@ def eight_bit(image: Image, channels: int) -> Image:
     image.load()  # here, where damage is expected
     image = upright(image)
     if image.mode in _DEEP:
-        image = _scaled(image)
+        image = _scaled(image, name)
     if image.mode in _TRANSPARENT or "transparency" in image.info:
         image = _opaque(image)
     mode = "L" if channels == 1 else "RGB"
@@ -69,7 +69,7 @@ def _opaque(image: Image) -> Image:
     return pillow.alpha_composite(behind, seen).convert("RGB")
 
 
-def _scaled(image: Image) -> Image:
+def _scaled(image: Image, name: str) -> Image:
     """Grey values of more than 8 bits on the scale 0..255."""
     from PIL import Image as pillow
 
@@ -80,7 +80,7 @@ def _scaled(image: Image) -> Image:
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             found = f"{np.nanmin(values):g} to {np.nanmax(values):g}"
             raise CompressorError(
-                f"{_name(image)} holds floats from {found}; floats are read as grey values from 0 to 1.",
+                f"{name} holds floats from {found}; floats are read as grey values from 0 to 1.",
                 "Divide them by the largest value that they can have, or save the images with 8 or 16 bits.",
             )
     elif image.mode == "I" and image.format not in (
@@ -88,7 +88,7 @@ def _scaled(image: Image) -> Image:
         "PPM",
     ):  # these say that the range is that of 16 bits
         raise CompressorError(
-            f"{_name(image)} holds signed or 32-bit integers ({values.min()} to {values.max()}), "
+            f"{name} holds signed or 32-bit integers ({values.min()} to {values.max()}), "
             "of which nothing says where white is.",
             "Save the images with 8 or unsigned 16 bits.",
         )
@@ -99,7 +99,3 @@ def _scaled(image: Image) -> Image:
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         scaled = 255 - scaled
     return pillow.fromarray(scaled)
-
-
-def _name(image: Image) -> str:
-    return str(getattr(image, "filename", "") or "An image")
