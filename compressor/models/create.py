@@ -14,10 +14,11 @@ from torch import nn
 from compressor import progress
 from compressor.errors import CompressorError
 from compressor.models import cifar
+from compressor.models.computed import fix_weights
 from compressor.models.first_run import Shape, run_first
 from compressor.models.head import Makers, replace_head, single_head
 from compressor.models.names import call_factory, call_named_factory, resolve
-from compressor.models.weights import Say, fit_state, load_weights
+from compressor.models.weights import Say, fit_state, load_weights, some
 
 FACTORY_TAG = "compressor_factory"
 """Attribute of a created model: the spec with which `build_from_factory` builds it again."""
@@ -74,6 +75,11 @@ def create_model(
         _load_default(model, name, num_classes, heads, say)
     elif str(weights) != "none":
         load_weights(model, Path(weights), num_classes, lambda: heads, say)
+    if fixed := fix_weights(model):
+        say(
+            f"{len(fixed)} weights of {name} are computed from others before each forward ({some(fixed)}); they are "
+            "fixed at their values and trained on as plain weights."
+        )
     setattr(model, FACTORY_TAG, spec)
     return model.train()
 
@@ -109,7 +115,8 @@ def model_factory(name: str, num_classes: int, weights: str = "none") -> dict[st
 
 
 def build_from_factory(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module:
-    """Build the architecture that `factory_of` describes, with fresh weights (none on the meta device).
+    """Build the architecture that `factory_of` describes, with fresh weights (none on the meta device); those that it
+    computes from others are plain parameters in it, as `create_model` leaves them.
 
     Of the spec's arguments only `num_classes` reaches a user's factory, and only as an integer.
 
@@ -121,6 +128,7 @@ def build_from_factory(spec: Mapping[str, Any], factory: Factory | None = None) 
         CompressorError: the spec is malformed or names something unknown.
     """
     model = _built(spec, factory)
+    fix_weights(model)
     setattr(model, FACTORY_TAG, {key: spec[key] for key in ("factory", "kwargs", "head") if key in spec})
     return model
 

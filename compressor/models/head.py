@@ -64,10 +64,10 @@ class Recorder:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return None
             started = output.detach().requires_grad_().clone()
-            channels = (
-                output.shape[-1] if isinstance(module, nn.Linear) else module.get_parameter("weight").shape[0]
-            )
-            self._made[started.grad_fn] = (name, int(channels))
+            axis = -1 - LAYERS.index(
+                next(kind for kind in LAYERS if isinstance(module, kind))
+            )  # before the positions
+            self._made[started.grad_fn] = (name, int(output.shape[axis]))
             return started
 
         return note
@@ -104,7 +104,9 @@ def single_head(name: str, makers: Makers, outputs: int, num_classes: int) -> st
     said = f"{name} gives {outputs} outputs for one image where the data have {num_classes} classes"
     advice = "Have the factory accept num_classes and build the network for them."
     if heads:
-        raise CompressorError(f"{said}, and several layers make them together: {', '.join(sorted(heads))}.", advice)
+        raise CompressorError(
+            f"{said}, and several layers make them together: {', '.join(sorted(heads))}.", advice
+        )
     parts = [
         *(f"{layer} ({channels} outputs)" for layer, channels in makers.layers.items()),
         *makers.parameters,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
+from compressor.models.computed import computed_weights, fix_weights
 from compressor.pruning.build import build
 from compressor.pruning.construct import (
     MIN_SHARE,
@@ -29,7 +30,7 @@ from compressor.pruning.importance import Importance, Ranking, rank
 from compressor.pruning.inputs import checked_inputs, checked_model
 from compressor.pruning.liveness import Activations
 from compressor.pruning.plan import ChannelPlan
-from compressor.pruning.skeleton import named_tensors
+from compressor.pruning.skeleton import copy_structure, named_tensors
 from compressor.pruning.slicer import RECORD, Slicer, cut
 from compressor.pruning.widths import checked_widths, legal_widths, nearest_widths
 
@@ -41,7 +42,8 @@ class PruningSpace:
 
     Args:
         model: Any network that runs in eval mode on `example_input` without a course that depends on data. It is
-            never changed; importance and `apply` read its weights of the moment.
+            never changed; importance and `apply` read its weights of the moment. Where it computes weights from other
+            tensors (weight_norm, spectral_norm), `space.model` is a copy with these fixed: train that one.
         example_input: A tensor, or a tuple of positional arguments. Only shapes, types and devices matter. A batch
             is cut to one input, so that costs are those of one input.
         granularity: Widths are multiples of this many channels (or the dense width); by pattern of group names too.
@@ -70,6 +72,10 @@ class PruningSpace:
         checked_model(model)
         if scope not in ("all", "inner"):
             raise CompressorError(f"scope must be 'all' or 'inner', not {scope!r}.", "Choose one of the two.")
+        self._given = model
+        if computed_weights(model):
+            model = fixed_copy(model)
+        self._given_versions = _versions(self._given)
         self.model = model
         self.example_input = checked_inputs(model, example_input)
         built = build(model, self.example_input)
@@ -241,6 +247,10 @@ class PruningSpace:
         keep = self._masks(plan)
         widths = np.array([int(mask.sum()) for mask in keep], dtype=np.int64)
         source = self.model if model is None else model
+        if model is None:
+            self._check_unchanged()
+        elif computed_weights(model):
+            source = fixed_copy(model)
         if source is not self.model:
             self._check_same(source)
         small = self.slicer.build(source, keep, widths, cut)
@@ -248,6 +258,14 @@ class PruningSpace:
         small.__dict__[RECORD]["dense"] = self._dense_shapes
         small.__dict__[RECORD]["outputs"] = self.outputs
         return small
+
+    def _check_unchanged(self) -> None:
+        """Weights that are computed are fixed once; a change of theirs later on would be passed over."""
+        if self._given is not self.model and _versions(self._given) != self._given_versions:
+            raise CompressorError(
+                "The network was changed after the space fixed the weights that it computes.",
+                "Make a new PruningSpace of it, or train space.model.",
+            )
 
     def _check_same(self, model: nn.Module) -> None:
         found = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
@@ -304,3 +322,15 @@ class PruningSpace:
                 mask[list(kept)] = True
             masks.append(mask)
         return masks
+
+
+def fixed_copy(model: nn.Module) -> nn.Module:
+    """A copy of a network in which the weights that it computes are plain parameters."""
+    copied = copy_structure(model, lambda tensor: tensor.detach().clone())
+    fix_weights(copied)
+    return copied
+
+
+def _versions(model: nn.Module) -> list[int]:
+    """Counters that torch raises with each change of a tensor in place."""
+    return [tensor._version for tensor in named_tensors(model).values()]
