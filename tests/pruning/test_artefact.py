@@ -149,6 +149,32 @@ def test_loading_imports_nothing_that_a_file_names(tmp_path: Path, monkeypatch: 
     assert load(tmp_path / "run", factory=zoo)(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
 
 
+class Gated(nn.Module):
+    """Its classifier is a convolution that is built before the two Linears of its gate."""
+
+    def __init__(self, num_classes: int = 4) -> None:
+        super().__init__()
+        self.conv, self.cls = nn.Conv2d(3, 16, 3), nn.Conv2d(16, num_classes, 1)
+        self.down, self.up = nn.Linear(16, 4), nn.Linear(4, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        gate = torch.sigmoid(self.up(self.down(x.mean((2, 3))).relu()))
+        return self.cls(x * gate[:, :, None, None]).mean((2, 3))
+
+
+def test_the_classes_are_those_of_the_output_and_not_of_the_last_weight(tmp_path: Path) -> None:
+    example, reference = torch.randn(2, 3, 16, 16), f"{__name__}:Gated"
+    space = PruningSpace(Gated(10).eval(), example[:1])
+    plan = space.uniform(0.5)
+    small = space.apply(plan)
+    for given in (None, Gated, reference):
+        save(small, plan, tmp_path, factory=given)
+        content = json.loads((tmp_path / "channels.json").read_text())
+        assert content["factory"] == {"factory": reference, "kwargs": {"num_classes": 10}}
+        torch.testing.assert_close(load(tmp_path, factory=Gated)(example), small(example))
+
+
 def test_save_refuses_what_apply_did_not_make(
     slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path
 ) -> None:
