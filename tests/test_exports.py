@@ -117,8 +117,9 @@ def test_torch_formats_compute_the_slim_network(run: Path) -> None:
     assert "torch.jit.load('model.torchscript.pt')" in words
     assert exports_of(run)["torchscript.pt"]["parity"]["max_abs"] < 1e-4
     images = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32))
+    slim = load(run, factory="tests.nets:tiny")
     with torch.no_grad():
-        torch.testing.assert_close(load_program(run / "model.batch1-8.pt2")(images), load(run)(images))
+        torch.testing.assert_close(load_program(run / "model.batch1-8.pt2")(images), slim(images))
 
 
 def test_int8_with_halves_within_the_drop(run: Path) -> None:
@@ -163,6 +164,10 @@ def test_engines_are_built_once(run: Path, tmp_path: Path, monkeypatch: pytest.M
     pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
     options = ["--format", "engine", "--batch", "1..2..4", "--compute-capability", "8.9"]
+    message = refused(run, *options)  # with another cache the run's factory is nobody's
+    assert "'tests.nets:tiny', Python code that was not run from here before" in message
+    assert "--factory tests.nets:tiny" in message
+    options += ["--factory", "tests.nets:tiny"]
     assert "Built model.batch1-4.engine for compute capability 8.9" in export(run, *options)
     assert "Found in the cache: model.batch1-4.engine" in export(
         run, *options, "--out", tmp_path / "e.engine"
@@ -172,8 +177,8 @@ def test_engines_are_built_once(run: Path, tmp_path: Path, monkeypatch: pytest.M
     assert info.compute_capabilities == ("8.9",)
     assert len(list((tmp_path / "cache" / "engines").glob("*.engine"))) == 1
     assert exports_of(run)["engine.batch1-4"]["file"] == "engines/model.batch1-4.engine"
-    assert "has no deep-learning accelerators" in refused(run, "--format", "engine", "--dla", 0)
-    message = refused(run, "--format", "engine", "--target", "jetson-orin-nano-8gb")
+    assert "has no deep-learning accelerators" in refused(run, "--format", "engine", "--dla", 0, *options[-2:])
+    message = refused(run, "--format", "engine", "--target", "jetson-orin-nano-8gb", *options[-2:])
     assert "does not build for compute capability 8.7" in message
 
 

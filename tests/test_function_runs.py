@@ -46,7 +46,7 @@ def test_a_noisy_function_is_kept_and_not_asked_again(log: Path, tmp_path: Path)
     asked = recipe(agent="random", budgets={"functions": ["noisycosts:noisy<=75%"]})
     result = compress(asked, out=tmp_path / "run")
     (budget,) = result.manifest["budgets"]
-    slim = load(tmp_path / "run")
+    slim = load(tmp_path / "run", factory=asked.model)
     channels = sum(each.out_channels for each in slim.modules() if hasattr(each, "out_channels"))
     assert channels <= 1.04 * 0.75 * 96
     assert 0.97 * channels <= budget["measured"] <= 1.03 * channels

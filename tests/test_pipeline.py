@@ -41,7 +41,8 @@ def test_a_run_leaves_what_the_readme_lists(finished: Path) -> None:
 
 
 def test_every_budget_is_kept_as_counted_on_the_slim_network(finished: Path) -> None:
-    manifest, slim = manifest_of(finished), load(finished)
+    manifest = manifest_of(finished)
+    slim = load(finished, factory=manifest["model"])
     budgets = {entry["name"]: entry for entry in manifest["budgets"]}
     params = sum(parameter.numel() for parameter in slim.parameters())
     assert budgets["params"]["measured"] == params <= 0.7 * budgets["params"]["dense"]
@@ -52,7 +53,8 @@ def test_every_budget_is_kept_as_counted_on_the_slim_network(finished: Path) -> 
 def test_the_onnx_file_computes_what_the_slim_network_does(finished: Path) -> None:
     import onnxruntime
 
-    manifest, slim = manifest_of(finished), load(finished)
+    manifest = manifest_of(finished)
+    slim = load(finished, factory=manifest["model"])
     images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
     session = onnxruntime.InferenceSession(finished / "model.onnx", providers=["CPUExecutionProvider"])
     outputs = np.concatenate([session.run(None, {"input": image[None]})[0] for image in images])

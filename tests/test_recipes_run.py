@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compressor import compress, load
+from compressor import compress
 from compressor.job import prepare
 from compressor.recipe import load_recipe, shipped_recipes
 
@@ -74,6 +74,6 @@ def test_a_shipped_recipe_runs(name: str, images: Path, tmp_path: Path) -> None:
         assert "verdict predicted" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
         assert "model.fp16.onnx" in result.manifest["files"]
         assert any("not measured" in note for note in result.manifest["notes"])
-    slim = load(tmp_path / "run")
+    slim = result.load()
     dense_params = result.manifest["cost"]["dense"]["params"]
     assert sum(parameter.numel() for parameter in slim.parameters()) < dense_params
