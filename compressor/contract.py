@@ -1,8 +1,13 @@
-"""How much of a promised latency a plan leaves unused, and which plan is kept when a run goes on to use it.
+"""What was measured of a plan, judged against the latency that was promised, and which plan is kept.
+
+Everything is judged as a share of the dense network's time, because that share stays the same on a machine with
+neighbours while milliseconds do not (`latency.ratio`). Milliseconds that are asked for are a share of the dense network's
+quiet level: the lowest that this run and its table have seen.
 
 A plan that was measured well below its target has lost accuracy for nothing: the table predicted it too slow. The
-search then goes on, twice at most, with the table lowered to what was measured. Every plan that misses the target
-widens the margin for those after it. Of the plans that keep the target the one that leaves least of it unused is taken.
+search then goes on with the table lowered to what was measured. Every plan that misses the target widens the margin for
+those after it. Of the plans that keep the target the one that leaves least of it unused is taken. A difference inside the
+interval of a measurement is none: nothing is searched for again because of it.
 """
 
 from __future__ import annotations
@@ -15,10 +20,9 @@ from compressor.run_dir import RunDir, write_atomic
 
 if TYPE_CHECKING:
     from compressor.job import Job
+    from compressor.latency.turns import Timing
 
 KEPT_PLAN = "search/kept_plan-{round}.json"
-SEARCHES_MORE = 2
-"""How often a kept latency is searched on for."""
 
 WIDER = 0.5
 """What a plan that misses its target adds to the margin, as a share of it."""
@@ -44,45 +48,118 @@ def margin(run: RunDir, job: Job) -> float:
     return min(WIDEST, job.recipe.contract.margin * (1 + WIDER * missed))
 
 
+def quiet_dense_ms(run: RunDir, job: Job, now_ms: float) -> float:
+    """What the dense network takes on the quiet device, as what milliseconds stand for.
+
+    Args:
+        now_ms: Its quiet level during a measurement.
+
+    Returns:
+        Where milliseconds are asked for, the lowest that the table and this run have seen; else what it is now.
+    """
+    if not job.latency_in_ms or job.table is None:
+        return now_ms
+    seen = [float(each["dense_ms"]) for each in run.manifest["rounds"]]
+    return min(now_ms, job.table.dense_ms(job.space), *seen)
+
+
+def searched_share(run: RunDir, job: Job) -> float | None:
+    """The latency that the search keeps to, as a share of the dense network's, before any margin is taken off.
+
+    It changes only when the search is sent on, so that a run that was stopped goes on within the same budget.
+    """
+    if job.table is None:
+        return None
+    return job.latency_share(float(run.manifest.get("quiet_dense_ms", job.table.dense_ms(job.space))))
+
+
+def predicted_share(job: Job, plan: ChannelPlan) -> float:
+    """The slim network's time as a share of the dense one's, by the table."""
+    assert job.table is not None
+    return job.table.predict(job.space, plan) / job.table.dense_ms(job.space)
+
+
+def prunes_nothing(job: Job, plan: ChannelPlan) -> bool:
+    """Whether a plan is the dense network."""
+    return [int(width) for width in job.space.widths(plan.widths)] == [
+        int(width) for width in job.space.dense_widths
+    ]
+
+
+def judged(run: RunDir, job: Job, plan: ChannelPlan, timing: Timing) -> dict[str, Any]:
+    """The record of one measurement of a plan, with its verdict on the latency that is asked for."""
+    dense_ms = quiet_dense_ms(run, job, timing.ratio.dense_ms)
+    target, ratio, predicted = job.latency_share(dense_ms), timing.ratio, predicted_share(job, plan)
+    assert target is not None
+    value, low, high = ratio.value, ratio.low, ratio.high
+    verdict = ratio.verdict(target)
+    if prunes_nothing(job, plan):  # the same network twice: there is nothing to measure
+        value = low = high = 1.0
+        verdict = "kept" if target >= 1 else "missed"
+    return {
+        "predicted_ms": predicted * dense_ms,
+        "measured_ms": value * dense_ms,
+        "target_ms": target * dense_ms,
+        "dense_ms": dense_ms,
+        "predicted_ratio": predicted,
+        "ratio": value,
+        "interval": [low, high if high < float("inf") else None],
+        "target_ratio": target,
+        "bursts": ratio.bursts,
+        "seconds": round(ratio.seconds, 1),
+        "verdict": verdict,
+        "kept": None if verdict == "undecided" else verdict == "kept",
+        "widths": [int(width) for width in job.space.widths(plan.widths)],
+    }
+
+
 def slack_left(run: RunDir, job: Job) -> bool:
-    """Whether the plan measured last keeps its target by so much that the search should go on."""
-    rounds: list[dict[str, Any]] = run.manifest["rounds"]
-    last = rounds[-1]
-    lowered = sum(measured < predicted for predicted, measured in run.manifest.get("corrections", []))
-    if not last["kept"] or lowered >= SEARCHES_MORE or len(rounds) + 2 > job.recipe.contract.max_rounds:
+    """Whether the plan measured last certainly leaves so much of its target unused that the search should go on."""
+    *before, last = run.manifest["rounds"]
+    if last["verdict"] != "kept" or len(before) + 3 > job.recipe.contract.max_rounds:
         return False
     if last["widths"] == [int(width) for width in job.space.dense_widths]:
         return False
-    allowed = margin(run, job)
+    if any(each["widths"] == last["widths"] for each in before):  # the search has found nothing else
+        return False
+    aim = (1 - margin(run, job)) * last["target_ratio"]
     return bool(
-        last["measured_ms"] < (1 - allowed - UNUSED) * last["target_ms"]
-        and last["predicted_ms"] > (1 - allowed - BINDING) * last["target_ms"]
+        last["interval"][1] < aim - UNUSED * last["target_ratio"]
+        and last["predicted_ratio"] > aim - BINDING * last["target_ratio"]
     )
 
 
 def remember(run: RunDir, plan: ChannelPlan) -> None:
-    """Write down the plan that was measured last, and keeps the target."""
+    """Write down the plan that was measured last, and does not miss the target."""
     write_atomic(_file(run, len(run.manifest["rounds"])), plan.to_json())
 
 
 def kept_plan(run: RunDir, plan: ChannelPlan) -> ChannelPlan:
     """The plan to go on with: of those that kept the target whenever they were measured, the one closest to it.
 
+    Where none did, the one furthest below of those that never missed it.
+
     Args:
         run: With the measurements so far.
-        plan: The search's last, which is taken where none did.
+        plan: The search's last, which is taken where all missed.
     """
     used: dict[tuple[int, ...], float] = {}
+    verdicts: dict[tuple[int, ...], set[str]] = {}
     files: dict[tuple[int, ...], Path] = {}
     for number, each in enumerate(run.manifest["rounds"], start=1):
         widths = tuple(each["widths"])
-        used[widths] = max(used.get(widths, 0.0), each["measured_ms"] / each["target_ms"])
+        used[widths] = max(used.get(widths, 0.0), each["ratio"] / each["target_ratio"])
+        verdicts.setdefault(widths, set()).add(each["verdict"])
         if _file(run, number).exists():
             files[widths] = _file(run, number)
-    kept = [widths for widths in files if used[widths] <= 1]
-    if not kept:
+    kept = [widths for widths in files if verdicts[widths] == {"kept"}]
+    not_missed = [widths for widths in files if "missed" not in verdicts[widths]]
+    if kept:
+        best = max(kept, key=lambda widths: used[widths])
+    elif not_missed:
+        best = min(not_missed, key=lambda widths: used[widths])
+    else:
         return plan
-    best = max(kept, key=lambda widths: used[widths])
     return ChannelPlan.from_json(files[best].read_text(encoding="utf-8"))
 
 

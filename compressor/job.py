@@ -82,27 +82,21 @@ class Job:
         reachable(budgets, self.space)
         return budgets
 
-    def latency_target(self, dense_ms: float | None = None) -> tuple[float, float] | None:
-        """The latency that is asked for, and how fast the device is against its table; None where none is asked for.
-
-        A share of the dense network's latency is a share of what the dense network takes at the same time: a shared
-        machine may be faster or slower than when its table was made. Milliseconds are milliseconds.
+    def latency_share(self, dense_ms: float) -> float | None:
+        """The latency that is asked for as a share of the dense network's; None where none is asked for.
 
         Args:
-            dense_ms: What the dense network takes now; None for what the table says.
-
-        Returns:
-            The target in milliseconds, and milliseconds now over milliseconds of the table: 1 where the target is
-            none of shares.
+            dense_ms: What the dense network takes on the quiet device: what milliseconds are a share of.
         """
         (asked,) = [each for each in budget_specs(self.recipe) if each.name == "latency"] or (None,)
         if asked is None or self.table is None:
             return None
-        if not asked.relative:
-            return asked.value, 1.0
-        by_table = self.table.dense_ms(self.space)
-        now = by_table if dense_ms is None else dense_ms
-        return asked.value * now, now / by_table
+        return asked.value if asked.relative else asked.value / dense_ms
+
+    @property
+    def latency_in_ms(self) -> bool:
+        """Whether a latency is asked for in milliseconds, not as a share."""
+        return any(each.name == "latency" and not each.relative for each in budget_specs(self.recipe))
 
 
 def budget_specs(recipe: Recipe) -> Sequence[BudgetSpec]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +16,6 @@ if TYPE_CHECKING:
     from compressor.data import DataBundle, Split
     from compressor.recipe import Recipe
     from export.build_settings import BuildSettings
-    from export.stats import LatencyStats
 
 MODEL = "model.onnx"
 DENSE = "checkpoints/dense.onnx"
@@ -123,45 +119,3 @@ def build_engine_of(
     return [
         entry
     ], f"{done} {path.name} for compute capability {entry['compute_capability']} with {info.module}."
-
-
-PRECISE = 0.005
-"""A time is known well enough when its standard error is this share of it."""
-
-
-def measured(dense: Path, slim: Path, threads: int, repeats: int) -> tuple[LatencyStats, LatencyStats]:
-    """Time two ONNX files in turns, each time in a fresh process; for each file the measurement of the middle median.
-
-    Where in memory a network comes to lie is worth a few per cent of its time. After `repeats` times it goes on, to
-    three times as many, until the slim network's median is known to within `PRECISE`: what it comes out as has no say
-    in this.
-
-    Returns:
-        For each file the statistics of its middle measurement, with the runs of all of them.
-    """
-    from compressor.latency.apart import OrtApart
-
-    found: list[tuple[LatencyStats, LatencyStats]] = []
-    with bar("Measuring latency", repeats) as progress:
-        while len(found) < repeats or (len(found) < 3 * repeats and _uncertain([each for _, each in found])):
-            with closing(OrtApart(threads)) as device:
-                found.append(device.compare(dense, slim, seed=len(found)))
-            progress.advance(1, note=f"{found[-1][1].median_ms:.3f} ms")
-    first, second = (
-        replace(
-            sorted(column, key=lambda stats: stats.median_ms)[len(found) // 2],
-            runs=sum(stats.runs for stats in column),
-        )
-        for column in zip(*found, strict=True)
-    )
-    return first, second
-
-
-def _uncertain(found: Sequence[LatencyStats]) -> bool:
-    """Whether the median of these medians has a larger standard error than is good enough; not known of one."""
-    medians = [stats.median_ms for stats in found]
-    if len(medians) < 2:
-        return False
-    lower, middle, upper = statistics.quantiles(medians, n=4)
-    deviation = (upper - lower) / 1.349  # as of a normal distribution: one busy moment says little
-    return bool(1.2533 * deviation / len(medians) ** 0.5 > PRECISE * middle)

@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 
 from compressor.child import Child, ChildDied, Failed
+from compressor.latency.calm import timed
 from compressor.latency.ort_profile import NetworkTimes, OrtCpu, TaggedNetwork
+from compressor.latency.ratio import Burst
+from export.bench import OnnxRunner
 from export.errors import ExportError
-from export.stats import LatencyStats
-
-COMPARED_S = 10.0
-"""Networks that are compared are run for about this long together, at most."""
 
 WARM_UP_S = 0.25
-"""Each of them is run for so long before it counts."""
+"""A network that waits for its bursts is run for so long first."""
+
+FAST = 0.1
+"""The quantile of a burst's runs that an undisturbed run takes."""
 
 
 class OrtApart:
@@ -56,15 +58,6 @@ class OrtApart:
         operators = operators.reshape(len(operators), network.operators)
         return NetworkTimes(np.asarray(found["whole_ms"]), operators, found["slowdown"])
 
-    def compare(self, first: Path, second: Path, seed: int = 0) -> tuple[LatencyStats, LatencyStats]:
-        """Two ONNX files timed in turns.
-
-        Raises:
-            ExportError: as for `measure`.
-        """
-        one, other = self._ask({"do": "compare", "models": [str(first), str(second)], "seed": seed})
-        return LatencyStats(**one), LatencyStats(**other)
-
     def close(self) -> None:
         """End the process; the next network begins another."""
         if self._child is not None:
@@ -75,33 +68,88 @@ class OrtApart:
         if self._child is None:
             self._child = Child(__name__, self.threads)
         try:
-            return self._child.ask({**request, "threads": self.threads})
-        except Failed as error:
-            raise ExportError(str(error).removeprefix(f"{ExportError.__name__}: ")) from None
-        except ChildDied as error:
+            return _asked(self._child, {**request, "threads": self.threads})
+        except _Died as error:
             self._child = None
-            raise ExportError(
-                f"The process that times networks was {error}.", "Free some memory and try again."
-            ) from None
+            raise error from None
+
+
+class BurstsApart:
+    """One ONNX file in a process of its own, warm, and run in bursts when it is its turn.
+
+    Args:
+        path: The file.
+        threads: Threads inside one operator.
+
+    Attributes:
+        once_ms: About how long one run takes, once it is `ready`.
+    """
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        self.path, self.threads, self.once_ms = path, threads, 0.0
+        self._child = Child(__name__, threads)
+
+    def ready(self) -> None:
+        """Load the network and warm it up.
+
+        Raises:
+            ExportError: ONNX Runtime refuses the network, or the process has died of it.
+        """
+        self.once_ms = float(_asked(self._child, {"do": "open", "model": str(self.path), "threads": self.threads}))
+
+    def burst(self, dropped: int, counted: int) -> Burst:
+        """So many runs, after some that are not counted.
+
+        Raises:
+            ExportError: as for `ready`.
+        """
+        fast, median, wall = _asked(self._child, {"do": "burst", "dropped": dropped, "counted": counted})
+        return Burst(fast, median, tuple(wall))
+
+    def close(self) -> None:
+        """End the process."""
+        self._child.close()
+
+
+class _Died(ExportError):
+    """The process is no more."""
+
+
+def _asked(child: Child, request: Mapping[str, Any]) -> Any:
+    try:
+        return child.ask(request)
+    except Failed as error:
+        raise ExportError(str(error).removeprefix(f"{ExportError.__name__}: ")) from None
+    except ChildDied as error:
+        raise _Died(
+            f"The process that times networks was {error}.", "Free some memory and try again."
+        ) from None
+
+
+def burst_of(runner: OnnxRunner, dropped: int, counted: int) -> tuple[float, float, list[float]]:
+    """What `Burst` holds of one burst.
+
+    The thread's own clock stands still while another process has the processor. With several threads it tells
+    nothing of the others, and the wall's clock counts.
+    """
+    times = timed(runner, dropped + counted)[dropped:]
+    used = times[:, 1] if runner.threads == 1 else times[:, 0]
+    return float(np.quantile(used, FAST)), float(np.median(used)), times[:, 0].tolist()
 
 
 def main() -> None:
     from compressor.child import serve
-    from export.bench import compare_onnx
 
     devices: dict[int, OrtCpu] = {}
+    opened: list[OnnxRunner] = []
 
     def answer(request: dict[str, Any]) -> Any:
+        if request["do"] == "open":
+            opened[:] = [OnnxRunner(request["model"], threads=request["threads"])]
+            return opened[0].warm_up(WARM_UP_S)
+        if request["do"] == "burst":
+            return burst_of(opened[0], request["dropped"], request["counted"])
         threads = request["threads"]
-        if request["do"] == "compare":
-            compared = compare_onnx(
-                request["models"],
-                threads=threads,
-                warmup_s=WARM_UP_S,
-                max_seconds=COMPARED_S,
-                seed=request["seed"],
-            )
-            return [stats.to_dict() for stats in compared.stats]
         if threads not in devices:
             devices[threads] = OrtCpu(threads)
         content = Path(request["model"]).read_bytes()

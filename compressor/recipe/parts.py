@@ -228,8 +228,11 @@ class Contract(Part):
     )
     repeats: Positive = Field(
         5,
-        description="Measurements of one network, or up to three times as many until its time is known to 0.5 %; the "
-        "median of their medians counts.",
+        description="Pairs of processes in which the dense and the slim network are timed in turns where no latency is "
+        "asked for. Where one is, as many are timed as it takes to tell whether it is kept.",
+    )
+    seconds: float = Field(
+        90.0, gt=0, description="The longest that one measurement may take before it is called undecided."
     )
     accept_predicted: bool = Field(
         False,
