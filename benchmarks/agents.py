@@ -38,7 +38,7 @@ from compressor.errors import CompressorError
 from compressor.job import Job, prepare
 from compressor.latency.local import require_made_here
 from compressor.latency.table import LatencyTable
-from compressor.onnx_files import measured
+from compressor.latency.turns import measured
 from compressor.recipe import Recipe
 from compressor.run_dir import Checkpoint, EpisodeLog, write_atomic
 from compressor.surroundings import environment
@@ -238,8 +238,7 @@ def measured_share(job: Job, slim: Any, folder: Path) -> float:
     dense_path, slim_path = folder / "dense.onnx", folder / "slim.onnx"
     export_onnx(job.model, example, dense_path)
     export_onnx(slim, example, slim_path)
-    dense, ours = measured(dense_path, slim_path, job.recipe.threads, job.recipe.contract.repeats)
-    return float(ours.median_ms / dense.median_ms)
+    return measured(dense_path, slim_path, job.recipe.threads, job.recipe.contract.repeats).ratio.value
 
 
 def found(result: SearchResult, feasible: Any) -> list[list[float]]:

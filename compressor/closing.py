@@ -65,7 +65,15 @@ def exit_code(budgets: Iterable[Mapping[str, Any]], accept_predicted: bool = Fal
 def _closing_notes(manifest: Mapping[str, Any], job: Job, plan: ChannelPlan) -> Iterator[str]:
     budgets = manifest["budgets"]
     pruned = plan.widths != job.space.dense().widths
-    if any(entry["kept"] is None for entry in budgets):
+    if any(verdict_of(entry) == "undecided" for entry in budgets):
+        low, high = manifest["latency"]["interval"]
+        reach = f"between {low:.3f} and {high:.3f}" if high is not None else "some unknown share"
+        yield (
+            "Whether the latency target is kept cannot be told on this machine now: the slim network takes "
+            f"{reach} of the dense one's time (95 % interval), and the target lies inside. Measure again on a quiet "
+            "machine: compress measure RUN; or give it longer: --set contract.seconds=300."
+        )
+    if any(verdict_of(entry) == "predicted" for entry in budgets):
         how = "estimated" if job.table is not None and job.table.estimated else "predicted"
         yield f"{job.recipe.device} is not this machine: its latency is {how}, and was not measured."
     if budgets and not pruned:

@@ -73,7 +73,9 @@ def profile(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
 
 def measure_again(folder: Path) -> Iterator[str]:
     """Time a run's dense and slim ONNX files on this machine's CPU once more; the run's manifest stays as it is."""
-    from compressor.onnx_files import DENSE, MODEL, measured
+    from compressor.latency.ratio import in_words
+    from compressor.latency.turns import measured
+    from compressor.onnx_files import DENSE, MODEL
 
     with closing(RunDir.open(folder)) as run:
         for name in (DENSE, MODEL):
@@ -82,14 +84,30 @@ def measure_again(folder: Path) -> Iterator[str]:
                     f"{folder} has no {name} yet.", f"Finish it first: compress --resume {folder}"
                 )
         recipe = load_recipe(run.file(RECIPE))
-        dense, slim = measured(run.file(DENSE), run.file(MODEL), recipe.threads, recipe.contract.repeats)
-        for name, stats in (("dense", dense), ("slim", slim)):
+        before = run.manifest.get("latency", {})
+        target = next((row.get("target_ratio") for row in reversed(run.manifest.get("rounds", []))), None)
+        timing = measured(
+            run.file(DENSE),
+            run.file(MODEL),
+            recipe.threads,
+            recipe.contract.repeats,
+            target,
+            recipe.contract.seconds,
+        )
+        for name, stats in (("dense", timing.dense), ("slim", timing.slim)):
             yield (
                 f"{name}: median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, p99 {stats.p99_ms:.3f} ms "
                 f"({stats.runtime} {stats.version}, {stats.threads} threads, {stats.runs} runs)"
             )
-        yield f"slim takes {slim.median_ms / dense.median_ms:.1%} of the dense network's time"
-        before = run.manifest.get("latency", {})
+        ratio = timing.ratio
+        yield (
+            f"slim takes {ratio.value:.1%} of the dense network's time, 95 % interval "
+            f"{ratio.low:.1%}-{ratio.high:.1%}, after {ratio.bursts} bursts in turns"
+        )
+        if target is not None:
+            yield f"target {target:.1%}: {in_words(ratio.verdict(target))}"
+        if timing.noise:
+            yield timing.noise
         if before.get("measured_ms"):
             where = f"on {before['device']}, {before['runtime']}"
             yield f"the run itself measured {before['measured_ms']:.3f} ms {where}"

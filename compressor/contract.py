@@ -1,17 +1,19 @@
 """What was measured of a plan, judged against the latency that was promised, and which plan is kept.
 
 Everything is judged as a share of the dense network's time, because that share stays the same on a machine with
-neighbours while milliseconds do not (`latency.ratio`). Milliseconds that are asked for are a share of the dense network's
-quiet level: the lowest that this run and its table have seen.
+neighbours while milliseconds do not (`latency.ratio`). Milliseconds that are asked for are a share of the dense
+network's quiet level: the lowest that this run and its table have seen.
 
 A plan that was measured well below its target has lost accuracy for nothing: the table predicted it too slow. The
 search then goes on with the table lowered to what was measured. Every plan that misses the target widens the margin for
-those after it. Of the plans that keep the target the one that leaves least of it unused is taken. A difference inside the
-interval of a measurement is none: nothing is searched for again because of it.
+those after it. Of the plans that keep the target the one that leaves least of it unused is taken. A difference inside
+the interval of a measurement is none: nothing is searched for again because of it. A plan that cannot be decided sends
+the search on only where its whole interval lies above what the search aimed at.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +57,11 @@ def quiet_dense_ms(run: RunDir, job: Job, now_ms: float) -> float:
         now_ms: Its quiet level during a measurement.
 
     Returns:
-        Where milliseconds are asked for, the lowest that the table and this run have seen; else what it is now.
+        Where milliseconds are asked for, the lowest that this run has seen; else what it is now.
     """
-    if not job.latency_in_ms or job.table is None:
+    if not job.latency_in_ms:
         return now_ms
-    seen = [float(each["dense_ms"]) for each in run.manifest["rounds"]]
-    return min(now_ms, job.table.dense_ms(job.space), *seen)
+    return min([now_ms, *(float(each["dense_ms"]) for each in run.manifest["rounds"])])
 
 
 def searched_share(run: RunDir, job: Job) -> float | None:
@@ -91,11 +92,14 @@ def judged(run: RunDir, job: Job, plan: ChannelPlan, timing: Timing) -> dict[str
     dense_ms = quiet_dense_ms(run, job, timing.ratio.dense_ms)
     target, ratio, predicted = job.latency_share(dense_ms), timing.ratio, predicted_share(job, plan)
     assert target is not None
-    value, low, high = ratio.value, ratio.low, ratio.high
-    verdict = ratio.verdict(target)
+    widths = [int(width) for width in job.space.widths(plan.widths)]
     if prunes_nothing(job, plan):  # the same network twice: there is nothing to measure
-        value = low = high = 1.0
-        verdict = "kept" if target >= 1 else "missed"
+        ratio = replace(ratio, value=1.0, low=1.0, high=1.0)
+    elif ratio.verdict(target) == "undecided":
+        for each in run.manifest["rounds"]:  # an earlier measurement of the same plan; weights do not matter for time
+            if each["widths"] == widths and each["interval"][1] is not None:
+                ratio = ratio.together(each["ratio"], *each["interval"])
+    verdict, value, low, high = ratio.verdict(target), ratio.value, ratio.low, ratio.high
     return {
         "predicted_ms": predicted * dense_ms,
         "measured_ms": value * dense_ms,
@@ -109,8 +113,17 @@ def judged(run: RunDir, job: Job, plan: ChannelPlan, timing: Timing) -> dict[str
         "seconds": round(ratio.seconds, 1),
         "verdict": verdict,
         "kept": None if verdict == "undecided" else verdict == "kept",
-        "widths": [int(width) for width in job.space.widths(plan.widths)],
+        "widths": widths,
     }
+
+
+def search_on(run: RunDir, job: Job) -> bool:
+    """Whether the plan measured last sends the search on: it misses its target, leaves too much of it unused, or cannot
+    be decided though it is certainly slower than was aimed at."""
+    last = run.manifest["rounds"][-1]
+    if last["verdict"] == "undecided":
+        return bool(last["interval"][0] > (1 - margin(run, job)) * last["target_ratio"])
+    return last["verdict"] == "missed" or slack_left(run, job)
 
 
 def slack_left(run: RunDir, job: Job) -> bool:
@@ -123,8 +136,10 @@ def slack_left(run: RunDir, job: Job) -> bool:
     if any(each["widths"] == last["widths"] for each in before):  # the search has found nothing else
         return False
     aim = (1 - margin(run, job)) * last["target_ratio"]
+    high = last["interval"][1]
     return bool(
-        last["interval"][1] < aim - UNUSED * last["target_ratio"]
+        high is not None
+        and high < aim - UNUSED * last["target_ratio"]
         and last["predicted_ratio"] > aim - BINDING * last["target_ratio"]
     )
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.contract import remember, slack_left
+from compressor.contract import judged, predicted_share, quiet_dense_ms, remember, search_on
 from compressor.device import opset_of
 from compressor.job import Job
 from compressor.latency.distinct import with_distinct_weights
+from compressor.latency.ratio import in_words
 from compressor.onnx_files import (
     COMPARED_IMAGES,
     DENSE,
@@ -30,31 +32,27 @@ from export.here import CPU
 if TYPE_CHECKING:
     from torch import nn
 
+    from compressor.latency.turns import Timing
     from compressor.pruning.plan import ChannelPlan
-    from export.stats import LatencyStats
 
 
 def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
     """Measure the plan's latency before any fine-tuning is spent on it; weights do not matter for time.
 
     Returns:
-        Whether the latency target is met, and not by so much that the search should go on; True where there is none,
-        or no device to measure on.
+        Whether the search is done; True also where there is no latency target, or no device to measure on.
     """
-    if job.latency_target() is None or not job.measurable:
+    if job.table is None or not job.asks_for_latency or not job.measurable:
         return True
     if not run.finished("probe"):
         with run.stage("probe"):
             _write_onnx(job, with_distinct_weights(job.space.apply(plan)), run.file(PROBE))
-            dense, slim = timed_on_device(run, job, run.file(PROBE))
-            done = _add_round(run, job, plan, dense, slim)
-            if done["kept"]:
+            done = judged(run, job, plan, timed_on_device(run, job, run.file(PROBE), plan))
+            run.manifest["rounds"] = [*run.manifest["rounds"], done]  # the end of the stage writes it
+            if done["kept"] is not False:
                 remember(run, plan)
-            say(
-                f"The plan takes {slim.median_ms:.3f} ms as measured "
-                f"(target {done['target_ms']:.3f} ms, dense {dense.median_ms:.3f} ms)."
-            )
-    return bool(run.manifest["rounds"][-1]["kept"]) and not slack_left(run, job)
+            say(_in_words(done))
+    return not search_on(run, job)
 
 
 def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
@@ -130,63 +128,53 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
         )
     with run.stage("measure"):
         widths = job.space.widths(plan.widths)
-        slim: LatencyStats | None = None
-        dense: LatencyStats | None = None
-        if job.measurable:
-            dense, slim = timed_on_device(run, job, run.file(MODEL))
-        latency = _latency_record(job, plan, dense, slim)
+        timing = timed_on_device(run, job, run.file(MODEL), plan) if job.measurable else None
+        done = judged(run, job, plan, timing) if timing is not None and job.asks_for_latency else None
         budgets = []
         for entry, budget in zip(run.manifest["budgets"], job.budgets(), strict=True):
+            if entry["name"] == "latency" and done is not None:
+                found = {
+                    "target": done["target_ms"],
+                    "dense": done["dense_ms"],
+                    "predicted": done["predicted_ms"],
+                }
+                found |= {"measured": done["measured_ms"], "verdict": done["verdict"], "kept": done["kept"]}
+                budgets.append({**entry, **found})
+                continue
             predicted = float(budget.predict(widths[None])[0])
-            is_latency = entry["name"] == "latency"
-            found = (
-                (slim.median_ms if slim is not None else None)
-                if is_latency
-                else job.callers[entry["name"]].measure(tuple(widths.tolist()))
-                if entry["name"] in job.callers
-                else _counted(run, entry["name"], predicted)
+            cost = None
+            if entry["name"] != "latency":
+                caller = job.callers.get(entry["name"])
+                cost = (
+                    caller.measure(tuple(widths.tolist()))
+                    if caller is not None
+                    else _counted(run, entry["name"], predicted)
+                )
+            kept = None if cost is None else cost <= entry["target"]
+            verdict = "predicted" if kept is None else "kept" if kept else "missed"
+            budgets.append(
+                {**entry, "predicted": predicted, "measured": cost, "verdict": verdict, "kept": kept}
             )
-            if is_latency and dense is not None:
-                entry, predicted = _at_the_same_time(job, entry, predicted, dense)
-            kept = None if found is None else found <= entry["target"]
-            budgets.append({**entry, "predicted": predicted, "measured": found, "kept": kept})
         # With the stage's end in one write: a kill in between would have the same plan measured as two rounds.
-        run.manifest.update(latency=latency, budgets=budgets)
-        if dense is not None and slim is not None and job.latency_target() is not None:
-            _add_round(run, job, plan, dense, slim)
+        run.manifest.update(latency=_latency_record(run, job, plan, timing), budgets=budgets)
+        if timing is not None and (note := timing.noise):
+            say(note)
+            run.manifest["notes"] = list(dict.fromkeys([*run.manifest["notes"], note]))
+        if done is not None:
+            run.manifest["rounds"] = [*run.manifest["rounds"], done]
+            say(_in_words(done))
     return all(entry["kept"] is not False for entry in budgets if entry["name"] == "latency")
 
 
-def _at_the_same_time(
-    job: Job, entry: dict[str, Any], predicted: float, dense: LatencyStats
-) -> tuple[dict[str, Any], float]:
-    """A latency budget and its prediction at the speed at which the dense network was measured."""
-    asked = job.latency_target(dense.median_ms)
-    assert asked is not None
-    target, speed = asked
-    if speed != 1.0:
-        entry = {**entry, "target": target, "dense": dense.median_ms}
-    return entry, predicted * speed
-
-
-def _add_round(
-    run: RunDir, job: Job, plan: ChannelPlan, dense: LatencyStats, slim: LatencyStats
-) -> dict[str, Any]:
-    """Note what was measured of a plan, and return it; the end of the stage writes it."""
-    assert job.table is not None
-    asked = job.latency_target(dense.median_ms)
-    assert asked is not None
-    target, speed = asked
-    entry = {
-        "predicted_ms": speed * job.table.predict(job.space, plan),
-        "measured_ms": slim.median_ms,
-        "target_ms": target,
-        "dense_ms": dense.median_ms,
-        "kept": slim.median_ms <= target,
-        "widths": [int(width) for width in job.space.widths(plan.widths)],
-    }
-    run.manifest["rounds"] = [*run.manifest["rounds"], entry]
-    return entry
+def _in_words(done: Mapping[str, Any]) -> str:
+    """One measurement of a plan, for the terminal."""
+    low, high = done["interval"]
+    reach = f"{low:.3f}-{high:.3f}" if high is not None else "not known"
+    return (
+        f"The plan takes {done['ratio']:.3f} of dense, 95 % interval {reach}, after {done['bursts']} bursts in "
+        f"{done['seconds']:.0f} s; target {done['target_ratio']:.3f}: {in_words(done['verdict'])}. In quiet "
+        f"milliseconds {done['measured_ms']:.3f} of {done['dense_ms']:.3f}, target {done['target_ms']:.3f}."
+    )
 
 
 def _write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any] | None = None) -> Any:
@@ -227,13 +215,12 @@ def _other_macs(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _latency_record(
-    job: Job, plan: ChannelPlan, dense: LatencyStats | None, slim: LatencyStats | None
-) -> dict[str, Any]:
+def _latency_record(run: RunDir, job: Job, plan: ChannelPlan, timing: Timing | None) -> dict[str, Any]:
     """What the manifest says of the latency; without measurements what the table says."""
     table = job.table
-    asked = job.latency_target(dense.median_ms if dense is not None else None)
-    speed = asked[1] if asked is not None else 1.0
+    dense_ms = quiet_dense_ms(run, job, timing.ratio.dense_ms) if timing is not None else None
+    by_table = table.dense_ms(job.space) if table else None
+    quiet_ms = by_table if dense_ms is None else dense_ms
     record = {
         "device": job.recipe.device,
         "runtime": table.fields.runtime.name if table else None,
@@ -241,13 +228,14 @@ def _latency_record(
         "batch": 1,
         "percentile": 50,
         "estimated": bool(table and table.estimated),
-        "predicted_ms": speed * table.predict(job.space, plan) if table else None,
-        "predicted_dense_ms": speed * table.predict(job.space) if table else None,
+        "predicted_ms": predicted_share(job, plan) * quiet_ms if table and quiet_ms else None,
+        "predicted_dense_ms": quiet_ms if table else None,
         "measured_ms": None,
         "dense_ms": None,
     }
-    if dense is None or slim is None:
+    if timing is None or dense_ms is None:
         return record
+    dense, slim, ratio = timing.dense, timing.slim, timing.ratio
     return {
         **record,
         "runtime": f"{CPU if slim.runtime == 'onnxruntime' else slim.runtime} {slim.version}",
@@ -259,6 +247,13 @@ def _latency_record(
         "dense_p90_ms": dense.p90_ms,
         "dense_p99_ms": dense.p99_ms,
         "runs": slim.runs,
+        "ratio": ratio.value,
+        "interval": [ratio.low, ratio.high if ratio.high < float("inf") else None],
+        "bursts": ratio.bursts,
+        "sittings": ratio.sittings,
+        "seconds": round(ratio.seconds, 1),
+        "quiet_ms": ratio.value * dense_ms,
+        "quiet_dense_ms": dense_ms,
     }
 
 

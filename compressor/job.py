@@ -94,6 +94,11 @@ class Job:
         return asked.value if asked.relative else asked.value / dense_ms
 
     @property
+    def asks_for_latency(self) -> bool:
+        """Whether a latency is among the budgets."""
+        return any(each.name == "latency" for each in budget_specs(self.recipe))
+
+    @property
     def latency_in_ms(self) -> bool:
         """Whether a latency is asked for in milliseconds, not as a share."""
         return any(each.name == "latency" and not each.relative for each in budget_specs(self.recipe))

@@ -203,8 +203,8 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
         table = table.at(device_precision(recipe), device=recipe.device)
     elif not run.finished("measure"):
         require_made_here(table, recipe.threads)
-    for predicted_ms, measured_ms in run.manifest.get("corrections", []):
-        table = table.refit([(predicted_ms, measured_ms)], lower=True)
+    for predicted, measured in run.manifest.get("corrections", []):
+        table = table.refit([(predicted, measured)], lower=True)
     return table
 
 

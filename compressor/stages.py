@@ -6,7 +6,7 @@ import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compressor.contract import kept_plan, margin
+from compressor.contract import kept_plan, margin, searched_share
 from compressor.dense import check_dense, lost_in_finetuning
 from compressor.errors import CompressorError
 from compressor.inputs import described
@@ -222,8 +222,9 @@ def search_budgets(run: RunDir, job: Job) -> list[Budget]:
     """The budgets that the search keeps: the run's targets, the latency with the margin taken off."""
     targets = {entry["name"]: entry["target"] for entry in run.manifest["budgets"]}
     below = margin(run, job)
-    if asked := job.latency_target():  # at the table's speed, whatever the device's was when it was measured
-        targets["latency"] = asked[0]
+    share = searched_share(run, job)
+    if share is not None and job.table is not None:
+        targets["latency"] = share * job.table.dense_ms(job.space)  # in milliseconds of the table
     aims = {name: target * (1 - below) if name == "latency" else target for name, target in targets.items()}
     budgets: list[Any] = list(job.budgets())  # frozen dataclasses all, which their abstract base does not say
     return [
@@ -243,7 +244,9 @@ def tighten(run: RunDir, job: Job) -> bool:
     rounds: list[dict[str, Any]] = run.manifest["rounds"]
     if job.table is None or len(rounds) >= job.recipe.contract.max_rounds:
         return False
-    correction = (rounds[-1]["predicted_ms"], rounds[-1]["measured_ms"])
+    last = rounds[-1]
+    # As shares of the dense network's time: milliseconds would carry what neighbours did meanwhile into the table.
+    correction = (last["predicted_ratio"], last["ratio"])
     table = job.table.refit([correction], lower=True)
     try:
         job.budgets(table)
@@ -256,7 +259,8 @@ def tighten(run: RunDir, job: Job) -> bool:
         "search", "probe", "finetune", "export", "measure",
         corrections=[*run.manifest.get("corrections", []), list(correction)],
         evaluations_before=run.manifest["search"]["evaluations"],
-        missed=sum(not each["kept"] for each in rounds),
+        missed=sum(each["kept"] is False for each in rounds),
+        quiet_dense_ms=min(each["dense_ms"] for each in rounds),
     )  # fmt: skip
     say("The table was refitted with the measurement; the search goes on.")
     return True

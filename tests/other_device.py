@@ -5,18 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from compressor.latency.local import local_table
 from compressor.latency.ort_profile import tag
-from export.stats import LatencyStats, summarise
+from compressor.latency.ratio import Sittings, burst_of
+from compressor.latency.turns import Timing
+from export.stats import summarise
 from tests.latency.conftest import MadeUpDevice
 
 
+@dataclass
 class Proportional(MadeUpDevice):
     """Time grows with the weights, channel by channel, so that a small network has something to choose from."""
+
+    offset_ms: float = 0.0
+
+    def whole(self, total: np.ndarray) -> np.ndarray:
+        return np.asarray(super().whole(total) + self.offset_ms)
 
     def rule(self, shape: tuple[int, ...]) -> float:
         return float(0.002 + 1e-5 * np.prod(shape))
@@ -28,6 +37,7 @@ class OtherDevice:
 
     factor: float
     noise: float = 0.0
+    offset_ms: float = 0.0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
@@ -36,22 +46,25 @@ class OtherDevice:
         monkeypatch.setattr("compressor.timing.measured", self.measured)
 
     def install_measuring(self, monkeypatch: pytest.MonkeyPatch, slim_ms: list[float]) -> None:
-        """As `install`, with these times of the slim networks, one after another."""
+        """As `install`, with these times of the slim networks, one after another, and the dense one as in the table."""
         self.install(monkeypatch)
         left = iter(slim_ms)
 
-        def scripted(
-            dense: Path, slim: Path, threads: int, repeats: int
-        ) -> tuple[LatencyStats, LatencyStats]:
-            whole, _ = self.measured(dense, slim, threads, repeats)
-            return whole, summarise([next(left)] * 9, runtime="made up", version="1", threads=threads)
+        def scripted(dense: Path, slim: Path, *_: Any) -> Timing:
+            return timing([Proportional().measure(tag(dense), 1.0).median_ms] * 9, [next(left)] * 9)
 
         monkeypatch.setattr("compressor.timing.measured", scripted)
 
-    def measured(
-        self, dense: Path, slim: Path, threads: int, repeats: int
-    ) -> tuple[LatencyStats, LatencyStats]:
-        device = Proportional(factor=self.factor, noise=self.noise)
-        times = [device.measure(tag(path), 1.0).whole_ms.tolist() for path in (dense, slim)]
-        first, second = (summarise(each, runtime="made up", version="1", threads=threads) for each in times)
-        return first, second
+    def measured(self, dense: Path, slim: Path, *_: Any) -> Timing:
+        device = Proportional(factor=self.factor, noise=self.noise, offset_ms=self.offset_ms)
+        first, second = (device.measure(tag(path), 1.0).whole_ms.tolist() for path in (dense, slim))
+        return timing(first, second)
+
+
+def timing(dense_ms: list[float], slim_ms: list[float]) -> Timing:
+    """What comes of sittings with a run of each network in turns."""
+    sittings = [
+        [(burst_of([one]), burst_of([other]))] * 4 for one, other in zip(dense_ms, slim_ms, strict=True)
+    ]
+    dense, slim = (summarise(each, runtime="made up", version="1", threads=1) for each in (dense_ms, slim_ms))
+    return Timing(dense, slim, Sittings(sittings).ratio())

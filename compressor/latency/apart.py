@@ -17,15 +17,12 @@ import numpy as np
 from compressor.child import Child, ChildDied, Failed
 from compressor.latency.calm import timed
 from compressor.latency.ort_profile import NetworkTimes, OrtCpu, TaggedNetwork
-from compressor.latency.ratio import Burst
+from compressor.latency.ratio import Burst, burst_of
 from export.bench import OnnxRunner
 from export.errors import ExportError
 
 WARM_UP_S = 0.25
 """A network that waits for its bursts is run for so long first."""
-
-FAST = 0.1
-"""The quantile of a burst's runs that an undisturbed run takes."""
 
 
 class OrtApart:
@@ -95,7 +92,9 @@ class BurstsApart:
         Raises:
             ExportError: ONNX Runtime refuses the network, or the process has died of it.
         """
-        self.once_ms = float(_asked(self._child, {"do": "open", "model": str(self.path), "threads": self.threads}))
+        self.once_ms = float(
+            _asked(self._child, {"do": "open", "model": str(self.path), "threads": self.threads})
+        )
 
     def burst(self, dropped: int, counted: int) -> Burst:
         """So many runs, after some that are not counted.
@@ -103,8 +102,9 @@ class BurstsApart:
         Raises:
             ExportError: as for `ready`.
         """
-        fast, median, wall = _asked(self._child, {"do": "burst", "dropped": dropped, "counted": counted})
-        return Burst(fast, median, tuple(wall))
+        times = _asked(self._child, {"do": "burst", "dropped": dropped, "counted": counted})
+        wall, own = zip(*times, strict=True)
+        return burst_of(wall, own if self.threads == 1 else None)
 
     def close(self) -> None:
         """End the process."""
@@ -126,17 +126,6 @@ def _asked(child: Child, request: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def burst_of(runner: OnnxRunner, dropped: int, counted: int) -> tuple[float, float, list[float]]:
-    """What `Burst` holds of one burst.
-
-    The thread's own clock stands still while another process has the processor. With several threads it tells
-    nothing of the others, and the wall's clock counts.
-    """
-    times = timed(runner, dropped + counted)[dropped:]
-    used = times[:, 1] if runner.threads == 1 else times[:, 0]
-    return float(np.quantile(used, FAST)), float(np.median(used)), times[:, 0].tolist()
-
-
 def main() -> None:
     from compressor.child import serve
 
@@ -148,7 +137,7 @@ def main() -> None:
             opened[:] = [OnnxRunner(request["model"], threads=request["threads"])]
             return opened[0].warm_up(WARM_UP_S)
         if request["do"] == "burst":
-            return burst_of(opened[0], request["dropped"], request["counted"])
+            return timed(opened[0], request["dropped"] + request["counted"])[request["dropped"] :].tolist()
         threads = request["threads"]
         if threads not in devices:
             devices[threads] = OrtCpu(threads)

@@ -1,7 +1,7 @@
 """A device that is reached over ssh: its table, and the time of single networks on it.
 
     table = profile_over_ssh("ssh://me@orin.local", space, example, model="resnet50", precision="fp16")
-    dense, slim = measured_over_ssh(url, dense_bytes, slim_bytes, table)
+    timing = measured_over_ssh(url, dense_bytes, slim_bytes, table)
 
 The work goes on where it was when the same thing is asked for again: bytes that were copied are not copied again,
 engines and times that are there are kept. Once all went well nothing is left on the device.
@@ -26,14 +26,16 @@ from compressor.latency.cache import measuring_alone
 from compressor.latency.carried import RUNTIME, table_of_results
 from compressor.latency.carry import DENSE, Precision, target_of, write_table_bundle
 from compressor.latency.layout import signature
+from compressor.latency.ratio import Sitting, Sittings, burst_of
 from compressor.latency.table import LatencyTable
+from compressor.latency.turns import Timing
 from compressor.latency.user_tables import find_user_table, keep
 from compressor.progress import bar, say
 from compressor.run_dir import write_atomic
 from export.archive import CHECKSUMS, pack
 from export.errors import ExportError
 from export.remote import identify, place_of, run_remote
-from export.stats import LatencyStats, summarise
+from export.stats import summarise
 from export.timing_bundle import MANIFEST, folder_files, write_timing_bundle
 from export.timing_results import read_timings
 from export.timings import Board, Timings
@@ -129,10 +131,8 @@ def profile_over_ssh(
     return table
 
 
-def measured_over_ssh(
-    url: str, dense: bytes, slim: bytes, table: LatencyTable | None
-) -> tuple[LatencyStats, LatencyStats]:
-    """Time two ONNX files on the device in turns, dense first and last.
+def measured_over_ssh(url: str, dense: bytes, slim: bytes, table: LatencyTable | None) -> Timing:
+    """Time two ONNX files on the device in turns, dense first and last; each turn gives one ratio.
 
     Args:
         url: The device.
@@ -163,16 +163,28 @@ def measured_over_ssh(
             timings = read_timings(work / "results.tar.gz", folder, given)
     if table is not None:
         _require_same(table, _fields(timings.board))
-    return _stats(timings, DENSE), _stats(timings, SLIM)
+    return _in_turns(timings)
 
 
-def _stats(timings: Timings, name: str) -> LatencyStats:
-    timed = timings.networks[name]
-    if timed.reason:
-        raise CompressorError(
-            f"The {name} network could not be measured on the device: {timed.reason.rstrip('.')}."
-        )
-    return summarise(timed.times_ms, runtime=RUNTIME, version=timings.board.tensorrt)
+def _in_turns(timings: Timings) -> Timing:
+    """The device's turns as sittings: in each the slim network's process between two of the dense one."""
+    bursts: dict[str, dict[int, list[float]]] = {DENSE: {}, SLIM: {}}
+    for name, turns in bursts.items():
+        timed = timings.networks[name]
+        if timed.reason:
+            raise CompressorError(
+                f"The {name} network could not be measured on the device: {timed.reason.rstrip('.')}."
+            )
+        for each in timed.turns:
+            turns.setdefault(each.turn, []).extend(each.times_ms)
+    sittings: list[Sitting] = [
+        [(burst_of(bursts[DENSE][turn]), burst_of(bursts[SLIM][turn]))] for turn in sorted(bursts[DENSE])
+    ]
+    dense, slim = (
+        summarise(timings.networks[name].times_ms, runtime=RUNTIME, version=timings.board.tensorrt)
+        for name in (DENSE, SLIM)
+    )
+    return Timing(dense, slim, Sittings(sittings).ratio())
 
 
 def _run(url: str, packed: Path, results: Path, checksums: bytes, steps: int) -> None:

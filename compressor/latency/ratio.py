@@ -2,20 +2,22 @@
 
 On a machine with neighbours a network's time moves by tens of per cent within seconds, and the ratio of two networks
 that are timed at short distance hardly moves. A *sitting* is a number of pairs of bursts in two processes that are
-started for it: where in memory a network comes to lie is worth some per cent of its time, so that only sittings, and not
-the pairs within one, are independent measurements. Each gives one number, the median ratio of its pairs.
+started for it: where in memory a network comes to lie is worth some per cent of its time, so that only sittings, and
+not the pairs within one, are independent measurements. Each gives one number, the median ratio of its pairs.
 
 Estimate and interval are those of the trimmed mean of the sittings' logarithms (Tukey and McLaughlin 1963; Wilcox,
-Introduction to Robust Estimation and Hypothesis Testing, chapter 4): one sitting that met something odd costs width and
-moves nothing. The interval is looked at several times, after `LOOKS` sittings, which would make an error of 5 % one of 15
-or 20 %. The error is therefore shared out over the looks in proportion to their sittings (spending of alpha, Lan and
-DeMets 1983, joined by Bonferroni's inequality, which needs no distribution): all intervals together are right with 95 %.
+Introduction to Robust Estimation and Hypothesis Testing, chapter 4): one sitting that met something odd costs width
+and moves nothing. The interval is looked at several times, after `LOOKS` sittings, which would make an error of 5 % one
+of 15 or 20 %. The error is therefore shared out over the looks in proportion to their sittings (spending of alpha, Lan
+and DeMets 1983, joined by Bonferroni's inequality, which needs no distribution): together the intervals are right with
+95 %.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -35,6 +37,9 @@ WITHIN = 0.01
 
 TRIMMED = 0.2
 """Share of the sittings at either end that only count as far as those inside them."""
+
+FAST = 0.1
+"""The quantile of a burst's runs that an undisturbed run takes."""
 
 QUIET = 0.1
 """The quantile of a network's bursts that is its quiet level."""
@@ -59,6 +64,18 @@ class Burst:
     fast_ms: float
     median_ms: float
     wall_ms: tuple[float, ...]
+
+
+def burst_of(wall_ms: Sequence[float], own_ms: Sequence[float] | None = None) -> Burst:
+    """What a burst's runs say.
+
+    Args:
+        wall_ms: Each run on the wall's clock.
+        own_ms: On the thread's own, which stands still while another process has the processor; None where it is not
+            known, or says nothing of other threads.
+    """
+    used = np.asarray(wall_ms if own_ms is None else own_ms)
+    return Burst(float(np.quantile(used, FAST)), float(np.median(used)), tuple(wall_ms))
 
 
 Sitting = Sequence[tuple[Burst, Burst]]
@@ -89,8 +106,12 @@ class Ratio:
     seconds: float = 0.0
 
     def verdict(self, target: float) -> Verdict:
-        """Whether the slim network takes no more than this share of the dense one's time."""
-        if self.high <= target:
+        """Whether the slim network takes no more than this share of the dense one's time.
+
+        Kept where the estimate keeps it and the interval ends no more than `WITHIN` above it; missed where the whole
+        interval lies above it.
+        """
+        if self.value <= target and self.high <= (1 + WITHIN) * target:
             return "kept"
         return "missed" if self.low > target else "undecided"
 
@@ -98,6 +119,21 @@ class Ratio:
         """Whether measuring on would change nothing: the target is outside the interval, or all of it is near."""
         near = self.low >= (1 - WITHIN) * target and self.high <= (1 + WITHIN) * target
         return near or self.verdict(target) != "undecided"
+
+    def together(self, value: float, low: float, high: float) -> Ratio:
+        """With another measurement of the same two networks, each weighted by the width of its interval."""
+        halves = [math.log(each[1] / each[0]) / 2 for each in ((self.low, self.high), (low, high)) if each[0] > 0]
+        if len(halves) < 2 or not all(map(math.isfinite, halves)):
+            return self
+        weights = np.asarray(halves) ** -2.0
+        centre = float(weights @ np.log([self.value, value]) / weights.sum())
+        half = float(weights.sum() ** -0.5)
+        return replace(self, value=math.exp(centre), low=math.exp(centre - half), high=math.exp(centre + half))
+
+
+def in_words(verdict: Verdict) -> str:
+    """A verdict for the terminal."""
+    return "cannot be told on this machine now" if verdict == "undecided" else verdict
 
 
 def error_at(look: int) -> float:

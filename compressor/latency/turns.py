@@ -23,8 +23,8 @@ from export.ort import runtime
 from export.stats import LatencyStats, summarise
 
 SHORTEST_S, LONGEST_S = 0.8, 4.0
-"""Bursts of one sitting take as long together as its processes took to start, which is long on a busy machine, and within
-these limits."""
+"""Bursts of one sitting take as long together as its processes took to start, which is long on a busy machine,
+within these limits."""
 
 FEWEST_PAIRS, MOST_PAIRS = 6, 150
 COUNTED_MS, FEWEST_COUNTED, MOST_COUNTED = 12.0, 4, 100
@@ -32,6 +32,9 @@ COUNTED_MS, FEWEST_COUNTED, MOST_COUNTED = 12.0, 4, 100
 
 DROPPED_MS = 2.5
 """What the other network has put out of the caches is back after about this long; as much is not counted."""
+
+TAIL = 3.0
+"""Where a hundredth of the runs takes this many times the median, others use the machine."""
 
 REPEATS = 5
 SECONDS = 90.0
@@ -49,6 +52,17 @@ class Timing:
     dense: LatencyStats
     slim: LatencyStats
     ratio: Ratio
+
+    @property
+    def noise(self) -> str:
+        """What to say where many runs took far longer than the usual one; empty on a quiet machine."""
+        if self.slim.p99_ms < TAIL * self.slim.median_ms:
+            return ""
+        return (
+            f"The machine was not quiet while the latency was measured: one run in a hundred of the slim network took "
+            f"{self.slim.p99_ms:.3g} ms or more at a median of {self.slim.median_ms:.3g} ms. The ratio to the dense "
+            "network, which was timed in turns with it, counts."
+        )
 
 
 class Bursts(Protocol):
@@ -84,13 +98,21 @@ def measured(
     def sit() -> Sitting:
         begun = time.monotonic()
         with ExitStack() as stack:
-            children = [stack.enter_context(closing(BurstsApart(path, threads))) for path in (dense, slim)]
-            for child in children:
+            first, second = (
+                stack.enter_context(closing(BurstsApart(path, threads))) for path in (dense, slim)
+            )
+            for child in (first, second):
                 child.ready()
-            return sitting(*children, seconds=time.monotonic() - begun)
+            return sitting(first, second, seconds=time.monotonic() - begun)
 
     return in_turns(
-        sit, "onnxruntime", str(runtime().__version__), threads, repeats=repeats, target=target, seconds=seconds
+        sit,
+        "onnxruntime",
+        str(runtime().__version__),
+        threads,
+        repeats=repeats,
+        target=target,
+        seconds=seconds,
     )
 
 

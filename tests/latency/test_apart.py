@@ -13,6 +13,7 @@ from torch import nn
 
 from compressor.latency.apart import OrtApart
 from compressor.latency.ort_profile import TaggedNetwork, tag
+from compressor.latency.turns import measured
 from export.errors import ExportError
 from export.to_onnx import export_onnx
 
@@ -44,11 +45,18 @@ def test_a_network_without_operators_is_timed_as_a_whole(files: tuple[Path, Path
     assert times.median_ms > 0
 
 
-def test_two_files_are_compared(files: tuple[Path, Path]) -> None:
-    wide, narrow = OrtApart(threads=2).compare(*files)
-    assert (wide.runtime, wide.threads) == ("onnxruntime", 2)
-    assert 0 < narrow.median_ms < 0.7 * wide.median_ms
-    assert narrow.runs >= 24
+def test_two_files_are_timed_in_turns(files: tuple[Path, Path]) -> None:
+    found = measured(*files, threads=1, repeats=2)
+    assert found.dense.runtime == "onnxruntime"
+    assert (found.ratio.sittings, found.dense.runs) == (2, found.slim.runs)
+    assert 0 < found.ratio.value < 0.7
+    assert found.ratio.bursts >= 24
+
+
+def test_a_file_that_cannot_be_timed_in_turns_is_named(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    (tmp_path / "damaged.onnx").write_bytes(b"nothing of the kind")
+    with pytest.raises(ExportError, match=r"cannot load .*damaged\.onnx"):
+        measured(files[0], tmp_path / "damaged.onnx", target=0.5)
 
 
 def test_a_file_that_is_no_network(tmp_path: Path, files: tuple[Path, Path]) -> None:

@@ -184,8 +184,10 @@ def test_a_gpu_times_what_is_delivered(
     delivered = carry.in_precision(network, "fp16", (3, 16, 16))
     (tmp_path / "model.fp16.onnx").write_bytes(b"as delivered")
     recipe = parse_recipe({"model": "resnet18", "precision": "fp16", "contract": {"repeats": 1}}, "test")
-    job: Any = SimpleNamespace(over_ssh=False, recipe=recipe, data=SimpleNamespace(input_shape=(3, 16, 16)))
+    data = SimpleNamespace(input_shape=(3, 16, 16))
+    job: Any = SimpleNamespace(over_ssh=False, recipe=recipe, data=data, space=space, table=None)
     run: Any = SimpleNamespace(file=lambda name: tmp_path / name)
-    dense, slim = timed_on_device(run, job, tmp_path / "model.onnx")
+    found = timed_on_device(run, job, tmp_path / "model.onnx", space.smallest())
+    dense, slim = found.dense, found.slim
     assert timed == [delivered, b"as delivered"]
     assert (dense.median_ms, slim.median_ms, slim.version) == (1.0, 2.0, "10.3.0")

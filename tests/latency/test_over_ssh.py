@@ -114,7 +114,10 @@ def test_single_networks(board: Board, space: PruningSpace, example: Tensor) -> 
         )
         for widths in (space.dense_widths, space.min_widths)
     )
-    stats = measured_over_ssh(board.url, dense, slim, None)
+    found = measured_over_ssh(board.url, dense, slim, None)
+    stats = (found.dense, found.slim)
+    assert 0 < found.ratio.value < 1
+    assert found.ratio.sittings == 3
     assert [each.runtime for each in stats] == ["tensorrt", "tensorrt"]
     assert 0 < stats[1].median_ms < stats[0].median_ms
     assert (stats[0].runs, stats[1].runs) == (42, 21)  # dense first and last
