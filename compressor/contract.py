@@ -36,7 +36,7 @@ UNUSED = 0.01
 """Below the margin by this share, a plan is worth another search."""
 
 BINDING = 0.03
-"""A plan predicted further below the aim than this was held there by something else than the latency."""
+"""A plan predicted further below the aim than this share of it was held there by something else than the latency."""
 
 
 def margin(run: RunDir, job: Job) -> float:
@@ -135,12 +135,15 @@ def slack_left(run: RunDir, job: Job) -> bool:
         return False
     if any(each["widths"] == last["widths"] for each in before):  # the search has found nothing else
         return False
-    aim = (1 - margin(run, job)) * last["target_ratio"]
-    high = last["interval"][1]
+    high, predicted, share = last["interval"][1], last["predicted_ratio"], searched_share(run, job)
+    if high is None or share is None:
+        return False
+    aim, allowed = ((1 - margin(run, job)) * each for each in (last["target_ratio"], share))
     return bool(
-        high is not None
-        and high < aim - UNUSED * last["target_ratio"]
-        and last["predicted_ratio"] > aim - BINDING * last["target_ratio"]
+        high < aim - UNUSED * last["target_ratio"]
+        and predicted > (1 - BINDING) * allowed
+        # by the refitted table the next search may certainly take more than the last one
+        and aim * predicted / high > (1 + UNUSED) * allowed
     )
 
 

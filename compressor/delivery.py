@@ -156,7 +156,7 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
                 {**entry, "predicted": predicted, "measured": cost, "verdict": verdict, "kept": kept}
             )
         # With the stage's end in one write: a kill in between would have the same plan measured as two rounds.
-        run.manifest.update(latency=_latency_record(run, job, plan, timing), budgets=budgets)
+        run.manifest.update(latency=_latency_record(run, job, plan, timing, done), budgets=budgets)
         if timing is not None and (note := timing.noise):
             say(note)
             run.manifest["notes"] = list(dict.fromkeys([*run.manifest["notes"], note]))
@@ -215,7 +215,9 @@ def _other_macs(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _latency_record(run: RunDir, job: Job, plan: ChannelPlan, timing: Timing | None) -> dict[str, Any]:
+def _latency_record(
+    run: RunDir, job: Job, plan: ChannelPlan, timing: Timing | None, done: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What the manifest says of the latency; without measurements what the table says."""
     table = job.table
     dense_ms = quiet_dense_ms(run, job, timing.ratio.dense_ms) if timing is not None else None
@@ -240,20 +242,22 @@ def _latency_record(run: RunDir, job: Job, plan: ChannelPlan, timing: Timing | N
         **record,
         "runtime": f"{CPU if slim.runtime == 'onnxruntime' else slim.runtime} {slim.version}",
         "threads": slim.threads,
-        "measured_ms": slim.median_ms,
-        "p90_ms": slim.p90_ms,
-        "p99_ms": slim.p99_ms,
-        "dense_ms": dense.median_ms,
-        "dense_p90_ms": dense.p90_ms,
-        "dense_p99_ms": dense.p99_ms,
-        "runs": slim.runs,
-        "ratio": ratio.value,
-        "interval": [ratio.low, ratio.high if ratio.high < float("inf") else None],
+        "measured_ms": ratio.value * dense_ms if done is None else done["measured_ms"],
+        "dense_ms": dense_ms,
+        "ratio": ratio.value if done is None else done["ratio"],
+        "interval": [ratio.low, ratio.high if ratio.high < float("inf") else None]
+        if done is None
+        else done["interval"],
         "bursts": ratio.bursts,
         "sittings": ratio.sittings,
         "seconds": round(ratio.seconds, 1),
-        "quiet_ms": ratio.value * dense_ms,
-        "quiet_dense_ms": dense_ms,
+        "median_ms": slim.median_ms,
+        "p90_ms": slim.p90_ms,
+        "p99_ms": slim.p99_ms,
+        "dense_median_ms": dense.median_ms,
+        "dense_p90_ms": dense.p90_ms,
+        "dense_p99_ms": dense.p99_ms,
+        "runs": slim.runs,
     }
 
 
