@@ -148,8 +148,9 @@ def counted_macs(folder: Path) -> int:
     from compressor.pruning.counted import count_macs
     from compressor.recipe import load_recipe
 
-    size = load_recipe(folder / "recipe.yaml").image_size or 32
-    return count_macs(load(folder), (torch.zeros(1, 3, size, size),))[0]
+    recipe = load_recipe(folder / "recipe.yaml")
+    size = recipe.image_size or 32
+    return count_macs(load(folder, factory=recipe.model), (torch.zeros(1, 3, size, size),))[0]
 
 
 def page(setting: Setting, rows: Sequence[Row], missing: Sequence[str], command: str) -> str:

@@ -13,7 +13,7 @@ FAST = {"max_evaluations": 6, "batch_norm_batches": 2}
 
 def recipe(**fields: Any) -> Recipe:
     """A recipe of a tiny network on tiny images."""
-    base = {"model": "tests.nets:tiny", "epochs": 3, "search": FAST, "contract": {"repeats": 1}}
+    base = {"model": "tests.nets:tiny", "epochs": 3, "search": FAST, "contract": {"repeats": 1, "seconds": 5.0}}
     return Recipe.model_validate({**base, **fields})
 
 

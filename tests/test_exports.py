@@ -124,12 +124,12 @@ def test_torch_formats_compute_the_slim_network(run: Path) -> None:
 
 def test_int8_with_halves_within_the_drop(run: Path) -> None:
     words = export(
-        run, "--precision", "int8", "--rest", "fp16", "--calibration", "percentile", "--max-drop", 1.5
+        run, "--precision", "int8", "--rest", "fp16", "--calibration", "percentile", "--max-drop", 2
     )
     assert "nodes in INT8" in words
     entry = exports_of(run)["int8"]
     exact = json.loads((run / "manifest.json").read_text())["accuracy"]["exported"]
-    assert entry["accuracy"] >= exact - 0.015
+    assert entry["accuracy"] >= exact - 0.02
     assert (entry["calibration"], entry["rest"]) == ("percentile", "fp16")
     assert json.loads(read_header(run / "model.int8.onnx").metadata["calibration"])["method"] == "percentile"
     kinds = [node.op_type for node in onnx.load(run / "model.int8.onnx").graph.node]

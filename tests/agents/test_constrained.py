@@ -247,7 +247,7 @@ def test_on_a_real_network_with_training_of_each_candidate(tmp_path: Path, actio
         "episodes_per_update": 4,
         "finetune_iterations": [0, 1, 2],
     }
-    agent = create_agent("constrained", seed=1, settings=settings)
+    agent = create_agent("constrained", seed=2, settings=settings)
     log, checkpoint = EpisodeLog(tmp_path / "episodes.jsonl"), Checkpoint(tmp_path / "agent.pt")
     result = agent.search(env, evaluator, Limits(), log=log, checkpoint=checkpoint)
     assert set(calls) == {1, 2}

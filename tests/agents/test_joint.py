@@ -145,7 +145,7 @@ def test_states_of_others_are_refused(bench: Bench) -> None:
     state = bench.checkpoint.load()
     assert state is not None
     bench.checkpoint.save({**state, "format": 0})
-    with pytest.raises(CompressorError, match="has format 0, expected 3"):
+    with pytest.raises(CompressorError, match="has format 0, expected 4"):
         bench.search("joint", settings=SMALL)
 
 

@@ -19,7 +19,7 @@ from export.trt import RTX
 from tests.export.nets import matmul_chain
 
 FOLDER = Path(export.__file__).parent
-WORKSTATION = {"to_onnx.py", "torch_formats.py"}
+WORKSTATION = {"rewrites.py", "to_onnx.py", "torch_formats.py"}
 """Files that may need torch; all others must at least be imported on a board."""
 
 DEVICE = sorted(path for path in FOLDER.glob("*.py") if path.name not in WORKSTATION)
