@@ -201,7 +201,7 @@ def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(
         return found
 
     monkeypatch.setattr("compressor.timing.measured", moody)
-    contract = {"repeats": 1, "seconds": 5.0, "max_rounds": 3}
+    contract = {"repeats": 1, "max_rounds": 3}
     result = compress(
         recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract=contract),
         out=tmp_path / "run",
@@ -259,7 +259,7 @@ def test_a_trained_plan_that_misses_gives_way_to_one_that_does_not(
     OtherDevice(1.0).install_measuring(monkeypatch, [share * 0.6 * by_table for share in shares])
     monkeypatch.setattr("compressor.contract.BINDING", 0.5)
     wanted = recipe(
-        budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract={"repeats": 1, "seconds": 5.0, "max_rounds": 3}
+        budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract={"repeats": 1, "max_rounds": 3}
     )
     result = compress(wanted, out=tmp_path / "run")
     rounds = result.manifest["rounds"]
@@ -304,7 +304,7 @@ def test_a_run_that_ended_with_a_miss_is_not_searched_again(
 ) -> None:
     OtherDevice(1.0).install_measuring(monkeypatch, [share * 0.6 * by_table for share in (0.98, 1.01)])
     wanted = recipe(
-        budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract={"repeats": 1, "seconds": 5.0, "max_rounds": 2}
+        budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract={"repeats": 1, "max_rounds": 2}
     )
     result = compress(wanted, out=tmp_path / "run")
     assert result.exit_code == 3

@@ -19,7 +19,7 @@ SHORT = {
     "epochs": 1,
     "training": {"batch_size": 8, "mixed_precision": "no"},
     "search": {"max_evaluations": 3, "batch_norm_batches": 1},
-    "contract": {"repeats": 1, "max_rounds": 2},
+    "contract": {"repeats": 1, "seconds": 5.0, "max_rounds": 2},
     "export": {"engine": False},
 }
 
