@@ -67,7 +67,8 @@ def one_run(options: argparse.Namespace, place: int, model: str, share: float) -
         "run": folder.name, "model": model, "share": share, "dense_ms": budget["dense"],
         "target_ms": budget["target"], "predicted_ms": budget["predicted"], "measured_ms": budget["measured"],
         "ratio": budget["measured"] / budget["target"], "kept": budget["kept"],
-        "verdict": budget["verdict"], "exit_code": result.exit_code, "rounds": len(result.manifest["rounds"]), "seconds": round(time.monotonic() - started, 1),
+        "verdict": budget["verdict"], "exit_code": result.exit_code, "rounds": len(result.manifest["rounds"]),
+        "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
 
 
