@@ -179,15 +179,19 @@ def sizes_as_times() -> None:
 
     really = timing.measured
 
-    def measured(dense: Path, slim: Path, *rest: Any) -> tuple[Any, ...]:
-        return tuple(
+    def measured(dense: Path, slim: Path, *rest: Any) -> Any:
+        timed = really(dense, slim, *rest)
+        sizes = [path.stat().st_size / 1e5 for path in (dense, slim)]
+        whole, small = (
             replace(
-                stats,
-                runs=1,
-                **{each.name: path.stat().st_size / 1e5 for each in fields(stats) if each.name.endswith("_ms")},
+                stats, runs=1, **{each.name: size for each in fields(stats) if each.name.endswith("_ms")}
             )
-            for path, stats in zip((dense, slim), really(dense, slim, *rest), strict=True)
+            for size, stats in zip(sizes, (timed.dense, timed.slim), strict=True)
         )
+        share = sizes[1] / sizes[0]
+        known = {"value": share, "low": share, "high": share, "dense_ms": sizes[0]}
+        ratio = replace(timed.ratio, **known, bursts=2, sittings=1, calm=1.0, seconds=0.0)
+        return replace(timed, dense=whole, slim=small, ratio=ratio)
 
     timing.measured = measured  # type: ignore[assignment]
 

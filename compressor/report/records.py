@@ -28,6 +28,15 @@ UNIFORM = "uniform"
 Record = Mapping[str, Any]
 
 
+def _share(row: Mapping[str, Any]) -> str:
+    """The slim network's time over the dense one's with its 95 % interval, where both were timed in turns."""
+    interval = row.get("interval")
+    low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
+    if number(low) is None or number(high) is None:
+        return percent(row.get("ratio"))
+    return f"{percent(row.get('ratio'))} ({percent(low)} to {percent(high)})"
+
+
 def rounds(manifest: Manifest) -> list[dict[str, Any]]:
     found = []
     for place, row in enumerate(rows(manifest, "rounds"), start=1):
@@ -35,6 +44,7 @@ def rounds(manifest: Manifest) -> list[dict[str, Any]]:
         found.append(
             {
                 "round": f"Round {place}",
+                "share": _share(row),
                 "predicted": milliseconds(row.get("predicted_ms")),
                 "measured": milliseconds(measured),
                 "target": milliseconds(target),

@@ -235,7 +235,10 @@ def invented_manifest() -> dict[str, Any]:
             "candidates": candidates,
         },
         "rounds": [
-            {"predicted_ms": 1.455, "measured_ms": 1.62, "target_ms": 1.5, "kept": False},
+            {
+                "predicted_ms": 1.455, "measured_ms": 1.62, "target_ms": 1.5, "kept": False, "ratio": 0.54,
+                "interval": [0.535, 0.545],
+            },
             {"predicted_ms": 1.4, "measured_ms": 1.45, "target_ms": 1.5, "kept": True},
         ],
         "training": training,

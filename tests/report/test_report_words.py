@@ -13,7 +13,7 @@ from compressor.report.comparison import comparison, tiles
 from compressor.report.judgement import judge
 from compressor.report.layers import hottest, stubborn
 from compressor.report.plots import chosen, thinned
-from compressor.report.records import sources
+from compressor.report.records import rounds, sources
 
 
 @pytest.mark.parametrize(
@@ -256,3 +256,18 @@ def test_thinning_keeps_the_ends() -> None:
     assert thinned(3, most=5) == [0, 1, 2]
     assert thinned(9, most=5) == [0, 2, 4, 6, 8]
     assert len(set(thinned(10_000))) == 1500
+
+
+@pytest.mark.parametrize(
+    ("measured", "words"),
+    [
+        ({"ratio": 0.498, "interval": [0.494, 0.502]}, "49.8% (49.4% to 50.2%)"),
+        ({"ratio": 0.498, "interval": [0.0, None]}, "49.8%"),
+        ({}, formats.ABSENT),
+    ],
+)
+def test_a_round_says_the_share_of_the_dense_time_and_its_interval(
+    measured: dict[str, Any], words: str
+) -> None:
+    row = {"predicted_ms": 1.0, "measured_ms": 1.0, "target_ms": 1.1, "verdict": "kept", **measured}
+    assert rounds({"rounds": [row]})[0]["share"] == words
