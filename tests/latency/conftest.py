@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.latency import carry
+from compressor.latency.calm import channel_block
 from compressor.latency.carry import write_table_bundle
 from compressor.latency.local import local_table
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
@@ -20,6 +22,12 @@ from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from tests.export.fake_trtexec import known_layers, make_trtexec
 from tests.latency.carried_bundle import run
+
+
+@functools.cache
+def channels_at_once() -> int:
+    """The block of this machine's convolutions; asked once, as finding it loads a network."""
+    return channel_block()
 
 
 class SmallNet(nn.Module):
@@ -46,7 +54,9 @@ class SmallNet(nn.Module):
 
 @dataclass
 class MadeUpDevice:
-    """Takes `factor` times what its rule says: a launch for each operator, then blocks of 16 channels.
+    """Takes `factor` times what its rule says: a launch for each operator, then blocks of channels.
+
+    The blocks are those of this machine, by which tables of local devices are fitted.
 
     Attributes:
         factor: How much slower than its rule.
@@ -76,7 +86,8 @@ class MadeUpDevice:
 
     def rule(self, shape: tuple[int, ...]) -> float:
         """Milliseconds of one operator with weights of this shape."""
-        blocks = np.ceil(shape[0] / 16) * np.ceil(shape[1] / 16)
+        block = channels_at_once()
+        blocks = np.ceil(shape[0] / block) * np.ceil(shape[1] / block) * (block / 16) ** 2
         return float(0.02 + 0.003 * blocks * np.prod(shape[2:]))
 
     def whole(self, total: np.ndarray) -> np.ndarray:
