@@ -94,8 +94,9 @@ def _scaled(image: Image, name: str) -> Image:
         )
     else:
         bits = tags.get(_BITS_PER_SAMPLE, (16,))
-        limit = 2.0 ** (bits[0] if isinstance(bits, tuple) else bits) - 1
-    scaled = np.clip(values.astype(np.float64) * (255 / limit), 0, 255).round().astype(np.uint8)
+        limit = 2.0 ** (bits[0] if isinstance(bits, tuple) else bits)
+    # The upper 8 bits, as torchvision's `to_dtype(scale=True)` takes them: every grey has as many values.
+    scaled = np.clip(values.astype(np.float64) * (256 / limit), 0, 255).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         scaled = 255 - scaled
     return pillow.fromarray(scaled)
