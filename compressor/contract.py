@@ -13,9 +13,12 @@ the search on only where its whole interval lies above what the search aimed at.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from compressor.pruning.plan import ChannelPlan
 from compressor.run_dir import RunDir, write_atomic
@@ -82,9 +85,11 @@ def predicted_share(job: Job, plan: ChannelPlan) -> float:
 
 def prunes_nothing(job: Job, plan: ChannelPlan) -> bool:
     """Whether a plan is the dense network."""
-    return [int(width) for width in job.space.widths(plan.widths)] == [
-        int(width) for width in job.space.dense_widths
-    ]
+    return _dense(job, list(job.space.widths(plan.widths)))
+
+
+def _dense(job: Job, widths: Sequence[int]) -> bool:
+    return bool(np.array_equal(widths, job.space.dense_widths))
 
 
 def judged(run: RunDir, job: Job, plan: ChannelPlan, timing: Timing) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def slack_left(run: RunDir, job: Job) -> bool:
     *before, last = run.manifest["rounds"]
     if last["verdict"] != "kept" or len(before) + 3 > job.recipe.contract.max_rounds:
         return False
-    if last["widths"] == [int(width) for width in job.space.dense_widths]:
+    if _dense(job, last["widths"]):
         return False
     if any(each["widths"] == last["widths"] for each in before):  # the search has found nothing else
         return False

@@ -5,18 +5,17 @@ Run as a program it answers the process that started it (`compressor.child`).
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import numbers
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from compressor.errors import CompressorError
+from compressor.importing import import_object
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
@@ -34,27 +33,10 @@ def load_function(name: str) -> Function:
         CompressorError: the module cannot be imported, has no such function (the nearest names are given), or it
             cannot be called with one argument.
     """
-    module_name, _, attribute = name.partition(":")
-    where = "It is imported from the current folder or an installed package."
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # its code runs now, and may raise anything
-        raise CompressorError(
-            f"--budget {name}: the module {module_name} cannot be imported: {type(error).__name__}: {error}.",
-            where,
-        ) from error
-    function = getattr(module, attribute, None)
+    function = import_object(name, f"--budget {name}")
     if not callable(function):
-        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = get_close_matches(attribute, own, n=3, cutoff=0.4)
-        what = (
-            f"is a {type(function).__name__}, which cannot be called"
-            if hasattr(module, attribute)
-            else "is missing"
-        )
         raise CompressorError(
-            f"--budget {name}: the function {attribute!r} of {module_name} {what}.",
-            f"The nearest: {', '.join(near)}." if near else where,
+            f"--budget {name}: expected a function, got {type(function).__name__}, which cannot be called."
         )
     try:
         inspect.signature(function).bind(None)

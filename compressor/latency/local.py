@@ -15,10 +15,11 @@ import numpy as np
 from compressor.errors import CompressorError
 from compressor.files import cache_folder
 from compressor.latency.apart import OrtApart
-from compressor.latency.assemble import Sample, measure_candidate, table_from
+from compressor.latency.assemble import Sample, export_candidate, measure_candidate, table_from
 from compressor.latency.cache import cached_table, cpu_model, measuring_alone, table_path
 from compressor.latency.calm import channel_block
 from compressor.latency.journal import Journal, heading_of
+from compressor.latency.made import SECONDS_A_NETWORK
 from compressor.latency.ort_profile import Device
 from compressor.latency.sampling import Samples, TooNoisy, collect
 from compressor.latency.signature import Widths, network_signature
@@ -41,6 +42,9 @@ UNSURE = 0.10
 ATTEMPTS = 3
 NOISY = 0.15
 """A change of the dense network's time between start and end that is worth a warning."""
+
+BUSY = 1.4
+"""Up to this factor a change of the dense network's time may be that of a machine with neighbours."""
 
 
 def local_table(
@@ -117,20 +121,35 @@ def fit_for(
 
 
 def true_still(known: LatencyTable, space: PruningSpace, example: Tensor, device: Device) -> bool:
-    """Whether the dense network still takes the time that the table was made at.
+    """Whether a table of the cache still holds for this machine.
 
-    A table of a busy or throttled machine would have `50%` mean more than the whole of the dense network on a quiet
-    one. A busy moment now is given two more chances.
+    It does where the dense network takes the time that the table was made at. A machine with neighbours is faster or
+    slower for a while, and shares of the dense network stay as they are: up to a change of `BUSY`, a network of half
+    the widths is measured in turns with the dense one, and its share decides. Beyond that, `50%` of a table of a
+    throttled machine would be more than the whole dense network on a quiet one.
     """
-    dense = np.asarray(space.dense_widths, dtype=np.int64)
+    ranking, dense = space.rank(), np.asarray(space.dense_widths, dtype=np.int64)
     then = known.dense_ms(space)
+    whole = export_candidate(space, ranking, example, dense)
+    now: list[float] = []
     for _ in range(ATTEMPTS):
-        now = measure_candidate(space, space.rank(), example, dense, device).times.median_ms
-        if abs(now / then - 1) <= NOISY:
+        now.append(device.measure(whole, SECONDS_A_NETWORK).median_ms)
+        if abs(now[-1] / then - 1) <= NOISY:
             return True
-    say(
-        f"The dense network takes {now:.3g} ms, and {then:.3g} ms when this machine's table was made: it is made anew."
-    )
+    level = float(np.median(now))
+    changed = f"The dense network takes {level:.3g} ms, and {then:.3g} ms when this machine's table was made"
+    half = space.round(dense // 2)
+    if max(level / then, then / level) <= BUSY and not np.array_equal(half, dense):
+        small = export_candidate(space, ranking, example, half)
+        shares = [
+            device.measure(small, SECONDS_A_NETWORK).median_ms / device.measure(whole, SECONDS_A_NETWORK).median_ms
+            for _ in range(ATTEMPTS)
+        ]
+        told = known.predict(space, space.plan(half, ranking)) / then
+        if abs(float(np.median(shares)) / told - 1) <= NOISY:
+            say(f"{changed}: this machine is busy now, or was. Shares of it have not changed, and the table is kept.")
+            return True
+    say(f"{changed}: it is made anew.")
     return False
 
 

@@ -94,6 +94,7 @@ def context(run: Collected) -> dict[str, Any]:
         ),
         **records.sources(manifest),
         "method": records.method(manifest),
+        "images": records.images(manifest),
         "training_charts": _charts(
             plots.training_curve(manifest, key, f"training-{key}") for key in ("loss", "accuracy")
         ),

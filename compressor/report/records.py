@@ -217,6 +217,21 @@ def _clock(stamp: str) -> str:
     return f"{head.replace('T', ' ', 1)} UTC" if mark and not tail else stamp
 
 
+def images(manifest: Manifest) -> str:
+    """How images become the network's input, and where that comes from; empty where it is not recorded."""
+    from compressor.data.preprocessing import Preprocessing
+
+    found = section(manifest, "preprocessing")
+    try:
+        described = Preprocessing.from_dict(
+            {name: value for name, value in found.items() if name != "origin"}
+        ).describe()
+    except (KeyError, TypeError, ValueError):  # a run of an earlier version, or a damaged one
+        return ""
+    origin = text(found, "origin")
+    return f"Images are {described}" + (f" ({origin})." if origin else ".")
+
+
 def facts(manifest: Manifest) -> list[tuple[str, str]]:
     """What must be the same for the run to be repeated, apart from the recipe."""
     single = [(key, text(manifest, key)) for key in ("seed", "agent", "weights", "epochs")]

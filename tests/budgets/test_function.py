@@ -150,7 +150,7 @@ def test_only_finite_numbers_from_zero_on_count() -> None:
 def test_what_cannot_be_found_or_called_is_refused() -> None:
     for name, says in (
         ("own_costs:widht", "nearest: width"),
-        ("own_costs:number", "is a int, which cannot be called"),
+        ("own_costs:number", "got int, which cannot be called"),
         ("own_costs:two", "cannot be called with one argument"),
         ("own_cost:width", "cannot be imported"),
     ):

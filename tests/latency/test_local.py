@@ -136,6 +136,46 @@ def test_a_table_of_a_busy_machine_is_made_anew_on_a_quiet_one(
     assert now.dense_ms(space) == pytest.approx(factor * before.dense_ms(space), rel=0.1)
 
 
+@pytest.mark.parametrize("factor", [0.75, 1.3])
+def test_a_busy_machine_keeps_its_table_where_shares_of_the_dense_network_have_not_changed(
+    space: PruningSpace,
+    example: Tensor,
+    tmp_path: Path,
+    counted: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    device: type,
+    factor: float,
+) -> None:
+    before = local_table(space, example, cache_dir=tmp_path)
+    monkeypatch.setattr(local, "OrtApart", lambda threads=1: device(factor=factor, noise=0.05))
+    lines = _Lines()
+    with shown_on(lines):
+        assert local_table(space, example, cache_dir=tmp_path).to_json() == before.to_json()
+    assert counted == [1]
+    assert any("the table is kept" in line for line in lines.lines)
+
+
+def test_a_table_is_made_anew_where_shares_of_the_dense_network_have_changed(
+    space: PruningSpace,
+    example: Tensor,
+    tmp_path: Path,
+    counted: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    device: type,
+) -> None:
+    before = local_table(space, example, cache_dir=tmp_path)
+
+    class Launching(device):  # type: ignore[misc]
+        """Slower by a constant: small networks lose more."""
+
+        def whole(self, total: np.ndarray) -> np.ndarray:
+            return np.asarray(super().whole(total) + 0.3 * before.dense_ms(space))
+
+    monkeypatch.setattr(local, "OrtApart", lambda threads=1: Launching())
+    local_table(space, example, cache_dir=tmp_path)
+    assert counted == [1, 1]
+
+
 def test_a_damaged_cache_is_said_and_measured_anew(
     space: PruningSpace, example: Tensor, tmp_path: Path, counted: list[int]
 ) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from compressor.data.preprocessing import Preprocessing
 from compressor.report import closing_table, explain, formats, judgement, verdict
 from compressor.report.comparison import comparison, tiles
 from compressor.report.judgement import judge
 from compressor.report.layers import hottest, stubborn
 from compressor.report.plots import chosen, thinned
-from compressor.report.records import rounds, sources
+from compressor.report.records import images, rounds, sources
 
 
 @pytest.mark.parametrize(
@@ -127,6 +128,33 @@ def test_a_network_slower_than_the_dense_one_is_not_green(
     assert judged.state == state
     said = "The slim network is slower: 1.25 times as slow as the dense network as measured."
     assert judged.remarks == ((said,) if state == "slower" else ())
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "state"),
+    [
+        (1.015, [1.005, 1.025], "slower"),
+        (1.03, [0.98, 1.08], "kept"),
+        (0.97, [0.96, 0.98], "kept"),
+        (1.03, [0.0, None], "kept"),
+    ],
+)
+def test_a_network_is_called_slower_where_its_whole_interval_says_so(
+    value: float, interval: list[float], state: str
+) -> None:
+    macs = {"name": "macs", "unit": "MACs", "target": 2e9, "dense": 4e9, "measured": 2e9, "kept": True}
+    latency = {"measured_ms": 4 * value, "dense_ms": 4.0, "ratio": value, "interval": interval}
+    groups = [{"name": "a", "kept": 8, "width": 16}]
+    assert judge(finished(budgets=[macs], groups=groups, latency=latency)).state == state
+
+
+def test_the_page_says_how_images_were_prepared() -> None:
+    prepared = {**Preprocessing(size=32).to_dict(), "origin": "assumed: usual for ImageNet"}
+    assert images({"preprocessing": prepared}) == (
+        "Images are scaled to 36 pixels (bilinear) and cut to 32, 0..1, mean 0.485, 0.456, 0.406, std 0.229, 0.224, "
+        "0.225 (assumed: usual for ImageNet)."
+    )
+    assert images({}) == images({"preprocessing": {"mean": 3}}) == ""
 
 
 def test_a_run_on_its_way_says_where_it_stands() -> None:
