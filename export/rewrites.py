@@ -1,6 +1,6 @@
 """Operations that the tracing exporter cannot write, or writes wrongly, in terms of those that it writes well.
 
-    with Writable(opset=13):
+    with Writable(13, model):
         torch.onnx.export(model, ...)
 
 Sizes are known while a module is traced, and unknown to the exporter behind some operations (a padding is one). So each
@@ -10,10 +10,12 @@ matrices, or windows of constant size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -22,21 +24,65 @@ Tensor = torch.Tensor
 
 
 class Writable(TorchFunctionMode):
-    """Within it, operations that the exporter cannot write for `opset` are computed by others with the same values."""
+    """Within it, operations that the exporter cannot write for `opset` are computed by others with the same values.
 
-    def __init__(self, opset: int) -> None:
+    Weights that a layer computes from parameters alone (weight standardisation, branches fused in forward) become
+    constants: the exporter writes no convolution of a kernel whose shape it does not know, and a device should not
+    compute them for each input.
+
+    Args:
+        opset: Of the file.
+        model: The network that runs.
+    """
+
+    def __init__(self, opset: int, model: nn.Module) -> None:
         super().__init__()
         self._opset = opset
+        held = [*model.parameters(), *model.buffers()]
+        self._held = {id(tensor) for tensor in held}
+        self._constant = {id(tensor): tensor for tensor in held}  # kept, so that no other tensor gets its id
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        constant = all(id(tensor) in self._constant for tensor in _tensors((*args, *kwargs.values())))
+        if func in _LAYERS and not constant:
+            args = [self._number(value) for value in args]
+            kwargs = {name: self._number(value) for name, value in kwargs.items()}
         rewrite, below = _REWRITES.get(func, (None, 0))
+        result = NotImplemented
         if rewrite is not None and self._opset < below:
-            result = rewrite(*args, **(kwargs or {}))
-            if result is not NotImplemented:
-                return result
-        return func(*args, **(kwargs or {}))
+            result = rewrite(*args, **kwargs)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+        if constant:
+            self._constant.update((id(tensor), tensor) for tensor in _tensors((result,)))
+        elif args and _writes(func):
+            self._constant.pop(id(args[0]), None)
+        return result
+
+    def _number(self, value: Any) -> Any:
+        """A tensor that was computed from parameters alone, as a constant of the file."""
+        if id(value) in self._held or id(value) not in self._constant:
+            return value
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that numbers become part of the trace is what is wanted
+            return torch.from_numpy(value.detach().cpu().numpy().copy())
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function changes its first argument."""
+    name = str(getattr(func, "__name__", ""))
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
 
 
 def _wanted(size: Any, given: Sequence[int]) -> tuple[int, ...]:
@@ -231,6 +277,11 @@ def _affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None 
     points = torch.cat([base[0].reshape(-1, 2), torch.ones(height * width, 1)], 1)
     return torch.matmul(points, theta.transpose(1, 2)).reshape(-1, height, width, 2)
 
+
+_LAYERS = {
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+}  # fmt: skip
+"""Functions with weights."""
 
 _REWRITES: dict[Any, tuple[Callable[..., Any], int]] = {
     F.adaptive_avg_pool2d: (_average_pool, ALWAYS),

@@ -395,7 +395,7 @@ def _trace(
     """The file's bytes, and the lines of forward in which sizes or values became numbers of Python."""
     buffer = io.BytesIO()
     try:
-        with _exporter_silenced() as places, torch.no_grad(), Writable(opset):
+        with _exporter_silenced() as places, torch.no_grad(), Writable(opset, model):
             torch.onnx.export(
                 model,
                 (sample,),

@@ -50,7 +50,7 @@ SPATIAL = """
 """
 CREATING = """
     new_zeros new_ones new_empty new_full new_tensor zeros ones empty full arange linspace rand randn randint tensor
-    as_tensor eye meshgrid tril_indices triu_indices randperm logspace scalar_tensor one_hot affine_grid
+    as_tensor meshgrid tril_indices triu_indices randperm logspace scalar_tensor one_hot affine_grid
 """
 
 
@@ -65,6 +65,7 @@ _RULES = _names(
         REDUCING: join.reduce,
         SPATIAL: pointwise.spatial,
         CREATING: pointwise.nothing,
+        "eye": pointwise.eye,
         "conv1d conv2d conv3d": layers.convolution,
         "conv_transpose1d conv_transpose2d conv_transpose3d": layers.transposed_convolution,
         "linear": layers.linear,

@@ -6,12 +6,21 @@ from torch import Tensor
 
 from compressor.pruning.atoms import Labels
 from compressor.pruning.facts import Call
+from compressor.pruning.provenance import Attribute
 from compressor.pruning.rules_shape import even, fix_all
 from compressor.pruning.trace import Tracer
 
 
 def nothing(tracer: Tracer, call: Call) -> None:
     """New tensors carry no channels."""
+
+
+def eye(tracer: Tracer, call: Call) -> None:
+    """The unit matrix of an attribute's size, such as the kernel of an identity branch: both axes shrink alike."""
+    if len(call.args) == 1 and isinstance(call.args[0], Attribute):
+        labels = tracer.atoms.fresh(int(call.args[0]))
+        if tracer.tie(call.args[0], labels):
+            tracer.mark(call.out, (labels, labels), False)
 
 
 def unknown(tracer: Tracer, call: Call) -> None:

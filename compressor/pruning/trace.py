@@ -107,14 +107,24 @@ class Tracer(TorchFunctionMode):
 
     def producer(self, weight: Tensor, axis: int) -> None:
         """`axis` of `weight` makes channels: importance reads it, and groups are named after its module."""
-        name = self._names.get(id(weight))
-        if name is None:
-            # Computed from parameters (weight standardisation): those of the running module.
-            path = self.stack[-1].path
-            inside = [p for p in self.facts.params if p.rpartition(".")[0] == path]
-            name = f"{path}.weight" if f"{path}.weight" in inside else inside[0] if inside else None
+        name = self._names.get(id(weight)) or self._source(weight, axis)
         if name is not None:
             self.facts.outputs.setdefault((name, axis), name.rpartition(".")[0] or name)
+
+    def _source(self, weight: Tensor, axis: int) -> str | None:
+        """The parameter that a weight was computed from: one of the running module (weight standardisation), else one
+        of its parts with the same channels (branches that are fused in forward)."""
+        path = self.stack[-1].path
+        inside = [name for name in self.facts.params if name.rpartition(".")[0] == path]
+        if inside:
+            return f"{path}.weight" if f"{path}.weight" in inside else inside[0]
+        labels = self.axes(weight)[axis]
+        parts = [name for name in self.facts.params if not path or name.startswith(f"{path}.")]
+        for name in parts:
+            own = self.facts.params[name]
+            if labels is not None and len(own) == weight.dim() and np.array_equal(own[axis], labels):
+                return name
+        return None
 
     def count(self, operation: str, constant: int, *sizes: int | Labels, rounded: bool = False) -> None:
         """Add `constant * product(sizes)` to what fvcore counts beside the layers; an axis with labels counts its

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from compressor.models import create_model
 from compressor.models.computed import computed_weights
 from compressor.pruning.artefact import load, save
 from compressor.pruning.space import PruningSpace
+from export.to_onnx import export_onnx
+from tests.pruning.networks import RepVGG
 
 
 def _masked(layer: nn.Module) -> nn.Module:
@@ -105,3 +108,16 @@ def test_given_weights_are_loaded_before_they_are_fixed(norm: str, tmp_path: Pat
     model = create_model(f"{__name__}:build", 4, tmp_path / "own.pt", (3, 10, 10)).eval()
     torch.testing.assert_close(model(x), own(x))
     assert any("2 weights of" in text and "are fixed" in text for text in said)
+
+
+def test_branches_that_are_fused_in_forward_are_pruned_and_exported(tmp_path: Path) -> None:
+    dense, x = RepVGG().eval(), torch.randn(3, 3, 16, 16)
+    space = PruningSpace(dense, x[:1])
+    assert [group.name for group in space.groups] == ["stem", "one.wide", "three.wide"]
+    assert [skipped.name for skipped in space.skipped] == ["head"]
+    small = space.apply(space.uniform(0.5))
+    assert isinstance(small, RepVGG)
+    assert small.two.channels == small.two.wide.out_channels == 8  # the unit matrix shrinks with its branch
+    export_onnx(small, x[:1], tmp_path / "small.onnx", dynamic_batch=True)
+    (found,) = onnxruntime.InferenceSession(tmp_path / "small.onnx").run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), small(x), rtol=1e-4, atol=1e-5)

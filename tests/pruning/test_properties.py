@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor.pruning.space import PruningSpace
-from tests.pruning.networks import Attentive, Tied, UNet, Zoo, filled, fvcore_macs
+from tests.pruning.networks import Attentive, RepVGG, Tied, UNet, Zoo, filled, fvcore_macs
 
 EXAMPLES = 25
 
@@ -33,6 +33,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "unet": (UNet, (1, 3, 16, 16)),
     "attentive": (Attentive, (1, 10, 24)),
     "tied": (Tied, (1, 8)),
+    "repvgg": (RepVGG, (1, 3, 16, 16)),
     "resnet18": (_torchvision("resnet18"), (1, 3, 32, 32)),
     "mobilenet_v3_small": (_torchvision("mobilenet_v3_small"), (1, 3, 32, 32)),
     "shufflenet_v2_x0_5": (_torchvision("shufflenet_v2_x0_5"), (1, 3, 32, 32)),
