@@ -191,7 +191,8 @@ class FusedInForward(nn.Module):
 
     @staticmethod
     def fused(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         factor = norm.weight / (norm.running_var + norm.eps).sqrt()
         return weight * factor.reshape(-1, 1, 1, 1), norm.bias - norm.running_mean * factor
 
