@@ -20,7 +20,7 @@ from compressor.latency.cache import cached_table, cpu_model, measuring_alone, t
 from compressor.latency.calm import channel_block
 from compressor.latency.journal import Journal, heading_of
 from compressor.latency.made import SECONDS_A_NETWORK
-from compressor.latency.ort_profile import Device
+from compressor.latency.ort_profile import Device, TaggedNetwork
 from compressor.latency.sampling import Samples, TooNoisy, collect
 from compressor.latency.signature import Widths, network_signature
 from compressor.latency.table import LatencyTable
@@ -141,16 +141,18 @@ def true_still(known: LatencyTable, space: PruningSpace, example: Tensor, device
     half = space.round(dense // 2)
     if max(level / then, then / level) <= BUSY and not np.array_equal(half, dense):
         small = export_candidate(space, ranking, example, half)
-        shares = [
-            device.measure(small, SECONDS_A_NETWORK).median_ms / device.measure(whole, SECONDS_A_NETWORK).median_ms
-            for _ in range(ATTEMPTS)
-        ]
+        shares = [_undisturbed_ms(device, small) / _undisturbed_ms(device, whole) for _ in range(2 * ATTEMPTS)]
         told = known.predict(space, space.plan(half, ranking)) / then
         if abs(float(np.median(shares)) / told - 1) <= NOISY:
             say(f"{changed}: this machine is busy now, or was. Shares of it have not changed, and the table is kept.")
             return True
     say(f"{changed}: it is made anew.")
     return False
+
+
+def _undisturbed_ms(device: Device, network: TaggedNetwork) -> float:
+    """What a run takes while nobody else uses the processor: beside neighbours the median says more of them."""
+    return float(np.quantile(device.measure(network, SECONDS_A_NETWORK).whole_ms, 0.1))
 
 
 def require_made_here(table: LatencyTable, threads: int) -> None:

@@ -119,10 +119,11 @@ class Tracer(TorchFunctionMode):
         if inside:
             return f"{path}.weight" if f"{path}.weight" in inside else inside[0]
         labels = self.axes(weight)[axis]
-        parts = [name for name in self.facts.params if not path or name.startswith(f"{path}.")]
-        for name in parts:
-            own = self.facts.params[name]
-            if labels is not None and len(own) == weight.dim() and np.array_equal(own[axis], labels):
+        if labels is None:
+            return None
+        for name, own in self.facts.params.items():
+            part = not path or name.startswith(f"{path}.")
+            if part and len(own) == weight.dim() and _same(own[axis], labels):
                 return name
         return None
 
@@ -242,6 +243,10 @@ class Tracer(TorchFunctionMode):
             if self._check is None:
                 remember(path, module)
             module.__dict__["forward"] = _Watched(self, path, module, type(module).forward)
+
+
+def _same(a: Labels | None, b: Labels) -> bool:
+    return a is not None and np.array_equal(a, b)
 
 
 def factored(constant: int, sizes: Iterable[int | Labels]) -> tuple[int, list[Labels]]:
