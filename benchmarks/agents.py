@@ -31,19 +31,20 @@ from rich.console import Console
 
 from benchmarks import agents_store as store
 from benchmarks.agents_page import Cell, page, show
-from compressor.agents.base import Limits, SearchResult
-from compressor.agents.registry import AGENTS, create_agent
-from compressor.agents.schedule import Schedule
-from compressor.errors import CompressorError
-from compressor.job import Job, prepare
+from compressor.core.errors import CompressorError
+from compressor.core.files import write_atomic
+from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.latency.local import require_made_here
 from compressor.latency.table import LatencyTable
 from compressor.latency.turns import measured
 from compressor.recipe import Recipe
-from compressor.run_dir import Checkpoint, EpisodeLog, write_atomic
-from compressor.surroundings import environment
-from compressor.trainers import trainer
-from compressor.training.evaluate import accuracy, reestimate_batch_norm
+from compressor.run.job import Job, prepare
+from compressor.run.surroundings import environment
+from compressor.run.trainers import trainer
+from compressor.search.base import Limits, SearchResult
+from compressor.search.evaluate import accuracy, reestimate_batch_norm
+from compressor.search.registry import AGENTS, create_agent
+from compressor.search.schedule import Schedule
 from export.to_onnx import export_onnx
 
 BUDGETS = ("latency:50%", "latency:30%", "params:50%", "params:30%")

@@ -19,12 +19,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from compressor.agents.base import Limits
-from compressor.agents.registry import create_agent
-from compressor.job import prepare
+from compressor.core.files import write_atomic
+from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.recipe import Recipe
-from compressor.run_dir import Checkpoint, EpisodeLog, write_atomic
-from compressor.surroundings import environment
+from compressor.run.job import prepare
+from compressor.run.surroundings import environment
+from compressor.search.base import Limits
+from compressor.search.registry import create_agent
 
 VARIANTS = ("dense", "terminal")
 PARTS = 10

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from benchmarks.agents_page import Cell
-from compressor.run_dir import sha256_file, write_atomic
+from compressor.core.files import sha256_file, write_atomic
 
 if TYPE_CHECKING:
-    from compressor.job import Job
+    from compressor.run.job import Job
 
 SETTINGS = ("epochs", "search_images", "batch_norm_batches")
 """What all cells must have in common to be compared."""
@@ -108,7 +108,7 @@ def check(options: argparse.Namespace) -> None:
 
 def note_network(options: argparse.Namespace, job: Job) -> None:
     """Keep the accuracy of the given weights on the test images, beside which all cells stand."""
-    from compressor.training.evaluate import accuracy
+    from compressor.search.evaluate import accuracy
 
     path = network_path(options, options.model)
     if not path.exists():

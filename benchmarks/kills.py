@@ -122,7 +122,7 @@ class Watch:
         self._stage, self._number = "prepare", 0
 
     def install(self) -> None:
-        from compressor.run_dir import RunDir
+        from compressor.run.folder import RunDir
 
         plain, watch = RunDir.stage, self
 
@@ -175,7 +175,7 @@ class Watch:
 
 def sizes_as_times() -> None:
     """Time networks as ever, then let the sizes of their files stand for the times, so that noise decides nothing."""
-    from compressor import timing
+    from compressor.run import timing
 
     really = timing.measured
 
@@ -209,7 +209,7 @@ def started(arguments: Sequence[str], folder: Path, case: str, watch: Watch | No
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, goal in ((nothing, 0), (said, 1), (said, 2)):
         os.dup2(source, goal)
-    from compressor.cli import main
+    from compressor.cli.app import main
     from compressor.latency import local, sampling
 
     sampling.TOO_NOISY = 5.0  # a busy machine will do: its times decide nothing here

@@ -33,6 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from compressor.core.files import write_atomic
 from compressor.latency.apart import OrtApart
 from compressor.latency.assemble import export_candidate
 from compressor.latency.cache import clocks, cpu_model, governor
@@ -46,7 +47,6 @@ from compressor.latency.signature import Widths
 from compressor.latency.table import LatencyTable
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
-from compressor.run_dir import write_atomic
 
 NETWORKS = ("resnet50@224", "mobilenet_v2@224", "cifar_resnet56@32", "resnet18@32")
 TURNS = 3

@@ -26,12 +26,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from compressor.display import RichDisplay
-from compressor.job import prepare
-from compressor.pipeline import compress, resume
-from compressor.progress import shown_on
+from compressor.cli.display import RichDisplay
+from compressor.core.files import write_atomic
+from compressor.core.progress import shown_on
 from compressor.recipe import Recipe
-from compressor.run_dir import write_atomic
+from compressor.run.job import prepare
+from compressor.run.pipeline import compress, resume
 
 MODELS = ("cifar_resnet20", "resnet18", "mobilenet_v2", "cifar_resnet32")
 LOWEST, HIGHEST = 0.30, 0.90

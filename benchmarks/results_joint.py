@@ -20,12 +20,13 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.joint_page import Row, Setting, page, row_of
-from compressor.display import RichDisplay
-from compressor.errors import CompressorError
-from compressor.pipeline import compress, resume
-from compressor.progress import shown_on
+from compressor.cli.display import RichDisplay
+from compressor.core.errors import CompressorError
+from compressor.core.files import read_json, write_atomic
+from compressor.core.progress import shown_on
+from compressor.core.records import MANIFEST, RECIPE
 from compressor.recipe import Recipe, load_recipe, shipped
-from compressor.run_dir import MANIFEST, RECIPE, read_json, write_atomic
+from compressor.run.pipeline import compress, resume
 
 WHOLE = 200
 """Epochs of the longest recipes, to which `--epochs` is relative."""
@@ -110,7 +111,7 @@ def planned(options: argparse.Namespace) -> tuple[Setting, list[Cell]]:
     Raises:
         CompressorError: a name of `--only` is no recipe, or the data cannot be made smaller.
     """
-    from compressor.flags import with_settings
+    from compressor.cli.flags import with_settings
 
     files = {path.stem: path for path in sorted((shipped("recipes") / "joint").glob("*.yaml"))}
     if unknown := sorted(set(options.only or ()) - set(files)):

@@ -17,10 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compressor.display import RichDisplay
-from compressor.pipeline import compress, resume
-from compressor.progress import shown_on
+from compressor.cli.display import RichDisplay
+from compressor.core.progress import shown_on
 from compressor.recipe import Recipe
+from compressor.run.pipeline import compress, resume
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ import torch
 from compressor.data import load_data
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
-from compressor.training.evaluate import Evaluator
-from compressor.training.sites import open_site
+from compressor.search.evaluate import Evaluator
+from compressor.search.sites import open_site
 
 
 def measure(

@@ -8,25 +8,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from compressor.core.versions import __version__ as __version__
+
 if TYPE_CHECKING:
-    from compressor.errors import CompressorError
+    from compressor.core.errors import CompressorError
     from compressor.latency.table import LatencyTable
-    from compressor.pipeline import RunResult, compress
     from compressor.pruning.artefact import load, save
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
-
-__version__ = "0.1.0"
+    from compressor.run.pipeline import RunResult, compress
 
 _HOMES = {
     "ChannelPlan": "compressor.pruning.plan",
-    "CompressorError": "compressor.errors",
+    "CompressorError": "compressor.core.errors",
     "LatencyTable": "compressor.latency.table",
     "PruningSpace": "compressor.pruning.space",
     "Recipe": "compressor.recipe",
-    "RunResult": "compressor.pipeline",
-    "compress": "compressor.pipeline",
+    "RunResult": "compressor.run.pipeline",
+    "compress": "compressor.run.pipeline",
     "load": "compressor.pruning.artefact",
     "save": "compressor.pruning.artefact",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor import progress
+from compressor.core import progress
 from tests.archives import SAFELY
 
 

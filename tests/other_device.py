@@ -43,7 +43,7 @@ class OtherDevice:
         monkeypatch.setattr(
             "compressor.latency.local.local_table", partial(local_table, device=Proportional())
         )
-        monkeypatch.setattr("compressor.timing.measured", self.measured)
+        monkeypatch.setattr("compressor.run.timing.measured", self.measured)
 
     def install_measuring(self, monkeypatch: pytest.MonkeyPatch, slim_ms: list[float]) -> None:
         """As `install`, with these times of the slim networks, one after another, and the dense one as in the table."""
@@ -53,7 +53,7 @@ class OtherDevice:
         def scripted(dense: Path, slim: Path, *_: Any) -> Timing:
             return timing([Proportional().measure(tag(dense), 1.0).median_ms] * 9, [next(left)] * 9)
 
-        monkeypatch.setattr("compressor.timing.measured", scripted)
+        monkeypatch.setattr("compressor.run.timing.measured", scripted)
 
     def measured(self, dense: Path, slim: Path, *_: Any) -> Timing:
         device = Proportional(factor=self.factor, noise=self.noise, offset_ms=self.offset_ms)

@@ -15,8 +15,8 @@ from benchmarks import agents_store as store
 from benchmarks.agents import cells, found, is_unmeasured, measure
 from benchmarks.agents_page import Cell, page, summary
 from benchmarks.compared import compared
-from compressor.agents.base import Candidate, SearchResult
-from compressor.run_dir import sha256_file
+from compressor.core.files import sha256_file
+from compressor.search.base import Candidate, SearchResult
 
 
 def options(folder: Path, **changed: object) -> argparse.Namespace:

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from compressor.cli import app
-from compressor.run_dir import RunDir
+from compressor.cli.app import app
+from compressor.run.folder import RunDir
 
 TINY = ["--model", "tests.nets:tiny", "--flops", "60%", "--epochs", "2"]
 
@@ -43,7 +43,7 @@ def test_a_time_limit_is_for_this_machine_only(where: list[str]) -> None:
 
 def test_help_is_fast_and_imports_no_torch() -> None:
     script = (
-        "import sys; from compressor.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+        "import sys; from compressor.cli.app import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     )
     fastest = min(_seconds([sys.executable, "-c", script, "--help"]) for _ in range(5))
     bare = min(_seconds([sys.executable, "-c", "import typer, rich.console"]) for _ in range(5))

@@ -11,13 +11,13 @@ from typing import cast
 import pytest
 
 from compressor import compress
-from compressor.contract import kept_plan, remember
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency.ort_profile import tag
 from compressor.latency.turns import Timing
-from compressor.pipeline import resume
 from compressor.pruning.plan import ChannelPlan
-from compressor.run_dir import RunDir
+from compressor.run.contract import kept_plan, remember
+from compressor.run.folder import RunDir
+from compressor.run.pipeline import resume
 from tests.other_device import OtherDevice, Proportional, timing
 from tests.runs import manifest_of, recipe
 
@@ -88,7 +88,7 @@ def test_milliseconds_are_those_of_the_quiet_machine(
         turns.append(len(turns))
         return (busy if len(turns) > 1 else quiet).measured(dense, slim)
 
-    monkeypatch.setattr("compressor.timing.measured", measured)
+    monkeypatch.setattr("compressor.run.timing.measured", measured)
     wanted = recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE)
     manifest = compress(wanted, out=tmp_path / "run").manifest
     (budget,), latency = manifest["budgets"], manifest["latency"]
@@ -111,7 +111,7 @@ def test_what_cannot_be_told_is_not_searched_again_and_ends_with_4(
         ratio = replace(found.ratio, value=0.61, low=0.58, high=0.64)
         return replace(found, ratio=ratio)
 
-    monkeypatch.setattr("compressor.timing.measured", wide)
+    monkeypatch.setattr("compressor.run.timing.measured", wide)
     result = compress(recipe(budgets={"latency": "60%"}, pruning=FINE), out=tmp_path / "run")
     (budget,) = result.manifest["budgets"]
     assert (result.exit_code, budget["verdict"], budget["kept"]) == (4, "undecided", None)
@@ -134,7 +134,7 @@ def test_a_correction_survives_a_stop_once(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("compressor.stages.say", stop_after_the_refit)
+        patched.setattr("compressor.run.stages.say", stop_after_the_refit)
         with pytest.raises(KeyboardInterrupt):
             compress(wanted, out=tmp_path / "two")
     disturbed = resume(tmp_path / "two").manifest
@@ -200,7 +200,7 @@ def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(
             return timing([found.dense.median_ms] * 9, [2 * found.slim.median_ms] * 9)
         return found
 
-    monkeypatch.setattr("compressor.timing.measured", moody)
+    monkeypatch.setattr("compressor.run.timing.measured", moody)
     contract = {"repeats": 1, "max_rounds": 3}
     result = compress(
         recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract=contract),
@@ -257,7 +257,7 @@ def test_a_trained_plan_that_misses_gives_way_to_one_that_does_not(
 ) -> None:
     shares = [0.70, 0.99, 1.01, 0.72]  # the second plan takes longer once it is trained
     OtherDevice(1.0).install_measuring(monkeypatch, [share * 0.6 * by_table for share in shares])
-    monkeypatch.setattr("compressor.contract.BINDING", 0.5)
+    monkeypatch.setattr("compressor.run.contract.BINDING", 0.5)
     wanted = recipe(
         budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract={"repeats": 1, "max_rounds": 3}
     )

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from compressor.core.errors import CompressorError
 from compressor.data import DataBundle, MemorySplit, Split, load_data
 from compressor.data.augment import Augmentation
 from compressor.data.bundle import hold_out
-from compressor.errors import CompressorError
 
 
 def images_of(bundle: DataBundle) -> list[set[bytes]]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from compressor.core.errors import CompressorError
 from compressor.data import DataBundle, FileSplit, MemorySplit, Split, load_data
-from compressor.errors import CompressorError
 from tests.archives import SAFELY
 
 

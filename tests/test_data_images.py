@@ -15,8 +15,8 @@ from compressor import CompressorError, Recipe
 from compressor.data import load_data
 from compressor.data.files import decode
 from compressor.data.preprocessing import Preprocessing
-from compressor.inputs import load
 from compressor.models import create_model, input_channels
+from compressor.run.inputs import load
 
 RAMP = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
 

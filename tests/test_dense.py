@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from compressor import CompressorError, compress
-from compressor.dense import doubt, lost_in_finetuning
-from compressor.job import prepare
 from compressor.models import create_model
-from compressor.run_dir import RunDir
-from compressor.stages import begin
+from compressor.run.dense import doubt, lost_in_finetuning
+from compressor.run.folder import RunDir
+from compressor.run.job import prepare
+from compressor.run.stages import begin
 from tests.runs import manifest_of, recipe
 
 

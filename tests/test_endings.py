@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from compressor.cli import app
-from compressor.closing import exit_code
+from compressor.cli.app import app
+from compressor.run.closing import exit_code
 
 KEPT, MISSED = {"kept": True, "verdict": "kept"}, {"kept": False, "verdict": "missed"}
 PREDICTED, UNDECIDED = {"kept": None, "verdict": "predicted"}, {"kept": None, "verdict": "undecided"}
@@ -79,9 +79,9 @@ def _run(*arguments: str) -> tuple[int, str]:
 
 SAVES_FOR_LONG = """
 import time
-from compressor.errors import CompressorError
-from compressor.signals import stoppable
-from compressor.terminal import friendly
+from compressor.core.errors import CompressorError
+from compressor.core.signals import stoppable
+from compressor.cli.terminal import friendly
 with stoppable(), friendly():
     try:
         print("works", flush=True)

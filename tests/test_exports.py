@@ -14,8 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from compressor import Recipe, compress, load
-from compressor.cli import app
-from compressor.run_dir import sha256_file
+from compressor.cli.app import app
+from compressor.core.files import sha256_file
 from export import accuracy
 from export.archive import unpack
 from export.engine_info import read_sidecar
@@ -69,7 +69,7 @@ def exports_of(run: Path) -> dict[str, Any]:
 
 
 def test_the_runs_own_file_comes_out_of_the_saved_network_again(run: Path, tmp_path: Path) -> None:
-    from compressor.exports import Finished
+    from compressor.run.exports import Finished
     from export.to_onnx import export_onnx
 
     own = Finished.open(run)
@@ -143,7 +143,7 @@ def test_int8_with_halves_within_the_drop(run: Path) -> None:
 
 
 def test_a_drop_on_the_test_split_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.precisions.scored", lambda path, data: (0.1, 359))
+    monkeypatch.setattr("compressor.run.precisions.scored", lambda path, data: (0.1, 359))
     made: list[float] = []
     original = accuracy.quantize_within
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressor import CompressorError, compress, load
-from compressor.pipeline import resume
+from compressor.run.pipeline import resume
 from tests.runs import manifest_of, recipe
 
 COSTS = """

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.models import create_model, factory_of, load_weights
 
 

@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from compressor.cli import app
+from compressor.cli.app import app
+from compressor.core.records import Checkpoint
 from compressor.recipe import load_recipe
-from compressor.run_dir import Checkpoint
 
 TINY = ["--model", "tests.nets:tiny", "--flops", "60%", "--epochs", "4"]
 FAST = [

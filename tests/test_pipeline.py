@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from compressor import compress, load
-from compressor.pipeline import resume
-from compressor.run_dir import sha256_file
+from compressor.core.files import sha256_file
+from compressor.run.pipeline import resume
 from tests.runs import FAST, manifest_of, recipe
 
 
@@ -138,7 +138,7 @@ def test_other_agents_run_the_same_road(tmp_path: Path, agent: str) -> None:
 
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", "from compressor.cli import main; main()"]
+    command = [sys.executable, "-c", "from compressor.cli.app import main; main()"]
     start = [
         *command, "--model", "tests.nets:tiny", "--epochs", "3", "--flops", "60%", "--params", "70%",
         "--out", str(folder),

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from compressor import CompressorError, Recipe
+from compressor.cli.flags import overrides, recipe_of, with_settings
 from compressor.data import FileSplit, MemorySplit, Preprocessing, Wanted
 from compressor.data.augment import Augmentation, augmentation_for
 from compressor.data.files import ImageFile
-from compressor.flags import overrides, recipe_of, with_settings
-from compressor.inputs import described, load
 from compressor.models import create_model, published
 from compressor.recipe import load_recipe
+from compressor.run.inputs import described, load
 
 MINIMAL = "timm:tf_mobilenetv3_small_minimal_100"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.recipe import Recipe, find_recipe, load_recipe, parse_recipe, shipped_recipes
 
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from compressor import compress
-from compressor.job import prepare
 from compressor.recipe import load_recipe, shipped_recipes
+from compressor.run.job import prepare
 
 CLASSES = ("cat", "dog")
 SHORT = {

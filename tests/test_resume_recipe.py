@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from compressor import CompressorError, compress
-from compressor.pipeline import resume
-from compressor.run_dir import EpisodeLog
+from compressor.core.records import EpisodeLog
+from compressor.run.pipeline import resume
 from tests.runs import manifest_of, recipe
 
 

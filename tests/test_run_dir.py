@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor.errors import CompressorError
-from compressor.run_dir import EpisodeLog, RunDir, new_run_path, replacing, sha256_file, write_atomic
+from compressor.core.errors import CompressorError
+from compressor.core.files import replacing, sha256_file, write_atomic
+from compressor.core.records import EpisodeLog
+from compressor.run.folder import RunDir, new_run_path
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
@@ -35,7 +37,7 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
     folder = tmp_path / "run"
     RunDir.create(folder, "model: a\n").close()
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom compressor.run_dir import replacing\n"
+        "import os, sys\nfrom pathlib import Path\nfrom compressor.run.folder import replacing\n"
         "with replacing(Path(sys.argv[1])) as temporary:\n    temporary.write_text('half')\n    os._exit(9)\n"
     )
     (folder / "search").mkdir()
@@ -83,7 +85,7 @@ def test_a_run_that_was_killed_before_it_had_a_recipe_may_be_begun_again(tmp_pat
 
 
 def test_a_live_run_holds_its_folder(tmp_path: Path) -> None:
-    script = "import sys; from pathlib import Path; from compressor.run_dir import RunDir\n"
+    script = "import sys; from pathlib import Path; from compressor.run.folder import RunDir\n"
     script += (
         "run = RunDir.create(Path(sys.argv[1]), 'model: a'); print('locked', flush=True); sys.stdin.read()"
     )

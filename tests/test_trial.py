@@ -11,14 +11,14 @@ import torch
 from typer.testing import CliRunner
 
 from compressor import compress
-from compressor.cli import app
-from compressor.errors import CompressorError
-from compressor.job import prepare
+from compressor.cli.app import app
+from compressor.core.errors import CompressorError
 from compressor.latency.distinct import with_distinct_weights
 from compressor.models import create_model
-from compressor.onnx_files import DENSE
-from compressor.pipeline import resume
-from compressor.trial import DenseFile
+from compressor.run.job import prepare
+from compressor.run.onnx_files import DENSE
+from compressor.run.pipeline import resume
+from compressor.run.trial import DenseFile
 from export.parity import check_parity
 from tests.runs import recipe
 
@@ -29,7 +29,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_measured(
     def measured(*_: Any) -> None:
         raise AssertionError("a table was measured")
 
-    monkeypatch.setattr("compressor.job.latency_table", measured)
+    monkeypatch.setattr("compressor.run.job.latency_table", measured)
     asked = recipe(model="tests.nets:no_onnx", budgets={"latency": "60%"})
     with pytest.raises(CompressorError, match=r"no_onnx cannot be exported, .*opset 17: .*aten::frac"):
         compress(asked, out=tmp_path / "run")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.models import create_model, read_weights
 
 

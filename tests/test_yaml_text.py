@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from compressor.errors import CompressorError
-from compressor.flags import with_settings
+from compressor.cli.flags import with_settings
+from compressor.core.errors import CompressorError
 from compressor.recipe import Recipe, load_recipe, parse_recipe
 from compressor.recipe.yaml_text import read_yaml, write_yaml
 

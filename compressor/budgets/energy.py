@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.budgets.function import FunctionBudget, Prices
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
     from torch import nn

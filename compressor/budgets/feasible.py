@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.budgets.function import FunctionBudget
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
     from compressor.budgets.base import Budget

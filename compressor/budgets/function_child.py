@@ -1,6 +1,6 @@
 """The process in which a budget's function is called: it may raise, hang or crash here.
 
-Run as a program it answers the process that started it (`compressor.child`).
+Run as a program it answers the process that started it (`compressor.core.child`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from compressor.errors import CompressorError
-from compressor.importing import import_object
+from compressor.core.errors import CompressorError
+from compressor.core.importing import import_object
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
@@ -104,7 +104,7 @@ class _Caller:
 
 
 def main() -> None:
-    from compressor.child import serve
+    from compressor.core.child import serve
 
     caller: list[_Caller] = []
 

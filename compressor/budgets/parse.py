@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 
 _COUNT_UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _UNITS: dict[str, dict[str, float]] = {

@@ -14,7 +14,7 @@ from compressor.budgets.feasible import choices_for, keeping_widths
 from compressor.budgets.function import FunctionBudget, FunctionCaller, Prices
 from compressor.budgets.latency import LatencyBudget
 from compressor.budgets.parse import BudgetSpec
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
     from compressor.latency.table import LatencyTable

@@ -11,12 +11,12 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from compressor.core.errors import CompressorError
 from compressor.data.augment import Augmentation, augmentation_for
 from compressor.data.bundle import DataBundle, hold_out
 from compressor.data.files import fitted
 from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.data.splits import MemorySplit
-from compressor.errors import CompressorError
 
 _TEST_SEED = 20
 """Deals the test split of data that has none of its own; the same for every run, so that runs compare."""

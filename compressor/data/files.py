@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from compressor import progress
+from compressor.core import progress
+from compressor.core.errors import CompressorError
 from compressor.data.pixels import eight_bit
 from compressor.data.preprocessing import Preprocessing, Wanted
-from compressor.errors import CompressorError
 from export.files import open_regular
 
 if TYPE_CHECKING:

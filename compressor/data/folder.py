@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from compressor.core.errors import CompressorError
 from compressor.data.augment import Augmentation, augmentation_for
 from compressor.data.builtin import _TEST_SEED
 from compressor.data.bundle import DataBundle, Indices, hold_out
 from compressor.data.files import ImageFile, class_folders, decode, image_size, load_files, refuse_unreadable
 from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.data.splits import MEMORY_LIMIT, FileSplit, MemorySplit, Split
-from compressor.errors import CompressorError
 
 _LAYOUT = (
     "Expected PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg (or val instead of test), or PATH/CLASS/*.jpg."

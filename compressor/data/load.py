@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from compressor.core.errors import CompressorError
 from compressor.data.builtin import load_cifar, load_digits
 from compressor.data.bundle import DataBundle
 from compressor.data.folder import load_folder, load_imagenet
 from compressor.data.preprocessing import Wanted
-from compressor.errors import CompressorError
 
 KINDS = ("digits", "cifar10", "cifar100", "folder", "imagenet")
 SEARCH_LIMIT = 5000

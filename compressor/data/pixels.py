@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

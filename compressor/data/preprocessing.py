@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 
 MEAN = (0.485, 0.456, 0.406)
 """Mean of ImageNet's channels on the scale 0..1; assumed where neither the weights nor the user say."""

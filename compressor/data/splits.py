@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from compressor.core.errors import CompressorError
 from compressor.data.augment import Augmentation
 from compressor.data.files import ImageFile, decode, load_files
 from compressor.data.preprocessing import Preprocessing
-from compressor.errors import CompressorError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 MEMORY_LIMIT = 2 * 1024**3

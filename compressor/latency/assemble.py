@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency.correction import fit_correction, fit_factors, held_out_error
 from compressor.latency.distinct import with_distinct_weights
 from compressor.latency.made import SECONDS_A_NETWORK, Made, made_here

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.core.progress import say
+from compressor.core.versions import cpu_name
 from compressor.latency.table import LatencyTable
-from compressor.progress import say
-from compressor.versions import cpu_name
 
 
 def table_path(folder: Path, *, runtime: str, version: str, threads: int, network: str) -> Path:

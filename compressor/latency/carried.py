@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.core.progress import say
 from compressor.latency.assemble import Sample, table_from
 from compressor.latency.carry import DENSE, TableFacts
 from compressor.latency.fused import Floats, fitted_shares, shares_of_layers
@@ -18,7 +19,6 @@ from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
 from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields, first_problem
 from compressor.latency.signature import channels
 from compressor.latency.table import LatencyTable
-from compressor.progress import say
 from compressor.pruning.counts import positions_of
 from export.archive import CHECKSUMS
 from export.errors import ExportError

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.core.files import disk_error
+from compressor.core.progress import bar
 from compressor.latency.assemble import export_candidate
 from compressor.latency.design import LEVELS, anchor_widths, grid_widths, random_widths
 from compressor.latency.graph import WEIGHTED
 from compressor.latency.layout import LayoutFields, layout_fields, signature
 from compressor.latency.ort_profile import TaggedNetwork
 from compressor.latency.signature import Widths
-from compressor.progress import bar
-from compressor.run_dir import disk_error
 from export.errors import ExportError
 from export.half import convert_half
 from export.quantize import quantize_onnx

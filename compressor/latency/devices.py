@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.core.progress import say
 from compressor.latency.schema import BLOCKS
 from compressor.latency.signature import network_signature
 from compressor.latency.surface import ALIGNMENT
 from compressor.latency.table import LatencyTable
 from compressor.latency.user_tables import check_name, find_user_table, user_tables
-from compressor.progress import say
 from compressor.recipe import shipped
 from export.here import ORT_CUDA
 

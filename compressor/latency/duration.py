@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 
 _UNITS_S = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 

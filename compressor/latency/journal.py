@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from compressor.core.files import disk_error, write_atomic
 from compressor.latency.assemble import Sample
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
 from compressor.latency.signature import network_signature
-from compressor.run_dir import disk_error, write_atomic
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.errors import CompressorError
-from compressor.files import cache_folder
+from compressor.core.errors import CompressorError
+from compressor.core.files import cache_folder
+from compressor.core.progress import say
 from compressor.latency.apart import OrtApart
 from compressor.latency.assemble import Sample, export_candidate, measure_candidate, table_from
 from compressor.latency.cache import cached_table, cpu_model, measuring_alone, table_path
@@ -24,7 +25,6 @@ from compressor.latency.ort_profile import Device, TaggedNetwork
 from compressor.latency.sampling import Samples, TooNoisy, collect
 from compressor.latency.signature import Widths, network_signature
 from compressor.latency.table import LatencyTable
-from compressor.progress import say
 from export.here import CPU, gpu_backend
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.files import cache_folder
+from compressor.core.files import cache_folder
+from compressor.core.progress import say
 from compressor.latency.assemble import Sample, measure_candidate, table_from
 from compressor.latency.backends import device_of
 from compressor.latency.cache import cached_table, measuring_alone, table_path
@@ -23,7 +24,6 @@ from compressor.latency.sampling import TooNoisy, collect
 from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields
 from compressor.latency.signature import Widths, network_signature
 from compressor.latency.table import LatencyTable
-from compressor.progress import say
 from export.here import Backend
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.errors import CompressorError
-from compressor.files import cache_folder
+from compressor.core.errors import CompressorError
+from compressor.core.files import cache_folder, write_atomic
+from compressor.core.progress import bar, say
 from compressor.latency.cache import measuring_alone
 from compressor.latency.carried import RUNTIME, table_of_results
 from compressor.latency.carry import DENSE, Precision, target_of, write_table_bundle
@@ -30,8 +31,6 @@ from compressor.latency.ratio import Sitting, Sittings, burst_of
 from compressor.latency.table import LatencyTable
 from compressor.latency.turns import Timing
 from compressor.latency.user_tables import find_user_table, keep
-from compressor.progress import bar, say
-from compressor.run_dir import write_atomic
 from export.archive import CHECKSUMS, pack
 from export.errors import ExportError
 from export.remote import identify, place_of, run_remote

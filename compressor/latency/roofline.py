@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency.company import company
 from compressor.latency.schema import RooflineFields
 from compressor.pruning.counts import positions_of, weight_elements

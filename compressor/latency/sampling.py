@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.core.progress import bar
 from compressor.latency.assemble import Predictor, Sample, fitted_predictor
 from compressor.latency.correction import held_out_error
 from compressor.latency.design import anchor_widths, grid_widths, random_widths
 from compressor.latency.journal import Journal, Record, Role
 from compressor.latency.signature import Widths, channels
-from compressor.progress import bar
 from compressor.pruning.space import PruningSpace
 
 Floats = npt.NDArray[np.float64]

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compressor.errors import CompressorError
-from compressor.files import parse_json
+from compressor.core.errors import CompressorError
+from compressor.core.files import parse_json
 from compressor.latency.surface import KINDS
 
 SCHEMA_VERSION = 1

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.pruning import counts
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.core.progress import bar, say
 from compressor.latency.assemble import export_candidate
 from compressor.latency.calm import middle
-from compressor.progress import bar, say
 
 if TYPE_CHECKING:
     from torch import Tensor

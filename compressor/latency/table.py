@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.errors import CompressorError
-from compressor.files import read_text
+from compressor.core.errors import CompressorError
+from compressor.core.files import read_text, write_atomic
 from compressor.latency.correction import Correction
 from compressor.latency.curve import Floats, LatencyCurve
 from compressor.latency.schema import NetworkFields, TableFields, read_table
 from compressor.latency.signature import network_signature, signature_of, weight_elements
 from compressor.latency.surface import Surface, Surfaces, fit_surface
-from compressor.run_dir import write_atomic
 
 if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from compressor.core.progress import bar
 from compressor.latency.apart import BurstsApart
 from compressor.latency.ratio import ERROR, LOOKS, Burst, Ratio, Sitting, Sittings, error_at
-from compressor.progress import bar
 from export.ort import runtime
 from export.stats import LatencyStats, summarise
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.core.progress import say
 from compressor.latency.signature import network_signature
 from compressor.latency.table import LatencyTable
-from compressor.progress import say
 from compressor.recipe import shipped
 from export.connection import parse_destination
 from export.errors import ExportError

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor import progress
-from compressor.errors import CompressorError
+from compressor.core import progress
+from compressor.core.errors import CompressorError
 from compressor.models import cifar
 from compressor.models.computed import fix_weights
 from compressor.models.first_run import Shape, run_first

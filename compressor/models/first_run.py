@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
-from compressor.importing import raised_at
+from compressor.core.errors import CompressorError
+from compressor.core.importing import raised_at
 from compressor.models.head import LAYERS, Makers, Recorder
 
 Shape = tuple[int, int, int]

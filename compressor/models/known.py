@@ -14,8 +14,8 @@ from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from compressor.errors import CompressorError
-from compressor.files import cache_folder, write_atomic
+from compressor.core.errors import CompressorError
+from compressor.core.files import cache_folder, write_atomic
 from compressor.models.names import is_users
 
 _FILE = "factories.json"

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from compressor.errors import CompressorError
-from compressor.importing import import_object, raised_at
+from compressor.core.errors import CompressorError
+from compressor.core.importing import import_object, raised_at
 from compressor.models import cifar
 
 TIMM = "timm:"

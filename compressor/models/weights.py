@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compressor import progress
-from compressor.errors import CompressorError
+from compressor.core import progress
+from compressor.core.errors import CompressorError
 from compressor.models.checkpoint import SAVE, Entry, State, entries, is_average, read_file
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

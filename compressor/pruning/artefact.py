@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.core.files import read_json, replacing, sha256_file, write_atomic
 from compressor.pruning.attention import swap_name
 from compressor.pruning.factory import Factory, build_dense, find_factory, given_factory
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import aliases, named_tensors
 from compressor.pruning.slicer import RECORD, swap
-from compressor.run_dir import read_json, replacing, sha256_file, write_atomic
 
 CHANNELS = "channels.json"
 WEIGHTS = "model.safetensors"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.pruning.artefact import set_tensors
 from compressor.pruning.factory import build_dense, find_factory
 from compressor.pruning.skeleton import named_tensors

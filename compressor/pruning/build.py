@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.pruning.attention import swap_name
 from compressor.pruning.facts import MEETS_FIXED, Facts, Key, Settings, example_tensors, moved
 from compressor.pruning.groups import Resolved, resolve

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compressor.progress import say
+from compressor.core.progress import say
 from compressor.pruning.counted import Check, Disagreement, confirm_macs, first_line
 from compressor.pruning.cutter import Cutter, Unable, is_numbered, numbered
 from compressor.pruning.facts import moved

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.pruning.counts import Affine, CostTerms, Floats, Product, RoundedTerms, weight_elements
 from compressor.pruning.facts import Facts
 from compressor.pruning.groups import Group, Resolved, Skipped

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,8 +11,8 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from compressor.errors import CompressorError
-from compressor.files import parse_json
+from compressor.core.errors import CompressorError
+from compressor.core.files import parse_json
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.models.computed import computed_weights, fix_weights
 from compressor.pruning.build import build
 from compressor.pruning.construct import (

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.pruning.atoms import Atoms, Axes, Labels
 from compressor.pruning.facts import MEETS_FIXED, Call, Counted, Facts, Frame, Settings, Step, Tie, tensors_in
 from compressor.pruning.provenance import Attribute, remember

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompressorError
-from compressor.files import read_text
+from compressor.core.errors import CompressorError
+from compressor.core.files import read_text
 from compressor.recipe.schema import Recipe
 from compressor.recipe.validation import validated
 from compressor.recipe.yaml_text import LARGEST_TEXT, read_yaml

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 
 Model = TypeVar("Model", bound=BaseModel)
 

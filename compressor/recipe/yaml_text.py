@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from export.text import short
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompressorError
-from compressor.run_dir import MANIFEST, RECIPE, read_json
+from compressor.core.errors import CompressorError
+from compressor.core.files import read_json
+from compressor.core.records import MANIFEST, RECIPE
 
 REPORT = "report.html"
 EPISODES = Path("search") / "episodes.jsonl"

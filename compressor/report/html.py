@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from compressor.core.files import write_atomic
 from compressor.report import explain, plots, records
 from compressor.report.collect import REPORT, Collected, collect, section, sentences, text
 from compressor.report.comparison import comparison, tiles
 from compressor.report.judgement import budget_lines, judge, measured_to_the_end
 from compressor.report.layers import hottest, stubborn
 from compressor.report.svg import Chart
-from compressor.run_dir import write_atomic
 from export.text import plain
 
 

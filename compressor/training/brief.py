@@ -8,8 +8,8 @@ import itertools
 import torch
 from torch import nn
 
+from compressor.core.errors import CompressorError
 from compressor.data import DataBundle
-from compressor.errors import CompressorError
 from compressor.training.loop import Trainer, _own_randomness
 from compressor.training.settings import TrainSettings
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compressor.core.errors import CompressorError
 from compressor.data import DataBundle
-from compressor.errors import CompressorError
 from compressor.training.average import WeightAverage
 from compressor.training.distill import distillation_loss
 from compressor.training.placement import place

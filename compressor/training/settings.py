@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 
 Precision = Literal["no", "bf16", "fp16"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressor.agents.base import Limits, SearchResult
-from compressor.agents.registry import create_agent
-from compressor.env.environment import PruningEnv
-from compressor.run_dir import Checkpoint, EpisodeLog
+from compressor.core.records import Checkpoint, EpisodeLog
+from compressor.search.base import Limits, SearchResult
+from compressor.search.environment import PruningEnv
+from compressor.search.registry import create_agent
 from tests.env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
 WORTH = [5.0, 1.0, 1.0, 4.0]

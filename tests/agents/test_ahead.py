@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.agents.base import Limits, SearchResult
-from compressor.agents.registry import create_agent
-from compressor.agents.search_run import SearchRun
-from compressor.env.environment import PruningEnv
-from compressor.run_dir import Checkpoint, EpisodeLog
+from compressor.core.records import Checkpoint, EpisodeLog
+from compressor.search.base import Limits, SearchResult
+from compressor.search.environment import PruningEnv
+from compressor.search.registry import create_agent
+from compressor.search.search_run import SearchRun
 from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 

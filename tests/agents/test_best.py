@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressor.agents.base import Limits
-from compressor.agents.registry import create_agent
-from compressor.env.environment import PruningEnv
-from compressor.run_dir import Checkpoint, EpisodeLog
+from compressor.core.records import Checkpoint, EpisodeLog
+from compressor.search.base import Limits
+from compressor.search.environment import PruningEnv
+from compressor.search.registry import create_agent
 from tests.env.fake_space import FakeEvaluator, FakePlan, FakeSpace, macs_budget
 
 ONE_GROUP = (16, 24, 16, 8)

@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.agents.base import Limits
-from compressor.agents.constrained.actions import LayerActions, plan_of_masks
-from compressor.agents.constrained.lagrange import Multipliers, lagrangian_loss
-from compressor.agents.constrained.ppo import CostRolloutBuffer, LagrangianPpo, Step, centred
-from compressor.agents.constrained.search import best_feasible
-from compressor.agents.constrained.settings import ConstrainedSettings
-from compressor.agents.registry import AGENTS, create_agent
 from compressor.budgets.parse import parse_budget
 from compressor.budgets.resolve import resolve
+from compressor.core.errors import CompressorError
+from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.data import load_data
-from compressor.env.environment import PruningEnv
-from compressor.errors import CompressorError
 from compressor.pruning.soft import soften
 from compressor.pruning.space import PruningSpace
-from compressor.run_dir import Checkpoint, EpisodeLog
+from compressor.search.base import Limits
+from compressor.search.constrained.actions import LayerActions, plan_of_masks
+from compressor.search.constrained.lagrange import Multipliers, lagrangian_loss
+from compressor.search.constrained.ppo import CostRolloutBuffer, LagrangianPpo, Step, centred
+from compressor.search.constrained.search import best_feasible
+from compressor.search.constrained.settings import ConstrainedSettings
+from compressor.search.environment import PruningEnv
+from compressor.search.evaluate import Evaluator
+from compressor.search.registry import AGENTS, create_agent
 from compressor.training.brief import BriefTraining
-from compressor.training.evaluate import Evaluator
 from compressor.training.loop import TrainSettings
 from tests.agents.bench import Killed
 from tests.agents.test_real_parts import Residual
@@ -171,7 +171,7 @@ def test_killed_anywhere_it_ends_the_same(new_bench: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(AGENTS))
 def test_a_kill_in_the_warm_up_is_nothing_to_any_agent(new_bench: Any, name: str) -> None:
-    from compressor.agents.schedule import Schedule
+    from compressor.search.schedule import Schedule
 
     options = {"train": True, "schedule": Schedule(2), "limits": Limits(max_evaluations=12)}
     whole = new_bench("whole").search(name, **options)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.agents.base import Candidate
-from compressor.agents.episodes import Episode, Transition
-from compressor.agents.joint.learner import Learner
-from compressor.agents.joint.settings import ENVIRONMENT_MODEL, JointSettings
-from compressor.agents.schedule import Schedule
-from compressor.env.environment import PruningEnv
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.search.base import Candidate
+from compressor.search.environment import PruningEnv
+from compressor.search.episodes import Episode, Transition
+from compressor.search.joint.learner import Learner
+from compressor.search.joint.settings import ENVIRONMENT_MODEL, JointSettings
+from compressor.search.schedule import Schedule
 from tests.agents.bench import Bench, Killed
 from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressor.agents.base import Limits
-from compressor.agents.joint.settings import JointSettings, plan_episodes
-from compressor.agents.schedule import Schedule, share_epochs
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.recipe import load_recipe, shipped_recipes
+from compressor.search.base import Limits
+from compressor.search.joint.settings import JointSettings, plan_episodes
+from compressor.search.schedule import Schedule, share_epochs
 from tests.agents.bench import Bench, Killed
 from tests.env.fake_space import FakeEvaluator, FakePlan
 

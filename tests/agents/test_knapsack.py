@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressor.agents.allocation import Allocator
-from compressor.agents.base import Limits
-from compressor.agents.proposals import scaled_widths
-from compressor.agents.values import saliency_values
-from compressor.env.environment import PruningEnv
+from compressor.search.allocation import Allocator
+from compressor.search.base import Limits
+from compressor.search.environment import PruningEnv
+from compressor.search.proposals import scaled_widths
+from compressor.search.values import saliency_values
 from tests.agents.bench import Killed
 from tests.env.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
 

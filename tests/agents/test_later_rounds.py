@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressor.agents.base import Limits, SearchResult
-from compressor.agents.dueling import DoubleDqn
-from compressor.agents.proposals import scaled_widths
-from compressor.agents.registry import AGENTS, create_agent
-from compressor.agents.schedule import Schedule
-from compressor.env.environment import PruningEnv
-from compressor.errors import CompressorError
-from compressor.run_dir import Checkpoint, EpisodeLog
+from compressor.core.errors import CompressorError
+from compressor.core.records import Checkpoint, EpisodeLog
+from compressor.search.base import Limits, SearchResult
+from compressor.search.dueling import DoubleDqn
+from compressor.search.environment import PruningEnv
+from compressor.search.proposals import scaled_widths
+from compressor.search.registry import AGENTS, create_agent
+from compressor.search.schedule import Schedule
 from tests.agents.bench import FragileCheckpoint, Killed
 from tests.env.fake_space import FakeBudget, FakeEvaluator, FakePlan, FakeSpace, FakeTrainer, macs_budget
 
@@ -40,7 +40,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         monkeypatch.setattr(
-            "compressor.agents.search_run.time", SimpleNamespace(perf_counter=lambda: self.now)
+            "compressor.search.search_run.time", SimpleNamespace(perf_counter=lambda: self.now)
         )
 
 

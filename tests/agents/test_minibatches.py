@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.agents.constrained.ppo import LagrangianPpo, minibatch_size
-from compressor.agents.constrained.settings import ConstrainedSettings
+from compressor.search.constrained.ppo import LagrangianPpo, minibatch_size
+from compressor.search.constrained.settings import ConstrainedSettings
 from tests.env.fake_space import FakeSpace
 
 

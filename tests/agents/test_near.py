@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressor.agents.base import Agent, Limits, SearchResult
-from compressor.agents.near import PICKED, NearBest
-from compressor.agents.proposals import near_rows
-from compressor.agents.registry import agent_class, create_agent
-from compressor.agents.reward_model import RewardModel, expected_improvement
-from compressor.agents.search_run import SearchRun
-from compressor.env.environment import PruningEnv
-from compressor.run_dir import Checkpoint, EpisodeLog
+from compressor.core.records import Checkpoint, EpisodeLog
+from compressor.search.base import Agent, Limits, SearchResult
+from compressor.search.environment import PruningEnv
+from compressor.search.near import PICKED, NearBest
+from compressor.search.proposals import near_rows
+from compressor.search.registry import agent_class, create_agent
+from compressor.search.reward_model import RewardModel, expected_improvement
+from compressor.search.search_run import SearchRun
 from tests.env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
 GROUPS = [16, 24, 32, 16, 48, 32, 24, 64]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from compressor.agents.published import method
-from compressor.agents.registry import create_agent
 from compressor.recipe import Recipe, load_recipe, shipped_recipes
+from compressor.search.published import method
+from compressor.search.registry import create_agent
 
 DOCS = Path(__file__).parents[2] / "docs" / "agents.md"
 PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {

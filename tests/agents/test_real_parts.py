@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.agents.base import Limits, SearchResult
-from compressor.agents.registry import create_agent
-from compressor.agents.schedule import Schedule
 from compressor.budgets.parse import parse_budget
 from compressor.budgets.resolve import resolve
+from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.data import load_data
-from compressor.env.environment import PruningEnv
 from compressor.pruning.space import PruningSpace
-from compressor.run_dir import Checkpoint, EpisodeLog
+from compressor.search.base import Limits, SearchResult
+from compressor.search.environment import PruningEnv
+from compressor.search.evaluate import Evaluator
+from compressor.search.registry import create_agent
+from compressor.search.schedule import Schedule
 from compressor.training.align import Alignment
-from compressor.training.evaluate import Evaluator
 from compressor.training.loop import Trainer, TrainSettings
 
 

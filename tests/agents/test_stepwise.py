@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.agents.base import Limits
-from compressor.agents.dueling import DoubleDqn, Dueling
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.search.base import Limits
+from compressor.search.dueling import DoubleDqn, Dueling
 from tests.agents.bench import Killed
 
 SMALL: dict[str, Any] = {"episodes": 12, "hidden": 32}

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressor.agents.base import Limits
-from compressor.agents.proposals import random_widths, uniform_or_cheapest, uniform_widths
-from compressor.agents.registry import AGENTS, agent_class, create_agent
-from compressor.agents.schedule import Schedule
-from compressor.env.environment import PruningEnv
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.search.base import Limits
+from compressor.search.environment import PruningEnv
+from compressor.search.proposals import random_widths, uniform_or_cheapest, uniform_widths
+from compressor.search.registry import AGENTS, agent_class, create_agent
+from compressor.search.schedule import Schedule
 from tests.agents.bench import Bench, Killed
 from tests.env.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
 

@@ -14,9 +14,9 @@ from compressor.budgets import energy
 from compressor.budgets.energy import EnergyBudget, EnergyMeter, Rapl, find_counters
 from compressor.budgets.parse import parse_budget
 from compressor.budgets.resolve import reachable, resolve
-from compressor.env.bounds import ActionBounds
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.pruning.space import PruningSpace
+from compressor.search.bounds import ActionBounds
 
 RANGE = 100_000_000
 
@@ -124,7 +124,7 @@ def test_the_command_line_refuses_it_before_a_folder_appears(
 ) -> None:
     from typer.testing import CliRunner
 
-    from compressor.cli import app
+    from compressor.cli.app import app
 
     monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")
     monkeypatch.setenv("COMPRESSOR_BACKEND", "onnxruntime-cpu")

@@ -16,9 +16,9 @@ from compressor.budgets.function import FunctionCaller
 from compressor.budgets.function_child import checked, load_function, wants_plan
 from compressor.budgets.parse import parse_budget, parse_function_budget
 from compressor.budgets.resolve import reachable, resolve
-from compressor.env.bounds import ActionBounds
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.pruning.space import PruningSpace
+from compressor.search.bounds import ActionBounds
 
 COSTS = """
 import os, time

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from compressor.budgets.parse import BudgetSpec, format_value, parse_budget, parse_function_budget
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from compressor.budgets.counts import MemoryBudget
 from compressor.budgets.parse import parse_budget
 from compressor.budgets.resolve import reachable, resolve
-from compressor.errors import CompressorError
-from compressor.job import prepare
+from compressor.core.errors import CompressorError
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import Recipe
+from compressor.run.job import prepare
 
 
 class Pair(nn.Module):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.env.bounds import ActionBounds, LegalWidths
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.search.bounds import ActionBounds, LegalWidths
 from tests.env.fake_space import FakeBudget, FakeSpace, macs_budget
 
 

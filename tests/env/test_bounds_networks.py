@@ -13,9 +13,9 @@ from torch import nn
 
 from compressor.budgets.parse import parse_budget
 from compressor.budgets.resolve import resolve
-from compressor.env.environment import PruningEnv
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.pruning.space import PruningSpace
+from compressor.search.environment import PruningEnv
 from tests.env.fake_space import FakeBudget
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 
-from compressor.env.environment import PruningEnv
-from compressor.env.observation import FEATURES
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.search.environment import PruningEnv
+from compressor.search.observation import FEATURES
 from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from compressor.env.environment import PruningEnv
-from compressor.env.reward import ProductReward, SoftFactor, accuracy_needed, accuracy_reward, soft_reward
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.search.environment import PruningEnv
+from compressor.search.reward import ProductReward, SoftFactor, accuracy_needed, accuracy_reward, soft_reward
 from tests.env.fake_space import FakeSpace, macs_budget
 
 

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from compressor.core.errors import CompressorError
+from compressor.core.records import Checkpoint
 from compressor.data.files import decode
-from compressor.errors import CompressorError
 from compressor.latency.schema import SCHEMA_VERSION, read_table
 from compressor.models.weights import read_weights
 from compressor.pruning.artefact import CHANNELS as CHANNELS_FILE
@@ -31,7 +32,6 @@ from compressor.pruning.artefact import load, read_plan, save
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import Recipe, load_recipe
-from compressor.run_dir import Checkpoint
 from export.archive import CHECKSUMS, checksums, pack, require_checksums, unpack
 from export.bundle_results import compute_times, output_values, read_results
 from export.errors import ExportError

@@ -15,10 +15,10 @@ from compressor.latency import assemble, backends, carry, local_gpu
 from compressor.latency.backends import OrtGpu, TensorRt, Trtexec, device_of
 from compressor.latency.local_gpu import gpu_table
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
-from compressor.onnx_files import DENSE
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
-from compressor.timing import timed_on_device
+from compressor.run.onnx_files import DENSE
+from compressor.run.timing import timed_on_device
 from export import here
 from export.cuda import Device
 from export.errors import ExportError

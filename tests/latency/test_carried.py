@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency.carried import table_of_results
 from compressor.latency.carry import write_table_bundle
 from compressor.latency.design import random_widths

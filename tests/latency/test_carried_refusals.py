@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency.carried import table_of_results
 from export.archive import CHECKSUMS
 from export.errors import ExportError

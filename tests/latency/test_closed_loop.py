@@ -10,7 +10,7 @@ import pytest
 from compressor.budgets.latency import LatencyBudget
 from compressor.budgets.parse import parse_budget
 from compressor.budgets.resolve import reachable, resolve
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.core.files import write_atomic
 from compressor.latency.calm import channel_block
 from compressor.latency.devices import (
     check_known,
@@ -21,11 +22,11 @@ from compressor.latency.devices import (
 )
 from compressor.latency.table import LatencyTable
 from compressor.models import create_model
-from compressor.pipeline import resume
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe, shipped
-from compressor.run_dir import RunDir, write_atomic
-from compressor.stages import TABLE
+from compressor.run.folder import RunDir
+from compressor.run.pipeline import resume
+from compressor.run.stages import TABLE
 
 JETSONS = [path.stem for path in sorted(shipped("latency_tables").glob("*.json"))]
 

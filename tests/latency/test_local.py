@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
+from compressor.core.progress import shown_on
 from compressor.latency import assemble, local, sampling
 from compressor.latency.design import random_widths
 from compressor.latency.local import local_table
 from compressor.latency.table import LatencyTable
-from compressor.progress import shown_on
 from compressor.pruning.space import PruningSpace
 
 
@@ -83,7 +83,7 @@ class _Lines:
         self.lines.append(text)
 
     def bar(self, label: str, total: int):  # type: ignore[no-untyped-def]
-        from compressor.progress import _Quiet
+        from compressor.core.progress import _Quiet
 
         return _Quiet().bar(label, total)
 

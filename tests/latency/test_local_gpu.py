@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from compressor import job
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency import local_gpu, sampling
 from compressor.latency.local_gpu import gpu_table, measured_table
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
+from compressor.run import job
 from export import here
 from export.cuda import Device
 from export.errors import ExportError

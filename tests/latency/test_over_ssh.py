@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency import carry, over_ssh
 from compressor.latency.over_ssh import measured_over_ssh, ssh_table
 from compressor.latency.table import LatencyTable

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency.assemble import export_candidate
 from compressor.latency.calm import channel_block, middle, undisturbed
 from compressor.latency.correction import fit_correction, fit_factors, held_out_error

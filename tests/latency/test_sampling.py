@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency import sampling
 from compressor.latency.duration import duration_s
 from compressor.latency.local import _measured, local_table

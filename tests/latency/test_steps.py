@@ -8,7 +8,7 @@ import torch
 from conftest import MadeUpDevice
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency.calm import channel_block
 from compressor.latency.devices import find_table
 from compressor.latency.ort_profile import OrtCpu

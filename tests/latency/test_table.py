@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency.design import random_widths
 from compressor.latency.signature import signature_of
 from compressor.latency.table import LatencyTable

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.device import latency_table
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency.carried import table_of_results
 from compressor.latency.devices import devices, find_table
 from compressor.latency.table import LatencyTable
 from compressor.latency.user_tables import keep, tables_folder
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
+from compressor.run.device import latency_table
 from tests.latency.carried_bundle import altered, needs_shell, respoil
 from tests.latency.conftest import SmallNet
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.latency.company import company
 from compressor.latency.graph import file_nodes
 from compressor.latency.machine import Machine, calibrate, estimated_machine

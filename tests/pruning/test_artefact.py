@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.pruning.artefact import load, read_plan, save
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace

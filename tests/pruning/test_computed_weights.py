@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import utils
 from torch.nn.utils import parametrizations, prune
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.models import create_model
 from compressor.models.computed import computed_weights
 from compressor.pruning.artefact import load, save

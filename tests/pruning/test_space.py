@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
 from tests.pruning.networks import DataDependent, Zoo, filled, fvcore_macs

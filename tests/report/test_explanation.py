@@ -8,7 +8,7 @@ from typing import Any
 from invented_run import write_run
 from typer.testing import CliRunner
 
-from compressor.cli import app
+from compressor.cli.app import app
 from compressor.report.explain import explained, gap
 from compressor.report.html import write_report
 

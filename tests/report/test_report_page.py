@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from invented_run import invented_episodes, write_run
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.report import write_report
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}

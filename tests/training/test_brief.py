@@ -7,14 +7,14 @@ import dataclasses
 import pytest
 import torch
 
+from compressor.core.errors import CompressorError
 from compressor.data import DataBundle, load_data
-from compressor.errors import CompressorError
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
+from compressor.search.evaluate import Evaluator
+from compressor.search.sites import check_workers
 from compressor.training.brief import BriefTraining
-from compressor.training.evaluate import Evaluator
 from compressor.training.settings import TrainSettings
-from compressor.training.sites import check_workers
 
 SETTINGS = TrainSettings(batch_size=32, learning_rate=0.05, ema_decay=0.9)
 

@@ -9,7 +9,7 @@ from torch import nn
 from compressor.data import DataBundle, MemorySplit, Preprocessing, load_data
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
-from compressor.training.evaluate import Evaluator, accuracy, reestimate_batch_norm, standard_error
+from compressor.search.evaluate import Evaluator, accuracy, reestimate_batch_norm, standard_error
 
 
 class Brightness(nn.Module):

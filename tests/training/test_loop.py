@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compressor.core.errors import CompressorError
+from compressor.core.records import Checkpoint
 from compressor.data import DataBundle, MemorySplit, Preprocessing, load_data
 from compressor.data.augment import Augmentation
-from compressor.errors import CompressorError
 from compressor.models import create_model
-from compressor.run_dir import Checkpoint
-from compressor.training.evaluate import accuracy
+from compressor.search.evaluate import accuracy
 from compressor.training.loop import Trainer
 from compressor.training.settings import TrainSettings
 

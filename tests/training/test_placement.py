@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor.errors import CompressorError
+from compressor.core.errors import CompressorError
 from compressor.training.placement import place
 
 SCRIPT = """
 import json, sys
 import torch
 from compressor.data import DataBundle, load_data
-from compressor.training.evaluate import accuracy
+from compressor.search.evaluate import accuracy
 from compressor.training.loop import Trainer
 from compressor.training.settings import TrainSettings
 

@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import nn
 
+from compressor.core.errors import CompressorError
 from compressor.data import DataBundle, MemorySplit, Preprocessing, load_data
-from compressor.errors import CompressorError
 from compressor.models import create_model
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
-from compressor.training.evaluate import Evaluator
-from compressor.training.ray_site import _room
-from compressor.training.sites import check_workers, open_site
-from compressor.training.workers import ThisMachine
+from compressor.search.evaluate import Evaluator
+from compressor.search.ray_site import _room
+from compressor.search.sites import check_workers, open_site
+from compressor.search.workers import ThisMachine
 from tests.nets import Tiny
 
 
@@ -32,7 +32,7 @@ class Fragile(Tiny):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spec = sys.modules["__main__"].__spec__
-        if self.conv1.out_channels < 32 and spec is not None and spec.name == "compressor.training.scorer":
+        if self.conv1.out_channels < 32 and spec is not None and spec.name == "compressor.search.scorer":
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
 
@@ -129,8 +129,8 @@ def test_a_candidate_that_ends_every_worker_is_named(digits: DataBundle) -> None
 
 def test_workers_end_with_a_process_that_is_killed() -> None:
     script = (
-        "import time\nfrom compressor.child import Child\n"
-        "children = [Child('compressor.training.scorer') for _ in range(2)]\n"
+        "import time\nfrom compressor.core.child import Child\n"
+        "children = [Child('compressor.search.scorer') for _ in range(2)]\n"
         "print(*(child.pid for child in children), flush=True)\ntime.sleep(100)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -151,7 +151,7 @@ def test_workers_end_with_a_process_that_is_killed() -> None:
 def test_workers_end_with_a_search_that_is_interrupted() -> None:
     script = (
         "import threading, time\nfrom types import SimpleNamespace as Plan\n"
-        "from compressor.training.workers import ThisMachine, Workers\n"
+        "from compressor.search.workers import ThisMachine, Workers\n"
         "site = ThisMachine(2, 1, 600)\n"
         "def tell():\n"
         "    while len(site.pids) < 2:\n        time.sleep(0.01)\n"

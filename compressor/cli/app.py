@@ -1,0 +1,229 @@
+"""The command line: parsing and printing only.
+
+Nothing here imports torch before a command that needs it runs, so that `compress --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from compressor.cli import subcommands
+from compressor.cli.flags import number_or_text, recipe_of, with_settings
+from compressor.cli.flags import overrides as overrides_of
+from compressor.cli.terminal import BAD_INPUT, friendly, out, written_out
+from compressor.core.errors import CompressorError
+from compressor.core.signals import stoppable
+from export.text import message_text
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
+
+
+
+class _Commands(TyperGroup):
+    """The commands; what a usage error quotes of the command line is shown plain and short."""
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        with _short_quotes():
+            return super().make_context(*args, **more)
+
+    def invoke(self, *args: Any, **more: Any) -> Any:
+        with _short_quotes():
+            return super().invoke(*args, **more)
+
+
+@contextmanager
+def _short_quotes() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # click's, which typer brings in a copy of its own from some version on
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = message_text(message)  # type: ignore[attr-defined]
+        raise
+
+
+app = typer.Typer(
+    name="compress",
+    cls=_Commands,
+    help="Compress a CNN until it keeps the budget that a device sets, as measured.\n\n"
+    "Example: compress --model resnet50 --latency 50%\n\n"
+    "Exit codes: 0 every budget is kept as measured; 3 the best found misses one; 4 none is missed, but one is only "
+    "predicted or cannot be decided; 2 something in the input is wrong; 1 an internal error; 130 after Ctrl-C, 143 "
+    "after SIGTERM: a run goes on with --resume.",
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from compressor import __version__
+
+        out.print(f"compressor {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def compress_command(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help="torchvision name, timm:NAME, cifar_resnet20, or module:factory.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe: YAML file or shipped name.")] = None,
+    latency: Annotated[str | None, typer.Option(help="Latency budget: 5ms, 50% or 0.5x.")] = None,
+    flops: Annotated[str | None, typer.Option(help="Multiply-add budget: 50%, 0.5x or 2G.")] = None,
+    params: Annotated[str | None, typer.Option(help="Parameter budget: 30%, 0.3x or 8M.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory budget: 50%, 0.5x or 20MB.")] = None,
+    energy: Annotated[
+        str | None, typer.Option(help="Energy budget of one input on this machine's CPU: 5mJ, 50% or 0.5x.")
+    ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="package.module:function<=VALUE; may be repeated.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="local, or a name from: compress devices.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8 or auto.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the runtime on this machine's CPU.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Mean of each channel, as 0.5,0.5,0.5; left out, that of the weights.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation of each channel, as --mean.")] = None,
+    weights: Annotated[str | None, typer.Option(help="default, none, or a file with a state dict.")] = None,
+    accept_dense: Annotated[
+        bool,
+        typer.Option("--accept-dense", help="Go on with a dense network that scores as if it were guessing."),
+    ] = False,
+    agent: Annotated[
+        str | None, typer.Option(help="joint, constrained, stepwise, knapsack, uniform or random.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="All the training there is, search and fine-tuning together.")
+    ] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="Channel counts are multiples of this; or auto, or measured.")
+    ] = None,
+    scope: Annotated[str | None, typer.Option(help="all, or inner (residual-coupled channels stay).")] = None,
+    importance: Annotated[str | None, typer.Option(help="l1, l2, bn, taylor, fpgm or random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Processes that score candidates side by side: a number, or ray://host:port."),
+    ] = None,
+    accept_predicted: Annotated[
+        bool, typer.Option("--accept-predicted", help="Exit with 0, not 4, where a budget is only predicted.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field: training.batch_size=32.")
+    ] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="The run's folder; a new one under runs/ if left out.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the recipe, the groups and the costs; run nothing.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Compress a network until it keeps its budgets on the device."""
+    if context.invoked_subcommand is not None:
+        return
+    overrides = overrides_of(
+        {
+            "model": model, "device": device, "precision": precision, "threads": threads,
+            "accept_dense": accept_dense or None,
+            "data": {"source": data, "mean": mean, "std": std},
+            "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,
+            "budgets": {
+                "latency": latency, "flops": flops, "params": params, "memory": memory,
+                "energy": energy, "functions": budget or None,
+            },
+            "pruning": {"granularity": granularity, "scope": scope, "importance": importance},
+            "contract": {"accept_predicted": accept_predicted or None},
+            "search": {"workers": None if workers is None else number_or_text(workers)},
+        }
+    )  # fmt: skip
+    with friendly():
+        overrides = with_settings(overrides, settings or [])
+        if resume is not None:
+            _resume(resume, overrides, recipe, out_dir)
+        if not overrides and recipe is None:
+            out.print(context.get_help())
+            raise typer.Exit(BAD_INPUT)
+        wanted = recipe_of(recipe, overrides)
+        if dry_run:
+            from compressor.cli.commands import describe
+
+            for part in describe(wanted):
+                out.print(part, highlight=False, soft_wrap=isinstance(part, str))
+            raise typer.Exit
+        _run(wanted, out_dir)
+
+
+def _resume(folder: Path, overrides: dict[str, Any], recipe: str | None, out_dir: Path | None) -> None:
+    from compressor.run.pipeline import resume
+
+    if recipe is not None or out_dir is not None:
+        raise CompressorError(
+            "--resume goes on with the recipe and the folder of its run.", "Leave out --recipe and --out."
+        )
+    _finish(resume(folder, overrides))
+
+
+def _run(recipe: Recipe, out_dir: Path | None) -> None:
+    from compressor.run.pipeline import compress
+
+    _finish(compress(recipe, out=out_dir))
+
+
+VERDICT_COLOURS = {"kept": "green", "none": "", "missed": "red"}  # any other verdict is amber, as on the page
+
+
+def _finish(result: Any) -> None:
+    from compressor.report import checks, closing_table, judge, verdict
+    from compressor.run.closing import OPEN
+
+    out.print(closing_table(result.manifest))
+    for line in checks(result.manifest):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    for note in result.manifest.get("notes", []):
+        out.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
+    colour = VERDICT_COLOURS.get(judge(result.manifest).state, "yellow")
+    out.print(verdict(result.manifest), style=colour, highlight=False, markup=False, soft_wrap=True)
+    if result.exit_code == OPEN:
+        out.print(
+            "Exit code 4: no budget is missed, but not every one is kept as measured. --accept-predicted makes it 0 "
+            "where budgets are only predicted.",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    out.print(
+        f"Everything lies in {result.directory} (open report.html).",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    raise typer.Exit(result.exit_code)
+
+
+for _command in subcommands.COMMANDS:
+    app.command()(_command)
+
+
+def main() -> None:
+    """Entry point of the `compress` command."""
+    with stoppable(), written_out():
+        app()

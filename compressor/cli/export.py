@@ -1,0 +1,135 @@
+"""`compress export`: a run's network in other formats and precisions, and on a board."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compressor.cli.terminal import friendly, out
+from compressor.core.errors import CompressorError
+
+if TYPE_CHECKING:
+    from compressor.run.exports import Request
+
+ENGINES, BOARDS = "Engines", "Boards"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    format: Annotated[
+        str, typer.Option("--format", help="onnx, engine, torchscript or pt2 (torch.export).")
+    ] = "onnx",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8, written into the file.")] = "fp32",
+    batch: Annotated[
+        str, typer.Option(help="Inputs at a time: 4; or open: 1..8, tuned for 8; 1..4..8.")
+    ] = "1",
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; left out, what the target reads.")] = None,
+    max_drop: Annotated[float, typer.Option(help="Points of accuracy that fp16 or int8 may lose.")] = 1.0,
+    calibration: Annotated[
+        str, typer.Option(help="How int8 ranges are found: minmax, entropy or percentile.")
+    ] = "minmax",
+    rest: Annotated[
+        str | None, typer.Option(help="What int8 leaves over: fp32 or fp16 (the default for boards).")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--out", help="Copy the file there as well.")] = None,
+    factory: Annotated[
+        str | None,
+        typer.Option(help="module:factory of the run's network, where that is code that was not run from here."),
+    ] = None,
+    builder: Annotated[
+        str | None,
+        typer.Option(help="tensorrt or tensorrt_rtx_bindings; what is installed.", rich_help_panel=ENGINES),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="GPU to build for, as 8.6; may be repeated.", rich_help_panel=ENGINES),
+    ] = None,
+    workspace: Annotated[
+        int, typer.Option(help="Memory for one layer in MiB.", min=1, rich_help_panel=ENGINES)
+    ] = 1024,
+    optimisation_level: Annotated[
+        int | None, typer.Option(help="0 (quick) to 5 (thorough).", min=0, max=5, rich_help_panel=ENGINES)
+    ] = None,
+    dla: Annotated[
+        int | None,
+        typer.Option(help="Deep-learning accelerator; the GPU does what it cannot.", rich_help_panel=ENGINES),
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="For newer TensorRT too.", rich_help_panel=ENGINES)
+    ] = False,
+    hardware_compatible: Annotated[
+        bool,
+        typer.Option("--hardware-compatible", help="For every GPU from Ampere on.", rich_help_panel=ENGINES),
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="A board such as jetson-orin-nano-8gb, or ssh://user@host to run it there.",
+            rich_help_panel=BOARDS,
+        ),
+    ] = None,
+    board: Annotated[
+        str, typer.Option(help="Which board it is that ssh reaches.", rich_help_panel=BOARDS)
+    ] = "jetson-orin-nano-8gb",
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="NAME.tar.gz: everything that the board needs.", rich_help_panel=BOARDS),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option("--import", help="Take in what a board sent back.", rich_help_panel=BOARDS),
+    ] = None,
+) -> None:
+    """Write a run's network in other formats and precisions, bundle it for a board, or take in its measurements."""
+    with friendly():
+        from compressor.cli import reexport
+        from compressor.run.exports import export_format
+        from export.batches import parse_batch
+
+        over_ssh = target is not None and target.startswith("ssh://")
+        wanted = _request(
+            {
+                "format": format, "precision": precision, "batch": parse_batch(batch), "opset": opset,
+                "target": None if over_ssh else target, "max_drop": max_drop, "method": calibration, "rest": rest,
+                "out": file, "factory": factory, "module": builder,
+                "compute_capability": tuple(compute_capability or ()),
+            },
+            {
+                "workspace_bytes": workspace << 20, "optimisation_level": optimisation_level, "dla_core": dla,
+                "version_compatible": version_compatible, "hardware_compatible": hardware_compatible,
+            },
+        )  # fmt: skip
+        if results is not None:
+            if bundle is None:
+                raise CompressorError(
+                    "--import needs the bundle that was carried there.", "Add --bundle FILE."
+                )
+            lines = reexport.import_results(run, results, bundle)
+        elif over_ssh or bundle is not None:
+            if target is None:
+                raise CompressorError(
+                    "A bundle is for a board.", "Add --target BOARD, or --import RESULTS to take them in."
+                )
+            if format != "onnx" or batch != "1" or opset is not None or file is not None:
+                raise CompressorError(
+                    "A bundle holds ONNX files of one input at a time, in the opset that its board reads.",
+                    "Leave out --format, --batch, --opset and --out.",
+                )
+            if over_ssh:
+                lines = reexport.export_over_ssh(run, target, board, bundle, wanted)
+            else:
+                assert bundle is not None  # by the branch above
+                lines = reexport.export_bundle(run, target, bundle, wanted)
+        else:
+            lines = export_format(run, wanted)
+        for line in lines:
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _request(fields: dict[str, Any], settings: dict[str, Any]) -> Request:
+    from compressor.run.exports import Request
+    from export.build_settings import BuildSettings
+
+    return Request(**fields, settings=BuildSettings(**settings))

@@ -1,0 +1,62 @@
+"""From the command line's flags to a recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from compressor.core.errors import CompressorError
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
+
+
+_DEEPEST = 8
+"""Parts of a field's dotted name; no recipe has as many levels."""
+
+
+def overrides(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, nested as in the recipe."""
+    given: dict[str, Any] = {}
+    for name, value in flags.items():
+        inside = overrides(value) if isinstance(value, dict) else value
+        if inside is not None and inside != {}:
+            given[name] = inside
+    granularity = given.get("pruning", {}).get("granularity")
+    if isinstance(granularity, str):
+        given["pruning"]["granularity"] = number_or_text(granularity)
+    return given
+
+
+def number_or_text(text: str) -> int | str:
+    """A flag's whole number, or its text where it is none that a machine could mean."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text
+
+
+def with_settings(given: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Add `--set part.field=value`, whose value is read as YAML."""
+    from compressor.recipe.yaml_text import read_yaml
+
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        *parts, last = ("data.source" if path == "data" else path).split(".")
+        if not equals or not all((*parts, last)) or len(parts) >= _DEEPEST:
+            raise CompressorError(
+                f"--set {setting}: expected FIELD=VALUE.", "For example: --set training.batch_size=32"
+            )
+        value = read_yaml(text, f"--set {path}: the value {text!r}")
+        place = given
+        for part in parts:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise CompressorError(f"--set {setting}: {part!r} is not a part of the recipe.")
+        place[last] = value
+    return given
+
+
+def recipe_of(name: str | None, given: dict[str, Any]) -> Recipe:
+    from compressor.recipe import find_recipe, load_recipe, parse_recipe
+
+    if name is None:
+        return parse_recipe(given, "The command line")
+    return load_recipe(find_recipe(name)).changed(given, "The command line")

@@ -1,0 +1,130 @@
+"""What `compress profile` does for devices that are not this machine, line by line for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.core.errors import CompressorError
+from compressor.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor.latency.table import LatencyTable
+    from compressor.pruning.space import PruningSpace
+
+GOOD = 0.10
+"""A mean error on held-out networks above this is worth a word."""
+
+
+def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
+    """Write the networks that a table of the recipe's device needs, with the script that times them there.
+
+    Raises:
+        CompressorError, ExportError: the device has no plain name, the folder is taken, the network cannot be exported.
+    """
+    from compressor.latency.carry import refuse_taken, write_table_bundle
+    from compressor.latency.user_tables import check_name
+    from compressor.run.device import device_precision
+
+    if recipe.device.startswith("ssh:"):
+        raise CompressorError("A device that ssh reaches needs no bundle.", "Leave out --bundle.")
+    check_name(recipe.device)
+    refuse_taken(folder)
+    recipe = _for_latency(recipe)
+    space, example = _traced(recipe)
+    carried = write_table_bundle(
+        space,
+        example,
+        folder,
+        device=recipe.device,
+        model=recipe.model,
+        precision=device_precision(recipe),
+        opset=recipe.export.opset,
+    )
+    yield (
+        f"Wrote {carried.networks} networks of {recipe.model} in {recipe.precision} to {folder} "
+        f"({carried.size / 1e6:.0f} MB)."
+    )
+    yield f"On the device: sh {folder.name}/run.sh   (it says what it does; interrupted, it goes on where it was)"
+    yield f"Bring results.tar.gz back into {folder}, then: compress profile --import {folder}"
+
+
+def import_results(folder: Path, device: str | None) -> Iterator[str]:
+    """Make a table of what a device sent back, and keep it.
+
+    Raises:
+        CompressorError, ExportError: something is missing or damaged, or does not belong together.
+    """
+    from compressor.latency.carried import table_of_results
+    from compressor.latency.user_tables import check_name, keep
+
+    if device is not None:
+        check_name(device)
+    table = table_of_results(folder, device)
+    path = keep(table)
+    yield from _described(table)
+    yield f"The table is kept in {path}"
+    yield f"Use it: compress --model MODEL --device {table.device} --precision {table.precision} --latency 50%"
+
+
+def profile_remote(recipe: Recipe) -> Iterator[str]:
+    """Measure a device over ssh, or say what is known of it where nothing has changed there."""
+    from compressor.latency.over_ssh import ssh_table
+    from compressor.latency.user_tables import check_name
+    from compressor.run.device import device_precision
+
+    check_name(recipe.device)
+    recipe = _for_latency(recipe)
+    space, example = _traced(recipe)
+    table = ssh_table(
+        recipe.device,
+        space,
+        example,
+        model=recipe.model,
+        precision=device_precision(recipe),
+        opset=recipe.export.opset,
+        renew=True,
+    )
+    smallest = table.predict(space, space.smallest())
+    yield from _described(table)
+    yield f"  dense {table.predict(space):.3f} ms, smallest {smallest:.3f} ms"
+
+
+def _described(table: LatencyTable) -> Iterator[str]:
+    device = table.fields.device
+    facts = [
+        device.sku,
+        f"compute capability {device.compute_capability}" if device.compute_capability else "",
+        f"power mode {device.power_mode}" if device.power_mode else "power mode not known",
+        device.clocks,
+    ]
+    yield table.describe()
+    yield f"  {', '.join(fact for fact in facts if fact)}"
+    if "by a fit" in table.fields.protocol:
+        yield "  TensorRT's profile did not tell the operators apart: they were fitted to the times of whole networks."
+    for network in table.fields.networks.values():
+        if network.held_out is not None and network.held_out.mape > GOOD:
+            yield (
+                f"  It is {network.held_out.mape:.0%} off on networks that it has not seen: hold the device's clocks "
+                "(sudo jetson_clocks), leave it alone, and measure again."
+            )
+
+
+def _for_latency(recipe: Recipe) -> Recipe:
+    """The recipe as a run with a latency budget would resolve it: same channel steps, same precision."""
+    return recipe.changed({"budgets": {"latency": "100%"}}).resolved()
+
+
+def _traced(recipe: Recipe) -> tuple[PruningSpace, Tensor]:
+    """The network with random weights, which take as long as any others."""
+    import torch
+
+    from compressor.run.inputs import load
+    from compressor.run.job import trace
+
+    loaded = load(recipe, weights="none")
+    example = torch.zeros(1, *loaded.data.input_shape)
+    return trace(loaded.recipe, loaded.model, example), example

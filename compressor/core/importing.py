@@ -1,0 +1,94 @@
+"""Python objects that the user names as `package.module:attribute`: in the folder of the call, or installed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from contextlib import suppress
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any
+
+from compressor.core.errors import CompressorError
+
+WHERE = "It is imported from the folder of the call or from an installed package."
+
+
+def is_reference(name: str) -> bool:
+    """Whether a text has the form `package.module:attribute`."""
+    module, colon, attribute = name.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
+
+
+def import_object(name: str, what: str, form: str = "package.module:function") -> Any:
+    """Import what `package.module:attribute` names. Only for names that the user gave; no file may bring one here.
+
+    Args:
+        name: the reference.
+        what: how messages call it, such as "The model 'nets:tiny'".
+        form: how messages write such a reference.
+
+    Raises:
+        CompressorError: the text has another form, the module is missing or raises, or it has no such attribute (the
+            nearest names are given).
+    """
+    if not is_reference(name):
+        raise CompressorError(f"{what} is no reference to Python code.", f"Write it as {form}. {WHERE}")
+    module_name, _, attribute = name.partition(":")
+    found: Any = _import(module_name, what, form)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            own = [key for key, value in vars(found).items() if callable(value) and key[0] != "_"]
+            near = get_close_matches(part, own, n=3, cutoff=0.4)
+            where = getattr(found, "__file__", None) or module_name
+            raise CompressorError(
+                f"{what}: {where} has no {part!r}.", f"The nearest: {', '.join(near)}." if near else WHERE
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _import(name: str, what: str, form: str) -> ModuleType:
+    """A module, looked for in the folder of the call first.
+
+    The folder goes to the front of `sys.path` only while the module is imported, and stays at its end for what that
+    imports later: a `queue.py` of the user's must not take the place of Python's own.
+    """
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    importlib.invalidate_caches()  # the file may be younger than what Python knows of the folder
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # the user's code runs now, and may raise anything
+        raise _import_error(name, what, form, error, here) from error
+    finally:
+        with suppress(ValueError):  # the module's code may have changed the path
+            sys.path.remove(here)
+        if here not in sys.path and "" not in sys.path:
+            sys.path.append(here)
+
+
+def _import_error(name: str, what: str, form: str, error: BaseException, here: str) -> CompressorError:
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and error.name
+        and (name == error.name or name.startswith(f"{error.name}."))
+    ):
+        return CompressorError(
+            f"{what} cannot be imported: there is no module {error.name!r} in {here}, and none is installed.",
+            f"Write it as {form}, and call it from the folder in which the module lies or install its package.",
+        )
+    shown = " ".join(str(error).split())[:300]
+    return CompressorError(
+        f"{what} cannot be imported: {name} raises {type(error).__name__}: {shown}{raised_at(error)}.",
+        f"Import it in Python to see the whole error: import {name}",
+    )
+
+
+def raised_at(error: BaseException) -> str:
+    """Where the innermost line of Python that raised stands: " (FILE, line N)", or nothing."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    own = [f for f in frames if f.filename not in (__file__, importlib.__file__)]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""

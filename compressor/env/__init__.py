@@ -1,1 +1,0 @@
-"""The gymnasium environment: one group a step."""

@@ -1,0 +1,1 @@
+"""A run from its recipe to its report: `pipeline` is the main path."""

@@ -1,0 +1,114 @@
+"""The end of a run: what its user has to be told, the report, the checksums, the exit code."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from compressor.core.files import sha256_file
+from compressor.core.records import RECIPE
+from compressor.report.judgement import time_ratio, verdict_of
+from compressor.run.folder import RunDir
+from compressor.run.job import Job
+from compressor.run.onnx_files import MODEL
+
+if TYPE_CHECKING:
+    from compressor.pruning.plan import ChannelPlan
+    from compressor.recipe import Recipe
+
+KEPT, MISSED, OPEN = 0, 3, 4
+"""Exit codes: every budget is kept as measured; the best found misses one; neither, as one is only predicted or cannot
+be decided by what was measured."""
+
+HARDLY_FASTER = 0.95  # of the dense network's time; who deploys a pruned one expects less
+
+
+def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
+    """Write the report, the checksums and the verdict.
+
+    Returns:
+        The exit code.
+    """
+    from compressor.report.html import write_report
+
+    code = exit_code(run.manifest["budgets"], job.recipe.contract.accept_predicted)
+    notes = [
+        *run.manifest["notes"],
+        *_closing_notes(run.manifest, job, plan),
+        *_on_the_device(run, job.recipe),
+    ]
+    run.save(status="finished", exit_code=code, notes=list(dict.fromkeys(notes)))
+    with run.stage("report"):
+        run.save(files=_checksums(run))
+        write_report(run.path)
+    run.save(files=_checksums(run))  # with the report's own
+    return code
+
+
+def exit_code(budgets: Iterable[Mapping[str, Any]], accept_predicted: bool = False) -> int:
+    """How a run ends by its budgets, as the manifest has them.
+
+    Args:
+        budgets: what was found of each.
+        accept_predicted: whether a prediction is enough.
+
+    Returns:
+        3 where one is missed, else 4 where one is undecided or only predicted (and that is not accepted), else 0.
+    """
+    found = {verdict_of(budget) for budget in budgets}
+    if "missed" in found:
+        return MISSED
+    if "undecided" in found or ("predicted" in found and not accept_predicted):
+        return OPEN
+    return KEPT
+
+
+def _closing_notes(manifest: Mapping[str, Any], job: Job, plan: ChannelPlan) -> Iterator[str]:
+    budgets = manifest["budgets"]
+    pruned = plan.widths != job.space.dense().widths
+    if any(verdict_of(entry) == "undecided" for entry in budgets):
+        low, high = manifest["latency"]["interval"]
+        reach = f"between {low:.3f} and {high:.3f}" if high is not None else "some unknown share"
+        yield (
+            "Whether the latency target is kept cannot be told on this machine now: the slim network takes "
+            f"{reach} of the dense one's time (95 % interval), and the target lies inside. Measure again on a quiet "
+            "machine: compress measure RUN; or give it longer: --set contract.seconds=300."
+        )
+    if any(verdict_of(entry) == "predicted" for entry in budgets):
+        how = "estimated" if job.table is not None and job.table.estimated else "predicted"
+        yield f"{job.recipe.device} is not this machine: its latency is {how}, and was not measured."
+    if budgets and not pruned:
+        yield "The dense network keeps every budget already: nothing was pruned."
+    if pruned and all(entry["name"] != "latency" for entry in budgets):
+        yield from _hardly_faster(manifest)
+
+
+def _on_the_device(run: RunDir, recipe: Recipe) -> Iterator[str]:
+    """The command that takes the network to a board that this run could not reach."""
+    from export.targets import TARGETS
+
+    if recipe.device in TARGETS:
+        yield (
+            f"Engines are built on the {TARGETS[recipe.device].title}. Make the bundle that does it: compress export "
+            f"{shlex.quote(str(run.path))} --target {recipe.device} --bundle {recipe.device}.tar.gz"
+        )
+
+
+def _hardly_faster(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """A warning where fewer multiply-adds or weights have saved hardly any time, as measured."""
+    found, latency = time_ratio(manifest), manifest["latency"]
+    if found is not None and found[1] == "measured" and found[0] >= HARDLY_FASTER:
+        yield (
+            f"The slim network takes {found[0]:.0%} of the dense one's time as measured "
+            f"({latency['measured_ms']:.3g} of {latency['dense_ms']:.3g} ms): no latency was asked for, and some "
+            "channel counts may suit the device badly. Give --latency too, or --granularity measured; "
+            "compress measure RUN --explain says where the time goes."
+        )
+
+
+def _checksums(run: RunDir) -> dict[str, str]:
+    names = [RECIPE, "channels.json", "model.safetensors", MODEL, "report.html"]
+    for pattern in ("model.*.onnx", "engines/*"):
+        names += sorted(str(path.relative_to(run.path)) for path in run.path.glob(pattern) if path.is_file())
+    return {name: sha256_file(run.file(name)) for name in names if run.file(name).exists()}

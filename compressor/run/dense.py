@@ -1,0 +1,109 @@
+"""Whether a given dense network is what it should be, before hours are spent on a slim one.
+
+Weights that are fed images of another mean, channel order or class order still run; they only score badly.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from compressor.core.errors import CompressorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor.run.job import Job
+
+BEYOND_CHANCE = 0.02
+"""A network counts as better than guessing where its accuracy is significantly more than this above chance."""
+FAR = 0.05
+"""An accuracy this far below the published one has another cause than a library's version or the test images."""
+_CERTAIN = 0.01
+_IMAGENET_CLASSES = 1000
+
+
+def doubt(predicted: Tensor, labels: Tensor, promised: float | None = None) -> str:
+    """What is wrong with a network's answers, as a clause; empty where nothing is, or too few images could show it.
+
+    Chance is how often answers and labels would agree if they had nothing to do with each other, each as frequent as
+    it is: 1/classes for balanced labels, and 90 % where nine tenths of both are one class.
+
+    Args:
+        predicted, labels: Classes, int64 (N,).
+        promised: Accuracy that is published of the weights on such images, 0..1.
+    """
+    from scipy.stats import beta, binom
+
+    images, right = len(labels), int((predicted == labels).sum())
+    classes = int(max(predicted.max(), labels.max())) + 1
+    shares = [values.bincount(minlength=classes).double() / images for values in (predicted, labels)]
+    chance = float((shares[0] * shares[1]).sum())
+    at_most = float(beta.ppf(1 - _CERTAIN, right + 1, images - right)) if right < images else 1.0
+    guessing = float(binom.sf(right - 1, images, min(1.0, chance + BEYOND_CHANCE))) > _CERTAIN
+    if guessing and at_most < (1 + chance) / 2:
+        return f"no better than guessing ({chance:.2%})"
+    if promised is not None and at_most < promised - FAR:
+        return f"far below the {promised:.2%} that are published of these weights"
+    return ""
+
+
+def check_dense(job: Job, predicted: Tensor, labels: Tensor, folder: str) -> str | None:
+    """What to note of the dense network's answers on the test split; None where they are as they should be.
+
+    Raises:
+        CompressorError: they are not, and the recipe does not accept that; the likely causes are named.
+    """
+    wrong = doubt(predicted, labels, _promised(job))
+    if not wrong:
+        return None
+    share = float((predicted == labels).double().mean())
+    found = f"The dense network scores {share:.2%} on {len(labels)} test images, {wrong}."
+    if job.recipe.accept_dense:
+        return f"{found} The recipe accepts that."
+    raise CompressorError(
+        found,
+        f"Likely causes: images prepared otherwise than in its training (now {job.data.preprocessing.describe()}): set "
+        "--mean, --std, data.channel_order or data.range; classes in another order than "
+        f"{', '.join(job.data.classes[:3])}, ...; or weights of another task. Start again with what is right, or go on "
+        f"as it is: compress --resume {folder} --accept-dense",
+    )
+
+
+def _promised(job: Job) -> float | None:
+    """The published accuracy, where it is about these weights, classes and inputs of this size."""
+    from compressor.models import published
+
+    recipe, classes = job.recipe, job.data.classes
+    if recipe.weights != "default" or len(classes) != _IMAGENET_CLASSES:
+        return None
+    known = published(recipe.model)
+    if known is None or known.preprocessing["size"] != job.data.preprocessing.size:
+        return None
+    return known.accuracy if all(re.fullmatch(r"n[0-9]{8}", name) for name in classes) else None
+
+
+def lost_in_finetuning(
+    finetuned: float, pruned: float | None, dense: float | None, images: int
+) -> str | None:
+    """What to note where fine-tuning ends far below where it started: more than 2 points below the pruned network, or
+    10 below the dense one, and more than noise."""
+    from compressor.search.evaluate import standard_error
+
+    def far(start: float | None, margin: float) -> bool:
+        if start is None:
+            return False
+        noise = (standard_error(start, images) ** 2 + standard_error(finetuned, images) ** 2) ** 0.5
+        return bool(start - finetuned > max(margin, 3 * noise))
+
+    if far(pruned, 0.02):
+        return (
+            f"Fine-tuning lowered the accuracy from {pruned:.2%} to {finetuned:.2%}: its learning rate is too high for "
+            "these weights, or its epochs too few to recover from it (training.finetune_learning_rate, --epochs)."
+        )
+    if far(dense, 0.1):
+        return (
+            f"The fine-tuned network scores {finetuned:.2%}, {100 * ((dense or 0) - finetuned):.1f} points below the "
+            "dense one: a looser budget or more epochs keep more."
+        )
+    return None

@@ -1,0 +1,311 @@
+"""A finished run's network in another format: ONNX of any batch and precision, an engine, TorchScript, or `.pt2`."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.core.errors import CompressorError
+from compressor.core.files import replacing
+from compressor.core.records import RECIPE
+from compressor.recipe import Recipe, load_recipe
+from compressor.run.device import opset_of
+from compressor.run.folder import RunDir
+from compressor.run.inputs import load_images
+from compressor.run.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, drawn, metadata_of
+from compressor.run.precisions import record, write_precision
+from export.batches import ONE, Batch
+from export.build_settings import BuildSettings
+from export.files import read_bytes, write_bytes
+from export.targets import find_target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compressor.data import DataBundle
+
+FORMATS = ("onnx", "engine", "torchscript", "pt2")
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be written.
+
+    Attributes:
+        format: One of `FORMATS`.
+        precision: One of `PRECISIONS`.
+        batch: How many inputs the network takes at a time.
+        target: A board's name: decides the opset and whether INT8 makes sense.
+        opset: Of the ONNX file; None for what the target reads, or the recipe's.
+        max_drop: Points of accuracy that FP16 or INT8 may lose.
+        method: How INT8 ranges are found.
+        rest: What INT8 leaves over computes in; None for what suits the device.
+        out: A copy of the file goes here.
+        factory: What builds the network where that is code of the user's: `package.module:factory`.
+        module, compute_capability, settings: Of the engine's builder.
+    """
+
+    format: str = "onnx"
+    precision: str = "fp32"
+    batch: Batch = ONE
+    target: str | None = None
+    opset: int | None = None
+    max_drop: float = 1.0
+    method: str = "minmax"
+    rest: str | None = None
+    out: Path | None = None
+    factory: str | None = None
+    module: str | None = None
+    compute_capability: tuple[str, ...] = ()
+    settings: BuildSettings = field(default_factory=BuildSettings)
+
+
+class Finished:
+    """A run that has exported its network, with what exporting it again needs."""
+
+    def __init__(self, run: RunDir, factory: str | None = None) -> None:
+        self.run = run
+        self._factory = factory
+        self.recipe: Recipe = load_recipe(run.file(RECIPE))
+        self._data: DataBundle | None = None
+        self._model: nn.Module | None = None
+
+    @classmethod
+    def open(cls, folder: Path, factory: str | None = None) -> Finished:
+        """The run in a folder, locked.
+
+        Args:
+            folder: the run's.
+            factory: what builds its network where that is code of the user's; see `models.known`.
+
+        Raises:
+            CompressorError: it is no run's, or the run has exported nothing yet.
+        """
+        run = RunDir.open(folder)
+        if not run.finished("export") or not run.file(MODEL).exists():
+            run.close()
+            raise CompressorError(
+                f"The run in {folder} has exported nothing yet.", f"Go on: compress --resume {folder}"
+            )
+        return cls(run, factory)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self.run.close()
+
+    @property
+    def data(self) -> DataBundle:
+        """The run's data, read when it is first needed."""
+        if self._data is None:
+            self._data = load_images(self.recipe)
+        return self._data
+
+    @property
+    def model(self) -> nn.Module:
+        """The slim network as it was saved."""
+        from compressor.models.known import allowed_factory
+        from compressor.pruning.artefact import load
+
+        if self._model is None:
+            factory = allowed_factory(self.recipe.model, self._factory, self.run.path)
+            self._model = load(self.run.path, factory=factory)
+        return self._model
+
+    def metadata(self) -> dict[str, Any]:
+        """What every exported file says about itself."""
+        from compressor.pruning.artefact import read_plan
+
+        return metadata_of(self.recipe, self.data, self.run, read_plan(self.run.path).checksum)
+
+    def images(self) -> Any:
+        """Test images (N, C, H, W) on which exported files are compared."""
+        return drawn(self.data.test, COMPARED_IMAGES, self.recipe.seed)[0]
+
+    def onnx(self, request: Request) -> Iterator[str]:
+        """Write the ONNX file that `path_of` names, through the FP32 one of the same batch and opset."""
+        fp32 = self.path_of(request, "fp32")
+        if fp32 != self.run.file(MODEL):
+            yield from self._write_fp32(fp32, request)
+        elif request.precision == "fp32":
+            yield f"{fp32} is there, checked when the run wrote it."
+        if request.precision != "fp32":
+            yield from write_precision(
+                self.run,
+                self.data,
+                request.precision,
+                request.max_drop,
+                method=request.method,
+                rest=request.rest or ("fp16" if request.target else None),
+                source=None if fp32 == self.run.file(MODEL) else fp32,
+                path=self.path_of(request),
+                engine=request.format == "onnx"
+                and not request.batch.open
+                and request.target is None
+                and self.recipe.device == "local",  # an engine of this machine is no use to another
+            )
+
+    def path_of(self, request: Request, precision: str | None = None) -> Path:
+        """Where a request's ONNX file lies: `model[.PRECISION][.BATCH][.OPSET].onnx`; plain ones are the run's own."""
+        chosen, opset = precision or request.precision, self._opset(request)
+        parts = [
+            "model",
+            "" if chosen == "fp32" else chosen,
+            request.batch.label,
+            "" if opset == opset_of(self.recipe) else f"opset{opset}",
+            "onnx",
+        ]
+        return self.run.file(".".join(part for part in parts if part))
+
+    def _opset(self, request: Request) -> int:
+        return request.opset or opset_of(self.recipe, request.target)
+
+    def _write_fp32(self, path: Path, request: Request) -> Iterator[str]:
+        import torch
+
+        from compressor.run.onnx_files import scored
+        from export.parity import check_parity
+        from export.to_onnx import export_onnx
+
+        shape = (1 if request.batch.open else request.batch.most, *self.data.input_shape)
+        opset = self._opset(request)
+        with replacing(path) as trial:  # what fails a check never takes the file's place
+            info = export_onnx(
+                self.model,
+                torch.zeros(shape),
+                trial,
+                opset=opset,
+                metadata=self.metadata(),
+                dynamic_batch=request.batch.open,
+                batches=request.batch.tried,
+            )
+            parity = check_parity(self.model, trial, self.images(), tolerance=self.recipe.export.tolerance)
+            accuracy, images = scored(trial, self.data)
+        entry = {
+            "file": path.name,
+            "bytes": info.size,
+            "opset": opset,
+            "parity": parity.to_dict(),
+            "accuracy": accuracy,
+            "images": images,
+        }
+        record(self.run, path.name.removeprefix("model.").removesuffix(".onnx"), entry, [])
+        size = f"opset {opset}, {request.batch.label or 'batch of 1'}, {info.size / 1e6:.2f} MB"
+        yield f"Wrote {path}: {size}; largest difference {parity.max_abs:.1e}."
+
+
+def export_format(folder: Path, request: Request) -> Iterator[str]:
+    """Write a finished run's network as `request` asks; each file is compared with the network before it counts.
+
+    Yields:
+        Lines for the user.
+
+    Raises:
+        CompressorError, ExportError: the run is not finished, the request cannot be had, or a check fails.
+    """
+    check(request)
+    with closing(Finished.open(folder, request.factory)) as finished:
+        if request.format in ("torchscript", "pt2"):
+            made, lines = _torch_file(finished, request)
+            yield from lines
+        else:
+            made = finished.path_of(request)
+            yield from finished.onnx(request)
+        if request.format == "engine":
+            made = yield from _engine(finished, made, request)
+        if request.out is not None:
+            yield from _copied(made, request.out)
+
+
+def check(request: Request) -> None:
+    """Refuse what cannot be had, before anything is loaded for it.
+
+    Raises:
+        CompressorError: with what can be asked for instead.
+    """
+    for what, value, known in (
+        ("format", request.format, FORMATS),
+        ("precision", request.precision, PRECISIONS),
+    ):
+        if value not in known:
+            raise CompressorError(f"--{what} {value} is not exported.", f"Choose {', '.join(known)}.")
+    if not 0 <= request.max_drop < 100:
+        raise CompressorError(f"--max-drop takes points from 0 to below 100, got {request.max_drop:g}.")
+    if request.target is not None:
+        board = find_target(request.target)
+        if request.precision == "int8" and not board.int8:
+            raise CompressorError(f"The {board.title} has no INT8 units.", "Use --precision fp16.")
+    if request.format in ("torchscript", "pt2") and request.precision != "fp32":
+        raise CompressorError(
+            f"--format {request.format} is written in fp32.",
+            "For fp16 and int8 take --format onnx or engine.",
+        )
+    if request.format == "torchscript" and request.batch != ONE:
+        raise CompressorError("TorchScript takes batches of any size as it is.", "Leave out --batch.")
+
+
+def _engine(finished: Finished, onnx: Path, request: Request) -> Generator[str, None, Path]:
+    """Build the engine of a file; where it lies."""
+    from dataclasses import replace
+
+    from export.onnx_header import read_header
+
+    profile = request.batch.profile(read_header(onnx).shapes)
+    capability = request.compute_capability or (
+        (find_target(request.target).compute_capability,) if request.target else ()
+    )
+    built, note = build_engine_of(
+        finished.run,
+        onnx,
+        module=request.module,
+        compute_capability=capability,
+        settings=replace(request.settings, profile=profile),
+        must=True,
+    )
+    yield note
+    key = f"engine.{onnx.stem.partition('.')[2]}".rstrip(".")
+    record(finished.run, key, {"file": built[0]["file"], "bytes": built[0]["bytes"]}, built)
+    return finished.run.file(built[0]["file"])
+
+
+def _torch_file(finished: Finished, request: Request) -> tuple[Path, list[str]]:
+    import torch
+
+    from export import torch_formats
+
+    example, model = torch.zeros(1, *finished.data.input_shape), finished.model
+    script = request.format == "torchscript"
+    name = "torchscript.pt" if script else "pt2"
+    path = finished.run.file(".".join(part for part in ("model", request.batch.label, name) if part))
+    with replacing(path) as trial:
+        if script:
+            info = torch_formats.export_torchscript(model, example, trial, metadata=finished.metadata())
+            loaded, how = torch_formats.load_torchscript(trial), "torch.jit.load"
+        else:
+            batch, facts = request.batch, finished.metadata()
+            info = torch_formats.export_program(model, example, trial, batch=batch, metadata=facts)
+            loaded, how = torch_formats.load_program(trial), "export.torch_formats.load_program"
+        parity = torch_formats.check_loaded(
+            loaded, model, finished.images(), path.name, batch=request.batch.usual
+        )
+    entry = {"file": path.name, "bytes": info.size, "parity": parity.to_dict()}
+    record(finished.run, path.name.removeprefix("model."), entry, [])
+    return path, [
+        f"Wrote {path}: {info.size / 1e6:.2f} MB; largest difference {parity.max_abs:.1e}.",
+        f"Load it with {how}({path.name!r}).",
+    ]
+
+
+def _copied(made: Path, out: Path) -> Iterator[str]:
+    """Copy a file, and an engine's description beside it."""
+    goals = {made: out}
+    if made.suffix == ".engine":
+        goals[made.with_suffix(".json")] = out.with_suffix(".json")
+    for source, goal in goals.items():
+        if goal.is_dir():
+            raise CompressorError(f"--out {goal} is a folder; a file's name was expected.")
+        write_bytes(goal, read_bytes(source, "exported file"))
+    yield f"Copied it to {out}."

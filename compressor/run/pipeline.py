@@ -1,0 +1,221 @@
+"""The stages of a run, in their order.
+
+    recipe -> prepare -> [search -> probe -> tighten]* -> fine-tune -> export -> measure -> report
+
+Latency does not depend on the weights, so a plan is measured right after the search, before any fine-tuning
+is spent on it: where it misses the target, or keeps it by far more than it must, the table is refitted with that
+measurement and the search goes on.
+
+Every stage leaves what the next ones need in the run's folder. A run that was killed walks through the same
+stages again and skips those that had finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.core.errors import CompressorError, Stopped
+from compressor.core.files import write_atomic
+from compressor.core.progress import say
+from compressor.core.records import MANIFEST, RECIPE
+from compressor.recipe import Recipe, load_recipe
+from compressor.recipe.validation import validated
+from compressor.run.closing import close
+from compressor.run.delivery import export, measure, probe
+from compressor.run.device import device_precision
+from compressor.run.folder import RunDir, new_run_path
+from compressor.run.job import Job, prepare
+from compressor.run.onnx_files import DENSE
+from compressor.run.stages import TABLE, begin, fall_back, finetune, search, settle, tighten
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compressor.latency.table import LatencyTable
+    from compressor.pruning.plan import ChannelPlan
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        directory: the run's folder.
+        manifest: its `manifest.json`.
+        exit_code: 0 where every budget is kept as measured, 3 where the best found misses one, 4 where one is only
+            predicted or cannot be decided.
+    """
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    exit_code: int
+
+    def load(self) -> nn.Module:
+        """The slim network, on the CPU."""
+        from compressor.pruning.artefact import load
+
+        return load(self.directory, factory=self.manifest["model"])
+
+
+def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
+    """Run a recipe from its start.
+
+    Args:
+        recipe: which network, on which data, within which budgets.
+        out: the run's folder, new or empty; left out, a new one under `runs/`.
+
+    Raises:
+        CompressorError: something in the recipe cannot be had; nothing was written then.
+    """
+    from compressor.models.known import remember_factory
+
+    recipe = recipe.resolved()
+    path = out or new_run_path(Path("runs"), f"{recipe.model}-{recipe.data_kind}")
+    RunDir.refuse_taken(path)
+    job = prepare(recipe)
+    remember_factory(recipe.model)
+    with closing(RunDir.create(path, job.recipe.to_yaml())) as run, _stopped_in(path):
+        say(f"The run's folder is {run.path}")
+        return _walk(run, job)
+
+
+def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResult:
+    """Go on with a run that was stopped; it ends as it would have.
+
+    Args:
+        folder: the run's folder.
+        overrides: fields that the caller expects in its recipe. Learning rates may be others, so that a training
+            whose loss became infinite can go on from what was saved, and so may the workers, which change nothing in
+            what is found while each has the same threads; the recipe is rewritten then, and that is noted.
+
+    Raises:
+        CompressorError: the run was begun with another recipe, or another process is working on the folder.
+    """
+    from compressor.models.known import remember_factory
+
+    with closing(RunDir.open(folder)) as run, _stopped_in(folder):
+        expected = load_recipe(run.file(RECIPE)).changed(overrides or {})
+        changed = _changed_since(run, expected)
+        if refused := [said for name, said in changed.items() if name not in _FREE]:
+            raise CompressorError(
+                f"The run in {folder} was begun with another recipe: {'; '.join(refused)}.",
+                f"Resume it without these options and with its {RECIPE} as it was, or start a new run with --out DIR.",
+            )
+        job = prepare(expected, _table_of(run, expected), values=_function_values(run), dense=run.file(DENSE))
+        remember_factory(expected.model)
+        if changed:
+            note = f"Resumed with other settings: {'; '.join(changed.values())}."
+            write_atomic(run.file(RECIPE), expected.to_yaml())
+            if run.manifest:
+                run.save(recipe=_plain(expected), notes=[*run.manifest.get("notes", []), note])
+            say(note)
+        return _walk(run, job)
+
+
+_FREE = (
+    "accept_dense",
+    "training.learning_rate",
+    "training.finetune_learning_rate",
+    "search.workers",
+    "search.evaluation_seconds",
+    "contract.accept_predicted",
+)
+"""Fields that may be others when a run is resumed."""
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json")
+
+
+def _changed_since(run: RunDir, recipe: Recipe) -> dict[str, str]:
+    """By their names, the fields in which a recipe differs from that which the run was begun with, in words."""
+    if "recipe" in run.manifest:
+        begun = validated(Recipe, run.manifest["recipe"], f"the recipe in {run.file(MANIFEST)}")
+    else:  # killed before its first stage, or by an earlier version
+        begun = load_recipe(run.file(RECIPE))
+    before, now = dict(_fields(_plain(begun))), dict(_fields(_plain(recipe)))
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return {name: f"{name} is {before.get(name)}, not {now.get(name)}" for name in names}
+
+
+def _fields(plain: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a recipe and of its parts, with their dotted names."""
+    for name, value in plain.items():
+        if isinstance(value, Mapping) and value:
+            yield from _fields(value, f"{within}{name}.")
+        else:
+            yield within + name, value
+
+
+def _walk(run: RunDir, job: Job) -> RunResult:
+    """All stages of a run; those that had finished are skipped inside."""
+    begin(run, job)
+    while True:
+        plan = _plan_that_keeps_its_latency(run, job)
+        slim = finetune(run, job, plan)
+        export(run, job, plan, slim)
+        if measure(run, job, plan) or not (tighten(run, job) or fall_back(run, plan)):
+            break
+    return RunResult(run.path, run.manifest, close(run, job, plan))
+
+
+@contextmanager
+def _stopped_in(folder: Path) -> Iterator[None]:
+    """An interrupt says which run it has stopped."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Stopped(folder) from stop
+
+
+def _plan_that_keeps_its_latency(run: RunDir, job: Job) -> ChannelPlan:
+    from compressor.pruning.artefact import read_plan
+
+    if run.finished("measure"):  # nothing of the search is needed any more, such as its checkpoint
+        return read_plan(run.path)
+    while True:
+        plan = search(run, job)
+        if run.finished(
+            "finetune"
+        ):  # a stop after a plan was settled on and trained: nothing is decided again
+            return read_plan(run.path)
+        if probe(run, job, plan) or not tighten(run, job):
+            return settle(run, job, plan)
+
+
+def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
+    """The latency table that the run was searching with, corrected by what was measured since.
+
+    Raises:
+        CompressorError: it is damaged or of another device than the recipe's, or there is more to measure and this is
+            not the machine that it was made on.
+    """
+    from compressor.latency.local import require_made_here
+    from compressor.latency.table import LatencyTable
+
+    file = run.file(TABLE)
+    if not file.exists():
+        return None
+    table = LatencyTable.read(file)
+    if recipe.device != "local":
+        table = table.at(device_precision(recipe), device=recipe.device)
+    elif not run.finished("measure"):
+        require_made_here(table, recipe.threads)
+    for predicted, measured in run.manifest.get("corrections", []):
+        table = table.refit([(predicted, measured)], lower=True)
+    return table
+
+
+def _function_values(run: RunDir) -> dict[str, dict[tuple[int, ...], float]]:
+    """By budget and widths what the user's functions have given in the search so far."""
+    from compressor.search.saved import FORMAT
+
+    state = run.checkpoint("search").load()
+    if state is None or state.get("format") != FORMAT:  # the search refuses another format, with the mend
+        return {}
+    known = state["env"]["functions"]
+    return {name: {tuple(widths): float(value) for widths, value in known[name]} for name in known}

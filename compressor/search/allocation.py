@@ -1,0 +1,227 @@
+"""The widths of the greatest value that the budgets allow: a knapsack whose prices depend on one another."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.budgets.function import FunctionBudget
+from compressor.search.bounds import Widths
+from compressor.search.environment import PruningEnv
+from compressor.search.proposals import scaled_widths, uniform_or_cheapest
+
+Values = Sequence[NDArray[np.float64]]
+"""For each group the value of keeping each of its `Allocator.levels`, rising with the width."""
+
+_BINS = 2000
+_ITERATIONS = 24
+_POLISHING = 60
+_TRIED = 256
+_TRIED_DEAR = 16
+"""Moves that fit by estimate, and are priced first, where each price is a call of a user's function."""
+_STEPS = (1, 2, 4, 8)
+
+
+class Allocator:
+    """Chooses one width a group so that the sum of values is largest and all budgets hold.
+
+    This is what latency-aware pruners solve (HALP, arXiv 2110.10811; Shen et al., NeurIPS 2022): a
+    multiple-choice knapsack by dynamic programming. The price of a group's width depends on its neighbours',
+    since a layer costs by its inputs and outputs together. So prices are taken at the widths of the moment,
+    the knapsack is solved within a range around these, and the solution, scaled to keep the true budgets, is
+    the next point; the range shrinks when that brings nothing. In the end single steps and exchanges of steps
+    between two groups are made as long as they raise the value.
+
+    Several budgets share one price, in which those count most that are nearest to their limit.
+
+    Args:
+        env: gives widths, budgets and rounding.
+        levels: the most widths of a group that are considered, evenly spaced.
+    """
+
+    def __init__(self, env: PruningEnv, levels: int = 64) -> None:
+        self.env = env
+        self.bounds = env.bounds
+        self._dear = any(isinstance(budget, FunctionBudget) for budget in env.budgets)
+        self.levels: tuple[Widths, ...] = tuple(
+            choices[
+                np.unique(
+                    np.linspace(0, len(choices) - 1, min(levels, len(choices))).round().astype(np.int64)
+                )
+            ]
+            for choices in self.bounds.choices
+        )
+
+    def solve(self, values: Values) -> Widths:
+        """The best widths found, (G,), legal and within the budgets."""
+        dense = self.bounds.dense
+        if self.bounds.feasible(dense)[0]:
+            return dense.copy()
+        current = self._snap(uniform_or_cheapest(self.env))
+        best, best_value = current, self._value(current, values)
+        reach = 2.0
+        for _ in range(_ITERATIONS):
+            found = self._snap(self._fitted(self._knapsack(current, values, reach)))
+            value = self._value(found, values)
+            if value > best_value + 1e-9 * abs(best_value):
+                best, best_value = found, value
+            else:
+                reach /= 2
+            if reach < 0.05:
+                break
+            current = best
+        return self._polish(best, values)
+
+    def _fitted(self, widths: Widths) -> Widths:
+        return scaled_widths(self.env, widths / self.bounds.dense)
+
+    def _snap(self, widths: Widths) -> Widths:
+        """The next lower levels; the cheapest widths where these break a budget after all."""
+        lower = [
+            levels[max(0, np.searchsorted(levels, w, "right") - 1)]
+            for levels, w in zip(self.levels, widths, strict=True)
+        ]
+        snapped: Widths = np.array(lower, dtype=np.int64)
+        return snapped if self.bounds.feasible(snapped)[0] else self.bounds.cheapest.copy()
+
+    def _value(self, widths: Widths, values: Values) -> float:
+        at = [np.searchsorted(levels, w) for levels, w in zip(self.levels, widths, strict=True)]
+        return float(sum(value[min(i, len(value) - 1)] for value, i in zip(values, at, strict=True)))
+
+    def _prices(self, current: Widths) -> list[NDArray[np.float64]]:
+        """Price of each level of each group, with the others as they are; 1 is the whole budget."""
+        rows = np.repeat(current[None], sum(map(len, self.levels)) + 1, axis=0)
+        start = 0
+        for i, levels in enumerate(self.levels):
+            rows[start : start + len(levels), i] = levels
+            start += len(levels)
+        shares = self.bounds.shares(rows)
+        weights = np.exp(20 * (shares[:, -1] - shares[:, -1].max()))
+        price = (weights / weights.sum()) @ shares
+        return np.split(price[:-1], np.cumsum([len(levels) for levels in self.levels])[:-1])
+
+    def _knapsack(self, current: Widths, values: Values, reach: float) -> Widths:
+        """Dynamic programming over the groups, at the prices of `current`, for widths within `reach` of it."""
+        prices = self._prices(current)
+        here = [
+            int(np.searchsorted(levels, w).clip(0, len(levels) - 1))
+            for levels, w in zip(self.levels, current, strict=True)
+        ]
+        options = [
+            np.flatnonzero(np.abs(np.arange(len(levels)) - at) <= np.maximum(1, reach * np.maximum(at, 1)))
+            for levels, at in zip(self.levels, here, strict=True)
+        ]
+        least = [float(price[option].min()) for price, option in zip(prices, options, strict=True)]
+        at_current = float(prices[0][here[0]])
+        room = (
+            1.0 - at_current + sum(float(p[i]) - low for p, i, low in zip(prices, here, least, strict=True))
+        )
+        if room <= 0:
+            return current
+        best = np.zeros(_BINS + 1)
+        taken: list[NDArray[np.int64]] = []
+        for price, option, low, value in zip(prices, options, least, values, strict=True):
+            bins = np.ceil((price[option] - low) / room * _BINS - 1e-9).astype(np.int64)
+            table = np.full((len(option), _BINS + 1), -np.inf)
+            for row, (bin_, index) in enumerate(zip(bins.tolist(), option.tolist(), strict=True)):
+                if bin_ <= _BINS:
+                    table[row, bin_:] = best[: _BINS + 1 - bin_] + value[index]
+            choice = table.argmax(axis=0)
+            best = table[choice, np.arange(_BINS + 1)]
+            taken.append(np.stack([option[choice], bins[choice]]))
+        widths = current.copy()
+        left = _BINS
+        for i in reversed(range(len(taken))):
+            level, bin_ = taken[i][:, left]
+            widths[i] = self.levels[i][level]
+            left -= int(bin_)
+        return widths
+
+    def _polish(self, widths: Widths, values: Values) -> Widths:
+        """Raise one group by a step, or one against another, while a budget allows it and the value rises."""
+        at = np.array([np.searchsorted(levels, w) for levels, w in zip(self.levels, widths, strict=True)])
+        if any(self.levels[i][min(k, len(self.levels[i]) - 1)] != widths[i] for i, k in enumerate(at)):
+            return widths
+        # Large moves promise most; where none of the most promising is allowed, a small one may be.
+        tries = [(_STEPS, _TRIED, np.inf), (_STEPS[:1], len(at) * len(at), np.inf)]
+        if (
+            self._dear
+        ):  # first those that fit by the prices of single groups, though a cost need not be their sum
+            tries = [(_STEPS, _TRIED_DEAR, 1e-9), (_STEPS, _TRIED, np.inf)]
+        shape = (len(at), max(len(levels) for levels in self.levels))
+        worth, table = np.full(shape, -np.inf), np.zeros(shape, dtype=np.int64)
+        for i, (value, levels) in enumerate(zip(values, self.levels, strict=True)):
+            worth[i, : len(value)], table[i, : len(levels)] = value, levels
+        groups = np.arange(len(at))
+        added = np.zeros(shape)  # to the share of the budget, by each level of each group
+        if self._dear:
+            for i, price in enumerate(self._prices(widths)):
+                added[i, : len(price)] = price - price[at[i]]
+            added[0] += self.bounds.excess(widths[None])[0] - 1.0
+        for _ in range(_POLISHING):
+            for steps, most, room in tries:
+                gains = _moved(worth, at, steps)
+                allowed = gains > 1e-12
+                if np.isfinite(room):
+                    allowed &= added[groups, at].sum() + _moved(added, at, steps) <= room
+                order = _largest(gains, np.flatnonzero(allowed), most)
+                rows = at + _moves(order, len(at), steps)
+                first = self._first_kept(table[groups, rows])
+                if first is not None:
+                    at = rows[first]
+                    break
+            else:
+                break
+        return np.asarray(table[groups, at])
+
+    def _first_kept(self, rows: Widths) -> int | None:
+        """Index of the first of rows (N, G) that keeps the budgets; where prices are dear, row by row until there."""
+        size = 1 if self._dear else _TRIED
+        chunks = (rows[start : start + size] for start in range(0, len(rows), size))
+        kept = (self.bounds.feasible(chunk) for chunk in chunks)
+        return next((i for i, here in enumerate(itertools.chain.from_iterable(kept)) if here), None)
+
+
+def _moved(by_level: NDArray[np.float64], at: NDArray[np.int64], steps: Sequence[int]) -> NDArray[np.float64]:
+    """What each move adds to a sum over the groups of `by_level` (G, L) at levels `at` (G,); -inf where it cannot be.
+
+    Returns:
+        (G + S * S * G * G,): one group up by a level; then, for each pair of steps up and down, one group up and
+        another one down.
+    """
+    groups, most = np.arange(len(at)), by_level.shape[1]
+
+    def by(step: int) -> NDArray[np.float64]:
+        to = at + step
+        there = by_level[groups, to.clip(0, most - 1)] - by_level[groups, at]
+        return np.where((to >= 0) & (to < most), there, -np.inf)
+
+    up, down = np.array([by(step) for step in steps]), np.array([by(-step) for step in steps])
+    pairs = up[:, None, :, None] + down[None, :, None, :]
+    pairs[:, :, groups, groups] = -np.inf
+    return np.concatenate([by(1), pairs.reshape(-1)])
+
+
+def _moves(chosen: NDArray[np.int64], groups: int, steps: Sequence[int]) -> NDArray[np.int64]:
+    """The changes of levels (N, G) of the moves with these indices (N,), as `_moved` counts them."""
+    moves = np.zeros((len(chosen), groups), dtype=np.int64)
+    single = np.flatnonzero(chosen < groups)
+    moves[single, chosen[single]] = 1
+    paired = np.flatnonzero(chosen >= groups)
+    up, down, raised, lowered = np.unravel_index(
+        chosen[paired] - groups, (len(steps), len(steps), groups, groups)
+    )
+    moves[paired, raised] = np.asarray(steps)[up]
+    moves[paired, lowered] = -np.asarray(steps)[down]
+    return moves
+
+
+def _largest(gains: NDArray[np.float64], among: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Those of the indices `among` with the largest gains, in falling order, of equal ones the first."""
+    if len(among) > most:
+        least = np.partition(gains[among], -most)[-most]
+        among = among[gains[among] >= least]
+    return among[np.argsort(-gains[among], kind="stable")[:most]]

@@ -1,0 +1,135 @@
+"""Which widths a group may take so that the episode still ends within every budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.budgets.feasible import Widths, choices_for, excess, keeping_widths, kept, shares
+from compressor.core.errors import CompressorError
+
+__all__ = ["ActionBounds", "LegalWidths", "Widths"]
+
+if TYPE_CHECKING:
+    from compressor.budgets.base import Budget
+    from compressor.pruning.space import PruningSpace
+
+
+@dataclass(frozen=True)
+class LegalWidths:
+    """What one group may be cut to.
+
+    Attributes:
+        dense: channels of the group before anything is removed.
+        widths: legal numbers of channels, ascending, never empty.
+    """
+
+    dense: int
+    widths: Widths
+
+    @property
+    def low(self) -> float:
+        """The smallest ratio that may be removed, in [0, 1)."""
+        return 1.0 - float(self.widths[-1]) / self.dense
+
+    @property
+    def high(self) -> float:
+        """The largest ratio that may be removed, in [0, 1)."""
+        return 1.0 - float(self.widths[0]) / self.dense
+
+    def clip(self, ratio: float) -> float:
+        """`ratio` moved into [low, high]."""
+        return min(max(ratio, self.low), self.high)
+
+    def width(self, ratio: float) -> int:
+        """The legal width nearest to what removing `ratio` leaves; of two equally near ones, the larger."""
+        distance = np.abs(self.widths - self.dense * (1.0 - ratio))
+        nearest = np.flatnonzero(distance <= distance.min() + 1e-6)
+        return int(self.widths[nearest[-1]])
+
+
+class ActionBounds:
+    """Bounds on every action of an episode, from budgets that must all hold at its end.
+
+    With the widths so far, a candidate width of the group at hand is legal if the network would keep all budgets with
+    the groups still to come either at their cheapest or dense. Of these, widths below the largest one that would keep
+    the budgets with everything to come left dense are taken out: nothing is pruned more than needed. (arXiv 2403.19490
+    has the same two ends for MACs, reserving nothing for the groups to come; here their real cheapest widths are
+    reserved, so that minimum widths and granularity cannot break the budget.)
+
+    Every episode ends within every budget by construction, and this needs no cost to be monotone in the widths: there
+    is one known completion (`cheapest`, or all dense) that keeps the budgets at the start, and every legal width keeps
+    one of the two in force for the groups after it. A monotone envelope of a latency table, which would be needed to
+    argue from "smaller is cheaper", is therefore not used.
+
+    Args:
+        space: gives the groups, their legal widths and the dense widths.
+        budgets: any costs with a `target` and a vectorised `predict(widths (N, G)) -> (N,)`; all must hold.
+            Where one has to build each network to price it, few widths of each group are considered.
+
+    Raises:
+        CompressorError: no widths were found that keep all budgets.
+    """
+
+    def __init__(self, space: PruningSpace, budgets: Sequence[Budget]) -> None:
+        self.budgets = tuple(budgets)
+        self.dense: Widths = np.asarray(space.dense_widths, dtype=np.int64)
+        self.choices = choices_for(space, self.budgets)
+        self.names = tuple(group.name for group in space.groups)
+        self.cheapest = keeping_widths(self.choices, self.dense, self.budgets)
+
+    def shares(self, widths: Widths) -> NDArray[np.float64]:
+        """For widths (N, G), predicted / target of each budget, (budgets, N)."""
+        return shares(self.budgets, widths)
+
+    def excess(self, widths: Widths) -> NDArray[np.float64]:
+        """For widths (N, G), the largest predicted / target of the budgets, (N,): 1 or less keeps all."""
+        return excess(self.budgets, widths)
+
+    def feasible(self, widths: Widths) -> NDArray[np.bool_]:
+        """For widths (N, G), whether all budgets are kept, (N,)."""
+        return kept(self.budgets, np.atleast_2d(widths))
+
+    def round(self, widths: NDArray[np.float64]) -> Widths:
+        """The legal widths nearest to real numbers (N, G), of two equally near ones the smaller."""
+        columns = [
+            choices[np.searchsorted((choices[:-1] + choices[1:]) / 2, widths[:, i], side="left")]
+            for i, choices in enumerate(self.choices)
+        ]
+        return np.stack(columns, axis=1).astype(np.int64)
+
+    def legal(self, step: int, widths: Widths) -> LegalWidths:
+        """The widths that group `step` may take.
+
+        Args:
+            step: index of the group, 0-based.
+            widths: (G,), of which the first `step` are read: those already chosen.
+
+        Raises:
+            CompressorError: the widths so far leave no way to keep the budgets; cannot happen with legal
+                ones.
+        """
+        choices = self.choices[step]
+        rows = np.empty((2, len(choices), len(self.dense)), dtype=np.int64)
+        rows[0], rows[1] = self.cheapest, self.dense
+        rows[:, :, :step] = widths[:step]
+        rows[:, :, step] = choices
+        cheap, dense = self.feasible(rows.reshape(-1, len(self.dense))).reshape(2, -1)
+        legal = cheap | dense
+        if dense.any():
+            legal &= choices >= choices[dense].max()
+        if not legal.any():
+            raise CompressorError(
+                f"Group {self.names[step]} cannot keep the budgets after widths {widths[:step].tolist()}.",
+                "Choose the widths of earlier groups from those that ActionBounds.legal returns.",
+            )
+        return LegalWidths(int(self.dense[step]), choices[legal])
+
+    def bounds(self, step: int, widths: Widths) -> tuple[float, float]:
+        """The smallest and the largest ratio that may be removed from group `step`; see `legal`."""
+        legal = self.legal(step, widths)
+        return legal.low, legal.high

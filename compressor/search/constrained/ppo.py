@@ -1,0 +1,247 @@
+"""Stable-Baselines3's PPO with costs: critics of their own, multipliers, and the combined loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.logger import Logger
+from torch import Tensor, nn
+
+from compressor.search.constrained.lagrange import Multipliers, lagrangian_loss
+from compressor.search.constrained.settings import ConstrainedSettings
+
+
+class Step(NamedTuple):
+    """What the policy and the critics say of one state.
+
+    Attributes:
+        action: (actions,), not clipped.
+        value: of the reward to come, (1,).
+        cost_values: of the costs to come, (budgets,).
+        log_prob: of the action, (1,).
+    """
+
+    action: NDArray[np.float32]
+    value: Tensor
+    cost_values: Tensor
+    log_prob: Tensor
+
+
+class CostSamples(NamedTuple):
+    """A minibatch: what PPO has, and for the costs the same, (N, budgets) each."""
+
+    observations: Tensor
+    actions: Tensor
+    old_values: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    returns: Tensor
+    cost_advantages: Tensor
+    cost_returns: Tensor
+
+
+class CostRolloutBuffer(RolloutBuffer):
+    """A rollout buffer that keeps costs beside the reward; each cost has a buffer whose "reward" it is.
+
+    Args:
+        budgets: how many costs there are.
+        cost_lambda: lambda of their advantages.
+    """
+
+    def __init__(self, *args: Any, budgets: int, cost_lambda: float, **options: Any) -> None:
+        self.costs = [RolloutBuffer(*args, **{**options, "gae_lambda": cost_lambda}) for _ in range(budgets)]
+        super().__init__(*args, **options)
+
+    def reset(self) -> None:
+        super().reset()
+        for buffer in self.costs:
+            buffer.reset()
+
+    def add_with_costs(
+        self,
+        observation: NDArray[np.float32],
+        step: Step,
+        reward: float,
+        costs: NDArray[np.float64],
+        first: bool,
+    ) -> None:
+        """Store one step; `costs` (budgets,) are those that arose in it."""
+        start = np.array([first])
+        self.add(observation, step.action, np.array([reward]), start, step.value, step.log_prob)
+        for buffer, cost, value in zip(self.costs, costs, step.cost_values, strict=True):
+            buffer.add(observation, step.action, np.array([cost]), start, value, step.log_prob)
+
+    def compute_returns_and_advantage(self, last_values: Tensor, dones: NDArray[Any]) -> None:
+        """Advantages of the reward and the costs; the buffer must end with the end of an episode."""
+        super().compute_returns_and_advantage(last_values, dones)
+        for buffer in self.costs:
+            buffer.compute_returns_and_advantage(last_values, dones)
+
+    def _get_samples(self, batch_inds: NDArray[np.int64], env: Any = None) -> CostSamples:  # type: ignore[override]
+        plain = super()._get_samples(batch_inds)
+        of_costs = [
+            np.stack([getattr(buffer, name)[batch_inds, 0] for buffer in self.costs], axis=1)
+            for name in ("advantages", "returns")
+        ]
+        return CostSamples(*plain[:6], *map(self.to_torch, of_costs))
+
+
+class CostCritics(nn.Module):
+    """A network for each cost: two hidden layers, one number."""
+
+    def __init__(self, inputs: int, budgets: int, hidden: int) -> None:
+        super().__init__()
+        self.critics = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(inputs, hidden),
+                nn.Tanh(),
+                nn.Linear(hidden, hidden),
+                nn.Tanh(),
+                nn.Linear(hidden, 1),
+            )
+            for _ in range(budgets)
+        )
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(N, budgets) from (N, inputs)."""
+        return torch.cat([critic(states) for critic in self.critics], dim=1)
+
+
+class _Spaces(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+    """Tells PPO what states and actions look like; nobody steps in it."""
+
+    def __init__(self, inputs: int, actions: int) -> None:
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (inputs,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (actions,), np.float32)
+
+
+class LagrangianPpo(PPO):
+    """PPO whose loss weighs costs with multipliers; `learn` is not used, `act`, the buffer and `train` are.
+
+    Args:
+        inputs: numbers in a state.
+        actions: numbers in an action.
+        steps: of a rollout; whole episodes.
+        budgets: how many costs there are.
+        settings: the method's numbers.
+    """
+
+    rollout_buffer: CostRolloutBuffer
+
+    def __init__(
+        self, inputs: int, actions: int, steps: int, budgets: int, settings: ConstrainedSettings
+    ) -> None:
+        self.settings = settings
+        super().__init__(
+            "MlpPolicy",
+            _Spaces(inputs, actions),
+            learning_rate=settings.rate,
+            n_steps=steps,
+            batch_size=steps,
+            normalize_advantage=False,  # `train` does it; PPO would refuse to for a rollout of one step
+            n_epochs=settings.epochs,
+            gamma=settings.gamma,
+            gae_lambda=settings.reward_lambda,
+            clip_range=settings.clip,
+            target_kl=settings.target_kl,
+            rollout_buffer_class=CostRolloutBuffer,
+            rollout_buffer_kwargs={"budgets": budgets, "cost_lambda": settings.cost_lambda},
+            policy_kwargs={
+                "net_arch": [settings.hidden, settings.hidden],
+                "log_std_init": float(np.log(settings.first_deviation)),
+            },
+            device="cpu",
+        )
+        # Not given to PPO, which would warn of a last minibatch that is smaller.
+        self.batch_size = minibatch_size(steps, settings.batch)
+        self.set_logger(Logger(None, []))
+        self.cost_critics = CostCritics(inputs, budgets, settings.hidden)
+        self._cost_optimizer = torch.optim.Adam(self.cost_critics.parameters(), lr=settings.rate)
+        self.multipliers = Multipliers(budgets, settings.multiplier_rate)
+
+    def act(self, state: NDArray[np.float32], deterministic: bool = False) -> Step:
+        """An action for a state (inputs,)."""
+        states = torch.from_numpy(state)[None]
+        with torch.no_grad():
+            action, value, log_prob = self.policy(states, deterministic=deterministic)
+            return Step(action.numpy()[0], value[0], self.cost_critics(states)[0], log_prob)
+
+    def train(self) -> None:
+        """Learn from the full rollout buffer: as PPO does, with the costs in the policy's loss."""
+        self.policy.set_training_mode(True)
+        nu = self.multipliers.values
+        near = True
+        for _ in range(self.n_epochs):
+            for batch in self.rollout_buffer.get(self.batch_size):
+                assert isinstance(batch, CostSamples)
+                values, log_prob, _ = self.policy.evaluate_actions(batch.observations, batch.actions)
+                log_ratio = log_prob - batch.old_log_prob
+                ratio = torch.exp(log_ratio)
+                near = float(((ratio - 1) - log_ratio).detach().mean()) <= 1.5 * self.settings.target_kl
+                if not near:
+                    break
+                costs = centred(batch.cost_advantages, scale=self.settings.scale_costs)
+                loss = lagrangian_loss(
+                    ratio, centred(batch.advantages, scale=True), costs, nu, self.settings.clip
+                )
+                loss = loss + self.vf_coef * nn.functional.mse_loss(values.flatten(), batch.returns)
+                _descend(self.policy.optimizer, loss, self.max_grad_norm)
+                told = self.cost_critics(batch.observations)
+                _descend(self._cost_optimizer, nn.functional.mse_loss(told, batch.cost_returns), None)
+            self._n_updates += 1
+            if not near:
+                break
+
+    def state(self) -> dict[str, Any]:
+        """Networks, optimisers and multipliers, as tensors and plain values."""
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.policy.optimizer.state_dict(),
+            "cost_critics": self.cost_critics.state_dict(),
+            "cost_optimizer": self._cost_optimizer.state_dict(),
+            "multipliers": self.multipliers.state(),
+            "updates": self._n_updates,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` returned."""
+        self.policy.load_state_dict(state["policy"])
+        self.policy.optimizer.load_state_dict(state["optimizer"])
+        self.cost_critics.load_state_dict(state["cost_critics"])
+        self._cost_optimizer.load_state_dict(state["cost_optimizer"])
+        self.multipliers.restore(state["multipliers"])
+        self._n_updates = int(state["updates"])
+
+
+def minibatch_size(steps: int, most: int) -> int:
+    """Steps in a minibatch: the most allowed that divide a rollout; where none do, as for a prime, those of
+    minibatches that are alike but for the last.
+
+    >>> [minibatch_size(steps, 64) for steps in (1, 48, 104, 67)]
+    [1, 48, 52, 34]
+    """
+    size = max(size for size in range(1, min(most, steps) + 1) if steps % size == 0)
+    return size if size > 1 else -(-steps // -(-steps // most))
+
+
+def centred(advantages: Tensor, *, scale: bool) -> Tensor:
+    """Advantages (N, ...) with mean 0 over the steps and, with `scale`, deviation 1."""
+    if len(advantages) < 2:
+        return advantages
+    moved = advantages - advantages.mean(dim=0)
+    return moved / (advantages.std(dim=0) + 1e-8) if scale else moved
+
+
+def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, most: float | None) -> None:
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    if most is not None:
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], most)
+    optimizer.step()

@@ -1,0 +1,323 @@
+"""The steps of which the constrained agent's search is made."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.core import progress
+from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.soft import soften
+from compressor.search.allocation import Allocator
+from compressor.search.base import Candidate, SearchResult
+from compressor.search.best import eligible
+from compressor.search.bounds import Widths
+from compressor.search.constrained.actions import ChannelActions, LayerActions, Masks, plan_of_masks
+from compressor.search.constrained.costs import Costs
+from compressor.search.constrained.ppo import LagrangianPpo
+from compressor.search.constrained.settings import ConstrainedSettings
+from compressor.search.constrained.state import States
+from compressor.search.constrained.walk import Walk, Walker
+from compressor.search.near import NearBest
+from compressor.search.proposals import scaled_widths, uniform_or_cheapest
+from compressor.search.randomness import OwnRandomness
+from compressor.search.search_run import SearchRun
+from compressor.search.values import POWERS, Sensitivity, saliency_values
+
+_START = "start"
+
+
+class ConstrainedSearch:
+    """One search: the run, the policy, and what rewards and costs are measured by.
+
+    Args:
+        run: keeps place, time and checkpoint; restored from one, this is restored too.
+        settings: the method's numbers.
+    """
+
+    def __init__(self, run: SearchRun, settings: ConstrainedSettings) -> None:
+        self.run, self.env, self.settings = run, run.env, settings
+        bounds = run.env.bounds
+        self.groups = len(bounds.dense)
+        self._channels = settings.action == "channel"
+        self.actions = (ChannelActions if self._channels else LayerActions)(run.env, fold=settings.fold)
+        self.states = States(run.env, past=self.actions.sums_past, one_hot=settings.one_hot)
+        self._costs = Costs(run.env, steps=self.groups, excess=settings.scale_costs)
+        self.randomness = OwnRandomness(run.agent.seed)
+        steps = settings.episodes_per_update * self.groups
+        with self.randomness.active():
+            self.ppo = LagrangianPpo(
+                self.states.size, self.actions.size, steps, len(self._costs.budgets), settings
+            )
+        self._walk = Walker(self.actions, self.states, self.ppo, self.randomness)
+        self._masks: list[tuple[float, Masks]] = []  # of the best episodes, with their worth
+        self._scale: list[float] | None = None
+        self._allocator = Allocator(run.env)
+        self._sensitivity = Sensitivity(run, self._allocator.levels, self._points())
+        self._near = NearBest(run, settings.near_spread, settings.proposals)
+        run.own = self._state
+        if run.restored is not None:
+            self._restore(run.restored)
+
+    # The steps, in the order of the method.
+
+    def start(self) -> None:
+        """Choose the plan around which the policy acts at first."""
+        if self.settings.start == "dense":
+            return
+        if self._points():
+            self._sensitivity.measure()
+        starts = self._plans_to_start_from()
+        for number in self.run.remaining(_START, len(starts)):
+            if self.run.spent(reserve=1):
+                return
+            self.run.score(starts[number](), _START)
+            ours = [c for c in self.run.candidates if c.phase == _START]
+            self.actions.centre(np.array(max(ours, key=lambda candidate: candidate.reward).widths))
+            self.run.done(_START)
+
+    def updates(self) -> int:
+        """How many updates the evaluations that are left have room for, those done included."""
+        total = self.run.limits.planned(self.settings.evaluations)
+        before = self.groups * self._points() + bool(self._points()) + self._starts()
+        each = self.settings.episodes_per_update + self._near_plans()
+        return max(1, (total - before - self.reserve) // each)
+
+    @property
+    def reserve(self) -> int:
+        """Evaluations put by for the final choice."""
+        most = self.run.limits.max_evaluations
+        wanted = int(self.settings.shortlist) + 2 + any(self.settings.finetune_iterations)
+        return wanted if most is None else max(1, min(wanted, most // 4))
+
+    def play(self, update: int, updates: int) -> bool:
+        """Play the episodes of an update into the rollout buffer; whether all of them could be played."""
+        self.ppo.rollout_buffer.reset()
+        share = min(1.0, update / updates)
+        cap = self._cap(share)
+        training = self.settings.finetune_iterations[min(2, int(3 * share))]
+        walks = [self._walk(cap) for _ in range(self.settings.episodes_per_update)]
+        scored: list[tuple[Walk, Candidate]] = []
+        with progress.bar("Playing episodes", total=len(walks)) as bar:
+            for number, walk in enumerate(walks):
+                if self.run.spent(self.reserve):
+                    return False
+                if not (self._channels or training):
+                    self.env.ahead(each.widths for each in walks[number:])
+                candidate = self._scored(walk, training)
+                scored.append((walk, candidate))
+                bar.advance(note=f"{candidate.accuracy:.1%}")
+        self._fill_buffer(scored)
+        return True
+
+    def learn(self) -> None:
+        """Update the policy from the rollout buffer, and the multipliers from the episodes' mean costs."""
+        import torch
+
+        self.ppo.rollout_buffer.compute_returns_and_advantage(torch.zeros(1), np.ones(1))
+        with self.randomness.active():
+            self.ppo.train()
+        recent = self.run.candidates[-self.settings.episodes_per_update :]
+        costs = np.mean([self._costs.percent(candidate) for candidate in recent], axis=0)
+        self.ppo.multipliers.step(costs.tolist(), self._costs.budgets)
+        self.states.update()
+        names = [budget.name for budget in self.env.budgets]
+        curves = {f"agent/cost_{name}": float(cost) for name, cost in zip(names, costs, strict=True)}
+        for name, value in zip(names, self.ppo.multipliers.values.tolist(), strict=True):
+            curves[f"agent/multiplier_{name}"] = value
+        self.run.curves.add(len(self.run.candidates), curves)
+
+    def stay_near_the_best(self) -> None:
+        """Score plans near the best feasible one, and let the policy act around the best from now on."""
+        for _ in range(self._near_plans()):
+            best = self._best_kept()
+            if best is None or self.run.spent(self.reserve):
+                break
+            self._near.score(np.array(best.widths, dtype=np.int64))
+        best = self._best_kept()
+        if best is not None and self._near_plans():
+            self.actions.centre(np.array(best.widths))
+
+    def choose(self) -> SearchResult:
+        """The best episode that keeps the budgets, scored again beside the best few scaled to the budgets.
+
+        Where candidates were trained before they were scored, all of these are, for the steps of the last third.
+        """
+        plans: dict[tuple[int, ...], ChannelPlan] = {}
+        steps = self.settings.finetune_iterations[-1]
+
+        def measure(plan: ChannelPlan) -> float:
+            return self.run.evaluator.score(self.env.space.apply(plan), steps=steps)
+
+        widths = (each.tolist() for each in [*self._of_masks(plans), *self._of_candidates()])
+        more = itertools.chain([self._more()], self._last_near_plans()) if self.run.limits.use_all else ()
+        return self.run.choose(
+            widths,
+            ((each.tolist() for each in rest) for rest in more),
+            plans=plans,
+            measure=measure if steps else None,
+        )
+
+    # What they are made of.
+
+    def _plans_to_start_from(self) -> list[Callable[[], Widths]]:
+        """The uniform plan and, where groups are measured, knapsack plans; each is solved for when it is its turn."""
+        found: list[Callable[[], Widths]] = [partial(uniform_or_cheapest, self.env)]
+        if self._points():
+            saliency, levels = self.env.saliency(), self._allocator.levels
+            values = [self._sensitivity.values()] if self._sensitivity.complete else []
+            values += [saliency_values(saliency, levels, power) for power in POWERS]
+            found += [partial(self._allocator.solve, each) for each in values]
+        return found
+
+    def _of_masks(self, plans: dict[tuple[int, ...], ChannelPlan]) -> list[Widths]:
+        """Where single channels are decided on: the best masks and the policy's, cut to the budgets, into `plans`."""
+        if not isinstance(self.actions, ChannelActions):
+            return []
+        names = [group.name for group in self.env.space.groups]
+        found: list[Widths] = []
+        for masks in [*(masks for _, masks in self._masks), self._policys_walk().masks]:
+            widths = scaled_widths(self.env, self.actions.hard(masks) / self.env.bounds.dense)
+            found.append(widths)
+            plans.setdefault(tuple(widths.tolist()), plan_of_masks(names, masks, widths))
+        return found
+
+    def _of_candidates(self) -> list[Widths]:
+        """The best feasible candidate; the best few by reward less excess and the policy's, scaled to the budgets."""
+        dense, known, best = self.env.bounds.dense, self._known(), self._best_kept()
+        shortlist = [] if best is None else [np.array(best.widths, dtype=np.int64)]
+        shortlist += itertools.islice(self._more(), int(self.settings.shortlist))
+        if not self._channels:
+            policys = np.array(self._policys_walk().widths)
+            shortlist.append(scaled_widths(self.env, policys / dense))
+        starts = [c for c in known if c.phase == _START]
+        if starts and any(self.settings.finetune_iterations):  # they were scored with less training, or none
+            best_start = np.array(max(starts, key=lambda c: c.reward).widths)
+            shortlist.append(scaled_widths(self.env, best_start / dense))
+        return shortlist or [self.env.bounds.cheapest]
+
+    def _more(self) -> Iterator[Widths]:
+        """All candidates scaled to the budgets, the best by reward less excess first."""
+        known, bounds = self._known(), self.env.bounds
+        rows = [np.array(c.widths, dtype=np.int64) for c in known]
+        worth = [
+            c.reward - max(0.0, float(bounds.excess(row[None])[0]) - 1.0)
+            for c, row in zip(known, rows, strict=True)
+        ]
+        for index in np.argsort([-value for value in worth], kind="stable"):
+            yield scaled_widths(self.env, rows[index] / bounds.dense)
+
+    def _policys_walk(self) -> Walk:
+        """The deterministic policy's, as at the end of the curriculum."""
+        return self._walk(self._cap(1.0), deterministic=True)
+
+    def _cap(self, share: float) -> float:
+        """The largest ratio that is removed from a group, after a share of the updates."""
+        return min(self.settings.cap + 0.05 * share, 1.0)
+
+    def _near_plans(self) -> int:
+        """Plans near the best after each update; none where candidates are more than their widths."""
+        if self._channels or any(self.settings.finetune_iterations):
+            return 0
+        share = self.settings.near_share
+        return round(self.settings.episodes_per_update * share / (1.0 - share))
+
+    def _last_near_plans(self) -> Iterator[list[Widths]]:
+        """Plans near the best, for evaluations that known plans have saved; each looks at all scored before."""
+        for _ in range(self.reserve if self._near_plans() else 0):
+            best = self._best_kept()
+            if best is not None:
+                yield [self._near.next(np.array(best.widths, dtype=np.int64))]
+
+    def _best_kept(self) -> Candidate | None:
+        """The best candidate that keeps the budgets."""
+        known = self._known()
+        widths = np.array([c.widths for c in known], dtype=np.int64).reshape(-1, self.groups)
+        best = best_feasible([c.reward for c in known], self.env.bounds.feasible(widths)) if known else None
+        return None if best is None else known[best]
+
+    def _known(self) -> list[Candidate]:
+        """The candidates whose plans are those of their widths."""
+        return [c for c in eligible(self.run) if not (self._channels and c.phase == "policy")]
+
+    def _scored(self, walk: Walk, training: int) -> Candidate:
+        """The candidate of a walk, after some steps of training where these are asked for."""
+        if not (self._channels or training):
+            return self.run.score(walk.widths, "policy")
+
+        def measure() -> float:
+            if self._channels:
+                network = soften(self.env.space, walk.masks)
+            else:
+                network = self.env.space.apply(self.env.plan(walk.widths))
+            return self.run.evaluator.score(network, steps=training or None)
+
+        candidate = self.run.score_by(walk.widths, measure, "policy")
+        if self._channels:
+            excess = float(self.env.bounds.excess(np.array([walk.widths]))[0])
+            self._masks.append((candidate.reward - max(0.0, excess - 1.0), walk.masks))
+            self._masks.sort(key=lambda each: -each[0])
+            del self._masks[self.settings.shortlist :]
+        return candidate
+
+    def _fill_buffer(self, scored: list[tuple[Walk, Candidate]]) -> None:
+        rewards = np.array([100.0 * candidate.reward for _, candidate in scored])
+        if self.settings.scale_rewards:
+            if self._scale is None:
+                self._scale = [float(rewards.mean()), float(max(rewards.std(), 1e-3))]
+            rewards = (rewards - self._scale[0]) / self._scale[1]
+        for (walk, candidate), reward in zip(scored, rewards, strict=True):
+            costs = self._costs.terminal(candidate)
+            for number, (state, step) in enumerate(zip(walk.states, walk.steps, strict=True)):
+                last = number == self.groups - 1
+                self.ppo.rollout_buffer.add_with_costs(
+                    state, step, reward if last else 0.0, costs if last else 0.0 * costs, number == 0
+                )
+
+    def _points(self) -> int:
+        """Widths of each group that are measured for the start; a third of the evaluations at most go there."""
+        if self.settings.start != "measured":
+            return 0
+        return min(2, self.run.limits.planned(self.settings.evaluations) // (3 * self.groups))
+
+    def _starts(self) -> int:
+        if self.settings.start == "dense":
+            return 0
+        return 2 + len(POWERS) if self._points() else 1
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "ppo": self.ppo.state(),
+            "states": self.states.state(),
+            "randomness": self.randomness.state(),
+            "around": self.actions.around.tolist(),
+            "masks": [[worth, [mask.tolist() for mask in masks]] for worth, masks in self._masks],
+            "scale": self._scale,
+            "losses": self._sensitivity.losses,
+            "near": self._near.state(),
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.ppo.restore(state["ppo"])
+        self.states.restore(state["states"])
+        self.randomness.restore(state["randomness"])
+        self.actions.around = np.array(state["around"])
+        self._masks = [(worth, [np.array(mask) for mask in masks]) for worth, masks in state["masks"]]
+        self._scale = None if state["scale"] is None else [float(number) for number in state["scale"]]
+        self._sensitivity.losses = list(state["losses"])
+        self._near.restore(state["near"])
+
+
+def best_feasible(rewards: list[float], feasible: NDArray[np.bool_]) -> int | None:
+    """Index of the highest reward among those that keep the budgets; None where none does.
+
+    >>> best_feasible([0.9, 0.5, 0.7], np.array([False, True, True]))
+    2
+    """
+    kept = np.flatnonzero(feasible)
+    return None if not len(kept) else int(kept[int(np.argmax(np.asarray(rewards)[kept]))])

@@ -1,0 +1,291 @@
+"""The environment: one episode is one plan, one step decides one group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.budgets.function import FunctionBudget
+from compressor.core.errors import CompressorError
+from compressor.search.accuracies import Accuracies, Evaluate, Key, checked_accuracy
+from compressor.search.bounds import ActionBounds, LegalWidths, Widths
+from compressor.search.observation import FEATURES, Observer
+from compressor.search.reward import Reward, accuracy_needed, accuracy_reward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from compressor.budgets.base import Budget
+    from compressor.pruning.plan import ChannelPlan
+    from compressor.pruning.space import PruningSpace
+
+Observation = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one candidate was worth.
+
+    Attributes:
+        widths: channels that each group keeps, in the space's order.
+        accuracy: on the search split, 0..1.
+        reward: what the agent maximises.
+        costs: predicted cost of each budget by name, in its own unit.
+        seconds: time that the evaluation took; 0 where the accuracy was known.
+        given_up: whether it was broken off, because the floor could not be reached any more.
+    """
+
+    widths: tuple[int, ...]
+    accuracy: float
+    reward: float
+    costs: Mapping[str, float]
+    seconds: float
+    given_up: bool = False
+
+
+class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
+    """Decides the width of one group after another; the reward comes with the last.
+
+    - Observation: `Box` of 9 scaled numbers (`Observer`), then `context_size` numbers that whoever drives the
+      episodes sets as `context`; the joint agent puts its model of the changing reward there.
+    - Action: `Box(0, 1)`, the ratio of channels removed, below 1. It is moved into the bounds that keep every
+      budget reachable; `info["action"]` is the moved one, to be stored in a replay buffer, and
+      `info["width"]` what was kept.
+    - Reward: 0 before the last group, then `reward(accuracy, costs)`.
+
+    Args:
+        space: the groups; ranked with the weights that its model has when a plan is first needed.
+        budgets: all hold at the end of every episode; empty means that nothing asks for pruning.
+        evaluator: accuracy of a plan, 0..1; with the keyword `floor`, an accuracy below which it may give up.
+        reward: from accuracy and costs to the reward.
+        importance: criterion by which a group's channels are ranked, as `space.rank` takes it.
+        importance_data: batches of images and labels for criteria that need them, as `space.rank` takes them.
+        context_size: how many numbers are appended to the observation.
+
+    Raises:
+        CompressorError: the space has no groups, or the budgets cannot be kept.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012  (gymnasium's own attribute)
+
+    def __init__(
+        self,
+        space: PruningSpace,
+        budgets: Sequence[Budget],
+        evaluator: Evaluate,
+        reward: Reward = accuracy_reward,
+        importance: Any = "l1",
+        context_size: int = 0,
+        importance_data: Any = None,
+    ) -> None:
+        if not len(space.groups):
+            raise CompressorError(
+                "The model has no group of channels that could be pruned.",
+                "Look at the skipped layers that --dry-run lists.",
+            )
+        self.space = space
+        self.budgets = tuple(budgets)
+        self.bounds = ActionBounds(space, budgets)
+        self.importance = importance
+        self.importance_data = importance_data
+        self._accuracies = Accuracies(evaluator, self.plan)
+        self._reward = reward
+        self._observe = Observer(space)
+        self._ranking: Any = None
+        self.evaluations = 0
+        self.evaluation_seconds = 0.0
+        self.context_size = context_size
+        self.context: Observation = np.zeros(context_size, dtype=np.float32)
+        shape = (len(FEATURES) + context_size,)
+        high = np.full(shape, 1.0, dtype=np.float32)
+        high[len(FEATURES) :] = np.inf
+        low = np.where(np.isinf(high), -np.inf, 0.0).astype(np.float32)
+        self.observation_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        below_one = float(np.nextafter(np.float32(1), np.float32(0)))
+        self.action_space = gymnasium.spaces.Box(0.0, below_one, (1,), np.float32)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._step = 0
+        self._previous = 0.0
+        self._widths: Widths = self.bounds.dense.copy()
+        self._legal: LegalWidths | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode with nothing pruned."""
+        super().reset(seed=seed)
+        self._restart()
+        return self._observation(), {}
+
+    @property
+    def legal(self) -> LegalWidths:
+        """What the group at hand may be cut to."""
+        if self._legal is None:
+            self._legal = self.bounds.legal(self._step, self._widths)
+        return self._legal
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Cut one group; after the last one the plan is evaluated.
+
+        Returns:
+            observation, reward, whether that was the last group, False, and info with `action` and `width`;
+            after the last group also `score`.
+        """
+        if self._step == len(self.bounds.dense):
+            raise CompressorError("The episode has ended: every group has its width.", "Call reset() first.")
+        clipped = self.legal.clip(float(np.asarray(action).reshape(-1)[0]))
+        width = self.legal.width(clipped)
+        self._widths[self._step] = width
+        self._step += 1
+        self._previous = clipped
+        self._legal = None
+        info: dict[str, Any] = {"action": clipped, "width": width}
+        if self._step < len(self.bounds.dense):
+            return self._observation(), 0.0, False, False, info
+        score = self.score(self._widths)
+        info["score"] = score
+        return self._observation(), score.reward, True, False, info
+
+    def score(self, widths: Widths | Sequence[int], reward_floor: float | None = None) -> Score:
+        """Evaluate a plan of these widths (G,); the same widths on the same weights are evaluated once.
+
+        Args:
+            widths: channels that each group keeps.
+            reward_floor: the evaluation may be given up once this reward is out of reach. What was seen until then
+                is returned, lies below it, and is not remembered.
+        """
+        key = _key(widths)
+        costs = self.costs(key)
+        accuracy, seconds, given_up = self._accuracies.known.get(key), 0.0, False
+        if accuracy is None:
+            floor = None if reward_floor is None else accuracy_needed(self._reward, reward_floor, costs)
+            accuracy, seconds = self._accuracies.ask(key, floor)
+            self.evaluations += 1
+            given_up = floor is not None and accuracy < floor
+        self.evaluation_seconds += seconds
+        return Score(key, accuracy, float(self._reward(accuracy, costs)), costs, seconds, given_up)
+
+    def score_by(self, widths: Widths | Sequence[int], measure: Callable[[], float]) -> Score:
+        """Evaluate a candidate of these widths (G,) in a way of the caller's, such as after a few steps of training.
+
+        `measure` returns its accuracy, which is not remembered; the evaluation counts like any other.
+        """
+        key = _key(widths)
+        started = time.perf_counter()
+        accuracy = checked_accuracy(measure())
+        self.evaluations += 1
+        seconds = time.perf_counter() - started
+        self.evaluation_seconds += seconds
+        costs = self.costs(key)
+        return Score(key, accuracy, float(self._reward(accuracy, costs)), costs, seconds)
+
+    @property
+    def workers(self) -> int:
+        """Plans that the evaluator scores at a time."""
+        return self._accuracies.workers
+
+    def ahead(self, proposals: Iterable[Widths | Sequence[int]], reward_floor: float | None = None) -> None:
+        """Have several workers score side by side what `score` will probably be asked for next.
+
+        Nothing is recorded or counted before `score` asks: what a search finds does not depend on what is scored
+        ahead, and thus not on the number of workers. With one worker this does nothing, and draws no proposal.
+
+        Args:
+            proposals: widths (G,) each, in the order in which they will be asked for; as many new ones are taken as
+                there are workers.
+            reward_floor: the one that `score` will be given; where it is another one then, plans that this one gave
+                up are scored again.
+        """
+
+        def asked() -> Iterator[tuple[Key, float | None]]:
+            for key in map(_key, proposals):
+                if reward_floor is None:
+                    yield key, None
+                else:
+                    yield key, accuracy_needed(self._reward, reward_floor, self.costs(key))
+
+        self._accuracies.ahead(asked())
+
+    def known(self, widths: Widths | Sequence[int]) -> bool:
+        """Whether these widths were scored on the present weights."""
+        return _key(widths) in self._accuracies.known
+
+    def rewards(self) -> dict[Key, float]:
+        """Rewards by widths of all that was scored on the present weights, in its order; what was given up is not."""
+        known = self._accuracies.known
+        if not known:
+            return {}
+        rows = np.array(list(known), dtype=np.int64)
+        costs = {budget.name: np.asarray(budget.predict(rows), dtype=np.float64) for budget in self.budgets}
+        return {
+            widths: float(self._reward(accuracy, {name: float(of[i]) for name, of in costs.items()}))
+            for i, (widths, accuracy) in enumerate(known.items())
+        }
+
+    def costs(self, widths: Widths | Sequence[int]) -> dict[str, float]:
+        """The predicted cost of each budget by name, in its own unit, for widths (G,)."""
+        row = np.asarray(widths, dtype=np.int64)[None]
+        return {budget.name: float(np.asarray(budget.predict(row))[0]) for budget in self.budgets}
+
+    def plan(self, widths: Widths | Sequence[int]) -> ChannelPlan:
+        """The plan of these widths, by the importance of the weights as they are now."""
+        if self._ranking is None:
+            self._ranking = self.space.rank(self.importance, self.importance_data)
+        return self.space.plan([int(width) for width in widths], importance=self._ranking)
+
+    def saliency(self) -> tuple[NDArray[np.float64], ...]:
+        """What each channel of each group is worth on the present weights, (width,) a group.
+
+        First-order Taylor scores where there is data for them; else L1 norms, which say less about other
+        groups.
+        """
+        method = "l1" if self.importance_data is None else "taylor"
+        ranking = self.space.rank(method, self.importance_data)
+        return tuple(np.asarray(scores, dtype=np.float64) for scores in ranking.scores)
+
+    def weights_moved(self) -> None:
+        """Forget accuracies and rankings: the model's weights are others now. Tell the evaluator as well."""
+        self._accuracies.forget()
+        self._ranking = None
+
+    def state(self) -> dict[str, Any]:
+        """What was evaluated on the present weights, as plain values."""
+        return {
+            "known": [[list(widths), accuracy] for widths, accuracy in self._accuracies.known.items()],
+            "evaluations": self.evaluations,
+            "evaluation_seconds": self.evaluation_seconds,
+            "functions": {
+                budget.name: [[list(widths), value] for widths, value in budget.known.items()]
+                for budget in self.budgets
+                if isinstance(budget, FunctionBudget)
+            },
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` returned; the weights must be those of that moment."""
+        self.weights_moved()
+        self._accuracies.known.update({_key(widths): float(accuracy) for widths, accuracy in state["known"]})
+        # A noisy function would otherwise give other values than those that the search went by.
+        for budget in self.budgets:
+            if isinstance(budget, FunctionBudget):
+                values = state.get("functions", {}).get(budget.name, [])
+                budget.known.update({tuple(widths): float(value) for widths, value in values})
+        self.evaluations = int(state["evaluations"])
+        self.evaluation_seconds = float(state["evaluation_seconds"])
+
+    def _observation(self) -> Observation:
+        last = min(self._step, len(self.bounds.dense) - 1)
+        seen = self._observe(last, self._widths, self._previous)
+        return np.concatenate([seen, self.context]).astype(np.float32)
+
+
+def _key(widths: Widths | Sequence[int]) -> Key:
+    return tuple(int(width) for width in widths)

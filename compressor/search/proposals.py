@@ -1,0 +1,140 @@
+"""Widths at the budget, without an agent: uniform ones, random ones, and those near given ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.budgets.function import FunctionBudget
+from compressor.core.errors import CompressorError
+
+if TYPE_CHECKING:
+    from compressor.search.bounds import LegalWidths, Widths
+    from compressor.search.environment import Observation, PruningEnv
+    from compressor.search.episodes import Policy
+
+_SCANS = (65, 16, 16, 16)
+"""Factors in each scan; together they resolve the factor to some millionths."""
+
+_DEAR_SCANS = (9, 5)
+"""The same where each price is a call of a user's function: 14 calls, which resolve the factor to a thirtieth."""
+
+
+_HALVINGS = 14
+
+
+def scaled_widths(env: PruningEnv, shape: NDArray[np.float64]) -> Widths:
+    """The widest legal network whose kept ratios are proportional to `shape` and that keeps all budgets.
+
+    Args:
+        shape: (G,), above 0; ratios above 1 are dense.
+
+    Returns:
+        (G,) legal widths; the cheapest ones known where no factor keeps the budgets.
+    """
+    widths = _scaled(env, shape)
+    return env.bounds.cheapest.copy() if widths is None else widths
+
+
+def uniform_widths(env: PruningEnv) -> Widths:
+    """The same ratio for every group, as large as the budgets allow, each width rounded to a legal one.
+
+    Raises:
+        CompressorError: no single ratio keeps the budgets, though other widths do.
+    """
+    widths = _scaled(env, np.ones(len(env.bounds.dense)))
+    if widths is None:
+        raise CompressorError(
+            "No single ratio for all groups keeps the budgets, though other widths do.",
+            "Choose another agent.",
+        )
+    return widths
+
+
+def uniform_or_cheapest(env: PruningEnv) -> Widths:
+    """`uniform_widths`; where costs jump so that no single ratio keeps the budgets, the cheapest widths known."""
+    return scaled_widths(env, np.ones(len(env.bounds.dense)))
+
+
+def _scaled(env: PruningEnv, shape: NDArray[np.float64]) -> Widths | None:
+    """By scanning the factors ever finer, many in one prediction: of those that keep the budgets, the largest seen."""
+    low, high = 0.0, float(1.0 / shape.min())
+    best: Widths | None = None
+    dear = any(isinstance(budget, FunctionBudget) for budget in env.budgets)
+    for number in _DEAR_SCANS if dear else _SCANS:
+        factors = np.linspace(low, high, number)
+        wanted = np.clip(factors[:, None] * shape, 0.0, 1.0) * env.bounds.dense
+        candidates = env.bounds.round(wanted)
+        kept = np.flatnonzero(env.bounds.feasible(candidates))
+        if not len(kept):
+            break
+        largest = int(kept[-1])
+        best = candidates[largest]
+        if largest == number - 1:
+            break
+        low, high = float(factors[largest]), float(factors[largest + 1])
+    return best
+
+
+def near_widths(
+    env: PruningEnv, widths: Widths, generator: np.random.Generator, spread: float, share: float
+) -> Widths:
+    """Random widths near given ones, scaled to the budgets.
+
+    Args:
+        spread: standard deviation of the change's logarithm; 0.3 changes a ratio by about a third.
+        share: share of the groups that change, before scaling changes all.
+    """
+    change = spread * generator.standard_normal(len(widths)) * (generator.random(len(widths)) < share)
+    return scaled_widths(env, widths / env.bounds.dense * np.exp(change))
+
+
+def near_rows(
+    env: PruningEnv, widths: Widths, generator: np.random.Generator, spread: float, number: int
+) -> Widths:
+    """Many random plans near given widths (G,), each scaled to the budgets by halving; (N, G), N at most `number`.
+
+    Args:
+        spread: as `near_widths` takes it; half of it to one and a half, and any share of the groups.
+    """
+    size = (number, len(widths))
+    change = generator.standard_normal(size) * (
+        generator.random(size) < generator.uniform(0.1, 1.0, (number, 1))
+    )
+    shapes = widths / env.bounds.dense * np.exp(change * spread * generator.uniform(0.5, 1.5, (number, 1)))
+    found = np.tile(env.bounds.cheapest, (number, 1))
+    low, high = np.zeros(number), 1.0 / shapes.min(axis=1)
+    for _ in range(_HALVINGS):
+        factors = (low + high) / 2
+        rows = env.bounds.round(np.clip(factors[:, None] * shapes, 0.0, 1.0) * env.bounds.dense)
+        kept = env.bounds.feasible(rows)
+        found[kept] = rows[kept]
+        low, high = np.where(kept, factors, low), np.where(kept, high, factors)
+    return np.unique(found, axis=0)
+
+
+def random_widths(env: PruningEnv, generator: np.random.Generator) -> Widths:
+    """Random widths at the budget: uniform ones, changed by a random amount that itself is random."""
+    return near_widths(env, env.bounds.dense, generator, spread=float(generator.uniform(0.1, 0.8)), share=1.0)
+
+
+def follow(widths: Widths) -> Policy:
+    """The policy that asks for these widths (G,) in one episode; the bounds may move them."""
+    wanted = iter(np.asarray(widths).tolist())
+
+    def policy(observation: Observation, legal: LegalWidths) -> float:
+        return 1.0 - float(next(wanted)) / legal.dense
+
+    return policy
+
+
+def followed(env: PruningEnv, widths: Widths) -> Widths:
+    """The widths that an episode of `follow(widths)` ends with, without playing it."""
+    found = env.bounds.dense.copy()
+    for step, wanted in enumerate(np.asarray(widths).tolist()):
+        legal = env.bounds.legal(step, found)
+        ratio = float(np.float32(1.0 - float(wanted) / legal.dense))  # actions are float32
+        found[step] = legal.width(legal.clip(ratio))
+    return found

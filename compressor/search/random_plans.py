@@ -1,0 +1,69 @@
+"""Random search: the yardstick for what an agent learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compressor.core import progress
+from compressor.search.base import Agent, SearchResult
+from compressor.search.best import best_of_round, carried_over
+from compressor.search.proposals import followed, random_widths, uniform_or_cheapest
+
+if TYPE_CHECKING:
+    from compressor.search.bounds import Widths
+    from compressor.search.search_run import SearchRun
+
+
+@dataclass(frozen=True)
+class RandomSettings:
+    """Attributes:
+    evaluations: plans that are drawn, unless the limits ask for others.
+    """
+
+    evaluations: int = 50
+
+
+class RandomAgent(Agent):
+    """Scores random plans at the budget and keeps the best; the uniform plan is the first of them.
+
+    With budgets that have changed it begins with the best plan so far, scaled to them.
+
+    A plan is the uniform one with every ratio changed at random, scaled to the budget and passed through the
+    same bounds as the actions of agents that learn. Each plan has a generator of its own, so that a resumed
+    search draws the same ones.
+    """
+
+    name = "random"
+    Settings = RandomSettings
+
+    def _search(self, run: SearchRun) -> SearchResult:
+        env = run.env
+        phase = f"random{run.place.round or ''}"
+        total = run.limits.planned(self.settings.evaluations)
+        if run.place.round:
+            total = max(5, total // 5)  # a tightened budget is near the last one
+        draws = 4 * total if run.limits.use_all else total  # what is known already costs nothing
+        with progress.bar("Scoring random plans", total=total) as bar:
+            bar.advance(run.evaluations)
+            for step in run.remaining(phase, draws):
+                before = run.evaluations
+                if run.spent() or before >= total:
+                    break
+                env.ahead(self._plan(run, each) for each in range(step, draws))
+                scored = run.score(self._plan(run, step), phase)
+                run.place.steps[phase] = step + 1
+                if (step + 1) % 10 == 0:
+                    run.save()
+                bar.advance(run.evaluations - before, note=f"{scored.accuracy:.1%}")
+        best = best_of_round(run)
+        return run.choose([self._plan(run, 0).tolist() if best is None else best.widths])
+
+    def _plan(self, run: SearchRun, step: int) -> Widths:
+        """The widths of a step, from a generator of its own; the first are uniform, or the best of earlier rounds."""
+        if step == 0:
+            return next(carried_over(run)) if run.place.round else uniform_or_cheapest(run.env)
+        drawn = random_widths(run.env, np.random.default_rng([self.seed, run.place.round, step]))
+        return followed(run.env, drawn)

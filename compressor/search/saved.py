@@ -1,0 +1,115 @@
+"""What a search's checkpoint holds besides the agent's own: its place, and what it must fit to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.core.errors import CompressorError
+
+if TYPE_CHECKING:
+    from compressor.search.base import Agent
+    from compressor.search.environment import PruningEnv
+
+FORMAT = 4
+"""Version of the checkpoint's content; another one is refused."""
+
+
+@dataclass
+class Place:
+    """Where a search stands; all of it goes into the checkpoint.
+
+    Attributes:
+        steps: how many steps of each phase are done.
+        epoch: epochs of training so far.
+        round: 0, and one more each time that the search goes on with tightened budgets.
+        evaluations_before: evaluations of earlier rounds.
+        training_seconds, seconds: of the time before the last save.
+        chosen: widths of the result, once there is one.
+        kept: its plan as JSON, where the agent chose the channels as well.
+        training: what each epoch of training was, as the manifest has it.
+        learned: by part of the method, what it has learned; see `SearchResult`.
+    """
+
+    steps: dict[str, int] = field(default_factory=dict)
+    epoch: int = 0
+    round: int = 0
+    evaluations_before: int = 0
+    training_seconds: float = 0.0
+    seconds: float = 0.0
+    chosen: list[int] | None = None
+    kept: str | None = None
+    training: list[dict[str, Any]] = field(default_factory=list)
+    learned: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def check(state: Mapping[str, Any], path: Path, agent: Agent, env: PruningEnv) -> None:
+    """Refuse a checkpoint's content that another search wrote.
+
+    Raises:
+        CompressorError: it is of another agent, space or version, or of a search with other training.
+    """
+    where = f"The search's state in {path}"
+    mend = f"Delete {path} to search anew, or go on with what it was written by."
+    if state.get("format") != FORMAT:
+        raise CompressorError(f"{where} has format {state.get('format')!r}, expected {FORMAT}.", mend)
+    if state["agent"] != agent.name:
+        raise CompressorError(f"{where} is of the agent {state['agent']}, not of {agent.name}.", mend)
+    if state["space"] != space_fingerprint(env):
+        raise CompressorError(f"{where} is of another pruning space, with other groups or widths.", mend)
+    if (state["trainer"] is None) != (agent.trainer is None):
+        found, given = ("without", "with") if state["trainer"] is None else ("with", "without")
+        raise CompressorError(f"{where} is of a search {found} training, not {given}.", mend)
+
+
+def budgets_told(env: PruningEnv, chosen: Sequence[int] | None) -> dict[str, list[float]]:
+    """What tells budgets apart: the target, and predictions that a corrected latency table changes."""
+    rows = np.stack([env.bounds.dense, env.bounds.cheapest if chosen is None else np.array(chosen)])
+    return {
+        budget.name: [float(budget.target), *np.asarray(budget.predict(rows), dtype=np.float64).tolist()]
+        for budget in env.budgets
+    }
+
+
+def alike(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> bool:
+    """Whether two answers of `budgets_told` are of the same budgets."""
+    return ours.keys() == theirs.keys() and all(
+        np.allclose(ours[name], theirs[name], rtol=1e-9) for name in ours
+    )
+
+
+def check_unfinished(
+    ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]], path: Path
+) -> None:
+    """Refuse to go on within other budgets with a search without a result; the budgets as `budgets_told` gives them.
+
+    Raises:
+        CompressorError: the targets are others.
+    """
+    before, now = ({name: told[0] for name, told in each.items()} for each in (ours, theirs))
+    if before.keys() == now.keys() and all(np.isclose(before[name], now[name], rtol=1e-9) for name in now):
+        return
+    said = [
+        ", ".join(f"{name} <= {target:g}" for name, target in each.items()) or "no budget"
+        for each in (before, now)
+    ]
+    raise CompressorError(
+        f"The search's state in {path} is of one that had not ended, within {said[0]}, not within {said[1]}.",
+        "End it within those budgets first, or delete that file to search anew.",
+    )
+
+
+def space_fingerprint(env: PruningEnv) -> str:
+    """A checksum of the groups and their legal widths: where it agrees, widths mean the same."""
+    choices = env.bounds.choices
+    described = [
+        [group.name, int(group.width), len(legal), int(legal[0])]
+        for group, legal in zip(env.space.groups, choices, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()

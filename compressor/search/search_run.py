@@ -1,0 +1,311 @@
+"""What every search keeps while it runs: its place, candidates, time, and the file that it resumes from."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.core import progress
+from compressor.core.errors import CompressorError
+from compressor.pruning.plan import ChannelPlan
+from compressor.search import saved
+from compressor.search.base import Agent, Candidate, Limits, SearchResult
+from compressor.search.best import carried_over, merit
+from compressor.search.bounds import Widths
+from compressor.search.curves import Curves
+from compressor.search.environment import PruningEnv, Score
+from compressor.search.episodes import Episode, Policy, Transition
+from compressor.search.saved import Place
+from compressor.search.shortlist import score_shortlists
+
+if TYPE_CHECKING:
+    from compressor.core.records import Checkpoint, EpisodeLog
+    from compressor.search.evaluate import Evaluator
+
+
+class SearchRun:
+    """One search of one agent, from its first line to its result.
+
+    The agent acts through this: `train_epoch`, `episode`, `score`, `choose`; and calls `done` at the end of each step
+    of a phase, which saves. What it must remember itself, `own` returns; `restored` holds what that was when a
+    checkpoint was found, else None.
+
+    Raises:
+        CompressorError: the checkpoint is of another agent, space or version.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        env: PruningEnv,
+        evaluator: Evaluator,
+        limits: Limits,
+        log: EpisodeLog,
+        checkpoint: Checkpoint,
+    ) -> None:
+        self.agent, self.env, self.evaluator, self.limits = agent, env, evaluator, limits
+        self._log, self._checkpoint = log, checkpoint
+        self.own: Callable[[], dict[str, Any]] = dict
+        self.restored: dict[str, Any] | None = None
+        self.place = Place()
+        self.candidates: list[Candidate] = []
+        self._started = time.perf_counter()
+        state = checkpoint.load()
+        if state is not None:
+            saved.check(state, checkpoint.path, agent, env)
+            self._restore(state)
+        log.truncate(0 if state is None else int(state["episodes"]))
+        self.curves = Curves(agent.curves)  # not before a state that is refused
+        if state is None and self.env.state()["functions"]:
+            self.save()  # for `keep_function_values`
+
+    def remaining(self, phase: str, total: int) -> Iterator[int]:
+        """The steps of a phase that are not done yet."""
+        yield from range(self.place.steps.get(phase, 0), total)
+
+    def done(self, phase: str) -> None:
+        """A step of a phase is done: save everything, so that a resume starts behind it."""
+        self.place.steps[phase] = self.place.steps.get(phase, 0) + 1
+        self.save()
+
+    @property
+    def evaluations(self) -> int:
+        """Candidates scored in this round of the search."""
+        return self.env.evaluations - self.place.evaluations_before
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the search, that before a resume included."""
+        return self.place.seconds + time.perf_counter() - self._started
+
+    def spent(self, reserve: int = 0) -> bool:
+        """Whether a limit is reached, with `reserve` evaluations put by for later."""
+        most = self.limits.max_evaluations
+        return self.late or (most is not None and self.evaluations + reserve >= most)
+
+    @property
+    def late(self) -> bool:
+        """Whether the time limit is reached: nothing is begun any more."""
+        most = self.limits.max_seconds
+        return most is not None and self.seconds >= most
+
+    def train_epoch(self, phase: str) -> None:
+        """Train the weights for one epoch, if the agent has a trainer; scores so far are of the past then."""
+        trainer = self.agent.trainer
+        if trainer is None:
+            return
+        started = time.perf_counter()
+        stats = trainer.run_epoch()
+        self.place.training_seconds += time.perf_counter() - started
+        self.place.epoch += 1
+        self.place.training.append(
+            {
+                "phase": phase,
+                "epoch": self.place.epoch,
+                "loss": stats.loss,
+                "accuracy": stats.accuracy,
+                "regulariser": stats.regulariser,
+                "seconds": round(stats.seconds, 3),
+            }
+        )
+        self._forget()
+        self.curves.add(
+            self.place.epoch,
+            {
+                f"training/loss_{phase}": stats.loss,
+                "training/accuracy": stats.accuracy,
+                "training/regulariser": stats.regulariser,
+            },
+        )
+
+    def train(self, phase: str, epochs: int, label: str) -> None:
+        """Train for `epochs` in all, saving after each; fewer where the time is up."""
+        if self.agent.trainer is None or self.place.steps.get(phase, 0) >= epochs:
+            return
+        with progress.bar(label, total=epochs) as bar:
+            bar.advance(self.place.steps.get(phase, 0))
+            for _ in self.remaining(phase, epochs):
+                if self.late:
+                    return
+                self.train_epoch(phase)
+                self.done(phase)
+                bar.advance()
+
+    def episode(self, policy: Policy, phase: str) -> Episode:
+        """Walk through all groups by `policy`, score the plan and log it."""
+        transitions: list[Transition] = []
+        observation, _ = self.env.reset()
+        last = False
+        while not last:
+            action = np.array([policy(observation, self.env.legal)], dtype=np.float32)
+            following, reward, last, _, info = self.env.step(action)
+            clipped, asked = float(info["action"]), float(np.clip(action[0], 0.0, 1.0))
+            transitions.append(Transition(observation, clipped, following, reward, last, asked))
+            observation = following
+        return Episode(tuple(transitions), self._record(info["score"], phase))
+
+    def score(self, widths: Widths | Sequence[int], phase: str, floor: float | None = None) -> Candidate:
+        """Score a plan of these widths (G,) and log it; given up where it cannot earn `floor`."""
+        return self._record(self.env.score(widths, reward_floor=floor), phase)
+
+    def score_by(self, widths: Widths | Sequence[int], measure: Callable[[], float], phase: str) -> Candidate:
+        """Score a candidate of these widths (G,) in a way of the agent's, and log it; see `PruningEnv.score_by`."""
+        return self._record(self.env.score_by(widths, measure), phase)
+
+    def choose(
+        self,
+        shortlist: Iterable[Sequence[int]],
+        more: Iterable[Iterable[Sequence[int]]] = (),
+        *,
+        score_all: bool = True,
+        plans: Mapping[tuple[int, ...], ChannelPlan] | None = None,
+        measure: Callable[[ChannelPlan], float] | None = None,
+    ) -> SearchResult:
+        """Score the feasible ones of a shortlist on the weights as they are now; the best is the result.
+
+        The first feasible one is scored whatever the limits say, so that there is a result; with `score_all` off, it
+        is the result. In a later round the best result of the earlier ones follows the shortlist. Only the best
+        matters here: one that cannot beat the best so far is given up.
+
+        Args:
+            shortlist: widths (G,) each; none is asked for any more once a limit is reached.
+            more: further ones of the same, each begun when all before it are scored.
+            score_all: whether more than the first is scored.
+            plans: by widths, the channels to keep where these are not the most important ones.
+            measure: accuracy of a plan, where it is not the evaluator's; what is known is then scored again.
+
+        Raises:
+            CompressorError: none keeps the budgets.
+        """
+        own = {**self._kept(), **(plans or {})}
+        carried = (widths.tolist() for widths in carried_over(self))
+        lists = itertools.chain([itertools.chain(shortlist, carried)], more)
+        scored = score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
+        if not scored:
+            raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")
+        self.place.chosen = list(max(scored, key=merit).widths)
+        chosen = own.get(tuple(self.place.chosen))
+        self.place.kept = None if chosen is None else chosen.to_json()
+        self.save()
+        return self._result(self.place.chosen)
+
+    def _kept(self) -> dict[tuple[int, ...], ChannelPlan]:
+        """By its widths, the last round's result where its agent chose the channels as well."""
+        if self.place.kept is None:
+            return {}
+        plan = ChannelPlan.from_json(self.place.kept)
+        return {tuple(plan.widths[group.name] for group in self.env.space.groups): plan}
+
+    def result(self) -> SearchResult | None:
+        """The result if the search has ended, else None."""
+        return None if self.place.chosen is None else self._result(self.place.chosen)
+
+    def _result(self, widths: Sequence[int]) -> SearchResult:
+        chosen = tuple(widths)
+        best = next(candidate for candidate in reversed(self.candidates) if candidate.widths == chosen)
+        total = self.seconds
+        training, evaluation = self.place.training_seconds, self.env.evaluation_seconds
+        self.curves.close()
+        return SearchResult(
+            best=self.env.plan(chosen) if self.place.kept is None else ChannelPlan.from_json(self.place.kept),
+            widths={group.name: width for group, width in zip(self.env.space.groups, chosen, strict=True)},
+            reward=best.reward,
+            accuracy=best.accuracy,
+            candidates=tuple(self.candidates),
+            evaluations=self.evaluations,
+            seconds=total,
+            training=tuple(self.place.training),
+            learned={name: dict(numbers) for name, numbers in self.place.learned.items()},
+            timing={
+                "evaluation": evaluation,
+                "training": training,
+                "agent": max(0.0, total - training - evaluation),
+                "total": total,
+            },
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        trainer = self.agent.trainer
+        self.place.seconds, self._started = self.seconds, time.perf_counter()
+        self._checkpoint.save(
+            {
+                "format": saved.FORMAT,
+                "agent": self.agent.name,
+                "space": saved.space_fingerprint(self.env),
+                "budgets": saved.budgets_told(self.env, self.place.chosen),
+                "episodes": len(self._log),
+                "place": vars(self.place).copy(),
+                "candidates": [candidate.to_plain() for candidate in self.candidates],
+                "env": self.env.state(),
+                "trainer": None if trainer is None else trainer.state(),
+                "own": self.own(),
+            }
+        )
+
+    def keep_function_values(self) -> None:
+        """Add to the last checkpoint what functions as budgets have said since, each a slow call; the rest stays."""
+        functions = self.env.state()["functions"]
+        if functions:
+            with suppress(CompressorError):  # such as a full disk: it must not hide what ended the search
+                state = self._checkpoint.load()
+                if state is not None:
+                    state["env"]["functions"] = functions
+                    self._checkpoint.save(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.place = Place(**state["place"])
+        self.candidates = [Candidate.from_plain(plain) for plain in state["candidates"]]
+        if self.agent.trainer is not None:
+            self.agent.trainer.restore(state["trainer"])
+        self._forget()
+        self.env.restore(state["env"])
+        self.restored = state["own"] or None  # saved before the method began, as in the warm-up: nothing yet
+        told = saved.budgets_told(self.env, self.place.chosen)
+        if self.place.chosen is None:
+            saved.check_unfinished(state["budgets"], told, self._checkpoint.path)
+        elif not saved.alike(state["budgets"], told):
+            self.place.chosen = None
+            self.place.round += 1
+            self.place.evaluations_before = self.env.evaluations
+            self.place.steps.pop("again", None)
+
+    def _forget(self) -> None:
+        self.evaluator.weights_moved()
+        self.env.weights_moved()
+
+    def _record(self, score: Score, phase: str) -> Candidate:
+        candidate = Candidate(
+            score.widths,
+            score.accuracy,
+            score.reward,
+            dict(score.costs),
+            phase,
+            self.place.epoch,
+            self.place.round,
+            score.given_up,
+        )
+        self.candidates.append(candidate)
+        self.curves.add(
+            len(self.candidates), {"search/reward": score.reward, "search/accuracy": score.accuracy}
+        )
+        self._log.append(
+            {
+                "episode": len(self._log),
+                "epoch": self.place.epoch,
+                "phase": phase,
+                "round": self.place.round,
+                "widths": list(score.widths),
+                "costs": dict(score.costs),
+                "reward": score.reward,
+                "accuracy": score.accuracy,
+                "seconds": round(score.seconds, 4),
+                **({"given_up": True} if score.given_up else {}),
+            }
+        )
+        return candidate

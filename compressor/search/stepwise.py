@@ -1,0 +1,343 @@
+"""A reward after every group, and a Q-network that learns from it (PuRL, arXiv 2007.04756)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.core import progress
+from compressor.core.errors import CompressorError
+from compressor.search.allocation import Allocator
+from compressor.search.base import Agent, SearchResult
+from compressor.search.best import best_of_round, carried_over, merit
+from compressor.search.dueling import DoubleDqn
+from compressor.search.near import NearBest
+from compressor.search.observation import FEATURES
+from compressor.search.proposals import uniform_or_cheapest
+from compressor.search.published import Published
+from compressor.search.values import POWERS, Sensitivity, saliency_values
+
+if TYPE_CHECKING:
+    from compressor.search.base import Candidate
+    from compressor.search.bounds import Widths
+    from compressor.search.search_run import SearchRun
+
+ALPHAS = np.round(np.arange(0.0, 2.21, 0.1), 1)
+"""The paper's actions: prune what lies below so many standard deviations of the layer's weights."""
+
+
+Choice = Callable[[int, NDArray[np.float32]], tuple[int, float]]
+"""From the number of a group and the state to an action, and the ratio to remove."""
+
+
+@dataclass(frozen=True)
+class StepwiseSettings:
+    """Attributes:
+    episodes: unless the limits ask for others, turns near the best included; the paper needs about 55. Each costs
+        up to one evaluation a group, and one near the best that is played as well up to two.
+    again_episodes: episodes after a budget was tightened.
+    beta: scale of the rewards.
+    hidden: width of the two hidden layers.
+    rate, gamma, tau, batch, replay: learning rate, discount, share that goes into the target network at each
+        update, transitions in an update, transitions kept.
+    updates_per_step: updates for each group decided.
+    epsilon: share of random actions at the end; it falls from 1 over the first two thirds of the episodes.
+    actions: "shares", as many evenly spaced shares of a group's channels as there are thresholds; or "alpha", the
+        paper's thresholds: norms of filters lie close together, so that most of these remove none or all.
+    warm_start: whether the episodes begin with the knapsack's plan, and each group is measured for it where the limits
+        leave room for an episode after that; the replay gets the nearest actions.
+    near_share: share of the turns that vary the best plan so far instead of asking the network: as many plans as an
+        episode has evaluations, each scored once, when it is whole.
+    near_spread: standard deviation of their change to the logarithm of ratios.
+    proposals: plans that are drawn for each of these: a model of the reward, learned from all plans scored, picks it
+        (`search/reward_model.py`). 1 leaves it to chance.
+    rewards: "dense", after every group; or "terminal", the same number once, after the last one, for comparison: one
+        evaluation an episode, and the accuracy in the state stays the dense one's.
+    """
+
+    episodes: int = 55
+    again_episodes: int = 2
+    beta: float = 5.0
+    hidden: int = 300
+    rate: float = 1e-3
+    gamma: float = 0.99
+    tau: float = 0.01
+    batch: int = 64
+    replay: int = 10_000
+    updates_per_step: int = 1
+    epsilon: float = 0.05
+    actions: Literal["shares", "alpha"] = "shares"
+    warm_start: bool = True
+    near_share: float = 0.75
+    near_spread: float = 0.3
+    proposals: int = 256
+    rewards: Literal["dense", "terminal"] = "dense"
+
+    def __post_init__(self) -> None:
+        if self.rewards not in ("dense", "terminal"):
+            raise CompressorError(f"The setting rewards is {self.rewards!r}, expected 'dense' or 'terminal'.")
+        if self.actions not in ("shares", "alpha"):
+            raise CompressorError(f"The setting actions is {self.actions!r}, expected 'shares' or 'alpha'.")
+        if not 0 <= self.near_share <= 1:
+            raise CompressorError(f"The setting near_share is {self.near_share}, expected 0 to 1.")
+        if self.proposals < 1:
+            raise CompressorError(f"The setting proposals is {self.proposals}, expected 1 or more.")
+
+
+PUBLISHED = (
+    Published("what is removed", "", "single weights", here="whole channels"),
+    Published(
+        "actions",
+        "actions",
+        "alpha",
+        why="norms of filters lie close together: most of the published thresholds remove none of them or all",
+    ),
+    Published("reward after every group", "rewards", "dense", named=True),
+    Published("scale of the rewards", "beta", 5.0),
+    Published("episodes", "episodes", 55),
+    Published(
+        "groups measured before the first episode",
+        "warm_start",
+        False,
+        why="the first episode is a good plan",
+    ),
+    Published(
+        "turns near the best plan",
+        "near_share",
+        0.0,
+        why="an episode costs one evaluation a group, and a whole plan near the best costs one",
+    ),
+)
+"""The method as arXiv 2007.04756 has it; the source leaves network, replay and rates open."""
+
+
+class StepwiseAgent(Agent):
+    """Chooses a share for each group, and is told after each what became of accuracy and cost.
+
+    Reward after a group: -beta * (max(1 - A / T_A, 0) + max(1 - P / T_P, 0)), with A the accuracy of the network so
+    far and T_A the dense one's, P the share of the cost removed so far and T_P that which the tightest budget asks for.
+    The environment's bounds keep the budgets. The thresholds of the original remove single weights; with the setting
+    `actions: alpha` a threshold stands for the share of a group's filters whose norm lies below it, never below the
+    minimum width. A filter counts by the root of its mean squared weight; for weights around 0, a layer's standard
+    deviation is the quadratic mean of these.
+    """
+
+    name = "stepwise"
+    source = "arXiv 2007.04756"
+    published = PUBLISHED
+    Settings = StepwiseSettings
+
+    def unread_settings(self) -> dict[str, str]:
+        names = ("near_spread", "proposals")
+        return {} if self.settings.near_share else dict.fromkeys(names, "near_share is 0")
+
+    def _search(self, run: SearchRun) -> SearchResult:
+        search = _StepwiseSearch(run, self.settings)
+        search.measure_groups()
+        total = search.episodes()
+        phase = f"stepwise{run.place.round or ''}"
+        cost = search.evaluations_an_episode + 1  # the dense network's comes with the first
+        # Episodes over plans that are known cost less: where all evaluations are to be used, more of them follow.
+        most = 10 * total if run.limits.use_all and not run.place.round else total
+        with progress.bar("Playing episodes", total=total) as bar:
+            bar.advance(run.place.steps.get(phase, 0))
+            for episode in run.remaining(phase, most):
+                if run.spent(reserve=2 * cost if episode else cost):  # one is put by for the network's own
+                    break
+                search.turn(episode, total, phase)
+                run.done(phase)
+                bar.advance(note=f"{run.candidates[-1].accuracy:.1%}" if run.candidates else "")
+        if run.limits.use_all and not run.place.round:
+            search.play_out(phase)
+        best = best_of_round(run)
+        first = search.beginning() if best is None else best.widths
+        return run.choose([list(first), uniform_or_cheapest(run.env).tolist()])
+
+
+class _StepwiseSearch:
+    def __init__(self, run: SearchRun, settings: StepwiseSettings) -> None:
+        self.run, self.env, self.settings = run, run.env, settings
+        bounds = run.env.bounds
+        self._ratios = self._alphas() if settings.actions == "alpha" else self._shares()
+        self._allocator = Allocator(run.env)
+        self._sensitivity = Sensitivity(run, self._allocator.levels)
+        self._dense_share = bounds.shares(bounds.dense[None])[:, 0]
+        self._asks = (
+            self._dense_share > 1.0
+        )  # the other budgets are kept from the start, and can only be left
+        self._dqn = DoubleDqn(
+            len(FEATURES) + run.env.context_size + 2 + len(bounds.dense),
+            len(ALPHAS),
+            hidden=settings.hidden,
+            rate=settings.rate,
+            gamma=settings.gamma,
+            tau=settings.tau,
+            capacity=settings.replay,
+            seed=run.agent.seed,
+        )
+        self._near = NearBest(run, settings.near_spread, settings.proposals)
+        run.own = lambda: {
+            "dqn": self._dqn.state(),
+            "losses": self._sensitivity.losses,
+            "near": self._near.state(),
+        }
+        if run.restored is not None:
+            self._dqn.restore(run.restored["dqn"])
+            self._near.restore(run.restored["near"])
+            self._sensitivity.losses = list(run.restored["losses"])
+
+    def _alphas(self) -> list[NDArray[np.float64]]:
+        """For each group the share of its filters below each threshold."""
+        return [
+            np.array([float((values < alpha * np.sqrt((values**2).mean())).mean()) for alpha in ALPHAS])
+            for values in self.env.space.rank("l2").scores
+        ]
+
+    def _shares(self) -> list[NDArray[np.float64]]:
+        """For each group shares from none to all but the least width."""
+        bounds = self.env.bounds
+        return [
+            np.linspace(0.0, 1.0 - float(choices[0]) / float(dense), len(ALPHAS))
+            for choices, dense in zip(bounds.choices, bounds.dense, strict=True)
+        ]
+
+    def measure_groups(self) -> None:
+        """For the warm start, measure what pruning each group alone costs, where an episode can follow."""
+        most, groups = self.run.limits.max_evaluations, len(self.env.bounds.dense)
+        enough = most is None or most >= 2 * groups + self.evaluations_an_episode + 3
+        if self.settings.warm_start and enough and not self.run.place.round:
+            self._sensitivity.measure()
+
+    def episodes(self) -> int:
+        """Episodes of this round, as many as the limits have room for."""
+        if self.run.place.round:
+            return int(self.settings.again_episodes)
+        most = self.run.limits.max_evaluations
+        if most is None:
+            return int(self.settings.episodes)
+        room = max(1, (most - 2 - sum(map(len, self._sensitivity.losses))) // self.evaluations_an_episode)
+        return room if self.run.limits.use_all else min(room, int(self.settings.episodes))
+
+    @property
+    def evaluations_an_episode(self) -> int:
+        """The most that an episode can take."""
+        return len(self.env.bounds.dense) if self.settings.rewards == "dense" else 1
+
+    def beginning(self) -> Widths:
+        """What the episodes begin with: in a later round the best plan known, scaled to the budgets as they are then;
+        else the knapsack's, or the uniform one without a warm start, or without the time to solve for another."""
+        if self.run.place.round:
+            return next(carried_over(self.run))
+        if not self.settings.warm_start or self.run.late:
+            return uniform_or_cheapest(self.env)
+        if self._sensitivity.complete:
+            return self._allocator.solve(self._sensitivity.values())
+        return self._allocator.solve(saliency_values(self.env.saliency(), self._allocator.levels, POWERS[0]))
+
+    def turn(self, episode: int, total: int, phase: str) -> None:
+        """The beginning, then episodes of the network's and turns that vary the best plan so far; the last of those
+        planned follows the network without chance."""
+        generator = np.random.default_rng([self.run.agent.seed, self.run.place.round, episode])
+        best = best_of_round(self.run)
+        if episode == 0 and (self.settings.warm_start or self.run.place.round):
+            self._play(self._following(self.beginning()), phase)
+        elif episode == total - 1:
+            self._play(self._learned(0.0), phase)
+        elif best is not None and generator.random() < self.settings.near_share:
+            self._vary()
+            self._teach(best, phase)
+        else:
+            self._play(self._learned(self._epsilon(episode, total)), phase)
+
+    def play_out(self, phase: str) -> None:
+        """With what is left: an episode that follows the network without chance, then plans near the best."""
+        if not self.run.spent(reserve=self.evaluations_an_episode + 1) and "last" not in self.run.place.steps:
+            self._play(self._learned(0.0), phase)
+            self.run.done("last")
+        for _ in self.run.remaining("out", 4 if self.settings.near_share else 0):
+            if self.run.spent(reserve=1):
+                return
+            self._vary()
+            self.run.done("out")
+
+    def _vary(self) -> None:
+        """Score plans near the best, each once, when it is whole: as many as an episode has evaluations."""
+        for _ in range(self.evaluations_an_episode):
+            best = best_of_round(self.run)
+            if best is None or self.run.spent(reserve=1):
+                return
+            self._near.score(np.array(best.widths, dtype=np.int64))
+
+    def _teach(self, before: Candidate, phase: str) -> None:
+        """Play the best plan as an episode where it is better than before, so that the network learns from it."""
+        best = best_of_round(self.run)
+        if best is None or merit(best) <= merit(before):
+            return
+        if not self.run.spent(reserve=self.evaluations_an_episode + 1):
+            self._play(self._following(np.array(best.widths, dtype=np.int64)), phase)
+
+    def _learned(self, epsilon: float) -> Choice:
+        def choice(step: int, state: NDArray[np.float32]) -> tuple[int, float]:
+            action = self._dqn.act(state, epsilon)
+            return action, float(self._ratios[step][action])
+
+        return choice
+
+    def _following(self, widths: Widths) -> Choice:
+        """These widths (G,), and the nearest actions."""
+        ratios = 1.0 - widths / self.env.bounds.dense
+
+        def choice(step: int, state: NDArray[np.float32]) -> tuple[int, float]:
+            return int(np.abs(self._ratios[step] - ratios[step]).argmin()), float(ratios[step])
+
+        return choice
+
+    def _epsilon(self, episode: int, total: int) -> float:
+        """Share of random actions in an episode."""
+        if self.run.place.round:
+            return self.settings.epsilon
+        return max(float(self.settings.epsilon), 1.0 - episode / max(1.0, 2 / 3 * total))
+
+    def _play(self, choice: Choice, phase: str) -> None:
+        """One episode: a group and its reward, and so on; then the updates. Given up where the time is up."""
+        env, groups = self.env, len(self.env.bounds.dense)
+        dense = env.score(env.bounds.dense).accuracy
+        widths, past = env.bounds.dense.copy(), np.zeros(groups)
+        observation, _ = env.reset()
+        state = self._state(observation, 1.0, self._progress(widths), past)
+        for step in range(groups):
+            if step and self.run.late:
+                return
+            action, ratio = choice(step, state)
+            observation, _, last, _, info = env.step(np.array([ratio], dtype=np.float32))
+            widths[step], past[step] = info["width"], info["action"]
+            told = last or self.settings.rewards == "dense"
+            accuracy = dense
+            if told:
+                accuracy = self.run.score(widths, phase).accuracy if last else env.score(widths).accuracy
+            reached = self._progress(widths)
+            kept = accuracy / max(dense, 1e-9)
+            missing = max(1 - reached, 0.0)
+            reward = -self.settings.beta * (max(1 - kept, 0.0) + missing) if told else 0.0
+            following = self._state(observation, kept, reached, past)
+            self._dqn.remember(state, action, reward, following, last)
+            state = following
+        loss = self._dqn.learn(self.settings.updates_per_step * groups, self.settings.batch)
+        self.run.curves.add(len(self.run.candidates), {"agent/q_loss": loss})
+
+    def _progress(self, widths: Widths) -> float:
+        """P / T_P of the tightest budget, from -1 to 2; 1 is reached. A budget that the dense network keeps asks for
+        nothing: it is reached, less what exceeds it."""
+        shares, dense, asks = self.env.bounds.shares(widths[None])[:, 0], self._dense_share, self._asks
+        reached = 1.0 - np.maximum(shares - 1.0, 0.0)
+        reached[asks] = (1.0 - shares[asks] / dense[asks]) / (1.0 - 1.0 / dense[asks])
+        return float(np.clip(reached.min(initial=1.0), -1.0, 2.0))
+
+    def _state(
+        self, observation: NDArray[np.float32], kept: float, reached: float, past: NDArray[Any]
+    ) -> NDArray[np.float32]:
+        return np.concatenate([observation, [kept, reached], past]).astype(np.float32)

@@ -1,0 +1,77 @@
+"""What a recipe asks of a search that cannot act in it: idle parts of the method, and settings that nothing reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from compressor.recipe.schema import FINETUNE_RATE, SEARCH_RATES
+from compressor.search.base import IDLE
+from compressor.search.joint.settings import ENVIRONMENT_MODEL
+from compressor.search.schedule import JOINT_EPOCHS_TO_LEARN, epochs_until
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
+    from compressor.search.base import Agent, SearchResult
+
+_JOINT_FIELDS = ("align", "align_weight", "context_size")
+
+
+def without_effect(agent: Agent, recipe: Recipe) -> Iterator[str]:
+    """A sentence for each: parts of the method that are on and idle, and settings without effect."""
+    if idle := agent.idle():
+        parts = "; ".join(f"the {part} ({reason})" for part, reason in idle.items())
+        yield f"Idle in this search, though on: {parts}.{_more_epochs(agent, recipe)}"
+    unread = list(_unread(agent, recipe))
+    if unread:
+        yield f"Without effect here: {'; '.join(f'{name} ({reason})' for name, reason in unread)}."
+
+
+def never_acted(agent: Agent, result: SearchResult) -> Iterator[str]:
+    """A sentence where a part had what it needs, and a limit ended the search before it could act."""
+    foreseen = agent.idle()
+    for part, effect in agent.effects(result).items():
+        if effect.startswith(IDLE) and part not in foreseen:
+            yield f"The {part} was {effect}. A limit of the search (max_evaluations, max_seconds) came first."
+
+
+def _more_epochs(agent: Agent, recipe: Recipe) -> str:
+    """How many epochs the environment model would need, where too few are what keeps it idle."""
+    if ENVIRONMENT_MODEL not in agent.idle() or not agent.settings.joint_training:
+        return ""
+    share = float(recipe.search.epochs_share or 0)
+    if agent.settings.proposer != "learned" or agent.schedule.joint >= JOINT_EPOCHS_TO_LEARN:
+        return ""
+    epochs = epochs_until(JOINT_EPOCHS_TO_LEARN, share, pretrained=recipe.pretrained)
+    if epochs is None:
+        return (
+            f" The environment model needs {JOINT_EPOCHS_TO_LEARN} joint epochs: give the search a share of the epochs "
+            "(--set search.epochs_share=0.5)."
+        )
+    return (
+        f" The environment model needs {JOINT_EPOCHS_TO_LEARN} joint epochs: with {share:.3g} of the epochs for the "
+        f"search, --epochs {epochs} or more."
+    )
+
+
+def _unread(agent: Agent, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Fields that differ from their defaults and that this search does not read, with the reason."""
+    if not agent.trains_jointly:
+        fields = type(recipe.search).model_fields
+        for name in _JOINT_FIELDS:
+            if getattr(recipe.search, name) != fields[name].default:
+                yield f"search.{name}", f"only the joint agent reads it, and this one is {agent.name}"
+    elif recipe.search.align != "tensor" and not recipe.search.align_weight:
+        yield "search.align", "search.align_weight is 0"
+    rates = recipe.training
+    if rates.one_schedule:
+        if rates.finetune_learning_rate not in (None, FINETUNE_RATE):
+            yield "training.finetune_learning_rate", "training.one_schedule has learning_rate for both"
+    elif not agent.schedule.total and rates.learning_rate not in (None, SEARCH_RATES[recipe.pretrained]):
+        reason = "the search trains no epochs; fine-tuning has training.finetune_learning_rate"
+        yield "training.learning_rate", reason
+    reasons = agent.unread_settings()
+    for field in dataclasses.fields(agent.settings):
+        if field.name in reasons and getattr(agent.settings, field.name) != field.default:
+            yield f"search.settings.{field.name}", reasons[field.name]

@@ -1,0 +1,246 @@
+"""Several processes that score candidates side by side; one that dies is replaced."""
+
+from __future__ import annotations
+
+import queue
+import tempfile
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.core.child import Child, ChildDied, ChildLate, Failed
+from compressor.core.errors import CompressorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor.pruning.plan import ChannelPlan
+
+ATTEMPTS = 3
+"""Workers that one candidate may end before the search gives up."""
+
+
+class WorkerLost(Exception):
+    """A worker ended or hung; the text says how."""
+
+
+class Worker(ABC):
+    """One process that scores, wherever it runs; `version` is that of the weights it has."""
+
+    version: int
+
+    @abstractmethod
+    def reweigh(self, weights: Any, channels_last: bool) -> None:
+        """Give it other weights."""
+
+    @abstractmethod
+    def score(self, plan: str, floor: float | None) -> float:
+        """Accuracy of a plan (JSON); raises WorkerLost where there is no answer."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it."""
+
+
+class Site(ABC):
+    """Where workers run: gives them tensors once, and starts them.
+
+    Attributes:
+        number: workers at a time.
+    """
+
+    number: int
+
+    @abstractmethod
+    def publish(self, name: str, tensors: Mapping[str, Tensor]) -> Any:
+        """Put tensors where every worker can read them; what replaces those of the same name."""
+
+    @abstractmethod
+    def start(self, index: int, plain: Mapping[str, Any], weights: Any, images: Any) -> Worker:
+        """Start a worker; raises WorkerLost where it does not come up."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End all workers, and start no more."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Remove what was published; the workers have ended."""
+
+
+class Workers:
+    """Scores plans on a site's workers; the same weights reach each worker once.
+
+    Args:
+        site: where they run.
+        plain: what `Scorer` takes.
+        images: of both splits.
+    """
+
+    def __init__(self, site: Site, plain: Mapping[str, Any], images: Mapping[str, Tensor]) -> None:
+        self.number = site.number
+        self._site, self._plain = site, dict(plain)
+        self._images = site.publish("images", images)
+        self._weights: Any = None
+        self._version = 0
+        self._closed = False
+        self._places: queue.SimpleQueue[tuple[int, Worker | None]] = queue.SimpleQueue()
+        for index in range(site.number):
+            self._places.put((index, None))
+        self._threads = ThreadPoolExecutor(site.number, thread_name_prefix="scoring")
+
+    def reweigh(self, tensors: Mapping[str, Tensor], channels_last: bool) -> None:
+        """Score with these weights from now on; each worker takes them with its next candidate."""
+        self._version += 1
+        self._plain["channels_last"] = channels_last
+        self._weights = self._site.publish(f"weights-{self._version}", tensors)
+
+    def score(
+        self, plans: Sequence[ChannelPlan], floors: Sequence[float | None] | None = None
+    ) -> list[float]:
+        """Accuracy of each plan, in their order, given up below its floor where there is one.
+
+        Raises:
+            CompressorError: a candidate ended `ATTEMPTS` workers, or cannot be scored.
+        """
+        asked = zip(plans, floors or [None] * len(plans), strict=True)
+        waiting = [self._threads.submit(self._one, plan, floor) for plan, floor in asked]
+        try:
+            return [each.result() for each in waiting]
+        except BaseException:
+            for each in waiting:
+                each.cancel()
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End all workers; what they were scoring is given up."""
+        if self._closed:
+            return
+        self._closed = True
+        self._site.stop()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._site.close()
+
+    def _one(self, plan: ChannelPlan, floor: float | None) -> float:
+        index, worker = self._places.get()
+        try:
+            for attempt in range(ATTEMPTS):
+                if self._closed:
+                    raise CompressorError("The search was stopped.")
+                try:
+                    if worker is None:
+                        worker = self._site.start(index, self._plain, self._weights, self._images)
+                        worker.version = self._version
+                    if worker.version != self._version:
+                        worker.reweigh(self._weights, self._plain["channels_last"])
+                        worker.version = self._version
+                    return worker.score(plan.to_json(), floor)
+                except WorkerLost as lost:
+                    if worker is not None:
+                        worker.close()
+                    worker, end = None, str(lost)
+                    if attempt == ATTEMPTS - 1 and not self._closed:
+                        raise CompressorError(
+                            f"A candidate of widths {list(plan.widths.values())} ended {ATTEMPTS} workers, one after "
+                            f"another: the last was {end}.",
+                            "Where memory ran out, go on with fewer workers: compress --resume RUN --workers 1",
+                        ) from None
+            raise CompressorError("The search was stopped.")
+        finally:
+            self._places.put((index, worker))
+
+
+class LocalWorker(Worker):
+    """A child process of this one."""
+
+    def __init__(self, threads: int, seconds: float) -> None:
+        self._child = Child("compressor.search.scorer", threads)
+        self._seconds = seconds
+        self.version = 0
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def begin(self, plain: Mapping[str, Any], weights: str, images: str) -> None:
+        self._ask({"do": "begin", "plain": dict(plain), "weights": weights, "images": images})
+
+    def reweigh(self, weights: str, channels_last: bool) -> None:
+        self._ask({"do": "weights", "weights": weights, "channels_last": channels_last})
+
+    def score(self, plan: str, floor: float | None) -> float:
+        return float(self._ask({"do": "score", "plan": plan, "floor": floor}))
+
+    def close(self) -> None:
+        self._child.close()
+
+    def _ask(self, request: Mapping[str, Any]) -> Any:
+        try:
+            return self._child.ask(request, self._seconds)
+        except ChildDied as died:
+            raise WorkerLost(str(died)) from None
+        except ChildLate:
+            raise WorkerLost(f"stopped, as it had not answered within {self._seconds:g} s") from None
+        except Failed as failed:
+            raise CompressorError(f"A worker failed: {failed}.", "Try it with --workers 1.") from None
+
+
+class ThisMachine(Site):
+    """Processes on this machine; tensors lie in files that they map into memory.
+
+    Args:
+        number: of processes.
+        threads: of each.
+        seconds: how long a candidate may take.
+        devices: "cpu", or the accelerators that the processes share out.
+    """
+
+    def __init__(self, number: int, threads: int, seconds: float, devices: Sequence[str] = ("cpu",)) -> None:
+        self.number = number
+        self._threads, self._seconds, self._devices = threads, seconds, devices
+        self._folder = tempfile.TemporaryDirectory(prefix="compressor-workers-")
+        self._started: weakref.WeakSet[LocalWorker] = weakref.WeakSet()
+        self._stopped = False
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that run."""
+        return [worker.pid for worker in list(self._started)]
+
+    def publish(self, name: str, tensors: Mapping[str, Tensor]) -> str:
+        from safetensors.torch import save_file
+
+        path = Path(self._folder.name) / f"{name}.safetensors"
+        for old in path.parent.glob(f"{name.partition('-')[0]}*.safetensors"):
+            old.unlink()  # a worker that has mapped it keeps it until it is done
+        save_file(dict(tensors), path)
+        return str(path)
+
+    def start(self, index: int, plain: Mapping[str, Any], weights: str, images: str) -> LocalWorker:
+        if self._stopped:
+            raise WorkerLost("not started: the search was stopped")
+        worker = LocalWorker(self._threads, self._seconds)
+        self._started.add(worker)
+        if self._stopped:  # meanwhile: `stop` may not have seen it
+            worker.close()
+            raise WorkerLost("ended: the search was stopped")
+        device = self._devices[index % len(self._devices)]
+        placed = {**plain, "evaluator": {**plain["evaluator"], "device": device}}
+        try:
+            worker.begin(placed, weights, images)
+        except BaseException:
+            worker.close()
+            raise
+        return worker
+
+    def stop(self) -> None:
+        self._stopped = True
+        for worker in list(self._started):
+            worker.close()
+
+    def close(self) -> None:
+        self._folder.cleanup()
