@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
+from compressor.pruning import rules as rules  # registers them
 from compressor.pruning.attention import swap_name
 from compressor.pruning.facts import MEETS_FIXED, Facts, Key, Settings, example_tensors, moved
 from compressor.pruning.groups import Resolved, resolve

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.pruning.atoms import Atoms, Axes, Labels
-from compressor.pruning.liveness import Traffic
+from compressor.pruning.traffic import Traffic
 
 #: Which call of an operation: the module that made it (numbers in its path left out, and its class) and the
 #: call's place in that module's forward pass. Blocks that differ in their number only share a key, so that a

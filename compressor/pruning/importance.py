@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,14 +14,32 @@ from torch import Tensor, nn
 from compressor.core.errors import CompressorError
 from compressor.pruning.groups import Group
 from compressor.pruning.skeleton import copy_structure, named_tensors
-
-if TYPE_CHECKING:
-    from compressor.pruning.space import PruningSpace
+from compressor.pruning.slicer import Slicer
 
 Scores = NDArray[np.float64]
 UserFunction = Callable[[Group, Mapping[str, Tensor]], Any]
 Importance = str | UserFunction
 METHODS = ("l1", "l2", "bn", "taylor", "fpgm", "random")
+
+
+class Ranked(Protocol):
+    """What is known of a network whose channels are scored; a `PruningSpace` is one."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """Its groups, in order."""
+
+    @property
+    def slicer(self) -> Slicer:
+        """Which axes of which tensors hold which group's channels."""
+
+    @property
+    def makers(self) -> Sequence[Sequence[tuple[str, int]]]:
+        """For each group the tensors that make its channels, with the axis."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class Ranking:
         return tuple(sorted(self.order[group][:width].tolist()))
 
 
-def rank(space: PruningSpace, importance: Importance, data: Any = None, seed: int = 0) -> Ranking:
+def rank(space: Ranked, importance: Importance, data: Any = None, seed: int = 0) -> Ranking:
     """Score every unit of every group on the weights of the moment.
 
     Methods; the first four are sums over the layers of a group, each layer scaled to mean 1 so that none outweighs
@@ -94,7 +112,7 @@ def _from_user(function: UserFunction, group: Group, tensors: Mapping[str, Tenso
     return np.asarray(values, dtype=np.float64)
 
 
-def _by_unit(space: PruningSpace, group: Group, name: str, axis: int, line: Tensor) -> Scores:
+def _by_unit(space: Ranked, group: Group, name: str, axis: int, line: Tensor) -> Scores:
     """Sum values along an axis of a tensor into the units of a group."""
     layout = space.slicer.layouts[dict(space.slicer.axes[name])[axis]]
     here = layout.group == group.index
@@ -103,7 +121,7 @@ def _by_unit(space: PruningSpace, group: Group, name: str, axis: int, line: Tens
     return np.asarray(summed, dtype=np.float64)
 
 
-def _magnitude(space: PruningSpace, group: Group, method: str, tensors: Mapping[str, Tensor]) -> Scores:
+def _magnitude(space: Ranked, group: Group, method: str, tensors: Mapping[str, Tensor]) -> Scores:
     total = np.zeros(group.width)
     if method == "bn":
         for name, axes in space.slicer.axes.items():
@@ -134,7 +152,7 @@ def _scaled(values: Scores) -> Scores:
     return values / mean if mean > 0 else values
 
 
-def _runs_through(space: PruningSpace, group: Group, layout: int) -> bool:
+def _runs_through(space: Ranked, group: Group, layout: int) -> bool:
     return bool((space.slicer.layouts[layout].group == group.index).any())
 
 
@@ -145,7 +163,7 @@ def _is_norm_scale(model: nn.Module, name: str) -> bool:
     )
 
 
-def _taylor(space: PruningSpace, data: Any) -> list[Scores]:
+def _taylor(space: Ranked, data: Any) -> list[Scores]:
     if data is None:
         raise CompressorError(
             "Taylor importance needs data.",

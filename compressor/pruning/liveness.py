@@ -7,62 +7,16 @@ into a tensor that nothing reads afterwards, as runtimes do; a view lies in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.pruning.atoms import Labels
 from compressor.pruning.counts import Affine
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from compressor.pruning.atoms import Labels
-    from compressor.pruning.groups import Resolved
-    from compressor.pruning.trace import Tracer
-
-VIEWS = """
-    reshape expand broadcast permute transpose turned movedim unsqueeze squeeze split unbind select narrow getitem
-"""
-_VIEWS = frozenset(VIEWS.split())
-_IN_PLACE = frozenset(("elementwise", "batch_norm", "prelu"))
+from compressor.pruning.groups import Resolved
+from compressor.pruning.traffic import Traffic
 
 Size = tuple[int, tuple[Affine, ...]]
 """Elements of a tensor: a constant times channel counts."""
-
-
-@dataclass
-class Traffic:
-    """The activations that a forward pass makes and reads, step by step.
-
-    Attributes:
-        sizes: of each piece of memory, its axes as constants or labels.
-        steps: pieces that are read, pieces that are written, and whether the step works element by element.
-    """
-
-    sizes: list[list[int | Labels]] = field(default_factory=list)
-    steps: list[tuple[list[int], list[int], bool]] = field(default_factory=list)
-    _of: dict[int, int] = field(default_factory=dict)
-
-    def record(self, tracer: Tracer, rule: str, inputs: Iterable[Tensor], results: Iterable[Tensor]) -> None:
-        """Add a step, by the name of its rule; tensors that do not stem from the network's input are left out."""
-        reads = [self._piece(tracer, tensor) for tensor in inputs if tracer.active(tensor)]
-        writes = []
-        for tensor in results:
-            if tracer.active(tensor):
-                if rule in _VIEWS and reads:
-                    self._of.setdefault(id(tensor), reads[0])
-                writes.append(self._piece(tracer, tensor))
-        self.steps.append((reads, writes, rule in _IN_PLACE))
-
-    def _piece(self, tracer: Tracer, tensor: Tensor) -> int:
-        # The tracer holds every tensor that it has marked, so that an id stays its own.
-        if id(tensor) not in self._of:
-            self._of[id(tensor)] = len(self.sizes)
-            self.sizes.append(tracer.sizes(tensor))
-        return self._of[id(tensor)]
 
 
 class Activations:

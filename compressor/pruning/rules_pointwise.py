@@ -7,14 +7,41 @@ from torch import Tensor
 from compressor.pruning.atoms import Labels
 from compressor.pruning.facts import Call
 from compressor.pruning.provenance import Attribute
+from compressor.pruning.registry import rule
 from compressor.pruning.rules_shape import even, fix_all
 from compressor.pruning.trace import Tracer
 
+ELEMENTWISE = """
+    relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu celu selu mish softplus softsign
+    rrelu logsigmoid tanhshrink softshrink hardshrink threshold dropout dropout1d dropout2d dropout3d alpha_dropout
+    feature_alpha_dropout feature_dropout clamp clamp_min clamp_max clip abs absolute neg negative exp exp2 expm1 log
+    log2 log10 log1p sqrt rsqrt reciprocal square pow float_power add sub subtract mul multiply div divide true_divide
+    truediv floordiv floor_divide rsub rdiv rtruediv rpow remainder fmod mod maximum minimum fmax fmin where lerp
+    addcmul addcdiv to type float half bfloat16 double int long bool byte contiguous clone detach type_as masked_fill
+    round floor ceil trunc frac erf erfc sign sin cos tan atan atan2 sinh cosh asin acos heaviside eq ne lt le gt ge
+    less greater logical_and logical_or logical_not logical_xor and or xor invert isnan isinf isfinite nan_to_num fill
+    zero zeros_like ones_like empty_like full_like rand_like randn_like bernoulli normal uniform softmax log_softmax
+    softmin normalize cumsum cumprod cpu cuda requires_grad requires_grad_ copysign get:data get:real hypot xlogy
+    logit positive pos iadd isub imul itruediv idiv ipow radd rmul copy gumbel_softmax logaddexp sinc sgn
+"""
+SPATIAL = """
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d lp_pool1d lp_pool2d max_pool2d_with_indices boolean_dispatch adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample upsample_nearest upsample_bilinear fn grid_sample
+    grid_sampler
+"""
+CREATING = """
+    new_zeros new_ones new_empty new_full new_tensor zeros ones empty full arange linspace rand randn randint tensor
+    as_tensor meshgrid tril_indices triu_indices randperm logspace scalar_tensor one_hot affine_grid
+"""
 
+
+@rule(CREATING, "setitem")
 def nothing(tracer: Tracer, call: Call) -> None:
     """New tensors carry no channels."""
 
 
+@rule("eye")
 def eye(tracer: Tracer, call: Call) -> None:
     """The unit matrix of an attribute's size, such as the kernel of an identity branch: both axes shrink alike."""
     if len(call.args) == 1 and isinstance(call.args[0], Attribute):
@@ -23,11 +50,13 @@ def eye(tracer: Tracer, call: Call) -> None:
             tracer.mark(call.out, (labels, labels), False)
 
 
+@rule("*")
 def unknown(tracer: Tracer, call: Call) -> None:
     """An operation without a rule: harmless where no channels go in, else they all stay as they are."""
     fix_all(tracer, call, f"the operation '{call.name}' is not known to keep channels apart")
 
 
+@rule(ELEMENTWISE)
 def elementwise(tracer: Tracer, call: Call) -> None:
     """Tensors meet index by index, with broadcasting."""
     tensors = [t for t in call.tensors if t.dim()]
@@ -49,6 +78,7 @@ def elementwise(tracer: Tracer, call: Call) -> None:
         tracer.mark(out, made, bool(live))
 
 
+@rule(SPATIAL)
 def spatial(tracer: Tracer, call: Call) -> None:
     """Pooling and resizing keep batch and channels and change space only."""
     source: Tensor = call.args[0]
@@ -81,6 +111,7 @@ def _spatial_rank(call: Call, out: Tensor) -> int:
     return max(out.dim() - 2, 0)
 
 
+@rule("prelu")
 def prelu(tracer: Tracer, call: Call) -> None:
     source, weight = call.arg(0, "input"), call.arg(1, "weight")
     axes = list(tracer.axes(source))
@@ -90,6 +121,7 @@ def prelu(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, axes, tracer.active(source))
 
 
+@rule("batch_norm instance_norm")
 def batch_norm(tracer: Tracer, call: Call) -> None:
     """batch_norm and instance_norm: every vector among the arguments goes with axis 1."""
     source: Tensor = call.arg(0, "input")
@@ -108,6 +140,7 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
         tracer.count(call.name, each, *tracer.sizes(source))
 
 
+@rule("layer_norm rms_norm")
 def layer_norm(tracer: Tracer, call: Call) -> None:
     """layer_norm and rms_norm over the last axes; `normalized_shape` follows the kept channels."""
     source: Tensor = call.arg(0, "input")
@@ -127,6 +160,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
         tracer.count(call.name, 5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(source))
 
 
+@rule("group_norm")
 def group_norm(tracer: Tracer, call: Call) -> None:
     """group_norm: every group keeps as many channels; one channel a group loses whole groups."""
     source: Tensor = call.arg(0, "input")

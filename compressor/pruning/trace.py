@@ -1,7 +1,7 @@
 """One forward pass that labels every axis of every tensor with the channels it carries.
 
 `Tracer` is a torch function mode: it sees each call of the public torch API with its tensors, lets it run (on the
-meta device, where nothing is computed), and asks the rule of that operation (`rules`) what the call says about the
+meta device, where nothing is computed), and asks the rule of that operation (`registry`) what the call says about the
 atoms of the axes. Unlike a graph taken from autograd this keeps the exact index of every channel through
 concatenation, splitting, reshaping and shuffling, and it sees operations as fvcore counts them.
 """
@@ -20,6 +20,7 @@ from compressor.pruning.atoms import Atoms, Axes, Labels
 from compressor.pruning.facts import MEETS_FIXED, Call, Counted, Facts, Frame, Settings, Step, Tie, tensors_in
 from compressor.pruning.provenance import Attribute, remember
 from compressor.pruning.quick import shape_only
+from compressor.pruning.registry import rule_of, works_in_place
 
 _DATA_DEPENDENT = frozenset(
     {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"}
@@ -184,8 +185,6 @@ class Tracer(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        from compressor.pruning.rules import rule_of, works_in_place
-
         kwargs = kwargs or {}
         if not args and "input" in kwargs:
             kwargs = dict(kwargs)
