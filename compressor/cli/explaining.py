@@ -173,9 +173,9 @@ def _device(recipe: Recipe, table: LatencyTable | None) -> tuple[Any, int, int]:
     Raises:
         CompressorError: the run is for this machine, or nothing is known of its device's peaks.
     """
-    from compressor.latency.devices import shipped_table
     from compressor.latency.machine import estimated_machine
     from compressor.latency.roofline import ELEMENT_BYTES
+    from compressor.latency.table import shipped_table
 
     if recipe.device == "local":
         raise CompressorError(

@@ -26,7 +26,7 @@ def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
         CompressorError, ExportError: the device has no plain name, the folder is taken, the network cannot be exported.
     """
     from compressor.latency.carry import refuse_taken, write_table_bundle
-    from compressor.latency.user_tables import check_name
+    from compressor.latency.table import check_name
     from compressor.run.device import device_precision
 
     if recipe.device.startswith("ssh:"):
@@ -59,7 +59,8 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
         CompressorError, ExportError: something is missing or damaged, or does not belong together.
     """
     from compressor.latency.carried import table_of_results
-    from compressor.latency.user_tables import check_name, keep
+    from compressor.latency.table import check_name
+    from compressor.latency.user_tables import keep
 
     if device is not None:
         check_name(device)
@@ -73,7 +74,7 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
 def profile_remote(recipe: Recipe) -> Iterator[str]:
     """Measure a device over ssh, or say what is known of it where nothing has changed there."""
     from compressor.latency.over_ssh import ssh_table
-    from compressor.latency.user_tables import check_name
+    from compressor.latency.table import check_name
     from compressor.run.device import device_precision
 
     check_name(recipe.device)

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressor.core.errors import CompressorError
-from compressor.core.progress import say
 from compressor.latency.schema import BLOCKS
-from compressor.latency.signature import network_signature
 from compressor.latency.surface import ALIGNMENT
-from compressor.latency.table import LatencyTable
-from compressor.latency.user_tables import check_name, find_user_table, user_tables
-from compressor.recipe import shipped
+from compressor.latency.table import LOCAL, LatencyTable, shipped_tables, user_tables
 from export.here import ORT_CUDA
 
 if TYPE_CHECKING:
     from compressor.pruning.groups import Group
-    from compressor.pruning.space import PruningSpace
 
-LOCAL = "local"
 TENSORRT = "tensorrt"
 
 
@@ -60,7 +51,7 @@ def devices() -> list[KnownDevice]:
     found = [
         KnownDevice(LOCAL, f"onnxruntime-cpu {version}", ("fp32",), "measured here when it is asked for")
     ]
-    for name, path in _table_files().items():
+    for name, path in shipped_tables().items():
         table = LatencyTable.read(path)
         fields = table.fields
         runtime = f"{fields.runtime.name} {fields.runtime.version}".strip()
@@ -75,77 +66,6 @@ def devices() -> list[KnownDevice]:
         how = f"measured by you on {tables[-1].fields.date}, {count}"
         found.append(KnownDevice(name, runtime, precisions, how))
     return found
-
-
-def check_known(device: str) -> None:
-    """Refuse a device that has no table and cannot be reached for one.
-
-    Raises:
-        CompressorError: with the nearest names, or what is wrong with the address.
-    """
-    if device.startswith("ssh:"):
-        return check_name(device)
-    files = _table_files()
-    if device == LOCAL or device in files:
-        return
-    own = {table.device for _, table in user_tables()}
-    if device in own:
-        return
-    near = difflib.get_close_matches(device, [LOCAL, *files, *own], n=3, cutoff=0.4)
-    hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise CompressorError(
-        f"There is no latency table for the device {device!r}.", f"{hint}See all: compress devices"
-    )
-
-
-def find_table(device: str, precision: str | None = None, space: PruningSpace | None = None) -> LatencyTable:
-    """The table of a device: the user's own where there is one, else the shipped one.
-
-    Args:
-        device: Its name.
-        precision: Which of the user's tables.
-        space: The network that it is for. A user's table that lacks its operators does not hide the shipped one; where
-            nothing is shipped it is given all the same, and says itself what it lacks.
-
-    Raises:
-        CompressorError: there is none (the nearest names are given), or its file is damaged.
-    """
-    if device == LOCAL:
-        raise CompressorError(
-            "The device 'local' has no shipped table: it is measured for each network.",
-            "Use local_table(space, input).",
-        )
-    check_known(device)
-    own, shipped_file = find_user_table(device, precision, space), _table_files().get(device)
-    if own is not None and space is not None and network_signature(space) not in own.fields.networks:
-        lacks = own.lacks(space)
-        if not lacks:
-            say(
-                f"This network was not measured on {device}: its latency is put together from operators of others."
-            )
-        elif shipped_file is not None:
-            say(
-                f"You have measured {device} with other networks only: {lacks} The shipped table is taken, so that "
-                f"this network is estimated. To measure it: compress profile --model MODEL --device {device} "
-                "--bundle DIR"
-            )
-            own = None
-    if own is not None:
-        if shipped_file is not None:
-            say(
-                f"The table of {device} that you measured on {own.fields.date} takes the shipped one's place."
-            )
-        return own
-    if shipped_file is not None:
-        return LatencyTable.read(shipped_file)
-    others = find_user_table(device)
-    made = f" It was measured in {others.precision}." if others is not None else ""
-    raise CompressorError(
-        f"There is no latency table of {device}{f' in {precision}' if precision else ''}.{made}",
-        f"Measure it: compress profile --model MODEL --device {device}"
-        + ("" if device.startswith("ssh:") else " --bundle DIR")
-        + (f" --precision {precision}" if precision else ""),
-    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -185,16 +105,6 @@ def recommended_steps(groups: Iterable[Group], runtime: str, precision: str) -> 
         return {group.name: step for group in groups}
     eighths = {group.name: max(1, group.width * group.unit // 8) for group in groups}
     return {name: min(step, max(ALIGNMENT, 2 ** int(math.log2(count)))) for name, count in eighths.items()}
-
-
-def shipped_table(device: str) -> LatencyTable | None:
-    """The table that comes with the toolkit for a device, whatever the user has measured of it."""
-    path = _table_files().get(device)
-    return LatencyTable.read(path) if path is not None else None
-
-
-def _table_files() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(shipped("latency_tables").glob("*.json"))}
 
 
 def _how(table: LatencyTable) -> str:

@@ -28,9 +28,9 @@ from compressor.latency.carried import RUNTIME, table_of_results
 from compressor.latency.carry import DENSE, Precision, target_of, write_table_bundle
 from compressor.latency.layout import signature
 from compressor.latency.ratio import Sitting, Sittings, burst_of
-from compressor.latency.table import LatencyTable
+from compressor.latency.table import LatencyTable, find_user_table
 from compressor.latency.turns import Timing
-from compressor.latency.user_tables import find_user_table, keep
+from compressor.latency.user_tables import keep
 from export.archive import CHECKSUMS, pack
 from export.errors import ExportError
 from export.remote import identify, place_of, run_remote

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,15 +14,23 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_text, write_atomic
+from compressor.core.progress import say
 from compressor.latency.correction import Correction
 from compressor.latency.curve import Floats, LatencyCurve
 from compressor.latency.schema import NetworkFields, TableFields, read_table
 from compressor.latency.signature import network_signature, signature_of, weight_elements
 from compressor.latency.surface import Surface, Surfaces, fit_surface
+from compressor.recipe import shipped
+from export.connection import parse_destination
+from export.errors import ExportError
 
 if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
+
+
+LOCAL = "local"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,60}", re.IGNORECASE)
 
 
 class LatencyTable:
@@ -58,8 +69,6 @@ class LatencyTable:
             CompressorError: no such device (the nearest names are given), or its table was not made for this
                 precision, batch or runtime.
         """
-        from compressor.latency.devices import find_table
-
         return find_table(device, precision, space).at(precision, batch=batch, runtime=runtime)
 
     @classmethod
@@ -290,3 +299,152 @@ class LatencyTable:
             if np.gcd(group.granularity, block) % np.gcd(measured, block):
                 return f"{group.name} has steps of {group.granularity}, measured were steps of {measured}"
         return ""
+
+
+# ---------------------------------------------------------------- where tables are found
+def check_known(device: str) -> None:
+    """Refuse a device that has no table and cannot be reached for one.
+
+    Raises:
+        CompressorError: with the nearest names, or what is wrong with the address.
+    """
+    if device.startswith("ssh:"):
+        return check_name(device)
+    files = shipped_tables()
+    if device == LOCAL or device in files:
+        return
+    own = {table.device for _, table in user_tables()}
+    if device in own:
+        return
+    near = difflib.get_close_matches(device, [LOCAL, *files, *own], n=3, cutoff=0.4)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise CompressorError(
+        f"There is no latency table for the device {device!r}.", f"{hint}See all: compress devices"
+    )
+
+
+def find_table(device: str, precision: str | None = None, space: PruningSpace | None = None) -> LatencyTable:
+    """The table of a device: the user's own where there is one, else the shipped one.
+
+    Args:
+        device: Its name.
+        precision: Which of the user's tables.
+        space: The network that it is for. A user's table that lacks its operators does not hide the shipped one; where
+            nothing is shipped it is given all the same, and says itself what it lacks.
+
+    Raises:
+        CompressorError: there is none (the nearest names are given), or its file is damaged.
+    """
+    if device == LOCAL:
+        raise CompressorError(
+            "The device 'local' has no shipped table: it is measured for each network.",
+            "Use local_table(space, input).",
+        )
+    check_known(device)
+    own, shipped_file = find_user_table(device, precision, space), shipped_tables().get(device)
+    if own is not None and space is not None and network_signature(space) not in own.fields.networks:
+        lacks = own.lacks(space)
+        if not lacks:
+            say(
+                f"This network was not measured on {device}: its latency is put together from operators of others."
+            )
+        elif shipped_file is not None:
+            say(
+                f"You have measured {device} with other networks only: {lacks} The shipped table is taken, so that "
+                f"this network is estimated. To measure it: compress profile --model MODEL --device {device} "
+                "--bundle DIR"
+            )
+            own = None
+    if own is not None:
+        if shipped_file is not None:
+            say(
+                f"The table of {device} that you measured on {own.fields.date} takes the shipped one's place."
+            )
+        return own
+    if shipped_file is not None:
+        return LatencyTable.read(shipped_file)
+    others = find_user_table(device)
+    made = f" It was measured in {others.precision}." if others is not None else ""
+    raise CompressorError(
+        f"There is no latency table of {device}{f' in {precision}' if precision else ''}.{made}",
+        f"Measure it: compress profile --model MODEL --device {device}"
+        + ("" if device.startswith("ssh:") else " --bundle DIR")
+        + (f" --precision {precision}" if precision else ""),
+    )
+
+
+def shipped_table(device: str) -> LatencyTable | None:
+    """The table that comes with the toolkit for a device, whatever the user has measured of it."""
+    path = shipped_tables().get(device)
+    return LatencyTable.read(path) if path is not None else None
+
+
+def shipped_tables() -> dict[str, Path]:
+    """By the device's name, the files of the tables that come with the toolkit."""
+    return {path.stem: path for path in sorted(shipped("latency_tables").glob("*.json"))}
+
+
+def tables_folder() -> Path:
+    """`$COMPRESSOR_CACHE/tables`, else the user's data folder."""
+    if os.environ.get("COMPRESSOR_CACHE"):
+        return Path(os.environ["COMPRESSOR_CACHE"]) / "tables"
+    from platformdirs import user_data_dir
+
+    return Path(user_data_dir("compressor")) / "tables"
+
+
+def check_name(device: str) -> None:
+    """Refuse what cannot be the name of a device that is measured elsewhere.
+
+    Raises:
+        CompressorError: it is no plain name, or stands for something else.
+    """
+    if device.startswith("ssh:"):
+        try:
+            parse_destination(device)
+        except ExportError as error:
+            raise CompressorError(error.message, error.hint) from None
+    elif not _NAME.fullmatch(device) or device == LOCAL:
+        raise CompressorError(
+            f"{device!r} cannot be the name of a device.",
+            "Use letters, digits, dots and dashes, and not 'local'.",
+        )
+
+
+def user_tables(device: str | None = None) -> list[tuple[Path, LatencyTable]]:
+    """The user's tables, those of one device or all, the newest file last; damaged files are said and left out."""
+    found = []
+    for path in sorted(_user_files(), key=lambda path: path.stat().st_mtime):
+        try:
+            table = LatencyTable.read(path)
+        except CompressorError as error:
+            say(f"{error.message} It is left out; delete it.")
+            continue
+        if device is None or table.device == device:
+            found.append((path, table))
+    return found
+
+
+def find_user_table(
+    device: str, precision: str | None = None, space: PruningSpace | None = None
+) -> LatencyTable | None:
+    """The user's table of a device; None where there is none.
+
+    Args:
+        device: Its name.
+        precision: That it must be for.
+        space: The network that it is for: one that has it comes first, then one that has its operators, then the
+            newest, which has neither.
+    """
+    fitting = [
+        table for _, table in user_tables(device) if precision is None or precision in table.precisions
+    ]
+    if space is not None:
+        network = network_signature(space)
+        measured = [table for table in fitting if network in table.fields.networks]
+        fitting = measured or [table for table in fitting if not table.lacks(space)] or fitting
+    return fitting[-1] if fitting else None
+
+
+def _user_files() -> Iterator[Path]:
+    yield from tables_folder().glob("*.json")

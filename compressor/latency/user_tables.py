@@ -1,95 +1,25 @@
-"""The user's own tables: measured on devices that are not here, kept beside the cache, found by `--device NAME`."""
+"""Keeping a table that was measured on a device that is not here, so that `--device NAME` finds it."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.core.errors import CompressorError
 from compressor.core.progress import say
-from compressor.latency.signature import network_signature
-from compressor.latency.table import LatencyTable
-from compressor.recipe import shipped
-from export.connection import parse_destination
-from export.errors import ExportError
+from compressor.latency.table import LatencyTable, check_name, shipped_table, tables_folder, user_tables
 
 if TYPE_CHECKING:
-    from compressor.pruning.space import PruningSpace
+    pass
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,60}", re.IGNORECASE)
-RESERVED = ("local",)
-
-
-def tables_folder() -> Path:
-    """`$COMPRESSOR_CACHE/tables`, else the user's data folder."""
-    if os.environ.get("COMPRESSOR_CACHE"):
-        return Path(os.environ["COMPRESSOR_CACHE"]) / "tables"
-    from platformdirs import user_data_dir
-
-    return Path(user_data_dir("compressor")) / "tables"
-
-
-def check_name(device: str) -> None:
-    """Refuse what cannot be the name of a device that is measured elsewhere.
-
-    Raises:
-        CompressorError: it is no plain name, or stands for something else.
-    """
-    if device.startswith("ssh:"):
-        try:
-            parse_destination(device)
-        except ExportError as error:
-            raise CompressorError(error.message, error.hint) from None
-    elif not _NAME.fullmatch(device) or device in RESERVED:
-        raise CompressorError(
-            f"{device!r} cannot be the name of a device.",
-            "Use letters, digits, dots and dashes, and not 'local'.",
-        )
 
 
 def table_file(table: LatencyTable) -> Path:
     """Where a table belongs: one file for each device, precision and network."""
     (network,) = table.fields.networks
     return tables_folder() / f"{_stem(table.device)}.{table.precision}.{network}.json"
-
-
-def user_tables(device: str | None = None) -> list[tuple[Path, LatencyTable]]:
-    """The user's tables, those of one device or all, the newest file last; damaged files are said and left out."""
-    found = []
-    for path in sorted(_files(), key=lambda path: path.stat().st_mtime):
-        try:
-            table = LatencyTable.read(path)
-        except CompressorError as error:
-            say(f"{error.message} It is left out; delete it.")
-            continue
-        if device is None or table.device == device:
-            found.append((path, table))
-    return found
-
-
-def find_user_table(
-    device: str, precision: str | None = None, space: PruningSpace | None = None
-) -> LatencyTable | None:
-    """The user's table of a device; None where there is none.
-
-    Args:
-        device: Its name.
-        precision: That it must be for.
-        space: The network that it is for: one that has it comes first, then one that has its operators, then the
-            newest, which has neither.
-    """
-    fitting = [
-        table for _, table in user_tables(device) if precision is None or precision in table.precisions
-    ]
-    if space is not None:
-        network = network_signature(space)
-        measured = [table for table in fitting if network in table.fields.networks]
-        fitting = measured or [table for table in fitting if not table.lacks(space)] or fitting
-    return fitting[-1] if fitting else None
 
 
 def keep(table: LatencyTable) -> Path:
@@ -139,10 +69,10 @@ def _require_same_device(table: LatencyTable, other: LatencyTable, path: Path) -
 
 def _require_not_another_module(table: LatencyTable) -> None:
     """A shipped name may be taken only by a measurement of that very module."""
-    path = shipped("latency_tables") / f"{table.device}.json"
-    if table.device.startswith("ssh:") or not path.is_file():
+    shipped = None if table.device.startswith("ssh:") else shipped_table(table.device)
+    if shipped is None:
         return
-    expected = LatencyTable.read(path).fields.device.compute_capability
+    expected = shipped.fields.device.compute_capability
     got = table.fields.device.compute_capability
     if got != expected:
         raise CompressorError(
@@ -163,5 +93,3 @@ def _stem(device: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', device)[:40]}-{digest}"
 
 
-def _files() -> Iterator[Path]:
-    yield from tables_folder().glob("*.json")

@@ -51,7 +51,7 @@ def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, 
 
 def check_device(recipe: Recipe) -> None:
     """Refuse a device that is not known, before anything is loaded for it."""
-    from compressor.latency.devices import check_known
+    from compressor.latency.table import check_known
     from export.here import gpu_backend
 
     if recipe.device != "local":

@@ -12,8 +12,7 @@ from torch import Tensor
 from compressor.core.errors import CompressorError
 from compressor.latency import carry, over_ssh
 from compressor.latency.over_ssh import measured_over_ssh, ssh_table
-from compressor.latency.table import LatencyTable
-from compressor.latency.user_tables import find_user_table
+from compressor.latency.table import LatencyTable, find_user_table
 from compressor.pruning.space import PruningSpace
 from export.errors import ExportError
 from export.files import sha256_bytes
@@ -186,7 +185,7 @@ def test_another_host_key(board: Board, space: PruningSpace, example: Tensor, tm
 
 
 def test_addresses_that_are_none(space: PruningSpace, example: Tensor) -> None:
-    from compressor.latency.devices import check_known
+    from compressor.latency.table import check_known
 
     for url in ("ssh://", "ssh://-oProxyCommand=x", "ssh:host", "ssh://a b"):
         with pytest.raises(CompressorError, match="is no address"):

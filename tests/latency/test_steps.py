@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.latency.calm import channel_block
-from compressor.latency.devices import find_table
 from compressor.latency.ort_profile import OrtCpu
 from compressor.latency.steps import find_step, measured_steps, refuse_table, scan
-from compressor.latency.table import LatencyTable
+from compressor.latency.table import LatencyTable, find_table
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.latency.carried import table_of_results
-from compressor.latency.devices import devices, find_table
-from compressor.latency.table import LatencyTable
-from compressor.latency.user_tables import keep, tables_folder
+from compressor.latency.devices import devices
+from compressor.latency.table import LatencyTable, find_table, tables_folder
+from compressor.latency.user_tables import keep
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
 from compressor.run.device import latency_table
