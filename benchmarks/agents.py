@@ -41,7 +41,7 @@ from compressor.recipe import Recipe
 from compressor.run.job import Job, prepare
 from compressor.run.surroundings import environment
 from compressor.run.trainers import trainer
-from compressor.search.base import Limits, SearchResult
+from compressor.search.candidate import Limits, SearchResult
 from compressor.search.evaluate import accuracy, reestimate_batch_norm
 from compressor.search.registry import AGENTS, create_agent
 from compressor.search.schedule import Schedule

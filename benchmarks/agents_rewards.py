@@ -24,7 +24,7 @@ from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.recipe import Recipe
 from compressor.run.job import prepare
 from compressor.run.surroundings import environment
-from compressor.search.base import Limits
+from compressor.search.candidate import Limits
 from compressor.search.registry import create_agent
 
 VARIANTS = ("dense", "terminal")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from compressor.budgets.base import Budget
     from compressor.pruning.plan import ChannelPlan
-    from compressor.search.base import SearchResult
+    from compressor.search.candidate import SearchResult
 
 PLAN = "search/plan.json"
 TABLE = "latency_table.json"
@@ -130,12 +130,11 @@ def _tell(run: RunDir, note: str) -> None:
 def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None, dict[str, Any] | None]:
     """What the agent found, the widths of uniform pruning within the same budgets, where a ratio keeps them, and how
     the search compares with the method's publication, where there is one."""
-    from compressor.search.base import Limits
+    from compressor.search.candidate import Limits
+    from compressor.search.method import method, never_acted, without_effect
     from compressor.search.proposals import uniform_widths
-    from compressor.search.published import method
     from compressor.search.registry import create_agent
     from compressor.search.schedule import share_epochs
-    from compressor.search.without_effect import never_acted, without_effect
     from compressor.training.align import Alignment
 
     recipe, settings = job.recipe, job.recipe.search

@@ -271,7 +271,7 @@ class Evaluator:
     def _started(self, site: Site) -> Workers:
         """The workers, with the weights of the moment."""
         from compressor.pruning.blueprint import channels_last, weights
-        from compressor.search.scorer import described
+        from compressor.search.worker_data import described
         from compressor.search.workers import Workers
 
         if self._workers is None:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from compressor.core import progress
 from compressor.search.allocation import Allocator
-from compressor.search.base import Agent, SearchResult
-from compressor.search.best import best_of_round, carried_over
+from compressor.search.base import Agent
+from compressor.search.candidate import SearchResult
 from compressor.search.proposals import near_widths, uniform_or_cheapest
-from compressor.search.search_run import SearchRun
+from compressor.search.session import SearchSession, best_of_round, carried_over
 from compressor.search.values import POWERS, Sensitivity, saliency_values
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ class KnapsackAgent(Agent):
     name = "knapsack"
     Settings = KnapsackSettings
 
-    def _search(self, run: SearchRun) -> SearchResult:
+    def _search(self, run: SearchSession) -> SearchResult:
         return _KnapsackSearch(run, self.settings).search()
 
 
 class _KnapsackSearch:
-    def __init__(self, run: SearchRun, settings: KnapsackSettings) -> None:
+    def __init__(self, run: SearchSession, settings: KnapsackSettings) -> None:
         self.run, self.env, self.settings = run, run.env, settings
         self.allocator = Allocator(run.env)
         groups = len(run.env.bounds.dense)

@@ -14,7 +14,7 @@ from compressor.search.reward_model import RewardModel
 
 if TYPE_CHECKING:
     from compressor.search.bounds import Widths
-    from compressor.search.search_run import SearchRun
+    from compressor.search.session import SearchSession
 
 PICKED = 4
 """Plans that are picked at a time, so that several workers can score them side by side."""
@@ -41,7 +41,7 @@ class NearBest:
 
     def __init__(
         self,
-        run: SearchRun,
+        run: SearchSession,
         spread: float,
         proposals: int,
         land: Callable[[Widths], Widths] | None = None,

@@ -12,8 +12,8 @@ from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
     from compressor.search.bounds import LegalWidths, Widths
+    from compressor.search.candidate import Policy
     from compressor.search.environment import Observation, PruningEnv
-    from compressor.search.episodes import Policy
 
 _SCANS = (65, 16, 16, 16)
 """Factors in each scan; together they resolve the factor to some millionths."""

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compressor.core import progress
-from compressor.search.base import Agent, SearchResult
-from compressor.search.best import best_of_round, carried_over
+from compressor.search.base import Agent
+from compressor.search.candidate import SearchResult
 from compressor.search.proposals import followed, random_widths, uniform_or_cheapest
+from compressor.search.session import best_of_round, carried_over
 
 if TYPE_CHECKING:
     from compressor.search.bounds import Widths
-    from compressor.search.search_run import SearchRun
+    from compressor.search.session import SearchSession
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class RandomAgent(Agent):
     name = "random"
     Settings = RandomSettings
 
-    def _search(self, run: SearchRun) -> SearchResult:
+    def _search(self, run: SearchSession) -> SearchResult:
         env = run.env
         phase = f"random{run.place.round or ''}"
         total = run.limits.planned(self.settings.evaluations)
@@ -61,7 +62,7 @@ class RandomAgent(Agent):
         best = best_of_round(run)
         return run.choose([self._plan(run, 0).tolist() if best is None else best.widths])
 
-    def _plan(self, run: SearchRun, step: int) -> Widths:
+    def _plan(self, run: SearchSession, step: int) -> Widths:
         """The widths of a step, from a generator of its own; the first are uniform, or the best of earlier rounds."""
         if step == 0:
             return next(carried_over(run)) if run.place.round else uniform_or_cheapest(run.env)

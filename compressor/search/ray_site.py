@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
 from compressor.search.scorer import Scorer
-from compressor.search.sites import LOCAL
-from compressor.search.workers import Site, Worker, WorkerLost
+from compressor.search.workers import LOCAL_CLUSTER, Site, Worker, WorkerLost
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +128,7 @@ def _connect(ray: Any, address: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if address == LOCAL:
+            if address == LOCAL_CLUSTER:
                 ray.init(include_dashboard=False, **options)
             else:
                 os.environ.setdefault("RAY_CLIENT_RECONNECT_GRACE_PERIOD", str(CONNECT_SECONDS))

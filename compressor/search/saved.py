@@ -14,7 +14,6 @@ import numpy as np
 from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
-    from compressor.search.base import Agent
     from compressor.search.environment import PruningEnv
 
 FORMAT = 4
@@ -49,7 +48,7 @@ class Place:
     learned: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def check(state: Mapping[str, Any], path: Path, agent: Agent, env: PruningEnv) -> None:
+def check(state: Mapping[str, Any], path: Path, agent: str, trains: bool, env: PruningEnv) -> None:
     """Refuse a checkpoint's content that another search wrote.
 
     Raises:
@@ -59,11 +58,11 @@ def check(state: Mapping[str, Any], path: Path, agent: Agent, env: PruningEnv) -
     mend = f"Delete {path} to search anew, or go on with what it was written by."
     if state.get("format") != FORMAT:
         raise CompressorError(f"{where} has format {state.get('format')!r}, expected {FORMAT}.", mend)
-    if state["agent"] != agent.name:
-        raise CompressorError(f"{where} is of the agent {state['agent']}, not of {agent.name}.", mend)
+    if state["agent"] != agent:
+        raise CompressorError(f"{where} is of the agent {state['agent']}, not of {agent}.", mend)
     if state["space"] != space_fingerprint(env):
         raise CompressorError(f"{where} is of another pruning space, with other groups or widths.", mend)
-    if (state["trainer"] is None) != (agent.trainer is None):
+    if (state["trainer"] is None) != (not trains):
         found, given = ("without", "with") if state["trainer"] is None else ("with", "without")
         raise CompressorError(f"{where} is of a search {found} training, not {given}.", mend)
 

@@ -6,29 +6,15 @@ Run as a program it answers the process that started it (`compressor.core.child`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from compressor.data.files import ImageFile
-from compressor.data.preprocessing import Preprocessing
-from compressor.data.splits import FileSplit, MemorySplit, Split
-from compressor.pruning.blueprint import blueprint, read_tensors, rebuild, reweigh
+from compressor.pruning.blueprint import read_tensors, rebuild, reweigh
 from compressor.pruning.plan import ChannelPlan
 from compressor.search.evaluate import Evaluator
+from compressor.search.worker_data import Images, split_of
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
-
-
-@dataclass(frozen=True)
-class Images:
-    """The two splits that an evaluator reads, as a worker sees them."""
-
-    train: Split
-    search: Split
 
 
 class Scorer:
@@ -52,7 +38,7 @@ class Scorer:
         self._space: PruningSpace = rebuild(plain["network"], read_tensors(weights), device)
         self.reweigh(weights, plain["channels_last"])
         tensors = read_tensors(images)
-        data = Images(*(_split(name, plain[name], tensors) for name in ("train", "search")))
+        data = Images(*(split_of(name, plain[name], tensors) for name in ("train", "search")))
         self._evaluator = Evaluator(self._space, data, **plain["evaluator"])
 
     def reweigh(self, weights: bytes | str, channels_last: bool) -> None:
@@ -63,42 +49,6 @@ class Scorer:
         """Accuracy of a plan's network (the plan as JSON), 0..1; see `Evaluator`."""
         model = self._space.apply(ChannelPlan.from_json(plan)).to(self._evaluator.device)
         return self._evaluator.score(model, floor=floor)
-
-
-def described(
-    space: PruningSpace, train: Split, search: Split, options: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a `Scorer` takes, but for the weights: plain values, and the images of both splits as tensors.
-
-    Args:
-        space: of the dense network.
-        train, search: as the evaluator reads them.
-        options: the evaluator's arguments.
-    """
-    plain: dict[str, Any] = {"network": blueprint(space), "evaluator": dict(options)}
-    images: dict[str, Tensor] = {}
-    for name, split in (("train", train), ("search", search)):
-        plain[name], tensors = _plain(split)
-        images |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-    return plain, images
-
-
-def _plain(split: Split) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A split as plain values and, where it lies in memory, tensors."""
-    plain: dict[str, Any] = {"preprocessing": split.preprocessing.to_dict()}
-    if isinstance(split, FileSplit):
-        files = [[str(Path(file.path).resolve()), file.label] for file in split.files]
-        return plain | {"files": files}, {}
-    assert isinstance(split, MemorySplit)
-    return plain, {"images": split.images.contiguous(), "labels": split.labels.contiguous()}
-
-
-def _split(name: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Split:
-    preprocessing = Preprocessing.from_dict(plain["preprocessing"])
-    if "files" in plain:
-        files = [ImageFile(path, label) for path, label in plain["files"]]
-        return FileSplit(files, preprocessing)
-    return MemorySplit(tensors[f"{name}.images"], tensors[f"{name}.labels"], preprocessing)
 
 
 def main() -> None:

@@ -7,13 +7,10 @@ import socket
 from urllib.parse import urlsplit
 
 from compressor.core.errors import CompressorError
-from compressor.search.workers import Site
+from compressor.search.workers import LOCAL_CLUSTER, Site
 
 REACH_SECONDS = 10.0
 """How long a cluster may take to accept a connection."""
-
-LOCAL = "ray://local"
-"""A Ray cluster that is started on this machine and ends with the run."""
 
 
 def check_workers(workers: int | str, brief_steps: int = 0) -> None:
@@ -44,7 +41,7 @@ def check_workers(workers: int | str, brief_steps: int = 0) -> None:
             f"--workers {workers} needs Ray, which is not installed.",
             "Install it: pip install 'compressor[ray]'",
         )
-    if workers == LOCAL:
+    if workers == LOCAL_CLUSTER:
         return
     host, port = _address(workers)
     try:

@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from compressor.core import progress
 from compressor.core.errors import CompressorError
 from compressor.search.allocation import Allocator
-from compressor.search.base import Agent, SearchResult
-from compressor.search.best import best_of_round, carried_over, merit
+from compressor.search.base import Agent, Published
+from compressor.search.candidate import SearchResult
 from compressor.search.dueling import DoubleDqn
 from compressor.search.near import NearBest
 from compressor.search.observation import FEATURES
 from compressor.search.proposals import uniform_or_cheapest
-from compressor.search.published import Published
+from compressor.search.session import best_of_round, carried_over, merit
 from compressor.search.values import POWERS, Sensitivity, saliency_values
 
 if TYPE_CHECKING:
-    from compressor.search.base import Candidate
     from compressor.search.bounds import Widths
-    from compressor.search.search_run import SearchRun
+    from compressor.search.candidate import Candidate
+    from compressor.search.session import SearchSession
 
 ALPHAS = np.round(np.arange(0.0, 2.21, 0.1), 1)
 """The paper's actions: prune what lies below so many standard deviations of the layer's weights."""
@@ -135,7 +135,7 @@ class StepwiseAgent(Agent):
         names = ("near_spread", "proposals")
         return {} if self.settings.near_share else dict.fromkeys(names, "near_share is 0")
 
-    def _search(self, run: SearchRun) -> SearchResult:
+    def _search(self, run: SearchSession) -> SearchResult:
         search = _StepwiseSearch(run, self.settings)
         search.measure_groups()
         total = search.episodes()
@@ -159,7 +159,7 @@ class StepwiseAgent(Agent):
 
 
 class _StepwiseSearch:
-    def __init__(self, run: SearchRun, settings: StepwiseSettings) -> None:
+    def __init__(self, run: SearchSession, settings: StepwiseSettings) -> None:
         self.run, self.env, self.settings = run, run.env, settings
         bounds = run.env.bounds
         self._ratios = self._alphas() if settings.actions == "alpha" else self._shares()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compressor.search.base import Agent, NoSettings, SearchResult
+from compressor.search.base import Agent, NoSettings
+from compressor.search.candidate import SearchResult
 from compressor.search.proposals import uniform_widths
 
 if TYPE_CHECKING:
-    from compressor.search.search_run import SearchRun
+    from compressor.search.session import SearchSession
 
 
 class UniformAgent(Agent):
@@ -21,5 +22,5 @@ class UniformAgent(Agent):
     name = "uniform"
     Settings = NoSettings
 
-    def _search(self, run: SearchRun) -> SearchResult:
+    def _search(self, run: SearchSession) -> SearchResult:
         return run.choose([uniform_widths(run.env).tolist()])

@@ -9,16 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.core import progress
+from compressor.search.candidate import MEASUREMENT
 
 if TYPE_CHECKING:
     from compressor.search.bounds import Widths
-    from compressor.search.search_run import SearchRun
+    from compressor.search.session import SearchSession
 
 POWERS = (1.0, 0.5, 0.25)
 """Exponents of the saliency: lower ones value a layer's weak channels more against its strong ones."""
-
-PHASE = "sensitivity"
-"""Phase of the plans that measure a group; they prune that group alone and need not keep the budgets."""
 
 _SAVE_EVERY = 5
 _LEAST = 1e-4
@@ -47,7 +45,7 @@ class Sensitivity:
         losses: for each group measured so far, pairs of share removed and reward lost.
     """
 
-    def __init__(self, run: SearchRun, levels: Sequence[Widths], points: int = 2) -> None:
+    def __init__(self, run: SearchSession, levels: Sequence[Widths], points: int = 2) -> None:
         self._run, self._levels = run, levels
         self._kept = (0.25, 0.5)[:points]
         self.losses: list[list[list[float]]] = []
@@ -57,7 +55,7 @@ class Sensitivity:
         env, groups = self._run.env, len(self._levels)
         with progress.bar("Measuring each group", total=groups) as bar:
             bar.advance(len(self.losses))
-            for group in self._run.remaining(PHASE, groups):
+            for group in self._run.remaining(MEASUREMENT, groups):
                 if self._run.spent(reserve=1):
                     return
                 pairs = []
@@ -66,10 +64,10 @@ class Sensitivity:
                         return
                     levels, widths = self._levels[group], self._cut(group, kept)
                     env.ahead(self._planned(group, kept))
-                    lost = env.score(env.bounds.dense).reward - self._run.score(widths, PHASE).reward
+                    lost = env.score(env.bounds.dense).reward - self._run.score(widths, MEASUREMENT).reward
                     pairs.append([1.0 - float(widths[group] / levels[-1]), float(lost)])
                 self.losses.append(pairs)
-                self._run.place.steps[PHASE] = group + 1
+                self._run.place.steps[MEASUREMENT] = group + 1
                 if (group + 1) % _SAVE_EVERY == 0 or group + 1 == groups:
                     self._run.save()
                 bar.advance()

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from compressor.pruning.plan import ChannelPlan
 
+LOCAL_CLUSTER = "ray://local"
+"""A Ray cluster that is started on this machine and ends with the run."""
+
 ATTEMPTS = 3
 """Workers that one candidate may end before the search gives up."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.search.base import Limits, SearchResult
+from compressor.search.candidate import Limits, SearchResult
 from compressor.search.environment import PruningEnv
 from compressor.search.registry import create_agent
 from tests.env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.search.base import Limits, SearchResult
+from compressor.search.candidate import Limits, SearchResult
 from compressor.search.environment import PruningEnv
 from compressor.search.registry import create_agent
-from compressor.search.search_run import SearchRun
+from compressor.search.session import SearchSession
 from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 
@@ -106,7 +106,7 @@ def choice(
     space = FakeSpace([16, 24, 16, 32], granularity=2)
     evaluator = kind(space, [5.0, 1.0, 1.0, 4.0])
     env = PruningEnv(space, [macs_budget(space, 0.5)], evaluator)  # type: ignore[arg-type]
-    run = SearchRun(
+    run = SearchSession(
         create_agent("random"),
         env,
         evaluator,  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.search.base import Limits
+from compressor.search.candidate import Limits
 from compressor.search.environment import PruningEnv
 from compressor.search.registry import create_agent
 from tests.env.fake_space import FakeEvaluator, FakePlan, FakeSpace, macs_budget

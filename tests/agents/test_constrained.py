@@ -17,7 +17,7 @@ from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.data import load_data
 from compressor.pruning.soft import soften
 from compressor.pruning.space import PruningSpace
-from compressor.search.base import Limits
+from compressor.search.candidate import Limits
 from compressor.search.constrained.actions import LayerActions, plan_of_masks
 from compressor.search.constrained.lagrange import Multipliers, lagrangian_loss
 from compressor.search.constrained.ppo import CostRolloutBuffer, LagrangianPpo, Step, centred

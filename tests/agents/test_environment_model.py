@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from compressor.core.errors import CompressorError
-from compressor.search.base import Candidate
+from compressor.search.candidate import Candidate, Episode, Transition
 from compressor.search.environment import PruningEnv
-from compressor.search.episodes import Episode, Transition
 from compressor.search.joint.learner import Learner
 from compressor.search.joint.settings import ENVIRONMENT_MODEL, JointSettings
 from compressor.search.schedule import Schedule

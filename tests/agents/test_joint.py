@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compressor.core.errors import CompressorError
-from compressor.search.base import Limits
+from compressor.search.candidate import Limits
 from compressor.search.joint.settings import JointSettings, plan_episodes
 from compressor.search.schedule import Schedule, share_epochs
 from tests.agents.bench import Bench, Killed

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from compressor.recipe import Recipe
-from compressor.search.base import Candidate, Limits
+from compressor.search.candidate import Candidate, Episode, Limits, Transition
 from compressor.search.environment import PruningEnv
-from compressor.search.episodes import Episode, Transition
 from compressor.search.joint.learner import Learner
 from compressor.search.joint.settings import ENVIRONMENT_MODEL, JointSettings
+from compressor.search.method import never_acted, without_effect
 from compressor.search.registry import create_agent
 from compressor.search.schedule import Schedule, epochs_in_search, epochs_until, share_epochs
-from compressor.search.without_effect import never_acted, without_effect
 from tests.env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
 BASE: dict[str, Any] = {

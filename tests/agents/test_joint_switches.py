@@ -11,7 +11,7 @@ import pytest
 
 from compressor.core.errors import CompressorError
 from compressor.recipe import load_recipe, shipped_recipes
-from compressor.search.base import Limits
+from compressor.search.candidate import Limits
 from compressor.search.joint.settings import JointSettings, plan_episodes
 from compressor.search.schedule import Schedule, share_epochs
 from tests.agents.bench import Bench, Killed

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compressor.search.allocation import Allocator
-from compressor.search.base import Limits
+from compressor.search.candidate import Limits
 from compressor.search.environment import PruningEnv
 from compressor.search.proposals import scaled_widths
 from compressor.search.values import saliency_values

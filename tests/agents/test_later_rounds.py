@@ -11,7 +11,7 @@ import pytest
 
 from compressor.core.errors import CompressorError
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.search.base import Limits, SearchResult
+from compressor.search.candidate import Limits, SearchResult
 from compressor.search.dueling import DoubleDqn
 from compressor.search.environment import PruningEnv
 from compressor.search.proposals import scaled_widths

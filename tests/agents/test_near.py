@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.search.base import Agent, Limits, SearchResult
+from compressor.search.base import Agent
+from compressor.search.candidate import Limits, SearchResult
 from compressor.search.environment import PruningEnv
 from compressor.search.near import PICKED, NearBest
 from compressor.search.proposals import near_rows
 from compressor.search.registry import agent_class, create_agent
 from compressor.search.reward_model import RewardModel, expected_improvement
-from compressor.search.search_run import SearchRun
+from compressor.search.session import SearchSession
 from tests.env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
 GROUPS = [16, 24, 32, 16, 48, 32, 24, 64]
@@ -37,10 +38,10 @@ def environment(share: float = 0.4) -> tuple[PruningEnv, FakeEvaluator]:
     return PruningEnv(space, [macs_budget(space, share)], evaluator), evaluator  # type: ignore[arg-type]
 
 
-def started(folder: Path, agent: Agent, known: int = 12) -> SearchRun:
+def started(folder: Path, agent: Agent, known: int = 12) -> SearchSession:
     """A search with some random plans scored."""
     env, evaluator = environment()
-    run = SearchRun(
+    run = SearchSession(
         agent,
         env,
         evaluator,  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from compressor.recipe import Recipe, load_recipe, shipped_recipes
-from compressor.search.published import method
+from compressor.search.method import method
 from compressor.search.registry import create_agent
 
 DOCS = Path(__file__).parents[2] / "docs" / "agents.md"

@@ -16,7 +16,7 @@ from compressor.budgets.resolve import resolve
 from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.data import load_data
 from compressor.pruning.space import PruningSpace
-from compressor.search.base import Limits, SearchResult
+from compressor.search.candidate import Limits, SearchResult
 from compressor.search.environment import PruningEnv
 from compressor.search.evaluate import Evaluator
 from compressor.search.registry import create_agent

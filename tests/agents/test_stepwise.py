@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compressor.core.errors import CompressorError
-from compressor.search.base import Limits
+from compressor.search.candidate import Limits
 from compressor.search.dueling import DoubleDqn, Dueling
 from tests.agents.bench import Killed
 

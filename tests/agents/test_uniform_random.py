@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compressor.core.errors import CompressorError
-from compressor.search.base import Limits
+from compressor.search.candidate import Limits
 from compressor.search.environment import PruningEnv
 from compressor.search.proposals import random_widths, uniform_or_cheapest, uniform_widths
 from compressor.search.registry import AGENTS, agent_class, create_agent

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from compressor.search.base import Agent, SearchResult
+from compressor.search.base import Agent
+from compressor.search.candidate import SearchResult
 from compressor.search.constrained.published import PUBLISHED
 from compressor.search.constrained.search import ConstrainedSearch
 from compressor.search.constrained.settings import PAPER, ConstrainedSettings
 
 if TYPE_CHECKING:
-    from compressor.search.search_run import SearchRun
+    from compressor.search.session import SearchSession
 
 
 class ConstrainedAgent(Agent):
@@ -41,7 +42,7 @@ class ConstrainedAgent(Agent):
             return dict.fromkeys((*names, "near_share"), "finetune_iterations trains each candidate")
         return {} if self.settings.near_share else dict.fromkeys(names, "near_share is 0")
 
-    def _search(self, run: SearchRun) -> SearchResult:
+    def _search(self, run: SearchSession) -> SearchResult:
         dense = run.env.bounds.dense
         if run.env.bounds.feasible(dense)[0]:
             return run.choose([dense.tolist()])  # nothing asks for pruning

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from compressor.search.base import Candidate
+    from compressor.search.candidate import Candidate
     from compressor.search.environment import PruningEnv
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from compressor.search.base import Published
 from compressor.search.constrained.settings import PAPER
-from compressor.search.published import Published
 
 _FEW = "a search on one machine has a hundred evaluations instead of thousands"
 _SCALES = "a multiplier near 1 then weighs accuracy and cost alike from the first update on"

@@ -14,9 +14,8 @@ from compressor.core import progress
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.soft import soften
 from compressor.search.allocation import Allocator
-from compressor.search.base import Candidate, SearchResult
-from compressor.search.best import eligible
 from compressor.search.bounds import Widths
+from compressor.search.candidate import Candidate, SearchResult
 from compressor.search.constrained.actions import ChannelActions, LayerActions, Masks, plan_of_masks
 from compressor.search.constrained.costs import Costs
 from compressor.search.constrained.ppo import LagrangianPpo
@@ -26,7 +25,7 @@ from compressor.search.constrained.walk import Walk, Walker
 from compressor.search.near import NearBest
 from compressor.search.proposals import scaled_widths, uniform_or_cheapest
 from compressor.search.randomness import OwnRandomness
-from compressor.search.search_run import SearchRun
+from compressor.search.session import SearchSession, eligible
 from compressor.search.values import POWERS, Sensitivity, saliency_values
 
 _START = "start"
@@ -40,7 +39,7 @@ class ConstrainedSearch:
         settings: the method's numbers.
     """
 
-    def __init__(self, run: SearchRun, settings: ConstrainedSettings) -> None:
+    def __init__(self, run: SearchSession, settings: ConstrainedSettings) -> None:
         self.run, self.env, self.settings = run, run.env, settings
         bounds = run.env.bounds
         self.groups = len(bounds.dense)

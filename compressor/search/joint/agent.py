@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compressor.search.base import IDLE, Agent, SearchResult
+from compressor.search.base import IDLE, Agent
+from compressor.search.candidate import SearchResult
 from compressor.search.joint.published import ALIGNMENT, PUBLISHED
 from compressor.search.joint.search import JointSearch
 from compressor.search.joint.settings import ENVIRONMENT_MODEL, LEARNED, JointSettings, plan_episodes
 from compressor.search.schedule import JOINT_EPOCHS_TO_LEARN
 
 if TYPE_CHECKING:
-    from compressor.search.search_run import SearchRun
+    from compressor.search.session import SearchSession
 
 
 class JointAgent(Agent):
@@ -89,7 +90,7 @@ class JointAgent(Agent):
     def epochs_before(self) -> int:
         return self.schedule.warmup if self.settings.joint_training else self.schedule.total
 
-    def _search(self, run: SearchRun) -> SearchResult:
+    def _search(self, run: SearchSession) -> SearchResult:
         search = JointSearch(run, self.settings, self.alignment)
         if run.place.round:  # a budget was tightened: the weights stay, and what was learned serves
             search.play_again()

@@ -10,8 +10,8 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.search.bounds import LegalWidths
+from compressor.search.candidate import Episode, Policy
 from compressor.search.environment import Observation, PruningEnv
-from compressor.search.episodes import Episode, Policy
 from compressor.search.joint.settings import JointSettings
 from compressor.search.randomness import OwnRandomness
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from compressor.recipe.schema import CONTEXT_SIZE
+from compressor.search.base import Published
 from compressor.search.joint.settings import ENVIRONMENT_MODEL
-from compressor.search.published import Published
 
 ALIGNMENT = "alignment of the weights"
 

@@ -12,7 +12,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from compressor.search.episodes import Transition
+from compressor.search.candidate import Transition
 
 _ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "epochs", "returns")
 

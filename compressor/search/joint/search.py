@@ -11,15 +11,13 @@ import numpy as np
 
 from compressor.core import progress
 from compressor.search.allocation import Allocator
-from compressor.search.base import Candidate, SearchResult
-from compressor.search.best import best_known, best_of_round, best_on_weights, carried_over
 from compressor.search.bounds import Widths
-from compressor.search.episodes import Policy
+from compressor.search.candidate import Candidate, Policy, SearchResult
 from compressor.search.joint.learner import Learner
 from compressor.search.joint.settings import BLOCK, ENVIRONMENT_MODEL, JointSettings
 from compressor.search.near import NearBest
 from compressor.search.proposals import follow, followed, random_widths, uniform_or_cheapest
-from compressor.search.search_run import SearchRun
+from compressor.search.session import SearchSession, best_known, best_of_round, best_on_weights, carried_over
 from compressor.search.values import POWERS, Sensitivity, saliency_values
 
 if TYPE_CHECKING:
@@ -39,7 +37,7 @@ class JointSearch:
 
     def __init__(
         self,
-        run: SearchRun,
+        run: SearchSession,
         settings: JointSettings,
         alignment: Callable[[ChannelPlan], Callable[[nn.Module], Tensor]] | None,
     ) -> None:

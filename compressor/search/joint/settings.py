@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compressor.core.errors import CompressorError
-from compressor.search.base import Limits, check_kinds
+from compressor.search.base import check_kinds
+from compressor.search.candidate import Limits
 
 _CHOICES = {
     "returns": ("episode", "bootstrapped"),

@@ -1,19 +1,19 @@
-"""What a recipe asks of a search that cannot act in it: idle parts of the method, and settings that nothing reads."""
+"""How a search compares with its agent's published method, and what a recipe asks of it that cannot act."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from compressor.recipe.schema import FINETUNE_RATE, SEARCH_RATES
-from compressor.search.base import IDLE
+from compressor.search.base import IDLE, Agent, Published
+from compressor.search.candidate import SearchResult
 from compressor.search.joint.settings import ENVIRONMENT_MODEL
 from compressor.search.schedule import JOINT_EPOCHS_TO_LEARN, epochs_until
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
-    from compressor.search.base import Agent, SearchResult
 
 _JOINT_FIELDS = ("align", "align_weight", "context_size")
 
@@ -75,3 +75,81 @@ def _unread(agent: Agent, recipe: Recipe) -> Iterator[tuple[str, str]]:
     for field in dataclasses.fields(agent.settings):
         if field.name in reasons and getattr(agent.settings, field.name) != field.default:
             yield f"search.settings.{field.name}", reasons[field.name]
+
+
+def method(agent: Agent, recipe: Recipe, effects: Mapping[str, str]) -> dict[str, Any] | None:
+    """How an agent's search compares with its publication, for the manifest; None for agents without one.
+
+    Args:
+        agent: with its settings.
+        recipe: the resolved one that it was made from.
+        effects: by part, what it has done in the search, in a clause.
+
+    Returns:
+        `source`, and `parts`: for each `part` its `setting`, the values `here` and `published` in words, whether they
+        are the `same`, by whose choice it is as it is (`by`: "default" or "recipe"), `why` the default is another
+        one, and its `effect`. Parts that agree are left out where nobody would look for them.
+    """
+    if not agent.published:
+        return None
+    parts = []
+    for each in agent.published:
+        value, default = _value(each, agent, recipe)
+        same = bool(each.setting) and each.agrees(value)
+        if same and not each.named:
+            continue
+        by = "default" if value == default else "recipe"
+        parts.append(
+            {
+                "part": each.part,
+                "setting": _full_name(each.setting),
+                "here": "off" if each.named and not value else in_words(value),
+                "published": _published(each),
+                "same": same,
+                "by": by,
+                "why": each.why if by == "default" and not same else "",
+                "effect": effects.get(each.part, ""),
+            }
+        )
+    return {"source": agent.source, "parts": parts}
+
+
+def in_words(value: Any) -> str:
+    """A setting's value as the page prints it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None:
+        return "all"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple | list):
+        return ", ".join(map(in_words, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _published(each: Published) -> str:
+    if not each.mentioned:
+        return "not mentioned"
+    words = in_words(each.value)
+    return words if each.most is None else f"{words} to {in_words(each.most)}"
+
+
+def _full_name(setting: str) -> str:
+    return (
+        f"search.settings.{setting}" if setting and "." not in setting and setting != "weights" else setting
+    )
+
+
+def _value(each: Published, agent: Agent, recipe: Recipe) -> tuple[Any, Any]:
+    """A part's value in this search, and by default."""
+    if not each.setting:
+        return each.here, each.here
+    if not _full_name(each.setting).startswith("search.settings."):
+        part: Any = recipe
+        *path, name = each.setting.split(".")
+        for step in path:
+            part = getattr(part, step)
+        default = each.default if each.default is not None else type(part).model_fields[name].default
+        return getattr(part, name), default
+    kinds = {field.name: field for field in dataclasses.fields(agent.settings)}
+    return getattr(agent.settings, each.setting), kinds[each.setting].default

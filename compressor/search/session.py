@@ -1,12 +1,16 @@
-"""What every search keeps while it runs: its place, candidates, time, and the file that it resumes from."""
+"""One search from its first line to its result: its place, candidates, time, and the file that it resumes from."""
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,21 +18,44 @@ from compressor.core import progress
 from compressor.core.errors import CompressorError
 from compressor.pruning.plan import ChannelPlan
 from compressor.search import saved
-from compressor.search.base import Agent, Candidate, Limits, SearchResult
-from compressor.search.best import carried_over, merit
 from compressor.search.bounds import Widths
-from compressor.search.curves import Curves
+from compressor.search.candidate import (
+    MEASUREMENT,
+    Candidate,
+    Episode,
+    Limits,
+    Policy,
+    SearchResult,
+    Transition,
+)
 from compressor.search.environment import PruningEnv, Score
-from compressor.search.episodes import Episode, Policy, Transition
+from compressor.search.proposals import scaled_widths
 from compressor.search.saved import Place
-from compressor.search.shortlist import score_shortlists
+from compressor.search.schedule import Schedule
 
 if TYPE_CHECKING:
     from compressor.core.records import Checkpoint, EpisodeLog
     from compressor.search.evaluate import Evaluator
+    from compressor.training.loop import Trainer
+
+_Key = tuple[int, ...]
+"""Widths of a plan."""
 
 
-class SearchRun:
+class Searcher(Protocol):
+    """What a session knows of its agent."""
+
+    seed: int
+    trainer: Trainer | None
+    schedule: Schedule
+    curves: Path | None
+
+    @property
+    def name(self) -> str:
+        """What messages and the checkpoint call it."""
+
+
+class SearchSession:
     """One search of one agent, from its first line to its result.
 
     The agent acts through this: `train_epoch`, `episode`, `score`, `choose`; and calls `done` at the end of each step
@@ -41,7 +68,7 @@ class SearchRun:
 
     def __init__(
         self,
-        agent: Agent,
+        agent: Searcher,
         env: PruningEnv,
         evaluator: Evaluator,
         limits: Limits,
@@ -57,7 +84,7 @@ class SearchRun:
         self._started = time.perf_counter()
         state = checkpoint.load()
         if state is not None:
-            saved.check(state, checkpoint.path, agent, env)
+            saved.check(state, checkpoint.path, agent.name, agent.trainer is not None, env)
             self._restore(state)
         log.truncate(0 if state is None else int(state["episodes"]))
         self.curves = Curves(agent.curves)  # not before a state that is refused
@@ -185,7 +212,7 @@ class SearchRun:
         own = {**self._kept(), **(plans or {})}
         carried = (widths.tolist() for widths in carried_over(self))
         lists = itertools.chain([itertools.chain(shortlist, carried)], more)
-        scored = score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
+        scored = _score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
         if not scored:
             raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")
         self.place.chosen = list(max(scored, key=merit).widths)
@@ -309,3 +336,130 @@ class SearchRun:
             }
         )
         return candidate
+
+
+# ---------------------------------------------------------------- the best plans so far
+def best_of_round(run: SearchSession) -> Candidate | None:
+    """The best plan of this round of the search, on whatever weights."""
+    return _highest(c for c in eligible(run) if c.round == run.place.round)
+
+
+def best_on_weights(run: SearchSession) -> Candidate | None:
+    """The best plan of this round that was scored on the weights as they are."""
+    place = run.place
+    return _highest(c for c in eligible(run) if (c.epoch, c.round) == (place.epoch, place.round))
+
+
+def best_known(run: SearchSession, number: int) -> list[tuple[int, ...]]:
+    """Widths of the best plans of this round and of earlier results, first those scored on the latest weights."""
+    latest = max((c.epoch for c in run.candidates), default=0)
+    known = [c for c in eligible(run) if c.round == run.place.round or c.phase == "final"]
+    known.sort(key=lambda c: (c.epoch == latest, *merit(c)), reverse=True)
+    return list(dict.fromkeys(candidate.widths for candidate in known))[:number]
+
+
+def carried_over(run: SearchSession) -> Iterator[Widths]:
+    """In a later round of the search, widths (G,) of the result of the last one and of the best of all: each scaled to
+    the budgets as they are now, and as it was. In the first round there are none."""
+    results = [c for c in eligible(run) if c.round < run.place.round and c.phase == "final"]
+    latest = max((c.epoch for c in results), default=0)
+    last = [c for c in results if c.round == run.place.round - 1]
+    for among in (last, results):
+        best = _highest(c for c in among if c.epoch == latest)
+        if best is not None:
+            widths = np.array(best.widths, dtype=np.int64)
+            yield scaled_widths(run.env, widths / run.env.bounds.dense)
+            yield widths
+
+
+def merit(candidate: Candidate) -> tuple[float, int]:
+    """What plans are compared by: the reward, then the channels kept, since what a budget allows costs nothing."""
+    return candidate.reward, sum(candidate.widths)
+
+
+def eligible(run: SearchSession) -> list[Candidate]:
+    """What a search may choose from: measurements of single groups only where they keep the budgets."""
+    measured = [candidate.widths for candidate in run.candidates if candidate.phase == MEASUREMENT]
+    if not measured:
+        return list(run.candidates)
+    kept = dict(zip(measured, run.env.bounds.feasible(np.array(measured, dtype=np.int64)), strict=True))
+    return [c for c in run.candidates if c.phase != MEASUREMENT or kept[c.widths]]
+
+
+def _highest(candidates: Iterable[Candidate]) -> Candidate | None:
+    """The candidate of the greatest merit, of equal ones the first; None where there is none."""
+    return max(candidates, key=merit, default=None)
+
+
+# ---------------------------------------------------------------- the final scoring
+def _score_shortlists(
+    run: SearchSession,
+    shortlists: Iterable[Iterable[Sequence[int]]],
+    *,
+    score_all: bool,
+    plans: Mapping[_Key, ChannelPlan],
+    measure: Callable[[ChannelPlan], float] | None,
+) -> list[Candidate]:
+    """The feasible plans of one list after another, scored until a limit is reached; the first one in any case.
+
+    Those that cannot beat the best so far are given up. Several workers score the ones that follow with the floor of
+    the moment; where it has risen when their turn comes, those that it matters to are scored again. So what is found
+    does not depend on the number of workers. A list is begun when the one before it has been scored.
+
+    Args:
+        run, shortlists, score_all, plans, measure: as `SearchSession.choose` takes them.
+    """
+    scored: list[Candidate] = []
+    seen: set[_Key] = set()
+    workers = run.env.workers if measure is None else 1
+    for asked in shortlists:
+        coming, waiting = _feasible(run, asked, seen), deque[_Key]()
+        while not (scored and (not score_all or run.spent())):
+            side_by_side = bool(scored) and workers > 1
+            waiting.extend(islice(coming, (2 * workers if side_by_side else 1) - len(waiting)))
+            if not waiting:
+                break
+            floor = max((candidate.reward for candidate in scored), default=None)
+            if side_by_side:
+                run.env.ahead([each for each in waiting if each not in plans], floor)
+            widths = waiting.popleft()
+            if widths not in plans and measure is None:
+                scored.append(run.score(widths, "final", floor))
+            else:
+                judged = partial(measure or run.evaluator, plans.get(widths) or run.env.plan(widths))
+                scored.append(run.score_by(widths, judged, "final"))
+    return scored
+
+
+def _feasible(run: SearchSession, asked: Iterable[Sequence[int]], seen: set[_Key]) -> Iterator[_Key]:
+    """Those that keep the budgets and were not seen yet."""
+    for each in asked:
+        widths = tuple(int(width) for width in each)
+        if widths not in seen and run.env.bounds.feasible(np.array(widths, dtype=np.int64))[0]:
+            seen.add(widths)
+            yield widths
+
+
+class Curves:
+    """Writes scalars; without a folder it does nothing, and TensorBoard is not imported.
+
+    Args:
+        folder: where the event files go; None writes none.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._writer: Any = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """One point of each curve at `step`."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
