@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compressor.core.errors import CompressorError
 from compressor.search.bounds import ActionBounds, LegalWidths
-from tests.env.fake_space import FakeBudget, FakeSpace, macs_budget
+from tests.search.fake_space import FakeBudget, FakeSpace, macs_budget
 
 
 def walk(bounds: ActionBounds, ratios: list[float]) -> np.ndarray:

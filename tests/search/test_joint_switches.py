@@ -14,8 +14,8 @@ from compressor.recipe import load_recipe, shipped_recipes
 from compressor.search.candidate import Limits
 from compressor.search.joint.settings import JointSettings, plan_episodes
 from compressor.search.schedule import Schedule, share_epochs
-from tests.agents.bench import Bench, Killed
-from tests.env.fake_space import FakeEvaluator, FakePlan
+from tests.search.bench import Bench, Killed
+from tests.search.fake_space import FakeEvaluator, FakePlan
 
 SMALL: dict[str, Any] = {
     "fill_episodes": 12, "episodes_per_epoch": 6, "updates_per_episode": 4, "hidden": 32, "decoder_updates": 5
@@ -116,7 +116,7 @@ def test_giving_up_early_changes_nothing_but_the_cost(
     new_bench: Any, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = new_bench("whole").search("joint", settings=SMALL, seed=seed, **TRAINED)
-    monkeypatch.setattr("tests.agents.bench.FakeEvaluator", EarlyGiver)
+    monkeypatch.setattr("tests.search.bench.FakeEvaluator", EarlyGiver)
     bench = new_bench("early")
     early = bench.search("joint", settings=SMALL, seed=seed, **TRAINED)
     assert bench.evaluator.gave_up > 0

@@ -9,7 +9,7 @@ from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.search.candidate import Limits, SearchResult
 from compressor.search.environment import PruningEnv
 from compressor.search.registry import create_agent
-from tests.env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
+from tests.search.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
 WORTH = [5.0, 1.0, 1.0, 4.0]
 

@@ -16,7 +16,7 @@ from compressor.search.candidate import Limits, SearchResult
 from compressor.search.environment import PruningEnv
 from compressor.search.registry import create_agent
 from compressor.search.session import SearchSession
-from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
+from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 
 class Several(FakeEvaluator):

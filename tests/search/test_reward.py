@@ -10,7 +10,7 @@ import pytest
 from compressor.core.errors import CompressorError
 from compressor.search.environment import PruningEnv
 from compressor.search.reward import ProductReward, SoftFactor, accuracy_needed, accuracy_reward, soft_reward
-from tests.env.fake_space import FakeSpace, macs_budget
+from tests.search.fake_space import FakeSpace, macs_budget
 
 
 def test_accuracy_alone() -> None:

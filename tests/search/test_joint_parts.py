@@ -18,7 +18,7 @@ from compressor.search.joint.settings import ENVIRONMENT_MODEL, JointSettings
 from compressor.search.method import never_acted, without_effect
 from compressor.search.registry import create_agent
 from compressor.search.schedule import Schedule, epochs_in_search, epochs_until, share_epochs
-from tests.env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
+from tests.search.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
 BASE: dict[str, Any] = {
     "fill_episodes": 10, "episodes_per_epoch": 5, "updates_per_episode": 2, "hidden": 16, "decoder_updates": 3,
@@ -39,7 +39,7 @@ def trajectory(
     folders: pytest.TempPathFactory, settings: dict[str, Any], context: int
 ) -> list[dict[str, Any]]:
     """What a search of three joint rounds logs, but for its times."""
-    from tests.agents.bench import Bench
+    from tests.search.bench import Bench
 
     bench = Bench(folders.mktemp("search"))
     space = FakeSpace([64, 96, 64, 64])
@@ -115,7 +115,7 @@ def test_alignment_pulls_what_the_favoured_plan_drops() -> None:
     from compressor.pruning.space import PruningSpace
     from compressor.training.align import Alignment
     from compressor.training.loop import Trainer, TrainSettings
-    from tests.agents.test_real_parts import Residual
+    from tests.search.test_real_parts import Residual
 
     digits = load_data("digits", seed=0)
     dropped = []
@@ -226,7 +226,7 @@ def test_learning_rates_that_nothing_reads_are_told(training: dict[str, Any], ex
 
 
 def test_a_limit_that_comes_before_the_second_round_is_told(tmp_path: Path) -> None:
-    from tests.agents.bench import Bench
+    from tests.search.bench import Bench
 
     agent, _ = joint(20)
     late = Limits(max_seconds=1e-9)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from compressor.search.constrained.ppo import LagrangianPpo, minibatch_size
 from compressor.search.constrained.settings import ConstrainedSettings
-from tests.env.fake_space import FakeSpace
+from tests.search.fake_space import FakeSpace
 
 
 @given(st.integers(1, 600), st.integers(1, 128))

@@ -11,7 +11,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from compressor.core.errors import CompressorError
 from compressor.search.environment import PruningEnv
 from compressor.search.observation import FEATURES
-from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
+from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from compressor.core.errors import CompressorError
 from compressor.search.candidate import Limits
 from compressor.search.joint.settings import JointSettings, plan_episodes
 from compressor.search.schedule import Schedule, share_epochs
-from tests.agents.bench import Bench, Killed
-from tests.env.fake_space import FakeSpace
+from tests.search.bench import Bench, Killed
+from tests.search.fake_space import FakeSpace
 
 SMALL: dict[str, Any] = {
     "warm_start": False,

@@ -13,8 +13,8 @@ from compressor.search.candidate import Limits
 from compressor.search.environment import PruningEnv
 from compressor.search.proposals import scaled_widths
 from compressor.search.values import saliency_values
-from tests.agents.bench import Killed
-from tests.env.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
+from tests.search.bench import Killed
+from tests.search.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
 
 
 def optimum(env: PruningEnv, values: list[np.ndarray], levels: tuple[np.ndarray, ...]) -> float:

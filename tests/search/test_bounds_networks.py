@@ -16,7 +16,7 @@ from compressor.budgets.resolve import resolve
 from compressor.core.errors import CompressorError
 from compressor.pruning.space import PruningSpace
 from compressor.search.environment import PruningEnv
-from tests.env.fake_space import FakeBudget
+from tests.search.fake_space import FakeBudget
 
 
 class Chain(nn.Module):

@@ -13,8 +13,8 @@ from compressor.search.environment import PruningEnv
 from compressor.search.proposals import random_widths, uniform_or_cheapest, uniform_widths
 from compressor.search.registry import AGENTS, agent_class, create_agent
 from compressor.search.schedule import Schedule
-from tests.agents.bench import Bench, Killed
-from tests.env.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
+from tests.search.bench import Bench, Killed
+from tests.search.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
 
 
 def test_uniform_by_hand() -> None:

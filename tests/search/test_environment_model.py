@@ -14,8 +14,8 @@ from compressor.search.environment import PruningEnv
 from compressor.search.joint.learner import Learner
 from compressor.search.joint.settings import ENVIRONMENT_MODEL, JointSettings
 from compressor.search.schedule import Schedule
-from tests.agents.bench import Bench, Killed
-from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
+from tests.search.bench import Bench, Killed
+from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 SMALL: dict[str, Any] = {
     "warm_start": False,

@@ -11,7 +11,7 @@ import torch
 from compressor.core.errors import CompressorError
 from compressor.search.candidate import Limits
 from compressor.search.dueling import DoubleDqn, Dueling
-from tests.agents.bench import Killed
+from tests.search.bench import Killed
 
 SMALL: dict[str, Any] = {"episodes": 12, "hidden": 32}
 

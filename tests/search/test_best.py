@@ -12,7 +12,7 @@ from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.search.candidate import Limits
 from compressor.search.environment import PruningEnv
 from compressor.search.registry import create_agent
-from tests.env.fake_space import FakeEvaluator, FakePlan, FakeSpace, macs_budget
+from tests.search.fake_space import FakeEvaluator, FakePlan, FakeSpace, macs_budget
 
 ONE_GROUP = (16, 24, 16, 8)
 """What the measurement of the last group scores: it alone at a quarter."""

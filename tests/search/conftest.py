@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.agents.bench import Bench
+from tests.search.bench import Bench
 
 
 @pytest.fixture

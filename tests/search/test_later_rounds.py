@@ -17,8 +17,8 @@ from compressor.search.environment import PruningEnv
 from compressor.search.proposals import scaled_widths
 from compressor.search.registry import AGENTS, create_agent
 from compressor.search.schedule import Schedule
-from tests.agents.bench import FragileCheckpoint, Killed
-from tests.env.fake_space import FakeBudget, FakeEvaluator, FakePlan, FakeSpace, FakeTrainer, macs_budget
+from tests.search.bench import FragileCheckpoint, Killed
+from tests.search.fake_space import FakeBudget, FakeEvaluator, FakePlan, FakeSpace, FakeTrainer, macs_budget
 
 SEARCHING = sorted(set(AGENTS) - {"uniform"})
 

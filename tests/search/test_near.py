@@ -17,7 +17,7 @@ from compressor.search.proposals import near_rows
 from compressor.search.registry import agent_class, create_agent
 from compressor.search.reward_model import RewardModel, expected_improvement
 from compressor.search.session import SearchSession
-from tests.env.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
+from tests.search.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
 GROUPS = [16, 24, 32, 16, 48, 32, 24, 64]
 

@@ -28,9 +28,9 @@ from compressor.search.evaluate import Evaluator
 from compressor.search.registry import AGENTS, create_agent
 from compressor.training.brief import BriefTraining
 from compressor.training.loop import TrainSettings
-from tests.agents.bench import Killed
-from tests.agents.test_real_parts import Residual
-from tests.env.fake_space import FakeEvaluator, FakeSpace, macs_budget
+from tests.search.bench import Killed
+from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget
+from tests.search.test_real_parts import Residual
 
 SMALL: dict[str, Any] = {"evaluations": 40, "episodes_per_update": 4}
 

@@ -111,7 +111,7 @@ def test_the_same_accuracies_as_in_one_process(space: PruningSpace, digits: Data
 
 
 def test_a_candidate_that_ends_every_worker_is_named(digits: DataBundle) -> None:
-    model = create_model("tests.training.test_workers:Fragile", 10)
+    model = create_model("tests.search.test_workers:Fragile", 10)
     space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
     few = [
         MemorySplit(

@@ -144,7 +144,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, t
         "--out", str(folder),
         "--set", "search.max_evaluations=6", "--set", "search.batch_norm_batches=2", "--set", "contract.repeats=1",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     # Each kill waits for another stage to leave its mark, so that all stages are met whatever the machine's speed.
     marks = ["checkpoints/search.pt", "search/plan.json", "checkpoints/finetune.pt", "model.onnx"]
     for turn, mark in enumerate(marks):
