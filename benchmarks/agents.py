@@ -35,11 +35,11 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.latency.local import require_made_here
+from compressor.latency.paired import measured
 from compressor.latency.table import LatencyTable
-from compressor.latency.turns import measured
 from compressor.recipe import Recipe
 from compressor.run.job import Job, prepare
-from compressor.run.surroundings import environment
+from compressor.run.search_setup import environment
 from compressor.run.trainers import trainer
 from compressor.search.candidate import Limits, SearchResult
 from compressor.search.evaluate import accuracy, reestimate_batch_norm

@@ -23,7 +23,7 @@ from compressor.core.files import write_atomic
 from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.recipe import Recipe
 from compressor.run.job import prepare
-from compressor.run.surroundings import environment
+from compressor.run.search_setup import environment
 from compressor.search.candidate import Limits
 from compressor.search.registry import create_agent
 

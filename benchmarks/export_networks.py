@@ -141,7 +141,7 @@ def slim_row(
     name: str, agent: str, data: Path, weights: Path, options: argparse.Namespace, folder: Path
 ) -> Row:
     """One whole run to half of the multiply-adds, and its exports in every precision."""
-    from compressor.cli.reexport import export_precision
+    from compressor.cli.on_board import export_precision
     from compressor.recipe import Recipe
     from compressor.run.pipeline import compress, resume
 

@@ -5,7 +5,7 @@
 
 For each network: a table is measured from nothing (its time is printed), then random sub-networks that were used for
 nothing else are measured end to end, three times with the others in between, in three processes of their own. As in
-the table, runs that another process interrupted or slowed down do not count (`compressor.latency.calm.undisturbed`).
+the table, runs that another process interrupted or slowed down do not count (`compressor.latency.noise.undisturbed`).
 The median of the others is compared with the table's prediction, with the plain sum of the operators (scaled by its
 best factor), and with a guess proportional to multiply-adds (likewise). The dense network is measured among them:
 where a shared machine has become faster or slower since its table was made, "at today's speed" is the table's error
@@ -34,14 +34,14 @@ from rich.console import Console
 from rich.table import Table
 
 from compressor.core.files import write_atomic
-from compressor.latency.apart import OrtApart
 from compressor.latency.assemble import export_candidate
 from compressor.latency.cache import clocks, cpu_model, governor
-from compressor.latency.calm import at_full_speed
 from compressor.latency.correction import held_out_error
 from compressor.latency.design import random_widths
 from compressor.latency.devices import recommended_steps
 from compressor.latency.local import local_table
+from compressor.latency.noise import at_full_speed
+from compressor.latency.ort_process import OrtProcess
 from compressor.latency.ort_profile import TaggedNetwork
 from compressor.latency.signature import Widths
 from compressor.latency.table import LatencyTable
@@ -67,7 +67,7 @@ def measured_ms(
     turns = np.zeros((TURNS, len(models)))
     seen: list[list[Floats]] = [[] for _ in models]
     for turn in range(TURNS):
-        with closing(OrtApart(threads)) as device:
+        with closing(OrtProcess(threads)) as device:
             for place in rng.permutation(len(models)):
                 times = device.measure(TaggedNetwork(models[place], (), ()), SECONDS_A_TURN)
                 seen[place].append(times.whole_ms)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from compressor.latency.company import company
+from compressor.latency.non_gemm import company
 from compressor.latency.roofline import Operators
 
 Floats = npt.NDArray[np.float64]

@@ -12,8 +12,8 @@ import pytest
 
 from compressor.latency.local import local_table
 from compressor.latency.ort_profile import tag
+from compressor.latency.paired import Timing
 from compressor.latency.ratio import Sittings, burst_of
-from compressor.latency.turns import Timing
 from export.stats import summarise
 from tests.latency.conftest import MadeUpDevice
 

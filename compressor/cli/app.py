@@ -193,7 +193,7 @@ VERDICT_COLOURS = {"kept": "green", "none": "", "missed": "red"}  # any other ve
 
 def _finish(result: Any) -> None:
     from compressor.report import checks, closing_table, judge, verdict
-    from compressor.run.closing import OPEN
+    from compressor.run.finish import OPEN
 
     out.print(closing_table(result.manifest))
     for line in checks(result.manifest):

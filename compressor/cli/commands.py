@@ -74,8 +74,8 @@ def profile(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
 
 def measure_again(folder: Path) -> Iterator[str]:
     """Time a run's dense and slim ONNX files on this machine's CPU once more; the run's manifest stays as it is."""
+    from compressor.latency.paired import measured
     from compressor.latency.ratio import in_words
-    from compressor.latency.turns import measured
     from compressor.run.onnx_files import DENSE, MODEL
 
     with closing(RunDir.open(folder)) as run:

@@ -84,7 +84,7 @@ def export(
 ) -> None:
     """Write a run's network in other formats and precisions, bundle it for a board, or take in its measurements."""
     with friendly():
-        from compressor.cli import reexport
+        from compressor.cli import on_board
         from compressor.run.exports import export_format
         from export.batches import parse_batch
 
@@ -106,7 +106,7 @@ def export(
                 raise CompressorError(
                     "--import needs the bundle that was carried there.", "Add --bundle FILE."
                 )
-            lines = reexport.import_results(run, results, bundle)
+            lines = on_board.import_results(run, results, bundle)
         elif over_ssh or bundle is not None:
             if target is None:
                 raise CompressorError(
@@ -118,10 +118,10 @@ def export(
                     "Leave out --format, --batch, --opset and --out.",
                 )
             if over_ssh:
-                lines = reexport.export_over_ssh(run, target, board, bundle, wanted)
+                lines = on_board.export_over_ssh(run, target, board, bundle, wanted)
             else:
                 assert bundle is not None  # by the branch above
-                lines = reexport.export_bundle(run, target, bundle, wanted)
+                lines = on_board.export_bundle(run, target, bundle, wanted)
         else:
             lines = export_format(run, wanted)
         for line in lines:

@@ -41,7 +41,7 @@ def profile(
 ) -> None:
     """Measure the latency table that a network needs: on this machine, over ssh, or by a folder carried there."""
     with friendly():
-        from compressor.cli import profiling
+        from compressor.cli import remote_profile
         from compressor.cli.commands import profile as measure_here
 
         if time_limit is not None and (results or bundle or device not in (None, "local")):
@@ -55,7 +55,7 @@ def profile(
                     "--import takes everything from the folder.",
                     "Leave out --model, --bundle and --precision.",
                 )
-            lines = profiling.import_results(results, device)
+            lines = remote_profile.import_results(results, device)
         else:
             if model is None:
                 raise CompressorError("Which network is to be measured?", "For example: --model resnet50")
@@ -69,9 +69,9 @@ def profile(
                         "Which device is the bundle for?",
                         "For example: --device jetson-orin-nano-8gb, or a name of your own",
                     )
-                lines = profiling.write_bundle(recipe, bundle)
+                lines = remote_profile.write_bundle(recipe, bundle)
             elif recipe.device.startswith("ssh:"):
-                lines = profiling.profile_remote(recipe)
+                lines = remote_profile.profile_remote(recipe)
             elif recipe.device == "local":
                 lines = measure_here(recipe, time_limit)
             else:
@@ -104,7 +104,7 @@ def measure(
     """Measure a run's dense and slim networks again on this machine."""
     with friendly():
         from compressor.cli.commands import measure_again
-        from compressor.cli.explaining import explain_again
+        from compressor.cli.explain import explain_again
 
         if (dense_profile is None) != (slim_profile is None) or (dense_profile is not None and not explain):
             raise CompressorError(

@@ -15,8 +15,8 @@ import numpy as np
 from compressor.core.errors import CompressorError
 from compressor.latency.correction import fit_correction, fit_factors, held_out_error
 from compressor.latency.distinct import with_distinct_weights
-from compressor.latency.made import SECONDS_A_NETWORK, Made, made_here
 from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork, tag
+from compressor.latency.provenance import SECONDS_A_NETWORK, Made, measured_here
 from compressor.latency.schema import (
     FASTEST_MS,
     CorrectionFields,
@@ -128,7 +128,7 @@ def table_from(
     Raises:
         CompressorError: the times cannot be.
     """
-    made = made or made_here(len(samples), len(unseen), threads)
+    made = made or measured_here(len(samples), len(unseen), threads)
     block = made.block
     layers = _layers(space, samples)
     entries = _entries(layers, samples)

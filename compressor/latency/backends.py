@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from compressor.latency.carry import Precision, in_precision, weighted_nodes
 from compressor.latency.fused import shares_of_layers
 from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork
+from compressor.latency.remote_bundle import Precision, in_precision, weighted_nodes
 from export.archive import CHECKSUMS
 from export.bench import OnnxRunner
 from export.cuda import find_device

@@ -83,7 +83,7 @@ def recommended_granularity(runtime: str, precision: str) -> int:
     """
     if runtime in (TENSORRT, ORT_CUDA):
         return BLOCKS.get(precision, 1)
-    from compressor.latency.calm import channel_block
+    from compressor.latency.noise import channel_block
 
     return channel_block()
 

@@ -15,13 +15,13 @@ import numpy as np
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder
 from compressor.core.progress import say
-from compressor.latency.apart import OrtApart
 from compressor.latency.assemble import Sample, export_candidate, measure_candidate, table_from
 from compressor.latency.cache import cached_table, cpu_model, measuring_alone, table_path
-from compressor.latency.calm import channel_block
 from compressor.latency.journal import Journal, heading_of
-from compressor.latency.made import SECONDS_A_NETWORK
+from compressor.latency.noise import channel_block
+from compressor.latency.ort_process import OrtProcess
 from compressor.latency.ort_profile import Device, TaggedNetwork
+from compressor.latency.provenance import SECONDS_A_NETWORK
 from compressor.latency.sampling import Samples, TooNoisy, collect
 from compressor.latency.signature import Widths, network_signature
 from compressor.latency.table import LatencyTable
@@ -87,7 +87,7 @@ def local_table(
     path = table_path(folder, runtime=CPU, version=onnxruntime.__version__, threads=threads, network=network)
     known = cached_table(path)
     if known is not None and known.covers(space) and fit_for(known, network, goal, time_limit_s):
-        if true_still(known, space, example_input, OrtApart(threads)):
+        if still_valid(known, space, example_input, OrtProcess(threads)):
             return known
         path.unlink(missing_ok=True)
     with measuring_alone(folder):
@@ -95,7 +95,7 @@ def local_table(
         if known is not None and known.covers(space) and fit_for(known, network, goal, time_limit_s):
             return known
         table = _measured(
-            space, example_input, OrtApart(threads), time_limit_s, seed, threads,
+            space, example_input, OrtProcess(threads), time_limit_s, seed, threads,
             goal=goal, journal_path=path.with_suffix(".partial.jsonl"),
         )  # fmt: skip
         table.write(path)
@@ -120,7 +120,7 @@ def fit_for(
     )
 
 
-def true_still(known: LatencyTable, space: PruningSpace, example: Tensor, device: Device) -> bool:
+def still_valid(known: LatencyTable, space: PruningSpace, example: Tensor, device: Device) -> bool:
     """Whether a table of the cache still holds for this machine.
 
     It does where the dense network takes the time that the table was made at. A machine with neighbours is faster or

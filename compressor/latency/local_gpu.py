@@ -14,12 +14,12 @@ from compressor.core.progress import say
 from compressor.latency.assemble import Sample, measure_candidate, table_from
 from compressor.latency.backends import device_of
 from compressor.latency.cache import cached_table, measuring_alone, table_path
-from compressor.latency.carry import Precision
 from compressor.latency.fused import fitted_shares
 from compressor.latency.journal import Journal, heading_of
-from compressor.latency.local import GOAL, fit_for, go_on, say_how_quiet, true_still
-from compressor.latency.made import SECONDS_A_NETWORK, Made
+from compressor.latency.local import GOAL, fit_for, go_on, say_how_quiet, still_valid
 from compressor.latency.ort_profile import NetworkTimes
+from compressor.latency.provenance import SECONDS_A_NETWORK, Made
+from compressor.latency.remote_bundle import Precision
 from compressor.latency.sampling import TooNoisy, collect
 from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields
 from compressor.latency.signature import Widths, network_signature
@@ -71,7 +71,7 @@ def gpu_table(
 
     known = cached_table(path)
     if known is not None and good(known):
-        if true_still(known, space, example, device_of(backend, precision)):
+        if still_valid(known, space, example, device_of(backend, precision)):
             return known
         path.unlink(missing_ok=True)
     with measuring_alone(folder):

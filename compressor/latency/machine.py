@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.latency.calm import convolution, timed, undisturbed
+from compressor.latency.noise import convolution, timed, undisturbed
 from compressor.latency.ort_profile import profiled_runs
 from export.bench import OnnxRunner
 

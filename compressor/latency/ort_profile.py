@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from compressor.latency.calm import Pace, at_full_speed, middles, timed, undisturbed
 from compressor.latency.graph import WEIGHTED
+from compressor.latency.noise import Pace, at_full_speed, middles, timed, undisturbed
 from export.bench import OnnxRunner
 from export.ort import CPU, random_feeds, runtime
 

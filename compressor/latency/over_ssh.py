@@ -24,13 +24,13 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, write_atomic
 from compressor.core.progress import bar, say
 from compressor.latency.cache import measuring_alone
-from compressor.latency.carried import RUNTIME, table_of_results
-from compressor.latency.carry import DENSE, Precision, target_of, write_table_bundle
 from compressor.latency.layout import signature
+from compressor.latency.own_tables import keep
+from compressor.latency.paired import Timing
 from compressor.latency.ratio import Sitting, Sittings, burst_of
+from compressor.latency.remote_bundle import DENSE, Precision, target_of, write_table_bundle
+from compressor.latency.remote_table import RUNTIME, table_of_results
 from compressor.latency.table import LatencyTable, find_user_table
-from compressor.latency.turns import Timing
-from compressor.latency.user_tables import keep
 from export.archive import CHECKSUMS, pack
 from export.errors import ExportError
 from export.remote import identify, place_of, run_remote

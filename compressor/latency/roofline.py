@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.core.errors import CompressorError
-from compressor.latency.company import company
+from compressor.latency.non_gemm import company
 from compressor.latency.schema import RooflineFields
 from compressor.pruning.counts import positions_of, weight_elements
 

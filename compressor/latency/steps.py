@@ -21,7 +21,7 @@ import numpy.typing as npt
 from compressor.core.errors import CompressorError
 from compressor.core.progress import bar, say
 from compressor.latency.assemble import export_candidate
-from compressor.latency.calm import middle
+from compressor.latency.noise import middle
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,7 +25,7 @@ from compressor.pruning.plan import ChannelPlan
 from compressor.run.folder import RunDir
 
 if TYPE_CHECKING:
-    from compressor.latency.turns import Timing
+    from compressor.latency.paired import Timing
     from compressor.run.job import Job
 
 KEPT_PLAN = "search/kept_plan-{round}.json"

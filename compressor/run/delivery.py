@@ -32,7 +32,7 @@ from export.here import CPU
 if TYPE_CHECKING:
     from torch import nn
 
-    from compressor.latency.turns import Timing
+    from compressor.latency.paired import Timing
     from compressor.pruning.plan import ChannelPlan
 
 
@@ -59,7 +59,7 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
     """Write the ONNX file, check it against torch on test images, score it, and build an engine."""
     if run.finished("export"):
         return
-    from compressor.pruning.confirm import checks
+    from compressor.pruning.torch_pruning_check import checks
 
     with run.stage("export"):
         run.save(checks=checks(job.space, plan, slim))

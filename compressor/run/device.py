@@ -10,7 +10,7 @@ from compressor.core.progress import say
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compressor.latency.carry import Precision
+    from compressor.latency.remote_bundle import Precision
     from compressor.latency.table import LatencyTable
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
@@ -22,8 +22,8 @@ def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, 
     Raises:
         CompressorError: the device is not this machine's CPU: its table is estimated, or too coarse.
     """
-    from compressor.latency.apart import OrtApart
     from compressor.latency.devices import recommended_steps
+    from compressor.latency.ort_process import OrtProcess
     from compressor.latency.steps import measured_steps, refuse_table
     from compressor.latency.surface import ALIGNMENT
     from export.here import CPU
@@ -43,7 +43,7 @@ def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, 
     return measured_steps(
         space,
         example,
-        OrtApart(recipe.threads),
+        OrtProcess(recipe.threads),
         otherwise=recommended_steps(space.groups, runtime_of(recipe), recipe.precision),
         least_stride=ALIGNMENT,
     )

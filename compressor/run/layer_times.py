@@ -11,10 +11,10 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_text
+from compressor.latency.explain import Line, explain
 from compressor.latency.graph import file_nodes
+from compressor.latency.kernels import Profile, profile_onnx
 from compressor.latency.machine import Machine, calibrate
-from compressor.latency.nodes import Profile, profile_onnx
-from compressor.latency.why import Line, explain
 from compressor.run.folder import RunDir
 from compressor.run.onnx_files import DENSE, MODEL
 
@@ -170,7 +170,7 @@ def read_profiles(
     Raises:
         CompressorError: a file is missing, is no layer profile, or belongs to another network.
     """
-    from compressor.latency.nodes import read_trt_profile
+    from compressor.latency.kernels import read_trt_profile
 
     found = []
     for path, network in ((dense, DENSE), (slim, MODEL)):

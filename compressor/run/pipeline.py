@@ -24,9 +24,9 @@ from compressor.core.progress import say
 from compressor.core.records import MANIFEST, RECIPE
 from compressor.recipe import Recipe, load_recipe
 from compressor.recipe.validation import validated
-from compressor.run.closing import close
 from compressor.run.delivery import export, measure, probe
 from compressor.run.device import device_precision
+from compressor.run.finish import close
 from compressor.run.folder import RunDir, new_run_path
 from compressor.run.job import Job, prepare
 from compressor.run.onnx_files import DENSE
@@ -212,7 +212,7 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
 
 def _function_values(run: RunDir) -> dict[str, dict[tuple[int, ...], float]]:
     """By budget and widths what the user's functions have given in the search so far."""
-    from compressor.search.saved import FORMAT
+    from compressor.search.session_state import FORMAT
 
     state = run.checkpoint("search").load()
     if state is None or state.get("format") != FORMAT:  # the search refuses another format, with the mend

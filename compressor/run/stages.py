@@ -16,7 +16,7 @@ from compressor.run.folder import RunDir
 from compressor.run.inputs import described
 from compressor.run.job import Job
 from compressor.run.onnx_files import DENSE
-from compressor.run.surroundings import environment, too_few_images
+from compressor.run.search_setup import environment, too_few_images
 from compressor.run.trainers import epoch_record, search_epochs, trainer
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.latency.paired import in_turns, measured
 from compressor.latency.ratio import burst_of
-from compressor.latency.turns import in_turns, measured
 from compressor.run.contract import prunes_nothing, searched_share
 from compressor.run.device import device_precision
 from compressor.run.folder import RunDir
@@ -14,8 +14,8 @@ from compressor.run.job import Job
 from compressor.run.onnx_files import DENSE
 
 if TYPE_CHECKING:
+    from compressor.latency.paired import Timing
     from compressor.latency.ratio import Sitting
-    from compressor.latency.turns import Timing
     from compressor.pruning.plan import ChannelPlan
     from export.here import Backend
 
@@ -52,7 +52,7 @@ def timed_on_device(run: RunDir, job: Job, slim: Path, plan: ChannelPlan) -> Tim
 
 def _in_its_precision(run: RunDir, job: Job, slim: Path) -> tuple[bytes, bytes]:
     """The dense and the slim file as the device runs them: the delivered one where there is one."""
-    from compressor.latency.carry import in_precision
+    from compressor.latency.remote_bundle import in_precision
 
     precision, shape = device_precision(job.recipe), job.data.input_shape
     delivered = slim if precision == "fp32" else slim.with_name(f"{slim.stem}.{precision}.onnx")

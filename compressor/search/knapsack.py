@@ -14,7 +14,7 @@ from compressor.search.allocation import Allocator
 from compressor.search.base import Agent
 from compressor.search.candidate import SearchResult
 from compressor.search.proposals import near_widths, uniform_or_cheapest
-from compressor.search.session import SearchSession, best_of_round, carried_over
+from compressor.search.session import SearchSession, best_of_round, from_earlier_rounds
 from compressor.search.values import POWERS, Sensitivity, saliency_values
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class _KnapsackSearch:
             source, weights = self._best["source"], np.array(self._best["weights"])
             if step == 0:
                 self._best["reward"] = None
-                self._scored(next(carried_over(self.run)), source, weights)
+                self._scored(next(from_earlier_rounds(self.run)), source, weights)
             else:
                 self._try(source, weights)
             self.run.done(phase)

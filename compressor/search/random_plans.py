@@ -11,7 +11,7 @@ from compressor.core import progress
 from compressor.search.base import Agent
 from compressor.search.candidate import SearchResult
 from compressor.search.proposals import followed, random_widths, uniform_or_cheapest
-from compressor.search.session import best_of_round, carried_over
+from compressor.search.session import best_of_round, from_earlier_rounds
 
 if TYPE_CHECKING:
     from compressor.search.bounds import Widths
@@ -65,6 +65,6 @@ class RandomAgent(Agent):
     def _plan(self, run: SearchSession, step: int) -> Widths:
         """The widths of a step, from a generator of its own; the first are uniform, or the best of earlier rounds."""
         if step == 0:
-            return next(carried_over(run)) if run.place.round else uniform_or_cheapest(run.env)
+            return next(from_earlier_rounds(run)) if run.place.round else uniform_or_cheapest(run.env)
         drawn = random_widths(run.env, np.random.default_rng([self.seed, run.place.round, step]))
         return followed(run.env, drawn)

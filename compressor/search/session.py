@@ -17,7 +17,7 @@ import numpy as np
 from compressor.core import progress
 from compressor.core.errors import CompressorError
 from compressor.pruning.plan import ChannelPlan
-from compressor.search import saved
+from compressor.search import session_state
 from compressor.search.bounds import Widths
 from compressor.search.candidate import (
     MEASUREMENT,
@@ -30,8 +30,8 @@ from compressor.search.candidate import (
 )
 from compressor.search.environment import PruningEnv, Score
 from compressor.search.proposals import scaled_widths
-from compressor.search.saved import Place
 from compressor.search.schedule import Schedule
+from compressor.search.session_state import Place
 
 if TYPE_CHECKING:
     from compressor.core.records import Checkpoint, EpisodeLog
@@ -84,7 +84,7 @@ class SearchSession:
         self._started = time.perf_counter()
         state = checkpoint.load()
         if state is not None:
-            saved.check(state, checkpoint.path, agent.name, agent.trainer is not None, env)
+            session_state.check(state, checkpoint.path, agent.name, agent.trainer is not None, env)
             self._restore(state)
         log.truncate(0 if state is None else int(state["episodes"]))
         self.curves = Curves(agent.curves)  # not before a state that is refused
@@ -210,7 +210,7 @@ class SearchSession:
             CompressorError: none keeps the budgets.
         """
         own = {**self._kept(), **(plans or {})}
-        carried = (widths.tolist() for widths in carried_over(self))
+        carried = (widths.tolist() for widths in from_earlier_rounds(self))
         lists = itertools.chain([itertools.chain(shortlist, carried)], more)
         scored = _score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
         if not scored:
@@ -262,10 +262,10 @@ class SearchSession:
         self.place.seconds, self._started = self.seconds, time.perf_counter()
         self._checkpoint.save(
             {
-                "format": saved.FORMAT,
+                "format": session_state.FORMAT,
                 "agent": self.agent.name,
-                "space": saved.space_fingerprint(self.env),
-                "budgets": saved.budgets_told(self.env, self.place.chosen),
+                "space": session_state.space_fingerprint(self.env),
+                "budgets": session_state.budget_fingerprint(self.env, self.place.chosen),
                 "episodes": len(self._log),
                 "place": vars(self.place).copy(),
                 "candidates": [candidate.to_plain() for candidate in self.candidates],
@@ -293,10 +293,10 @@ class SearchSession:
         self._forget()
         self.env.restore(state["env"])
         self.restored = state["own"] or None  # saved before the method began, as in the warm-up: nothing yet
-        told = saved.budgets_told(self.env, self.place.chosen)
+        told = session_state.budget_fingerprint(self.env, self.place.chosen)
         if self.place.chosen is None:
-            saved.check_unfinished(state["budgets"], told, self._checkpoint.path)
-        elif not saved.alike(state["budgets"], told):
+            session_state.check_unfinished(state["budgets"], told, self._checkpoint.path)
+        elif not session_state.alike(state["budgets"], told):
             self.place.chosen = None
             self.place.round += 1
             self.place.evaluations_before = self.env.evaluations
@@ -358,7 +358,7 @@ def best_known(run: SearchSession, number: int) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(candidate.widths for candidate in known))[:number]
 
 
-def carried_over(run: SearchSession) -> Iterator[Widths]:
+def from_earlier_rounds(run: SearchSession) -> Iterator[Widths]:
     """In a later round of the search, widths (G,) of the result of the last one and of the best of all: each scaled to
     the budgets as they are now, and as it was. In the first round there are none."""
     results = [c for c in eligible(run) if c.round < run.place.round and c.phase == "final"]

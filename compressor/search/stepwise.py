@@ -15,10 +15,10 @@ from compressor.search.allocation import Allocator
 from compressor.search.base import Agent, Published
 from compressor.search.candidate import SearchResult
 from compressor.search.dueling import DoubleDqn
-from compressor.search.near import NearBest
+from compressor.search.neighbours import NearBest
 from compressor.search.observation import FEATURES
 from compressor.search.proposals import uniform_or_cheapest
-from compressor.search.session import best_of_round, carried_over, merit
+from compressor.search.session import best_of_round, from_earlier_rounds, merit
 from compressor.search.values import POWERS, Sensitivity, saliency_values
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class _StepwiseSearch:
         """What the episodes begin with: in a later round the best plan known, scaled to the budgets as they are then;
         else the knapsack's, or the uniform one without a warm start, or without the time to solve for another."""
         if self.run.place.round:
-            return next(carried_over(self.run))
+            return next(from_earlier_rounds(self.run))
         if not self.settings.warm_start or self.run.late:
             return uniform_or_cheapest(self.env)
         if self._sensitivity.complete:

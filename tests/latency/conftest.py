@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.latency import carry
-from compressor.latency.calm import channel_block
-from compressor.latency.carry import write_table_bundle
+from compressor.latency import remote_bundle
 from compressor.latency.local import local_table
+from compressor.latency.noise import channel_block
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
+from compressor.latency.remote_bundle import write_table_bundle
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from tests.export.fake_trtexec import known_layers, make_trtexec
-from tests.latency.carried_bundle import run
+from tests.latency.remote_bundle import run
 
 
 @functools.cache
@@ -145,8 +145,8 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def written(space: PruningSpace, example: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small bundle."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(carry, "LEVELS", 3)
-    patch.setattr(carry, "HELD_OUT", 4)
+    patch.setattr(remote_bundle, "LEVELS", 3)
+    patch.setattr(remote_bundle, "HELD_OUT", 4)
     folder = tmp_path_factory.mktemp("carry") / "carry"
     write_table_bundle(space, example, folder, device="my-orin", model="small", precision="fp16")
     patch.undo()

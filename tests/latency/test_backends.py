@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from compressor.latency import assemble, backends, carry, local_gpu
+from compressor.latency import assemble, backends, local_gpu, remote_bundle
 from compressor.latency.backends import OrtGpu, TensorRt, Trtexec, device_of
 from compressor.latency.local_gpu import gpu_table
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
@@ -181,7 +181,7 @@ def test_a_gpu_times_what_is_delivered(
     for name in (DENSE, "model.onnx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(network)
-    delivered = carry.in_precision(network, "fp16", (3, 16, 16))
+    delivered = remote_bundle.in_precision(network, "fp16", (3, 16, 16))
     (tmp_path / "model.fp16.onnx").write_bytes(b"as delivered")
     recipe = parse_recipe({"model": "resnet18", "precision": "fp16", "contract": {"repeats": 1}}, "test")
     data = SimpleNamespace(input_shape=(3, 16, 16))

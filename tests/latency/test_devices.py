@@ -12,8 +12,8 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
-from compressor.latency.calm import channel_block
 from compressor.latency.devices import devices, recommended_granularity, recommended_steps
+from compressor.latency.noise import channel_block
 from compressor.latency.table import LatencyTable, check_known, find_table
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace

@@ -100,7 +100,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: type) -> list[int]:
         made.append(rest[-1])
         return measured(space, example, *rest, **named)
 
-    monkeypatch.setattr(local, "OrtApart", lambda threads=1: device(noise=0.05, seed=len(made)))
+    monkeypatch.setattr(local, "OrtProcess", lambda threads=1: device(noise=0.05, seed=len(made)))
     monkeypatch.setattr(local, "_measured", counting)
     return made
 
@@ -127,7 +127,7 @@ def test_a_table_of_a_busy_machine_is_made_anew_on_a_quiet_one(
     factor: float,
 ) -> None:
     before = local_table(space, example, cache_dir=tmp_path)
-    monkeypatch.setattr(local, "OrtApart", lambda threads=1: device(factor=factor))
+    monkeypatch.setattr(local, "OrtProcess", lambda threads=1: device(factor=factor))
     lines = _Lines()
     with shown_on(lines):
         now = local_table(space, example, cache_dir=tmp_path)
@@ -147,7 +147,7 @@ def test_a_busy_machine_keeps_its_table_where_shares_of_the_dense_network_have_n
     factor: float,
 ) -> None:
     before = local_table(space, example, cache_dir=tmp_path)
-    monkeypatch.setattr(local, "OrtApart", lambda threads=1: device(factor=factor, noise=0.05))
+    monkeypatch.setattr(local, "OrtProcess", lambda threads=1: device(factor=factor, noise=0.05))
     lines = _Lines()
     with shown_on(lines):
         assert local_table(space, example, cache_dir=tmp_path).to_json() == before.to_json()
@@ -171,7 +171,7 @@ def test_a_table_is_made_anew_where_shares_of_the_dense_network_have_changed(
         def whole(self, total: np.ndarray) -> np.ndarray:
             return np.asarray(super().whole(total) + 0.3 * before.dense_ms(space))
 
-    monkeypatch.setattr(local, "OrtApart", lambda threads=1: Launching())
+    monkeypatch.setattr(local, "OrtProcess", lambda threads=1: Launching())
     local_table(space, example, cache_dir=tmp_path)
     assert counted == [1, 1]
 

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from compressor.core.errors import CompressorError
-from compressor.latency import carry, over_ssh
+from compressor.latency import over_ssh, remote_bundle
 from compressor.latency.over_ssh import measured_over_ssh, ssh_table
 from compressor.latency.table import LatencyTable, find_user_table
 from compressor.pruning.space import PruningSpace
@@ -30,11 +30,11 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
 def written(space: PruningSpace, example: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small network's bundle, which every test of its table carries to the board anew."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(carry, "LEVELS", 2)
-    patch.setattr(carry, "HELD_OUT", 2)
-    patch.setattr(carry, "anchor_widths", lambda space: space.min_widths[None])
+    patch.setattr(remote_bundle, "LEVELS", 2)
+    patch.setattr(remote_bundle, "HELD_OUT", 2)
+    patch.setattr(remote_bundle, "anchor_widths", lambda space: space.min_widths[None])
     folder = tmp_path_factory.mktemp("written") / "profile"
-    carry.write_table_bundle(space, example, folder, device="any", model="small", precision="fp16")
+    remote_bundle.write_table_bundle(space, example, folder, device="any", model="small", precision="fp16")
     patch.undo()
     return folder
 
@@ -43,9 +43,9 @@ def written(space: PruningSpace, example: Tensor, tmp_path_factory: pytest.TempP
 def quickly(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy the bundle instead of writing it again."""
 
-    def copied(space: PruningSpace, example: Tensor, folder: Path, **_: object) -> carry.Carried:
+    def copied(space: PruningSpace, example: Tensor, folder: Path, **_: object) -> remote_bundle.Carried:
         shutil.copytree(written, folder)
-        return carry.Carried(folder, 1, 1)
+        return remote_bundle.Carried(folder, 1, 1)
 
     monkeypatch.setattr(over_ssh, "write_table_bundle", copied)
 
@@ -55,9 +55,9 @@ def _quick(
     board: Board, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A small design, short measurements, an `ssh` that knows the board, and tables of its own for each test."""
-    monkeypatch.setattr(carry, "LEVELS", 2)
-    monkeypatch.setattr(carry, "HELD_OUT", 2)
-    monkeypatch.setattr(carry, "anchor_widths", lambda space: space.min_widths[None])
+    monkeypatch.setattr(remote_bundle, "LEVELS", 2)
+    monkeypatch.setattr(remote_bundle, "HELD_OUT", 2)
+    monkeypatch.setattr(remote_bundle, "anchor_widths", lambda space: space.min_widths[None])
     quick = {"duration_s": 1, "warmup_s": 0, "processes": 1, "poll_s": 0.1, "pause_s": 0.05}
     monkeypatch.setattr(over_ssh, "PROTOCOL", quick)
     monkeypatch.setenv("PATH", board.ssh_on_path(tmp_path / "bin"))
@@ -108,8 +108,8 @@ def test_a_table_is_measured_once(
 def test_single_networks(board: Board, space: PruningSpace, example: Tensor) -> None:
     ranking = space.rank()
     dense, slim = (
-        carry.in_precision(
-            carry.export_candidate(space, ranking, example, widths).model, "fp16", tuple(example.shape[1:])
+        remote_bundle.in_precision(
+            remote_bundle.export_candidate(space, ranking, example, widths).model, "fp16", tuple(example.shape[1:])
         )
         for widths in (space.dense_widths, space.min_widths)
     )

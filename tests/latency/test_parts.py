@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.latency.assemble import export_candidate
-from compressor.latency.calm import channel_block, middle, undisturbed
 from compressor.latency.correction import fit_correction, fit_factors, held_out_error
 from compressor.latency.design import LEVELS, anchor_widths, grid_widths, random_widths
 from compressor.latency.distinct import with_distinct_weights
+from compressor.latency.noise import channel_block, middle, undisturbed
 from compressor.latency.ort_profile import OrtCpu, _by_operator, tag
 from compressor.latency.signature import (
     OpSignature,

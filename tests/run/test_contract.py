@@ -13,7 +13,7 @@ import pytest
 from compressor import compress
 from compressor.core.errors import CompressorError
 from compressor.latency.ort_profile import tag
-from compressor.latency.turns import Timing
+from compressor.latency.paired import Timing
 from compressor.pruning.plan import ChannelPlan
 from compressor.run.contract import kept_plan, remember
 from compressor.run.folder import RunDir

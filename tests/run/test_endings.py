@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compressor.cli.app import app
-from compressor.run.closing import exit_code
+from compressor.run.finish import exit_code
 
 KEPT, MISSED = {"kept": True, "verdict": "kept"}, {"kept": False, "verdict": "missed"}
 PREDICTED, UNDECIDED = {"kept": None, "verdict": "predicted"}, {"kept": None, "verdict": "undecided"}

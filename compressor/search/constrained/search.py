@@ -22,7 +22,7 @@ from compressor.search.constrained.ppo import LagrangianPpo
 from compressor.search.constrained.settings import ConstrainedSettings
 from compressor.search.constrained.state import States
 from compressor.search.constrained.walk import Walk, Walker
-from compressor.search.near import NearBest
+from compressor.search.neighbours import NearBest
 from compressor.search.proposals import scaled_widths, uniform_or_cheapest
 from compressor.search.randomness import OwnRandomness
 from compressor.search.session import SearchSession, eligible

@@ -15,9 +15,15 @@ from compressor.search.bounds import Widths
 from compressor.search.candidate import Candidate, Policy, SearchResult
 from compressor.search.joint.learner import Learner
 from compressor.search.joint.settings import BLOCK, ENVIRONMENT_MODEL, JointSettings
-from compressor.search.near import NearBest
+from compressor.search.neighbours import NearBest
 from compressor.search.proposals import follow, followed, random_widths, uniform_or_cheapest
-from compressor.search.session import SearchSession, best_known, best_of_round, best_on_weights, carried_over
+from compressor.search.session import (
+    SearchSession,
+    best_known,
+    best_of_round,
+    best_on_weights,
+    from_earlier_rounds,
+)
 from compressor.search.values import POWERS, Sensitivity, saliency_values
 
 if TYPE_CHECKING:
@@ -164,7 +170,7 @@ class JointSearch:
 
     def play_again(self) -> None:
         """Search on with tightened budgets: near the best plan so far, scaled to them."""
-        self._favoured = next(carried_over(self.run))
+        self._favoured = next(from_earlier_rounds(self.run))
         for step in self.run.remaining("again", self.settings.again_episodes):
             if self.run.spent(reserve=1):
                 break

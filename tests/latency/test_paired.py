@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from compressor.latency.paired import Timing, in_turns
 from compressor.latency.ratio import ERROR, LOOKS, Sitting, burst_of, error_at, trimmed_interval
-from compressor.latency.turns import Timing, in_turns
 
 PAIRS, RUNS = 12, 8
 

@@ -12,7 +12,7 @@ from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.search.base import Agent
 from compressor.search.candidate import Limits, SearchResult
 from compressor.search.environment import PruningEnv
-from compressor.search.near import PICKED, NearBest
+from compressor.search.neighbours import PICKED, NearBest
 from compressor.search.proposals import near_rows
 from compressor.search.registry import agent_class, create_agent
 from compressor.search.reward_model import RewardModel, expected_improvement

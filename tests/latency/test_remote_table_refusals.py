@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from compressor.core.errors import CompressorError
-from compressor.latency.carried import table_of_results
+from compressor.latency.remote_table import table_of_results
 from export.archive import CHECKSUMS
 from export.errors import ExportError
-from tests.latency.carried_bundle import altered, needs_shell, respoil
+from tests.latency.remote_bundle import altered, needs_shell, respoil
 
 pytestmark = [needs_shell, pytest.mark.usefixtures("own_tables")]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from compressor.core.progress import bar
-from compressor.latency.apart import BurstsApart
+from compressor.latency.ort_process import BurstProcess
 from compressor.latency.ratio import ERROR, LOOKS, Burst, Ratio, Sitting, Sittings, error_at
 from export.ort import runtime
 from export.stats import LatencyStats, summarise
@@ -99,7 +99,7 @@ def measured(
         begun = time.monotonic()
         with ExitStack() as stack:
             first, second = (
-                stack.enter_context(closing(BurstsApart(path, threads))) for path in (dense, slim)
+                stack.enter_context(closing(BurstProcess(path, threads))) for path in (dense, slim)
             )
             for child in (first, second):
                 child.ready()

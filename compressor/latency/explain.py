@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from compressor.latency.kernels import Kernel, Profile
 from compressor.latency.machine import Machine
-from compressor.latency.nodes import Kernel, Profile
 
 NOTABLE = 0.02
 """A kernel whose part of the gap is below this share of the slim network's time gets no sentence."""

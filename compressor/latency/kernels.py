@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from compressor.core.errors import CompressorError
-from compressor.latency.calm import middle, timed, undisturbed
 from compressor.latency.graph import FileNode, file_nodes, macs_of
+from compressor.latency.noise import middle, timed, undisturbed
 from compressor.latency.ort_profile import profiled_runs, tag, tag_of
 from export.bench import OnnxRunner
 

@@ -25,7 +25,7 @@ def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
     Raises:
         CompressorError, ExportError: the device has no plain name, the folder is taken, the network cannot be exported.
     """
-    from compressor.latency.carry import refuse_taken, write_table_bundle
+    from compressor.latency.remote_bundle import refuse_taken, write_table_bundle
     from compressor.latency.table import check_name
     from compressor.run.device import device_precision
 
@@ -58,9 +58,9 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
     Raises:
         CompressorError, ExportError: something is missing or damaged, or does not belong together.
     """
-    from compressor.latency.carried import table_of_results
+    from compressor.latency.own_tables import keep
+    from compressor.latency.remote_table import table_of_results
     from compressor.latency.table import check_name
-    from compressor.latency.user_tables import keep
 
     if device is not None:
         check_name(device)

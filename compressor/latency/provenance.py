@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compressor.latency.cache import clocks, cpu_model, governor
-from compressor.latency.calm import channel_block
+from compressor.latency.noise import channel_block
 from compressor.latency.schema import DeviceFields, RuntimeFields
 from export.here import CPU
 
@@ -31,7 +31,7 @@ class Made:
     sources: tuple[str, ...] = ()
 
 
-def made_here(fitted: int, unseen: int, threads: int) -> Made:
+def measured_here(fitted: int, unseen: int, threads: int) -> Made:
     """Of this machine's CPU through ONNX Runtime, from so many networks."""
     import onnxruntime
 

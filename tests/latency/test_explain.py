@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from compressor.core.errors import CompressorError
-from compressor.latency.company import company
+from compressor.latency.explain import explain
 from compressor.latency.graph import file_nodes
+from compressor.latency.kernels import Kernel, Profile, profile_onnx, read_trt_profile
 from compressor.latency.machine import Machine, calibrate, estimated_machine
-from compressor.latency.nodes import Kernel, Profile, profile_onnx, read_trt_profile
+from compressor.latency.non_gemm import company
 from compressor.latency.table import LatencyTable
-from compressor.latency.why import explain
 from compressor.pruning.space import PruningSpace
 from export.to_onnx import export_onnx
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from compressor.core.child import Child, ChildDied, Failed
-from compressor.latency.calm import timed
+from compressor.latency.noise import timed
 from compressor.latency.ort_profile import NetworkTimes, OrtCpu, TaggedNetwork
 from compressor.latency.ratio import Burst, burst_of
 from export.bench import OnnxRunner
@@ -25,7 +25,7 @@ WARM_UP_S = 0.25
 """A network that waits for its bursts is run for so long first."""
 
 
-class OrtApart:
+class OrtProcess:
     """A `Device`: `OrtCpu` in a process of its own, which begins with the first network and ends with this object.
 
     Args:
@@ -71,7 +71,7 @@ class OrtApart:
             raise error from None
 
 
-class BurstsApart:
+class BurstProcess:
     """One ONNX file in a process of its own, warm, and run in bursts when it is its turn.
 
     Args:

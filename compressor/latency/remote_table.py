@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from compressor.core.errors import CompressorError
 from compressor.core.progress import say
 from compressor.latency.assemble import Sample, table_from
-from compressor.latency.carry import DENSE, TableFacts
 from compressor.latency.fused import Floats, fitted_shares, shares_of_layers
 from compressor.latency.layout import as_space, layout_of, signature
-from compressor.latency.made import Made
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
+from compressor.latency.provenance import Made
+from compressor.latency.remote_bundle import DENSE, TableFacts
 from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields, first_problem
 from compressor.latency.signature import channels
 from compressor.latency.table import LatencyTable

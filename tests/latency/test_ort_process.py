@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.latency.apart import OrtApart
+from compressor.latency.ort_process import OrtProcess
 from compressor.latency.ort_profile import TaggedNetwork, tag
-from compressor.latency.turns import measured
+from compressor.latency.paired import measured
 from export.errors import ExportError
 from export.to_onnx import export_onnx
 
@@ -31,7 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_operators_and_whole_come_back(files: tuple[Path, Path]) -> None:
     network = tag(files[0])
-    times = OrtApart().measure(network, 0.05)
+    times = OrtProcess().measure(network, 0.05)
     assert times.operators_ms.shape[1] == network.operators == 2
     assert len(times.whole_ms) > 3
     first, second = np.median(times.operators_ms, axis=0)
@@ -40,7 +40,7 @@ def test_operators_and_whole_come_back(files: tuple[Path, Path]) -> None:
 
 
 def test_a_network_without_operators_is_timed_as_a_whole(files: tuple[Path, Path]) -> None:
-    times = OrtApart().measure(TaggedNetwork(files[1].read_bytes(), (), ()), 0.05)
+    times = OrtProcess().measure(TaggedNetwork(files[1].read_bytes(), (), ()), 0.05)
     assert times.operators_ms.shape == (0, 0)
     assert times.median_ms > 0
 
@@ -60,7 +60,7 @@ def test_a_file_that_cannot_be_timed_in_turns_is_named(tmp_path: Path, files: tu
 
 
 def test_a_file_that_is_no_network(tmp_path: Path, files: tuple[Path, Path]) -> None:
-    device = OrtApart()
+    device = OrtProcess()
     with pytest.raises(ExportError, match="cannot load the network") as caught:
         device.measure(TaggedNetwork(b"nothing of the kind", (), ()), 0.05)
     assert "ExportError" not in str(caught.value)
@@ -68,7 +68,7 @@ def test_a_file_that_is_no_network(tmp_path: Path, files: tuple[Path, Path]) -> 
 
 
 def test_a_process_that_dies_is_said_and_replaced(files: tuple[Path, Path]) -> None:
-    device, network = OrtApart(), TaggedNetwork(files[1].read_bytes(), (), ())
+    device, network = OrtProcess(), TaggedNetwork(files[1].read_bytes(), (), ())
     device.measure(network, 0.05)
     assert device._child is not None
     os.kill(device._child.pid, signal.SIGKILL)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.pruning.counted import first_line
 from compressor.pruning.facts import moved
+from compressor.pruning.fvcore_check import first_line
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import copy_structure, named_tensors
 

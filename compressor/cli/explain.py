@@ -17,8 +17,8 @@ from export.here import CPU
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from compressor.latency.explain import Line
     from compressor.latency.table import LatencyTable
-    from compressor.latency.why import Line
     from compressor.run.layer_times import Pairs
 
 MOST_LINES = 25

@@ -11,14 +11,14 @@ import pytest
 from torch import Tensor
 
 from compressor.core.errors import CompressorError
-from compressor.latency.carried import table_of_results
-from compressor.latency.carry import write_table_bundle
 from compressor.latency.design import random_widths
 from compressor.latency.fused import shares_of_layers
+from compressor.latency.remote_bundle import write_table_bundle
+from compressor.latency.remote_table import table_of_results
 from compressor.pruning.space import PruningSpace
 from export.errors import ExportError
 from tests.export.fake_trtexec import make_trtexec
-from tests.latency.carried_bundle import needs_shell, run
+from tests.latency.remote_bundle import needs_shell, run
 
 pytestmark = [needs_shell, pytest.mark.usefixtures("own_tables")]
 

@@ -67,7 +67,7 @@ def check(state: Mapping[str, Any], path: Path, agent: str, trains: bool, env: P
         raise CompressorError(f"{where} is of a search {found} training, not {given}.", mend)
 
 
-def budgets_told(env: PruningEnv, chosen: Sequence[int] | None) -> dict[str, list[float]]:
+def budget_fingerprint(env: PruningEnv, chosen: Sequence[int] | None) -> dict[str, list[float]]:
     """What tells budgets apart: the target, and predictions that a corrected latency table changes."""
     rows = np.stack([env.bounds.dense, env.bounds.cheapest if chosen is None else np.array(chosen)])
     return {
@@ -77,7 +77,7 @@ def budgets_told(env: PruningEnv, chosen: Sequence[int] | None) -> dict[str, lis
 
 
 def alike(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> bool:
-    """Whether two answers of `budgets_told` are of the same budgets."""
+    """Whether two answers of `budget_fingerprint` are of the same budgets."""
     return ours.keys() == theirs.keys() and all(
         np.allclose(ours[name], theirs[name], rtol=1e-9) for name in ours
     )
@@ -86,7 +86,7 @@ def alike(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[flo
 def check_unfinished(
     ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]], path: Path
 ) -> None:
-    """Refuse to go on within other budgets with a search without a result; the budgets as `budgets_told` gives them.
+    """Refuse to go on within other budgets with a search without a result; both as `budget_fingerprint` has them.
 
     Raises:
         CompressorError: the targets are others.

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.progress import say
-from compressor.pruning.counted import Check, Disagreement, confirm_macs, first_line
-from compressor.pruning.cutter import Cutter, Unable, is_numbered, numbered
 from compressor.pruning.facts import moved
+from compressor.pruning.fvcore_check import Check, Disagreement, confirm_macs, first_line
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import copy_structure, named_tensors
+from compressor.pruning.torch_pruning_cut import Cutter, Unable, is_numbered, numbered
 
 if TYPE_CHECKING:
     from compressor.pruning.construct import Layer

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from compressor.core.errors import CompressorError
-from compressor.latency.carried import table_of_results
 from compressor.latency.devices import devices
+from compressor.latency.own_tables import keep
+from compressor.latency.remote_table import table_of_results
 from compressor.latency.table import LatencyTable, find_table, tables_folder
-from compressor.latency.user_tables import keep
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
 from compressor.run.device import latency_table
-from tests.latency.carried_bundle import altered, needs_shell, respoil
 from tests.latency.conftest import SmallNet
+from tests.latency.remote_bundle import altered, needs_shell, respoil
 
 pytestmark = [needs_shell, pytest.mark.usefixtures("own_tables")]
 
