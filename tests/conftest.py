@@ -12,6 +12,9 @@ import pytest
 from compressor.core import progress
 from tests.archives import SAFELY
 
+# Several files are tested side by side, and on tiny networks a second thread of torch costs more than it brings.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
