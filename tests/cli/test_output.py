@@ -1,0 +1,30 @@
+"""What becomes of a command whose output cannot be written: no traceback, and an exit code that says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'compress'; from compressor.cli import main; main()"]
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([*COMMAND, "devices"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert ended.stderr == ""
+    assert ended.returncode in (0, 141)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_output_is_one_message() -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*COMMAND, "devices"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "No space left on device" in " ".join(ended.stderr.split())
