@@ -256,7 +256,10 @@ def _set_attributes(model: nn.Module, content: dict[str, Any]) -> None:
     modules = dict(model.named_modules())
     for edit in content["edits"]:
         if not (
-            isinstance(edit, list) and len(edit) == 3 and edit[0] in modules and isinstance(edit[1], str)
+            isinstance(edit, list)
+            and len(edit) == 3
+            and all(isinstance(name, str) for name in edit[:2])
+            and edit[0] in modules
         ):
             raise CompressorError(f"{CHANNELS} edits something that the network lacks: {edit!r}.", _AGAIN)
         path, attribute, value = edit

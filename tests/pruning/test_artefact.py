@@ -219,6 +219,7 @@ def _edited(folder: Path, **changes: Any) -> None:
         ({"edits": [["stem", "out_channels", 10**6]]}, "sets 'stem.out_channels'"),
         ({"edits": [["stem", "__class__", 3]]}, "sets 'stem.__class__'"),
         ({"edits": [["gone", "out_channels", 3]]}, "network lacks"),
+        ({"edits": [[["stem"], "out_channels", 3]]}, "network lacks"),
         ({"swaps": {"stem": "multi_head_attention"}}, "does not fit"),
     ],
 )
