@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from compressor.latency.table import LatencyTable
     from compressor.pruning.artefact import load, save
     from compressor.pruning.plan import ChannelPlan
+    from compressor.pruning.rules import register_rule
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
     from compressor.run.pipeline import RunResult, compress
+    from compressor.search.registry import register_agent
 
 _HOMES = {
     "ChannelPlan": "compressor.pruning.plan",
@@ -28,6 +30,8 @@ _HOMES = {
     "RunResult": "compressor.run.pipeline",
     "compress": "compressor.run.pipeline",
     "load": "compressor.pruning.artefact",
+    "register_agent": "compressor.search.registry",
+    "register_rule": "compressor.pruning.rules",
     "save": "compressor.pruning.artefact",
 }
 
@@ -40,6 +44,8 @@ __all__ = [
     "RunResult",
     "compress",
     "load",
+    "register_agent",
+    "register_rule",
     "save",
 ]
 

@@ -19,6 +19,7 @@ from compressor.cli.flags import overrides as overrides_of
 from compressor.cli.terminal import BAD_INPUT, friendly, out, written_out
 from compressor.core.errors import CompressorError
 from compressor.core.signals import stoppable
+from compressor.search.registry import AGENTS
 from export.text import message_text
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def compress_command(
         typer.Option("--accept-dense", help="Go on with a dense network that scores as if it were guessing."),
     ] = False,
     agent: Annotated[
-        str | None, typer.Option(help="joint, constrained, stepwise, knapsack, uniform or random.")
+        str | None, typer.Option(help=f"{', '.join(AGENTS)}, or one of an installed package.")
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="All the training there is, search and fine-tuning together.")

@@ -7,6 +7,7 @@ network fits it, because a group that a plan does not name stays dense.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from compressor.core.errors import CompressorError
 from compressor.pruning.artefact import set_tensors
 from compressor.pruning.factory import build_dense, find_factory
+from compressor.pruning.registry import modules_of_rules
 from compressor.pruning.skeleton import named_tensors
 from compressor.pruning.space import PruningSpace
 
@@ -23,8 +25,15 @@ def blueprint(space: PruningSpace) -> dict[str, Any]:
     """Plain values that `rebuild` makes a space of the same network from, given its weights.
 
     Raises:
-        CompressorError: the network has no factory by which another process could build it.
+        CompressorError: the network has no factory by which another process could build it, or a rule was registered
+            by the script that runs, which another process cannot import.
     """
+    if "__main__" in (rules := modules_of_rules()):
+        raise CompressorError(
+            "A layer rule is registered in the script that runs, and the processes of workers and of functions that "
+            "are budgets cannot import it.",
+            "Move the rule to a module, and import that in the script.",
+        )
     model = space.model
     dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     factory = find_factory(model, dense, space.outputs)
@@ -38,6 +47,7 @@ def blueprint(space: PruningSpace) -> dict[str, Any]:
         "factory": factory,
         "inputs": [list(tensor.shape) for tensor in space.example_input],
         "training": model.training,
+        "rules": rules,
     }
 
 
@@ -57,7 +67,9 @@ def channels_last(model: nn.Module) -> bool:
 
 
 def rebuild(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], device: str = "cpu") -> PruningSpace:
-    """The space that `blueprint` described, with these weights."""
+    """The space that `blueprint` described, with these weights and the layer rules of that process."""
+    for module in plain["rules"]:
+        import_module(module)
     model = build_dense(plain["factory"])
     set_tensors(model, dict(tensors), device)
     model.train(bool(plain["training"]))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
+from compressor.core.plugins import load_plugins
 from compressor.pruning import rules as rules  # registers them
 from compressor.pruning.attention import swap_name
 from compressor.pruning.facts import MEETS_FIXED, Facts, Key, Settings, example_tensors, moved
@@ -44,8 +45,9 @@ def build(model: nn.Module, args: tuple[Any, ...], frozen_at_once: Sequence[str]
     """Trace `model` on `args` and check the result.
 
     Raises:
-        CompressorError: the forward pass fails, or depends on data.
+        CompressorError: the forward pass fails, or depends on data; or a plugin cannot be imported.
     """
+    load_plugins()
     settings = Settings()
     tried: set[Key] = set()
     for _ in range(_ROUNDS):

@@ -2,17 +2,23 @@
 
 A rule is a function that is registered by its operations' names:
 
-    @rule("pixel_shuffle")
+    @register_rule("pixel_shuffle")
     def pixel_shuffle(tracer: Tracer, call: Call) -> None: ...
 
-An operation without a rule keeps all channels that go in (`UNKNOWN`).
+An operation without a rule keeps all channels that go in (`UNKNOWN`). Names are
+
+- those of torch's functions and methods, without underscores around them: `add` for `torch.add`, `add_`, `__iadd__`;
+- `namespace::name` for operators of another library (`torch.library`);
+- `module.function` for functions elsewhere that go through torch's function protocol.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
+from compressor.core.errors import CompressorError
 from compressor.pruning.facts import Call
 
 Rule = Callable[[Any, Call], None]
@@ -34,21 +40,38 @@ SILENT = """
 """
 """Calls that return no tensor, or one that carries no channels."""
 
+_OPERATORS = "torch._ops."
+"""Where operators that are called as `torch.ops.library.name` lie."""
+
+_TORCHS_OWN = ("aten", "prims")
+_TOOLKIT = f"{__name__.partition('.')[0]}."
+
 _SILENT = frozenset(SILENT.split())
 _RULES: dict[str, Rule] = {}
 _known: dict[Any, tuple[str, Rule | None]] = {}
 
 
-def rule(*names: str) -> Callable[[_Registered], _Registered]:
-    """Register a function as the rule of operations.
+def register_rule(*operations: str | Callable[..., Any]) -> Callable[[_Registered], _Registered]:
+    """Register a function as the rule of operations; a decorator.
+
+    A rule that is defined anew in its own module (in a notebook, by a reload) takes its own place.
 
     Args:
-        names: Of functions and methods of torch, without underscores around them, several separated by spaces. A rule
-            that is there already is replaced.
+        operations: Names, several separated by spaces, or the functions themselves.
+
+    Raises:
+        CompressorError: an operation has a rule of another function, or something is no operation.
     """
+    names = [name for each in operations for name in _names(each)]
 
     def register(function: _Registered) -> _Registered:
-        _RULES.update({name: function for each in names for name in each.split()})
+        for name in names:
+            if (other := _RULES.get(name)) is not None and _place(other) != _place(function):
+                raise CompressorError(
+                    f"The operation {name!r} of the rule {_place(function)} has the rule {_place(other)}.",
+                    "One operation has one rule: remove one of the two.",
+                )
+        _RULES.update(dict.fromkeys(names, function))
         _known.clear()
         return function
 
@@ -56,13 +79,48 @@ def rule(*names: str) -> Callable[[_Registered], _Registered]:
 
 
 def rule_of(func: Any) -> tuple[str, Rule | None]:
-    """The plain name of a torch function or tensor method, and its rule; None where it says nothing of channels."""
+    """The name of an operation and its rule; None where it says nothing of channels."""
     found = _known.get(func)
     if found is None:
-        name = _plain_name(func)
+        name = _name_of(func)
         found = (name, None if name in _SILENT else _RULES.get(name, _RULES[UNKNOWN]))
         _known[func] = found
     return found
+
+
+def is_own(rule: Rule) -> bool:
+    """Whether a rule is one of the toolkit's."""
+    return rule.__module__.startswith(_TOOLKIT)
+
+
+def modules_of_rules() -> list[str]:
+    """The modules, other than the toolkit's, whose rules are registered here; other processes import them too."""
+    return sorted({rule.__module__ for rule in _RULES.values() if not is_own(rule)})
+
+
+def _place(rule: Rule) -> str:
+    return f"{rule.__module__}:{rule.__qualname__}"
+
+
+def _names(operation: str | Callable[..., Any]) -> list[str]:
+    if isinstance(operation, str):
+        return operation.split()
+    if not hasattr(operation, "__name__"):
+        raise CompressorError(
+            f"{operation!r} has no name by which a call of it is known.",
+            "Give the name of an operator of torch.library as 'namespace::name', or the function that is called.",
+        )
+    return [_name_of(operation)]
+
+
+def _name_of(func: Any) -> str:
+    """The name in the table of what torch's function protocol passes on."""
+    module, name = str(getattr(func, "__module__", "")), str(getattr(func, "__name__", ""))
+    if module.startswith(_OPERATORS) and (library := module.removeprefix(_OPERATORS)) not in _TORCHS_OWN:
+        return f"{library}::{name.partition('.')[0]}"
+    if isinstance(func, FunctionType) and module.partition(".")[0] != "torch":
+        return f"{module}.{func.__qualname__}"
+    return _plain_name(func)
 
 
 def _plain_name(func: Any) -> str:

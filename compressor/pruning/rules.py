@@ -1,5 +1,6 @@
-"""All rules: importing this module registers them (`registry.rule`)."""
+"""All rules of the toolkit: importing this module registers them, before those of others."""
 
 from compressor.pruning import rules_join, rules_layers, rules_pointwise, rules_products, rules_shape
+from compressor.pruning.registry import register_rule
 
-__all__ = ["rules_join", "rules_layers", "rules_pointwise", "rules_products", "rules_shape"]
+__all__ = ["register_rule", "rules_join", "rules_layers", "rules_pointwise", "rules_products", "rules_shape"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressor.pruning.atoms import Labels
 from compressor.pruning.facts import Call
-from compressor.pruning.registry import rule
+from compressor.pruning.registry import register_rule
 from compressor.pruning.rules_shape import even, fix_all, ints, positive
 from compressor.pruning.trace import Tracer
 
@@ -19,7 +19,7 @@ REDUCING = """
 """
 
 
-@rule("cat concat concatenate")
+@register_rule("cat concat concatenate")
 def cat(tracer: Tracer, call: Call) -> None:
     parts = [part for part in call.arg(0, "tensors") if part.dim() > 1 or part.numel()]
     dim = positive(call.arg(1, "dim", 0), call.out.dim())
@@ -43,7 +43,7 @@ def cat(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, made, any(tracer.active(part) for part in parts))
 
 
-@rule("stack")
+@register_rule("stack")
 def stack(tracer: Tracer, call: Call) -> None:
     parts = list(call.arg(0, "tensors"))
     dim = positive(call.arg(1, "dim", 0), call.out.dim())
@@ -54,7 +54,7 @@ def stack(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, made, any(tracer.active(part) for part in parts))
 
 
-@rule("chunk tensor_split split split_with_sizes unsafe_split unsafe_chunk")
+@register_rule("chunk tensor_split split split_with_sizes unsafe_split unsafe_chunk")
 def split(tracer: Tracer, call: Call) -> None:
     """chunk and split: parts of equal size are kept equal, since the call may only know their number."""
     source: Tensor = call.args[0]
@@ -80,7 +80,7 @@ def split(tracer: Tracer, call: Call) -> None:
         tracer.mark(part, made, tracer.active(source))
 
 
-@rule("unbind iter")
+@register_rule("unbind iter")
 def unbind(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dim = positive(call.arg(1, "dim", 0), source.dim())
@@ -91,7 +91,7 @@ def unbind(tracer: Tracer, call: Call) -> None:
         tracer.mark(part, [axis for i, axis in enumerate(axes) if i != dim], tracer.active(source))
 
 
-@rule("select")
+@register_rule("select")
 def select(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dim = positive(call.arg(1, "dim"), source.dim())
@@ -100,7 +100,7 @@ def select(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, [axis for i, axis in enumerate(axes) if i != dim], tracer.active(source))
 
 
-@rule("narrow")
+@register_rule("narrow")
 def narrow(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dim = positive(call.arg(1, "dim"), source.dim())
@@ -113,7 +113,7 @@ def narrow(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, made, tracer.active(source))
 
 
-@rule("glu")
+@register_rule("glu")
 def glu(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dim = positive(call.arg(1, "dim", -1), source.dim())
@@ -123,7 +123,7 @@ def glu(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, made, tracer.active(source))
 
 
-@rule("getitem")
+@register_rule("getitem")
 def getitem(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     key = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
@@ -175,7 +175,7 @@ def _indexed(tracer: Tracer, call: Call, source: Tensor, key: tuple[Any, ...]) -
         fix_all(tracer, call, "it is indexed by tensors or lists")
 
 
-@rule("index_select")
+@register_rule("index_select")
 def index_select(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dim = positive(call.arg(1, "dim"), source.dim())
@@ -185,7 +185,7 @@ def index_select(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, made, tracer.active(source))
 
 
-@rule("gather take_along_dim topk sort argsort")
+@register_rule("gather take_along_dim topk sort argsort")
 def along(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     place = 2 if call.name == "topk" else 1
@@ -200,7 +200,7 @@ def along(tracer: Tracer, call: Call) -> None:
         tracer.mark(out, axes, tracer.active(source))
 
 
-@rule("flip")
+@register_rule("flip")
 def flip(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dims = [positive(i, source.dim()) for i in ints(call, 1)]
@@ -211,7 +211,7 @@ def flip(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, made, tracer.active(source))
 
 
-@rule("roll")
+@register_rule("roll")
 def roll(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dims = call.arg(2, "dims", ())
@@ -222,7 +222,7 @@ def roll(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, axes, tracer.active(source))
 
 
-@rule("pad")
+@register_rule("pad")
 def pad(tracer: Tracer, call: Call) -> None:
     """Zeros before and behind; where they pad channels (a parameter-free shortcut), their numbers are
     attributes or fixed."""
@@ -250,7 +250,7 @@ def pad(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, made, tracer.active(source))
 
 
-@rule("pixel_shuffle")
+@register_rule("pixel_shuffle")
 def pixel_shuffle(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     axes = list(tracer.axes(source))
@@ -266,7 +266,7 @@ def pixel_shuffle(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, axes, tracer.active(source))
 
 
-@rule("pixel_unshuffle")
+@register_rule("pixel_unshuffle")
 def pixel_unshuffle(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     axes = list(tracer.axes(source))
@@ -275,7 +275,7 @@ def pixel_unshuffle(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, axes, tracer.active(source))
 
 
-@rule("channel_shuffle")
+@register_rule("channel_shuffle")
 def channel_shuffle(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     axes = list(tracer.axes(source))
@@ -287,7 +287,7 @@ def channel_shuffle(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, axes, tracer.active(source))
 
 
-@rule("unfold im2col")
+@register_rule("unfold im2col")
 def unfold(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     axes = list(tracer.axes(source))
@@ -306,7 +306,7 @@ def unfold(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, [axes[0], made, None], tracer.active(source))
 
 
-@rule(REDUCING)
+@register_rule(REDUCING)
 def reduce(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     second = call.args[1] if len(call.args) > 1 else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressor.pruning.atoms import Labels
 from compressor.pruning.facts import Call, LayerCall
-from compressor.pruning.registry import rule
+from compressor.pruning.registry import register_rule
 from compressor.pruning.rules_shape import even
 from compressor.pruning.trace import Tracer, factored
 
@@ -83,7 +83,7 @@ def note_layer(
     )
 
 
-@rule("conv1d conv2d conv3d")
+@register_rule("conv1d conv2d conv3d")
 def convolution(tracer: Tracer, call: Call) -> None:
     """conv1d/2d/3d: weight (out, in / groups, *kernel)."""
     source, weight = call.arg(0, "input"), call.arg(1, "weight")
@@ -124,7 +124,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
     )
 
 
-@rule("conv_transpose1d conv_transpose2d conv_transpose3d")
+@register_rule("conv_transpose1d conv_transpose2d conv_transpose3d")
 def transposed_convolution(tracer: Tracer, call: Call) -> None:
     """conv_transpose1d/2d/3d: weight (in, out / groups, *kernel)."""
     source, weight = call.arg(0, "input"), call.arg(1, "weight")
@@ -228,7 +228,7 @@ def _grouped(
     return outs
 
 
-@rule("linear")
+@register_rule("linear")
 def linear(tracer: Tracer, call: Call) -> None:
     """linear: weight (out, in) on the last axis."""
     source, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")

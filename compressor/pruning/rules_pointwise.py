@@ -7,7 +7,7 @@ from torch import Tensor
 from compressor.pruning.atoms import Labels
 from compressor.pruning.facts import Call
 from compressor.pruning.provenance import Attribute
-from compressor.pruning.registry import rule
+from compressor.pruning.registry import register_rule
 from compressor.pruning.rules_shape import even, fix_all
 from compressor.pruning.trace import Tracer
 
@@ -36,12 +36,12 @@ CREATING = """
 """
 
 
-@rule(CREATING, "setitem")
+@register_rule(CREATING, "setitem")
 def nothing(tracer: Tracer, call: Call) -> None:
     """New tensors carry no channels."""
 
 
-@rule("eye")
+@register_rule("eye")
 def eye(tracer: Tracer, call: Call) -> None:
     """The unit matrix of an attribute's size, such as the kernel of an identity branch: both axes shrink alike."""
     if len(call.args) == 1 and isinstance(call.args[0], Attribute):
@@ -50,13 +50,13 @@ def eye(tracer: Tracer, call: Call) -> None:
             tracer.mark(call.out, (labels, labels), False)
 
 
-@rule("*")
+@register_rule("*")
 def unknown(tracer: Tracer, call: Call) -> None:
     """An operation without a rule: harmless where no channels go in, else they all stay as they are."""
     fix_all(tracer, call, f"the operation '{call.name}' is not known to keep channels apart")
 
 
-@rule(ELEMENTWISE)
+@register_rule(ELEMENTWISE)
 def elementwise(tracer: Tracer, call: Call) -> None:
     """Tensors meet index by index, with broadcasting."""
     tensors = [t for t in call.tensors if t.dim()]
@@ -78,7 +78,7 @@ def elementwise(tracer: Tracer, call: Call) -> None:
         tracer.mark(out, made, bool(live))
 
 
-@rule(SPATIAL)
+@register_rule(SPATIAL)
 def spatial(tracer: Tracer, call: Call) -> None:
     """Pooling and resizing keep batch and channels and change space only."""
     source: Tensor = call.args[0]
@@ -111,7 +111,7 @@ def _spatial_rank(call: Call, out: Tensor) -> int:
     return max(out.dim() - 2, 0)
 
 
-@rule("prelu")
+@register_rule("prelu")
 def prelu(tracer: Tracer, call: Call) -> None:
     source, weight = call.arg(0, "input"), call.arg(1, "weight")
     axes = list(tracer.axes(source))
@@ -121,7 +121,7 @@ def prelu(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, axes, tracer.active(source))
 
 
-@rule("batch_norm instance_norm")
+@register_rule("batch_norm instance_norm")
 def batch_norm(tracer: Tracer, call: Call) -> None:
     """batch_norm and instance_norm: every vector among the arguments goes with axis 1."""
     source: Tensor = call.arg(0, "input")
@@ -140,7 +140,7 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
         tracer.count(call.name, each, *tracer.sizes(source))
 
 
-@rule("layer_norm rms_norm")
+@register_rule("layer_norm rms_norm")
 def layer_norm(tracer: Tracer, call: Call) -> None:
     """layer_norm and rms_norm over the last axes; `normalized_shape` follows the kept channels."""
     source: Tensor = call.arg(0, "input")
@@ -160,7 +160,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
         tracer.count(call.name, 5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(source))
 
 
-@rule("group_norm")
+@register_rule("group_norm")
 def group_norm(tracer: Tracer, call: Call) -> None:
     """group_norm: every group keeps as many channels; one channel a group loses whole groups."""
     source: Tensor = call.arg(0, "input")

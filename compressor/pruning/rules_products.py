@@ -9,13 +9,13 @@ from torch import Tensor
 
 from compressor.pruning.atoms import Labels
 from compressor.pruning.facts import Call
-from compressor.pruning.registry import rule
+from compressor.pruning.registry import register_rule
 from compressor.pruning.rules_layers import note_layer
 from compressor.pruning.rules_shape import fix_all
 from compressor.pruning.trace import Tracer
 
 
-@rule("matmul mm bmm rmatmul")
+@register_rule("matmul mm bmm rmatmul")
 def matmul(tracer: Tracer, call: Call) -> None:
     a, b = (
         call.args[0],
@@ -24,7 +24,7 @@ def matmul(tracer: Tracer, call: Call) -> None:
     _product(tracer, call, a, b, counted=True)
 
 
-@rule("addmm baddbmm")
+@register_rule("addmm baddbmm")
 def addmm(tracer: Tracer, call: Call) -> None:
     """addmm is counted by fvcore, baddbmm is not."""
     _product(tracer, call, call.args[1], call.args[2], counted=call.name == "addmm")
@@ -63,7 +63,7 @@ def _product(tracer: Tracer, call: Call, a: Tensor, b: Tensor, counted: bool) ->
     tracer.mark(call.out, made, tracer.active(a) or tracer.active(b))
 
 
-@rule("einsum")
+@register_rule("einsum")
 def einsum(tracer: Tracer, call: Call) -> None:
     equation = str(call.args[0]).replace(" ", "")
     given = call.args[1:]
@@ -99,7 +99,7 @@ def einsum(tracer: Tracer, call: Call) -> None:
         tracer.count("einsum", 1 if exact else 2 if inner else 1, *factors, rounded=not exact)
 
 
-@rule("scaled_dot_product_attention")
+@register_rule("scaled_dot_product_attention")
 def attention(tracer: Tracer, call: Call) -> None:
     """scaled_dot_product_attention: (..., L, D), (..., S, D), (..., S, Dv); fvcore does not count it."""
     query, key, value = call.arg(0, "query"), call.arg(1, "key"), call.arg(2, "value")
@@ -129,7 +129,7 @@ def attention(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, [*made, None, axes[2][-1]], tracer.active(query))
 
 
-@rule("multi_head_attention_forward")
+@register_rule("multi_head_attention_forward")
 def multi_head(tracer: Tracer, call: Call) -> None:
     """multi_head_attention_forward (tokens, batch, embedding): heads go whole, the embedding is free of them.
 
@@ -212,7 +212,7 @@ def multi_head(tracer: Tracer, call: Call) -> None:
         )
 
 
-@rule("embedding")
+@register_rule("embedding")
 def embedding(tracer: Tracer, call: Call) -> None:
     index, weight = call.arg(0, "input"), call.arg(1, "weight")
     axes = tracer.axes(weight)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressor.pruning.atoms import Axes, Labels
 from compressor.pruning.facts import Call
-from compressor.pruning.registry import rule
+from compressor.pruning.registry import register_rule
 from compressor.pruning.trace import Tracer
 
 
@@ -36,7 +36,7 @@ def tie_sizes(tracer: Tracer, call: Call, axes: Axes, source: Axes) -> None:
                 tracer.tie(size, labels, others=source)
 
 
-@rule("view reshape flatten unflatten ravel _unsafe_view view_as reshape_as")
+@register_rule("view reshape flatten unflatten ravel _unsafe_view view_as reshape_as")
 def reshape(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     target: Tensor = call.out
@@ -149,7 +149,7 @@ def even(tracer: Tracer, labels: Labels, parts: int) -> Labels:
     return first
 
 
-@rule("expand expand_as broadcast_to")
+@register_rule("expand expand_as broadcast_to")
 def expand(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     axes = tracer.axes(source)
@@ -167,14 +167,14 @@ def expand(tracer: Tracer, call: Call) -> None:
         tie_sizes(tracer, call, made, axes)
 
 
-@rule("broadcast_tensors")
+@register_rule("broadcast_tensors")
 def broadcast(tracer: Tracer, call: Call) -> None:
     for source, target in zip(call.tensors, call.out, strict=True):
         lead = target.dim() - source.dim()
         tracer.mark(target, (None,) * lead + tracer.axes(source), tracer.active(source))
 
 
-@rule("repeat tile")
+@register_rule("repeat tile")
 def repeat(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     times = ints(call, 1)
@@ -184,7 +184,7 @@ def repeat(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, made, tracer.active(source))
 
 
-@rule("repeat_interleave")
+@register_rule("repeat_interleave")
 def repeat_interleave(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     count, dim = call.arg(1, "repeats"), call.arg(2, "dim")
@@ -197,7 +197,7 @@ def repeat_interleave(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, made, tracer.active(source))
 
 
-@rule("permute")
+@register_rule("permute")
 def permute(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     order = ints(call, 1)
@@ -205,7 +205,7 @@ def permute(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, [axes[i] for i in order], tracer.active(source))
 
 
-@rule("transpose swapaxes swapdims")
+@register_rule("transpose swapaxes swapdims")
 def transpose(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     a, b = ints(call, 1)
@@ -214,7 +214,7 @@ def transpose(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, axes, tracer.active(source))
 
 
-@rule("t get:T get:mT adjoint get:H")
+@register_rule("t get:T get:mT adjoint get:H")
 def turned(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     axes = list(tracer.axes(source))
@@ -222,7 +222,7 @@ def turned(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, made, tracer.active(source))
 
 
-@rule("movedim moveaxis")
+@register_rule("movedim moveaxis")
 def movedim(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     rank = source.dim()
@@ -235,7 +235,7 @@ def movedim(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, [axes[i] for i in order], tracer.active(source))
 
 
-@rule("unsqueeze")
+@register_rule("unsqueeze")
 def unsqueeze(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     axes = list(tracer.axes(source))
@@ -243,7 +243,7 @@ def unsqueeze(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, axes, tracer.active(source))
 
 
-@rule("squeeze")
+@register_rule("squeeze")
 def squeeze(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dims = [positive(i, source.dim()) for i in ints(call, 1)] or list(range(source.dim()))

@@ -20,7 +20,7 @@ from compressor.pruning.atoms import Atoms, Axes, Labels
 from compressor.pruning.facts import MEETS_FIXED, Call, Counted, Facts, Frame, Settings, Step, Tie, tensors_in
 from compressor.pruning.provenance import Attribute, remember
 from compressor.pruning.quick import shape_only
-from compressor.pruning.registry import rule_of, works_in_place
+from compressor.pruning.registry import is_own, rule_of, works_in_place
 
 _DATA_DEPENDENT = frozenset(
     {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"}
@@ -28,7 +28,12 @@ _DATA_DEPENDENT = frozenset(
 
 
 class Tracer(TorchFunctionMode):
-    """Follows one forward pass.
+    """Follows one forward pass, and is what a rule says its facts to.
+
+    A rule reads the labels of the arguments (`axes`), says which channels meet (`merge`) or must stay (`fix`), and
+    records the labels of each result (`mark`, with `active` of what it was computed from). Where the operation takes a
+    number of channels from an attribute of a module, `tie` lets that shrink as well. What is not marked carries no
+    channels.
 
     Args:
         tensors: name -> parameter or buffer of the network that runs (its own objects, by identity).
@@ -67,7 +72,10 @@ class Tracer(TorchFunctionMode):
 
     # ---------------------------------------------------------------- what rules use
     def axes(self, tensor: Tensor) -> Axes:
-        """The labels of each axis of `tensor`; parameters get atoms when they are first met."""
+        """The labels of each axis of `tensor`, one for each channel; None for an axis whose size stays (batch, space).
+
+        Parameters get theirs when they are first met.
+        """
         mark = self._marks.get(id(tensor))
         if mark is not None:
             return mark[1]
@@ -89,11 +97,21 @@ class Tracer(TorchFunctionMode):
         return mark is not None and mark[2]
 
     def mark(self, tensor: Tensor, axes: Iterable[Labels | None], active: bool) -> None:
-        """Record the labels of a result."""
+        """Record the labels of a result, one entry for each axis.
+
+        Args:
+            tensor: The result.
+            axes: Its labels; None for an axis whose size stays.
+            active: Whether it was computed from the network's input.
+        """
         self._marks[id(tensor)] = (tensor, tuple(axes), active)
 
     def merge(self, a: Labels | None, b: Labels | None) -> Labels | None:
-        """Two axes of the same size meet index by index."""
+        """Two axes of the same size meet index by index: their channels are kept or removed together.
+
+        Returns:
+            The labels of the result's axis; None, and the other axis is fixed, where one of the two is of fixed size.
+        """
         if a is None or b is None:
             self.fix(a if b is None else b, MEETS_FIXED)
             return None
@@ -101,7 +119,12 @@ class Tracer(TorchFunctionMode):
         return a
 
     def fix(self, labels: Labels | None, reason: str) -> None:
-        """These channels must stay; the reason names where."""
+        """These channels must stay.
+
+        Args:
+            labels: Of an axis; None says nothing.
+            reason: A clause that follows "left dense:"; the running module is added.
+        """
         if labels is not None:
             where = self.stack[-1].path
             self.atoms.fix(labels, f"{reason} (in {where})" if where else reason)
@@ -219,7 +242,7 @@ class Tracer(TorchFunctionMode):
         labelled = [axis for tensor in [*inputs, *results] for axis in self.axes(tensor) if axis is not None]
         if self.uncounted:
             return out
-        self.facts.traffic.record(self, rule.__name__, inputs, results)
+        self.facts.traffic.record(self, rule.__name__ if is_own(rule) else "", inputs, results)
         if key in self.settings.frozen:
             for axis in labelled:
                 self.fix(axis, self.settings.frozen[key])

@@ -20,7 +20,8 @@ FINETUNE_RATE = 0.02
 CONTEXT_SIZE = 128
 """Numbers of the joint agent's environment model, as published."""
 
-AgentName = Literal["joint", "constrained", "stepwise", "knapsack", "uniform", "random"]
+AgentName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,99}$")]
+"""Which agents there are is known where agents are: a name that none has is refused before a run begins."""
 
 
 def _with_source(value: Any) -> Any:
@@ -56,7 +57,11 @@ class Recipe(Part):
         "auto", description="Precision on the device; auto is fp32 on a CPU and fp16 elsewhere."
     )
     threads: Positive = Field(1, description="Threads of the runtime where the device is this machine's CPU.")
-    agent: AgentName = Field("joint", description="What decides the widths.")
+    agent: AgentName = Field(
+        "joint",
+        description="What decides the widths: the name of an agent of the toolkit (docs/agents.md), or of one that an "
+        "installed package registers.",
+    )
     accept_dense: bool = Field(
         False,
         description="Whether to go on with given weights that score no better than guessing, or far below what is "

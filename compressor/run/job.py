@@ -149,12 +149,14 @@ def prepare(
 
     from compressor.budgets.energy import EnergyMeter, find_counters
     from compressor.budgets.function import FunctionCaller
+    from compressor.core.plugins import load_plugins
     from compressor.models import factory_of
     from compressor.run.inputs import load
     from compressor.search.registry import create_agent
     from compressor.search.reward import soft_reward
     from compressor.search.sites import check_workers
 
+    load_plugins()
     specs = budget_specs(recipe)
     notes: list[str] = []
     check_device(recipe)

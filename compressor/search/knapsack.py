@@ -14,6 +14,7 @@ from compressor.search.allocation import Allocator
 from compressor.search.base import Agent
 from compressor.search.candidate import SearchResult
 from compressor.search.proposals import near_widths, uniform_or_cheapest
+from compressor.search.registry import register_agent
 from compressor.search.session import SearchSession, best_of_round, from_earlier_rounds
 from compressor.search.values import POWERS, Sensitivity, saliency_values
 
@@ -37,6 +38,7 @@ class KnapsackSettings:
     spread: float = 0.5
 
 
+@register_agent
 class KnapsackAgent(Agent):
     """Solves the allocation for one set of values after another, and keeps the plan that scores best.
 

@@ -11,6 +11,7 @@ from compressor.core import progress
 from compressor.search.base import Agent
 from compressor.search.candidate import SearchResult
 from compressor.search.proposals import followed, random_widths, uniform_or_cheapest
+from compressor.search.registry import register_agent
 from compressor.search.session import best_of_round, from_earlier_rounds
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class RandomSettings:
     evaluations: int = 50
 
 
+@register_agent
 class RandomAgent(Agent):
     """Scores random plans at the budget and keeps the best; the uniform plan is the first of them.
 

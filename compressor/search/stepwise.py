@@ -18,6 +18,7 @@ from compressor.search.dueling import DoubleDqn
 from compressor.search.neighbours import NearBest
 from compressor.search.observation import FEATURES
 from compressor.search.proposals import uniform_or_cheapest
+from compressor.search.registry import register_agent
 from compressor.search.session import best_of_round, from_earlier_rounds, merit
 from compressor.search.values import POWERS, Sensitivity, saliency_values
 
@@ -115,6 +116,7 @@ PUBLISHED = (
 """The method as arXiv 2007.04756 has it; the source leaves network, replay and rates open."""
 
 
+@register_agent
 class StepwiseAgent(Agent):
     """Chooses a share for each group, and is told after each what became of accuracy and cost.
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from compressor.search.base import Agent, NoSettings
 from compressor.search.candidate import SearchResult
 from compressor.search.proposals import uniform_widths
+from compressor.search.registry import register_agent
 
 if TYPE_CHECKING:
     from compressor.search.session import SearchSession
 
 
+@register_agent
 class UniformAgent(Agent):
     """Keeps the largest ratio, one for all groups, at which the budgets hold.
 

@@ -62,7 +62,7 @@ def test_a_recipe_is_frozen() -> None:
         ("modl: resnet50", ["unknown field 'modl'", "did you mean model?", "'model' is missing"]),
         ("model: resnet50\nepochs: many", ["'epochs' is 'many'", "integer"]),
         ("model: resnet50\nbudgets: {latncy: 5ms}", ["'budgets.latncy'", "latency"]),
-        ("model: resnet50\nagent: smart", ["'agent' is 'smart'", "joint"]),
+        ("model: resnet50\nagent: smart:Agent", ["'agent' is 'smart:Agent'", "pattern"]),
         ("- a\n- b", ["holds list"]),
         ("model: [", ["cannot be read as YAML"]),
         ("!!python/object/apply:os.system ['true']", ["cannot be read as YAML"]),

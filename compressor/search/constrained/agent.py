@@ -10,11 +10,13 @@ from compressor.search.candidate import SearchResult
 from compressor.search.constrained.published import PUBLISHED
 from compressor.search.constrained.search import ConstrainedSearch
 from compressor.search.constrained.settings import PAPER, ConstrainedSettings
+from compressor.search.registry import register_agent
 
 if TYPE_CHECKING:
     from compressor.search.session import SearchSession
 
 
+@register_agent
 class ConstrainedAgent(Agent):
     """Learns a policy whose plans keep the budgets on average, and keeps the best plan that does.
 

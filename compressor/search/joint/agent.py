@@ -9,12 +9,14 @@ from compressor.search.candidate import SearchResult
 from compressor.search.joint.published import ALIGNMENT, PUBLISHED
 from compressor.search.joint.search import JointSearch
 from compressor.search.joint.settings import ENVIRONMENT_MODEL, LEARNED, JointSettings, plan_episodes
+from compressor.search.registry import register_agent
 from compressor.search.schedule import JOINT_EPOCHS_TO_LEARN
 
 if TYPE_CHECKING:
     from compressor.search.session import SearchSession
 
 
+@register_agent
 class JointAgent(Agent):
     """Trains and prunes at once: a soft actor-critic chooses the ratios, rewarded with the accuracy.
 

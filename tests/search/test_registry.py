@@ -1,0 +1,171 @@
+"""Agents by name: the toolkit's, and those of other packages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from compressor import register_agent
+from compressor.core import plugins
+from compressor.core.errors import CompressorError
+from compressor.recipe import Recipe
+from compressor.search import registry
+from compressor.search.base import Agent, NoSettings
+from compressor.search.candidate import SearchResult
+from compressor.search.registry import AGENTS, agent_class, agent_names
+from tests.architecture import code_of, installed
+from tests.search.bench import Bench, Killed
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def registered_meanwhile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test registers and imports is gone after it."""
+    for name in AGENTS:
+        agent_class(name)
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    modules = set(sys.modules)
+    plugins.load_plugins.cache_clear()
+    yield
+    plugins.load_plugins.cache_clear()
+    for name in set(sys.modules) - modules:
+        if name.startswith(("mysloped", "mybroken")):
+            del sys.modules[name]
+
+
+def python(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+class Plain(Agent):
+    """Takes the uniform plan."""
+
+    name = "plain"
+    Settings = NoSettings
+
+    def _search(self, run: Any) -> SearchResult:
+        raise NotImplementedError
+
+
+def test_the_toolkits_agents_register_themselves() -> None:
+    for name, module in AGENTS.items():
+        assert registry._registered[name].__module__ == module
+    assert agent_names() == list(AGENTS)
+
+
+def test_the_page_makes_an_agent_that_searches_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mysloped.py").write_text(code_of("Add an agent"))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CompressorError, match="no agent called 'sloped'"):
+        agent_class("sloped")
+    import_module("mysloped")  # as a script does before it calls `compress`
+    assert agent_class("sloped").__module__ == "mysloped"
+    assert Recipe(model="resnet50", agent="sloped").resolved().agent == "sloped"
+
+    def bench(name: str) -> Bench:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return Bench(tmp_path / name)
+
+    whole = bench("whole").search("sloped", settings={"evaluations": 7})
+    assert whole.reward == max(each.reward for each in whole.candidates)
+    assert len({each.widths for each in whole.candidates}) > 3
+    with pytest.raises(Killed):
+        bench("killed").search("sloped", settings={"evaluations": 7}, kill_after=4)
+    again = bench("killed").search("sloped", settings={"evaluations": 7})
+    assert (again.widths, again.candidates) == (whole.widths, whole.candidates)
+
+
+def test_an_installed_package_brings_an_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path, "mypackage", "mysloped", code_of("Add an agent"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert plugins.load_plugins() == ("mysloped",)
+    assert agent_names() == [*AGENTS, "sloped"]
+    assert agent_class("sloped").__module__ == "mysloped"
+
+
+def test_the_command_line_finds_the_agent_of_an_installed_package(tmp_path: Path) -> None:
+    installed(tmp_path, "mypackage", "mysloped", code_of("Add an agent"))
+    command = "from compressor.cli import main; main()"
+    asked = ["--model", "tests.nets:tiny", "--flops", "50%", "--dry-run", "--agent"]
+    done = python(tmp_path, command, *asked, "sloped", "--set", "search.settings.steepest=0.3")
+    assert done.returncode == 0, done.stderr
+    assert "agent: sloped" in done.stdout
+    done = python(tmp_path, command, *asked, "slopd")
+    assert done.returncode == 2
+    assert "Did you mean: sloped" in " ".join(done.stderr.split())
+
+
+def test_a_package_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path, "mybroken", "mybroken_agents", "import nothing_like_this\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):  # it stays refused
+        with pytest.raises(CompressorError) as caught:
+            agent_class("sloped")
+        for part in ("package mybroken", "module mybroken_agents", "nothing_like_this", "line 1"):
+            assert part in caught.value.message
+        assert "pip uninstall mybroken" in caught.value.hint
+
+
+def test_a_name_that_is_taken() -> None:
+    assert register_agent(Plain) is Plain
+    register_agent(Plain)  # the same class once more, as after a reload
+
+    class Other(Plain):
+        pass
+
+    with pytest.raises(CompressorError, match=r"'plain' of \S+:\S+Other is taken by \S*test_registry:Plain\."):
+        register_agent(Other)
+    Other.name = "uniform"
+    with pytest.raises(CompressorError, match=r"Other is taken by compressor.search.uniform:UniformAgent\."):
+        register_agent(Other)
+
+
+def test_classes_that_are_no_agents() -> None:
+    class NoName(Agent):
+        Settings = NoSettings
+
+    class Colon(Plain):
+        name = "my.package:Agent"
+
+    class Unset(Agent):
+        name: ClassVar[str] = "unset"
+
+    for kind, words in ((NoName, "name None"), (Colon, "my.package:Agent"), (Unset, "no settings")):
+        with pytest.raises(CompressorError, match=words):
+            register_agent(kind)
+    with pytest.raises(CompressorError, match="no subclass of Agent"):
+        register_agent(object)  # type: ignore[type-var]
+
+
+def test_help_and_names_import_neither_torch_nor_agents(tmp_path: Path) -> None:
+    code = """
+import sys
+from contextlib import suppress
+from compressor.cli import main
+from compressor.search.registry import AGENTS
+with suppress(SystemExit):
+    main()
+print(len(AGENTS), [name for name in ("torch", "numpy", *AGENTS.values()) if name in sys.modules])
+"""
+    done = python(tmp_path, code, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith(f"{len(AGENTS)} []")
+    assert "joint, constrained" in done.stdout
