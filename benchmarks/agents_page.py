@@ -145,8 +145,8 @@ def _protocol(cells: Cells) -> str:
         name: _all(cells, name) for name in ("epochs", "search_images", "batch_norm_batches", "test_images")
     }
     text = f"""
-        Written by `python -m benchmarks.agents` from its cells. Every agent searches on the same given weights, which do
-        not change, with the same number of evaluations (uniform pruning needs one; *evaluations* is the number used).
+        Written by `python -m benchmarks.agents` from its cells. Every agent searches on the same given weights, which
+        do not change, with the same number of evaluations (uniform pruning needs one; *evaluations* is the number used).
         Every slim network is then fine-tuned in the same way, epochs on all training images: {said["epochs"]}. *Search
         split* is the accuracy seen by the search, on {said["search_images"]} images after
         {said["batch_norm_batches"]} batches for batch norm. *Before* and *after* fine-tuning are on the
@@ -249,7 +249,8 @@ def _missing(missing: Sequence[Cell], command: str) -> str:
         parts = [f"{', '.join(a for a in seeds if seeds[a] == these)} (seeds {these})" for these in alike]
         steps = f", {brief} steps on each" if brief else ""
         lines.append(f"- `{model}`, {evaluations} evaluations{steps}, {budget}: {'; '.join(parts)}")
-    return "\n".join([*lines, "", "This command fills them and continues where it stopped:", "", "```bash", command, "```"])
+    said = "This command fills them and continues where it stopped:"
+    return "\n".join([*lines, "", said, "", "```bash", command, "```"])
 
 
 def _kept(of: Cells) -> str:

@@ -3,8 +3,8 @@
     python -m benchmarks.results_joint --data folder:/data/cifar10-jpeg --weights20 resnet20.pt --weights56 resnet56.pt
 
 Runs every recipe of recipes/joint once for each seed, each cell in a folder of its own: finished ones are skipped,
-stopped ones go on, and the page `docs/results/joint.md` is written again after each. The recipes have the lengths of the
-papers (200 epochs from scratch, 100 from given weights). `--epochs 20` gives all of them a tenth of their length, and
+stopped ones go on, and the page `docs/results/joint.md` is written again after each. The recipes have the lengths of
+the papers (200 epochs from scratch, 100 from given weights). `--epochs 20` gives all of them a tenth of their length, and
 `--train-images 10000` a fixed part of the training images; the page says so.
 """
 

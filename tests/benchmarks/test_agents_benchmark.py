@@ -186,13 +186,14 @@ def test_the_page_tells_the_agents_apart_and_what_is_missing() -> None:
     assert "| params:50% | uniform | 1 |" in first
     assert "| params:50% | uniform | 1 |" in second
     assert (
-        "- params:50%: joint is not distinguishable from the knapsack (+1.00 points, noise 1.12) after fine-tuning, and not "
-        "distinguishable from the knapsack (+0.00 points, noise 1.13) before it. On the search split it has what the "
-        "knapsack ends with after 60 plans (1 of 1 seeds)."
+        "- params:50%: joint is not distinguishable from the knapsack (+1.00 points, noise 1.12) after fine-tuning, "
+        "and not distinguishable from the knapsack (+0.00 points, noise 1.13) before it. On the search split it "
+        "reaches the knapsack's final accuracy after 60 plans (1 of 1 seeds)."
     ) in first
     assert (
         "- params:50%: stepwise is worse than the knapsack (-10.00 points, noise 1.22) after fine-tuning, and worse "
-        "than the knapsack (-10.00 points, noise 1.00) before it. On the search split it does not reach the knapsack's final accuracy."
+        "than the knapsack (-10.00 points, noise 1.00) before it. On the search split it does "
+        "not reach the knapsack's final accuracy."
     ) in first
     assert "is worse" not in second
     assert "5 cells:" in second
