@@ -146,8 +146,9 @@ def _protocol(cells: Cells) -> str:
     }
     text = f"""
         Written by `python -m benchmarks.agents` from its cells. Every agent searches on the same given weights, which
-        do not change, with the same number of evaluations (uniform pruning needs one; *evaluations* is the number used).
-        Every slim network is then fine-tuned in the same way, epochs on all training images: {said["epochs"]}. *Search
+        do not change, with the same number of evaluations (uniform pruning needs one; *evaluations* is the number
+        used). Every slim network is then fine-tuned in the same way, epochs on all training images:
+        {said["epochs"]}. *Search
         split* is the accuracy seen by the search, on {said["search_images"]} images after
         {said["batch_norm_batches"]} batches for batch norm. *Before* and *after* fine-tuning are on the
         {said["test_images"]} test images, which neither training nor search has seen. *Predicted* and *measured* are
