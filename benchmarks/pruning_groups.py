@@ -124,7 +124,7 @@ def page(results: dict[str, Any]) -> str:
     every = agreed + sum(len(row["different"]) for _, row in rows)
     whole = sum(not row["failed"] and not row["different"] for _, row in rows)
     lines = [
-        "# Groups beside torch-pruning's",
+        "# Groups compared with torch-pruning's",
         "",
         "Written by `python -m benchmarks.pruning_groups`; do not edit. [Pruning](../method/pruning.md) explains the",
         "disagreements.",
