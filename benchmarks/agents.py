@@ -8,7 +8,7 @@ Each agent searches on the same pretrained weights, which stay as they are, with
 fine-tuned for the same epochs. With the same seed all agents score on the same images. `--brief 8` trains each
 candidate for 8 steps before it is scored. Test accuracy is on images that neither training nor the search has seen.
 Every cell is kept as a file, a search that was stopped goes on where it stood, several of these commands may run side
-by side, and docs/results-agents.md is written anew after each cell: all there are, of whatever network, and which are
+by side, and docs/results/agents.md is written again after each cell: all there are, of whatever network, and which are
 missing; the same command fills them. Other weights for the same network are refused.
 
 Latency is measured with the machine at rest: the table of a network on the first call that needs it, and what the slim
@@ -97,7 +97,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/agents"))
     parser.add_argument("--work", type=Path, default=Path("runs/agents"), help="where the searches lie")
     parser.add_argument("--measure", action="store_true", help="measure the latencies that are missing")
-    parser.add_argument("--page", type=Path, default=Path("docs/results-agents.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results/agents.md"))
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     return parser.parse_args()
 

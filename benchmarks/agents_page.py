@@ -1,4 +1,4 @@
-"""The tables of `benchmarks.agents`, on the terminal and as a page: all cells, gaps to the knapsack, what lacks."""
+"""The tables of `benchmarks.agents`, on the terminal and as a page: all cells, gaps to the knapsack, missing cells."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.compared import compared
 
 LEARNING = ("joint", "constrained", "stepwise")
-YARDSTICK = "knapsack"
+BASELINE = "knapsack"
 _FEW = 4
 """Plans of which a correlation says nothing."""
 COLUMNS = {
@@ -38,13 +38,13 @@ CLAIMS = """\
 | constrained (arXiv 2110.08558) | ResNet-18 | 75.09 % of the parameters removed at comparable accuracy |
 
 Their networks were trained to the end, with some 3,000 evaluations and long fine-tuning. What compares with it here is
-`cifar_vgg16_bn` at 17 % and 10 % of the parameters, as far as those cells were run."""
+`cifar_vgg16_bn` at 17 % and 10 % of the parameters, for the cells that were run."""
 
-FORETOLD = """\
-The search orders plans by an accuracy without training. Rank correlation (Spearman) of the accuracy before fine-tuning
-with that after it, both on the test images, over all different plans of all agents but the uniform one: 1 says that
-training keeps their order, 0 that nothing of it is left. These are plans that some search has chosen, so they differ
-little before; deviations of accuracies in points."""
+ORDER = """\
+The search ranks plans by their accuracy before training. The table gives the rank correlation (Spearman) of the
+accuracy before fine-tuning with that after it, both on the test images, over all different plans of all agents but the
+uniform one: 1 means that training keeps the order, 0 that nothing of it is left. All these plans were chosen by some
+search, so they differ little before fine-tuning. Deviations of accuracies are in points."""
 
 Cells = Sequence[Mapping[str, Any]]
 
@@ -135,7 +135,7 @@ def page(cells: Cells, dense: Mapping[str, float], missing: Sequence[Cell], comm
     for model, evaluations, of in tables(cells):
         given = f"Dense, as given: {dense[model]:.2%}." if model in dense else ""
         parts += [f"## {model}, {evaluations} evaluations", given, _table(of), _gaps(of)]
-    parts += ["## What the search sees, and what training makes of it", FORETOLD, _foretold(cells)]
+    parts += ["## Accuracy before and after training", ORDER, _order_kept(cells)]
     parts += ["## What the papers claim", CLAIMS, "## Missing", _missing(missing, command)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
@@ -146,15 +146,16 @@ def _protocol(cells: Cells) -> str:
     }
     text = f"""
         Written by `python -m benchmarks.agents` from its cells. Every agent searches on the same given weights, which
-        stay as they are, with the same number of evaluations (uniform pruning needs one; *evaluations* is what was
-        used); then every slim network is fine-tuned alike, epochs on all training images: {said["epochs"]}. *Search
-        split* is the accuracy that the search saw, on {said["search_images"]} images after
+        do not change, with the same number of evaluations (uniform pruning needs one; *evaluations* is the number
+        used). Every slim network is then fine-tuned in the same way, epochs on all training images:
+        {said["epochs"]}. *Search
+        split* is the accuracy seen by the search, on {said["search_images"]} images after
         {said["batch_norm_batches"]} batches for batch norm. *Before* and *after* fine-tuning are on the
         {said["test_images"]} test images, which neither training nor search has seen. *Predicted* and *measured* are
-        shares of the dense network's cost; latency is measured beside the dense network. A budget is *kept* by
-        prediction only where the measurement is above it: a run of `compress` would refit its table and search on.
-        *Minutes* are those of the search. With more than one seed: means and standard deviations. Noise is two standard
-        errors of a difference, of the test images, or between seeds where that is larger.
+        shares of the dense network's cost; latency is measured in alternation with the dense network. A budget is
+        *kept* by prediction only where the measurement is above it: a run of `compress` would refit its table and
+        continue the search. *Minutes* are those of the search. With more than one seed: means and standard deviations.
+        Noise is two standard errors of a difference, of the test images, or between seeds where that is larger.
         """
     return textwrap.fill(" ".join(text.split()), width=118)
 
@@ -175,7 +176,7 @@ def _gaps(of: Cells) -> str:
     lines = []
     for budget in dict.fromkeys(cell["budget"] for cell in of):
         here = [cell for cell in of if cell["budget"] == budget and not cell["brief"]]
-        base = [cell for cell in here if cell["agent"] == YARDSTICK]
+        base = [cell for cell in here if cell["agent"] == BASELINE]
         for agent in LEARNING:
             ours = [cell for cell in here if cell["agent"] == agent]
             if ours and base:
@@ -204,14 +205,14 @@ def _soon(ours: Cells, base: Cells) -> str:
     ]
     there = [number for number in soon if number is not None]
     if not there:
-        return " On the search split it finds nothing as good." if both else ""
+        return " On the search split it does not reach the knapsack's final accuracy." if both else ""
     return (
-        f" On the search split it has what the knapsack ends with after {statistics.fmean(there):.0f} plans "
+        f" On the search split it reaches the knapsack's final accuracy after {statistics.fmean(there):.0f} plans "
         f"({len(there)} of {len(both)} seeds)."
     )
 
 
-def _foretold(cells: Cells) -> str:
+def _order_kept(cells: Cells) -> str:
     """Budget by budget, whether plans that are better before fine-tuning are so after it."""
     from scipy.stats import spearmanr
 
@@ -249,7 +250,8 @@ def _missing(missing: Sequence[Cell], command: str) -> str:
         parts = [f"{', '.join(a for a in seeds if seeds[a] == these)} (seeds {these})" for these in alike]
         steps = f", {brief} steps on each" if brief else ""
         lines.append(f"- `{model}`, {evaluations} evaluations{steps}, {budget}: {'; '.join(parts)}")
-    return "\n".join([*lines, "", "This fills them, where it left off:", "", "```bash", command, "```"])
+    said = "This command fills them and continues where it stopped:"
+    return "\n".join([*lines, "", said, "", "```bash", command, "```"])
 
 
 def _kept(of: Cells) -> str:

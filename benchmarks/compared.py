@@ -22,7 +22,7 @@ class Compared:
     @property
     def verdict(self) -> str:
         if abs(self.gap) <= self.noise:
-            return "not told apart from"
+            return "not distinguishable from"
         return "better than" if self.gap > 0 else "worse than"
 
 

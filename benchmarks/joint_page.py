@@ -235,7 +235,7 @@ def _compared(by_name: dict[str, list[Row]]) -> str:
 def _ablations(by_name: dict[str, list[Row]]) -> str:
     base = by_name.get(BASE)
     if base is None:
-        return f"They are told against `{BASE}`, which has not been run."
+        return f"They are compared with `{BASE}`, which has not been run."
     lines = [
         f"Each row changes one thing of `{BASE}` ({_accuracy(base)} %). Differences within the noise (two standard",
         "errors of the difference: of the test images, or between seeds where that is larger) say nothing.",
@@ -247,14 +247,14 @@ def _ablations(by_name: dict[str, list[Row]]) -> str:
         if name in by_name:
             found = by_name[name]
             against = _against(found, base)
-            says = {"not told apart from": "nothing"}.get(
+            says = {"not distinguishable from": "nothing"}.get(
                 against.verdict, against.verdict.removesuffix(" than")
             )
             lines.append(
                 f"| {what} | {_accuracy(found)} | {against.gap:+.2f} | {says} | {len(found)} "
                 f"| {_mean(r.evaluations for r in found):.0f} | {_mean(r.minutes for r in found):.1f} |"
             )
-    return "\n".join(lines) if len(lines) > 5 else f"None has been run yet; they are told against `{BASE}`."
+    return "\n".join(lines) if len(lines) > 5 else f"None has been run yet; they are compared with `{BASE}`."
 
 
 def _missing(missing: Sequence[str], command: str) -> str:
@@ -265,7 +265,7 @@ def _missing(missing: Sequence[str], command: str) -> str:
         f"`{name}`" + (f" ({count} seeds)" if count > 1 else "") for name, count in counts.items()
     )
     many = f"{len(missing)} cell{'s' if len(missing) > 1 else ''}"
-    return f"{many}: {names}.\n\nThis fills them:\n\n```bash\n{command}\n```"
+    return f"{many}: {names}.\n\nThis command fills them:\n\n```bash\n{command}\n```"
 
 
 def _mean(values: Any) -> float:

@@ -140,7 +140,7 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
     table = Table(title="Predicted against measured, on sub-networks that were used for nothing else")
     columns = (
         "network", "guess", "MAPE", "95 % within", "worst", "bias", "within 10 %", "Spearman", "speed", "turns apart",
-        "made in s", "cached s",
+        "measured in s", "cached s",
     )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column in ("network", "guess") else "right")

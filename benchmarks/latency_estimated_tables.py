@@ -9,7 +9,7 @@ a device with three measurements borrows what it does not know from its relative
 generation's. How strongly they are drawn, and whether a launch takes as many cycles or as long on relatives with
 another clock, cannot be told from so few measurements: all combinations of these assumptions are fitted, and their
 constants averaged, so that none is chosen by its error. Their levels were chosen from variants tried with all errors
-in view, and an average of seven of the eight was seen first: the errors hold some hindsight (docs/latency.md).
+in view, and an average of seven of the eight was seen first: the errors hold some hindsight (docs/method/latency.md).
 Printed and stored for each device: the error of the fit, and the error on each measurement when it is left out
 (where a device has one only, it is then predicted from the other devices).
 """

@@ -1,4 +1,4 @@
-"""Which networks the pruning space covers: `python -m benchmarks.pruning_coverage` writes docs/coverage.md.
+"""Which networks the pruning space covers: `python -m benchmarks.pruning_coverage` writes docs/results/coverage.md.
 
 Every network is traced, then pruned by a random plan, to half of every group, and to the smallest; each slim
 network runs, its outputs keep the dense shapes, and its MACs and parameters fall and equal the formulas
@@ -234,7 +234,7 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "coverage.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results" / "coverage.md")
     parser.add_argument(
         "--light", action="store_true", help="leave out the four networks above 300 million parameters"
     )

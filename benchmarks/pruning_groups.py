@@ -1,13 +1,13 @@
 """Which channels go together, by this project and by torch-pruning: `python -m benchmarks.pruning_groups`.
 
-Half of each group of every network of docs/coverage.md is removed, one group after the other, by torch-pruning from a
-copy of the dense network (`torch_pruning_check`). A group agrees where it removes exactly the elements that the
+Half of each group of every network of docs/results/coverage.md is removed, one group after the other, by torch-pruning
+from a copy of the dense network (`torch_pruning_check`). A group agrees where it removes exactly the elements that the
 pruning space removes. Of the others, one of each kind in a network is judged: both networks that lose this group alone
 are run and compared with the dense network whose removed elements are zero. (Where normalisation over channels or
 softmax sees how many there are, a network differs from that by nature; then both do.)
 
 Results are kept in benchmarks/results/pruning_groups.json; networks that are in it are not run again. The page is
-docs/groups.md.
+docs/results/groups.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.pruning.networks import filled
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "pruning_groups.json"
-PAGE = HERE.parent / "docs" / "groups.md"
+PAGE = HERE.parent / "docs" / "results" / "groups.md"
 UNABLE = "layers that it cannot remove"
 EXPLAINS_NOTHING = "nothing that its graph cannot follow"
 SAME = 1e-3
@@ -124,9 +124,10 @@ def page(results: dict[str, Any]) -> str:
     every = agreed + sum(len(row["different"]) for _, row in rows)
     whole = sum(not row["failed"] and not row["different"] for _, row in rows)
     lines = [
-        "# Groups beside torch-pruning's",
+        "# Groups compared with torch-pruning's",
         "",
-        "Written by `python -m benchmarks.pruning_groups`; do not edit. docs/pruning.md explains the disagreements.",
+        "Written by `python -m benchmarks.pruning_groups`; do not edit. [Pruning](../method/pruning.md) explains the",
+        "disagreements.",
         "",
         f"{agreed} of {every} groups of {len(rows)} networks are the same in torch-pruning "
         f"{torch_pruning.__version__}; all of them in {whole} networks.",

@@ -2,10 +2,10 @@
 
     python -m benchmarks.results_joint --data folder:/data/cifar10-jpeg --weights20 resnet20.pt --weights56 resnet56.pt
 
-Runs every recipe of recipes/joint once for each seed, each cell in a folder of its own: finished ones are skipped,
-stopped ones go on, and the page `docs/results-joint.md` is written anew after each. The recipes have the lengths of the
-papers (200 epochs from scratch, 100 from given weights). `--epochs 20` gives all of them a tenth of their length, and
-`--train-images 10000` a fixed part of the training images; the page says so.
+Runs every recipe of recipes/joint once for each seed, each cell in a folder of its own. Finished cells are skipped and
+stopped ones continue; the page `docs/results/joint.md` is written again after each. The recipes have the lengths of
+the papers (200 epochs from scratch, 100 from given weights). `--epochs 20` gives all of them a tenth of their length,
+and `--train-images 10000` a fixed part of the training images; the page says so.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--train-images", type=int, help="train on so many images, the same for all; of a folder"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/joint"))
-    parser.add_argument("--page", type=Path, default=Path("docs/results-joint.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results/joint.md"))
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     parser.add_argument(
         "--set", dest="settings", action="append", default=[], help="as for compress, for all recipes"

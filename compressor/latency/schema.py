@@ -1,4 +1,4 @@
-"""The file format of a latency table (docs/latency.md describes it for people)."""
+"""The file format of a latency table (docs/method/latency.md describes it for people)."""
 
 from __future__ import annotations
 

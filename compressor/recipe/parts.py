@@ -181,7 +181,7 @@ class Search(Part):
         "0 turns it off. Left out: 128, as published.",
     )
     settings: dict[str, int | float | bool | str | tuple[int, ...]] = Field(
-        {}, description="Numbers of the agent's method that differ from its own defaults (docs/agents.md)."
+        {}, description="Numbers of the agent's method that differ from its own defaults (docs/method/agents.md)."
     )
 
 

@@ -160,7 +160,7 @@ def test_a_gap_counts_the_seeds_that_both_have() -> None:
     found = compared({0: 0.81, 1: 0.61}, base, 10_000)
     assert found.gap == pytest.approx(6)
     assert found.noise > 30  # between the seeds
-    assert found.verdict == "not told apart from"
+    assert found.verdict == "not distinguishable from"
     assert compared({2: 0.5}, base, 10_000).gap == pytest.approx(-15)  # no seed in common
 
 
@@ -186,13 +186,14 @@ def test_the_page_tells_the_agents_apart_and_what_is_missing() -> None:
     assert "| params:50% | uniform | 1 |" in first
     assert "| params:50% | uniform | 1 |" in second
     assert (
-        "- params:50%: joint is not told apart from the knapsack (+1.00 points, noise 1.12) after fine-tuning, and not "
-        "told apart from the knapsack (+0.00 points, noise 1.13) before it. On the search split it has what the "
-        "knapsack ends with after 60 plans (1 of 1 seeds)."
+        "- params:50%: joint is not distinguishable from the knapsack (+1.00 points, noise 1.12) after fine-tuning, "
+        "and not distinguishable from the knapsack (+0.00 points, noise 1.13) before it. On the search split it "
+        "reaches the knapsack's final accuracy after 60 plans (1 of 1 seeds)."
     ) in first
     assert (
         "- params:50%: stepwise is worse than the knapsack (-10.00 points, noise 1.22) after fine-tuning, and worse "
-        "than the knapsack (-10.00 points, noise 1.00) before it. On the search split it finds nothing as good."
+        "than the knapsack (-10.00 points, noise 1.00) before it. On the search split it does "
+        "not reach the knapsack's final accuracy."
     ) in first
     assert "is worse" not in second
     assert "5 cells:" in second

@@ -40,7 +40,7 @@ def test_differences_within_the_noise_say_nothing() -> None:
         replace(ROW, name="ablation-ema", accuracy=0.863),
     ]
     text = page(SETTING, rows, ["paper"], "python -m benchmarks.results_joint")
-    assert "not told apart from its baseline (-0.20 points, noise 0.98)" in text
+    assert "not distinguishable from its baseline (-0.20 points, noise 0.98)" in text
     assert "| uniform plan instead of the agent | 82.00 | -4.00 | worse |" in text
     assert "| with an average of the weights | 86.30 | +0.30 | nothing |" in text
     assert "**Shortened**: 20 epochs where the recipes ask for 200" in text
@@ -57,7 +57,7 @@ def test_seeds_widen_the_noise_where_they_differ() -> None:
 
     assert "86.00 ± 0.00" in table(0.86, 0.86)
     assert "worse than its baseline (-2.00 points" in table(0.86, 0.86)
-    assert "not told apart from its baseline (-2.00 points" in table(0.84, 0.88)
+    assert "not distinguishable from its baseline (-2.00 points" in table(0.84, 0.88)
 
 
 def test_a_part_of_the_images(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from compressor.recipe import Recipe, load_recipe, shipped_recipes
 from compressor.search.method import method
 from compressor.search.registry import create_agent
 
-DOCS = Path(__file__).parents[2] / "docs" / "agents.md"
+DOCS = Path(__file__).parents[2] / "docs" / "method" / "agents.md"
 PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {
     "constrained": {"paper": True},
     "stepwise": {"actions": "alpha", "warm_start": False, "near_share": 0.0},

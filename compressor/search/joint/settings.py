@@ -43,7 +43,7 @@ class JointSettings:
         updates_per_episode: updates of actor and critics for each episode played.
         returns: "episode" gives every transition of an episode its final reward; "bootstrapped" leaves it to
             the last one and has the critics carry it back, as in plain SAC. With tens of episodes, the former
-            learns and the latter does not (docs/agents.md).
+            learns and the latter does not (docs/method/agents.md).
         store_asked: whether the action that the policy asked for is stored beside the one that the bounds
             made of it. With the latter alone, as in the paper, the critics never hear of actions beyond the
             bounds, and a policy that has wandered there stays.
