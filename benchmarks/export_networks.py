@@ -141,8 +141,8 @@ def slim_row(
     name: str, agent: str, data: Path, weights: Path, options: argparse.Namespace, folder: Path
 ) -> Row:
     """One whole run to half of the multiply-adds, and its exports in every precision."""
-    from compressor.cli.on_board import export_precision
     from compressor.recipe import Recipe
+    from compressor.run.exports import Request, export_format
     from compressor.run.pipeline import compress, resume
 
     recipe = Recipe.model_validate(
@@ -156,7 +156,7 @@ def slim_row(
     seconds = {"fp32": manifest["stages"]["export"]["seconds"]}
     for kind in PRECISIONS[1:]:
         started = time.perf_counter()
-        for line in export_precision(run, kind, options.max_drop):
+        for line in export_format(run, Request(precision=kind, max_drop=options.max_drop)):
             print(f"  {line}", flush=True)
         seconds[kind] = time.perf_counter() - started
     manifest = json.loads((run / "manifest.json").read_text())

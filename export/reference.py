@@ -1,7 +1,7 @@
 """Reference outputs that travel with a network, and the check of any runtime's outputs against them.
 
-A reference is one `.npz` file: `inputs` (N, C, H, W), the FP32 network's `outputs` (N, ...) and the
-checksum of the ONNX file that computed them. It is read without pickle.
+A reference is one `.npz` file, as `numpy.savez` writes it: `inputs` (N, C, H, W) and the FP32 network's `outputs`
+(N, ...). It is read without pickle.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ExportError
-from export.files import read_bytes, write_bytes
+from export.files import read_bytes
 from export.parity import AGREEMENTS, TOLERANCES, Parity, compare_outputs, require
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -29,27 +27,6 @@ class Reference:
 
     inputs: npt.NDArray[Any]
     outputs: npt.NDArray[Any]
-
-
-def write_reference(path: str | Path, inputs: npt.NDArray[Any], outputs: npt.NDArray[Any]) -> None:
-    """Write a reference; equal arrays give equal bytes.
-
-    Raises:
-        ExportError: the arrays do not belong together, or the file cannot be written.
-    """
-    import numpy as np
-
-    if len(inputs) != len(outputs) or len(inputs) == 0:
-        raise ExportError(f"Each input needs its output, got {len(outputs)} for {len(inputs)}.")
-    buffer = io.BytesIO()
-    # numpy's own savez writes the time of day into the archive
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in (("inputs", inputs), ("outputs", outputs)):
-            entry = io.BytesIO()
-            floats = np.ascontiguousarray(array, dtype=np.float32)
-            np.lib.format.write_array(entry, floats, allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", _EPOCH), entry.getvalue(), zipfile.ZIP_DEFLATED)
-    write_bytes(Path(path), buffer.getvalue())
 
 
 def read_reference(path: str | Path) -> Reference:

@@ -1,9 +1,9 @@
-"""The formats that torch itself loads: TorchScript (`.pt`) for C++ and mobile, and `torch.export`'s `.pt2`.
+"""The format that torch itself loads: `torch.export`'s `.pt2`.
 
     export_program(model, example, "model.pt2", metadata={"classes": [...]})
     network = load_program("model.pt2")            # a module; refuses archives that hold code of Python
 
-Both hold code and weights, so that loading them needs no source of the network.
+A file holds code and weights, so that loading it needs no source of the network.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.jit._trace import TracerWarning
 
 from export.batches import Batch
 from export.errors import ExportError
@@ -29,7 +28,7 @@ from export.files import read_bytes, sha256_bytes, write_bytes
 from export.ort import first_line
 from export.parity import TOLERANCES, Parity, compare_outputs, gross_difference, portions, require, worst
 from export.program_archive import require_plain
-from export.to_onnx import OPEN_BATCHES, as_tuple, frozen_copy, reference_outputs
+from export.to_onnx import as_tuple, frozen_copy, reference_outputs
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -46,54 +45,6 @@ class TorchInfo:
     path: Path
     sha256: str
     size: int
-
-
-def export_torchscript(
-    model: nn.Module, example: torch.Tensor, path: str | Path, *, metadata: Mapping[str, Any] | None = None
-) -> TorchInfo:
-    """Write `model` as TorchScript, batch norms folded; any batch, and the height and width of the example.
-
-    It is traced, or compiled from its source where the trace is right for one number of inputs only.
-
-    Two processes write the same bytes. Names of torch's own that count up within a process differ between two exports
-    of one process.
-
-    Args:
-        model: Takes one float tensor; left as it is.
-        example: A batch (N, C, H, W); its values do not matter.
-        path: Where the file goes; it appears there whole or not at all.
-        metadata: Facts to carry as JSON in the archive's `extra/metadata.json`.
-
-    Raises:
-        ExportError: the network cannot be traced, or the file cannot be written.
-    """
-    copied, sample = frozen_copy(model), example.cpu().float()
-    problem = ""
-    for ways in (_traced, _compiled):
-        buffer = io.BytesIO()
-        try:
-            with _quiet(), torch.no_grad():
-                script = torch.jit.freeze(ways(copied, sample))
-                torch.jit.save(script, buffer, _extra_files={METADATA: _json(metadata)})
-        except (*_FAILURES, torch.jit.frontend.NotSupportedError) as error:
-            problem = problem or first_line(error)
-            continue
-        if (wrong := _wrong(script, copied, sample, OPEN_BATCHES)) is None:
-            return _written(Path(path), buffer.getvalue())
-        problem = problem or wrong
-    raise ExportError(
-        f"The network cannot be written as TorchScript: {problem}.",
-        "TorchScript takes any number of inputs. Let forward keep the batch as a size (x.flatten(1), "
-        "x.reshape(x.shape[0], ...)) and take the same path for each, or take --format pt2 or onnx.",
-    )
-
-
-def _traced(model: nn.Module, sample: torch.Tensor) -> Any:
-    return torch.jit.trace(model, sample, check_trace=False)  # type: ignore[no-untyped-call]
-
-
-def _compiled(model: nn.Module, sample: torch.Tensor) -> Any:
-    return torch.jit.script(model)
 
 
 def _wrong(loaded: nn.Module, model: nn.Module, sample: torch.Tensor, sizes: Sequence[int]) -> str | None:
@@ -123,8 +74,11 @@ def export_program(
     """Write `model` as a program of `torch.export`; the same network gives the same bytes.
 
     Args:
-        model, example, path, metadata: As in `export_torchscript`.
+        model: Takes one float tensor; left as it is.
+        example: A batch (N, C, H, W); its values do not matter.
+        path: Where the file goes; it appears there whole or not at all.
         batch: Sizes of a batch; None for the example's.
+        metadata: Facts to carry as JSON in the archive's `extra/metadata.json`.
 
     Raises:
         ExportError: the network cannot be captured, fixes an open batch, or the file cannot be written.
@@ -165,23 +119,6 @@ def _first_cause(error: BaseException) -> str:
     """What torch.export says of a network: of violated constraints the constraint, not the advice before it."""
     lines = [line.strip().lstrip("- ") for line in str(error).splitlines() if line.lstrip().startswith("- ")]
     return lines[0].rstrip(".") if "Constraints violated" in str(error) and lines else first_line(error)
-
-
-def load_torchscript(path: str | Path) -> nn.Module:
-    """A TorchScript file as a module, on the CPU. Its reader takes tensors and code of TorchScript, and no Python.
-
-    Raises:
-        ExportError: the file is missing or is no TorchScript.
-    """
-    content = read_bytes(Path(path), "TorchScript file")
-    try:
-        with _quiet():
-            loaded: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
-    except _FAILURES as error:
-        raise ExportError(
-            f"{path} is no TorchScript: {first_line(error)}.", "Copy it again as a whole."
-        ) from error
-    return loaded
 
 
 def load_program(path: str | Path) -> nn.Module:
@@ -251,10 +188,8 @@ def _written(path: Path, content: bytes) -> TorchInfo:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what torch says about TorchScript's future and about sizes that become constants."""
+    """Silence what torch says about its own future."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch|export")
-        warnings.filterwarnings("ignore", message="`torch.jit")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=TracerWarning)
         yield

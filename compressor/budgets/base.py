@@ -32,12 +32,6 @@ class Budget(ABC):
     def predict(self, widths: npt.NDArray[Any]) -> Floats:
         """The cost of each candidate, (N,) from widths (N, G)."""
 
-    def envelope(self, widths: npt.NDArray[Any]) -> Floats:
-        """A bound from above, (N,) from (N, G), that never falls when a width grows; by default the
-        prediction.
-        """
-        return self.predict(widths)
-
     def kept(self, widths: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Whether each candidate is within the limit, (N,) from (N, G)."""
         return np.asarray(self.predict(widths) <= self.target)

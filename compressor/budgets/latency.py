@@ -31,7 +31,3 @@ class LatencyBudget(Budget):
     def predict(self, widths: npt.NDArray[Any]) -> Floats:
         """Predicted milliseconds."""
         return self.curve(np.atleast_2d(widths))
-
-    def envelope(self, widths: npt.NDArray[Any]) -> Floats:
-        """The curve's non-decreasing bound from above."""
-        return self.curve.envelope(np.atleast_2d(widths))

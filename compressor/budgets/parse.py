@@ -28,7 +28,6 @@ _EXAMPLES = {
     "energy": "5mJ, 0.02J, 50% or 0.5x",
 }
 _ALIASES = {"flops": "macs"}
-_BASE_UNIT = {"latency": "ms", "macs": "MACs", "params": "params", "memory": "bytes", "energy": "mJ"}
 _NUMBER = re.compile(
     r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|[+-]?inf(?:inity)?)\s*(\S*)",
     re.IGNORECASE | re.ASCII,  # digits of other scripts look like others than they are
@@ -99,11 +98,6 @@ def parse_function_budget(text: str) -> BudgetSpec:
     return BudgetSpec(f"{module}:{function}", value, relative, text.strip())
 
 
-def base_unit(name: str) -> str:
-    """The unit that a budget's absolute values are in; empty for a function's."""
-    return _BASE_UNIT.get(name, "")
-
-
 def format_value(name: str, value: float) -> str:
     """A value in the budget's base unit as a person would write it: `4.32 ms`, `1.3 GMACs`, `23.5 M`, `20
     MB`.
@@ -112,7 +106,7 @@ def format_value(name: str, value: float) -> str:
         return f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
     if name == "energy":
         return f"{value:.3g} mJ" if value < 1e3 else f"{value / 1e3:.3g} J"
-    if name not in _BASE_UNIT:
+    if name not in _UNITS:
         return f"{value:.4g}"
     suffix = {"macs": "MACs", "params": "", "memory": "B"}[name]
     for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -18,9 +18,7 @@ ENGINES, BOARDS = "Engines", "Boards"
 
 def export(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
-    format: Annotated[
-        str, typer.Option("--format", help="onnx, engine, torchscript or pt2 (torch.export).")
-    ] = "onnx",
+    format: Annotated[str, typer.Option("--format", help="onnx, engine or pt2 (torch.export).")] = "onnx",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8, written into the file.")] = "fp32",
     batch: Annotated[
         str, typer.Option(help="Inputs at a time: 4; or open: 1..8, tuned for 8; 1..4..8.")

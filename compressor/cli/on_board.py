@@ -13,21 +13,12 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.core.progress import say
-from compressor.run.exports import Finished, Request, check, export_format
+from compressor.run.exports import Finished, Request, check
 from compressor.run.folder import RunDir
 from compressor.run.onnx_files import MODEL, drawn
 from export.targets import find_target
 
 REFERENCE_IMAGES = 8
-
-
-def export_precision(folder: Path, precision: str, max_drop_points: float) -> Iterator[str]:
-    """Write a finished run's network in fp16 or int8 as well.
-
-    Raises:
-        CompressorError, ExportError: the run is not finished, or the precision cannot be had within the drop.
-    """
-    return export_format(folder, Request(precision=precision, max_drop=max_drop_points))
 
 
 def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | None = None) -> Iterator[str]:

@@ -13,10 +13,8 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 
-Operators = Callable[[Floats, Floats, bool], Floats]
-"""(c_in, c_out, upper) -> milliseconds, all arrays (N, operators); `upper` asks for a non-decreasing bound
-from above."""
-
+Operators = Callable[[Floats, Floats], Floats]
+"""(c_in, c_out) -> milliseconds, all arrays (N, operators)."""
 
 Total = Callable[[Floats, Floats, Floats], Floats]
 """(sum of operators, c_in, c_out) -> milliseconds of whole networks, (N,)."""
@@ -29,7 +27,7 @@ class LatencyCurve:
         space: Its layers say how channels follow from widths.
         operators: The time of each operator from its channels.
         total: The whole network's time from the sum of the operators' times (N,) and their input and output
-            channels, each (N, layers); never decreasing.
+            channels, each (N, layers).
     """
 
     def __init__(self, space: PruningSpace, operators: Operators, total: Total) -> None:
@@ -41,23 +39,12 @@ class LatencyCurve:
 
     def __call__(self, widths: npt.ArrayLike) -> Floats:
         """Milliseconds (N,) from widths (N, G)."""
-        return self._whole(widths, upper=False)
-
-    def envelope(self, widths: npt.ArrayLike) -> Floats:
-        """A bound from above, (N,) from (N, G), that never falls when a width grows.
-
-        Where channels fit the runtime's blocks it equals the prediction; elsewhere it counts the slower
-        kernels in.
-        """
-        return self._whole(widths, upper=True)
+        c_in, c_out = self._channels(widths)
+        return self._total(self._operators(c_in, c_out).sum(axis=1), c_in, c_out)
 
     def operators(self, widths: npt.ArrayLike) -> Floats:
         """Milliseconds of each operator before the whole-network correction, (N, layers) from (N, G)."""
-        return self._operators(*self._channels(widths), False)
-
-    def _whole(self, widths: npt.ArrayLike, *, upper: bool) -> Floats:
-        c_in, c_out = self._channels(widths)
-        return self._total(self._operators(c_in, c_out, upper).sum(axis=1), c_in, c_out)
+        return self._operators(*self._channels(widths))
 
     def _channels(self, widths: npt.ArrayLike) -> tuple[Floats, Floats]:
         rows = np.atleast_2d(np.asarray(widths, dtype=np.float64))

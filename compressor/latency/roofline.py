@@ -121,12 +121,12 @@ def operator_ms(
 
 def roofline_operators(
     fields: RooflineFields, precision: str, space: PruningSpace
-) -> Callable[[Floats, Floats, bool], Floats]:
+) -> Callable[[Floats, Floats], Floats]:
     """The operators' times of a space, as `LatencyCurve` asks for them; never decreasing in any width."""
     operators = operators_of(space)
     efficiency = np.asarray([fields.efficiency[name] for name in KINDS])
 
-    def milliseconds(c_in: Floats, c_out: Floats, upper: bool) -> Floats:
+    def milliseconds(c_in: Floats, c_out: Floats) -> Floats:
         return operator_ms(
             operators.work(c_in, c_out, fields.block),
             operators,

@@ -10,8 +10,7 @@ Each operator's time is a sum, with coefficients that cannot be negative, of ter
     channels that do not fit the layout                the fall-back kernel and the change of layout around it
     channels that do not fill their last block         additions and pooling that then run outside the blocked layout
 
-Non-negative coefficients keep the fit sane between and beyond noisy points, and make a monotone upper
-envelope cheap: each term is replaced by the smallest non-decreasing one above it.
+Non-negative coefficients keep the fit sane between and beyond noisy points.
 """
 
 from __future__ import annotations
@@ -79,15 +78,10 @@ class Surfaces:
         self._floor = np.asarray([surface.floor for surface in surfaces])
         self._block = block
 
-    def __call__(self, c_in: npt.ArrayLike, c_out: npt.ArrayLike, *, upper: bool = False) -> Floats:
-        """Milliseconds from channel counts, all (N, operators).
-
-        Args:
-            c_in, c_out: Channels of each operator of each candidate.
-            upper: Give a bound from above that never falls when a channel count grows.
-        """
+    def __call__(self, c_in: npt.ArrayLike, c_out: npt.ArrayLike) -> Floats:
+        """Milliseconds from the channel counts of each operator of each candidate, all (N, operators)."""
         total = np.zeros(np.shape(c_in))
-        for place, term in enumerate(_terms(c_in, c_out, self._block, upper=upper)):
+        for place, term in enumerate(_terms(c_in, c_out, self._block)):
             total += term * self._coefficients[:, place]
         return np.asarray(np.maximum(total, self._floor))
 
@@ -125,17 +119,14 @@ def fit_surface(c_in: Sequence[int], c_out: Sequence[int], ms: Sequence[float], 
     )
 
 
-def _terms(c_in: npt.ArrayLike, c_out: npt.ArrayLike, block: int, *, upper: bool = False) -> list[Floats]:
-    """The terms at each pair of channel counts. `upper` gives the smallest non-decreasing ones above them."""
+def _terms(c_in: npt.ArrayLike, c_out: npt.ArrayLike, block: int) -> list[Floats]:
+    """The terms at each pair of channel counts."""
     a, b = np.asarray(c_in, dtype=np.float64), np.asarray(c_out, dtype=np.float64)
     one = np.ones_like(a)
     blocks_a, blocks_b = np.ceil(a / block), np.ceil(b / block)
-    if upper:
-        narrow = wide = misfit_a = misfit_b = ragged_a = ragged_b = one
-    else:
-        narrow, wide = one * (a < block), one * (a >= block)
-        misfit_a, misfit_b = one * (np.mod(a, ALIGNMENT) != 0), one * (np.mod(b, ALIGNMENT) != 0)
-        ragged_a, ragged_b = one * (np.mod(a, block) != 0), one * (np.mod(b, block) != 0)
+    narrow, wide = one * (a < block), one * (a >= block)
+    misfit_a, misfit_b = one * (np.mod(a, ALIGNMENT) != 0), one * (np.mod(b, ALIGNMENT) != 0)
+    ragged_a, ragged_b = one * (np.mod(a, block) != 0), one * (np.mod(b, block) != 0)
     a, b = a / block, b / block
     return [
         one, blocks_a, blocks_b, blocks_a * blocks_b,

@@ -207,13 +207,10 @@ class LatencyTable:
         correction = Correction(made.offset_ms, made.slope, made.least_ms, made.bends, made.weights)
         weights = weight_elements(network.layers)
 
-        def operators(c_in: Floats, c_out: Floats, upper: bool) -> Floats:
-            return surfaces(c_in, c_out, upper=upper)
-
         def whole(total: Floats, c_in: Floats, c_out: Floats) -> Floats:
             return raised * correction(total, weights(c_in, c_out))
 
-        return LatencyCurve(space, operators, whole)
+        return LatencyCurve(space, surfaces, whole)
 
     def covers(self, space: PruningSpace) -> bool:
         """Whether every candidate of `space` lies inside what was measured."""

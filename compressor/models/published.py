@@ -8,8 +8,6 @@ from typing import Any
 
 from compressor.models.names import resolve
 
-IMAGENET_CLASSES = 1000
-
 
 @dataclass(frozen=True)
 class Published:

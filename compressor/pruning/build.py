@@ -8,7 +8,7 @@ promises a width that would not run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Built:
     on_meta: bool
 
 
-def build(model: nn.Module, args: tuple[Any, ...], frozen_at_once: Sequence[str] = ()) -> Built:
+def build(model: nn.Module, args: tuple[Any, ...]) -> Built:
     """Trace `model` on `args` and check the result.
 
     Raises:

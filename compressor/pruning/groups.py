@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -182,8 +181,3 @@ def resolve(facts: Facts) -> Resolved:
             reason = "it makes a single channel" if found.unit == 1 else "all of its channels hang together"
             result.leave_dense(index, reason)
     return result
-
-
-def residual_names(groups: Sequence[Group]) -> tuple[str, ...]:
-    """Names of the groups that run through residual additions."""
-    return tuple(group.name for group in groups if group.coupled)

@@ -1,4 +1,4 @@
-"""A finished run's network in another format: ONNX of any batch and precision, an engine, TorchScript, or `.pt2`."""
+"""A finished run's network in another format: ONNX of any batch and precision, an engine, or `.pt2`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from compressor.data import DataBundle
 
-FORMATS = ("onnx", "engine", "torchscript", "pt2")
+FORMATS = ("onnx", "engine", "pt2")
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -208,8 +208,8 @@ def export_format(folder: Path, request: Request) -> Iterator[str]:
     """
     check(request)
     with closing(Finished.open(folder, request.factory)) as finished:
-        if request.format in ("torchscript", "pt2"):
-            made, lines = _torch_file(finished, request)
+        if request.format == "pt2":
+            made, lines = _program(finished, request)
             yield from lines
         else:
             made = finished.path_of(request)
@@ -238,13 +238,11 @@ def check(request: Request) -> None:
         board = find_target(request.target)
         if request.precision == "int8" and not board.int8:
             raise CompressorError(f"The {board.title} has no INT8 units.", "Use --precision fp16.")
-    if request.format in ("torchscript", "pt2") and request.precision != "fp32":
+    if request.format == "pt2" and request.precision != "fp32":
         raise CompressorError(
             f"--format {request.format} is written in fp32.",
             "For fp16 and int8 take --format onnx or engine.",
         )
-    if request.format == "torchscript" and request.batch != ONE:
-        raise CompressorError("TorchScript takes batches of any size as it is.", "Leave out --batch.")
 
 
 def _engine(finished: Finished, onnx: Path, request: Request) -> Generator[str, None, Path]:
@@ -271,31 +269,21 @@ def _engine(finished: Finished, onnx: Path, request: Request) -> Generator[str, 
     return finished.run.file(built[0]["file"])
 
 
-def _torch_file(finished: Finished, request: Request) -> tuple[Path, list[str]]:
+def _program(finished: Finished, request: Request) -> tuple[Path, list[str]]:
     import torch
 
-    from export import torch_formats
+    from export.torch_formats import check_loaded, export_program, load_program
 
-    example, model = torch.zeros(1, *finished.data.input_shape), finished.model
-    script = request.format == "torchscript"
-    name = "torchscript.pt" if script else "pt2"
-    path = finished.run.file(".".join(part for part in ("model", request.batch.label, name) if part))
+    example, model, batch = torch.zeros(1, *finished.data.input_shape), finished.model, request.batch
+    path = finished.run.file(".".join(part for part in ("model", batch.label, "pt2") if part))
     with replacing(path) as trial:
-        if script:
-            info = torch_formats.export_torchscript(model, example, trial, metadata=finished.metadata())
-            loaded, how = torch_formats.load_torchscript(trial), "torch.jit.load"
-        else:
-            batch, facts = request.batch, finished.metadata()
-            info = torch_formats.export_program(model, example, trial, batch=batch, metadata=facts)
-            loaded, how = torch_formats.load_program(trial), "export.torch_formats.load_program"
-        parity = torch_formats.check_loaded(
-            loaded, model, finished.images(), path.name, batch=request.batch.usual
-        )
+        info = export_program(model, example, trial, batch=batch, metadata=finished.metadata())
+        parity = check_loaded(load_program(trial), model, finished.images(), path.name, batch=batch.usual)
     entry = {"file": path.name, "bytes": info.size, "parity": parity.to_dict()}
     record(finished.run, path.name.removeprefix("model."), entry, [])
     return path, [
         f"Wrote {path}: {info.size / 1e6:.2f} MB; largest difference {parity.max_abs:.1e}.",
-        f"Load it with {how}({path.name!r}).",
+        f"Load it with export.torch_formats.load_program({path.name!r}).",
     ]
 
 

@@ -63,8 +63,7 @@ class ActionBounds:
 
     Every episode ends within every budget by construction, and this needs no cost to be monotone in the widths: there
     is one known completion (`cheapest`, or all dense) that keeps the budgets at the start, and every legal width keeps
-    one of the two in force for the groups after it. A monotone envelope of a latency table, which would be needed to
-    argue from "smaller is cheaper", is therefore not used.
+    one of the two in force for the groups after it.
 
     Args:
         space: gives the groups, their legal widths and the dense widths.

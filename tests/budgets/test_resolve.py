@@ -84,7 +84,6 @@ def test_latency_comes_from_a_table(space: PruningSpace) -> None:
     assert latency.target == pytest.approx(0.8 * table.predict(space))
     assert latency.predict(space.dense_widths)[0] == pytest.approx(latency.dense)
     assert latency.estimated  # type: ignore[attr-defined]
-    assert (latency.envelope(space.dense_widths) >= latency.predict(space.dense_widths)).all()
     with pytest.raises(CompressorError, match="needs a latency table"):
         resolve([parse_budget("latency", "80%")], space)
 

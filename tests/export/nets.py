@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+
+
+def write_reference(path: Path, inputs: np.ndarray, outputs: np.ndarray) -> None:
+    """Inputs and the outputs that are right for them, as `export.reference.read_reference` reads them."""
+    np.savez(path, inputs=inputs, outputs=outputs)
 
 
 def matmul_chain(width: int, depth: int, *, batch: int | str = 1) -> bytes:

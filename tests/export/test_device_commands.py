@@ -17,10 +17,10 @@ from export.engine_info import read_sidecar
 from export.errors import ExportError
 from export.files import sha256_file
 from export.half import convert_half
-from export.reference import read_reference, verify, write_reference
+from export.reference import read_reference, verify
 from export.to_onnx import export_onnx, reference_outputs
 from export.trt import RTX
-from tests.export.nets import SmallNet
+from tests.export.nets import SmallNet, write_reference
 
 INPUTS = np.random.default_rng(5).standard_normal((4, 3, 16, 16)).astype(np.float32)
 QUICK = ["--warmup", "0.01", "--duration", "0.05", "--runtime", "onnxruntime"]
@@ -120,11 +120,9 @@ def test_no_traceback_from_the_shell(tmp_path: Path) -> None:
     assert done.stderr.strip().endswith("is empty. Export the network again, and copy the file as a whole.")
 
 
-def test_references_repeat_and_travel(tmp_path: Path) -> None:
+def test_references_of_numpy_are_read(tmp_path: Path) -> None:
     outputs = INPUTS.reshape(4, -1)[:, :10]
-    for name in ("a.npz", "b.npz"):
-        write_reference(tmp_path / name, INPUTS, outputs)
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    write_reference(tmp_path / "a.npz", INPUTS, outputs)
     back = read_reference(tmp_path / "a.npz")
     assert np.array_equal(back.inputs, INPUTS)
     assert np.array_equal(back.outputs, outputs)
@@ -144,8 +142,9 @@ def test_damaged_references(tmp_path: Path) -> None:
     np.savez(path, inputs=np.array([{"a": 1}], dtype=object), outputs=np.zeros(1))
     with pytest.raises(ExportError, match="is no reference"):  # pickled objects are not loaded
         read_reference(path)
-    with pytest.raises(ExportError, match="got 1 for 4"):
-        write_reference(path, INPUTS, INPUTS[:1])
+    write_reference(path, INPUTS, INPUTS[:1])
+    with pytest.raises(ExportError, match="do not belong together"):
+        read_reference(path)
 
 
 def test_run_for_ends_in_time(net: Path) -> None:

@@ -14,9 +14,8 @@ import pytest
 
 import export
 from export.parity import onnx_outputs
-from export.reference import write_reference
 from export.trt import RTX
-from tests.export.nets import matmul_chain
+from tests.export.nets import matmul_chain, write_reference
 
 FOLDER = Path(export.__file__).parent
 WORKSTATION = {"rewrites.py", "to_onnx.py", "torch_formats.py"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +18,7 @@ from export.to_onnx import export_onnx
 from export.torch_formats import (
     check_loaded,
     export_program,
-    export_torchscript,
     load_program,
-    load_torchscript,
 )
 from tests.export.nets import SmallNet, Within
 
@@ -159,22 +156,15 @@ def test_parity_sees_a_batch_that_is_wrong_for_one_size_only(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["reshape", "len", "expand"])
-def test_formats_of_torch_take_any_batch(tmp_path: Path, name: str) -> None:
+def test_programs_take_any_batch(tmp_path: Path, name: str) -> None:
     net = Within(RIGHT[name])
-    export_torchscript(net, EXAMPLE, tmp_path / "net.pt")
-    for batch in (1, 4):
-        assert (
-            check_loaded(load_torchscript(tmp_path / "net.pt"), net, IMAGES, "it", batch=batch).max_abs < 1e-5
-        )
     export_program(net, EXAMPLE, tmp_path / "net.pt2", batch=Batch(1, 4, 8))
     for batch in (1, 4, 8):
         assert check_loaded(load_program(tmp_path / "net.pt2"), net, IMAGES, "it", batch=batch).max_abs < 1e-5
 
 
-def test_formats_of_torch_refuse_what_they_would_get_wrong(tmp_path: Path) -> None:
+def test_programs_refuse_what_they_would_get_wrong(tmp_path: Path) -> None:
     net = Within(REFUSED["branch"][0])
-    with pytest.raises(ExportError, match=re.escape("TorchScript: its output for 3 inputs is off by")):
-        export_torchscript(net, EXAMPLE, tmp_path / "net.pt")
     with pytest.raises(ExportError, match=r"by torch\.export: its output for 1 inputs is off by"):
         export_program(net, EXAMPLE, tmp_path / "net.pt2", batch=Batch(1, 4, 8))
     assert list(tmp_path.iterdir()) == []

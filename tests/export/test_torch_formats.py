@@ -1,4 +1,4 @@
-"""TorchScript and `torch.export` files: the network's own outputs, the same bytes, and no pickled surprise."""
+"""Files of `torch.export`: the network's own outputs, the same bytes, and no pickled surprise."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -22,9 +20,7 @@ from export.torch_formats import (
     METADATA,
     check_loaded,
     export_program,
-    export_torchscript,
     load_program,
-    load_torchscript,
 )
 from tests.export.nets import SmallNet
 
@@ -33,38 +29,12 @@ EXAMPLE = torch.zeros(1, 3, 16, 16)
 FACTS = {"classes": ["cat", "dog"], "run": "r1"}
 
 
-def test_torchscript_computes_the_network_for_any_batch(tmp_path: Path) -> None:
-    model, path = SmallNet(), tmp_path / "net.pt"
-    info = export_torchscript(model, EXAMPLE, path, metadata=FACTS)
-    assert (info.sha256, info.size) == (sha256_file(path), path.stat().st_size)
-    for batch in (1, 3):
-        assert check_loaded(load_torchscript(path), model, IMAGES, "it", batch=batch).max_abs < 1e-5
-    with zipfile.ZipFile(path) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(f"extra/{METADATA}"))
-        assert json.loads(archive.read(name)) == FACTS
-    assert model.training  # left as it was
-
-
-def test_two_processes_write_the_same_torchscript(tmp_path: Path) -> None:
-    script = (
-        "import sys, torch; from export.torch_formats import export_torchscript as e; "
-        "from tests.export.nets import SmallNet; e(SmallNet(), torch.zeros(1, 3, 16, 16), sys.argv[1])"
-    )
-    root = str(Path(__file__).parents[2])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / name)], env={**os.environ, "PYTHONPATH": root}
-        )
-        for name in ("a.pt", "b.pt")
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
-
-
 def test_a_program_repeats_and_says_nothing_of_this_machine(tmp_path: Path) -> None:
     model = SmallNet()
     for name in ("a.pt2", "b.pt2"):
-        export_program(model, EXAMPLE, tmp_path / name, metadata=FACTS)
+        info = export_program(model, EXAMPLE, tmp_path / name, metadata=FACTS)
+        assert (info.sha256, info.size) == (sha256_file(info.path), info.path.stat().st_size)
+    assert model.training  # left as it was
     content = (tmp_path / "a.pt2").read_bytes()
     assert content == (tmp_path / "b.pt2").read_bytes()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -100,8 +70,6 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         bad.write_bytes(content)
         with pytest.raises(ExportError, match=r"bad is no program of torch\.export"):
             load_program(bad)
-        with pytest.raises(ExportError, match="bad is no TorchScript"):
-            load_torchscript(bad)
     with pytest.raises(ExportError, match="There is no program"):
         load_program(tmp_path / "none")
 

@@ -75,20 +75,16 @@ def test_the_slower_kernel_of_misfit_channels_is_predicted() -> None:
     asked_in, asked_out = rng.integers(16, 65, 200), rng.integers(4, 17, 200) * 4
     predicted = surface(asked_in[:, None], asked_out[:, None])[:, 0]
     assert np.abs(predicted / truth(asked_in, asked_out) - 1).mean() < 0.10
-    upper = surface(np.arange(16, 65)[:, None], np.full((49, 1), 64), upper=True)[:, 0]
-    assert (np.diff(upper) >= -1e-12).all()
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000))
-def test_surfaces_of_noise_are_positive_and_bounded_by_their_envelope(seed: int) -> None:
+def test_surfaces_of_noise_are_positive(seed: int) -> None:
     rng = np.random.default_rng(seed)
     c_in, c_out, ms = rng.integers(1, 100, 12), rng.integers(1, 100, 12), rng.uniform(0.001, 10, 12)
     surface = Surfaces([fit_surface(c_in, c_out, ms, block=8)], 8)
     asked = rng.integers(1, 120, (2, 50, 1))
-    times = surface(asked[0], asked[1])
-    assert (times > 0).all()
-    assert (surface(asked[0], asked[1], upper=True) >= times - 1e-12).all()
+    assert (surface(asked[0], asked[1]) > 0).all()
 
 
 def test_the_correction_finds_a_line() -> None:

@@ -87,17 +87,6 @@ def test_ten_thousand_candidates_are_quick(table: LatencyTable, space: PruningSp
     assert np.allclose(times[:100], [curve(row)[0] for row in widths[:100]])
 
 
-def test_envelope_bounds_and_never_falls(table: LatencyTable, space: PruningSpace, example: Tensor) -> None:
-    curve = table.curve(space)
-    widths = random_widths(space, 300, seed=3)
-    assert (curve.envelope(widths) >= curve(widths) - 1e-12).all()
-    for group in range(len(space.groups)):
-        for below, above in zip(space.choices(group), space.choices(group)[1:], strict=False):
-            narrow, wide = widths.copy(), widths.copy()
-            narrow[:, group], wide[:, group] = below, above
-            assert (curve.envelope(narrow) <= curve.envelope(wide) + 1e-12).all()
-
-
 def test_widths_outside_the_measured_ones_are_refused(
     table: LatencyTable, space: PruningSpace, example: Tensor
 ) -> None:

@@ -110,12 +110,10 @@ def test_every_file_repeats(run: Path, tmp_path: Path) -> None:
     assert entry["images"] == 359
 
 
-def test_torch_formats_compute_the_slim_network(run: Path) -> None:
+def test_a_program_computes_the_slim_network(run: Path) -> None:
     words = export(run, "--format", "pt2", "--batch", "1..8")
     assert "load_program('model.batch1-8.pt2')" in words
-    words = export(run, "--format", "torchscript")
-    assert "torch.jit.load('model.torchscript.pt')" in words
-    assert exports_of(run)["torchscript.pt"]["parity"]["max_abs"] < 1e-4
+    assert exports_of(run)["batch1-8.pt2"]["parity"]["max_abs"] < 1e-4
     images = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32))
     slim = load(run, factory="tests.nets:tiny")
     with torch.no_grad():
@@ -242,10 +240,10 @@ def test_a_network_that_failed_on_the_board_is_no_success(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--format", "coreml"], "Choose onnx, engine, torchscript, pt2"),
+        (["--format", "coreml"], "Choose onnx, engine, pt2"),
+        (["--format", "torchscript"], "Choose onnx, engine, pt2"),
         (["--precision", "int4"], "Choose fp32, fp16, int8"),
         (["--format", "pt2", "--precision", "fp16"], "is written in fp32"),
-        (["--format", "torchscript", "--batch", "4"], "takes batches of any size"),
         (["--batch", "8..1"], "Write 8, 1..8 or 1..4..8"),
         (["--opset", "99"], "Opset 99 cannot be written: expected 13 to 20"),
         (["--calibration", "guess", "--precision", "int8"], "expected one of minmax, entropy, percentile"),
