@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 Operators = Callable[[Floats, Floats, bool], Floats]
-"""(c_in, c_out, upper) -> milliseconds, all arrays (N, operators); `upper` asks for a non-decreasing bound
-from above."""
+"""(c_in, c_out, upper) -> milliseconds, all arrays (N, operators); `upper` requests a non-decreasing upper bound."""
 
 
 Total = Callable[[Floats, Floats, Floats], Floats]
@@ -26,7 +25,7 @@ class LatencyCurve:
     """Predicted milliseconds of any candidate of one space.
 
     Args:
-        space: Its layers say how channels follow from widths.
+        space: Its layers define how channels follow from widths.
         operators: The time of each operator from its channels.
         total: The whole network's time from the sum of the operators' times (N,) and their input and output
             channels, each (N, layers); never decreasing.
@@ -44,10 +43,10 @@ class LatencyCurve:
         return self._whole(widths, upper=False)
 
     def envelope(self, widths: npt.ArrayLike) -> Floats:
-        """A bound from above, (N,) from (N, G), that never falls when a width grows.
+        """Return an upper bound, (N,) from widths (N, G), that is non-decreasing in every width.
 
-        Where channels fit the runtime's blocks it equals the prediction; elsewhere it counts the slower
-        kernels in.
+        It equals the prediction where channels are multiples of the runtime's block. Elsewhere it includes the
+        slower kernels of other channel counts.
         """
         return self._whole(widths, upper=True)
 

@@ -1,4 +1,4 @@
-"""How long something may take, as people write it."""
+"""Parses durations such as `90s`, `5min` and `1h`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _UNITS_S = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
 def duration_s(text: str) -> float:
-    """Seconds of `90s`, `5min` (or `5m`) or `1h`.
+    """Return the seconds of `90s`, `5min` (or `5m`) or `1h`.
 
     Raises:
-        CompressorError: the text has another form, or is not above zero.
+        CompressorError: The text has another form, or the duration is not above zero.
 
     >>> duration_s("1.5min")
     90.0

@@ -1,4 +1,4 @@
-"""The latency table of this machine's GPU, measured when it is first asked for, as `local` measures its CPU."""
+"""The latency table of this machine's GPU, measured on first use, as `local` measures the CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 TIME_LIMIT_S = 600.0
-"""An engine takes seconds to a minute to build, and is then run for half a second."""
+"""Longer than for a CPU: an engine takes seconds to a minute to build, and then runs for half a second."""
 
 
 def gpu_table(
@@ -45,16 +45,15 @@ def gpu_table(
     goal: float = GOAL,
     seed: int = 0,
 ) -> LatencyTable:
-    """This machine's table for the networks of `space` on its GPU, from the cache or measured now.
+    """Return the table for the networks of `space` on this machine's GPU, from the cache or measured now.
 
     Args:
-        space, example: The networks, and a batch of one.
-        backend, precision: What runs them.
-        time_limit_s, goal, seed: As for `local_table`; a GPU's engines take long to build, so that it usually has more
-            time.
+        space, example: The networks, and an input batch of size one.
+        backend, precision: Backend and precision that the networks run in.
+        time_limit_s, goal, seed: As in `local_table`; the default limit is longer, because engines take long to build.
 
     Raises:
-        CompressorError: a network cannot be exported, built or run, or the GPU does not hold still.
+        CompressorError: A network cannot be exported, built or run, or the GPU's speed is not stable.
     """
     network, folder = network_signature(space), cache_folder()
     plain = re.sub(r"[^A-Za-z0-9]+", "-", backend.gpu.name).strip("-")
@@ -97,10 +96,10 @@ def measured_table(
     seed: int = 0,
     journal_path: Path | None = None,
 ) -> LatencyTable:
-    """Measure and fit; nothing is read from the cache but what an earlier attempt has measured.
+    """Measure and fit a table. Only the journal of an interrupted attempt is reused, no cached table.
 
-    A network that cannot be built or run ends it, and what was measured before is kept for the next attempt; what a
-    GPU gave that does not hold still is not.
+    A network that cannot be built or run ends the measurement; earlier measurements are kept for the next attempt.
+    Measurements of a GPU whose speed is not stable are discarded.
     """
     device, ranking, gpu = device_of(backend, precision), space.rank(), backend.gpu
     heading = heading_of(
@@ -150,8 +149,8 @@ def measured_table(
         protocol=(
             f"{len(fitted)} measurements of sub-networks through {backend.kind}, each built, warmed up and run for "
             f"{SECONDS_A_NETWORK} s; {how}; {len(unseen)} networks were held out; the dense network first, every "
-            "dozen, and last; a network that came out much slower than predicted was measured again, and its calmest "
-            "time counts"
+            "dozen, and last; a network that came out much slower than predicted was measured again, and its least "
+            "disturbed time counts"
         ),
         sources=(f"driver for CUDA {gpu.driver}",),
     )
@@ -161,12 +160,12 @@ def measured_table(
 
 
 def _mapped(samples: Sequence[Sample]) -> bool:
-    """Whether the device told the operators of all these networks apart."""
+    """Whether the device timed the operators of all these networks one by one."""
     return all(len(sample.times.operators_ms) for sample in samples)
 
 
 def _fitted(space: PruningSpace, samples: Sequence[Sample], block: int) -> list[Sample]:
-    """The samples with operator times that explain their whole times."""
+    """Return the samples with operator times fitted to their end-to-end times."""
     c_in, c_out = np.stack([each.c_in for each in samples]), np.stack([each.c_out for each in samples])
     whole = np.asarray([each.times.median_ms for each in samples])
     shares = fitted_shares(space.layers, c_in, c_out, whole, block)
