@@ -16,7 +16,7 @@ from compressor.core.errors import CompressorError
 from compressor.latency.correction import fit_correction, fit_factors, held_out_error
 from compressor.latency.distinct import with_distinct_weights
 from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork, tag
-from compressor.latency.provenance import SECONDS_A_NETWORK, Made, measured_here
+from compressor.latency.provenance import SECONDS_A_NETWORK, Provenance, local_cpu_provenance
 from compressor.latency.schema import (
     FASTEST_MS,
     CorrectionFields,
@@ -114,7 +114,7 @@ def table_from(
     drift: float,
     seconds: float,
     threads: int,
-    made: Made | None = None,
+    provenance: Provenance | None = None,
 ) -> LatencyTable:
     """Build the latency table of one network on this machine or on another device.
 
@@ -125,13 +125,13 @@ def table_from(
         drift: Dense time at the end divided by dense time at the start, minus one.
         seconds: Duration of the measurement.
         threads: Threads of ONNX Runtime.
-        made: Device, runtime and protocol; None means this machine's CPU through ONNX Runtime.
+        provenance: Device, runtime and protocol; None means this machine's CPU through ONNX Runtime.
 
     Raises:
         CompressorError: The measured times are implausible.
     """
-    made = made or measured_here(len(samples), len(unseen), threads)
-    block = made.block
+    provenance = provenance or local_cpu_provenance(len(samples), len(unseen), threads)
+    block = provenance.block
     layers = _layers(space, samples)
     entries = _entries(layers, samples)
     predict = Predictor(layers, entries, samples, block)
@@ -168,13 +168,13 @@ def table_from(
     )
     return LatencyTable(
         TableFields(
-            device=made.device,
-            runtime=made.runtime,
-            precision=made.precision,
+            device=provenance.device,
+            runtime=provenance.runtime,
+            precision=provenance.precision,
             date=datetime.now(timezone.utc).date().isoformat(),
             how="measured",
-            protocol=made.protocol,
-            sources=made.sources,
+            protocol=provenance.protocol,
+            sources=provenance.sources,
             block=block,
             entries=entries,
             networks={network_signature(space): network},

@@ -18,35 +18,35 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-TINY = 0.03
+SMALL_NETWORK = 0.03
 """Below this share of the largest network's time errors count as absolute: no budget requests such small networks."""
 
-BENDS = (0.15, 0.3, 0.55)
+SUM_BREAKPOINTS = (0.15, 0.3, 0.55)
 """Breakpoints of the correction over the sum, as shares of the largest measured sum."""
 
-FILLED = (0.04, 0.08, 0.16, 0.32, 0.64)
+WEIGHT_BREAKPOINTS = (0.04, 0.08, 0.16, 0.32, 0.64)
 """Breakpoints over the weights, as shares of the largest measured number: weights fill one cache after another."""
 
-ENOUGH = 20
+ENOUGH_NETWORKS = 20
 """Number of networks from which breakpoints and weights are used."""
 
-LIKE = 0.05
+FACTOR_PULL = 0.05
 """Regularisation of the factors of all kinds of terms towards one value: the error equivalent to a difference of 1."""
 
-PULL = 0.02
+SLOPE_PULL = 0.02
 """Regularisation of neighbouring slopes towards each other: the error equivalent to a difference of 1."""
 
-NEEDLESS = 0.3
-"""Regularisation of the slopes over the weights towards zero, as a share of `PULL`."""
+WEIGHT_PULL = 0.3
+"""Regularisation of the slopes over the weights towards zero, as a share of `SLOPE_PULL`."""
 
-USUAL = 1.5
+HUBER_MULTIPLE = 1.5
 """Huber threshold, as a multiple of the median error: larger errors count linearly, not squared."""
 
-LEAST_USUAL = 0.005
+MIN_HUBER_THRESHOLD = 0.005
 """Lower bound of the Huber threshold: errors below this share occur on any machine."""
 
 REFITS = 5
-FLATTEST = 1e-6
+MIN_SLOPE = 1e-6
 """Smallest allowed slope over the sum."""
 
 
@@ -95,12 +95,12 @@ class Correction:
 
     def __call__(self, total: npt.ArrayLike, weights: npt.ArrayLike) -> Floats:
         """Return the whole network's milliseconds; non-decreasing in the sum and in the weights."""
-        by_sum = _along(((0.0, self.slope), *self.bends), np.asarray(total, dtype=np.float64))
-        by_weights = _along(self.weights, np.asarray(weights, dtype=np.float64))
+        by_sum = _piecewise_linear(((0.0, self.slope), *self.bends), np.asarray(total, dtype=np.float64))
+        by_weights = _piecewise_linear(self.weights, np.asarray(weights, dtype=np.float64))
         return np.asarray(np.maximum(self.offset + by_sum + by_weights, self.least))
 
 
-def _along(pieces: Pieces, values: Floats) -> Floats:
+def _piecewise_linear(pieces: Pieces, values: Floats) -> Floats:
     """Evaluate a piecewise linear function that is zero at zero."""
     total, slope = np.zeros_like(values), 0.0
     for start, after in pieces:
@@ -117,22 +117,22 @@ def fit_factors(parts: Floats, measured: Sequence[float]) -> tuple[float, ...]:
         measured: End-to-end milliseconds of each network, (N,).
 
     Returns:
-        Factors, (kinds,), or () with fewer than `ENOUGH` networks.
+        Factors, (kinds,), or () with fewer than `ENOUGH_NETWORKS` networks.
     """
-    if len(measured) < ENOUGH:
+    if len(measured) < ENOUGH_NETWORKS:
         return ()
     times, kinds = np.asarray(measured, dtype=np.float64), parts.shape[1]
-    scale, pull = np.maximum(times, TINY * times.max()), LIKE * np.sqrt(len(times))
+    scale, pull = np.maximum(times, SMALL_NETWORK * times.max()), FACTOR_PULL * np.sqrt(len(times))
     usual = float(np.median(times / parts.sum(axis=1)))
     rows = np.concatenate([np.ones((len(times), 1)), parts], axis=1) / scale[:, None]
     alike = pull * np.eye(kinds + 1)[1:]
     target = np.concatenate([times / scale, np.full(kinds, pull * usual)])
     lowest = np.concatenate([[-np.inf], np.zeros(kinds)])
-    found = _fitted(np.concatenate([rows, alike]), target, lowest, len(times))
+    found = _robust_least_squares(np.concatenate([rows, alike]), target, lowest, len(times))
     return tuple(float(value) for value in found[1:])
 
 
-def _fitted(matrix: Floats, target: Floats, lowest: Floats, networks: int) -> Floats:
+def _robust_least_squares(matrix: Floats, target: Floats, lowest: Floats, networks: int) -> Floats:
     """Solve a bounded least-squares problem, reweighted with Huber's weights to limit the effect of outliers.
 
     Args:
@@ -146,7 +146,7 @@ def _fitted(matrix: Floats, target: Floats, lowest: Floats, networks: int) -> Fl
     for _ in range(REFITS):
         found = lsq_linear(matrix * weights[:, None], target * weights, bounds=(lowest, np.inf)).x
         off = np.abs(matrix @ found - target)[:networks]
-        usual = max(USUAL * float(np.median(off)), LEAST_USUAL)
+        usual = max(HUBER_MULTIPLE * float(np.median(off)), MIN_HUBER_THRESHOLD)
         weights[:networks] = np.sqrt(usual / np.maximum(off, usual))
     return np.asarray(found)
 
@@ -156,7 +156,7 @@ def fit_correction(
 ) -> Correction:
     """Fit the correction to measured networks.
 
-    From `ENOUGH` networks on the fit is piecewise linear. Fewer give a line. One or two give a factor.
+    From `ENOUGH_NETWORKS` networks on the fit is piecewise linear. Fewer give a line. One or two give a factor.
 
     Args:
         totals: Sum of the operator times of each network, in milliseconds, (N,).
@@ -167,11 +167,11 @@ def fit_correction(
     sizes = np.asarray(weights, dtype=np.float64)
     least = 0.5 * float(times.min())
     if len(sums) >= 3 and np.ptp(sums) > 0.05 * sums.mean():
-        enough = len(sums) >= ENOUGH
-        sum_starts = _starts(sums, BENDS) if enough else [0.0]
-        size_starts = _starts(sizes, FILLED) if enough and np.ptp(sizes) > 0 else []
+        enough = len(sums) >= ENOUGH_NETWORKS
+        sum_starts = _starts(sums, SUM_BREAKPOINTS) if enough else [0.0]
+        size_starts = _starts(sizes, WEIGHT_BREAKPOINTS) if enough and np.ptp(sizes) > 0 else []
         offset, by_sum, by_size = _fit_pieces(sums, sizes, times, sum_starts, size_starts)
-        if min(by_sum) > FLATTEST:
+        if min(by_sum) > MIN_SLOPE:
             bends = tuple(zip(sum_starts[1:], by_sum[1:], strict=True))
             filled = tuple(zip(size_starts, by_size, strict=True)) if any(by_size) else ()
             return Correction(offset, by_sum[0], least, bends, filled)
@@ -187,8 +187,8 @@ def _starts(values: Floats, shares: Sequence[float]) -> list[float]:
 def _fit_pieces(
     sums: Floats, sizes: Floats, times: Floats, sum_starts: list[float], size_starts: list[float]
 ) -> tuple[float, list[float], list[float]]:
-    """Return the offset, the slopes over the sum (at least `FLATTEST`) and those over the weights (at least zero)."""
-    scale, most = np.maximum(times, TINY * times.max()), float(times.max())
+    """Return the offset, the slopes over the sum (at least `MIN_SLOPE`) and those over the weights (at least zero)."""
+    scale, most = np.maximum(times, SMALL_NETWORK * times.max()), float(times.max())
     parts: list[Floats] = [np.ones((len(times), 1))]
     pulls: list[Floats] = []
     units: list[float] = []
@@ -199,20 +199,20 @@ def _fit_pieces(
             parts.append(np.clip(values[:, None] - edges[:-1], 0.0, np.diff(edges)) / units[-1])
             pulls.append(np.diff(np.eye(len(starts)), axis=0))
     if size_starts:
-        pulls[1] = np.concatenate([pulls[1], NEEDLESS * np.eye(len(size_starts))])
+        pulls[1] = np.concatenate([pulls[1], WEIGHT_PULL * np.eye(len(size_starts))])
     pull = np.zeros((sum(map(len, pulls)), sum(part.shape[1] for part in parts)))
     row, column = 0, 1
     for each in pulls:
         pull[row : row + len(each), column : column + each.shape[1]] = each
         row, column = row + len(each), column + each.shape[1]
     matrix = np.concatenate(
-        [np.concatenate(parts, axis=1) / scale[:, None], PULL * np.sqrt(len(times)) * pull]
+        [np.concatenate(parts, axis=1) / scale[:, None], SLOPE_PULL * np.sqrt(len(times)) * pull]
     )
     target = np.concatenate([times / scale, np.zeros(len(pull))])
     lowest = np.concatenate(
-        [[-np.inf], np.full(len(sum_starts), FLATTEST * units[0]), np.zeros(len(size_starts))]
+        [[-np.inf], np.full(len(sum_starts), MIN_SLOPE * units[0]), np.zeros(len(size_starts))]
     )
-    found = _fitted(matrix, target, lowest, len(times))
+    found = _robust_least_squares(matrix, target, lowest, len(times))
     middle = 1 + len(sum_starts)
     by_sum = [float(value) / units[0] for value in found[1:middle]]
     return float(found[0]), by_sum, [float(value) / units[1] for value in found[middle:]]

@@ -49,7 +49,7 @@ def devices() -> list[KnownDevice]:
     except importlib.metadata.PackageNotFoundError:
         version = "(not installed)"
     found = [
-        KnownDevice(LOCAL, f"onnxruntime-cpu {version}", ("fp32",), "measured here when it is asked for")
+        KnownDevice(LOCAL, f"onnxruntime-cpu {version}", ("fp32",), "measured here on first use")
     ]
     for name, path in shipped_tables().items():
         table = LatencyTable.read(path)

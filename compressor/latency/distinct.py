@@ -18,17 +18,17 @@ def with_distinct_weights(model: nn.Module) -> nn.Module:
     """Return the network itself, or a copy with values in place of all-zero weights and biases."""
     import torch
 
-    if not _empty(model):
+    if not _all_zero(model):
         return model
     filled, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in _empty(filled):
+        for weight in _all_zero(filled):
             values = torch.rand(weight.shape, generator=generator)
             weight.copy_(0.1 * (values - 0.5))
     return filled
 
 
-def _empty(model: nn.Module) -> list[nn.Parameter]:
+def _all_zero(model: nn.Module) -> list[nn.Parameter]:
     named = (
         (name, parameter)
         for each in model.modules()

@@ -22,5 +22,5 @@ def duration_s(text: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|min|m|h)\s*", text, re.ASCII)
     seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
     if not 0 < seconds < math.inf:
-        raise CompressorError(f"{text!r} is no length of time.", "Write 90s, 5min or 1h.")
+        raise CompressorError(f"{text!r} is not a duration.", "Write 90s, 5min or 1h.")
     return seconds

@@ -85,7 +85,7 @@ class Journal:
         except OSError as error:
             raise disk_error(self.path, error) from error
 
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
         """Discard all measurements."""
         self.records = []
         if self.path is not None:
@@ -107,7 +107,7 @@ class Journal:
         except (OSError, ValueError, KeyError, TypeError):
             heading, records, whole = None, [], True
         if heading != self._heading:
-            self.begin_anew()
+            self.restart()
             return []
         if not whole:  # a kill cut off the last line: the next record must start on a new line
             write_atomic(self.path, "".join([json.dumps(heading) + "\n", *map(_to_line, records)]))

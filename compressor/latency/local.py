@@ -86,13 +86,13 @@ def local_table(
     network = network_signature(space)
     path = table_path(folder, runtime=CPU, version=onnxruntime.__version__, threads=threads, network=network)
     known = cached_table(path)
-    if known is not None and known.covers(space) and fit_for(known, network, goal, time_limit_s):
+    if known is not None and known.covers(space) and meets_goal(known, network, goal, time_limit_s):
         if still_valid(known, space, example_input, OrtProcess(threads)):
             return known
         path.unlink(missing_ok=True)
     with measuring_alone(folder):
         known = cached_table(path, quiet=True)  # another process may have measured it while this one waited
-        if known is not None and known.covers(space) and fit_for(known, network, goal, time_limit_s):
+        if known is not None and known.covers(space) and meets_goal(known, network, goal, time_limit_s):
             return known
         table = _measured(
             space, example_input, OrtProcess(threads), time_limit_s, seed, threads,
@@ -108,7 +108,7 @@ def local_table(
     return table
 
 
-def fit_for(
+def meets_goal(
     known: LatencyTable, network: str, goal: float, time_limit_s: float, usual_s: float = TIME_LIMIT_S
 ) -> bool:
     """Whether a table meets the error goal, or was already given as much time as is available now."""
@@ -142,8 +142,8 @@ def still_valid(known: LatencyTable, space: PruningSpace, example: Tensor, devic
     if max(level / then, then / level) <= BUSY and not np.array_equal(half, dense):
         small = export_candidate(space, ranking, example, half)
         shares = [_undisturbed_ms(device, small) / _undisturbed_ms(device, whole) for _ in range(2 * ATTEMPTS)]
-        told = known.predict(space, space.plan(half, ranking)) / then
-        if abs(float(np.median(shares)) / told - 1) <= NOISY:
+        predicted = known.predict(space, space.plan(half, ranking)) / then
+        if abs(float(np.median(shares)) / predicted - 1) <= NOISY:
             say(f"{changed}: this machine is under load, or was then. Ratios have not changed; the table is kept.")
             return True
     say(f"{changed}: the table is measured again.")
@@ -155,7 +155,7 @@ def _undisturbed_ms(device: Device, network: TaggedNetwork) -> float:
     return float(np.quantile(device.measure(network, SECONDS_A_NETWORK).whole_ms, 0.1))
 
 
-def require_made_here(table: LatencyTable, threads: int) -> None:
+def require_same_machine(table: LatencyTable, threads: int) -> None:
     """Refuse a table of another machine, runtime, runtime version or thread count.
 
     Raises:
@@ -168,13 +168,13 @@ def require_made_here(table: LatencyTable, threads: int) -> None:
         here = (cpu_model(), f"{CPU} {onnxruntime.__version__}", f"{threads} thread(s)")
     else:
         here = (backend.gpu.name, f"{backend.runtime} {backend.version}", "0 thread(s)")
-    made = (
+    stored = (
         fields.device.sku,
         f"{fields.runtime.name} {fields.runtime.version}",
         f"{fields.runtime.threads} thread(s)",
     )
     differs = "; ".join(
-        f"{then}, and this is {now}" for then, now in zip(made, here, strict=True) if then != now
+        f"{then}, and this is {now}" for then, now in zip(stored, here, strict=True) if then != now
     )
     if differs:
         raise CompressorError(
@@ -202,7 +202,7 @@ def _measured(
         return measure_candidate(space, ranking, example, widths, device)
 
     if journal.records:
-        go_on(journal, space, example, device)
+        resume_journal(journal, space, example, device)
     else:
         say("Measuring this network's operators on this machine; the table is kept for the next run.")
     try:
@@ -210,16 +210,16 @@ def _measured(
             space, measure, journal, time_limit_s=limit_s, goal=goal, seed=seed, block=channel_block()
         )
     except TooNoisy:
-        journal.begin_anew()  # noisy measurements must not enter the next attempt
+        journal.restart()  # noisy measurements must not enter the next attempt
         raise
-    say_how_quiet(samples)
+    warn_of_noise(samples)
     unseen = list(samples.held.values())
     table = table_from(space, samples.to_fit(), unseen, samples.drift, samples.seconds, threads)
     journal.close()
     return table
 
 
-def go_on(journal: Journal, space: PruningSpace, example: Tensor, device: Device) -> None:
+def resume_journal(journal: Journal, space: PruningSpace, example: Tensor, device: Device) -> None:
     """Resume with the measurements of an interrupted attempt, unless this machine's speed has changed."""
     first = next((record for record in journal.records if record.role == "dense"), None)
     dense = np.asarray(space.dense_widths, dtype=np.int64)
@@ -231,10 +231,10 @@ def go_on(journal: Journal, space: PruningSpace, example: Tensor, device: Device
             )
             return
     say("This machine's speed has changed since the measurement was interrupted: it starts again.")
-    journal.begin_anew()
+    journal.restart()
 
 
-def say_how_quiet(samples: Samples) -> None:
+def warn_of_noise(samples: Samples) -> None:
     """Warn where the dense network's times vary, but not so much that the table is refused."""
     if samples.spread > NOISY:
         say(

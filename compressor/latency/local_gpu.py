@@ -16,9 +16,9 @@ from compressor.latency.backends import device_of
 from compressor.latency.cache import cached_table, measuring_alone, table_path
 from compressor.latency.fused import fitted_shares
 from compressor.latency.journal import Journal, heading_of
-from compressor.latency.local import GOAL, fit_for, go_on, say_how_quiet, still_valid
+from compressor.latency.local import GOAL, meets_goal, resume_journal, still_valid, warn_of_noise
 from compressor.latency.ort_profile import NetworkTimes
-from compressor.latency.provenance import SECONDS_A_NETWORK, Made
+from compressor.latency.provenance import SECONDS_A_NETWORK, Provenance
 from compressor.latency.remote_bundle import Precision
 from compressor.latency.sampling import TooNoisy, collect
 from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields
@@ -66,7 +66,7 @@ def gpu_table(
     )
 
     def good(known: LatencyTable) -> bool:
-        return known.covers(space) and fit_for(known, network, goal, time_limit_s, TIME_LIMIT_S)
+        return known.covers(space) and meets_goal(known, network, goal, time_limit_s, TIME_LIMIT_S)
 
     known = cached_table(path)
     if known is not None and good(known):
@@ -112,10 +112,10 @@ def measured_table(
         return measure_candidate(space, ranking, example, widths, device)
 
     def ready(samples: Sequence[Sample]) -> Sequence[Sample]:
-        return samples if _mapped(samples) else _fitted(space, samples, block)
+        return samples if _operators_timed(samples) else _fitted(space, samples, block)
 
     if journal.records:
-        go_on(journal, space, example, device)
+        resume_journal(journal, space, example, device)
     else:
         say(
             f"Measuring this network on {gpu.name} with {backend.runtime}; the table is kept for the next run."
@@ -125,18 +125,18 @@ def measured_table(
             space, measure, journal, time_limit_s=time_limit_s, goal=goal, seed=seed, block=block, ready=ready
         )
     except TooNoisy as error:
-        journal.begin_anew()
+        journal.restart()
         raise TooNoisy(
             error.message, "Keep the GPU cool and free of other work, hold its clocks, and try again."
         ) from None
-    say_how_quiet(samples)
+    warn_of_noise(samples)
     fitted, unseen = samples.to_fit(), list(samples.held.values())
     how = (
         "layers under the profiler"
-        if _mapped(fitted)
+        if _operators_timed(fitted)
         else "operators by a fit of arithmetic, traffic and launches"
     )
-    made = Made(
+    provenance = Provenance(
         device=DeviceFields(
             name="local",
             sku=gpu.name,
@@ -154,12 +154,12 @@ def measured_table(
         ),
         sources=(f"driver for CUDA {gpu.driver}",),
     )
-    table = table_from(space, ready(fitted), unseen, samples.drift, samples.seconds, 0, made)
+    table = table_from(space, ready(fitted), unseen, samples.drift, samples.seconds, 0, provenance)
     journal.close()
     return table
 
 
-def _mapped(samples: Sequence[Sample]) -> bool:
+def _operators_timed(samples: Sequence[Sample]) -> bool:
     """Whether the device timed the operators of all these networks one by one."""
     return all(len(sample.times.operators_ms) for sample in samples)
 

@@ -68,7 +68,7 @@ def middles(values: Floats) -> Floats:
     return np.asarray(ordered[quarter : len(ordered) - quarter].mean(axis=0))
 
 
-class Pace:
+class ProcessorSpeed:
     """Compares the processor's present speed with the fastest seen so far, by two small fixed networks.
 
     A processor slows down for seconds at a time when its clock drops or another process uses the same core. Memory

@@ -39,7 +39,7 @@ _POINTWISE = frozenset(
 _FREE = frozenset({"t", "detach", "alias", "dropout", "empty", "zeros", "lift_fresh", "clone_no_copy"})
 
 
-def company(run: Callable[[], Any], operators: int) -> tuple[Floats, Floats]:
+def count_non_gemm(run: Callable[[], Any], operators: int) -> tuple[Floats, Floats]:
     """Run a network once and count its non-GEMM kernels.
 
     Args:
@@ -50,14 +50,14 @@ def company(run: Callable[[], Any], operators: int) -> tuple[Floats, Floats]:
         Non-GEMM kernels, and elements moved by them, assigned to each operator, both (operators,). Zeros where the run
         has another number of products (such as products of activations in attention), so that the order is ambiguous.
     """
-    with torch.no_grad(), _Watch() as watch:
+    with torch.no_grad(), _OperationRecorder() as watch:
         run()
     if len(watch.kernels) != operators:
         return np.zeros(operators), np.zeros(operators)
     return np.asarray(watch.kernels), np.asarray(watch.moved)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every operation below autograd."""
 
     def __init__(self) -> None:
@@ -72,10 +72,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__
         inputs, outputs = list(_tensors(args)), list(_tensors(result))
         if outputs:
-            self._saw(name, inputs, outputs)
+            self._record(name, inputs, outputs)
         return result
 
-    def _saw(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _record(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         known = [self._made_by[key] for each in inputs if (key := _key(each)) in self._made_by]
         owner = max((place for place, _ in known), default=max(len(self.kernels) - 1, 0))
         kinds = {kind for _, kind in known}

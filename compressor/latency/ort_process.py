@@ -65,8 +65,8 @@ class OrtProcess:
         if self._child is None:
             self._child = Child(__name__, self.threads)
         try:
-            return _asked(self._child, {**request, "threads": self.threads})
-        except _Died as error:
+            return _request(self._child, {**request, "threads": self.threads})
+        except _ProcessDied as error:
             self._child = None
             raise error from None
 
@@ -93,7 +93,7 @@ class BurstProcess:
             ExportError: ONNX Runtime rejects the network, or the process has died.
         """
         self.once_ms = float(
-            _asked(self._child, {"do": "open", "model": str(self.path), "threads": self.threads})
+            _request(self._child, {"do": "open", "model": str(self.path), "threads": self.threads})
         )
 
     def burst(self, dropped: int, counted: int) -> Burst:
@@ -102,7 +102,7 @@ class BurstProcess:
         Raises:
             ExportError: As for `ready`.
         """
-        times = _asked(self._child, {"do": "burst", "dropped": dropped, "counted": counted})
+        times = _request(self._child, {"do": "burst", "dropped": dropped, "counted": counted})
         wall, own = zip(*times, strict=True)
         return burst_of(wall, own if self.threads == 1 else None)
 
@@ -111,17 +111,17 @@ class BurstProcess:
         self._child.close()
 
 
-class _Died(ExportError):
+class _ProcessDied(ExportError):
     """The timing process has ended unexpectedly."""
 
 
-def _asked(child: Child, request: Mapping[str, Any]) -> Any:
+def _request(child: Child, request: Mapping[str, Any]) -> Any:
     try:
         return child.ask(request)
     except Failed as error:
         raise ExportError(str(error).removeprefix(f"{ExportError.__name__}: ")) from None
     except ChildDied as error:
-        raise _Died(
+        raise _ProcessDied(
             f"The process that times networks was {error}.", "Free some memory and try again."
         ) from None
 

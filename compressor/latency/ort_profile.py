@@ -19,20 +19,20 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.latency.graph import WEIGHTED
-from compressor.latency.noise import Pace, at_full_speed, middles, timed, undisturbed
+from compressor.latency.noise import ProcessorSpeed, at_full_speed, middles, timed, undisturbed
 from export.bench import OnnxRunner
 from export.ort import CPU, random_feeds, runtime
 
 Floats = npt.NDArray[np.float64]
 
 MOST_RUNS = 200
-MOST_PROFILED = 60
+MAX_PROFILED_RUNS = 60
 """Most profiled runs: enough for a median, and a small profile file, which is slower to read than to write."""
 
 LEAST_RUNS = 7
 """Fewest timed runs of a network, however slow it is."""
 
-CALM = 0.08
+SLOWDOWN_TOLERANCE = 0.08
 """Largest slowdown against the processor's best speed at which a measurement counts as undisturbed."""
 
 TAG = re.compile(r"@(\d+)\.")
@@ -85,9 +85,9 @@ class NetworkTimes:
         return np.stack([middles(times), np.quantile(times, 0.9, axis=0), times.std(axis=0)])
 
     @property
-    def calm(self) -> bool:
+    def undisturbed(self) -> bool:
         """Whether the processor ran at about its best speed."""
-        return self.slowdown <= CALM
+        return self.slowdown <= SLOWDOWN_TOLERANCE
 
 
 class Device(Protocol):
@@ -159,7 +159,7 @@ class OrtCpu:
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
-        self._pace = Pace(threads)
+        self._pace = ProcessorSpeed(threads)
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
         """Measure end to end, under the profiler, and end to end again, so that drift affects both equally."""
@@ -170,7 +170,7 @@ class OrtCpu:
         before = timed(runner, runs)
         operators = np.zeros((0, 0))
         if network.operators:
-            operators = self._profile(network, min(2 * runs, MOST_PROFILED))
+            operators = self._profile(network, min(2 * runs, MAX_PROFILED_RUNS))
         after = timed(runner, runs)
         slow = max(slow, self._pace.slowdown())
         return NetworkTimes(undisturbed(np.concatenate([before, after])), operators, slow)

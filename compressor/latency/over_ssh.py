@@ -27,7 +27,7 @@ from compressor.latency.cache import measuring_alone
 from compressor.latency.layout import signature
 from compressor.latency.own_tables import keep
 from compressor.latency.paired import Timing
-from compressor.latency.ratio import Sitting, Sittings, burst_of
+from compressor.latency.ratio import PairSession, PairSessions, burst_of
 from compressor.latency.remote_bundle import DENSE, Precision, target_of, write_table_bundle
 from compressor.latency.remote_table import RUNTIME, table_of_results
 from compressor.latency.table import LatencyTable, find_user_table
@@ -48,7 +48,7 @@ PROTOCOL: dict[str, Any] = {"duration_s": 5, "warmup_s": 2, "processes": 3}
 """Measurement of each network: seconds of runs, seconds of warm-up, number of turns."""
 
 SLIM = "slim"
-_ELSEWHERE = (
+_TRTEXEC_HINT = (
     "If it is installed elsewhere on the device, set its path here: export COMPRESSOR_TRTEXEC=/path/to/trtexec"
 )
 _BUNDLE = "profile"
@@ -97,7 +97,7 @@ def profile_over_ssh(
             are inconsistent; completed work is kept for the next attempt.
     """
     before = _identified(url)
-    say(f"Measuring {model} in {precision} on {_called(before)}, TensorRT {before['tensorrt']}.")
+    say(f"Measuring {model} in {precision} on {_device_title(before)}, TensorRT {before['tensorrt']}.")
     steps = [[group.name, group.width, group.granularity, group.min_width] for group in space.groups]
     key = json.dumps([url, signature(space), precision, opset, steps])
     work = cache_folder() / "profiles" / hashlib.sha256(key.encode()).hexdigest()[:20]
@@ -105,15 +105,15 @@ def profile_over_ssh(
         packed = work / f"{_BUNDLE}.tar.gz"
         if not packed.is_file():
             shutil.rmtree(work, ignore_errors=True)
-            carried = write_table_bundle(
+            written = write_table_bundle(
                 space, example, work / _BUNDLE, device=url, model=model, precision=precision, opset=opset
             )
             for name in (MANIFEST, CHECKSUMS):
-                write_atomic(work / name, (carried.folder / name).read_bytes())
+                write_atomic(work / name, (written.folder / name).read_bytes())
             write_atomic(
-                packed, pack(folder_files(carried.folder), _BUNDLE, executable=frozenset(["run.sh"]))
+                packed, pack(folder_files(written.folder), _BUNDLE, executable=frozenset(["run.sh"]))
             )
-            shutil.rmtree(carried.folder)
+            shutil.rmtree(written.folder)
         results = work / "results.tar.gz"
         if not results.is_file():
             networks = len(json.loads((work / MANIFEST).read_text())["networks"])
@@ -158,7 +158,7 @@ def measured_over_ssh(url: str, dense: bytes, slim: bytes, table: LatencyTable |
         packed.write_bytes(pack(folder_files(folder), _BUNDLE, executable=frozenset(["run.sh"])))
         given = {name: (folder / name).read_bytes() for name in (MANIFEST, CHECKSUMS)}
         _run(url, packed, work / "results.tar.gz", given[CHECKSUMS], 2 + 3 * PROTOCOL["processes"])
-        with _told(url, given[CHECKSUMS]):
+        with _with_resume_hint(url, given[CHECKSUMS]):
             timings = read_timings(work / "results.tar.gz", folder, given)
     if table is not None:
         _require_same(table, _fields(timings.board))
@@ -176,19 +176,19 @@ def _in_turns(timings: Timings) -> Timing:
             )
         for each in timed.turns:
             turns.setdefault(each.turn, []).extend(each.times_ms)
-    sittings: list[Sitting] = [
+    sessions: list[PairSession] = [
         [(burst_of(bursts[DENSE][turn]), burst_of(bursts[SLIM][turn]))] for turn in sorted(bursts[DENSE])
     ]
     dense, slim = (
         summarise(timings.networks[name].times_ms, runtime=RUNTIME, version=timings.board.tensorrt)
         for name in (DENSE, SLIM)
     )
-    return Timing(dense, slim, Sittings(sittings).ratio())
+    return Timing(dense, slim, PairSessions(sessions).ratio())
 
 
 def _run(url: str, packed: Path, results: Path, checksums: bytes, steps: int) -> None:
     """Run a bundle on the device with a progress bar; failures reported by the device are shown as they occur."""
-    with _told(url, checksums), bar(f"On {url.removeprefix('ssh://')}", steps) as progress:
+    with _with_resume_hint(url, checksums), bar(f"On {url.removeprefix('ssh://')}", steps) as progress:
 
         def heard(line: str) -> None:
             if re.match(r"(turn|engine) \d+ of \d+", line):
@@ -202,7 +202,7 @@ def _run(url: str, packed: Path, results: Path, checksums: bytes, steps: int) ->
 
 
 @contextmanager
-def _told(url: str, checksums: bytes) -> Iterator[None]:
+def _with_resume_hint(url: str, checksums: bytes) -> Iterator[None]:
     """Add to an error's hint that the same command resumes, and where the device keeps the completed work."""
     try:
         yield
@@ -218,7 +218,7 @@ def _identified(url: str) -> dict[str, str]:
     try:
         return identify(url, trtexec=_trtexec())
     except ExportError as error:
-        hint = _ELSEWHERE if "trtexec was not found" in error.message else error.hint
+        hint = _TRTEXEC_HINT if "trtexec was not found" in error.message else error.hint
         raise CompressorError(error.message, hint) from None
 
 
@@ -265,5 +265,5 @@ def _require_same(table: LatencyTable, now: Mapping[str, str]) -> None:
         )
 
 
-def _called(facts: Mapping[str, str]) -> str:
+def _device_title(facts: Mapping[str, str]) -> str:
     return facts.get("model") or "the device"

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from compressor.core.progress import bar
 from compressor.latency.ort_process import BurstProcess
-from compressor.latency.ratio import ERROR, LOOKS, Burst, Ratio, Sitting, Sittings, error_at
+from compressor.latency.ratio import ERROR, LOOKS, Burst, PairSession, PairSessions, Ratio, error_at
 from export.ort import runtime
 from export.stats import LatencyStats, summarise
 
@@ -95,7 +95,7 @@ def measured(
         ExportError: ONNX Runtime rejects one of them, or its process has died.
     """
 
-    def sit() -> Sitting:
+    def run_session() -> PairSession:
         begun = time.monotonic()
         with ExitStack() as stack:
             first, second = (
@@ -103,10 +103,10 @@ def measured(
             )
             for child in (first, second):
                 child.ready()
-            return sitting(first, second, seconds=time.monotonic() - begun)
+            return pair_session(first, second, seconds=time.monotonic() - begun)
 
     return in_turns(
-        sit,
+        run_session,
         "onnxruntime",
         str(runtime().__version__),
         threads,
@@ -117,7 +117,7 @@ def measured(
 
 
 def in_turns(
-    sit: Callable[[], Sitting],
+    run_session: Callable[[], PairSession],
     name: str,
     version: str,
     threads: int = 0,
@@ -130,18 +130,18 @@ def in_turns(
     """Run sessions until the target is outside the ratio's interval, the interval is near it, or the time is up.
 
     Args:
-        sit: Runs one session with fresh processes.
+        run_session: Runs one session with fresh processes.
         name, version, threads: Name, version and thread count of the runtime.
         repeats, target, seconds: As in `measured`.
         clock: Monotonic clock in seconds.
     """
-    found, begun = Sittings(), clock()
+    found, begun = PairSessions(), clock()
     looks = {count: error_at(place) for place, count in enumerate(LOOKS)}
     most = repeats if target is None else LOOKS[-1]
     ratio = None
     with bar("Measuring latency", most if target is None else LOOKS[0]) as progress:
         while len(found.all) < most:
-            found.all.append(sit())
+            found.all.append(run_session())
             spent, count = clock() - begun, len(found.all)
             late = spent * (count + 1) / count > seconds  # the next session would exceed the limit
             if target is not None and (count in looks or late):
@@ -161,9 +161,9 @@ def in_turns(
     return Timing(dense, slim, ratio)
 
 
-def sitting(
+def pair_session(
     dense: Bursts, slim: Bursts, seconds: float = 0.0, clock: Callable[[], float] = time.monotonic
-) -> Sitting:
+) -> PairSession:
     """Run pairs of bursts, each pair in the reverse order of the preceding one.
 
     Bursts of both networks have the same number of runs, so that their quantiles are comparable.

@@ -14,7 +14,7 @@ SECONDS_A_NETWORK = 0.5
 
 
 @dataclass(frozen=True)
-class Made:
+class Provenance:
     """Provenance of a measured table.
 
     Attributes:
@@ -31,7 +31,7 @@ class Made:
     sources: tuple[str, ...] = ()
 
 
-def measured_here(fitted: int, unseen: int, threads: int) -> Made:
+def local_cpu_provenance(fitted: int, unseen: int, threads: int) -> Provenance:
     """Return the provenance of a table of this machine's CPU through ONNX Runtime.
 
     Args:
@@ -40,7 +40,7 @@ def measured_here(fitted: int, unseen: int, threads: int) -> Made:
     """
     import onnxruntime
 
-    return Made(
+    return Provenance(
         device=DeviceFields(name="local", sku=cpu_model(), power_mode=governor(), clocks=clocks()),
         runtime=RuntimeFields(name=CPU, version=onnxruntime.__version__, threads=threads),
         precision="fp32",

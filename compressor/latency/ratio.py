@@ -42,7 +42,7 @@ FAST = 0.1
 QUIET = 0.1
 """Quantile of a network's bursts that is taken as its quiet level."""
 
-CALM = 0.1
+QUIET_TOLERANCE = 0.1
 """A pair counts if both of its bursts exceed the quiet level of their network by no more than this share."""
 
 FEWEST_PAIRS = 3
@@ -76,7 +76,7 @@ def burst_of(wall_ms: Sequence[float], own_ms: Sequence[float] | None = None) ->
     return Burst(float(np.quantile(used, FAST)), float(np.median(used)), tuple(wall_ms))
 
 
-Sitting = Sequence[tuple[Burst, Burst]]
+PairSession = Sequence[tuple[Burst, Burst]]
 """Pairs of bursts (dense, slim) of two processes."""
 
 
@@ -89,8 +89,8 @@ class Ratio:
         low, high: Its interval, with a confidence of 95 % over all looks; 0 and infinity where nothing is known yet.
         dense_ms: Quiet level of the dense network during the measurement.
         bursts: Number of bursts of both networks.
-        sittings: Number of sessions (pairs of processes).
-        calm: Share of the pairs that counted as undisturbed.
+        sessions: Number of sessions (pairs of processes).
+        undisturbed: Share of the pairs that counted as undisturbed.
         seconds: Duration of the measurement.
     """
 
@@ -99,8 +99,8 @@ class Ratio:
     high: float
     dense_ms: float
     bursts: int = 0
-    sittings: int = 0
-    calm: float = 1.0
+    sessions: int = 0
+    undisturbed: float = 1.0
     seconds: float = 0.0
 
     def verdict(self, target: float) -> Verdict:
@@ -160,14 +160,14 @@ def trimmed_interval(values: Sequence[float], error: float) -> tuple[float, floa
 
 
 @dataclass
-class Sittings:
+class PairSessions:
     """All sessions of two networks.
 
     Attributes:
         all: Burst pairs of each session.
     """
 
-    all: list[Sitting] = field(default_factory=list)
+    all: list[PairSession] = field(default_factory=list)
 
     def ratio(self, error: float = ERROR, seconds: float = 0.0) -> Ratio:
         """Estimate the ratio from all sessions so far.
@@ -176,16 +176,16 @@ class Sittings:
             error: Probability that the interval misses.
             seconds: Duration of the measurement, for the record.
         """
-        fast = [self._levels(sitting, "fast_ms") for sitting in self.all]
+        fast = [self._levels(session, "fast_ms") for session in self.all]
         quiet = np.quantile(np.concatenate(fast), QUIET, axis=0)
         logarithms, counted = [], 0
         for levels in fast:
-            calm = levels[np.all(levels <= (1 + CALM) * quiet, axis=1)]
-            counted += len(calm)
-            if len(calm) >= min(FEWEST_PAIRS, len(levels)):
-                logarithms.append(float(np.median(np.log(calm[:, 1] / calm[:, 0]))))
+            undisturbed = levels[np.all(levels <= (1 + QUIET_TOLERANCE) * quiet, axis=1)]
+            counted += len(undisturbed)
+            if len(undisturbed) >= min(FEWEST_PAIRS, len(levels)):
+                logarithms.append(float(np.median(np.log(undisturbed[:, 1] / undisturbed[:, 0]))))
         pairs = sum(map(len, fast))
-        medians = np.concatenate([self._levels(sitting, "median_ms") for sitting in self.all])
+        medians = np.concatenate([self._levels(session, "median_ms") for session in self.all])
         if logarithms:
             centre, half = trimmed_interval(logarithms, error)
         else:
@@ -197,16 +197,16 @@ class Sittings:
             high=float(np.exp(centre + half)),
             dense_ms=float(np.quantile(medians[:, 0], QUIET)),
             bursts=2 * pairs,
-            sittings=len(self.all),
-            calm=counted / pairs,
+            sessions=len(self.all),
+            undisturbed=counted / pairs,
             seconds=seconds,
         )
 
     def wall_ms(self, network: int) -> list[float]:
         """Return the wall-clock time of each run of the dense (0) or the slim (1) network."""
-        return [time for sitting in self.all for pair in sitting for time in pair[network].wall_ms]
+        return [time for session in self.all for pair in session for time in pair[network].wall_ms]
 
     @staticmethod
-    def _levels(sitting: Sitting, which: Literal["fast_ms", "median_ms"]) -> Floats:
+    def _levels(session: PairSession, which: Literal["fast_ms", "median_ms"]) -> Floats:
         """Return one time per burst, (pairs, 2): dense and slim."""
-        return np.asarray([[getattr(burst, which) for burst in pair] for pair in sitting])
+        return np.asarray([[getattr(burst, which) for burst in pair] for pair in session])

@@ -80,7 +80,7 @@ class TableFacts(BaseModel):
 
 
 @dataclass(frozen=True)
-class Carried:
+class WrittenBundle:
     """A written bundle: its folder, number of networks and size in bytes."""
 
     folder: Path
@@ -103,7 +103,7 @@ def write_table_bundle(
     precision: Precision,
     opset: int = 17,
     seed: int = 0,
-) -> Carried:
+) -> WrittenBundle:
     """Write the bundle's folder; it appears completely or not at all.
 
     Args:
@@ -164,7 +164,7 @@ def write_table_bundle(
             part.rename(folder)
         except OSError as error:
             raise disk_error(folder, error) from error
-    return Carried(folder, len(rows), size)
+    return WrittenBundle(folder, len(rows), size)
 
 
 def refuse_taken(folder: Path) -> None:
@@ -181,7 +181,7 @@ def in_precision(content: bytes, precision: Precision, shape: tuple[int, ...]) -
     """Convert an FP32 ONNX file to the precision to be timed; INT8 ranges come from random inputs."""
     if precision == "fp32":
         return content
-    with tempfile.TemporaryDirectory(prefix="compressor-carry-") as folder:
+    with tempfile.TemporaryDirectory(prefix="compressor-bundle-") as folder:
         source, goal = Path(folder) / "network.onnx", Path(folder) / "converted.onnx"
         source.write_bytes(content)
         if precision == "fp16":

@@ -14,7 +14,7 @@ from compressor.latency.assemble import Sample, table_from
 from compressor.latency.fused import Floats, fitted_shares, shares_of_layers
 from compressor.latency.layout import as_space, layout_of, signature
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
-from compressor.latency.provenance import Made
+from compressor.latency.provenance import Provenance
 from compressor.latency.remote_bundle import DENSE, TableFacts
 from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields, first_problem
 from compressor.latency.signature import channels
@@ -30,7 +30,7 @@ from export.timings import Timings
 NOISY, UNSTEADY = 0.15, 0.5
 """Drift of the dense network from which the user is warned, and from which a table is refused."""
 
-MOST_FAILED = 0.1
+MAX_FAILED_SHARE = 0.1
 FASTEST_MACS = 1e15
 """Multiply-adds per second that no device exceeds: a faster table has wrong units."""
 
@@ -47,8 +47,8 @@ def table_of_results(given: Path, device: str | None = None) -> LatencyTable:
     Raises:
         CompressorError, ExportError: Something is missing, damaged or inconsistent.
     """
-    folder, results = _places(given)
-    files = _trusted(folder)
+    folder, results = _bundle_and_results(given)
+    files = _checked_manifest(folder)
     manifest = read_manifest(files, folder)
     try:
         facts = TableFacts.model_validate(manifest["facts"])
@@ -83,7 +83,7 @@ def table_of_timings(
         else "TensorRT's layers could not be assigned to operators, so that operators have shares of the whole "
         "networks' times by a fit of arithmetic, traffic and launches"
     )
-    made = Made(
+    provenance = Provenance(
         device=DeviceFields(
             name=device or facts.device,
             sku=board.title if board.title != "the device" else "",
@@ -101,10 +101,10 @@ def table_of_timings(
         ),
         sources=(f"bundle {bundle}", f"results {timings.digest}", f"board {board.identity}"),
     )
-    return table_from(as_space(layout), [dense, *fitted, dense], unseen, drift, seconds, 0, made)
+    return table_from(as_space(layout), [dense, *fitted, dense], unseen, drift, seconds, 0, provenance)
 
 
-def _places(given: Path) -> tuple[Path, Path]:
+def _bundle_and_results(given: Path) -> tuple[Path, Path]:
     """Return the bundle's folder and the path of its results."""
     if given.name in ("results", "results.tar.gz") and not (given / MANIFEST).is_file():
         folder, results = given.parent, given
@@ -129,7 +129,7 @@ def _places(given: Path) -> tuple[Path, Path]:
     return folder, results
 
 
-def _trusted(folder: Path) -> dict[str, bytes]:
+def _checked_manifest(folder: Path) -> dict[str, bytes]:
     """Read the manifest and the list of checksums, and verify the manifest's checksum."""
     files = {name: read_bytes(folder / name, "file of the bundle") for name in (MANIFEST, CHECKSUMS)}
     line = f"{sha256_bytes(files[MANIFEST])}  {MANIFEST}"
@@ -156,7 +156,7 @@ def _require_consistent(facts: TableFacts, timings: Timings, source: Path) -> No
     if signature(layout) != facts.network or len(facts.epilogues) != operators:
         raise CompressorError(f"{source} contradicts itself about its layers.")
     failed = {name: each.reason for name, each in timings.networks.items() if each.reason}
-    if DENSE in failed or len(failed) > MOST_FAILED * len(timings.networks):
+    if DENSE in failed or len(failed) > MAX_FAILED_SHARE * len(timings.networks):
         name = DENSE if DENSE in failed else next(iter(failed))
         raise CompressorError(
             f"{len(failed)} of {len(timings.networks)} networks could not be measured on the device; {name}: "

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.core.errors import CompressorError
-from compressor.latency.non_gemm import company
+from compressor.latency.non_gemm import count_non_gemm
 from compressor.latency.schema import RooflineFields
 from compressor.pruning.counts import positions_of, weight_elements
 
@@ -45,7 +45,7 @@ class Operators:
             `Layer`.
         in_pixels, out_pixels: Height times width of input and output; 1 for a vector.
         positions: Number of uses of each weight.
-        launches: Kernel launches of the operator and of the non-GEMM operators that `company` assigns to it.
+        launches: Kernel launches of the operator and of the non-GEMM operators that `count_non_gemm` assigns to it.
         beside: Elements that these non-GEMM operators move per output channel of the operator.
     """
 
@@ -65,7 +65,7 @@ class Operators:
 
         Args:
             layers: Objects with kind, kernel, groups, group_size, in_hw and out_hw.
-            kernels: Number of non-GEMM kernels of each layer, from `company`.
+            kernels: Number of non-GEMM kernels of each layer, from `count_non_gemm`.
             beside: Elements that these move, divided by the layer's output channels.
         """
         taps = [float(np.prod(layer.kernel)) if layer.kernel else 1.0 for layer in layers]
@@ -147,7 +147,7 @@ def operators_of(space: PruningSpace) -> Operators:
     was_training = model.training
     model.eval()
     try:
-        kernels, moved = company(lambda: model(*space.example_input), len(space.layers))
+        kernels, moved = count_non_gemm(lambda: model(*space.example_input), len(space.layers))
     finally:
         model.train(was_training)
     outputs = np.asarray([float(layer.out_channels(dense)[0]) for layer in space.layers])

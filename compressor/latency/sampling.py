@@ -30,10 +30,10 @@ Ready = Callable[[Sequence[Sample]], Sequence[Sample]]
 """Prepares samples for a fit: if a device does not time operators one by one, each gets a share of the whole time."""
 
 HELD_OUT = 10
-LEAST = 12
+MIN_NETWORKS = 12
 """Fewest networks that are measured whatever the time limit, besides the dense one at both ends."""
 
-MOST = 160
+MAX_NETWORKS = 160
 """Most networks of a table."""
 
 BATCH = 6
@@ -45,16 +45,16 @@ NEIGHBOURS = 5
 SUSPICIOUS = 0.04
 """A network that is slower than predicted by this share, and by three times the median error, is measured again."""
 
-AGAIN = 3
+MAX_REPEATS = 3
 """Most measurements of one network."""
 
 REFERENCE_EVERY = 12
 """The dense network is measured again after this many networks."""
 
-TOO_NOISY = 0.5
+MAX_SPREAD = 0.5
 """Largest relative distance between the quartiles of the dense network's times at which a table is built."""
 
-ENOUGH_DENSE = 9
+MAX_DENSE_RUNS = 9
 """Dense measurements before a machine is rejected as too noisy: three could fall into one period of load."""
 
 
@@ -91,7 +91,7 @@ class Samples:
 
     def to_fit(self) -> list[Sample]:
         """Return the undisturbed dense measurements (all, if there are none), then the other networks."""
-        dense = [sample for sample in self.dense if sample.times.calm] or self.dense
+        dense = [sample for sample in self.dense if sample.times.undisturbed] or self.dense
         return [*dense, *self.fitted.values()]
 
 
@@ -112,7 +112,7 @@ def collect(
         space: The space of the sub-networks.
         measure: Measures one network, given its widths.
         journal: Earlier measurements of an interrupted attempt; new ones are appended.
-        time_limit_s: No further network is started after this many seconds, except the first `LEAST`.
+        time_limit_s: No further network is started after this many seconds, except the first `MIN_NETWORKS`.
         goal: Mean error on the held-out networks, as a share, at which measuring stops.
         seed: Seed for the choice of networks.
         block: Channels per kernel block.
@@ -148,7 +148,7 @@ class _Collector:
         self.started = time.monotonic() - before
 
     def run(self) -> Samples:
-        with bar("Measuring latency", HELD_OUT + LEAST + 2) as progress:
+        with bar("Measuring latency", HELD_OUT + MIN_NETWORKS + 2) as progress:
             self._take("dense", self.dense)
             progress.advance(1, self._note())
             for role, widths in self._start_set():
@@ -166,15 +166,15 @@ class _Collector:
                     progress.advance(1, self._note())
             self._take("dense", self.dense)
             progress.advance(1)
-        while self.samples.spread > TOO_NOISY and len(self.samples.dense) < ENOUGH_DENSE:
+        while self.samples.spread > MAX_SPREAD and len(self.samples.dense) < MAX_DENSE_RUNS:
             self._take("dense", self.dense)
         self.samples.seconds = self._elapsed()
         times = [sample.times.median_ms for sample in self.samples.dense]
-        if self.samples.spread > TOO_NOISY:
+        if self.samples.spread > MAX_SPREAD:
             raise TooNoisy(
                 "This machine is too noisy to measure a latency table: the same dense network took between "
                 f"{min(times):.3g} and {max(times):.3g} ms (quartiles {self.samples.spread:.0%} apart, at most "
-                f"{TOO_NOISY:.0%} is accepted).",
+                f"{MAX_SPREAD:.0%} is accepted).",
                 "End other programs, fix the processor's clock (governor 'performance') and try again, or "
                 "give the budget in --flops or --params.",
             )
@@ -195,7 +195,7 @@ class _Collector:
             return
         kept = self.samples.fitted if record.role == "fit" else self.samples.held
         before = kept.get(record.widths)
-        if before is not None and record.sample.times.calm:
+        if before is not None and record.sample.times.undisturbed:
             again, first = record.sample.times.median_ms, before.times.median_ms
             if abs(again / first - 1.0) <= SUSPICIOUS:
                 self.settled.add(record.widths)
@@ -208,7 +208,7 @@ class _Collector:
 
     def _late(self) -> bool:
         count = sum(self.times_measured.values())
-        return count >= MOST or (count >= LEAST and self._elapsed() > self.limit_s)
+        return count >= MAX_NETWORKS or (count >= MIN_NETWORKS and self._elapsed() > self.limit_s)
 
     def _note(self) -> str:
         left = max(0.0, self.limit_s - self._elapsed())
@@ -250,9 +250,9 @@ class _Collector:
             error = np.asarray([each.times.median_ms for each in samples]) / predict(samples) - 1.0
             limit = max(SUSPICIOUS, 3.0 * float(np.median(np.abs(error))))
             for widths, sample, slower in zip(kept, samples, error, strict=True):
-                if widths in self.settled or self.times_measured[widths] >= AGAIN:
+                if widths in self.settled or self.times_measured[widths] >= MAX_REPEATS:
                     continue
-                if slower > limit or not sample.times.calm:
+                if slower > limit or not sample.times.undisturbed:
                     worst = max(float(slower), sample.times.slowdown)
                     found.append((worst, role, np.asarray(widths, dtype=np.int64)))
         return [(role, row) for _, role, row in sorted(found, key=lambda item: -item[0])]

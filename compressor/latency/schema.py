@@ -37,7 +37,7 @@ SLOWEST_MACS_A_MS = 1e3
 """Multiply-adds per millisecond that every device exceeds, in operators with more than `LARGE` multiply-adds."""
 
 LARGE = 1e7
-APART = 50.0
+MAX_SUM_RATIO = 50.0
 """Largest ratio between the operators' sum and the whole network's time, in either direction, at which both can be in
 milliseconds."""
 
@@ -211,7 +211,7 @@ class TableFields(_Part):
             self._require_plausible(key, entry)
         for name, network in self.networks.items():
             dense = sum(self.entries[key].median_ms[-1] for key in network.layers)
-            if not 1 / APART < dense / network.dense_ms < APART:
+            if not 1 / MAX_SUM_RATIO < dense / network.dense_ms < MAX_SUM_RATIO:
                 raise ValueError(
                     f"network {name} takes {network.dense_ms:g} ms and its operators {dense:g} ms: one of them is in "
                     "another unit; times are in milliseconds"

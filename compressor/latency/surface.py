@@ -56,8 +56,8 @@ class Surface:
     def covers(self, c_in: tuple[int, int], c_out: tuple[int, int]) -> bool:
         """Whether these (smallest, largest) ranges of channel counts lie inside the measured ranges."""
         return all(
-            measured[0] <= asked[0] and asked[1] <= measured[1]
-            for measured, asked in ((self.inputs, c_in), (self.outputs, c_out))
+            measured[0] <= requested[0] and requested[1] <= measured[1]
+            for measured, requested in ((self.inputs, c_in), (self.outputs, c_out))
         )
 
 

@@ -138,22 +138,22 @@ class LatencyTable:
             CompressorError: The table is for others; the message names the differences.
         """
         fields = self.fields
-        asked = {"precision": precision, "batch": str(batch), "runtime": runtime or fields.runtime.name}
-        made = {
+        requested = {"precision": precision, "batch": str(batch), "runtime": runtime or fields.runtime.name}
+        offered = {
             "precision": ", ".join(self.precisions),
             "batch": str(fields.batch),
             "runtime": fields.runtime.name,
         }
         if device is not None:
-            asked["device"], made["device"] = device, self.device
-        wrong = [name for name in asked if asked[name] not in made[name].split(", ")]
+            requested["device"], offered["device"] = device, self.device
+        wrong = [name for name in requested if requested[name] not in offered[name].split(", ")]
         if wrong:
-            differs = "; ".join(f"{name} is {made[name]}, not {asked[name]}" for name in wrong)
-            mend = "Measure the device again: compress profile"
+            differs = "; ".join(f"{name} is {offered[name]}, not {requested[name]}" for name in wrong)
+            fix = "Measure the device again: compress profile"
             if wrong == ["precision"]:
-                mend = f"Use --precision {self.precisions[0]}, or measure the device: compress profile"
+                fix = f"Use --precision {self.precisions[0]}, or measure the device: compress profile"
             raise CompressorError(
-                f"The latency table of {self.device} does not match the request: its {differs}.", mend
+                f"The latency table of {self.device} does not match the request: its {differs}.", fix
             )
         return LatencyTable(fields.model_copy(update={"precision": precision}))
 
@@ -195,7 +195,7 @@ class LatencyTable:
         if network is not None:
             entries = [self._surface([key]) for key in network.layers]
         else:
-            network, entries = self._put_together(space)
+            network, entries = self._assembled(space)
         problem = self._uncovered(space, network, entries)
         if problem:
             raise CompressorError(
@@ -203,8 +203,8 @@ class LatencyTable:
                 "Measure it for this space: compress profile",
             )
         surfaces = Surfaces(entries, self.fields.block, network.correction.factors)
-        made = network.correction
-        correction = Correction(made.offset_ms, made.slope, made.least_ms, made.bends, made.weights)
+        fields = network.correction
+        correction = Correction(fields.offset_ms, fields.slope, fields.least_ms, fields.bends, fields.weights)
         weights = weight_elements(network.layers)
 
         def operators(c_in: Floats, c_out: Floats, upper: bool) -> Floats:
@@ -257,7 +257,7 @@ class LatencyTable:
             self.fields.block,
         )
 
-    def _put_together(self, space: PruningSpace) -> tuple[NetworkFields, list[Surface]]:
+    def _assembled(self, space: PruningSpace) -> tuple[NetworkFields, list[Surface]]:
         """Assemble an unmeasured network from operators of other networks, ignoring their epilogues.
 
         Raises:
@@ -364,9 +364,9 @@ def find_table(device: str, precision: str | None = None, space: PruningSpace | 
     if shipped_file is not None:
         return LatencyTable.read(shipped_file)
     others = find_user_table(device)
-    made = f" It was measured in {others.precision}." if others is not None else ""
+    measured = f" It was measured in {others.precision}." if others is not None else ""
     raise CompressorError(
-        f"There is no latency table of {device}{f' in {precision}' if precision else ''}.{made}",
+        f"There is no latency table of {device}{f' in {precision}' if precision else ''}.{measured}",
         f"Measure it: compress profile --model MODEL --device {device}"
         + ("" if device.startswith("ssh:") else " --bundle DIR")
         + (f" --precision {precision}" if precision else ""),
