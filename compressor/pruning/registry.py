@@ -1,11 +1,11 @@
-"""Which rule says what a call of the torch API means for channels: one table from names to rules.
+"""Registry of rules: each defines what an operation of the torch API means for channels.
 
 A rule is a function that is registered by its operations' names:
 
     @rule("pixel_shuffle")
     def pixel_shuffle(tracer: Tracer, call: Call) -> None: ...
 
-An operation without a rule keeps all channels that go in (`UNKNOWN`).
+For an operation without a rule all input channels are kept (`UNKNOWN`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 from compressor.pruning.facts import Call
 
 Rule = Callable[[Any, Call], None]
-"""What a call says: called with the `Tracer` and the call, once it has run."""
+"""A rule: it is called with the `Tracer` and the call, after the call has run."""
 
 _Registered = TypeVar("_Registered", bound=Rule)
 
 UNKNOWN = "*"
-"""The name of the rule for operations that have none."""
+"""Name of the rule for operations without a rule of their own."""
 
 SILENT = """
     size dim numel ndimension stride storage_offset is_contiguous is_floating_point is_complex is_nested get_device
@@ -32,7 +32,7 @@ SILENT = """
     get_default_dtype is_inference has_names is_autocast_enabled promote_types can_cast result_type finfo iinfo numpy
     untyped_storage is_shared
 """
-"""Calls that return no tensor, or one that carries no channels."""
+"""Calls that return no tensor, or a tensor without channels."""
 
 _SILENT = frozenset(SILENT.split())
 _RULES: dict[str, Rule] = {}
@@ -43,8 +43,8 @@ def rule(*names: str) -> Callable[[_Registered], _Registered]:
     """Register a function as the rule of operations.
 
     Args:
-        names: Of functions and methods of torch, without underscores around them, several separated by spaces. A rule
-            that is there already is replaced.
+        names: Names of torch functions and methods, without surrounding underscores, separated by spaces. An existing
+            rule is replaced.
     """
 
     def register(function: _Registered) -> _Registered:
@@ -56,7 +56,7 @@ def rule(*names: str) -> Callable[[_Registered], _Registered]:
 
 
 def rule_of(func: Any) -> tuple[str, Rule | None]:
-    """The plain name of a torch function or tensor method, and its rule; None where it says nothing of channels."""
+    """Return the plain name of a torch function or method, and its rule; None if it does not concern channels."""
     found = _known.get(func)
     if found is None:
         name = _plain_name(func)
@@ -79,6 +79,6 @@ def _plain_name(func: Any) -> str:
 
 
 def works_in_place(func: Any) -> bool:
-    """Whether a tensor method changes its tensor: `add_`, `__iadd__`."""
+    """Whether a tensor method works in place: `add_`, `__iadd__`."""
     name = str(getattr(func, "__name__", ""))
     return name.startswith("__i") if name.endswith("__") else name.endswith("_")

@@ -1,4 +1,4 @@
-"""All rules: importing this module registers them (`registry.rule`)."""
+"""Registers all rules on import (`registry.rule`)."""
 
 from compressor.pruning import rules_join, rules_layers, rules_pointwise, rules_products, rules_shape
 
