@@ -203,8 +203,8 @@ class LatencyTable:
                 "Measure it for this space: compress profile",
             )
         surfaces = Surfaces(entries, self.fields.block, network.correction.factors)
-        fields = network.correction
-        correction = Correction(fields.offset_ms, fields.slope, fields.least_ms, fields.bends, fields.weights)
+        stored = network.correction
+        correction = Correction(stored.offset_ms, stored.slope, stored.least_ms, stored.bends, stored.weights)
         weights = weight_elements(network.layers)
 
         def operators(c_in: Floats, c_out: Floats, upper: bool) -> Floats:
