@@ -34,7 +34,7 @@ from benchmarks.agents_page import Cell, page, show
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.latency.local import require_made_here
+from compressor.latency.local import require_same_machine
 from compressor.latency.paired import measured
 from compressor.latency.table import LatencyTable
 from compressor.recipe import Recipe
@@ -195,7 +195,7 @@ def prepared(options: argparse.Namespace, recipe: Recipe, kind: str) -> Job:
     path = store.table_path(options, recipe.model)
     if path.exists():
         table = LatencyTable.read(path)
-        require_made_here(table, recipe.threads)
+        require_same_machine(table, recipe.threads)
         return prepare(recipe, table)
     job = prepare(recipe)
     assert job.table is not None

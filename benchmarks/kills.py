@@ -190,7 +190,7 @@ def sizes_as_times() -> None:
         )
         share = sizes[1] / sizes[0]
         known = {"value": share, "low": share, "high": share, "dense_ms": sizes[0]}
-        ratio = replace(timed.ratio, **known, bursts=2, sittings=1, calm=1.0, seconds=0.0)
+        ratio = replace(timed.ratio, **known, bursts=2, sessions=1, undisturbed=1.0, seconds=0.0)
         return replace(timed, dense=whole, slim=small, ratio=ratio)
 
     timing.measured = measured  # type: ignore[assignment]
@@ -212,7 +212,7 @@ def started(arguments: Sequence[str], folder: Path, case: str, watch: Watch | No
     from compressor.cli.app import main
     from compressor.latency import local, sampling
 
-    sampling.TOO_NOISY = 5.0  # a busy machine will do: its times decide nothing here
+    sampling.MAX_SPREAD = 5.0  # a busy machine will do: its times decide nothing here
     local.still_valid = lambda *_: True  # type: ignore[assignment]
     sizes_as_times()
     if watch is not None:

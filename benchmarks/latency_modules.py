@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from compressor.latency.non_gemm import company
+from compressor.latency.non_gemm import count_non_gemm
 from compressor.latency.roofline import Operators
 
 Floats = npt.NDArray[np.float64]
@@ -199,7 +199,7 @@ def network(name: str, size: int, classes: int) -> tuple[Operators, Floats, Floa
         model(image)
         for hook in hooks:
             hook.remove()
-        kernels, moved = company(lambda: model(image), len(layers))
+        kernels, moved = count_non_gemm(lambda: model(image), len(layers))
     channels = np.asarray([layer.channels for layer in layers], dtype=np.float64)
     return Operators.of(layers, kernels, moved / channels[:, 1]), channels[None, :, 0], channels[None, :, 1]
 

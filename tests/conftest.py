@@ -36,7 +36,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _any_machine_will_do(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a busy machine measure its tables all the same, but in the tests of just that refusal."""
     if request.path.name != "test_sampling.py":
-        monkeypatch.setattr("compressor.latency.sampling.TOO_NOISY", 5.0)
+        monkeypatch.setattr("compressor.latency.sampling.MAX_SPREAD", 5.0)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Made-up devices that take this machine's place where a test is about time."""
+"""Provenance-up devices that take this machine's place where a test is about time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from compressor.latency.local import local_table
 from compressor.latency.ort_profile import tag
 from compressor.latency.paired import Timing
-from compressor.latency.ratio import Sittings, burst_of
+from compressor.latency.ratio import PairSessions, burst_of
 from export.stats import summarise
 from tests.latency.conftest import MadeUpDevice
 
@@ -62,9 +62,9 @@ class OtherDevice:
 
 
 def timing(dense_ms: list[float], slim_ms: list[float]) -> Timing:
-    """What comes of sittings with a run of each network in turns."""
-    sittings = [
+    """What comes of sessions with a run of each network in turns."""
+    sessions = [
         [(burst_of([one]), burst_of([other]))] * 4 for one, other in zip(dense_ms, slim_ms, strict=True)
     ]
     dense, slim = (summarise(each, runtime="made up", version="1", threads=1) for each in (dense_ms, slim_ms))
-    return Timing(dense, slim, Sittings(sittings).ratio())
+    return Timing(dense, slim, PairSessions(sessions).ratio())

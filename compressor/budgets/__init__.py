@@ -1,1 +1,1 @@
-"""Costs and their limits: latency, multiply-adds, parameters, memory, any Python function."""
+"""Budgets: limits on latency, multiply-adds, parameters, memory, energy or any Python function."""

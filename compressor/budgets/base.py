@@ -1,4 +1,4 @@
-"""What every budget has in common."""
+"""Base class of all budgets."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Floats = npt.NDArray[np.float64]
 
 
 class Budget(ABC):
-    """One cost and its limit; subclasses are frozen dataclasses, so that `dataclasses.replace` tightens one.
+    """A cost and its limit; subclasses are frozen dataclasses, so that `dataclasses.replace` can tighten one.
 
     Attributes:
         name: `latency`, `macs`, `params`, `memory`, or `package.module:function`.
         unit: Unit of `target`, `dense` and every prediction: ms, MACs, params, bytes, or empty for a function.
-        target: The most that is allowed.
-        dense: The cost of the network as it is.
+        target: Largest allowed cost.
+        dense: Cost of the dense network.
     """
 
     name: str
@@ -30,14 +30,14 @@ class Budget(ABC):
 
     @abstractmethod
     def predict(self, widths: npt.NDArray[Any]) -> Floats:
-        """The cost of each candidate, (N,) from widths (N, G)."""
+        """Return the cost of each candidate, (N,) from widths (N, G)."""
 
     def kept(self, widths: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Whether each candidate is within the limit, (N,) from (N, G)."""
+        """Return whether each candidate is within the limit, (N,) from (N, G)."""
         return np.asarray(self.predict(widths) <= self.target)
 
     def format(self, value: float) -> str:
-        """A cost as a person would write it, such as `4.32 ms`."""
+        """Format a cost for display, such as `4.32 ms`."""
         return format_value(self.name, value)
 
     def __str__(self) -> str:

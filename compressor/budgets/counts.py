@@ -1,4 +1,4 @@
-"""Budgets that are counted: multiply-adds, parameters, memory."""
+"""Budgets with exact counts: multiply-adds, parameters, memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
-"""Bytes of a weight or an activation."""
+"""Bytes per weight or activation, by precision."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MacsBudget(Budget):
     unit: str = "MACs"
 
     def predict(self, widths: npt.NDArray[Any]) -> Floats:
-        """Exact: equals fvcore's count of the built network."""
+        """Return the multiply-adds; they equal fvcore's count of the built network."""
         return np.asarray(self.space.macs(np.atleast_2d(widths)), dtype=np.float64)
 
 
@@ -43,16 +43,16 @@ class ParamsBudget(Budget):
     unit: str = "params"
 
     def predict(self, widths: npt.NDArray[Any]) -> Floats:
-        """Exact: equals the parameter count of the built network."""
+        """Return the parameter count; it equals that of the built network."""
         return np.asarray(self.space.params(np.atleast_2d(widths)), dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class MemoryBudget(Budget):
-    """Bytes of the weights and of the activations that are alive at once, at most, for one image.
+    """Peak memory of weights and live activations for one image, in bytes.
 
-    What a residual branch keeps for its addition is counted while it is kept (`compressor.pruning.liveness`); the
-    runtime's own workspace and its code are not, so the process will take more.
+    The input of a residual branch is counted until its addition (`compressor.pruning.liveness`). The runtime's
+    workspace and code are not counted, so that the process needs more.
     """
 
     space: PruningSpace
@@ -63,12 +63,12 @@ class MemoryBudget(Budget):
     unit: str = "bytes"
 
     def predict(self, widths: npt.NDArray[Any]) -> Floats:
-        """`bytes of an element x (parameters + most elements of activations alive at once)`."""
+        """Return bytes per element x (parameters + peak number of live activation elements)."""
         return memory_bytes(self.space, widths, self.precision)
 
 
 def memory_bytes(space: PruningSpace, widths: npt.NDArray[Any], precision: str = "fp32") -> Floats:
-    """Bytes that `MemoryBudget` counts, (N,) from widths (N, G)."""
+    """Return the bytes that `MemoryBudget` counts, (N,) from widths (N, G)."""
     rows = np.atleast_2d(np.asarray(widths, dtype=np.int64))
     elements = np.asarray(space.activations(rows), dtype=np.float64) + np.asarray(space.params(rows))
     return np.asarray(BYTES[precision] * elements, dtype=np.float64)

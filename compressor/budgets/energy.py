@@ -1,7 +1,7 @@
-"""A budget in millijoules for one input, where the machine counts them: Intel RAPL, as Linux' powercap shows it.
+"""Energy budget in millijoules for one input, measured by Intel RAPL counters through Linux' powercap.
 
-The counters count the whole processor package. What it draws while idle is not taken off: a network that is done
-sooner saves it too, and it cannot be told from what else runs. Other work on the machine raises the numbers.
+The counters cover the whole processor package. Idle energy is not subtracted: a faster network saves it too, and it
+cannot be separated from that of other processes. Other load on the machine raises the numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressor.budgets.function import FunctionBudget, Prices
+from compressor.budgets.function import CachedValues, FunctionBudget
 from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 POWERCAP = Path("/sys/class/powercap")
 _PACKAGE = re.compile(r"intel-rapl:\d+")
-_MEND = (
-    "Limit --latency or --flops instead, or measure energy by a function of your own: "
+_ALTERNATIVE = (
+    "Limit --latency or --flops instead, or measure energy by your own function: "
     "--budget module:function<=VALUE."
 )
 
@@ -37,32 +37,32 @@ class Rapl:
     """The energy counters of this machine's processor packages.
 
     Args:
-        root: the powercap folder.
+        root: The powercap folder.
 
     Raises:
-        CompressorError: there is no counter, or it may not be read.
+        CompressorError: There is no counter, or reading it is not permitted.
     """
 
     def __init__(self, root: Path = POWERCAP) -> None:
         folders = sorted(root.iterdir()) if root.is_dir() else []
-        # Zones such as intel-rapl:0:1 are parts of a package, and psys counts what the packages count as well.
+        # Zones such as intel-rapl:0:1 are parts of a package, and psys includes the packages: both would count twice.
         zones = [folder for folder in folders if _PACKAGE.fullmatch(folder.name)]
         self._zones = [zone for zone in zones if _name(zone) != "psys"]
         if not self._zones:
             raise CompressorError(
                 f"--energy: this machine reports no energy: there is no {root}/intel-rapl:*/energy_uj "
                 "(Intel RAPL; virtual machines seldom have it).",
-                f"Load the kernel module intel_rapl_common on a real Intel or AMD machine. {_MEND}",
+                f"Load the kernel module intel_rapl_common on a real Intel or AMD machine. {_ALTERNATIVE}",
             )
         self._ranges = [self._number(zone / "max_energy_range_uj") for zone in self._zones]
         self.reading()
 
     def reading(self) -> list[int]:
-        """Microjoules on each package's counter."""
+        """Return each package's counter, in microjoules."""
         return [self._number(zone / "energy_uj") for zone in self._zones]
 
     def spent(self, before: list[int], after: list[int]) -> float:
-        """Microjoules between two readings; a counter that is smaller than before has begun again at 0."""
+        """Return the microjoules between two readings; a counter that is smaller than before has wrapped to 0."""
         pairs = zip(before, after, self._ranges, strict=True)
         return float(sum(new - old if new >= old else new - old + most for old, new, most in pairs))
 
@@ -72,25 +72,25 @@ class Rapl:
             return int(path.read_text(encoding="ascii"))
         except PermissionError:
             raise CompressorError(
-                f"--energy: {path} may not be read.",
-                f"As root: chmod a+r {path.parent.parent}/intel-rapl:*/energy_uj (Linux keeps it from other users "
-                "because it can give secrets away), or run as root.",
+                f"--energy: no permission to read {path}.",
+                f"As root: chmod a+r {path.parent.parent}/intel-rapl:*/energy_uj (Linux restricts it "
+                "because it can leak secrets), or run as root.",
             ) from None
         except (OSError, ValueError) as error:
-            raise CompressorError(f"--energy: {path} cannot be read: {error}.", _MEND) from None
+            raise CompressorError(f"--energy: {path} cannot be read: {error}.", _ALTERNATIVE) from None
 
 
-class EnergyMeter(Prices):
-    """Measures what one input costs in ONNX Runtime, on the CPU.
+class EnergyMeter(CachedValues):
+    """Measures the energy of one input in ONNX Runtime on the CPU.
 
     Args:
-        space: builds the networks; their weights do not matter.
-        rapl: the counters.
-        threads: of the runtime.
-        opset: of the exported network.
-        repeats: measurements of one network, of which the median counts.
-        seconds: of one measurement; the counters move about once a millisecond.
-        runner: from a network to what runs it once; ONNX Runtime where left out.
+        space: Builds the networks; their weights do not matter.
+        rapl: The counters.
+        threads: Threads of the runtime.
+        opset: ONNX opset of the exported network.
+        repeats: Measurements per network; the median counts.
+        seconds: Duration of one measurement; the counters are updated about once per millisecond.
+        runner: Maps a network to a function that runs it once; ONNX Runtime by default.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class EnergyMeter(Prices):
         self._repeats, self._seconds, self._runner = repeats, seconds, runner or self._session
 
     def measure(self, widths: tuple[int, ...]) -> float:
-        """Millijoules for one input of the network of widths (G,).
+        """Measure the millijoules for one input of the network with widths (G,).
 
         Raises:
-            CompressorError: the counters stand still.
+            CompressorError: The counters do not change.
         """
         names = [group.name for group in self._space.groups]
         plan = self._space.plan(dict(zip(names, widths, strict=True)), importance="l1")
@@ -121,7 +121,7 @@ class EnergyMeter(Prices):
         self.calls += 1
         found = statistics.median(self._once(run) for _ in range(self._repeats))
         if found <= 0:
-            raise CompressorError("--energy: the machine's energy counters stand still.", _MEND)
+            raise CompressorError("--energy: the machine's energy counters do not change.", _ALTERNATIVE)
         return found
 
     def _once(self, run: Runs) -> float:
@@ -148,23 +148,23 @@ class EnergyMeter(Prices):
 
 @dataclass(frozen=True)
 class EnergyBudget(FunctionBudget):
-    """Millijoules for one input; as opaque as a function of the user's, and searched like one."""
+    """Millijoules for one input; opaque to the search, like a user-defined function."""
 
     name: str = "energy"
     unit: str = "mJ"
 
 
 def find_counters(device: str, root: Path | None = None) -> Rapl:
-    """The counters of the device that an energy budget is asked for.
+    """Return the energy counters of a device.
 
     Raises:
-        CompressorError: the device does not report energy to us; what was looked for, and how to mend it.
+        CompressorError: The device has no readable counters; the message gives the missing path and a remedy.
     """
     from export.here import gpu_backend
 
     if device != "local" or gpu_backend() is not None:
         where = f"the device {device}" if device != "local" else "this machine's GPU"
-        raise CompressorError(f"--energy is measured on this machine's CPU only, not on {where}.", _MEND)
+        raise CompressorError(f"--energy is measured on this machine's CPU only, not on {where}.", _ALTERNATIVE)
     return Rapl(root or POWERCAP)
 
 

@@ -1,4 +1,4 @@
-"""Widths that keep all budgets, if such can be found, and which budgets stand in the way if not."""
+"""Finds widths that meet all budgets, or the budgets that contradict one another."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 Widths = NDArray[np.int64]
 
 TOLERANCE = 1e-9
-"""Share of a target by which a prediction may exceed it: room for a float's last digit, not for a miss."""
+"""Relative tolerance of a target, for floating point rounding."""
 
-PRICED_WIDTHS = 9
-"""Widths of a group that are considered where a budget must build a network for each price."""
+MAX_EVALUATED_WIDTHS = 9
+"""Widths per group that are considered if a budget must build a network for each evaluation."""
 
 
 def choices_for(space: PruningSpace, budgets: Sequence[Budget]) -> tuple[Widths, ...]:
-    """The widths of each group that are considered, ascending: all legal ones, fewer where each price is dear."""
+    """Return the widths to consider for each group, ascending: all legal ones, fewer if evaluations are expensive."""
     choices = [np.asarray(space.choices(i), dtype=np.int64) for i in range(len(space.groups))]
     if any(isinstance(budget, FunctionBudget) for budget in budgets):
         choices = [_thinned(legal) for legal in choices]
@@ -34,24 +34,24 @@ def choices_for(space: PruningSpace, budgets: Sequence[Budget]) -> tuple[Widths,
 
 
 def _thinned(legal: Widths) -> Widths:
-    """At most `PRICED_WIDTHS` of a group's legal widths, evenly spaced, both ends among them."""
-    at = np.linspace(0, len(legal) - 1, min(PRICED_WIDTHS, len(legal))).round().astype(np.int64)
+    """Return at most `MAX_EVALUATED_WIDTHS` of a group's legal widths, evenly spaced, both ends included."""
+    at = np.linspace(0, len(legal) - 1, min(MAX_EVALUATED_WIDTHS, len(legal))).round().astype(np.int64)
     return legal[np.unique(at)]
 
 
 def shares(budgets: Sequence[Budget], widths: Widths) -> NDArray[np.float64]:
-    """For widths (N, G), predicted / target of each budget, (budgets, N)."""
+    """Return predicted / target of each budget, (budgets, N), for widths (N, G)."""
     found = [np.asarray(budget.predict(widths), dtype=np.float64) / budget.target for budget in budgets]
     return np.stack(found) if found else np.zeros((1, len(widths)))
 
 
 def excess(budgets: Sequence[Budget], widths: Widths) -> NDArray[np.float64]:
-    """For widths (N, G), the largest predicted / target of the budgets, (N,): 1 or less keeps all."""
+    """Return the largest predicted / target of the budgets, (N,), for widths (N, G); at most 1 if all are met."""
     return np.asarray(shares(budgets, widths).max(axis=0))
 
 
 def kept(budgets: Sequence[Budget], widths: Widths) -> NDArray[np.bool_]:
-    """For widths (N, G), whether all budgets are kept, (N,); functions are asked only where the others are."""
+    """Return whether all budgets are met, (N,), for widths (N, G); functions are called only if the others are met."""
     dear = [budget for budget in budgets if isinstance(budget, FunctionBudget)]
     cheap = [budget for budget in budgets if not isinstance(budget, FunctionBudget)]
     keeping = excess(cheap, widths) <= 1.0 + TOLERANCE
@@ -62,14 +62,14 @@ def kept(budgets: Sequence[Budget], widths: Widths) -> NDArray[np.bool_]:
 
 
 def keeping_widths(choices: Sequence[Widths], dense: Widths, budgets: Sequence[Budget]) -> Widths:
-    """Widths (G,) that keep all budgets: the smallest ones, or where these cost too much, the best found.
+    """Return widths (G,) that meet all budgets: the smallest ones, or the best found if these miss a budget.
 
-    No cost need fall with a width: where the smallest network does not do, coordinate descent looks from it and
-    from the dense one.
+    A cost need not fall with a width. If the smallest network misses a budget, coordinate descent starts from it and
+    from the dense network.
 
     Raises:
-        CompressorError: none were found. Where each budget can be kept alone, the message names two that cannot be
-            kept together.
+        CompressorError: No such widths were found. If each budget can be met alone, the message names two that cannot
+            be met together.
     """
     found, best = _search(choices, dense, budgets)
     if found:
@@ -80,15 +80,15 @@ def keeping_widths(choices: Sequence[Widths], dense: Widths, budgets: Sequence[B
         if not missed:
             for pair in combinations(budgets, 2):
                 if not (nearest := _search(choices, dense, pair))[0]:
-                    raise CompressorError(_contradiction(pair, alone, nearest[1]), _LOOSEN)
+                    raise CompressorError(_contradiction(pair, alone, nearest[1]), _CONTRADICTION_HINT)
         budgets, best = missed or list(budgets), alone[id(missed[0])][1] if missed else best
     raise CompressorError(
-        f"No widths keep the budgets: the best network found needs {_costs(budgets, best)}.",
+        f"No widths meet the budgets: the best network found needs {_costs(budgets, best)}.",
         "Loosen the budget, or lower the minimum widths.",
     )
 
 
-_LOOSEN = "Loosen one of the two."
+_CONTRADICTION_HINT = "Loosen one of the two."
 
 
 def _contradiction(pair: Sequence[Budget], alone: dict[int, tuple[bool, Widths]], nearest: Widths) -> str:
@@ -97,7 +97,7 @@ def _contradiction(pair: Sequence[Budget], alone: dict[int, tuple[bool, Widths]]
     for own, other in ((first, second), (second, first)):
         widths = alone[id(own)][1]
         texts.append(
-            f"a network that keeps {own.name} <= {_amount(own, own.target)} has {other.name} "
+            f"a network with {own.name} <= {_amount(own, own.target)} has {other.name} "
             f"{_amount(other, _cost(other, widths))}, where {_amount(other, other.target)} is the limit"
         )
     return (
@@ -112,7 +112,7 @@ def _cost(budget: Budget, widths: Widths) -> float:
 
 def _costs(budgets: Sequence[Budget], widths: Widths) -> str:
     return ", ".join(
-        f"{_amount(b, _cost(b, widths))} of {b.name} (asked for {b.target:.6g})" for b in budgets
+        f"{_amount(b, _cost(b, widths))} of {b.name} (limit {b.target:.6g})" for b in budgets
     )
 
 
@@ -121,7 +121,7 @@ def _amount(budget: Budget, value: float) -> str:
 
 
 def _search(choices: Sequence[Widths], dense: Widths, budgets: Sequence[Budget]) -> tuple[bool, Widths]:
-    """Whether widths were found that keep the budgets, and the best ones found."""
+    """Return whether widths were found that meet the budgets, and the best ones found."""
     smallest: Widths = np.array([legal[0] for legal in choices], dtype=np.int64)
     for widths in (smallest, dense):
         if kept(budgets, widths[None])[0]:
@@ -136,7 +136,10 @@ def _search(choices: Sequence[Widths], dense: Widths, budgets: Sequence[Budget])
 
 
 def _descend(choices: Sequence[Widths], widths: Widths, budgets: Sequence[Budget]) -> Widths:
-    """Coordinate descent on the excess, until nothing improves; where prices are dear, until all budgets are kept."""
+    """Minimise the excess by coordinate descent until no step improves.
+
+    If evaluations are expensive, it stops as soon as all budgets are met.
+    """
     enough = 1.0 if any(isinstance(budget, FunctionBudget) for budget in budgets) else 0.0
     value = float(excess(budgets, widths[None])[0])
     improved = True

@@ -1,4 +1,4 @@
-"""A budget on any number that a Python function gives for a network."""
+"""A budget on a number that a Python function returns for a network."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 SECONDS = 60.0
-"""How long a function may take for one network unless the recipe says otherwise."""
+"""Default time limit of a function for one network, in seconds."""
 
-_STARTING = 120.0
-"""Seconds that are added for the process to start and to trace the network."""
+_STARTUP_SECONDS = 120.0
+"""Additional seconds for the process to start and to trace the network."""
 
-_EXPECTED = (
-    "It is given the slim network (a torch module in eval mode), or the plan where its argument is called `plan`, and "
+_SIGNATURE_HINT = (
+    "It receives the slim network (a torch module in eval mode), or the plan if its argument is named `plan`, and "
     "must return one finite number, 0 or more."
 )
-_RESUME = "Mend it; a run that had begun goes on with: compress --resume RUN"
+_FIX_HINT = "Fix it; a run that had started continues with: compress --resume RUN"
 
 
-class Prices(ABC):
-    """Values that cost time to ask for, one for each network.
+class CachedValues(ABC):
+    """Cached values that are expensive to evaluate, one for each network.
 
     Args:
-        name: of the budget.
+        name: Name of the budget.
 
     Attributes:
-        known: values by widths. Each network is asked for once, so that a noisy one gives one answer.
-        calls: how often was asked.
+        known: Values by widths. Each network is evaluated once, so that a noisy function has one value.
+        calls: Number of evaluations.
     """
 
     def __init__(self, name: str) -> None:
@@ -49,10 +49,10 @@ class Prices(ABC):
         self.calls = 0
 
     def value(self, widths: tuple[int, ...]) -> float:
-        """The value for widths (G,), remembered.
+        """Return the value for widths (G,), cached after the first call.
 
         Raises:
-            CompressorError: there is none.
+            CompressorError: There is no value.
         """
         if widths not in self.known:
             self.known[widths] = self.measure(widths)
@@ -60,17 +60,17 @@ class Prices(ABC):
 
     @abstractmethod
     def measure(self, widths: tuple[int, ...]) -> float:
-        """The value for widths (G,), asked for anew; `known` keeps what it has."""
+        """Evaluate widths (G,) without the cache; `known` is not changed."""
 
 
-class FunctionCaller(Prices):
-    """Calls a function of the user's on networks of a space, in a process of its own that can be ended.
+class FunctionCaller(CachedValues):
+    """Calls a user-defined function on networks of a space, in a separate process that can be killed.
 
     Args:
         name: `package.module:function`.
-        space: builds the networks, with the weights that it has at the first call.
-        seconds: how long one call may take.
-        repeats: calls for each network, of which the median counts; for functions that measure.
+        space: Builds the networks, with its weights at the first call.
+        seconds: Time limit of one call.
+        repeats: Calls per network, of which the median counts; for functions that measure.
     """
 
     def __init__(self, name: str, space: PruningSpace, seconds: float = SECONDS, repeats: int = 1) -> None:
@@ -79,10 +79,11 @@ class FunctionCaller(Prices):
         self._child: Child | None = None
 
     def measure(self, widths: tuple[int, ...]) -> float:
-        """The function's value for widths (G,), asked for anew.
+        """Call the function for widths (G,) without the cache.
 
         Raises:
-            CompressorError: the function is not there, raised, took too long, or gave no finite number from 0 on.
+            CompressorError: The function does not exist, raised, took too long, or did not return a finite number of
+                at least 0.
         """
         return statistics.median(self._call(widths) for _ in range(self.repeats))
 
@@ -99,20 +100,20 @@ class FunctionCaller(Prices):
             self.calls += 1
             reply = child.ask({"widths": list(widths)}, self.seconds)
         except Failed as failed:
-            raise CompressorError(f"--budget {self.name} raised on {networks}: {failed}.", _RESUME) from None
+            raise CompressorError(f"--budget {self.name} raised on {networks}: {failed}.", _FIX_HINT) from None
         except ChildLate:
             self._child = None
             raise CompressorError(
                 f"--budget {self.name} did not return within {self.seconds:g} s on {networks}; it was stopped.",
-                f"{_RESUME}. A new run may give it longer: --set budgets.function_seconds=SECONDS",
+                f"{_FIX_HINT}. A new run can allow more time: --set budgets.function_seconds=SECONDS",
             ) from None
         except ChildDied as died:
             self._child = None
             raise CompressorError(
-                f"--budget {self.name} ended its process on {networks}: {died}.", _RESUME
+                f"--budget {self.name} ended its process on {networks}: {died}.", _FIX_HINT
             ) from None
         if not isinstance(reply["value"], float):
-            raise CompressorError(f"--budget {self.name} gave {reply['shown']} for {networks}.", _EXPECTED)
+            raise CompressorError(f"--budget {self.name} gave {reply['shown']} for {networks}.", _SIGNATURE_HINT)
         return reply["value"]
 
     def _started(self) -> Child:
@@ -128,15 +129,15 @@ class FunctionCaller(Prices):
                     save_file(weights(self.space.model), path)
                     groups = [group.name for group in self.space.groups]
                     begin = {"function": self.name, "network": blueprint(self.space), "groups": groups}
-                    child.ask({**begin, "weights": path}, self.seconds + _STARTING)
+                    child.ask({**begin, "weights": path}, self.seconds + _STARTUP_SECONDS)
             except (ChildLate, ChildDied, Failed, CompressorError) as error:
                 child.close()
                 if isinstance(error, CompressorError):
                     raise
-                what = f"its module did not load within {self.seconds + _STARTING:g} s"
+                what = f"its module did not load within {self.seconds + _STARTUP_SECONDS:g} s"
                 raise CompressorError(
                     f"--budget {self.name} cannot be loaded: {what if isinstance(error, ChildLate) else error}.",
-                    "The module is imported in a process of its own.",
+                    "The module is imported in a separate process.",
                 ) from None
             self._child = child
         return self._child
@@ -146,12 +147,11 @@ class FunctionCaller(Prices):
 class FunctionBudget(Budget):
     """The value of `function(module)` or `function(plan)`, called once for each distinct candidate.
 
-    It is only ever evaluated: it may be slow, noisy, not differentiable, not monotone. Building takes some 10 ms a
-    candidate besides. The function should depend on the network's shape and not on its weights: values are
-    remembered by widths.
+    The function may be slow, noisy, non-differentiable and non-monotone. Building a candidate takes another 10 ms or
+    so. The function should depend on the network's shape and not on its weights: values are cached by widths.
     """
 
-    caller: Prices = field(repr=False, compare=False)
+    caller: CachedValues = field(repr=False, compare=False)
     target: float
     dense: float
     name: str
@@ -163,10 +163,10 @@ class FunctionBudget(Budget):
         return self.caller.known
 
     def predict(self, widths: npt.NDArray[Any]) -> Floats:
-        """The function's values.
+        """Return the function's values, (N,) from widths (N, G).
 
         Raises:
-            CompressorError: the function raised, took too long, or gave no finite number from 0 on.
+            CompressorError: The function raised, took too long, or did not return a finite number of at least 0.
         """
         rows = [tuple(int(width) for width in row) for row in np.atleast_2d(widths)]
         return np.asarray([self.caller.value(row) for row in rows], dtype=np.float64)

@@ -1,6 +1,6 @@
-"""The process in which a budget's function is called: it may raise, hang or crash here.
+"""The child process in which a budget's function is called, where it may raise, hang or crash.
 
-Run as a program it answers the process that started it (`compressor.core.child`).
+Run as a program it answers the requests of its parent process (`compressor.core.child`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 Function = Callable[[Any], Any]
 
-_SHOWN = 60
-"""Characters of a wrong answer that a message quotes."""
+_MAX_SHOWN = 60
+"""Number of characters of a wrong return value that a message quotes."""
 
 
 def load_function(name: str) -> Function:
     """Import `package.module:function`.
 
     Raises:
-        CompressorError: the module cannot be imported, has no such function (the nearest names are given), or it
-            cannot be called with one argument.
+        CompressorError: The module cannot be imported, has no such function (the message gives the nearest names), or
+            the function cannot be called with one argument.
     """
     function = import_object(name, f"--budget {name}")
     if not callable(function):
@@ -40,18 +40,18 @@ def load_function(name: str) -> Function:
         )
     try:
         inspect.signature(function).bind(None)
-    except ValueError:  # a builtin that says nothing of its arguments
+    except ValueError:  # a builtin without a signature
         pass
     except TypeError as error:
         raise CompressorError(
             f"--budget {name}: it cannot be called with one argument: {error}.",
-            "It is given the slim network, or the plan where its argument is called `plan`.",
+            "It receives the slim network, or the plan if its argument is named `plan`.",
         ) from error
     return function  # type: ignore[no-any-return]
 
 
 def wants_plan(function: Function) -> bool:
-    """Whether the function takes the plan: its first argument is called `plan`, or annotated as a ChannelPlan."""
+    """Whether the function takes the plan: its first argument is named `plan`, or annotated as a ChannelPlan."""
     try:
         first = next(iter(inspect.signature(function).parameters.values()), None)
     except (TypeError, ValueError):
@@ -64,19 +64,19 @@ def wants_plan(function: Function) -> bool:
 
 
 def checked(value: Any) -> dict[str, Any]:
-    """A function's answer as a float, or None with how to show what came instead."""
+    """Return a function's value as a float, or None with a description of the invalid value."""
     if isinstance(value, np.generic | np.ndarray | torch.Tensor) and math.prod(value.shape) == 1:
         value = value.item()
     try:
         shown = repr(value)
-    except Exception:  # its own, or a whole number of more digits than Python writes
-        shown = "a value that cannot be shown"
-    shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
+    except Exception:  # an error of its __repr__, or an integer with more digits than Python prints
+        shown = "a value that cannot be displayed"
+    shown = shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
     if value is None or isinstance(value, bool) or not isinstance(value, numbers.Real):
         return {"value": None, "shown": f"{shown} ({type(value).__name__}), no number,"}
     try:
         number = float(value)
-    except OverflowError:  # a whole number that no float reaches
+    except OverflowError:  # an integer beyond the range of floats
         number = math.inf
     if not math.isfinite(number):
         return {"value": None, "shown": f"{shown}, which is not finite,"}

@@ -1,4 +1,4 @@
-"""A budget in milliseconds on a device."""
+"""Latency budget in milliseconds on a device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from compressor.latency.curve import LatencyCurve
 
 @dataclass(frozen=True)
 class LatencyBudget(Budget):
-    """Milliseconds for one input, as the device's table predicts them.
+    """Milliseconds for one input, predicted by the device's table.
 
     Attributes:
         curve: The table's prediction for this space.
-        estimated: Whether the table is an estimate; the number must then be called one.
+        estimated: Whether the table is an estimate; the number must then be labelled as such.
     """
 
     curve: LatencyCurve
@@ -29,5 +29,5 @@ class LatencyBudget(Budget):
     unit: str = "ms"
 
     def predict(self, widths: npt.NDArray[Any]) -> Floats:
-        """Predicted milliseconds."""
+        """Return the predicted milliseconds, (N,) from widths (N, G)."""
         return self.curve(np.atleast_2d(widths))

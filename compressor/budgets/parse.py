@@ -1,7 +1,7 @@
-"""Budgets as they are written on the command line and in recipes: `5ms`, `50%`, `0.5x`, `2G`, `8M`, `20MB`.
+"""Parses budgets from the command line and from recipes: `5ms`, `50%`, `0.5x`, `2G`, `8M`, `20MB`.
 
-Only text is read here; what a percentage is a percentage of is settled by `compressor.budgets.resolve`. The
-module imports neither numpy nor torch, so that a bad budget is refused before anything slow begins.
+Only the text is parsed here; `compressor.budgets.resolve` relates shares to the dense network. The module imports
+neither numpy nor torch, so that an invalid budget is refused before anything slow starts.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _EXAMPLES = {
 _ALIASES = {"flops": "macs"}
 _NUMBER = re.compile(
     r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|[+-]?inf(?:inity)?)\s*(\S*)",
-    re.IGNORECASE | re.ASCII,  # digits of other scripts look like others than they are
+    re.IGNORECASE | re.ASCII,  # digits of other scripts can be misread
 )
 _FUNCTION = re.compile(r"\s*([A-Za-z_][\w.]*):([A-Za-z_]\w*)\s*<=\s*(\S.*?)\s*")
 
 
 @dataclass(frozen=True)
 class BudgetSpec:
-    """One budget as asked for, before the dense network's own cost is known.
+    """One requested budget, before the dense network's cost is known.
 
     Attributes:
         name: `latency`, `macs`, `params`, `memory`, `energy`, or `package.module:function`.
         value: The limit in the budget's base unit (ms, MACs, parameters, bytes, mJ), or a share of the dense cost.
         relative: Whether `value` is a share (0.5 for `50%`).
-        text: What the user wrote, for messages.
+        text: The user's text, for messages.
     """
 
     name: str
@@ -53,12 +53,12 @@ class BudgetSpec:
 
     @property
     def is_function(self) -> bool:
-        """Whether the cost is a Python function of the user's."""
+        """Whether the cost is a user-defined Python function."""
         return ":" in self.name
 
 
 def parse_budget(name: str, text: str | float) -> BudgetSpec:
-    """Read one budget.
+    """Parse one budget.
 
     Args:
         name: `latency`, `flops` (counted as fvcore does: one multiply-add is one; the same as `macs`), `params`,
@@ -66,7 +66,7 @@ def parse_budget(name: str, text: str | float) -> BudgetSpec:
         text: The limit with its unit, or a share of the dense network's cost.
 
     Raises:
-        CompressorError: the name or the text is not understood; the message names the accepted forms.
+        CompressorError: The name or the text is invalid; the message gives the accepted forms.
 
     >>> parse_budget("latency", "800us")
     BudgetSpec(name='latency', value=0.8, relative=False, text='800us')
@@ -84,10 +84,10 @@ def parse_budget(name: str, text: str | float) -> BudgetSpec:
 
 
 def parse_function_budget(text: str) -> BudgetSpec:
-    """Read `package.module:function<=VALUE`; VALUE is a plain number or a share (`50%`) of the dense value.
+    """Parse `package.module:function<=VALUE`; VALUE is a plain number or a share (`50%`) of the dense value.
 
     Raises:
-        CompressorError: the text has another form, or VALUE is not a positive number.
+        CompressorError: The text has another form, or VALUE is not a positive number.
     """
     expected = "Write package.module:function<=VALUE, such as mycosts:energy<=3.5 or mycosts:energy<=50%."
     match = _FUNCTION.fullmatch(text)
@@ -99,9 +99,7 @@ def parse_function_budget(text: str) -> BudgetSpec:
 
 
 def format_value(name: str, value: float) -> str:
-    """A value in the budget's base unit as a person would write it: `4.32 ms`, `1.3 GMACs`, `23.5 M`, `20
-    MB`.
-    """
+    """Format a value in the budget's base unit for display: `4.32 ms`, `1.3 GMACs`, `23.5 M`, `20 MB`."""
     if name == "latency":
         return f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
     if name == "energy":
@@ -120,7 +118,7 @@ def _flag(name: str) -> str:
 
 
 def _read(text: str, units: dict[str, float], given: str, expected: str) -> tuple[float, bool]:
-    """The number in the base unit, and whether it is a share of the dense cost."""
+    """Return the number in the base unit, and whether it is a share of the dense cost."""
     match = _NUMBER.fullmatch(text.strip())
     if match is None:
         raise CompressorError(f"{given} is not understood.", expected)

@@ -1,4 +1,4 @@
-"""From what was asked for to budgets with absolute limits, and whether any network can keep them."""
+"""Resolves requested budgets to absolute limits, and checks that some network can meet them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compressor.budgets.base import Budget
 from compressor.budgets.counts import MacsBudget, MemoryBudget, ParamsBudget, memory_bytes
 from compressor.budgets.energy import EnergyBudget, EnergyMeter, find_counters
 from compressor.budgets.feasible import choices_for, keeping_widths
-from compressor.budgets.function import FunctionBudget, FunctionCaller, Prices
+from compressor.budgets.function import CachedValues, FunctionBudget, FunctionCaller
 from compressor.budgets.latency import LatencyBudget
 from compressor.budgets.parse import BudgetSpec
 from compressor.core.errors import CompressorError
@@ -25,21 +25,20 @@ def resolve(
     specs: Sequence[BudgetSpec],
     space: PruningSpace,
     table: LatencyTable | None = None,
-    callers: Mapping[str, Prices] | None = None,
+    callers: Mapping[str, CachedValues] | None = None,
     precision: str = "fp32",
 ) -> list[Budget]:
-    """Budgets in absolute numbers, in the order given.
+    """Return budgets with absolute limits, in the order of `specs`.
 
     Args:
-        specs: What was asked for; shares are of the dense network's cost.
-        space: Gives the dense network's counts and those of every candidate.
-        table: The device's latency; needed where a latency is asked for.
-        callers: Of functions and of energy, by name; made where they are missing. They remember values.
-        precision: What the device computes in, for its memory.
+        specs: Requested budgets; shares refer to the dense network's cost.
+        space: Provides the counts of the dense network and of every candidate.
+        table: Latency table of the device; required for a latency budget.
+        callers: Cached values of functions and of energy, by name; missing ones are created.
+        precision: Precision of the device, for the memory budget.
 
     Raises:
-        CompressorError: the same cost is limited twice, a latency is asked for without a table, or a function of
-            the user's fails.
+        CompressorError: A cost is limited twice, a latency budget has no table, or a user-defined function fails.
     """
     names = [spec.name for spec in specs]
     for name in names:
@@ -52,7 +51,7 @@ def _resolved(
     spec: BudgetSpec,
     space: PruningSpace,
     table: LatencyTable | None,
-    callers: Mapping[str, Prices],
+    callers: Mapping[str, CachedValues],
     precision: str,
 ) -> Budget:
     if spec.is_function:
@@ -61,7 +60,7 @@ def _resolved(
         target = _target(spec, dense)
         if target <= 0:
             raise CompressorError(
-                f"--budget {spec.text}: the dense network's value is {dense:g}, of which no share can be kept.",
+                f"--budget {spec.text}: the dense network's value is {dense:g}, so that a share of it is not a limit.",
                 f"Write an absolute limit: {spec.name}<=VALUE.",
             )
         return FunctionBudget(caller, target, dense, spec.name)
@@ -90,10 +89,10 @@ def _target(spec: BudgetSpec, dense: float) -> float:
 
 
 def reachable(budgets: Sequence[Budget], space: PruningSpace) -> None:
-    """Refuse budgets that even the smallest network of the space misses, or where no network was found that keeps all.
+    """Refuse budgets that even the smallest network of the space misses, or that no network was found to meet.
 
     Raises:
-        CompressorError: with what was asked for, what can be reached, the dense value, and what to change.
+        CompressorError: The message gives the limit, the reachable value, the dense value, and a remedy.
     """
     smallest = np.asarray(space.min_widths)[None]
     counted = [budget for budget in budgets if not isinstance(budget, FunctionBudget)]
@@ -102,15 +101,15 @@ def reachable(budgets: Sequence[Budget], space: PruningSpace) -> None:
     if not missed:
         if len(counted) < len(
             budgets
-        ):  # a function's cost may fall where a width grows: it has to be looked for
+        ):  # a function's cost may fall where a width grows: a search is needed
             keeping_widths(choices_for(space, budgets), np.asarray(space.dense_widths), budgets)
         return
     problems = "; ".join(
-        f"{budget.name} <= {budget.format(budget.target)} was asked for, the smallest network of this space takes "
+        f"{budget.name} <= {budget.format(budget.target)} was requested, the smallest network of this space needs "
         f"{budget.format(least)} ({least / budget.dense:.0%} of the dense {budget.format(budget.dense)})"
         for budget, least in missed
     )
     raise CompressorError(
         f"The budget cannot be reached: {problems}.",
-        "Ask for more, allow smaller widths (pruning.min_share, --granularity 1), or start from a smaller model.",
+        "Raise the budget, allow smaller widths (pruning.min_share, --granularity 1), or start from a smaller model.",
     )

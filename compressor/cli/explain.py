@@ -153,14 +153,14 @@ def _predicted(
     run: RunDir, recipe: Recipe, table: LatencyTable | None, factory: str | None
 ) -> tuple[Pairs | None, str]:
     """The table's prediction of every operator, or why there is none."""
-    from compressor.latency.local import require_made_here
+    from compressor.latency.local import require_same_machine
     from compressor.run.layer_times import kept_widths, predicted_pairs, run_space
 
     if table is None:
         return None, "The run has no latency table, so nothing was predicted."
     try:
         if recipe.device == "local":
-            require_made_here(table, recipe.threads)
+            require_same_machine(table, recipe.threads)
         space = run_space(run, table, factory)
         return predicted_pairs(table, space, kept_widths(run, space)), ""
     except CompressorError as error:

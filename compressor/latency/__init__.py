@@ -1,1 +1,1 @@
-"""How long a network takes on a device: tables, their measurement, their predictions."""
+"""Network latency on a device: latency tables, their measurement and their predictions."""

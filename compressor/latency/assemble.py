@@ -1,4 +1,4 @@
-"""From measured sub-networks to a table: points of every operator, whole-network correction, held-out error."""
+"""Builds a latency table from measured sub-networks: operator entries, whole-network correction, held-out error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from compressor.core.errors import CompressorError
 from compressor.latency.correction import fit_correction, fit_factors, held_out_error
 from compressor.latency.distinct import with_distinct_weights
 from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork, tag
-from compressor.latency.provenance import SECONDS_A_NETWORK, Made, measured_here
+from compressor.latency.provenance import SECONDS_A_NETWORK, Provenance, local_cpu_provenance
 from compressor.latency.schema import (
     FASTEST_MS,
     CorrectionFields,
@@ -49,8 +49,8 @@ class Sample:
 
     Attributes:
         c_in, c_out: Channels of each of the space's layers, (layers,).
-        network: What was run.
-        times: How long it took.
+        network: The exported network.
+        times: Its measured times.
     """
 
     c_in: Widths
@@ -75,15 +75,17 @@ def measure_candidate(
 def export_candidate(
     space: PruningSpace, ranking: Ranking, example: Tensor, widths: Widths, *, opset: int = DEFAULT_OPSET
 ) -> TaggedNetwork:
-    """One sub-network as ONNX, as it would be delivered, with the nodes of each operator known.
+    """Export one sub-network to ONNX, in the form in which it is delivered, and map its nodes to operators.
 
     Args:
-        space, ranking, widths: Whose sub-network, which channels go first, how many stay.
-        example: A batch of one.
-        opset: Of the file.
+        space: The space that the sub-network belongs to.
+        ranking: Decides which channels are removed first.
+        example: An input batch of size one.
+        widths: Width of each group, (G,).
+        opset: ONNX opset of the file.
 
     Raises:
-        CompressorError: it cannot be exported, or its operators cannot be told apart.
+        CompressorError: The network cannot be exported, or its operators cannot be identified in the file.
     """
     small = with_distinct_weights(space.apply(space.plan(widths, ranking)))
     c_in, c_out = (rows[0] for rows in channels(space, widths[None]))
@@ -112,24 +114,24 @@ def table_from(
     drift: float,
     seconds: float,
     threads: int,
-    made: Made | None = None,
+    provenance: Provenance | None = None,
 ) -> LatencyTable:
-    """The table of this machine, or of another device, for one network.
+    """Build the latency table of one network on this machine or on another device.
 
     Args:
-        space: Whose sub-networks were measured.
-        samples: Those to fit to; the dense network first.
-        unseen: Those held out for the error.
-        drift: The dense network's time at the end over that at the start, minus one.
-        seconds: How long measuring took.
+        space: The space whose sub-networks were measured.
+        samples: Samples to fit to; the dense network comes first.
+        unseen: Samples held out for the error estimate.
+        drift: Dense time at the end divided by dense time at the start, minus one.
+        seconds: Duration of the measurement.
         threads: Threads of ONNX Runtime.
-        made: What was measured; None is this machine's CPU through ONNX Runtime.
+        provenance: Device, runtime and protocol; None means this machine's CPU through ONNX Runtime.
 
     Raises:
-        CompressorError: the times cannot be.
+        CompressorError: The measured times are implausible.
     """
-    made = made or measured_here(len(samples), len(unseen), threads)
-    block = made.block
+    provenance = provenance or local_cpu_provenance(len(samples), len(unseen), threads)
+    block = provenance.block
     layers = _layers(space, samples)
     entries = _entries(layers, samples)
     predict = Predictor(layers, entries, samples, block)
@@ -166,13 +168,13 @@ def table_from(
     )
     return LatencyTable(
         TableFields(
-            device=made.device,
-            runtime=made.runtime,
-            precision=made.precision,
+            device=provenance.device,
+            runtime=provenance.runtime,
+            precision=provenance.precision,
             date=datetime.now(timezone.utc).date().isoformat(),
             how="measured",
-            protocol=made.protocol,
-            sources=made.sources,
+            protocol=provenance.protocol,
+            sources=provenance.sources,
             block=block,
             entries=entries,
             networks={network_signature(space): network},
@@ -181,13 +183,13 @@ def table_from(
 
 
 class Predictor:
-    """The times of networks by a fit to measured ones.
+    """Predicts network times by a fit to measured networks.
 
     Args:
-        layers: The entry of each operator.
-        entries: The measured points.
-        samples: Whole networks that the correction is fitted to.
-        block: Channels that the kernels compute at once.
+        layers: Entry key of each operator.
+        entries: The measured points of each key.
+        samples: Whole networks to which the correction is fitted.
+        block: Channels per kernel block.
     """
 
     def __init__(
@@ -208,27 +210,27 @@ class Predictor:
         )
 
     def __call__(self, samples: Sequence[Sample]) -> Floats:
-        """Milliseconds (N,) of networks with these channels."""
+        """Predict milliseconds (N,) of networks with the channels of these samples."""
         return self.of_channels(*_stacked(samples))
 
     def of_channels(self, c_in: Widths, c_out: Widths) -> Floats:
-        """Milliseconds (N,) from the channels of each operator, (N, layers)."""
+        """Predict milliseconds (N,) from the channels of each operator, (N, layers)."""
         return self.correction(self._surfaces(c_in, c_out).sum(axis=1), self._weights(c_in, c_out))
 
 
 def _stacked(samples: Sequence[Sample]) -> tuple[Widths, Widths]:
-    """The channels of each operator of each network, two arrays (N, layers)."""
+    """Stack the operators' input and output channels of all networks: two arrays (N, layers)."""
     return np.stack([each.c_in for each in samples]), np.stack([each.c_out for each in samples])
 
 
 def fitted_predictor(space: PruningSpace, samples: Sequence[Sample], block: int) -> Predictor:
-    """What a table made of these samples would predict, without making one."""
+    """Return the predictor of the table that these samples would give, without building the table."""
     layers = _layers(space, samples)
     return Predictor(layers, _entries(layers, samples), samples, block)
 
 
 def _layers(space: PruningSpace, samples: Sequence[Sample]) -> list[str]:
-    """The entry of each operator, in execution order."""
+    """Return the entry key of each operator, in execution order."""
     return [
         signature_of(layer, epilogue).key
         for layer, epilogue in zip(space.layers, samples[0].network.epilogues, strict=True)
@@ -236,7 +238,7 @@ def _layers(space: PruningSpace, samples: Sequence[Sample]) -> list[str]:
 
 
 def _entries(layers: Sequence[str], samples: Sequence[Sample]) -> dict[str, Entry]:
-    """One point for each operator and pair of channels; layers with the same signature share theirs."""
+    """Build one point for each operator and channel pair; layers with the same signature share an entry."""
     found: dict[Point, list[tuple[int, float, float, float]]] = defaultdict(list)
     for sample in samples:
         for index, key in enumerate(layers):

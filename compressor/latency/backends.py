@@ -1,4 +1,7 @@
-"""What `export.here` finds on this machine's GPU, as devices that time a network and, where they can, its operators."""
+"""The GPU backends that `export.here` finds on this machine, as devices that time networks.
+
+Backends that report layer times also time the operators.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _ONE = "network"
 
 
 def device_of(backend: Backend, precision: Precision) -> Device:
-    """What measures networks in a precision."""
+    """Return the device that measures networks with this backend in this precision."""
     if backend.kind == TRTEXEC:
         return Trtexec(find_trtexec() or USUAL, precision)
     if backend.kind in PROVIDERS:
@@ -42,14 +45,14 @@ class TensorRt:
 
     Args:
         module: `tensorrt` or `tensorrt_rtx_bindings`.
-        precision: Of the networks; they come in FP32.
+        precision: Precision to run in; networks are given in FP32 and converted.
     """
 
     def __init__(self, module: str, precision: Precision) -> None:
         self.module, self.precision = module, precision
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
-        """Build an engine, time it by the GPU's events, then profile its layers."""
+        """Build an engine, time it with GPU events, then profile its layers."""
         from export.engine import build_engine
         from export.runner import EngineRunner
 
@@ -67,18 +70,18 @@ class TensorRt:
 
 
 class Trtexec:
-    """trtexec on this machine, called by the script that devices get.
+    """trtexec on this machine, run by the same script that remote devices receive.
 
     Args:
-        program: Where it is.
-        precision: Of the networks; they come in FP32.
+        program: Path of trtexec.
+        precision: Precision to run in; networks are given in FP32 and converted.
     """
 
     def __init__(self, program: Path, precision: Precision) -> None:
         self.program, self.precision = program, precision
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
-        """One bundle of one network, run here."""
+        """Write a bundle with this one network and run it on this machine."""
         with tempfile.TemporaryDirectory(prefix="compressor-trtexec-") as name:
             folder = Path(name) / "bundle"
             content = in_precision(network.model, self.precision, _shape(network))
@@ -105,23 +108,23 @@ class Trtexec:
 
 
 class OrtGpu:
-    """ONNX Runtime with one of its providers for GPUs.
+    """ONNX Runtime with a GPU execution provider.
 
-    Its profiler sees when kernels are started, not how long they take, so that operators are not told apart.
+    Its profiler records when kernels are launched, not how long they run. Operators are therefore not timed one by one.
 
     Args:
-        provider: ONNX Runtime's name of it.
-        precision: Of the networks; they come in FP32.
+        provider: ONNX Runtime's name of the provider.
+        precision: Precision to run in; networks are given in FP32 and converted.
     """
 
     def __init__(self, provider: str, precision: Precision) -> None:
         self.provider, self.precision = provider, precision
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
-        """End to end.
+        """Time the network end to end.
 
         Raises:
-            ExportError: the provider is there, but cannot be used, and ONNX Runtime would run on the CPU.
+            ExportError: The provider is installed but unusable, so that ONNX Runtime would fall back to the CPU.
         """
         content = in_precision(network.model, self.precision, _shape(network))
         runner = OnnxRunner(content, providers=(self.provider, "CPUExecutionProvider"))
@@ -129,7 +132,7 @@ class OrtGpu:
         if active[:1] != [self.provider]:
             raise ExportError(
                 f"ONNX Runtime has {self.provider}, but cannot use it here.",
-                f"Install what it needs, or take the CPU: export COMPRESSOR_BACKEND={CPU}",
+                f"Install its dependencies, or use the CPU: export COMPRESSOR_BACKEND={CPU}",
             )
         once = runner.warm_up(seconds / 4)
         times = runner.time(max(7, min(2000, int(seconds * 1e3 / once))))
@@ -137,7 +140,7 @@ class OrtGpu:
 
 
 def _operators(layers: Sequence[tuple[str, float]], network: TaggedNetwork) -> npt.NDArray[np.float64]:
-    """(1, operators) where the layers tell them apart, else (0, operators)."""
+    """Return operator times, (1, operators), or (0, operators) where the layer names do not identify operators."""
     if not network.operators:
         return np.zeros((0, 0))
     shares = shares_of_layers(layers, network.owner, weighted_nodes(network))

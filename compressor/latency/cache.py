@@ -1,4 +1,4 @@
-"""Where tables of this machine are kept between runs, and who may measure."""
+"""The cache of this machine's latency tables, and the lock that lets one process measure at a time."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from compressor.latency.table import LatencyTable
 
 
 def table_path(folder: Path, *, runtime: str, version: str, threads: int, network: str) -> Path:
-    """The file of a network's table; another processor, runtime version or thread count has another one."""
+    """Return the file of a network's table; it depends on processor, runtime version and thread count."""
     key = "|".join([cpu_model(), runtime, version, str(threads), network])
     return folder / "latency" / f"{runtime}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
 
 
 def cached_table(path: Path, *, quiet: bool = False) -> LatencyTable | None:
-    """The table in the cache; None where there is none or it is damaged, which is said unless `quiet`."""
+    """Read a table from the cache; None if there is none or it is damaged (with a message unless `quiet`)."""
     if not path.exists():
         return None
     try:
         return LatencyTable.read(path)
     except CompressorError as error:
         if not quiet:
-            say(f"{error.message} It is measured anew.")
+            say(f"{error.message} It is measured again.")
         return None
 
 
 @contextmanager
 def measuring_alone(folder: Path) -> Iterator[None]:
-    """Hold the machine's measuring lock: two processes that measure at once would measure each other.
+    """Hold the machine's measurement lock: two processes that measure at the same time would disturb each other.
 
-    One that is measuring already is waited for, however long it has been given; the lock goes with its process.
+    Waits without limit for a process that is already measuring. The lock is released when its process ends.
 
     Raises:
-        CompressorError: the folder cannot be written.
+        CompressorError: The folder cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -63,12 +63,12 @@ def measuring_alone(folder: Path) -> Iterator[None]:
 
 
 def cpu_model() -> str:
-    """The processor and its cores, such as `Intel(R) Xeon(R) Processor, 2 cores`."""
+    """Return the processor's name and core count, such as `Intel(R) Xeon(R) Processor, 2 cores`."""
     return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def governor() -> str:
-    """How the processor's clock is governed, such as `performance`; empty where the system does not say."""
+    """Return the CPU frequency governor, such as `performance`; empty if the system does not report it."""
     try:
         return (
             Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text(encoding="ascii").strip()
@@ -78,7 +78,7 @@ def governor() -> str:
 
 
 def clocks() -> str:
-    """The range of the processor's clock, else its clock now; empty where the system does not say."""
+    """Return the range of the processor's clock, or its present clock; empty if the system reports neither."""
     folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
     try:
         low, high = (

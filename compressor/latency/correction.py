@@ -1,10 +1,11 @@
-"""From the sum of the operators to the whole network.
+"""Correction from the sum of operator times to the time of the whole network.
 
-A network's time is not the sum of its operators' times: the profiler adds to each kernel, the runtime adds
-to all of them, and a network with few weights finds them in nearer caches than one with many. First each kind of term
-of the operators' times gets a factor. The correction then rises with their sum and with the weights, with both in
-straight pieces whose slopes may differ but are drawn towards one another. Both are fitted to whole networks that were
-measured end to end, with errors counted relative to the time, and large ones less: a busy moment may have slowed any.
+A network's time is not the sum of its operators' times. The profiler adds time to each kernel, the runtime adds time to
+the whole, and the weights of a small network stay in faster caches than those of a large one. First, each kind of
+term of the operators' times gets a factor. Then a piecewise linear function of their sum and of the number of weights
+gives the network's time; neighbouring slopes are regularised towards one another. Both steps are fitted to whole
+networks that were measured end to end. Errors are relative to the time. Large errors count less, because background
+load may have slowed any measurement.
 """
 
 from __future__ import annotations
@@ -17,45 +18,44 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-TINY = 0.03
-"""Below this share of the largest network's time errors count absolutely: no budget asks for so small a network."""
+SMALL_NETWORK = 0.03
+"""Below this share of the largest network's time errors count as absolute: no budget requests such small networks."""
 
-BENDS = (0.15, 0.3, 0.55)
-"""Where the correction may bend, as shares of the largest measured sum."""
+SUM_BREAKPOINTS = (0.15, 0.3, 0.55)
+"""Breakpoints of the correction over the sum, as shares of the largest measured sum."""
 
-FILLED = (0.04, 0.08, 0.16, 0.32, 0.64)
-"""Where it may bend as weights fill one cache after another, as shares of the most weights measured."""
+WEIGHT_BREAKPOINTS = (0.04, 0.08, 0.16, 0.32, 0.64)
+"""Breakpoints over the weights, as shares of the largest measured number: weights fill one cache after another."""
 
-ENOUGH = 20
-"""Networks from which on the correction may bend, and weights count."""
+ENOUGH_NETWORKS = 20
+"""Number of networks from which breakpoints and weights are used."""
 
-LIKE = 0.05
-"""How strongly the factors of all kinds of terms are drawn to the same number: the error that a difference of 1 counts
-as."""
+FACTOR_PULL = 0.05
+"""Regularisation of the factors of all kinds of terms towards one value: the error equivalent to a difference of 1."""
 
-PULL = 0.02
-"""How strongly the slopes of neighbouring pieces are drawn together: the error that a difference of 1 counts as."""
+SLOPE_PULL = 0.02
+"""Regularisation of neighbouring slopes towards each other: the error equivalent to a difference of 1."""
 
-NEEDLESS = 0.3
-"""How strongly a slope over the weights is drawn to nothing, as a share of `PULL`."""
+WEIGHT_PULL = 0.3
+"""Regularisation of the slopes over the weights towards zero, as a share of `SLOPE_PULL`."""
 
-USUAL = 1.5
-"""Errors beyond this many times the median one count by their size only, no longer by its square."""
+HUBER_MULTIPLE = 1.5
+"""Huber threshold, as a multiple of the median error: larger errors count linearly, not squared."""
 
-LEAST_USUAL = 0.005
-"""Errors below this share are usual on any machine."""
+MIN_HUBER_THRESHOLD = 0.005
+"""Lower bound of the Huber threshold: errors below this share occur on any machine."""
 
 REFITS = 5
-FLATTEST = 1e-6
-"""The least slope over the sum."""
+MIN_SLOPE = 1e-6
+"""Smallest allowed slope over the sum."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Errors on networks that the table was not fitted to.
+    """Prediction errors on networks that the table was not fitted to.
 
     Attributes:
-        networks: How many there were.
+        networks: Number of networks.
         mape: Mean of |predicted / measured - 1|.
         p95: Its 95th percentile.
         worst: Its maximum.
@@ -72,19 +72,19 @@ class HeldOut:
 
 
 Pieces = tuple[tuple[float, float], ...]
-"""Where each piece begins, ascending, and its slope."""
+"""(start, slope) of each linear piece, in ascending order."""
 
 
 @dataclass(frozen=True)
 class Correction:
-    """Milliseconds of a whole network from the sum of its operators' milliseconds and its weights.
+    """Maps the sum of operator times and the number of weights to the time of the whole network.
 
     Attributes:
-        offset: Milliseconds that every network pays; below zero where the profiler added more than the runtime.
-        slope: Of the sum, up to the first bend; above zero.
-        least: No network is predicted below this; milliseconds.
+        offset: Constant milliseconds of every network; negative where the profiler added more than the runtime.
+        slope: Slope over the sum up to the first breakpoint; above zero.
+        least: Lower bound of the prediction, in milliseconds.
         bends: (sum in milliseconds, slope from there on), ascending.
-        weights: (elements of all weights, milliseconds for each one from there on), ascending; none below zero.
+        weights: (number of weight elements, milliseconds per element from there on), ascending; none negative.
     """
 
     offset: float
@@ -94,14 +94,14 @@ class Correction:
     weights: Pieces = ()
 
     def __call__(self, total: npt.ArrayLike, weights: npt.ArrayLike) -> Floats:
-        """The whole network's milliseconds; never falls when the sum or the weights grow."""
-        by_sum = _along(((0.0, self.slope), *self.bends), np.asarray(total, dtype=np.float64))
-        by_weights = _along(self.weights, np.asarray(weights, dtype=np.float64))
+        """Return the whole network's milliseconds; non-decreasing in the sum and in the weights."""
+        by_sum = _piecewise_linear(((0.0, self.slope), *self.bends), np.asarray(total, dtype=np.float64))
+        by_weights = _piecewise_linear(self.weights, np.asarray(weights, dtype=np.float64))
         return np.asarray(np.maximum(self.offset + by_sum + by_weights, self.least))
 
 
-def _along(pieces: Pieces, values: Floats) -> Floats:
-    """What straight pieces add up to from zero to each value."""
+def _piecewise_linear(pieces: Pieces, values: Floats) -> Floats:
+    """Evaluate a piecewise linear function that is zero at zero."""
     total, slope = np.zeros_like(values), 0.0
     for start, after in pieces:
         total = total + (after - slope) * np.maximum(values - start, 0.0)
@@ -110,35 +110,35 @@ def _along(pieces: Pieces, values: Floats) -> Floats:
 
 
 def fit_factors(parts: Floats, measured: Sequence[float]) -> tuple[float, ...]:
-    """What the operators' times are to be multiplied by, for each kind of term; none below zero.
+    """Fit a non-negative factor for each kind of term of the operators' times.
 
     Args:
-        parts: Milliseconds of all operators of each network by kind, (N, kinds), as `Surfaces.by_kind` gives them.
-        measured: Each network's milliseconds end to end.
+        parts: Milliseconds of all operators of each network by kind, (N, kinds), from `Surfaces.by_kind`.
+        measured: End-to-end milliseconds of each network, (N,).
 
     Returns:
-        (kinds,), or () with fewer than `ENOUGH` networks.
+        Factors, (kinds,), or () with fewer than `ENOUGH_NETWORKS` networks.
     """
-    if len(measured) < ENOUGH:
+    if len(measured) < ENOUGH_NETWORKS:
         return ()
     times, kinds = np.asarray(measured, dtype=np.float64), parts.shape[1]
-    scale, pull = np.maximum(times, TINY * times.max()), LIKE * np.sqrt(len(times))
+    scale, pull = np.maximum(times, SMALL_NETWORK * times.max()), FACTOR_PULL * np.sqrt(len(times))
     usual = float(np.median(times / parts.sum(axis=1)))
     rows = np.concatenate([np.ones((len(times), 1)), parts], axis=1) / scale[:, None]
     alike = pull * np.eye(kinds + 1)[1:]
     target = np.concatenate([times / scale, np.full(kinds, pull * usual)])
     lowest = np.concatenate([[-np.inf], np.zeros(kinds)])
-    found = _fitted(np.concatenate([rows, alike]), target, lowest, len(times))
+    found = _robust_least_squares(np.concatenate([rows, alike]), target, lowest, len(times))
     return tuple(float(value) for value in found[1:])
 
 
-def _fitted(matrix: Floats, target: Floats, lowest: Floats, networks: int) -> Floats:
-    """Bounded least squares, refitted with less weight on networks that are far off (Huber's weights).
+def _robust_least_squares(matrix: Floats, target: Floats, lowest: Floats, networks: int) -> Floats:
+    """Solve a bounded least-squares problem, reweighted with Huber's weights to limit the effect of outliers.
 
     Args:
-        matrix, target: A row for each network first, in units of its time; then those that draw coefficients together.
-        lowest: The least value of each coefficient.
-        networks: How many rows are networks.
+        matrix, target: First one row per network, divided by its time; then the rows of the regularisation.
+        lowest: Lower bound of each coefficient.
+        networks: Number of rows that are networks.
     """
     from scipy.optimize import lsq_linear
 
@@ -146,7 +146,7 @@ def _fitted(matrix: Floats, target: Floats, lowest: Floats, networks: int) -> Fl
     for _ in range(REFITS):
         found = lsq_linear(matrix * weights[:, None], target * weights, bounds=(lowest, np.inf)).x
         off = np.abs(matrix @ found - target)[:networks]
-        usual = max(USUAL * float(np.median(off)), LEAST_USUAL)
+        usual = max(HUBER_MULTIPLE * float(np.median(off)), MIN_HUBER_THRESHOLD)
         weights[:networks] = np.sqrt(usual / np.maximum(off, usual))
     return np.asarray(found)
 
@@ -154,22 +154,24 @@ def _fitted(matrix: Floats, target: Floats, lowest: Floats, networks: int) -> Fl
 def fit_correction(
     totals: Sequence[float], weights: Sequence[float], measured: Sequence[float]
 ) -> Correction:
-    """Fit to measured networks: bends from `ENOUGH` networks on, else a line; one network gives a plain factor.
+    """Fit the correction to measured networks.
+
+    From `ENOUGH_NETWORKS` networks on the fit is piecewise linear. Fewer give a line. One or two give a factor.
 
     Args:
-        totals: The sum of each network's operators, in milliseconds.
-        weights: Elements of all its weights.
-        measured: Its milliseconds end to end.
+        totals: Sum of the operator times of each network, in milliseconds, (N,).
+        weights: Number of weight elements of each network, (N,).
+        measured: End-to-end milliseconds of each network, (N,).
     """
     sums, times = np.asarray(totals, dtype=np.float64), np.asarray(measured, dtype=np.float64)
     sizes = np.asarray(weights, dtype=np.float64)
     least = 0.5 * float(times.min())
     if len(sums) >= 3 and np.ptp(sums) > 0.05 * sums.mean():
-        enough = len(sums) >= ENOUGH
-        sum_starts = _starts(sums, BENDS) if enough else [0.0]
-        size_starts = _starts(sizes, FILLED) if enough and np.ptp(sizes) > 0 else []
+        enough = len(sums) >= ENOUGH_NETWORKS
+        sum_starts = _starts(sums, SUM_BREAKPOINTS) if enough else [0.0]
+        size_starts = _starts(sizes, WEIGHT_BREAKPOINTS) if enough and np.ptp(sizes) > 0 else []
         offset, by_sum, by_size = _fit_pieces(sums, sizes, times, sum_starts, size_starts)
-        if min(by_sum) > FLATTEST:
+        if min(by_sum) > MIN_SLOPE:
             bends = tuple(zip(sum_starts[1:], by_sum[1:], strict=True))
             filled = tuple(zip(size_starts, by_size, strict=True)) if any(by_size) else ()
             return Correction(offset, by_sum[0], least, bends, filled)
@@ -177,7 +179,7 @@ def fit_correction(
 
 
 def _starts(values: Floats, shares: Sequence[float]) -> list[float]:
-    """Where pieces begin: zero, and those shares of the largest value that have networks on both sides."""
+    """Return the start of each piece: zero, and the shares of the largest value with networks on both sides."""
     places = [float(values.max() * share) for share in shares]
     return [0.0, *(place for place in places if values.min() < place)]
 
@@ -185,8 +187,8 @@ def _starts(values: Floats, shares: Sequence[float]) -> list[float]:
 def _fit_pieces(
     sums: Floats, sizes: Floats, times: Floats, sum_starts: list[float], size_starts: list[float]
 ) -> tuple[float, list[float], list[float]]:
-    """The offset, and the slope of each piece: over the sum none below `FLATTEST`, over the weights none below zero."""
-    scale, most = np.maximum(times, TINY * times.max()), float(times.max())
+    """Return the offset, the slopes over the sum (at least `MIN_SLOPE`) and those over the weights (at least zero)."""
+    scale, most = np.maximum(times, SMALL_NETWORK * times.max()), float(times.max())
     parts: list[Floats] = [np.ones((len(times), 1))]
     pulls: list[Floats] = []
     units: list[float] = []
@@ -197,20 +199,20 @@ def _fit_pieces(
             parts.append(np.clip(values[:, None] - edges[:-1], 0.0, np.diff(edges)) / units[-1])
             pulls.append(np.diff(np.eye(len(starts)), axis=0))
     if size_starts:
-        pulls[1] = np.concatenate([pulls[1], NEEDLESS * np.eye(len(size_starts))])
+        pulls[1] = np.concatenate([pulls[1], WEIGHT_PULL * np.eye(len(size_starts))])
     pull = np.zeros((sum(map(len, pulls)), sum(part.shape[1] for part in parts)))
     row, column = 0, 1
     for each in pulls:
         pull[row : row + len(each), column : column + each.shape[1]] = each
         row, column = row + len(each), column + each.shape[1]
     matrix = np.concatenate(
-        [np.concatenate(parts, axis=1) / scale[:, None], PULL * np.sqrt(len(times)) * pull]
+        [np.concatenate(parts, axis=1) / scale[:, None], SLOPE_PULL * np.sqrt(len(times)) * pull]
     )
     target = np.concatenate([times / scale, np.zeros(len(pull))])
     lowest = np.concatenate(
-        [[-np.inf], np.full(len(sum_starts), FLATTEST * units[0]), np.zeros(len(size_starts))]
+        [[-np.inf], np.full(len(sum_starts), MIN_SLOPE * units[0]), np.zeros(len(size_starts))]
     )
-    found = _fitted(matrix, target, lowest, len(times))
+    found = _robust_least_squares(matrix, target, lowest, len(times))
     middle = 1 + len(sum_starts)
     by_sum = [float(value) / units[0] for value in found[1:middle]]
     return float(found[0]), by_sum, [float(value) / units[1] for value in found[middle:]]
@@ -232,7 +234,7 @@ def held_out_error(predicted: Sequence[float], measured: Sequence[float]) -> Hel
 
 
 def spearman(first: Floats, second: Floats) -> float:
-    """Rank correlation; 1 where either is constant, because then there is no order to get wrong."""
+    """Return the rank correlation; 1 where either input is constant, because there is no order to predict."""
     from scipy.stats import rankdata
 
     ranks = [np.asarray(rankdata(values), dtype=np.float64) for values in (first, second)]

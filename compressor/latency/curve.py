@@ -24,7 +24,7 @@ class LatencyCurve:
     """Predicted milliseconds of any candidate of one space.
 
     Args:
-        space: Its layers say how channels follow from widths.
+        space: Its layers define how channels follow from widths.
         operators: The time of each operator from its channels.
         total: The whole network's time from the sum of the operators' times (N,) and their input and output
             channels, each (N, layers).

@@ -1,4 +1,4 @@
-"""Which sub-networks to measure, so that every operator's grid is filled by few whole networks.
+"""Selects sub-networks to measure, so that few whole networks fill every operator's grid.
 
 Each group gets p levels of width. Of all combinations only p x p networks are measured, chosen as in an
 orthogonal array: network (i, j) gives group g the level (a i + b j) mod p with the group's own slope (a : b).
@@ -25,9 +25,9 @@ LEVELS = 5
 
 
 def grid_widths(space: PruningSpace, *, levels: int = LEVELS, seed: int = 0) -> Widths:
-    """The p x p sub-networks, in random order: (p * p, G).
+    """Return the p x p sub-networks in random order, (p * p, G).
 
-    The smallest and the dense width of every group are among its levels.
+    The levels of each group include its smallest and its dense width.
     """
     rng = np.random.default_rng(seed)
     slopes = _slopes(space, levels)
@@ -41,16 +41,14 @@ def grid_widths(space: PruningSpace, *, levels: int = LEVELS, seed: int = 0) -> 
 
 
 def anchor_widths(space: PruningSpace) -> Widths:
-    """Networks at the ends and along the middle: smallest, a few uniform ratios, (N, G)."""
+    """Return the smallest network and networks of a few uniform ratios, (N, G)."""
     dense, least = np.asarray(space.dense_widths), np.asarray(space.min_widths)
     rows = [least, *(space.round(dense * share) for share in (0.15, 0.25, 0.35, 0.55, 0.75, 0.9))]
     return np.unique(np.asarray(rows, dtype=np.int64), axis=0)
 
 
 def random_widths(space: PruningSpace, count: int, *, seed: int) -> Widths:
-    """Random sub-networks of every size, (count, G): a random share kept, and each group scattered around
-    it.
-    """
+    """Draw sub-networks of all sizes, (count, G): a random ratio each, with the groups scattered around it."""
     rng = np.random.default_rng(seed)
     dense = np.asarray(space.dense_widths, dtype=np.float64)
     share = rng.uniform(0.2, 1.0, size=(count, 1)) + rng.normal(0.0, 0.25, size=(count, len(dense)))
@@ -59,15 +57,13 @@ def random_widths(space: PruningSpace, count: int, *, seed: int) -> Widths:
 
 
 def _levels(choices: Widths, levels: int) -> Widths:
-    """`levels` of the legal widths, spread evenly, ends included; repeated where there are fewer."""
+    """Return `levels` evenly spread legal widths, ends included; widths repeat where there are fewer."""
     places = np.round(np.linspace(0, len(choices) - 1, levels)).astype(np.int64)
     return np.asarray(choices)[places]
 
 
 def _slopes(space: PruningSpace, levels: int) -> list[int]:
-    """A slope for each group, 0 to `levels`; groups that meet in an operator get different ones where
-    possible.
-    """
+    """Choose a slope for each group, 0 to `levels`; groups of one operator get different slopes where possible."""
     count = len(space.groups)
     meets: list[Counter[int]] = [Counter() for _ in range(count)]
     for layer in space.layers:

@@ -1,4 +1,4 @@
-"""The devices whose latency is known: this machine, and every shipped table."""
+"""Lists devices with a known latency (this machine and all tables) and their recommended granularity."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TENSORRT = "tensorrt"
 
 @dataclass(frozen=True)
 class KnownDevice:
-    """A line of `compress devices`.
+    """One line of `compress devices`.
 
     Attributes:
-        name: What --device takes.
+        name: Value of --device.
         runtime: Runtime and, where known, its version.
-        precisions: Precisions that its table was made for.
-        how: Whether it is measured or estimated, with the error that it states.
+        precisions: Precisions of its table.
+        how: Whether the table is measured or estimated, with its stated error.
     """
 
     name: str
@@ -37,10 +37,10 @@ class KnownDevice:
 
 
 def devices() -> list[KnownDevice]:
-    """`local`, every shipped table by name, and what the user measured elsewhere.
+    """Return `local`, all shipped tables, and the devices that the user measured.
 
     Raises:
-        CompressorError: a shipped table is damaged.
+        CompressorError: A shipped table is damaged.
     """
     import importlib.metadata
 
@@ -49,7 +49,7 @@ def devices() -> list[KnownDevice]:
     except importlib.metadata.PackageNotFoundError:
         version = "(not installed)"
     found = [
-        KnownDevice(LOCAL, f"onnxruntime-cpu {version}", ("fp32",), "measured here when it is asked for")
+        KnownDevice(LOCAL, f"onnxruntime-cpu {version}", ("fp32",), "measured here on first use")
     ]
     for name, path in shipped_tables().items():
         table = LatencyTable.read(path)
@@ -70,16 +70,16 @@ def devices() -> list[KnownDevice]:
 
 @functools.lru_cache(maxsize=8)
 def recommended_granularity(runtime: str, precision: str) -> int:
-    """Of which number channel counts should be multiples, so that none is paid for without being used.
+    """Return the number of which channel counts should be multiples, so that no time is spent on padding.
 
     Args:
         runtime: `onnxruntime-cpu`, `onnxruntime-cuda` or `tensorrt`.
         precision: `fp32`, `fp16` or `int8`.
 
     Returns:
-        For a GPU 8 in FP16 and 32 in INT8 (tensor cores), else 1. For ONNX Runtime the channel block of its
-        convolutions on this CPU: narrower widths are padded to it, and widths that are no multiple of 4 take a
-        much slower kernel.
+        For a GPU: 8 in FP16 and 32 in INT8 (tensor cores), else 1. For ONNX Runtime: the channel block of its
+        convolutions on this CPU. Widths are padded to it, and widths that are not a multiple of 4 use a much
+        slower kernel.
     """
     if runtime in (TENSORRT, ORT_CUDA):
         return BLOCKS.get(precision, 1)
@@ -89,16 +89,15 @@ def recommended_granularity(runtime: str, precision: str) -> int:
 
 
 def recommended_steps(groups: Iterable[Group], runtime: str, precision: str) -> dict[str, int]:
-    """A granularity for each group of a space: the recommended one, finer where a group is narrow.
+    """Return a granularity for each group of a space: the recommended one, finer where a group is narrow.
 
-    A narrow group would be left with hardly any choice by a step of a whole block, and ONNX Runtime reads
-    inputs narrower than a block unpadded, so that finer steps do pay there. Its steps are at most an eighth
-    of the width, and multiples of 4 all the same. Tensor cores pad every width, so that a finer step never
-    pays there.
+    A step of a whole block would leave a narrow group hardly any choice. ONNX Runtime reads inputs narrower than
+    a block without padding, so that finer steps save time there: at most an eighth of the width, and multiples of
+    4. Tensor cores pad every width, so that a finer step saves nothing.
 
     Args:
-        groups: Of a `PruningSpace`; its argument `granularity` takes what is returned.
-        runtime, precision: As for `recommended_granularity`.
+        groups: Groups of a `PruningSpace`; the result is valid for its argument `granularity`.
+        runtime, precision: As in `recommended_granularity`.
     """
     step = recommended_granularity(runtime, precision)
     if runtime in (TENSORRT, ORT_CUDA):

@@ -1,8 +1,8 @@
-"""Networks whose weights or biases are all zero here and there, made fit for timing.
+"""Gives values to all-zero weights and biases, so that an untrained network is timed like a trained one.
 
-A residual network usually begins with its last normalisations at zero, and all begin with biases of zero. Folded into
-convolutions they make tensors of nothing but zeros, and equal tensors are stored once in an ONNX file: untrained, such
-a network would be timed with a part of its weights, and would take longer once it is trained.
+A residual network usually starts with zeros in its last normalisations, and all networks start with zero biases.
+Folded into convolutions these become tensors of zeros, and an ONNX file stores equal tensors once. An untrained network
+would be timed with part of its weights only, and would take longer after training.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 def with_distinct_weights(model: nn.Module) -> nn.Module:
-    """The network itself; or where weights or biases are zero throughout, a copy in which these have values."""
+    """Return the network itself, or a copy with values in place of all-zero weights and biases."""
     import torch
 
-    if not _empty(model):
+    if not _all_zero(model):
         return model
     filled, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in _empty(filled):
+        for weight in _all_zero(filled):
             values = torch.rand(weight.shape, generator=generator)
             weight.copy_(0.1 * (values - 0.5))
     return filled
 
 
-def _empty(model: nn.Module) -> list[nn.Parameter]:
+def _all_zero(model: nn.Module) -> list[nn.Parameter]:
     named = (
         (name, parameter)
         for each in model.modules()

@@ -1,8 +1,9 @@
-"""Why a slim network is not faster: the gap between its share of the work and its share of the time, line by line.
+"""Explains, kernel by kernel, why a slim network's share of the time exceeds its share of the multiply-adds.
 
-If time followed the multiply-adds, a network with a share R of them would take a share R of the dense time. What
-each kernel takes beyond R times its dense time adds up to the whole gap, so that sorting by it shows what would help
-most. It has two parts: time that did not follow the kernel's own work, and work that was cut less than elsewhere.
+If time were proportional to the multiply-adds, a network with a share R of them would take a share R of the dense
+time. The excess of each kernel over R times its dense time sums to the whole gap, so that sorting by the excess shows
+where a change helps most. The excess has two parts: time that did not shrink with the kernel's own work, and work that
+was reduced less than in the rest of the network.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ from compressor.latency.kernels import Kernel, Profile
 from compressor.latency.machine import Machine
 
 NOTABLE = 0.02
-"""A kernel whose part of the gap is below this share of the slim network's time gets no sentence."""
+"""Kernels whose part of the gap is below this share of the slim network's time get no sentence."""
 
 PADDED = 0.1
-"""Padding below this share of the computed multiply-adds is not worth a word."""
+"""Padding below this share of the computed multiply-adds is not mentioned."""
 
 LAYOUT = ("Reorder", "Reformat", "Transpose")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One kernel of both networks.
+    """One kernel, compared between both networks.
 
     Attributes:
-        name: The layer's name, or the step's and the layer that it follows.
-        kind: What computes it.
-        layer: The layer's place among the weight-bearing operators; None for a step without weights.
-        dense_macs, slim_macs: Multiply-adds of the networks; 0 without weights.
-        dense_ms, slim_ms: Measured under the runtime's profiler; None where a network does not have it.
-        predicted_dense_ms, predicted_slim_ms: The table's; None where it has none.
-        bound: compute, bandwidth or launch: which of the three takes longest at the device's peaks.
-        peak_share: Its time at the device's peaks over its measured time (slim).
-        padding: Share of the multiply-adds done (slim) that only fill the kernels' blocks.
-        gap_ms: Its part of the gap.
-        sentence: What keeps it slow and what would help; empty where that is little.
+        name: Name of the layer; for a step without weights its operator and the layer that it follows.
+        kind: The runtime's kernel type.
+        layer: Index among the weight-bearing operators; None for a step without weights.
+        dense_macs, slim_macs: Multiply-adds in each network; 0 without weights.
+        dense_ms, slim_ms: Times under the runtime's profiler; None where a network lacks the kernel.
+        predicted_dense_ms, predicted_slim_ms: Times predicted by the table; None without a prediction.
+        bound: compute, bandwidth or launch: the one that takes longest at the device's peaks.
+        peak_share: Time at the device's peaks divided by the measured time (slim).
+        padding: Share of the computed multiply-adds (slim) that is padding to whole blocks.
+        gap_ms: Part of the gap, in milliseconds.
+        sentence: The cause of the gap and a remedy; empty where the gap is small.
     """
 
     name: str
@@ -64,13 +65,13 @@ def explain(
     machine: Machine,
     predicted: Sequence[tuple[float, float]] | None = None,
 ) -> list[Line]:
-    """Every kernel of both networks, the largest part of the gap first.
+    """Compare all kernels of both networks, the largest part of the gap first.
 
     Args:
-        dense, slim: As they were profiled, on one device.
-        names: Of the weight-bearing operators, in the files' order.
-        machine: The device's peaks.
-        predicted: The table's milliseconds (dense, slim) of each weight-bearing operator.
+        dense, slim: Profiles of both networks on the same device.
+        names: Names of the weight-bearing operators, in the order of the files.
+        machine: Peak rates of the device.
+        predicted: Predicted milliseconds (dense, slim) of each weight-bearing operator.
     """
     before = {kernel.key: kernel for kernel in dense.kernels}
     after = {kernel.key: kernel for kernel in slim.kernels}
@@ -113,7 +114,7 @@ def explain(
 
 
 def _limits(kernel: Kernel, machine: Machine, weights: float) -> Mapping[str, float]:
-    """Milliseconds that a kernel takes at least by each of the device's peaks."""
+    """Return a kernel's lower bound in milliseconds by each of the device's peak rates."""
     return {
         "compute": machine.compute_ms(kernel.computed_macs),
         "bandwidth": machine.transfer_ms(kernel.weight_bytes, among=weights)
@@ -138,7 +139,7 @@ def _sentence(
     limits: Mapping[str, float],
     names: Sequence[str],
 ) -> str:
-    """Why this kernel is part of the gap, and what would help."""
+    """Describe why this kernel is part of the gap, and what would help."""
     if any(word in line.kind for word in LAYOUT):
         new = " and is not needed in the dense network" if wide is None else ""
         return (

@@ -1,9 +1,9 @@
-"""From TensorRT's layers to the network's operators.
+"""Maps TensorRT's layer times to the network's operators.
 
 TensorRT fuses nodes and names the result after them: `@5. + @6.` for a convolution with its activation. Where the
-names say whose time it is, each operator gets that of its layers. Where they do not (newer versions compile whole
-regions of a network into one kernel, and give it a name of their own), operators get their share of the whole
-network's time by a fit: arithmetic of each kind, memory traffic and launches, over all networks measured.
+names identify operators, each operator gets the time of its layers. Newer versions compile whole regions of a network
+into one kernel with a name of its own. Operators then get shares of the whole network's time from a fit over all
+measured networks, with arithmetic of each kind, memory traffic and launches as terms.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 UNSURE = 0.10
-"""Share of the time that may lack an owner; more, and the profile says too little about the operators."""
+"""Largest share of the time without a known operator at which a profile is used."""
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Milliseconds of each operator (operators,), and the share of the time whose owner the names left open."""
+    """Milliseconds of each operator, (operators,), and the share of the time without a known operator."""
 
     operators_ms: Floats
     unsure: float
 
     @property
     def trusted(self) -> bool:
-        """Whether the names say enough: little without an owner, and a time for every operator."""
+        """Whether the profile is usable: most of the time has a known operator, and every operator has a time."""
         return self.unsure <= UNSURE and bool((self.operators_ms > 0).all())
 
 
 def shares_of_layers(
     layers: Sequence[tuple[str, float]], owner: Sequence[int], weighted: Sequence[int]
 ) -> Shares:
-    """Give each layer's time to the operator that its name points to.
+    """Assign each layer's time to the operator that its name identifies.
 
-    A layer with one weight-bearing node belongs to that operator, one without to the operator that its nodes count
-    to; changes of layout name what they are for. A layer of several operators, or of none, counts to the operator
-    of the layer before it, and as unsure.
+    A layer with one weight-bearing node belongs to that operator. A layer without weights belongs to the operator
+    that owns its nodes; layout changes carry the name of the node that they serve. The time of a layer with several
+    operators, or with none, is assigned to the operator of the preceding layer and counted as unsure.
 
     Args:
-        layers: (name, milliseconds), in the order of execution.
-        owner: For each node of the file, the operator that it counts to.
-        weighted: For each operator, the node with its weight.
+        layers: (name, milliseconds), in execution order.
+        owner: Operator that owns each node of the file.
+        weighted: Node with the weight of each operator.
     """
     times = np.zeros(len(weighted))
     bearing = {node: operator for operator, node in enumerate(weighted)}
@@ -76,12 +76,12 @@ def shares_of_layers(
 def fitted_shares(
     layers: Sequence[Layer], c_in: Counts, c_out: Counts, whole_ms: Floats, block: int
 ) -> Floats:
-    """Operator times that explain the times of whole networks, (networks, operators) milliseconds.
+    """Fit operator times to the times of whole networks; returns milliseconds, (networks, operators).
 
     Args:
         layers: The operators.
         c_in, c_out: Channels of each network's operators, (networks, operators).
-        whole_ms: (networks,).
+        whole_ms: Time of each network, (networks,).
         block: Channels are padded to multiples of this.
     """
     from scipy.optimize import nnls
@@ -98,7 +98,7 @@ def fitted_shares(
 
 
 def _work(layers: Sequence[Layer], c_in: Counts, c_out: Counts, block: int) -> Floats:
-    """(networks, operators, terms): padded multiply-adds of each kind, elements moved, one launch."""
+    """Return the fit's terms, (networks, operators, terms): padded MACs of each kind, elements moved, one launch."""
     kinds = sorted({layer.kind for layer in layers})
     terms = np.zeros((*c_in.shape, len(kinds) + 2))
     for index, layer in enumerate(layers):

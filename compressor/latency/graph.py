@@ -1,4 +1,4 @@
-"""What each node of an ONNX file computes and moves, read from the file alone."""
+"""Counts multiply-adds, weights and memory traffic of each node of an ONNX file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 @dataclass(frozen=True)
 class FileNode:
-    """A node of the file, for one input.
+    """Costs of one node of the file, for one input.
 
     Attributes:
-        name: As the file has it.
+        name: Name in the file.
         op: ONNX operator.
-        operator: Which weight-bearing operator it is, in the file's order; -1 for none.
+        operator: Index among the weight-bearing operators, in file order; -1 for a node without weights.
         macs: Multiply-adds; 0 without weights.
         channels: Input and output channels; None without weights.
-        weights: Elements of its weights.
-        moved: Elements of its inputs and outputs, weights left out; 0 where a shape is not known.
+        weights: Number of weight elements.
+        moved: Elements of inputs and outputs without weights; 0 where a shape is unknown.
     """
 
     name: str
@@ -35,7 +35,7 @@ class FileNode:
 
 
 def file_nodes(path: Path) -> list[FileNode]:
-    """The nodes of an ONNX file in its order."""
+    """Return the nodes of an ONNX file in file order."""
     import onnx
 
     model = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
@@ -69,13 +69,13 @@ def file_nodes(path: Path) -> list[FileNode]:
 
 
 def macs_of(op: str, weight: tuple[int, ...], data: tuple[int, ...], output: tuple[int, ...]) -> int:
-    """Multiply-adds of an operator from the shapes of its weight, its input and its output."""
+    """Return an operator's multiply-adds from the shapes of its weight, input and output."""
     if "Transpose" in op:
         places = int(np.prod(data[2:]))
     elif len(weight) > 2:
         places = int(np.prod(output[2:]))
     else:
-        places = int(np.prod(output[:-1]))  # a product of matrices: as many rows
+        places = int(np.prod(output[:-1]))  # matrix product: one position per row
     return int(np.prod(weight)) * max(places, 1)
 
 

@@ -1,7 +1,7 @@
-"""A half-made table: every measurement is written down as it comes, so that a killed measuring goes on where it stood.
+"""Journal of an unfinished table: each measurement is written at once, so that an interrupted run can resume.
 
-One JSON document a line: a heading that says what is measured, then one line for each measurement. A line that was
-cut off by a kill is dropped when the file is read.
+The file has one JSON document per line: a heading that identifies what is measured, then one line per measurement. A
+last line that was cut off by a kill is dropped on reading.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Record:
     """One measurement.
 
     Attributes:
-        role: The dense network, one that the table is fitted to, or one that is held out.
-        widths: Of every group.
-        sample: What was measured.
-        at_s: When, in seconds of measuring.
+        role: Dense network, network to fit to, or held-out network.
+        widths: Width of each group.
+        sample: The measured sample.
+        at_s: Measurement time so far, in seconds.
     """
 
     role: Role
@@ -44,7 +44,7 @@ class Record:
 
 
 def heading_of(space: PruningSpace, seed: int, **device: str) -> dict[str, Any]:
-    """What is measured: the sub-networks of a space, drawn by a seed, on a device that is described in words."""
+    """Return the heading: signature of the space, seed of the sub-networks, and a description of the device."""
     return {
         "journal": 2,
         "network": network_signature(space),
@@ -56,11 +56,11 @@ def heading_of(space: PruningSpace, seed: int, **device: str) -> dict[str, Any]:
 
 
 class Journal:
-    """The measurements of one table in the making.
+    """The measurements of one unfinished table.
 
     Args:
-        path: The file; None keeps nothing.
-        heading: What is measured. A file with another heading is of no use and is begun anew.
+        path: The file; None writes nothing.
+        heading: Identifies what is measured. A file with another heading is discarded.
     """
 
     def __init__(self, path: Path | None, heading: Mapping[str, Any]) -> None:
@@ -69,10 +69,10 @@ class Journal:
         self.records = self._read()
 
     def add(self, record: Record) -> None:
-        """Write one measurement down.
+        """Append one measurement.
 
         Raises:
-            CompressorError: the disk is full or the folder cannot be written.
+            CompressorError: The disk is full or the folder cannot be written.
         """
         self.records.append(record)
         if self.path is None:
@@ -85,14 +85,14 @@ class Journal:
         except OSError as error:
             raise disk_error(self.path, error) from error
 
-    def begin_anew(self) -> None:
-        """Forget everything that was measured."""
+    def restart(self) -> None:
+        """Discard all measurements."""
         self.records = []
         if self.path is not None:
             write_atomic(self.path, json.dumps(self._heading) + "\n")
 
     def close(self) -> None:
-        """The table is made: the file goes."""
+        """Delete the file once the table is complete."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
@@ -107,9 +107,9 @@ class Journal:
         except (OSError, ValueError, KeyError, TypeError):
             heading, records, whole = None, [], True
         if heading != self._heading:
-            self.begin_anew()
+            self.restart()
             return []
-        if not whole:  # a kill cut the last line off; what comes next must not be glued to it
+        if not whole:  # a kill cut off the last line: the next record must start on a new line
             write_atomic(self.path, "".join([json.dumps(heading) + "\n", *map(_to_line, records)]))
         return records
 
@@ -132,7 +132,7 @@ def _to_line(record: Record) -> str:
 
 def _from_json(fields: Mapping[str, Any]) -> Record:
     whole, operators = (np.asarray(fields[name], dtype=np.float64) for name in ("whole_ms", "operators_ms"))
-    if not len(operators):  # the device does not tell them apart
+    if not len(operators):  # the device does not time operators one by one
         operators = np.zeros((0, len(fields["epilogues"])))
     if fields["role"] not in ("dense", "fit", "held") or not len(whole) or operators.ndim != 2:
         raise ValueError("no measurement")

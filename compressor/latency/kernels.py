@@ -1,7 +1,7 @@
-"""Where a network's time goes, kernel by kernel, from the runtime's own profiler.
+"""Kernel times of a network from the runtime's own profiler.
 
-ONNX Runtime's profiler is asked here; the layer profile that `trtexec --exportProfile` writes is read from its
-file. Both name fused kernels after nodes of the ONNX file, so that the same kernel is found in two networks of one
+ONNX Runtime is profiled on this machine. For TensorRT the layer profile of `trtexec --exportProfile` is read from its
+file. Both name fused kernels after nodes of the ONNX file, so that kernels can be matched between two networks of one
 structure.
 """
 
@@ -21,7 +21,7 @@ from compressor.latency.ort_profile import profiled_runs, tag, tag_of
 from export.bench import OnnxRunner
 
 ROUNDS = 2
-"""Each network is profiled this often, in turns with the others, so that a slow moment does not strike one alone."""
+"""Profiling rounds per network. Networks take turns, so that background load does not affect one of them alone."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Kernel:
     """One kernel of a network.
 
     Attributes:
-        operator: The weight-bearing operator that it computes or follows, by its place.
-        op: What the runtime calls it, such as Conv or ReorderOutput.
-        place: Which one it is of several with the same `operator` and `op`.
+        operator: Index of the weight-bearing operator that it computes or follows.
+        op: The runtime's name, such as Conv or ReorderOutput.
+        place: Index among kernels with the same `operator` and `op`.
         weighted: Whether it computes that operator; False for steps without weights.
-        ms: Its time for one input, without what the profiler adds.
-        macs: Multiply-adds of the network in it.
-        computed_macs: Multiply-adds that the runtime does for it, padding included.
+        ms: Time for one input, without the profiler's overhead.
+        macs: Multiply-adds of the network.
+        computed_macs: Multiply-adds that the runtime computes, padding included.
         channels: Input and output channels; None without weights.
-        weight_bytes, moved_bytes: What it reads of weights; what it reads and writes besides.
-        blocked: Whether it is computed in a layout of channel blocks.
+        weight_bytes, moved_bytes: Bytes of weights read; bytes of activations read and written.
+        blocked: Whether it runs in a layout of channel blocks.
     """
 
     operator: int
@@ -55,13 +55,13 @@ class Kernel:
 
     @property
     def key(self) -> tuple[int, str, int]:
-        """The same for the same kernel of another network of this structure."""
+        """Key that identifies the same kernel in another network of this structure."""
         return (self.operator, "" if self.weighted else self.op, self.place)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A network's kernels in their order, and its time end to end without the profiler."""
+    """A network's kernels in execution order, and its end-to-end time without the profiler."""
 
     kernels: tuple[Kernel, ...]
     whole_ms: float
@@ -73,7 +73,7 @@ def profile_onnx(paths: Sequence[Path], *, threads: int = 1, seconds: float = 1.
     Args:
         paths: Files of one structure.
         threads: Threads of ONNX Runtime.
-        seconds: About how long each is run.
+        seconds: Approximate run time per file.
     """
     runners = [OnnxRunner(str(path), threads=threads) for path in paths]
     tagged = [tag(path) for path in paths]
@@ -92,7 +92,7 @@ def profile_onnx(paths: Sequence[Path], *, threads: int = 1, seconds: float = 1.
 
 
 def _without_profiler(kernels: Sequence[Kernel], whole_ms: float) -> Profile:
-    """Take off what the profiler adds to every kernel, some microseconds: what their sum exceeds the whole by."""
+    """Subtract the profiler's overhead of some microseconds per kernel: the excess of their sum over the whole."""
     extra = max(0.0, sum(each.ms for each in kernels) - whole_ms) / len(kernels)
     return Profile(tuple(replace(each, ms=max(each.ms - extra, 0.1 * each.ms)) for each in kernels), whole_ms)
 
@@ -145,17 +145,17 @@ def _kernels(
 
 
 def read_trt_profile(text: str, source: str, network: Path, *, element_bytes: int, block: int) -> Profile:
-    """The layer profile that `trtexec --exportProfile=FILE` wrote for an ONNX file.
+    """Read the layer profile that `trtexec --exportProfile=FILE` wrote for an ONNX file.
 
     Args:
-        text: The profile file's content.
-        source: What messages call it.
-        network: The ONNX file that was profiled; TensorRT names its layers after that file's nodes.
-        element_bytes: Of the precision that it ran in.
-        block: Channels that its kernels compute at once.
+        text: Content of the profile file.
+        source: Name of the file in messages.
+        network: The profiled ONNX file; TensorRT names its layers after the nodes of this file.
+        element_bytes: Bytes per element in the precision that it ran in.
+        block: Channels per kernel block.
 
     Raises:
-        CompressorError: the file is no layer profile, or none of its layers is named after a node of the network.
+        CompressorError: The file is not a layer profile, or none of its layers is named after a node of the network.
     """
     try:
         layers = [entry for entry in json.loads(text) if "name" in entry]
@@ -164,7 +164,7 @@ def read_trt_profile(text: str, source: str, network: Path, *, element_bytes: in
             raise ValueError
     except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         raise CompressorError(
-            f"{source} is no layer profile of trtexec.",
+            f"{source} is not a layer profile of trtexec.",
             "Write one on the device: trtexec --loadEngine=FILE --exportProfile=profile.json",
         ) from None
     nodes = sorted(enumerate(file_nodes(network)), key=lambda item: -len(item[1].name))
@@ -202,13 +202,13 @@ def read_trt_profile(text: str, source: str, network: Path, *, element_bytes: in
     if not matched:
         raise CompressorError(
             f"None of the layers in {source} is named after a node of {network.name}.",
-            "Give the profile of the engine that was built from this very file.",
+            "Pass the profile of the engine that was built from this file.",
         )
     return Profile(tuple(found), float(sum(times)))
 
 
 def _named(label: str, name: str) -> bool:
-    """Whether a fused layer's label names a node: as a whole, not as the start of a longer name."""
+    """Whether a fused layer's label contains a node's full name, not only as the start of a longer one."""
     start = label.find(name)
     while start >= 0:
         end = start + len(name)

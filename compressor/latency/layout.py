@@ -1,7 +1,7 @@
-"""What a table needs to know of a network's space, as plain data that travels with a bundle.
+"""The part of a pruning space that a table needs, as plain data inside a remote bundle.
 
-The results of a device are turned into a table long after the bundle was made, perhaps on another machine. What is
-needed of the network for that is written into the bundle, so that no model has to be built, or code of one run.
+The results of a device may be turned into a table long after the bundle was written, and on another machine. The bundle
+therefore contains the needed facts about the network: no model has to be built, and no model code has to run.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ class LayoutFields(_Part):
 
 @dataclass(frozen=True)
 class Layout:
-    """The part of a `PruningSpace` that a table is made from; functions that read only these take either."""
+    """The part of a `PruningSpace` from which a table is built; functions that read only this accept either."""
 
     layers: tuple[Layer, ...]
     groups: tuple[Group, ...]
 
 
 def layout_fields(space: PruningSpace) -> LayoutFields:
-    """A space as plain data."""
+    """Convert a space to plain data."""
 
     def affine(count: Affine) -> AffineFields:
         return AffineFields(
@@ -110,7 +110,7 @@ def layout_fields(space: PruningSpace) -> LayoutFields:
 
 
 def layout_of(fields: LayoutFields) -> Layout:
-    """Plain data as layers and groups."""
+    """Convert plain data to layers and groups."""
     return Layout(
         layers=tuple(
             Layer(
@@ -131,12 +131,12 @@ def layout_of(fields: LayoutFields) -> Layout:
 
 
 def signature(layout: Layout | PruningSpace) -> str:
-    """`network_signature` of either."""
+    """Return the `network_signature` of a layout or a space."""
     return network_signature(as_space(layout))
 
 
 def as_space(layout: Layout | PruningSpace) -> PruningSpace:
-    """For functions that read nothing of a space but its layers and groups."""
+    """Cast a layout to a space, for functions that read only its layers and groups."""
     given: Any = layout
     return given  # type: ignore[no-any-return]
 

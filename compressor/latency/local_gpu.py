@@ -1,4 +1,4 @@
-"""The latency table of this machine's GPU, measured when it is first asked for, as `local` measures its CPU."""
+"""The latency table of this machine's GPU, measured on first use, as `local` measures the CPU."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from compressor.latency.backends import device_of
 from compressor.latency.cache import cached_table, measuring_alone, table_path
 from compressor.latency.fused import fitted_shares
 from compressor.latency.journal import Journal, heading_of
-from compressor.latency.local import GOAL, fit_for, go_on, say_how_quiet, still_valid
+from compressor.latency.local import GOAL, meets_goal, resume_journal, still_valid, warn_of_noise
 from compressor.latency.ort_profile import NetworkTimes
-from compressor.latency.provenance import SECONDS_A_NETWORK, Made
+from compressor.latency.provenance import SECONDS_A_NETWORK, Provenance
 from compressor.latency.remote_bundle import Precision
 from compressor.latency.sampling import TooNoisy, collect
 from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 TIME_LIMIT_S = 600.0
-"""An engine takes seconds to a minute to build, and is then run for half a second."""
+"""Longer than for a CPU: an engine takes seconds to a minute to build, and then runs for half a second."""
 
 
 def gpu_table(
@@ -45,16 +45,15 @@ def gpu_table(
     goal: float = GOAL,
     seed: int = 0,
 ) -> LatencyTable:
-    """This machine's table for the networks of `space` on its GPU, from the cache or measured now.
+    """Return the table for the networks of `space` on this machine's GPU, from the cache or measured now.
 
     Args:
-        space, example: The networks, and a batch of one.
-        backend, precision: What runs them.
-        time_limit_s, goal, seed: As for `local_table`; a GPU's engines take long to build, so that it usually has more
-            time.
+        space, example: The networks, and an input batch of size one.
+        backend, precision: Backend and precision that the networks run in.
+        time_limit_s, goal, seed: As in `local_table`; the default limit is longer, because engines take long to build.
 
     Raises:
-        CompressorError: a network cannot be exported, built or run, or the GPU does not hold still.
+        CompressorError: A network cannot be exported, built or run, or the GPU's speed is not stable.
     """
     network, folder = network_signature(space), cache_folder()
     plain = re.sub(r"[^A-Za-z0-9]+", "-", backend.gpu.name).strip("-")
@@ -67,7 +66,7 @@ def gpu_table(
     )
 
     def good(known: LatencyTable) -> bool:
-        return known.covers(space) and fit_for(known, network, goal, time_limit_s, TIME_LIMIT_S)
+        return known.covers(space) and meets_goal(known, network, goal, time_limit_s, TIME_LIMIT_S)
 
     known = cached_table(path)
     if known is not None and good(known):
@@ -97,10 +96,10 @@ def measured_table(
     seed: int = 0,
     journal_path: Path | None = None,
 ) -> LatencyTable:
-    """Measure and fit; nothing is read from the cache but what an earlier attempt has measured.
+    """Measure and fit a table. Only the journal of an interrupted attempt is reused, no cached table.
 
-    A network that cannot be built or run ends it, and what was measured before is kept for the next attempt; what a
-    GPU gave that does not hold still is not.
+    A network that cannot be built or run ends the measurement; earlier measurements are kept for the next attempt.
+    Measurements of a GPU whose speed is not stable are discarded.
     """
     device, ranking, gpu = device_of(backend, precision), space.rank(), backend.gpu
     heading = heading_of(
@@ -113,10 +112,10 @@ def measured_table(
         return measure_candidate(space, ranking, example, widths, device)
 
     def ready(samples: Sequence[Sample]) -> Sequence[Sample]:
-        return samples if _mapped(samples) else _fitted(space, samples, block)
+        return samples if _operators_timed(samples) else _fitted(space, samples, block)
 
     if journal.records:
-        go_on(journal, space, example, device)
+        resume_journal(journal, space, example, device)
     else:
         say(
             f"Measuring this network on {gpu.name} with {backend.runtime}; the table is kept for the next run."
@@ -126,18 +125,18 @@ def measured_table(
             space, measure, journal, time_limit_s=time_limit_s, goal=goal, seed=seed, block=block, ready=ready
         )
     except TooNoisy as error:
-        journal.begin_anew()
+        journal.restart()
         raise TooNoisy(
             error.message, "Keep the GPU cool and free of other work, hold its clocks, and try again."
         ) from None
-    say_how_quiet(samples)
+    warn_of_noise(samples)
     fitted, unseen = samples.to_fit(), list(samples.held.values())
     how = (
         "layers under the profiler"
-        if _mapped(fitted)
+        if _operators_timed(fitted)
         else "operators by a fit of arithmetic, traffic and launches"
     )
-    made = Made(
+    provenance = Provenance(
         device=DeviceFields(
             name="local",
             sku=gpu.name,
@@ -150,23 +149,23 @@ def measured_table(
         protocol=(
             f"{len(fitted)} measurements of sub-networks through {backend.kind}, each built, warmed up and run for "
             f"{SECONDS_A_NETWORK} s; {how}; {len(unseen)} networks were held out; the dense network first, every "
-            "dozen, and last; a network that came out much slower than predicted was measured again, and its calmest "
-            "time counts"
+            "dozen, and last; a network that came out much slower than predicted was measured again, and its least "
+            "disturbed time counts"
         ),
         sources=(f"driver for CUDA {gpu.driver}",),
     )
-    table = table_from(space, ready(fitted), unseen, samples.drift, samples.seconds, 0, made)
+    table = table_from(space, ready(fitted), unseen, samples.drift, samples.seconds, 0, provenance)
     journal.close()
     return table
 
 
-def _mapped(samples: Sequence[Sample]) -> bool:
-    """Whether the device told the operators of all these networks apart."""
+def _operators_timed(samples: Sequence[Sample]) -> bool:
+    """Whether the device timed the operators of all these networks one by one."""
     return all(len(sample.times.operators_ms) for sample in samples)
 
 
 def _fitted(space: PruningSpace, samples: Sequence[Sample], block: int) -> list[Sample]:
-    """The samples with operator times that explain their whole times."""
+    """Return the samples with operator times fitted to their end-to-end times."""
     c_in, c_out = np.stack([each.c_in for each in samples]), np.stack([each.c_out for each in samples])
     whole = np.asarray([each.times.median_ms for each in samples])
     shares = fitted_shares(space.layers, c_in, c_out, whole, block)

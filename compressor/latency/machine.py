@@ -1,8 +1,8 @@
-"""What this machine can do at its best: the peaks that an operator's time is held against.
+"""Peak rates of this machine, against which an operator's time is compared.
 
-Measured through ONNX Runtime itself in about two seconds: multiply-adds of large convolutions and a large product of
-matrices, bytes of tensors of several sizes that are read and written once, and what an operator costs that
-hardly computes anything.
+They are measured through ONNX Runtime in about two seconds: multiply-adds of large convolutions and of a large matrix
+product, bandwidth of tensors of several sizes that are read and written once, and the overhead of an operator with
+hardly any work.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from compressor.latency.schema import RooflineFields
 
 COMPUTE = ((256, 256, 28), (512, 512, 14))
-"""(input channels, output channels, pixels) of the 3x3 convolutions whose multiply-adds are counted."""
+"""(input channels, output channels, pixels per side) of the 3x3 convolutions that measure the compute peak."""
 
 TENSOR_KB = (128, 1024, 8192, 49152)
-"""Sizes of the tensors that are read and written: within the inner caches up to far beyond the outer one."""
+"""Tensor sizes of the bandwidth measurement: from within the inner caches to far beyond the last-level cache."""
 
 CHAINS = (8, 40)
-"""Operators in the two chains of tiny ones: what the longer takes more is the start of an operator."""
+"""Lengths of the two chains of tiny operators: the difference of their times gives the overhead per operator."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Peaks of a device.
+    """Peak rates of a device.
 
     Attributes:
-        macs_per_ms: Multiply-adds in a millisecond.
-        sizes: Bytes of a transfer, ascending.
-        bytes_per_ms: Bytes moved in a millisecond by transfers of these sizes.
-        launch_ms: What an operator costs besides its work.
-        how: Where the numbers come from, in words.
+        macs_per_ms: Multiply-adds per millisecond.
+        sizes: Transfer sizes in bytes, ascending.
+        bytes_per_ms: Bytes per millisecond for transfers of these sizes.
+        launch_ms: Overhead per operator, in milliseconds.
+        how: Origin of the numbers, as text.
     """
 
     macs_per_ms: float
@@ -49,11 +49,16 @@ class Machine:
     how: str
 
     def compute_ms(self, macs: float) -> float:
-        """The least time of so many multiply-adds."""
+        """Return the minimum time of this many multiply-adds."""
         return macs / self.macs_per_ms
 
     def transfer_ms(self, count: float, among: float | None = None) -> float:
-        """The least time of moving `count` bytes that are part of `among`, which decides the cache they come from."""
+        """Return the minimum time of moving `count` bytes.
+
+        Args:
+            count: Bytes moved.
+            among: Bytes of the working set, which determines the cache level; None for `count`.
+        """
         if count <= 0:
             return 0.0
         size = count if among is None else max(among, count)
@@ -77,14 +82,14 @@ def calibrate(threads: int = 1) -> Machine:
         sizes=tuple(sizes),
         bytes_per_ms=tuple(moved),
         launch_ms=launch,
-        how=f"measured here with {threads} thread(s): the fastest of two large 3x3 convolutions and a product of "
-        f"matrices, tensors of {TENSOR_KB[0]} kB to {TENSOR_KB[-1] // 1024} MB read and written once, and a chain of "
+        how=f"measured here with {threads} thread(s): the fastest of two large 3x3 convolutions and a matrix "
+        f"product, tensors of {TENSOR_KB[0]} kB to {TENSOR_KB[-1] // 1024} MB read and written once, and a chain of "
         "tiny convolutions",
     )
 
 
 def estimated_machine(fields: RooflineFields, device: str) -> Machine:
-    """The peaks that an estimated table gives a device: they too are estimates."""
+    """Return the peak rates of an estimated table; they are estimates too."""
     reached = max(fields.efficiency.values())
     return Machine(
         macs_per_ms=fields.tflops * reached / 2 * 1e9,
@@ -103,7 +108,7 @@ def _median_ms(model: bytes, threads: int) -> float:
 
 
 def _kernel_ms(model: bytes, threads: int) -> float:
-    """The time of the only kernel that bears the work, without the runtime's own costs around it."""
+    """Return the time of the one kernel that does the work, without the runtime's overhead around it."""
     runs = profiled_runs(model, threads, 15)
     return float(np.median([sum(kernel["dur"] for kernel in run) for run in runs])) / 1e3
 
@@ -113,7 +118,7 @@ def _product(size: int) -> bytes:
 
 
 def _copy(elements: int) -> bytes:
-    """Reads `elements` 4-byte numbers and writes as many."""
+    """Return a network that reads `elements` 4-byte numbers and writes as many."""
     return _model("Neg", [1, elements], None)
 
 
@@ -134,7 +139,7 @@ def _model(op: str, shape: Sequence[int], weight: Sequence[int] | None) -> bytes
 
 
 def _chain(count: int) -> bytes:
-    """`count` convolutions of 16 channels on one pixel."""
+    """Return a network of `count` convolutions with 16 channels on one pixel."""
     from onnx import TensorProto, helper, numpy_helper
 
     shape = [1, 16, 1, 1]

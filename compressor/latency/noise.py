@@ -1,4 +1,4 @@
-"""Timing on a machine that others use too: which runs count, and whether the processor was itself meanwhile."""
+"""Timing on a shared machine: selects undisturbed runs and checks the processor's speed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from export.ort import CPU, runtime
 Floats = npt.NDArray[np.float64]
 
 INTERRUPTED = 0.05
-"""A run whose wall time exceeds the thread's own time by this share was interrupted."""
+"""A run whose wall time exceeds the thread's CPU time by this share was interrupted."""
 
 
 def timed(runner: OnnxRunner, runs: int) -> Floats:
-    """(runs, 2): milliseconds on the wall's clock and on the thread's own."""
+    """Time runs; returns milliseconds (runs, 2): wall-clock time and the thread's CPU time."""
     times = np.empty((runs, 2))
     for run in range(runs):
         wall, own = time.perf_counter_ns(), time.thread_time_ns()
@@ -29,21 +29,21 @@ def timed(runner: OnnxRunner, runs: int) -> Floats:
 
 
 SLOWED = 0.15
-"""A run that takes longer than the fastest tenth of them by this share met a slower processor than they did."""
+"""A run that exceeds the fastest tenth by this share ran at a lower processor speed."""
 
 
 def undisturbed(times: Floats) -> Floats:
-    """The runs that no other process interrupted or slowed down.
+    """Select the runs that no other process interrupted or slowed down.
 
-    A neighbour on the same core, or one that fills the shared cache, interrupts nothing and makes all runs longer for
-    seconds at a time; it never makes one shorter.
+    Another process on the same core, or one that fills the shared cache, interrupts no run but lengthens all runs for
+    seconds at a time. It never shortens a run.
 
     Args:
-        times: (runs, 2): wall clock and the thread's own clock, as `timed` gives them.
+        times: (runs, 2): wall-clock time and the thread's CPU time, from `timed`.
 
     Returns:
-        The wall times of the runs for which both clocks agree, without those at a lower speed. Where hardly any was
-        left alone, the times on the thread's own clock, which stands still while another process runs.
+        Wall times of the runs for which both clocks agree, without those at a lower speed. If hardly any run is
+        left, the CPU times, which exclude time spent in other processes.
     """
     wall, own = times[:, 0], times[:, 1]
     alone = wall <= own * (1 + INTERRUPTED)
@@ -52,32 +52,32 @@ def undisturbed(times: Floats) -> Floats:
 
 
 def at_full_speed(times: Floats) -> npt.NDArray[np.bool_]:
-    """Which of these times (runs,) are no longer than the fastest tenth by more than `SLOWED`."""
+    """Return a mask (runs,) of the times that exceed the fastest tenth by no more than `SLOWED`."""
     return np.asarray(times <= (1 + SLOWED) * np.quantile(times, 0.1))
 
 
 def middle(values: Floats) -> float:
-    """The mean of the middle half: as steady as a median, without sticking to a clock's whole microseconds."""
+    """Return the mean of the middle half: as robust as the median, but finer than a clock's whole microseconds."""
     return float(middles(values[:, None])[0])
 
 
 def middles(values: Floats) -> Floats:
-    """`middle` of each column, (columns,) from (runs, columns)."""
+    """Return the `middle` of each column, (columns,) from (runs, columns)."""
     ordered = np.sort(values, axis=0)
     quarter = len(ordered) // 4
     return np.asarray(ordered[quarter : len(ordered) - quarter].mean(axis=0))
 
 
-class Pace:
-    """How fast the processor is now against the fastest it was seen, by two small networks that are always the same.
+class ProcessorSpeed:
+    """Compares the processor's present speed with the fastest seen so far, by two small fixed networks.
 
-    A processor slows down for seconds at a time, when its clock falls or a neighbour on the same core is busy, and its
-    memory does when others use it; no run is then interrupted, and all are slow. One network computes from the inner
-    caches, the other reads 19 MB of weights.
+    A processor slows down for seconds at a time when its clock drops or another process uses the same core. Memory
+    slows down when other processes use it. No run is interrupted then, but all are slow. One network computes from
+    the inner caches, the other reads 19 MB of weights.
     """
 
     PROBES = ((64, 64, 16, 40), (512, 1024, 2, 10))
-    """(input channels, output channels, pixels, runs) of the two 3x3 convolutions."""
+    """(input channels, output channels, pixels per side, runs) of the two 3x3 convolutions."""
 
     def __init__(self, threads: int) -> None:
         self._runners = [OnnxRunner(convolution(*shape), threads=threads) for *shape, _ in self.PROBES]
@@ -86,7 +86,7 @@ class Pace:
         self._best = [float("inf")] * len(self._runners)
 
     def slowdown(self) -> float:
-        """0 where the processor is as fast as it was ever seen, 0.1 where it takes a tenth longer."""
+        """Measure the slowdown: 0 at the fastest speed seen so far, 0.1 where runs take a tenth longer."""
         slowest = 0.0
         for place, (runner, (*_, runs)) in enumerate(zip(self._runners, self.PROBES, strict=True)):
             now = float(np.median(undisturbed(timed(runner, runs))))
@@ -96,7 +96,7 @@ class Pace:
 
 
 def convolution(channels_in: int, channels_out: int, pixels: int) -> bytes:
-    """An ONNX network of one 3x3 convolution on pixels x pixels, for probing ONNX Runtime."""
+    """Return an ONNX network of one 3x3 convolution on pixels x pixels, to probe ONNX Runtime."""
     from onnx import TensorProto, helper, numpy_helper
 
     weight = numpy_helper.from_array(np.full((channels_out, channels_in, 3, 3), 0.01, dtype=np.float32), "w")
@@ -112,10 +112,10 @@ def convolution(channels_in: int, channels_out: int, pixels: int) -> bytes:
 
 
 def channel_block() -> int:
-    """Channels that ONNX Runtime's convolutions compute at once on this CPU: 16 with AVX-512, 8 with AVX2.
+    """Return the channel block of ONNX Runtime's convolutions on this CPU: 16 with AVX-512, 8 with AVX2.
 
-    Found without a clock: the optimised form of a convolution with four output channels has its weights padded to a
-    block. 1 where the runtime has no blocked convolutions for this CPU.
+    It is read from the optimised form of a convolution with four output channels, whose weights are padded to a block.
+    It is 1 where the runtime has no blocked convolutions for this CPU.
     """
     import onnx
 

@@ -1,9 +1,9 @@
-"""What a network computes besides its weight-bearing operators: kernels and memory traffic of their own.
+"""Counts the non-GEMM operators of a network that run as kernels of their own, and their memory traffic.
 
-TensorRT computes normalisation, ReLU and a residual addition along with the convolution before them; these
-cost nothing. Other steps are kernels of their own: poolings, gates of squeeze-and-excitation, activations
-such as hard-swish, normalisations before a convolution, concatenations, shuffles. Each is counted to the
-latest weight-bearing operator that it depends on, so that its cost shrinks with that operator's channels.
+TensorRT fuses normalisation, ReLU and a residual addition into the preceding convolution; these cost nothing. Other
+steps are separate kernels: poolings, gates of squeeze-and-excitation, activations such as hard-swish, normalisations
+before a convolution, concatenations, shuffles. Each is assigned to the latest weight-bearing operator that it depends
+on, so that its cost shrinks with the channels of that operator.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit_no_training",
 _FOLDED = frozenset(
     {"relu", "relu_", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "clamp", "clamp_"}
 )
-"""Activations that are computed along with whatever comes before them."""
+"""Activations that are fused into the preceding kernel."""
 
 _POINTWISE = frozenset(
     {
@@ -39,43 +39,43 @@ _POINTWISE = frozenset(
 _FREE = frozenset({"t", "detach", "alias", "dropout", "empty", "zeros", "lift_fresh", "clone_no_copy"})
 
 
-def company(run: Callable[[], Any], operators: int) -> tuple[Floats, Floats]:
-    """Run a network once and count what stands beside its weight-bearing operators.
+def count_non_gemm(run: Callable[[], Any], operators: int) -> tuple[Floats, Floats]:
+    """Run a network once and count its non-GEMM kernels.
 
     Args:
-        run: Runs the network, in eval mode.
-        operators: How many weight-bearing operators it has.
+        run: Runs the network in eval mode.
+        operators: Number of weight-bearing operators.
 
     Returns:
-        Kernels besides its own, and elements moved by them, for each operator (operators,); zeros where the run
-        showed another number of operators (products of activations, as in attention), so that the order is unsure.
+        Non-GEMM kernels, and elements moved by them, assigned to each operator, both (operators,). Zeros where the run
+        has another number of products (such as products of activations in attention), so that the order is ambiguous.
     """
-    with torch.no_grad(), _Watch() as watch:
+    with torch.no_grad(), _OperationRecorder() as watch:
         run()
     if len(watch.kernels) != operators:
         return np.zeros(operators), np.zeros(operators)
     return np.asarray(watch.kernels), np.asarray(watch.moved)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation below autograd."""
+class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records every operation below autograd."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: list[float] = []
         self.moved: list[float] = []
         self._made_by: dict[int, tuple[int, str]] = {}  # storage -> (owner, kind of the kernel that wrote it)
-        self._alive: list[Any] = []  # an address must not be given to another tensor meanwhile
+        self._alive: list[Any] = []  # keeps tensors alive: a reused address would identify two tensors
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         inputs, outputs = list(_tensors(args)), list(_tensors(result))
         if outputs:
-            self._saw(name, inputs, outputs)
+            self._record(name, inputs, outputs)
         return result
 
-    def _saw(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _record(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         known = [self._made_by[key] for each in inputs if (key := _key(each)) in self._made_by]
         owner = max((place for place, _ in known), default=max(len(self.kernels) - 1, 0))
         kinds = {kind for _, kind in known}

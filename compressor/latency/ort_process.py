@@ -1,8 +1,8 @@
-"""ONNX Runtime on this machine's CPU in a process that does nothing else, as where a network is delivered to.
+"""ONNX Runtime on this machine's CPU in a separate process that only runs networks, as in deployment.
 
-A process that has traced, exported and trained for a while has its memory in pieces, and the same network takes longer
-in it than in a fresh one, by a share of its own: three runs in one process made a MobileNet-V2 pruned to 28 % of the
-dense time 14 % slower and the dense one 8 %. In a process that only runs networks neither changes.
+A process that has traced, exported and trained for a while has fragmented memory. Networks run slower in it than in a
+fresh process, and not all by the same factor: after three runs in one process, a MobileNet-V2 pruned to 28 % of the
+dense time was 14 % slower and the dense network 8 %. In a process that only runs networks neither changes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from export.bench import OnnxRunner
 from export.errors import ExportError
 
 WARM_UP_S = 0.25
-"""A network that waits for its bursts is run for so long first."""
+"""Warm-up time of a network before its bursts, in seconds."""
 
 
 class OrtProcess:
-    """A `Device`: `OrtCpu` in a process of its own, which begins with the first network and ends with this object.
+    """A `Device` that runs `OrtCpu` in a separate process, from the first network until this object is closed.
 
     Args:
         threads: Threads inside one operator.
@@ -37,10 +37,10 @@ class OrtProcess:
         self._child: Child | None = None
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
-        """As `OrtCpu.measure`.
+        """Measure as `OrtCpu.measure` does.
 
         Raises:
-            ExportError: ONNX Runtime refuses the network, or the process has died of it.
+            ExportError: ONNX Runtime rejects the network, or the process has died.
         """
         with tempfile.TemporaryDirectory(prefix="compressor-timing-") as folder:
             path = Path(folder) / "network.onnx"
@@ -56,7 +56,7 @@ class OrtProcess:
         return NetworkTimes(np.asarray(found["whole_ms"]), operators, found["slowdown"])
 
     def close(self) -> None:
-        """End the process; the next network begins another."""
+        """End the process; the next network starts a new one."""
         if self._child is not None:
             self._child.close()
             self._child = None
@@ -65,21 +65,21 @@ class OrtProcess:
         if self._child is None:
             self._child = Child(__name__, self.threads)
         try:
-            return _asked(self._child, {**request, "threads": self.threads})
-        except _Died as error:
+            return _request(self._child, {**request, "threads": self.threads})
+        except _ProcessDied as error:
             self._child = None
             raise error from None
 
 
 class BurstProcess:
-    """One ONNX file in a process of its own, warm, and run in bursts when it is its turn.
+    """One ONNX file, loaded and warm in a separate process, that runs in bursts on request.
 
     Args:
         path: The file.
         threads: Threads inside one operator.
 
     Attributes:
-        once_ms: About how long one run takes, once it is `ready`.
+        once_ms: Approximate time of one run; valid after `ready`.
     """
 
     def __init__(self, path: Path, threads: int = 1) -> None:
@@ -90,19 +90,19 @@ class BurstProcess:
         """Load the network and warm it up.
 
         Raises:
-            ExportError: ONNX Runtime refuses the network, or the process has died of it.
+            ExportError: ONNX Runtime rejects the network, or the process has died.
         """
         self.once_ms = float(
-            _asked(self._child, {"do": "open", "model": str(self.path), "threads": self.threads})
+            _request(self._child, {"do": "open", "model": str(self.path), "threads": self.threads})
         )
 
     def burst(self, dropped: int, counted: int) -> Burst:
-        """So many runs, after some that are not counted.
+        """Run `counted` times after `dropped` runs that are not counted.
 
         Raises:
-            ExportError: as for `ready`.
+            ExportError: As for `ready`.
         """
-        times = _asked(self._child, {"do": "burst", "dropped": dropped, "counted": counted})
+        times = _request(self._child, {"do": "burst", "dropped": dropped, "counted": counted})
         wall, own = zip(*times, strict=True)
         return burst_of(wall, own if self.threads == 1 else None)
 
@@ -111,17 +111,17 @@ class BurstProcess:
         self._child.close()
 
 
-class _Died(ExportError):
-    """The process is no more."""
+class _ProcessDied(ExportError):
+    """The timing process has ended unexpectedly."""
 
 
-def _asked(child: Child, request: Mapping[str, Any]) -> Any:
+def _request(child: Child, request: Mapping[str, Any]) -> Any:
     try:
         return child.ask(request)
     except Failed as error:
         raise ExportError(str(error).removeprefix(f"{ExportError.__name__}: ")) from None
     except ChildDied as error:
-        raise _Died(
+        raise _ProcessDied(
             f"The process that times networks was {error}.", "Free some memory and try again."
         ) from None
 

@@ -1,8 +1,7 @@
-"""One network on ONNX Runtime's CPU provider: its time as a whole, and the time of each operator inside it.
+"""Times one network on ONNX Runtime's CPU provider: end to end, and operator by operator.
 
-Operators are timed in the company they keep: the whole network runs under ONNX Runtime's own profiler, with
-its fused nodes and its changes of layout, and each node's time is given to the weight-bearing operator it
-belongs to.
+Operators are timed inside the network, not in isolation. The whole network runs under ONNX Runtime's own profiler, with
+fused nodes and layout changes, and each node's time is assigned to its weight-bearing operator.
 """
 
 from __future__ import annotations
@@ -20,24 +19,24 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.latency.graph import WEIGHTED
-from compressor.latency.noise import Pace, at_full_speed, middles, timed, undisturbed
+from compressor.latency.noise import ProcessorSpeed, at_full_speed, middles, timed, undisturbed
 from export.bench import OnnxRunner
 from export.ort import CPU, random_feeds, runtime
 
 Floats = npt.NDArray[np.float64]
 
 MOST_RUNS = 200
-MOST_PROFILED = 60
-"""Enough for a median; more would only fill the profiler's file, which takes longer to read than to write."""
+MAX_PROFILED_RUNS = 60
+"""Most profiled runs: enough for a median, and a small profile file, which is slower to read than to write."""
 
 LEAST_RUNS = 7
-"""No network is timed with fewer runs, however slow it is."""
+"""Fewest timed runs of a network, however slow it is."""
 
-CALM = 0.08
-"""Slower than at its best by no more than this share, the processor counts as calm."""
+SLOWDOWN_TOLERANCE = 0.08
+"""Largest slowdown against the processor's best speed at which a measurement counts as undisturbed."""
 
 TAG = re.compile(r"@(\d+)\.")
-"""How `tag` calls a node."""
+"""Pattern of the node names that `tag` gives."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class TaggedNetwork:
 
     Attributes:
         model: The ONNX file's bytes.
-        owner: For each node of the file, the index of the weight-bearing operator whose time it counts to.
-        epilogues: For each weight-bearing operator, the ONNX operators that count to it, joined by `+`.
+        owner: Index of the weight-bearing operator to which each node's time is assigned.
+        epilogues: ONNX operators that are assigned to each weight-bearing operator, joined by `+`.
     """
 
     model: bytes
@@ -56,18 +55,18 @@ class TaggedNetwork:
 
     @property
     def operators(self) -> int:
-        """How many weight-bearing operators there are."""
+        """Number of weight-bearing operators."""
         return len(self.epilogues)
 
 
 @dataclass(frozen=True)
 class NetworkTimes:
-    """What was measured of one network.
+    """Measured times of one network.
 
     Attributes:
-        whole_ms: End-to-end times without the profiler, one for each run.
-        operators_ms: (runs, operators): times under the profiler.
-        slowdown: How much slower than at its best the processor was meanwhile, a share; 0 where nothing tells.
+        whole_ms: End-to-end times without the profiler, (runs,).
+        operators_ms: Operator times under the profiler, (runs, operators).
+        slowdown: Slowdown of the processor against its best speed, as a share; 0 where it is unknown.
     """
 
     whole_ms: Floats
@@ -76,39 +75,39 @@ class NetworkTimes:
 
     @property
     def median_ms(self) -> float:
-        """The median end-to-end time."""
+        """Median end-to-end time."""
         return float(np.median(self.whole_ms))
 
     @cached_property
     def by_operator_ms(self) -> Floats:
-        """What a table keeps of each operator, (3, operators): mean of the middle half, 90th percentile, deviation."""
+        """Statistics of each operator, (3, operators): mean of the middle half, 90th percentile, deviation."""
         times = self.operators_ms
         return np.stack([middles(times), np.quantile(times, 0.9, axis=0), times.std(axis=0)])
 
     @property
-    def calm(self) -> bool:
-        """Whether the processor was about as fast as it can be."""
-        return self.slowdown <= CALM
+    def undisturbed(self) -> bool:
+        """Whether the processor ran at about its best speed."""
+        return self.slowdown <= SLOWDOWN_TOLERANCE
 
 
 class Device(Protocol):
-    """Something that runs ONNX networks; tests put a made-up one in its place."""
+    """Protocol of devices that run ONNX networks; tests substitute a simulated one."""
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
-        """Spend about `seconds` on one network."""
+        """Measure one network for about `seconds`."""
 
 
 def tag(path: Path, weights: Sequence[int | None] | None = None) -> TaggedNetwork:
-    """Read an ONNX file and rename its nodes and what they make to `@INDEX.`, the index of the node that makes it.
+    """Read an ONNX file and rename its nodes and their outputs to `@INDEX.`, with the index of the node.
 
-    ONNX Runtime names a fused node after one of the tensors or nodes it replaces, so the tag survives
-    optimisation. A node without weights counts to the latest weight-bearing operator that it depends on.
+    ONNX Runtime names a fused node after one of the tensors or nodes that it replaces, so the tag survives
+    optimisation. A node without weights is assigned to the latest weight-bearing operator that it depends on.
 
     Args:
         path: The ONNX file.
-        weights: How many elements the weight of each operator has that is to be told apart, in execution order; None
-            for any. Other products with constants (an adaptive pooling written as one) count to the operator before
-            them. Without it every product with a constant is an operator of its own.
+        weights: Number of weight elements of each operator to identify, in execution order; None for any number.
+            Other products with constants (such as an adaptive pooling) are assigned to the preceding operator. Without
+            this argument every product with a constant is an operator.
     """
     import onnx
 
@@ -144,7 +143,7 @@ def tag(path: Path, weights: Sequence[int | None] | None = None) -> TaggedNetwor
 def _is_next(
     node: Any, constants: Mapping[str, int], weights: Sequence[int | None] | None, place: int
 ) -> bool:
-    """Whether a node's constant is the weight that comes at `place`."""
+    """Whether a node's constant is the weight of operator `place`."""
     found = [constants[name] for name in node.input[:2] if name in constants]
     if weights is None or not found:
         return bool(found)
@@ -160,10 +159,10 @@ class OrtCpu:
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
-        self._pace = Pace(threads)
+        self._pace = ProcessorSpeed(threads)
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
-        """End to end, then under the profiler, then end to end again, so that a drift is seen by both."""
+        """Measure end to end, under the profiler, and end to end again, so that drift affects both equally."""
         runner = OnnxRunner(network.model, threads=self.threads)
         once = runner.warm_up(seconds / 10)
         runs = min(MOST_RUNS, max(LEAST_RUNS, int(seconds / 4 / (once / 1e3))))
@@ -171,23 +170,23 @@ class OrtCpu:
         before = timed(runner, runs)
         operators = np.zeros((0, 0))
         if network.operators:
-            operators = self._profile(network, min(2 * runs, MOST_PROFILED))
+            operators = self._profile(network, min(2 * runs, MAX_PROFILED_RUNS))
         after = timed(runner, runs)
         slow = max(slow, self._pace.slowdown())
         return NetworkTimes(undisturbed(np.concatenate([before, after])), operators, slow)
 
     def _profile(self, network: TaggedNetwork, runs: int) -> Floats:
-        """(runs, operators) milliseconds from ONNX Runtime's profiler, of the runs at full speed."""
+        """Return operator times in milliseconds, (runs, operators), of the profiled runs at full speed."""
         times = _by_operator(_events(network.model, self.threads, runs + WARM_UP), network)[WARM_UP:]
         return np.asarray(times[at_full_speed(times.sum(axis=1))])
 
 
 WARM_UP = 2
-"""Runs under the profiler that are not counted."""
+"""Warm-up runs under the profiler, which are not counted."""
 
 
 def profiled_runs(model: bytes, threads: int, runs: int) -> list[list[dict[str, Any]]]:
-    """What ONNX Runtime's profiler saw of `runs` runs after a warm-up: for each the kernels in their order.
+    """Profile `runs` runs with ONNX Runtime after a warm-up; returns the kernels of each run in execution order.
 
     A kernel has its `name`, its duration `dur` in microseconds, and in `args` its `op_name` and the shapes and bytes
     that it read and wrote.
@@ -212,7 +211,7 @@ def _events(model: bytes, threads: int, runs: int) -> list[dict[str, Any]]:
 
 
 def _runs(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The kernels among the profiler's events, for each run in the order of execution."""
+    """Extract the kernels of each run from the profiler's events, in execution order."""
     kernels = [
         event
         for event in sorted(
@@ -227,7 +226,7 @@ def _runs(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def tag_of(kernel: dict[str, Any]) -> int | None:
-    """Which node of the tagged file a kernel stands for; None for one that ONNX Runtime put in itself."""
+    """Return the index of a kernel's node in the tagged file; None for a node that ONNX Runtime inserted."""
     found = TAG.search(str(kernel["name"]))
     return int(found[1]) if found is not None else None
 
@@ -235,8 +234,7 @@ def tag_of(kernel: dict[str, Any]) -> int | None:
 def _by_operator(events: Sequence[dict[str, Any]], network: TaggedNetwork) -> Floats:
     """Sum the profiler's kernel times for each run and operator.
 
-    A node that ONNX Runtime put in itself (a change of layout) has no tag and counts to the operator before
-    it.
+    A node that ONNX Runtime inserted (a layout change) has no tag and is assigned to the preceding operator.
     """
     runs = _runs(events)
     times = np.zeros((len(runs), network.operators))

@@ -1,10 +1,10 @@
-"""A device that is reached over ssh: its table, and the time of single networks on it.
+"""Latency tables and timings of a device that is reached over ssh.
 
     table = profile_over_ssh("ssh://me@orin.local", space, example, model="resnet50", precision="fp16")
     timing = measured_over_ssh(url, dense_bytes, slim_bytes, table)
 
-The work goes on where it was when the same thing is asked for again: bytes that were copied are not copied again,
-engines and times that are there are kept. Once all went well nothing is left on the device.
+An interrupted call resumes when it is repeated: bytes that were copied are not copied again, and existing engines and
+times are reused. After a successful call nothing is left on the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from compressor.latency.cache import measuring_alone
 from compressor.latency.layout import signature
 from compressor.latency.own_tables import keep
 from compressor.latency.paired import Timing
-from compressor.latency.ratio import Sitting, Sittings, burst_of
+from compressor.latency.ratio import PairSession, PairSessions, burst_of
 from compressor.latency.remote_bundle import DENSE, Precision, target_of, write_table_bundle
 from compressor.latency.remote_table import RUNTIME, table_of_results
 from compressor.latency.table import LatencyTable, find_user_table
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 PROTOCOL: dict[str, Any] = {"duration_s": 5, "warmup_s": 2, "processes": 3}
-"""How each network is measured: seconds of runs after seconds of warm-up, in so many turns."""
+"""Measurement of each network: seconds of runs, seconds of warm-up, number of turns."""
 
 SLIM = "slim"
-_ELSEWHERE = (
-    "Where it lies in an unusual place on the device, say so here: export COMPRESSOR_TRTEXEC=/path/to/trtexec"
+_TRTEXEC_HINT = (
+    "If it is installed elsewhere on the device, set its path here: export COMPRESSOR_TRTEXEC=/path/to/trtexec"
 )
 _BUNDLE = "profile"
 
@@ -64,16 +64,16 @@ def ssh_table(
     opset: int = 17,
     renew: bool = False,
 ) -> LatencyTable:
-    """The device's table for a network: kept from before where the device still is what it was, else measured now.
+    """Return the device's table for a network: the stored one if the device is unchanged, else a new measurement.
 
     Args:
-        url: The device.
-        space, example, model: The network, a batch of one, and what messages call it.
-        precision, opset: Of its ONNX files.
-        renew: Whether a device that is no longer what its table was measured on is measured anew, not refused.
+        url: Address of the device.
+        space, example, model: The network, an input batch of size one, and its name in messages.
+        precision, opset: Precision and opset of the ONNX files.
+        renew: Whether a device that has changed since its table was measured is measured again, not refused.
 
     Raises:
-        CompressorError: the device is not reached, has no trtexec, or is not what its table was measured on.
+        CompressorError: The device cannot be reached, has no trtexec, or has changed since its table was measured.
     """
     table = find_user_table(url, precision, space)
     if table is not None and table.covers(space):
@@ -83,21 +83,21 @@ def ssh_table(
         differs = _differences(table, now)
         if not differs:
             return table
-        say(f"{url} is not what its table was measured on: {differs}. It is measured anew.")
+        say(f"{url} has changed since its table was measured: {differs}. It is measured again.")
     return profile_over_ssh(url, space, example, model=model, precision=precision, opset=opset)
 
 
 def profile_over_ssh(
     url: str, space: PruningSpace, example: Tensor, *, model: str, precision: Precision, opset: int = 17
 ) -> LatencyTable:
-    """Push the sub-networks, measure them there, pull the times, and keep the table under the address.
+    """Copy the sub-networks to the device, measure them there, fetch the times, and store the table under its address.
 
     Raises:
-        CompressorError, ExportError: the device is not reached, its disk is full, it has no trtexec, or its answer does
-            not hold together; what was done is kept for the next try.
+        CompressorError, ExportError: The device cannot be reached, its disk is full, it has no trtexec, or its results
+            are inconsistent; completed work is kept for the next attempt.
     """
     before = _identified(url)
-    say(f"Measuring {model} in {precision} on {_called(before)}, TensorRT {before['tensorrt']}.")
+    say(f"Measuring {model} in {precision} on {_device_title(before)}, TensorRT {before['tensorrt']}.")
     steps = [[group.name, group.width, group.granularity, group.min_width] for group in space.groups]
     key = json.dumps([url, signature(space), precision, opset, steps])
     work = cache_folder() / "profiles" / hashlib.sha256(key.encode()).hexdigest()[:20]
@@ -105,15 +105,15 @@ def profile_over_ssh(
         packed = work / f"{_BUNDLE}.tar.gz"
         if not packed.is_file():
             shutil.rmtree(work, ignore_errors=True)
-            carried = write_table_bundle(
+            written = write_table_bundle(
                 space, example, work / _BUNDLE, device=url, model=model, precision=precision, opset=opset
             )
             for name in (MANIFEST, CHECKSUMS):
-                write_atomic(work / name, (carried.folder / name).read_bytes())
+                write_atomic(work / name, (written.folder / name).read_bytes())
             write_atomic(
-                packed, pack(folder_files(carried.folder), _BUNDLE, executable=frozenset(["run.sh"]))
+                packed, pack(folder_files(written.folder), _BUNDLE, executable=frozenset(["run.sh"]))
             )
-            shutil.rmtree(carried.folder)
+            shutil.rmtree(written.folder)
         results = work / "results.tar.gz"
         if not results.is_file():
             networks = len(json.loads((work / MANIFEST).read_text())["networks"])
@@ -122,11 +122,11 @@ def profile_over_ssh(
         try:
             table = table_of_results(work, device=url)
         except (CompressorError, ExportError):
-            results.unlink()  # or the next try would find the same
+            results.unlink()  # otherwise the next attempt would read the same results
             raise
         path = keep(table)
         shutil.rmtree(work, ignore_errors=True)
-    say(f"The table is kept in {path}")
+    say(f"The table is stored in {path}")
     return table
 
 
@@ -134,12 +134,12 @@ def measured_over_ssh(url: str, dense: bytes, slim: bytes, table: LatencyTable |
     """Time two ONNX files on the device in turns, dense first and last; each turn gives one ratio.
 
     Args:
-        url: The device.
-        dense, slim: The files, in the precision that is asked for.
-        table: The device must still be in its state; None asks for none.
+        url: Address of the device.
+        dense, slim: Content of the files, in the requested precision.
+        table: Table whose device state is required; None requires none.
 
     Raises:
-        CompressorError: as `profile_over_ssh`, or the device has another version, power mode or board than its table.
+        CompressorError: As `profile_over_ssh`, or the device has another version, power mode or board than its table.
     """
     if table is not None:
         _require_same(table, _identified(url))
@@ -158,7 +158,7 @@ def measured_over_ssh(url: str, dense: bytes, slim: bytes, table: LatencyTable |
         packed.write_bytes(pack(folder_files(folder), _BUNDLE, executable=frozenset(["run.sh"])))
         given = {name: (folder / name).read_bytes() for name in (MANIFEST, CHECKSUMS)}
         _run(url, packed, work / "results.tar.gz", given[CHECKSUMS], 2 + 3 * PROTOCOL["processes"])
-        with _told(url, given[CHECKSUMS]):
+        with _with_resume_hint(url, given[CHECKSUMS]):
             timings = read_timings(work / "results.tar.gz", folder, given)
     if table is not None:
         _require_same(table, _fields(timings.board))
@@ -166,7 +166,7 @@ def measured_over_ssh(url: str, dense: bytes, slim: bytes, table: LatencyTable |
 
 
 def _in_turns(timings: Timings) -> Timing:
-    """The device's turns as sittings: in each the slim network's process between two of the dense one."""
+    """Convert the device's turns to sessions: in each, the slim process runs between two dense ones."""
     bursts: dict[str, dict[int, list[float]]] = {DENSE: {}, SLIM: {}}
     for name, turns in bursts.items():
         timed = timings.networks[name]
@@ -176,19 +176,19 @@ def _in_turns(timings: Timings) -> Timing:
             )
         for each in timed.turns:
             turns.setdefault(each.turn, []).extend(each.times_ms)
-    sittings: list[Sitting] = [
+    sessions: list[PairSession] = [
         [(burst_of(bursts[DENSE][turn]), burst_of(bursts[SLIM][turn]))] for turn in sorted(bursts[DENSE])
     ]
     dense, slim = (
         summarise(timings.networks[name].times_ms, runtime=RUNTIME, version=timings.board.tensorrt)
         for name in (DENSE, SLIM)
     )
-    return Timing(dense, slim, Sittings(sittings).ratio())
+    return Timing(dense, slim, PairSessions(sessions).ratio())
 
 
 def _run(url: str, packed: Path, results: Path, checksums: bytes, steps: int) -> None:
-    """Run a bundle on the device under a bar; lines that are no step are shown in it as they come."""
-    with _told(url, checksums), bar(f"On {url.removeprefix('ssh://')}", steps) as progress:
+    """Run a bundle on the device with a progress bar; failures reported by the device are shown as they occur."""
+    with _with_resume_hint(url, checksums), bar(f"On {url.removeprefix('ssh://')}", steps) as progress:
 
         def heard(line: str) -> None:
             if re.match(r"(turn|engine) \d+ of \d+", line):
@@ -202,14 +202,14 @@ def _run(url: str, packed: Path, results: Path, checksums: bytes, steps: int) ->
 
 
 @contextmanager
-def _told(url: str, checksums: bytes) -> Iterator[None]:
-    """Where something fails on the way: what is left on the device, and that the same command goes on."""
+def _with_resume_hint(url: str, checksums: bytes) -> Iterator[None]:
+    """Add to an error's hint that the same command resumes, and where the device keeps the completed work."""
     try:
         yield
     except ExportError as error:
         raise CompressorError(
             error.message,
-            f"{error.hint} The same command goes on where it was; what was copied and measured so far lies on the "
+            f"{error.hint} The same command resumes; completed work is kept on the "
             f"device in ~/{place_of(checksums)}".strip(),
         ) from None
 
@@ -218,12 +218,12 @@ def _identified(url: str) -> dict[str, str]:
     try:
         return identify(url, trtexec=_trtexec())
     except ExportError as error:
-        hint = _ELSEWHERE if "trtexec was not found" in error.message else error.hint
+        hint = _TRTEXEC_HINT if "trtexec was not found" in error.message else error.hint
         raise CompressorError(error.message, hint) from None
 
 
 def _trtexec() -> str:
-    """Where trtexec is on the device, if the user says so."""
+    """Return the path of trtexec on the device if the user has set it, else an empty string."""
     return os.environ.get("COMPRESSOR_TRTEXEC", "")
 
 
@@ -237,7 +237,7 @@ def _fields(board: Board) -> dict[str, str]:
 
 
 def _differences(table: LatencyTable, now: Mapping[str, str]) -> str:
-    """In what the device differs from the state that its table was measured in; empty where in nothing."""
+    """Describe how the device differs from the state in its table; empty if it does not."""
     then = table.fields
     board = next((source[len("board ") :] for source in then.sources if source.startswith("board ")), "")
     pairs = [
@@ -256,14 +256,14 @@ def _require_same(table: LatencyTable, now: Mapping[str, str]) -> None:
     """Refuse a device that is not in the state of its table.
 
     Raises:
-        CompressorError: what differs, and the command that makes the right table.
+        CompressorError: Something differs; the message names it and the command that measures a new table.
     """
     if differs := _differences(table, now):
         raise CompressorError(
-            f"{table.device} is not what its table was measured on: {differs}.",
-            f"Bring it back to that state, or measure it anew: compress profile --model MODEL --device {table.device}",
+            f"{table.device} has changed since its table was measured: {differs}.",
+            f"Restore that state, or measure again: compress profile --model MODEL --device {table.device}",
         )
 
 
-def _called(facts: Mapping[str, str]) -> str:
+def _device_title(facts: Mapping[str, str]) -> str:
     return facts.get("model") or "the device"

@@ -1,4 +1,4 @@
-"""Keeping a table that was measured on a device that is not here, so that `--device NAME` finds it."""
+"""Stores tables that were measured on remote devices, so that `--device NAME` finds them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def table_file(table: LatencyTable) -> Path:
-    """Where a table belongs: one file for each device, precision and network."""
+    """Return the file of a table: one for each device, precision and network."""
     (network,) = table.fields.networks
     return tables_folder() / f"{_stem(table.device)}.{table.precision}.{network}.json"
 
@@ -26,19 +26,19 @@ def keep(table: LatencyTable) -> Path:
     """Write a measured table into the user's folder.
 
     Raises:
-        CompressorError: its measurements are there under another name, or its name belongs to another device.
+        CompressorError: The same measurements are stored under another name, or the name belongs to another device.
     """
     check_name(table.device)
     results = {source for source in table.fields.sources if source.startswith("results ")}
     for path, other in user_tables():
         if results & set(other.fields.sources) and other.device != table.device:
             raise CompressorError(
-                f"These measurements are kept already, as the device {other.device}.",
+                f"These measurements are already stored as the device {other.device}.",
                 f"Use --device {other.device}, or delete {path} first.",
             )
         if other.device == table.device and not table.device.startswith(
             "ssh:"
-        ):  # these are asked before each use
+        ):  # the state of these devices is checked before each use
             _require_same_device(table, other, path)
     _require_not_another_module(table)
     path = table_file(table)
@@ -47,7 +47,7 @@ def keep(table: LatencyTable) -> Path:
 
 
 def _require_same_device(table: LatencyTable, other: LatencyTable, path: Path) -> None:
-    """Tables of one name are of one board, in one power mode, with one version of TensorRT."""
+    """Require that all tables of one name have the same board, power mode and TensorRT version."""
     new, old = table.fields, other.fields
     pairs = [
         ("board", _board(table), _board(other)),
@@ -62,13 +62,13 @@ def _require_same_device(table: LatencyTable, other: LatencyTable, path: Path) -
         say(f"The earlier table of {table.device} is replaced: {'; '.join(differs)}.")
         return
     raise CompressorError(
-        f"A table of {table.device} is kept from another state of it: {'; '.join(differs)}.",
-        f"Give this device, or this state of it, a name of its own with --device NAME, or delete {path}.",
+        f"A table of {table.device} from another state is stored already: {'; '.join(differs)}.",
+        f"Give this device, or this state of it, its own name with --device NAME, or delete {path}.",
     )
 
 
 def _require_not_another_module(table: LatencyTable) -> None:
-    """A shipped name may be taken only by a measurement of that very module."""
+    """Refuse the name of a shipped table for a measurement of another module."""
     shipped = None if table.device.startswith("ssh:") else shipped_table(table.device)
     if shipped is None:
         return
@@ -78,7 +78,7 @@ def _require_not_another_module(table: LatencyTable) -> None:
         raise CompressorError(
             f"{table.device} has compute capability {expected}; this was measured on "
             f"{table.fields.device.sku or 'a device'} with {got or 'an unknown one'}.",
-            "Give it a name of its own: --device NAME",
+            "Give it its own name: --device NAME",
         )
 
 

@@ -1,10 +1,10 @@
-"""Two networks timed in turns until what their ratio says of a target is known.
+"""Times two networks in turns until their ratio decides whether a target is met.
 
     timing = measured(Path("dense.onnx"), Path("slim.onnx"), threads=1, target=0.5)
     timing.ratio.value, timing.ratio.low, timing.ratio.high, timing.ratio.verdict(0.5)
 
-Each network runs in a warm process of its own; the two take turns in short bursts, and after a second or so both
-processes give way to fresh ones.
+Each network runs in its own warm process. The two processes alternate in short bursts, and are replaced by fresh ones
+after about a second. One such pair of processes is called a session.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Protocol
 
 from compressor.core.progress import bar
 from compressor.latency.ort_process import BurstProcess
-from compressor.latency.ratio import ERROR, LOOKS, Burst, Ratio, Sitting, Sittings, error_at
+from compressor.latency.ratio import ERROR, LOOKS, Burst, PairSession, PairSessions, Ratio, error_at
 from export.ort import runtime
 from export.stats import LatencyStats, summarise
 
 SHORTEST_S, LONGEST_S = 0.8, 4.0
-"""Bursts of one sitting take as long together as its processes took to start, which is long on a busy machine,
-within these limits."""
+"""Limits of the total burst time of one session, in seconds. Within them it equals the start-up time of its processes,
+which is long on a loaded machine."""
 
 FEWEST_PAIRS, MOST_PAIRS = 6, 150
 COUNTED_MS, FEWEST_COUNTED, MOST_COUNTED = 12.0, 4, 100
-"""A burst's runs that count take about this long together."""
+"""Approximate total time of a burst's counted runs, and limits of their number."""
 
 DROPPED_MS = 2.5
-"""What the other network has put out of the caches is back after about this long; as much is not counted."""
+"""Time at the start of a burst that is not counted: the caches refill after the other network's burst."""
 
 TAIL = 3.0
-"""Where a hundredth of the runs takes this many times the median, others use the machine."""
+"""Ratio of the 99th percentile to the median from which the machine is reported as loaded."""
 
 REPEATS = 5
 SECONDS = 90.0
@@ -45,8 +45,8 @@ class Timing:
     """Two networks that were timed in turns.
 
     Attributes:
-        dense, slim: Every run that counted, on the wall's clock: what a user of this machine met meanwhile.
-        ratio: The slim network's time as a share of the dense one's, on the quiet machine.
+        dense, slim: Wall-clock times of all counted runs, including the effect of other load.
+        ratio: Slim time as a share of dense time, on an unloaded machine.
     """
 
     dense: LatencyStats
@@ -55,23 +55,23 @@ class Timing:
 
     @property
     def noise(self) -> str:
-        """What to say where many runs took far longer than the usual one; empty on a quiet machine."""
+        """Warning if many runs took far longer than the median; empty on a quiet machine."""
         if self.slim.p99_ms < TAIL * self.slim.median_ms:
             return ""
         return (
             f"The machine was not quiet while the latency was measured: one run in a hundred of the slim network took "
-            f"{self.slim.p99_ms:.3g} ms or more at a median of {self.slim.median_ms:.3g} ms. The ratio to the dense "
-            "network, which was timed in turns with it, counts."
+            f"{self.slim.p99_ms:.3g} ms or more, with a median of {self.slim.median_ms:.3g} ms. Use the ratio to the "
+            "dense network, which was timed in turns with it."
         )
 
 
 class Bursts(Protocol):
-    """A network that is loaded and warm; its runs take place when they are asked for."""
+    """A network that is loaded and warm, and runs on request."""
 
     once_ms: float
 
     def burst(self, dropped: int, counted: int) -> Burst:
-        """Run it so often, and more often before that without counting."""
+        """Run `counted` times after `dropped` runs that are not counted."""
 
 
 def measured(
@@ -87,15 +87,15 @@ def measured(
     Args:
         dense, slim: The files.
         threads: Threads inside one operator.
-        repeats: Sittings where there is no target.
-        target: The share of the dense network's time that the slim one may take.
-        seconds: The longest that it may take.
+        repeats: Number of sessions if there is no target.
+        target: Share of the dense network's time that the slim one may take.
+        seconds: Time limit.
 
     Raises:
-        ExportError: ONNX Runtime refuses one of them, or a process that ran it has died.
+        ExportError: ONNX Runtime rejects one of them, or its process has died.
     """
 
-    def sit() -> Sitting:
+    def run_session() -> PairSession:
         begun = time.monotonic()
         with ExitStack() as stack:
             first, second = (
@@ -103,10 +103,10 @@ def measured(
             )
             for child in (first, second):
                 child.ready()
-            return sitting(first, second, seconds=time.monotonic() - begun)
+            return pair_session(first, second, seconds=time.monotonic() - begun)
 
     return in_turns(
-        sit,
+        run_session,
         "onnxruntime",
         str(runtime().__version__),
         threads,
@@ -117,7 +117,7 @@ def measured(
 
 
 def in_turns(
-    sit: Callable[[], Sitting],
+    run_session: Callable[[], PairSession],
     name: str,
     version: str,
     threads: int = 0,
@@ -127,25 +127,25 @@ def in_turns(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.monotonic,
 ) -> Timing:
-    """Sit until the target is outside the ratio's interval, or the interval near it, or the time is up.
+    """Run sessions until the target is outside the ratio's interval, the interval is near it, or the time is up.
 
     Args:
-        sit: One sitting with fresh processes.
-        name, version, threads: Of the runtime.
-        repeats, target, seconds: As for `measured`.
-        clock: Seconds from some moment on.
+        run_session: Runs one session with fresh processes.
+        name, version, threads: Name, version and thread count of the runtime.
+        repeats, target, seconds: As in `measured`.
+        clock: Monotonic clock in seconds.
     """
-    found, begun = Sittings(), clock()
+    found, begun = PairSessions(), clock()
     looks = {count: error_at(place) for place, count in enumerate(LOOKS)}
     most = repeats if target is None else LOOKS[-1]
     ratio = None
     with bar("Measuring latency", most if target is None else LOOKS[0]) as progress:
         while len(found.all) < most:
-            found.all.append(sit())
+            found.all.append(run_session())
             spent, count = clock() - begun, len(found.all)
-            late = spent * (count + 1) / count > seconds  # the next one would end too late
+            late = spent * (count + 1) / count > seconds  # the next session would exceed the limit
             if target is not None and (count in looks or late):
-                # out of turn at the end of the time: what is left to spend on the looks that do not come
+                # when time runs out between looks, spend the error of the next look, which will not take place
                 error = looks.get(count) or error_at(min(i for i, look in enumerate(LOOKS) if look > count))
                 ratio = found.ratio(error, spent)
                 if ratio.settled(target) or late:
@@ -161,17 +161,17 @@ def in_turns(
     return Timing(dense, slim, ratio)
 
 
-def sitting(
+def pair_session(
     dense: Bursts, slim: Bursts, seconds: float = 0.0, clock: Callable[[], float] = time.monotonic
-) -> Sitting:
-    """Pairs of bursts in turns, each pair in the other order than the one before it.
+) -> PairSession:
+    """Run pairs of bursts, each pair in the reverse order of the preceding one.
 
-    Both networks have as many runs in a burst, so that the quantiles of their bursts are alike.
+    Bursts of both networks have the same number of runs, so that their quantiles are comparable.
 
     Args:
-        dense, slim: Warm.
-        seconds: How long the bursts take together, within `SHORTEST_S` and `LONGEST_S`.
-        clock: Seconds from some moment on.
+        dense, slim: Networks that are loaded and warm.
+        seconds: Total time of the bursts, clipped to `SHORTEST_S` and `LONGEST_S`.
+        clock: Monotonic clock in seconds.
     """
     once = (dense.once_ms + slim.once_ms) / 2
     counted = max(FEWEST_COUNTED, min(MOST_COUNTED, round(COUNTED_MS / once)))

@@ -1,4 +1,4 @@
-"""What a measured table says of itself: on what it was made, running what, and how."""
+"""Provenance of a measured table: device, runtime, precision and protocol."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SECONDS_A_NETWORK = 0.5
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a table says of itself where it is not of this machine's CPU.
+class Provenance:
+    """Provenance of a measured table.
 
     Attributes:
-        device, runtime, precision: What was measured, running what.
-        block: Channels that its kernels compute at once.
-        protocol, sources: How it was measured, in words; whose numbers.
+        device, runtime, precision: The measured device, its runtime and precision.
+        block: Channels per kernel block.
+        protocol, sources: Description of the measurement; identifiers of its data.
     """
 
     device: DeviceFields
@@ -31,11 +31,16 @@ class Made:
     sources: tuple[str, ...] = ()
 
 
-def measured_here(fitted: int, unseen: int, threads: int) -> Made:
-    """Of this machine's CPU through ONNX Runtime, from so many networks."""
+def local_cpu_provenance(fitted: int, unseen: int, threads: int) -> Provenance:
+    """Return the provenance of a table of this machine's CPU through ONNX Runtime.
+
+    Args:
+        fitted, unseen: Number of fitted and of held-out networks.
+        threads: Threads of ONNX Runtime.
+    """
     import onnxruntime
 
-    return Made(
+    return Provenance(
         device=DeviceFields(name="local", sku=cpu_model(), power_mode=governor(), clocks=clocks()),
         runtime=RuntimeFields(name=CPU, version=onnxruntime.__version__, threads=threads),
         precision="fp32",
@@ -45,6 +50,6 @@ def measured_here(fitted: int, unseen: int, threads: int) -> Made:
             "end to end, then under ONNX Runtime's profiler (mean of the middle half of the runs), then end to "
             f"end again; {unseen} networks were held out; the dense network first, every dozen, and last; runs that "
             "other processes interrupted or slowed down do not count; a network that met a slow processor or came out "
-            "much slower than predicted was measured again, and its calmest time counts"
+            "much slower than predicted was measured again, and its least disturbed time counts"
         ),
     )

@@ -1,16 +1,14 @@
-"""How long one network takes as a share of another, from bursts of both in turns, and what can be said of a target.
+"""Estimates the ratio of two networks' times from alternating bursts, and compares it with a target.
 
-On a machine with neighbours a network's time moves by tens of per cent within seconds, and the ratio of two networks
-that are timed at short distance hardly moves. A *sitting* is a number of pairs of bursts in two processes that are
-started for it: where in memory a network comes to lie is worth some per cent of its time, so that only sittings, and
-not the pairs within one, are independent measurements. Each gives one number, the median ratio of its pairs.
-
-Estimate and interval are those of the trimmed mean of the sittings' logarithms (Tukey and McLaughlin 1963; Wilcox,
-Introduction to Robust Estimation and Hypothesis Testing, chapter 4): one sitting that met something odd costs width
-and moves nothing. The interval is looked at several times, after `LOOKS` sittings, which would make an error of 5 % one
-of 15 or 20 %. The error is therefore shared out over the looks in proportion to their sittings (spending of alpha, Lan
-and DeMets 1983, joined by Bonferroni's inequality, which needs no distribution): together the intervals are right with
-95 %.
+On a loaded machine a network's time varies by tens of per cent within seconds, while the ratio of two networks that are
+timed shortly after one another hardly varies. A *session* is a number of burst pairs in two freshly started processes.
+The placement of a network in memory changes its time by some per cent, so that only sessions, and not the pairs within
+one, are independent measurements. Each session gives one number, the median ratio of its pairs. Estimate and interval
+are those of the trimmed mean of the sessions' logarithms (Tukey and McLaughlin 1963; Wilcox, Introduction to Robust
+Estimation and Hypothesis Testing, chapter 4): one outlier widens the interval but does not shift the estimate. The
+interval is examined several times, after `LOOKS` sessions, which would turn an error of 5 % into one of 15 or 20 %. The
+error is therefore divided among the looks in proportion to their sessions (alpha spending, Lan and DeMets 1983,
+combined by Bonferroni's inequality, which needs no distribution). All intervals together have a confidence of 95 %.
 """
 
 from __future__ import annotations
@@ -27,38 +25,38 @@ Floats = npt.NDArray[np.float64]
 Verdict = Literal["kept", "missed", "undecided"]
 
 ERROR = 0.05
-"""How often the interval may miss the ratio, over all looks at it."""
+"""Probability that any of the intervals misses the ratio, over all looks."""
 
 LOOKS = (3, 5, 8, 12, 18, 27, 40, 60)
-"""After so many sittings the interval is looked at."""
+"""Numbers of sessions after which the interval is examined."""
 
 WITHIN = 0.01
-"""An interval that lies this close to the target, as a share of it, is not made narrower."""
+"""Relative distance from the target within which an interval is precise enough."""
 
 TRIMMED = 0.2
-"""Share of the sittings at either end that only count as far as those inside them."""
+"""Share of the sessions that is trimmed at either end."""
 
 FAST = 0.1
-"""The quantile of a burst's runs that an undisturbed run takes."""
+"""Quantile of a burst's runs that is taken as the time of an undisturbed run."""
 
 QUIET = 0.1
-"""The quantile of a network's bursts that is its quiet level."""
+"""Quantile of a network's bursts that is taken as its quiet level."""
 
-CALM = 0.1
-"""A pair counts whose bursts are no longer than the quiet level of their network by this share."""
+QUIET_TOLERANCE = 0.1
+"""A pair counts if both of its bursts exceed the quiet level of their network by no more than this share."""
 
 FEWEST_PAIRS = 3
-"""A sitting with fewer pairs that count says nothing."""
+"""Fewest counted pairs of a session; a session with fewer is ignored."""
 
 
 @dataclass(frozen=True)
 class Burst:
-    """Runs of one network after another, without the first ones.
+    """Consecutive runs of one network, without the first ones.
 
     Attributes:
-        fast_ms: The time of an undisturbed run: the lower decile, on the thread's own clock where one is timed.
-        median_ms: The median on the same clock.
-        wall_ms: Each run on the wall's clock, in order.
+        fast_ms: Time of an undisturbed run: the lower decile, of CPU time if one thread is used.
+        median_ms: Median on the same clock.
+        wall_ms: Wall-clock time of each run, in order.
     """
 
     fast_ms: float
@@ -67,19 +65,19 @@ class Burst:
 
 
 def burst_of(wall_ms: Sequence[float], own_ms: Sequence[float] | None = None) -> Burst:
-    """What a burst's runs say.
+    """Summarise the runs of a burst.
 
     Args:
-        wall_ms: Each run on the wall's clock.
-        own_ms: On the thread's own, which stands still while another process has the processor; None where it is not
-            known, or says nothing of other threads.
+        wall_ms: Wall-clock time of each run.
+        own_ms: CPU time of the thread, which excludes time spent in other processes; None if it is unknown, or if the
+            runtime uses several threads.
     """
     used = np.asarray(wall_ms if own_ms is None else own_ms)
     return Burst(float(np.quantile(used, FAST)), float(np.median(used)), tuple(wall_ms))
 
 
-Sitting = Sequence[tuple[Burst, Burst]]
-"""Pairs of bursts (dense, slim) in two processes."""
+PairSession = Sequence[tuple[Burst, Burst]]
+"""Pairs of bursts (dense, slim) of two processes."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +86,12 @@ class Ratio:
 
     Attributes:
         value: The estimate.
-        low, high: Its interval, right with 95 % whenever it is looked at; 0 and infinity where nothing is known yet.
-        dense_ms: The quiet level of the dense network meanwhile.
-        bursts: Of both networks together.
-        sittings: Pairs of processes.
-        calm: Share of the pairs that counted.
-        seconds: How long it all took.
+        low, high: Its interval, with a confidence of 95 % over all looks; 0 and infinity where nothing is known yet.
+        dense_ms: Quiet level of the dense network during the measurement.
+        bursts: Number of bursts of both networks.
+        sessions: Number of sessions (pairs of processes).
+        undisturbed: Share of the pairs that counted as undisturbed.
+        seconds: Duration of the measurement.
     """
 
     value: float
@@ -101,27 +99,27 @@ class Ratio:
     high: float
     dense_ms: float
     bursts: int = 0
-    sittings: int = 0
-    calm: float = 1.0
+    sessions: int = 0
+    undisturbed: float = 1.0
     seconds: float = 0.0
 
     def verdict(self, target: float) -> Verdict:
-        """Whether the slim network takes no more than this share of the dense one's time.
+        """Decide whether the slim network takes no more than this share of the dense one's time.
 
-        Kept where the estimate keeps it and the interval ends no more than `WITHIN` above it; missed where the whole
-        interval lies above it.
+        "kept" if the estimate meets the target and the interval ends at most `WITHIN` above it; "missed" if the whole
+        interval lies above it; else "undecided".
         """
         if self.value <= target and self.high <= (1 + WITHIN) * target:
             return "kept"
         return "missed" if self.low > target else "undecided"
 
     def settled(self, target: float) -> bool:
-        """Whether measuring on would change nothing: the target is outside the interval, or all of it is near."""
+        """Whether measuring can stop: the target is outside the interval, or the whole interval is near it."""
         near = self.low >= (1 - WITHIN) * target and self.high <= (1 + WITHIN) * target
         return near or self.verdict(target) != "undecided"
 
     def together(self, value: float, low: float, high: float) -> Ratio:
-        """With another measurement of the same two networks, each weighted by the width of its interval."""
+        """Combine with another measurement of the same networks; weights follow from the widths of the intervals."""
         halves = [math.log(each[1] / each[0]) / 2 for each in ((self.low, self.high), (low, high)) if each[0] > 0]
         if len(halves) < 2 or not all(map(math.isfinite, halves)):
             return self
@@ -132,21 +130,21 @@ class Ratio:
 
 
 def in_words(verdict: Verdict) -> str:
-    """A verdict for the terminal."""
+    """Return a verdict as text for the terminal."""
     return "cannot be told on this machine now" if verdict == "undecided" else verdict
 
 
 def error_at(look: int) -> float:
-    """The share of `ERROR` that is spent on the interval after `LOOKS[look]` sittings."""
+    """Return the share of `ERROR` that is spent on the interval after `LOOKS[look]` sessions."""
     return ERROR * LOOKS[look] / sum(LOOKS)
 
 
 def trimmed_interval(values: Sequence[float], error: float) -> tuple[float, float]:
-    """The trimmed mean of some values and the half width of its interval, infinite for a single value.
+    """Return the trimmed mean of some values and the half width of its interval, infinite for a single value.
 
     Args:
-        values: One or more.
-        error: How often the interval may miss, such as 0.05.
+        values: One or more values.
+        error: Probability that the interval misses, such as 0.05.
     """
     from scipy.stats import t
 
@@ -162,32 +160,32 @@ def trimmed_interval(values: Sequence[float], error: float) -> tuple[float, floa
 
 
 @dataclass
-class Sittings:
-    """All that was measured of two networks.
+class PairSessions:
+    """All sessions of two networks.
 
     Attributes:
-        all: Each sitting's pairs.
+        all: Burst pairs of each session.
     """
 
-    all: list[Sitting] = field(default_factory=list)
+    all: list[PairSession] = field(default_factory=list)
 
     def ratio(self, error: float = ERROR, seconds: float = 0.0) -> Ratio:
-        """What is known so far.
+        """Estimate the ratio from all sessions so far.
 
         Args:
-            error: How often the interval may miss.
-            seconds: How long it took, for the record.
+            error: Probability that the interval misses.
+            seconds: Duration of the measurement, for the record.
         """
-        fast = [self._levels(sitting, "fast_ms") for sitting in self.all]
+        fast = [self._levels(session, "fast_ms") for session in self.all]
         quiet = np.quantile(np.concatenate(fast), QUIET, axis=0)
         logarithms, counted = [], 0
         for levels in fast:
-            calm = levels[np.all(levels <= (1 + CALM) * quiet, axis=1)]
-            counted += len(calm)
-            if len(calm) >= min(FEWEST_PAIRS, len(levels)):
-                logarithms.append(float(np.median(np.log(calm[:, 1] / calm[:, 0]))))
+            undisturbed = levels[np.all(levels <= (1 + QUIET_TOLERANCE) * quiet, axis=1)]
+            counted += len(undisturbed)
+            if len(undisturbed) >= min(FEWEST_PAIRS, len(levels)):
+                logarithms.append(float(np.median(np.log(undisturbed[:, 1] / undisturbed[:, 0]))))
         pairs = sum(map(len, fast))
-        medians = np.concatenate([self._levels(sitting, "median_ms") for sitting in self.all])
+        medians = np.concatenate([self._levels(session, "median_ms") for session in self.all])
         if logarithms:
             centre, half = trimmed_interval(logarithms, error)
         else:
@@ -199,16 +197,16 @@ class Sittings:
             high=float(np.exp(centre + half)),
             dense_ms=float(np.quantile(medians[:, 0], QUIET)),
             bursts=2 * pairs,
-            sittings=len(self.all),
-            calm=counted / pairs,
+            sessions=len(self.all),
+            undisturbed=counted / pairs,
             seconds=seconds,
         )
 
     def wall_ms(self, network: int) -> list[float]:
-        """Each run of the dense (0) or the slim (1) network on the wall's clock."""
-        return [time for sitting in self.all for pair in sitting for time in pair[network].wall_ms]
+        """Return the wall-clock time of each run of the dense (0) or the slim (1) network."""
+        return [time for session in self.all for pair in session for time in pair[network].wall_ms]
 
     @staticmethod
-    def _levels(sitting: Sitting, which: Literal["fast_ms", "median_ms"]) -> Floats:
-        """(pairs, 2): dense and slim."""
-        return np.asarray([[getattr(burst, which) for burst in pair] for pair in sitting])
+    def _levels(session: PairSession, which: Literal["fast_ms", "median_ms"]) -> Floats:
+        """Return one time per burst, (pairs, 2): dense and slim."""
+        return np.asarray([[getattr(burst, which) for burst in pair] for pair in session])

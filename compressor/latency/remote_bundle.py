@@ -1,8 +1,8 @@
-"""A device that is not here: the sub-networks to be timed there, in a folder to carry to it.
+"""Writes a remote bundle: a folder of sub-networks to be timed on another device.
 
-The choice is that of `design`: every operator sees the widths that its table needs. The dense network comes first
-and last, those held out for the error are spread among the others, and the order is otherwise random. Weights play
-no part in time; each tensor repeats its first few thousand values, so that the folder packs small.
+The sub-networks are selected by `design`, so that every operator is measured at the widths that its table needs. The
+dense network comes first and last. Held-out networks are spread among the others, and the order is otherwise random.
+Weights do not affect the time: each tensor repeats its first few thousand values, so that the folder compresses well.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class CandidateFields(BaseModel):
     """One network of a bundle.
 
     Attributes:
-        role: What it is for.
-        widths: Of each group.
-        owner: For each node of the file as it was exported, the operator that it counts to.
-        weighted: For each operator, the node that bears its weight.
+        role: Use of the network in the fit.
+        widths: Width of each group.
+        owner: Operator that owns each node of the exported file.
+        weighted: Node with the weight of each operator.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +65,7 @@ class CandidateFields(BaseModel):
 
 
 class TableFacts(BaseModel):
-    """What a bundle says of the table that is to be made of it."""
+    """The facts in a bundle from which its results are turned into a table."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -80,8 +80,8 @@ class TableFacts(BaseModel):
 
 
 @dataclass(frozen=True)
-class Carried:
-    """What was written: where, how many networks, how many bytes."""
+class WrittenBundle:
+    """A written bundle: its folder, number of networks and size in bytes."""
 
     folder: Path
     networks: int
@@ -89,7 +89,7 @@ class Carried:
 
 
 def target_of(device: str) -> Target:
-    """What the device reads: of a known module its facts, else those that suit all newer ones."""
+    """Return the target of a device: that of a known module, else one that suits all newer modules."""
     return TARGETS.get(device, _UNKNOWN)
 
 
@@ -103,20 +103,20 @@ def write_table_bundle(
     precision: Precision,
     opset: int = 17,
     seed: int = 0,
-) -> Carried:
-    """Write the folder; it appears whole or not at all.
+) -> WrittenBundle:
+    """Write the bundle's folder; it appears completely or not at all.
 
     Args:
-        space, example: The network, and a batch of one.
-        folder: Where; it must not exist, or be empty.
-        device: The name that the table will have.
-        model: The network's name, for people.
-        precision: Of the networks.
-        opset: Of their files, lowered to what the device reads.
-        seed: Which sub-networks.
+        space, example: The network, and an input batch of size one.
+        folder: Target folder; it must not exist, or be empty.
+        device: Name of the future table.
+        model: The network's name, for display.
+        precision: Precision of the networks.
+        opset: ONNX opset of the files, lowered to what the device supports.
+        seed: Seed for the choice of sub-networks.
 
     Raises:
-        CompressorError, ExportError: the folder is taken, or a network cannot be exported.
+        CompressorError, ExportError: The folder is in use, or a network cannot be exported.
     """
     refuse_taken(folder)
     target = target_of(device)
@@ -164,24 +164,24 @@ def write_table_bundle(
             part.rename(folder)
         except OSError as error:
             raise disk_error(folder, error) from error
-    return Carried(folder, len(rows), size)
+    return WrittenBundle(folder, len(rows), size)
 
 
 def refuse_taken(folder: Path) -> None:
-    """A bundle is never written over anything.
+    """Refuse a folder with content, which a bundle must not overwrite.
 
     Raises:
-        CompressorError: there is something.
+        CompressorError: The folder exists and is not empty.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise CompressorError(f"{folder} exists already.", "Choose another --bundle DIR, or delete it.")
 
 
 def in_precision(content: bytes, precision: Precision, shape: tuple[int, ...]) -> bytes:
-    """An FP32 ONNX file in the precision that is to be timed; INT8 ranges are those of random inputs."""
+    """Convert an FP32 ONNX file to the precision to be timed; INT8 ranges come from random inputs."""
     if precision == "fp32":
         return content
-    with tempfile.TemporaryDirectory(prefix="compressor-carry-") as folder:
+    with tempfile.TemporaryDirectory(prefix="compressor-bundle-") as folder:
         source, goal = Path(folder) / "network.onnx", Path(folder) / "converted.onnx"
         source.write_bytes(content)
         if precision == "fp16":
@@ -193,7 +193,7 @@ def in_precision(content: bytes, precision: Precision, shape: tuple[int, ...]) -
 
 
 def weighted_nodes(network: TaggedNetwork) -> tuple[int, ...]:
-    """The node that bears each operator's weight, by its place in the file."""
+    """Return the index in the file of the node with each operator's weight."""
     import onnx
 
     kinds = [node.op_type for node in onnx.load_model_from_string(network.model).graph.node]
@@ -202,14 +202,14 @@ def weighted_nodes(network: TaggedNetwork) -> tuple[int, ...]:
         if kind in WEIGHTED:
             found.setdefault(owner, place)
     if sorted(found) != list(range(network.operators)):
-        raise ExportError("The operators of the network were not found again in its file.")
+        raise ExportError("The operators of the network were not found in its exported file.")
     return tuple(found[owner] for owner in range(network.operators))
 
 
 def candidate_rows(
     space: PruningSpace, seed: int
 ) -> dict[str, tuple[Literal["dense", "fitted", "held out"], Widths]]:
-    """Name -> (role, widths), in the order of measuring; no widths occur twice."""
+    """Return name -> (role, widths) in measurement order; all widths differ."""
     dense = np.asarray(space.dense_widths, dtype=np.int64)
     fitted = np.concatenate([anchor_widths(space), grid_widths(space, levels=LEVELS, seed=seed)])
     held = random_widths(space, HELD_OUT, seed=seed + 1)
@@ -226,7 +226,7 @@ def candidate_rows(
 
 
 def _repeating(content: bytes) -> bytes:
-    """The same network with the first values of each large weight repeated all over it."""
+    """Return the network with the first values of each large weight repeated over the whole tensor."""
     import onnx
     from onnx import numpy_helper
 

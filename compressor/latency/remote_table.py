@@ -1,4 +1,4 @@
-"""From what a device sent back to a measured table of it."""
+"""Builds a measured table from the results that a device sent back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compressor.latency.assemble import Sample, table_from
 from compressor.latency.fused import Floats, fitted_shares, shares_of_layers
 from compressor.latency.layout import as_space, layout_of, signature
 from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
-from compressor.latency.provenance import Made
+from compressor.latency.provenance import Provenance
 from compressor.latency.remote_bundle import DENSE, TableFacts
 from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields, first_problem
 from compressor.latency.signature import channels
@@ -28,35 +28,35 @@ from export.timing_results import read_manifest, read_timings
 from export.timings import Timings
 
 NOISY, UNSTEADY = 0.15, 0.5
-"""Drift of the dense network that is said, and that is refused."""
+"""Drift of the dense network from which the user is warned, and from which a table is refused."""
 
-MOST_FAILED = 0.1
+MAX_FAILED_SHARE = 0.1
 FASTEST_MACS = 1e15
-"""Multiply-adds a second: no device computes faster, so that a table above it has wrong units."""
+"""Multiply-adds per second that no device exceeds: a faster table has wrong units."""
 
 RUNTIME = "tensorrt"
 
 
 def table_of_results(given: Path, device: str | None = None) -> LatencyTable:
-    """The table of a bundle that came back.
+    """Build the table from a bundle with results.
 
     Args:
         given: The bundle's folder with `results` or `results.tar.gz` in it, or one of these two inside the bundle.
-        device: The name of the table, instead of the one that the bundle was made for.
+        device: Name of the table, instead of the bundle's device.
 
     Raises:
-        CompressorError, ExportError: something is missing or damaged, or does not belong together.
+        CompressorError, ExportError: Something is missing, damaged or inconsistent.
     """
-    folder, results = _places(given)
-    files = _trusted(folder)
+    folder, results = _bundle_and_results(given)
+    files = _checked_manifest(folder)
     manifest = read_manifest(files, folder)
     try:
         facts = TableFacts.model_validate(manifest["facts"])
     except (KeyError, ValidationError) as error:
-        what = first_problem(error) if isinstance(error, ValidationError) else "it lacks what it was made for"
+        what = first_problem(error) if isinstance(error, ValidationError) else "its purpose is missing"
         raise CompressorError(
-            f"{folder} is no bundle that a table is made of: {what}.",
-            "Make it with: compress profile --bundle",
+            f"{folder} is not a bundle for a latency table: {what}.",
+            "Write one with: compress profile --bundle",
         ) from None
     return table_of_timings(
         facts, read_timings(results, folder, files), folder, device, sha256_bytes(files[CHECKSUMS])
@@ -66,7 +66,7 @@ def table_of_results(given: Path, device: str | None = None) -> LatencyTable:
 def table_of_timings(
     facts: TableFacts, timings: Timings, source: Path, device: str | None, bundle: str
 ) -> LatencyTable:
-    """The table, from checked times."""
+    """Build the table from validated times."""
     layout = layout_of(facts.layout)
     _require_consistent(facts, timings, source)
     samples, mapped = _samples(facts, timings)
@@ -80,10 +80,10 @@ def table_of_timings(
     how = (
         "the time of each layer from trtexec's profile, n counting profiles"
         if mapped
-        else "TensorRT's layers could not be told apart by operator, so that operators have their share of the whole "
+        else "TensorRT's layers could not be assigned to operators, so that operators have shares of the whole "
         "networks' times by a fit of arithmetic, traffic and launches"
     )
-    made = Made(
+    provenance = Provenance(
         device=DeviceFields(
             name=device or facts.device,
             sku=board.title if board.title != "the device" else "",
@@ -101,11 +101,11 @@ def table_of_timings(
         ),
         sources=(f"bundle {bundle}", f"results {timings.digest}", f"board {board.identity}"),
     )
-    return table_from(as_space(layout), [dense, *fitted, dense], unseen, drift, seconds, 0, made)
+    return table_from(as_space(layout), [dense, *fitted, dense], unseen, drift, seconds, 0, provenance)
 
 
-def _places(given: Path) -> tuple[Path, Path]:
-    """The bundle's folder and the results in it."""
+def _bundle_and_results(given: Path) -> tuple[Path, Path]:
+    """Return the bundle's folder and the path of its results."""
     if given.name in ("results", "results.tar.gz") and not (given / MANIFEST).is_file():
         folder, results = given.parent, given
     else:
@@ -114,28 +114,28 @@ def _places(given: Path) -> tuple[Path, Path]:
         results = found[0] if found else folder / "results.tar.gz"
     if not folder.is_dir():
         raise CompressorError(
-            f"There is no folder {folder}.", "Give the one that compress profile --bundle wrote."
+            f"There is no folder {folder}.", "Pass the folder that compress profile --bundle wrote."
         )
     if not (folder / MANIFEST).is_file():
         raise CompressorError(
-            f"{folder} is no bundle: it has no {MANIFEST}.",
-            "Put results.tar.gz into the folder that compress profile --bundle wrote, and give that folder.",
+            f"{folder} is not a bundle: it has no {MANIFEST}.",
+            "Put results.tar.gz into the folder that compress profile --bundle wrote, and pass that folder.",
         )
     if not results.exists():
         raise CompressorError(
             f"{folder} has no results yet.",
-            f"Run sh {folder.name}/run.sh on the device, and bring results.tar.gz back into {folder}.",
+            f"Run sh {folder.name}/run.sh on the device, and copy results.tar.gz back into {folder}.",
         )
     return folder, results
 
 
-def _trusted(folder: Path) -> dict[str, bytes]:
-    """The manifest and the list of checksums, once the one agrees with the other."""
+def _checked_manifest(folder: Path) -> dict[str, bytes]:
+    """Read the manifest and the list of checksums, and verify the manifest's checksum."""
     files = {name: read_bytes(folder / name, "file of the bundle") for name in (MANIFEST, CHECKSUMS)}
     line = f"{sha256_bytes(files[MANIFEST])}  {MANIFEST}"
     if line not in files[CHECKSUMS].decode("utf-8", errors="replace").splitlines():
         raise ExportError(
-            f"{folder}: the checksum of {MANIFEST} does not match.", "Give the bundle as it was written."
+            f"{folder}: the checksum of {MANIFEST} does not match.", "Restore the bundle as it was written."
         )
     return files
 
@@ -156,25 +156,25 @@ def _require_consistent(facts: TableFacts, timings: Timings, source: Path) -> No
     if signature(layout) != facts.network or len(facts.epilogues) != operators:
         raise CompressorError(f"{source} contradicts itself about its layers.")
     failed = {name: each.reason for name, each in timings.networks.items() if each.reason}
-    if DENSE in failed or len(failed) > MOST_FAILED * len(timings.networks):
+    if DENSE in failed or len(failed) > MAX_FAILED_SHARE * len(timings.networks):
         name = DENSE if DENSE in failed else next(iter(failed))
         raise CompressorError(
             f"{len(failed)} of {len(timings.networks)} networks could not be measured on the device; {name}: "
             f"{failed[name].rstrip('.')}.",
-            "Look at results/*/build.log there; run sh run.sh again once it is mended.",
+            "Look at results/*/build.log there; run sh run.sh again once the cause is fixed.",
         )
     if failed:
-        say(f"{len(failed)} of {len(timings.networks)} networks could not be measured, and are left out.")
+        say(f"{len(failed)} of {len(timings.networks)} networks could not be measured, and are skipped.")
 
 
 def _samples(facts: TableFacts, timings: Timings) -> tuple[dict[str, Sample], bool]:
-    """A sample for each measured network, and whether TensorRT's layers told the operators apart."""
+    """Return a sample for each measured network, and whether TensorRT's layers identified the operators."""
     layout = layout_of(facts.layout)
     names = [name for name in facts.candidates if not timings.networks[name].reason]
     widths = np.asarray([facts.candidates[name].widths for name in names], dtype=np.int64)
     c_in, c_out = channels(as_space(layout), widths)
     if (c_in < 1).any() or (c_out < 1).any():
-        raise CompressorError("The bundle has a network with a layer of no channels.")
+        raise CompressorError("The bundle has a network with a layer without channels.")
     whole = np.asarray([np.median(timings.networks[name].times_ms) for name in names])
     found = [
         shares_of_layers(
@@ -199,7 +199,7 @@ def _samples(facts: TableFacts, timings: Timings) -> tuple[dict[str, Sample], bo
 
 
 def _drift(timings: Timings) -> float:
-    """The dense network at the end of a turn over its start, minus one: the median of all turns."""
+    """Return the dense time at a turn's end over that at its start, minus one: the median of all turns."""
     turns: dict[int, list[tuple[int, float]]] = {}
     for turn in timings.networks[DENSE].turns:
         turns.setdefault(turn.turn, []).append((turn.slot, float(np.median(turn.times_ms))))
@@ -213,17 +213,21 @@ def _drift(timings: Timings) -> float:
 
 
 def require_steady(drift: float, hint: str) -> None:
-    """Say that the dense network's time has changed while measuring; refuse a table where it changed by much.
+    """Warn if the dense network's time changed during the measurement; refuse a table if it changed a lot.
+
+    Args:
+        drift: Dense time at the end over that at the start, minus one.
+        hint: Hint of the error.
 
     Raises:
-        CompressorError: with the hint.
+        CompressorError: The drift exceeds `UNSTEADY`.
     """
     if abs(drift) > UNSTEADY:
         raise CompressorError(
-            f"The device did not hold still: the dense network took {drift:+.0%} at the end.", hint
+            f"The device's speed is not stable: the dense network took {drift:+.0%} at the end.", hint
         )
     if abs(drift) > NOISY:
-        say(f"The device was not quiet: the dense network took {drift:+.0%} at the end. Predictions suffer.")
+        say(f"The device was not quiet: the dense network took {drift:+.0%} at the end. Predictions are less accurate.")
 
 
 def _require_plausible(facts: TableFacts, dense: Sample) -> None:
@@ -235,13 +239,13 @@ def _require_plausible(facts: TableFacts, dense: Sample) -> None:
     )
     if macs / (dense.times.median_ms / 1e3) > FASTEST_MACS:
         raise CompressorError(
-            f"The dense network is said to take {dense.times.median_ms:.3g} ms for {macs:.3g} multiply-adds: no device "
-            "is that fast. The times are in another unit, or are not of this network.",
+            f"The dense network's time is given as {dense.times.median_ms:.3g} ms for {macs:.3g} multiply-adds: no "
+            "device is that fast. The times are in another unit, or belong to another network.",
         )
 
 
 def _clocks(timings: Timings) -> str:
-    """The clocks that were read while measuring, and the highest that trtexec named."""
+    """Describe the clocks that were read during the measurement, and the maximum that trtexec reported."""
     seen: dict[str, list[int]] = {}
     for each in timings.networks.values():
         for turn in each.turns:

@@ -1,11 +1,10 @@
-"""Estimated latency: a roofline for each operator, for devices that nobody has measured here.
+"""Estimated latency by a roofline model of each operator, for devices without measurements.
 
-An operator takes the time of its arithmetic at the share of the peak that its kind reaches, or that of its
-memory traffic at the share of the bandwidth that is reached, whichever is longer (Williams, Waterman and
-Patterson, "Roofline", 2009), and a launch that does not shrink with it. Small operators are therefore bound
-by launches, which is why halving a network's arithmetic does not halve its latency. The constants are fitted
-to published latencies (benchmarks/latency_estimated_tables.py); what comes out is an estimate and is called
-one everywhere.
+An operator's time is the longer of two: its arithmetic at the share of peak throughput that its kind reaches, and its
+memory traffic at the reached share of peak bandwidth (Williams, Waterman and Patterson, "Roofline", 2009). A launch
+overhead that does not depend on the width is added. Small operators are therefore bound by launches, and halving a
+network's arithmetic does not halve its latency. The constants are fitted to published latencies
+(benchmarks/latency_estimated_tables.py). The results are estimates and are labelled as such everywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.core.errors import CompressorError
-from compressor.latency.non_gemm import company
+from compressor.latency.non_gemm import count_non_gemm
 from compressor.latency.schema import RooflineFields
 from compressor.pruning.counts import positions_of, weight_elements
 
@@ -32,22 +31,22 @@ KINDS = ("spatial", "pointwise", "depthwise", "linear")
 """Kinds of operators that reach different shares of the peak."""
 
 SOFTNESS = 4.0
-"""Exponent that rounds the corner where arithmetic and memory traffic take equally long."""
+"""Exponent of the smooth maximum of arithmetic time and memory time."""
 
 
 @dataclass(frozen=True)
 class Operators:
-    """What does not depend on channels, one element for each operator.
+    """Properties of operators that do not depend on channels, one element per operator.
 
     Attributes:
         kind: Index into `KINDS`.
         taps: Kernel height times width.
-        groups, group_size: Groups of the convolution, and the channels of a group where whole groups are removed, as
-            in the layers.
+        groups, group_size: Groups of the convolution, and channels per group where whole groups are removed, as in
+            `Layer`.
         in_pixels, out_pixels: Height times width of input and output; 1 for a vector.
-        positions: How often each weight is used.
-        launches: Kernels that are launched for it and for the steps beside it that `company` counts to it.
-        beside: Elements that these steps move for each output channel of the operator.
+        positions: Number of uses of each weight.
+        launches: Kernel launches of the operator and of the non-GEMM operators that `count_non_gemm` assigns to it.
+        beside: Elements that these non-GEMM operators move per output channel of the operator.
     """
 
     kind: npt.NDArray[np.int64]
@@ -62,10 +61,11 @@ class Operators:
 
     @classmethod
     def of(cls, layers: Sequence[Any], kernels: Floats, beside: Floats) -> Operators:
-        """Those of a space's layers (anything with kind, kernel, groups, group_size, in_hw and out_hw).
+        """Create the operators of a space's layers.
 
         Args:
-            kernels: Of the steps beside each layer, as `company` counts them.
+            layers: Objects with kind, kernel, groups, group_size, in_hw and out_hw.
+            kernels: Number of non-GEMM kernels of each layer, from `count_non_gemm`.
             beside: Elements that these move, divided by the layer's output channels.
         """
         taps = [float(np.prod(layer.kernel)) if layer.kernel else 1.0 for layer in layers]
@@ -86,8 +86,8 @@ class Operators:
         )
 
     def work(self, c_in: Floats, c_out: Floats, block: int) -> tuple[Floats, Floats]:
-        """Multiply-adds as computed (channels padded to `block`) and elements moved, both (N, operators)."""
-        whole = (self.groups == 1) & (self.group_size == 0)  # kernels of grouped convolutions take no blocks
+        """Return computed multiply-adds (channels padded to `block`) and elements moved, both (N, operators)."""
+        whole = (self.groups == 1) & (self.group_size == 0)  # kernels of grouped convolutions do not pad to blocks
         padded_in, padded_out = (
             np.where(whole, np.ceil(count / block) * block, count) for count in (c_in, c_out)
         )
@@ -110,7 +110,7 @@ def operator_ms(
     bandwidth_efficiency: float,
     launch_ms: float,
 ) -> Floats:
-    """Milliseconds of each operator, (N, operators); `efficiency` has one element for each of `KINDS`."""
+    """Return the milliseconds of each operator, (N, operators); `efficiency` has one element for each of `KINDS`."""
     macs, moved = work
     compute = 2e3 * macs / (tflops * 1e12 * efficiency[operators.kind])
     memory = 1e3 * moved * element_bytes / (bandwidth_gbs * 1e9 * bandwidth_efficiency)
@@ -142,12 +142,12 @@ def roofline_operators(
 
 
 def operators_of(space: PruningSpace) -> Operators:
-    """A space's operators and what its network computes beside them."""
+    """Return a space's operators, with the non-GEMM kernels of its network."""
     model, dense = space.model, np.asarray(space.dense_widths)[None]
     was_training = model.training
     model.eval()
     try:
-        kernels, moved = company(lambda: model(*space.example_input), len(space.layers))
+        kernels, moved = count_non_gemm(lambda: model(*space.example_input), len(space.layers))
     finally:
         model.train(was_training)
     outputs = np.asarray([float(layer.out_channels(dense)[0]) for layer in space.layers])

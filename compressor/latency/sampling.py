@@ -1,9 +1,9 @@
-"""Which sub-networks are measured, one after the other, until the table predicts well enough.
+"""Selects and measures sub-networks until the table predicts well enough.
 
-A start set fills every operator's grid, and a few networks are held out. Then, in turns: networks that met a slow
-processor, or came out slower than the table says, are measured again, because a busy moment slows a network and never
-speeds it up; and random networks are added where those like them are predicted worst when they are left out of the
-fit. It ends when the error on the held-out networks meets the goal, or the time is up.
+An initial set fills every operator's grid, and a few networks are held out. Then two steps alternate. Networks that ran
+on a slowed processor, or were slower than predicted, are measured again, because background load can only slow a
+network down. Random networks are added where similar ones have the largest cross-validation error. Measuring ends when
+the error on the held-out networks meets the goal, or the time is up.
 """
 
 from __future__ import annotations
@@ -27,49 +27,49 @@ from compressor.pruning.space import PruningSpace
 Floats = npt.NDArray[np.float64]
 Measure = Callable[[Widths], Sample]
 Ready = Callable[[Sequence[Sample]], Sequence[Sample]]
-"""Makes samples ready for a fit: where a device does not tell operators apart, it gives each its share."""
+"""Prepares samples for a fit: if a device does not time operators one by one, each gets a share of the whole time."""
 
 HELD_OUT = 10
-LEAST = 12
-"""So many networks are measured however short the time is, besides the dense one at both ends."""
+MIN_NETWORKS = 12
+"""Fewest networks that are measured whatever the time limit, besides the dense one at both ends."""
 
-MOST = 160
-"""So many networks are enough for any table."""
+MAX_NETWORKS = 160
+"""Most networks of a table."""
 
 BATCH = 6
-"""Networks that are added between two looks at the error."""
+"""Networks that are added between two evaluations of the error."""
 
 FOLDS = 5
 CANDIDATES = 200
 NEIGHBOURS = 5
 SUSPICIOUS = 0.04
-"""Slower than predicted by this share, and by three times the usual error, a network is measured again."""
+"""A network that is slower than predicted by this share, and by three times the median error, is measured again."""
 
-AGAIN = 3
-"""No network is measured more often than this."""
+MAX_REPEATS = 3
+"""Most measurements of one network."""
 
 REFERENCE_EVERY = 12
-"""Between so many networks the dense one is measured again."""
+"""The dense network is measured again after this many networks."""
 
-TOO_NOISY = 0.5
-"""Where the quartiles of the dense network's times lie this share apart, a table would mean nothing."""
+MAX_SPREAD = 0.5
+"""Largest relative distance between the quartiles of the dense network's times at which a table is built."""
 
-ENOUGH_DENSE = 9
-"""So often the dense network is measured before a machine is called too noisy: three may have met one busy moment."""
+MAX_DENSE_RUNS = 9
+"""Dense measurements before a machine is rejected as too noisy: three could fall into one period of load."""
 
 
 class TooNoisy(CompressorError):
-    """The dense network takes another time whenever it is measured: a table would mean nothing."""
+    """The dense network's time varies too much for a usable table."""
 
 
 @dataclass
 class Samples:
-    """What was measured.
+    """The measured samples.
 
     Attributes:
-        dense: The dense network, from first to last.
-        fitted, held: Widths -> the calmest measurement; those to fit to, and those held out.
-        seconds: How long it took, over all attempts.
+        dense: All measurements of the dense network, in order.
+        fitted, held: Widths -> least disturbed measurement, of networks to fit to and of held-out networks.
+        seconds: Duration of the measurement, over all attempts.
     """
 
     dense: list[Sample] = field(default_factory=list)
@@ -79,19 +79,19 @@ class Samples:
 
     @property
     def drift(self) -> float:
-        """The dense network's time at the end over that at the start, minus one."""
+        """Dense time at the end over that at the start, minus one."""
         return self.dense[-1].times.median_ms / self.dense[0].times.median_ms - 1.0
 
     @property
     def spread(self) -> float:
-        """From the lower quartile of the dense network's times to the upper, over their median."""
+        """Interquartile range of the dense network's times, divided by their median."""
         times = [sample.times.median_ms for sample in self.dense]
         low, middle, high = np.quantile(times, [0.25, 0.5, 0.75])
         return float((high - low) / middle)
 
     def to_fit(self) -> list[Sample]:
-        """The dense network first, wherever it did not meet a slow processor, then the others."""
-        dense = [sample for sample in self.dense if sample.times.calm] or self.dense
+        """Return the undisturbed dense measurements (all, if there are none), then the other networks."""
+        dense = [sample for sample in self.dense if sample.times.undisturbed] or self.dense
         return [*dense, *self.fitted.values()]
 
 
@@ -109,17 +109,17 @@ def collect(
     """Measure sub-networks of `space` until their error meets the goal or the time is up.
 
     Args:
-        space: Whose sub-networks.
-        measure: Measures one, from its widths.
-        journal: What was measured before a stop, and where measurements are written.
-        time_limit_s: No further network is begun after this time, except the first `LEAST`.
-        goal: Mean error on the held-out networks, as a share, that is good enough.
-        seed: Which networks are drawn.
-        block: Channels that the kernels compute at once.
-        ready: Makes samples ready for a fit.
+        space: The space of the sub-networks.
+        measure: Measures one network, given its widths.
+        journal: Earlier measurements of an interrupted attempt; new ones are appended.
+        time_limit_s: No further network is started after this many seconds, except the first `MIN_NETWORKS`.
+        goal: Mean error on the held-out networks, as a share, at which measuring stops.
+        seed: Seed for the choice of networks.
+        block: Channels per kernel block.
+        ready: Prepares samples for a fit.
 
     Raises:
-        TooNoisy: the machine is too noisy for a table to mean anything.
+        TooNoisy: The machine is too noisy for a usable table.
     """
     return _Collector(space, measure, journal, time_limit_s, goal, seed, block, ready).run()
 
@@ -141,14 +141,14 @@ class _Collector:
         self.dense = np.asarray(space.dense_widths, dtype=np.int64)
         self.samples = Samples()
         self.times_measured: dict[tuple[int, ...], int] = {}
-        self.settled: set[tuple[int, ...]] = set()  # slow twice: that is their time
+        self.settled: set[tuple[int, ...]] = set()  # slow in two measurements: accepted as their time
         for record in journal.records:
             self._keep(record)
         before = journal.records[-1].at_s if journal.records else 0.0
         self.started = time.monotonic() - before
 
     def run(self) -> Samples:
-        with bar("Measuring latency", HELD_OUT + LEAST + 2) as progress:
+        with bar("Measuring latency", HELD_OUT + MIN_NETWORKS + 2) as progress:
             self._take("dense", self.dense)
             progress.advance(1, self._note())
             for role, widths in self._start_set():
@@ -166,16 +166,16 @@ class _Collector:
                     progress.advance(1, self._note())
             self._take("dense", self.dense)
             progress.advance(1)
-        while self.samples.spread > TOO_NOISY and len(self.samples.dense) < ENOUGH_DENSE:
+        while self.samples.spread > MAX_SPREAD and len(self.samples.dense) < MAX_DENSE_RUNS:
             self._take("dense", self.dense)
         self.samples.seconds = self._elapsed()
         times = [sample.times.median_ms for sample in self.samples.dense]
-        if self.samples.spread > TOO_NOISY:
+        if self.samples.spread > MAX_SPREAD:
             raise TooNoisy(
                 "This machine is too noisy to measure a latency table: the same dense network took between "
                 f"{min(times):.3g} and {max(times):.3g} ms (quartiles {self.samples.spread:.0%} apart, at most "
-                f"{TOO_NOISY:.0%} is accepted).",
-                "End other programs, hold the processor's clock (governor 'performance') and try again, or "
+                f"{MAX_SPREAD:.0%} is accepted).",
+                "End other programs, fix the processor's clock (governor 'performance') and try again, or "
                 "give the budget in --flops or --params.",
             )
         return self.samples
@@ -195,7 +195,7 @@ class _Collector:
             return
         kept = self.samples.fitted if record.role == "fit" else self.samples.held
         before = kept.get(record.widths)
-        if before is not None and record.sample.times.calm:
+        if before is not None and record.sample.times.undisturbed:
             again, first = record.sample.times.median_ms, before.times.median_ms
             if abs(again / first - 1.0) <= SUSPICIOUS:
                 self.settled.add(record.widths)
@@ -208,7 +208,7 @@ class _Collector:
 
     def _late(self) -> bool:
         count = sum(self.times_measured.values())
-        return count >= MOST or (count >= LEAST and self._elapsed() > self.limit_s)
+        return count >= MAX_NETWORKS or (count >= MIN_NETWORKS and self._elapsed() > self.limit_s)
 
     def _note(self) -> str:
         left = max(0.0, self.limit_s - self._elapsed())
@@ -216,7 +216,7 @@ class _Collector:
 
     # ---------------------------------------------------------------- what is measured next
     def _start_set(self) -> list[tuple[Role, Widths]]:
-        """Both kinds spread evenly, so that a time limit cuts both alike."""
+        """Return the initial networks with both roles evenly mixed, so that a time limit shortens both equally."""
         held = random_widths(self.space, HELD_OUT, seed=self.seed + 1)
         fitted = np.concatenate([anchor_widths(self.space), grid_widths(self.space, seed=self.seed)])
         queue: list[tuple[float, Role, Widths]] = []
@@ -238,7 +238,7 @@ class _Collector:
         return [("fit", row) for row in chosen]
 
     def _suspects(self) -> list[tuple[Role, Widths]]:
-        """Networks that met a slow processor, or came out slower than those like them say, the worst first."""
+        """Return networks that ran on a slowed processor or were slower than predicted, the worst first."""
         predict = self._predictor(self.samples.to_fit())
         found: list[tuple[float, Role, Widths]] = []
         kinds: tuple[tuple[Role, dict[tuple[int, ...], Sample]], ...] = (
@@ -250,15 +250,15 @@ class _Collector:
             error = np.asarray([each.times.median_ms for each in samples]) / predict(samples) - 1.0
             limit = max(SUSPICIOUS, 3.0 * float(np.median(np.abs(error))))
             for widths, sample, slower in zip(kept, samples, error, strict=True):
-                if widths in self.settled or self.times_measured[widths] >= AGAIN:
+                if widths in self.settled or self.times_measured[widths] >= MAX_REPEATS:
                     continue
-                if slower > limit or not sample.times.calm:
+                if slower > limit or not sample.times.undisturbed:
                     worst = max(float(slower), sample.times.slowdown)
                     found.append((worst, role, np.asarray(widths, dtype=np.int64)))
         return [(role, row) for _, role, row in sorted(found, key=lambda item: -item[0])]
 
     def _worst_predicted(self, count: int) -> Widths:
-        """Random networks that lie far from all measured ones, where those near them are predicted worst."""
+        """Choose random networks far from all measured ones whose neighbours have the largest errors."""
         samples = list(self.samples.fitted.values())
         places, errors = self._features(samples), self._left_out_errors(samples)
         drawn = random_widths(self.space, CANDIDATES, seed=self.seed + 1000 + len(self.times_measured))
@@ -280,7 +280,7 @@ class _Collector:
         return pool[chosen]
 
     def _left_out_errors(self, samples: Sequence[Sample]) -> Floats:
-        """|predicted / measured - 1| of every network when its fold is left out of the fit."""
+        """Return |predicted / measured - 1| of every network with its fold left out of the fit."""
         measured = np.asarray([each.times.median_ms for each in samples])
         fold = np.arange(len(samples)) % FOLDS
         errors = np.zeros(len(samples))
@@ -299,7 +299,7 @@ class _Collector:
         return self._features_of(inputs, outputs, np.asarray([each.times.median_ms for each in samples]))
 
     def _features_of(self, inputs: Widths, outputs: Widths, times_ms: Floats) -> Floats:
-        """Where a network lies: the logarithm of its time, and the share of channels that each operator has."""
+        """Return the feature vectors of networks: the logarithm of the time, and each operator's channel shares."""
         first = self.samples.dense[0]
         shares = np.concatenate([inputs / first.c_in, outputs / first.c_out], axis=1) / np.sqrt(
             2 * inputs.shape[1]

@@ -23,22 +23,22 @@ BLOCKS = {"fp16": 8, "int8": 32}
 """Channels that tensor cores compute at once, by precision; 1 in others."""
 
 FASTEST_MS = 1e-5
-"""Nothing computes an operator in ten nanoseconds: a time below this was written in another unit."""
+"""No device computes an operator in ten nanoseconds: a smaller time has another unit."""
 
 
 FASTEST_MACS_A_MS = {"onnxruntime-cpu": 2e9}
-"""Multiply-adds in a millisecond that no device of a runtime does: for a CPU ten times those of a core's vector units,
-for each of its threads."""
+"""Multiply-adds per millisecond that no device of a runtime reaches: for a CPU ten times the peak of a core's vector
+units, per thread."""
 
 FASTEST_OF_ALL = 5e12
-"""The same for any device at all: several times the largest accelerators."""
+"""Multiply-adds per millisecond that no device reaches: several times those of the largest accelerators."""
 
 SLOWEST_MACS_A_MS = 1e3
-"""Nothing that runs such a network does fewer, in operators that have more than `LARGE` of them."""
+"""Multiply-adds per millisecond that every device exceeds, in operators with more than `LARGE` multiply-adds."""
 
 LARGE = 1e7
-APART = 50.0
-"""How many times the operators' sum may exceed the whole network, or the other way round, before they cannot both be in
+MAX_SUM_RATIO = 50.0
+"""Largest ratio between the operators' sum and the whole network's time, in either direction, at which both can be in
 milliseconds."""
 
 
@@ -47,7 +47,7 @@ class _Part(BaseModel):
 
 
 class DeviceFields(_Part):
-    """What was measured on, or estimated for."""
+    """The device that was measured, or for which the table is estimated."""
 
     name: str = Field(description="Name that --device takes.")
     sku: str = Field(default="", description="The processor or module as its maker names it.")
@@ -63,7 +63,7 @@ class DeviceFields(_Part):
 
 
 class RuntimeFields(_Part):
-    """What ran, or would run, the network."""
+    """The runtime of the network."""
 
     name: str = Field(description="onnxruntime-cpu or tensorrt.")
     version: str = Field(default="", description="Its version; empty for an estimate.")
@@ -91,17 +91,19 @@ class Entry(_Part):
         if points != sorted(set(points)):
             raise ValueError("its points are not in ascending order, or one occurs twice")
         if min(self.median_ms) < FASTEST_MS:
-            raise ValueError(f"{min(self.median_ms):g} ms is no operator's time; times are in milliseconds")
+            raise ValueError(f"{min(self.median_ms):g} ms is too short for an operator; times are in milliseconds")
         return self
 
 
 class CorrectionFields(_Part):
-    """milliseconds = max(least, offset + slope x sum of operators), with another slope from each bend on, and for the
-    weights a slope of their own from each number of them on."""
+    """milliseconds = max(least, offset + f(sum of operators) + g(weights)), with piecewise linear f and g.
+
+    f starts with `slope` and changes its slope at each bend; g has a slope from each number of weights on.
+    """
 
     factors: tuple[Share, ...] = Field(
         default=(),
-        description="What terms of each kind (`surface.KINDS`) are multiplied by in the operators' times.",
+        description="Factors for terms of each kind (`surface.KINDS`) of the operators' times.",
     )
     offset_ms: Finite
     slope: Positive
@@ -125,7 +127,7 @@ class CorrectionFields(_Part):
 
 
 class HeldOutFields(_Part):
-    """Errors on networks that nothing was fitted to, as shares of the measured time."""
+    """Errors on held-out networks, as shares of the measured time."""
 
     networks: int = Field(ge=1)
     mape: Share
@@ -136,7 +138,7 @@ class HeldOutFields(_Part):
 
 
 class NetworkFields(_Part):
-    """A network that was measured whole."""
+    """A network that was measured end to end."""
 
     layers: tuple[str, ...] = Field(
         description="The entry of each weight-bearing operator, in execution order."
@@ -154,7 +156,7 @@ class NetworkFields(_Part):
 
 
 class ErrorFields(_Part):
-    """How far an estimate was from published measurements."""
+    """Errors of an estimate against published measurements."""
 
     measurements: int = Field(ge=0, description="Published latencies of this device, fp16 and fp32.")
     fitted_mape: Share | None = None
@@ -165,9 +167,7 @@ class ErrorFields(_Part):
 
 
 class RooflineFields(_Part):
-    """A device's speed, from which any operator's time is estimated; times of one operator in
-    milliseconds.
-    """
+    """A device's speed, from which the time of any operator is estimated; times in milliseconds."""
 
     tflops: Positive = Field(description="Dense peak, a multiply-add being two operations.")
     bandwidth_gbs: Positive
@@ -191,9 +191,9 @@ class TableFields(_Part):
     batch: int = Field(default=1, ge=1)
     date: str
     how: Literal["measured", "estimated"]
-    protocol: str = Field(description="How the numbers were made, in words.")
+    protocol: str = Field(description="How the numbers were measured or estimated.")
     sources: tuple[str, ...] = ()
-    block: int = Field(default=1, ge=1, description="Channels that the kernels compute at once.")
+    block: int = Field(default=1, ge=1, description="Channels per kernel block.")
     entries: dict[str, Entry] = Field(default_factory=dict)
     networks: dict[str, NetworkFields] = Field(default_factory=dict)
     roofline: dict[str, RooflineFields] = Field(default_factory=dict, description="By precision.")
@@ -211,7 +211,7 @@ class TableFields(_Part):
             self._require_plausible(key, entry)
         for name, network in self.networks.items():
             dense = sum(self.entries[key].median_ms[-1] for key in network.layers)
-            if not 1 / APART < dense / network.dense_ms < APART:
+            if not 1 / MAX_SUM_RATIO < dense / network.dense_ms < MAX_SUM_RATIO:
                 raise ValueError(
                     f"network {name} takes {network.dense_ms:g} ms and its operators {dense:g} ms: one of them is in "
                     "another unit; times are in milliseconds"
@@ -219,11 +219,11 @@ class TableFields(_Part):
         if not self.entries and not self.roofline:
             raise ValueError("it has neither measured entries nor a roofline")
         if self.how == "measured" and self.roofline:
-            raise ValueError("a measured table cannot carry an estimate")
+            raise ValueError("a measured table cannot contain an estimate")
         return self
 
     def _require_plausible(self, key: str, entry: Entry) -> None:
-        """Refuse times that imply a speed which no device has: they are in another unit."""
+        """Refuse times that imply an impossible speed: they are in another unit."""
         from compressor.latency.signature import OpSignature
 
         macs_of = OpSignature.from_key(key).macs
@@ -238,7 +238,7 @@ class TableFields(_Part):
             if macs / time > fastest or (macs > LARGE and macs / time < SLOWEST_MACS_A_MS):
                 much = "few" if macs / time < SLOWEST_MACS_A_MS else "many"
                 raise ValueError(
-                    f"{key} with {c_in} to {c_out} channels is said to take {time:g} ms, which is too {much} "
+                    f"{key} with {c_in} to {c_out} channels is listed with {time:g} ms, which is too {much} "
                     f"multiply-adds a second for any device ({macs / time * 1e3:.2g}); times are in milliseconds"
                 )
 
@@ -247,30 +247,30 @@ def read_table(text: str, source: str) -> TableFields:
     """Validate the text of a table's file.
 
     Raises:
-        CompressorError: it is no JSON, has another schema version, or a field is wrong (the field is named).
+        CompressorError: It is not JSON, has another schema version, or has an invalid field, which is named.
     """
     content = parse_json(
         text,
         f"The latency table {source} is damaged: it",
-        "Delete the file; a table of this machine is then measured anew.",
+        "Delete the file; a table of this machine is then measured again.",
     )
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise CompressorError(
             f"The latency table {source} has schema version {version}, expected {SCHEMA_VERSION}.",
-            "Make it again with this version of the toolkit.",
+            "Measure it again with this version of the toolkit.",
         )
     try:
         return TableFields.model_validate(content)
     except ValidationError as error:
         raise CompressorError(
-            f"The latency table {source} is wrong in {first_problem(error)}.",
-            "Make it again, or mend that field.",
+            f"The latency table {source} is invalid in {first_problem(error)}.",
+            "Measure it again, or fix that field.",
         ) from None
 
 
 def first_problem(error: ValidationError) -> str:
-    """The field that is wrong, and what is wrong with it."""
+    """Return the first invalid field and its problem."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"]) or "as a whole"
     return f"{where}: {problem['msg']}"
@@ -278,16 +278,16 @@ def first_problem(error: ValidationError) -> str:
 
 @contextmanager
 def possible() -> Iterator[None]:
-    """One clear message where the fields of a table that is being made contradict one another."""
+    """Convert validation errors of a new table to one clear message."""
     try:
         yield
     except ValidationError as error:
         raise CompressorError(
-            f"No latency table can be made of these measurements, which are wrong in {first_problem(error)}.",
-            "Measure again, with nothing else running there.",
+            f"No latency table can be built from these measurements: {first_problem(error)}.",
+            "Measure again, with nothing else running on the device.",
         ) from None
 
 
 def rounded(milliseconds: float) -> float:
-    """Six significant digits: finer than any clock, and short in a file."""
+    """Round to six significant digits: finer than any clock, and short in a file."""
     return 0.0 if milliseconds == 0 else round(milliseconds, 5 - math.floor(math.log10(abs(milliseconds))))

@@ -1,10 +1,9 @@
-"""What an operator is, apart from its channel counts: the key of an entry in a latency table.
+"""Signatures of operators without their channel counts: the keys of a latency table's entries.
 
     conv k3x3 s1x1 p1x1 d1x1 g1 in32x32 +relu
 
-Two layers with the same key are the same operator to the runtime and share their measurements. The part after
-`+` is what the runtime computes along with the operator (activation, residual addition, pooling, change of
-layout).
+Two layers with the same key are the same operator for the runtime and share their measurements. The part after `+`
+lists what is computed together with the operator (activation, residual addition, pooling, layout change).
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ class OpSignature:
     Attributes:
         kind: `conv`, `depthwise`, `grouped`, `linear`, `conv_transpose`, ...
         kernel, stride, padding, dilation: (height, width); (1, 1), (1, 1), (0, 0), (1, 1) for a linear layer.
-        groups: Groups of the convolution where their number is the same at all widths, else 0.
-        group_size: Input channels of a group where these are the same at all widths (1: depthwise), else 0.
+        groups: Groups of the convolution if their number is the same at all widths, else 0.
+        group_size: Input channels per group if these are the same at all widths (1: depthwise), else 0.
         in_hw: Height and width of the input in pixels; (1, 1) for a vector.
-        epilogue: ONNX operators computed along with it, in order, joined by `+`; empty where there are none.
+        epilogue: ONNX operators computed together with it, in order, joined by `+`; empty if there are none.
     """
 
     kind: str
@@ -59,7 +58,7 @@ class OpSignature:
 
     @property
     def key(self) -> str:
-        """The signature as one line, the form that table files use."""
+        """The signature as one line, as in table files."""
         groups = str(self.groups) if self.groups else "c" if self.group_size == 1 else f"c/{self.group_size}"
         line = (
             f"{self.kind} k{_x(self.kernel)} s{_x(self.stride)} p{_x(self.padding)} d{_x(self.dilation)} "
@@ -68,7 +67,7 @@ class OpSignature:
         return f"{line} +{self.epilogue}" if self.epilogue else line
 
     def macs(self, c_in: int, c_out: int) -> float:
-        """Multiply-adds with these channels; a lower bound where the output's size is not in the signature."""
+        """Return the multiply-adds with these channels; a lower bound if the signature lacks the output size."""
         size = zip(self.in_hw, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         out_hw = [
             max(1, (extent + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
@@ -80,15 +79,15 @@ class OpSignature:
 
     @classmethod
     def from_key(cls, key: str) -> OpSignature:
-        """Read a key back.
+        """Parse a key.
 
         Raises:
-            CompressorError: the line is no key.
+            CompressorError: The line is not a key.
         """
         match = _KEY.fullmatch(key)
         if match is None:
             raise CompressorError(
-                f"{key!r} is no operator signature, such as 'conv k3x3 s1x1 p1x1 d1x1 g1 in32x32 +Relu'."
+                f"{key!r} is not an operator signature, such as 'conv k3x3 s1x1 p1x1 d1x1 g1 in32x32 +Relu'."
             )
         part = match.groupdict()
         pairs = {name: _pair(part[name]) for name in ("kernel", "stride", "padding", "dilation", "in_hw")}
@@ -100,7 +99,7 @@ class OpSignature:
 
 
 def signature_of(layer: Any, epilogue: str = "") -> OpSignature:
-    """The signature of one of a space's layers."""
+    """Return the signature of one of a space's layers."""
     return OpSignature(
         kind=layer.kind,
         kernel=_two(layer.kernel, 1),
@@ -115,10 +114,10 @@ def signature_of(layer: Any, epilogue: str = "") -> OpSignature:
 
 
 def network_signature(space: PruningSpace) -> str:
-    """A checksum of the network's layers and of how their channels depend on the groups.
+    """Return a checksum of the network's layers and of how their channels depend on the groups.
 
-    Two spaces agree when they have the same operators on the same input size with the same groups; weights,
-    minimum widths and granularity play no part.
+    Two spaces have the same checksum if they have the same operators, input size and groups. It does not depend on
+    weights, minimum widths and granularity.
     """
     layers = [
         [signature_of(layer).key, _affine(layer.in_channels), _affine(layer.out_channels)]
@@ -130,9 +129,7 @@ def network_signature(space: PruningSpace) -> str:
 
 
 def channels(space: PruningSpace, widths: Widths) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Input and output channels of every layer of every candidate: two arrays (N, layers) from widths (N,
-    G).
-    """
+    """Return input and output channels of every layer: two arrays (N, layers) from widths (N, G)."""
     layers = space.layers
     inputs = np.empty((len(widths), len(layers)), dtype=np.int64)
     outputs = np.empty_like(inputs)
@@ -145,7 +142,7 @@ def channels(space: PruningSpace, widths: Widths) -> tuple[npt.NDArray[np.int64]
 def weight_elements(
     keys: Sequence[str],
 ) -> Callable[[npt.ArrayLike, npt.ArrayLike], npt.NDArray[np.float64]]:
-    """How many weights operators have: (c_in, c_out), each (N, operators), -> elements of all of them, (N,).
+    """Return a function (c_in, c_out), each (N, operators), -> number of weight elements of the network, (N,).
 
     Args:
         keys: The signature of each operator.
@@ -175,7 +172,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _two(value: Any, default: int) -> tuple[int, int]:
-    """A height-width pair from a number, a pair, a one-dimensional layer's singleton or nothing."""
+    """Return a height-width pair from a number, a pair, a one-dimensional layer's singleton or None."""
     if value is None or value == ():
         return (default, default)
     if isinstance(value, int):

@@ -1,10 +1,10 @@
-"""Channel steps that are measured: the widths after which a device's latency jumps.
+"""Measures channel steps: the distance between widths at which a device's latency jumps.
 
-A kernel computes channels in blocks, so that its time is a staircase over the width. For a few groups, one of each
-kind, the width is scanned while all others stay dense; the time of the operators that the group runs through is
-then fitted by a line, and by a line plus a staircase of every possible step. A staircase is believed where it explains
-so much more than the line that noise hardly could (10 in Schwarz's criterion; G. Schwarz, "Estimating the
-dimension of a model", 1978), rises by more than the noise, and makes up a good part of the slope.
+A kernel computes channels in blocks, so that its time is a staircase over the width. For one group of each kind, the
+width is scanned while all others stay dense. The time of the operators that use the group's channels is then fitted by
+a line, and by a line plus a staircase of every possible step. A staircase is accepted if it fits better than noise
+would explain (a difference of 10 in Schwarz's criterion; G. Schwarz, "Estimating the dimension of a model", 1978),
+rises by more than the noise, and accounts for a substantial part of the slope.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ PASSES = 2
 SECONDS_A_WIDTH = 0.15
 MOST_SCANS = 3
 EVIDENCE = 10.0
-"""Difference of Schwarz's criterion from which on a staircase is believed."""
+"""Difference in Schwarz's criterion from which a staircase is accepted."""
 
 SURE = 0.02
-"""Noise as a share of the whole rise up to which the absence of jumps is believed."""
+"""Largest noise, as a share of the whole rise, at which the absence of jumps is accepted."""
 
 STEEP = 0.3
-"""Share of the rise over one step that the jump must make up; a smaller one is not worth a coarser step."""
+"""Smallest share of the rise over one step that the jump must account for; a smaller jump does not justify a step."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Scan:
     Attributes:
         group: Its name.
         widths: Scanned, ascending, in the group's units.
-        ms: Time of the operators that the group runs through.
-        step: Units between jumps; None where the latency grows without any.
+        ms: Time of the operators that use the group's channels.
+        step: Units between jumps; None if there are none.
         stride: Units between scanned widths.
-        sure: Whether so many widths were timed so precisely that a jump would have been seen.
+        sure: Whether the scan is dense and precise enough to detect a jump.
     """
 
     group: str
@@ -75,12 +75,12 @@ class Scan:
 
 
 def find_step(widths: Sequence[int], ms: Sequence[float], noise_ms: float = 0.0) -> int | None:
-    """The number of which latency jumps after every multiple; None where it does not jump.
+    """Find the step after each multiple of which latency jumps; None if there are no jumps.
 
     Args:
-        widths: At equal distances, ascending.
+        widths: Widths at equal distances, ascending.
         ms: Their times.
-        noise_ms: How far a time usually is off; a smaller jump is not believed.
+        noise_ms: Typical error of a time; a smaller jump is not accepted.
     """
     x, y = np.asarray(widths, dtype=np.float64), np.asarray(ms, dtype=np.float64)
     if len(x) < LEAST_POINTS:
@@ -99,7 +99,7 @@ def find_step(widths: Sequence[int], ms: Sequence[float], noise_ms: float = 0.0)
 
 
 def _fit(columns: Floats, y: Floats) -> tuple[float, Floats]:
-    """Schwarz's criterion and the coefficients of a least-squares fit, made again without the worst outliers."""
+    """Return Schwarz's criterion and the coefficients of a least-squares fit, repeated without the worst outliers."""
     coefficients = np.linalg.lstsq(columns, y, rcond=None)[0]
     errors = np.abs(columns @ coefficients - y)
     limit = 5 * float(np.median(errors))
@@ -109,7 +109,7 @@ def _fit(columns: Floats, y: Floats) -> tuple[float, Floats]:
     errors = np.minimum(np.abs(columns @ coefficients - y), max(limit, 1e-12))
     floor = (
         1e-4 * float(np.abs(y).max())
-    ) ** 2  # no clock is finer; an exact fit must not win by its last digits
+    ) ** 2  # limit of the clock's resolution: an exact fit must not win by rounding errors
     score = len(y) * float(np.log(np.mean(errors**2) + floor)) + columns.shape[1] * float(np.log(len(y)))
     return float(score), np.asarray(coefficients, dtype=np.float64)
 
@@ -120,11 +120,11 @@ def scan(
     """Measure one group's latency over its width, all other groups dense.
 
     Args:
-        space: With a granularity of 1.
-        group: Of the space.
-        example: A batch of one.
-        device: What runs the networks.
-        least_stride: Channels between scanned widths at least.
+        space: A space with granularity 1.
+        group: A group of the space.
+        example: An input batch of size one.
+        device: Runs the networks.
+        least_stride: Fewest channels between scanned widths.
     """
     touched = [
         place
@@ -169,21 +169,21 @@ def measured_steps(
     least_stride: int = 1,
     time_limit_s: float = 90.0,
 ) -> dict[str, int]:
-    """Channel steps of every group, from scans of one group of each kind.
+    """Measure the channel steps of all groups, by scans of one group of each kind.
 
-    Groups that run through the same kinds of operators share a scan; at most `MOST_SCANS` are made, the
+    Groups whose channels are used by the same kinds of operators share a scan. There are at most `MOST_SCANS`, the
     widest kinds first.
 
     Args:
-        space: With a granularity of 1.
-        example: A batch of one.
-        device: What runs the networks.
-        otherwise: Steps of groups that are too narrow for a measured step, or of a kind that there was no time for.
-        least_stride: Channels between scanned widths at least.
-        time_limit_s: No further scan is begun after this many seconds.
+        space: A space with granularity 1.
+        example: An input batch of size one.
+        device: Runs the networks.
+        otherwise: Steps of groups that are too narrow for a measured step, or whose kind was not scanned in time.
+        least_stride: Fewest channels between scanned widths.
+        time_limit_s: No further scan is started after this many seconds.
 
     Returns:
-        What `PruningSpace` takes as `granularity`.
+        Step of each group, for the argument `granularity` of `PruningSpace`.
     """
     started = time.monotonic()
     kinds: dict[object, list[Group]] = {}
@@ -201,7 +201,7 @@ def measured_steps(
             progress.advance(1, result.group)
             if result.step is None and not result.sure:
                 say(
-                    f"{result.group}: no jump of the latency was found, nor can one be excluded: the usual step stays."
+                    f"{result.group}: no latency jump was found, but none can be excluded: the default step is used."
                 )
                 continue
             found[kind] = (result.step or result.stride) * widest.unit
@@ -221,7 +221,7 @@ def measured_steps(
 
 
 def _kind(space: PruningSpace, group: Group) -> object:
-    """What a group runs through: operators that make its channels and operators that read them."""
+    """Return a group's kind: the operators that produce its channels and those that read them."""
     touched: set[tuple[str, tuple[int, ...], bool]] = set()
     for layer in space.layers:
         for terms, made in ((layer.in_channels.terms, False), (layer.out_channels.terms, True)):
@@ -231,14 +231,14 @@ def _kind(space: PruningSpace, group: Group) -> object:
 
 
 def refuse_table(table: LatencyTable) -> CompressorError:
-    """Why a device's table gives no steps: it is estimated, or too coarse."""
+    """Return the error for a device's table without steps: it is estimated, or too coarse."""
     if table.estimated:
         return CompressorError(
-            f"The latency table of {table.device} is estimated: no jump of it was ever measured.",
+            f"The latency table of {table.device} is estimated: it has no measured jumps.",
             "Use --granularity auto, or a number such as 8.",
         )
     points = max(len(set(entry.c_out)) for entry in table.fields.entries.values())
     return CompressorError(
-        f"The latency table of {table.device} has {points} widths of an operator at most: too few to see its jumps.",
+        f"The latency table of {table.device} has at most {points} widths of an operator: too few to detect jumps.",
         "Steps are measured on this machine only (--device local). Use --granularity auto, or a number such as 8.",
     )

@@ -1,8 +1,8 @@
 """An operator's time as a function of its channels, fitted to the measured grid.
 
 Runtimes compute channels in blocks: ONNX Runtime pads them to 8 or 16, tensor cores to 8 or 32. The time is
-therefore a staircase, not a slope, and what lies between two grid points depends on where the next stair is.
-Each operator's time is a sum, with coefficients that cannot be negative, of terms that follow the kernels:
+therefore a staircase, and a value between two grid points depends on the position of the next step. Each
+operator's time is modelled as a sum, with non-negative coefficients, of terms that follow the kernels:
 
     blocks of input, of output, their product          the vectorised kernel with its padding
     channels, their product                            the part that is not padded (memory traffic, other kernels)
@@ -24,17 +24,17 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 ALIGNMENT = 4
-"""Channels that are not a multiple of this have no blocked layout in ONNX Runtime."""
+"""Channel counts that are not a multiple of this have no blocked layout in ONNX Runtime."""
 
 KINDS = (
     "launch", "blocks", "blocks", "padded work", "channels", "channels", "work", "work", "work",
     "launch", "launch", "launch", "misfit", "misfit", "misfit", "misfit", "misfit",
     "ragged", "ragged", "ragged", "ragged", "ragged",
 )  # fmt: skip
-"""What each term stands for, in their order: terms of one kind are wrong together."""
+"""Kind of each term, in order: terms of one kind share systematic errors."""
 
 _RIDGE = 1e-3
-"""Share of a term's norm that is added to its diagonal: settles which of two nearly equal terms is used."""
+"""Ridge term, as a share of a term's norm: decides between nearly equal terms."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Surface:
 
     Attributes:
         coefficients: (TERMS,), in milliseconds; none is negative.
-        floor: The smallest time that is ever returned, in milliseconds.
-        inputs, outputs: The smallest and the largest channel count that was measured.
+        floor: Smallest time that is returned, in milliseconds.
+        inputs, outputs: Smallest and largest measured channel count.
     """
 
     coefficients: Floats
@@ -53,10 +53,10 @@ class Surface:
     outputs: tuple[int, int]
 
     def covers(self, c_in: tuple[int, int], c_out: tuple[int, int]) -> bool:
-        """Whether every channel count of these (smallest, largest) ranges lies inside what was measured."""
+        """Whether these (smallest, largest) ranges of channel counts lie inside the measured ranges."""
         return all(
-            measured[0] <= asked[0] and asked[1] <= measured[1]
-            for measured, asked in ((self.inputs, c_in), (self.outputs, c_out))
+            measured[0] <= requested[0] and requested[1] <= measured[1]
+            for measured, requested in ((self.inputs, c_in), (self.outputs, c_out))
         )
 
 
@@ -66,8 +66,7 @@ class Surfaces:
     Args:
         surfaces: One for each operator.
         block: Channels of a vector block.
-        factors: What the terms of each kind are multiplied by, in the order in which `KINDS` first names them; none for
-            the terms as they are.
+        factors: Factor for the terms of each kind, in order of first occurrence in `KINDS`; empty for none.
     """
 
     def __init__(self, surfaces: Sequence[Surface], block: int, factors: Sequence[float] = ()) -> None:
@@ -86,7 +85,7 @@ class Surfaces:
         return np.asarray(np.maximum(total, self._floor))
 
     def by_kind(self, c_in: npt.ArrayLike, c_out: npt.ArrayLike) -> Floats:
-        """Milliseconds of all operators together by kind of term, (N, kinds) from channel counts (N, operators)."""
+        """Return the summed milliseconds of all operators by kind of term, (N, kinds), from (N, operators)."""
         parts = {kind: np.zeros(len(np.asarray(c_in))) for kind in KINDS}
         for place, term in enumerate(_terms(c_in, c_out, self._block)):
             parts[KINDS[place]] += (term * self._coefficients[:, place]).sum(axis=1)
@@ -94,11 +93,11 @@ class Surfaces:
 
 
 def fit_surface(c_in: Sequence[int], c_out: Sequence[int], ms: Sequence[float], block: int) -> Surface:
-    """Fit one operator.
+    """Fit the surface of one operator.
 
     Args:
         c_in, c_out: Channel counts of the measured points.
-        ms: Their times in milliseconds, all above zero. Errors count relative to the time, so that narrow
+        ms: Their times in milliseconds, all above zero. Errors are relative to the time, so that narrow
             candidates are predicted as well as wide ones.
         block: Channels of a vector block.
     """

@@ -1,4 +1,4 @@
-"""Latency tables: how long a network takes on a device, and how that is known."""
+"""Latency tables: predict a network's latency on a device, with the origin of the numbers."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,60}", re.IGNORECASE)
 
 
 class LatencyTable:
-    """What is known about one device, runtime, precision and batch.
+    """The latency table of one device, runtime, precision and batch.
+
+    A measured table predicts the networks that it was measured for, and others whose operators it contains. An
+    estimated table predicts any network. Neither extrapolates: other widths, operators, devices and precisions
+    are refused.
 
     Args:
         fields: The validated contents of a table's file.
-
-    A measured table predicts the networks that it was measured for, and others whose operators it holds; an
-    estimated one predicts any network. Neither extrapolates: widths, operators, devices and precisions that
-    it was not made for are refused.
     """
 
     def __init__(self, fields: TableFields) -> None:
@@ -58,16 +58,16 @@ class LatencyTable:
         runtime: str | None = None,
         space: PruningSpace | None = None,
     ) -> LatencyTable:
-        """The table of a device: measured by the user, else the shipped one.
+        """Load the table of a device: the user's measurement if there is one, else the shipped table.
 
         Args:
-            device, precision, batch, runtime: What it must be for.
-            space: The network that it must predict: a user's table of other networks that lacks its operators does not
-                take the shipped one's place.
+            device, precision, batch, runtime: Required properties of the table.
+            space: The network to predict. A user's table of other networks that lacks its operators does not replace
+                the shipped table.
 
         Raises:
-            CompressorError: no such device (the nearest names are given), or its table was not made for this
-                precision, batch or runtime.
+            CompressorError: There is no such device (the message gives the nearest names), or its table is for
+                another precision, batch or runtime.
         """
         return find_table(device, precision, space).at(precision, batch=batch, runtime=runtime)
 
@@ -76,22 +76,22 @@ class LatencyTable:
         """Read a table's file.
 
         Raises:
-            CompressorError: the file is missing, damaged, or says something that cannot be.
+            CompressorError: The file is missing, damaged or implausible.
         """
         return cls(read_table(read_text(Path(path), "latency table"), str(path)))
 
     def to_json(self) -> str:
-        """The file's text; `read` gives the same table back."""
+        """Return the file's text; `read` restores the same table."""
         return self.fields.model_dump_json(indent=1) + "\n"
 
     def write(self, path: str | Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         write_atomic(Path(path), self.to_json())
 
     # ---------------------------------------------------------------- what it is
     @property
     def device(self) -> str:
-        """The name that --device takes."""
+        """Name of the device, as in --device."""
         return self.fields.device.name
 
     @property
@@ -101,16 +101,16 @@ class LatencyTable:
 
     @property
     def estimated(self) -> bool:
-        """Whether the numbers are estimates; they must then be called so wherever they are shown."""
+        """Whether the numbers are estimates; they must then be labelled as such wherever they are shown."""
         return self.fields.how == "estimated"
 
     @cached_property
     def precisions(self) -> tuple[str, ...]:
-        """Every precision that `at` gives."""
+        """All precisions that `at` accepts."""
         return tuple(self.fields.roofline) or (self.fields.precision,)
 
     def describe(self) -> str:
-        """One line for people: device, runtime, precision, and how it is known with which error."""
+        """Return a one-line summary: device, runtime, precision, and whether it is measured, with its error."""
         fields = self.fields
         runtime = f"{fields.runtime.name} {fields.runtime.version}".strip()
         line = f"{self.device}, {runtime}, {fields.precision}, batch {fields.batch}: {fields.how} on {fields.date}"
@@ -132,54 +132,54 @@ class LatencyTable:
         runtime: str | None = None,
         device: str | None = None,
     ) -> LatencyTable:
-        """This table for a precision, batch, runtime and device; what is None is not asked for.
+        """Return this table for a precision, batch, runtime and device; None accepts any.
 
         Raises:
-            CompressorError: it was not made for them; what differs is named.
+            CompressorError: The table is for others; the message names the differences.
         """
         fields = self.fields
-        asked = {"precision": precision, "batch": str(batch), "runtime": runtime or fields.runtime.name}
-        made = {
+        requested = {"precision": precision, "batch": str(batch), "runtime": runtime or fields.runtime.name}
+        offered = {
             "precision": ", ".join(self.precisions),
             "batch": str(fields.batch),
             "runtime": fields.runtime.name,
         }
         if device is not None:
-            asked["device"], made["device"] = device, self.device
-        wrong = [name for name in asked if asked[name] not in made[name].split(", ")]
+            requested["device"], offered["device"] = device, self.device
+        wrong = [name for name in requested if requested[name] not in offered[name].split(", ")]
         if wrong:
-            differs = "; ".join(f"{name} is {made[name]}, not {asked[name]}" for name in wrong)
-            mend = "Measure the device again: compress profile"
+            differs = "; ".join(f"{name} is {offered[name]}, not {requested[name]}" for name in wrong)
+            fix = "Measure the device again: compress profile"
             if wrong == ["precision"]:
-                mend = f"Ask for --precision {self.precisions[0]}, or measure the device: compress profile"
+                fix = f"Use --precision {self.precisions[0]}, or measure the device: compress profile"
             raise CompressorError(
-                f"The latency table of {self.device} was not made for this: its {differs}.", mend
+                f"The latency table of {self.device} does not match the request: its {differs}.", fix
             )
         return LatencyTable(fields.model_copy(update={"precision": precision}))
 
     # ---------------------------------------------------------------- prediction
     def predict(self, space: PruningSpace, plan: ChannelPlan | None = None) -> float:
-        """Milliseconds for one input; without a plan those of the dense network, as measured where it was.
+        """Return milliseconds for one input; without a plan those of the dense network, measured if available.
 
         Raises:
-            CompressorError: the table does not cover this network.
+            CompressorError: The table does not cover this network.
         """
         if plan is None:
             return self.dense_ms(space)
         return float(self.curve(space)(space.widths(plan.widths)[None])[0])
 
     def dense_ms(self, space: PruningSpace) -> float:
-        """Milliseconds of the dense network: its own measurement where there is one, else the prediction."""
+        """Return the milliseconds of the dense network: measured if available, else predicted."""
         network = self.fields.networks.get(network_signature(space))
         if network is not None:
             return network.dense_ms
         return float(self.curve(space)(np.asarray(space.dense_widths)[None])[0])
 
     def curve(self, space: PruningSpace) -> LatencyCurve:
-        """The latency of every candidate of `space`.
+        """Return the latency of all candidates of `space` as a function of their widths.
 
         Raises:
-            CompressorError: the table does not cover this network.
+            CompressorError: The table does not cover this network.
         """
         raised = self.fields.raised
         if self.fields.roofline:
@@ -195,7 +195,7 @@ class LatencyTable:
         if network is not None:
             entries = [self._surface([key]) for key in network.layers]
         else:
-            network, entries = self._put_together(space)
+            network, entries = self._assembled(space)
         problem = self._uncovered(space, network, entries)
         if problem:
             raise CompressorError(
@@ -203,8 +203,8 @@ class LatencyTable:
                 "Measure it for this space: compress profile",
             )
         surfaces = Surfaces(entries, self.fields.block, network.correction.factors)
-        made = network.correction
-        correction = Correction(made.offset_ms, made.slope, made.least_ms, made.bends, made.weights)
+        stored = network.correction
+        correction = Correction(stored.offset_ms, stored.slope, stored.least_ms, stored.bends, stored.weights)
         weights = weight_elements(network.layers)
 
         def whole(total: Floats, c_in: Floats, c_out: Floats) -> Floats:
@@ -213,7 +213,7 @@ class LatencyTable:
         return LatencyCurve(space, surfaces, whole)
 
     def covers(self, space: PruningSpace) -> bool:
-        """Whether every candidate of `space` lies inside what was measured."""
+        """Whether all candidates of `space` lie inside the measured range."""
         if self.fields.roofline:
             return True
         network = self.fields.networks.get(network_signature(space))
@@ -222,7 +222,7 @@ class LatencyTable:
         return not self._uncovered(space, network, [self._surface([key]) for key in network.layers])
 
     def lacks(self, space: PruningSpace) -> str:
-        """Why no candidate of `space` can be predicted, as a sentence; empty where all can."""
+        """Explain in one sentence why `space` cannot be predicted; empty if it can."""
         try:
             self.curve(space)
         except CompressorError as error:
@@ -230,14 +230,14 @@ class LatencyTable:
         return ""
 
     def refit(self, samples: Sequence[tuple[float, float]], *, lower: bool = False) -> LatencyTable:
-        """The table after whole networks of its device turned out slower than it predicted.
+        """Return the table, scaled to networks of its device that were slower than predicted.
 
-        Its predictions are scaled so that at every sample they are at least what was measured. They are not
-        lowered unless that is asked for: a network that is faster than predicted breaks no promise.
+        Predictions are scaled so that at every sample they are at least the measured time. By default they are not
+        lowered: a network that is faster than predicted still meets its budget.
 
         Args:
-            samples: (predicted, measured) milliseconds by this very table.
-            lower: Whether predictions may fall too, to what was measured.
+            samples: (predicted, measured) milliseconds; predictions by this table.
+            lower: Whether predictions may also be lowered to the measured times.
         """
         ratios = [measured / predicted for predicted, measured in samples]
         factor = max(ratios) if lower and ratios else max([1.0, *ratios])
@@ -245,7 +245,7 @@ class LatencyTable:
 
     # ---------------------------------------------------------------- inside
     def _surface(self, keys: Sequence[str]) -> Surface:
-        """The surface through the points of one entry, or of several of the same operator."""
+        """Fit the surface to the points of one entry, or of several entries of the same operator."""
         entries = [self.fields.entries[key] for key in keys]
         return fit_surface(
             [count for entry in entries for count in entry.c_in],
@@ -254,11 +254,11 @@ class LatencyTable:
             self.fields.block,
         )
 
-    def _put_together(self, space: PruningSpace) -> tuple[NetworkFields, list[Surface]]:
-        """A network that was not measured, from operators of others, whatever was computed along with them.
+    def _assembled(self, space: PruningSpace) -> tuple[NetworkFields, list[Surface]]:
+        """Assemble an unmeasured network from operators of other networks, ignoring their epilogues.
 
         Raises:
-            CompressorError: an operator was never measured.
+            CompressorError: An operator was not measured.
         """
         bare: dict[str, list[str]] = {}
         for key in self.fields.entries:
@@ -279,7 +279,7 @@ class LatencyTable:
         return network, [surfaces[key] for key in wanted]
 
     def _uncovered(self, space: PruningSpace, network: NetworkFields, surfaces: Sequence[Surface]) -> str:
-        """What of the space lies outside the measured points; empty where nothing does."""
+        """Describe the first part of the space outside the measured range; empty if there is none."""
         least, dense = np.asarray(space.min_widths)[None], np.asarray(space.dense_widths)[None]
         for layer, surface in zip(space.layers, surfaces, strict=True):
             c_in = (int(layer.in_channels(least)[0]), int(layer.in_channels(dense)[0]))
@@ -300,10 +300,10 @@ class LatencyTable:
 
 # ---------------------------------------------------------------- where tables are found
 def check_known(device: str) -> None:
-    """Refuse a device that has no table and cannot be reached for one.
+    """Refuse a device without a table that cannot be measured over ssh either.
 
     Raises:
-        CompressorError: with the nearest names, or what is wrong with the address.
+        CompressorError: The device is unknown (the message gives the nearest names), or its address is invalid.
     """
     if device.startswith("ssh:"):
         return check_name(device)
@@ -321,16 +321,16 @@ def check_known(device: str) -> None:
 
 
 def find_table(device: str, precision: str | None = None, space: PruningSpace | None = None) -> LatencyTable:
-    """The table of a device: the user's own where there is one, else the shipped one.
+    """Find the table of a device: the user's own if there is one, else the shipped one.
 
     Args:
-        device: Its name.
-        precision: Which of the user's tables.
-        space: The network that it is for. A user's table that lacks its operators does not hide the shipped one; where
-            nothing is shipped it is given all the same, and says itself what it lacks.
+        device: Name of the device.
+        precision: Precision of the user's table.
+        space: The network to predict. A user's table that lacks its operators does not replace the shipped one. It is
+            returned if there is no shipped one; its `lacks` then names what is missing.
 
     Raises:
-        CompressorError: there is none (the nearest names are given), or its file is damaged.
+        CompressorError: There is no table (the message gives the nearest names), or its file is damaged.
     """
     if device == LOCAL:
         raise CompressorError(
@@ -343,27 +343,27 @@ def find_table(device: str, precision: str | None = None, space: PruningSpace | 
         lacks = own.lacks(space)
         if not lacks:
             say(
-                f"This network was not measured on {device}: its latency is put together from operators of others."
+                f"This network was not measured on {device}: its latency is assembled from operators of other networks."
             )
         elif shipped_file is not None:
             say(
-                f"You have measured {device} with other networks only: {lacks} The shipped table is taken, so that "
-                f"this network is estimated. To measure it: compress profile --model MODEL --device {device} "
+                f"You have measured {device} with other networks only: {lacks} The shipped table is used, so that "
+                f"this network's latency is estimated. To measure it: compress profile --model MODEL --device {device} "
                 "--bundle DIR"
             )
             own = None
     if own is not None:
         if shipped_file is not None:
             say(
-                f"The table of {device} that you measured on {own.fields.date} takes the shipped one's place."
+                f"The table of {device} that you measured on {own.fields.date} replaces the shipped one."
             )
         return own
     if shipped_file is not None:
         return LatencyTable.read(shipped_file)
     others = find_user_table(device)
-    made = f" It was measured in {others.precision}." if others is not None else ""
+    measured = f" It was measured in {others.precision}." if others is not None else ""
     raise CompressorError(
-        f"There is no latency table of {device}{f' in {precision}' if precision else ''}.{made}",
+        f"There is no latency table of {device}{f' in {precision}' if precision else ''}.{measured}",
         f"Measure it: compress profile --model MODEL --device {device}"
         + ("" if device.startswith("ssh:") else " --bundle DIR")
         + (f" --precision {precision}" if precision else ""),
@@ -371,18 +371,18 @@ def find_table(device: str, precision: str | None = None, space: PruningSpace | 
 
 
 def shipped_table(device: str) -> LatencyTable | None:
-    """The table that comes with the toolkit for a device, whatever the user has measured of it."""
+    """Return the table that the toolkit ships for a device, ignoring the user's tables."""
     path = shipped_tables().get(device)
     return LatencyTable.read(path) if path is not None else None
 
 
 def shipped_tables() -> dict[str, Path]:
-    """By the device's name, the files of the tables that come with the toolkit."""
+    """Return the files of the shipped tables, by device name."""
     return {path.stem: path for path in sorted(shipped("latency_tables").glob("*.json"))}
 
 
 def tables_folder() -> Path:
-    """`$COMPRESSOR_CACHE/tables`, else the user's data folder."""
+    """Return the folder of the user's tables: `$COMPRESSOR_CACHE/tables`, else in the user's data folder."""
     if os.environ.get("COMPRESSOR_CACHE"):
         return Path(os.environ["COMPRESSOR_CACHE"]) / "tables"
     from platformdirs import user_data_dir
@@ -391,10 +391,10 @@ def tables_folder() -> Path:
 
 
 def check_name(device: str) -> None:
-    """Refuse what cannot be the name of a device that is measured elsewhere.
+    """Refuse an invalid name for a remote device.
 
     Raises:
-        CompressorError: it is no plain name, or stands for something else.
+        CompressorError: The name has other characters, or is reserved.
     """
     if device.startswith("ssh:"):
         try:
@@ -409,13 +409,13 @@ def check_name(device: str) -> None:
 
 
 def user_tables(device: str | None = None) -> list[tuple[Path, LatencyTable]]:
-    """The user's tables, those of one device or all, the newest file last; damaged files are said and left out."""
+    """Return the user's tables of one device or of all, the newest last; damaged files are reported and skipped."""
     found = []
     for path in sorted(_user_files(), key=lambda path: path.stat().st_mtime):
         try:
             table = LatencyTable.read(path)
         except CompressorError as error:
-            say(f"{error.message} It is left out; delete it.")
+            say(f"{error.message} It is skipped; delete it.")
             continue
         if device is None or table.device == device:
             found.append((path, table))
@@ -425,13 +425,13 @@ def user_tables(device: str | None = None) -> list[tuple[Path, LatencyTable]]:
 def find_user_table(
     device: str, precision: str | None = None, space: PruningSpace | None = None
 ) -> LatencyTable | None:
-    """The user's table of a device; None where there is none.
+    """Find the user's table of a device; None if there is none.
 
     Args:
-        device: Its name.
-        precision: That it must be for.
-        space: The network that it is for: one that has it comes first, then one that has its operators, then the
-            newest, which has neither.
+        device: Name of the device.
+        precision: Required precision.
+        space: The network to predict: tables with this network are preferred, then tables with its operators, then the
+            newest.
     """
     fitting = [
         table for _, table in user_tables(device) if precision is None or precision in table.precisions

@@ -1,1 +1,1 @@
-"""What may be removed from a network, what that costs, and the smaller network."""
+"""Structured pruning: prunable channel groups of a network, their costs, and the pruned network."""

@@ -1,8 +1,8 @@
-"""The pruned network on disk: `channels.json` and `model.safetensors`, without pickle.
+"""Saves and loads pruned networks: `channels.json` and `model.safetensors`, without pickle.
 
-The JSON names the factory of the dense network, the plan, the shape of every tensor, the attributes that
-follow and the checksum of the weights. Loading builds the dense network on the meta device, sets the widths
-and fills in the weights; it needs neither the dense weights nor the space.
+The JSON contains the factory of the dense network, the plan, the shape of every tensor, the changed attributes and the
+checksum of the weights. Loading builds the dense network on the meta device, sets the widths and loads the weights. It
+needs neither the dense weights nor the pruning space.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHANNELS = "channels.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "compressor-slim"
 VERSION = 1
-_AGAIN = "Save the network again with compressor.save()."
+_SAVE_AGAIN = "Save the network again with compressor.save()."
 
 
 def save(
@@ -38,33 +38,33 @@ def save(
     factory: Factory | Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a pruned network.
+    """Save a pruned network.
 
     Args:
-        small: What `PruningSpace.apply` returned, fine-tuned or not, or a copy of it.
-        plan: The plan it was made with.
-        directory: Folder to write to; made where it is missing.
-        factory: What builds the dense network from num_classes at most: a function or class, its reference
-            "package.module:name", or {"factory": name, "kwargs": {"num_classes": N}}. Left out, it is found for
-            networks of `create_model`, torchvision and timm, and for classes of your own that can be imported; where
-            none is found, `load` needs the function itself.
-        extra: Anything that JSON can hold, kept under "extra".
+        small: The result of `PruningSpace.apply`, fine-tuned or not, or a copy of it.
+        plan: The plan that was applied.
+        directory: Folder to write to; created if it is missing.
+        factory: Builds the dense network, with no argument except num_classes: a function or class, its reference
+            "package.module:name", or {"factory": name, "kwargs": {"num_classes": N}}. By default it is found for
+            networks of `create_model`, torchvision and timm, and for user classes that can be imported. If none is
+            found, `load` needs the function.
+        extra: JSON-serialisable values, stored under "extra".
 
     Raises:
-        CompressorError: the network was not made by `apply` or was made with another plan, or the given factory does
-            not build its dense network.
+        CompressorError: The network does not come from `apply`, or from another plan, or the given factory does not
+            build its dense network.
     """
     from safetensors.torch import save_file
 
     record = small.__dict__.get(RECORD)
     if not isinstance(record, dict) or "plan" not in record:
         raise CompressorError(
-            f"This {type(small).__name__} was not made by PruningSpace.apply.",
-            "Save what apply returned, or a deepcopy of it.",
+            f"This {type(small).__name__} was not created by PruningSpace.apply.",
+            "Save the network that apply returned, or a deepcopy of it.",
         )
     if record["plan"] != plan:
         raise CompressorError(
-            "The network was made with another plan.", "Give the plan that apply was called with."
+            "The network was created with another plan.", "Pass the plan that apply was called with."
         )
     dense, outputs = record["dense"], record["outputs"]
     spec = find_factory(small, dense, outputs) if factory is None else given_factory(factory, dense, outputs)
@@ -98,7 +98,7 @@ def save(
         text = json.dumps(content, indent=1)
     except TypeError as error:
         raise CompressorError(
-            f"`extra` holds what JSON cannot: {error}.", "Give text, numbers, lists and dictionaries."
+            f"`extra` is not JSON-serialisable: {error}.", "Use text, numbers, lists and dictionaries."
         ) from error
     write_atomic(folder / CHANNELS, text + "\n")
 
@@ -106,17 +106,17 @@ def save(
 def load(
     directory: str | Path, *, factory: Factory | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Read a pruned network; it comes in eval mode. No code runs that a file names.
+    """Load a pruned network in eval mode. Code that is named in a file is not imported.
 
     Args:
-        directory: What `save` wrote.
-        factory: What builds the dense network, from num_classes at most: a function or class, or its reference
+        directory: Folder that `save` wrote.
+        factory: Builds the dense network, with no argument except num_classes: a function or class, or its reference
             "package.module:name". Networks of torchvision, timm and this package need none.
-        device: Where the weights go.
+        device: Device of the weights.
 
     Raises:
-        CompressorError: files are missing, corrupt, foreign or changed, shapes disagree, or the factory is
-        missing.
+        CompressorError: Files are missing, corrupt, of another format or modified, shapes disagree, or the factory
+            is missing.
     """
     folder = Path(directory)
     content = _read_channels(folder)
@@ -140,7 +140,7 @@ def load(
 
 
 def _check_factory(spec: Mapping[str, Any], given: Factory | None, folder: Path) -> None:
-    """Refuse to build a network of the user's own unless the caller says how."""
+    """Refuse to build a user-defined network unless the caller passes its factory."""
     from compressor.models.names import is_users
 
     name = spec.get("factory")
@@ -148,29 +148,29 @@ def _check_factory(spec: Mapping[str, Any], given: Factory | None, folder: Path)
         return
     if name is None:
         raise CompressorError(
-            f"{folder} holds a {str(spec.get('class'))[:200]}, and no reference to what builds it.",
-            f"Give a function that builds the dense network: load({str(folder)!r}, factory=build).",
+            f"{folder} contains a {str(spec.get('class'))[:200]}, without a reference to its factory.",
+            f"Pass a function that builds the dense network: load({str(folder)!r}, factory=build).",
         )
     if isinstance(name, str) and is_users(name):
         shown = name[:200]
         raise CompressorError(
-            f"{folder} holds a network that {shown!r} builds, and loading imports no code that a file names.",
-            f"If you trust it, name it: load({str(folder)!r}, factory={shown!r}), or give the function or class.",
+            f"{folder} contains a network built by {shown!r}; code that is named in a file is not imported.",
+            f"If you trust it, pass it: load({str(folder)!r}, factory={shown!r}), or pass the function or class.",
         )
 
 
 def read_plan(directory: str | Path) -> ChannelPlan:
-    """The plan of a saved network, without its weights."""
+    """Read the plan of a saved network, without its weights."""
     return ChannelPlan.from_json(json.dumps(_read_channels(Path(directory))["plan"]))
 
 
 def _read_channels(folder: Path) -> dict[str, Any]:
     path = folder / CHANNELS
     if not path.exists():
-        raise CompressorError(f"{folder} holds no {CHANNELS}.", "Give the folder that save() wrote.")
-    content = read_json(path, "file", _AGAIN)
+        raise CompressorError(f"{folder} contains no {CHANNELS}.", "Pass the folder that save() wrote.")
+    content = read_json(path, "file", _SAVE_AGAIN)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CompressorError(f"{path} is no {FORMAT} file.", "Give the folder that save() wrote.")
+        raise CompressorError(f"{path} is not a {FORMAT} file.", "Pass the folder that save() wrote.")
     if content.get("version") != VERSION:
         raise CompressorError(
             f"{path} has version {content.get('version')!r}; this program reads {VERSION}.",
@@ -179,10 +179,10 @@ def _read_channels(folder: Path) -> dict[str, Any]:
     kinds = {"factory": dict, "plan": dict, "tensors": dict, "edits": list, "swaps": dict, "weights": dict}
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
-            raise CompressorError(f"{path}: '{key}' is missing or of a wrong kind.", _AGAIN)
+            raise CompressorError(f"{path}: '{key}' is missing or has a wrong type.", _SAVE_AGAIN)
     plan = ChannelPlan.from_json(json.dumps(content["plan"]))
     if plan.checksum != content.get("plan_sha256"):
-        raise CompressorError(f"{path}: the plan does not match its checksum.", _AGAIN)
+        raise CompressorError(f"{path}: the plan does not match its checksum.", _SAVE_AGAIN)
     return content
 
 
@@ -198,26 +198,27 @@ def _read_weights(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         or (folder / name).resolve().parent != folder.resolve()
     ):
         raise CompressorError(
-            f"{CHANNELS} names weights outside its folder: {name!r}.", "Refused; use files from their maker."
+            f"{CHANNELS} refers to weights outside its folder: {name!r}.", "Use the original, unmodified files."
         )
     path = folder / name
     if not path.is_file():
-        raise CompressorError(f"{path} is missing.", _AGAIN)
+        raise CompressorError(f"{path} is missing.", _SAVE_AGAIN)
     if sha256_file(path) != content["weights"].get("sha256"):
         raise CompressorError(
-            f"{path} does not match the checksum in {CHANNELS}.", "The files are corrupt or of two networks."
+            f"{path} does not match the checksum in {CHANNELS}.",
+            "The files are corrupt or belong to two networks; save the network again with compressor.save().",
         )
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CompressorError(f"{path} is no safetensors file: {error}.", _AGAIN) from error
+        raise CompressorError(f"{path} is not a safetensors file: {error}.", _SAVE_AGAIN) from error
 
 
 def _check_shapes(
     content: dict[str, Any], dense: dict[str, list[int]], tensors: dict[str, Tensor], given: bool
 ) -> None:
     name = "that was given" if given else repr(content["factory"].get("factory"))
-    advice = "Give what built the dense network that was pruned." if given else _AGAIN
+    advice = "Pass the factory of the dense network that was pruned." if given else _SAVE_AGAIN
     for what, names in (("weights", tensors.keys()), (CHANNELS, content["tensors"].keys())):
         wrong = sorted(set(names) ^ set(dense))
         if wrong:
@@ -228,11 +229,11 @@ def _check_shapes(
         shape = list(tensor.shape)
         if shape != content["tensors"][key]:
             raise CompressorError(
-                f"Tensor '{key}' has shape {shape}, {CHANNELS} says {content['tensors'][key]}.", _AGAIN
+                f"Tensor '{key}' has shape {shape}, {CHANNELS} says {content['tensors'][key]}.", _SAVE_AGAIN
             )
         if len(shape) != len(dense[key]) or any(s > d for s, d in zip(shape, dense[key], strict=True)):
             raise CompressorError(
-                f"Tensor '{key}' of shape {shape} is no part of the dense network's {dense[key]}.",
+                f"Tensor '{key}' of shape {shape} is not a part of the dense network's {dense[key]}.",
                 advice if given else "Was the network's code changed since it was saved?",
             )
 
@@ -240,16 +241,16 @@ def _check_shapes(
 def set_tensors(model: nn.Module, tensors: dict[str, Tensor], device: str | torch.device) -> None:
     second = aliases(model)
     modules = dict(model.named_modules())
-    made: dict[str, Tensor] = {}
+    placed: dict[str, Tensor] = {}
     for name, old in named_tensors(model).items():
         tensor = tensors[name].to(device)
-        made[name] = (
+        placed[name] = (
             nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         )
-    for name, first in {**{name: name for name in made}, **second}.items():
+    for name, first in {**{name: name for name in placed}, **second}.items():
         path, _, leaf = name.rpartition(".")
         held = modules[path]._parameters if leaf in modules[path]._parameters else modules[path]._buffers
-        held[leaf] = made[first]
+        held[leaf] = placed[first]
 
 
 def _set_attributes(model: nn.Module, content: dict[str, Any]) -> None:
@@ -261,7 +262,7 @@ def _set_attributes(model: nn.Module, content: dict[str, Any]) -> None:
             and all(isinstance(name, str) for name in edit[:2])
             and edit[0] in modules
         ):
-            raise CompressorError(f"{CHANNELS} edits something that the network lacks: {edit!r}.", _AGAIN)
+            raise CompressorError(f"{CHANNELS} edits an attribute that the network lacks: {edit!r}.", _SAVE_AGAIN)
         path, attribute, value = edit
         before = vars(modules[path]).get(attribute)
         old = list(before) if isinstance(before, (tuple, list)) else [before]
@@ -275,10 +276,10 @@ def _set_attributes(model: nn.Module, content: dict[str, Any]) -> None:
             )
         ):
             raise CompressorError(
-                f"{CHANNELS} sets '{path}.{attribute}' from {before!r} to {value!r}.", _AGAIN
+                f"{CHANNELS} sets '{path}.{attribute}' from {before!r} to {value!r}.", _SAVE_AGAIN
             )
         setattr(modules[path], attribute, tuple(value) if isinstance(before, tuple) else value)
     for path, name in content["swaps"].items():
         if path not in modules or swap_name(modules[path]) != name:
-            raise CompressorError(f"{CHANNELS} replaces '{path}' by '{name}', which does not fit.", _AGAIN)
+            raise CompressorError(f"{CHANNELS} replaces '{path}' by '{name}', which does not fit.", _SAVE_AGAIN)
         swap(modules[path], name)

@@ -1,9 +1,8 @@
-"""Atoms: one for every index of every axis of every parameter, and what a forward pass says about them.
+"""Atoms: one for each index of each axis of each parameter, with the constraints found in a forward pass.
 
-An axis of a tensor carries *labels*, one atom per index, or None where its size can never change (batch,
-space, tokens). Operations say which atoms must be kept or dropped together (`unify`) and which must always
-be kept (`fix`). When the pass is over, `solve` yields the classes of atoms that go together: the smallest
-things that pruning can remove.
+An axis of a tensor has *labels*, one atom per index, or None where its size is constant (batch, space, tokens).
+Operations state which atoms must be kept or removed together (`unify`) and which must always be kept (`fix`). After the
+pass, `solve` returns the classes of atoms that belong together: the smallest removable units.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ Axes = tuple["Labels | None", ...]
 
 @dataclass(frozen=True)
 class Classes:
-    """What `Atoms.solve` found.
+    """The classes of atoms that `Atoms.solve` found.
 
     Args:
-        of: (atoms,) the class of each atom, named by its smallest atom.
-        fixed: (atoms,) whether the class of each atom must stay.
-        coupled: (atoms,) whether the class of each atom runs through a residual addition.
-        reasons: smallest atom of a fixed class -> why it must stay (the first reason given).
+        of: Class of each atom, identified by its smallest atom, (atoms,).
+        fixed: Whether the class of each atom must be kept, (atoms,).
+        coupled: Whether the class of each atom is part of a residual addition, (atoms,).
+        reasons: Smallest atom of a fixed class -> first reason why it must be kept.
     """
 
     of: Labels
@@ -35,37 +34,37 @@ class Classes:
 
 
 class Atoms:
-    """Hands out atoms and collects what is said about them."""
+    """Creates atoms and collects the constraints on them."""
 
     def __init__(self) -> None:
         self._count = 0
         self._pairs: list[tuple[Labels, Labels]] = []
-        #: (atoms that must stay, why), in the order in which it was found out.
+        #: (atoms that must be kept, reason), in the order of discovery.
         self.fixed: list[tuple[Labels, str]] = []
         self._coupled: list[Labels] = []
 
     def fresh(self, size: int) -> Labels:
-        """Labels for a new axis of `size` indices."""
+        """Create the labels of a new axis with `size` indices."""
         labels = np.arange(self._count, self._count + size, dtype=np.int64)
         self._count += size
         return labels
 
     def unify(self, a: Labels, b: Labels) -> None:
-        """Atoms at the same place of `a` and `b` go together; both have the same shape."""
+        """Tie the atoms at equal positions of `a` and `b`, which have the same shape."""
         if a is not b:
             self._pairs.append((a.reshape(-1), b.reshape(-1)))
 
     def fix(self, labels: Labels | None, reason: str) -> None:
-        """These atoms must stay, because of `reason` (a clause that follows "left dense:")."""
+        """Require that these atoms are kept, because of `reason` (a clause that follows "left dense:")."""
         if labels is not None:
             self.fixed.append((labels.reshape(-1), reason))
 
     def couple(self, labels: Labels) -> None:
-        """These atoms run through an addition of two activations."""
+        """Mark these atoms as part of an addition of two activations."""
         self._coupled.append(labels.reshape(-1))
 
     def solve(self) -> Classes:
-        """The classes of atoms that go together (connected components by hooking and pointer jumping)."""
+        """Return the classes of tied atoms (connected components by hooking and pointer jumping)."""
         parent = np.arange(self._count, dtype=np.int64)
         if self._pairs:
             left = np.concatenate([a for a, _ in self._pairs])

@@ -1,8 +1,8 @@
-"""Attention modules that keep working when heads are removed or the embedding shrinks.
+"""Attention modules that support removed heads and a smaller embedding.
 
-torch's `MultiheadAttention` and torchvision's window attention derive the size of a head from the width of
-their input, so that they only run where heads times head size is that width. A pruned network runs these
-classes in their place: the parameters have the same names and meaning, the size of a head stays what it was.
+torch's `MultiheadAttention` and torchvision's window attention derive the head size from the width of their input, so
+that heads times head size must equal that width. A pruned network uses these classes instead: parameters have the same
+names and meaning, and the head size is unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class SlimAttention(nn.MultiheadAttention):
-    """Multi-head attention whose heads need not add up to the embedding.
+    """Multi-head attention in which heads times head size may differ from the embedding size.
 
     `in_proj_weight` is (3 * heads * head_dim, embedding), `out_proj.weight` (embedding, heads * head_dim).
     """
@@ -33,8 +33,10 @@ class SlimAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `MultiheadAttention.forward` for batched input; (batch, tokens, embedding) or (tokens, batch,
-        embedding)."""
+        """As `MultiheadAttention.forward`, for batched input.
+
+        Shapes are (batch, tokens, embedding), or (tokens, batch, embedding) without `batch_first`.
+        """
         if not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         assert self.in_proj_weight is not None
@@ -114,8 +116,7 @@ def _shift_mask(height: int, width: int, window: list[int], shift: list[int], li
 
 
 def slim_window_attention(version: int) -> type[nn.Module]:
-    """The class that stands for torchvision's ShiftedWindowAttention (version 1) or ShiftedWindowAttentionV2
-    (2)."""
+    """Return the class that replaces torchvision's ShiftedWindowAttention (version 1) or its V2 (version 2)."""
     from torchvision.models import swin_transformer
 
     base: Any = (
@@ -129,8 +130,7 @@ def slim_window_attention(version: int) -> type[nn.Module]:
 
 
 def _window_forward(self: Any, x: Tensor) -> Tensor:
-    """Attention in shifted windows, (batch, height, width, channels) to the same shape; Swin (1) and Swin V2
-    (2)."""
+    """Compute attention in shifted windows, (batch, height, width, channels) to the same shape; Swin and Swin V2."""
     _, height, width, _ = x.shape
     window = list(self.window_size)
     down, right = -height % window[0], -width % window[1]
@@ -171,7 +171,7 @@ def _window_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def slim_class(name: str) -> type[nn.Module] | None:
-    """The class that a pruned module becomes, by the name that artefacts store; None for an unknown name."""
+    """Return the replacement class by the name stored in artefacts; None for an unknown name."""
     if name == "multi_head_attention":
         return SlimAttention
     if name in ("window_attention_1", "window_attention_2"):
@@ -180,7 +180,7 @@ def slim_class(name: str) -> type[nn.Module] | None:
 
 
 def swap_name(module: nn.Module) -> str | None:
-    """Which class stands for `module` once it is pruned, None where it runs as it is."""
+    """Return the name of the class that replaces `module` once it is pruned; None if none is needed."""
     kind = type(module)
     if kind is nn.MultiheadAttention:
         return "multi_head_attention"

@@ -1,7 +1,7 @@
-"""A pruning space for other processes: plain values that rebuild it, and its weights as safetensors.
+"""Transfers a pruning space to other processes: plain values to rebuild it, and its weights as safetensors.
 
-What is rebuilt prunes everything that can be pruned, in steps of one channel: a plan of any space of the same
-network fits it, because a group that a plan does not name stays dense.
+The rebuilt space allows all prunable groups, in steps of one channel. It accepts the plans of any space of the same
+network, because groups that a plan does not name stay dense.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from compressor.pruning.space import PruningSpace
 
 
 def blueprint(space: PruningSpace) -> dict[str, Any]:
-    """Plain values that `rebuild` makes a space of the same network from, given its weights.
+    """Return plain values from which `rebuild` creates a space of the same network, given its weights.
 
     Raises:
         CompressorError: the network has no factory by which another process could build it, or a rule was registered
@@ -39,9 +39,9 @@ def blueprint(space: PruningSpace) -> dict[str, Any]:
     factory = find_factory(model, dense, space.outputs)
     if factory is None:
         raise CompressorError(
-            "Several workers, and functions that are budgets, build the network in processes of their own, and no "
+            "Several workers, and functions that are budgets, build the network in separate processes, but no "
             f"factory was found that builds the dense {type(model).__qualname__}.",
-            "Name the network as package.module:factory, or use one worker and none but the built-in budgets.",
+            "Specify the network as package.module:factory, or use one worker and only built-in budgets.",
         )
     return {
         "factory": factory,
@@ -52,12 +52,12 @@ def blueprint(space: PruningSpace) -> dict[str, Any]:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every distinct parameter and buffer, on the CPU, by its first name."""
+    """Return all distinct parameters and buffers on the CPU, by their first name."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors(model).items()}
 
 
 def channels_last(model: nn.Module) -> bool:
-    """Whether weights lie in that format, which decides the order of sums and thus the last bits."""
+    """Whether weights are in channels-last format, which decides the order of sums and thus the last bits."""
     return any(
         tensor.dim() == 4
         and not tensor.is_contiguous()
@@ -81,7 +81,7 @@ def reweigh(space: PruningSpace, tensors: Mapping[str, Tensor], last: bool) -> N
     """Replace the weights of a rebuilt space, in place.
 
     Args:
-        last: whether the weights lie in channels-last format where they come from.
+        last: Whether the original weights are in channels-last format.
     """
     space.model.to(memory_format=torch.channels_last if last else torch.contiguous_format)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def reweigh(space: PruningSpace, tensors: Mapping[str, Tensor], last: bool) -> N
 
 
 def read_tensors(source: bytes | str) -> dict[str, Tensor]:
-    """Tensors from safetensors: their bytes, or the path of a file, which is mapped into memory."""
+    """Read tensors in safetensors format from bytes or from a file, which is memory-mapped."""
     from safetensors.torch import load, load_file
 
     return dict(load_file(source) if isinstance(source, str) else load(source))

@@ -1,9 +1,8 @@
-"""Tracing a network, and proving on a pruned copy that the trace was understood.
+"""Traces a network and verifies the trace on a pruned copy.
 
-After the dense pass has told the groups, a copy with random widths runs the same pass on the meta device, in
-lockstep: every operation must yield exactly the sizes that the labels foretell. Where one does not, the
-channels that meet in that operation are split another way or left dense, and named; so a space never
-promises a width that would not run.
+The dense pass determines the groups. Then a copy with random widths runs the same pass on the meta device, in lockstep:
+every operation must return exactly the sizes that the labels predict. Where one does not, the channels of that
+operation are split in another way, or left dense and reported. A space therefore contains no width that would not run.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _ROUNDS = 60
 
 @dataclass
 class Built:
-    """A traced network: facts, groups and how to slice it."""
+    """A traced network: its facts, groups and slicer."""
 
     facts: Facts
     resolved: Resolved
@@ -69,7 +68,7 @@ def build(model: nn.Module, args: tuple[Any, ...]) -> Built:
             continue
         return Built(facts, resolved, slicer, settings, on_meta)
     raise CompressorError(
-        "The network's structure could not be settled: pruned copies keep failing in new places.",
+        "The network's structure could not be determined: pruned copies keep failing in new places.",
         "Freeze the parts with unusual code by the argument `frozen`, or prune a part of the network.",
     )
 
@@ -86,17 +85,17 @@ def _swaps(model: nn.Module, facts: Facts) -> dict[str, str]:
 
 
 def _trace(model: nn.Module, args: tuple[Any, ...], settings: Settings) -> tuple[Facts, bool]:
-    """The dense pass: on the meta device, or with real tensors where the network cannot run there."""
+    """Run the dense pass on the meta device, or with real tensors if the network cannot run there."""
     try:
         return _run(model, moved(args, "meta"), settings, meta=True), True
     except CompressorError:
         raise
-    except Exception as on_meta:  # the user's own code may raise anything; without the meta device it may run
+    except Exception as on_meta:  # user code may raise anything; it may run without the meta device
         try:
             return _run(model, args, settings, meta=False), False
         except CompressorError:
             raise
-        except Exception as error:  # likewise; it is told with its cause
+        except Exception as error:  # user code may raise anything; the cause is reported
             shapes = (
                 ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in example_tensors(args))
                 or "no tensor"
@@ -105,14 +104,14 @@ def _trace(model: nn.Module, args: tuple[Any, ...], settings: Settings) -> tuple
             raise CompressorError(
                 f"The network's forward pass fails on the example input ({shapes})"
                 f"{f' in module {where!r}' if where else ''}: {type(error).__name__}: {error}",
-                "Give the input that the network expects: its shape, type and device.",
+                "Pass the input that the network expects: its shape, type and device.",
             ) from (error if str(error) else on_meta)
 
 
 def _skeleton(model: nn.Module, meta: bool) -> nn.Module:
     if meta:
         return copy_structure(model, lambda tensor: torch.empty_like(tensor, device="meta"))
-    # Parameters are views of the user's, buffers copies: a pass in eval mode writes neither.
+    # Parameters are views of the user's and buffers are copies: a pass in eval mode writes to neither.
     return copy_structure(
         model, lambda tensor: tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
     )
@@ -146,9 +145,9 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
 
 
 def _shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name of each parameter that lies in the memory of another -> the other's name.
+    """Return name of each parameter that shares the memory of another -> name of the other.
 
-    Slicing would give each a memory of its own, and training would then move them apart.
+    Slicing would copy each to separate memory, and training would then make them differ.
     """
     first: dict[int, str] = {}
     found: dict[str, str] = {}
@@ -168,11 +167,10 @@ def _fix_outputs(tracer: Tracer, out: Any) -> None:
 
 
 def _train_pass(tracer: Tracer, skeleton: nn.Module, args: tuple[Any, ...], meta: bool) -> None:
-    """Some parts run in training only (auxiliary classifiers): a pass in train mode ties them to the
-    channels they read.
+    """Tie parts that run in training only (auxiliary classifiers) to the channels they read, by a train-mode pass.
 
-    Batch-norm in train mode needs two inputs. Where that pass is impossible, such parts are left as they
-    are; `resolve` names those that would not fit.
+    Batch-norm in train mode needs two inputs. If that pass is impossible, such parts stay unchanged; `resolve` reports
+    those that would not fit.
     """
     if not meta or not all(isinstance(arg, Tensor) and arg.dim() > 1 for arg in args):
         return
@@ -185,21 +183,20 @@ def _train_pass(tracer: Tracer, skeleton: nn.Module, args: tuple[Any, ...], meta
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), tracer:
             out = skeleton(*twice)
-    except Exception:  # what runs in training only may want labels or real data, and fail in any way
+    except Exception:  # training-only code may need labels or real data, and may raise anything
         return
     _fix_outputs(tracer, out)
 
 
 def _plain(out: Any) -> Any:
-    """Nested lists and dictionaries of tensors from outputs of any class (dataclasses, dictionaries of a
-    library)."""
+    """Convert outputs of any class (dataclasses, a library's dictionaries) to nested lists and dictionaries."""
     if isinstance(out, (Tensor, list, tuple, dict)):
         return out
     return dict(vars(out)) if hasattr(out, "__dict__") else out
 
 
 def _suspects(facts: Facts, resolved: Resolved, settings: Settings, tried: set[Key]) -> list[Key]:
-    """Splits of channels that tied a whole layer into one unit, or that met an axis of fixed size."""
+    """Return channel splits that tied a whole layer into one unit, or that met an axis of fixed size."""
     stuck = [labels for labels, reason in facts.atoms.fixed if reason.startswith(MEETS_FIXED)]
     if not (resolved.collapsed or stuck) or not facts.decisions:
         return []

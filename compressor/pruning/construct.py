@@ -1,4 +1,4 @@
-"""From a trace and the user's settings to groups, legal widths, layers and cost terms."""
+"""Builds groups, legal widths, layers and cost terms from a trace and the user's settings."""
 
 from __future__ import annotations
 
@@ -21,23 +21,21 @@ from compressor.pruning.groups import Group, Resolved, Skipped
 Ints = NDArray[np.int64]
 
 
-#: The smallest width unless the user says otherwise: a tenth of the dense one, at least one step of the
-#: granularity.
+#: Default minimum width: a tenth of the dense width, at least one step of the granularity.
 MIN_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One call of an operation that bears weights, in the order of execution; channel counts as functions of
-    widths.
+    """One call of a weight-bearing operation, with channel counts as functions of widths.
 
-    `kind` is "conv", "depthwise", "grouped", "conv_transpose" or "linear". Sizes are (height, width), of a sequence
-    (tokens, 1), without space (1, 1).
+    `kind` is "conv", "depthwise", "grouped", "conv_transpose" or "linear". Sizes are (height, width); (tokens, 1) for a
+    sequence, (1, 1) without spatial axes.
 
-    A pruned grouped convolution either loses whole groups or as many channels in each group. `groups` is the dense
-    number, which stays in the second case; `group_size` the input channels of a group where they stay, as in the
+    A pruned grouped convolution loses either whole groups or the same number of channels in each group. `groups` is the
+    dense number, which is unchanged in the second case. `group_size` is the number of input channels per group in the
     first case (1 for a depthwise convolution), else 0. `reads` are the input channels that one output reads, and
-    `positions` says how often each weight is used. `counted` is False where fvcore does not see the operation.
+    `positions` is the number of uses of each weight. `counted` is False if fvcore does not count the operation.
     """
 
     name: str
@@ -63,7 +61,7 @@ class Layer:
 
     @property
     def group_size(self) -> int:
-        """Input channels of a group where pruning removes whole groups; 0 where the number of groups stays."""
+        """Input channels per group if pruning removes whole groups; 0 if the number of groups is unchanged."""
         if self.kind == "depthwise":
             return 1
         whole = self.groups > 1 and self.reads.is_constant and not self.in_channels.is_constant
@@ -75,17 +73,17 @@ class Layer:
         return self.positions.times(self.taps, self.reads, self.out_channels)
 
     def weights(self, c_in: Any, c_out: Any) -> Floats:
-        """Elements of the weight at these channels, arrays of any shape."""
+        """Return the weight elements at these channel counts, arrays of any shape."""
         return weight_elements(self.taps, c_in, c_out, self.groups, self.group_size)
 
 
 class MultiplyAdds:
-    """What a network multiplies and adds, as fvcore counts it: its layers, and what is counted beside them.
+    """A network's multiply-adds as fvcore counts them: of its layers, and of other operations.
 
     Args:
-        facts, resolved: Of its trace.
+        facts, resolved: Results of its trace.
         layers: Its layers.
-        groups: G.
+        groups: Number of groups, G.
     """
 
     def __init__(self, facts: Facts, resolved: Resolved, layers: Sequence[Layer], groups: int) -> None:
@@ -107,21 +105,21 @@ class MultiplyAdds:
         }
 
     def __call__(self, widths: Ints) -> Ints:
-        """Of the whole network, (N, G) -> (N,)."""
+        """Return the multiply-adds of the whole network, (N, G) -> (N,)."""
         return self._total(widths) + self._rounded(widths)
 
     def layers(self, widths: Ints) -> Ints:
-        """Of each layer, (N, G) -> (N, layers)."""
+        """Return the multiply-adds of each layer, (N, G) -> (N, layers)."""
         each = [product(widths) for product in self._layers]
         return np.stack(each, axis=1) if each else np.zeros((len(widths), 0), dtype=np.int64)
 
     def beside(self, widths: Ints) -> dict[str, Ints]:
-        """By operation what is counted beside the layers, (N, G) -> (N,) each; with the layers it is the whole."""
+        """Return the multiply-adds besides the layers by operation, (N, G) -> (N,) each; both sum to the total."""
         return {name: terms(widths) for name, terms in self._beside.items()}
 
 
 UNSEEN = "layers that fvcore does not count"
-"""Layers whose multiply-adds are not part of the total: they are taken off again."""
+"""Name of the negative entry for layers whose multiply-adds are not part of fvcore's total."""
 
 
 def exclude(resolved: Resolved, frozen: Sequence[str], scope: str) -> None:
@@ -152,7 +150,7 @@ def make_groups(resolved: Resolved, granularity: Any, min_width: Any) -> tuple[G
         step = _setting(granularity, found.name, 1, names, "granularity")
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 1:
             raise CompressorError(
-                f"The granularity must be a whole number from 1 on, not {step!r}.", "8 suits FP16, 32 INT8."
+                f"The granularity must be a whole number of at least 1, not {step!r}.", "8 suits FP16, 32 INT8."
             )
         # Granularity counts channels; a unit of several channels needs fewer units to be a multiple.
         step = int(step) // math.gcd(int(step), found.unit)
@@ -164,8 +162,8 @@ def make_groups(resolved: Resolved, granularity: Any, min_width: Any) -> tuple[G
         if isinstance(least, float):
             if least > 1:
                 raise CompressorError(
-                    f"A smallest width of {least} is no share of the dense width.",
-                    "Give an int for channels.",
+                    f"A smallest width of {least} is not a share of the dense width.",
+                    "Use an int for channels.",
                 )
             least = math.ceil(least * width - 1e-9)
         least = max(step, -(-int(least) // step) * step)
@@ -229,7 +227,7 @@ def some(names: Sequence[str], wanted: str) -> str:
 
 
 def name_unreached(model: nn.Module, facts: Facts, resolved: Resolved) -> None:
-    """Name the modules whose parameters no pass ever used."""
+    """Report the modules whose parameters no pass used."""
     named = {skipped.name for skipped in resolved.skipped}
     for name, _ in model.named_parameters():
         path = name.rpartition(".")[0] or name

@@ -1,5 +1,7 @@
-"""Costs as functions of widths: sums of products of affine channel counts, evaluated for many candidates at
-once; and how many weights an operator has, the one place that says it."""
+"""Costs as functions of widths: sums of products of affine channel counts, evaluated for many candidates at once.
+
+Also defines the number of weight elements of an operator.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,15 @@ Floats = NDArray[np.float64]
 def weight_elements(
     taps: ArrayLike, c_in: ArrayLike, c_out: ArrayLike, groups: ArrayLike, group_size: ArrayLike
 ) -> Floats:
-    """Elements of the weights of convolutions and linear layers; arrays that broadcast, to one of their shape.
+    """Return the number of weight elements of convolutions and linear layers; arguments broadcast.
 
     Args:
-        taps: height times width of the kernel; 1 for a linear layer.
-        c_in: input channels.
-        c_out: output channels.
-        groups: the number of groups; read where `group_size` is 0.
-        group_size: input channels of a group where pruning removes whole groups, 1 for depthwise convolutions; 0 where
-            the number of groups stays and each group loses channels.
+        taps: Height times width of the kernel; 1 for a linear layer.
+        c_in: Input channels.
+        c_out: Output channels.
+        groups: Number of groups; used where `group_size` is 0.
+        group_size: Input channels per group if pruning removes whole groups, 1 for depthwise convolutions; 0 if the
+            number of groups is unchanged and each group loses channels.
 
     Example: a grouped convolution of 128 to 128 channels in 32 groups that lost 16 of them has 3 * 3 * 4 * 64 weights:
 
@@ -39,19 +41,20 @@ def weight_elements(
 
 
 def positions_of(kind: str, in_hw: Sequence[int], out_hw: Sequence[int]) -> int:
-    """How often each weight is used for one input, from (height, width) of input and output: multiply-adds are that
-    many times the elements of the weight."""
+    """Return the uses of each weight for one input, from (height, width) of input and output.
+
+    Multiply-adds are this number times the number of weight elements.
+    """
     height, width = in_hw if kind == "conv_transpose" else out_hw
     return int(height) * int(width)
 
 
 @dataclass(frozen=True)
 class Affine:
-    """A channel count as a function of the widths of all groups: `constant + sum(coefficient *
-    width[group])`.
+    """A channel count as a function of the widths of all groups: `constant + sum(coefficient * width[group])`.
 
     Args:
-        constant: Channels that always stay.
+        constant: Channels that are always kept.
         terms: (index of a group, channels per unit of its width), ascending by group.
     """
 
@@ -68,7 +71,7 @@ class Affine:
 
     @property
     def is_constant(self) -> bool:
-        """Whether no group changes this count."""
+        """Whether this count does not depend on any group."""
         return not self.terms
 
 
@@ -86,7 +89,7 @@ class Product(NamedTuple):
         return np.asarray(total, dtype=np.int64)
 
     def times(self, constant: int, *factors: Affine) -> Product:
-        """The product with more factors."""
+        """Return the product with additional factors."""
         return Product(self.constant * constant, (*self.factors, *factors))
 
 
@@ -94,11 +97,11 @@ class CostTerms:
     """A sum of terms, each a constant times a product of affine counts.
 
     Args:
-        terms: what is added.
-        groups: G, the number of groups whose widths the costs are asked for.
+        terms: The terms of the sum.
+        groups: Number of groups, G.
 
-    Evaluation is one matrix product for the distinct factors and one gather for each position of a factor;
-    everything is whole numbers below 2**53, so that floating point arithmetic is exact and fast.
+    Evaluation is one matrix product for the distinct factors and one gather for each position of a factor. All values
+    are whole numbers below 2**53, so that floating point arithmetic is exact and fast.
     """
 
     def __init__(self, terms: Sequence[Product], groups: int) -> None:
@@ -146,7 +149,7 @@ class CostTerms:
         """Costs (N,) of the candidates `widths` (N, G)."""
         matrix, offset, parts = self._compiled
         total = np.full(widths.shape[0], float(self._base))
-        # Blocks of candidates stay in the processor's cache.
+        # Candidates are processed in blocks that fit the processor's cache.
         for start in range(0, widths.shape[0], 512):
             counts = (widths[start : start + 512].astype(np.float64) @ matrix + offset).T
             for keys, constants in parts:
@@ -158,8 +161,10 @@ class CostTerms:
 
 
 def as_printed(estimate: Ints) -> Ints:
-    """Multiply-adds that fvcore reads from numpy's estimate of an einsum: (estimate + 1) at four digits,
-    halved, floored."""
+    """Return the multiply-adds that fvcore reads from numpy's printed einsum estimate.
+
+    These are (estimate + 1), printed with four digits, halved and rounded down.
+    """
     value = estimate + 1
     digits = np.floor(np.log10(value)).astype(np.int64)
     # log10 may fall short by one at powers of ten.
@@ -171,11 +176,10 @@ def as_printed(estimate: Ints) -> Ints:
 
 
 class RoundedTerms:
-    """Terms that fvcore counts by way of numpy's printed estimate of an einsum, each rounded before it is
-    added."""
+    """Terms that fvcore counts by numpy's printed estimate of an einsum; each is rounded before it is added."""
 
     def __init__(self, terms: Sequence[Product], groups: int) -> None:
-        # Not merged: every call is rounded on its own.
+        # Not merged: each call is rounded separately.
         self._terms = [CostTerms([term], groups) for term in terms]
 
     def __call__(self, widths: Ints) -> Ints:

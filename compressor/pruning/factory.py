@@ -1,4 +1,4 @@
-"""Which factory builds the dense network again: found at save time, called at load time."""
+"""Finds the factory of a dense network at save time, and calls it at load time."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from compressor.pruning.skeleton import named_tensors
 
 Shapes = Mapping[str, Sequence[int]]
 Factory = Callable[..., Any] | str
-_ADVICE = (
-    "Give a function or class that builds the dense network from num_classes at most: factory=build, or its reference "
+_FACTORY_HINT = (
+    "Pass a function or class that builds the dense network from num_classes at most: factory=build, or its reference "
     'factory="package.module:build".'
 )
 
 
 def find_factory(model: nn.Module, dense: Shapes, outputs: int) -> dict[str, Any] | None:
-    """The spec that rebuilds the dense network of `model`; None where none is found.
+    """Find the spec that rebuilds the dense network of `model`; None if there is none.
 
-    Looked for in turn: the tag that `create_model` leaves, torchvision's builders, timm's configuration, and
-    the class of the network where it can be imported. A find counts only where it rebuilds every tensor in
-    its dense shape.
+    The candidates, in order: the tag of `create_model`, torchvision's builders, timm's configuration, and the network's
+    class if it can be imported. A candidate is accepted only if it rebuilds every tensor in its dense shape.
 
     Args:
         model: The pruned network, or the dense one.
         dense: Name of each parameter and buffer -> its dense shape.
-        outputs: Of the network, for one input.
+        outputs: Number of outputs of the network, for one input.
     """
     from compressor.models import factory_of
 
@@ -40,51 +39,50 @@ def find_factory(model: nn.Module, dense: Shapes, outputs: int) -> dict[str, Any
 
 
 def given_factory(given: Factory | Mapping[str, Any], dense: Shapes, outputs: int) -> dict[str, Any]:
-    """The spec of a factory that the caller gives, once it rebuilds the dense network.
+    """Return the spec of a factory from the caller, after verifying that it rebuilds the dense network.
 
     Args:
-        given: A function or class, its reference `package.module:name`, or a whole spec.
+        given: A function or class, its reference `package.module:name`, or a complete spec.
         dense: Name of each parameter and buffer -> its dense shape.
-        outputs: Of the network, for one input.
+        outputs: Number of outputs of the network, for one input.
 
     Raises:
-        CompressorError: it is malformed, cannot be built, or builds other shapes.
+        CompressorError: The factory is malformed, fails, or builds other shapes.
     """
     factory: Factory | None = None
     if isinstance(given, Mapping):
         if not isinstance(given.get("factory"), str):
-            raise CompressorError(f"A factory is a name with arguments, not {given!r}.", _ADVICE)
+            raise CompressorError(f"A factory is a name with arguments, not {given!r}.", _FACTORY_HINT)
         spec = {**given, "kwargs": dict(given.get("kwargs", {}))}
     elif isinstance(given, str):
         spec = {"factory": given, "kwargs": {"num_classes": outputs}}
     elif callable(given):
         spec, factory = {"factory": _reference(given), "kwargs": {"num_classes": outputs}}, given
     else:
-        raise CompressorError(f"A factory is a function or its name, not {given!r}.", _ADVICE)
+        raise CompressorError(f"A factory is a function or its name, not {given!r}.", _FACTORY_HINT)
     wrong = differences(build_dense(spec, factory), dense)
     if wrong:
-        raise CompressorError(f"The factory {spec['factory']!r} builds another network: {wrong}.", _ADVICE)
+        raise CompressorError(f"The factory {spec['factory']!r} builds another network: {wrong}.", _FACTORY_HINT)
     return spec
 
 
 def _reference(kind: Any) -> str | None:
-    """`package.module:name` of a function or class that can be imported."""
+    """Return `package.module:name` of a function or class; None if it cannot be imported."""
     module, name = getattr(kind, "__module__", None), getattr(kind, "__qualname__", "<")
     return None if module in (None, "__main__") or "<" in name else f"{module}:{name}"
 
 
 def build_dense(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module:
-    """The dense network, on the meta device where its constructor allows it, else with fresh values on the
-    CPU.
+    """Build the dense network on the meta device if its constructor allows it, else with new values on the CPU.
 
-    A user's factory is called with `num_classes` at most.
+    A user's factory is called with no argument except `num_classes`.
 
     Args:
-        spec: As `find_factory` gives it.
-        factory: What the caller gives in the place of the spec's own.
+        spec: Spec from `find_factory`.
+        factory: The caller's factory, which replaces that of the spec.
 
     Raises:
-        CompressorError: the factory is unknown, cannot be imported, or fails.
+        CompressorError: The factory is unknown, cannot be imported, or fails.
     """
     from compressor.models import build_from_factory
 
@@ -94,7 +92,7 @@ def build_dense(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.M
         if not _meta_leftovers(model):
             return model
     except Exception:
-        # Constructors that compute with tensors need real ones; what they get wrong on their own fails again below.
+        # Constructors that compute with tensors need real ones; other errors occur again below.
         pass
     try:
         return build_from_factory(spec, factory)
@@ -102,12 +100,12 @@ def build_dense(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.M
         raise
     except Exception as error:  # a library's code may raise anything
         raise CompressorError(
-            f"The factory {spec.get('factory')!r} fails: {type(error).__name__}: {error}.", _ADVICE
+            f"The factory {spec.get('factory')!r} fails: {type(error).__name__}: {error}.", _FACTORY_HINT
         ) from error
 
 
 def _meta_leftovers(model: nn.Module) -> bool:
-    """Plain tensor attributes hold values that only the constructor knows."""
+    """Whether plain tensor attributes are on the meta device; only the constructor knows their values."""
     return any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
 
 
@@ -139,7 +137,7 @@ def _fits(spec: Mapping[str, Any], dense: Shapes) -> bool:
 
 
 def differences(model: nn.Module, dense: Shapes) -> str:
-    """How the tensors of a network differ from expected dense shapes; empty where they do not."""
+    """Describe how the tensors of a network differ from the expected dense shapes; empty if they do not."""
     found = {name: list(tensor.shape) for name, tensor in named_tensors(model).items()}
     missing, extra = sorted(dense.keys() - found.keys()), sorted(found.keys() - dense.keys())
     other = [name for name in found if name in dense and found[name] != list(dense[name])]

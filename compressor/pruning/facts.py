@@ -1,4 +1,4 @@
-"""What one forward pass tells about a network: its calls, layers, counts and attributes, in terms of atoms."""
+"""Data of one traced forward pass: calls, layers, counts and attributes, in terms of atoms."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from compressor.pruning.atoms import Atoms, Axes, Labels
 from compressor.pruning.traffic import Traffic
 
-#: Which call of an operation: the module that made it (numbers in its path left out, and its class) and the
-#: call's place in that module's forward pass. Blocks that differ in their number only share a key, so that a
-#: decision for one holds for all.
+#: Identifies a call of an operation: the calling module (its path without numbers, and its class) and the call's index
+#: in that module's forward pass. Blocks that differ only in their number share a key, so that a decision for one
+#: applies to all.
 Key = tuple[str, int]
 
 
@@ -37,13 +37,13 @@ class Frame:
 
     @property
     def pattern(self) -> str:
-        """The path without its numbers, and the class."""
+        """The module's path without numbers, and its class."""
         return f"{re.sub(r'[0-9]+', '*', self.path)}:{self.kind}"
 
 
 @dataclass
 class Call:
-    """One call of the torch API, as a rule sees it."""
+    """One call of the torch API, as passed to a rule."""
 
     name: str
     args: tuple[Any, ...]
@@ -52,18 +52,18 @@ class Call:
     key: Key
 
     def arg(self, place: int, name: str, default: Any = None) -> Any:
-        """The argument at `place`, or by `name`, or `default`."""
+        """Return the argument at `place`, or by `name`, or `default`."""
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor among the arguments, lists included."""
+        """Return all tensors among the arguments, including those in lists."""
         return list(tensors_in([*self.args, *self.kwargs.values()]))
 
 
 @dataclass
 class Step:
-    """What the lockstep check compares: a call and the axes of its results."""
+    """A call and the axes of its results, for the lockstep check."""
 
     name: str
     key: Key
@@ -73,7 +73,7 @@ class Step:
 
 
 class Counted(NamedTuple):
-    """What fvcore counts for one call of an operation without a layer: `constant` times the sizes of axes."""
+    """Multiply-adds that fvcore counts for one call outside of layers: `constant` times the sizes of axes."""
 
     operation: str
     constant: int
@@ -84,10 +84,10 @@ class Counted(NamedTuple):
 
 @dataclass
 class LayerCall:
-    """One call of an operation that bears weights; channel axes as labels or constant sizes.
+    """One call of a weight-bearing operation; channel axes are labels or constant sizes.
 
-    `reads` are the input channels that one output reads (an axis of the weight), `positions` a constant and the axes
-    whose product says how often each weight is used; `counted` is False where fvcore does not see the operation.
+    `reads` are the input channels that one output reads (an axis of the weight). `positions` is a constant and the axes
+    whose product is the number of uses of each weight. `counted` is False if fvcore does not count the operation.
     """
 
     name: str
@@ -109,8 +109,7 @@ class LayerCall:
 
 @dataclass
 class Tie:
-    """An attribute of a module that holds a channel count: `attribute` (at `place` of a tuple or list) is
-    len(labels)."""
+    """A module attribute that is a channel count: `attribute` (at `place` of a tuple or list) is len(labels)."""
 
     path: str
     attribute: str
@@ -122,13 +121,13 @@ class Tie:
 
 @dataclass
 class Facts:
-    """Everything a trace says about a network; labels are resolved by the caller."""
+    """All data of a trace; labels are resolved by the caller."""
 
     atoms: Atoms
     params: dict[str, Axes] = field(default_factory=dict)
     outputs: dict[tuple[str, int], str] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
-    #: What is counted beside the layers.
+    #: Multiply-adds that are counted besides the layers.
     terms: list[Counted] = field(default_factory=list)
     layers: list[LayerCall] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
@@ -141,17 +140,17 @@ class Facts:
 
 @dataclass
 class Settings:
-    """What earlier traces of the same network have taught."""
+    """Decisions and exceptions learned from earlier traces of the same network."""
 
     decisions: dict[Key, str] = field(default_factory=dict)
     frozen: dict[Key, str] = field(default_factory=dict)
-    #: Reshapes whose channels must be as many as those that enter the module.
+    #: Reshapes whose channels are tied to those that enter the module.
     locks: set[Key] = field(default_factory=set)
-    #: How often a step failed.
+    #: Number of failures of each step.
     failures: dict[Key, int] = field(default_factory=dict)
 
     def copy(self) -> Settings:
-        """Settings that can be changed without changing these."""
+        """Return an independent copy."""
         return Settings(dict(self.decisions), dict(self.frozen), set(self.locks), dict(self.failures))
 
 
@@ -166,12 +165,12 @@ def tensors_in(values: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def example_tensors(value: Any) -> list[Tensor]:
-    """Every tensor in nested lists, tuples and dictionaries."""
+    """Return all tensors in nested lists, tuples and dictionaries."""
     return list(tensors_in([value]))
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
-    """`value` with every tensor in it on `device`."""
+    """Return `value` with all tensors in it moved to `device`."""
     if isinstance(value, Tensor):
         return value.detach().to(device)
     if isinstance(value, (list, tuple)):

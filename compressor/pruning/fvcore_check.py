@@ -1,4 +1,4 @@
-"""fvcore counts the multiply-adds of a network that was built, as a check of what the pruning space says."""
+"""Verifies the multiply-adds of a pruned network against fvcore's count."""
 
 from __future__ import annotations
 
@@ -19,49 +19,49 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 PRODUCTS = ("conv", "mm", "matmul", "attention", "einsum", "linear", "bilinear", "lstm", "gru", "fft")
-"""Parts of the names of operators that multiply and add much."""
+"""Parts of the names of operators with many multiply-adds."""
 
 
 class Disagreement(CompressorError):
-    """An independent check contradicts the slim network: an internal error, not one of the user's."""
+    """An independent check contradicts the slim network: an internal error, not a user error."""
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
         super().__init__(
             message,
-            "This is an internal error: nothing is exported, and what the run has done so far is kept. Do not deploy "
+            "This is an internal error: nothing is exported, and the run's results so far are kept. Do not deploy "
             "the network; report this with recipe.yaml and channels.json of the run's folder.",
         )
 
 
 @dataclass(frozen=True)
 class Check:
-    """What an independent part said: True it agrees, None it could not be asked (a contradiction is raised)."""
+    """Result of an independent check: True if confirmed, None if it could not run (a contradiction raises)."""
 
     confirmed: bool | None
     words: str
 
     def record(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """Return the check as stored in the manifest."""
         return {"confirmed": self.confirmed, "words": self.words}
 
 
 def confirm_macs(space: PruningSpace, widths: Ints, slim: nn.Module) -> Check:
-    """Let fvcore count the multiply-adds of the built network, in all and by layer.
+    """Compare fvcore's multiply-adds of the built network with those of the space, in total and by layer.
 
     Args:
-        space: what the network was cut from.
-        widths: of the plan, (G,).
-        slim: the network that is delivered.
+        space: The space that the network was pruned from.
+        widths: Widths of the plan, (G,).
+        slim: The delivered network.
 
     Raises:
-        Disagreement: fvcore counts something else than `space.macs` or `space.layer_macs`.
+        Disagreement: fvcore's count differs from `space.macs` or `space.layer_macs`.
     """
     expected = int(space.macs(widths))
     try:
         total, by_module, unseen = count_macs(slim, space.example_input)
-    except Exception as error:  # its tracer runs the user's code and may fail in any way
+    except Exception as error:  # fvcore's tracer runs user code and may raise anything
         return Check(None, f"not checked: fvcore cannot trace the network ({first_line(error)})")
     if total != expected:
         raise Disagreement(
@@ -82,23 +82,23 @@ def confirm_macs(space: PruningSpace, widths: Ints, slim: nn.Module) -> Check:
 
 
 def _plain_layers() -> frozenset[type[nn.Module]]:
-    """Modules whose forward pass is one operation on their own weight; subclasses may do something else."""
+    """Return the modules whose forward pass is one operation on their own weight; subclasses may differ."""
     from torch import nn
 
     return frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d})
 
 
 def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[str, int], dict[str, int]]:
-    """fvcore's count of a network in eval mode.
+    """Count a network's multiply-adds with fvcore in eval mode.
 
     Returns:
-        Multiply-adds in all; by module; how often each operator occurs that it does not count.
+        Total multiply-adds; multiply-adds by module; number of occurrences of each operator that is not counted.
     """
     from compressor.pruning.facts import moved
 
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), "cpu")
     with evaluated(model), _quiet():
-        from fvcore.nn import FlopCountAnalysis  # its import warns of what it uses of torch
+        from fvcore.nn import FlopCountAnalysis  # its import emits deprecation warnings of torch
 
         analysis = FlopCountAnalysis(model, moved(example, device))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -111,7 +111,7 @@ def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[st
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """The network in eval mode; every module is left as it was."""
+    """Switch the network to eval mode, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -135,13 +135,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _listed(unseen: dict[str, int], most: int = 6) -> str:
-    """Operators, those that multiply first: 'aten::add (16), aten::mul (4) and 2 more kinds'."""
+    """List operators, those with multiply-adds first: 'aten::add (16), aten::mul (4) and 2 more kinds'."""
     order = sorted(unseen, key=lambda name: (not any(part in name for part in PRODUCTS), -unseen[name], name))
     shown = ", ".join(f"{name.removeprefix('aten::')} ({unseen[name]})" for name in order[:most])
     return shown + (f" and {len(order) - most} more kinds" if len(order) > most else "")
 
 
 def first_line(error: Exception) -> str:
-    """An error's class and how its message begins."""
+    """Return an error's class and the first line of its message."""
     text = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {text[0][:200]}"

@@ -1,4 +1,4 @@
-"""From classes of atoms to groups of channels: what has a width, and what has none and why."""
+"""Resolves classes of atoms to groups of channels, and reports the parts that stay dense."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from compressor.pruning.facts import Facts
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that may be removed one unit at a time, each unit from every tensor that it runs through.
+    """Channels that can be removed unit by unit; each unit is removed from all tensors that contain it.
 
     Args:
-        name: The module that first makes these channels; unique.
-        index: Place in `PruningSpace.groups`, in the order in which the network makes them.
+        name: The first module that produces these channels; unique.
+        index: Index in `PruningSpace.groups`, in the order in which the network produces the channels.
         width: Units of the dense network. A unit is a channel, an attention head, or a group of a grouped
-        convolution.
-        unit: Channels of a unit where they are first made (1; the three projections of a head; a group's
-        size).
+            convolution.
+        unit: Channels per unit in the first module (1; the three projections of a head; a group's size).
         granularity: Widths are multiples of this, or dense.
-        min_width: The smallest legal width.
-        coupled: Whether the channels run through a residual addition.
-        members: Every module that makes these channels.
+        min_width: Smallest legal width.
+        coupled: Whether the channels are part of a residual addition.
+        members: All modules that produce these channels.
     """
 
     name: str
@@ -41,7 +40,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A part that stays dense, and why."""
+    """A part that stays dense, with the reason."""
 
     name: str
     reason: str
@@ -49,8 +48,7 @@ class Skipped:
 
 @dataclass
 class Found:
-    """A group before the user's settings: its classes (smallest atoms), in the order of the first producer's
-    channels."""
+    """A group before the user's settings; its classes are in the order of the first producer's channels."""
 
     name: str
     classes: Labels
@@ -65,8 +63,8 @@ class Resolved:
     """Atoms resolved to groups and units.
 
     Args:
-        group: (atoms,) index of the group, -1 where the atom always stays.
-        unit: (atoms,) place in its group.
+        group: Index of each atom's group, (atoms,); -1 if the atom is always kept.
+        unit: Index of each atom's unit in its group, (atoms,).
     """
 
     groups: list[Found]
@@ -77,12 +75,12 @@ class Resolved:
     _known: dict[int, tuple[Labels, Affine]] = field(default_factory=dict)
 
     def affine(self, size: int | Labels) -> Affine:
-        """The number of kept indices of an axis as a function of widths."""
+        """Return the number of kept indices of an axis as a function of widths."""
         if not isinstance(size, np.ndarray):
             return Affine(int(size))
         known = self._known.get(id(size))
         if known is None:
-            # The labels are held too, so that their id stays theirs.
+            # A reference to the labels is kept, so that their id is not reused.
             known = self._known[id(size)] = (size, self._affine(size))
         return known[1]
 
@@ -98,7 +96,7 @@ class Resolved:
         return Affine(constant, tuple(terms))
 
     def leave_dense(self, index: int, reason: str) -> None:
-        """Take a group out; it is named with the reason."""
+        """Remove a group from the space, and report it with the reason."""
         found = self.groups.pop(index)
         self._known.clear()
         self.skipped.append(Skipped(found.name, reason))
@@ -107,11 +105,11 @@ class Resolved:
 
 
 def resolve(facts: Facts) -> Resolved:
-    """Group the classes of atoms by the axes that they run through.
+    """Group the classes of atoms by the axes that contain them.
 
-    Two classes that appear equally often in every axis of every parameter, layer, cost and attribute are
-    exchangeable: removing one or the other changes all sizes alike. Exchangeable classes make a group, so
-    that every channel count is an affine function of the widths.
+    Two classes that occur equally often in every axis of every parameter, layer, cost and attribute are
+    exchangeable: removing either changes all sizes equally. Exchangeable classes form a group, so that every channel
+    count is an affine function of the widths.
     """
     solved = facts.atoms.solve()
     roots = solved.of
@@ -141,11 +139,11 @@ def resolve(facts: Facts) -> Resolved:
     skipped: dict[str, str] = {}
     order: list[tuple[Labels, str, bool]] = []
     for (param, axis), module in facts.outputs.items():
-        made = facts.params[param][axis] if param in facts.params else None
-        if made is None:
+        producers = facts.params[param][axis] if param in facts.params else None
+        if producers is None:
             skipped.setdefault(module, "it makes a single channel")
             continue
-        classes, first = np.unique(roots[made], return_index=True)
+        classes, first = np.unique(roots[producers], return_index=True)
         classes = classes[np.argsort(first)]
         still = classes[solved.fixed[classes]]
         if still.size:
@@ -159,7 +157,7 @@ def resolve(facts: Facts) -> Resolved:
                 index = len(order)
                 by_signature[key] = index
                 order.append((members, module, bool(solved.coupled[members[0]])))
-                per_unit = int(np.isin(roots[made], members).sum()) // len(members)
+                per_unit = int(np.isin(roots[producers], members).sum()) // len(members)
                 result.groups.append(Found(module, members, per_unit, order[index][2], (), ()))
             makers.setdefault(index, []).append((param, axis))
     names: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Which channels matter: scores for the units of each group, and the ranking that plans are cut from."""
+"""Importance of channels: scores for the units of each group, and the ranking from which plans are built."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Importance = str | UserFunction
 METHODS = ("l1", "l2", "bn", "taylor", "fpgm", "random")
 
 
-class Ranked(Protocol):
-    """What is known of a network whose channels are scored; a `PruningSpace` is one."""
+class Rankable(Protocol):
+    """Protocol of objects whose channels can be scored, such as a `PruningSpace`."""
 
     @property
     def model(self) -> nn.Module:
@@ -35,40 +35,40 @@ class Ranked(Protocol):
 
     @property
     def slicer(self) -> Slicer:
-        """Which axes of which tensors hold which group's channels."""
+        """Maps axes of tensors to the groups of their channels."""
 
     @property
     def makers(self) -> Sequence[Sequence[tuple[str, int]]]:
-        """For each group the tensors that make its channels, with the axis."""
+        """Tensors that produce the channels of each group, with the axis."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Scores of all units, (width,) for each group; higher is kept longer, of equals the first."""
+    """Scores of all units, (width,) for each group; units with higher scores are kept, ties by lower index."""
 
     method: str
     scores: tuple[Scores, ...]
     order: tuple[NDArray[np.int64], ...]
 
     def kept(self, group: int, width: int) -> tuple[int, ...]:
-        """The `width` best units of a group, in their old order."""
+        """Return the `width` best units of a group, in their original order."""
         return tuple(sorted(self.order[group][:width].tolist()))
 
 
-def rank(space: Ranked, importance: Importance, data: Any = None, seed: int = 0) -> Ranking:
-    """Score every unit of every group on the weights of the moment.
+def rank(space: Rankable, importance: Importance, data: Any = None, seed: int = 0) -> Ranking:
+    """Score all units of all groups on the present weights.
 
-    Methods; the first four are sums over the layers of a group, each layer scaled to mean 1 so that none outweighs
-    the others:
-        l1, l2: norm of the filters that make the channel (Li et al., ICLR 2017).
-        bn: |scale| of its batch-norms (Liu et al., ICCV 2017); filters' L1 where a group has none.
-        fpgm: distance of a filter to all others of its layer (He et al., CVPR 2019).
-        taylor: |sum of weight * gradient| over everything that goes with the channel (Molchanov et al., CVPR
-        2019).
-        random: uniform, by `seed`.
+    Methods; the first four are sums over the layers of a group, each layer scaled to mean 1 so that all have equal
+    weight:
+        l1, l2: Norm of the filters that produce the channel (Li et al., ICLR 2017).
+        bn: |scale| of its batch-norms (Liu et al., ICCV 2017); L1 norm of the filters if a group has none.
+        fpgm: Distance of a filter to all others of its layer (He et al., CVPR 2019).
+        taylor: |sum of weight * gradient| over all elements that are removed with the channel (Molchanov et al.,
+            CVPR 2019).
+        random: Uniform, by `seed`.
 
     Raises:
-        CompressorError: an unknown method, "taylor" without data, or scores of a wrong size or not finite.
+        CompressorError: The method is unknown, "taylor" has no data, or scores have a wrong size or are not finite.
     """
     tensors = {name: tensor.detach() for name, tensor in named_tensors(space.model).items()}
     if callable(importance):
@@ -107,12 +107,12 @@ def _from_user(function: UserFunction, group: Group, tensors: Mapping[str, Tenso
         raise CompressorError(
             f"The importance function gave shape {values.shape} for group '{group.name}', which has "
             f"{group.width} units.",
-            "Return one number a unit.",
+            "Return one number per unit.",
         )
     return np.asarray(values, dtype=np.float64)
 
 
-def _by_unit(space: Ranked, group: Group, name: str, axis: int, line: Tensor) -> Scores:
+def _by_unit(space: Rankable, group: Group, name: str, axis: int, line: Tensor) -> Scores:
     """Sum values along an axis of a tensor into the units of a group."""
     layout = space.slicer.layouts[dict(space.slicer.axes[name])[axis]]
     here = layout.group == group.index
@@ -121,7 +121,7 @@ def _by_unit(space: Ranked, group: Group, name: str, axis: int, line: Tensor) ->
     return np.asarray(summed, dtype=np.float64)
 
 
-def _magnitude(space: Ranked, group: Group, method: str, tensors: Mapping[str, Tensor]) -> Scores:
+def _magnitude(space: Rankable, group: Group, method: str, tensors: Mapping[str, Tensor]) -> Scores:
     total = np.zeros(group.width)
     if method == "bn":
         for name, axes in space.slicer.axes.items():
@@ -152,7 +152,7 @@ def _scaled(values: Scores) -> Scores:
     return values / mean if mean > 0 else values
 
 
-def _runs_through(space: Ranked, group: Group, layout: int) -> bool:
+def _runs_through(space: Rankable, group: Group, layout: int) -> bool:
     return bool((space.slicer.layouts[layout].group == group.index).any())
 
 
@@ -163,13 +163,13 @@ def _is_norm_scale(model: nn.Module, name: str) -> bool:
     )
 
 
-def _taylor(space: Ranked, data: Any) -> list[Scores]:
+def _taylor(space: Rankable, data: Any) -> list[Scores]:
     if data is None:
         raise CompressorError(
             "Taylor importance needs data.",
-            "Give data=[(inputs, labels), ...], or a function of the model that returns a loss.",
+            "Pass data=[(inputs, labels), ...], or a function of the model that returns a loss.",
         )
-    # A network of its own over the same memory: gradients land there, the user's model sees nothing of it.
+    # A second network over the same memory receives the gradients, so that the user's model is not affected.
     twin = copy_structure(
         space.model,
         lambda t: (
@@ -210,5 +210,5 @@ def _losses(model: nn.Module, data: Any) -> Iterable[Tensor]:
         count += 1
     if count == 0:
         raise CompressorError(
-            "Data for Taylor importance has no batch.", "Give at least one pair of inputs and labels."
+            "Data for Taylor importance has no batch.", "Pass at least one pair of inputs and labels."
         )

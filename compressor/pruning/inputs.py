@@ -1,4 +1,4 @@
-"""Checks of what a user hands to `PruningSpace`."""
+"""Checks of the arguments of `PruningSpace`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from compressor.pruning.facts import example_tensors
 
 
 def checked_model(model: Any) -> None:
-    """Refuse what cannot be pruned at all.
+    """Refuse models that cannot be pruned.
 
     Raises:
-        CompressorError: not a module, no parameters, parameters without data, or a scripted module.
+        CompressorError: It is not a module, has no parameters, has parameters without data, or is scripted.
     """
     if not isinstance(model, nn.Module):
         raise CompressorError(
             f"The model must be a torch.nn.Module, not {type(model).__name__}.", "Build it first."
         )
     if isinstance(model, torch.jit.ScriptModule):
-        raise CompressorError("A scripted or traced module hides its structure.", "Give the original module.")
+        raise CompressorError("A scripted or traced module hides its structure.", "Pass the original module.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise CompressorError(f"The model is wrapped in {type(model).__name__}.", "Give `model.module`.")
+        raise CompressorError(f"The model is wrapped in {type(model).__name__}.", "Pass `model.module`.")
     parameters = list(model.named_parameters())
     if not parameters:
         raise CompressorError(
@@ -33,11 +33,11 @@ def checked_model(model: Any) -> None:
     for name, value in parameters:
         if isinstance(value, nn.parameter.UninitializedParameter):
             raise CompressorError(
-                f"Parameter '{name}' has no shape yet (a lazy module).", "Run the model once first."
+                f"Parameter '{name}' has no shape yet (lazy module).", "Run the model once first."
             )
         if value.device.type == "meta":
             raise CompressorError(
-                f"The model lies on the meta device: parameter '{name}' has no values.",
+                f"The model is on the meta device: parameter '{name}' has no values.",
                 "Load its weights: model.to_empty(device='cpu'), then load_state_dict().",
             )
     devices = {str(value.device) for _, value in parameters}
@@ -48,17 +48,17 @@ def checked_model(model: Any) -> None:
 
 
 def checked_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
-    """The example as positional arguments for one input.
+    """Return the example as positional arguments for one input.
 
     Raises:
-        CompressorError: no tensor in it, or on another device than the model.
+        CompressorError: The example has no tensor, or is on another device than the model.
     """
     args = example if isinstance(example, tuple) else (example,)
     tensors = example_tensors(args)
     if not tensors:
         raise CompressorError(
-            f"The example input must hold a tensor, not {type(example).__name__}.",
-            "Give torch.randn(1, 3, 224, 224), say.",
+            f"The example input must contain a tensor, got {type(example).__name__}.",
+            "Pass for example torch.randn(1, 3, 224, 224).",
         )
     device = next(model.parameters()).device
     for tensor in tensors:

@@ -1,8 +1,8 @@
-"""Which tensors of a forward pass are alive at once: what a runtime needs for activations at the least.
+"""Liveness analysis of activations: the minimum memory that a runtime needs for them.
 
-A tensor is alive from the step that makes it to the last step that reads it, so that what a residual branch keeps for
-its addition counts meanwhile. A step that works element by element (an activation, batch-norm, an addition) writes
-into a tensor that nothing reads afterwards, as runtimes do; a view lies in the memory of what it shows.
+A tensor is alive from the step that creates it to the last step that reads it. The input of a residual branch is thus
+counted until its addition. An elementwise step (activation, batch-norm, addition) writes in place into an input that no
+later step reads, as runtimes do. A view shares the memory of its base.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Size = tuple[int, tuple[Affine, ...]]
 
 
 class Activations:
-    """Elements that are alive at once at most, for any widths.
+    """Peak number of live activation elements, for any widths.
 
     Args:
-        traffic: of the dense network's pass; slim networks go through the same steps.
-        resolved: what the labels stand for.
+        traffic: Trace of the dense network's activations; slim networks run the same steps.
+        resolved: Groups and units of the labels.
     """
 
     def __init__(self, traffic: Traffic, resolved: Resolved) -> None:
@@ -38,7 +38,7 @@ class Activations:
         self._alive = _largest(np.unique(alive, axis=0))
 
     def __call__(self, widths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The most elements alive at once, (N,) from widths (N, G)."""
+        """Return the peak number of live elements, (N,) from widths (N, G)."""
         elements = np.empty((len(self._sizes), len(widths)))
         for row, (constant, factors) in zip(elements, self._sizes, strict=True):
             row[:] = constant
@@ -59,7 +59,7 @@ def _size(axes: list[int | Labels], resolved: Resolved) -> Size:
 
 
 def _lives(traffic: Traffic, sizes: list[Size]) -> dict[int, tuple[int, int]]:
-    """First and last step of each piece of memory; what is written in place is one piece with what it replaces."""
+    """Return the first and last step of each buffer; a result written in place shares its input's buffer."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for number, (reads, writes, _) in enumerate(traffic.steps):
@@ -80,7 +80,7 @@ def _lives(traffic: Traffic, sizes: list[Size]) -> dict[int, tuple[int, int]]:
 
 
 def _largest(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rows that no other row exceeds everywhere: only these can be the peak."""
+    """Return the rows that no other row dominates: only these can be the peak."""
     kept = [
         row
         for number, row in enumerate(rows)

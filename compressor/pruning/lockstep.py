@@ -1,7 +1,7 @@
-"""Proving on a pruned copy that the trace was understood, and learning from where it was not.
+"""Verifies a trace on a pruned copy, and learns from mismatches.
 
-A copy with random widths runs the same pass in lockstep with the trace: every operation must yield exactly the sizes
-that the labels foretell. Where one does not, the next trace treats that call differently.
+A copy with random widths runs the same pass in lockstep with the trace: every operation must return exactly the sizes
+that the labels predict. Where one does not, the next trace treats that call differently.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from compressor.pruning.trace import Tracer
 
 
 class Mismatch(Exception):
-    """A pruned copy did not do what the trace foretold, at a step."""
+    """A pruned copy deviated from the trace at a step."""
 
     def __init__(self, step: int, detail: str) -> None:
         super().__init__(detail)
@@ -30,7 +30,7 @@ class Mismatch(Exception):
 
 
 def random_keep(resolved: Resolved, seed: int) -> tuple[list[Any], Any]:
-    """Masks over units that keep 40 to 80 % of each group, at least one and not all."""
+    """Draw masks over units that keep 40 to 80 % of each group, at least one unit and not all."""
     random = np.random.default_rng(seed)
     keep, widths = [], []
     for found in resolved.groups:
@@ -47,7 +47,7 @@ def lockstep(
     model: nn.Module, args: tuple[Any, ...], facts: Facts, resolved: Resolved, slicer: Slicer, on_meta: bool
 ) -> None:
     keep, widths = random_keep(resolved, seed=1)
-    # Every atom: whether it is kept.
+    # Whether each atom is kept.
     kept = np.ones(resolved.group.size, dtype=bool)
     for index, mask in enumerate(keep):
         here = resolved.group == index
@@ -91,7 +91,7 @@ def lockstep(
             small(*args)
     except Mismatch:
         raise
-    except Exception as error:  # wrong sizes surface as whatever the user's code raises on them
+    except Exception as error:  # user code may raise anything on wrong sizes
         raise Mismatch(steps[min(seen, len(steps) - 1)], str(error)) from error
 
 
@@ -100,10 +100,10 @@ def _inside(path: str, opaque: tuple[str, ...]) -> bool:
 
 
 def learn(settings: Settings, facts: Facts, error: Mismatch) -> None:
-    """What the next trace does differently at the failing step.
+    """Change the settings of the next trace at the failing step.
 
-    A reshape is first taken to have its size from the module's input; then a split of channels is turned
-    round; then the channels that meet here stay dense, and at last all channels of the module.
+    Attempts, in order: the size of a reshape is assumed to come from the module's input; the other axis of a channel
+    split is pruned; the channels of this operation stay dense; all channels of the module stay dense.
     """
     step = facts.steps[error.step]
     key = step.key
@@ -137,7 +137,7 @@ def learn(settings: Settings, facts: Facts, error: Mismatch) -> None:
 
 
 def other_way(choice: str, blocks: Sequence[Labels]) -> str:
-    """The other way to prune a split."""
+    """Return the alternative way to prune a split."""
     if choice in ("rows", "columns"):
         return "columns" if choice == "rows" else "rows"
     last = max(block.ndim for block in blocks) - 1

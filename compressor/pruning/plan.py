@@ -1,4 +1,4 @@
-"""A channel plan: which units each group keeps."""
+"""Channel plans: the kept units of each group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compressor.core.files import parse_json
 
 @dataclass(frozen=True)
 class ChannelPlan:
-    """Which units every group keeps; all that anything downstream needs besides the weights.
+    """The kept units of every group; besides the weights, all later steps need only this.
 
     Args:
         keep: Name of each group -> kept units, ascending and distinct.
@@ -33,11 +33,11 @@ class ChannelPlan:
             kept = tuple(int(unit) for unit in units)
             if not kept:
                 raise CompressorError(
-                    f"A plan keeps nothing of group '{name}'.", "Keep at least one channel of every group."
+                    f"A plan keeps no channel of group '{name}'.", "Keep at least one channel of every group."
                 )
             if kept[0] < 0 or any(a >= b for a, b in pairwise(kept)):
                 raise CompressorError(
-                    f"The kept channels of group '{name}' are not ascending, distinct and from 0 on.",
+                    f"The kept channels of group '{name}' are not ascending, distinct and non-negative.",
                     "Sort them.",
                 )
             checked[str(name)] = kept
@@ -45,7 +45,7 @@ class ChannelPlan:
 
     @cached_property
     def widths(self) -> Mapping[str, int]:
-        """Units kept of each group."""
+        """Number of kept units of each group."""
         return MappingProxyType({name: len(units) for name, units in self.keep.items()})
 
     @cached_property
@@ -63,17 +63,17 @@ class ChannelPlan:
         return (ChannelPlan, (dict(self.keep),))
 
     def to_json(self) -> str:
-        """The plan as JSON, keys sorted, without spaces."""
+        """Return the plan as JSON with sorted keys and without spaces."""
         return json.dumps(
             {"keep": {n: list(u) for n, u in self.keep.items()}}, sort_keys=True, separators=(",", ":")
         )
 
     @classmethod
     def from_json(cls, text: str) -> ChannelPlan:
-        """Read `to_json`.
+        """Parse the output of `to_json`.
 
         Raises:
-            CompressorError: the text is not JSON, or not a plan.
+            CompressorError: The text is not JSON, or not a plan.
         """
         content = parse_json(text, "A channel plan", "Save it again with to_json().")
         keep = content.get("keep") if isinstance(content, dict) else None

@@ -1,8 +1,8 @@
-"""Whole numbers that remember the attribute they came from.
+"""Integers that record the attribute they were read from.
 
-Code such as `x.reshape(b, n, self.num_heads, self.head_dim)` bakes channel counts into attributes. On the
-network that is traced every whole-number attribute is an `Attribute`, so that a call that receives it knows
-which attribute must follow the pruned width. Products and quotients remember their origin too.
+Code such as `x.reshape(b, n, self.num_heads, self.head_dim)` stores channel counts in attributes. In the traced
+network every integer attribute is an `Attribute`, so that a call that receives it identifies the attribute that must
+follow the pruned width. Products and quotients keep their origin.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import nn
 
-#: Attributes that never count channels, left as plain numbers.
+#: Attributes that are never channel counts; they stay plain numbers.
 _PLAIN = frozenset({"training", "call_super_init", "dump_patches", "T_destination"})
 
 
 class Attribute(int):
-    """A whole number read from an attribute of a module.
+    """An integer read from an attribute of a module.
 
     Args:
         value: The number.
-        origins: (path of the module, attribute, place in it or None, value of the attribute).
-        derived: Whether arithmetic was done on it.
+        origins: (path of the module, attribute, index in it or None, value of the attribute).
+        derived: Whether it is the result of arithmetic.
     """
 
     origins: tuple[tuple[str, str, int | None, int], ...]
@@ -30,10 +30,10 @@ class Attribute(int):
     def __new__(
         cls, value: int, origins: tuple[tuple[str, str, int | None, int], ...], derived: bool = False
     ) -> Attribute:
-        made = super().__new__(cls, value)
-        made.origins = origins
-        made.derived = derived
-        return made
+        number = super().__new__(cls, value)
+        number.origins = origins
+        number.derived = derived
+        return number
 
     def _with(self, value: Any, other: Any) -> Any:
         if type(value) is not int:
@@ -64,7 +64,7 @@ class Attribute(int):
 
 
 def remember(path: str, module: nn.Module) -> None:
-    """Turn the whole-number attributes of a module (lists and tuples of them included) into `Attribute`s."""
+    """Convert the integer attributes of a module, and lists and tuples of integers, to `Attribute`s."""
     held = module.__dict__
     for name, value in list(held.items()):
         if name.startswith("_") or name in _PLAIN:

@@ -1,7 +1,7 @@
-"""Results of the commonest operations on the meta device without running them.
+"""Results of common operations on the meta device without running them.
 
-torch computes shapes on the meta device by Python decompositions, which take a millisecond for a batch-norm.
-For operations whose result has the shape of their input an empty tensor says as much.
+torch computes shapes on the meta device by Python decompositions, which take a millisecond for a batch-norm. If the
+result has the shape of the input, an empty tensor of that shape is sufficient.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ _BINARY = frozenset({"add", "sub", "mul"})
 
 
 def shape_only(name: str, inplace: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """A result of the right shape (the input itself where the call works in place), or None where it has to
-    run."""
+    """Return a result of the right shape (the input itself for in-place calls); None if the call must run."""
     first = args[0] if args else None
     if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
         return None
@@ -43,7 +42,7 @@ def shape_only(name: str, inplace: bool, args: tuple[Any, ...], kwargs: Mapping[
 
 
 def _joined(a: Tensor, b: Any, inplace: bool) -> Tensor | None:
-    """The result of a sum or product where one of the two has the result's shape."""
+    """Return the result of a sum or product if one operand has the result's shape, else None."""
     if not isinstance(b, Tensor) or not b.is_meta or a.dtype != b.dtype or a.dim() != b.dim():
         return None
     if all(y in (1, x) for x, y in zip(a.shape, b.shape, strict=True)):

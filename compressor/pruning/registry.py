@@ -1,4 +1,4 @@
-"""Which rule says what a call of the torch API means for channels: one table from names to rules.
+"""Registry of rules: each defines what an operation of the torch API means for channels.
 
 A rule is a function that is registered by its operations' names:
 
@@ -22,12 +22,12 @@ from compressor.core.errors import CompressorError
 from compressor.pruning.facts import Call
 
 Rule = Callable[[Any, Call], None]
-"""What a call says: called with the `Tracer` and the call, once it has run."""
+"""A rule: it is called with the `Tracer` and the call, after the call has run."""
 
 _Registered = TypeVar("_Registered", bound=Rule)
 
 UNKNOWN = "*"
-"""The name of the rule for operations that have none."""
+"""Name of the rule for operations without a rule of their own."""
 
 SILENT = """
     size dim numel ndimension stride storage_offset is_contiguous is_floating_point is_complex is_nested get_device
@@ -38,7 +38,7 @@ SILENT = """
     get_default_dtype is_inference has_names is_autocast_enabled promote_types can_cast result_type finfo iinfo numpy
     untyped_storage is_shared
 """
-"""Calls that return no tensor, or one that carries no channels."""
+"""Calls that return no tensor, or a tensor without channels."""
 
 _OPERATORS = "torch._ops."
 """Where operators that are called as `torch.ops.library.name` lie."""
@@ -137,6 +137,6 @@ def _plain_name(func: Any) -> str:
 
 
 def works_in_place(func: Any) -> bool:
-    """Whether a tensor method changes its tensor: `add_`, `__iadd__`."""
+    """Whether a tensor method works in place: `add_`, `__iadd__`."""
     name = str(getattr(func, "__name__", ""))
     return name.startswith("__i") if name.endswith("__") else name.endswith("_")

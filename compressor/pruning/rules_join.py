@@ -1,4 +1,4 @@
-"""What operations that join, split, pick, pad or sum up indices say about channels."""
+"""Rules of operations that join, split, select, pad or reduce indices."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def cat(tracer: Tracer, call: Call) -> None:
     parts = [part for part in call.arg(0, "tensors") if part.dim() > 1 or part.numel()]
     dim = positive(call.arg(1, "dim", 0), call.out.dim())
     axes = [tracer.axes(part) for part in parts]
-    made: list[Labels | None] = list(axes[0])
+    new_axes: list[Labels | None] = list(axes[0])
     for other in axes[1:]:
         for i, axis in enumerate(other):
             if i != dim:
-                made[i] = tracer.merge(made[i], axis)
+                new_axes[i] = tracer.merge(new_axes[i], axis)
     if any(part[dim] is not None for part in axes):
         pieces = []
         for part, tensor in zip(axes, parts, strict=True):
@@ -37,47 +37,47 @@ def cat(tracer: Tracer, call: Call) -> None:
                 labels = tracer.atoms.fresh(tensor.shape[dim])
                 tracer.fix(labels, "it is concatenated with channels that never change")
             pieces.append(labels)
-        made[dim] = np.concatenate(pieces)
+        new_axes[dim] = np.concatenate(pieces)
     else:
-        made[dim] = None
-    tracer.mark(call.out, made, any(tracer.active(part) for part in parts))
+        new_axes[dim] = None
+    tracer.mark(call.out, new_axes, any(tracer.active(part) for part in parts))
 
 
 @register_rule("stack")
 def stack(tracer: Tracer, call: Call) -> None:
     parts = list(call.arg(0, "tensors"))
     dim = positive(call.arg(1, "dim", 0), call.out.dim())
-    made = list(tracer.axes(parts[0]))
+    new_axes = list(tracer.axes(parts[0]))
     for part in parts[1:]:
-        made = [tracer.merge(a, b) for a, b in zip(made, tracer.axes(part), strict=True)]
-    made.insert(dim, None)
-    tracer.mark(call.out, made, any(tracer.active(part) for part in parts))
+        new_axes = [tracer.merge(a, b) for a, b in zip(new_axes, tracer.axes(part), strict=True)]
+    new_axes.insert(dim, None)
+    tracer.mark(call.out, new_axes, any(tracer.active(part) for part in parts))
 
 
 @register_rule("chunk tensor_split split split_with_sizes unsafe_split unsafe_chunk")
 def split(tracer: Tracer, call: Call) -> None:
-    """chunk and split: parts of equal size are kept equal, since the call may only know their number."""
+    """chunk and split: parts of equal size stay equal, since the call may specify only their number."""
     source: Tensor = call.args[0]
     dim = positive(call.arg(2, "dim", 0), source.dim())
     axes = tracer.axes(source)
     whole = axes[dim]
     sizes = [part.shape[dim] for part in call.out]
     if whole is not None and len(sizes) > 1:
-        asked = call.arg(1, "chunks" if "chunk" in call.name else "split_size_or_sections")
-        if len(set(sizes)) == 1 and isinstance(asked, int):
+        size_or_count = call.arg(1, "chunks" if "chunk" in call.name else "split_size_or_sections")
+        if len(set(sizes)) == 1 and isinstance(size_or_count, int):
             even(tracer, whole, len(sizes))
-            tracer.tie(asked, whole[: sizes[0]], others=[whole])
-        elif isinstance(asked, (list, tuple)):
+            tracer.tie(size_or_count, whole[: sizes[0]], others=[whole])
+        elif isinstance(size_or_count, (list, tuple)):
             start = 0
-            for size, given in zip(sizes, asked, strict=True):
+            for size, given in zip(sizes, size_or_count, strict=True):
                 tracer.tie(given, whole[start : start + size], others=[whole])
                 start += size
     start = 0
     for part, size in zip(call.out, sizes, strict=True):
-        made = list(axes)
-        made[dim] = None if whole is None else whole[start : start + size]
+        new_axes = list(axes)
+        new_axes[dim] = None if whole is None else whole[start : start + size]
         start += size
-        tracer.mark(part, made, tracer.active(source))
+        tracer.mark(part, new_axes, tracer.active(source))
 
 
 @register_rule("unbind iter")
@@ -105,22 +105,22 @@ def narrow(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dim = positive(call.arg(1, "dim"), source.dim())
     start, length = call.arg(2, "start"), call.arg(3, "length")
-    made = list(tracer.axes(source))
-    axis = made[dim]
+    new_axes = list(tracer.axes(source))
+    axis = new_axes[dim]
     if axis is not None:
-        made[dim] = axis[start : start + length]
+        new_axes[dim] = axis[start : start + length]
         tracer.tie(length, axis[start : start + length], others=[axis])
-    tracer.mark(call.out, made, tracer.active(source))
+    tracer.mark(call.out, new_axes, tracer.active(source))
 
 
 @register_rule("glu")
 def glu(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dim = positive(call.arg(1, "dim", -1), source.dim())
-    made = list(tracer.axes(source))
-    axis = made[dim]
-    made[dim] = None if axis is None else even(tracer, axis, 2)
-    tracer.mark(call.out, made, tracer.active(source))
+    new_axes = list(tracer.axes(source))
+    axis = new_axes[dim]
+    new_axes[dim] = None if axis is None else even(tracer, axis, 2)
+    tracer.mark(call.out, new_axes, tracer.active(source))
 
 
 @register_rule("getitem")
@@ -131,14 +131,14 @@ def getitem(tracer: Tracer, call: Call) -> None:
     if any(isinstance(item, (Tensor, list, tuple, np.ndarray, bool)) for item in key):
         return _indexed(tracer, call, source, key)
     axes = tracer.axes(source)
-    made: list[Labels | None] = []
+    new_axes: list[Labels | None] = []
     at = 0
     for item in key:
         if item is None:
-            made.append(None)
+            new_axes.append(None)
         elif item is Ellipsis:
             rest = source.dim() - taken
-            made.extend(axes[at : at + rest])
+            new_axes.extend(axes[at : at + rest])
             at += rest
         elif isinstance(item, slice):
             axis = axes[at]
@@ -146,7 +146,7 @@ def getitem(tracer: Tracer, call: Call) -> None:
             if piece is not None and axis is not None and piece.size == 1 < axis.size:
                 tracer.fix(piece, "one of its channels is taken by number")
                 piece = None
-            made.append(piece)
+            new_axes.append(piece)
             if axis is not None and piece is not None and piece.size < axis.size:
                 for bound in (item.start, item.stop):
                     if isinstance(bound, int):
@@ -156,13 +156,12 @@ def getitem(tracer: Tracer, call: Call) -> None:
         else:
             tracer.fix(axes[at], "one of its channels is taken by number")
             at += 1
-    made.extend(axes[at:])
-    tracer.mark(call.out, made, tracer.active(source))
+    new_axes.extend(axes[at:])
+    tracer.mark(call.out, new_axes, tracer.active(source))
 
 
 def _indexed(tracer: Tracer, call: Call, source: Tensor, key: tuple[Any, ...]) -> None:
-    """Indexing with tensors or lists: indexed axes stay; one index tensor in front of plain slices is
-    followed."""
+    """Index with tensors or lists: indexed axes stay dense; one index tensor before plain slices is supported."""
     axes = tracer.axes(source)
     if len(key) == 1 and isinstance(key[0], Tensor) and not key[0].dtype.is_floating_point:
         index = key[0]
@@ -179,10 +178,10 @@ def _indexed(tracer: Tracer, call: Call, source: Tensor, key: tuple[Any, ...]) -
 def index_select(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dim = positive(call.arg(1, "dim"), source.dim())
-    made = list(tracer.axes(source))
-    tracer.fix(made[dim], "its channels are picked by an index")
-    made[dim] = None
-    tracer.mark(call.out, made, tracer.active(source))
+    new_axes = list(tracer.axes(source))
+    tracer.fix(new_axes[dim], "its channels are picked by an index")
+    new_axes[dim] = None
+    tracer.mark(call.out, new_axes, tracer.active(source))
 
 
 @register_rule("gather take_along_dim topk sort argsort")
@@ -204,11 +203,11 @@ def along(tracer: Tracer, call: Call) -> None:
 def flip(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dims = [positive(i, source.dim()) for i in ints(call, 1)]
-    made = [
+    new_axes = [
         axis[::-1].copy() if axis is not None and i in dims else axis
         for i, axis in enumerate(tracer.axes(source))
     ]
-    tracer.mark(call.out, made, tracer.active(source))
+    tracer.mark(call.out, new_axes, tracer.active(source))
 
 
 @register_rule("roll")
@@ -224,30 +223,29 @@ def roll(tracer: Tracer, call: Call) -> None:
 
 @register_rule("pad")
 def pad(tracer: Tracer, call: Call) -> None:
-    """Zeros before and behind; where they pad channels (a parameter-free shortcut), their numbers are
-    attributes or fixed."""
+    """pad: padding of channels (as in a parameter-free shortcut) is tied to attributes or stays dense."""
     source: Tensor = call.args[0]
     amounts = list(call.arg(1, "pad"))
-    made = list(tracer.axes(source))
+    new_axes = list(tracer.axes(source))
     for i in range(len(amounts) // 2):
         axis = source.dim() - 1 - i
         front, back = amounts[2 * i], amounts[2 * i + 1]
-        labels = made[axis]
+        labels = new_axes[axis]
         if (front == 0 and back == 0) or labels is None:
             continue
         if front < 0 or back < 0:
             tracer.fix(labels, "a negative padding cuts its channels")
-            made[axis] = None
+            new_axes[axis] = None
             continue
         before, behind = tracer.atoms.fresh(front), tracer.atoms.fresh(back)
-        made[axis] = np.concatenate([before, labels, behind])
+        new_axes[axis] = np.concatenate([before, labels, behind])
         if front == back:
-            # One number may stand for both sides.
+            # One number may specify both sides.
             tracer.atoms.unify(before, behind)
         for amount, new in ((front, before), (back, behind)):
             if not tracer.tie(amount, new):
                 tracer.fix(new, "channels are padded by a fixed number")
-    tracer.mark(call.out, made, tracer.active(source))
+    tracer.mark(call.out, new_axes, tracer.active(source))
 
 
 @register_rule("pixel_shuffle")
@@ -302,8 +300,8 @@ def unfold(tracer: Tracer, call: Call) -> None:
         return tracer.mark(call.out, [*axes, None], tracer.active(source))
     labels = axes[1]
     windows = call.out.shape[1] // source.shape[1] if source.dim() == 4 else 1
-    made = None if labels is None else np.repeat(labels, windows)
-    tracer.mark(call.out, [axes[0], made, None], tracer.active(source))
+    new_axes = None if labels is None else np.repeat(labels, windows)
+    tracer.mark(call.out, [axes[0], new_axes, None], tracer.active(source))
 
 
 @register_rule(REDUCING)
@@ -324,5 +322,5 @@ def reduce(tracer: Tracer, call: Call) -> None:
     axes = tracer.axes(source)
     for result in results:
         kept = result.dim() == source.dim()
-        made = [None if i in gone else axis for i, axis in enumerate(axes) if kept or i not in gone]
-        tracer.mark(result, made, tracer.active(source))
+        new_axes = [None if i in gone else axis for i, axis in enumerate(axes) if kept or i not in gone]
+        tracer.mark(result, new_axes, tracer.active(source))

@@ -1,4 +1,4 @@
-"""What convolutions and linear layers say about channels, what fvcore counts for them, and which layers they are."""
+"""Rules of convolutions and linear layers: their channels, their multiply-adds in fvcore, and the layer records."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def _pair(values: Sequence[int] | int | str, rank: int) -> tuple[int, ...]:
 
 
 def _hw(tensor: Tensor, channel: int, kind: str) -> tuple[int, int]:
-    """Height and width of a tensor; (tokens, 1) where it is a sequence, (1, 1) where it has no space.
+    """Return height and width of a tensor; (tokens, 1) for a sequence, (1, 1) without spatial axes.
 
-    What a linear layer computes as a batch (the windows of an attention) counts to the height: it is one input's.
+    Batch axes of a linear layer (such as the windows of an attention) belong to one input and multiply the height.
     """
     if tensor.dim() < 2:
         return (1, 1)
@@ -52,8 +52,7 @@ def note_layer(
     out: Tensor | None = None,
     counted: bool = True,
 ) -> None:
-    """Record a layer: its channels, the inputs that one output `reads`, and the sizes whose product says how often
-    each weight is used."""
+    """Record a layer: its channels, the inputs that one output `reads`, and the `positions` that use each weight."""
     frame = tracer.stack[-1]
     known = tracer.name_of(weight)
     path = frame.path or (known.rpartition(".")[0] if known else "")
@@ -119,7 +118,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
         [batch, *tracer.sizes(call.out)[-rank:]],
         geometry,
         groups,
-        # fvcore knows aten::_convolution only, and a padding given by name is traced as another operator.
+        # fvcore counts only aten::_convolution, and a padding given by name is traced as another operator.
         counted=not isinstance(padding, str),
     )
 
@@ -164,19 +163,18 @@ def _channels_through(
     in_axis: int,
     rank: int,
 ) -> tuple[Any, Any]:
-    """Labels through a convolution; returns (in, out) channels as labels or constants."""
+    """Propagate labels through a convolution; returns (in, out) channels as labels or constants."""
     axes, filters = list(tracer.axes(source)), tracer.axes(weight)
     channel = source.dim() - rank - 1
     ins: Labels | None = axes[channel]
-    made: list[Labels | None] = []
+    new_axes: list[Labels | None] = []
     for before, after, axis in zip(
         source.shape[channel + 1 :], call.out.shape[channel + 1 :], axes[channel + 1 :], strict=True
     ):
-        # A convolution along the channels (efficient channel attention) runs at any width that it leaves as
-        # it is.
+        # A convolution along the channels (efficient channel attention) runs at any width if it preserves the width.
         if before != after:
             tracer.fix(axis, "its channels are convolved like space")
-        made.append(axis if before == after else None)
+        new_axes.append(axis if before == after else None)
     if groups == 1:
         outs = filters[out_axis]
         if ins is None:
@@ -194,7 +192,7 @@ def _channels_through(
         tracer.merge(tracer.axes(bias)[0], outs)
     tracer.producer(weight, out_axis)
     axes[channel] = outs
-    tracer.mark(call.out, [*axes[: channel + 1], *made], tracer.active(source))
+    tracer.mark(call.out, [*axes[: channel + 1], *new_axes], tracer.active(source))
     return (
         source.shape[channel] if ins is None else ins,
         call.out.shape[channel] if outs is None else outs,
@@ -204,8 +202,7 @@ def _channels_through(
 def _grouped(
     tracer: Tracer, call: Call, ins: Labels | None, outs: Labels | None, inner: Labels | None, groups: int
 ) -> Labels | None:
-    """A grouped convolution loses whole groups ("rows"), or every group loses as many channels
-    ("columns")."""
+    """Decide whether a grouped convolution loses whole groups ("rows") or channels of every group ("columns")."""
     if ins is None or outs is None:
         for axis in (ins, outs, inner):
             tracer.fix(axis, "a grouped convolution reads channels of fixed number")
@@ -234,7 +231,7 @@ def linear(tracer: Tracer, call: Call) -> None:
     source, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     axes, filters = tracer.axes(source), tracer.axes(weight)
     outs = filters[0] if weight.dim() == 2 else None
-    made: Any = 1 if weight.dim() < 2 else weight.shape[0] if outs is None else outs
+    out_features: Any = 1 if weight.dim() < 2 else weight.shape[0] if outs is None else outs
     *positions, read = tracer.sizes(source)
     if weight.dim() == 2 and (axes[-1] is not None or filters[1] is not None):
         tracer.merge(axes[-1], filters[1])
@@ -243,4 +240,4 @@ def linear(tracer: Tracer, call: Call) -> None:
     tracer.producer(weight, 0)
     tracer.mark(call.out, [*axes[:-1], *([outs] if weight.dim() == 2 else [])], tracer.active(source))
     ins: Any = source.shape[-1] if axes[-1] is None else axes[-1]
-    note_layer(tracer, call, "linear", weight, source, -1, ins, made, read, positions)
+    note_layer(tracer, call, "linear", weight, source, -1, ins, out_features, read, positions)

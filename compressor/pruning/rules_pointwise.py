@@ -1,4 +1,4 @@
-"""What pointwise operations, pooling and normalisation say about channels, and what fvcore counts for them."""
+"""Rules of pointwise operations, pooling and normalisation: their channels, and their multiply-adds in fvcore."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ CREATING = """
 
 @register_rule(CREATING, "setitem")
 def nothing(tracer: Tracer, call: Call) -> None:
-    """New tensors carry no channels."""
+    """Creation of tensors: they have no channels."""
 
 
 @register_rule("eye")
 def eye(tracer: Tracer, call: Call) -> None:
-    """The unit matrix of an attribute's size, such as the kernel of an identity branch: both axes shrink alike."""
+    """eye: an identity matrix with an attribute's size, such as the kernel of an identity branch; tie both axes."""
     if len(call.args) == 1 and isinstance(call.args[0], Attribute):
         labels = tracer.atoms.fresh(int(call.args[0]))
         if tracer.tie(call.args[0], labels):
@@ -52,43 +52,43 @@ def eye(tracer: Tracer, call: Call) -> None:
 
 @register_rule("*")
 def unknown(tracer: Tracer, call: Call) -> None:
-    """An operation without a rule: harmless where no channels go in, else they all stay as they are."""
+    """Operation without a rule: all input channels stay dense; without channels there is nothing to do."""
     fix_all(tracer, call, f"the operation '{call.name}' is not known to keep channels apart")
 
 
 @register_rule(ELEMENTWISE)
 def elementwise(tracer: Tracer, call: Call) -> None:
-    """Tensors meet index by index, with broadcasting."""
+    """Elementwise operation: tie the operands index by index, with broadcasting."""
     tensors = [t for t in call.tensors if t.dim()]
     for out in [call.out] if isinstance(call.out, Tensor) else call.out:
         rank = out.dim()
-        made: list[Labels | None] = [None] * rank
+        new_axes: list[Labels | None] = [None] * rank
         seen = [False] * rank
         for tensor in tensors:
             for i, axis in enumerate(tracer.axes(tensor), start=rank - tensor.dim()):
                 if i < 0 or tensor.shape[i - rank] == 1 != out.shape[i]:
                     continue
-                made[i] = tracer.merge(made[i], axis) if seen[i] else axis
+                new_axes[i] = tracer.merge(new_axes[i], axis) if seen[i] else axis
                 seen[i] = True
         live = [t for t in tensors if tracer.active(t)]
         if call.name in ("add", "sub") and len(live) > 1 and len({id(t) for t in live}) > 1:
-            for labels in made:
+            for labels in new_axes:
                 if labels is not None:
                     tracer.atoms.couple(labels)
-        tracer.mark(out, made, bool(live))
+        tracer.mark(out, new_axes, bool(live))
 
 
 @register_rule(SPATIAL)
 def spatial(tracer: Tracer, call: Call) -> None:
-    """Pooling and resizing keep batch and channels and change space only."""
+    """Pooling and resizing: batch and channels are preserved, only spatial axes change."""
     source: Tensor = call.args[0]
     for out in call.out if isinstance(call.out, (tuple, list)) else [call.out]:
         keep = out.dim() - _spatial_rank(call, out)
         axes = tracer.axes(source)
         for axis in axes[keep:]:
             tracer.fix(axis, "its channels are pooled or resized like space")
-        made = [*axes[:keep], *[None] * (out.dim() - keep)]
-        tracer.mark(out, made, tracer.active(source))
+        new_axes = [*axes[:keep], *[None] * (out.dim() - keep)]
+        tracer.mark(out, new_axes, tracer.active(source))
     if call.name.startswith("adaptive_avg_pool2d"):
         tracer.count(call.name, 1, *tracer.sizes(source))
     elif call.name in ("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "grid_sample"):
@@ -123,7 +123,7 @@ def prelu(tracer: Tracer, call: Call) -> None:
 
 @register_rule("batch_norm instance_norm")
 def batch_norm(tracer: Tracer, call: Call) -> None:
-    """batch_norm and instance_norm: every vector among the arguments goes with axis 1."""
+    """batch_norm and instance_norm: all vectors among the arguments are tied to axis 1."""
     source: Tensor = call.arg(0, "input")
     axes = list(tracer.axes(source))
     vectors = [t for t in call.tensors if t is not source]
@@ -162,7 +162,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
 
 @register_rule("group_norm")
 def group_norm(tracer: Tracer, call: Call) -> None:
-    """group_norm: every group keeps as many channels; one channel a group loses whole groups."""
+    """group_norm: all groups keep the same number of channels; with one channel per group whole groups are removed."""
     source: Tensor = call.arg(0, "input")
     groups = int(call.arg(1, "num_groups"))
     axes = list(tracer.axes(source))

@@ -1,4 +1,4 @@
-"""What products of tensors and attention say about channels, and what fvcore counts for them."""
+"""Rules of tensor products and attention: their channels, and their multiply-adds in fvcore."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def matmul(tracer: Tracer, call: Call) -> None:
 
 @register_rule("addmm baddbmm")
 def addmm(tracer: Tracer, call: Call) -> None:
-    """addmm is counted by fvcore, baddbmm is not."""
+    """addmm and baddbmm; fvcore counts only addmm."""
     _product(tracer, call, call.args[1], call.args[2], counted=call.name == "addmm")
-    made = tracer.axes(call.out)
+    new_axes = tracer.axes(call.out)
     added: Tensor = call.args[0]
     for i, axis in enumerate(tracer.axes(added), start=call.out.dim() - added.dim()):
         if added.shape[i - call.out.dim()] != 1:
-            tracer.merge(made[i], axis)
+            tracer.merge(new_axes[i], axis)
 
 
 def _product(tracer: Tracer, call: Call, a: Tensor, b: Tensor, counted: bool) -> None:
@@ -45,7 +45,7 @@ def _product(tracer: Tracer, call: Call, a: Tensor, b: Tensor, counted: bool) ->
     if b.dim() > 1:
         # A weight on the right, as (in, out).
         tracer.producer(b, b.dim() - 1) if tracer.name_of(b) and not tracer.active(b) else None
-    made: list[Labels | None] = []
+    new_axes: list[Labels | None] = []
     batch = max(a.dim(), b.dim()) - 2
     for i in range(-batch - 2, -2):
         x = left[i] if -i <= a.dim() else None
@@ -55,12 +55,12 @@ def _product(tracer: Tracer, call: Call, a: Tensor, b: Tensor, counted: bool) ->
             for t, ok in ((x, -i <= a.dim() and a.shape[i] > 1), (y, -i <= b.dim() and b.shape[i] > 1))
             if ok
         ]
-        made.append(tracer.merge(wide[0], wide[1]) if len(wide) == 2 else wide[0] if wide else None)
+        new_axes.append(tracer.merge(wide[0], wide[1]) if len(wide) == 2 else wide[0] if wide else None)
     if a.dim() > 1:
-        made.append(left[-2])
+        new_axes.append(left[-2])
     if b.dim() > 1:
-        made.append(right[-1])
-    tracer.mark(call.out, made, tracer.active(a) or tracer.active(b))
+        new_axes.append(right[-1])
+    tracer.mark(call.out, new_axes, tracer.active(a) or tracer.active(b))
 
 
 @register_rule("einsum")
@@ -88,8 +88,7 @@ def einsum(tracer: Tracer, call: Call) -> None:
         }
         plain = "".join(names.get(c, c) for c in equation)
         inner = set(left.replace(",", "")) - set(right)
-        # fvcore counts two forms exactly; of the others it reads numpy's estimate, which is printed with
-        # four digits.
+        # fvcore counts two forms exactly; for the others it reads numpy's estimate, printed with four digits.
         for letters, operand in zip(left.split(","), operands, strict=True):
             if tracer.name_of(operand) and not tracer.active(operand):
                 for place, letter in enumerate(letters):
@@ -106,7 +105,7 @@ def attention(tracer: Tracer, call: Call) -> None:
     axes = [list(tracer.axes(t)) for t in (query, key, value)]
     for labels in (axes[0][-1], axes[1][-1]):
         tracer.fix(labels, "the size of an attention head sets the scale")
-    made = []
+    new_axes = []
     for i in range(query.dim() - 2):
         labels = axes[0][i]
         for other, tensor in ((axes[1], key), (axes[2], value)):
@@ -116,7 +115,7 @@ def attention(tracer: Tracer, call: Call) -> None:
                 tracer.fix(labels, "heads share keys")
                 tracer.fix(other[i], "heads share keys")
                 labels = None
-        made.append(labels)
+        new_axes.append(labels)
     for i in (-2,):
         for part in axes:
             tracer.fix(part[i], "its channels are attended to like tokens")
@@ -125,16 +124,16 @@ def attention(tracer: Tracer, call: Call) -> None:
         lead = query.dim() - mask.dim()
         for i, axis in enumerate(tracer.axes(mask)[:-2], start=lead):
             if mask.shape[i - lead] > 1:
-                tracer.merge(made[i], axis)
-    tracer.mark(call.out, [*made, None, axes[2][-1]], tracer.active(query))
+                tracer.merge(new_axes[i], axis)
+    tracer.mark(call.out, [*new_axes, None, axes[2][-1]], tracer.active(query))
 
 
 @register_rule("multi_head_attention_forward")
 def multi_head(tracer: Tracer, call: Call) -> None:
-    """multi_head_attention_forward (tokens, batch, embedding): heads go whole, the embedding is free of them.
+    """multi_head_attention_forward (tokens, batch, embedding): whole heads are removed, independently of the embedding.
 
-    torch's own module needs heads times their size to be the embedding, so a pruned network runs
-    `attention.SlimAttention` in its place.
+    torch's module requires that heads times head size equals the embedding size, so a pruned network uses
+    `attention.SlimAttention` instead.
     """
     names = [
         "query",
@@ -199,14 +198,14 @@ def multi_head(tracer: Tracer, call: Call) -> None:
     result = call.out[0]
     tracer.mark(result, [*[None] * (result.dim() - 1), outs], tracer.active(query))
     wide: Any = embed if inner is None else inner
-    made: Any = weight.shape[0] if rows is None else rows
+    projected: Any = weight.shape[0] if rows is None else rows
     third: Any = embed if rows is None else rows.reshape(3, -1)[0]
     final: Any = out_weight.shape[0] if outs is None else outs
     if given.get("need_weights", True):
         scores = (1 if given.get("attn_mask") is None else 0) + 1
         tracer.count("attention", scores * tokens * batch * key.shape[0], third)
     seen = query.transpose(0, 1) if query.dim() == 3 else query
-    for name, used, ins, outs in (("in_proj", weight, wide, made), ("out_proj", out_weight, third, final)):
+    for name, used, ins, outs in (("in_proj", weight, wide, projected), ("out_proj", out_weight, third, final)):
         note_layer(
             tracer, call, "linear", used, seen, -1, ins, outs, ins, [tokens * batch], name=name, out=seen
         )

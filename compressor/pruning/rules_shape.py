@@ -1,4 +1,4 @@
-"""What operations that reshape, expand or reorder axes say about channels."""
+"""Rules of operations that reshape, expand or reorder axes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def positive(dim: int, rank: int) -> int:
 
 
 def ints(call: Call, first: int) -> list[int]:
-    """The integers among the arguments from place `first` on, tuples and lists opened."""
+    """Return the integers among the arguments from index `first` on, with tuples and lists flattened."""
     found: list[int] = []
     for value in [*call.args[first:], *call.kwargs.values()]:
         for item in value if isinstance(value, (list, tuple)) else [value]:
@@ -28,7 +28,7 @@ def ints(call: Call, first: int) -> list[int]:
 
 
 def tie_sizes(tracer: Tracer, call: Call, axes: Axes, source: Axes) -> None:
-    """Attributes that a call used as the size of an axis that can shrink."""
+    """Tie attributes that a call uses as the size of a prunable axis."""
     sizes = ints(call, 1)
     if len(sizes) == len(axes):
         for size, labels in zip(sizes, axes, strict=True):
@@ -43,32 +43,30 @@ def reshape(tracer: Tracer, call: Call) -> None:
     if target is source:
         return
     axes = tracer.axes(source)
-    made = regroup(tracer, call, axes, tuple(source.shape), tuple(target.shape))
-    tracer.mark(target, made, tracer.active(source))
+    new_axes = regroup(tracer, call, axes, tuple(source.shape), tuple(target.shape))
+    tracer.mark(target, new_axes, tracer.active(source))
     if call.key in tracer.settings.locks:
-        _lock(tracer, made)
+        _lock(tracer, new_axes)
     if call.name not in ("flatten", "view_as", "reshape_as"):
-        tie_sizes(tracer, call, made, axes)
+        tie_sizes(tracer, call, new_axes, axes)
 
 
-def _lock(tracer: Tracer, made: Axes) -> None:
-    """The code takes the size from the module's input: the channels made here are tied to those that came
-    in, one to one."""
+def _lock(tracer: Tracer, new_axes: Axes) -> None:
+    """Tie the result's channels one to one to the module's input, from which the code takes the size."""
     frame = tracer.stack[-1]
     entering = [
         axis for t in frame.inputs if isinstance(t, Tensor) for axis in tracer.axes(t) if axis is not None
     ]
-    for labels in made:
+    for labels in new_axes:
         whole = [axis for axis in entering if labels is not None and axis.size % labels.size == 0]
         if labels is not None and whole:
-            # Heads of a size that the code takes from the input: each head goes with its part of the input's
-            # channels.
+            # The code takes the head size from the input: each head is tied to its part of the input's channels.
             tracer.atoms.unify(np.repeat(labels, whole[0].size // labels.size), whole[0])
 
 
 def regroup(tracer: Tracer, call: Call, axes: Axes, before: tuple[int, ...], after: tuple[int, ...]) -> Axes:
-    """Labels after a reshape: axes are matched in blocks of equal size, first to last."""
-    made: list[Labels | None] = [None] * len(after)
+    """Return the labels after a reshape; axes are matched in blocks of equal size, first to last."""
+    new_axes: list[Labels | None] = [None] * len(after)
     ins = [i for i, size in enumerate(before) if size != 1]
     outs = [i for i, size in enumerate(after) if size != 1]
     while ins and outs:
@@ -82,7 +80,7 @@ def regroup(tracer: Tracer, call: Call, axes: Axes, before: tuple[int, ...], aft
         if not labelled:
             continue
         if len(labelled) > 1:
-            # Of a weight (channels, height, width) the first axis can shrink, the kernel cannot.
+            # For a weight (channels, height, width), only the first axis can shrink, not the kernel.
             kept = 1 if not tracer.active(call.args[0]) else 0
             for i in labelled[kept:]:
                 tracer.fix(axes[i], "a reshape folds two channel axes into one")
@@ -90,13 +88,13 @@ def regroup(tracer: Tracer, call: Call, axes: Axes, before: tuple[int, ...], aft
                 continue
         flat = _spread(axes, labelled[0], [before[i] for i in left], left.index(labelled[0]))
         if len(right) == 1:
-            made[right[0]] = flat
+            new_axes[right[0]] = flat
         else:
-            # Attention with one head has nothing to drop but channels of that head.
+            # Attention with one head can only lose channels of that head.
             heads = right[-1] == len(after) - 1 and after[right[-1] - 1] != 1
             place, labels = _split_axis(tracer, call, flat.reshape([after[i] for i in right]), heads)
-            made[right[place]] = labels
-    return tuple(made)
+            new_axes[right[place]] = labels
+    return tuple(new_axes)
 
 
 def _spread(axes: Axes, axis: int, sizes: list[int], place: int) -> Labels:
@@ -108,12 +106,11 @@ def _spread(axes: Axes, axis: int, sizes: list[int], place: int) -> Labels:
 
 
 def _split_axis(tracer: Tracer, call: Call, block: Labels, heads: bool) -> tuple[int, Labels]:
-    """Channels laid out as `block`: the one axis along which they may be pruned, and its labels.
+    """Choose the axis of `block` along which its channels are pruned; returns the axis and its labels.
 
-    Where the labels vary along one axis only, it is that axis. Else one has to be chosen, and what lies
-    across is tied
-    together: the second to last where the split is at the end of the tensor (attention: batch, tokens,
-    heads, size of a head), else the last (channel shuffle: batch, groups, channels of a group, space).
+    If the labels vary along one axis only, it is that axis. Otherwise one axis is chosen, and channels across the
+    others are tied: the second to last axis if the split is at the end of the tensor (attention: batch, tokens, heads,
+    head size), else the last (channel shuffle: batch, groups, channels per group, space).
     """
     for place in range(block.ndim):
         line = _line(block, place)
@@ -140,8 +137,7 @@ def _stand(line: Labels, place: int, rank: int) -> Labels:
 
 
 def even(tracer: Tracer, labels: Labels, parts: int) -> Labels:
-    """Tie the channels of `parts` equal parts by their place, so that every part keeps as many; one part's
-    labels."""
+    """Tie the channels of `parts` equal parts by position, so that all keep as many; returns one part's labels."""
     block = labels.reshape(parts, -1)
     first = np.ascontiguousarray(block[0])
     for other in block[1:]:
@@ -154,17 +150,17 @@ def expand(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     axes = tracer.axes(source)
     lead = call.out.dim() - source.dim()
-    made = (None,) * lead + axes
-    tracer.mark(call.out, made, tracer.active(source))
+    new_axes = (None,) * lead + axes
+    tracer.mark(call.out, new_axes, tracer.active(source))
     if call.name == "expand_as":
         other = tracer.axes(call.args[1])
-        made = tuple(
+        new_axes = tuple(
             b if a is None and call.out.shape[i] > 1 and source.shape[i - lead] == 1 else a
-            for i, (a, b) in enumerate(zip(made, other, strict=True))
+            for i, (a, b) in enumerate(zip(new_axes, other, strict=True))
         )
-        tracer.mark(call.out, made, tracer.active(source))
+        tracer.mark(call.out, new_axes, tracer.active(source))
     else:
-        tie_sizes(tracer, call, made, axes)
+        tie_sizes(tracer, call, new_axes, axes)
 
 
 @register_rule("broadcast_tensors")
@@ -180,8 +176,8 @@ def repeat(tracer: Tracer, call: Call) -> None:
     times = ints(call, 1)
     times = [1] * (source.dim() - len(times)) + times
     axes = (None,) * (len(times) - source.dim()) + tracer.axes(source)
-    made = [None if axis is None else np.tile(axis, count) for axis, count in zip(axes, times, strict=True)]
-    tracer.mark(call.out, made, tracer.active(source))
+    new_axes = [None if axis is None else np.tile(axis, count) for axis, count in zip(axes, times, strict=True)]
+    tracer.mark(call.out, new_axes, tracer.active(source))
 
 
 @register_rule("repeat_interleave")
@@ -190,11 +186,11 @@ def repeat_interleave(tracer: Tracer, call: Call) -> None:
     count, dim = call.arg(1, "repeats"), call.arg(2, "dim")
     if not isinstance(count, int) or dim is None:
         return fix_all(tracer, call, "it is repeated by a tensor of counts")
-    made = list(tracer.axes(source))
+    new_axes = list(tracer.axes(source))
     dim = positive(dim, source.dim())
-    axis = made[dim]
-    made[dim] = None if axis is None else np.repeat(axis, count)
-    tracer.mark(call.out, made, tracer.active(source))
+    axis = new_axes[dim]
+    new_axes[dim] = None if axis is None else np.repeat(axis, count)
+    tracer.mark(call.out, new_axes, tracer.active(source))
 
 
 @register_rule("permute")
@@ -218,8 +214,8 @@ def transpose(tracer: Tracer, call: Call) -> None:
 def turned(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     axes = list(tracer.axes(source))
-    made = axes[::-1] if call.name in ("t", "get:T") else [*axes[:-2], *axes[:-3:-1]]
-    tracer.mark(call.out, made, tracer.active(source))
+    new_axes = axes[::-1] if call.name in ("t", "get:T") else [*axes[:-2], *axes[:-3:-1]]
+    tracer.mark(call.out, new_axes, tracer.active(source))
 
 
 @register_rule("movedim moveaxis")
@@ -248,12 +244,12 @@ def squeeze(tracer: Tracer, call: Call) -> None:
     source: Tensor = call.args[0]
     dims = [positive(i, source.dim()) for i in ints(call, 1)] or list(range(source.dim()))
     axes = tracer.axes(source)
-    made = [axis for i, axis in enumerate(axes) if not (i in dims and source.shape[i] == 1)]
-    tracer.mark(call.out, made, tracer.active(source))
+    new_axes = [axis for i, axis in enumerate(axes) if not (i in dims and source.shape[i] == 1)]
+    tracer.mark(call.out, new_axes, tracer.active(source))
 
 
 def fix_all(tracer: Tracer, call: Call, reason: str) -> None:
-    """Leave every channel that this call touches as it is."""
+    """Keep all channels that this call uses dense."""
     for tensor in call.tensors:
         for axis in tracer.axes(tensor):
             tracer.fix(axis, reason)

@@ -1,5 +1,4 @@
-"""Copies of a module tree that cost microseconds a module and let the caller decide what each tensor
-becomes."""
+"""Fast copies of a module tree, with tensors replaced by the caller; they take microseconds per module."""
 
 from __future__ import annotations
 
@@ -50,17 +49,15 @@ _TORCH_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def copy_structure(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A new module tree with the classes and attributes of `model`.
+    """Create a new module tree with the classes and attributes of `model`.
+
+    Sharing inside the tree (a module used twice, tied weights) is preserved. Hooks of the user are not copied, since
+    they refer to the old network; hooks of torch.nn.utils (weight and spectral normalisation) are copied.
 
     Args:
-        model: Is only read.
-        tensor: Called once for each distinct parameter, buffer and plain tensor attribute; returns what
-        stands for it.
-            Parameters become parameters again, with the same `requires_grad`, without gradients.
-
-    Sharing inside the tree (a module used twice, tied weights) is kept. Hooks of the user stay behind, since
-    they close over the old network; hooks that torch.nn.utils installs (weight and spectral normalisation)
-    come along.
+        model: The network; it is only read.
+        tensor: Called once for each distinct parameter, buffer and plain tensor attribute; returns its replacement.
+            Parameters become parameters with the same `requires_grad`, without gradients.
     """
     memo: dict[int, Any] = {}
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -71,7 +68,7 @@ def copy_structure(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.M
             continue
         kind = module.__class__
         new = memo[id(module)] = kind.__new__(kind)
-        # A copy of the whole dictionary first: it is fast, and what may not be shared is replaced below.
+        # Copy the whole dictionary first, which is fast; values that must not be shared are replaced below.
         held, own = module.__dict__, new.__dict__
         own.update(held)
         pairs.append((held, own))
@@ -94,7 +91,7 @@ def copy_structure(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.M
                     own[name][key] = copy.deepcopy(hook, memo)
         for name, value in held.items():
             if type(value) not in _SHARED and name not in _HANDLED:
-                # Tensors that a network keeps from its last run have the dense width.
+                # Tensors that a network stores from its last run have the dense width.
                 stale = "cache" in name and type(value) is dict
                 own[name] = {} if stale else _attribute(value, memo, tensor)
     result = memo[id(model)]
@@ -108,7 +105,7 @@ def _parameter(value: nn.Parameter, tensor: Callable[[Tensor], Tensor]) -> nn.Pa
 
 
 def _attribute(value: Any, memo: dict[int, Any], tensor: Callable[[Tensor], Tensor]) -> Any:
-    """An attribute that is neither a plain value nor one of the module's registers."""
+    """Copy an attribute that is neither a plain value nor a parameter, buffer or submodule."""
     if isinstance(value, Tensor):
         if id(value) not in memo:
             memo[id(value)] = _parameter(value, tensor) if isinstance(value, nn.Parameter) else tensor(value)
@@ -118,12 +115,12 @@ def _attribute(value: Any, memo: dict[int, Any], tensor: Callable[[Tensor], Tens
     try:
         return copy.deepcopy(value, memo)
     except (TypeError, RuntimeError):
-        # Locks, open files, tensors with a history: what cannot be copied is shared.
+        # Locks, open files and tensors with a gradient history cannot be copied and are shared.
         return value
 
 
 def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """`named_modules()` in one go, which is several times faster on deep trees."""
+    """Return `named_modules()` as a list; several times faster on deep trees."""
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
     stack = [("", model)]
@@ -142,7 +139,7 @@ def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every distinct parameter, then every distinct buffer, by its first name; non-persistent buffers included."""
+    """Return all distinct parameters, then all distinct buffers (also non-persistent), by their first name."""
     found: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -158,7 +155,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
-    """Further names of tied parameters and shared buffers -> the first name."""
+    """Return further names of tied parameters and shared buffers -> first name."""
     first: dict[int, str] = {}
     found: dict[str, str] = {}
     for name, value in [

@@ -1,4 +1,4 @@
-"""Slicing: the kept indices of every tensor, the attributes that follow, and the smaller network."""
+"""Slices a network: kept indices of every tensor, updated attributes, and the smaller network."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from compressor.pruning.groups import Resolved
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 
 Keep = Sequence[NDArray[np.bool_]]
-#: An axis, its kept indices, and how many of them lie side by side.
+#: An axis, its kept indices, and the length of the runs of neighbouring indices.
 Cut = tuple[int, Tensor, int]
 RECORD = "_compressor_slim"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """An axis: for each index its group (-1 where it always stays) and its unit.
+    """Layout of an axis: the group of each index (-1 if it is always kept) and its unit.
 
-    `run` neighbouring indices always share their fate (the 49 places of a channel that was flattened from 7x7), so that
-    they can be copied together.
+    Each `run` of neighbouring indices is kept or removed together (such as the 49 positions of a channel that was
+    flattened from 7x7), so that they can be copied together.
     """
 
     group: NDArray[np.int64]
@@ -38,13 +38,13 @@ class Layout:
 
     @classmethod
     def of(cls, group: NDArray[np.int64], unit: NDArray[np.int64]) -> Layout:
-        """The layout of an axis from the groups and units of its indices."""
+        """Create the layout of an axis from the groups and units of its indices."""
         changes = np.flatnonzero((np.diff(group) != 0) | (np.diff(unit) != 0)) + 1
         run = int(np.gcd.reduce(np.append(changes, group.size)))
         return cls(group, unit, tuple(np.unique(group[group >= 0]).tolist()), run)
 
     def kept(self, keep: Keep) -> Tensor:
-        """Kept indices, ascending, for one mask over units per group."""
+        """Return the kept indices, ascending, for one mask over units per group."""
         if len(self.groups) == 1 and self.group[0] >= 0 and (self.group >= 0).all():
             return torch.from_numpy(np.flatnonzero(keep[self.groups[0]][self.unit]))
         mask = self.group < 0
@@ -56,7 +56,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Edit:
-    """An attribute that holds a channel count divided by `block`."""
+    """An attribute whose value is a channel count divided by `block`."""
 
     path: str
     attribute: str
@@ -66,7 +66,7 @@ class Edit:
 
 
 class Slicer:
-    """Built once from a trace; knows for every tensor which axis is indexed by which group."""
+    """Slices networks by masks over units; built once from a trace, which maps axes of tensors to groups."""
 
     def __init__(self, facts: Facts, resolved: Resolved, swaps: Mapping[str, str]) -> None:
         layouts: dict[bytes, int] = {}
@@ -107,7 +107,7 @@ class Slicer:
         }
 
     def indices(self, keep: Keep) -> list[Tensor | None]:
-        """Kept indices of each layout; None where all are kept."""
+        """Return the kept indices of each layout; None if all are kept."""
         found = [layout.kept(keep) for layout in self.layouts]
         return [
             None if index.numel() == layout.group.size else index
@@ -117,13 +117,13 @@ class Slicer:
     def build(
         self, model: nn.Module, keep: Keep, widths: NDArray[np.int64], slice_: Callable[..., Tensor]
     ) -> nn.Module:
-        """The smaller network.
+        """Build the smaller network.
 
         Args:
             model: The dense network (its tensors are only read).
             keep: One mask over units per group.
-            widths: (G,) the number of kept units of each group.
-            slice_: (tensor, [(axis, kept indices, how many of them lie side by side)]) -> its smaller copy.
+            widths: Number of kept units of each group, (G,).
+            slice_: (tensor, [(axis, kept indices, run length)]) -> its smaller copy.
         """
         kept = self.indices(keep)
         plan = {
@@ -169,17 +169,17 @@ def _set(module: nn.Module, edit: Edit, value: int, edits: list[list[Any]]) -> N
 
 
 def swap(module: nn.Module, name: str) -> None:
-    """Turn a module into the class that runs at any width."""
+    """Change a module's class to one that runs at any width."""
     kind = slim_class(name)
     assert kind is not None
     module.__class__ = kind
     if name == "multi_head_attention":
-        # Keeps torch's fused encoder layer, which assumes the dense layout, away from the weights.
+        # Prevents torch's fused encoder layer, which assumes the dense layout, from using the weights.
         module._qkv_same_embed_dim = False  # type: ignore[assignment]
 
 
 def following(module: nn.Module) -> list[tuple[str, Any]]:
-    """Attributes of torch's own modules that follow from the shapes of their parameters."""
+    """Return the attributes of torch's own modules that follow from the shapes of their parameters."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.modules.conv._ConvNd) and "weight" in module._parameters and weight is not None:
         first, second = weight.shape[0], weight.shape[1] * module.groups
@@ -202,12 +202,12 @@ def following(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def cut(tensor: Tensor, kept: Sequence[Cut]) -> Tensor:
-    """A copy of the kept indices; memory format, type and device as they were. Called without gradients."""
+    """Copy the kept indices, with the same memory format, type and device; to be called without gradients."""
     if not kept:
         return tensor.detach().clone()
     source = tensor.detach()
     if len(kept) > 1:
-        # The axis that loses most goes first, so that the others move less.
+        # The axis that loses most is cut first, so that less data is copied for the others.
         kept = sorted(kept, key=lambda item: item[1].numel() / tensor.shape[item[0]])
     for axis, index, run in kept:
         if index.device != source.device:
@@ -228,7 +228,7 @@ def cut(tensor: Tensor, kept: Sequence[Cut]) -> Tensor:
 
 
 def cut_meta(tensor: Tensor, kept: Sequence[Cut]) -> Tensor:
-    """The shape of `cut` on the meta device."""
+    """Return a tensor with the shape of `cut` on the meta device."""
     shape = list(tensor.shape)
     for axis, index, _ in kept:
         shape[axis] = index.numel()

@@ -1,4 +1,4 @@
-"""Soft masks: a dense copy whose channels count in part, for agents that decide on single channels."""
+"""Soft masks: a dense copy with scaled channels, for agents that decide on single channels."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 
 def soften(space: PruningSpace, masks: Sequence[NDArray[np.float64]]) -> nn.Module:
-    """A dense copy of the space's network in which every unit counts as much as its mask says.
+    """Create a dense copy of the space's network in which every unit is scaled by its mask.
 
-    The weights that read a unit (axis 1 of convolutions and linear layers) are multiplied with its mask. Those that
-    make it are not: the batch norm behind them would undo that. At masks of 0 and 1 it answers as the slim network does
-    wherever every reader of a unit has such weights, up to what its batch-norm statistics make of removed channels.
+    The weights that read a unit (axis 1 of convolutions and linear layers) are multiplied by its mask. The weights that
+    produce it are not: the following batch-norm would cancel the factor. With masks of 0 and 1 the output equals that
+    of the slim network if all readers of a unit have such weights, except for the effect of removed channels on
+    batch-norm statistics.
 
     Args:
-        space: of the network.
-        masks: for each group (width,), 0..1.
+        space: The space of the network.
+        masks: Mask of each group, (width,), values 0 to 1.
     """
     network = space.apply(space.dense())
     tensors = dict(network.named_parameters())

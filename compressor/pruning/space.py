@@ -1,4 +1,4 @@
-"""The pruning space of a network: what may be removed, what that costs, and the smaller network itself."""
+"""The pruning space of a network: prunable groups, their costs, and the pruned network."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ __all__ = ["Layer", "PruningSpace"]
 
 
 class PruningSpace:
-    """Everything that may be pruned in `model`, traced once.
+    """All prunable groups of `model`, from one trace.
 
     Args:
-        model: Any network that runs in eval mode on `example_input` without a course that depends on data. It is
-            never changed; importance and `apply` read its weights of the moment. Where it computes weights from other
-            tensors (weight_norm, spectral_norm), `space.model` is a copy with these fixed: train that one.
+        model: Any network that runs in eval mode on `example_input` without data-dependent control flow. It is
+            never changed; importance and `apply` read its present weights. If it computes weights from other tensors
+            (weight_norm, spectral_norm), `space.model` is a copy with plain weights: train that one.
         example_input: A tensor, or a tuple of positional arguments. Only shapes, types and devices matter. A batch
-            is cut to one input, so that costs are those of one input.
+            is reduced to one input, so that costs are those of one input.
         granularity: Widths are multiples of this many channels (or the dense width); by pattern of group names too.
         min_width: The smallest width: units (int), a share of the dense width (float), or either by pattern of
             group names. Default: a tenth of the dense width, at least one step.
         frozen: Patterns (fnmatch) of group or module names that stay dense.
-        scope: "all", or "inner" to leave groups that run through residual additions dense.
+        scope: "all", or "inner" to keep groups of residual additions dense.
 
     Raises:
-        CompressorError: the forward pass fails or depends on data, the model lies on the meta device, the input on
+        CompressorError: The forward pass fails or depends on data, the model is on the meta device, the input is on
             another device than the model, or a pattern matches nothing.
 
     Example: a torchvision ResNet-18 at 3x224x224 has 12 groups, 4 of them coupled by residual additions.
@@ -105,22 +105,21 @@ class PruningSpace:
 
     # ---------------------------------------------------------------- costs
     def macs(self, widths: Any) -> Any:
-        """Multiply-adds of one input as fvcore counts them; (N, G) -> (N,) int64, (G,) -> int."""
+        """Return the multiply-adds of one input as fvcore counts them; (N, G) -> (N,) int64, (G,) -> int."""
         return self._cost(self._macs, widths)
 
     def layer_macs(self, widths: Any) -> Any:
-        """Multiply-adds of each of `layers`; (N, G) -> (N, layers) int64, (G,) -> (layers,).
+        """Return the multiply-adds of each of `layers`; (N, G) -> (N, layers) int64, (G,) -> (layers,).
 
-        With `other_macs` they add up to `macs`.
+        Their sum plus that of `other_macs` is `macs`.
         """
         return self._cost(self._macs.layers, widths)
 
     def other_macs(self, widths: Any) -> dict[str, Any]:
-        """Multiply-adds that fvcore counts beside the layers, by operation ("batch_norm", "matmul", ...); each (N, G)
-        -> (N,) int64, (G,) -> int.
+        """Return the multiply-adds outside of layers by operation ("batch_norm", "matmul", ...).
 
-        Layers that fvcore does not see (convolutions with `padding="same"`) have an entry below 0: `macs` leaves them
-        out.
+        Each is (N, G) -> (N,) int64, (G,) -> int. Layers that fvcore does not count (convolutions with
+        `padding="same"`) have a negative entry, since `macs` excludes them.
         """
         given = np.asarray(widths, dtype=np.int64)
         names = list(self._macs.beside(self.dense_widths[None]))
@@ -132,12 +131,14 @@ class PruningSpace:
         }
 
     def params(self, widths: Any) -> Any:
-        """Parameters, tied ones once; (N, G) -> (N,) int64, (G,) -> int."""
+        """Return the number of parameters, tied ones counted once; (N, G) -> (N,) int64, (G,) -> int."""
         return self._cost(self._params, widths)
 
     def activations(self, widths: Any) -> Any:
-        """Elements of activations that are alive at once at most, for one input, as `liveness` counts them; (N, G) ->
-        (N,) int64, (G,) -> int."""
+        """Return the peak number of live activation elements for one input, as `liveness` counts them.
+
+        (N, G) -> (N,) int64, (G,) -> int.
+        """
         return self._cost(lambda each: self._activations(each).astype(np.int64), widths)
 
     def _cost(self, terms: Callable[[Ints], Ints], widths: Any) -> Any:
@@ -145,7 +146,7 @@ class PruningSpace:
         if given.shape[-1:] != (len(self.groups),) or given.ndim not in (1, 2):
             raise CompressorError(
                 f"Widths must have one column for each of the {len(self.groups)} groups, not shape {given.shape}.",
-                "Give (G,) or (N, G) whole numbers, in the order of `groups`.",
+                "Pass (G,) or (N, G) whole numbers, in the order of `groups`.",
             )
         costs = terms(np.atleast_2d(given))
         if given.ndim == 2:
@@ -153,7 +154,7 @@ class PruningSpace:
         return int(costs[0]) if costs.ndim == 1 else costs[0]
 
     def operations(self, group: int) -> tuple[str, ...]:
-        """Names of the operations that the channels of group `group` run through, as they are met."""
+        """Return the names of the operations on the channels of group `group`, in order of first occurrence."""
         found: dict[str, None] = {}
         for step in self._steps:
             if step.name not in found and any(
@@ -164,25 +165,24 @@ class PruningSpace:
 
     # ---------------------------------------------------------------- widths
     def choices(self, group: int) -> Ints:
-        """The legal widths of group `group`, ascending; the last is dense."""
+        """Return the legal widths of group `group`, ascending; the last is dense."""
         return self._choices[group].copy()
 
     def widths(self, x: Mapping[str, int] | Sequence[int] | Ints) -> Ints:
-        """Checked widths (G,) from a mapping (groups left out stay dense) or a sequence.
+        """Return validated widths (G,) from a mapping (omitted groups stay dense) or a sequence.
 
         Raises:
-            CompressorError: an unknown group, a wrong number of widths, or a width that is not legal.
+            CompressorError: A group is unknown, the number of widths is wrong, or a width is not legal.
         """
         return checked_widths(self.groups, self._choices, x)
 
     def round(self, widths: Any) -> Ints:
-        """The legal widths nearest to `widths` (G,), real numbers."""
+        """Return the legal widths nearest to the real numbers `widths`, (G,)."""
         return nearest_widths(self._choices, widths)
 
     # ---------------------------------------------------------------- plans
     def rank(self, importance: Importance = "l1", data: Any = None, seed: int = 0) -> Ranking:
-        """Channels of every group by importance on the weights of the moment; many plans can share one
-        ranking."""
+        """Rank the channels of every group by importance on the present weights; plans can share one ranking."""
         return rank(self, importance, data, seed)
 
     def plan(
@@ -195,11 +195,11 @@ class PruningSpace:
         """Keep the most important channels of each group.
 
         Args:
-            widths: Units to keep, by name (groups left out stay dense) or in the order of `groups`.
+            widths: Units to keep, by name (omitted groups stay dense) or in the order of `groups`.
             importance: "l1", "l2", "bn", "taylor", "fpgm", "random", a function (group, weights) -> scores,
                 or a Ranking.
             data: Batches for "taylor": pairs of (inputs, labels), or a function of the model that returns a loss.
-            seed: For "random".
+            seed: Seed of "random".
         """
         checked = self.widths(widths)
         ranking = importance if isinstance(importance, Ranking) else self.rank(importance, data, seed)
@@ -225,24 +225,24 @@ class PruningSpace:
         return ChannelPlan({group.name: tuple(range(group.width)) for group in self.groups})
 
     def smallest(self, importance: Importance | Ranking = "l1") -> ChannelPlan:
-        """Every group at its smallest legal width."""
+        """Keep the smallest legal width of every group."""
         return self.plan([int(legal[0]) for legal in self._choices], importance)
 
     def random_widths(self, rng: np.random.Generator) -> Ints:
-        """Every group at a legal width, all equally likely."""
+        """Draw a legal width for every group, all with equal probability."""
         return np.array([rng.choice(legal) for legal in self._choices], dtype=np.int64)
 
     # ---------------------------------------------------------------- slicing
     def apply(self, plan: ChannelPlan, model: nn.Module | None = None) -> nn.Module:
-        """A new, physically smaller network.
+        """Create a new, physically smaller network.
+
+        It shares nothing mutable with the dense network and has the same mode (train or eval), type, device and
+        memory format. Hooks of the user are not copied.
 
         Args:
-            plan: Of this space.
-            model: Weights to take instead of the space's own network: a network of the same structure, such
-            as an average.
-
-        It shares nothing mutable with the dense network and stands in the same mode (train or eval), type,
-        device and memory format. Hooks of the user are not taken along.
+            plan: A plan of this space.
+            model: Source of the weights instead of the space's own network: a network of the same structure, such
+                as a weight average.
         """
         keep = self._masks(plan)
         widths = np.array([int(mask.sum()) for mask in keep], dtype=np.int64)
@@ -260,11 +260,11 @@ class PruningSpace:
         return small
 
     def _check_unchanged(self) -> None:
-        """Weights that are computed are fixed once; a change of theirs later on would be passed over."""
+        """Refuse later changes of computed weights: they were fixed once, so that changes would be ignored."""
         if self._given is not self.model and _versions(self._given) != self._given_versions:
             raise CompressorError(
                 "The network was changed after the space fixed the weights that it computes.",
-                "Make a new PruningSpace of it, or train space.model.",
+                "Create a new PruningSpace of it, or train space.model.",
             )
 
     def _check_same(self, model: nn.Module) -> None:
@@ -272,12 +272,12 @@ class PruningSpace:
         wrong = sorted(set(found.items()) ^ set(self._dense_shapes.items()))
         if wrong:
             raise CompressorError(
-                f"The given network is not of this space: they disagree about tensor '{wrong[0][0]}'.",
-                "Give a copy of the dense network with other weights.",
+                f"The given network does not match this space: they disagree about tensor '{wrong[0][0]}'.",
+                "Pass a copy of the dense network with other weights.",
             )
 
     def indices(self, plan: ChannelPlan) -> dict[str, dict[int, Tensor]]:
-        """Name of each parameter or buffer that can shrink -> axis -> kept indices, ascending."""
+        """Return name of each prunable parameter or buffer -> axis -> kept indices, ascending."""
         keep = self._masks(plan)
         found = [layout.kept(keep) for layout in self.slicer.layouts]
         return {
@@ -285,8 +285,7 @@ class PruningSpace:
         }
 
     def keep_masks(self, plan: ChannelPlan) -> dict[str, Tensor]:
-        """Name of each parameter that can shrink -> bool tensor of its shape, True where the plan keeps the
-        element."""
+        """Return name of each prunable parameter -> bool tensor of its shape, True where the element is kept."""
         indices = self.indices(plan)
         masks = {}
         for name, parameter in self.model.named_parameters():
@@ -325,12 +324,12 @@ class PruningSpace:
 
 
 def fixed_copy(model: nn.Module) -> nn.Module:
-    """A copy of a network in which the weights that it computes are plain parameters."""
+    """Return a copy of a network in which computed weights are plain parameters."""
     copied = copy_structure(model, lambda tensor: tensor.detach().clone())
     fix_weights(copied)
     return copied
 
 
 def _versions(model: nn.Module) -> list[int]:
-    """Counters that torch raises with each change of a tensor in place."""
+    """Return the version counters that torch increments with each in-place change of a tensor."""
     return [tensor._version for tensor in named_tensors(model).values()]

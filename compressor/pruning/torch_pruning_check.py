@@ -1,13 +1,12 @@
-"""torch-pruning removes the same channels from a copy of the dense network, as a check of the slicing.
+"""Verifies the slicing with torch-pruning, which removes the same channels from a copy of the dense network.
 
-Its dependency graph is made from autograd's, and shares nothing with the tracer of the pruning space. The copy's
-tensors are numbered: every element holds its place in its dense tensor, so that after torch-pruning has cut the copy,
-each tensor says which elements it kept, in which order. They must be those of the slim network.
+Its dependency graph is built from autograd's, independently of the tracer of the pruning space. The copy's tensors are
+numbered: every element is its index in the dense tensor, so that each pruned tensor shows which elements were kept, in
+which order. They must be those of the slim network.
 
 torch-pruning's graph cannot express everything (parts of a reshape, heads of torch's attention, whole groups of a
-grouped convolution). A group of channels in which it removes something else is taken back and left dense on both
-sides, and named with the operation. Where all of a group's operations are ones that it follows exactly, the
-disagreement is an error.
+grouped convolution). A group of channels in which it removes something else is restored and left dense on both sides,
+and reported with the operation. If it supports all of a group's operations exactly, the disagreement is an error.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 SECONDS = 60.0
-"""No further group is checked after this long."""
+"""No further group is checked after this many seconds."""
 
 _EXACT = """
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm layer_norm prelu relu
@@ -43,20 +42,20 @@ _EXACT = """
     avg_pool2d max_pool2d_with_indices boolean_dispatch adaptive_avg_pool2d adaptive_max_pool2d
 """
 EXACT = frozenset(_EXACT.split())
-"""Operations through which its graph follows channels exactly."""
+"""Operations through which torch-pruning's graph follows channels exactly."""
 
 
 @dataclass
 class Comparison:
-    """What torch-pruning made of a plan.
+    """Result of applying a plan with torch-pruning.
 
     Attributes:
-        agreed: Names of the groups of which it removes exactly the plan's channels.
-        different: Name of each group of which it leaves something that the plan removes -> what.
-        coarser: Name of each group with which it removes more -> what.
-        unable: Name of each group that it could not remove -> why.
-        failed: Why nothing could be compared; empty where something was.
-        codes: Its tensors, by name: the place of each element in the dense tensor.
+        agreed: Names of the groups in which it removes exactly the plan's channels.
+        different: Name of each group in which it keeps elements that the plan removes -> description.
+        coarser: Name of each group in which it removes more than the plan -> description.
+        unable: Name of each group that it could not remove -> reason.
+        failed: Reason why nothing could be compared; empty otherwise.
+        codes: Its tensors by name: the index of each element in the dense tensor.
         unreached: Names of tensors that its graph does not reach, such as those that only training uses.
     """
 
@@ -70,41 +69,41 @@ class Comparison:
 
     @property
     def other(self) -> dict[str, str]:
-        """What it does in all groups in which it does not agree."""
+        """Descriptions of all groups in which it does not agree with the plan."""
         return {**self.different, **self.coarser, **self.unable}
 
 
 def checks(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> dict[str, dict[str, Any]]:
-    """Both independent checks of a slim network, as the manifest has them.
+    """Run both independent checks of a slim network; returns their records for the manifest.
 
     Args:
-        space: what the network was cut from; its model is only read.
-        plan: which channels each group keeps.
-        slim: the network that is delivered; its weights may have been trained since.
+        space: The space that the network was pruned from; its model is only read.
+        plan: Channels that each group keeps.
+        slim: The delivered network; its weights may have been trained since.
 
     Raises:
-        Disagreement: a check contradicts the network; nothing may be exported then.
+        Disagreement: A check contradicts the network; nothing may be exported then.
     """
     found = {}
-    asked: tuple[tuple[str, str, Callable[[], Check]], ...] = (
+    pending: tuple[tuple[str, str, Callable[[], Check]], ...] = (
         ("torch_pruning", "Removed channels", lambda: confirm_cut(space, plan, slim)),
         ("fvcore", "Multiply-adds", lambda: confirm_macs(space, space.widths(plan.widths), slim)),
     )
-    for name, what, check in asked:
+    for name, what, check in pending:
         start = time.monotonic()
-        made = check()
-        found[name] = {**made.record(), "seconds": round(time.monotonic() - start, 1)}
-        say(f"{what}: {made.words} ({found[name]['seconds']} s).")
+        result = check()
+        found[name] = {**result.record(), "seconds": round(time.monotonic() - start, 1)}
+        say(f"{what}: {result.words} ({found[name]['seconds']} s).")
     return found
 
 
 def confirm_cut(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> Check:
-    """Compare the slim network with what torch-pruning makes of the dense one by the same plan.
+    """Compare the slim network with the dense one pruned by torch-pruning with the same plan.
 
     Args:
-        space: what the network was cut from; its model is only read.
-        plan: which channels each group keeps.
-        slim: the network that is delivered; its weights may have been trained since.
+        space: The space that the network was pruned from; its model is only read.
+        plan: Channels that each group keeps.
+        slim: The delivered network; its weights may have been trained since.
 
     Raises:
         Disagreement: torch-pruning keeps other elements of a tensor, or the delivered network has other shapes.
@@ -146,7 +145,7 @@ def confirm_cut(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> Chec
 
 
 def runs(space: PruningSpace, plan: ChannelPlan, group: str) -> bool:
-    """Whether the network runs from which torch-pruning removes one group's channels; its graph is wrong if not."""
+    """Whether the network still runs after torch-pruning removed one group's channels; if not, its graph is wrong."""
     alone = ChannelPlan({group: plan.keep[group]})
     example = moved(space.example_input, "cpu")
     try:
@@ -154,13 +153,13 @@ def runs(space: PruningSpace, plan: ChannelPlan, group: str) -> bool:
         cutter.remove(next(each.index for each in space.groups if each.name == group), take_back=False)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             cutter.with_values()(*example)
-    except Exception:  # whatever it made need not be a network
+    except Exception:  # the result may be an invalid network
         return False
     return True
 
 
 def obstacles(space: PruningSpace, group: str) -> tuple[str, ...]:
-    """Operations on a group's channels that torch-pruning's graph need not follow exactly."""
+    """Return the operations on a group's channels that torch-pruning's graph may not follow exactly."""
     index = next(each.index for each in space.groups if each.name == group)
     found = [name for name in space.operations(index) if name not in EXACT]
     for layer in space.layers:
@@ -172,23 +171,23 @@ def obstacles(space: PruningSpace, group: str) -> tuple[str, ...]:
 
 
 def _is_depthwise(space: PruningSpace, layer: Layer) -> bool:
-    """Whether each channel has a filter of its own, and one only: what torch-pruning knows as depthwise."""
+    """Whether each channel has exactly one filter, which torch-pruning treats as depthwise."""
     dense = space.dense_widths
     return layer.groups == int(layer.in_channels(dense)) == int(layer.out_channels(dense))
 
 
 def compare(space: PruningSpace, plan: ChannelPlan, seconds: float = SECONDS) -> Comparison:
-    """Remove a plan's channels by torch-pruning, one group of the space after the other.
+    """Remove a plan's channels with torch-pruning, one group of the space after the other.
 
     Args:
-        space, plan: as `confirm_cut` takes them.
-        seconds: after this long the remaining groups are left out, as unable.
+        space, plan: As in `confirm_cut`.
+        seconds: Time limit; the remaining groups are then listed as unable.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             cutter = Cutter(space, plan)
-        except Exception as error:  # it runs the user's code under its own tracer, and may fail in any way
+        except Exception as error:  # torch-pruning runs user code under its own tracer, and may raise anything
             return Comparison(failed=f"its graph cannot trace the network ({first_line(error)})")
         found, end = Comparison(), time.monotonic() + seconds
         for group in space.groups:
@@ -220,10 +219,10 @@ def compare(space: PruningSpace, plan: ChannelPlan, seconds: float = SECONDS) ->
 def _compare_tensors(
     space: PruningSpace, plan: ChannelPlan, codes: dict[str, Tensor], without: Sequence[str]
 ) -> None:
-    """The slicing on numbered tensors, and on the network's own, against torch-pruning's tensors.
+    """Compare the slicing of numbered tensors and of the network's own tensors with torch-pruning's tensors.
 
     Raises:
-        Disagreement: a tensor differs.
+        Disagreement: A tensor differs.
     """
     ours = named_tensors(space.apply(plan, copy_structure(space.model, _numbered_or_copy)))
     real, dense = named_tensors(space.apply(plan)), named_tensors(space.model)
@@ -261,5 +260,5 @@ def _compare_shapes(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> 
         if name not in delivered or list(delivered[name].shape) != expected:
             found = tuple(delivered[name].shape) if name in delivered else "missing"
             raise Disagreement(
-                f"Tensor '{name}' of the slim network is {found}, the plan says {tuple(expected)}."
+                f"Tensor '{name}' of the slim network has shape {found}, expected {tuple(expected)} by the plan."
             )

@@ -1,4 +1,4 @@
-"""torch-pruning at work on a copy of a network whose elements are numbered, so that its tensors say what it kept."""
+"""Applies torch-pruning to a copy of a network with numbered elements, so that its tensors show what was kept."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 SECONDS_A_GROUP = 15.0
-"""Its search for what goes with a group is given up after this long."""
+"""Time limit of torch-pruning's search for the elements tied to a group, in seconds."""
 
 MOST_STEPS = 4000
-"""... or after so many steps: through some attention it grows without end, and so does the memory that it takes."""
+"""Limit of the steps of that search: through some attention modules it grows without bound, and so does its memory."""
 
 
 class Unable(Exception):
@@ -65,7 +65,7 @@ class Cutter:
             for axis, place in axes
             if name in self.dense
         }
-        #: Tensors that none of its graph's nodes owns.
+        #: Tensors that no node of its graph owns.
         self.unreached = frozenset(name for name in self.dense if not self._reaches(name))
         self.by_group: dict[int, list[tuple[str, int]]] = {}
         for key, layout in self.layouts.items():
@@ -73,10 +73,10 @@ class Cutter:
                 self.by_group.setdefault(group, []).append(key)
 
     def _lose_whole_groups(self, torch_pruning: Any) -> None:
-        """Teach it grouped convolutions that lose whole groups, by way of its register for layers of a user's own.
+        """Register a custom layer with torch-pruning for grouped convolutions that lose whole groups.
 
-        Its own pruner leaves their number of groups as it is. What the channels of the groups are tied to is still
-        found by its graph.
+        Its own pruner does not change the number of groups. The dependencies of the groups' channels are still found
+        by its graph.
         """
         dense = self.space.dense_widths
 
@@ -102,11 +102,11 @@ class Cutter:
                     found.__class__ = WholeGroups
         self.graph.register_customized_layer(WholeGroups, Pruner())
 
-    def _in_time(self, asked: Callable[[Any], bool], function: Any) -> bool:
-        """Asked on each step of its search, which cannot be bounded otherwise."""
+    def _in_time(self, triggers: Callable[[Any], bool], function: Any) -> bool:
+        """Enforce the limits on each step of its search, which cannot be bounded otherwise."""
         if time.monotonic() > self._end:
             raise Unable(f"it does not find within {SECONDS_A_GROUP:.0f} s what goes with them")
-        triggered = asked(function)
+        triggered = triggers(function)
         self._steps += triggered
         if self._steps > MOST_STEPS:
             raise Unable(f"it does not find in {MOST_STEPS} steps what goes with them")
@@ -120,14 +120,14 @@ class Cutter:
         return any(owner in known for owner in owners) or owners[-1]._parameters.get(attribute) in known
 
     def remove(self, group: int, take_back: bool = True) -> tuple[str, str]:
-        """Remove a group's channels wherever they are made.
+        """Remove a group's channels from all layers that produce them.
 
         Returns:
-            What it then leaves that the plan removes, and what it removes that the plan keeps, after taking it back;
-            '' where nothing.
+            Description of elements that it keeps but the plan removes, and of elements that it removes but the plan
+            keeps, which are restored; '' if there are none.
 
         Raises:
-            Unable: it fails, or its graph lacks the layer that makes them; what was done is taken back.
+            Unable: It fails, or its graph lacks the layer that produces them; changes are undone.
         """
         undo: list[Callable[[], None]] = []
         touched: set[str] = set()
@@ -138,7 +138,7 @@ class Cutter:
                     continue
                 places = np.flatnonzero(np.isin(self._left(name, axis), self._gone(group, name, axis)))
                 if not places.size:
-                    continue  # an earlier layer took these along
+                    continue  # already removed with an earlier layer
                 module = self._module(name, axis)
                 if module is None:
                     raise Unable(f"its graph has no node that makes axis {axis} of '{name}'")
@@ -148,7 +148,7 @@ class Cutter:
                     touched |= self._remember(dep.target, undo)
                 taken.prune(record_history=False)
             left, more = self._difference(group, touched)
-        except Exception as error:  # its pruners run on modules that they were not written for
+        except Exception as error:  # its pruners may raise anything on unsupported modules
             _take_back(undo)
             raise (
                 error if isinstance(error, Unable) else Unable(f"it fails with {first_line(error)}")
@@ -158,7 +158,7 @@ class Cutter:
         return left, more
 
     def _module(self, name: str, axis: int) -> Any:
-        """What torch-pruning removes the output channels of, so that `axis` of a parameter shrinks."""
+        """Return the module whose output channels torch-pruning removes to shrink `axis` of a parameter."""
         path, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(path)
         known = self.graph.module2node
@@ -175,19 +175,19 @@ class Cutter:
         return parameter if known[parameter].pruning_dim % parameter.dim() == axis else None
 
     def _gone(self, group: int, name: str, axis: int) -> Any:
-        """The dense places on an axis that the plan removes for this group."""
+        """Return the dense indices of an axis that the plan removes for this group."""
         layout = self.layouts[name, axis]
         here = layout.group == group
         return np.flatnonzero(here)[~self.keep[group][layout.unit[here]]]
 
     def _left(self, name: str, axis: int) -> Any:
-        """The dense places on an axis that the copy's tensor still has, in its order."""
+        """Return the dense indices of an axis that the copy's tensor still has, in its order."""
         tensor, shape = self.tensor(name), self.dense[name]
         line = tensor.detach()[tuple(slice(None) if place == axis else 0 for place in range(len(shape)))]
         return line.numpy().astype(np.int64) // int(np.prod(shape[axis + 1 :])) % shape[axis]
 
     def tensor(self, name: str) -> Tensor:
-        """The copy's tensor of that dense name."""
+        """Return the copy's tensor by its dense name."""
         path, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(path)
         found = module._parameters.get(attribute)
@@ -195,7 +195,7 @@ class Cutter:
         return getattr(module, attribute) if tensor is None else tensor
 
     def with_values(self) -> nn.Module:
-        """The copy with the dense network's values in place of the numbers."""
+        """Return the copy with the dense network's values in place of the indices."""
         dense = named_tensors(self.space.model)
         for name in self.dense:
             tensor, values = self.tensor(name), dense[name].detach().cpu().flatten()
@@ -203,7 +203,7 @@ class Cutter:
         return self.model
 
     def _difference(self, group: int, touched: set[str]) -> tuple[str, str]:
-        """What is left in the touched tensors that the plan removes, and what is lost that it keeps."""
+        """Describe which elements of the touched tensors are kept or lost in contradiction to the plan."""
         keys = {(name, axis) for name in touched for axis in range(len(self.dense[name]))}
         extra: list[str] = []
         for name, axis in sorted({*keys, *self.by_group.get(group, ())}):
@@ -227,7 +227,7 @@ class Cutter:
         return "", extra[0] + places if extra else ""
 
     def _remember(self, node: Any, undo: list[Callable[[], None]]) -> set[str]:
-        """Note how to take back what pruning a node changes; names of the tensors that it may change."""
+        """Record how to undo the pruning of a node; returns the names of the tensors that it may change."""
         target = node.module
         if isinstance(target, nn.Parameter):
             name = self.graph._param_to_name[target]
@@ -265,7 +265,7 @@ def _take_back(undo: Sequence[Callable[[], None]]) -> None:
 
 
 def numbered(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape that holds the place of each element, exact to the last."""
+    """Return a tensor of the same shape with the index of each element, represented exactly."""
     dtype = torch.float32 if tensor.numel() < 1 << 24 else torch.float64
     return torch.arange(tensor.numel(), dtype=dtype).reshape(tensor.shape)
 

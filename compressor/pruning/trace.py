@@ -1,9 +1,9 @@
-"""One forward pass that labels every axis of every tensor with the channels it carries.
+"""Traces one forward pass and labels every axis of every tensor with its channels.
 
-`Tracer` is a torch function mode: it sees each call of the public torch API with its tensors, lets it run (on the
-meta device, where nothing is computed), and asks the rule of that operation (`registry`) what the call says about the
-atoms of the axes. Unlike a graph taken from autograd this keeps the exact index of every channel through
-concatenation, splitting, reshaping and shuffling, and it sees operations as fvcore counts them.
+`Tracer` is a torch function mode: it intercepts each call of the public torch API, runs it (on the meta device, where
+nothing is computed), and applies the rule of that operation (`registry`) to the atoms of the axes. Unlike a graph from
+autograd this preserves the exact index of every channel through concatenation, splitting, reshaping and shuffling, and
+it sees the operations that fvcore counts.
 """
 
 from __future__ import annotations
@@ -36,14 +36,12 @@ class Tracer(TorchFunctionMode):
     channels.
 
     Args:
-        tensors: name -> parameter or buffer of the network that runs (its own objects, by identity).
+        tensors: Name -> parameter or buffer of the traced network (its own objects, by identity).
         settings: Decisions and exceptions from earlier passes.
-        check: For the lockstep check of a pruned network: called with the number of each step, the call, its
-        results and
-            the running module's path instead of the rules; raises where the results are not as they should
-            be.
-        quick: The tensors are on the meta device; common operations need not run to tell their results'
-        shapes.
+        check: For the lockstep check of a pruned network: called instead of the rules, with the number of each step,
+            the call, its results and the running module's path; raises if the results are wrong.
+        quick: Whether the tensors are on the meta device, so that shapes of common operations are known without
+            running them.
     """
 
     def __init__(
@@ -61,7 +59,7 @@ class Tracer(TorchFunctionMode):
         self._quick = quick
         self._steps = 0
         self._ties: dict[tuple[str, str, int | None], list[Tie]] = {}
-        #: Set for a second pass that only tells which channels belong together.
+        #: Set for a second pass that only determines which channels belong together.
         self.uncounted = False
         self._marks: dict[int, tuple[Tensor, Axes, bool]] = {}
         self._names: dict[int, str] = {id(tensor): name for name, tensor in tensors.items()}
@@ -88,7 +86,7 @@ class Tracer(TorchFunctionMode):
         return axes
 
     def name_of(self, tensor: Any) -> str | None:
-        """The parameter's or buffer's name where `tensor` is one."""
+        """Return the name of `tensor` if it is a parameter or buffer, else None."""
         return self._names.get(id(tensor))
 
     def active(self, tensor: Any) -> bool:
@@ -130,14 +128,17 @@ class Tracer(TorchFunctionMode):
             self.atoms.fix(labels, f"{reason} (in {where})" if where else reason)
 
     def producer(self, weight: Tensor, axis: int) -> None:
-        """`axis` of `weight` makes channels: importance reads it, and groups are named after its module."""
+        """Record that `axis` of `weight` produces channels: importance reads it, and its module names the group."""
         name = self._names.get(id(weight)) or self._source(weight, axis)
         if name is not None:
             self.facts.outputs.setdefault((name, axis), name.rpartition(".")[0] or name)
 
     def _source(self, weight: Tensor, axis: int) -> str | None:
-        """The parameter that a weight was computed from: one of the running module (weight standardisation), else one
-        of its parts with the same channels (branches that are fused in forward)."""
+        """Return the parameter from which a weight was computed.
+
+        It is one of the running module (weight standardisation), else one of its submodules with the same channels
+        (branches that are fused in forward).
+        """
         path = self.stack[-1].path
         inside = [name for name in self.facts.params if name.rpartition(".")[0] == path]
         if inside:
@@ -152,30 +153,28 @@ class Tracer(TorchFunctionMode):
         return None
 
     def count(self, operation: str, constant: int, *sizes: int | Labels, rounded: bool = False) -> None:
-        """Add `constant * product(sizes)` to what fvcore counts beside the layers; an axis with labels counts its
-        kept channels."""
+        """Add `constant * product(sizes)` to the multiply-adds outside of layers; labels stand for kept channels."""
         if not self.uncounted:
             self.facts.terms.append(Counted(operation, *factored(constant, sizes), rounded))
 
     def sizes(self, tensor: Tensor) -> list[int | Labels]:
-        """The axes of `tensor` as factors for `count`."""
+        """Return the axes of `tensor` as factors for `count`."""
         return [
             size if axis is None else axis for size, axis in zip(tensor.shape, self.axes(tensor), strict=True)
         ]
 
     def decide(self, call: Call, default: str, labels: Labels) -> str:
-        """Which way a split of channels is pruned; remembered so that a poor choice can be turned round."""
+        """Decide how a split of channels is pruned; recorded so that a poor choice can be reversed."""
         chosen = self.settings.decisions.get(call.key, default)
         entry = self.facts.decisions.setdefault(call.key, (chosen, []))
         entry[1].append(labels)
         return chosen
 
     def tie(self, size: Any, labels: Labels, block: int = 1, others: Iterable[Labels | None] = ()) -> bool:
-        """Where `size` was read from an attribute, that attribute is the number of these channels (in blocks
-        of `block`).
+        """Tie the attribute from which `size` was read to the number of these channels (in blocks of `block`).
 
-        A size that was computed from an attribute (half of it, say) ties the attribute to that axis of
-        `labels` and `others` which has as many channels as it says. Returns whether anything was tied.
+        If the size was computed from an attribute (such as half of it), the attribute is tied to the axis among
+        `labels` and `others` whose channel count equals its value. Returns whether anything was tied.
         """
         if not isinstance(size, Attribute):
             return False
@@ -193,13 +192,13 @@ class Tracer(TorchFunctionMode):
         return tied
 
     def tie_attribute(self, attribute: str, labels: Labels, place: int | None = None, block: int = 1) -> None:
-        """The running module's `attribute` is the number of these channels (in blocks of `block`)."""
+        """Tie the running module's `attribute` to the number of these channels (in blocks of `block`)."""
         self._tie(Tie(self.stack[-1].path, attribute, place, labels, block))
 
     def _tie(self, tie: Tie) -> None:
         for other in self._ties.setdefault((tie.path, tie.attribute, tie.place), []):
             if other.block == tie.block and other.labels.size == tie.labels.size:
-                # One attribute stands for both, so that they can only shrink alike.
+                # One attribute is the size of both, so that both must shrink equally.
                 self.atoms.unify(other.labels, tie.labels)
         self._ties[tie.path, tie.attribute, tie.place].append(tie)
         self.facts.ties.append(tie)
@@ -252,7 +251,7 @@ class Tracer(TorchFunctionMode):
         return out
 
     def _written(self, args: tuple[Any, ...]) -> None:
-        """Values were written into a part of a tensor: what meets there keeps its size."""
+        """Keep the size of all axes involved in writing values into a part of a tensor."""
         for tensor in tensors_in(args):
             for axis in self.axes(tensor):
                 self.fix(axis, "values are written into a part of a tensor")
@@ -260,7 +259,7 @@ class Tracer(TorchFunctionMode):
             self.mark(args[0], self.axes(args[0]), True)
 
     def watch(self, paths: Iterable[tuple[str, nn.Module]]) -> None:
-        """Keep track of which module runs: wraps `forward` on the modules of a skeleton made for tracing."""
+        """Track the running module: wraps `forward` of the modules of a skeleton for tracing."""
         for path, module in paths:
             if self._check is None:
                 remember(path, module)
@@ -272,7 +271,7 @@ def _same(a: Labels | None, b: Labels) -> bool:
 
 
 def factored(constant: int, sizes: Iterable[int | Labels]) -> tuple[int, list[Labels]]:
-    """A product of sizes as its constant and the axes with labels."""
+    """Split a product of sizes into its constant and the axes with labels."""
     labels = []
     for size in sizes:
         if isinstance(size, (int, np.integer)):
@@ -283,7 +282,7 @@ def factored(constant: int, sizes: Iterable[int | Labels]) -> tuple[int, list[La
 
 
 class _Watched:
-    """`forward` of one module, which tells the tracer when it starts and ends."""
+    """`forward` of one module, which notifies the tracer of its start and end."""
 
     def __init__(self, tracer: Tracer, path: str, module: nn.Module, forward: Callable[..., Any]) -> None:
         self.tracer, self.path, self.module, self.forward = tracer, path, module, forward
@@ -301,12 +300,12 @@ class _Watched:
 
 
 def data_dependent(name: str, frame: Frame) -> CompressorError:
-    """The error for a forward pass whose course depends on values."""
+    """Return the error for a forward pass with data-dependent control flow."""
     where = (
         f"module '{frame.path}' ({frame.kind})" if frame.path else f"the network's own forward ({frame.kind})"
     )
     return CompressorError(
-        f"The network's course depends on its data: {where} reads a tensor's value ('{name}') while it "
-        "runs, so that one pass does not show all of its structure.",
+        f"The network's control flow depends on its data: {where} reads a tensor's value ('{name}') while it "
+        "runs, so that one pass does not show the complete structure.",
         "Replace the branch by tensor operations (torch.where), or prune the part of the network around it.",
     )

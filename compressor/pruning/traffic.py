@@ -1,4 +1,4 @@
-"""The activations that a forward pass makes and reads, step by step, as `liveness` counts them."""
+"""Records the activations that a forward pass writes and reads in each step, for `liveness`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _IN_PLACE = frozenset(("elementwise", "batch_norm", "prelu"))
 
 
 class Marks(Protocol):
-    """What a `Tracer` knows of tensors."""
+    """Protocol of the `Tracer`'s information about tensors."""
 
     def active(self, tensor: Tensor) -> bool:
         """Whether the tensor was computed from the network's input."""
 
     def sizes(self, tensor: Tensor) -> list[int | Labels]:
-        """Its axes, as numbers or as the channels that they hold."""
+        """Return the tensor's axes, as numbers or as labels of their channels."""
 
 
 @dataclass
 class Traffic:
-    """The activations that a forward pass makes and reads, step by step.
+    """The activations that a forward pass writes and reads in each step.
 
     Attributes:
-        sizes: of each piece of memory, its axes as constants or labels.
-        steps: pieces that are read, pieces that are written, and whether the step works element by element.
+        sizes: Axes of each buffer, as constants or labels.
+        steps: Buffers read, buffers written, and whether the step is elementwise.
     """
 
     sizes: list[list[int | Labels]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Traffic:
     _of: dict[int, int] = field(default_factory=dict)
 
     def record(self, marks: Marks, rule: str, inputs: Iterable[Tensor], results: Iterable[Tensor]) -> None:
-        """Add a step, by the name of its rule; tensors that do not stem from the network's input are left out."""
+        """Add a step by the name of its rule; tensors that do not depend on the network's input are ignored."""
         reads = [self._piece(marks, tensor) for tensor in inputs if marks.active(tensor)]
         writes = []
         for tensor in results:
@@ -53,7 +53,7 @@ class Traffic:
         self.steps.append((reads, writes, rule in _IN_PLACE))
 
     def _piece(self, marks: Marks, tensor: Tensor) -> int:
-        # The tracer holds every tensor that it has marked, so that an id stays its own.
+        # The tracer keeps every marked tensor alive, so that ids are not reused.
         if id(tensor) not in self._of:
             self._of[id(tensor)] = len(self.sizes)
             self.sizes.append(marks.sizes(tensor))

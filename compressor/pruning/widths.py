@@ -1,4 +1,4 @@
-"""Which widths are legal: the choices of each group, and what a user's numbers are checked or rounded to."""
+"""Legal widths of groups, with validation and rounding of given widths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compressor.pruning.groups import Group
 
 
 def legal_widths(group: Group) -> Ints:
-    """The legal widths of a group, ascending; the last is dense."""
+    """Return the legal widths of a group, ascending; the last is dense."""
     legal = (
         set(range(group.min_width, group.width + 1, group.granularity))
         if group.min_width % group.granularity == 0
@@ -25,15 +25,15 @@ def legal_widths(group: Group) -> Ints:
 def checked_widths(
     groups: Sequence[Group], choices: Sequence[Ints], given: Mapping[str, int] | Sequence[int] | Ints
 ) -> Ints:
-    """Widths (G,) from a mapping (groups left out stay dense) or a sequence.
+    """Return validated widths (G,) from a mapping (omitted groups stay dense) or a sequence.
 
     Args:
-        groups: of the space.
-        choices: the legal widths of each.
-        given: what the user asks for.
+        groups: Groups of the space.
+        choices: Legal widths of each group.
+        given: Requested widths.
 
     Raises:
-        CompressorError: an unknown group, a wrong number of widths, or a width that is not legal.
+        CompressorError: A group is unknown, the number of widths is wrong, or a width is not legal.
     """
     if isinstance(given, Mapping):
         values: list[Any] = [given.get(group.name, group.width) for group in groups]
@@ -45,7 +45,7 @@ def checked_widths(
         values = list(given)
         if len(values) != len(groups):
             raise CompressorError(
-                f"{len(values)} widths for {len(groups)} groups.", "Give one for each group, in their order."
+                f"{len(values)} widths for {len(groups)} groups.", "Pass one for each group, in their order."
             )
     for group, legal, value in zip(groups, choices, values, strict=True):
         _check(group, legal, value)
@@ -59,27 +59,27 @@ def _check(group: Group, legal: Ints, value: Any) -> None:
         )
     if value in legal:
         return
-    told = f"multiples of {group.granularity} from {group.min_width} on, or {group.width}"
+    legal_text = f"multiples of {group.granularity} from {group.min_width} on, or {group.width}"
     if value > group.width:
         what = f"is above the dense width {group.width}"
     elif value < group.min_width:
         what = f"is below the smallest width {group.min_width}"
     else:
         what = f"is not a multiple of the granularity {group.granularity}"
-    raise CompressorError(f"Width {value} of group '{group.name}' {what}.", f"Legal widths: {told}.")
+    raise CompressorError(f"Width {value} of group '{group.name}' {what}.", f"Legal widths: {legal_text}.")
 
 
 def nearest_widths(choices: Sequence[Ints], wanted: Any) -> Ints:
-    """The legal widths nearest to `wanted` (G,), real numbers.
+    """Return the legal widths nearest to the real numbers `wanted`, (G,).
 
     Raises:
-        CompressorError: they are not as many, or not finite.
+        CompressorError: Their number is wrong, or one is not finite.
     """
     real = np.asarray(wanted, dtype=np.float64)
     if real.shape != (len(choices),) or not np.isfinite(real).all():
         raise CompressorError(
             f"Widths to round must be {len(choices)} finite numbers, not shape {real.shape}.",
-            "Give one a group.",
+            "Pass one per group.",
         )
     nearest = [legal[int(np.abs(legal - value).argmin())] for legal, value in zip(choices, real, strict=True)]
     return np.array(nearest, dtype=np.int64)

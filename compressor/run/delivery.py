@@ -249,7 +249,7 @@ def _latency_record(
         if done is None
         else done["interval"],
         "bursts": ratio.bursts,
-        "sittings": ratio.sittings,
+        "sittings": ratio.sessions,
         "seconds": round(ratio.seconds, 1),
         "median_ms": slim.median_ms,
         "p90_ms": slim.p90_ms,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compressor.budgets.base import Budget
-    from compressor.budgets.function import Prices
+    from compressor.budgets.function import CachedValues
     from compressor.budgets.parse import BudgetSpec
     from compressor.data import DataBundle
     from compressor.latency.table import LatencyTable
@@ -56,7 +56,7 @@ class Job:
     torch_device: str
     notes: list[str]
     dense_file: DenseFile
-    callers: dict[str, Prices] = field(default_factory=dict)
+    callers: dict[str, CachedValues] = field(default_factory=dict)
 
     @property
     def measurable(self) -> bool:

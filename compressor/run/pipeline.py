@@ -194,7 +194,7 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
         CompressorError: it is damaged or of another device than the recipe's, or there is more to measure and this is
             not the machine that it was made on.
     """
-    from compressor.latency.local import require_made_here
+    from compressor.latency.local import require_same_machine
     from compressor.latency.table import LatencyTable
 
     file = run.file(TABLE)
@@ -204,7 +204,7 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
     if recipe.device != "local":
         table = table.at(device_precision(recipe), device=recipe.device)
     elif not run.finished("measure"):
-        require_made_here(table, recipe.threads)
+        require_same_machine(table, recipe.threads)
     for predicted, measured in run.manifest.get("corrections", []):
         table = table.refit([(predicted, measured)], lower=True)
     return table

@@ -15,7 +15,7 @@ from compressor.run.onnx_files import DENSE
 
 if TYPE_CHECKING:
     from compressor.latency.paired import Timing
-    from compressor.latency.ratio import Sitting
+    from compressor.latency.ratio import PairSession
     from compressor.pruning.plan import ChannelPlan
     from export.here import Backend
 
@@ -71,7 +71,7 @@ def _on_gpu(job: Job, backend: Backend, files: tuple[bytes, bytes], target: floa
     networks = [TaggedNetwork(content, (), ()) for content in files]
     sat = 0
 
-    def sit() -> Sitting:
+    def run_session() -> PairSession:
         nonlocal sat
         sat += 1
         order = (0, 1) if sat % 2 else (1, 0)
@@ -82,7 +82,7 @@ def _on_gpu(job: Job, backend: Backend, files: tuple[bytes, bytes], target: floa
 
     contract = job.recipe.contract
     return in_turns(
-        sit,
+        run_session,
         backend.runtime,
         backend.version,
         repeats=contract.repeats,

@@ -93,7 +93,7 @@ def test_counters_that_stand_still_are_refused(root: Path) -> None:
     space, _ = space_and_meter(root)
     # A real session, of which this folder knows nothing.
     meter = EnergyMeter(space, Rapl(root), repeats=1, seconds=0.0)
-    with pytest.raises(CompressorError, match="stand still"):
+    with pytest.raises(CompressorError, match="do not change"):
         meter.measure((16,))
 
 
@@ -114,7 +114,7 @@ def test_a_counter_that_may_not_be_read(root: Path, monkeypatch: pytest.MonkeyPa
         return str(RANGE)
 
     monkeypatch.setattr(Path, "read_text", refused)
-    with pytest.raises(CompressorError, match="energy_uj may not be read") as caught:
+    with pytest.raises(CompressorError, match=r"no permission to read .*energy_uj") as caught:
         Rapl(root)
     assert "chmod a+r" in caught.value.hint
 

@@ -15,7 +15,7 @@ from compressor.latency.explain import explain
 from compressor.latency.graph import file_nodes
 from compressor.latency.kernels import Kernel, Profile, profile_onnx, read_trt_profile
 from compressor.latency.machine import Machine, calibrate, estimated_machine
-from compressor.latency.non_gemm import company
+from compressor.latency.non_gemm import count_non_gemm
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from export.to_onnx import export_onnx
@@ -153,22 +153,22 @@ def test_tensorrts_layer_profile_is_read(pair: tuple[Path, Path]) -> None:
         profile.kernels[0].macs * 8 / 3
     )  # 3 inputs padded to 8
     for wrong in ("[]", "{}", "nonsense", '[{"name": "a", "averageMs": -1}]'):
-        with pytest.raises(CompressorError, match="no layer profile"):
+        with pytest.raises(CompressorError, match="not a layer profile"):
             read_trt_profile(wrong, "profile.json", pair[0], element_bytes=2, block=8)
     with pytest.raises(CompressorError, match="None of the layers"):
         read_trt_profile('[{"name": "other", "averageMs": 1}]', "p", pair[0], element_bytes=2, block=8)
 
 
-def test_company_counts_kernels_beside_the_operators() -> None:
+def test_non_gemm_kernels_are_counted_beside_the_operators() -> None:
     gate = nn.Sequential(
         nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Hardswish()
     )
-    kernels, moved = company(lambda: gate.eval()(torch.zeros(1, 8, 4, 4)), 2)
+    kernels, moved = count_non_gemm(lambda: gate.eval()(torch.zeros(1, 8, 4, 4)), 2)
     assert kernels.tolist() == [0.0, 1.0]  # normalisation and ReLU are computed along, hard-swish is not
     assert moved.tolist() == [0.0, 2 * 16 * 16]
     early = nn.Sequential(
         nn.Conv2d(8, 16, 1), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)
     )
-    kernels, _ = company(lambda: early.eval()(torch.zeros(1, 8, 4, 4)), 2)
+    kernels, _ = count_non_gemm(lambda: early.eval()(torch.zeros(1, 8, 4, 4)), 2)
     assert kernels.tolist() == [2.0, 0.0]  # a pooling, and a normalisation that no convolution takes in
-    assert np.array_equal(company(lambda: early(torch.zeros(1, 8, 4, 4)), 5)[0], np.zeros(5))
+    assert np.array_equal(count_non_gemm(lambda: early(torch.zeros(1, 8, 4, 4)), 5)[0], np.zeros(5))

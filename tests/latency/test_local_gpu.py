@@ -84,10 +84,10 @@ def test_a_time_limit_cuts_fitted_and_held_out_alike(
 ) -> None:
     device = plugged(Gpu(apart=apart))
     table = gpu_table(space, example, BACKEND, "fp16", time_limit_s=0.0)
-    assert device.measured == sampling.LEAST + 2  # and the dense network at both ends
+    assert device.measured == sampling.MIN_NETWORKS + 2  # and the dense network at both ends
     network = network_of(table)
     assert network.held_out.networks == 3
-    assert network.fitted_networks == sampling.LEAST - 3 + 2
+    assert network.fitted_networks == sampling.MIN_NETWORKS - 3 + 2
     assert table.covers(space)
     assert ("layers under the profiler" in table.fields.protocol) is apart
     assert ("by a fit" in table.fields.protocol) is not apart
@@ -96,7 +96,7 @@ def test_a_time_limit_cuts_fitted_and_held_out_alike(
 def test_more_time_makes_it_anew_unless_it_is_good(
     space: PruningSpace, example: Tensor, plugged: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "MOST", 45)
+    monkeypatch.setattr(sampling, "MAX_NETWORKS", 45)
     device = plugged(Gpu())
     first = gpu_table(space, example, BACKEND, "fp16", time_limit_s=0.0, goal=0.0)
     hurried = device.measured
@@ -116,8 +116,8 @@ def test_a_table_of_a_throttled_gpu_is_made_anew(
     then = gpu_table(space, example, BACKEND, "fp16", time_limit_s=0.0)
     quick = plugged(Gpu())
     now = gpu_table(space, example, BACKEND, "fp16", time_limit_s=0.0)
-    assert quick.measured > sampling.LEAST
-    assert any("made anew" in line for line in said)
+    assert quick.measured > sampling.MIN_NETWORKS
+    assert any("measured again" in line for line in said)
     assert now.dense_ms(space) == pytest.approx(then.dense_ms(space) / 1.5, rel=0.05)
 
 
@@ -133,9 +133,9 @@ def test_a_stopped_measuring_goes_on(
     second = plugged(Gpu(apart=apart))
     table = gpu_table(space, example, BACKEND, "fp16", time_limit_s=0.0)
     # nine networks less the first dense one were there; it is run three times: now, then, and at the end
-    assert second.measured == sampling.LEAST - 8 + 3
+    assert second.measured == sampling.MIN_NETWORKS - 8 + 3
     assert network_of(table).held_out.networks == 3
-    assert any("of which 9 measurements were made before a stop" in line for line in said)
+    assert any("with 9 earlier measurements" in line for line in said)
     assert not journal.exists()
 
 
@@ -171,14 +171,14 @@ def test_a_journal_of_something_else_is_begun_anew(
         measured_table(space, example, BACKEND, "fp16", journal_path=journal)
     second = plugged(Gpu(factor))
     measured_table(space, example, backend, precision, time_limit_s=0.0, journal_path=journal)
-    anew = sampling.LEAST + 2 + (what == "dense time")  # which takes a look to be seen
-    assert second.measured == (sampling.LEAST - 8 + 3 if what == "nothing" else anew)
+    anew = sampling.MIN_NETWORKS + 2 + (what == "dense time")  # which takes a look to be seen
+    assert second.measured == (sampling.MIN_NETWORKS - 8 + 3 if what == "nothing" else anew)
 
 
 def test_a_gpu_that_is_too_noisy_is_refused(
     space: PruningSpace, example: Tensor, plugged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "TOO_NOISY", 0.5)
+    monkeypatch.setattr(sampling, "MAX_SPREAD", 0.5)
     monkeypatch.setattr(sampling, "REFERENCE_EVERY", 3)
     plugged(Gpu(wanders=True))
     with pytest.raises(CompressorError, match=r"too noisy .*quartiles \d+% apart, at most 50%") as caught:

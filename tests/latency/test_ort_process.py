@@ -48,7 +48,7 @@ def test_a_network_without_operators_is_timed_as_a_whole(files: tuple[Path, Path
 def test_two_files_are_timed_in_turns(files: tuple[Path, Path]) -> None:
     found = measured(*files, threads=1, repeats=2)
     assert found.dense.runtime == "onnxruntime"
-    assert (found.ratio.sittings, found.dense.runs) == (2, found.slim.runs)
+    assert (found.ratio.sessions, found.dense.runs) == (2, found.slim.runs)
     assert 0 < found.ratio.value < 0.7
     assert found.ratio.bursts >= 24
 

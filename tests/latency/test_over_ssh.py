@@ -43,9 +43,9 @@ def written(space: PruningSpace, example: Tensor, tmp_path_factory: pytest.TempP
 def quickly(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy the bundle instead of writing it again."""
 
-    def copied(space: PruningSpace, example: Tensor, folder: Path, **_: object) -> remote_bundle.Carried:
+    def copied(space: PruningSpace, example: Tensor, folder: Path, **_: object) -> remote_bundle.WrittenBundle:
         shutil.copytree(written, folder)
-        return remote_bundle.Carried(folder, 1, 1)
+        return remote_bundle.WrittenBundle(folder, 1, 1)
 
     monkeypatch.setattr(over_ssh, "write_table_bundle", copied)
 
@@ -102,7 +102,7 @@ def test_a_table_is_measured_once(
     anew = ssh_table(board.url, space, example, model="small", precision="fp16", renew=True)
     assert anew.fields.runtime.version == "10.13.2"
     assert find_user_table(board.url, "fp16") is not None
-    assert any("It is measured anew" in line for line in said)
+    assert any("It is measured again" in line for line in said)
 
 
 def test_single_networks(board: Board, space: PruningSpace, example: Tensor) -> None:
@@ -116,7 +116,7 @@ def test_single_networks(board: Board, space: PruningSpace, example: Tensor) -> 
     found = measured_over_ssh(board.url, dense, slim, None)
     stats = (found.dense, found.slim)
     assert 0 < found.ratio.value < 1
-    assert found.ratio.sittings == 3
+    assert found.ratio.sessions == 3
     assert [each.runtime for each in stats] == ["tensorrt", "tensorrt"]
     assert 0 < stats[1].median_ms < stats[0].median_ms
     assert (stats[0].runs, stats[1].runs) == (42, 21)  # dense first and last
@@ -142,7 +142,7 @@ def test_a_script_that_was_ended_goes_on(board: Board, space: PruningSpace, exam
     (board.folder / "bin" / "trtexec.calls").unlink(missing_ok=True)
     with pytest.raises(CompressorError, match=r"The script on 127\.0\.0\.1 was ended") as ended:
         table_of(board, space, example)
-    assert "The same command goes on where it was" in ended.value.hint
+    assert "The same command resumes" in ended.value.hint
     (place,) = left(board)
     assert place.name in ended.value.hint
     kept = len(list(place.glob("*/results/*/1-*.txt")))

@@ -32,7 +32,7 @@ def test_kept_tables_are_found(measured: Path, space: PruningSpace, said: list[s
         f"measured by you on {table.fields.date}, 1 network"
     ]
     assert keep(table) == path  # the same measurements again change nothing
-    with pytest.raises(CompressorError, match="kept already, as the device my-orin"):
+    with pytest.raises(CompressorError, match="already stored as the device my-orin"):
         keep(table_of_results(measured, "other-name"))
     with pytest.raises(
         CompressorError, match=r"no latency table of my-orin in int8\. It was measured in fp16"
@@ -40,7 +40,7 @@ def test_kept_tables_are_found(measured: Path, space: PruningSpace, said: list[s
         find_table("my-orin", "int8")
     path.write_text("{")
     assert [entry.name for entry in devices()].count("my-orin") == 0
-    assert any("is damaged" in line and "left out" in line for line in said)
+    assert any("is damaged" in line and "skipped" in line for line in said)
 
 
 def test_a_shipped_name_is_taken_only_by_its_own_module(measured: Path, said: list[str]) -> None:
@@ -50,7 +50,7 @@ def test_a_shipped_name_is_taken_only_by_its_own_module(measured: Path, said: li
         keep(table_of_results(measured, "jetson-nano"))
     keep(table_of_results(measured, "jetson-orin-nano-8gb"))
     assert not find_table("jetson-orin-nano-8gb", "fp16").estimated
-    assert any("takes the shipped one's place" in line for line in said)
+    assert any("replaces the shipped one" in line for line in said)
     assert find_table("jetson-orin-nano-8gb", "fp32").estimated
 
 
@@ -72,7 +72,7 @@ def test_other_networks_keep_the_shipped_estimate(
     keep(table)
     assert [entry.how.split()[0] for entry in devices() if entry.name == name] == ["estimated:", "measured"]
     assert LatencyTable.load(name, "fp16", space=space).to_json() == table.to_json()
-    assert any("takes the shipped one's place" in line for line in said)
+    assert any("replaces the shipped one" in line for line in said)
 
     said.clear()
     larger = PruningSpace(SmallNet().eval(), torch.zeros(1, 3, 24, 24), granularity=8)
@@ -81,7 +81,7 @@ def test_other_networks_keep_the_shipped_estimate(
     assert found.predict(larger) > estimated.predict(space)
     (line,) = said
     assert re.search(
-        r"other networks only: .* lacks 4 of .* operators, such as: .* network is estimated", line
+        r"other networks only: .* lacks 4 of .* operators, such as: .* network's latency is estimated", line
     )
     recipe = parse_recipe({"model": "resnet18", "device": name, "precision": "fp16"}, "test")
     assert latency_table(recipe, larger, torch.zeros(1, 3, 24, 24)).to_json() == found.to_json()
@@ -92,7 +92,7 @@ def test_other_networks_keep_the_shipped_estimate(
     together = LatencyTable.load(name, "fp16", space=straight)
     assert not together.estimated
     assert together.predict(straight) == pytest.approx(table.predict(space), rel=0.2)
-    assert any("was not measured on" in line and "operators of others" in line for line in said)
+    assert any("was not measured on" in line and "operators of other networks" in line for line in said)
 
 
 def test_where_nothing_is_shipped_a_table_says_what_it_lacks(measured: Path) -> None:
@@ -111,7 +111,7 @@ def test_another_board_of_the_same_name(measured: Path, back: Path) -> None:
                 altered(files, name, board="0123456789abcdef")
 
     with pytest.raises(
-        CompressorError, match="kept from another state of it: the board is 'board 0123456789abcdef'"
+        CompressorError, match="from another state is stored already: the board is 'board 0123456789abcdef'"
     ):
         keep(table_of_results(respoil(back, other)))
 

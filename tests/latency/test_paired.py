@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compressor.latency.paired import Timing, in_turns
-from compressor.latency.ratio import ERROR, LOOKS, Sitting, burst_of, error_at, trimmed_interval
+from compressor.latency.ratio import ERROR, LOOKS, PairSession, burst_of, error_at, trimmed_interval
 
 PAIRS, RUNS = 12, 8
 
@@ -34,7 +34,7 @@ class Neighbours:
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
 
-    def sit(self) -> Sitting:
+    def run_session(self) -> PairSession:
         self.now_s += 1.0  # two processes start
         times = 4.0 * np.array([1.0, self.ratio]) * (1 + self.apart * self.rng.standard_normal(2))
         pairs = []
@@ -52,7 +52,7 @@ class Neighbours:
         return pairs
 
     def measure(self, target: float, seconds: float = 90.0) -> Timing:
-        return in_turns(self.sit, "made up", "1", target=target, seconds=seconds, clock=lambda: self.now_s)
+        return in_turns(self.run_session, "made up", "1", target=target, seconds=seconds, clock=lambda: self.now_s)
 
 
 def verdicts(ratio: float, target: float, seeds: int = 15) -> list[str]:
@@ -102,7 +102,7 @@ def test_time_is_bounded_and_short_where_the_target_is_far() -> None:
 def test_neighbours_that_slow_both_do_not_move_the_quiet_level() -> None:
     quiet, busy = (Neighbours(0.5, 3, busy=share).measure(0.52).ratio for share in (0.0, 0.6))
     assert busy.dense_ms == pytest.approx(quiet.dense_ms, rel=0.03)
-    assert busy.calm < 0.6 * quiet.calm
+    assert busy.undisturbed < 0.6 * quiet.undisturbed
 
 
 def test_the_error_is_shared_out_over_all_looks() -> None:
@@ -126,7 +126,7 @@ def test_the_trimmed_interval_as_by_hand(values: list[float], centre: float, hal
 
 
 def test_no_tail_no_note() -> None:
-    def sit_of(spike: float) -> Callable[[], Sitting]:
+    def sit_of(spike: float) -> Callable[[], PairSession]:
         return lambda: [(burst_of([4.0] * 9), burst_of([2.0] * 8 + [spike]))] * 6
 
     assert in_turns(sit_of(2.0), "made up", "1", repeats=3).noise == ""

@@ -79,7 +79,7 @@ def test_a_changed_bundle(back: Path, tmp_path: Path) -> None:
         table_of_results(back)
     with pytest.raises(CompressorError, match="There is no folder"):
         table_of_results(tmp_path / "nothing")
-    with pytest.raises(CompressorError, match=r"is no bundle: it has no bundle\.json"):
+    with pytest.raises(CompressorError, match=r"is not a bundle: it has no bundle\.json"):
         table_of_results(tmp_path)
 
 

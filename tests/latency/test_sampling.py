@@ -34,7 +34,7 @@ def test_a_goal_that_is_met_ends_it_and_one_that_is_not_goes_on(
     space: PruningSpace, example: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = len(sampling.anchor_widths(space)) + len(sampling.grid_widths(space)) + sampling.HELD_OUT
-    monkeypatch.setattr(sampling, "MOST", start + 3 * sampling.BATCH)
+    monkeypatch.setattr(sampling, "MAX_NETWORKS", start + 3 * sampling.BATCH)
     easy, hard = MadeUpDevice(noise=0.05), MadeUpDevice(noise=0.05)
     local_table(space, example, device=easy, goal=0.2, time_limit_s=600.0)
     local_table(space, example, device=hard, goal=0.0, time_limit_s=600.0)
@@ -68,7 +68,7 @@ class Busy(Seen):
 def test_networks_of_a_busy_moment_are_measured_again(
     space: PruningSpace, example: Tensor, truth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "MOST", 60)
+    monkeypatch.setattr(sampling, "MAX_NETWORKS", 60)
     device = Busy(noise=0.01)
     table = local_table(space, example, device=device, time_limit_s=600.0, goal=0.02)
     widths = sampling.random_widths(space, 100, seed=77)
@@ -165,8 +165,8 @@ def test_a_journal_of_something_else_is_begun_anew(
         lines = journal.read_text().splitlines()
         journal.write_text("\n".join([lines[0], "{}", *lines[2:]]) + "\n")
     table = _measured(space, example, second, 0.0, int(change == "seed"), 1, journal_path=journal)
-    assert second.measured >= sampling.LEAST + 2
-    assert network_of(table).fitted_networks + network_of(table).held_out.networks == sampling.LEAST + 2
+    assert second.measured >= sampling.MIN_NETWORKS + 2
+    assert network_of(table).fitted_networks + network_of(table).held_out.networks == sampling.MIN_NETWORKS + 2
 
 
 SCRIPT = """
@@ -203,7 +203,7 @@ def test_a_killed_measuring_leaves_whole_measurements(
     assert [json.loads(line)["role"] for line in lines[1:3]] == ["dense", "fit"]
     second = MadeUpDevice()
     _measured(space, example, second, 0.0, 0, 1, journal_path=journal)
-    assert second.measured <= sampling.LEAST + 2 + 3 - (len(lines) - 2) + 1
+    assert second.measured <= sampling.MIN_NETWORKS + 2 + 3 - (len(lines) - 2) + 1
 
 
 @pytest.mark.parametrize(
@@ -215,5 +215,5 @@ def test_lengths_of_time(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["90", "0s", "-5s", "soon", "5minutes"])
 def test_what_is_no_length_of_time(text: str) -> None:
-    with pytest.raises(CompressorError, match="no length of time"):
+    with pytest.raises(CompressorError, match="not a duration"):
         duration_s(text)

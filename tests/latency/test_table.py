@@ -41,7 +41,7 @@ def test_round_trip(table: LatencyTable, space: PruningSpace, tmp_path: Path) ->
 def test_times_that_cannot_be_are_refused(table: LatencyTable, tmp_path: Path, bad: object) -> None:
     key = next(iter(table.fields.entries))
     times = [bad, *table.fields.entries[key].median_ms[1:]]
-    with pytest.raises(CompressorError, match="wrong in entries"):
+    with pytest.raises(CompressorError, match="invalid in entries"):
         LatencyTable.read(_changed(table, tmp_path, "entries", key, "median_ms", value=times))
 
 

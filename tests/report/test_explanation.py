@@ -90,4 +90,4 @@ def test_steps_of_an_estimated_table_are_refused() -> None:
     ]
     result = CliRunner().invoke(app, [*asked, "--dry-run"])
     assert result.exit_code == 2
-    assert "estimated: no jump of it was ever measured" in " ".join(result.output.split())
+    assert "estimated: it has no measured jumps" in " ".join(result.output.split())

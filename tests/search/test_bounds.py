@@ -115,7 +115,7 @@ def test_dear_minimum_widths() -> None:
 def test_unreachable_budgets_say_what_can_be_reached() -> None:
     space = FakeSpace([8, 8], smallest=4)
     with pytest.raises(
-        CompressorError, match=r"the best network found needs 39168 MACs of macs \(asked for 5760\)"
+        CompressorError, match=r"the best network found needs 39168 MACs of macs \(limit 5760\)"
     ):
         ActionBounds(space, [FakeBudget("macs", 5760.0, space.macs, "MACs")])
 
