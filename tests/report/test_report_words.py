@@ -90,7 +90,7 @@ def test_without_a_measurement_there_is_no_verdict() -> None:
         "Only predicted: latency 1.40 ms, 6.7% under the target of 1.50 ms. "
         "The latency table of this device is estimated, not measured on it."
     )
-    assert verdict(finished()) == "No budget was set, so there is none to keep."
+    assert verdict(finished()) == "No budget was set."
 
 
 def test_the_worst_budget_colours_the_verdict() -> None:
@@ -264,7 +264,7 @@ def test_uniform_pruning_counts_only_on_the_same_weights() -> None:
         "Uniform pruning within the same budgets was"
     )
     assert told("joint", theirs | {"epoch": 2}, ours) == ""
-    assert told("joint", ours | {"source": "uniform"}).endswith("nothing better was found.")
+    assert told("joint", ours | {"source": "uniform"}).endswith("the search found nothing better.")
     assert told("uniform", ours) == ""
 
 
