@@ -131,7 +131,7 @@ def test_digits_keep_what_they_have() -> None:
     loaded = load(Recipe.model_validate({"model": "tests.nets:tiny"}).resolved())
     assert loaded.data.preprocessing == Preprocessing(size=32, crop_share=1.0)
     assert not any("does not say" in note for note in loaded.notes)
-    with pytest.raises(CompressorError, match="not cut"):
+    with pytest.raises(CompressorError, match="not cropped"):
         load(Recipe.model_validate({"model": "tests.nets:tiny", "data": {"crop_share": 0.5}}).resolved())
 
 
