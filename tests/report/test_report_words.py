@@ -212,10 +212,10 @@ def test_unknown_quantities_have_no_row(manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("slim_macs", "slim_ms", "ending"),
     [
-        (50, 5.0, "50.0% of its measured latency: time fell with the work."),
-        (50, 7.5, "75.0% of its measured latency: 50% of the relative saving in MACs arrived as time."),
-        (50, 10.5, "105.0% of its measured latency: none of the removed work became time."),
-        (50, 3.0, "30.0% of its measured latency: time fell further than the work did."),
+        (50, 5.0, "50.0% of its measured latency: the time fell in proportion to the work."),
+        (50, 7.5, "75.0% of its measured latency: 50% of the relative saving in MACs became a saving in time."),
+        (50, 10.5, "105.0% of its measured latency: none of the removed work saved time."),
+        (50, 3.0, "30.0% of its measured latency: the time fell further than the work."),
         (100, 10.0, "100.0% of its measured latency: no work was removed, so no time was saved."),
     ],
 )
