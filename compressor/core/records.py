@@ -67,7 +67,7 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-_MEND_LOG = "Delete that line and those after it."
+_LOG_HINT = "Delete that line and those after it."
 
 
 class EpisodeLog:
@@ -98,9 +98,9 @@ class EpisodeLog:
         for number, line in enumerate(lines, start=1):
             if not line.endswith("\n"):
                 return
-            record = parse_json(line, f"Line {number} of {self.path}", _MEND_LOG)
+            record = parse_json(line, f"Line {number} of {self.path}", _LOG_HINT)
             if not isinstance(record, dict):
-                raise CompressorError(f"Line {number} of {self.path} is no episode.", _MEND_LOG)
+                raise CompressorError(f"Line {number} of {self.path} is no episode.", _LOG_HINT)
             yield record
 
     def truncate(self, length: int) -> None:

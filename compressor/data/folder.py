@@ -82,15 +82,15 @@ def load_imagenet(
     Raises:
         CompressorError: A split is missing, or its folders are not WordNet ids.
     """
-    mend = "Expected PATH/train/n01440764/*.JPEG and PATH/val likewise; other images: --data folder:PATH."
+    hint = "Expected PATH/train/n01440764/*.JPEG and PATH/val likewise; other images: --data folder:PATH."
     for part in ("train", "val"):
         if not (path / part).is_dir():
-            raise CompressorError(f"{path} has no {part}/ folder.", mend)
+            raise CompressorError(f"{path} has no {part}/ folder.", hint)
     notes: list[str] = []
     found = {part: class_folders(path / part, notes) for part in ("train", "val")}
     classes = _same_classes(found["train"], found["val"], path / "train", path / "val")
     if strange := [name for name in classes if not re.fullmatch(r"n\d{8}", name)]:
-        raise CompressorError(f"{path} has folders that are no WordNet ids, such as {strange[0]!r}.", mend)
+        raise CompressorError(f"{path} has folders that are no WordNet ids, such as {strange[0]!r}.", hint)
     kept, held = _dealt(_files(found["train"], classes), search_fraction, search_limit, seed, notes)
     size = wanted.image_size or wanted.usual.size
     return _bundle(name, classes, (kept, held, _files(found["val"], classes)), size, wanted, notes, workers)

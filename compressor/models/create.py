@@ -196,15 +196,15 @@ def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
 
 def _load_default(model: nn.Module, name: str, num_classes: int, heads: Sequence[str], say: Say) -> None:
     source, inner = resolve(name)
-    mend = "Use --weights none to train from scratch, or --weights FILE with a state dict that you have."
+    hint = "Use --weights none to train from scratch, or --weights FILE with a state dict that you have."
     if source not in ("torchvision", "timm"):
-        raise CompressorError(f"There are no default weights for {name}.", mend)
+        raise CompressorError(f"There are no default weights for {name}.", hint)
     try:  # urllib and the hub raise OSErrors, timm a RuntimeError for a model without weights
         with _quiet("huggingface_hub"), torch.random.fork_rng(devices=[]):
             state = _torchvision_state(inner) if source == "torchvision" else _timm_state(inner)
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CompressorError(f"The default weights of {name} cannot be fetched: {reason}", mend) from error
+        raise CompressorError(f"The default weights of {name} cannot be fetched: {reason}", hint) from error
     state = {key: value for key, value in state.items() if not key.startswith(_AUXILIARY.get(inner, ("\0",)))}
     fit_state(model, state, f"the default weights of {name}", num_classes, lambda: heads, say)
 

@@ -72,7 +72,7 @@ def read_yaml(text: str, source: str) -> Any:
         syntax = isinstance(error, (yaml.scanner.ScannerError, yaml.parser.ParserError))
         raise CompressorError(
             f"{source} cannot be read as YAML: {short(what, 200)}{where}.",
-            "Quote text with special characters." if syntax else "",
+            "Put text with special characters in quotes." if syntax else "",
         ) from None
     finally:
         if loader is not None:

@@ -101,8 +101,8 @@ class DoubleDqn:
                     chosen = self.online(following).argmax(dim=1, keepdim=True)
                     worth = self.target(following).gather(1, chosen)[:, 0]
                     wanted = rewards + self.gamma * (1 - lasts) * worth
-                told = self.online(states).gather(1, actions.long()[:, None])[:, 0]
-                loss = nn.functional.smooth_l1_loss(told, wanted)
+                predicted = self.online(states).gather(1, actions.long()[:, None])[:, 0]
+                loss = nn.functional.smooth_l1_loss(predicted, wanted)
                 self.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SCANS = (65, 16, 16, 16)
 """Number of factors in each scan; all scans together resolve the factor to a few millionths."""
 
-_DEAR_SCANS = (9, 5)
+_EXPENSIVE_SCANS = (9, 5)
 """The same if each price is a call of a user's function: 14 calls, which resolve the factor to a thirtieth."""
 
 
@@ -62,8 +62,8 @@ def _scaled(env: PruningEnv, shape: NDArray[np.float64]) -> Widths | None:
     """Scan the factors on finer and finer grids, and return the widths of the largest one that meets the budgets."""
     low, high = 0.0, float(1.0 / shape.min())
     best: Widths | None = None
-    dear = any(isinstance(budget, FunctionBudget) for budget in env.budgets)
-    for number in _DEAR_SCANS if dear else _SCANS:
+    expensive = any(isinstance(budget, FunctionBudget) for budget in env.budgets)
+    for number in _EXPENSIVE_SCANS if expensive else _SCANS:
         factors = np.linspace(low, high, number)
         wanted = np.clip(factors[:, None] * shape, 0.0, 1.0) * env.bounds.dense
         candidates = env.bounds.round(wanted)

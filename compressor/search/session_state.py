@@ -55,16 +55,16 @@ def check(state: Mapping[str, Any], path: Path, agent: str, trains: bool, env: P
         CompressorError: It is of another agent, space or version, or of a search with other training.
     """
     where = f"The search's state in {path}"
-    mend = f"Delete {path} to search anew, or go on with what it was written by."
+    hint = f"Delete {path} to search again, or continue with the agent and settings that wrote it."
     if state.get("format") != FORMAT:
-        raise CompressorError(f"{where} has format {state.get('format')!r}, expected {FORMAT}.", mend)
+        raise CompressorError(f"{where} has format {state.get('format')!r}, expected {FORMAT}.", hint)
     if state["agent"] != agent:
-        raise CompressorError(f"{where} is of the agent {state['agent']}, not of {agent}.", mend)
+        raise CompressorError(f"{where} is of the agent {state['agent']}, not of {agent}.", hint)
     if state["space"] != space_fingerprint(env):
-        raise CompressorError(f"{where} is of another pruning space, with other groups or widths.", mend)
+        raise CompressorError(f"{where} is of another pruning space, with other groups or widths.", hint)
     if (state["trainer"] is None) != (not trains):
         found, given = ("without", "with") if state["trainer"] is None else ("with", "without")
-        raise CompressorError(f"{where} is of a search {found} training, not {given}.", mend)
+        raise CompressorError(f"{where} is of a search {found} training, not {given}.", hint)
 
 
 def budget_fingerprint(env: PruningEnv, chosen: Sequence[int] | None) -> dict[str, list[float]]:

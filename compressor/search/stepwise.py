@@ -319,14 +319,14 @@ class _StepwiseSearch:
             action, ratio = choice(step, state)
             observation, _, last, _, info = env.step(np.array([ratio], dtype=np.float32))
             widths[step], past[step] = info["width"], info["action"]
-            told = last or self.settings.rewards == "dense"
+            rewarded = last or self.settings.rewards == "dense"
             accuracy = dense
-            if told:
+            if rewarded:
                 accuracy = self.run.score(widths, phase).accuracy if last else env.score(widths).accuracy
             reached = self._progress(widths)
             kept = accuracy / max(dense, 1e-9)
             missing = max(1 - reached, 0.0)
-            reward = -self.settings.beta * (max(1 - kept, 0.0) + missing) if told else 0.0
+            reward = -self.settings.beta * (max(1 - kept, 0.0) + missing) if rewarded else 0.0
             following = self._state(observation, kept, reached, past)
             self._dqn.remember(state, action, reward, following, last)
             state = following

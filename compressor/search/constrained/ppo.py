@@ -193,8 +193,8 @@ class LagrangianPpo(PPO):
                 )
                 loss = loss + self.vf_coef * nn.functional.mse_loss(values.flatten(), batch.returns)
                 _descend(self.policy.optimizer, loss, self.max_grad_norm)
-                told = self.cost_critics(batch.observations)
-                _descend(self._cost_optimizer, nn.functional.mse_loss(told, batch.cost_returns), None)
+                predicted = self.cost_critics(batch.observations)
+                _descend(self._cost_optimizer, nn.functional.mse_loss(predicted, batch.cost_returns), None)
             self._n_updates += 1
             if not near:
                 break

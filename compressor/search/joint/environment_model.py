@@ -74,8 +74,8 @@ class EnvironmentModel(nn.Module):
         for _ in range(updates):
             features, actions, epochs, rewards = replay.draw_returns(batch, len(FEATURES))
             z = self.contexts()[epochs]
-            told = self.decoder(torch.cat([features, actions, z], dim=1))[:, 0]
-            loss = nn.functional.mse_loss(told, rewards)
+            predicted = self.decoder(torch.cat([features, actions, z], dim=1))[:, 0]
+            loss = nn.functional.mse_loss(predicted, rewards)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
