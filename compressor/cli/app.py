@@ -1,6 +1,6 @@
 """The command line: parsing and printing only.
 
-Nothing here imports torch before a command that needs it runs, so that `compress --help` answers at once.
+No module imports torch before a command needs it, so that `compress --help` responds at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class _Commands(TyperGroup):
-    """The commands; what a usage error quotes of the command line is shown plain and short."""
+    """The command group; usage errors quote the command line as plain, short text."""
 
     def make_context(self, *args: Any, **more: Any) -> Any:
         with _short_quotes():
@@ -43,7 +43,7 @@ class _Commands(TyperGroup):
 def _short_quotes() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # click's, which typer brings in a copy of its own from some version on
+    except Exception as error:  # click's class; newer versions of typer bundle their own copy
         if isinstance(message := getattr(error, "message", None), str):
             error.message = message_text(message)  # type: ignore[attr-defined]
         raise
@@ -52,11 +52,11 @@ def _short_quotes() -> Iterator[None]:
 app = typer.Typer(
     name="compress",
     cls=_Commands,
-    help="Compress a CNN until it keeps the budget that a device sets, as measured.\n\n"
+    help="Compress a CNN until it meets a device's budget, as measured.\n\n"
     "Example: compress --model resnet50 --latency 50%\n\n"
-    "Exit codes: 0 every budget is kept as measured; 3 the best found misses one; 4 none is missed, but one is only "
-    "predicted or cannot be decided; 2 something in the input is wrong; 1 an internal error; 130 after Ctrl-C, 143 "
-    "after SIGTERM: a run goes on with --resume.",
+    "Exit codes: 0 every budget is met as measured; 3 the best plan found misses one; 4 none is missed, but one is "
+    "only predicted or undecided; 2 invalid input; 1 an internal error; 130 after Ctrl-C, 143 after SIGTERM: "
+    "continue the run with --resume.",
     no_args_is_help=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -97,40 +97,40 @@ def compress_command(
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
     mean: Annotated[
-        str | None, typer.Option(help="Mean of each channel, as 0.5,0.5,0.5; left out, that of the weights.")
+        str | None, typer.Option(help="Mean of each channel, as 0.5,0.5,0.5; by default that of the weights.")
     ] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviation of each channel, as --mean.")] = None,
     weights: Annotated[str | None, typer.Option(help="default, none, or a file with a state dict.")] = None,
     accept_dense: Annotated[
         bool,
-        typer.Option("--accept-dense", help="Go on with a dense network that scores as if it were guessing."),
+        typer.Option("--accept-dense", help="Continue with a dense network that is no better than guessing."),
     ] = False,
     agent: Annotated[
         str | None, typer.Option(help=f"{', '.join(AGENTS)}, or one of an installed package.")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="All the training there is, search and fine-tuning together.")
+        int | None, typer.Option(help="Total number of training epochs, search and fine-tuning together.")
     ] = None,
     granularity: Annotated[
         str | None, typer.Option(help="Channel counts are multiples of this; or auto, or measured.")
     ] = None,
-    scope: Annotated[str | None, typer.Option(help="all, or inner (residual-coupled channels stay).")] = None,
+    scope: Annotated[str | None, typer.Option(help="all, or inner (keeps residual-coupled channels).")] = None,
     importance: Annotated[str | None, typer.Option(help="l1, l2, bn, taylor, fpgm or random.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.")] = None,
     workers: Annotated[
         str | None,
-        typer.Option(help="Processes that score candidates side by side: a number, or ray://host:port."),
+        typer.Option(help="Processes that score candidates in parallel: a number, or ray://host:port."),
     ] = None,
     accept_predicted: Annotated[
-        bool, typer.Option("--accept-predicted", help="Exit with 0, not 4, where a budget is only predicted.")
+        bool, typer.Option("--accept-predicted", help="Exit with 0, not 4, if a budget is only predicted.")
     ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other field: training.batch_size=32.")
     ] = None,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="The run's folder; a new one under runs/ if left out.")
+        Path | None, typer.Option("--out", help="Folder of the run; by default a new one under runs/.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the recipe, the groups and the costs; run nothing.")
     ] = False,
@@ -138,7 +138,7 @@ def compress_command(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Compress a network until it keeps its budgets on the device."""
+    """Compress a network until it meets its budgets on the device."""
     if context.invoked_subcommand is not None:
         return
     overrides = overrides_of(
@@ -178,7 +178,7 @@ def _resume(folder: Path, overrides: dict[str, Any], recipe: str | None, out_dir
 
     if recipe is not None or out_dir is not None:
         raise CompressorError(
-            "--resume goes on with the recipe and the folder of its run.", "Leave out --recipe and --out."
+            "--resume uses the recipe and the folder of its run.", "Leave out --recipe and --out."
         )
     _finish(resume(folder, overrides))
 
@@ -189,7 +189,7 @@ def _run(recipe: Recipe, out_dir: Path | None) -> None:
     _finish(compress(recipe, out=out_dir))
 
 
-VERDICT_COLOURS = {"kept": "green", "none": "", "missed": "red"}  # any other verdict is amber, as on the page
+VERDICT_COLOURS = {"kept": "green", "none": "", "missed": "red"}  # any other verdict is amber, as in the report
 
 
 def _finish(result: Any) -> None:
@@ -205,14 +205,14 @@ def _finish(result: Any) -> None:
     out.print(verdict(result.manifest), style=colour, highlight=False, markup=False, soft_wrap=True)
     if result.exit_code == OPEN:
         out.print(
-            "Exit code 4: no budget is missed, but not every one is kept as measured. --accept-predicted makes it 0 "
-            "where budgets are only predicted.",
+            "Exit code 4: no budget is missed, but not every one is met as measured. --accept-predicted makes it 0 "
+            "if budgets are only predicted.",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
     out.print(
-        f"Everything lies in {result.directory} (open report.html).",
+        f"All files are in {result.directory} (open report.html).",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -1,4 +1,4 @@
-"""What the subcommands do with a recipe or with a run's folder, line by line for the terminal."""
+"""The work of the subcommands on a recipe or a run's folder; each function yields lines for the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from compressor.run.folder import RunDir
 
 
 def describe(recipe: Recipe) -> Iterator[Any]:
-    """What a recipe would do: the resolved recipe, the groups, the dense costs, what the budgets ask for."""
+    """Yield what a recipe would do: the resolved recipe, the groups, the dense costs, and the budgets' targets."""
     from rich.table import Table
 
     from compressor.run.job import prepare
@@ -52,9 +52,9 @@ def profile(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
     """Measure (or read from the cache) the latency table that a network needs on this machine.
 
     Args:
-        recipe: the network and its data.
-        time_limit: how long measuring may take, such as `90s` or `5min`; a table in the cache that had less time and
-            is not good enough is then made anew.
+        recipe: Network and data.
+        time_limit: Time limit for measuring, such as `90s` or `5min`; a cached table that had less time and is not
+            accurate enough is measured again.
     """
     from compressor.latency.duration import duration_s
     from compressor.run.job import prepare
@@ -63,7 +63,7 @@ def profile(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
     recipe = recipe.changed({"budgets": {"latency": "100%"}, "device": "local"}).resolved()
     job = prepare(recipe, profile_limit_s=seconds)
     table = job.table
-    assert table is not None  # the latency budget above asks for it
+    assert table is not None  # needed by the latency budget above
     shape = "x".join(str(size) for size in job.data.input_shape)
     runtime = table.fields.runtime
     threads = f", {runtime.threads} thread(s)" if runtime.threads else ""
@@ -73,7 +73,7 @@ def profile(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
 
 
 def measure_again(folder: Path) -> Iterator[str]:
-    """Time a run's dense and slim ONNX files on this machine's CPU once more; the run's manifest stays as it is."""
+    """Time a run's dense and slim ONNX files again on this machine's CPU; the manifest does not change."""
     from compressor.latency.paired import measured
     from compressor.latency.ratio import in_words
     from compressor.run.onnx_files import DENSE, MODEL

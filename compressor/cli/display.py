@@ -1,4 +1,4 @@
-"""Progress on the terminal, drawn by Rich: bars with the time left, and plain lines between them."""
+"""Progress on the terminal, drawn by Rich: bars with the remaining time, and plain lines between them."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class _RichBar:
 
 
 class RichDisplay:
-    """Shows bars while they run and one line with the time they took when they end.
+    """Shows bars while they run, and one line with the elapsed time when they end.
 
-    Where the output is no terminal (a log file, CI), only the closing lines appear.
+    If the output is not a terminal (a log file, CI), only the closing lines appear.
     """
 
     def __init__(self, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""`compress measure RUN --explain`: where the time goes, on the terminal, in the manifest and in the report."""
+"""`compress measure RUN --explain`: show on the terminal, in the manifest and in the report where the time goes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compressor.run.layer_times import Pairs
 
 MOST_LINES = 25
-"""Lines of the terminal's table; the manifest and the report have all."""
+"""Maximum number of lines in the terminal's table; the manifest and the report have all."""
 
 MOST_SENTENCES = 8
 
@@ -30,16 +30,16 @@ MOST_SENTENCES = 8
 def explain_again(
     folder: Path, profiles: tuple[Path, Path] | None = None, factory: str | None = None
 ) -> Iterator[Any]:
-    """Profile a run's dense and slim network, print why the slim one is not faster, and write the report anew.
+    """Profile a run's dense and slim networks, print why the slim one is not faster, and rewrite the report.
 
     Args:
-        folder: A finished run's.
+        folder: Folder of a finished run.
         profiles: Layer profiles of the dense and the slim engine that trtexec wrote on the run's device; by default
             both networks are profiled on this machine.
-        factory: What builds the run's network, where that is code of the user's; see `models.known`.
+        factory: Function that builds the run's network if it is the user's own code; see `models.known`.
 
     Raises:
-        CompressorError: the run has exported nothing yet, or a profile is not of its networks.
+        CompressorError: The run has exported nothing yet, or a profile does not belong to its networks.
     """
     from compressor.report.collect import REPORT
     from compressor.report.explain import gap
@@ -90,16 +90,16 @@ def _header(explanation: dict[str, Any], recipe: Recipe, on_device: bool) -> Ite
     )
     if not on_device:
         whose = "this machine's GPU" if recipe.device == "local" else recipe.device
-        yield f"The run is for {whose}; these times are of this machine's CPU."
+        yield f"The run is for {whose}; these times are from this machine's CPU."
         if recipe.device != "local":
             yield (
-                "For the device's own, profile both engines there (trtexec --exportProfile) and give "
+                "For the device's own times, profile both engines there (trtexec --exportProfile) and add "
                 "--dense-profile FILE --slim-profile FILE."
             )
 
 
 def table_of_lines(lines: Sequence[Line]) -> Table:
-    """The terminal's table, what would help most first."""
+    """Return the terminal's table, the largest possible gains first."""
     from rich.table import Table
 
     from compressor.report.formats import ABSENT, count, percent, significant
@@ -168,10 +168,10 @@ def _predicted(
 
 
 def _device(recipe: Recipe, table: LatencyTable | None) -> tuple[Any, int, int]:
-    """The peaks of a run's device, its block of channels and its bytes for a number.
+    """Return the peak rates of a run's device, its channel block and its bytes per number.
 
     Raises:
-        CompressorError: the run is for this machine, or nothing is known of its device's peaks.
+        CompressorError: The run is for this machine, or the device's peaks are unknown.
     """
     from compressor.latency.machine import estimated_machine
     from compressor.latency.roofline import ELEMENT_BYTES
@@ -188,7 +188,7 @@ def _device(recipe: Recipe, table: LatencyTable | None) -> tuple[Any, int, int]:
     fields = next((each for each in known if each is not None), None)
     if fields is None:
         raise CompressorError(
-            f"The peaks of {recipe.device} in {recipe.precision} are not known: only shipped tables state them.",
+            f"The peak rates of {recipe.device} in {recipe.precision} are not known: only shipped tables have them.",
             "Leave out --dense-profile and --slim-profile: both networks are then explained on this machine.",
         )
     return estimated_machine(fields, recipe.device), fields.block, ELEMENT_BYTES[recipe.precision]

@@ -1,4 +1,4 @@
-"""`compress export`: a run's network in other formats and precisions, and on a board."""
+"""`compress export`: export a run's network in other formats and precisions, and run it on a board."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def export(
     format: Annotated[str, typer.Option("--format", help="onnx, engine or pt2 (torch.export).")] = "onnx",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8, written into the file.")] = "fp32",
     batch: Annotated[
-        str, typer.Option(help="Inputs at a time: 4; or open: 1..8, tuned for 8; 1..4..8.")
+        str, typer.Option(help="Inputs per batch: 4; or a range: 1..8, tuned for 8; 1..4..8.")
     ] = "1",
-    opset: Annotated[int | None, typer.Option(help="ONNX opset; left out, what the target reads.")] = None,
-    max_drop: Annotated[float, typer.Option(help="Points of accuracy that fp16 or int8 may lose.")] = 1.0,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; by default the one that the target reads.")] = None,
+    max_drop: Annotated[float, typer.Option(help="Percentage points that fp16 or int8 may lose.")] = 1.0,
     calibration: Annotated[
-        str, typer.Option(help="How int8 ranges are found: minmax, entropy or percentile.")
+        str, typer.Option(help="How int8 ranges are calibrated: minmax, entropy or percentile.")
     ] = "minmax",
     rest: Annotated[
-        str | None, typer.Option(help="What int8 leaves over: fp32 or fp16 (the default for boards).")
+        str | None, typer.Option(help="Precision of the rest with int8: fp32 or fp16 (the default for boards).")
     ] = None,
     file: Annotated[Path | None, typer.Option("--out", help="Copy the file there as well.")] = None,
     factory: Annotated[
         str | None,
-        typer.Option(help="module:factory of the run's network, where that is code that was not run from here."),
+        typer.Option(help="module:factory of the run's network, if it is code that was not run from here."),
     ] = None,
     builder: Annotated[
         str | None,
-        typer.Option(help="tensorrt or tensorrt_rtx_bindings; what is installed.", rich_help_panel=ENGINES),
+        typer.Option(help="tensorrt or tensorrt_rtx_bindings; by default the installed one.", rich_help_panel=ENGINES),
     ] = None,
     compute_capability: Annotated[
         list[str] | None,
@@ -69,18 +69,18 @@ def export(
         ),
     ] = None,
     board: Annotated[
-        str, typer.Option(help="Which board it is that ssh reaches.", rich_help_panel=BOARDS)
+        str, typer.Option(help="The board at the ssh address.", rich_help_panel=BOARDS)
     ] = "jetson-orin-nano-8gb",
     bundle: Annotated[
         Path | None,
-        typer.Option(help="NAME.tar.gz: everything that the board needs.", rich_help_panel=BOARDS),
+        typer.Option(help="NAME.tar.gz: all files that the board needs.", rich_help_panel=BOARDS),
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option("--import", help="Take in what a board sent back.", rich_help_panel=BOARDS),
+        typer.Option("--import", help="Import a board's results.", rich_help_panel=BOARDS),
     ] = None,
 ) -> None:
-    """Write a run's network in other formats and precisions, bundle it for a board, or take in its measurements."""
+    """Write a run's network in other formats and precisions, bundle it for a board, or import its measurements."""
     with friendly():
         from compressor.cli import on_board
         from compressor.run.exports import export_format
@@ -102,17 +102,17 @@ def export(
         if results is not None:
             if bundle is None:
                 raise CompressorError(
-                    "--import needs the bundle that was carried there.", "Add --bundle FILE."
+                    "--import needs the bundle that was run on the board.", "Add --bundle FILE."
                 )
             lines = on_board.import_results(run, results, bundle)
         elif over_ssh or bundle is not None:
             if target is None:
                 raise CompressorError(
-                    "A bundle is for a board.", "Add --target BOARD, or --import RESULTS to take them in."
+                    "A bundle is for a board.", "Add --target BOARD, or --import RESULTS to import its results."
                 )
             if format != "onnx" or batch != "1" or opset is not None or file is not None:
                 raise CompressorError(
-                    "A bundle holds ONNX files of one input at a time, in the opset that its board reads.",
+                    "A bundle holds ONNX files for one input at a time, in the opset that its board reads.",
                     "Leave out --format, --batch, --opset and --out.",
                 )
             if over_ssh:

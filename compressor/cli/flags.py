@@ -1,4 +1,4 @@
-"""From the command line's flags to a recipe."""
+"""Convert the command line's flags to a recipe."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 _DEEPEST = 8
-"""Parts of a field's dotted name; no recipe has as many levels."""
+"""Maximum number of parts in a field's dotted name; no recipe has as many levels."""
 
 
 def overrides(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given, nested as in the recipe."""
+    """Return the given flags, nested as in the recipe."""
     given: dict[str, Any] = {}
     for name, value in flags.items():
         inside = overrides(value) if isinstance(value, dict) else value
@@ -29,12 +29,12 @@ def overrides(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def number_or_text(text: str) -> int | str:
-    """A flag's whole number, or its text where it is none that a machine could mean."""
+    """Return a flag's whole number, or its text if it is not a number of reasonable size."""
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text
 
 
 def with_settings(given: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Add `--set part.field=value`, whose value is read as YAML."""
+    """Add `--set part.field=value`; the value is parsed as YAML."""
     from compressor.recipe.yaml_text import read_yaml
 
     for setting in settings:

@@ -1,4 +1,4 @@
-"""A finished run's networks on a board: a bundle to carry there, the way over ssh, and the board's answer."""
+"""Run a finished run's networks on a board: write the bundle, transfer it over ssh, import the results."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ REFERENCE_IMAGES = 8
 def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | None = None) -> Iterator[str]:
     """Write everything that a board needs to build, measure and verify a run's networks.
 
-    The networks are the FP32 one and every precision that the run has, in the opset that the board reads.
+    The bundle has the FP32 network and every other precision of the run, in the opset that the board reads.
 
     Args:
-        folder: a finished run's.
-        target: the name of a board, as `compress export --help` says.
+        folder: Folder of a finished run.
+        target: Name of a board, as listed by `compress export --help`.
         bundle: NAME.tar.gz.
-        wanted: its precision is made where the run lacks it.
+        wanted: Request whose precision is exported first if the run lacks it.
     """
     from export.bundle import make_bundle
     from export.ort import open_session, run_session
@@ -61,7 +61,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
                 yield from finished.onnx(request)
             elif precision == "int8" and _rest_of(path) != (request.rest or "fp16"):
                 yield (
-                    f"{path.name} computes its rest in {_rest_of(path)}; another one is made by: "
+                    f"{path.name} computes the rest in {_rest_of(path)}; export another one with: "
                     f"compress export {folder} --precision int8 --rest {request.rest or 'fp16'}"
                 )
             networks.append(path)
@@ -84,12 +84,12 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
 def export_over_ssh(
     folder: Path, address: str, board: str, bundle: Path | None, wanted: Request | None = None
 ) -> Iterator[str]:
-    """Carry a bundle to a board over ssh, run it there, and take its results into the manifest.
+    """Transfer a bundle to a board over ssh, run it there, and import its results into the manifest.
 
-    A bundle that is there already goes on where it was; left out, it lies under `bundles/` of the run.
+    An existing bundle continues where it was; without a path it is stored under `bundles/` of the run.
 
     Raises:
-        CompressorError, ExportError: as `export_bundle`, the bundle is another run's, or ssh does not get there.
+        CompressorError, ExportError: As for `export_bundle`; or the bundle is another run's, or ssh fails.
     """
     from export.connection import parse_destination
     from export.remote import run_remote
@@ -101,7 +101,7 @@ def export_over_ssh(
     if path.exists():
         with closing(Finished.open(folder)) as finished:
             _require_own(path, finished.run)
-        yield f"Going on with {path}."
+        yield f"Continuing with {path}."
     else:
         yield from export_bundle(folder, board, path, wanted)
     run_remote(address, path, results, say=say)
@@ -109,11 +109,11 @@ def export_over_ssh(
 
 
 def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
-    """Take what a board measured into a run's manifest, once it is clear that it belongs to the bundle and the run.
+    """Import a board's measurements into a run's manifest, after checking that they belong to the bundle and the run.
 
     Raises:
-        CompressorError, ExportError: it does not belong there, or a network failed on the board; what came of the
-            others is in the manifest then.
+        CompressorError, ExportError: They do not, or a network failed on the board; the manifest then has the results
+            of the other networks.
     """
     from export.bundle_results import read_results
 
@@ -131,12 +131,12 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
         if failed:
             raise CompressorError(
                 f"{len(failed)} of {len(found.networks)} networks failed on the board: {', '.join(failed)}.",
-                "The lines above say why. What the board measured of the others is in the manifest.",
+                "The lines above say why. The results of the other networks are in the manifest.",
             )
 
 
 def _precisions(run: RunDir, wanted: Request | None) -> list[str]:
-    """FP32, what the run has been exported in, and what is wanted."""
+    """Return FP32, the precisions that the run has been exported in, and the requested one."""
     asked = wanted.precision if wanted else "fp32"
     return [
         "fp32",
@@ -145,14 +145,14 @@ def _precisions(run: RunDir, wanted: Request | None) -> list[str]:
 
 
 def _rest_of(path: Path) -> str:
-    """What an INT8 file computes in outside of INT8."""
+    """Return the precision of an INT8 file's other layers."""
     from export.onnx_header import read_header
 
     return read_header(path).metadata.get("rest", "fp32")
 
 
 def _require_own(bundle: Path, run: RunDir) -> None:
-    """Refuse a bundle that was made of another run."""
+    """Raise an error if a bundle belongs to another run."""
     from export.archive import require_checksums, unpack
 
     files = unpack(bundle)
@@ -161,8 +161,8 @@ def _require_own(bundle: Path, run: RunDir) -> None:
         described: Any = json.loads(files["bundle.json"])
         name = described["facts"]["run"]
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise CompressorError(f"{bundle} does not say which run it is of.", "Make it again.") from None
+        raise CompressorError(f"{bundle} does not name its run.", "Create it again.") from None
     if name != run.name:
         raise CompressorError(
-            f"{bundle} was made of the run {name!r}, not of {run.name!r}.", "Give the run's own bundle."
+            f"{bundle} belongs to the run {name!r}, not to {run.name!r}.", "Give this run's own bundle."
         )

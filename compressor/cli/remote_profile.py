@@ -1,4 +1,4 @@
-"""What `compress profile` does for devices that are not this machine, line by line for the terminal."""
+"""`compress profile` for other devices than this machine; each function yields lines for the terminal."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 GOOD = 0.10
-"""A mean error on held-out networks above this is worth a word."""
+"""A warning is printed for a mean error on held-out networks above this."""
 
 
 def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
-    """Write the networks that a table of the recipe's device needs, with the script that times them there.
+    """Write the networks that a table of the recipe's device needs, and the script that times them there.
 
     Raises:
-        CompressorError, ExportError: the device has no plain name, the folder is taken, the network cannot be exported.
+        CompressorError, ExportError: The device has no plain name, the folder is not empty, or the network cannot be
+            exported.
     """
     from compressor.latency.remote_bundle import refuse_taken, write_table_bundle
     from compressor.latency.table import check_name
@@ -48,15 +49,15 @@ def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
         f"Wrote {carried.networks} networks of {recipe.model} in {recipe.precision} to {folder} "
         f"({carried.size / 1e6:.0f} MB)."
     )
-    yield f"On the device: sh {folder.name}/run.sh   (it says what it does; interrupted, it goes on where it was)"
+    yield f"On the device: sh {folder.name}/run.sh   (it explains its steps; after an interruption it continues)"
     yield f"Bring results.tar.gz back into {folder}, then: compress profile --import {folder}"
 
 
 def import_results(folder: Path, device: str | None) -> Iterator[str]:
-    """Make a table of what a device sent back, and keep it.
+    """Build a table from a device's results, and store it.
 
     Raises:
-        CompressorError, ExportError: something is missing or damaged, or does not belong together.
+        CompressorError, ExportError: Something is missing or damaged, or does not belong together.
     """
     from compressor.latency.own_tables import keep
     from compressor.latency.remote_table import table_of_results
@@ -67,12 +68,12 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
     table = table_of_results(folder, device)
     path = keep(table)
     yield from _described(table)
-    yield f"The table is kept in {path}"
+    yield f"The table is stored in {path}"
     yield f"Use it: compress --model MODEL --device {table.device} --precision {table.precision} --latency 50%"
 
 
 def profile_remote(recipe: Recipe) -> Iterator[str]:
-    """Measure a device over ssh, or say what is known of it where nothing has changed there."""
+    """Measure a device over ssh, or describe its stored table if nothing has changed there."""
     from compressor.latency.over_ssh import ssh_table
     from compressor.latency.table import check_name
     from compressor.run.device import device_precision
@@ -105,22 +106,22 @@ def _described(table: LatencyTable) -> Iterator[str]:
     yield table.describe()
     yield f"  {', '.join(fact for fact in facts if fact)}"
     if "by a fit" in table.fields.protocol:
-        yield "  TensorRT's profile did not tell the operators apart: they were fitted to the times of whole networks."
+        yield "  TensorRT's profile did not separate the operators: they were fitted to the times of whole networks."
     for network in table.fields.networks.values():
         if network.held_out is not None and network.held_out.mape > GOOD:
             yield (
-                f"  It is {network.held_out.mape:.0%} off on networks that it has not seen: hold the device's clocks "
-                "(sudo jetson_clocks), leave it alone, and measure again."
+                f"  Its error on networks that it has not seen is {network.held_out.mape:.0%}: fix the device's clocks "
+                "(sudo jetson_clocks), run nothing else on it, and measure again."
             )
 
 
 def _for_latency(recipe: Recipe) -> Recipe:
-    """The recipe as a run with a latency budget would resolve it: same channel steps, same precision."""
+    """Return the recipe as a run with a latency budget would resolve it: same channel steps, same precision."""
     return recipe.changed({"budgets": {"latency": "100%"}}).resolved()
 
 
 def _traced(recipe: Recipe) -> tuple[PruningSpace, Tensor]:
-    """The network with random weights, which take as long as any others."""
+    """Trace the network with random weights; latency does not depend on the weights."""
     import torch
 
     from compressor.run.inputs import load

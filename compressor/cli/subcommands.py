@@ -1,4 +1,4 @@
-"""The commands beside the main one: parsing and printing only, with torch imported where it is needed."""
+"""The secondary commands: parsing and printing only; torch is imported where it is needed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from compressor.core.errors import CompressorError
 
 def profile(
     model: Annotated[str | None, typer.Option(help="The network, as for compress.")] = None,
-    data: Annotated[str, typer.Option(help="Decides the input's size and the number of classes.")] = "digits",
+    data: Annotated[str, typer.Option(help="Determines the input size and the number of classes.")] = "digits",
     image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of the runtime on this machine's CPU.")] = 1,
     device: Annotated[
-        str | None, typer.Option(help="ssh://user@host, or with --bundle or --import the name of the device.")
+        str | None, typer.Option(help="ssh://user@host; with --bundle or --import the device's name.")
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16 or int8, for other devices than this machine; fp16 if left out."),
+        typer.Option(help="fp32, fp16 or int8, for other devices than this machine; by default fp16."),
     ] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="A new folder: what to carry to a device and run there.")
+        Path | None, typer.Option(help="A new folder, to copy to a device and run there.")
     ] = None,
     results: Annotated[
         Path | None, typer.Option("--import", help="The folder of a bundle, with the device's results in it.")
@@ -34,12 +34,12 @@ def profile(
     time_limit: Annotated[
         str | None,
         typer.Option(
-            help="How long this machine may be measured, such as 90s or 5min; 75s for its CPU and 10min for a GPU "
-            "if left out."
+            help="Time limit for measuring this machine, such as 90s or 5min; by default 75s for its CPU and 10min for "
+            "a GPU."
         ),
     ] = None,
 ) -> None:
-    """Measure the latency table that a network needs: on this machine, over ssh, or by a folder carried there."""
+    """Measure the latency table of a network: on this machine, over ssh, or with a folder copied to the device."""
     with friendly():
         from compressor.cli import remote_profile
         from compressor.cli.commands import profile as measure_here
@@ -58,7 +58,7 @@ def profile(
             lines = remote_profile.import_results(results, device)
         else:
             if model is None:
-                raise CompressorError("Which network is to be measured?", "For example: --model resnet50")
+                raise CompressorError("No network was given.", "For example: --model resnet50")
             fields = {"model": model, "data": data, "image_size": image_size, "threads": threads}
             recipe = recipe_of(
                 None, overrides({**fields, "device": device, "precision": precision}) | {"weights": "none"}
@@ -66,7 +66,7 @@ def profile(
             if bundle is not None:
                 if device is None:
                     raise CompressorError(
-                        "Which device is the bundle for?",
+                        "--bundle needs the name of its device.",
                         "For example: --device jetson-orin-nano-8gb, or a name of your own",
                     )
                 lines = remote_profile.write_bundle(recipe, bundle)
@@ -77,7 +77,7 @@ def profile(
             else:
                 raise CompressorError(
                     f"{device} is not this machine.",
-                    "Give ssh://user@host, or write a folder to carry there: --bundle DIR",
+                    "Give ssh://user@host, or write a folder to copy there: --bundle DIR",
                 )
         for line in lines:
             out.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -90,15 +90,15 @@ def measure(
     ] = False,
     dense_profile: Annotated[
         Path | None,
-        typer.Option(help="With --explain: what trtexec --exportProfile wrote of the dense engine."),
+        typer.Option(help="With --explain: the dense engine's profile from trtexec --exportProfile."),
     ] = None,
     slim_profile: Annotated[
         Path | None,
-        typer.Option(help="With --explain: what trtexec --exportProfile wrote of the slim engine."),
+        typer.Option(help="With --explain: the slim engine's profile from trtexec --exportProfile."),
     ] = None,
     factory: Annotated[
         str | None,
-        typer.Option(help="With --explain: module:factory of the network, where it was not run from here."),
+        typer.Option(help="With --explain: module:factory of the network, if it was not run from here."),
     ] = None,
 ) -> None:
     """Measure a run's dense and slim networks again on this machine."""
@@ -119,7 +119,7 @@ def measure(
 
 
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
-    """Write a run's report.html anew from its manifest."""
+    """Write a run's report.html again from its manifest."""
     with friendly():
         from compressor.core.files import read_json
         from compressor.core.records import MANIFEST
@@ -132,7 +132,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None
 
 
 def devices() -> None:
-    """List the devices whose latency is known, and how it is known."""
+    """List the devices with known latency, and how it is known."""
     with friendly():
         from rich.table import Table
 
@@ -148,10 +148,10 @@ def devices() -> None:
 
 def recipes(
     schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema that editors check recipes with.")
+        bool, typer.Option("--schema", help="Print the JSON schema with which editors check recipes.")
     ] = False,
 ) -> None:
-    """List the recipes that come with the toolkit."""
+    """List the recipes that are shipped with the toolkit."""
     with friendly():
         import json
 

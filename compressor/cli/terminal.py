@@ -1,4 +1,4 @@
-"""What every command does at its ends: progress on the terminal, one message where something is to be mended."""
+"""Common parts of all commands on the terminal: progress, and one message for an error that the user can fix."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from export.text import message_text, plain
 
 
 class _Output(io.TextIOBase):
-    """Standard output or standard error, which may go away or be full without harm to the work.
+    """Standard output or standard error, which may be closed or full without affecting the work.
 
-    A reader that leaves (`| head -1`) is in its right: what follows is written nowhere, and the command ends with the
-    exit code that its work has. What cannot be written to standard output for another reason is an error at the end.
+    A reader may close the pipe (`| head -1`): the rest of the output is then dropped, and the command ends with the
+    exit code of its work. Any other failure to write to standard output is an error at the end.
     """
 
     failed: OSError | None = None
-    """Why something could not be written, other than that its reader had left."""
+    """Why something could not be written, other than a closed pipe."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -37,7 +37,7 @@ class _Output(io.TextIOBase):
         stream: TextIO | None = getattr(sys, self._name)
         return getattr(
             stream, "rich_proxied_file", stream
-        )  # while a bar is drawn, it stands before the stream
+        )  # while a bar is drawn, Rich wraps the stream
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -57,7 +57,7 @@ class _Output(io.TextIOBase):
     def write(self, text: str) -> int:
         with self._bearing() as stream:
             if stream is not None:
-                # a terminal of another encoding gets a question mark for what it lacks
+                # a terminal with another encoding shows a question mark for a missing character
                 stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
         return len(text)
 
@@ -74,17 +74,17 @@ class _Output(io.TextIOBase):
             self.give_up(error)
 
     def give_up(self, error: OSError) -> None:
-        """Write nowhere from now on."""
+        """Drop all output from now on."""
         if error.errno != errno.EPIPE:
             self.failed = self.failed or error
-        with suppress(OSError, ValueError):  # what is still buffered would fail again at the end
+        with suppress(OSError, ValueError):  # flushing the buffer at exit would fail again
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
 
 
 class _Plain(Console):
-    """A console whose texts reach the terminal without control characters and format marks, wherever they come from."""
+    """A console that removes control characters and format marks from all texts."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -95,27 +95,27 @@ class _Plain(Console):
 
 
 stdout, stderr = _Output("stdout"), _Output("stderr")
-# no markup: [bold] in a name is a name, as :ok: in mycosts:ok: is no picture
+# no markup: [bold] in a name is part of the name, and :ok: in mycosts:ok: is not an emoji
 out = _Plain(file=cast("IO[str]", stdout), emoji=False, markup=False)
 err = _Plain(file=cast("IO[str]", stderr), stderr=True, emoji=False, markup=False)
 
-BAD_INPUT = 2  # exit code: something the user can mend
+BAD_INPUT = 2  # exit code: something that the user can fix
 
 
 _OF_A_PATH = frozenset(
     (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS)
 )
-"""What the system says of paths that a user gave; a file that is missing without a message is our own error."""
+"""Operating system errors about paths that a user gave; a missing file without a message is an internal error."""
 
 _UNWRITTEN = frozenset((errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
 
 
 @contextmanager
 def written_out() -> Iterator[None]:
-    """End with a message and exit code 2 where standard output could not be written, as on a full disk."""
+    """End with a message and exit code 2 if standard output cannot be written, as on a full disk."""
     try:
         yield
-    except OSError as error:  # of the help, which typer writes by itself
+    except OSError as error:  # from the help, which typer prints itself
         if error.filename is not None or error.errno not in _UNWRITTEN:
             raise
         stdout.give_up(error)
@@ -130,9 +130,9 @@ def written_out() -> Iterator[None]:
 
 @contextmanager
 def friendly() -> Iterator[None]:
-    """Show progress, and end with one clear message: with exit code 2 where the user can mend something.
+    """Show progress, and end with one clear message; the exit code is 2 if the user can fix the error.
 
-    A command that a signal stops ends with 130 or 143, and says how to go on.
+    A command that a signal stops ends with 130 or 143, and prints how to continue.
     """
     from compressor.cli.display import RichDisplay
     from compressor.core.progress import shown_on
@@ -146,7 +146,7 @@ def friendly() -> Iterator[None]:
             raise
         fail(f"{error.filename}: {error.strerror}.")
     except (CompressorError, ExportError) as error:
-        if stopped():  # such as that of a child which the signal ended, too
+        if stopped():  # for example the error of a child that the same signal ended
             _say_stopped(None)
         fail(error.message, error.hint)
     except KeyboardInterrupt as stop:
@@ -163,9 +163,9 @@ def fail(message: str, hint: str = "") -> None:
 
 def _say_stopped(stop: KeyboardInterrupt | None) -> None:
     if isinstance(stop, Stopped):
-        _print(f"Stopped. What was finished is kept; go on with: compress --resume {stop.folder}")
+        _print(f"Stopped. Finished stages are saved; continue with: compress --resume {stop.folder}")
     else:
-        _print("Stopped. No file was left half written; give the command again.")
+        _print("Stopped. No file is incomplete; run the command again.")
     raise typer.Exit(stop_code())
 
 

@@ -1,1 +1,1 @@
-"""What every other part stands on: errors, files, child processes, progress, versions."""
+"""Foundations of all other parts: errors, files, child processes, progress, versions."""

@@ -1,7 +1,7 @@
-"""Work in a process of its own that may die or hang without harm to this one.
+"""Run work in a separate process that may die or hang without affecting this one.
 
 Requests and replies are lines of JSON on the child's standard input and output, so that nothing is pickled and
-a child needs no guard in the main module of whoever starts it. A child leads a process group; it ends with its
+a child needs no guard in the caller's main module. A child leads a process group; it ends with its
 parent, however that ends, because its standard input closes then.
 """
 
@@ -26,7 +26,7 @@ from compressor.core.errors import CompressorError
 
 
 class ChildDied(Exception):
-    """The process ended before it answered; the text says how, and the last line that it wrote."""
+    """The process ended before it answered; the text says how, with the last line that it wrote."""
 
 
 class ChildLate(Exception):
@@ -34,15 +34,15 @@ class ChildLate(Exception):
 
 
 class Failed(Exception):
-    """The work itself raised in the child; the text is the exception's kind and message."""
+    """The work itself raised in the child; the text is the exception's type and message."""
 
 
 class Child:
     """One process that answers requests, one after another.
 
     Args:
-        module: run as `python -m module`; it calls `serve`.
-        threads: of torch and of the libraries under it, set before they are imported.
+        module: Run as `python -m module`; it calls `serve`.
+        threads: Threads of torch and its libraries, set before they are imported.
     """
 
     def __init__(self, module: str, threads: int = 1) -> None:
@@ -59,7 +59,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._said,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for the parent, which ends its children itself
+            start_new_session=True,  # Ctrl-C is for the parent, which stops its children itself
         )
         assert self._process.stdout is not None
         self._pipe = self._process.stdout.fileno()
@@ -71,16 +71,16 @@ class Child:
         return self._process.pid
 
     def ask(self, request: Mapping[str, Any], seconds: float | None = None) -> Any:
-        """The answer to one request.
+        """Return the answer to one request.
 
         Args:
-            request: what JSON can hold.
-            seconds: how long the answer may take; the child is killed then. None waits as long as it lives.
+            request: JSON-compatible values.
+            seconds: Time limit for the answer; the child is killed after it. None for no limit.
 
         Raises:
-            ChildDied, ChildLate: there is no answer, and no child any more.
-            Failed: the work raised; the child is ready for the next request.
-            CompressorError: the work raised one.
+            ChildDied, ChildLate: There is no answer, and the child is gone.
+            Failed: The work raised; the child is ready for the next request.
+            CompressorError: The work raised one.
         """
         assert self._process.stdin is not None
         try:
@@ -96,7 +96,7 @@ class Child:
         raise Failed(f"{reply['error']}: {reply['message']}" if reply["message"] else reply["error"])
 
     def close(self) -> None:
-        """End the process and what it started."""
+        """Stop the process and its children."""
         self._end()
         self._close_said()
 
@@ -131,7 +131,7 @@ class Child:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     with suppress(subprocess.TimeoutExpired):
-        process.wait(0.05)  # its own end, if it is about to die, tells more than ours
+        process.wait(0.05)  # if it is about to end, its own exit code is more informative
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -156,7 +156,7 @@ def serve(answer: Callable[[dict[str, Any]], Any]) -> None:
             reply: dict[str, Any] = {"value": answer(request)}
         except CompressorError as error:
             reply = {"error": CompressorError.__name__, "message": error.message, "hint": error.hint}
-        except BaseException as error:  # whatever a user's function may raise is an answer, too
+        except BaseException as error:  # whatever a user's function raises is an answer, too
             reply = {"error": type(error).__name__, "message": " ".join(str(error).split())}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
@@ -165,4 +165,4 @@ def serve(answer: Callable[[dict[str, Any]], Any]) -> None:
 def _listen(requests: queue.SimpleQueue[str]) -> None:
     for line in sys.stdin:
         requests.put(line)
-    os.killpg(0, signal.SIGKILL)  # the parent is gone: also where the work would not have noticed
+    os.killpg(0, signal.SIGKILL)  # the parent is gone: the work might not notice it

@@ -1,4 +1,4 @@
-"""The exceptions that users are meant to see."""
+"""The exceptions that users see."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from export.text import message_text
 
 
 class CompressorError(Exception):
-    """Something the user can mend.
+    """An error that the user can fix.
 
     Args:
         message: What was expected and what came instead, in one or two sentences.
-        hint: How to mend it; empty where nothing can be advised.
+        hint: How to fix it; empty if there is no advice.
 
     Both may quote foreign text: control characters are removed and long words shortened (`export.text`).
 
     The command line prints both and ends with `exit_code`, never with a traceback.
     """
-
     exit_code = 2
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -28,10 +27,10 @@ class CompressorError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was told to stop by Ctrl-C or SIGTERM.
+    """A run was stopped by Ctrl-C or SIGTERM.
 
     Args:
-        folder: The run's folder, with all that was finished: the run goes on from there.
+        folder: Folder of the run, with everything that was finished; the run can be resumed.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, with the messages of the program where they cannot."""
+"""Write files completely or not at all, and read them with clear error messages."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = [
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write `content` so that `path` is either the old file or the whole new one, whenever the process dies.
+    """Write `content` so that `path` is either the old file or the complete new one, whenever the process dies.
 
     Raises:
-        CompressorError: the disk is full or the folder cannot be written; `path` is what it was before.
+        CompressorError: The disk is full or the folder cannot be written; `path` is unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as temporary:
@@ -42,20 +42,20 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the context ends without an error.
+    """Yield a temporary path beside `path` that replaces it when the context ends without an error.
 
-    For writers that want a file name instead of bytes. The temporary is removed where they fail.
+    For writers that need a file name instead of bytes. After an error the temporary file is removed.
     """
     with export.files.replacing(path, failed=disk_error) as temporary:
         yield temporary
 
 
 def disk_error(path: Path, error: OSError) -> CompressorError:
-    """The message for a file that could not be written."""
+    """Return the error for a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CompressorError(
             f"No space is left on the device for {path}.",
-            "Free some space, then go on with: compress --resume RUN",
+            "Free some space, then continue with: compress --resume RUN",
         )
     return CompressorError(
         f"{path} cannot be written: {error.strerror or error}.", "Choose another --out DIR."
@@ -63,38 +63,38 @@ def disk_error(path: Path, error: OSError) -> CompressorError:
 
 
 def read_text(path: Path, what: str, largest: int | None = None) -> str:
-    """The text of a UTF-8 file.
+    """Return the text of a UTF-8 file.
 
     Args:
-        path: The file.
-        what: How a message names its kind, such as "recipe".
-        largest: The most bytes that it may have; None for any number.
+        path: File to read.
+        what: Kind of file in messages, such as "recipe".
+        largest: Maximum size in bytes; None for no limit.
 
     Raises:
-        CompressorError: it is missing, too large, no regular file, no UTF-8, or cannot be read.
+        CompressorError: It is missing, too large, not a regular file, not UTF-8, or cannot be read.
     """
     try:
         return export.files.read_bytes(path, what, largest).decode("utf-8")
     except ExportError as error:
         raise CompressorError(error.message, error.hint) from error
     except UnicodeDecodeError as error:
-        raise CompressorError(f"The {what} {path} is no UTF-8 text: {error}.") from error
+        raise CompressorError(f"The {what} {path} is not UTF-8 text: {error}.") from error
 
 
 def parse_json(text: str, source: str, hint: str = "") -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Args:
-        text: The text.
-        source: How a message begins, such as the file's path.
-        hint: How to mend it.
+        text: JSON text.
+        source: Start of a message, such as the file's path.
+        hint: How to fix an error.
 
     Raises:
-        CompressorError: it is no JSON, or nested or with numbers as no program writes them.
+        CompressorError: It is not JSON, or has extreme nesting or numbers.
     """
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # RecursionError: nesting without end
+    except (ValueError, RecursionError) as error:  # RecursionError: extreme nesting
         raise CompressorError(f"{source} is not readable as JSON: {error}.", hint) from error
 
 
@@ -102,18 +102,18 @@ def read_json(path: Path, what: str = "file", hint: str = "") -> Any:
     """Parse a JSON file.
 
     Raises:
-        CompressorError: the file is missing, unreadable or no JSON.
+        CompressorError: The file is missing, unreadable or not JSON.
     """
     return parse_json(read_text(path, what), str(path), hint)
 
 
 def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
+    """Return the time in UTC, to the second, as ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
-    """The folder given, else `$COMPRESSOR_CACHE`, else the user's cache folder."""
+    """Return the given folder, else `$COMPRESSOR_CACHE`, else the user's cache folder."""
     if folder is not None:
         return Path(folder)
     if os.environ.get("COMPRESSOR_CACHE"):

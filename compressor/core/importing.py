@@ -1,4 +1,4 @@
-"""Python objects that the user names as `package.module:attribute`: in the folder of the call, or installed."""
+"""Import Python objects that the user names as `package.module:attribute`, from the current folder or installed."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ WHERE = "It is imported from the folder of the call or from an installed package
 
 
 def is_reference(name: str) -> bool:
-    """Whether a text has the form `package.module:attribute`."""
+    """Return whether a text has the form `package.module:attribute`."""
     module, colon, attribute = name.partition(":")
     return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
 
 
 def import_object(name: str, what: str, form: str = "package.module:function") -> Any:
-    """Import what `package.module:attribute` names. Only for names that the user gave; no file may bring one here.
+    """Import the object `package.module:attribute`. Only for names that the user gave, never for names from a file.
 
     Args:
-        name: the reference.
-        what: how messages call it, such as "The model 'nets:tiny'".
-        form: how messages write such a reference.
+        name: Reference to the object.
+        what: Name in messages, such as "The model 'nets:tiny'".
+        form: Form of such a reference in messages.
 
     Raises:
-        CompressorError: the text has another form, the module is missing or raises, or it has no such attribute (the
+        CompressorError: The text has another form, the module is missing or raises, or it has no such attribute (the
             nearest names are given).
     """
     if not is_reference(name):
@@ -51,17 +51,17 @@ def import_object(name: str, what: str, form: str = "package.module:function") -
 
 
 def _import(name: str, what: str, form: str) -> ModuleType:
-    """A module, looked for in the folder of the call first.
+    """Import a module, from the current folder first.
 
-    The folder goes to the front of `sys.path` only while the module is imported, and stays at its end for what that
-    imports later: a `queue.py` of the user's must not take the place of Python's own.
+    The folder is at the front of `sys.path` only while the module is imported, and stays at its end for later imports
+    of that module: a `queue.py` of the user's must not replace Python's own.
     """
     here = os.getcwd()
     sys.path.insert(0, here)
-    importlib.invalidate_caches()  # the file may be younger than what Python knows of the folder
+    importlib.invalidate_caches()  # the file may be newer than Python's cached listing of the folder
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # the user's code runs now, and may raise anything
+    except (Exception, SystemExit) as error:  # the user's code runs here, and may raise anything
         raise _import_error(name, what, form, error, here) from error
     finally:
         with suppress(ValueError):  # the module's code may have changed the path
@@ -88,7 +88,7 @@ def _import_error(name: str, what: str, form: str, error: BaseException, here: s
 
 
 def raised_at(error: BaseException) -> str:
-    """Where the innermost line of Python that raised stands: " (FILE, line N)", or nothing."""
+    """Return the location of the innermost Python line that raised: " (FILE, line N)", or ""."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
     own = [f for f in frames if f.filename not in (__file__, importlib.__file__)]
     return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""

@@ -1,6 +1,6 @@
-"""Progress that any stage may report, shown only where a display was installed.
+"""Progress reports of any stage, shown only if a display was installed.
 
-Library code calls `bar` and `say`; the command line installs a display that draws them. Without one both do
+Library code calls `bar` and `say`; the command line installs a display that draws them. Without a display both do
 nothing, so that a notebook or a test stays quiet.
 """
 
@@ -12,14 +12,14 @@ from typing import Protocol
 
 
 class Bar(Protocol):
-    """A running task of a display."""
+    """A running task on a display."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Move on by `steps`; `note` replaces the short text behind the bar where it is not empty."""
+        """Advance by `steps`; a non-empty `note` replaces the short text behind the bar."""
 
 
 class Display(Protocol):
-    """Where progress goes."""
+    """Shows progress."""
 
     def bar(self, label: str, total: int) -> AbstractContextManager[Bar]:
         """Open a bar of `total` steps that closes with the context."""
@@ -30,14 +30,14 @@ class Display(Protocol):
 
 class _Quiet:
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Nothing is shown."""
+        """Show nothing."""
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Bar]:
         yield self
 
     def say(self, text: str) -> None:
-        """Nothing is shown."""
+        """Show nothing."""
 
 
 _display: Display = _Quiet()
@@ -55,10 +55,10 @@ def shown_on(display: Display) -> Iterator[None]:
 
 
 def bar(label: str, total: int) -> AbstractContextManager[Bar]:
-    """A bar of `total` steps, on whichever display is installed."""
+    """Open a bar of `total` steps on the installed display."""
     return _display.bar(label, total)
 
 
 def say(text: str) -> None:
-    """One line for the user, on whichever display is installed."""
+    """Show one line to the user on the installed display."""
     _display.say(text)

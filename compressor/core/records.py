@@ -1,4 +1,4 @@
-"""What a run writes on its way: the state that a stage resumes from, and the log of its episodes."""
+"""Records that a run writes: the checkpoint that a stage resumes from, and the log of its episodes."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Checkpoint:
             except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
                 raise CompressorError(
                     f"The checkpoint {self.path} cannot be written: {error}.",
-                    "Most often the disk is full: free some space, then go on with: compress --resume RUN",
+                    "Most often the disk is full: free some space, then continue with: compress --resume RUN",
                 ) from error
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state, or None where there is none yet.
+        """Return the saved state, or None if there is none yet.
 
         Raises:
-            CompressorError: the file is damaged or holds something else than a state.
+            CompressorError: The file is damaged or holds something other than a state.
         """
         import torch
 
@@ -51,7 +51,7 @@ class Checkpoint:
         try:
             with open_regular(self.path) as file:
                 state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises whatever its pieces make of it
+        except Exception as error:  # a damaged file may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CompressorError(
                 f"The checkpoint {self.path} cannot be read: {reason}.",
@@ -67,11 +67,11 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-_MEND_LOG = "Delete that line and those after it."
+_LOG_HINT = "Delete that line and those after it."
 
 
 class EpisodeLog:
-    """`episodes.jsonl`: one JSON object a line, written as episodes end."""
+    """`episodes.jsonl`: one JSON object per line, written at the end of each episode."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,20 +91,20 @@ class EpisodeLog:
         self._length += 1
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The episodes so far; a last line that a kill cut short is left out."""
+        """Yield the episodes so far; a last line truncated by a kill is left out."""
         if not self.path.exists():
             return
         lines = io.StringIO(read_text(self.path, "episode log"))
         for number, line in enumerate(lines, start=1):
             if not line.endswith("\n"):
                 return
-            record = parse_json(line, f"Line {number} of {self.path}", _MEND_LOG)
+            record = parse_json(line, f"Line {number} of {self.path}", _LOG_HINT)
             if not isinstance(record, dict):
-                raise CompressorError(f"Line {number} of {self.path} is no episode.", _MEND_LOG)
+                raise CompressorError(f"Line {number} of {self.path} is no episode.", _LOG_HINT)
             yield record
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` episodes: those that the checkpoint being resumed knows."""
+        """Keep the first `length` episodes: those known to the resumed checkpoint."""
         kept = [json.dumps(record) + "\n" for _, record in zip(range(length), self.records(), strict=False)]
         write_atomic(self.path, "".join(kept))
         self._length = len(kept)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one ends the work in good order, the second one ends the process at once."""
+"""Ctrl-C and SIGTERM: the first one stops the work cleanly, the second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNALLED = (
-    128  # a process that a signal ended has this and the signal's number as its exit code, as shells count
+    128  # the exit code of a process ended by a signal is this plus the signal's number, as in shells
 )
 SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
@@ -18,20 +18,20 @@ _received: list[int] = []
 
 
 def stopped() -> bool:
-    """Whether a signal has asked this process to stop."""
+    """Return whether a signal has requested this process to stop."""
     return bool(_received)
 
 
 def stop_code() -> int:
-    """The exit code of a command that was stopped: 130 after Ctrl-C, 143 after SIGTERM."""
+    """Return the exit code of a stopped command: 130 after Ctrl-C, 143 after SIGTERM."""
     return SIGNALLED + (_received[0] if _received else signal.SIGINT)
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Around a whole command: signals raise `KeyboardInterrupt` in it, and the process ends with `stop_code()`.
+    """Context of a whole command: signals raise `KeyboardInterrupt` in it, and the process ends with `stop_code()`.
 
-    An exception that the interrupt turned into on its way through other libraries ends the same way, with no traceback.
+    If other libraries turn the interrupt into another exception, the process ends the same way, with no traceback.
     """
     for number in SIGNALS:
         signal.signal(number, _first)
@@ -42,7 +42,7 @@ def stoppable() -> Iterator[None]:
             raise
         raise SystemExit(stop_code()) from None
     finally:
-        for number in SIGNALS:  # while Python shuts down an exception would be printed
+        for number in SIGNALS:  # during Python's shutdown an exception would be printed
             signal.signal(number, _at_once)
 
 
@@ -54,7 +54,7 @@ def _first(number: int, _frame: Any) -> None:
 
 
 def _at_once(number: int, _frame: Any) -> None:
-    # Every file appears by rename, so that leaving at once loses nothing that was finished; children end as their
+    # Every file appears by rename, so that exiting at once loses nothing that was finished; children end when their
     # standard input closes.
     if _received:
         os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + b"\nStopped at once.\n")

@@ -1,4 +1,4 @@
-"""What a run is made with: versions of packages, and the machine."""
+"""Versions of packages and properties of the machine, recorded for each run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Of the toolkit, Python, and those of `PACKAGES` that are installed."""
+    """Return the versions of the toolkit, Python, and the installed ones of `PACKAGES`."""
     found = {"compressor": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -29,12 +29,12 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Its processor, the number of cores, and the operating system."""
+    """Return the processor, the number of cores, and the operating system."""
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()}
 
 
 def cpu_name() -> str:
-    """The processor's name, such as `Intel(R) Xeon(R) Processor`."""
+    """Return the processor's name, such as `Intel(R) Xeon(R) Processor`."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

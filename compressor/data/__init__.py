@@ -1,4 +1,4 @@
-"""Data by name: disjoint splits for training, for scoring candidates and for the final test."""
+"""Data by name: disjoint splits for training, scoring of candidates and the final test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches as tensor operations, drawn from a generator of its own."""
+"""Augmentation of whole batches as tensor operations, with a generator of its own."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from compressor.data.preprocessing import SMALL, Preprocessing
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may happen to a training image.
+    """Random changes of a training image.
 
     Attributes:
-        shift: Largest shift in pixels, each way; what moves in from outside is black.
-        flip: Whether to mirror left and right, every second image.
-        smallest_crop: Smallest share of the area that a random crop keeps, then scaled back; 1 for none.
+        shift: Maximum shift in pixels, in each direction; the new border is black.
+        flip: Whether to mirror every second image horizontally.
+        smallest_crop: Minimum share of the area that a random crop keeps before scaling back; 1 for no crop.
         interpolation: How crops are scaled: "nearest", "bilinear" or "bicubic".
     """
 
@@ -27,7 +27,7 @@ class Augmentation:
     interpolation: str = "bilinear"
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """uint8 (N, C, H, W) on the CPU to the same; the input is unchanged."""
+        """Augment uint8 (N, C, H, W) on the CPU; the input is unchanged."""
         if self.smallest_crop < 1:
             images = _random_crops(images, self.smallest_crop, self.interpolation, generator)
         if self.shift:
@@ -39,7 +39,7 @@ class Augmentation:
 
 
 def augmentation_for(preprocessing: Preprocessing) -> Augmentation:
-    """The usual one for photographs: shifts by an eighth if small, random crops if large, scaled as for scoring."""
+    """Return the usual augmentation for photographs: shifts by an eighth if small, random crops if large."""
     size, interpolation = preprocessing.size, preprocessing.interpolation
     if size <= SMALL:
         return Augmentation(shift=max(1, size // 8), flip=True)
@@ -61,7 +61,7 @@ def _random_shifts(images: torch.Tensor, reach: int, generator: torch.Generator)
 def _random_crops(
     images: torch.Tensor, smallest: float, interpolation: str, generator: torch.Generator
 ) -> torch.Tensor:
-    """Crops of random area and of an aspect ratio between 3:4 and 4:3, scaled back."""
+    """Crop random areas with an aspect ratio between 3:4 and 4:3, and scale them back."""
     count = len(images)
     area = smallest + (1 - smallest) * torch.rand(count, generator=generator)
     ratio = torch.exp((2 * torch.rand(count, generator=generator) - 1) * torch.tensor(4 / 3).log())

@@ -1,4 +1,4 @@
-"""Data sets that need no folder of the user's: scikit-learn's digits, and CIFAR as torchvision fetches it."""
+"""Data sets that need no folder: scikit-learn's digits, and CIFAR as downloaded by torchvision."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.data.splits import MemorySplit
 
 _TEST_SEED = 20
-"""Deals the test split of data that has none of its own; the same for every run, so that runs compare."""
+"""Seed of the test split of data without one; the same for every run, so that runs are comparable."""
 
 
 def load_digits(seed: int, wanted: Wanted, search_fraction: float, search_limit: int | None) -> DataBundle:
-    """scikit-learn's handwritten digits: 1,797 grey images of 8x8, scaled up, the same in three channels.
+    """Load scikit-learn's handwritten digits: 1,797 gray images of 8x8, scaled up, the same in three channels.
 
-    A fifth is the test split. Mirroring would turn a digit into no digit, so images are only shifted.
+    A fifth is the test split. Images are shifted but not mirrored, because a mirrored digit is not a digit.
 
     Raises:
-        CompressorError: another crop or interpolation is wanted.
+        CompressorError: Another crop or interpolation is requested.
     """
     from sklearn.datasets import load_digits as embedded
 
     if (wanted.crop_share or 1.0) != 1 or (wanted.interpolation or "bilinear") != "bilinear":
         raise CompressorError(
-            "The digits are scaled bilinearly and not cut.",
+            "The digits are scaled bilinearly and not cropped.",
             "Leave out data.crop_share and data.interpolation.",
         )
     preprocessing = replace(wanted, crop_share=1.0, interpolation="bilinear").at(wanted.image_size or 32)
@@ -55,7 +55,7 @@ def load_digits(seed: int, wanted: Wanted, search_fraction: float, search_limit:
         search=MemorySplit(images[rest[held]], labels[rest[held]], preprocessing),
         test=MemorySplit(images[test], labels[test], preprocessing),
         notes=(
-            "The data is scikit-learn's embedded digits (1,797 small images): a demonstration, no real task.",
+            "The data is scikit-learn's embedded digits (1,797 small images): a demonstration, not a real task.",
         ),
     )
 
@@ -68,10 +68,10 @@ def load_cifar(
     search_fraction: float,
     search_limit: int | None,
 ) -> DataBundle:
-    """CIFAR-10 or CIFAR-100 through torchvision, downloaded where it is missing.
+    """Load CIFAR-10 or CIFAR-100 through torchvision, which downloads it if it is missing.
 
     Raises:
-        CompressorError: it is neither at `path` nor downloadable.
+        CompressorError: It is neither at `path` nor downloadable.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -85,8 +85,8 @@ def load_cifar(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CompressorError(
             f"{kind} is not in {root} and cannot be downloaded: {reason}",
-            f"Fetch {dataset.filename} elsewhere, unpack it in a folder and give that as --data {kind}:PATH; "
-            "or give images as --data folder:PATH.",
+            f"Download {dataset.filename} elsewhere, unpack it in a folder and pass that as --data {kind}:PATH; "
+            "or use images with --data folder:PATH.",
         ) from error
     (train, test), (labels, test_labels) = (
         [_stacked(part.data, preprocessing) for part in parts],
@@ -115,7 +115,7 @@ def _downloads() -> Path:
 
 
 def _stacked(images: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> torch.Tensor:
-    """uint8 (N, 32, 32, 3) to uint8 (N, channels, size, size)."""
+    """Convert uint8 (N, 32, 32, 3) to uint8 (N, channels, size, size)."""
     from PIL import Image
 
     if preprocessing.resize_size == images.shape[1] and preprocessing.channels == 3:

@@ -1,4 +1,4 @@
-"""What the rest of the toolkit sees of a data set, and how its images are dealt into splits."""
+"""A data set as the rest of the toolkit sees it, and how its images are divided into splits."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class DataBundle:
     """A data set in three disjoint splits.
 
     Attributes:
-        name: As it was asked for, such as "digits" or "folder:/data/birds".
+        name: Requested name, such as "digits" or "folder:/data/birds".
         classes: Names of the classes, in the order of the labels.
         input_shape: (channels, height, width) of one image.
-        train: What the weights see.
-        search: Held from training; scores candidates, and is never reported.
-        test: Reported, and never chosen by.
+        train: Images for training the weights.
+        search: Held out from training; scores candidates, and is never reported.
+        test: Reported, and never used for a choice.
         notes: What the user should know, such as the number of images that could not be read.
     """
 

@@ -72,7 +72,7 @@ def class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
         if empty:
             notes.append(f"{folder} has classes without images: {_some(empty)}. They keep their places.")
         if foreign:
-            notes.append(f"{folder} has folders without images, which are no classes: {_some(foreign)}.")
+            notes.append(f"{folder} has folders without images, which are not classes: {_some(foreign)}.")
     return found
 
 
@@ -82,7 +82,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def image_size(path: str) -> tuple[int, int] | None:
-    """(width, height) of an image from its header, or None where that cannot be read."""
+    """Return (width, height) of an image from its header, or None if that cannot be read."""
     from PIL import Image
 
     try:
@@ -94,7 +94,7 @@ def image_size(path: str) -> tuple[int, int] | None:
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
-    """What Pillow raises for images that are damaged, cut short or absurdly large."""
+    """Return the exceptions that Pillow raises for damaged, truncated or extremely large images."""
     from PIL import Image
 
     damaged = (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error, zlib.error)
@@ -102,14 +102,14 @@ def _unreadable() -> tuple[type[Exception], ...]:
 
 
 def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
-    """One image before its normalisation: uint8 (channels, size, size), or None where the file cannot be read.
+    """Decode one image before normalization: uint8 (channels, size, size), or None if the file cannot be read.
 
     Args:
-        path: The file.
-        wanted: Size, crop, interpolation and channels; a number is a size, with what is usual for the rest.
+        path: Image file.
+        wanted: Size, crop, interpolation and channels; a number is a size, with the usual values for the rest.
 
     Raises:
-        CompressorError: it holds values of no known range; see `eight_bit`.
+        CompressorError: It has values of unknown range; see `eight_bit`.
     """
     from PIL import Image as pillow
 
@@ -129,7 +129,7 @@ def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
 
 
 def fitted(image: Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """Scaled and cut as torchvision and timm do it, so that published accuracies hold: uint8 (channels, size, size)."""
+    """Scale and crop as torchvision and timm do, so that published accuracies hold: uint8 (channels, size, size)."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import center_crop, resize
 
@@ -146,10 +146,10 @@ def fitted(image: Image, preprocessing: Preprocessing) -> torch.Tensor:
 def load_files(
     files: Sequence[ImageFile], preprocessing: Preprocessing, label: str, workers: int | None = None
 ) -> Decoded:
-    """Decode many files with a few threads (Pillow lets go of the interpreter while it decodes).
+    """Decode many files with a few threads (Pillow releases the GIL while it decodes).
 
     Raises:
-        CompressorError: too many are unreadable, see `refuse_unreadable`; or one holds values of no known range.
+        CompressorError: Too many are unreadable, see `refuse_unreadable`; or one has values of unknown range.
     """
     images = torch.empty(len(files), *preprocessing.input_shape, dtype=torch.uint8)
     fine = torch.zeros(len(files), dtype=torch.bool)
@@ -167,7 +167,7 @@ def load_files(
         try:
             for done in pool.map(read, range(0, len(files), _CHUNK)):
                 bar.advance(done)
-        except KeyboardInterrupt:  # leaving the pool would otherwise wait until every file is read
+        except KeyboardInterrupt:  # otherwise leaving the pool would wait until every file is read
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     unreadable = tuple(file.path for file, good in zip(files, fine.tolist(), strict=True) if not good)
@@ -177,15 +177,15 @@ def load_files(
 
 
 def refuse_unreadable(unreadable: Sequence[str], total: int) -> None:
-    """Accept a few damaged images (up to 3, or 5 % where that is more) and refuse more.
+    """Accept a few damaged images (up to 3, or 5 % if that is more) and raise an error for more.
 
     Raises:
-        CompressorError: the first of them are named.
+        CompressorError: Names the first of them.
     """
     if len(unreadable) > max(_TOLERATED_COUNT, _TOLERATED_SHARE * total) or len(unreadable) == total > 0:
         first = ", ".join(unreadable[:3])
         raise CompressorError(
             f"{len(unreadable)} of {total} images cannot be read, such as {first}.",
-            "They may be cut short or no images: copy them again, or delete them. "
+            "They may be truncated or not images: copy them again, or delete them. "
             f"Up to {_TOLERATED_SHARE:.0%} are skipped.",
         )

@@ -1,4 +1,4 @@
-"""Folders of images by class: any of them, and ImageNet as it is usually unpacked."""
+"""Folders of images by class: any such folder, and ImageNet as it is usually unpacked."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def load_folder(
     search_limit: int | None,
     workers: int | None = None,
 ) -> DataBundle:
-    """Images in folders by class, with train/ and test/ or val/ above them, or dealt into splits here.
+    """Load images in folders by class, with train/ and test/ or val/ above them, or split here.
 
-    Where both test/ and val/ exist, test/ is reported and val/ is left alone.
+    If both test/ and val/ exist, test/ is reported and val/ is not used.
 
     Raises:
-        CompressorError: no images, one class, classes that differ, or too many unreadable images.
+        CompressorError: No images, one class, classes that differ, or too many unreadable images.
     """
     notes: list[str] = []
     splits = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
@@ -62,7 +62,7 @@ def load_folder(
         classes = _checked(found, path)
         train, test = _dealt(_files(found, classes), 0.2, None, _TEST_SEED, notes)
         notes.append(
-            f"{path} has no train/ and test/: {len(test)} of its images are dealt into a test split."
+            f"{path} has no train/ and test/: {len(test)} of its images form the test split."
         )
     kept, held = _dealt(train, search_fraction, search_limit, seed, notes)
     return _bundle(name, classes, (kept, held, test), wanted.image_size, wanted, notes, workers)
@@ -77,20 +77,20 @@ def load_imagenet(
     search_limit: int | None,
     workers: int | None = None,
 ) -> DataBundle:
-    """ImageNet with train/ and val/ by WordNet id; the label is the id's rank, as for published weights.
+    """Load ImageNet with train/ and val/ by WordNet id; the label is the id's rank, as for published weights.
 
     Raises:
-        CompressorError: a split is missing, or its folders are not WordNet ids.
+        CompressorError: A split is missing, or its folders are not WordNet ids.
     """
-    mend = "Expected PATH/train/n01440764/*.JPEG and PATH/val likewise; other images: --data folder:PATH."
+    hint = "Expected PATH/train/n01440764/*.JPEG and PATH/val likewise; other images: --data folder:PATH."
     for part in ("train", "val"):
         if not (path / part).is_dir():
-            raise CompressorError(f"{path} has no {part}/ folder.", mend)
+            raise CompressorError(f"{path} has no {part}/ folder.", hint)
     notes: list[str] = []
     found = {part: class_folders(path / part, notes) for part in ("train", "val")}
     classes = _same_classes(found["train"], found["val"], path / "train", path / "val")
     if strange := [name for name in classes if not re.fullmatch(r"n\d{8}", name)]:
-        raise CompressorError(f"{path} has folders that are no WordNet ids, such as {strange[0]!r}.", mend)
+        raise CompressorError(f"{path} has folders that are no WordNet ids, such as {strange[0]!r}.", hint)
     kept, held = _dealt(_files(found["train"], classes), search_fraction, search_limit, seed, notes)
     size = wanted.image_size or wanted.usual.size
     return _bundle(name, classes, (kept, held, _files(found["val"], classes)), size, wanted, notes, workers)
@@ -136,7 +136,7 @@ def _files(found: Classes, classes: Sequence[str]) -> list[ImageFile]:
 def _dealt(
     files: Sequence[ImageFile], share: float, limit: int | None, seed: int, notes: list[str]
 ) -> tuple[list[ImageFile], list[ImageFile]]:
-    """(stays, held out), stratified unless there are classes of a single image."""
+    """Return (remaining, held out), stratified unless there are classes with a single image."""
     labels = np.array([file.label for file in files], dtype=np.int64)
     if np.unique(labels, return_counts=True)[1].min() < 2:
         note = "Some classes have a single image: splits are drawn without regard to the classes."
@@ -194,7 +194,7 @@ def _on_disk(
     notes: list[str],
     workers: int | None,
 ) -> Split:
-    """Only a sample is decoded beforehand: opening a million files would take longer than many a run."""
+    """Decode only a sample beforehand: opening a million files would take longer than many a run."""
     probe = _sample(files)
     unreadable = [file.path for file in probe if decode(file.path, preprocessing) is None]
     refuse_unreadable(unreadable, len(probe))
@@ -215,7 +215,7 @@ def _sample(files: Sequence[ImageFile]) -> list[ImageFile]:
 
 
 def _common_size(files: Sequence[ImageFile]) -> int | None:
-    """The images' own size where all that were looked at are small squares alike."""
+    """Return the images' own size if all that were examined are small squares of the same size."""
     sizes = {size for file in _sample(files) if (size := image_size(file.path)) is not None}
     if len(sizes) == 1:
         width, height = next(iter(sizes))

@@ -1,4 +1,4 @@
-"""From `--data` to splits: the embedded digits, CIFAR, ImageNet and any folder of images."""
+"""Load the splits of `--data`: the embedded digits, CIFAR, ImageNet and any folder of images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compressor.data.preprocessing import Wanted
 
 KINDS = ("digits", "cifar10", "cifar100", "folder", "imagenet")
 SEARCH_LIMIT = 5000
-"""The most images of the search split: its standard error is below 0.7 % then, at any accuracy."""
+"""Maximum number of images of the search split: its standard error is then below 0.7 % at any accuracy."""
 
 
 def load_data(
@@ -30,16 +30,16 @@ def load_data(
 
     Args:
         spec: "digits", "cifar10[:PATH]", "cifar100[:PATH]", "folder:PATH" or "imagenet:PATH".
-        seed: Decides which training images the search split holds. The test split does not depend on it.
+        seed: Seed that chooses the search split's images from the training images; the test split is fixed.
         image_size: Height and width in pixels; None for 32 (digits, CIFAR), the weights' usual one (ImageNet) and,
-            for a folder, the images' own where they are all alike and small, else the weights' usual one.
-        wanted: How images are prepared; None for what is usual. Its `image_size` gives way to the argument.
-        search_fraction: Share of the training images held out, in every class alike.
-        search_limit: The most of them.
+            for a folder, the images' own if they are small and of equal size, else the weights' usual one.
+        wanted: Preprocessing; None for the usual one. `image_size` has precedence over its own.
+        search_fraction: Share of the training images held out, equal in every class.
+        search_limit: Maximum number of images held out.
         workers: Threads or processes that decode files; None for a number that suits the machine.
 
     Raises:
-        CompressorError: unknown name, data that is missing, damaged or no classification problem.
+        CompressorError: The name is unknown, or the data is missing, damaged or not a classification problem.
     """
     kind, _, where = spec.partition(":")
     if kind not in KINDS:
@@ -47,7 +47,7 @@ def load_data(
 
         near = get_close_matches(kind, KINDS, n=2, cutoff=0.4)
         raise CompressorError(
-            f"There is no data called {spec!r}.",
+            f"There is no data set called {spec!r}.",
             f"{'Did you mean ' + ' or '.join(near) + '? ' if near else ''}"
             "Choose digits, cifar10[:PATH], cifar100[:PATH], folder:PATH or imagenet:PATH.",
         )

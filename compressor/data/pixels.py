@@ -1,4 +1,4 @@
-"""From whatever an image file holds to 8-bit colour or grey, upright and without transparency."""
+"""Convert any image to 8-bit color or gray, upright and without transparency."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 BACKGROUND = (255, 255, 255)
-"""Behind transparent pixels: white, as viewers and web pages show them."""
+"""Color behind transparent pixels: white, as viewers and web pages show them."""
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
 _WHITE_IS_ZERO = 0
 _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -22,14 +22,14 @@ _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def eight_bit(image: Image, channels: int, name: str) -> Image:
-    """The image in mode "RGB", or "L" where `channels` is 1, as its viewer would see it.
+    """Return the image in mode "RGB", or "L" if `channels` is 1, as a viewer would show it.
 
-    The orientation that a camera noted is applied, transparent pixels are laid over `BACKGROUND`, and grey values of
-    16 bits or of floats from 0 to 1 are scaled to 0..255. `name` is what messages call it.
+    The camera's orientation tag is applied, transparent pixels are laid over `BACKGROUND`, and gray values of
+    16 bits or of floats from 0 to 1 are scaled to 0..255. `name` is the image's name in messages.
 
     Raises:
-        CompressorError: the values have no range that could be known: floats beyond 0..1, 32-bit integers.
-        OSError and what else Pillow raises for damaged files.
+        CompressorError: The range of the values is unknown: floats beyond 0..1, 32-bit integers.
+        OSError and other exceptions that Pillow raises for damaged files.
     """
     image.load()  # here, where damage is expected
     image = upright(image)
@@ -41,12 +41,12 @@ def eight_bit(image: Image, channels: int, name: str) -> Image:
     if image.mode not in ("L", "RGB", mode):
         image = image.convert(
             "RGB"
-        )  # palettes and inks know their colours; their way to grey leads over these
+        )  # palettes and inks define colors, so their conversion to gray goes through these
     return image if image.mode == mode else image.convert(mode)
 
 
 def upright(image: Image) -> Image:
-    """The image turned and mirrored as its orientation tag says; as it is where it has none or a damaged one."""
+    """Return the image turned and mirrored as its orientation tag says; unchanged without a valid tag."""
     from PIL import Image as pillow
 
     turns = pillow.Transpose
@@ -57,7 +57,7 @@ def upright(image: Image) -> Image:
     try:
         method = methods.get(image.getexif().get(_ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
-        return image  # damaged notes beside a sound image
+        return image  # damaged metadata beside an intact image
     return image if method is None else image.transpose(method)
 
 
@@ -70,7 +70,7 @@ def _opaque(image: Image) -> Image:
 
 
 def _scaled(image: Image, name: str) -> Image:
-    """Grey values of more than 8 bits on the scale 0..255."""
+    """Scale gray values of more than 8 bits to 0..255."""
     from PIL import Image as pillow
 
     values: npt.NDArray[Any] = np.asarray(image)
@@ -81,21 +81,21 @@ def _scaled(image: Image, name: str) -> Image:
             found = f"{np.nanmin(values):g} to {np.nanmax(values):g}"
             raise CompressorError(
                 f"{name} holds floats from {found}; floats are read as grey values from 0 to 1.",
-                "Divide them by the largest value that they can have, or save the images with 8 or 16 bits.",
+                "Divide them by their maximum possible value, or save the images with 8 or 16 bits.",
             )
     elif image.mode == "I" and image.format not in (
         "PNG",
         "PPM",
-    ):  # these say that the range is that of 16 bits
+    ):  # these modes have a range of 16 bits
         raise CompressorError(
             f"{name} holds signed or 32-bit integers ({values.min()} to {values.max()}), "
-            "of which nothing says where white is.",
+            "whose white level is unknown.",
             "Save the images with 8 or unsigned 16 bits.",
         )
     else:
         bits = tags.get(_BITS_PER_SAMPLE, (16,))
         limit = 2.0 ** (bits[0] if isinstance(bits, tuple) else bits)
-    # The upper 8 bits, as torchvision's `to_dtype(scale=True)` takes them: every grey has as many values.
+    # The upper 8 bits, like torchvision's `to_dtype(scale=True)`: every gray level has equally many values.
     scaled = np.clip(values.astype(np.float64) * (256 / limit), 0, 255).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         scaled = 255 - scaled

@@ -1,7 +1,7 @@
-"""From an image of any size to the numbers that a network takes: one description, used wherever images are fed.
+"""Preprocessing from an image of any size to a network's input: one description, used wherever images are fed.
 
-Training, scoring, calibration, parity and the device must all prepare images alike, as they were prepared for the
-weights: another mean, channel order or crop costs many points of accuracy without any error.
+Training, scoring, calibration, parity and the device must all prepare images as they were prepared for the weights:
+another mean, channel order or crop costs many points of accuracy without any error.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from compressor.core.errors import CompressorError
 
 MEAN = (0.485, 0.456, 0.406)
-"""Mean of ImageNet's channels on the scale 0..1; assumed where neither the weights nor the user say."""
+"""Mean of ImageNet's channels on the scale 0..1; assumed if neither the weights nor the user give it."""
 STD = (0.229, 0.224, 0.225)
 """Standard deviation of ImageNet's channels on the scale 0..1."""
 CROP_SHARE = 0.875
-"""Share of the scaled short side that the crop keeps, 224 of 256 pixels; assumed as `MEAN` is."""
+"""Share of the scaled short side that the crop keeps, 224 of 256 pixels; assumed like `MEAN`."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 ORDERS = ("rgb", "bgr", "grey")
 SMALL = 96
-"""Pixels a side below which an image is not cropped: of 32 pixels nothing is to spare."""
+"""Images with fewer pixels per side are not cropped: 32 pixels have no margin to lose."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes a network's input.
 
-    Its short side is scaled to `resize_size`, the middle of `size` x `size` is cut out, pixels are scaled to
+    Its short side is scaled to `resize_size`, the center of `size` x `size` is cropped, pixels are scaled to
     0..`range`, `mean` is subtracted and the result divided by `std`.
 
     Attributes:
@@ -41,7 +41,7 @@ class Preprocessing:
         interpolation: One of `INTERPOLATIONS`, with antialiasing.
         resize: "short" scales the short side and keeps the aspect ratio, "squash" scales both sides to the same.
         channel_order: One of `ORDERS`; "grey" is one channel.
-        range: Largest value of a pixel before the mean is subtracted: 1 or 255.
+        range: Maximum value of a pixel before the mean is subtracted: 1 or 255.
     """
 
     size: int = 224
@@ -61,7 +61,7 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """1 for grey images, else 3."""
+        """1 for gray images, else 3."""
         return 1 if self.channel_order == "grey" else 3
 
     @property
@@ -71,11 +71,11 @@ class Preprocessing:
 
     @property
     def resize_size(self) -> int:
-        """Pixels of the scaled short side, rounded down as timm does; torchvision's 232 comes out of 224/232."""
+        """Pixels of the scaled short side, rounded down like timm; torchvision's 232 results from 224/232."""
         return max(self.size, math.floor(self.size / self.crop_share + 1e-6))
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, C, H, W) in the order of red, green, blue to float32 in the network's order and scale."""
+        """Convert uint8 (N, C, H, W) in RGB order to float32 in the network's order and scale."""
         if self.channel_order == "bgr":
             images = images.flip(1)
         scale = 255 / self.range
@@ -86,7 +86,7 @@ class Preprocessing:
         return images.to(torch.float32).sub_(shift).div_(divisor)
 
     def ordered(self, channel_order: str) -> Preprocessing:
-        """The same for a network with another order of channels; one of grey images has the mean over the colours."""
+        """Return the same for another channel order; gray images get the mean over the colors."""
         if channel_order == self.channel_order:
             return self
         mean, std = self.mean, self.std
@@ -99,13 +99,13 @@ class Preprocessing:
         return replace(self, mean=mean, std=std, channel_order=channel_order)
 
     def scaled(self, limit: int) -> Preprocessing:
-        """The same numbers on the scale 0..`limit`."""
+        """Return the same values on the scale 0..`limit`."""
         factor = limit / self.range
         mean, std = (tuple(value * factor for value in values) for values in (self.mean, self.std))
         return replace(self, mean=mean, std=std, range=limit)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON's kinds only; with the size that images are scaled to, which follows from the others."""
+        """Return a JSON-compatible dict, including the derived size that images are scaled to."""
         return {
             **asdict(self),
             "mean": list(self.mean),
@@ -115,12 +115,12 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`."""
+        """Create from the result of `to_dict`."""
         fields = {name: value for name, value in plain.items() if name != "resize_size"}
         return cls(**{**fields, "mean": tuple(plain["mean"]), "std": tuple(plain["std"])})
 
     def describe(self) -> str:
-        """The numbers in words, for the user."""
+        """Describe the values in words, for the user."""
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         scaled = f"{self.resize_size} pixels ({self.interpolation}) and cut to {self.size}"
         order = "" if self.channel_order == "rgb" else f", channels {self.channel_order}"
@@ -128,7 +128,7 @@ class Preprocessing:
 
 
 USUAL = Preprocessing()
-"""What is assumed where neither the weights nor the user say: ImageNet's usual preprocessing."""
+"""ImageNet's usual preprocessing, assumed if neither the weights nor the user give one."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,10 @@ class Wanted:
     """What is known of the preprocessing before the images are.
 
     Attributes:
-        usual: What the weights were trained with, or `USUAL`; everything below that is None follows from it.
+        usual: Preprocessing of the weights, or `USUAL`; it fills in everything below that is None.
         image_size: Height and width in pixels; None for the images' own, or that of `usual` for larger ones.
-        mean, std: Per channel in the network's order; a single number stands for every channel.
-        crop_share: Left out, images below `SMALL` pixels of another size than the usual one are not cropped.
+        mean, std: Per channel in the network's order; a single number applies to every channel.
+        crop_share: If None, images below `SMALL` pixels of another size than the usual one are not cropped.
         interpolation, channel_order, range: As in `Preprocessing`.
     """
 
@@ -153,10 +153,10 @@ class Wanted:
     range: int | None = None
 
     def at(self, size: int) -> Preprocessing:
-        """The preprocessing of inputs of `size` x `size` pixels.
+        """Return the preprocessing of inputs of `size` x `size` pixels.
 
         Raises:
-            CompressorError: there are more or fewer means than channels.
+            CompressorError: There are more or fewer means than channels.
         """
         usual, order = self.usual, self.channel_order or self.usual.channel_order
         made = replace(usual.ordered(order).scaled(self.range or usual.range), size=size)

@@ -1,4 +1,4 @@
-"""A split of a data set, in memory or on the disk, and the batches that it gives."""
+"""A split of a data set, in memory or on disk, and its batches."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from compressor.data.preprocessing import Preprocessing
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 MEMORY_LIMIT = 2 * 1024**3
-"""Bytes of decoded images up to which a split is held in memory."""
+"""Maximum bytes of decoded images for which a split is held in memory."""
 
 
 class Split(ABC):
-    """Images with labels that come in batches.
+    """Images with labels, in batches.
 
     Args:
         preprocessing: How an image becomes an input.
-        augmentation: What may happen to a training image; None for nothing.
+        augmentation: Random changes of training images; None for none.
     """
 
     def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation | None = None) -> None:
@@ -39,11 +39,11 @@ class Split(ABC):
     def _raw(
         self, order: torch.Tensor, batch_size: int, generator: torch.Generator | None
     ) -> Iterator[Batch]:
-        """uint8 images and labels in the given order; augmented where there is a generator."""
+        """Yield uint8 images and labels in the given order; augmented if there is a generator."""
 
     @abstractmethod
     def in_memory(self) -> Split:
-        """The split decoded once; the same where it would not fit."""
+        """Return the split decoded into memory; the split itself if it does not fit."""
 
     @property
     @abstractmethod
@@ -52,17 +52,17 @@ class Split(ABC):
 
     @abstractmethod
     def chosen(self, indices: torch.Tensor) -> Split:
-        """The images at these places, in their order."""
+        """Return the images at these indices, in their order."""
 
     @abstractmethod
     def prepared(self, preprocessing: Preprocessing) -> Split:
-        """The same images for another kind of network: other channels, mean or std, but not another size."""
+        """Return the same images for another kind of network: other channels, mean or std, but not another size."""
 
     def sample(self, images: int, seed: int = 0) -> Split:
-        """A seeded choice of `images`, spread over the classes; all of them where there are no more.
+        """Return a seeded sample of `images`, spread over the classes; all of them if there are no more.
 
-        Every class has its share of the split, to within an image; so has it in each beginning of the sample, of
-        whatever length, since the classes take turns.
+        Every class has its share of the split, to within one image; so it has in each prefix of the sample, because
+        the classes alternate.
         """
         return self.chosen(torch.from_numpy(_spread(self.labels.numpy(), seed)[:images]))
 
@@ -76,18 +76,18 @@ class Split(ABC):
         drop_last: bool = False,
         shard: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
-        """Go through the split once.
+        """Iterate over the split once.
 
         Args:
-            batch_size: Images in a batch; the last may be smaller.
-            shuffle_seed: Order and augmentation follow from it alone; None for the stored order.
+            batch_size: Images per batch; the last may be smaller.
+            shuffle_seed: Seed of order and augmentation; None for the stored order.
             augment: Whether to augment, which needs a seed.
-            device: Where the batches are put.
-            drop_last: Whether a last batch that is not full is left out (unless it is the only one).
-            shard: (rank, world size): every process takes its share of each of the common batches.
+            device: Device of the batches.
+            drop_last: Whether to drop an incomplete last batch (unless it is the only one).
+            shard: (rank, world size): every process gets its share of each of the common batches.
 
         Yields:
-            (float32 normalised (N, C, H, W), int64 (N,)).
+            (normalized float32 (N, C, H, W), int64 (N,)).
         """
         if augment and shuffle_seed is None:
             raise ValueError("augmentation is drawn from shuffle_seed, which is None")
@@ -112,7 +112,7 @@ class Split(ABC):
 
 
 def _spread(labels: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
-    """All indices in a random order in which the classes take turns, each as often as it has images."""
+    """Return all indices in a random order in which the classes alternate, each as often as it has images."""
     if not len(labels):
         return np.zeros(0, dtype=np.int64)
     generator = np.random.default_rng(seed)
@@ -125,7 +125,7 @@ def _spread(labels: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
 
 
 class MemorySplit(Split):
-    """Images that lie decoded in memory.
+    """Images decoded in memory.
 
     Args:
         images: uint8 (N, C, H, W).
@@ -181,14 +181,14 @@ class MemorySplit(Split):
 
 
 class FileSplit(Split):
-    """Images that stay on the disk and are decoded by worker processes as they are needed.
+    """Images on disk, decoded by worker processes when they are needed.
 
-    Files that turn out to be unreadable are left out of their batch and counted in `.unreadable`.
+    Unreadable files are left out of their batch and counted in `.unreadable`.
 
     Args:
         files: Path and label of each image.
         preprocessing, augmentation: As for any split.
-        workers: Worker processes; 0 decodes in this one.
+        workers: Number of worker processes; 0 decodes in this one.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class FileSplit(Split):
 
 
 _Item = tuple[torch.Tensor, int] | CompressorError | None
-"""An image with its label, why it is refused, or None for one that cannot be read."""
+"""An image with its label, the reason why it is rejected, or None if it cannot be read."""
 
 
 class _Items(torch.utils.data.Dataset[_Item]):
@@ -265,11 +265,11 @@ class _Items(torch.utils.data.Dataset[_Item]):
             image = decode(file.path, self.preprocessing)
         except (
             CompressorError
-        ) as refused:  # raised by the loader it would come with the worker's traceback in it
+        ) as refused:  # raised through the loader, it would include the worker's traceback
             return refused
         if image is None:
             return None
-        if self.seed is not None:  # one generator an image, so that the number of workers changes nothing
+        if self.seed is not None:  # one generator per image, so that the number of workers changes nothing
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
             image = self.augmentation(image[None], generator)[0]
         return image, file.label

@@ -1,4 +1,4 @@
-"""Models by name, with fresh, default or given weights."""
+"""Models by name, with random, default or given weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies in a file of weights: read without running anything, and the state dicts that it holds, best first."""
+"""Read weight files without running code, and list the state dicts in them, the preferred one first."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Entry:
     """One state dict of a file.
 
     Attributes:
-        where: its keys from the outside in, such as "model_ema"; empty where it is the whole file.
-        average: whether its name says that it is an average over training.
-        state: name -> what should be a tensor.
+        where: Its keys from the outside in, such as "model_ema"; empty if it is the whole file.
+        average: Whether its name says that it is an average over training.
+        state: Name -> what should be a tensor.
     """
 
     where: str
@@ -55,13 +55,13 @@ class Entry:
 
 
 def read_file(path: Path) -> Any:
-    """The content of a .safetensors file, or of what `torch.save` wrote, with its tensors on the CPU.
+    """Return the content of a .safetensors file, or of a `torch.save` file, with its tensors on the CPU.
 
-    Pickled objects other than tensors and plain containers are never built: well-known ones that lie beside weights
-    (`_BYSTANDERS`) become placeholders, any other refuses the file.
+    Pickled objects other than tensors and plain containers are never built: well-known types beside the weights
+    (`_BYSTANDERS`) become placeholders, and any other type is an error.
 
     Raises:
-        CompressorError: missing, damaged, or with objects that reading would have to build.
+        CompressorError: The file is missing or damaged, or has objects that reading would have to build.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
@@ -85,7 +85,7 @@ def _read_safetensors(path: Path) -> Any:
 
     try:
         return load_file(path)
-    except Exception as error:  # a damaged header raises what its parts happen to be
+    except Exception as error:  # a damaged header may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise CompressorError(
             f"{path} is unreadable as safetensors: {reason}.", "It may be cut short."
@@ -100,19 +100,19 @@ def _read_torch(path: Path) -> Any:
                 "ignore"
             )  # of the pickle's protocol, say: the file is refused or fits anyway
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises whatever a damaged file makes it do
+    except Exception as error:  # torch's reader may raise anything for a damaged file
         text = str(error)
         if found := re.search(r"GLOBAL (\S+)", text):
             raise _foreign(path, found.group(1).rstrip(".")) from error
         if "TorchScript" in text:
             raise CompressorError(
                 f"{path} is a TorchScript archive, which holds code.",
-                "Write its weights where it was made: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)",
+                "Save its weights where it was created: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)",
             ) from error
         if isinstance(error, pickle.UnpicklingError):
             raise CompressorError(
-                f"{path} is refused: it holds more than tensors, or is damaged, and reading it could run code.",
-                f"If you trust its source, convert it where it was made. {SAVE}",
+                f"{path} is rejected: it holds more than tensors, or is damaged, and reading it could run code.",
+                f"If you trust its source, convert it where it was created. {SAVE}",
             ) from error
         reason = (text.splitlines() or [""])[0][:300] or type(error).__name__
         raise CompressorError(
@@ -121,7 +121,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse archives whose members are compressed: torch stores them, and a small file could unpack to any size."""
+    """Reject archives with compressed members: torch never writes them, and a small file could unpack to any size."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -131,44 +131,44 @@ def _check_archive(path: Path) -> None:
             ]
             size = sum(each.file_size for each in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, UnicodeDecodeError):
-        return  # torch's reader says what is wrong with it
+        return  # torch's reader reports what is wrong with it
     if packed or size > path.stat().st_size:
-        raise CompressorError(f"{path} is a zip archive, but none that torch.save writes.", SAVE)
+        raise CompressorError(f"{path} is a zip archive, but not one that torch.save writes.", SAVE)
 
 
 def _foreign(path: Path, name: str) -> CompressorError:
-    """The refusal of a file with an object that would have to be built by its own code."""
+    """Return the error for a file with an object that would have to be built by its own code."""
     try:
         every = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {
             known for _, known in _BYSTANDERS
         }
-    except Exception:  # older formats have no list of what they hold
+    except Exception:  # older formats do not list their types
         every = {name}
     names = sorted({name, *every})
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return CompressorError(
-        f"{path} is refused: it holds {shown} beside tensors, and building that could run code.",
-        "If you trust its source, write the weights alone where it was made: "
+        f"{path} is rejected: it holds {shown} beside tensors, and building that could run code.",
+        "If you trust its source, save the weights alone where it was created: "
         "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE), with the key that the file has; "
         "or of a whole module: torch.save(model.state_dict(), NEW_FILE)",
     )
 
 
 class Bystander:
-    """Stands in for an object that lies beside weights: takes any arguments and keeps none."""
+    """Placeholder of an object beside the weights: accepts any arguments and stores none."""
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
         return object.__new__(cls)
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        """Nothing is kept."""
+        """Store nothing."""
 
     def __setstate__(self, _state: Any) -> None:
-        """Nothing is kept."""
+        """Store nothing."""
 
 
 class _BystanderDict:
-    """Stands in for a class of dictionaries: builds a plain one, which torch's reader can fill."""
+    """Placeholder of a dictionary class: builds a plain dict, which torch's reader can fill."""
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
         return OrderedDict()
@@ -208,14 +208,14 @@ _BYSTANDERS: list[tuple[Callable[..., Any], str]] = [
     *((type(name, (_BystanderDict,), {}), name) for name in _DICTS),
 ]
 """Types of trainers' records (arguments, metrics, paths, configurations): placeholder, name in the file. None of their
-own code runs: torch's reader builds the placeholder in the place of the name."""
+own code runs: torch's reader builds the placeholder instead."""
 
 
 def entries(raw: Any, path: Path) -> list[Entry]:
-    """The state dicts that a file holds: averages over training first, then as they were trained.
+    """Return the state dicts in a file: averages over training first, then the trained ones.
 
     Raises:
-        CompressorError: there is none, or several networks lie side by side.
+        CompressorError: There is none, or the file has several networks.
     """
     if not isinstance(raw, Mapping) or not raw:
         raise CompressorError(f"{path} holds a {type(raw).__name__}, expected a dict of tensors.", SAVE)
@@ -226,7 +226,7 @@ def entries(raw: Any, path: Path) -> list[Entry]:
         names = ", ".join(entry.where for entry in others[:5])
         raise CompressorError(
             f"{path} holds several networks: {names}.",
-            "Write the one that is wanted into a file of its own. " + SAVE,
+            "Save the one that you need in a file of its own. " + SAVE,
         )
     if not averages and not others:
         keys = ", ".join(str(key) for key in list(raw)[:4])[:200]
@@ -235,7 +235,7 @@ def entries(raw: Any, path: Path) -> list[Entry]:
 
 
 def is_average(key: str) -> bool:
-    """Whether a name says that what lies under it is an average of weights over training."""
+    """Return whether a name says that its value is an average of weights over training."""
     return "EMA" in key or _AVERAGE.search(key.lower()) is not None
 
 
@@ -244,14 +244,14 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether most of a mapping's values are tensors under names."""
+    """Return whether most of a mapping's values are tensors under names."""
     if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
         return False
     return sum(isinstance(each, Tensor) for each in value.values()) * 2 > len(value)
 
 
 def _averages(raw: State, where: str, depth: int) -> Iterator[Entry]:
-    """Averages, by the names under which they lie."""
+    """Yield averages, recognized by their names."""
     for key, value in raw.items():
         if not isinstance(value, Mapping) or not isinstance(key, str) or depth == 0:
             continue
@@ -262,7 +262,7 @@ def _averages(raw: State, where: str, depth: int) -> Iterator[Entry]:
 
 
 def _trained(raw: State, where: str, depth: int) -> list[Entry]:
-    """The state dicts of a mapping: itself, else those under the usual names, else all of its parts."""
+    """Return the state dicts of a mapping: itself, else those under the usual names, else all of its parts."""
     if _is_state(raw):
         return [Entry(where.rstrip("."), False, raw)]
     if depth == 0:
@@ -275,6 +275,6 @@ def _trained(raw: State, where: str, depth: int) -> list[Entry]:
     for key, value in parts.items():
         if not _BESIDE.search(key):
             found += _trained(value, f"{where}{key}.", depth - 1)
-    if not found and _holds_tensors(raw):  # tensors among much else: what is no tensor is named later
+    if not found and _holds_tensors(raw):  # tensors among other values; the others are reported later
         return [Entry(where.rstrip("."), False, raw)]
     return found

@@ -14,7 +14,7 @@ class PadShortcut(nn.Module):
     """The shortcut without parameters: every second pixel, new channels filled with zeros.
 
     "Deep residual learning for image recognition" (He et al., 2015), section 4.2, option A. The new
-    channels are shared out evenly before and after the old ones.
+    channels are divided evenly before and after the old ones.
     """
 
     def __init__(self, new_channels: int, stride: int) -> None:

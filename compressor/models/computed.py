@@ -1,4 +1,4 @@
-"""Weights that a network computes from other tensors before each forward: fixed at their values of the moment."""
+"""Fix weights that a network computes from other tensors before each forward at their current values."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
 
 def computed_weights(model: nn.Module) -> list[str]:
-    """Names of the weights that `fix_weights` would fix, sorted."""
+    """Return the names of the weights that `fix_weights` would fix, sorted."""
     found = {f"{path}.{name}" for path, module in model.named_modules() for name in _parametrized(module)}
     found |= {f"{path}.{_name(hook)}" for path, module in model.named_modules() for _, hook in _hooks(module)}
     return sorted(name.removeprefix(".") for name in found)
 
 
 def fix_weights(model: nn.Module) -> list[str]:
-    """Make plain parameters of weights that are computed before each forward, in situ.
+    """Replace weights that are computed before each forward by plain parameters, in place.
 
-    Covers both weight_norm and both spectral_norm of `torch.nn.utils`, every other parametrisation, and the masks of
-    `torch.nn.utils.prune`. In eval mode the network computes what it did; trained further, it has lost the
-    parametrisation. Classes of other instances are left as they are.
+    Covers both weight_norm and both spectral_norm of `torch.nn.utils`, every other parametrization, and the masks of
+    `torch.nn.utils.prune`. In eval mode the network's output is unchanged; further training is without the
+    parametrization. Classes of other instances do not change.
 
     Returns:
-        Names of the weights that were fixed, sorted.
+        Names of the fixed weights, sorted.
     """
     names = computed_weights(model)
     if not names:
         return names
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # in training mode spectral norms change their vectors when they are asked
+    model.eval()  # in training mode spectral norms update their vectors at each access
     try:
         with torch.no_grad():
             for module in list(model.modules()):
@@ -106,7 +106,7 @@ def _fix_parametrized(module: nn.Module) -> None:
 
 
 def _put(module: nn.Module, name: str, value: Tensor, trained: bool) -> None:
-    """Register a parameter, before those that there are: a weight stands before its bias."""
+    """Register a parameter before the existing ones: a weight comes before its bias."""
     others = dict(module._parameters)
     module._parameters.clear()
     module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=trained))

@@ -1,4 +1,4 @@
-"""From a name to a network: the toolkit's own, torchvision's, timm's and the user's."""
+"""Create a network by name: the toolkit's own, torchvision's, timm's or the user's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compressor.models.names import call_factory, call_named_factory, resolve
 from compressor.models.weights import Say, fit_state, load_weights, some
 
 FACTORY_TAG = "compressor_factory"
-"""Attribute of a created model: the spec with which `build_from_factory` builds it again."""
+"""Attribute of a created model: the spec from which `build_from_factory` rebuilds it."""
 
 Factory = Callable[..., Any] | str
 """A function or class that builds a network, or its reference `package.module:name`."""
@@ -38,25 +38,25 @@ def create_model(
 ) -> nn.Module:
     """Build a network and give it weights.
 
-    Where the network has as many outputs as there are classes nothing is replaced. Else a fresh layer takes the place
-    of the one that makes its output, as one run tells.
+    If the network has as many outputs as there are classes, no layer is replaced. Otherwise a new layer replaces the
+    one that computes the output, which a trial run determines.
 
     Args:
-        name: A torchvision name ("resnet50"), "timm:NAME", one of ours ("cifar_resnet20/32/44/56/110",
+        name: A torchvision name ("resnet50"), "timm:NAME", one of the toolkit's own ("cifar_resnet20/32/44/56/110",
             "cifar_mobilenet_v2", "cifar_vgg16_bn") or "package.module:factory", a callable that returns a module.
         num_classes: Outputs of the network.
-        weights: "none" (as the factory gives them, fresh from torch's global generator), "default" (what the library
-            calls its best) or a file of weights; see `load_weights`.
-        input_shape: (channels, height, width) of one image, on which the network is tried once; a network that
-            takes 1 channel is tried on 1 where the image has 3, and the other way round.
-        say: Takes a sentence about what was replaced or taken.
+        weights: "none" (as the factory initializes them, from torch's global generator), "default" (the library's
+            best) or a file of weights; see `load_weights`.
+        input_shape: (channels, height, width) of one image, for a trial run; a network for 1 channel is tried on 1
+            if the image has 3, and vice versa.
+        say: Receives a sentence about each replaced or chosen part.
 
     Returns:
         The network in training mode on the CPU.
 
     Raises:
-        CompressorError: unknown name, missing extra, weights that cannot be had or do not fit, or a network
-            that cannot take inputs of that shape, or has no one layer that could make place for another.
+        CompressorError: The name is unknown, an extra is missing, the weights are unavailable or do not fit, the
+            network does not accept inputs of that shape, or no single layer computes its output.
     """
     if num_classes < 2:
         raise CompressorError(f"A classifier needs at least 2 classes, got {num_classes}.")
@@ -85,7 +85,7 @@ def create_model(
 
 
 def _checked_head(model: nn.Module, name: str, head: str, num_classes: int, shape: Shape) -> Makers:
-    """What the output is made of after the head was replaced, once the network runs with the right classes."""
+    """Return the layers that compute the output after the head was replaced, and check the number of classes."""
     try:
         out, makers = run_first(model, name, shape)
     except CompressorError as error:
@@ -102,11 +102,11 @@ def _checked_head(model: nn.Module, name: str, head: str, num_classes: int, shap
 
 
 def model_factory(name: str, num_classes: int, weights: str = "none") -> dict[str, Any]:
-    """What rebuilds the architecture of `create_model`: {"factory": name, "kwargs": JSON scalars}, where nothing was
-    replaced in it; `factory_of` tells the whole of a created model.
+    """Return what rebuilds the architecture of `create_model`: {"factory": name, "kwargs": JSON scalars}, if no layer
+    was replaced; `factory_of` returns the complete spec of a created model.
 
     `weights` matters for torchvision's GoogLeNet and Inception-V3 only, whose weights expect their inputs on another
-    scale and have the network convert them.
+    scale and make the network convert them.
     """
     kwargs: dict[str, Any] = {"num_classes": num_classes}
     if name in _AUXILIARY and weights != "none":
@@ -115,17 +115,17 @@ def model_factory(name: str, num_classes: int, weights: str = "none") -> dict[st
 
 
 def build_from_factory(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module:
-    """Build the architecture that `factory_of` describes, with fresh weights (none on the meta device); those that it
-    computes from others are plain parameters in it, as `create_model` leaves them.
+    """Build the architecture that `factory_of` describes, with random weights (none on the meta device).
 
-    Of the spec's arguments only `num_classes` reaches a user's factory, and only as an integer.
+    Weights that it computes from others are plain parameters, as after `create_model`. Of the spec's arguments only
+    `num_classes` is passed to a user's factory, and only as an integer.
 
     Args:
-        spec: {"factory": name, "kwargs": arguments, "head": name of the layer that was replaced, if any}.
-        factory: Called in the place of the spec's, or the reference `package.module:factory` of one.
+        spec: {"factory": name, "kwargs": arguments, "head": name of the replaced layer, if any}.
+        factory: Called instead of the spec's factory, or the reference `package.module:factory` of one.
 
     Raises:
-        CompressorError: the spec is malformed or names something unknown.
+        CompressorError: The spec is malformed or names something unknown.
     """
     model = _built(spec, factory)
     fix_weights(model)
@@ -167,7 +167,7 @@ def _by_name(name: str, num_classes: int, transform_input: bool) -> nn.Module:
 
 
 def factory_of(model: nn.Module) -> dict[str, Any] | None:
-    """The spec that `create_model` or `build_from_factory` left on a model, or None."""
+    """Return the spec that `create_model` or `build_from_factory` stored on a model, or None."""
     spec = getattr(model, FACTORY_TAG, None)
     return spec if isinstance(spec, dict) else None
 
@@ -177,11 +177,11 @@ def _torchvision(name: str, num_classes: int, transform_input: bool) -> nn.Modul
 
     extra: dict[str, Any] = {}
     if name in _AUXILIARY:
-        # The auxiliary heads serve a training recipe of their own, and change what forward returns.
+        # The auxiliary heads are for a special training recipe, and change what forward returns.
         extra = {"aux_logits": False, "init_weights": True, "transform_input": transform_input}
     elif name.startswith(("resnet", "resnext", "wide_resnet")):
-        # Each block starts as its shortcut alone. Trained from scratch on little data, ResNet-50 is otherwise still
-        # near guessing when it could have been done ("Accurate, large minibatch SGD", Goyal et al., 2017, 5.1).
+        # Each block starts as its shortcut alone. Otherwise, trained from scratch on little data, ResNet-50 is still
+        # near chance when it could have converged ("Accurate, large minibatch SGD", Goyal et al., 2017, 5.1).
         extra = {"zero_init_residual": True}
     model: nn.Module = get_model(name, weights=None, num_classes=num_classes, **extra)
     return model
@@ -196,15 +196,15 @@ def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
 
 def _load_default(model: nn.Module, name: str, num_classes: int, heads: Sequence[str], say: Say) -> None:
     source, inner = resolve(name)
-    mend = "Use --weights none to train from scratch, or --weights FILE with a state dict that you have."
+    hint = "Use --weights none to train from scratch, or --weights FILE with a state dict that you have."
     if source not in ("torchvision", "timm"):
-        raise CompressorError(f"There are no default weights for {name}.", mend)
-    try:  # urllib and the hub raise OSErrors, timm a RuntimeError where a model has no weights
+        raise CompressorError(f"There are no default weights for {name}.", hint)
+    try:  # urllib and the hub raise OSErrors, timm a RuntimeError for a model without weights
         with _quiet("huggingface_hub"), torch.random.fork_rng(devices=[]):
             state = _torchvision_state(inner) if source == "torchvision" else _timm_state(inner)
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CompressorError(f"The default weights of {name} cannot be fetched: {reason}", mend) from error
+        raise CompressorError(f"The default weights of {name} cannot be fetched: {reason}", hint) from error
     state = {key: value for key, value in state.items() if not key.startswith(_AUXILIARY.get(inner, ("\0",)))}
     fit_state(model, state, f"the default weights of {name}", num_classes, lambda: heads, say)
 
@@ -225,7 +225,7 @@ def _timm_state(name: str) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Keep a library's log of its retries away from the user, who gets one message in the end."""
+    """Hide a library's log of retries from the user, who gets one message at the end."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -236,10 +236,10 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def input_channels(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """The channels of the images that a network takes: those of `input_shape`, or 1 for 3, or 3 for 1.
+    """Return the number of image channels that a network takes: those of `input_shape`, or 1 for 3, or 3 for 1.
 
     Raises:
-        CompressorError: its first convolution takes another number.
+        CompressorError: Its first convolution takes another number.
     """
     given, *sides = input_shape
     first: list[int] = []
@@ -262,7 +262,7 @@ def input_channels(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
             module.training = mode
     if first and first[0] not in (1, 3):
         raise CompressorError(
-            f"The network's first convolution takes {first[0]} channels; images have 3, or 1 where they are grey.",
-            "Give a network for images of 3 channels or 1.",
+            f"The network's first convolution takes {first[0]} channels; images have 3, or 1 if they are gray.",
+            "Use a network for images with 3 channels or 1.",
         )
-    return first[0] if first else given  # it fails for another reason, which running it says
+    return first[0] if first else given  # it fails for another reason, which the trial run reports

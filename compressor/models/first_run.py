@@ -1,4 +1,4 @@
-"""One blank image through a new network, so that a misfit shows here, with its cause, and not in a run."""
+"""Run one blank image through a new network, so that a mismatch is reported early, with its cause."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Shape = tuple[int, int, int]
 """(channels, height, width) of one image."""
 
 _SIZES = (28, 32, 48, 64, 75, 96, 112, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
-"""Heights and widths that are tried to tell which a network wants."""
+"""Heights and widths that are tried to find the size that a network needs."""
 
 _FIRST: tuple[type[nn.Module], ...] = (*LAYERS, nn.Embedding, nn.RNNBase, nn.modules.conv._ConvTransposeNd)
 _INPUTS = {
@@ -29,10 +29,12 @@ _INPUTS = {
 
 
 def run_first(model: nn.Module, name: str, shape: Shape) -> tuple[Tensor, Makers]:
-    """The output (1, classes) of a network for one blank image, and what it is made of; in evaluation mode.
+    """Return the output (1, classes) of a network for one blank image, and the layers that compute it.
+
+    The network runs in evaluation mode.
 
     Raises:
-        CompressorError: the network does not run on such an image, or gives something else; the message tells the
+        CompressorError: The network does not run on such an image, or returns something else; the message names the
             cause.
     """
     _check_runnable(model, name)
@@ -88,7 +90,7 @@ def _takes_one(model: nn.Module) -> bool:
 
 
 class _Trail:
-    """Which modules a run enters, with the shape of what enters them."""
+    """Records which modules a run enters, with the shapes of their inputs."""
 
     def __init__(self) -> None:
         self.open: list[str] = []
@@ -119,7 +121,7 @@ class _Trail:
 
 
 def _cause(model: nn.Module, name: str, shape: Shape, error: Exception, trail: _Trail) -> CompressorError:
-    """What the network lacks, by what it runs on instead."""
+    """Find out why the network fails, from the inputs that it does accept."""
     lines = str(error).splitlines() or [""]
     where = f" in its module {trail.open[-1]!r}" if trail.open and trail.open[-1] else ""
     reason = f"{type(error).__name__}{where}: {lines[0][:300]}{raised_at(error)}"
@@ -173,7 +175,7 @@ def _other_channels(
     expected = getattr(layer, "in_channels", shape[0])
     if not isinstance(expected, int) or expected == shape[0] or trail.first is None:
         return None
-    if trail.first[2][1:] != shape:  # what enters the layer is no longer the image
+    if trail.first[2][1:] != shape:  # the layer's input is no longer the image
         return None
     size = next((size for size in (shape[1:], *_sizes(shape)) if _runs(model, (expected, *size))), None)
     if size is None and "channels" not in reason:
@@ -198,7 +200,7 @@ def _other_size(model: nn.Module, name: str, shape: Shape, reason: str) -> Compr
 
 
 def _sizes(shape: Shape) -> Sequence[tuple[int, int]]:
-    """Other sizes: larger ones first, from the nearest on."""
+    """Return other sizes: larger ones first, the closest first."""
     larger = [size for size in _SIZES if size > max(shape[1:])]
     smaller = [size for size in reversed(_SIZES) if size < min(shape[1:])]
     return [(size, size) for size in (*larger, *smaller)]
@@ -208,7 +210,7 @@ def _runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
     try:
         with torch.no_grad():
             model(torch.zeros(1, *shape))
-    except Exception:  # whatever the network's code raises: it does not run on this
+    except Exception:  # the network's code may raise anything: it does not run on this input
         return False
     return True
 
@@ -249,7 +251,7 @@ def _other_output(name: str, given: str, advice: str) -> CompressorError:
 
 
 def _parts(out: Any) -> tuple[str, str]:
-    """How to reach the first tensor (rows, columns) in an output of several parts, and all parts in words."""
+    """Return how to access the first tensor (rows, columns) in an output of several parts, and all parts in words."""
     if isinstance(out, Mapping):
         items = [(f"[{key!r}]", value) for key, value in out.items()]
     elif isinstance(out, (list, tuple)):

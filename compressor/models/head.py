@@ -1,4 +1,4 @@
-"""The head of a classifier: the layer that makes its output, found by running the network, and one of another size."""
+"""Find the layer that computes a classifier's output by running the network, and replace it by another size."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass
 class Makers:
-    """What a network's output is made of, without what lies before the last layer on each way.
+    """Layers and parameters that compute a network's output, without what comes before the last layer on each path.
 
     Attributes:
-        layers: name of a linear or convolutional layer -> its outputs.
-        parameters: names of other parameters on the way: scales, or the weights of layers of the user's own.
+        layers: Name of a linear or convolutional layer -> its outputs.
+        parameters: Names of other parameters on the path: scales, or the weights of the user's own layers.
     """
 
     layers: dict[str, int] = field(default_factory=dict)
     parameters: list[str] = field(default_factory=list)
 
     def heads(self, outputs: int) -> list[str]:
-        """The layers whose outputs are the network's, channel by channel."""
+        """Return the layers whose outputs are the network's, channel by channel."""
         return [name for name, channels in self.layers.items() if channels == outputs]
 
 
 class Recorder:
-    """Follows the layers of a network while it runs once, so that `makers` can tell which of them made its output.
+    """Follows the layers of a network while it runs once, so that `makers` can find the ones that compute its output.
 
-    Every output of a layer starts a graph of gradients of its own, so that the way back from the network's output
-    ends at the last layers, whatever lies before them and whether or not their parameters are trained.
+    Every output of a layer starts a new autograd graph, so that the path back from the network's output ends at the
+    last layers, whatever comes before them and whether or not their parameters require gradients.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,7 +73,7 @@ class Recorder:
         return note
 
     def makers(self, output: Tensor) -> Makers:
-        """What the output of a watched run is made of."""
+        """Return the layers and parameters that compute the output of a recorded run."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         found, seen, stack = Makers(), set(), [output.grad_fn]
         while stack:
@@ -85,7 +85,7 @@ class Recorder:
                 name, channels = self._made[node]
                 found.layers.setdefault(name, channels)
                 continue
-            variable = getattr(node, "variable", None)  # of the nodes at which parameters enter
+            variable = getattr(node, "variable", None)  # of the nodes where parameters enter
             if variable is not None and id(variable) in names:
                 found.parameters.append(names[id(variable)])
             stack.extend(before for before, _ in node.next_functions)
@@ -93,10 +93,10 @@ class Recorder:
 
 
 def single_head(name: str, makers: Makers, outputs: int, num_classes: int) -> str:
-    """The one layer that must change for a network to have other classes.
+    """Return the one layer that must change for another number of classes.
 
     Raises:
-        CompressorError: no single layer makes the output.
+        CompressorError: No single layer computes the output.
     """
     heads = makers.heads(outputs)
     if len(heads) == 1:
@@ -105,23 +105,23 @@ def single_head(name: str, makers: Makers, outputs: int, num_classes: int) -> st
     advice = "Have the factory accept num_classes and build the network for them."
     if heads:
         raise CompressorError(
-            f"{said}, and several layers make them together: {', '.join(sorted(heads))}.", advice
+            f"{said}, and several layers compute them together: {', '.join(sorted(heads))}.", advice
         )
     parts = [
         *(f"{layer} ({channels} outputs)" for layer, channels in makers.layers.items()),
         *makers.parameters,
     ]
     made = f": they come from {', '.join(parts[:4])}" if parts else ""
-    raise CompressorError(f"{said}, and no single linear or convolutional layer makes them{made}.", advice)
+    raise CompressorError(f"{said}, and no single linear or convolutional layer computes them{made}.", advice)
 
 
 def replace_head(model: nn.Module, name: str, num_classes: int) -> None:
-    """Put a fresh layer of `num_classes` outputs in the place of layer `name`, in situ.
+    """Replace layer `name` by a new one with `num_classes` outputs, in place.
 
-    Bias, type and every other setting stay. Attributes called `num_classes` that hold the old number follow.
+    Bias, type and all other settings stay. Attributes called `num_classes` with the old number are updated.
 
     Raises:
-        CompressorError: there is no such layer, or it is grouped.
+        CompressorError: There is no such layer, or it is grouped.
     """
     modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     old = modules.get(name)
@@ -158,7 +158,7 @@ def _resized(old: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, outputs: int) -
     )
     if type(old) in LAYERS or computed:
         return plain.train(old.training)
-    # A layer of the user's own class, such as one that normalises its weights: its forward stays.
+    # A layer of the user's own class, such as one that normalizes its weights: its forward stays.
     new = copy.deepcopy(old)
     new._parameters.update(plain._parameters)
     setattr(new, "out_features" if isinstance(old, nn.Linear) else "out_channels", outputs)

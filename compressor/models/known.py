@@ -1,8 +1,8 @@
-"""Which factories of networks this user has run on this machine.
+"""Record which network factories this user has run on this machine.
 
 A run's folder may come from somebody else, and its recipe names the factory of its network. Commands that read a
-finished run import a factory only where this user has begun a run with the same reference and the same module file
-before, as a list in the cache folder says, or names it now.
+finished run import a factory only if this user has started a run with the same reference and the same module file
+before, according to a list in the cache folder, or names it now.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ _FILE = "factories.json"
 
 
 def remember_factory(name: str) -> None:
-    """Note that the user runs the factory `package.module:factory`; other names need no note."""
+    """Record that the user runs the factory `package.module:factory`; other names need no record."""
     if not is_users(name) or (place := _module_file(name)) is None:
         return
     known = _read()
     if place in known.get(name, []):
         return
-    with suppress(CompressorError):  # without a cache the commands ask for the name
+    with suppress(CompressorError):  # without a cache the commands require the name
         write_atomic(
             cache_folder() / _FILE, json.dumps({**known, name: [*known.get(name, []), place]}, indent=1)
         )
 
 
 def allowed_factory(name: str, given: str | None, folder: Path) -> str:
-    """The factory with which the network of the run in `folder` is built.
+    """Return the factory that builds the network of the run in `folder`.
 
     Args:
-        name: as the run's files have it.
-        given: as the user gave it with the command, if at all.
-        folder: of the run.
+        name: Name in the run's files.
+        given: Name that the user gave with the command, if any.
+        folder: Folder of the run.
 
     Raises:
-        CompressorError: it is code of a user's that neither was run here before nor is named now.
+        CompressorError: It is user code that was neither run here before nor named now.
     """
     if given is not None:
         return given
@@ -51,13 +51,13 @@ def allowed_factory(name: str, given: str | None, folder: Path) -> str:
         return name
     raise CompressorError(
         f"The network of {folder} is built by {name[:200]!r}, Python code that was not run from here before; code that "
-        "only a file names is not imported.",
+        "is named only in a file is not imported.",
         f"If you trust it, name it, in the folder of its module: --factory {name[:200]}",
     )
 
 
 def _module_file(name: str) -> str | None:
-    """The file of the outermost package or module of a reference, as it would be imported from here; none is run."""
+    """Return the file of a reference's outermost package or module, as it would be imported from here; run none."""
     top = name.partition(":")[0].partition(".")[0]
     found = PathFinder.find_spec(top, [os.getcwd(), *sys.path])
     if found is None:

@@ -1,4 +1,4 @@
-"""What a model's name stands for, and the nearest names where it stands for nothing."""
+"""Resolve model names, and suggest the nearest names for an unknown one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OTHER_TASKS = {
     "quantization": "a network of quantised operators",
     "optical_flow": "a network for optical flow",
 }
-"""Modules of torchvision.models beside its classifiers, and what their networks are."""
+"""Modules of torchvision.models besides its classifiers, and the kind of their networks."""
 
 
 def resolve(name: str) -> tuple[str, str]:
@@ -56,12 +56,12 @@ def resolve(name: str) -> tuple[str, str]:
 
 
 def is_users(name: str) -> bool:
-    """Whether a name stands for code of the user's, which is imported only where the user names it."""
+    """Return whether a name is the user's own code, which is imported only if the user names it."""
     return ":" in name and not name.startswith(TIMM) and not _is_torchvision_class(name)
 
 
 def _is_torchvision_class(name: str) -> bool:
-    """Whether a name is that of a class which torchvision defines beside one of its classifiers."""
+    """Return whether a name is that of a class which torchvision defines beside one of its classifiers."""
     module, _, attribute = name.partition(":")
     if not module.startswith("torchvision.models."):
         return False
@@ -87,7 +87,7 @@ def _refuse_other_tasks(name: str) -> None:
 
 
 def torchvision_names() -> list[str]:
-    """The classifiers of torchvision."""
+    """Return the classifiers of torchvision."""
     import torchvision
 
     return list(torchvision.models.list_models(module=torchvision.models))
@@ -100,7 +100,7 @@ def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 def _timm_name(name: str) -> str:
-    """A name of timm's registry, with the tag of its weights where there is one; no other source that timm knows."""
+    """Return a name of timm's registry, with the tag of its weights if there is one; reject timm's other sources."""
     try:
         import timm
         from timm.models import get_arch_pretrained_cfgs
@@ -132,18 +132,19 @@ def call_named_factory(name: str, num_classes: int) -> tuple[nn.Module, bool]:
 
 
 def call_factory(factory: Callable[..., Any], what: str, num_classes: int) -> tuple[nn.Module, bool]:
-    """A network from a factory, and whether the factory was given `num_classes`; it is called without where it takes
-    none.
+    """Return a network from a factory, and whether the factory received `num_classes`.
+
+    A factory that does not accept `num_classes` is called without it.
 
     Args:
-        factory: a function or a class of modules.
-        what: how messages call it.
-        num_classes: outputs of the network.
+        factory: Function, or class of modules.
+        what: Name of the factory in messages.
+        num_classes: Outputs of the network.
 
     Raises:
-        CompressorError: it cannot be called so, raises, or returns no module.
+        CompressorError: It cannot be called this way, raises, or does not return a module.
     """
-    # A builtin such as os.abort is no factory.
+    # A builtin such as os.abort is not a factory.
     if not callable(factory) or inspect.isbuiltin(factory):
         raise CompressorError(
             f"{what} is a {type(factory).__name__}, expected a function or a class of modules.",
@@ -162,7 +163,7 @@ def call_factory(factory: Callable[..., Any], what: str, num_classes: int) -> tu
     ]
     if others := [p for p in required if p != "num_classes"]:
         raise CompressorError(
-            f"{what} wants the arguments {', '.join(others)}; only num_classes is given.",
+            f"{what} requires the arguments {', '.join(others)}; only num_classes is given.",
             "Give them defaults, or wrap the factory in a function of your own.",
         )
     try:
@@ -171,7 +172,7 @@ def call_factory(factory: Callable[..., Any], what: str, num_classes: int) -> tu
         except TypeError:
             if named or not takes:
                 raise
-            model, takes = factory(), False  # its **keywords are for other things
+            model, takes = factory(), False  # its **keywords are for other arguments
     except CompressorError:
         raise
     except (Exception, SystemExit) as error:  # the factory's code may raise anything

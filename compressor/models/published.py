@@ -1,4 +1,4 @@
-"""What timm and torchvision publish about a network's weights: how their images are prepared, how accurate they are."""
+"""Published facts of timm's and torchvision's weights: their preprocessing and accuracy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from compressor.models.names import resolve
 
 @dataclass(frozen=True)
 class Published:
-    """A library's word on the weights of a network.
+    """Published facts of a network's weights.
 
     Attributes:
-        origin: Whose word it is.
+        origin: Source of the facts.
         preprocessing: size, mean, std, crop_share, interpolation and resize, as `data.Preprocessing` names them.
-        accuracy: Top-1 share of its default weights on ImageNet's validation images, 0..1; None where it is not said.
+        accuracy: Top-1 share of its default weights on ImageNet's validation images, 0..1; None if not stated.
     """
 
     origin: str
@@ -25,10 +25,10 @@ class Published:
 
 
 def published(name: str) -> Published | None:
-    """What is published about a network's weights, without fetching them; None for our own and the user's networks.
+    """Return what is published about a network's weights, without downloading; None for networks of no library.
 
     Raises:
-        CompressorError: there is no such network.
+        CompressorError: There is no such network.
     """
     source, inner = resolve(name)
     if source == "timm":

@@ -1,4 +1,4 @@
-"""Weights from files, fitted to a network or refused with the reason."""
+"""Load weight files into a network, or report why they do not fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compressor.core.errors import CompressorError
 from compressor.models.checkpoint import SAVE, Entry, State, entries, is_average, read_file
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Parts of names that torch.compile and the wrappers of distributed training put in, at any depth."""
+"""Parts of names that torch.compile and the wrappers of distributed training insert, at any depth."""
 
 _LEFTOVERS = frozenset({"total_ops", "total_params", "n_averaged"})
 """Counters that thop and torch's AveragedModel leave in state dicts."""
@@ -22,7 +22,7 @@ _LEFTOVERS = frozenset({"total_ops", "total_params", "n_averaged"})
 _SHOWN = 3
 
 FRESH_HEAD = "compressor_fresh_head"
-"""Attribute of a network whose weights were for other classes, so that its last layer starts untrained."""
+"""Attribute of a network whose weights were for other classes, so that its last layer is untrained."""
 
 Heads = Callable[[], Collection[str]]
 Say = Callable[[str], None]
@@ -35,21 +35,21 @@ def load_weights(
     heads: Heads | None = None,
     say: Say = progress.say,
 ) -> None:
-    """Load a file of weights into `model`, in situ.
+    """Load a file of weights into `model`, in place.
 
-    Where averages over training lie beside the weights as they were trained, the averages are taken, and that is said.
-    Names may stand under a prefix (`module.`, `model.`, `net.`, ...): that which holds the whole network is found.
+    If the file has averages over training beside the trained weights, the averages are used, with a message.
+    Names may have a prefix (`module.`, `model.`, `net.`, ...): the one with the whole network is found.
 
     Args:
-        model: on the CPU.
-        path: .safetensors, or what `torch.save` wrote; `read_file` says what may lie in it.
-        num_classes: of the model.
-        heads: gives the names of the layers that make the output, which alone may be of other classes and then stay
-            fresh; asked for only where shapes differ. None allows no difference.
-        say: takes a sentence about what was taken.
+        model: Network on the CPU.
+        path: .safetensors, or a `torch.save` file; `read_file` says what it may hold.
+        num_classes: Outputs of the model.
+        heads: Returns the names of the layers that compute the output, which may be of other classes and then stay
+            untrained; called only if shapes differ. None allows no difference.
+        say: Receives a sentence about what was used.
 
     Raises:
-        CompressorError: the file cannot be read, holds something else, or does not fit; the model is unchanged then.
+        CompressorError: The file cannot be read, holds something else, or does not fit; the model is then unchanged.
     """
     found = entries(read_file(path), path)
     own = model.state_dict()
@@ -60,10 +60,10 @@ def load_weights(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, by the names of the network that was saved: the average where there is one.
+    """Return the state dict in a file, by the names of the saved network: the average if there is one.
 
     Raises:
-        CompressorError: the file cannot be read, or holds anything but finite tensors.
+        CompressorError: The file cannot be read, or holds anything but finite tensors.
     """
     entry = entries(read_file(path), path)[0]
     tensors = {key: _dense(key, value, str(path)) for key, value in entry.state.items()}
@@ -82,10 +82,10 @@ def fit_state(
     heads: Heads | None = None,
     say: Say = progress.say,
 ) -> None:
-    """Copy `state`, whose names are the model's, into it; `heads` and `say` as in `load_weights`.
+    """Copy `state`, which has the model's names, into it; `heads` and `say` as in `load_weights`.
 
     Raises:
-        CompressorError: other keys are missing, unexpected or of another shape; the model is unchanged then.
+        CompressorError: Other keys are missing, unexpected or of another shape; the model is then unchanged.
     """
     _fit(model, state, origin, num_classes, heads, say)
 
@@ -103,14 +103,14 @@ class _Aligned:
 
     @property
     def where(self) -> str:
-        """Its place in the file, for people."""
+        """Position in the file, for messages."""
         return (
             ".".join(part for part in (self.entry.where, self.prefix.rstrip(".")) if part) or "the whole file"
         )
 
 
 class _Choice:
-    """Which of a file's state dicts is taken: the first average that fits, else the first that was trained."""
+    """Chooses a file's state dict: the first average that fits, else the first trained one."""
 
     def __init__(self, found: Sequence[Sequence[_Aligned]], own: Mapping[str, Tensor]) -> None:
         every = [each for group in found for each in group]
@@ -121,7 +121,7 @@ class _Choice:
         chosen = next((each for each in averages if _fits(_completed(each, raw, own), own)), None)
         if chosen is not None:
             beside = f", not those of the last step beside them ({raw.where})" if raw is not None else ""
-            self.notes.append(f"the weights averaged over training ({chosen.where}) are taken{beside}.")
+            self.notes.append(f"the weights averaged over training ({chosen.where}) are used{beside}.")
             completed = _completed(chosen, raw, own)
             if completed is not chosen and raw is not None:
                 self.notes.append(f"the average has no running statistics; they are those of {raw.where}.")
@@ -129,7 +129,7 @@ class _Choice:
         elif raw is not None:
             if averages:
                 self.notes.append(
-                    f"the averaged weights ({averages[0].where}) do not fit the network; {raw.where} is taken."
+                    f"the averaged weights ({averages[0].where}) do not fit the network; {raw.where} is used."
                 )
             chosen = raw
         else:
@@ -146,7 +146,7 @@ def _fits(found: _Aligned, own: Mapping[str, Tensor]) -> bool:
 
 
 def _completed(average: _Aligned, raw: _Aligned | None, own: Mapping[str, Tensor]) -> _Aligned:
-    """An average of the parameters alone, with the buffers that were trained beside it."""
+    """Complete an average of the parameters with the buffers that were trained beside it."""
     if raw is None or not average.missing:
         return average
     if not all(key.rpartition(".")[2] in _STATISTICS and key in raw.state for key in average.missing):
@@ -159,7 +159,7 @@ _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
 def _renamed(model: nn.Module, entry: Entry) -> Entry:
-    """The entry under the names that the model's own hooks for older state dicts give it (weight norm's, say)."""
+    """Rename the entry with the model's own hooks for older state dicts (for example weight norm's)."""
     state = {_unwrapped(key): value for key, value in entry.state.items()}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -173,7 +173,7 @@ def _unwrapped(key: str) -> str:
 
 
 def _aligned(entry: Entry, own: Mapping[str, Tensor]) -> list[_Aligned]:
-    """The ways to see the model's names in an entry: under the prefixes that hold most of them, averages first."""
+    """Return the matches of the model's names in an entry: under the prefixes with most of them, averages first."""
     state = {
         key: value
         for key, value in entry.state.items()
@@ -183,12 +183,12 @@ def _aligned(entry: Entry, own: Mapping[str, Tensor]) -> list[_Aligned]:
     most = max(counts.values(), default=0)
     best = [prefix for prefix, count in counts.items() if count == most]
     best.sort(key=lambda prefix: (not is_average(prefix), prefix != "", len(prefix)))
-    if any(map(is_average, best)):  # one state dict that holds a network and its average, each under a prefix
+    if any(map(is_average, best)):  # one state dict with a network and its average, each under a prefix
         best = [*(prefix for prefix in best if is_average(prefix)), *(p for p in best if not is_average(p))]
     elif "" not in best and len(best) > 1 and most == len(own):
         raise CompressorError(
             f"The weights hold several such networks, under {', '.join(best[:5])}.",
-            f"Write the one that is wanted into a file of its own. {SAVE}",
+            f"Save the one that you need in a file of its own. {SAVE}",
         )
     else:
         best = best[:1]
@@ -215,7 +215,7 @@ def _prefixes(state: State, own: Mapping[str, Tensor]) -> list[str]:
 
 
 def _dense(key: str, value: object, origin: str) -> Tensor:
-    """A plain tensor with values, or the refusal of what a file has in its place."""
+    """Return a plain tensor with values, or raise an error for anything else."""
     if not isinstance(value, Tensor):
         raise CompressorError(
             f"{origin} should hold tensors only, but {key} is a {type(value).__name__}.", SAVE
@@ -232,7 +232,7 @@ def _dense(key: str, value: object, origin: str) -> Tensor:
 
 
 def _check_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Refuse weights that are no numbers; of expanded tensors only what lies in memory is looked at."""
+    """Raise an error for weights that are not finite; of expanded tensors only the stored values are checked."""
     broken = []
     for key, tensor in tensors.items():
         if tensor.is_floating_point() or tensor.is_complex():
@@ -242,7 +242,7 @@ def _check_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
     if broken:
         raise CompressorError(
             f"{origin} holds NaN or infinite numbers in {some(broken)}.",
-            "Take a checkpoint from before they appeared.",
+            "Use a checkpoint from before they appeared.",
         )
 
 
@@ -262,7 +262,7 @@ def _fit(
     }
     left = {key for keys in fresh.values() for key in keys}
     shaped = [key for key in misfits if key not in left]
-    # Checkpoints from before torch 0.4.1 do not count their batches; nothing that we do needs the count.
+    # Checkpoints from before torch 0.4.1 do not count their batches; the count is not needed here.
     missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in given if key not in own]
     typed = [
@@ -273,7 +273,7 @@ def _fit(
     if missing or unexpected or shaped or typed:
         raise CompressorError(
             f"{origin} does not fit the model: {_misfit(own, given, missing, unexpected, shaped, typed)}.",
-            "Give the weights of this very architecture, or --weights none.",
+            "Use weights of exactly this architecture, or --weights none.",
         )
     fitting = {key: value for key, value in given.items() if key not in left}
     _check_finite(fitting, origin)
@@ -285,7 +285,7 @@ def _fit(
 
 
 def _of_other_classes(pairs: Sequence[tuple[Tensor, Tensor]], num_classes: int) -> bool:
-    """Whether tensors (own, given) of a layer differ in the number of classes alone, which is their first axis."""
+    """Return whether tensors (own, given) of a layer differ in the number of classes alone, their first axis."""
     return bool(pairs) and all(
         mine.dim() > 0
         and mine.dim() == other.dim()
@@ -318,6 +318,6 @@ def _misfit(
 
 
 def some(items: Sequence[str]) -> str:
-    """The first of many names, and how many more there are."""
+    """Format the first of many names, and the number of the remaining ones."""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return ", ".join(item[:200] for item in items[:_SHOWN]) + more

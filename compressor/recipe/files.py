@@ -18,7 +18,7 @@ def parse_recipe(fields: Mapping[str, Any], source: str) -> Recipe:
     """Validate the fields of a recipe.
 
     Raises:
-        CompressorError: every field that is wrong is named, with `source`, what came and what was expected.
+        CompressorError: Names every invalid field with `source`, the value and what was expected.
     """
     return validated(Recipe, fields, source)
 
@@ -27,7 +27,7 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe's YAML file.
 
     Raises:
-        CompressorError: the file is missing or no YAML, or a field is wrong (file and field are named).
+        CompressorError: The file is missing or not YAML, or a field is invalid (file and field are named).
     """
     if not path.exists():
         raise CompressorError(
@@ -42,14 +42,14 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def shipped(folder: str) -> Path:
-    """Where `recipes` or `latency_tables` lie: in the installed package, or beside it in a source tree."""
+    """Return the path of `recipes` or `latency_tables`: in the installed package, or beside it in a source tree."""
     here = Path(__file__).resolve().parent.parent
     inside = here / f"_{folder}"
     return inside if inside.is_dir() else here.parent / folder
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the toolkit: name -> file; those of a sub-folder are FOLDER/NAME and come last."""
+    """Return the shipped recipes: name -> file; those of a sub-folder are FOLDER/NAME and come last."""
     folder = shipped("recipes")
     found = [path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml")]
     return {
@@ -59,10 +59,10 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by path or by a shipped one's name.
+    """Return the file of a recipe given by path or by a shipped one's name.
 
     Raises:
-        CompressorError: there is none; the nearest names are given.
+        CompressorError: There is none; the nearest names are given.
     """
     path = Path(name)
     if path.exists():

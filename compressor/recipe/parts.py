@@ -15,7 +15,7 @@ class Part(BaseModel):
 
 
 def _numbers(value: Any) -> Any:
-    """A list of numbers from what a flag holds: "0.5,0.5,0.5", or a single number for every channel."""
+    """Parse a list of numbers from a flag: "0.5,0.5,0.5", or a single number for every channel."""
     if isinstance(value, str) and value.isascii():
         return [part.strip() for part in value.strip("[]()").split(",")]
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
@@ -29,8 +29,8 @@ Numbers = Annotated[
 
 
 class Data(Part):
-    """What the network is trained and tested on, and how images are prepared for it. What is left out is what the
-    network's weights were trained with, as timm or torchvision publish it, else what is usual for ImageNet."""
+    """Data for training and test, and its preprocessing. Fields without a value follow the preprocessing of the weights
+    as published by timm or torchvision, else the usual one for ImageNet."""
 
     source: str = Field(
         "digits", description="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH or imagenet:PATH."
@@ -66,7 +66,7 @@ class Data(Part):
 
 
 class Budgets(Part):
-    """What the slim network must keep; all that are given must hold. Percentages are of the dense network."""
+    """Limits of the slim network; all given ones must be met. Percentages are relative to the dense network."""
 
     latency: str | None = Field(None, description="One input's latency on the device: 5ms, 50% or 0.5x.")
     flops: str | None = Field(None, description="Multiply-adds as fvcore counts them: 50%, 0.5x or 2G.")
@@ -86,7 +86,7 @@ class Budgets(Part):
     )
 
     def given(self) -> dict[str, str]:
-        """The built-in budgets that were asked for: name -> text."""
+        """Return the built-in budgets that are set: name -> text."""
         names = ("latency", "flops", "params", "memory", "energy")
         return {name: text for name in names if (text := getattr(self, name))}
 
@@ -113,8 +113,8 @@ class Pruning(Part):
 
 
 class RewardWeights(Part):
-    """Exponents of the reward's soft factors: accuracy * (cost / its budget) ** weight. A negative one pays for a
-    network that is cheaper than its budget asks; 0 leaves the cost out."""
+    """Exponents of the reward's soft factors: accuracy * (cost / its budget) ** weight. A negative one rewards a
+    network that is cheaper than its budget; 0 leaves the cost out."""
 
     latency: float = Field(0.0, le=0, ge=-10, description="Weight of the latency, as in -0.07.")
     flops: float = Field(0.0, le=0, ge=-10, description="Weight of the multiply-adds.")
@@ -123,49 +123,49 @@ class RewardWeights(Part):
 
 
 class Search(Part):
-    """How the widths are looked for."""
+    """Search for the widths."""
 
     epochs_share: Share | None = Field(
         None,
-        description="Share of the epochs that the dense weights are trained for, while or before the widths are "
-        "looked for; the slim network has the rest. Left out: 0.6 from scratch; of pretrained weights a third for "
+        description="Share of the epochs for training the dense weights, before or during the search for the widths; "
+        "the slim network has the rest. By default: 0.6 from scratch; with pretrained weights a third for "
         "agents that train jointly, none for others.",
     )
     max_evaluations: Positive = Field(
         200,
-        description="The most networks that may be scored in the search, and each time that it goes on later.",
+        description="Maximum number of networks scored in the search, and in each later continuation of it.",
     )
     max_seconds: float | None = Field(
         None,
         gt=0,
-        description="The longest time that the search may take, training in it included; what is begun then is ended.",
+        description="Time limit of the search in seconds, including its training; started work is finished.",
     )
     workers: Positive | Annotated[str, Field(pattern=r"^([0-9]{1,18}|ray://\S+)$")] = Field(
         1,
-        description="Processes that score candidates side by side: a number, or ray://host:port for a Ray cluster.",
+        description="Processes that score candidates in parallel: a number, or ray://host:port for a Ray cluster.",
     )
     threads: Positive | None = Field(
         None,
-        description="Threads that score one candidate. Accuracies agree to the last digit between numbers of workers "
-        "where this agrees; left out: all cores for one worker, the cores shared out for several, one on Ray.",
+        description="Threads that score one candidate. Accuracies are bit-identical for any number of workers if this "
+        "is equal; by default: all cores for one worker, an equal share for several, one on Ray.",
     )
     evaluation_seconds: float = Field(
         1800.0,
         gt=0,
-        description="The longest that a worker may take for one candidate before it is replaced.",
+        description="Time limit of a worker for one candidate in seconds; after it the worker is replaced.",
     )
     batch_norm_batches: Positive | None = Field(
         None,
         description="Batches of 128 from which batch-norm statistics are re-estimated before a network is scored; "
-        "left out: 3 on digits, else 10.",
+        "by default: 3 on digits, else 10.",
     )
     search_images: Positive | None = Field(
-        2000, description="The most images of the search split that score a network; null for all of them."
+        2000, description="Maximum number of images of the search split that score a network; null for all."
     )
     brief_iterations: Annotated[int, Field(ge=0)] = Field(
         0,
         description="Training steps on each candidate before it is scored, from the dense weights each time; for "
-        "budgets at which networks that are only cut all score near chance. Needs one worker.",
+        "budgets at which untrained slim networks all score near chance. Needs one worker.",
     )
     reward: RewardWeights = Field(
         RewardWeights(),
@@ -177,8 +177,8 @@ class Search(Part):
     align_weight: float = Field(1e-4, ge=0, description="Weight of the alignment term; 0 turns it off.")
     context_size: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="Numbers of the state of the joint agent's environment model, which describes the changing reward; "
-        "0 turns it off. Left out: 128, as published.",
+        description="Size of the state of the joint agent's environment model, which describes the changing reward; "
+        "0 turns it off. By default: 128, as published.",
     )
     settings: dict[str, int | float | bool | str | tuple[int, ...]] = Field(
         {}, description="Numbers of the agent's method that differ from its own defaults (docs/method/agents.md)."
@@ -186,7 +186,7 @@ class Search(Part):
 
 
 class Training(Part):
-    """How the weights are trained; fields left out follow from the data and from the weights at the start."""
+    """Training of the weights; fields without a value follow from the data and from the initial weights."""
 
     batch_size: Positive | None = Field(None, description="Images in a training step.")
     learning_rate: float | None = Field(None, gt=0, description="Highest learning rate of the first phase.")
@@ -215,36 +215,36 @@ class Training(Part):
 
 
 class Contract(Part):
-    """How the promise in milliseconds is kept."""
+    """How the latency target is verified by measurement."""
 
     margin: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.015,
-        description="The search aims this share below the latency target, so that noise does not break it.",
+        description="Margin below the latency target that the search aims at, as a share, against noise.",
     )
     max_rounds: Positive = Field(
         6,
-        description="The most measurements of plans; until then a latency that is missed, or kept by far, sends the "
-        "search on. A plan found earlier that takes the place of one that missed is measured once more.",
+        description="Maximum number of measurements of plans; until then the search continues after a latency that "
+        "misses its target or is far below it. An earlier plan that replaces one that missed is measured once more.",
     )
     repeats: Positive = Field(
         5,
-        description="Pairs of processes in which the dense and the slim network are timed in turns where no latency is "
-        "asked for. Where one is, as many are timed as it takes to tell whether it is kept.",
+        description="Pairs of processes in which the dense and the slim network are timed in turns if there is no "
+        "latency budget. With one, pairs are timed until it is decided.",
     )
     seconds: float = Field(
-        90.0, gt=0, description="The longest that one measurement may take before it is called undecided."
+        90.0, gt=0, description="Time limit of one measurement in seconds; after it the result is undecided."
     )
     accept_predicted: bool = Field(
         False,
-        description="Whether a budget that is only predicted, as on a device that is not reached, ends with exit code "
-        "0; else with 4.",
+        description="Whether a budget that is only predicted, as on a device that cannot be reached, ends with exit "
+        "code 0; else with 4.",
     )
 
 
 class Export(Part):
-    """What is written for the device."""
+    """Files for the device."""
 
     opset: Annotated[int, Field(ge=13, le=20)] = Field(17, description="ONNX operator set.")
     tolerance: float = Field(1e-4, gt=0, description="Largest difference allowed between ONNX and torch.")
-    max_drop: float = Field(1.0, ge=0, lt=100, description="Points of accuracy that fp16 or int8 may lose.")
-    engine: bool = Field(True, description="Whether to build an engine where a builder is installed.")
+    max_drop: float = Field(1.0, ge=0, lt=100, description="Percentage points that fp16 or int8 may lose.")
+    engine: bool = Field(True, description="Whether to build an engine if a builder is installed.")

@@ -18,14 +18,14 @@ SEARCH_RATES = {True: 0.01, False: 0.05}
 FINETUNE_RATE = 0.02
 
 CONTEXT_SIZE = 128
-"""Numbers of the joint agent's environment model, as published."""
+"""State size of the joint agent's environment model, as published."""
 
 AgentName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,99}$")]
 """Which agents there are is known where agents are: a name that none has is refused before a run begins."""
 
 
 def _with_source(value: Any) -> Any:
-    """A part from text alone, which is its source."""
+    """Convert text alone to a part with that source."""
     if isinstance(value, str):
         return {"source": value}
     if not isinstance(value, (Mapping, Data)):
@@ -34,7 +34,7 @@ def _with_source(value: Any) -> Any:
 
 
 class Recipe(Part):
-    """A whole run: which network, on which data, within which budget, found how."""
+    """A complete run: network, data, budgets and search."""
 
     model: str = Field(
         description="a torchvision name, timm:NAME, cifar_resnet20 to cifar_resnet110, or module:factory."
@@ -42,15 +42,15 @@ class Recipe(Part):
     weights: str = Field(
         "default",
         description="default, none, or a file with a state dict. On digits default trains from scratch; for networks "
-        "whose default weights nobody publishes (cifar_*, module:factory) it is none.",
+        "without published default weights (cifar_*, module:factory) it is none.",
     )
     data: Annotated[Data, BeforeValidator(_with_source)] = Field(
         Data(), description="Images and how they are prepared; text alone is the source, such as folder:PATH."
     )
     image_size: Positive | None = Field(
         None,
-        description="Height and width of an input in pixels; left out: 32 for digits, CIFAR and cifar_* networks; for "
-        "a folder its images' own where they are small and alike; else what the weights were trained with, or 224.",
+        description="Height and width of an input in pixels; by default: 32 for digits, CIFAR and cifar_* networks; "
+        "for a folder its images' own if they are small and equal; else that of the weights' training, or 224.",
     )
     device: str = Field("local", description="local, the name of a latency table, or ssh://user@host.")
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
@@ -64,19 +64,19 @@ class Recipe(Part):
     )
     accept_dense: bool = Field(
         False,
-        description="Whether to go on with given weights that score no better than guessing, or far below what is "
-        "published of them.",
+        description="Whether to continue with given weights that are no better than guessing, or far below their "
+        "published accuracy.",
     )
     epochs: Positive | None = Field(
-        None, description="All the training there is, search and fine-tuning together; left out: by the data."
+        None, description="Total number of training epochs, search and fine-tuning together; by default: by the data."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of everything random.")
-    budgets: Budgets = Field(Budgets(), description="What the slim network must keep.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of all random numbers.")
+    budgets: Budgets = Field(Budgets(), description="Limits of the slim network.")
     pruning: Pruning = Field(Pruning(), description="What may be removed.")
-    search: Search = Field(Search(), description="How the widths are looked for.")
+    search: Search = Field(Search(), description="Search for the widths.")
     training: Training = Field(Training(), description="How the weights are trained.")
-    contract: Contract = Field(Contract(), description="How the latency promise is kept.")
-    export: Export = Field(Export(), description="What is written for the device.")
+    contract: Contract = Field(Contract(), description="How the latency target is verified by measurement.")
+    export: Export = Field(Export(), description="Files for the device.")
 
     @property
     def data_kind(self) -> str:
@@ -92,7 +92,7 @@ class Recipe(Part):
         )
 
     def resolved(self) -> Recipe:
-        """The same recipe with every field filled in that follows from others."""
+        """Return the same recipe with every field filled in that follows from others."""
         own = self.model.startswith("cifar_")
         small = self.data_kind in ("digits", "cifar10", "cifar100") or own
         scratch_epochs = {"digits": 20, "imagenet": 90}.get(self.data_kind, 60)
@@ -130,15 +130,15 @@ class Recipe(Part):
         )
 
     def _context_size(self) -> int | None:
-        """Other agents have no environment model: theirs stays open, for a joint one that takes the recipe up."""
+        """Return the environment model's size; None for other agents, so that a joint one can set it later."""
         given = self.search.context_size
         return CONTEXT_SIZE if given is None and self.agent == "joint" else given
 
     def changed(self, overrides: Mapping[str, Any], source: str = "the command line") -> Recipe:
-        """The recipe with some fields replaced; nested parts are merged field by field.
+        """Return the recipe with some fields replaced; nested parts are merged field by field.
 
         Raises:
-            CompressorError: an override does not fit its field.
+            CompressorError: An override does not fit its field.
         """
         plain = dict(overrides)
         if isinstance(plain.get("data"), str):  # a source alone leaves the preprocessing as it is
@@ -146,7 +146,7 @@ class Recipe(Part):
         return validated(Recipe, merged(self.model_dump(mode="json"), plain), source)
 
     def to_yaml(self) -> str:
-        """The recipe as YAML that `load_recipe` reads back as the same recipe."""
+        """Return the recipe as YAML that `load_recipe` reads back as the same recipe."""
         return write_yaml(self.model_dump(mode="json"))
 
 
@@ -154,12 +154,12 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def _own_precision(cpu_info: Path | None = None) -> str:
-    """bf16 where this CPU has matrix units for it (AMX), in which training is about three times as fast; else no.
+    """Return bf16 if this CPU has matrix units for it (AMX), which make training about three times as fast; else no.
 
     avx512_bf16 alone does not count: with its dot products a training step took 1.0 to 1.7 times as long as in float32.
 
     Args:
-        cpu_info: what Linux says of the CPU; where it cannot be read, nothing is assumed. None for `CPU_INFO`.
+        cpu_info: Linux's description of the CPU; if it cannot be read, the result is no. None for `CPU_INFO`.
     """
     try:
         content = (cpu_info or CPU_INFO).read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""From fields to a validated model, with every field that is wrong named; and fields laid over others."""
+"""Validate fields against a model, naming every invalid one, and merge overrides into fields."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validated(kind: type[Model], fields: Mapping[str, Any], source: str) -> Model:
-    """A recipe, or a part of one, of these fields.
+    """Return a recipe, or a part of one, with these fields.
 
     Raises:
-        CompressorError: every field that is wrong is named, with `source`, what came and what was expected.
+        CompressorError: Names every invalid field with `source`, the value and what was expected.
     """
     try:
         return kind.model_validate(dict(fields))
@@ -29,7 +29,7 @@ def validated(kind: type[Model], fields: Mapping[str, Any], source: str) -> Mode
 
 
 def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with some replaced; nested ones are merged field by field."""
+    """Return the fields with some replaced; nested ones are merged field by field."""
     fields = dict(base)
     for key, value in overrides.items():
         inside = fields.get(key)

@@ -1,7 +1,7 @@
-"""YAML as recipes and `--set` are read: plain data of bounded size, and no surprises of YAML 1.1.
+"""Read and write YAML of recipes and `--set`: plain data of bounded size, without YAML 1.1's special cases.
 
-`no`, `off`, dates, `1:30`, `010` and `1_000` are strings here, as in YAML 1.2; `1e-4` is a number. What a field then
-makes of a string is the field's affair: a whole number is read from "1_000", and a switch from "no".
+`no`, `off`, dates, `1:30`, `010` and `1_000` are strings here, as in YAML 1.2; `1e-4` is a number. Each field then
+interprets its string: a whole number is read from "1_000", and a boolean from "no".
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from yaml import MappingNode, Node, SafeLoader
 
 LARGEST_TEXT = 1 << 18
-"""Characters of a recipe; those that ship have some thousands."""
+"""Maximum number of characters of a recipe; the shipped ones have a few thousand."""
 
 DEEPEST = 32
-"""Levels of lists and mappings within each other; a recipe has three."""
+"""Maximum nesting of lists and mappings; a recipe has three levels."""
 
 MOST_VALUES = 10_000
-"""Values in a text, each counted as often as aliases repeat it."""
+"""Maximum number of values in a text, each counted as often as aliases repeat it."""
 
 LONGEST_INTEGER = 20
-"""Digits of an integer; no field takes one that long."""
+"""Maximum number of digits of an integer; no field accepts one that long."""
 
 _TAG = "tag:yaml.org,2002:"
 _RESOLVERS = (
@@ -42,14 +42,14 @@ _RESOLVERS = (
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """The value that a YAML text holds.
+    """Return the value of a YAML text.
 
     Args:
         text: One document.
-        source: What messages call it, such as "The recipe net.yaml".
+        source: Name in messages, such as "The recipe net.yaml".
 
     Raises:
-        CompressorError: it is no YAML, too large, too deep, repeats too much, gives a field twice, or names a type.
+        CompressorError: It is not YAML, too large, too deep, repeats too much, gives a field twice, or names a type.
     """
     import yaml
 
@@ -72,7 +72,7 @@ def read_yaml(text: str, source: str) -> Any:
         syntax = isinstance(error, (yaml.scanner.ScannerError, yaml.parser.ParserError))
         raise CompressorError(
             f"{source} cannot be read as YAML: {short(what, 200)}{where}.",
-            "Text with special characters goes in quotes." if syntax else "",
+            "Put text with special characters in quotes." if syntax else "",
         ) from None
     finally:
         if loader is not None:
@@ -80,11 +80,11 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def write_yaml(fields: dict[str, Any]) -> str:
-    """Plain data as YAML that `read_yaml`, and any other reader of YAML, reads back as it was."""
+    """Return plain data as YAML that `read_yaml`, and any other YAML reader, reads back unchanged."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Quotes what either version of YAML would take for something else than a string."""
+        """Quotes strings that either version of YAML would read as another type."""
 
     for kind, pattern, first in _RESOLVERS:
         Dumper.add_implicit_resolver(_TAG + kind, re.compile(f"(?:{pattern})$"), _first(first))
@@ -97,7 +97,7 @@ def _first(characters: str) -> list[str]:
 
 @functools.cache
 def _loader() -> type[SafeLoader]:
-    """A loader of plain data; made at its first use, so that `compress --help` does without PyYAML."""
+    """Return a loader of plain data; created on first use, so that `compress --help` does not import PyYAML."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -125,7 +125,7 @@ def _loader() -> type[SafeLoader]:
 
 
 def _refuse(what: str, place: Any) -> NoReturn:
-    """Raise for a node or an event."""
+    """Raise the error for a node or an event."""
     import yaml
 
     raise yaml.MarkedYAMLError(None, None, what, place.start_mark)
@@ -160,7 +160,7 @@ def _mapping(loader: SafeLoader, node: MappingNode) -> Iterator[dict[Any, Any]]:
 
 
 def _refuse_expanding(root: Node) -> None:
-    """Refuse a graph of nodes that aliases make endless or too large: a few lines can stand for millions of values."""
+    """Reject a graph of nodes that aliases make endless or too large: a few lines can stand for millions of values."""
     import yaml
 
     sizes: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""The page that says what was done and why, and the table that a run closes with."""
+"""The report page of a run, and the table printed at its end."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a report is made of, read from a run's folder and from nowhere else.
+"""Read a report's input from a run's folder, its only source.
 
-A run may be unfinished, or from an older version: every key may be missing or hold something unexpected. The
-readers here turn that into "not known", so that no later step can print a number that nobody measured.
+A run may be unfinished, or from an older version: every key may be missing or hold an unexpected value. The readers
+here convert that to "not known", so that no later step can print a number that was not measured.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ Manifest = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Collected:
-    """A run as its files tell it.
+    """Content of a run's files.
 
-    `damaged` counts lines of the episode log that are no JSON objects; `sizes` has the bytes of those
-    files that lie in the folder.
+    Attributes:
+        damaged: Number of lines of the episode log that are not JSON objects.
+        sizes: Bytes of the files that exist in the folder.
     """
 
     manifest: Manifest
@@ -41,7 +42,7 @@ def collect(run: Path) -> Collected:
     """Read a run's manifest, episodes and recipe.
 
     Raises:
-        CompressorError: the folder has no manifest, or it is no JSON object.
+        CompressorError: The folder has no manifest, or it is not a JSON object.
     """
     if not (run / MANIFEST).is_file():
         raise CompressorError(
@@ -58,9 +59,9 @@ def collect(run: Path) -> Collected:
 
 
 def read_episodes(path: Path) -> tuple[tuple[Mapping[str, Any], ...], int]:
-    """The episodes of a log and the number of lines that could not be read.
+    """Return the episodes of a log and the number of unreadable lines.
 
-    A last line without its newline is one that a killed run had not finished writing; it counts as neither.
+    A last line without a newline was not finished by a killed run; it counts as neither.
     """
     if not path.is_file():
         return (), 0
@@ -81,31 +82,31 @@ def read_episodes(path: Path) -> tuple[tuple[Mapping[str, Any], ...], int]:
 
 
 def section(source: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The object under `key`, or an empty one."""
+    """Return the object under `key`, or an empty one."""
     value = source.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def rows(source: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """The objects in the list under `key`, or none."""
+    """Return the objects in the list under `key`, or none."""
     value = source.get(key)
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def text(source: Mapping[str, Any], key: str, default: str = "") -> str:
-    """The value under `key` as one word or line; `default` where it is missing or null."""
+    """Return the value under `key` as one word or line; `default` if it is missing or null."""
     value = source.get(key)
     return default if value is None or isinstance(value, dict | list) else str(value)
 
 
 def sentences(source: Mapping[str, Any], key: str) -> list[str]:
-    """The strings in the list under `key`, or none."""
+    """Return the strings in the list under `key`, or none."""
     value = source.get(key)
     return [line for line in value if isinstance(line, str)] if isinstance(value, list) else []
 
 
 def inside(name: str) -> bool:
-    """Whether a file's name from the manifest stays within the run's folder."""
+    """Return whether a file name from the manifest stays within the run's folder."""
     path = Path(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 

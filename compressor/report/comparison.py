@@ -1,4 +1,4 @@
-"""Dense against slim, number by number: the rows that the page and the closing table share."""
+"""Dense against slim, number by number: the rows of the page and of the closing table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from compressor.report.formats import (
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity of both networks; `change` is slim's share of dense, or how far they differ."""
+    """One quantity of both networks; `change` is slim's share of dense, or the difference."""
 
     label: str
     dense: str
@@ -34,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline number: the slim network's value and what it was before."""
+    """A headline number: the slim network's value, and the dense one's for comparison."""
 
     label: str
     value: str
@@ -42,7 +42,7 @@ class Tile:
 
 
 def comparison(manifest: Manifest) -> list[Row]:
-    """Accuracy, latency, MACs, parameters and file sizes, those that the manifest knows of either network."""
+    """Return the rows of accuracy, latency, MACs, parameters and file sizes that the manifest knows."""
     rows = [*_accuracy_rows(manifest), *_latency_rows(manifest), *_cost_rows(manifest)]
     return [row for row in rows if (row.dense, row.slim) != (ABSENT, ABSENT)]
 
@@ -66,7 +66,7 @@ def _accuracy_rows(manifest: Manifest) -> list[Row]:
 
 
 def _exported(accuracy: Manifest) -> str:
-    """The label says so where the exported file was scored on fewer images than the others."""
+    """Return the label of the exported file; it says so if the file was scored on fewer images than the others."""
     images, scored = number(accuracy.get("images")), number(accuracy.get("exported_images"))
     fewer = scored is not None and scored != images
     return f"of the exported ONNX on {scored:,.0f} images" if fewer else "of the exported ONNX"
@@ -108,7 +108,7 @@ def _cost_rows(manifest: Manifest) -> list[Row]:
 
 
 def tiles(manifest: Manifest) -> list[Tile]:
-    """The four numbers that a reader looks for first; those that are not known are left out."""
+    """Return the four most important numbers; unknown ones are left out."""
     latency, accuracy = section(manifest, "latency"), section(manifest, "accuracy")
     dense, slim = section(section(manifest, "cost"), "dense"), section(section(manifest, "cost"), "slim")
     found = [
@@ -128,7 +128,7 @@ def _tile(label: str, slim: Any, dense: Any, shown: Any, better: str) -> Tile | 
     gain = ratio(dense, slim)
     if gain is None:
         return Tile(label, shown(slim), "dense not known")
-    # within half a per cent the two are one number to a reader
+    # within half a per cent, the two count as equal
     if gain > 1.005:
         return Tile(label, shown(slim), f"{significant(gain)}{TIMES} {better} than {shown(dense)}")
     return Tile(label, shown(slim), f"dense {shown(dense)}")

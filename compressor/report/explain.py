@@ -1,4 +1,4 @@
-"""What the numbers mean, in sentences that say only what the manifest holds, or that it does not hold it."""
+"""Sentences that explain the numbers; they use the manifest only, and say so if it lacks a number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAME = 0.02  # two ratios closer than this are called equal: repeated measuremen
 
 
 def accuracy_resolution(manifest: Manifest) -> str:
-    """How coarse the accuracy is: the step that one image of the test split makes."""
+    """Return the resolution of the accuracy: the step of one image of the test split."""
     images = number(section(manifest, "accuracy").get("images"))
     if images is None or images < 1:
         return ""
@@ -32,7 +32,7 @@ def accuracy_resolution(manifest: Manifest) -> str:
 
 
 def measurement(manifest: Manifest) -> str:
-    """On what, with what and how the latency was measured."""
+    """Describe the device, runtime and settings of the latency measurement."""
     latency = section(manifest, "latency")
     if number(latency.get("measured_ms")) is None:
         where = text(latency, "device")
@@ -48,7 +48,7 @@ def measurement(manifest: Manifest) -> str:
 
 
 def prediction_error(manifest: Manifest) -> str:
-    """Predicted beside measured: how far off the table was."""
+    """Compare the predicted with the measured latency."""
     latency = section(manifest, "latency")
     predicted, measured = number(latency.get("predicted_ms")), number(latency.get("measured_ms"))
     if predicted is None or measured is None or predicted <= 0:
@@ -61,7 +61,7 @@ def prediction_error(manifest: Manifest) -> str:
 
 
 def removal(manifest: Manifest) -> str:
-    """How many groups and channels went."""
+    """Describe how many groups and channels were removed."""
     known = [
         (width, kept)
         for group in rows(manifest, "groups")
@@ -75,7 +75,7 @@ def removal(manifest: Manifest) -> str:
 
 
 def speed(manifest: Manifest) -> str:
-    """The share of MACs that is left against the share of latency that is left."""
+    """Compare the remaining share of MACs with the remaining share of latency."""
     cost, latency = section(manifest, "cost"), section(manifest, "latency")
     work = ratio(section(cost, "slim").get("macs"), section(cost, "dense").get("macs"))
     time = ratio(latency.get("measured_ms"), latency.get("dense_ms"))
@@ -89,16 +89,16 @@ def speed(manifest: Manifest) -> str:
     if work >= 1 and time >= 1 - SAME:
         return f"{start}: no work was removed, so no time was saved."
     if abs(time - work) <= SAME:
-        return f"{start}: time fell with the work."
+        return f"{start}: the time fell in proportion to the work."
     if time < work:
-        return f"{start}: time fell further than the work did."
+        return f"{start}: the time fell further than the work."
     if time >= 1:
-        return f"{start}: none of the removed work became time."
-    return f"{start}: {percent((1 - time) / (1 - work), 0)} of the relative saving in MACs arrived as time."
+        return f"{start}: none of the removed work saved time."
+    return f"{start}: {percent((1 - time) / (1 - work), 0)} of the relative saving in MACs became a saving in time."
 
 
 def gap(manifest: Manifest) -> str:
-    """The share of the time against the share of the work under the profiler, and what sorts the lines."""
+    """Compare the shares of time and work under the profiler, and explain the order of the lines."""
     found = section(manifest, "explanation")
     lines = rows(found, "lines")
     work = ratio(_sum(lines, "slim_macs"), _sum(lines, "dense_macs"))
@@ -117,7 +117,7 @@ def _sum(lines: list[Mapping[str, Any]], key: str) -> float:
 
 
 def explained(manifest: Manifest) -> dict[str, Any] | None:
-    """What `compress measure --explain` found, as the page shows it; None where it has not been asked."""
+    """Return the result of `compress measure --explain` for the page; None if it has not been run."""
     found = section(manifest, "explanation")
     lines = rows(found, "lines")
     if not lines:
@@ -130,8 +130,8 @@ def explained(manifest: Manifest) -> dict[str, Any] | None:
         "sentences": [text(line, "sentence") for line in lines if text(line, "sentence")],
         "predicted": "Estimated, slim" if estimated else "Predicted, slim",
         "remark": (
-            f"Measured on {text(found, 'where', 'a device that is not recorded')} under its profiler, whose own cost "
-            f"is taken off. Peaks: {text(found, 'peaks', 'not recorded')}."
+            f"Measured on {text(found, 'where', 'a device that is not recorded')} under its profiler, whose overhead "
+            f"is subtracted. Peaks: {text(found, 'peaks', 'not recorded')}."
         ),
         "lines": [
             {
@@ -157,7 +157,7 @@ def _with_share(value: Any, total: float) -> str:
 
 
 def effort(manifest: Manifest) -> str:
-    """What the search cost, and where its time went."""
+    """Describe the cost of the search, and where its time went."""
     search = section(manifest, "search")
     if not search:
         return "This run has not searched yet, or its agent keeps no record."
@@ -182,7 +182,7 @@ def _timing(timing: Mapping[str, Any]) -> str:
         return ""
     rest = 1 - sum(share for _, share in known)
     shares = [f"{part} {percent(share)}" for part, share in known]
-    if rest >= 0.001:  # less would be printed as "<0.1%" of nothing
+    if rest >= 0.001:  # less would be printed as "<0.1%"
         shares.append(f"the rest {percent(rest)}")
     return f"Of that time: {', '.join(shares)}."
 
@@ -193,7 +193,7 @@ def _inputs(found: Mapping[str, Any]) -> str:
 
 
 def beside_layers(manifest: Manifest) -> str:
-    """What of the multiply-adds is in no layer, so that the table of layers and the network's total agree."""
+    """Describe the multiply-adds outside the layers, so that the table of layers and the network's total agree."""
     found = rows(manifest, "other_macs")
     if not found:
         return ""
@@ -201,18 +201,18 @@ def beside_layers(manifest: Manifest) -> str:
         f"{text(row, 'name', 'unnamed')} {count(row.get('dense_macs'))} → {count(row.get('slim_macs'))}"
         for row in found
     )
-    return f"MACs that are counted beside the layers, dense → slim: {each}. With them the layers add up to the total."
+    return f"MACs outside the layers, dense → slim: {each}. With them the layers add up to the total."
 
 
 def checks(manifest: Manifest) -> list[str]:
-    """What torch-pruning and fvcore said of the slim network, a sentence each; empty where a run recorded neither."""
+    """Return what torch-pruning and fvcore found for the slim network, a sentence each; empty if not recorded."""
     found = section(manifest, "checks")
     known = (("torch_pruning", "Removed channels"), ("fvcore", "Multiply-adds"))
     return [f"{what}: {words}." for key, what in known if (words := text(section(found, key), "words"))]
 
 
 def parity(manifest: Manifest) -> str:
-    """How far the exported file is from the network that was trained."""
+    """Describe the difference between the exported file and the trained network."""
     found = section(manifest, "parity")
     largest, tolerance = number(found.get("max_abs")), number(found.get("tolerance"))
     if largest is None:

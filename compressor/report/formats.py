@@ -1,4 +1,4 @@
-"""Numbers as people read them: three significant digits, a unit, and a dash where there is none."""
+"""Format numbers for people: three significant digits, a unit, and a dash for a missing value."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
-LARGEST = 1e30  # nothing that a run counts or measures comes near; NaN and infinity are beyond it too
+LARGEST = 1e30  # far above anything that a run counts or measures; NaN and infinity are excluded too
 PERCENTILES = {50: "median"}
 
 
 def number(value: Any) -> float | None:
-    """`value` where it is a number of this world, else None: a file's `null`, a string or `true` is none."""
+    """Return `value` if it is a plausible number, else None: a file's `null`, a string or `true` is not."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return None
     return float(value)
 
 
 def ratio(part: Any, whole: Any) -> float | None:
-    """`part / whole`, or None where either is missing or the whole is not above zero."""
+    """Return `part / whole`, or None if either is missing or the whole is not above zero."""
     top, bottom = number(part), number(whole)
     return None if top is None or bottom is None or bottom <= 0 else top / bottom
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """`value` with so many significant digits and no exponent: 0.0123, 1.45, 123, 12,346."""
+    """Format `value` with that many significant digits and no exponent: 0.0123, 1.45, 123, 12,346."""
     if value == 0:
         return "0"
     decimals = digits - 1 - math.floor(math.log10(abs(value)))
@@ -41,19 +41,19 @@ def _scaled(value: float, steps: tuple[tuple[float, str], ...]) -> str:
 
 
 def milliseconds(value: Any) -> str:
-    """1.45 ms, with at most microseconds of noise shown."""
+    """Format as 1.45 ms, with at most microseconds of noise shown."""
     known = number(value)
     return ABSENT if known is None else f"{significant(known)} ms"
 
 
 def count(value: Any) -> str:
-    """MACs or parameters: 1.34 G, 25.6 M, 960."""
+    """Format MACs or parameters: 1.34 G, 25.6 M, 960."""
     known = number(value)
     return ABSENT if known is None else _scaled(known, ((1e9, "G"), (1e6, "M"), (1e3, "k")))
 
 
 def size(value: Any) -> str:
-    """Bytes in decimal units: 94.1 MB, 1.2 kB, 512 B."""
+    """Format bytes in decimal units: 94.1 MB, 1.2 kB, 512 B."""
     known = number(value)
     if known is None:
         return ABSENT
@@ -62,7 +62,7 @@ def size(value: Any) -> str:
 
 
 def percent(fraction: Any, digits: int = 1) -> str:
-    """A fraction as per cent; a change too small for its digits is never printed as none."""
+    """Format a fraction as per cent; a change too small for its digits is never printed as zero."""
     known = number(fraction)
     if known is None:
         return ABSENT
@@ -72,12 +72,12 @@ def percent(fraction: Any, digits: int = 1) -> str:
 
 
 def accuracy_percent(fraction: Any) -> str:
-    """An accuracy as per cent with two decimals: 98.06%."""
+    """Format an accuracy as per cent with two decimals: 98.06%."""
     return percent(fraction, digits=2)
 
 
 def points(change: Any) -> str:
-    """A difference of two accuracies (fractions) in percentage points: -0.28 points."""
+    """Format a difference of two accuracies (fractions) in percentage points: -0.28 points."""
     known = number(change)
     if known is None:
         return ABSENT
@@ -87,7 +87,7 @@ def points(change: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """0.4 s, 47 s, 3 min 34 s, 2 h 05 min."""
+    """Format as 0.4 s, 47 s, 3 min 34 s, 2 h 05 min."""
     known = number(seconds)
     if known is None:
         return ABSENT
@@ -102,7 +102,7 @@ def duration(seconds: Any) -> str:
 
 
 def cost(value: Any, unit: str) -> str:
-    """A budget's value in its unit: ms, MACs, params, bytes, or whatever a function's budget calls it."""
+    """Format a budget's value in its unit: ms, MACs, params, bytes, or the unit of a function budget."""
     known = number(value)
     if known is None:
         return ABSENT
@@ -116,7 +116,7 @@ def cost(value: Any, unit: str) -> str:
 
 
 def percentile_name(value: Any) -> str:
-    """The percentile of a latency in words: median, p90."""
+    """Name the percentile of a latency: median, p90."""
     known = number(value)
     if known is None:
         return "percentile not recorded"

@@ -1,4 +1,4 @@
-"""The report: one page without scripts or requests, for whoever decides whether the network ships."""
+"""The report: one HTML page without scripts or requests, for deciding whether to deploy the network."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from export.text import plain
 def write_report(run_path: Path) -> Path:
     """Write `report.html` into a run's folder from its files, and return its path.
 
-    The same files give the same bytes. An unfinished run gets a page that says what is missing.
+    The same files give the same bytes. The page of an unfinished run says what is missing.
 
     Raises:
-        CompressorError: the folder has no manifest or a damaged one, or the page cannot be written.
+        CompressorError: The folder has no manifest or a damaged one, or the page cannot be written.
     """
     page = run_path / REPORT
     write_atomic(page, render(collect(run_path)))
@@ -30,8 +30,8 @@ def write_report(run_path: Path) -> Path:
 
 
 def render(run: Collected) -> str:
-    """The page. Whatever comes from the run's files is cleaned and escaped by the template; our own figures are not
-    escaped.
+    """Render the page. The template cleans and escapes every text from the run's files; the project's own figures are
+    inserted as they are.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -46,17 +46,17 @@ def render(run: Collected) -> str:
     )
     environment.filters["drawn"] = lambda chart: Markup(
         chart.svg
-    )  # the figures escape their texts themselves
+    )  # the figures escape their own texts
     return environment.get_template("report.html.j2").render(**context(run)) + "\n"
 
 
 def _plain(value: Any) -> Any:
-    """What the template prints, without control characters and format marks."""
+    """Remove control characters and format marks from what the template prints."""
     return type(value)(plain(value, lines=True)) if isinstance(value, str) else value
 
 
 def context(run: Collected) -> dict[str, Any]:
-    """Everything that the template prints, as strings or as small objects of strings."""
+    """Return everything that the template prints, as strings or small objects of strings."""
     manifest = run.manifest
     return {
         "model": text(manifest, "model", "model not recorded"),

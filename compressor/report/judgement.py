@@ -1,4 +1,4 @@
-"""The answer to the first question: is the budget kept as measured, and by how much?"""
+"""The report's verdict: whether the budget is met as measured, and by how much."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BudgetVerdict = Literal["kept", "missed", "predicted", "undecided"]
 
 NAMES = {"latency": "latency", "flops": "MACs", "macs": "MACs", "params": "parameters", "memory": "memory"}
 COUNTED = ("MACs", "params")  # exact numbers of the built network: they are counted, not measured
-AFTERWARDS = ("report",)  # a report is written while its own stage still runs
+AFTERWARDS = ("report",)  # the report is written while its own stage is running
 SLOWER = 1.02  # of the dense network's time: two measurements of one network differ by as much
 
 
@@ -34,7 +34,7 @@ class BudgetLine:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the run ended: a `state` for its colour, the sentence, and what else must be said with it."""
+    """Result of a run: a `state` for its color, the sentence, and further remarks."""
 
     state: State
     sentence: str
@@ -42,7 +42,7 @@ class Verdict:
 
 
 def verdict(manifest: Manifest) -> str:
-    """The verdict in one line, for the terminal.
+    """Return the verdict in one line, for the terminal.
 
     >>> verdict({"status": "finished", "budgets": [{"name": "latency", "unit": "ms",
     ...          "target": 1.5, "dense": 3.0, "predicted": 1.4, "measured": 1.45, "kept": True}]})
@@ -53,13 +53,13 @@ def verdict(manifest: Manifest) -> str:
 
 
 def judge(manifest: Manifest) -> Verdict:
-    """Weigh every budget; a run that was not measured to its end gets no verdict on them."""
+    """Judge every budget; a run that was not measured completely gets no verdict."""
     if not measured_to_the_end(manifest):
         return Verdict("unfinished", _unfinished(manifest))
     lines = budget_lines(manifest)
     remarks = _remarks(manifest)
     if not lines:
-        return Verdict("none", "No budget was set, so there is none to keep.", remarks)
+        return Verdict("none", "No budget was set.", remarks)
     phrases = {verdict: [line.phrase for line in lines if line.verdict == verdict] for verdict in _HEADINGS}
     found = [verdict for verdict in _HEADINGS if phrases[verdict]]
     sentence = " ".join(f"{_HEADINGS[verdict]}: {'; '.join(phrases[verdict])}." for verdict in found)
@@ -75,13 +75,13 @@ _HEADINGS: dict[BudgetVerdict, str] = {
     "predicted": "Only predicted",
     "kept": "Budget kept",
 }
-"""How the verdict introduces its budgets, the worst first."""
+"""The verdict's introductions of its budgets, the worst first."""
 
 
 def verdict_of(budget: Mapping[str, Any]) -> BudgetVerdict:
-    """What a budget of the manifest came to.
+    """Return the verdict on one of the manifest's budgets.
 
-    Runs of earlier versions recorded only whether it was kept; what was not measured is predicted.
+    Runs of earlier versions recorded only whether it was met; a budget that was not measured is predicted.
     """
     recorded = budget.get("verdict")
     for verdict in _HEADINGS:
@@ -97,19 +97,19 @@ def verdict_of(budget: Mapping[str, Any]) -> BudgetVerdict:
 
 
 def pruned(manifest: Manifest) -> bool:
-    """Whether the slim network has fewer channels than the dense one."""
+    """Return whether the slim network has fewer channels than the dense one."""
     return any(group.get("kept") != group.get("width") for group in rows(manifest, "groups"))
 
 
 def time_ratio(manifest: Manifest) -> tuple[float, str] | None:
-    """The slim network's latency over the dense one's, and whether it is "measured" or only "predicted".
+    """Return the slim network's latency over the dense one's, and whether it is "measured" or only "predicted".
 
-    None where it is not known, or nothing was pruned: then any difference is noise.
+    None if it is not known, or if nothing was pruned: any difference is noise then.
     """
     if not pruned(manifest):
         return None
     latency = section(manifest, "latency")
-    if (in_turns := number(latency.get("ratio"))) is not None:  # steadier than the quotient of two medians
+    if (in_turns := number(latency.get("ratio"))) is not None:  # more stable than the quotient of two medians
         return in_turns, "measured"
     for slim, dense, how in (
         ("measured_ms", "dense_ms", "measured"),
@@ -121,8 +121,8 @@ def time_ratio(manifest: Manifest) -> tuple[float, str] | None:
 
 
 def slower_than_dense(manifest: Manifest) -> bool:
-    """Whether pruning has made the network slower: certainly where its ratio has an interval, else by more than
-    measurements of one network differ."""
+    """Return whether pruning has made the network slower: certainly if its ratio has an interval, otherwise by more
+    than measurements of one network differ."""
     found = time_ratio(manifest)
     if found is None:
         return False
@@ -132,14 +132,14 @@ def slower_than_dense(manifest: Manifest) -> bool:
 
 
 def measured_to_the_end(manifest: Manifest) -> bool:
-    """Whether all stages that decide the numbers are over, the report's own not being one of them."""
+    """Return whether all stages that determine the numbers are finished, not counting the report's own."""
     if text(manifest, "status") == "finished":
         return True
     return bool(section(section(manifest, "stages"), "measure").get("finished"))
 
 
 def budget_lines(manifest: Manifest) -> list[BudgetLine]:
-    """The manifest's budgets, in its order."""
+    """Return the manifest's budgets, in its order."""
     return [_line(budget) for budget in rows(manifest, "budgets")]
 
 
@@ -160,7 +160,7 @@ def _line(budget: Mapping[str, Any]) -> BudgetLine:
 
 
 def margin(value: float | None, target: float | None) -> str:
-    """How far `value` is from the target it must not exceed: '3.3% under', '8.0% over', 'exactly at'."""
+    """Describe how far `value` is from its upper limit: '3.3% under', '8.0% over', 'exactly at'."""
     if value is None or target is None or target <= 0:
         return ABSENT
     if value == target:

@@ -1,4 +1,4 @@
-"""In which layers the time is left, and which of them gave up work but hardly any time."""
+"""The layers that take most of the remaining time, and those that lost work but hardly any time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from compressor.report.collect import Manifest, rows, section, text
 from compressor.report.formats import count, milliseconds, number, percent, ratio
 
 STUBBORN_MACS = 0.2
-"""Layers that lost so much of their MACs are looked at ..."""
+"""Layers that lost at least this share of their MACs are examined ..."""
 
 STUBBORN_SHARE = 0.5
-"""... and named where they lost less of their time than this share of it."""
+"""... and listed if they lost less of their time than this share of it."""
 
 
 @dataclass(frozen=True)
 class HotLayer:
-    """A layer that takes much of what is left; `number` is its place in the table of all layers."""
+    """A layer with a large share of the remaining time; `number` is its position in the table of all layers."""
 
     number: int
     name: str
@@ -31,7 +31,7 @@ class HotLayer:
 
 @dataclass(frozen=True)
 class Hot:
-    """The layers with the most time left, or the most MACs where no layer has a time."""
+    """The layers with the most remaining time, or the most MACs if no layer has a time."""
 
     unit: str
     layers: tuple[HotLayer, ...]
@@ -39,7 +39,7 @@ class Hot:
 
 
 def hottest(manifest: Manifest, most: int = 8) -> Hot | None:
-    """The `most` layers that dominate the slim network."""
+    """Return the `most` layers that dominate the slim network."""
     layers = list(enumerate(rows(manifest, "layers"), start=1))
     timed = [pair for pair in layers if number(pair[1].get("slim_ms")) is not None]
     key, unit, shown = ("slim_ms", "ms", milliseconds) if timed else ("slim_macs", "MACs", count)
@@ -81,13 +81,13 @@ def _outside(manifest: Manifest, total: float) -> str:
         return f"{start}, the whole network is predicted at {milliseconds(predicted)}."
     rest = f"{milliseconds(predicted - total)} ({percent(1 - total / predicted)})"
     return (
-        f"{start} of the network's {milliseconds(predicted)}. The other {rest} is in operators without "
-        "weights (pooling, additions, copies) and in what a run costs as a whole."
+        f"{start} of the network's {milliseconds(predicted)}. The other {rest} are operators without "
+        "weights (pooling, additions, copies) and the overhead of a run."
     )
 
 
 def stubborn(manifest: Manifest) -> list[str]:
-    """Layers whose time hardly followed their MACs, longest time first: 'NAME: MACs -60.0%, time -3.0%'."""
+    """Return layers whose time hardly followed their MACs, longest time first: 'NAME: MACs -60.0%, time -3.0%'."""
     found = []
     for layer in rows(manifest, "layers"):
         work = ratio(layer.get("slim_macs"), layer.get("dense_macs"))
@@ -106,7 +106,7 @@ def _change(share: float) -> str:
 
 
 def channels(layer: Mapping[str, Any]) -> str:
-    """'64 → 128, now 40 → 96': inputs and outputs, dense and slim."""
+    """Format as '64 → 128, now 40 → 96': inputs and outputs, dense and slim."""
     dense, slim = _pair(layer.get("dense_channels")), _pair(layer.get("slim_channels"))
     if not dense or not slim:
         return dense or slim

@@ -1,4 +1,4 @@
-"""The figures of the report, from records as a run wrote them; None where these do not make a figure."""
+"""The figures of the report, from a run's records; None if these are not enough for a figure."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 
-MOST_POINTS = 1500  # more do not show more, and every one costs the page a hundred bytes
+MOST_POINTS = 1500  # more points show no more, and each adds a hundred bytes to the page
 MOST_SOURCES = 5
 MOST_OF_A_KIND = 300
 MOST_BANDS = 8
-CROWD = 30  # more points than these are drawn small
-LETTERS = 55  # as many fit side by side above a figure
+CROWD = 30  # more points than this are drawn small
+LETTERS = 55  # number of characters that fit side by side above a figure
 MARKERS = ("o", "s", "D", "^", "v")
 UNITS = {"latency": "ms", "flops": "MACs", "macs": "MACs", "params": "params", "memory": "bytes"}
 
 
 def training_curve(manifest: Manifest, key: str, prefix: str) -> Chart | None:
-    """`loss` or `accuracy` over all epochs, the phases marked in the background."""
+    """Plot `loss` or `accuracy` over all epochs, with the phases in the background."""
     records = [row for row in rows(manifest, "training") if number(row.get(key)) is not None]
     if len(records) < 2:
         return None
@@ -56,7 +56,7 @@ def training_curve(manifest: Manifest, key: str, prefix: str) -> Chart | None:
 
 
 def reward_curve(manifest: Manifest, episodes: Sequence[Record], prefix: str) -> Chart | None:
-    """Every episode's reward, and the best so far of those that keep the budgets."""
+    """Plot every episode's reward, and the best so far of those that meet the budgets."""
     known = [episode for episode in episodes if number(episode.get("reward")) is not None]
     if len(known) < 2:
         return None
@@ -107,13 +107,13 @@ def reward_curve(manifest: Manifest, episodes: Sequence[Record], prefix: str) ->
 
 
 def candidate_scatter(manifest: Manifest, episodes: Sequence[Record], prefix: str) -> Chart | None:
-    """Reward against cost of all that was scored, the chosen network and the limit marked."""
+    """Plot reward against cost of all scored candidates, with the chosen network and the limit."""
     candidates = rows(section(manifest, "search"), "candidates")
     name = scatter_cost(manifest, candidates, episodes)
     points = [
         (candidate, place) for candidate in candidates if (place := _place(candidate, name)) is not None
     ]
-    known = {place for _, place in points}  # a search may list every episode as a candidate too
+    known = {place for _, place in points}  # a search may also list every episode as a candidate
     visited = [place for episode in episodes if (place := _place(episode, name)) and place not in known]
     if not name or len(points) + len(visited) < 2:
         return None
@@ -152,7 +152,7 @@ def candidate_scatter(manifest: Manifest, episodes: Sequence[Record], prefix: st
 
 
 def layer_bars(manifest: Manifest, key: str, prefix: str) -> Chart | None:
-    """Each layer's share of the dense network's MACs (`key` macs) or time (`key` ms), dense behind slim."""
+    """Plot each layer's share of the dense network's MACs (`key` macs) or time (`key` ms), dense behind slim."""
     pairs = [
         (place, float(layer[f"dense_{key}"]), float(layer[f"slim_{key}"]))
         for place, layer in enumerate(rows(manifest, "layers"), start=1)
@@ -179,14 +179,14 @@ def layer_bars(manifest: Manifest, key: str, prefix: str) -> Chart | None:
         svg,
         title,
         alt,
-        f"In all {shown(total)} dense, {shown(kept)} slim. Numbers are those of the table below.",
+        f"In all {shown(total)} dense, {shown(kept)} slim. The numbers are those of the table below.",
     )
 
 
 def chosen(manifest: Manifest) -> Record | None:
-    """The candidate that became the slim network: the one so marked, else the last with the best reward.
+    """Return the candidate that became the slim network: the marked one, else the last with the best reward.
 
-    The last one, because the final choice is scored again on the weights as they ended.
+    The last one, because the final choice is scored again with the final weights.
     """
     candidates = [
         row
@@ -205,14 +205,14 @@ def chosen(manifest: Manifest) -> Record | None:
 
 
 def scatter_cost(manifest: Manifest, candidates: Sequence[Record], episodes: Sequence[Record]) -> str:
-    """The cost on the scatter's axis: the first budget's that was recorded, else any recorded, else ''."""
+    """Return the cost on the scatter plot's axis: the first budget's that was recorded, else any recorded, else ''."""
     recorded = [name for record in (*candidates, *episodes) for name in section(record, "costs")]
     wanted = [text(budget, "name") for budget in rows(manifest, "budgets")]
     return next((name for name in wanted if name in recorded), recorded[0] if recorded else "")
 
 
 def within_budgets(manifest: Manifest, record: Record) -> bool:
-    """Whether no recorded cost of a candidate or an episode is above its budget's target."""
+    """Return whether no recorded cost of a candidate or an episode is above its budget's target."""
     costs = section(record, "costs")
     for budget in rows(manifest, "budgets"):
         price, target = number(costs.get(text(budget, "name"))), number(budget.get("target"))
@@ -222,7 +222,7 @@ def within_budgets(manifest: Manifest, record: Record) -> bool:
 
 
 def cost_unit(manifest: Manifest, name: str) -> tuple[str, float | None]:
-    """The unit of a cost and the target that a budget sets it, as far as they are known."""
+    """Return the unit of a cost and its budget's target, if known."""
     for budget in rows(manifest, "budgets"):
         if text(budget, "name") == name:
             return text(budget, "unit"), number(budget.get("target"))
@@ -230,7 +230,7 @@ def cost_unit(manifest: Manifest, name: str) -> tuple[str, float | None]:
 
 
 def thinned(length: int, most: int = MOST_POINTS) -> list[int]:
-    """Indices of at most `most` of `length` records, evenly spread, the first and the last among them."""
+    """Return indices of at most `most` of `length` records, evenly spread, including the first and the last."""
     if length <= most:
         return list(range(length))
     return [round(i * (length - 1) / (most - 1)) for i in range(most)]
@@ -244,7 +244,7 @@ def _place(record: Record, name: str) -> tuple[float, float] | None:
 def _by_source(
     points: list[tuple[Record, tuple[float, float]]],
 ) -> list[tuple[str, list[tuple[float, float]]]]:
-    """The places of each source, most first; the sources beyond the palette go together."""
+    """Return the points of each source, the largest first; sources beyond the palette are merged."""
     found: dict[str, list[tuple[float, float]]] = {}
     for candidate, place in points:
         found.setdefault(text(candidate, "source", "source not recorded"), []).append(place)
@@ -256,7 +256,7 @@ def _by_source(
 
 
 def _bands(axes: Axes, phases: list[str]) -> None:
-    """Shade every other phase, its name on top where there is room; phases that take turns have no bands."""
+    """Shade every other phase, with its name on top if there is room; alternating phases have no bands."""
     spans = [(phase, len(list(members))) for phase, members in groupby(phases)]
     if len(spans) > MOST_BANDS:
         return
@@ -276,7 +276,7 @@ def _bands(axes: Axes, phases: list[str]) -> None:
 
 
 def _count_axis(axes: Axes, first: int, last: int) -> None:
-    """A horizontal axis that counts from `first` to `last`."""
+    """Set a horizontal axis that counts from `first` to `last`."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(first - 0.5, last + 0.5)
@@ -284,7 +284,7 @@ def _count_axis(axes: Axes, first: int, last: int) -> None:
 
 
 def _cost_ticks(axes: Axes, unit: str) -> None:
-    """Few ticks; counts and bytes with their prefix (540 M), milliseconds as they are."""
+    """Set few ticks; counts and bytes with their prefix (540 M), milliseconds as they are."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -295,7 +295,7 @@ def _cost_ticks(axes: Axes, unit: str) -> None:
 def _dots(
     axes: Axes, places: Sequence[tuple[float, float]], label: str, role: str, marker: str, *, crowded: bool
 ) -> None:
-    """Points of one kind: small and faint where they are many, and no more than show something."""
+    """Draw points of one kind: small and faint if there are many, and no more than are useful."""
     shown = [places[i] for i in thinned(len(places), MOST_OF_A_KIND)]
     look: dict[str, Any] = {"marker": marker, "markersize": 3.5 if crowded else 5.5}
     if crowded:

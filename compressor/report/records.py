@@ -1,4 +1,4 @@
-"""The tables of the report: records of the manifest as rows of strings, in the order of the page."""
+"""The tables of the report: the manifest's records as rows of strings, in the order of the page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Record = Mapping[str, Any]
 
 
 def _share(row: Mapping[str, Any]) -> str:
-    """The slim network's time over the dense one's with its 95 % interval, where both were timed in turns."""
+    """Format the slim network's time over the dense one's with its 95 % interval, if both were timed in turns."""
     interval = row.get("interval")
     low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
     if number(low) is None or number(high) is None:
@@ -92,7 +92,7 @@ def layers(manifest: Manifest) -> list[dict[str, str]]:
 
 
 def sources(manifest: Manifest) -> dict[str, Any]:
-    """The best candidate of each source within the budgets, and how the chosen one compares with uniform pruning."""
+    """Return the best candidate of each source within the budgets, and compare the chosen one with uniform pruning."""
     candidates = [
         row
         for row in rows(section(manifest, "search"), "candidates")
@@ -127,7 +127,7 @@ def sources(manifest: Manifest) -> dict[str, Any]:
 
 
 def method(manifest: Manifest) -> dict[str, Any] | None:
-    """How the search compares with the publication of its method; None where there is none, or none is recorded."""
+    """Compare the search with its method's publication; None if there is none or none is recorded."""
     found = section(section(manifest, "search"), "method")
     parts = rows(found, "parts")
     if not parts:
@@ -157,11 +157,11 @@ def method(manifest: Manifest) -> dict[str, Any] | None:
 
 
 def _against_uniform(manifest: Manifest, candidates: Sequence[Record], pick: Record | None) -> str:
-    """The chosen candidate beside uniform pruning within the same budgets, where it was scored on the same weights."""
+    """Compare the chosen candidate with uniform pruning within the same budgets, if scored on the same weights."""
     if pick is None or text(section(manifest, "search"), "agent") == UNIFORM:
         return ""
     if text(pick, "source") == UNIFORM:
-        return "The chosen network is that of uniform pruning: nothing better was found."
+        return "The chosen network is uniform pruning: the search found nothing better."
     rivals = [
         row for row in candidates if text(row, "source") == UNIFORM and row.get("epoch") == pick.get("epoch")
     ]
@@ -169,7 +169,7 @@ def _against_uniform(manifest: Manifest, candidates: Sequence[Record], pick: Rec
         return ""
     whole = [row for row in rivals if row.get("given_up") is not True]
     if not whole:
-        return "Uniform pruning within the same budgets was given up: it could not reach the best any more."
+        return "Uniform pruning within the same budgets was dropped: it could no longer reach the best."
     ours, theirs = _reward(pick), max(map(_reward, whole))
     relation = "more than" if ours > theirs else "less than" if ours < theirs else "the same as"
     return (
@@ -212,13 +212,13 @@ def stages(manifest: Manifest) -> list[dict[str, str]]:
 
 
 def _clock(stamp: str) -> str:
-    """A time in UTC as the manifest writes it (ISO 8601), for people; anything else as it is."""
+    """Format a UTC time of the manifest (ISO 8601) for people; anything else stays as it is."""
     head, mark, tail = stamp.partition("+00:00")
     return f"{head.replace('T', ' ', 1)} UTC" if mark and not tail else stamp
 
 
 def images(manifest: Manifest) -> str:
-    """How images become the network's input, and where that comes from; empty where it is not recorded."""
+    """Describe how images become the network's input, and the origin of that; empty if not recorded."""
     from compressor.data.preprocessing import Preprocessing
 
     found = section(manifest, "preprocessing")
@@ -226,14 +226,14 @@ def images(manifest: Manifest) -> str:
         described = Preprocessing.from_dict(
             {name: value for name, value in found.items() if name != "origin"}
         ).describe()
-    except (KeyError, TypeError, ValueError):  # a run of an earlier version, or a damaged one
+    except (KeyError, TypeError, ValueError):  # a run of an earlier version, or a damaged manifest
         return ""
     origin = text(found, "origin")
     return f"Images are {described}" + (f" ({origin})." if origin else ".")
 
 
 def facts(manifest: Manifest) -> list[tuple[str, str]]:
-    """What must be the same for the run to be repeated, apart from the recipe."""
+    """Return what must be equal to repeat the run, apart from the recipe."""
     single = [(key, text(manifest, key)) for key in ("seed", "agent", "weights", "epochs")]
     lists = [
         (key, text(section(manifest, name), key))
@@ -244,12 +244,12 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def files(run: Collected) -> list[dict[str, str]]:
-    """The run's files; the page itself is not among them, as it cannot hold its own checksum."""
+    """Return the run's files, without the page itself, which cannot contain its own checksum."""
     files = section(run.manifest, "files")
     return [
         {
             "name": name,
-            # quoted as a path, so that a name that looks like a scheme ("javascript:") stays a file's name
+            # quoted as a path, so that a name like a scheme ("javascript:") stays a file name
             "link": f"./{quote(name)}" if inside(name) else "",
             "size": size(run.sizes.get(name)),
             "sha256": text(files, name, ABSENT),

@@ -1,8 +1,8 @@
-"""Figures as inline SVG that takes its colours and its type from the page.
+"""Figures as inline SVG that use the colors and the font of the page.
 
-Matplotlib writes fixed colours. Each role of the page's palette is drawn in a colour of its own that stands
-for nothing but that role, and is replaced by the CSS variable of the same name, so that one figure serves
-light and dark. Texts stay texts: they are searched and printed in the page's font.
+Matplotlib writes fixed colors. Each role of the page's palette is drawn in a color of its own that is used for nothing
+else, and is replaced by the CSS variable of the same name, so that one figure serves light and dark mode. Texts stay
+texts: they can be searched, and use the page's font.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ COLOURS = {role: f"#01{index:02x}fe" for index, role in enumerate(ROLES, start=1
 WIDTH, HEIGHT = (
     4.8,
     3.0,
-)  # inches: at this size of type a figure is readable on a phone and two fit side by side on a desk
+)  # inches: at this font size a figure is readable on a phone, and two fit side by side on a desktop
 FONT = 9.5
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
-    "text.parse_math": False,  # a dollar sign in a layer's name is a dollar sign
+    "text.parse_math": False,  # a dollar sign in a layer's name stays a dollar sign
     "font.family": [
         "DejaVu Sans"
-    ],  # ships with matplotlib: its widths lay out the figure wherever it is drawn
+    ],  # shipped with matplotlib: its widths determine the layout wherever the figure is drawn
     "font.size": FONT,
     "axes.titlesize": FONT,
     "axes.labelsize": FONT,
@@ -66,7 +66,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A finished figure. `alt` says what it shows to those who do not see it; `caption` what to look for."""
+    """A finished figure. `alt` describes it for readers who cannot see it; `caption` says what to look for."""
 
     svg: str
     title: str
@@ -76,7 +76,7 @@ class Chart:
 
 @contextmanager
 def drawing() -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one pair of axes in the report's style, whatever the user's matplotlib settings are."""
+    """Open a figure with one pair of axes in the report's style, whatever the user's matplotlib settings are."""
     import matplotlib
     from matplotlib.figure import Figure
 

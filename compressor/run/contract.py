@@ -1,14 +1,14 @@
-"""What was measured of a plan, judged against the latency that was promised, and which plan is kept.
+"""Compare the measured latency of each plan with the target, and choose the plan to keep.
 
-Everything is judged as a share of the dense network's time, because that share stays the same on a machine with
-neighbours while milliseconds do not (`latency.ratio`). Milliseconds that are asked for are a share of the dense
-network's quiet level: the lowest that this run and its table have seen.
+All comparisons use shares of the dense network's time. A share stays the same on a shared machine, while milliseconds
+do not (`latency.ratio`). A target in milliseconds is converted to a share of the dense network's quiet level: the
+lowest time that this run and its table have seen.
 
-A plan that was measured well below its target has lost accuracy for nothing: the table predicted it too slow. The
-search then goes on with the table lowered to what was measured. Every plan that misses the target widens the margin for
-those after it. Of the plans that keep the target the one that leaves least of it unused is taken. A difference inside
-the interval of a measurement is none: nothing is searched for again because of it. A plan that cannot be decided sends
-the search on only where its whole interval lies above what the search aimed at.
+A plan measured well below its target has lost accuracy without need, because the table predicted it too slow. The
+search then continues with the table lowered to the measurement. Every plan that misses the target widens the margin for
+the plans after it. Of the plans that meet the target, the one closest to it is chosen. A difference inside the
+confidence interval of a measurement does not count: it never causes another search. An undecided plan causes another
+search only if its whole interval lies above the aim of the search.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 KEPT_PLAN = "search/kept_plan-{round}.json"
 
 WIDER = 0.5
-"""What a plan that misses its target adds to the margin, as a share of it."""
+"""Added to the margin for each plan that misses its target, as a share of the recipe's margin."""
 
 WIDEST = 0.5
-"""The widest margin, however many have missed."""
+"""Upper bound of the margin, however many plans have missed."""
 
 UNUSED = 0.01
-"""Below the margin by this share, a plan is worth another search."""
+"""Another search is worthwhile for a plan that is this share of the target or more below the margin."""
 
 BINDING = 0.03
-"""A plan predicted further below the aim than this share of it was held there by something else than the latency."""
+"""A plan predicted further below the aim than this share of it was limited by something other than latency."""
 
 
 def margin(run: RunDir, job: Job) -> float:
-    """The share below the target that is aimed at: the recipe's, and half of it more for each plan that missed.
+    """Return the safety margin below the target: the recipe's, plus half of it for each plan that missed.
 
-    Those count that had missed when the search was last sent on: between a miss and that, nothing is searched.
+    Only the misses known when the search last continued count; nothing is searched between a miss and that moment.
     """
     if not job.measurable:
         return 0.0
@@ -55,13 +55,13 @@ def margin(run: RunDir, job: Job) -> float:
 
 
 def quiet_dense_ms(run: RunDir, job: Job, now_ms: float) -> float:
-    """What the dense network takes on the quiet device, as what milliseconds stand for.
+    """Return the dense network's time on the quiet device, the reference for targets in milliseconds.
 
     Args:
-        now_ms: Its quiet level during a measurement.
+        now_ms: Quiet level of the dense network during the current measurement, in milliseconds.
 
     Returns:
-        Where milliseconds are asked for, the lowest that this run has seen; else what it is now.
+        For a target in milliseconds, the lowest time that this run has seen; otherwise `now_ms`.
     """
     if not job.latency_in_ms:
         return now_ms
@@ -69,9 +69,9 @@ def quiet_dense_ms(run: RunDir, job: Job, now_ms: float) -> float:
 
 
 def searched_share(run: RunDir, job: Job) -> float | None:
-    """The latency that the search keeps to, as a share of the dense network's, before any margin is taken off.
+    """Return the latency limit of the search as a share of the dense network's time, before the margin is subtracted.
 
-    It changes only when the search is sent on, so that a run that was stopped goes on within the same budget.
+    It changes only when the search continues, so that a resumed run keeps the same budget.
     """
     if job.table is None:
         return None
@@ -79,13 +79,13 @@ def searched_share(run: RunDir, job: Job) -> float | None:
 
 
 def predicted_share(job: Job, plan: ChannelPlan) -> float:
-    """The slim network's time as a share of the dense one's, by the table."""
+    """Return the slim network's time as a share of the dense one's, predicted by the table."""
     assert job.table is not None
     return job.table.predict(job.space, plan) / job.table.dense_ms(job.space)
 
 
 def prunes_nothing(job: Job, plan: ChannelPlan) -> bool:
-    """Whether a plan is the dense network."""
+    """Return whether a plan leaves the network dense."""
     return _dense(job, list(job.space.widths(plan.widths)))
 
 
@@ -94,7 +94,7 @@ def _dense(job: Job, widths: Sequence[int]) -> bool:
 
 
 def judged(run: RunDir, job: Job, plan: ChannelPlan, timing: Timing) -> dict[str, Any]:
-    """The record of one measurement of a plan, with its verdict on the latency that is asked for."""
+    """Return the record of one measurement of a plan, with its verdict on the latency target."""
     dense_ms = quiet_dense_ms(run, job, timing.ratio.dense_ms)
     target, ratio, predicted = job.latency_share(dense_ms), timing.ratio, predicted_share(job, plan)
     assert target is not None
@@ -124,8 +124,11 @@ def judged(run: RunDir, job: Job, plan: ChannelPlan, timing: Timing) -> dict[str
 
 
 def search_on(run: RunDir, job: Job) -> bool:
-    """Whether the plan measured last sends the search on: it misses its target, leaves too much of it unused, or cannot
-    be decided though it is certainly slower than was aimed at."""
+    """Return whether the search must continue after the last measured plan.
+
+    It does if the plan misses its target, leaves too much of it unused, or is undecided though it is certainly slower
+    than the aim.
+    """
     last = run.manifest["rounds"][-1]
     if last["verdict"] == "undecided":
         return bool(last["interval"][0] > (1 - margin(run, job)) * last["target_ratio"])
@@ -133,7 +136,7 @@ def search_on(run: RunDir, job: Job) -> bool:
 
 
 def slack_left(run: RunDir, job: Job) -> bool:
-    """Whether the plan measured last certainly leaves so much of its target unused that the search should go on."""
+    """Return whether the last measured plan certainly leaves enough of its target unused to search again."""
     *before, last = run.manifest["rounds"]
     if last["verdict"] != "kept" or len(before) + 3 > job.recipe.contract.max_rounds:
         return False
@@ -148,24 +151,24 @@ def slack_left(run: RunDir, job: Job) -> bool:
     return bool(
         high < aim - UNUSED * last["target_ratio"]
         and predicted > (1 - BINDING) * allowed
-        # by the refitted table the next search may certainly take more than the last one
+        # the refitted table certainly allows the next search more time than the last one
         and aim * predicted / high > (1 + UNUSED) * allowed
     )
 
 
 def remember(run: RunDir, plan: ChannelPlan) -> None:
-    """Write down the plan that was measured last, and does not miss the target."""
+    """Save the last measured plan, which does not miss the target."""
     write_atomic(_file(run, len(run.manifest["rounds"])), plan.to_json())
 
 
 def kept_plan(run: RunDir, plan: ChannelPlan) -> ChannelPlan:
-    """The plan to go on with: of those that kept the target whenever they were measured, the one closest to it.
+    """Return the plan to continue with: the one closest to the target among those that met it in every measurement.
 
-    Where none did, the one furthest below of those that never missed it.
+    If none met it, the plan furthest below the target among those that never missed it.
 
     Args:
-        run: With the measurements so far.
-        plan: The search's last, which is taken where all missed.
+        run: Run with the measurements so far.
+        plan: Last plan of the search, used if all plans missed.
     """
     used: dict[tuple[int, ...], float] = {}
     verdicts: dict[tuple[int, ...], set[str]] = {}

@@ -1,4 +1,4 @@
-"""The stages that hand the slim network over: ONNX, parity, engine, the measured latency, what each budget comes to."""
+"""Stages that deliver the slim network: ONNX, parity check, engine, measured latency, and the result per budget."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 
 def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
-    """Measure the plan's latency before any fine-tuning is spent on it; weights do not matter for time.
+    """Measure the plan's latency before fine-tuning; latency does not depend on the weights.
 
     Returns:
-        Whether the search is done; True also where there is no latency target, or no device to measure on.
+        Whether the search is finished; also True without a latency target or without a device to measure on.
     """
     if job.table is None or not job.asks_for_latency or not job.measurable:
         return True
@@ -48,7 +48,7 @@ def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
         with run.stage("probe"):
             _write_onnx(job, with_distinct_weights(job.space.apply(plan)), run.file(PROBE))
             done = judged(run, job, plan, timed_on_device(run, job, run.file(PROBE), plan))
-            run.manifest["rounds"] = [*run.manifest["rounds"], done]  # the end of the stage writes it
+            run.manifest["rounds"] = [*run.manifest["rounds"], done]  # written when the stage ends
             if done["kept"] is not False:
                 remember(run, plan)
             say(_in_words(done))
@@ -56,7 +56,7 @@ def probe(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
 
 
 def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
-    """Write the ONNX file, check it against torch on test images, score it, and build an engine."""
+    """Write the ONNX file, compare it with PyTorch on test images, score it, and build an engine."""
     if run.finished("export"):
         return
     from compressor.pruning.torch_pruning_check import checks
@@ -120,7 +120,7 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
     """Measure the exported network beside the dense one and judge every budget.
 
     Returns:
-        Whether the latency target is met as measured; True where there is none, or no device to measure on.
+        Whether the measured latency meets the target; also True without a target or a device to measure on.
     """
     if run.finished("measure"):
         return all(
@@ -155,7 +155,7 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
             budgets.append(
                 {**entry, "predicted": predicted, "measured": cost, "verdict": verdict, "kept": kept}
             )
-        # With the stage's end in one write: a kill in between would have the same plan measured as two rounds.
+        # One write together with the end of the stage: after a kill in between, the plan would count as two rounds.
         run.manifest.update(latency=_latency_record(run, job, plan, timing, done), budgets=budgets)
         if timing is not None and (note := timing.noise):
             say(note)
@@ -167,7 +167,7 @@ def measure(run: RunDir, job: Job, plan: ChannelPlan) -> bool:
 
 
 def _in_words(done: Mapping[str, Any]) -> str:
-    """One measurement of a plan, for the terminal."""
+    """Describe one measurement of a plan for the terminal."""
     low, high = done["interval"]
     reach = f"{low:.3f}-{high:.3f}" if high is not None else "not known"
     return (
@@ -187,7 +187,7 @@ def _write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any]
 
 
 def _layers(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
-    """Channels and multiply-adds of every layer, dense and slim."""
+    """Return channels and multiply-adds of every layer, dense and slim."""
     space = job.space
     both = np.stack([space.dense_widths, space.widths(plan.widths)])
     records = []
@@ -207,7 +207,7 @@ def _layers(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
 
 
 def _other_macs(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
-    """Multiply-adds that fvcore counts beside the layers, by operation, dense and slim."""
+    """Return the multiply-adds that fvcore counts outside the layers, by operation, dense and slim."""
     both = np.stack([job.space.dense_widths, job.space.widths(plan.widths)])
     return [
         {"name": name, "dense_macs": int(dense), "slim_macs": int(slim)}
@@ -218,7 +218,7 @@ def _other_macs(job: Job, plan: ChannelPlan) -> list[dict[str, Any]]:
 def _latency_record(
     run: RunDir, job: Job, plan: ChannelPlan, timing: Timing | None, done: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What the manifest says of the latency; without measurements what the table says."""
+    """Return the manifest's latency record; without measurements it holds the table's predictions."""
     table = job.table
     dense_ms = quiet_dense_ms(run, job, timing.ratio.dense_ms) if timing is not None else None
     by_table = table.dense_ms(job.space) if table else None
@@ -262,6 +262,6 @@ def _latency_record(
 
 
 def _counted(run: RunDir, name: str, predicted: float) -> float:
-    """The cost of the slim network as it was counted on the built module, where that was done."""
+    """Return the slim network's cost as counted on the built module, or the prediction if it was not counted."""
     counted = run.manifest["cost"]["slim"].get({"flops": "macs"}.get(name, name))
     return float(counted) if counted is not None else predicted

@@ -1,6 +1,6 @@
-"""Whether a given dense network is what it should be, before hours are spent on a slim one.
+"""Sanity check of the dense network before the long stages start.
 
-Weights that are fed images of another mean, channel order or class order still run; they only score badly.
+A network still runs when its images have another mean, channel order or class order; only its accuracy is low.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from compressor.run.job import Job
 
 BEYOND_CHANCE = 0.02
-"""A network counts as better than guessing where its accuracy is significantly more than this above chance."""
+"""A network is better than guessing if its accuracy is significantly more than this above chance."""
 FAR = 0.05
-"""An accuracy this far below the published one has another cause than a library's version or the test images."""
+"""An accuracy this far below the published one is not explained by a library's version or the choice of test images."""
 _CERTAIN = 0.01
 _IMAGENET_CLASSES = 1000
 
 
 def doubt(predicted: Tensor, labels: Tensor, promised: float | None = None) -> str:
-    """What is wrong with a network's answers, as a clause; empty where nothing is, or too few images could show it.
+    """Describe what is wrong with a network's predictions, as a clause; empty if nothing is, or too few images show it.
 
-    Chance is how often answers and labels would agree if they had nothing to do with each other, each as frequent as
-    it is: 1/classes for balanced labels, and 90 % where nine tenths of both are one class.
+    Chance is the agreement expected of independent predictions and labels with the same class frequencies:
+    1/classes for balanced labels, and about 82 % if nine tenths of both are one class.
 
     Args:
         predicted, labels: Classes, int64 (N,).
-        promised: Accuracy that is published of the weights on such images, 0..1.
+        promised: Published accuracy of the weights on such images, 0..1.
     """
     from scipy.stats import beta, binom
 
@@ -44,15 +44,15 @@ def doubt(predicted: Tensor, labels: Tensor, promised: float | None = None) -> s
     if guessing and at_most < (1 + chance) / 2:
         return f"no better than guessing ({chance:.2%})"
     if promised is not None and at_most < promised - FAR:
-        return f"far below the {promised:.2%} that are published of these weights"
+        return f"far below the published {promised:.2%} of these weights"
     return ""
 
 
 def check_dense(job: Job, predicted: Tensor, labels: Tensor, folder: str) -> str | None:
-    """What to note of the dense network's answers on the test split; None where they are as they should be.
+    """Return a note on the dense network's predictions on the test split; None if they are plausible.
 
     Raises:
-        CompressorError: they are not, and the recipe does not accept that; the likely causes are named.
+        CompressorError: They are implausible and the recipe does not accept that; the message names likely causes.
     """
     wrong = doubt(predicted, labels, _promised(job))
     if not wrong:
@@ -63,15 +63,15 @@ def check_dense(job: Job, predicted: Tensor, labels: Tensor, folder: str) -> str
         return f"{found} The recipe accepts that."
     raise CompressorError(
         found,
-        f"Likely causes: images prepared otherwise than in its training (now {job.data.preprocessing.describe()}): set "
-        "--mean, --std, data.channel_order or data.range; classes in another order than "
-        f"{', '.join(job.data.classes[:3])}, ...; or weights of another task. Start again with what is right, or go on "
-        f"as it is: compress --resume {folder} --accept-dense",
+        "Likely causes: the images are prepared differently than in its training (now "
+        f"{job.data.preprocessing.describe()}): set --mean, --std, data.channel_order or data.range; the "
+        f"classes are in another order than {', '.join(job.data.classes[:3])}, ...; or the weights are for another "
+        f"task. Start again with the right settings, or continue as it is: compress --resume {folder} --accept-dense",
     )
 
 
 def _promised(job: Job) -> float | None:
-    """The published accuracy, where it is about these weights, classes and inputs of this size."""
+    """Return the published accuracy if it applies to these weights, classes and input size, else None."""
     from compressor.models import published
 
     recipe, classes = job.recipe, job.data.classes
@@ -86,8 +86,8 @@ def _promised(job: Job) -> float | None:
 def lost_in_finetuning(
     finetuned: float, pruned: float | None, dense: float | None, images: int
 ) -> str | None:
-    """What to note where fine-tuning ends far below where it started: more than 2 points below the pruned network, or
-    10 below the dense one, and more than noise."""
+    """Return a note if fine-tuning ends far below its start: by more than 2 points below the pruned network or 10 below
+    the dense one, and by more than noise."""
     from compressor.search.evaluate import standard_error
 
     def far(start: float | None, margin: float) -> bool:
@@ -99,11 +99,11 @@ def lost_in_finetuning(
     if far(pruned, 0.02):
         return (
             f"Fine-tuning lowered the accuracy from {pruned:.2%} to {finetuned:.2%}: its learning rate is too high for "
-            "these weights, or its epochs too few to recover from it (training.finetune_learning_rate, --epochs)."
+            "these weights, or it has too few epochs to recover (training.finetune_learning_rate, --epochs)."
         )
     if far(dense, 0.1):
         return (
             f"The fine-tuned network scores {finetuned:.2%}, {100 * ((dense or 0) - finetuned):.1f} points below the "
-            "dense one: a looser budget or more epochs keep more."
+            "dense one: a looser budget or more epochs would preserve more accuracy."
         )
     return None

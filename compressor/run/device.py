@@ -1,4 +1,4 @@
-"""What a recipe's device is to the rest: what runs there in which precision, its latency table, its channel steps."""
+"""Properties of a recipe's device: runtime, precision, latency table, channel steps and ONNX opset."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, int]:
-    """The channel steps after which latency jumps on the recipe's device, measured now.
+    """Measure the channel steps at which latency jumps on the recipe's device.
 
     Raises:
-        CompressorError: the device is not this machine's CPU: its table is estimated, or too coarse.
+        CompressorError: The device is not this machine's CPU: its table is estimated or too coarse.
     """
     from compressor.latency.devices import recommended_steps
     from compressor.latency.ort_process import OrtProcess
@@ -38,7 +38,7 @@ def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, 
     if runtime_of(recipe) != CPU:
         raise CompressorError(
             "Channel steps are measured on this machine's CPU only, and this run is for its GPU.",
-            f"Use --granularity auto, or take the CPU: export COMPRESSOR_BACKEND={CPU}",
+            f"Use --granularity auto, or choose the CPU: export COMPRESSOR_BACKEND={CPU}",
         )
     return measured_steps(
         space,
@@ -50,7 +50,7 @@ def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, 
 
 
 def check_device(recipe: Recipe) -> None:
-    """Refuse a device that is not known, before anything is loaded for it."""
+    """Raise an error for an unknown device before anything is loaded for it."""
     from compressor.latency.table import check_known
     from export.here import gpu_backend
 
@@ -58,13 +58,13 @@ def check_device(recipe: Recipe) -> None:
         check_known(recipe.device)
     elif recipe.precision != "fp32" and gpu_backend() is None:
         raise CompressorError(
-            f"On this machine's CPU networks run in fp32, not in {recipe.precision}.",
-            "Leave --precision out, name a --device, or export it afterwards: compress export RUN --precision fp16",
+            f"Networks run in fp32 on this machine's CPU, not in {recipe.precision}.",
+            "Omit --precision, name a --device, or export it afterwards: compress export RUN --precision fp16",
         )
 
 
 def runtime_of(recipe: Recipe) -> str:
-    """What runs the network on the recipe's device, by the name that latency tables use."""
+    """Return the runtime of the recipe's device, by the name that latency tables use."""
     from export.here import CPU, ORT_CUDA, gpu_backend
 
     if recipe.device != "local":
@@ -76,7 +76,7 @@ def runtime_of(recipe: Recipe) -> str:
 def latency_table(
     recipe: Recipe, space: PruningSpace, example: Tensor, profile_limit_s: float | None = None
 ) -> LatencyTable:
-    """The device's latency: measured now (or read from the cache) for this machine or over ssh, else its table."""
+    """Return the device's latency table: measured (or cached) for this machine or over ssh, otherwise loaded."""
     from compressor.latency.table import LatencyTable
 
     if recipe.device.startswith("ssh:"):
@@ -110,12 +110,12 @@ def latency_table(
 
 
 def device_precision(recipe: Recipe) -> Precision:
-    """The precision of a resolved recipe, in which networks are timed on its device."""
+    """Return the precision in which a resolved recipe's networks are timed on its device."""
     return "fp32" if recipe.precision == "auto" else recipe.precision
 
 
 def opset_of(recipe: Recipe, target: str | None = None) -> int:
-    """The ONNX opset for a device: the recipe's, or less where a board's TensorRT reads no newer one."""
+    """Return the ONNX opset for a device: the recipe's, or a lower one if the board's TensorRT needs it."""
     from export.targets import TARGETS, find_target
 
     board = find_target(target) if target else TARGETS.get(recipe.device)

@@ -33,20 +33,20 @@ PRECISIONS = ("fp32", "fp16", "int8")
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be written.
+    """What to export.
 
     Attributes:
         format: One of `FORMATS`.
         precision: One of `PRECISIONS`.
-        batch: How many inputs the network takes at a time.
-        target: A board's name: decides the opset and whether INT8 makes sense.
-        opset: Of the ONNX file; None for what the target reads, or the recipe's.
-        max_drop: Points of accuracy that FP16 or INT8 may lose.
-        method: How INT8 ranges are found.
-        rest: What INT8 leaves over computes in; None for what suits the device.
-        out: A copy of the file goes here.
-        factory: What builds the network where that is code of the user's: `package.module:factory`.
-        module, compute_capability, settings: Of the engine's builder.
+        batch: Number of inputs per batch.
+        target: Name of a board; determines the opset and whether INT8 is useful.
+        opset: Opset of the ONNX file; None for the target's or the recipe's.
+        max_drop: Accuracy that FP16 or INT8 may lose, in percentage points.
+        method: How INT8 ranges are calibrated.
+        rest: Precision of the layers that INT8 leaves out; None for the device's usual one.
+        out: Where to put a copy of the file.
+        factory: Function that builds the network if it is the user's own code: `package.module:factory`.
+        module, compute_capability, settings: Options of the engine builder.
     """
 
     format: str = "onnx"
@@ -65,7 +65,7 @@ class Request:
 
 
 class Finished:
-    """A run that has exported its network, with what exporting it again needs."""
+    """A run that has exported its network, with what another export of it needs."""
 
     def __init__(self, run: RunDir, factory: str | None = None) -> None:
         self.run = run
@@ -76,14 +76,14 @@ class Finished:
 
     @classmethod
     def open(cls, folder: Path, factory: str | None = None) -> Finished:
-        """The run in a folder, locked.
+        """Open the run in a folder and lock it.
 
         Args:
-            folder: the run's.
-            factory: what builds its network where that is code of the user's; see `models.known`.
+            folder: Folder of the run.
+            factory: Function that builds its network if it is the user's own code; see `models.known`.
 
         Raises:
-            CompressorError: it is no run's, or the run has exported nothing yet.
+            CompressorError: The folder holds no run, or the run has exported nothing yet.
         """
         run = RunDir.open(folder)
         if not run.finished("export") or not run.file(MODEL).exists():
@@ -94,19 +94,19 @@ class Finished:
         return cls(run, factory)
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         self.run.close()
 
     @property
     def data(self) -> DataBundle:
-        """The run's data, read when it is first needed."""
+        """The run's data, loaded on first use."""
         if self._data is None:
             self._data = load_images(self.recipe)
         return self._data
 
     @property
     def model(self) -> nn.Module:
-        """The slim network as it was saved."""
+        """The saved slim network."""
         from compressor.models.known import allowed_factory
         from compressor.pruning.artefact import load
 
@@ -116,17 +116,17 @@ class Finished:
         return self._model
 
     def metadata(self) -> dict[str, Any]:
-        """What every exported file says about itself."""
+        """Metadata of every exported file."""
         from compressor.pruning.artefact import read_plan
 
         return metadata_of(self.recipe, self.data, self.run, read_plan(self.run.path).checksum)
 
     def images(self) -> Any:
-        """Test images (N, C, H, W) on which exported files are compared."""
+        """Test images (N, C, H, W) for comparing exported files with the network."""
         return drawn(self.data.test, COMPARED_IMAGES, self.recipe.seed)[0]
 
     def onnx(self, request: Request) -> Iterator[str]:
-        """Write the ONNX file that `path_of` names, through the FP32 one of the same batch and opset."""
+        """Write the ONNX file that `path_of` names, from the FP32 file of the same batch and opset."""
         fp32 = self.path_of(request, "fp32")
         if fp32 != self.run.file(MODEL):
             yield from self._write_fp32(fp32, request)
@@ -145,11 +145,11 @@ class Finished:
                 engine=request.format == "onnx"
                 and not request.batch.open
                 and request.target is None
-                and self.recipe.device == "local",  # an engine of this machine is no use to another
+                and self.recipe.device == "local",  # an engine built here does not fit another device
             )
 
     def path_of(self, request: Request, precision: str | None = None) -> Path:
-        """Where a request's ONNX file lies: `model[.PRECISION][.BATCH][.OPSET].onnx`; plain ones are the run's own."""
+        """Return the path of a request's ONNX file: `model[.PRECISION][.BATCH][.OPSET].onnx`; plain: the run's own."""
         chosen, opset = precision or request.precision, self._opset(request)
         parts = [
             "model",
@@ -172,7 +172,7 @@ class Finished:
 
         shape = (1 if request.batch.open else request.batch.most, *self.data.input_shape)
         opset = self._opset(request)
-        with replacing(path) as trial:  # what fails a check never takes the file's place
+        with replacing(path) as trial:  # a file that fails a check never replaces `path`
             info = export_onnx(
                 self.model,
                 torch.zeros(shape),
@@ -198,13 +198,13 @@ class Finished:
 
 
 def export_format(folder: Path, request: Request) -> Iterator[str]:
-    """Write a finished run's network as `request` asks; each file is compared with the network before it counts.
+    """Write a finished run's network as `request` says; each file is compared with the network before it is kept.
 
     Yields:
         Lines for the user.
 
     Raises:
-        CompressorError, ExportError: the run is not finished, the request cannot be had, or a check fails.
+        CompressorError, ExportError: The run is not finished, the request is not supported, or a check fails.
     """
     check(request)
     with closing(Finished.open(folder, request.factory)) as finished:
@@ -221,10 +221,10 @@ def export_format(folder: Path, request: Request) -> Iterator[str]:
 
 
 def check(request: Request) -> None:
-    """Refuse what cannot be had, before anything is loaded for it.
+    """Reject an unsupported request before anything is loaded for it.
 
     Raises:
-        CompressorError: with what can be asked for instead.
+        CompressorError: The request is not supported; the hint names the alternatives.
     """
     for what, value, known in (
         ("format", request.format, FORMATS),
@@ -233,7 +233,7 @@ def check(request: Request) -> None:
         if value not in known:
             raise CompressorError(f"--{what} {value} is not exported.", f"Choose {', '.join(known)}.")
     if not 0 <= request.max_drop < 100:
-        raise CompressorError(f"--max-drop takes points from 0 to below 100, got {request.max_drop:g}.")
+        raise CompressorError(f"--max-drop takes percentage points from 0 to below 100, got {request.max_drop:g}.")
     if request.target is not None:
         board = find_target(request.target)
         if request.precision == "int8" and not board.int8:
@@ -246,7 +246,7 @@ def check(request: Request) -> None:
 
 
 def _engine(finished: Finished, onnx: Path, request: Request) -> Generator[str, None, Path]:
-    """Build the engine of a file; where it lies."""
+    """Build the engine of a file and return its path."""
     from dataclasses import replace
 
     from export.onnx_header import read_header

@@ -1,4 +1,4 @@
-"""The end of a run: what its user has to be told, the report, the checksums, the exit code."""
+"""End of a run: closing notes, report, checksums and exit code."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from compressor.recipe import Recipe
 
 KEPT, MISSED, OPEN = 0, 3, 4
-"""Exit codes: every budget is kept as measured; the best found misses one; neither, as one is only predicted or cannot
-be decided by what was measured."""
+"""Exit codes: every budget is met as measured; the best plan found misses one; a budget is only predicted, or its
+measurement is undecided."""
 
-HARDLY_FASTER = 0.95  # of the dense network's time; who deploys a pruned one expects less
+HARDLY_FASTER = 0.95  # of the dense network's time; pruning is expected to save more
 
 
 def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
@@ -42,19 +42,19 @@ def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
     with run.stage("report"):
         run.save(files=_checksums(run))
         write_report(run.path)
-    run.save(files=_checksums(run))  # with the report's own
+    run.save(files=_checksums(run))  # including the report's
     return code
 
 
 def exit_code(budgets: Iterable[Mapping[str, Any]], accept_predicted: bool = False) -> int:
-    """How a run ends by its budgets, as the manifest has them.
+    """Return the exit code that follows from the manifest's budgets.
 
     Args:
-        budgets: what was found of each.
-        accept_predicted: whether a prediction is enough.
+        budgets: Result of each budget.
+        accept_predicted: Whether a prediction is sufficient.
 
     Returns:
-        3 where one is missed, else 4 where one is undecided or only predicted (and that is not accepted), else 0.
+        3 if a budget is missed; otherwise 4 if one is undecided, or only predicted and that is not accepted; else 0.
     """
     found = {verdict_of(budget) for budget in budgets}
     if "missed" in found:
@@ -71,39 +71,39 @@ def _closing_notes(manifest: Mapping[str, Any], job: Job, plan: ChannelPlan) -> 
         low, high = manifest["latency"]["interval"]
         reach = f"between {low:.3f} and {high:.3f}" if high is not None else "some unknown share"
         yield (
-            "Whether the latency target is kept cannot be told on this machine now: the slim network takes "
+            "The measurement cannot decide whether the latency target is met: the slim network takes "
             f"{reach} of the dense one's time (95 % interval), and the target lies inside. Measure again on a quiet "
-            "machine: compress measure RUN; or give it longer: --set contract.seconds=300."
+            "machine: compress measure RUN; or allow more time: --set contract.seconds=300."
         )
     if any(verdict_of(entry) == "predicted" for entry in budgets):
         how = "estimated" if job.table is not None and job.table.estimated else "predicted"
-        yield f"{job.recipe.device} is not this machine: its latency is {how}, and was not measured."
+        yield f"{job.recipe.device} is not this machine: its latency is {how}, not measured."
     if budgets and not pruned:
-        yield "The dense network keeps every budget already: nothing was pruned."
+        yield "The dense network already meets every budget: nothing was pruned."
     if pruned and all(entry["name"] != "latency" for entry in budgets):
         yield from _hardly_faster(manifest)
 
 
 def _on_the_device(run: RunDir, recipe: Recipe) -> Iterator[str]:
-    """The command that takes the network to a board that this run could not reach."""
+    """Yield the command that brings the network to a board that this run could not reach."""
     from export.targets import TARGETS
 
     if recipe.device in TARGETS:
         yield (
-            f"Engines are built on the {TARGETS[recipe.device].title}. Make the bundle that does it: compress export "
+            f"Engines are built on the {TARGETS[recipe.device].title}. Create the bundle for that: compress export "
             f"{shlex.quote(str(run.path))} --target {recipe.device} --bundle {recipe.device}.tar.gz"
         )
 
 
 def _hardly_faster(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """A warning where fewer multiply-adds or weights have saved hardly any time, as measured."""
+    """Yield a warning if fewer multiply-adds or weights have saved hardly any measured time."""
     found, latency = time_ratio(manifest), manifest["latency"]
     if found is not None and found[1] == "measured" and found[0] >= HARDLY_FASTER:
         yield (
-            f"The slim network takes {found[0]:.0%} of the dense one's time as measured "
-            f"({latency['measured_ms']:.3g} of {latency['dense_ms']:.3g} ms): no latency was asked for, and some "
-            "channel counts may suit the device badly. Give --latency too, or --granularity measured; "
-            "compress measure RUN --explain says where the time goes."
+            f"The slim network takes {found[0]:.0%} of the dense one's measured time "
+            f"({latency['measured_ms']:.3g} of {latency['dense_ms']:.3g} ms): there was no latency budget, and some "
+            "channel counts may suit the device badly. Add --latency, or use --granularity measured; "
+            "compress measure RUN --explain shows where the time goes."
         )
 
 

@@ -21,9 +21,9 @@ LOCK = ".lock"
 
 
 class RunDir:
-    """One run's folder: its recipe, its manifest, and the lock that a live run holds on it.
+    """One run's folder: its recipe, its manifest, and the lock of the process that works on it.
 
-    `manifest` is a dict that `save` writes as a whole; stages record when they started and finished there.
+    `manifest` is a dict that `save` writes as a whole; stages record there when they started and finished.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,10 +33,10 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, recipe_yaml: str) -> RunDir:
-        """Start a new folder, locked, with its recipe in it.
+        """Create a new folder with its recipe, and lock it.
 
         Raises:
-            CompressorError: the folder exists and is not empty; nothing in it is touched.
+            CompressorError: The folder exists and is not empty; its content is not changed.
         """
         cls.refuse_taken(path)
         run = cls(path)
@@ -51,13 +51,13 @@ class RunDir:
 
     @staticmethod
     def refuse_taken(path: Path) -> None:
-        """Refuse a path that exists and is not an empty folder, before anything is computed for it."""
+        """Raise an error if a path exists and is not an empty folder, before anything is computed for it."""
         if not path.exists() or (path.is_dir() and all(_before_the_recipe(each) for each in path.iterdir())):
             return
         if (path / RECIPE).exists():
             raise CompressorError(
                 f"{path} is the folder of an earlier run.",
-                f"Go on with it: compress --resume {path}; or choose another --out DIR.",
+                f"Continue it: compress --resume {path}; or choose another --out DIR.",
             )
         raise CompressorError(f"{path} exists and is not an empty folder.", "Choose another --out DIR.")
 
@@ -66,11 +66,11 @@ class RunDir:
         """Open an earlier run's folder and lock it.
 
         Raises:
-            CompressorError: it is no run's folder, another process works on it, or its manifest is damaged.
+            CompressorError: The folder holds no run, another process works on it, or its manifest is damaged.
         """
         if not (path / RECIPE).is_file():
             raise CompressorError(
-                f"{path} is no run's folder: it has no {RECIPE}.", "Runs lie under runs/ by default."
+                f"{path} is not a run's folder: it has no {RECIPE}.", "Runs are under runs/ by default."
             )
         run = cls(path)
         run.lock()
@@ -80,23 +80,23 @@ class RunDir:
 
     @staticmethod
     def tidy(path: Path) -> None:
-        """Remove what killed writers left in a run's folder, unless a process is working on it now."""
+        """Remove the temporary files of killed processes from a run's folder, unless a process works on it now."""
         if (path / RECIPE).is_file():
             with suppress(CompressorError), closing(RunDir(path)) as run:
                 run.lock()
                 remove_temporaries(path)
 
     def read(self) -> None:
-        """Read the manifest as it stands in the folder; a run that was killed before its first has none."""
+        """Read the manifest from the folder; a run that was killed before its first write has none."""
         manifest = self.path / MANIFEST
         self.manifest = read_json(manifest) if manifest.exists() else {}
         if not isinstance(self.manifest, dict):
             raise CompressorError(f"{manifest} holds {type(self.manifest).__name__}, expected an object.")
 
     def lock(self) -> None:
-        """Hold the folder until `close`; the system lets go of it when the process dies."""
+        """Lock the folder until `close`; the system releases the lock when the process dies."""
         try:
-            # O_NONBLOCK: a FIFO in its place would be waited for otherwise
+            # O_NONBLOCK: opening a FIFO in its place would block otherwise
             flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
             self._lock = os.fdopen(os.open(self.path / LOCK, flags, 0o644), "r+b", buffering=0)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,11 +115,11 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        """What the run is called: its folder's name, however the path was given."""
+        """Name of the run: that of its folder, however the path was given."""
         return self.path.resolve().name
 
     def file(self, name: str) -> Path:
-        """A path inside the folder."""
+        """Return a path inside the folder."""
         return self.path / name
 
     def checkpoint(self, name: str) -> Checkpoint:
@@ -137,7 +137,7 @@ class RunDir:
         return bool(self.manifest.get("stages", {}).get(stage, {}).get("finished"))
 
     def reopen(self, *stages: str, **fields: Any) -> None:
-        """Forget that these stages had finished, and set `fields`, in one write: they will be walked through again."""
+        """Mark these stages as unfinished and set `fields`, in one write: the stages will run again."""
         for stage in stages:
             if stage in self.manifest.get("stages", {}):
                 self.manifest["stages"][stage]["finished"] = None
@@ -145,7 +145,7 @@ class RunDir:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Record in the manifest when a stage started and finished, and its seconds over all attempts."""
+        """Record in the manifest when a stage starts and finishes, and its seconds over all attempts."""
         stages = self.manifest.setdefault("stages", {})
         spent = stages.get(name, {}).get("seconds", 0.0)
         begun = time.monotonic()
@@ -161,12 +161,12 @@ class RunDir:
 
 
 def _before_the_recipe(path: Path) -> bool:
-    """Whether a file may be all that a run left which was killed before it had a recipe."""
+    """Return whether a file may be all that is left of a run killed before it had a recipe."""
     return path.name == LOCK or is_temporary_of(path, RECIPE)
 
 
 def new_run_path(parent: Path, label: str) -> Path:
-    """A folder under `parent` that does not exist yet, named after the time and what is run."""
+    """Return a folder under `parent` that does not exist yet, named after the time and `label`."""
     stem = (
         datetime.now().strftime("%Y%m%d-%H%M%S")
         + "-"

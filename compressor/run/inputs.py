@@ -1,4 +1,4 @@
-"""A recipe's images and its network, made for each other: size, channels and preprocessing."""
+"""Load a recipe's images and network so that they match in size, channels and preprocessing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load` gives.
+    """Result of `load`.
 
     Attributes:
-        recipe: With size and preprocessing filled in.
-        data: Its images as the network takes them.
-        model: In training mode on the CPU.
-        notes: What the user must see, such as a preprocessing that is only assumed.
+        recipe: Recipe with image size and preprocessing filled in.
+        data: Images, prepared for the network.
+        model: Network in training mode on the CPU.
+        notes: Notes for the user, such as an assumed preprocessing.
     """
 
     recipe: Recipe
@@ -35,14 +35,14 @@ class Loaded:
 
 
 def load(recipe: Recipe, weights: str | None = None) -> Loaded:
-    """The images and the network of a resolved recipe.
+    """Load the images and the network of a resolved recipe.
 
     Args:
-        recipe: resolved.
-        weights: in the place of the recipe's; images are prepared for the recipe's all the same.
+        recipe: Resolved recipe.
+        weights: Weights used instead of the recipe's; the images are still prepared for the recipe's weights.
 
     Raises:
-        CompressorError: whatever of it cannot be had, or the network takes images of other channels.
+        CompressorError: A part is not available, or the network takes images with another number of channels.
     """
     import torch
 
@@ -63,7 +63,7 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
             raise CompressorError(
                 f"{recipe.model} takes images of {channels} channel{'s' if channels > 1 else ''}, but "
                 f"data.channel_order is {recipe.data.channel_order}.",
-                f"Leave it out, or set it to {order}.",
+                f"Omit it, or set it to {order}.",
             )
         data = data.prepared(_wanted(recipe, order).at(data.preprocessing.size))
     notes = (*data.notes, *said, *_assumed(recipe, data.preprocessing))
@@ -71,14 +71,14 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
 
 
 def load_images(recipe: Recipe) -> DataBundle:
-    """The images of a resolved recipe, prepared as it says; colours where it does not say that they are grey."""
+    """Load the images of a resolved recipe, prepared as it says; in color unless it says that they are gray."""
     from compressor.data import load_data
 
     return load_data(recipe.data.source, seed=recipe.seed, wanted=_wanted(recipe, recipe.data.channel_order))
 
 
 def described(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
-    """A preprocessing for the manifest, with the place that it comes from."""
+    """Return a preprocessing and its origin for the manifest."""
     usual = _usual(recipe)
     mine = preprocessing.to_dict()
     theirs = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.size)
@@ -87,7 +87,7 @@ def described(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
     ]
     origin = "assumed: usual for ImageNet" if usual is None else usual.origin
     if other:
-        origin += f"; {', '.join(other)} as the recipe says"
+        origin += f"; {', '.join(other)} set by the recipe"
     return {**mine, "origin": origin}
 
 
@@ -95,7 +95,7 @@ _UNSAID = {"mean": None, "std": None, "crop_share": None, "interpolation": None,
 
 
 def _usual(recipe: Recipe) -> Published | None:
-    """What is published about a recipe's weights; None where they are none of a library's networks."""
+    """Return what is published about a recipe's weights; None if the network is not from a library."""
     from compressor.models import published
 
     return published(recipe.model) if recipe.weights != "none" else None
@@ -118,7 +118,7 @@ def _wanted(recipe: Recipe, channel_order: str | None) -> Any:
 
 
 def _completed(recipe: Recipe, preprocessing: Preprocessing) -> Recipe:
-    """The recipe with its preprocessing in numbers, so that it prepares images alike wherever it is run."""
+    """Return the recipe with explicit preprocessing values, so that images are prepared alike on every machine."""
     return recipe.changed(
         {
             "image_size": preprocessing.size,
@@ -135,12 +135,12 @@ def _completed(recipe: Recipe, preprocessing: Preprocessing) -> Recipe:
 
 
 def _assumed(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[str]:
-    """What to say where nothing says how the images of the weights were prepared.
+    """Yield a note if nothing says how the images for the weights were prepared.
 
-    It follows from the numbers alone, not from who set them: a resumed run, whose recipe has them all, says the same.
+    The note depends on the numbers alone, not on their origin: a resumed run, whose recipe has them all, gets the same.
     """
     usual = _usual(recipe)
-    own = ":" in recipe.model and not recipe.model.startswith("timm:")  # may bring weights of its own
+    own = ":" in recipe.model and not recipe.model.startswith("timm:")  # may have weights of its own
     given = recipe.weights not in ("none", "default")
     if not given and (usual is not None or not own or recipe.data_kind == "digits"):
         return
@@ -149,9 +149,9 @@ def _assumed(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[str]:
         return
     whose = recipe.weights if given else recipe.model
     source = (
-        "what is usual for ImageNet is assumed" if usual is None else f"what {usual.origin} says is taken"
+        "the usual ImageNet values are assumed" if usual is None else f"the values of {usual.origin} are used"
     )
     yield (
         f"{whose} does not say how its images were prepared: {source}, {preprocessing.describe()}. "
-        "--mean, --std, --set data.crop_share=... and data.interpolation=... set something else."
+        "Change it with --mean, --std, --set data.crop_share=... and data.interpolation=...."
     )

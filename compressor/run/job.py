@@ -1,6 +1,6 @@
-"""What a recipe means on this machine: the network, its data, its pruning space, its budgets.
+"""A recipe's objects on this machine: network, data, pruning space and budgets.
 
-Everything that can be refused is refused here, before a run's folder appears.
+Every invalid request is rejected here, before the run's folder is created.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Job:
     """A resolved recipe with everything loaded.
 
     Attributes:
-        recipe: resolved; measured channel steps stand in it as numbers, so that a resumed run has the same.
-        model: the dense network on `torch_device`; agents that train change its weights.
-        teacher: the dense network as it was loaded, where it is pretrained; else None.
-        factory: how to build the network anew, for the artefact.
-        data: train, search and test splits.
-        space: what may be removed from `model`.
-        table: latency of the device; None where no latency budget asks for it.
-        torch_device: where training runs, "cpu" or "cuda".
-        notes: sentences that the user must see beside the numbers.
-        dense_file: the dense network's ONNX file, until the run has it.
-        callers: of the functions that are budgets and of energy, by name.
+        recipe: Resolved recipe, with measured channel steps as numbers, so that a resumed run has the same steps.
+        model: Dense network on `torch_device`; agents that train change its weights.
+        teacher: Dense network as loaded, if it is pretrained; else None.
+        factory: Function that rebuilds the network for the artifact.
+        data: Train, search and test splits.
+        space: Prunable channels of `model`.
+        table: Latency table of the device; None if no latency budget needs it.
+        torch_device: Device for training, "cpu" or "cuda".
+        notes: Sentences that the user must see beside the numbers.
+        dense_file: ONNX file of the dense network, until the run has it.
+        callers: Callers of function and energy budgets, by name.
     """
 
     recipe: Recipe
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def measurable(self) -> bool:
-        """Whether the device can be measured from here: it is this machine, or is reached over ssh."""
+        """Whether the device can be measured from here: this machine, or reachable over ssh."""
         return self.recipe.device == "local" or self.over_ssh
 
     @property
@@ -69,10 +69,10 @@ class Job:
         return self.recipe.device.startswith("ssh:")
 
     def budgets(self, table: LatencyTable | None = None) -> list[Budget]:
-        """The budgets of the recipe in absolute numbers, by `table` or the job's own.
+        """Return the recipe's budgets in absolute numbers, by `table` or the job's own table.
 
         Raises:
-            CompressorError: one of them cannot be reached by any widths.
+            CompressorError: No widths can meet one of them.
         """
         from compressor.budgets.resolve import reachable, resolve
 
@@ -83,10 +83,10 @@ class Job:
         return budgets
 
     def latency_share(self, dense_ms: float) -> float | None:
-        """The latency that is asked for as a share of the dense network's; None where none is asked for.
+        """Return the latency target as a share of the dense network's latency; None without a target.
 
         Args:
-            dense_ms: What the dense network takes on the quiet device: what milliseconds are a share of.
+            dense_ms: Latency of the dense network on the quiet device, in milliseconds.
         """
         (asked,) = [each for each in budget_specs(self.recipe) if each.name == "latency"] or (None,)
         if asked is None or self.table is None:
@@ -95,20 +95,20 @@ class Job:
 
     @property
     def asks_for_latency(self) -> bool:
-        """Whether a latency is among the budgets."""
+        """Whether one of the budgets is a latency."""
         return any(each.name == "latency" for each in budget_specs(self.recipe))
 
     @property
     def latency_in_ms(self) -> bool:
-        """Whether a latency is asked for in milliseconds, not as a share."""
+        """Whether the latency budget is in milliseconds rather than a share."""
         return any(each.name == "latency" and not each.relative for each in budget_specs(self.recipe))
 
 
 def budget_specs(recipe: Recipe) -> Sequence[BudgetSpec]:
-    """The budgets of a recipe, parsed.
+    """Parse a recipe's budgets.
 
     Raises:
-        CompressorError: one is malformed; the accepted forms are named.
+        CompressorError: A budget is malformed; the message names the accepted forms.
     """
     from compressor.budgets.parse import parse_budget, parse_function_budget
 
@@ -117,7 +117,7 @@ def budget_specs(recipe: Recipe) -> Sequence[BudgetSpec]:
 
 
 def reward_weights(recipe: Recipe) -> dict[str, float]:
-    """The weights of the reward's soft factors by the names of the budgets."""
+    """Return the weights of the reward's soft factors, by budget name."""
     weights = recipe.search.reward
     return {
         "latency": weights.latency, "macs": weights.flops, "params": weights.params, "memory": weights.memory
@@ -135,15 +135,16 @@ def prepare(
     """Load and trace everything that a resolved recipe names.
 
     Args:
-        recipe: resolved.
-        table: the device's latency where it is known already, from the folder of the run that goes on.
-        profile_limit_s: how long this machine may be measured where its table is not known; None is the usual.
-        values: by budget and widths what functions have given already, in the run that goes on; they are not asked
-            again for these, since a noisy one would answer otherwise.
-        dense: where the run that goes on has the dense network's ONNX file; it is exported where that is missing.
+        recipe: Resolved recipe.
+        table: Latency table of the device, from the folder of a resumed run; None to measure or load it.
+        profile_limit_s: Time limit for measuring this machine if its table is unknown, in seconds; None for the
+            default.
+        values: Values that function budgets have returned in a resumed run, by budget and widths; the functions are
+            not called again for these widths, because a noisy function would return another value.
+        dense: Dense network's ONNX file of a resumed run; exported if it is missing.
 
     Raises:
-        CompressorError: whatever in the recipe cannot be had, with the mend.
+        CompressorError: Something in the recipe is not available; the hint says how to fix it.
     """
     import torch
 
@@ -161,7 +162,7 @@ def prepare(
     notes: list[str] = []
     check_device(recipe)
     check_workers(recipe.search.workers, recipe.search.brief_iterations)
-    create_agent(recipe.agent, settings=recipe.search.settings)  # only to have its settings checked
+    create_agent(recipe.agent, settings=recipe.search.settings)  # only to check its settings
     counters = find_counters(recipe.device) if recipe.budgets.energy else None
     torch_device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load(recipe)
@@ -209,10 +210,10 @@ def prepare(
 
 
 def trace(recipe: Recipe, model: nn.Module, example: Tensor) -> PruningSpace:
-    """The pruning space of a recipe's network, with the channel steps that suit its device where none are given.
+    """Trace a recipe's network, with the channel steps that suit its device if the recipe gives none.
 
     Raises:
-        CompressorError: nothing in the network can be pruned.
+        CompressorError: Nothing in the network can be pruned.
     """
     from compressor.latency.devices import recommended_steps
     from compressor.pruning.space import PruningSpace

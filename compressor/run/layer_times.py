@@ -1,4 +1,4 @@
-"""Where the time of a run's networks goes, kernel by kernel, in its manifest: the report's "Why is it not faster?"."""
+"""Record kernel by kernel where a run's networks spend time, for the report's section "Why is it not faster?"."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Pairs = list[tuple[float, float]]
 
 
 def predicted_pairs(table: LatencyTable, space: PruningSpace, widths: Any) -> Pairs:
-    """What a table predicts for each operator, scaled so that the operators add up to the whole network.
+    """Return a table's prediction for each operator, scaled so that the operators add up to the whole network.
 
     Raises:
-        CompressorError: the table does not cover the space.
+        CompressorError: The table does not cover the space.
     """
     curve = table.curve(space)
     both = np.stack([space.dense_widths, widths])
@@ -48,15 +48,15 @@ def explain_run(
     machine: Machine | None = None,
     where: str = "",
 ) -> list[Line]:
-    """Profile a run's dense and slim network, and keep what was found in the manifest.
+    """Profile a run's dense and slim networks, and store the result in the manifest.
 
     Args:
-        run: Its ONNX files are read; `layers` and `explanation` of its manifest are set.
-        threads: Of ONNX Runtime.
-        predicted: By the run's table, where there is one.
-        profiles: Of another device; by default both are profiled here.
-        machine: That device's peaks.
-        where: That device and what ran there, for people.
+        run: Run whose ONNX files are read; `layers` and `explanation` of its manifest are set.
+        threads: Number of ONNX Runtime threads.
+        predicted: Predictions of the run's table, if there is one.
+        profiles: Profiles of another device; by default both networks are profiled here.
+        machine: Peak rates of that device.
+        where: Description of that device and its runtime.
     """
     if profiles is None:
         profiles = _profiled_here(run, threads)
@@ -87,7 +87,7 @@ def _profiled_here(run: RunDir, threads: int) -> tuple[Profile, Profile]:
 
 
 def _names(run: RunDir) -> list[str]:
-    """Names of the weight-bearing operators: the layers' own where the file has as many, else the file's."""
+    """Return names of the weight-bearing operators: the layers' own if the counts match, else the ONNX file's."""
     found = [node.name for node in file_nodes(run.file(MODEL)) if node.operator >= 0]
     layers = [str(layer.get("name")) for layer in run.manifest.get("layers", [])]
     return layers if len(layers) == len(found) else found
@@ -105,15 +105,15 @@ def _with_times(layers: Sequence[dict[str, Any]], lines: Sequence[Line]) -> list
 
 
 def run_space(run: RunDir, table: LatencyTable | None, factory: str | None = None) -> PruningSpace:
-    """The pruning space of a run's network as its table knows it, without its data and without its weights.
+    """Return the pruning space of a run's network as its table knows it, without its data and weights.
 
     Args:
-        run: Names the network.
-        table: Its channel steps.
-        factory: What builds the network where that is code of the user's; see `models.known`.
+        run: Run that names the network.
+        table: Table with its channel steps.
+        factory: Function that builds the network if it is the user's own code; see `models.known`.
 
     Raises:
-        CompressorError: the network cannot be made again.
+        CompressorError: The network cannot be rebuilt.
     """
     import onnx
     import torch
@@ -153,11 +153,11 @@ def run_space(run: RunDir, table: LatencyTable | None, factory: str | None = Non
 
 
 def kept_widths(run: RunDir, space: PruningSpace) -> Any:
-    """The widths that a run chose, in the order of the space's groups."""
+    """Return the widths that a run chose, in the order of the space's groups."""
     kept = {str(group["name"]): int(group["kept"]) for group in run.manifest.get("groups", [])}
     if set(kept) != {group.name for group in space.groups}:
         raise CompressorError(
-            "The run's groups are not those of its network.", "Was its code changed meanwhile?"
+            "The run's groups are not those of its network.", "Check whether its code has changed since the run."
         )
     return np.asarray([kept[group.name] for group in space.groups], dtype=np.int64)
 
@@ -165,10 +165,10 @@ def kept_widths(run: RunDir, space: PruningSpace) -> Any:
 def read_profiles(
     dense: Path, slim: Path, run: RunDir, *, element_bytes: int, block: int
 ) -> tuple[Profile, Profile]:
-    """Layer profiles that trtexec wrote on a device, of the engines of a run's dense and slim ONNX files.
+    """Read the layer profiles that trtexec wrote on a device for the engines of a run's dense and slim ONNX files.
 
     Raises:
-        CompressorError: a file is missing, is no layer profile, or belongs to another network.
+        CompressorError: A file is missing, is not a layer profile, or belongs to another network.
     """
     from compressor.latency.kernels import read_trt_profile
 

@@ -1,4 +1,4 @@
-"""What is done with a run's ONNX files: scored on real images, turned into engines, timed side by side."""
+"""Operations on a run's ONNX files: scoring on real images and building engines."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 MODEL = "model.onnx"
 DENSE = "checkpoints/dense.onnx"
 PROBE = "checkpoints/probe.onnx"
-COMPARED_IMAGES = 64  # on which an exported file is compared with the network
+COMPARED_IMAGES = 64  # number of images for comparing an exported file with the network
 
 
 def drawn(split: Split, images: int, seed: int) -> tuple[Any, Any]:
-    """A sample of a split, spread over the classes: normalised images (N, C, H, W) and labels (N,), as arrays."""
+    """Draw a sample of a split, spread over the classes: normalized images (N, C, H, W) and labels (N,), as arrays."""
     batches = [(x.numpy(), y.numpy()) for x, y in split.sample(images, seed).batches(256, device="cpu")]
     return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
 
 
 def scored(path: Path, data: DataBundle) -> tuple[float, int]:
-    """Top-1 share of an ONNX file on the whole test split through ONNX Runtime, and the number of images.
+    """Return an ONNX file's top-1 share on the whole test split with ONNX Runtime, and the number of images.
 
-    It takes as many threads as torch does: this is no measurement of time.
+    It uses as many threads as PyTorch; this does not measure time.
     """
     import torch
 
@@ -52,7 +52,7 @@ def scored(path: Path, data: DataBundle) -> tuple[float, int]:
 
 
 def metadata_of(recipe: Recipe, data: DataBundle, run: RunDir, plan_checksum: str) -> dict[str, Any]:
-    """What a file says about itself: model, classes, normalisation, run and plan."""
+    """Return the metadata of an exported file: model, classes, normalization, run and plan."""
     return {
         "model": recipe.model,
         **data.facts(),
@@ -72,19 +72,19 @@ def build_engine_of(
     settings: BuildSettings | None = None,
     must: bool = False,
 ) -> tuple[list[dict[str, Any]], str]:
-    """Build the engine of one of the run's ONNX files where a builder is installed, or take it from the cache.
+    """Build the engine of one of the run's ONNX files if a builder is installed, or take it from the cache.
 
     Args:
-        run: its folder takes the engine.
-        onnx: the file.
-        module, compute_capability, settings: as in `export.engine.build_engine`.
-        must: whether it is an error where there is no builder or it refuses the network.
+        run: Run whose folder receives the engine.
+        onnx: ONNX file.
+        module, compute_capability, settings: As in `export.engine.build_engine`.
+        must: Whether a missing builder or a rejected network is an error.
 
     Returns:
-        The manifest's entries, none where there is no engine, and what to tell the user.
+        The manifest's entries, empty without an engine, and a message for the user.
 
     Raises:
-        ExportError: there is no engine, though there must be one.
+        ExportError: There is no engine although `must` is set.
     """
     from export.engine import available, why_not
     from export.engine_cache import cached_engine

@@ -2,12 +2,11 @@
 
     recipe -> prepare -> [search -> probe -> tighten]* -> fine-tune -> export -> measure -> report
 
-Latency does not depend on the weights, so a plan is measured right after the search, before any fine-tuning
-is spent on it: where it misses the target, or keeps it by far more than it must, the table is refitted with that
-measurement and the search goes on.
+Latency does not depend on the weights, so a plan is measured right after the search, before fine-tuning. If it misses
+the target, or is faster than necessary, the table is refitted with that measurement and the search continues.
 
-Every stage leaves what the next ones need in the run's folder. A run that was killed walks through the same
-stages again and skips those that had finished.
+Every stage stores what later stages need in the run's folder. A resumed run goes through the same stages and skips
+those that had finished.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves.
+    """Result of a run.
 
     Attributes:
-        directory: the run's folder.
-        manifest: its `manifest.json`.
-        exit_code: 0 where every budget is kept as measured, 3 where the best found misses one, 4 where one is only
-            predicted or cannot be decided.
+        directory: Folder of the run.
+        manifest: Content of its `manifest.json`.
+        exit_code: 0 if every budget is met as measured, 3 if the best plan found misses one, 4 if one is only
+            predicted or undecided.
     """
 
     directory: Path
@@ -55,21 +54,21 @@ class RunResult:
     exit_code: int
 
     def load(self) -> nn.Module:
-        """The slim network, on the CPU."""
+        """Load the slim network on the CPU."""
         from compressor.pruning.artefact import load
 
         return load(self.directory, factory=self.manifest["model"])
 
 
 def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
-    """Run a recipe from its start.
+    """Run a recipe from the beginning.
 
     Args:
-        recipe: which network, on which data, within which budgets.
-        out: the run's folder, new or empty; left out, a new one under `runs/`.
+        recipe: Network, data, budgets and settings.
+        out: Folder of the run, new or empty; None for a new one under `runs/`.
 
     Raises:
-        CompressorError: something in the recipe cannot be had; nothing was written then.
+        CompressorError: Something in the recipe is not available; nothing was written.
     """
     from compressor.models.known import remember_factory
 
@@ -84,16 +83,16 @@ def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
 
 
 def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResult:
-    """Go on with a run that was stopped; it ends as it would have.
+    """Continue a stopped run; the result is the same as without the stop.
 
     Args:
-        folder: the run's folder.
-        overrides: fields that the caller expects in its recipe. Learning rates may be others, so that a training
-            whose loss became infinite can go on from what was saved, and so may the workers, which change nothing in
-            what is found while each has the same threads; the recipe is rewritten then, and that is noted.
+        folder: Folder of the run.
+        overrides: Recipe fields that the caller expects. Learning rates may differ, so that a training whose loss
+            became infinite can continue from its checkpoint. The number of workers may differ too, because it does not
+            change the result while each worker has the same threads. The recipe is then rewritten, with a note.
 
     Raises:
-        CompressorError: the run was begun with another recipe, or another process is working on the folder.
+        CompressorError: The run was started with another recipe, or another process is working on the folder.
     """
     from compressor.models.known import remember_factory
 
@@ -102,8 +101,8 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
         changed = _changed_since(run, expected)
         if refused := [said for name, said in changed.items() if name not in _FREE]:
             raise CompressorError(
-                f"The run in {folder} was begun with another recipe: {'; '.join(refused)}.",
-                f"Resume it without these options and with its {RECIPE} as it was, or start a new run with --out DIR.",
+                f"The run in {folder} was started with another recipe: {'; '.join(refused)}.",
+                f"Resume it without these options and with its original {RECIPE}, or start a new run with --out DIR.",
             )
         job = prepare(expected, _table_of(run, expected), values=_function_values(run), dense=run.file(DENSE))
         remember_factory(expected.model)
@@ -124,7 +123,7 @@ _FREE = (
     "search.evaluation_seconds",
     "contract.accept_predicted",
 )
-"""Fields that may be others when a run is resumed."""
+"""Fields that may change when a run is resumed."""
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
@@ -132,10 +131,10 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def _changed_since(run: RunDir, recipe: Recipe) -> dict[str, str]:
-    """By their names, the fields in which a recipe differs from that which the run was begun with, in words."""
+    """Describe, by name, the fields in which a recipe differs from the one that the run was started with."""
     if "recipe" in run.manifest:
         begun = validated(Recipe, run.manifest["recipe"], f"the recipe in {run.file(MANIFEST)}")
-    else:  # killed before its first stage, or by an earlier version
+    else:  # killed before its first stage, or started by an earlier version
         begun = load_recipe(run.file(RECIPE))
     before, now = dict(_fields(_plain(begun))), dict(_fields(_plain(recipe)))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -143,7 +142,7 @@ def _changed_since(run: RunDir, recipe: Recipe) -> dict[str, str]:
 
 
 def _fields(plain: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a recipe and of its parts, with their dotted names."""
+    """Yield the fields of a recipe and of its parts, with their dotted names."""
     for name, value in plain.items():
         if isinstance(value, Mapping) and value:
             yield from _fields(value, f"{within}{name}.")
@@ -152,7 +151,7 @@ def _fields(plain: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, A
 
 
 def _walk(run: RunDir, job: Job) -> RunResult:
-    """All stages of a run; those that had finished are skipped inside."""
+    """Go through all stages of a run; each skips itself if it had finished."""
     begin(run, job)
     while True:
         plan = _plan_that_keeps_its_latency(run, job)
@@ -165,7 +164,7 @@ def _walk(run: RunDir, job: Job) -> RunResult:
 
 @contextmanager
 def _stopped_in(folder: Path) -> Iterator[None]:
-    """An interrupt says which run it has stopped."""
+    """Add the run's folder to an interrupt."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -181,18 +180,18 @@ def _plan_that_keeps_its_latency(run: RunDir, job: Job) -> ChannelPlan:
         plan = search(run, job)
         if run.finished(
             "finetune"
-        ):  # a stop after a plan was settled on and trained: nothing is decided again
+        ):  # stopped after a plan was chosen and trained: nothing is decided again
             return read_plan(run.path)
         if probe(run, job, plan) or not tighten(run, job):
             return settle(run, job, plan)
 
 
 def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
-    """The latency table that the run was searching with, corrected by what was measured since.
+    """Return the latency table of the running search, corrected by the measurements since.
 
     Raises:
-        CompressorError: it is damaged or of another device than the recipe's, or there is more to measure and this is
-            not the machine that it was made on.
+        CompressorError: The table is damaged or of another device than the recipe's, or more must be measured and this
+            is not the machine that it was measured on.
     """
     from compressor.latency.local import require_same_machine
     from compressor.latency.table import LatencyTable
@@ -211,11 +210,11 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
 
 
 def _function_values(run: RunDir) -> dict[str, dict[tuple[int, ...], float]]:
-    """By budget and widths what the user's functions have given in the search so far."""
+    """Return the values of the user's functions in the search so far, by budget and widths."""
     from compressor.search.session_state import FORMAT
 
     state = run.checkpoint("search").load()
-    if state is None or state.get("format") != FORMAT:  # the search refuses another format, with the mend
+    if state is None or state.get("format") != FORMAT:  # the search reports another format, with a hint
         return {}
     known = state["env"]["functions"]
     return {name: {tuple(widths): float(value) for widths, value in known[name]} for name in known}

@@ -1,4 +1,4 @@
-"""The slim network's ONNX file in other precisions, each compared and scored on real images before it counts."""
+"""Export the slim network's ONNX file in other precisions; each file is compared and scored before it is kept."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def write_precision(
     path: Path | None = None,
     engine: bool = True,
 ) -> Iterator[str]:
-    """Write the run's network in another precision, judge it on the test split, and build its engine.
+    """Write the run's network in another precision, check it on the test split, and build its engine.
 
-    INT8 keeps the most sensitive layers in floats until the accuracy on the search split is within the drop. The test
-    split chooses nothing: a file that loses more there is refused.
+    INT8 keeps the most sensitive layers in floating point until the accuracy on the search split is within the allowed
+    drop. The test split selects nothing: a file that loses more there is rejected.
 
     Args:
-        run: one whose FP32 file is exported.
-        data: of the run.
+        run: Run whose FP32 file is exported.
+        data: Data of the run.
         precision: "fp16" or "int8".
-        max_drop_points: percentage points of accuracy that the file may lose.
-        method: how INT8 ranges are found: "minmax", "entropy" or "percentile".
-        rest: what INT8 leaves over computes in: "fp32" or "fp16"; None for fp16 on other devices than this CPU.
-        source: the FP32 file; None for the run's.
-        path: where the new file goes; None for `model.PRECISION.onnx`.
-        engine: whether an engine is built of it.
+        max_drop_points: Percentage points of accuracy that the file may lose.
+        method: How INT8 ranges are calibrated: "minmax", "entropy" or "percentile".
+        rest: Precision of the layers that INT8 leaves out: "fp32" or "fp16"; None for fp16, but fp32 on this CPU.
+        source: FP32 file; None for the run's.
+        path: Path of the new file; None for `model.PRECISION.onnx`.
+        engine: Whether to build its engine.
 
     Yields:
         Lines for the user.
 
     Raises:
-        CompressorError, ExportError: the precision is unknown, or cannot be had within the drop; nothing is written.
+        CompressorError, ExportError: The precision is unknown, or the drop is larger than allowed; nothing is written.
     """
     if precision not in ("fp16", "int8"):
         raise CompressorError(
@@ -87,7 +87,7 @@ def write_precision(
 
 
 def record(run: RunDir, key: str, entry: dict[str, Any], engines: list[dict[str, Any]]) -> None:
-    """Note an exported file, its engines and their checksums in the manifest."""
+    """Record an exported file, its engines and their checksums in the manifest."""
     names = [entry["file"]] if run.file(entry["file"]).is_file() else []
     names += [name for each in engines for name in (each["file"], each["file"][: -len("engine")] + "json")]
     built = {each["file"] for each in engines}
@@ -149,7 +149,7 @@ def _problem(
     max_drop_points: float,
     facts: dict[str, Any],
 ) -> str:
-    """What is wrong with a file beside the FP32 one, or nothing; its parity and accuracy go into `facts`."""
+    """Describe what is wrong with a file compared with the FP32 one, or return ""; fill `facts` with its scores."""
     from export.errors import ExportError
     from export.parity import AGREEMENTS, TOLERANCES, compare_outputs, onnx_outputs, require
 

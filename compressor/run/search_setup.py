@@ -1,4 +1,4 @@
-"""What an agent searches in: the environment of a job, and what scores its plans."""
+"""Set up the search: the environment of a job, and the evaluator that scores its plans."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 def environment(
     job: Job, budgets: Sequence[Budget], *, context_size: int = 0
 ) -> tuple[PruningEnv, Evaluator]:
-    """What an agent searches in: plans of the job's network within `budgets`, scored on its search split.
+    """Create the search environment: plans of the job's network within `budgets`, scored on its search split.
 
     Args:
-        job: network, data and settings.
-        budgets: what every plan keeps.
-        context_size: numbers that the agent adds to each observation, its `context_size`.
+        job: Network, data and settings.
+        budgets: Budgets that every plan must meet.
+        context_size: Number of values that the agent adds to each observation, its `context_size`.
     """
     from compressor.search.environment import PruningEnv
     from compressor.search.evaluate import Evaluator
@@ -56,7 +56,7 @@ def environment(
 
 
 def too_few_images(images: int) -> str | None:
-    """What to say where the search split tells networks apart only roughly: a standard error above 2 points."""
+    """Return a note if the search split is too small to compare networks: a standard error above 2 points."""
     from compressor.search.evaluate import standard_error
 
     error = standard_error(0.9, images)
@@ -64,11 +64,11 @@ def too_few_images(images: int) -> str | None:
         return None
     return (
         f"The search split has {images} images: an accuracy of 90 % is known to within {error:.1%} (standard error), "
-        "and networks that differ by less cannot be told apart."
+        "and networks that differ by less cannot be distinguished."
     )
 
 
 def _importance_data(job: Job) -> list[tuple[Any, Any]]:
-    """Two batches of training images and labels, for criteria and values that need gradients."""
+    """Return two batches of training images and labels, for criteria and values that need gradients."""
     stream = job.data.train.batches(128, shuffle_seed=job.recipe.seed, device=job.torch_device)
     return [batch for _, batch in zip(range(2), stream, strict=False)]

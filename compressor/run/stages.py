@@ -1,4 +1,4 @@
-"""The stages that find the widths and train the weights; each returns at once where it had finished."""
+"""Stages that find the widths and train the weights; each returns at once if it had finished."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TABLE = "latency_table.json"
 
 
 def begin(run: RunDir, job: Job) -> None:
-    """Write down what is run, on what, within which budgets, and how accurate the dense network is."""
+    """Record recipe, data, budgets and device of the run, and the accuracy of the dense network."""
     from compressor.models.weights import FRESH_HEAD
     from compressor.search.evaluate import predictions
 
@@ -70,15 +70,15 @@ def begin(run: RunDir, job: Job) -> None:
         if job.teacher is not None:
             answers, labels = predictions(job.teacher, job.data.test, device=job.torch_device)
             dense = float((answers == labels).double().mean())
-            _note_accuracy(run, dense=dense, dense_note="The dense network is as its weights were given.")
+            _note_accuracy(run, dense=dense, dense_note="The dense network has its given weights.")
             say(f"The dense network's test accuracy is {dense:.2%}.")
-            fresh = getattr(job.teacher, FRESH_HEAD, False)  # it can only guess so far
+            fresh = getattr(job.teacher, FRESH_HEAD, False)  # an untrained head only guesses
             if not fresh and (note := check_dense(job, answers, labels, str(run.path))):
                 _tell(run, note)
 
 
 def search(run: RunDir, job: Job) -> ChannelPlan:
-    """Let the agent find the widths; the weights of `job.model` are afterwards those of the search's end."""
+    """Let the agent find the widths; `job.model` then has the weights at the end of the search."""
     from compressor.search.evaluate import accuracy
 
     if run.finished("search"):
@@ -87,13 +87,13 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
         result, uniform, compared = _search(run, job)
         if job.teacher is None:
             dense = accuracy(job.model, job.data.test, device=job.torch_device)
-            epochs = len(result.training)  # fewer than planned where the time was up
-            note = f"The dense network has had the {epochs} epochs of the search, the slim one all of them."
+            epochs = len(result.training)  # fewer than planned if the time limit was reached
+            note = f"The dense network was trained for the {epochs} epochs of the search, the slim one for all epochs."
             _note_accuracy(run, dense=dense, dense_note=note)
         _note_plan(run, job, result.best)
         if len(result.training) < (planned := search_epochs(job)):
             done = len(result.training)
-            _tell(run, f"The search's time limit left its training at {done} of {planned} epochs.")
+            _tell(run, f"The search's time limit stopped its training after {done} of {planned} epochs.")
         run.save(
             search={
                 "agent": job.recipe.agent,
@@ -121,15 +121,15 @@ def search(run: RunDir, job: Job) -> ChannelPlan:
 
 
 def _tell(run: RunDir, note: str) -> None:
-    """Say a sentence and keep it among the run's notes, once."""
+    """Print a sentence and add it to the run's notes, once."""
     if note not in run.manifest["notes"]:
         say(note)
         run.save(notes=[*run.manifest["notes"], note])
 
 
 def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None, dict[str, Any] | None]:
-    """What the agent found, the widths of uniform pruning within the same budgets, where a ratio keeps them, and how
-    the search compares with the method's publication, where there is one."""
+    """Return the agent's result, the widths of uniform pruning within the same budgets (None if no ratio meets them),
+    and how the search compares with the method's publication, if there is one."""
     from compressor.search.candidate import Limits
     from compressor.search.method import method, never_acted, without_effect
     from compressor.search.proposals import uniform_widths
@@ -160,12 +160,12 @@ def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None
         if run.finished("search"):
             _tell(
                 run,
-                f"{checkpoint.path} is gone, which held what the search had found: the search is done again from its "
-                f"start, its {len(log)} episodes included.",
+                f"{checkpoint.path}, the search's checkpoint, is missing: the search is repeated from the beginning, "
+                f"including its {len(log)} episodes.",
             )
         elif len(log):
             say(
-                f"{checkpoint.path} is not there: the search starts again; {len(log)} episodes are repeated."
+                f"{checkpoint.path} is missing: the search starts again; {len(log)} episodes are repeated."
             )
     limits = Limits(max_evaluations=settings.max_evaluations, max_seconds=settings.max_seconds)
     try:
@@ -182,19 +182,19 @@ def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None
 
 
 def settle(run: RunDir, job: Job, plan: ChannelPlan) -> ChannelPlan:
-    """The plan to fine-tune: the last, or an earlier one that keeps the latency target and leaves less of it unused."""
+    """Return the plan to fine-tune: the last, or an earlier one that meets the latency target more closely."""
     kept = kept_plan(run, plan)
     if kept.checksum != plan.checksum and not run.finished("finetune"):
         _note_plan(run, job, kept)
-        say("The plan that kept the latency target most closely is taken, and not the last.")
+        say("An earlier plan is used instead of the last: it meets the latency target more closely.")
     return kept
 
 
 def fall_back(run: RunDir, plan: ChannelPlan) -> bool:
-    """After a latency that was missed, with nothing left to search for: take an earlier plan that keeps it.
+    """After a missed latency target and with nothing left to search, return to an earlier plan that meets it.
 
     Returns:
-        Whether there is one.
+        Whether there is such a plan.
     """
     if kept_plan(run, plan).checksum == plan.checksum:
         return False
@@ -203,7 +203,7 @@ def fall_back(run: RunDir, plan: ChannelPlan) -> bool:
 
 
 def _note_plan(run: RunDir, job: Job, plan: ChannelPlan) -> None:
-    """Write a plan down as the run's, with the accuracy of the network before any fine-tuning."""
+    """Record a plan as the run's, with the accuracy of the network before fine-tuning."""
     from compressor.search.evaluate import accuracy, reestimate_batch_norm
 
     pruned = job.space.apply(plan)
@@ -219,14 +219,14 @@ def _note_plan(run: RunDir, job: Job, plan: ChannelPlan) -> None:
 
 
 def search_budgets(run: RunDir, job: Job) -> list[Budget]:
-    """The budgets that the search keeps: the run's targets, the latency with the margin taken off."""
+    """Return the budgets of the search: the run's targets, with the margin subtracted from the latency."""
     targets = {entry["name"]: entry["target"] for entry in run.manifest["budgets"]}
     below = margin(run, job)
     share = searched_share(run, job)
     if share is not None and job.table is not None:
         targets["latency"] = share * job.table.dense_ms(job.space)  # in milliseconds of the table
     aims = {name: target * (1 - below) if name == "latency" else target for name, target in targets.items()}
-    budgets: list[Any] = list(job.budgets())  # frozen dataclasses all, which their abstract base does not say
+    budgets: list[Any] = list(job.budgets())  # all are frozen dataclasses, which their abstract base does not declare
     return [
         budget
         if budget.dense <= targets[budget.name]
@@ -236,16 +236,16 @@ def search_budgets(run: RunDir, job: Job) -> list[Budget]:
 
 
 def tighten(run: RunDir, job: Job) -> bool:
-    """After a latency that was missed, or kept by too much: refit the table with what was measured, and search on.
+    """Refit the table with the measurement after a latency that missed its target or left too much of it unused.
 
     Returns:
-        Whether there is anything left to try.
+        Whether another search can help.
     """
     rounds: list[dict[str, Any]] = run.manifest["rounds"]
     if job.table is None or len(rounds) >= job.recipe.contract.max_rounds:
         return False
     last = rounds[-1]
-    # As shares of the dense network's time: milliseconds would carry what neighbours did meanwhile into the table.
+    # As shares of the dense network's time: milliseconds would bring the load of other processes into the table.
     correction = (last["predicted_ratio"], last["ratio"])
     table = job.table.refit([correction], lower=True)
     try:
@@ -254,7 +254,7 @@ def tighten(run: RunDir, job: Job) -> bool:
         say(f"The latency target cannot be met: {error.message}")
         return False
     job.table = table
-    # One write for both: a kill between a corrected table and reopened stages would have it corrected twice.
+    # One write for both: after a kill between the corrected table and the reopened stages, it would be corrected twice.
     run.reopen(
         "search", "probe", "finetune", "export", "measure",
         corrections=[*run.manifest.get("corrections", []), list(correction)],
@@ -262,12 +262,12 @@ def tighten(run: RunDir, job: Job) -> bool:
         missed=sum(each["kept"] is False for each in rounds),
         quiet_dense_ms=min(each["dense_ms"] for each in rounds),
     )  # fmt: skip
-    say("The table was refitted with the measurement; the search goes on.")
+    say("The table was refitted with the measurement; the search continues.")
     return True
 
 
 def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
-    """Train the slim network, taught by the dense one, and write it as the run's artefact."""
+    """Train the slim network with the dense one as teacher, and write it as the run's artifact."""
     from compressor.pruning.artefact import load, save
     from compressor.search.evaluate import accuracy
 
@@ -277,7 +277,7 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
     slim = job.space.apply(plan)
     checkpoint = run.checkpoint("finetune")
     if "finetune" in run.manifest["stages"] and not checkpoint.path.exists():
-        say(f"{checkpoint.path} is not there: fine-tuning starts again.")
+        say(f"{checkpoint.path} is missing: fine-tuning starts again.")
     with run.stage("finetune"):
         training = trainer(job, slim, epochs, rate=job.recipe.training.finetune_learning_rate, teach=True)
         state = checkpoint.load()

@@ -1,4 +1,4 @@
-"""The dense and the slim network timed side by side on the device of a run: this CPU or GPU, or over ssh."""
+"""Time the dense and the slim network in turns on a run's device: this CPU or GPU, or over ssh."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from export.here import Backend
 
 GPU_SECONDS = 0.5
-"""One burst on a GPU."""
+"""Seconds of one burst on a GPU."""
 
 
 def timed_on_device(run: RunDir, job: Job, slim: Path, plan: ChannelPlan) -> Timing:
-    """Time the run's dense file and a slim one in turns, until what was promised of it is known.
+    """Time the run's dense file and a slim one in turns, until the latency target is decided.
 
     Args:
-        run, job: Whose device.
-        slim: An FP32 ONNX file; a GPU times the one of the run's precision that lies beside it, else one made for
-            the purpose.
-        plan: What is in it.
+        run, job: Run and job that name the device.
+        slim: FP32 ONNX file. A GPU times the file of the run's precision beside it, or a temporary one if there is
+            none.
+        plan: Plan of the network in the file.
 
     Raises:
-        CompressorError: the device is not reached, or is no longer in the state of its table.
+        CompressorError: The device cannot be reached, or its state differs from that of its table.
     """
     from export.here import gpu_backend
 
@@ -51,7 +51,7 @@ def timed_on_device(run: RunDir, job: Job, slim: Path, plan: ChannelPlan) -> Tim
 
 
 def _in_its_precision(run: RunDir, job: Job, slim: Path) -> tuple[bytes, bytes]:
-    """The dense and the slim file as the device runs them: the delivered one where there is one."""
+    """Return the dense and the slim file as the device runs them: the delivered file if there is one."""
     from compressor.latency.remote_bundle import in_precision
 
     precision, shape = device_precision(job.recipe), job.data.input_shape
@@ -63,11 +63,11 @@ def _in_its_precision(run: RunDir, job: Job, slim: Path) -> tuple[bytes, bytes]:
 
 
 def _on_gpu(job: Job, backend: Backend, files: tuple[bytes, bytes], target: float | None) -> Timing:
-    """Bursts in turns; each builds its network anew, which is what a fresh process is on the CPU."""
+    """Time bursts in turns; each one rebuilds its network, like a new process on the CPU."""
     from compressor.latency.backends import device_of
     from compressor.latency.ort_profile import TaggedNetwork
 
-    device = device_of(backend, "fp32")  # nothing is left to convert
+    device = device_of(backend, "fp32")  # the files are converted already
     networks = [TaggedNetwork(content, (), ()) for content in files]
     sat = 0
 

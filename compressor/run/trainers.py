@@ -1,4 +1,4 @@
-"""What trains the networks of a run, by its recipe: for how long, at which rate, taught by whom."""
+"""Training settings of a run's networks: epochs, learning rates and teacher, as its recipe says."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def search_epochs(job: Job) -> int:
-    """Epochs of the dense weights; the slim network has the others, at least one."""
+    """Return the epochs of the dense weights; the slim network has the remaining ones, at least one."""
     from compressor.search.schedule import epochs_in_search
 
     return epochs_in_search(int(job.recipe.epochs or 0), float(job.recipe.search.epochs_share or 0))
 
 
 def brief_training(job: Job) -> BriefTraining:
-    """A few steps of training at fine-tuning's learning rate, for candidates that are scored after them."""
+    """Return a trainer of a few steps at fine-tuning's learning rate, for candidates before they are scored."""
     from compressor.training.brief import BriefTraining
 
     settings = train_settings(job, job.recipe.training.finetune_learning_rate)
@@ -35,13 +35,13 @@ def brief_training(job: Job) -> BriefTraining:
 
 
 def _rate_field(job: Job, *, finetuning: bool) -> str:
-    """The field of the recipe by which a training's learning rate can be lowered."""
+    """Return the recipe field that lowers a training's learning rate."""
     own = finetuning and not job.recipe.training.one_schedule
     return "training.finetune_learning_rate" if own else "training.learning_rate"
 
 
 def train_settings(job: Job, rate: float | None = None) -> TrainSettings:
-    """How the recipe trains; `rate` is fine-tuning's highest learning rate, left out for the search's own."""
+    """Return the recipe's training settings; `rate` is fine-tuning's highest learning rate, None for the search's."""
     from compressor.training.settings import TrainSettings
 
     training = job.recipe.training
@@ -58,14 +58,14 @@ def train_settings(job: Job, rate: float | None = None) -> TrainSettings:
 def trainer(
     job: Job, model: nn.Module, epochs: int, *, rate: float | None = None, teach: bool = False
 ) -> Trainer:
-    """Trains `model` on the job's data by its recipe.
+    """Create the trainer of `model` on the job's data, as its recipe says.
 
     Args:
-        job: its training split, batch size, precision and seed.
-        model: trained in place.
-        epochs: over which the learning rate falls.
-        rate: fine-tuning's highest learning rate; where left out, it is the search that trains, at the recipe's own.
-        teach: whether the dense network teaches it, as far as the recipe's `distill_weight` says.
+        job: Job with training split, batch size, precision and seed.
+        model: Network, trained in place.
+        epochs: Number of epochs over which the learning rate falls.
+        rate: Highest learning rate of fine-tuning; None during the search, for the recipe's own.
+        teach: Whether the dense network is the teacher, weighted by the recipe's `distill_weight`.
     """
     from compressor.training.loop import Trainer
 
@@ -88,7 +88,7 @@ def trainer(
 
 
 def epoch_record(phase: str, epoch: int, stats: Any) -> dict[str, Any]:
-    """What the manifest keeps of an epoch."""
+    """Return the manifest's record of an epoch."""
     return {
         "phase": phase,
         "epoch": epoch,

@@ -1,6 +1,6 @@
-"""The dense network as ONNX, before anything is measured or searched: what cannot be exported is refused in seconds.
+"""Export the dense network to ONNX before anything is measured or searched, so that failures show within seconds.
 
-The file is the run's own of the dense network, with which the slim one is compared in time.
+The file becomes the run's dense ONNX file, which is timed beside the slim one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class DenseFile:
-    """The ONNX file of a run's dense network: in a folder of its own until the run has one.
+    """ONNX file of a run's dense network: in a temporary folder until the run has one.
 
     Args:
-        known: the file of a run that goes on; nothing is exported where it is there.
-        recipe, model, example: the network, and a batch of one.
+        known: File of a resumed run; nothing is exported if it exists.
+        recipe, model, example: Network and a batch of one input.
 
     Raises:
-        CompressorError: the network cannot be exported, or its file does not compute what it computes.
+        CompressorError: The network cannot be exported, or the file's outputs differ from the network's.
     """
 
     def __init__(self, known: Path | None, recipe: Recipe, model: nn.Module, example: Tensor) -> None:
@@ -42,7 +42,7 @@ class DenseFile:
             self._write(self._path, recipe, model, example)
 
     def put(self, path: Path) -> None:
-        """Make the file appear under `path`, whole, unless it is there already."""
+        """Put the complete file at `path`, unless it exists already."""
         if self._path is None:
             return
         if not path.exists():

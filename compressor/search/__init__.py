@@ -1,1 +1,1 @@
-"""What decides the widths."""
+"""Search agents that choose the width of every group."""

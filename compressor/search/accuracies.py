@@ -1,4 +1,4 @@
-"""Accuracies of plans on the present weights: each is asked for once, and workers score some of them ahead."""
+"""Accuracies of plans on the current weights: each is evaluated once, and workers score some in advance."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ Evaluate = Callable[..., float]
 
 
 def checked_accuracy(accuracy: float) -> float:
-    """The accuracy that an evaluator gave, 0..1.
+    """Return an evaluator's accuracy, 0..1.
 
     Raises:
-        CompressorError: it is no such number; nothing can be learned from it.
+        CompressorError: It is not a number in that range.
     """
     if not 0.0 <= accuracy <= 1.0:
         raise CompressorError(
             f"The evaluation of a candidate gave an accuracy of {accuracy}, expected a number from 0 to 1.",
-            "Are the weights NaN, or is the search split empty? What was found until then is kept.",
+            "Check whether the weights are NaN, or the search split is empty. Earlier results are saved.",
         )
     return float(accuracy)
 
 
 @dataclass(frozen=True)
 class Early:
-    """An accuracy that was not asked for yet, the floor that it was scored with, and its seconds."""
+    """An accuracy scored in advance, the floor that it was scored with, and its seconds."""
 
     accuracy: float
     floor: float | None
     seconds: float
 
     def serves(self, floor: float | None) -> bool:
-        """Whether scoring with this floor would give the same; below its own, an accuracy is but an estimate."""
+        """Return whether scoring with this floor would give the same; below its own floor it is only an estimate."""
         if floor == self.floor:
             return True
         whole = self.floor is None or self.accuracy >= self.floor
@@ -48,15 +48,15 @@ class Early:
 
 
 class Accuracies:
-    """What an evaluator says of widths (a tuple of G), remembered until the weights move.
+    """Accuracies of widths (a tuple of G), remembered until the weights change.
 
     Args:
-        evaluate: accuracy of a plan, 0..1; with the keyword `floor`, one below which it may give up. With several
-            `workers`, its method `many` scores plans side by side.
-        plan: from widths to their plan.
+        evaluate: Accuracy of a plan, 0..1; the keyword `floor` is an accuracy below which it may stop early. With
+            several `workers`, its method `many` scores plans in parallel.
+        plan: Converts widths to their plan.
 
     Attributes:
-        known: accuracies that were asked for and not given up.
+        known: Accuracies that were requested and fully evaluated.
     """
 
     def __init__(self, evaluate: Evaluate, plan: Callable[[Key], ChannelPlan]) -> None:
@@ -66,14 +66,14 @@ class Accuracies:
 
     @property
     def workers(self) -> int:
-        """Plans that the evaluator scores at a time."""
+        """Number of plans that the evaluator scores in parallel."""
         return int(getattr(self._evaluate, "workers", 1))
 
     def ask(self, key: Key, floor: float | None) -> tuple[float, float]:
-        """The accuracy of widths that are not known yet, and the seconds that it took.
+        """Return the accuracy of widths that are not known yet, and the seconds that it took.
 
         Raises:
-            CompressorError: it is no number from 0 to 1.
+            CompressorError: It is not a number from 0 to 1.
         """
         started = time.perf_counter()
         early = self._ahead.pop(key, None)
@@ -88,9 +88,9 @@ class Accuracies:
         return accuracy, before + time.perf_counter() - started
 
     def ahead(self, proposals: Iterable[tuple[Key, float | None]]) -> None:
-        """Score what will probably be asked for next, each with its floor; with one worker, nothing is drawn.
+        """Score plans that will probably be requested next, each with its floor; with one worker, draw none.
 
-        Nothing is remembered or counted before `ask` asks. As many new ones are taken as there are workers.
+        Nothing is remembered or counted before `ask`. At most as many new plans are scored as there are workers.
         """
         if self.workers <= 1:
             return
@@ -100,7 +100,7 @@ class Accuracies:
             if key not in self.known and (early is None or not early.serves(floor)):
                 wanted[key] = floor
             elif count == 0:
-                return  # what is asked for next needs no scoring: it is too early
+                return  # the next request needs no scoring: it is too early
             if len(wanted) == self.workers:
                 break
         if not wanted:
@@ -113,6 +113,6 @@ class Accuracies:
             self._ahead[key] = Early(float(accuracy), floor, seconds)
 
     def forget(self) -> None:
-        """The weights are others now."""
+        """Forget all accuracies after the weights changed."""
         self.known.clear()
         self._ahead.clear()

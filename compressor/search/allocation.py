@@ -1,4 +1,4 @@
-"""The widths of the greatest value that the budgets allow: a knapsack whose prices depend on one another."""
+"""Find the widths of the largest total value within the budgets: a knapsack whose prices depend on each other."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from compressor.search.environment import PruningEnv
 from compressor.search.proposals import scaled_widths, uniform_or_cheapest
 
 Values = Sequence[NDArray[np.float64]]
-"""For each group the value of keeping each of its `Allocator.levels`, rising with the width."""
+"""For each group the value of keeping each of its `Allocator.levels`; it rises with the width."""
 
 _BINS = 2000
 _ITERATIONS = 24
 _POLISHING = 60
 _TRIED = 256
 _TRIED_DEAR = 16
-"""Moves that fit by estimate, and are priced first, where each price is a call of a user's function."""
+"""Number of estimated moves that are priced first if each price is a call of a user's function."""
 _STEPS = (1, 2, 4, 8)
 
 
 class Allocator:
-    """Chooses one width a group so that the sum of values is largest and all budgets hold.
+    """Chooses one width per group so that the sum of values is largest and all budgets are met.
 
-    This is what latency-aware pruners solve (HALP, arXiv 2110.10811; Shen et al., NeurIPS 2022): a
-    multiple-choice knapsack by dynamic programming. The price of a group's width depends on its neighbours',
-    since a layer costs by its inputs and outputs together. So prices are taken at the widths of the moment,
-    the knapsack is solved within a range around these, and the solution, scaled to keep the true budgets, is
-    the next point; the range shrinks when that brings nothing. In the end single steps and exchanges of steps
-    between two groups are made as long as they raise the value.
+    Latency-aware pruners solve this problem (HALP, arXiv 2110.10811; Shen et al., NeurIPS 2022): a multiple-choice
+    knapsack, solved by dynamic programming. The price of a group's width depends on its neighbors', because a layer's
+    cost depends on its inputs and outputs together. So prices are computed at the current widths, the knapsack is
+    solved within a range around them, and the solution, scaled to meet the true budgets, is the next point. The range
+    shrinks when there is no improvement. Finally, single steps and exchanges of steps between two groups are made as
+    long as they raise the value.
 
-    Several budgets share one price, in which those count most that are nearest to their limit.
+    Several budgets share one price, in which those closest to their limit have the largest weight.
 
     Args:
-        env: gives widths, budgets and rounding.
-        levels: the most widths of a group that are considered, evenly spaced.
+        env: Environment with widths, budgets and rounding.
+        levels: Maximum number of widths considered per group, evenly spaced.
     """
 
     def __init__(self, env: PruningEnv, levels: int = 64) -> None:
@@ -56,7 +56,7 @@ class Allocator:
         )
 
     def solve(self, values: Values) -> Widths:
-        """The best widths found, (G,), legal and within the budgets."""
+        """Return the best widths found, (G,), legal and within the budgets."""
         dense = self.bounds.dense
         if self.bounds.feasible(dense)[0]:
             return dense.copy()
@@ -79,7 +79,7 @@ class Allocator:
         return scaled_widths(self.env, widths / self.bounds.dense)
 
     def _snap(self, widths: Widths) -> Widths:
-        """The next lower levels; the cheapest widths where these break a budget after all."""
+        """Round down to levels; return the cheapest widths if these exceed a budget."""
         lower = [
             levels[max(0, np.searchsorted(levels, w, "right") - 1)]
             for levels, w in zip(self.levels, widths, strict=True)
@@ -92,7 +92,7 @@ class Allocator:
         return float(sum(value[min(i, len(value) - 1)] for value, i in zip(values, at, strict=True)))
 
     def _prices(self, current: Widths) -> list[NDArray[np.float64]]:
-        """Price of each level of each group, with the others as they are; 1 is the whole budget."""
+        """Return the price of each level of each group with the others unchanged; 1 is the whole budget."""
         rows = np.repeat(current[None], sum(map(len, self.levels)) + 1, axis=0)
         start = 0
         for i, levels in enumerate(self.levels):
@@ -104,7 +104,7 @@ class Allocator:
         return np.split(price[:-1], np.cumsum([len(levels) for levels in self.levels])[:-1])
 
     def _knapsack(self, current: Widths, values: Values, reach: float) -> Widths:
-        """Dynamic programming over the groups, at the prices of `current`, for widths within `reach` of it."""
+        """Solve the knapsack over the groups at the prices of `current`, for widths within `reach` of it."""
         prices = self._prices(current)
         here = [
             int(np.searchsorted(levels, w).clip(0, len(levels) - 1))
@@ -145,11 +145,11 @@ class Allocator:
         at = np.array([np.searchsorted(levels, w) for levels, w in zip(self.levels, widths, strict=True)])
         if any(self.levels[i][min(k, len(self.levels[i]) - 1)] != widths[i] for i, k in enumerate(at)):
             return widths
-        # Large moves promise most; where none of the most promising is allowed, a small one may be.
+        # Large moves are the most promising; if none of these is allowed, a small one may be.
         tries = [(_STEPS, _TRIED, np.inf), (_STEPS[:1], len(at) * len(at), np.inf)]
         if (
             self._dear
-        ):  # first those that fit by the prices of single groups, though a cost need not be their sum
+        ):  # first the moves that fit by single groups' prices, though a cost need not be their sum
             tries = [(_STEPS, _TRIED_DEAR, 1e-9), (_STEPS, _TRIED, np.inf)]
         shape = (len(at), max(len(levels) for levels in self.levels))
         worth, table = np.full(shape, -np.inf), np.zeros(shape, dtype=np.int64)
@@ -178,7 +178,7 @@ class Allocator:
         return np.asarray(table[groups, at])
 
     def _first_kept(self, rows: Widths) -> int | None:
-        """Index of the first of rows (N, G) that keeps the budgets; where prices are dear, row by row until there."""
+        """Return the index of the first row of (N, G) that meets the budgets; row by row if prices are expensive."""
         size = 1 if self._dear else _TRIED
         chunks = (rows[start : start + size] for start in range(0, len(rows), size))
         kept = (self.bounds.feasible(chunk) for chunk in chunks)
@@ -186,7 +186,7 @@ class Allocator:
 
 
 def _moved(by_level: NDArray[np.float64], at: NDArray[np.int64], steps: Sequence[int]) -> NDArray[np.float64]:
-    """What each move adds to a sum over the groups of `by_level` (G, L) at levels `at` (G,); -inf where it cannot be.
+    """Return each move's change of a sum over the groups of `by_level` (G, L) at levels `at` (G,); -inf if impossible.
 
     Returns:
         (G + S * S * G * G,): one group up by a level; then, for each pair of steps up and down, one group up and
@@ -206,7 +206,7 @@ def _moved(by_level: NDArray[np.float64], at: NDArray[np.int64], steps: Sequence
 
 
 def _moves(chosen: NDArray[np.int64], groups: int, steps: Sequence[int]) -> NDArray[np.int64]:
-    """The changes of levels (N, G) of the moves with these indices (N,), as `_moved` counts them."""
+    """Return the changes of levels (N, G) of the moves with these indices (N,), as `_moved` numbers them."""
     moves = np.zeros((len(chosen), groups), dtype=np.int64)
     single = np.flatnonzero(chosen < groups)
     moves[single, chosen[single]] = 1
@@ -220,7 +220,7 @@ def _moves(chosen: NDArray[np.int64], groups: int, steps: Sequence[int]) -> NDAr
 
 
 def _largest(gains: NDArray[np.float64], among: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Those of the indices `among` with the largest gains, in falling order, of equal ones the first."""
+    """Return the indices in `among` with the largest gains, in falling order; among equal ones, the first."""
     if len(among) > most:
         least = np.partition(gains[among], -most)[-most]
         among = among[gains[among] >= least]

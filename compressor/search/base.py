@@ -1,4 +1,4 @@
-"""What every agent is: something that decides widths within limits and can be stopped and resumed."""
+"""Base class of the agents, which choose widths within limits and can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ if TYPE_CHECKING:
 
 
 IDLE = "idle: "
-"""How the effect of a part that did not act begins; the reason follows."""
+"""Prefix of the effect of a part that did not act; the reason follows."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """One part of a method, as its publication has it.
+    """One part of a method, as published.
 
     Attributes:
-        part: what it is, in words.
-        setting: a field of the agent's settings, or a dotted one of the recipe ("search.align"); "" where nothing can
-            be set.
-        value: what the publication has; where that is a range, its lower end.
-        most: the range's upper end; None where it is none.
-        mentioned: whether the publication speaks of it; else `value` is how the method works without it.
-        why: why this toolkit's default is another.
-        here: what is done instead, where nothing can be set.
-        default: this toolkit's default, for fields that are filled in by others; None for the field's own.
-        named: whether the page names it also where it is as published.
+        part: Description of the part.
+        setting: Field of the agent's settings, or dotted field of the recipe ("search.align"); "" if there is none.
+        value: Published value; for a range, its lower end.
+        most: Upper end of a range; None otherwise.
+        mentioned: Whether the publication mentions it; otherwise `value` is how the method works without it.
+        why: Reason for a different default in this toolkit.
+        here: What this toolkit does instead, if there is no setting.
+        default: This toolkit's default, for fields that others fill in; None for the field's own.
+        named: Whether the report also lists it if it is as published.
     """
 
     part: str
@@ -58,30 +57,28 @@ class Published:
     named: bool = False
 
     def agrees(self, value: Any) -> bool:
-        """Whether a value is the published one."""
+        """Return whether a value is the published one."""
         if self.most is not None:
             return bool(self.value <= value <= self.most)
         return bool(value == self.value)
 
 
 class Agent(ABC):
-    """Decides the widths of a network.
+    """Chooses the widths of a network.
 
     Args:
-        seed: everything random comes from it.
-        trainer: trains the weights that the space refers to, for agents that are to do so; None leaves them
-            as they are.
-        schedule: how many epochs to train, and when. Agents that do not train jointly train all of them
-            first.
-        settings: values for the fields of the agent's `Settings`, by name.
-        alignment: builds the regulariser that pulls the weights towards a plan (`training.align.Alignment`
+        seed: Seed of all random numbers.
+        trainer: Trains the space's weights, for agents that train; None leaves them unchanged.
+        schedule: Numbers of epochs in each phase. Agents that do not train jointly train all of them first.
+        settings: Values for the fields of the agent's `Settings`, by name.
+        alignment: Builds the regularizer that pulls the weights towards a plan (`training.align.Alignment`
             with the space and its form and strength filled in); None trains without. Only the joint agent
             uses it.
-        context_size: numbers of the environment model's state; 0 for none. Only the joint agent has one.
-        curves: folder for TensorBoard curves; None writes none.
+        context_size: Size of the environment model's state; 0 for none. Only the joint agent has one.
+        curves: Folder for TensorBoard curves; None writes none.
 
     Attributes:
-        context_size: numbers that the environment's observations must have room for, for this agent; 0 where the
+        context_size: Number of context values that this agent needs in the environment's observations; 0 if the
             environment model would have nothing to learn from.
     """
 
@@ -120,13 +117,13 @@ class Agent(ABC):
         log: EpisodeLog,
         checkpoint: Checkpoint,
     ) -> SearchResult:
-        """Search, or go on from `checkpoint`, and return the best plan that keeps the budgets of `env`.
+        """Search, or continue from `checkpoint`, and return the best plan that meets the budgets of `env`.
 
-        Called again with the checkpoint of a finished search and an environment whose budgets are others
-        (tightened after a measurement), it searches on from its experience at the cost of few evaluations.
+        If the checkpoint is of a finished search and the budgets of the environment have changed (tightened after a
+        measurement), the search continues from its experience with few evaluations.
 
         Raises:
-            CompressorError: the checkpoint is of another agent, space or version.
+            CompressorError: The checkpoint is of another agent, space or version.
         """
         run = SearchSession(self, env, evaluator, limits, log, checkpoint)
         if (result := run.result()) is not None:
@@ -140,35 +137,35 @@ class Agent(ABC):
 
     @property
     def epochs_before(self) -> int:
-        """Epochs of training before the first candidate."""
+        """Number of training epochs before the first candidate."""
         return self.schedule.warmup
 
     def idle(self) -> dict[str, str]:
-        """By their names, the parts of the method that are on and cannot act in this search, with the reason."""
+        """Return the enabled parts of the method that cannot act in this search: name -> reason."""
         return {}
 
     def unread_settings(self) -> dict[str, str]:
-        """By their names, the settings that have no effect beside the others as they are, with the reason."""
+        """Return the settings without effect in combination with the others: name -> reason."""
         return {}
 
     def effects(self, result: SearchResult) -> dict[str, str]:
-        """By their names, what the parts of the method have done in a search, in a clause each.
+        """Return what the parts of the method have done in a search: name -> clause.
 
-        Where a part has not acted, the clause begins with `IDLE`.
+        If a part has not acted, the clause begins with `IDLE`.
         """
         return {}
 
     @abstractmethod
     def _search(self, run: SearchSession) -> SearchResult:
-        """The method: act through `run`, and end with `run.choose`.
+        """Run the method: act through `run`, and end with `run.choose`.
 
-        `run.place.round` is above 0 where a finished search goes on with other budgets.
+        `run.place.round` is above 0 if a finished search continues with other budgets.
         """
 
 
 @dataclass(frozen=True)
 class NoSettings:
-    """For agents that have nothing to set."""
+    """Settings of agents without any."""
 
 
 def _settings(agent: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
@@ -185,10 +182,10 @@ def _settings(agent: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
 
 
 def check_kinds(settings: Any) -> None:
-    """Refuse a word where a number is meant, and the like; whole numbers will do for any number.
+    """Raise an error for a field with a value of the wrong type; an integer is accepted for any number.
 
     Args:
-        settings: a dataclass whose fields all have defaults.
+        settings: Dataclass whose fields all have defaults.
     """
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list"}
     for field in dataclasses.fields(settings):

@@ -1,4 +1,4 @@
-"""Which widths a group may take so that the episode still ends within every budget."""
+"""The widths that a group may have so that the episode still ends within every budget."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LegalWidths:
-    """What one group may be cut to.
+    """Legal widths of one group.
 
     Attributes:
-        dense: channels of the group before anything is removed.
-        widths: legal numbers of channels, ascending, never empty.
+        dense: Channels of the group before pruning.
+        widths: Legal numbers of channels, ascending, never empty.
     """
 
     dense: int
@@ -33,45 +33,45 @@ class LegalWidths:
 
     @property
     def low(self) -> float:
-        """The smallest ratio that may be removed, in [0, 1)."""
+        """Smallest ratio that may be removed, in [0, 1)."""
         return 1.0 - float(self.widths[-1]) / self.dense
 
     @property
     def high(self) -> float:
-        """The largest ratio that may be removed, in [0, 1)."""
+        """Largest ratio that may be removed, in [0, 1)."""
         return 1.0 - float(self.widths[0]) / self.dense
 
     def clip(self, ratio: float) -> float:
-        """`ratio` moved into [low, high]."""
+        """Clip `ratio` to [low, high]."""
         return min(max(ratio, self.low), self.high)
 
     def width(self, ratio: float) -> int:
-        """The legal width nearest to what removing `ratio` leaves; of two equally near ones, the larger."""
+        """Return the legal width closest to what remains after removing `ratio`; of two equally close, the larger."""
         distance = np.abs(self.widths - self.dense * (1.0 - ratio))
         nearest = np.flatnonzero(distance <= distance.min() + 1e-6)
         return int(self.widths[nearest[-1]])
 
 
 class ActionBounds:
-    """Bounds on every action of an episode, from budgets that must all hold at its end.
+    """Bounds on every action of an episode, so that all budgets are met at its end.
 
-    With the widths so far, a candidate width of the group at hand is legal if the network would keep all budgets with
-    the groups still to come either at their cheapest or dense. Of these, widths below the largest one that would keep
-    the budgets with everything to come left dense are taken out: nothing is pruned more than needed. (arXiv 2403.19490
-    has the same two ends for MACs, reserving nothing for the groups to come; here their real cheapest widths are
-    reserved, so that minimum widths and granularity cannot break the budget.)
+    Given the widths so far, a candidate width of the current group is legal if the network meets all budgets with the
+    remaining groups either at their cheapest or dense. Of these, widths below the largest one that meets the budgets
+    with all remaining groups dense are excluded: nothing is pruned more than needed. (arXiv 2403.19490 has the same two
+    ends for MACs, but reserves nothing for the remaining groups; here their true cheapest widths are reserved, so that
+    minimum widths and granularity cannot break the budget.)
 
     Every episode ends within every budget by construction, and this needs no cost to be monotone in the widths: there
     is one known completion (`cheapest`, or all dense) that keeps the budgets at the start, and every legal width keeps
     one of the two in force for the groups after it.
 
     Args:
-        space: gives the groups, their legal widths and the dense widths.
-        budgets: any costs with a `target` and a vectorised `predict(widths (N, G)) -> (N,)`; all must hold.
-            Where one has to build each network to price it, few widths of each group are considered.
+        space: Pruning space with the groups, their legal widths and the dense widths.
+        budgets: Costs with a `target` and a vectorized `predict(widths (N, G)) -> (N,)`; all must be met. If a budget
+            has to build each network to price it, few widths of each group are considered.
 
     Raises:
-        CompressorError: no widths were found that keep all budgets.
+        CompressorError: No widths were found that meet all budgets.
     """
 
     def __init__(self, space: PruningSpace, budgets: Sequence[Budget]) -> None:
@@ -82,19 +82,19 @@ class ActionBounds:
         self.cheapest = keeping_widths(self.choices, self.dense, self.budgets)
 
     def shares(self, widths: Widths) -> NDArray[np.float64]:
-        """For widths (N, G), predicted / target of each budget, (budgets, N)."""
+        """Return predicted / target of each budget for widths (N, G), (budgets, N)."""
         return shares(self.budgets, widths)
 
     def excess(self, widths: Widths) -> NDArray[np.float64]:
-        """For widths (N, G), the largest predicted / target of the budgets, (N,): 1 or less keeps all."""
+        """Return the largest predicted / target of the budgets for widths (N, G), (N,): 1 or less meets all."""
         return excess(self.budgets, widths)
 
     def feasible(self, widths: Widths) -> NDArray[np.bool_]:
-        """For widths (N, G), whether all budgets are kept, (N,)."""
+        """Return whether widths (N, G) meet all budgets, (N,)."""
         return kept(self.budgets, np.atleast_2d(widths))
 
     def round(self, widths: NDArray[np.float64]) -> Widths:
-        """The legal widths nearest to real numbers (N, G), of two equally near ones the smaller."""
+        """Return the legal widths closest to real numbers (N, G); of two equally close, the smaller."""
         columns = [
             choices[np.searchsorted((choices[:-1] + choices[1:]) / 2, widths[:, i], side="left")]
             for i, choices in enumerate(self.choices)
@@ -102,14 +102,14 @@ class ActionBounds:
         return np.stack(columns, axis=1).astype(np.int64)
 
     def legal(self, step: int, widths: Widths) -> LegalWidths:
-        """The widths that group `step` may take.
+        """Return the widths that group `step` may have.
 
         Args:
-            step: index of the group, 0-based.
-            widths: (G,), of which the first `step` are read: those already chosen.
+            step: Index of the group, 0-based.
+            widths: (G,), of which the first `step`, already chosen, are read.
 
         Raises:
-            CompressorError: the widths so far leave no way to keep the budgets; cannot happen with legal
+            CompressorError: The widths so far leave no way to meet the budgets; this cannot happen with legal
                 ones.
         """
         choices = self.choices[step]
@@ -129,6 +129,6 @@ class ActionBounds:
         return LegalWidths(int(self.dense[step]), choices[legal])
 
     def bounds(self, step: int, widths: Widths) -> tuple[float, float]:
-        """The smallest and the largest ratio that may be removed from group `step`; see `legal`."""
+        """Return the smallest and the largest ratio that may be removed from group `step`; see `legal`."""
         legal = self.legal(step, widths)
         return legal.low, legal.high

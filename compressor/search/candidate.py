@@ -1,4 +1,4 @@
-"""What a search scores and finds: limits, candidates, episodes, and its result."""
+"""Data classes of a search: limits, candidates, episodes and its result."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from compressor.search.bounds import LegalWidths
 from compressor.search.environment import Observation
 
 MEASUREMENT = "sensitivity"
-"""Phase of the plans that measure a group; they prune that group alone and need not keep the budgets."""
+"""Phase of the plans that measure a group; they prune that group alone and need not meet the budgets."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a search may cost.
+    """Limits of a search.
 
     Attributes:
-        max_evaluations: the most candidates scored in each round (the search, and each time that it goes on with
-            budgets that have changed), those of the final choice included; None is no limit.
-        use_all: use all of `max_evaluations`, as comparisons at equal cost need; otherwise the agent's settings say
-            how many it takes, and the limit only cuts them short.
-        max_seconds: wall time of all rounds, time before a resume included; None is no limit. After it no candidate
-            and no epoch of training is begun, but for the one candidate that a round without any needs for its result;
-            what is begun is ended. A run that it cuts short cannot be repeated to the letter.
+        max_evaluations: Maximum number of candidates scored in each round (the search, and each continuation with
+            changed budgets), including those of the final choice; None for no limit.
+        use_all: Whether to use all of `max_evaluations`, as comparisons at equal cost need; otherwise the agent's
+            settings determine the number, and the limit only reduces it.
+        max_seconds: Wall time of all rounds in seconds, including the time before a resume; None for no limit. After it
+            no candidate and no training epoch is started, except for the one candidate that a round without any needs
+            for its result; started work is finished. A search that this limit cuts short is not reproducible.
     """
 
     max_evaluations: int | None = None
@@ -43,7 +43,7 @@ class Limits:
             )
 
     def planned(self, usual: int) -> int:
-        """Evaluations that a search is to plan for: `usual`, as far as there are as many; or all that there are."""
+        """Return the number of evaluations to plan for: `usual`, if available; or all available ones."""
         if self.max_evaluations is None:
             return usual
         return self.max_evaluations if self.use_all else min(self.max_evaluations, usual)
@@ -51,18 +51,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that was scored.
+    """A scored plan.
 
     Attributes:
-        widths: channels that each group keeps, in the space's order.
-        accuracy: on the search split, 0..1, with the weights of `epoch`.
-        reward: what the agent maximised.
-        costs: predicted cost of each budget by name.
-        phase: what the agent was doing.
-        epoch: epochs that the weights had been trained for in the search.
-        round: 0, or how often the budgets had been tightened; each candidate keeps those of its round.
-        given_up: whether the evaluation was broken off, because the best could not be reached any more; `accuracy`
-            and `reward` are those of the images seen until then.
+        widths: Channels that each group keeps, in the space's order.
+        accuracy: Accuracy on the search split, 0..1, with the weights of `epoch`.
+        reward: Reward that the agent maximizes.
+        costs: Predicted cost of each budget by name.
+        phase: Phase of the search.
+        epoch: Training epochs of the weights in the search.
+        round: How often the budgets had been tightened; each candidate meets those of its round.
+        given_up: Whether the evaluation was stopped early because the best could not be reached; `accuracy` and
+            `reward` are then those of the images seen so far.
     """
 
     widths: tuple[int, ...]
@@ -84,19 +84,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
-        best: the chosen plan, by the weights at the end.
-        widths: channels that it keeps, by group name.
-        reward, accuracy: of the chosen plan, on the search split with the weights at the end.
-        candidates: all plans that were scored and the measurements of single groups, in their order. What else was
-            scored to learn from it, the dense network and partial plans, counts as evaluations only.
-        evaluations: candidates scored that were not known already.
-        seconds: wall time of the search, time before resumes included.
-        timing: seconds by "evaluation", "training", "agent" (everything else) and "total".
-        training: phase, epoch, loss, accuracy, regulariser and seconds of each epoch of training.
-        learned: by part of the method, numbers that say what it has learned, where it learns apart from the policy.
+        best: Chosen plan, by the final weights.
+        widths: Channels that it keeps, by group name.
+        reward, accuracy: Scores of the chosen plan on the search split with the final weights.
+        candidates: All scored plans and the measurements of single groups, in order. Other plans scored for learning
+            (the dense network and partial plans) count as evaluations only.
+        evaluations: Number of scored candidates that were not known already.
+        seconds: Wall time of the search, including the time before resumes.
+        timing: Seconds by "evaluation", "training", "agent" (everything else) and "total".
+        training: Phase, epoch, loss, accuracy, regularizer and seconds of each training epoch.
+        learned: Measures of what each part of the method has learned, for parts that learn apart from the policy.
     """
 
     best: ChannelPlan
@@ -111,10 +111,10 @@ class SearchResult:
     learned: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def front(self, cost: str) -> tuple[Candidate, ...]:
-        """The candidates that no other one beats in both accuracy and the named cost, from cheap to dear.
+        """Return the candidates that no other one beats in both accuracy and the named cost, the cheapest first.
 
-        Only those compared alike: on the latest weights and on all images. Dearer ones than the budget allows, which
-        show what more would bring, are among them.
+        Only candidates on the latest weights and on all images are compared. Candidates above the budget are included;
+        they show what a larger budget would bring.
         """
         latest = max((each.epoch for each in self.candidates), default=0)
         alike = [each for each in self.candidates if each.epoch == latest and not each.given_up]
@@ -126,7 +126,7 @@ class SearchResult:
 
 
 Policy = Callable[[Observation, LegalWidths], float]
-"""From an observation and what is legal for the group at hand to a ratio to remove."""
+"""Maps an observation and the legal widths of the current group to a ratio to remove."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,11 @@ class Transition:
     """One step of an episode.
 
     Attributes:
-        observation, following: (9 + context,), before and after it.
-        action: the ratio removed, as the bounds moved it.
-        reward: 0 but for the last step.
-        last: whether it ended the episode.
-        asked: the ratio that the policy asked for.
+        observation, following: Observations (9 + context,) before and after the step.
+        action: Removed ratio, after clipping to the bounds.
+        reward: 0 except for the last step.
+        last: Whether it ended the episode.
+        asked: Ratio that the policy requested.
     """
 
     observation: Observation
@@ -151,7 +151,7 @@ class Transition:
 
 @dataclass(frozen=True)
 class Episode:
-    """A finished walk through all groups."""
+    """A finished pass through all groups."""
 
     transitions: tuple[Transition, ...]
     candidate: Candidate

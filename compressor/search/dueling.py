@@ -29,18 +29,18 @@ class Dueling(nn.Module):
 
 
 class DoubleDqn:
-    """Learns Q-values from a replay; the online network chooses the next action, the target network prices it
+    """Learns Q-values from a replay; the online network chooses the next action, the target network evaluates it
     (van Hasselt et al., arXiv 1509.06461).
 
     Args:
-        inputs: numbers in a state.
-        actions: how many there are.
-        hidden: width of the two hidden layers.
-        rate: learning rate of Adam.
-        gamma: discount.
-        tau: share of the online network that goes into the target at each update.
-        capacity: transitions kept.
-        seed: of the networks and of what is drawn.
+        inputs: Size of a state.
+        actions: Number of actions.
+        hidden: Width of the two hidden layers.
+        rate: Learning rate of Adam.
+        gamma: Discount.
+        tau: Share of the online network that goes into the target at each update.
+        capacity: Maximum number of stored transitions.
+        seed: Seed of the networks and of all draws.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class DoubleDqn:
         self._inputs, self._stored = inputs, 0
 
     def act(self, state: NDArray[np.float32], epsilon: float) -> int:
-        """The best action, or with probability `epsilon` any."""
+        """Return the best action, or with probability `epsilon` a random one."""
         with self.randomness.active(), torch.no_grad():
             if np.random.random() < epsilon:
                 return int(np.random.randint(self.actions))
@@ -80,13 +80,13 @@ class DoubleDqn:
         following: NDArray[np.float32],
         last: bool,
     ) -> None:
-        """Store a transition; the oldest makes room."""
+        """Store a transition; it replaces the oldest if the replay is full."""
         row = np.concatenate([state, following, [action, reward, float(last)]]).astype(np.float32)
         self._memory[self._stored % len(self._memory)] = torch.from_numpy(row)
         self._stored += 1
 
     def learn(self, updates: int, batch: int) -> float:
-        """Train on transitions drawn at random; returns the mean loss."""
+        """Train on transitions drawn at random; return the mean loss."""
         losses = []
         size, n = min(self._stored, len(self._memory)), self._inputs
         with self.randomness.active():
@@ -101,8 +101,8 @@ class DoubleDqn:
                     chosen = self.online(following).argmax(dim=1, keepdim=True)
                     worth = self.target(following).gather(1, chosen)[:, 0]
                     wanted = rewards + self.gamma * (1 - lasts) * worth
-                told = self.online(states).gather(1, actions.long()[:, None])[:, 0]
-                loss = nn.functional.smooth_l1_loss(told, wanted)
+                predicted = self.online(states).gather(1, actions.long()[:, None])[:, 0]
+                loss = nn.functional.smooth_l1_loss(predicted, wanted)
                 self.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
@@ -113,7 +113,7 @@ class DoubleDqn:
         return sum(losses) / max(1, len(losses))
 
     def state(self) -> dict[str, Any]:
-        """Networks, optimiser, replay and random numbers, as tensors and plain values."""
+        """Return networks, optimizer, replay and random numbers, as tensors and plain values."""
         return {
             "online": self.online.state_dict(),
             "target": self.target.state_dict(),
@@ -124,7 +124,7 @@ class DoubleDqn:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Restore what `state` returned."""
         self.online.load_state_dict(state["online"])
         self.target.load_state_dict(state["target"])
         self.optimizer.load_state_dict(state["optimizer"])

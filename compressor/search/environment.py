@@ -1,4 +1,4 @@
-"""The environment: one episode is one plan, one step decides one group."""
+"""The pruning environment: an episode is a plan, a step decides one group."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ Observation = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Score:
-    """What one candidate was worth.
+    """Score of one candidate.
 
     Attributes:
-        widths: channels that each group keeps, in the space's order.
-        accuracy: on the search split, 0..1.
-        reward: what the agent maximises.
-        costs: predicted cost of each budget by name, in its own unit.
-        seconds: time that the evaluation took; 0 where the accuracy was known.
-        given_up: whether it was broken off, because the floor could not be reached any more.
+        widths: Channels that each group keeps, in the space's order.
+        accuracy: Accuracy on the search split, 0..1.
+        reward: Reward that the agent maximizes.
+        costs: Predicted cost of each budget by name, in its own unit.
+        seconds: Time of the evaluation; 0 if the accuracy was known.
+        given_up: Whether it was stopped early because the floor could not be reached.
     """
 
     widths: tuple[int, ...]
@@ -52,24 +52,24 @@ class Score:
 class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     """Decides the width of one group after another; the reward comes with the last.
 
-    - Observation: `Box` of 9 scaled numbers (`Observer`), then `context_size` numbers that whoever drives the
-      episodes sets as `context`; the joint agent puts its model of the changing reward there.
-    - Action: `Box(0, 1)`, the ratio of channels removed, below 1. It is moved into the bounds that keep every
-      budget reachable; `info["action"]` is the moved one, to be stored in a replay buffer, and
-      `info["width"]` what was kept.
+    - Observation: `Box` of 9 scaled numbers (`Observer`), then `context_size` numbers that the caller sets as
+      `context`; the joint agent puts the state of its environment model there.
+    - Action: `Box(0, 1)`, the ratio of channels to remove, below 1. It is clipped to the bounds that keep every
+      budget reachable; `info["action"]` is the clipped one, to be stored in a replay buffer, and
+      `info["width"]` the kept width.
     - Reward: 0 before the last group, then `reward(accuracy, costs)`.
 
     Args:
-        space: the groups; ranked with the weights that its model has when a plan is first needed.
-        budgets: all hold at the end of every episode; empty means that nothing asks for pruning.
-        evaluator: accuracy of a plan, 0..1; with the keyword `floor`, an accuracy below which it may give up.
-        reward: from accuracy and costs to the reward.
-        importance: criterion by which a group's channels are ranked, as `space.rank` takes it.
-        importance_data: batches of images and labels for criteria that need them, as `space.rank` takes them.
-        context_size: how many numbers are appended to the observation.
+        space: Pruning space with the groups; ranked with its model's weights when a plan is first needed.
+        budgets: All are met at the end of every episode; if empty, nothing needs to be pruned.
+        evaluator: Accuracy of a plan, 0..1; the keyword `floor` is an accuracy below which it may stop early.
+        reward: Maps accuracy and costs to the reward.
+        importance: Criterion that ranks a group's channels, as for `space.rank`.
+        importance_data: Batches of images and labels for criteria that need them, as for `space.rank`.
+        context_size: Number of values appended to the observation.
 
     Raises:
-        CompressorError: the space has no groups, or the budgets cannot be kept.
+        CompressorError: The space has no groups, or the budgets cannot be met.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012  (gymnasium's own attribute)
@@ -87,7 +87,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         if not len(space.groups):
             raise CompressorError(
                 "The model has no group of channels that could be pruned.",
-                "Look at the skipped layers that --dry-run lists.",
+                "See the skipped layers that --dry-run lists.",
             )
         self.space = space
         self.budgets = tuple(budgets)
@@ -127,16 +127,16 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     @property
     def legal(self) -> LegalWidths:
-        """What the group at hand may be cut to."""
+        """Return the legal widths of the current group."""
         if self._legal is None:
             self._legal = self.bounds.legal(self._step, self._widths)
         return self._legal
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Cut one group; after the last one the plan is evaluated.
+        """Prune one group; after the last one, evaluate the plan.
 
         Returns:
-            observation, reward, whether that was the last group, False, and info with `action` and `width`;
+            Observation, reward, whether that was the last group, False, and info with `action` and `width`;
             after the last group also `score`.
         """
         if self._step == len(self.bounds.dense):
@@ -158,9 +158,9 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """Evaluate a plan of these widths (G,); the same widths on the same weights are evaluated once.
 
         Args:
-            widths: channels that each group keeps.
-            reward_floor: the evaluation may be given up once this reward is out of reach. What was seen until then
-                is returned, lies below it, and is not remembered.
+            widths: Channels that each group keeps.
+            reward_floor: Reward below which the evaluation may stop early. The result is then that of the images seen
+                so far; it lies below the floor, and is not remembered.
         """
         key = _key(widths)
         costs = self.costs(key)
@@ -174,7 +174,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return Score(key, accuracy, float(self._reward(accuracy, costs)), costs, seconds, given_up)
 
     def score_by(self, widths: Widths | Sequence[int], measure: Callable[[], float]) -> Score:
-        """Evaluate a candidate of these widths (G,) in a way of the caller's, such as after a few steps of training.
+        """Evaluate a candidate of these widths (G,) with the caller's function, such as after a few training steps.
 
         `measure` returns its accuracy, which is not remembered; the evaluation counts like any other.
         """
@@ -189,20 +189,19 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     @property
     def workers(self) -> int:
-        """Plans that the evaluator scores at a time."""
+        """Number of plans that the evaluator scores in parallel."""
         return self._accuracies.workers
 
     def ahead(self, proposals: Iterable[Widths | Sequence[int]], reward_floor: float | None = None) -> None:
-        """Have several workers score side by side what `score` will probably be asked for next.
+        """Let several workers score in parallel what will probably be passed to `score` next.
 
-        Nothing is recorded or counted before `score` asks: what a search finds does not depend on what is scored
-        ahead, and thus not on the number of workers. With one worker this does nothing, and draws no proposal.
+        Nothing is recorded or counted before `score`: the result of a search does not depend on what is scored in
+        advance, and thus not on the number of workers. With one worker this does nothing, and draws no proposal.
 
         Args:
-            proposals: widths (G,) each, in the order in which they will be asked for; as many new ones are taken as
-                there are workers.
-            reward_floor: the one that `score` will be given; where it is another one then, plans that this one gave
-                up are scored again.
+            proposals: Widths (G,) in the expected order; at most as many new ones are scored as there are workers.
+            reward_floor: Floor that `score` will be given; if it is another one then, plans that were stopped early
+                are scored again.
         """
 
         def asked() -> Iterator[tuple[Key, float | None]]:
@@ -215,11 +214,11 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._accuracies.ahead(asked())
 
     def known(self, widths: Widths | Sequence[int]) -> bool:
-        """Whether these widths were scored on the present weights."""
+        """Return whether these widths were scored on the current weights."""
         return _key(widths) in self._accuracies.known
 
     def rewards(self) -> dict[Key, float]:
-        """Rewards by widths of all that was scored on the present weights, in its order; what was given up is not."""
+        """Return the rewards of all plans fully scored on the current weights, by widths, in order of scoring."""
         known = self._accuracies.known
         if not known:
             return {}
@@ -231,20 +230,20 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         }
 
     def costs(self, widths: Widths | Sequence[int]) -> dict[str, float]:
-        """The predicted cost of each budget by name, in its own unit, for widths (G,)."""
+        """Return the predicted cost of each budget by name, in its own unit, for widths (G,)."""
         row = np.asarray(widths, dtype=np.int64)[None]
         return {budget.name: float(np.asarray(budget.predict(row))[0]) for budget in self.budgets}
 
     def plan(self, widths: Widths | Sequence[int]) -> ChannelPlan:
-        """The plan of these widths, by the importance of the weights as they are now."""
+        """Return the plan of these widths, by the importance of the current weights."""
         if self._ranking is None:
             self._ranking = self.space.rank(self.importance, self.importance_data)
         return self.space.plan([int(width) for width in widths], importance=self._ranking)
 
     def saliency(self) -> tuple[NDArray[np.float64], ...]:
-        """What each channel of each group is worth on the present weights, (width,) a group.
+        """Return the saliency of each channel of each group on the current weights, (width,) per group.
 
-        First-order Taylor scores where there is data for them; else L1 norms, which say less about other
+        First-order Taylor scores if there is data for them; else L1 norms, which are less comparable between
         groups.
         """
         method = "l1" if self.importance_data is None else "taylor"
@@ -252,12 +251,12 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return tuple(np.asarray(scores, dtype=np.float64) for scores in ranking.scores)
 
     def weights_moved(self) -> None:
-        """Forget accuracies and rankings: the model's weights are others now. Tell the evaluator as well."""
+        """Forget accuracies and rankings after the model's weights changed. Notify the evaluator as well."""
         self._accuracies.forget()
         self._ranking = None
 
     def state(self) -> dict[str, Any]:
-        """What was evaluated on the present weights, as plain values."""
+        """Return what was evaluated on the current weights, as plain values."""
         return {
             "known": [[list(widths), accuracy] for widths, accuracy in self._accuracies.known.items()],
             "evaluations": self.evaluations,
@@ -270,10 +269,10 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` returned; the weights must be those of that moment."""
+        """Restore what `state` returned; the weights must be those of that moment."""
         self.weights_moved()
         self._accuracies.known.update({_key(widths): float(accuracy) for widths, accuracy in state["known"]})
-        # A noisy function would otherwise give other values than those that the search went by.
+        # A noisy function would otherwise return other values than those that the search used.
         for budget in self.budgets:
             if isinstance(budget, FunctionBudget):
                 values = state.get("functions", {}).get(budget.name, [])

@@ -1,4 +1,4 @@
-"""Scoring: accuracy on a split, batch-norm statistics for changed networks, and both together for plans."""
+"""Scoring: accuracy on a split, batch-norm statistics for pruned networks, and both together for plans."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def accuracy(
     batch_size: int = 256,
     floor: float | None = None,
 ) -> float:
-    """Share of a split's images that the model classifies rightly, 0..1.
+    """Return the share of a split's images that the model classifies correctly, 0..1.
 
     Args:
-        model: Evaluated where it lies, which must be `device`; its mode is put back.
-        split: Gone through in its stored order.
-        device: Where the batches are put.
-        max_batches: Stop after so many, and give the share of what was seen.
-        batch_size: Images in a batch.
-        floor: Stop as soon as this share cannot be reached, and give the share of what was seen, which is
+        model: Network on `device`; its training mode is restored.
+        split: Split, read in its stored order.
+        device: Device of the batches.
+        max_batches: Stop after this number of batches, and return the share of the images seen.
+        batch_size: Images per batch.
+        floor: Stop as soon as this share cannot be reached, and return the share of the images seen, which is
             below it.
     """
     total = len(split) if max_batches is None else min(len(split), max_batches * batch_size)
@@ -57,11 +57,11 @@ def accuracy(
 def predictions(
     model: nn.Module, split: Split, *, device: str | torch.device = "cpu", batch_size: int = 256
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The classes that a model gives to a split's images, and their labels: int64 (N,) each, on the CPU.
+    """Return a model's predicted classes of a split's images, and their labels: int64 (N,) each, on the CPU.
 
     Args:
         model, device, batch_size: As for `accuracy`.
-        split: Gone through in its stored order.
+        split: Split, read in its stored order.
     """
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     with _evaluating(model), torch.no_grad():
@@ -72,7 +72,7 @@ def predictions(
 
 
 def standard_error(share: float, images: int) -> float:
-    """Standard error of an accuracy (0..1) that was counted on so many images."""
+    """Return the standard error of an accuracy (0..1) on this number of images."""
     return float((max(share * (1 - share), 0.0) / max(1, images)) ** 0.5)
 
 
@@ -87,16 +87,16 @@ def reestimate_batch_norm(
 ) -> None:
     """Replace the running statistics by the plain mean over a few batches, in place.
 
-    A slim network's activations have other means and variances than the dense one's; without this its
-    accuracy says little about it.
+    A slim network's activations have other means and variances than the dense one's; without this step its
+    accuracy is not meaningful.
 
     Args:
-        model: Lies on `device`; a network without batch-norm is left alone.
-        split: Training images, taken without augmentation.
-        batches: How many are averaged.
-        batch_size: Images in each.
-        device: Where the batches are put.
-        seed: Chooses the images; same seed, same images.
+        model: Network on `device`; without batch norm it is not changed.
+        split: Training images, used without augmentation.
+        batches: Number of batches to average.
+        batch_size: Images per batch.
+        device: Device of the batches.
+        seed: Seed that chooses the images.
     """
     norms = [
         module for module in model.modules() if isinstance(module, _NORMS) and module.track_running_stats
@@ -107,7 +107,7 @@ def reestimate_batch_norm(
     with _evaluating(model), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # torch's way of saying: average over all batches alike
+            norm.momentum = None  # torch then averages over all batches with equal weight
             norm.train()
         stream = split.batches(batch_size, shuffle_seed=seed, device=device, drop_last=True)
         for _, (images, _labels) in zip(range(batches), stream, strict=False):
@@ -118,7 +118,7 @@ def reestimate_batch_norm(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own again."""
+    """Set evaluation mode, and restore each module's own afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -130,7 +130,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _threads(number: int | None) -> Iterator[None]:
-    """Another number of torch's threads, and afterwards the one before."""
+    """Set torch's number of threads, and restore it afterwards."""
     before = torch.get_num_threads()
     try:
         if number is not None:
@@ -141,7 +141,7 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 class Splits(Protocol):
-    """What an evaluator reads of a data set."""
+    """Splits of a data set that an evaluator reads."""
 
     @property
     def train(self) -> Split: ...
@@ -151,28 +151,28 @@ class Splits(Protocol):
 
 
 class Evaluator:
-    """Scores plans: the accuracy of the slim network on the search split, with re-estimated batch-norm.
+    """Scores plans: the accuracy of the slim network on the search split, with re-estimated batch norm.
 
-    A plan is scored once as long as the weights stay as they are; `weights_moved` says that they did not.
+    A plan is scored once while the weights stay the same; call `weights_moved` after they change.
 
     Args:
         space: Applies plans to its model's current weights.
-        data: Its training split gives the statistics, its search split the accuracy.
-        device: Where networks are scored.
-        bn_batches: Batches from which statistics are estimated.
-        batch_size: Images in these and in the scored batches.
-        search_images: The most images of the search split that are used; None for all.
-        seed: Chooses the images.
-        mixed_precision: "bf16" scores with forward passes in that precision, all candidates alike; "no" in float32.
-        threads: torch's while it scores here; None leaves them as they are.
-        site: where worker processes score instead, each with threads of its own; None scores in this process. The
-            accuracies are the same to the last digit where a worker has as many threads as this process would.
-        brief: Trains a candidate's network in place for so many steps; None leaves all as they are sliced.
-        brief_steps: How many, for every candidate whose score asks for no other number; only in this process.
+        data: Data whose training split gives the statistics, and whose search split gives the accuracy.
+        device: Device for scoring.
+        bn_batches: Number of batches from which statistics are estimated.
+        batch_size: Images per batch, in these and in the scored batches.
+        search_images: Maximum number of images of the search split; None for all.
+        seed: Seed that chooses the images.
+        mixed_precision: "bf16" scores all candidates with forward passes in that precision; "no" in float32.
+        threads: Number of torch's threads while scoring in this process; None for the current number.
+        site: Where worker processes score instead, each with its own threads; None scores in this process. The
+            accuracies are bit-identical if a worker has as many threads as this process would.
+        brief: Trains a candidate's network in place for a number of steps; None trains none.
+        brief_steps: Number of these steps for every candidate without another number; only in this process.
 
     Attributes:
-        evaluations: Networks scored so far; answers from the cache do not count.
-        seconds: Time spent on them.
+        evaluations: Number of networks scored so far; answers from the cache do not count.
+        seconds: Time spent on them, in seconds.
     """
 
     def __init__(
@@ -211,21 +211,21 @@ class Evaluator:
 
     @property
     def workers(self) -> int:
-        """Candidates that can be scored at a time."""
+        """Number of candidates that are scored in parallel."""
         return 1 if self._site is None else self._site.number
 
     @property
     def images(self) -> int:
-        """Images that a full evaluation scores."""
+        """Number of images that a full evaluation scores."""
         return len(self._search)
 
     def __call__(self, plan: ChannelPlan, *, floor: float | None = None) -> float:
-        """Accuracy of the plan's network on the search split, 0..1.
+        """Return the accuracy of the plan's network on the search split, 0..1.
 
         Args:
-            plan: Which channels are kept.
-            floor: Give up as soon as this accuracy is out of reach; the answer is then an estimate below
-                it, which is not remembered.
+            plan: Channels that are kept.
+            floor: Stop as soon as this accuracy cannot be reached; the result is then an estimate below it, which is
+                not remembered.
         """
         return self.many([plan], floors=[floor])[0]
 
@@ -236,16 +236,15 @@ class Evaluator:
         floors: Sequence[float | None] | None = None,
         remember: bool = True,
     ) -> list[float]:
-        """Accuracy of each plan, in their order; several workers score them side by side.
+        """Return the accuracy of each plan, in order; several workers score them in parallel.
 
         Args:
-            plans: which channels are kept; of equal ones the first is scored.
-            floors: for each plan what `__call__` takes; left out, none is given up.
-            remember: whether a later call need not score them again. What is scored ahead must not change what a floor
-                gives.
+            plans: Channels that are kept; of equal plans the first is scored.
+            floors: Floor of each plan, as for `__call__`; None for no floors.
+            remember: Whether to cache the results. Results scored in advance must not change what a floor gives.
 
         Raises:
-            CompressorError: a candidate ended one worker after another.
+            CompressorError: A candidate ended one worker after another.
         """
         new: dict[str, tuple[ChannelPlan, float | None]] = {}
         for plan, floor in zip(plans, floors or [None] * len(plans), strict=True):
@@ -269,7 +268,7 @@ class Evaluator:
         return [known[plan.checksum] for plan in plans]
 
     def _started(self, site: Site) -> Workers:
-        """The workers, with the weights of the moment."""
+        """Return the workers, with the current weights."""
         from compressor.pruning.blueprint import channels_last, weights
         from compressor.search.worker_data import described
         from compressor.search.workers import Workers
@@ -289,7 +288,7 @@ class Evaluator:
         return self._workers
 
     def close(self) -> None:
-        """End the workers, if there are any."""
+        """Stop the workers, if there are any."""
         if self._workers is not None:
             self._workers.close()
         elif self._site is not None:
@@ -297,8 +296,11 @@ class Evaluator:
             self._site.close()
 
     def score(self, model: nn.Module, *, floor: float | None = None, steps: int | None = None) -> float:
-        """Accuracy of any network on the same images; its weights are trained for `steps`, its batch-norm statistics
-        are replaced. Left out, the steps are those of every candidate."""
+        """Return the accuracy of any network on the same images.
+
+        Its weights are trained for `steps` (None for those of every candidate), and its batch-norm statistics are
+        replaced.
+        """
         kind = torch.device(self.device).type
         with _threads(self._threads):
             if self._brief is not None and (number := self._brief_steps if steps is None else steps):
@@ -316,6 +318,6 @@ class Evaluator:
                 return accuracy(model, self._search, device=device, batch_size=size, floor=floor)
 
     def weights_moved(self) -> None:
-        """Forget all scores: the space's model was trained meanwhile."""
+        """Forget all scores after the space's model was trained."""
         self._scores.clear()
         self._moved = True

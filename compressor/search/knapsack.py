@@ -1,4 +1,4 @@
-"""The yardstick of the learning agents: saliency as value, the budgets as price, solved as a knapsack."""
+"""Baseline of the learning agents: a knapsack with saliency as value and the budgets as price."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ SAVE_EVERY = 10
 @dataclass(frozen=True)
 class KnapsackSettings:
     """Attributes:
-    evaluations: plans that are scored, unless the limits ask for others.
-    sensitivity: whether each group's effect on the accuracy is measured when there are evaluations for it,
-        three for every group and more; the values are then fitted to these measurements.
-    spread: standard deviation of the first changes to the logarithm of the groups' weights.
+    evaluations: Number of scored plans, unless the limits set another number.
+    sensitivity: Whether to measure each group's effect on the accuracy if there are at least three evaluations per
+        group; the values are then fitted to these measurements.
+    spread: Standard deviation of the first changes to the logarithm of the groups' weights.
     """
 
     evaluations: int = 50
@@ -40,13 +40,13 @@ class KnapsackSettings:
 
 @register_agent
 class KnapsackAgent(Agent):
-    """Solves the allocation for one set of values after another, and keeps the plan that scores best.
+    """Solves the allocation for one set of values after another, and keeps the plan with the best score.
 
     One evaluation is the published method: Taylor saliency (Molchanov et al., CVPR 2019) summed over the channels
-    that a group keeps. Further ones are used as well as is known how: the saliency's exponent is varied; each group
-    alone is pruned twice and the loss of accuracy taken as its value, as a power of the share removed; then the
-    groups' weights in the better of the two are changed at random, and changes that score higher are kept. Each
-    candidate is an optimum of its values at the budget, or lies near the best where that optimum is known.
+    that a group keeps. Further evaluations refine it: the saliency's exponent is varied; each group alone is pruned
+    twice, and the loss of accuracy becomes its value, as a power of the removed share; then the groups' weights in the
+    better of the two are changed at random, and changes with a higher score are kept. Each candidate is an optimum of
+    its values at the budget, or lies near the best plan if that optimum is known.
     """
 
     name = "knapsack"
@@ -94,8 +94,8 @@ class _KnapsackSearch:
         if best is not None:
             return run.choose([best.widths])
         if run.place.round:
-            return run.choose([])  # nothing but what is carried over
-        return run.choose([uniform_or_cheapest(self.env).tolist()])  # no time for anything
+            return run.choose([])  # only the result of earlier rounds
+        return run.choose([uniform_or_cheapest(self.env).tolist()])  # no time for anything else
 
     def _planned(self) -> int:
         if self.run.place.round:
@@ -120,7 +120,7 @@ class _KnapsackSearch:
                 bar.advance()
 
     def _changed(self, step: int, spread: float) -> tuple[NDArray[np.float64], np.random.Generator]:
-        """The best weights with the random change of a step, and the rest of the step's generator."""
+        """Return the best weights with the random change of a step, and the step's generator after it."""
         generator = np.random.default_rng([self.run.agent.seed, self.run.place.round, step])
         change = spread * generator.standard_normal(len(self.allocator.levels))
         return np.array(self._best["weights"]) + change, generator
@@ -130,7 +130,7 @@ class _KnapsackSearch:
         return float(np.clip(spread * (1.5 if better else 0.92), 0.05, 1.0))
 
     def _likely(self, step: int) -> Iterator[Widths]:
-        """What the steps from this one on try if none is better than the best, as most are not."""
+        """Yield what this step and the next ones try if none improves on the best, as is usual."""
         spread = self._spread
         while True:
             weights, generator = self._changed(step, spread)
@@ -138,7 +138,7 @@ class _KnapsackSearch:
             step, spread = step + 1, self._next_spread(spread, False)
 
     def _adapt(self) -> None:
-        """The best plan so far, scaled to the tightened budgets; then the best values, solved for them."""
+        """Score the best plan so far, scaled to the tightened budgets; then the best values, solved for them."""
         phase = f"again{self.run.place.round}"
         for step in self.run.remaining(phase, 2):
             if self.run.spent():
@@ -154,13 +154,13 @@ class _KnapsackSearch:
     def _try(
         self, source: str, weights: NDArray[np.float64], generator: np.random.Generator | None = None
     ) -> bool:
-        """Solve for these values and score the plan; whether it is the best so far."""
+        """Solve for these values and score the plan; return whether it is the best so far."""
         if self.run.spent():
             return False
         return self._scored(self._solved(source, weights, generator, self._spread), source, weights)
 
     def _scored(self, widths: Widths, source: str, weights: NDArray[np.float64]) -> bool:
-        """Score a plan that these values led to, or lies near such a one; whether it is the best so far."""
+        """Score a plan from or near the optimum of these values; return whether it is the best so far."""
         candidate = self.run.score(widths, source)
         better = self._best["reward"] is None or candidate.reward > self._best["reward"]
         if better:
@@ -175,7 +175,7 @@ class _KnapsackSearch:
     def _solved(
         self, source: str, weights: NDArray[np.float64], generator: np.random.Generator | None, spread: float
     ) -> Widths:
-        """The optimum of these values; with a generator, where it is known already, widths near the best."""
+        """Return the optimum of these values; with a generator, and if it is known already, widths near the best."""
         pairs = zip(self._values(source), np.exp(weights), strict=True)
         widths = self.allocator.solve([value * weight for value, weight in pairs])
         if generator is not None and self.env.known(widths):  # other values, the same optimum
@@ -183,7 +183,7 @@ class _KnapsackSearch:
         return widths
 
     def _vary(self, generator: np.random.Generator, base: float) -> Widths:
-        """Widths near the best ones, further away until they are new."""
+        """Return widths near the best ones, further away until they are new."""
         best = np.array(self._best["widths"], dtype=np.int64)
         for attempt in range(8):
             spread = base + 0.1 * attempt

@@ -1,4 +1,4 @@
-"""How a search compares with its agent's published method, and what a recipe asks of it that cannot act."""
+"""Compare a search with its agent's published method, and list the recipe's settings that have no effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _JOINT_FIELDS = ("align", "align_weight", "context_size")
 
 
 def without_effect(agent: Agent, recipe: Recipe) -> Iterator[str]:
-    """A sentence for each: parts of the method that are on and idle, and settings without effect."""
+    """Yield sentences on enabled parts of the method that are idle, and on settings without effect."""
     if idle := agent.idle():
         parts = "; ".join(f"the {part} ({reason})" for part, reason in idle.items())
         yield f"Idle in this search, though on: {parts}.{_more_epochs(agent, recipe)}"
@@ -29,7 +29,7 @@ def without_effect(agent: Agent, recipe: Recipe) -> Iterator[str]:
 
 
 def never_acted(agent: Agent, result: SearchResult) -> Iterator[str]:
-    """A sentence where a part had what it needs, and a limit ended the search before it could act."""
+    """Yield a sentence if a part could have acted, but a limit ended the search first."""
     foreseen = agent.idle()
     for part, effect in agent.effects(result).items():
         if effect.startswith(IDLE) and part not in foreseen:
@@ -37,7 +37,7 @@ def never_acted(agent: Agent, result: SearchResult) -> Iterator[str]:
 
 
 def _more_epochs(agent: Agent, recipe: Recipe) -> str:
-    """How many epochs the environment model would need, where too few are what keeps it idle."""
+    """Say how many epochs the environment model needs, if it is idle for lack of epochs."""
     if ENVIRONMENT_MODEL not in agent.idle() or not agent.settings.joint_training:
         return ""
     share = float(recipe.search.epochs_share or 0)
@@ -56,7 +56,7 @@ def _more_epochs(agent: Agent, recipe: Recipe) -> str:
 
 
 def _unread(agent: Agent, recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Fields that differ from their defaults and that this search does not read, with the reason."""
+    """Yield fields that differ from their defaults and that this search does not read, with the reason."""
     if not agent.trains_jointly:
         fields = type(recipe.search).model_fields
         for name in _JOINT_FIELDS:
@@ -78,17 +78,17 @@ def _unread(agent: Agent, recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def method(agent: Agent, recipe: Recipe, effects: Mapping[str, str]) -> dict[str, Any] | None:
-    """How an agent's search compares with its publication, for the manifest; None for agents without one.
+    """Compare an agent's search with its publication, for the manifest; None for agents without one.
 
     Args:
-        agent: with its settings.
-        recipe: the resolved one that it was made from.
-        effects: by part, what it has done in the search, in a clause.
+        agent: Agent with its settings.
+        recipe: Resolved recipe of the agent.
+        effects: What each part has done in the search, as a clause.
 
     Returns:
         `source`, and `parts`: for each `part` its `setting`, the values `here` and `published` in words, whether they
-        are the `same`, by whose choice it is as it is (`by`: "default" or "recipe"), `why` the default is another
-        one, and its `effect`. Parts that agree are left out where nobody would look for them.
+        are the `same`, what set it (`by`: "default" or "recipe"), `why` the default differs, and its `effect`. Parts
+        that agree are left out unless they are important.
     """
     if not agent.published:
         return None
@@ -115,7 +115,7 @@ def method(agent: Agent, recipe: Recipe, effects: Mapping[str, str]) -> dict[str
 
 
 def in_words(value: Any) -> str:
-    """A setting's value as the page prints it."""
+    """Format a setting's value for the report."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if value is None:
@@ -141,7 +141,7 @@ def _full_name(setting: str) -> str:
 
 
 def _value(each: Published, agent: Agent, recipe: Recipe) -> tuple[Any, Any]:
-    """A part's value in this search, and by default."""
+    """Return a part's value in this search, and its default."""
     if not each.setting:
         return each.here, each.here
     if not _full_name(each.setting).startswith("search.settings."):

@@ -1,4 +1,4 @@
-"""What an agent sees of the group that it is about to cut: nine numbers, all scaled to about 0..1."""
+"""The observation of a group before it is pruned: nine numbers, scaled to about 0..1."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ class Observer:
     """Describes a group in the state of an episode (arXiv 2403.19490; the nine numbers of its state).
 
     A group's layer is the first, in execution order, whose outputs it holds. Its input channels are those
-    left by the widths chosen so far. The three counts of MACs add up to the network with everything to come
-    left dense, as a share
-    of the dense network: `macs_before` remains whatever is decided from here on, `macs_here` is decided by
-        this group
-    and `macs_after` by those behind it. They come from differences of whole-network counts and are thus right
-    for coupled groups too, which no sum over single layers is.
+    left by the widths chosen so far. The three counts of MACs add up to the network with all remaining groups
+    dense, as a share of the dense network: `macs_before` is fixed whatever is decided from here on, `macs_here` is
+    decided by this group, and `macs_after` by those after it. They are differences of whole-network counts, and thus
+    correct for coupled groups too, for which no sum over single layers is.
     """
 
     def __init__(self, space: PruningSpace) -> None:
@@ -52,7 +50,7 @@ class Observer:
         self._kernel = float(max([1, *(int(np.max(layer.kernel)) for layer in known)]))
 
     def __call__(self, step: int, widths: Widths, previous: float) -> NDArray[np.float32]:
-        """The observation (9,) before group `step`, with the first `step` of `widths` (G,) chosen."""
+        """Return the observation (9,) before group `step`, with the first `step` of `widths` (G,) chosen."""
         current = self._dense.copy()
         current[:step] = widths[:step]
         rows = np.stack([current, current, current])

@@ -1,4 +1,4 @@
-"""Widths at the budget, without an agent: uniform ones, random ones, and those near given ones."""
+"""Widths at the budget that need no agent: uniform ones, random ones, and those near given ones."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ if TYPE_CHECKING:
     from compressor.search.environment import Observation, PruningEnv
 
 _SCANS = (65, 16, 16, 16)
-"""Factors in each scan; together they resolve the factor to some millionths."""
+"""Number of factors in each scan; all scans together resolve the factor to a few millionths."""
 
-_DEAR_SCANS = (9, 5)
-"""The same where each price is a call of a user's function: 14 calls, which resolve the factor to a thirtieth."""
+_EXPENSIVE_SCANS = (9, 5)
+"""The same if each price is a call of a user's function: 14 calls, which resolve the factor to a thirtieth."""
 
 
 _HALVINGS = 14
 
 
 def scaled_widths(env: PruningEnv, shape: NDArray[np.float64]) -> Widths:
-    """The widest legal network whose kept ratios are proportional to `shape` and that keeps all budgets.
+    """Return the widest legal network whose kept ratios are proportional to `shape` and that meets all budgets.
 
     Args:
         shape: (G,), above 0; ratios above 1 are dense.
 
     Returns:
-        (G,) legal widths; the cheapest ones known where no factor keeps the budgets.
+        Legal widths (G,); the cheapest known ones if no factor meets the budgets.
     """
     widths = _scaled(env, shape)
     return env.bounds.cheapest.copy() if widths is None else widths
 
 
 def uniform_widths(env: PruningEnv) -> Widths:
-    """The same ratio for every group, as large as the budgets allow, each width rounded to a legal one.
+    """Return the same ratio for every group, as large as the budgets allow, each width rounded to a legal one.
 
     Raises:
-        CompressorError: no single ratio keeps the budgets, though other widths do.
+        CompressorError: No single ratio meets the budgets, though other widths do.
     """
     widths = _scaled(env, np.ones(len(env.bounds.dense)))
     if widths is None:
@@ -54,16 +54,16 @@ def uniform_widths(env: PruningEnv) -> Widths:
 
 
 def uniform_or_cheapest(env: PruningEnv) -> Widths:
-    """`uniform_widths`; where costs jump so that no single ratio keeps the budgets, the cheapest widths known."""
+    """Return `uniform_widths`; if no single ratio meets the budgets because costs jump, the cheapest known widths."""
     return scaled_widths(env, np.ones(len(env.bounds.dense)))
 
 
 def _scaled(env: PruningEnv, shape: NDArray[np.float64]) -> Widths | None:
-    """By scanning the factors ever finer, many in one prediction: of those that keep the budgets, the largest seen."""
+    """Scan the factors on finer and finer grids, and return the widths of the largest one that meets the budgets."""
     low, high = 0.0, float(1.0 / shape.min())
     best: Widths | None = None
-    dear = any(isinstance(budget, FunctionBudget) for budget in env.budgets)
-    for number in _DEAR_SCANS if dear else _SCANS:
+    expensive = any(isinstance(budget, FunctionBudget) for budget in env.budgets)
+    for number in _EXPENSIVE_SCANS if expensive else _SCANS:
         factors = np.linspace(low, high, number)
         wanted = np.clip(factors[:, None] * shape, 0.0, 1.0) * env.bounds.dense
         candidates = env.bounds.round(wanted)
@@ -81,11 +81,11 @@ def _scaled(env: PruningEnv, shape: NDArray[np.float64]) -> Widths | None:
 def near_widths(
     env: PruningEnv, widths: Widths, generator: np.random.Generator, spread: float, share: float
 ) -> Widths:
-    """Random widths near given ones, scaled to the budgets.
+    """Return random widths near given ones, scaled to the budgets.
 
     Args:
-        spread: standard deviation of the change's logarithm; 0.3 changes a ratio by about a third.
-        share: share of the groups that change, before scaling changes all.
+        spread: Standard deviation of the change's logarithm; 0.3 changes a ratio by about a third.
+        share: Share of the groups that change, before scaling changes all.
     """
     change = spread * generator.standard_normal(len(widths)) * (generator.random(len(widths)) < share)
     return scaled_widths(env, widths / env.bounds.dense * np.exp(change))
@@ -94,10 +94,10 @@ def near_widths(
 def near_rows(
     env: PruningEnv, widths: Widths, generator: np.random.Generator, spread: float, number: int
 ) -> Widths:
-    """Many random plans near given widths (G,), each scaled to the budgets by halving; (N, G), N at most `number`.
+    """Return many random plans near given widths (G,), each scaled to the budgets by halving; (N, G), N <= `number`.
 
     Args:
-        spread: as `near_widths` takes it; half of it to one and a half, and any share of the groups.
+        spread: As for `near_widths`; each plan uses 0.5 to 1.5 times it, and any share of the groups.
     """
     size = (number, len(widths))
     change = generator.standard_normal(size) * (
@@ -116,12 +116,12 @@ def near_rows(
 
 
 def random_widths(env: PruningEnv, generator: np.random.Generator) -> Widths:
-    """Random widths at the budget: uniform ones, changed by a random amount that itself is random."""
+    """Return random widths at the budget: uniform ones, changed by a random amount that itself is random."""
     return near_widths(env, env.bounds.dense, generator, spread=float(generator.uniform(0.1, 0.8)), share=1.0)
 
 
 def follow(widths: Widths) -> Policy:
-    """The policy that asks for these widths (G,) in one episode; the bounds may move them."""
+    """Return the policy that requests these widths (G,) in one episode; the bounds may change them."""
     wanted = iter(np.asarray(widths).tolist())
 
     def policy(observation: Observation, legal: LegalWidths) -> float:
@@ -131,7 +131,7 @@ def follow(widths: Widths) -> Policy:
 
 
 def followed(env: PruningEnv, widths: Widths) -> Widths:
-    """The widths that an episode of `follow(widths)` ends with, without playing it."""
+    """Return the widths that an episode of `follow(widths)` ends with, without playing it."""
     found = env.bounds.dense.copy()
     for step, wanted in enumerate(np.asarray(widths).tolist()):
         legal = env.bounds.legal(step, found)

@@ -1,4 +1,4 @@
-"""Random search: the yardstick for what an agent learns."""
+"""Random search, a baseline for agents that learn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RandomSettings:
     """Attributes:
-    evaluations: plans that are drawn, unless the limits ask for others.
+    evaluations: Number of plans drawn, unless the limits set another number.
     """
 
     evaluations: int = 50
@@ -32,11 +32,11 @@ class RandomSettings:
 class RandomAgent(Agent):
     """Scores random plans at the budget and keeps the best; the uniform plan is the first of them.
 
-    With budgets that have changed it begins with the best plan so far, scaled to them.
+    With changed budgets it begins with the best plan so far, scaled to them.
 
-    A plan is the uniform one with every ratio changed at random, scaled to the budget and passed through the
-    same bounds as the actions of agents that learn. Each plan has a generator of its own, so that a resumed
-    search draws the same ones.
+    A plan is the uniform one with every ratio changed at random, scaled to the budget and clipped to the
+    bounds like the actions of learning agents. Each plan has its own generator, so that a resumed
+    search draws the same plans.
     """
 
     name = "random"
@@ -47,8 +47,8 @@ class RandomAgent(Agent):
         phase = f"random{run.place.round or ''}"
         total = run.limits.planned(self.settings.evaluations)
         if run.place.round:
-            total = max(5, total // 5)  # a tightened budget is near the last one
-        draws = 4 * total if run.limits.use_all else total  # what is known already costs nothing
+            total = max(5, total // 5)  # a tightened budget is close to the last one
+        draws = 4 * total if run.limits.use_all else total  # known plans cost nothing
         with progress.bar("Scoring random plans", total=total) as bar:
             bar.advance(run.evaluations)
             for step in run.remaining(phase, draws):
@@ -65,7 +65,7 @@ class RandomAgent(Agent):
         return run.choose([self._plan(run, 0).tolist() if best is None else best.widths])
 
     def _plan(self, run: SearchSession, step: int) -> Widths:
-        """The widths of a step, from a generator of its own; the first are uniform, or the best of earlier rounds."""
+        """Return the widths of a step, from its own generator; the first are uniform, or the best of earlier rounds."""
         if step == 0:
             return next(from_earlier_rounds(run)) if run.place.round else uniform_or_cheapest(run.env)
         drawn = random_widths(run.env, np.random.default_rng([self.seed, run.place.round, step]))

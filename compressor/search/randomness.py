@@ -1,4 +1,4 @@
-"""A stream of random numbers that belongs to one agent and can be stored."""
+"""A stream of random numbers that belongs to one agent and can be saved."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 
 class OwnRandomness:
-    """The global generators of Python, numpy and torch, kept apart for one user.
+    """Private state of the global generators of Python, numpy and torch.
 
     Stable-Baselines3 draws from the global generators, and so do training and evaluation. Inside `active()`
-    they stand where this stream stands; outside they are as if nothing had been drawn. What an agent draws
-    thus depends on its seed alone, and is repeated to the letter after a resume.
+    they have this stream's state; afterwards they are as if nothing had been drawn. What an agent draws thus
+    depends on its seed alone, and is bit-identical after a resume.
 
     Args:
         seed: 0 or more.
@@ -32,7 +32,7 @@ class OwnRandomness:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Let the global generators be this stream."""
+        """Use this stream as the global generators."""
         with _kept():
             _set_global_state(self._state)
             try:
@@ -41,7 +41,7 @@ class OwnRandomness:
                 self._state = _global_state()
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, as tensors and plain values."""
+        """Return the stream's state, as tensors and plain values."""
         import torch
 
         version, numbers, gauss = self._state["python"]
@@ -59,7 +59,7 @@ class OwnRandomness:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Restore what `state` returned."""
         version, numbers, gauss = state["python"]
         kind, keys, position, has_gauss, cached = state["numpy"]
         self._state = {

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster; Ray is imported when one is asked for."""
+"""Workers on a Ray cluster; Ray is imported when one is requested."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONNECT_SECONDS = 30
-"""How long Ray may take to connect once its port is open."""
+"""Seconds that Ray may take to connect once its port is open."""
 
 
 class RayCluster(Site):
-    """As many actors as the cluster's machines have room for; tensors lie in its object store.
+    """As many actors as fit on the cluster's machines; tensors are in its object store.
 
     The toolkit and the network's own module must be installed on the cluster's machines, in the same versions for
-    the same last digits. Tensors travel as safetensors, plans as JSON.
+    bit-identical results. Tensors are sent as safetensors, plans as JSON.
 
     Args:
         address: `ray://host:port`, or `ray://local`.
         threads: CPUs of each actor.
-        seconds: how long a candidate may take.
-        gpu: whether each actor has a GPU of its own.
+        seconds: Time limit for a candidate.
+        gpu: Whether each actor has a GPU of its own.
     """
 
     def __init__(self, address: str, threads: int, seconds: float, gpu: bool = False) -> None:
@@ -102,7 +102,7 @@ class _Actor(Worker):
                 raise cause from None
             raise _failed(f"{type(cause).__name__}: {cause}") from None
         except errors.RayError as error:
-            if getattr(error, "actor_init_failed", False):  # what it raised stands in the last line
+            if getattr(error, "actor_init_failed", False):  # the last line has the exception
                 raise _failed(str(error).strip().splitlines()[-1]) from None
             raise WorkerLost(f"lost by Ray: {str(error).splitlines()[0]}") from None
 
@@ -115,9 +115,9 @@ def _failed(how: str) -> CompressorError:
 
 
 def _room(ray: Any, needed: Mapping[str, float]) -> int:
-    """How many workers that need this much of each resource fit on the cluster's machines, each on one.
+    """Return how many workers that need these resources fit on the cluster's machines, each on a single one.
 
-    What others hold at the moment is not asked for: that of our own last workers may still be about to be freed.
+    Resources in use by others are not subtracted: those of our own last workers may be about to be freed.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(min(int(have.get(name, 0) // much) for name, much in needed.items()) for have in machines)

@@ -1,4 +1,4 @@
-"""What an episode is worth: the accuracy, times soft factors for costs where asked for."""
+"""Reward of an episode: the accuracy, times optional soft factors for costs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from compressor.budgets.base import Budget
 
 Reward = Callable[[float, Mapping[str, float]], float]
-"""From the accuracy in 0..1 and the predicted cost of each budget by name, in its own unit, to the reward."""
+"""Maps the accuracy in 0..1 and the predicted cost of each budget by name, in its own unit, to the reward."""
 
 
 def accuracy_reward(accuracy: float, costs: Mapping[str, float]) -> float:
-    """The accuracy alone: the action bounds keep the budgets, so nothing need be weighed against it."""
+    """Return the accuracy alone: the action bounds enforce the budgets, so nothing is weighed against it."""
     return accuracy
 
 
@@ -28,9 +28,9 @@ class SoftFactor:
     accuracy.
 
     Attributes:
-        name: the budget whose cost is read.
-        target: in the budget's unit, above 0.
-        weight: the exponent; 0 has no effect.
+        name: Budget whose cost is read.
+        target: Target in the budget's unit, above 0.
+        weight: Exponent; 0 has no effect.
     """
 
     name: str
@@ -49,7 +49,7 @@ class SoftFactor:
             known = ", ".join(sorted(costs)) or "none"
             raise CompressorError(
                 f"The reward reads the cost of {self.name}, which is no budget here (there are: {known}).",
-                f"Add a budget for {self.name}, or take the factor out.",
+                f"Add a budget for {self.name}, or remove the factor.",
             )
         return float((costs[self.name] / self.target) ** self.weight)
 
@@ -74,21 +74,21 @@ class ProductReward:
 
 
 def soft_reward(weights: Mapping[str, float], budgets: Sequence[Budget]) -> Reward:
-    """The accuracy, times a soft factor for each budget with a weight other than 0, relative to its target.
+    """Return the accuracy times a soft factor for each budget with a weight other than 0, relative to its target.
 
     Args:
-        weights: exponents by the name of a budget.
-        budgets: those of the run.
+        weights: Exponents by the name of a budget.
+        budgets: Budgets of the run.
 
     Raises:
-        CompressorError: a weight is given for something that has no budget.
+        CompressorError: A weight has no budget.
     """
     targets = {budget.name: float(budget.target) for budget in budgets}
     wanted = {name: weight for name, weight in weights.items() if weight}
     if missing := sorted(set(wanted) - set(targets)):
         raise CompressorError(
             f"The reward weighs {missing[0]}, which has no budget here (there are: {', '.join(targets) or 'none'}).",
-            "Give it one; 100% asks for no pruning, and is what its factor is relative to.",
+            "Add one; 100% requires no pruning, and is the reference of its factor.",
         )
     if not wanted:
         return accuracy_reward
@@ -96,10 +96,10 @@ def soft_reward(weights: Mapping[str, float], budgets: Sequence[Budget]) -> Rewa
 
 
 def accuracy_needed(reward: Reward, best: float, costs: Mapping[str, float]) -> float | None:
-    """The accuracy below which a network of these costs earns less than `best`; None where that is not known.
+    """Return the accuracy below which a network of these costs earns less than `best`; None if it is not known.
 
-    It is known for the accuracy alone and for its product with soft factors, which do not depend on it. A last digit
-    of room keeps networks that earn the same.
+    It is known for the accuracy alone and for its product with soft factors, which do not depend on it. A margin of
+    one rounding error keeps networks that earn the same.
     """
     if reward is accuracy_reward:
         return best - 1e-9

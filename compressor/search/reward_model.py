@@ -1,4 +1,4 @@
-"""What a plan will earn, learned from those that were scored: a Gaussian process, and what it picks."""
+"""Predict the reward of plans from the scored ones with a Gaussian process, and pick the next plans to score."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 Inputs = NDArray[np.float64]
 
 _FIRST, _GROWTH = 20, 1.5
-"""Plans up to which the kernel is fitted whenever there are more, and by what factor they grow until it is again."""
+"""The kernel is fitted after each plan up to this number, then each time that the number has grown by this factor."""
 _MOST = 500
-"""Plans that are learned from: the latest."""
+"""Maximum number of plans to learn from: the latest."""
 _WORK = 1.6e6
-"""Square of the plans times the inputs, at most, of those that the kernel is fitted to, the latest: about a second."""
+"""Maximum of plans squared times inputs for fitting the kernel (the latest plans): about a second."""
 _STEPS = 30
 """Iterations of a fit."""
 
 
 class RewardModel:
-    """A Gaussian process from plans to rewards; the next plan is the one of the greatest expected improvement.
+    """A Gaussian process from plans to rewards; the next plan is the one with the largest expected improvement.
 
-    The usual way to spend tens to hundreds of dear evaluations (Snoek et al., NeurIPS 2012, arXiv 1206.2944): a Matern
-    kernel (5/2) with a length for each input, fitted by the likelihood. All that it says follows from what it was
-    given last; nothing needs to be saved.
+    The usual way to spend tens to hundreds of expensive evaluations (Snoek et al., NeurIPS 2012, arXiv 1206.2944): a
+    Matern kernel (5/2) with a length scale for each input, fitted by maximum likelihood. Its predictions depend only on
+    the data of the last call; nothing needs to be saved.
     """
 
     def __init__(self) -> None:
@@ -37,9 +37,9 @@ class RewardModel:
         """Learn from all plans so far.
 
         Args:
-            inputs: (N, inputs), in the order in which they were scored; of the same `kind` only ever continued.
+            inputs: (N, inputs), in the order of scoring; for the same `kind`, rows are only ever appended.
             rewards: (N,).
-            kind: another number where the rows are not the continuation of the last ones.
+            kind: Changes if the rows do not continue the last ones.
         """
         fitted = _FIRST
         while fitted * _GROWTH <= len(inputs):
@@ -52,21 +52,21 @@ class RewardModel:
         self._inputs, self._rewards = inputs[-_MOST:], rewards[-_MOST:]
 
     def pick(self, proposals: Inputs, best: float | None, number: int) -> list[int]:
-        """Indices of proposals (P, inputs) to be scored next, without waiting for one another's rewards.
+        """Return indices of proposals (P, inputs) to score next, without waiting for each other's rewards.
 
-        Each is the one of the greatest expected improvement if those picked before earn what is expected of them.
+        Each has the largest expected improvement if those picked before earn their expected reward.
 
         Args:
-            proposals: what there is to pick from.
-            best: the reward to improve on; None stands for the highest that is expected.
-            number: how many are picked, as far as there are as many.
+            proposals: Plans to pick from.
+            best: Reward to improve on; None for the highest expected one.
+            number: How many to pick, at most.
         """
         inputs, rewards, picked = self._inputs, self._rewards, list[int]()
         while len(picked) < min(number, len(proposals)):
             mean, deviation = self._process(inputs, rewards).predict(proposals, return_std=True)
             gains = expected_improvement(mean, deviation, float(mean.max()) if best is None else best)
             gains[picked] = -1.0
-            index = int(np.lexsort([mean, gains])[-1])  # by the mean where no gain is to be expected of any
+            index = int(np.lexsort([mean, gains])[-1])  # by the mean if no improvement is expected of any
             picked.append(index)
             inputs, rewards = np.vstack([inputs, proposals[index]]), np.append(rewards, mean[index])
         return picked
@@ -81,7 +81,7 @@ class RewardModel:
 
 
 def expected_improvement(mean: Inputs, deviation: Inputs, best: float) -> Inputs:
-    """How far rewards of these means and deviations (P,) are expected to exceed the best, counting 0 below it.
+    """Return by how much rewards of these means and deviations (P,) are expected to exceed `best`, 0 if below it.
 
     >>> expected_improvement(np.array([0.6, 0.5]), np.array([1e-12, 1.0]), 0.5).round(3).tolist()
     [0.1, 0.399]
@@ -94,7 +94,7 @@ def expected_improvement(mean: Inputs, deviation: Inputs, best: float) -> Inputs
 
 
 def _fitted_kernel(inputs: Inputs, rewards: Inputs) -> Any:
-    """The kernel of the greatest likelihood, from the same start each time."""
+    """Return the kernel of maximum likelihood, from the same start each time."""
     from scipy.optimize import minimize
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
@@ -107,7 +107,7 @@ def _fitted_kernel(inputs: Inputs, rewards: Inputs) -> Any:
 
     kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(np.ones(inputs.shape[1]), (0.05, 20.0), nu=2.5)
     kernel = kernel + WhiteKernel(1e-3, (1e-5, 1.0))
-    with warnings.catch_warnings():  # of lengths at their bounds: inputs that hardly matter
+    with warnings.catch_warnings():  # about length scales at their bounds: inputs that hardly matter
         warnings.simplefilter("ignore")
         return (
             GaussianProcessRegressor(kernel, optimizer=descend, normalize_y=True).fit(inputs, rewards).kernel_

@@ -1,4 +1,4 @@
-"""How the epochs that a search may train for are shared out between its phases."""
+"""Divide a search's training epochs between its phases."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from compressor.core.errors import CompressorError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Epochs of training in each phase of a search, in their order; fine-tuning comes after it.
+    """Training epochs in each phase of a search, in order; fine-tuning follows.
 
     Attributes:
-        warmup: before the first episode; for agents that do not train while they search, all their training.
-        joint: each follows a round of episodes, and pulls the weights towards the structure favoured then.
-        aligned: towards the structure favoured last, with no more episodes.
+        warmup: Epochs before the first episode; for agents that do not train while they search, all epochs.
+        joint: Epochs that each follow a round of episodes, and pull the weights towards the structure favored then.
+        aligned: Epochs towards the last favored structure, without further episodes.
     """
 
     warmup: int = 0
@@ -24,25 +24,25 @@ class Schedule:
 
     @property
     def total(self) -> int:
-        """Epochs that the agent trains for."""
+        """Number of epochs that the agent trains for."""
         return self.warmup + self.joint + self.aligned
 
     def all_before(self) -> Schedule:
-        """The same epochs for an agent that searches on finished weights: all before the first episode."""
+        """Return the same epochs for an agent that searches on finished weights: all before the first episode."""
         return Schedule(warmup=self.total)
 
 
 JOINT_EPOCHS_TO_LEARN = 2
-"""Joint epochs from which a reward can be seen to change: the episodes of the second round are on other weights."""
+"""Number of joint epochs from which rewards change: the episodes of the second round are on other weights."""
 
 
 def epochs_in_search(epochs: int, share: float) -> int:
-    """Epochs of the dense weights, of all there are; the slim network has the others, at least one."""
+    """Return the epochs of the dense weights out of all; the slim network has the remaining ones, at least one."""
     return min(round(epochs * share), epochs - 1)
 
 
 def epochs_until(joint: int, share: float, *, pretrained: bool) -> int | None:
-    """The fewest epochs, search and fine-tuning together, of which so many are joint; None where no number will do.
+    """Return the fewest epochs, search and fine-tuning together, with this many joint ones; None if there is none.
 
     >>> epochs_until(2, 1 / 3, pretrained=True)
     5
@@ -52,7 +52,7 @@ def epochs_until(joint: int, share: float, *, pretrained: bool) -> int | None:
         return None
     most = (
         int(4 * (joint + 2) / share) + 4
-    )  # at least 4 in 10 of the search's epochs are joint, but for the first few
+    )  # at least 4 in 10 of the search's epochs are joint, except for the first few
     for epochs in range(1, most + 1):
         if share_epochs(epochs_in_search(epochs, share), pretrained=pretrained).joint >= joint:
             return epochs
@@ -60,12 +60,12 @@ def epochs_until(joint: int, share: float, *, pretrained: bool) -> int | None:
 
 
 def share_epochs(epochs: int, *, pretrained: bool) -> Schedule:
-    """Share the epochs of a search out between its phases.
+    """Divide the epochs of a search between its phases.
 
-    arXiv 2403.19490 warms up for 10 of its 200 epochs and trains jointly for 70; the other 120 go to the fixed
-    structure, aligned and then slim, in shares that it does not give. Here a search of 140 epochs has 10, 70 and 60.
+    arXiv 2403.19490 warms up for 10 of its 200 epochs and trains jointly for 70; the other 120 train the fixed
+    structure, aligned and then slim, in shares that it does not state. Here a search of 140 epochs has 10, 70 and 60.
     Shorter ones keep the proportions of the latter two, but warm up for up to a sixth: rewards on weights that have
-    hardly trained say nothing of the structure. Pretrained weights need no warm-up.
+    hardly trained do not depend on the structure. Pretrained weights need no warm-up.
 
     >>> share_epochs(140, pretrained=False)
     Schedule(warmup=10, joint=70, aligned=60)

@@ -1,6 +1,6 @@
-"""What a worker does: it builds candidates of the dense network that it was given, and scores them.
+"""A worker: it builds candidates of the dense network that it was given, and scores them.
 
-Run as a program it answers the process that started it (`compressor.core.child`); through Ray it is an actor.
+Run as a program it answers the process that started it (`compressor.core.child`); with Ray it is an actor.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Scorer:
 
     Args:
         plain: `blueprint(space)` as "network", the splits' descriptions as "train" and "search", the evaluator's
-            arguments as "evaluator", and whether weights lie in channels-last format as "channels_last".
-        weights, images: safetensors, as bytes or as the path of a file.
-        threads: torch's; None leaves them as they are.
+            arguments as "evaluator", and whether weights are in channels-last format as "channels_last".
+        weights, images: Safetensors, as bytes or as the path of a file.
+        threads: Number of torch's threads; None for the current number.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Scorer:
         reweigh(self._space, read_tensors(weights), channels_last)
 
     def score(self, plan: str, floor: float | None) -> float:
-        """Accuracy of a plan's network (the plan as JSON), 0..1; see `Evaluator`."""
+        """Return the accuracy of a plan's network (the plan as JSON), 0..1; see `Evaluator`."""
         model = self._space.apply(ChannelPlan.from_json(plan)).to(self._evaluator.device)
         return self._evaluator.score(model, floor=floor)
 

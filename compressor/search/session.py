@@ -1,4 +1,4 @@
-"""One search from its first line to its result: its place, candidates, time, and the file that it resumes from."""
+"""One search from start to result: its progress, candidates, time, and checkpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _Key = tuple[int, ...]
 
 
 class Searcher(Protocol):
-    """What a session knows of its agent."""
+    """What a session needs of its agent."""
 
     seed: int
     trainer: Trainer | None
@@ -52,18 +52,18 @@ class Searcher(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages and the checkpoint call it."""
+        """Name in messages and in the checkpoint."""
 
 
 class SearchSession:
-    """One search of one agent, from its first line to its result.
+    """One search of one agent, from start to result.
 
-    The agent acts through this: `train_epoch`, `episode`, `score`, `choose`; and calls `done` at the end of each step
-    of a phase, which saves. What it must remember itself, `own` returns; `restored` holds what that was when a
-    checkpoint was found, else None.
+    The agent acts through `train_epoch`, `episode`, `score` and `choose`, and calls `done` at the end of each step
+    of a phase, which saves. `own` returns the agent's own state to save; `restored` holds that state if a checkpoint
+    was found, else None.
 
     Raises:
-        CompressorError: the checkpoint is of another agent, space or version.
+        CompressorError: The checkpoint is of another agent, space or version.
     """
 
     def __init__(
@@ -87,42 +87,42 @@ class SearchSession:
             session_state.check(state, checkpoint.path, agent.name, agent.trainer is not None, env)
             self._restore(state)
         log.truncate(0 if state is None else int(state["episodes"]))
-        self.curves = Curves(agent.curves)  # not before a state that is refused
+        self.curves = Curves(agent.curves)  # only after the state was accepted
         if state is None and self.env.state()["functions"]:
             self.save()  # for `keep_function_values`
 
     def remaining(self, phase: str, total: int) -> Iterator[int]:
-        """The steps of a phase that are not done yet."""
+        """Yield the unfinished steps of a phase."""
         yield from range(self.place.steps.get(phase, 0), total)
 
     def done(self, phase: str) -> None:
-        """A step of a phase is done: save everything, so that a resume starts behind it."""
+        """Save everything after a step of a phase, so that a resume continues after it."""
         self.place.steps[phase] = self.place.steps.get(phase, 0) + 1
         self.save()
 
     @property
     def evaluations(self) -> int:
-        """Candidates scored in this round of the search."""
+        """Number of candidates scored in this round of the search."""
         return self.env.evaluations - self.place.evaluations_before
 
     @property
     def seconds(self) -> float:
-        """Wall time of the search, that before a resume included."""
+        """Wall time of the search in seconds, including the time before a resume."""
         return self.place.seconds + time.perf_counter() - self._started
 
     def spent(self, reserve: int = 0) -> bool:
-        """Whether a limit is reached, with `reserve` evaluations put by for later."""
+        """Return whether a limit is reached, with `reserve` evaluations reserved for later."""
         most = self.limits.max_evaluations
         return self.late or (most is not None and self.evaluations + reserve >= most)
 
     @property
     def late(self) -> bool:
-        """Whether the time limit is reached: nothing is begun any more."""
+        """Whether the time limit is reached: nothing is started any more."""
         most = self.limits.max_seconds
         return most is not None and self.seconds >= most
 
     def train_epoch(self, phase: str) -> None:
-        """Train the weights for one epoch, if the agent has a trainer; scores so far are of the past then."""
+        """Train the weights for one epoch, if the agent has a trainer; earlier scores then no longer apply."""
         trainer = self.agent.trainer
         if trainer is None:
             return
@@ -151,7 +151,7 @@ class SearchSession:
         )
 
     def train(self, phase: str, epochs: int, label: str) -> None:
-        """Train for `epochs` in all, saving after each; fewer where the time is up."""
+        """Train for `epochs` in all, saving after each; fewer if the time limit is reached."""
         if self.agent.trainer is None or self.place.steps.get(phase, 0) >= epochs:
             return
         with progress.bar(label, total=epochs) as bar:
@@ -164,7 +164,7 @@ class SearchSession:
                 bar.advance()
 
     def episode(self, policy: Policy, phase: str) -> Episode:
-        """Walk through all groups by `policy`, score the plan and log it."""
+        """Go through all groups with `policy`, score the plan and log it."""
         transitions: list[Transition] = []
         observation, _ = self.env.reset()
         last = False
@@ -177,11 +177,11 @@ class SearchSession:
         return Episode(tuple(transitions), self._record(info["score"], phase))
 
     def score(self, widths: Widths | Sequence[int], phase: str, floor: float | None = None) -> Candidate:
-        """Score a plan of these widths (G,) and log it; given up where it cannot earn `floor`."""
+        """Score a plan of these widths (G,) and log it; stop early if it cannot earn `floor`."""
         return self._record(self.env.score(widths, reward_floor=floor), phase)
 
     def score_by(self, widths: Widths | Sequence[int], measure: Callable[[], float], phase: str) -> Candidate:
-        """Score a candidate of these widths (G,) in a way of the agent's, and log it; see `PruningEnv.score_by`."""
+        """Score a candidate of these widths (G,) with the agent's function, and log it; see `PruningEnv.score_by`."""
         return self._record(self.env.score_by(widths, measure), phase)
 
     def choose(
@@ -193,21 +193,21 @@ class SearchSession:
         plans: Mapping[tuple[int, ...], ChannelPlan] | None = None,
         measure: Callable[[ChannelPlan], float] | None = None,
     ) -> SearchResult:
-        """Score the feasible ones of a shortlist on the weights as they are now; the best is the result.
+        """Score the feasible plans of a shortlist on the current weights; the best is the result.
 
-        The first feasible one is scored whatever the limits say, so that there is a result; with `score_all` off, it
-        is the result. In a later round the best result of the earlier ones follows the shortlist. Only the best
-        matters here: one that cannot beat the best so far is given up.
+        The first feasible one is scored regardless of the limits, so that there is a result; without `score_all`, it
+        is the result. In a later round the best result of the earlier ones follows the shortlist. Scoring stops early
+        for a plan that cannot beat the best so far.
 
         Args:
-            shortlist: widths (G,) each; none is asked for any more once a limit is reached.
-            more: further ones of the same, each begun when all before it are scored.
-            score_all: whether more than the first is scored.
-            plans: by widths, the channels to keep where these are not the most important ones.
-            measure: accuracy of a plan, where it is not the evaluator's; what is known is then scored again.
+            shortlist: Widths (G,); no more are drawn once a limit is reached.
+            more: Further shortlists, each started after all before it are scored.
+            score_all: Whether to score more than the first.
+            plans: Plans by widths, for those whose channels are not the most important ones.
+            measure: Accuracy of a plan, if not the evaluator's; known plans are then scored again.
 
         Raises:
-            CompressorError: none keeps the budgets.
+            CompressorError: None meets the budgets.
         """
         own = {**self._kept(), **(plans or {})}
         carried = (widths.tolist() for widths in from_earlier_rounds(self))
@@ -222,14 +222,14 @@ class SearchSession:
         return self._result(self.place.chosen)
 
     def _kept(self) -> dict[tuple[int, ...], ChannelPlan]:
-        """By its widths, the last round's result where its agent chose the channels as well."""
+        """Return the last round's result by its widths, if its agent chose the channels as well."""
         if self.place.kept is None:
             return {}
         plan = ChannelPlan.from_json(self.place.kept)
         return {tuple(plan.widths[group.name] for group in self.env.space.groups): plan}
 
     def result(self) -> SearchResult | None:
-        """The result if the search has ended, else None."""
+        """Return the result if the search has ended, else None."""
         return None if self.place.chosen is None else self._result(self.place.chosen)
 
     def _result(self, widths: Sequence[int]) -> SearchResult:
@@ -276,10 +276,10 @@ class SearchSession:
         )
 
     def keep_function_values(self) -> None:
-        """Add to the last checkpoint what functions as budgets have said since, each a slow call; the rest stays."""
+        """Add the values of function budgets since the last checkpoint to it, because each is a slow call."""
         functions = self.env.state()["functions"]
         if functions:
-            with suppress(CompressorError):  # such as a full disk: it must not hide what ended the search
+            with suppress(CompressorError):  # such as a full disk: it must not hide why the search ended
                 state = self._checkpoint.load()
                 if state is not None:
                     state["env"]["functions"] = functions
@@ -340,18 +340,18 @@ class SearchSession:
 
 # ---------------------------------------------------------------- the best plans so far
 def best_of_round(run: SearchSession) -> Candidate | None:
-    """The best plan of this round of the search, on whatever weights."""
+    """Return the best plan of this round of the search, on any weights."""
     return _highest(c for c in eligible(run) if c.round == run.place.round)
 
 
 def best_on_weights(run: SearchSession) -> Candidate | None:
-    """The best plan of this round that was scored on the weights as they are."""
+    """Return the best plan of this round that was scored on the current weights."""
     place = run.place
     return _highest(c for c in eligible(run) if (c.epoch, c.round) == (place.epoch, place.round))
 
 
 def best_known(run: SearchSession, number: int) -> list[tuple[int, ...]]:
-    """Widths of the best plans of this round and of earlier results, first those scored on the latest weights."""
+    """Return widths of the best plans of this round and of earlier results, those on the latest weights first."""
     latest = max((c.epoch for c in run.candidates), default=0)
     known = [c for c in eligible(run) if c.round == run.place.round or c.phase == "final"]
     known.sort(key=lambda c: (c.epoch == latest, *merit(c)), reverse=True)
@@ -359,8 +359,10 @@ def best_known(run: SearchSession, number: int) -> list[tuple[int, ...]]:
 
 
 def from_earlier_rounds(run: SearchSession) -> Iterator[Widths]:
-    """In a later round of the search, widths (G,) of the result of the last one and of the best of all: each scaled to
-    the budgets as they are now, and as it was. In the first round there are none."""
+    """Yield, in a later round, widths (G,) of the last round's result and of the best of all rounds.
+
+    Each is scaled to the current budgets, and also unchanged. In the first round there are none.
+    """
     results = [c for c in eligible(run) if c.round < run.place.round and c.phase == "final"]
     latest = max((c.epoch for c in results), default=0)
     last = [c for c in results if c.round == run.place.round - 1]
@@ -373,12 +375,12 @@ def from_earlier_rounds(run: SearchSession) -> Iterator[Widths]:
 
 
 def merit(candidate: Candidate) -> tuple[float, int]:
-    """What plans are compared by: the reward, then the channels kept, since what a budget allows costs nothing."""
+    """Return the key for comparing plans: the reward, then the kept channels, which are free within the budget."""
     return candidate.reward, sum(candidate.widths)
 
 
 def eligible(run: SearchSession) -> list[Candidate]:
-    """What a search may choose from: measurements of single groups only where they keep the budgets."""
+    """Return what a search may choose from: measurements of single groups only if they meet the budgets."""
     measured = [candidate.widths for candidate in run.candidates if candidate.phase == MEASUREMENT]
     if not measured:
         return list(run.candidates)
@@ -387,7 +389,7 @@ def eligible(run: SearchSession) -> list[Candidate]:
 
 
 def _highest(candidates: Iterable[Candidate]) -> Candidate | None:
-    """The candidate of the greatest merit, of equal ones the first; None where there is none."""
+    """Return the candidate of the greatest merit, the first of equal ones; None if there is none."""
     return max(candidates, key=merit, default=None)
 
 
@@ -400,14 +402,14 @@ def _score_shortlists(
     plans: Mapping[_Key, ChannelPlan],
     measure: Callable[[ChannelPlan], float] | None,
 ) -> list[Candidate]:
-    """The feasible plans of one list after another, scored until a limit is reached; the first one in any case.
+    """Score the feasible plans of one list after another until a limit is reached; the first one in any case.
 
-    Those that cannot beat the best so far are given up. Several workers score the ones that follow with the floor of
-    the moment; where it has risen when their turn comes, those that it matters to are scored again. So what is found
-    does not depend on the number of workers. A list is begun when the one before it has been scored.
+    Scoring stops early for plans that cannot beat the best so far. Several workers score the following plans with the
+    current floor; if it has risen when their turn comes, the plans that it affects are scored again. So the result does
+    not depend on the number of workers. A list is started after the one before it has been scored.
 
     Args:
-        run, shortlists, score_all, plans, measure: as `SearchSession.choose` takes them.
+        run, shortlists, score_all, plans, measure: As for `SearchSession.choose`.
     """
     scored: list[Candidate] = []
     seen: set[_Key] = set()
@@ -432,7 +434,7 @@ def _score_shortlists(
 
 
 def _feasible(run: SearchSession, asked: Iterable[Sequence[int]], seen: set[_Key]) -> Iterator[_Key]:
-    """Those that keep the budgets and were not seen yet."""
+    """Yield the plans that meet the budgets and were not seen yet."""
     for each in asked:
         widths = tuple(int(width) for width in each)
         if widths not in seen and run.env.bounds.feasible(np.array(widths, dtype=np.int64))[0]:
@@ -441,10 +443,10 @@ def _feasible(run: SearchSession, asked: Iterable[Sequence[int]], seen: set[_Key
 
 
 class Curves:
-    """Writes scalars; without a folder it does nothing, and TensorBoard is not imported.
+    """Writes scalars for TensorBoard; without a folder it does nothing, and TensorBoard is not imported.
 
     Args:
-        folder: where the event files go; None writes none.
+        folder: Folder of the event files; None writes none.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -455,7 +457,7 @@ class Curves:
             self._writer = SummaryWriter(str(folder))
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """One point of each curve at `step`."""
+        """Add one point of each curve at `step`."""
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)

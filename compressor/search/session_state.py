@@ -1,4 +1,4 @@
-"""What a search's checkpoint holds besides the agent's own: its place, and what it must fit to."""
+"""Content of a search's checkpoint besides the agent's own state: its progress, and what it must match."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from compressor.search.environment import PruningEnv
 
 FORMAT = 4
-"""Version of the checkpoint's content; another one is refused."""
+"""Version of the checkpoint's content; another one is rejected."""
 
 
 @dataclass
 class Place:
-    """Where a search stands; all of it goes into the checkpoint.
+    """Progress of a search; all of it is saved in the checkpoint.
 
     Attributes:
-        steps: how many steps of each phase are done.
-        epoch: epochs of training so far.
-        round: 0, and one more each time that the search goes on with tightened budgets.
-        evaluations_before: evaluations of earlier rounds.
-        training_seconds, seconds: of the time before the last save.
-        chosen: widths of the result, once there is one.
-        kept: its plan as JSON, where the agent chose the channels as well.
-        training: what each epoch of training was, as the manifest has it.
-        learned: by part of the method, what it has learned; see `SearchResult`.
+        steps: Number of finished steps of each phase.
+        epoch: Training epochs so far.
+        round: Number of times that the search has continued with tightened budgets.
+        evaluations_before: Evaluations of earlier rounds.
+        training_seconds, seconds: Times before the last save.
+        chosen: Widths of the result, once there is one.
+        kept: Its plan as JSON, if the agent chose the channels as well.
+        training: Records of the training epochs, as in the manifest.
+        learned: What each part of the method has learned; see `SearchResult`.
     """
 
     steps: dict[str, int] = field(default_factory=dict)
@@ -49,26 +49,26 @@ class Place:
 
 
 def check(state: Mapping[str, Any], path: Path, agent: str, trains: bool, env: PruningEnv) -> None:
-    """Refuse a checkpoint's content that another search wrote.
+    """Raise an error for a checkpoint of another search.
 
     Raises:
-        CompressorError: it is of another agent, space or version, or of a search with other training.
+        CompressorError: It is of another agent, space or version, or of a search with other training.
     """
     where = f"The search's state in {path}"
-    mend = f"Delete {path} to search anew, or go on with what it was written by."
+    hint = f"Delete {path} to search again, or continue with the agent and settings that wrote it."
     if state.get("format") != FORMAT:
-        raise CompressorError(f"{where} has format {state.get('format')!r}, expected {FORMAT}.", mend)
+        raise CompressorError(f"{where} has format {state.get('format')!r}, expected {FORMAT}.", hint)
     if state["agent"] != agent:
-        raise CompressorError(f"{where} is of the agent {state['agent']}, not of {agent}.", mend)
+        raise CompressorError(f"{where} is of the agent {state['agent']}, not of {agent}.", hint)
     if state["space"] != space_fingerprint(env):
-        raise CompressorError(f"{where} is of another pruning space, with other groups or widths.", mend)
+        raise CompressorError(f"{where} is of another pruning space, with other groups or widths.", hint)
     if (state["trainer"] is None) != (not trains):
         found, given = ("without", "with") if state["trainer"] is None else ("with", "without")
-        raise CompressorError(f"{where} is of a search {found} training, not {given}.", mend)
+        raise CompressorError(f"{where} is of a search {found} training, not {given}.", hint)
 
 
 def budget_fingerprint(env: PruningEnv, chosen: Sequence[int] | None) -> dict[str, list[float]]:
-    """What tells budgets apart: the target, and predictions that a corrected latency table changes."""
+    """Return values that identify budgets: the targets, and predictions that a corrected latency table changes."""
     rows = np.stack([env.bounds.dense, env.bounds.cheapest if chosen is None else np.array(chosen)])
     return {
         budget.name: [float(budget.target), *np.asarray(budget.predict(rows), dtype=np.float64).tolist()]
@@ -77,7 +77,7 @@ def budget_fingerprint(env: PruningEnv, chosen: Sequence[int] | None) -> dict[st
 
 
 def alike(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> bool:
-    """Whether two answers of `budget_fingerprint` are of the same budgets."""
+    """Return whether two results of `budget_fingerprint` are of the same budgets."""
     return ours.keys() == theirs.keys() and all(
         np.allclose(ours[name], theirs[name], rtol=1e-9) for name in ours
     )
@@ -86,10 +86,10 @@ def alike(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[flo
 def check_unfinished(
     ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]], path: Path
 ) -> None:
-    """Refuse to go on within other budgets with a search without a result; both as `budget_fingerprint` has them.
+    """Raise an error if an unfinished search would continue with other budgets, as given by `budget_fingerprint`.
 
     Raises:
-        CompressorError: the targets are others.
+        CompressorError: The targets differ.
     """
     before, now = ({name: told[0] for name, told in each.items()} for each in (ours, theirs))
     if before.keys() == now.keys() and all(np.isclose(before[name], now[name], rtol=1e-9) for name in now):
@@ -99,13 +99,13 @@ def check_unfinished(
         for each in (before, now)
     ]
     raise CompressorError(
-        f"The search's state in {path} is of one that had not ended, within {said[0]}, not within {said[1]}.",
-        "End it within those budgets first, or delete that file to search anew.",
+        f"The search's state in {path} is of an unfinished search within {said[0]}, not within {said[1]}.",
+        "Finish it within those budgets first, or delete that file to search again.",
     )
 
 
 def space_fingerprint(env: PruningEnv) -> str:
-    """A checksum of the groups and their legal widths: where it agrees, widths mean the same."""
+    """Return a checksum of the groups and their legal widths: if it matches, widths mean the same."""
     choices = env.bounds.choices
     described = [
         [group.name, int(group.width), len(legal), int(legal[0])]

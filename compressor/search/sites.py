@@ -1,4 +1,4 @@
-"""From `--workers` to where candidates are scored."""
+"""Choose where candidates are scored, from `--workers`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from compressor.core.errors import CompressorError
 from compressor.search.workers import LOCAL_CLUSTER, Site
 
 REACH_SECONDS = 10.0
-"""How long a cluster may take to accept a connection."""
+"""Seconds that a cluster may take to accept a connection."""
 
 
 def check_workers(workers: int | str, brief_steps: int = 0) -> None:
-    """Refuse workers that cannot be had, before anything slow begins.
+    """Raise an error for unavailable workers before anything slow starts.
 
     Args:
-        workers: a number of processes, or `ray://host:port`.
-        brief_steps: for how many steps candidates are to be trained before they are scored.
+        workers: Number of processes, or `ray://host:port`.
+        brief_steps: Number of training steps of each candidate before it is scored.
 
     Raises:
-        CompressorError: the text is no number and no address, Ray is not installed, or nothing answers there; or
-            several workers are to train.
+        CompressorError: The text is neither a number nor an address, Ray is not installed, nothing answers there, or
+            several workers would have to train.
     """
     workers = _number(workers)
     if brief_steps and workers != 1:
@@ -56,7 +56,7 @@ def check_workers(workers: int | str, brief_steps: int = 0) -> None:
 
 
 def _number(workers: int | str) -> int | str:
-    """A number that came as text, as from a recipe, as what it is."""
+    """Convert a number that is text, as in a recipe."""
     return int(workers) if isinstance(workers, str) and re.fullmatch(r"[0-9]+", workers) else workers
 
 
@@ -68,18 +68,18 @@ def _address(workers: str) -> tuple[str, int]:
         host, port = None, None
     if not host or not port or parts.scheme != "ray":
         raise CompressorError(
-            f"--workers {workers} is no address of a Ray cluster.", "Write a number, or ray://host:10001."
+            f"--workers {workers} is not an address of a Ray cluster.", "Write a number, or ray://host:10001."
         )
     return host, port
 
 
 def open_site(workers: int | str, threads: int | None, seconds: float, device: str = "cpu") -> Site | None:
-    """Where candidates are scored; None for this process.
+    """Return where candidates are scored; None for this process.
 
     Args:
-        workers: number of processes here, or `ray://host:port`.
-        threads: of each; None shares out those of this process, and gives one to each on Ray.
-        seconds: how long a candidate may take.
+        workers: Number of processes here, or `ray://host:port`.
+        threads: Threads of each worker; None divides those of this process, and gives one to each on Ray.
+        seconds: Time limit for a candidate.
         device: "cpu" or "cuda".
     """
     workers = _number(workers)

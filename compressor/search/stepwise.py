@@ -28,36 +28,36 @@ if TYPE_CHECKING:
     from compressor.search.session import SearchSession
 
 ALPHAS = np.round(np.arange(0.0, 2.21, 0.1), 1)
-"""The paper's actions: prune what lies below so many standard deviations of the layer's weights."""
+"""The paper's actions: prune what lies below this many standard deviations of the layer's weights."""
 
 
 Choice = Callable[[int, NDArray[np.float32]], tuple[int, float]]
-"""From the number of a group and the state to an action, and the ratio to remove."""
+"""Maps the index of a group and the state to an action, and the ratio to remove."""
 
 
 @dataclass(frozen=True)
 class StepwiseSettings:
     """Attributes:
-    episodes: unless the limits ask for others, turns near the best included; the paper needs about 55. Each costs
-        up to one evaluation a group, and one near the best that is played as well up to two.
-    again_episodes: episodes after a budget was tightened.
-    beta: scale of the rewards.
-    hidden: width of the two hidden layers.
-    rate, gamma, tau, batch, replay: learning rate, discount, share that goes into the target network at each
-        update, transitions in an update, transitions kept.
-    updates_per_step: updates for each group decided.
-    epsilon: share of random actions at the end; it falls from 1 over the first two thirds of the episodes.
+    episodes: Number of episodes, including turns near the best, unless the limits set another number; the paper needs
+        about 55. Each costs up to one evaluation per group; one near the best that is also played, up to two.
+    again_episodes: Episodes after a budget was tightened.
+    beta: Scale of the rewards.
+    hidden: Width of the two hidden layers.
+    rate, gamma, tau, batch, replay: Learning rate, discount, share that goes into the target network at each
+        update, transitions per update, stored transitions.
+    updates_per_step: Updates per decided group.
+    epsilon: Share of random actions at the end; it falls from 1 over the first two thirds of the episodes.
     actions: "shares", as many evenly spaced shares of a group's channels as there are thresholds; or "alpha", the
-        paper's thresholds: norms of filters lie close together, so that most of these remove none or all.
-    warm_start: whether the episodes begin with the knapsack's plan, and each group is measured for it where the limits
-        leave room for an episode after that; the replay gets the nearest actions.
-    near_share: share of the turns that vary the best plan so far instead of asking the network: as many plans as an
-        episode has evaluations, each scored once, when it is whole.
-    near_spread: standard deviation of their change to the logarithm of ratios.
-    proposals: plans that are drawn for each of these: a model of the reward, learned from all plans scored, picks it
-        (`search/reward_model.py`). 1 leaves it to chance.
+        paper's thresholds: norms of filters are close together, so that most of these remove none or all.
+    warm_start: Whether the episodes begin with the knapsack's plan, and each group is measured for it if the limits
+        leave enough for an episode afterwards; the replay gets the nearest actions.
+    near_share: Share of the turns that vary the best plan so far instead of using the network: as many plans as an
+        episode has evaluations, each scored once, when it is complete.
+    near_spread: Standard deviation of their change to the logarithm of ratios.
+    proposals: Number of plans drawn for each of these: a model of the reward, learned from all scored plans, picks it
+        (`search/reward_model.py`). 1 picks at random.
     rewards: "dense", after every group; or "terminal", the same number once, after the last one, for comparison: one
-        evaluation an episode, and the accuracy in the state stays the dense one's.
+        evaluation per episode, and the accuracy in the state stays that of the dense network.
     """
 
     episodes: int = 55
@@ -118,14 +118,14 @@ PUBLISHED = (
 
 @register_agent
 class StepwiseAgent(Agent):
-    """Chooses a share for each group, and is told after each what became of accuracy and cost.
+    """Chooses a share for each group, and observes accuracy and cost after each.
 
     Reward after a group: -beta * (max(1 - A / T_A, 0) + max(1 - P / T_P, 0)), with A the accuracy of the network so
-    far and T_A the dense one's, P the share of the cost removed so far and T_P that which the tightest budget asks for.
-    The environment's bounds keep the budgets. The thresholds of the original remove single weights; with the setting
-    `actions: alpha` a threshold stands for the share of a group's filters whose norm lies below it, never below the
-    minimum width. A filter counts by the root of its mean squared weight; for weights around 0, a layer's standard
-    deviation is the quadratic mean of these.
+    far and T_A the dense one's, P the share of the cost removed so far and T_P the share that the tightest budget
+    requires. The environment's bounds enforce the budgets. The thresholds of the original remove single weights; with
+    the setting `actions: alpha` a threshold stands for the share of a group's filters whose norm lies below it, never
+    below the minimum width. A filter counts by the root of its mean squared weight; for weights around 0, a layer's
+    standard deviation is the quadratic mean of these.
     """
 
     name = "stepwise"
@@ -142,13 +142,13 @@ class StepwiseAgent(Agent):
         search.measure_groups()
         total = search.episodes()
         phase = f"stepwise{run.place.round or ''}"
-        cost = search.evaluations_an_episode + 1  # the dense network's comes with the first
-        # Episodes over plans that are known cost less: where all evaluations are to be used, more of them follow.
+        cost = search.evaluations_an_episode + 1  # the first episode also needs the dense network's
+        # Episodes over known plans cost less: if all evaluations are to be used, more of them follow.
         most = 10 * total if run.limits.use_all and not run.place.round else total
         with progress.bar("Playing episodes", total=total) as bar:
             bar.advance(run.place.steps.get(phase, 0))
             for episode in run.remaining(phase, most):
-                if run.spent(reserve=2 * cost if episode else cost):  # one is put by for the network's own
+                if run.spent(reserve=2 * cost if episode else cost):  # one is reserved for the network's own
                     break
                 search.turn(episode, total, phase)
                 run.done(phase)
@@ -170,7 +170,7 @@ class _StepwiseSearch:
         self._dense_share = bounds.shares(bounds.dense[None])[:, 0]
         self._asks = (
             self._dense_share > 1.0
-        )  # the other budgets are kept from the start, and can only be left
+        )  # the other budgets are met from the start, and can only be exceeded
         self._dqn = DoubleDqn(
             len(FEATURES) + run.env.context_size + 2 + len(bounds.dense),
             len(ALPHAS),
@@ -193,14 +193,14 @@ class _StepwiseSearch:
             self._sensitivity.losses = list(run.restored["losses"])
 
     def _alphas(self) -> list[NDArray[np.float64]]:
-        """For each group the share of its filters below each threshold."""
+        """Return the share of each group's filters below each threshold."""
         return [
             np.array([float((values < alpha * np.sqrt((values**2).mean())).mean()) for alpha in ALPHAS])
             for values in self.env.space.rank("l2").scores
         ]
 
     def _shares(self) -> list[NDArray[np.float64]]:
-        """For each group shares from none to all but the least width."""
+        """Return for each group shares from none to all but the minimum width."""
         bounds = self.env.bounds
         return [
             np.linspace(0.0, 1.0 - float(choices[0]) / float(dense), len(ALPHAS))
@@ -208,14 +208,14 @@ class _StepwiseSearch:
         ]
 
     def measure_groups(self) -> None:
-        """For the warm start, measure what pruning each group alone costs, where an episode can follow."""
+        """For the warm start, measure the cost of pruning each group alone, if an episode can follow."""
         most, groups = self.run.limits.max_evaluations, len(self.env.bounds.dense)
         enough = most is None or most >= 2 * groups + self.evaluations_an_episode + 3
         if self.settings.warm_start and enough and not self.run.place.round:
             self._sensitivity.measure()
 
     def episodes(self) -> int:
-        """Episodes of this round, as many as the limits have room for."""
+        """Number of episodes of this round within the limits."""
         if self.run.place.round:
             return int(self.settings.again_episodes)
         most = self.run.limits.max_evaluations
@@ -226,12 +226,14 @@ class _StepwiseSearch:
 
     @property
     def evaluations_an_episode(self) -> int:
-        """The most that an episode can take."""
+        """Maximum number of evaluations of an episode."""
         return len(self.env.bounds.dense) if self.settings.rewards == "dense" else 1
 
     def beginning(self) -> Widths:
-        """What the episodes begin with: in a later round the best plan known, scaled to the budgets as they are then;
-        else the knapsack's, or the uniform one without a warm start, or without the time to solve for another."""
+        """Return the first plan: in a later round the best known one, scaled to the current budgets.
+
+        Otherwise the knapsack's; or the uniform one without a warm start, or without the time to solve for another.
+        """
         if self.run.place.round:
             return next(from_earlier_rounds(self.run))
         if not self.settings.warm_start or self.run.late:
@@ -241,8 +243,10 @@ class _StepwiseSearch:
         return self._allocator.solve(saliency_values(self.env.saliency(), self._allocator.levels, POWERS[0]))
 
     def turn(self, episode: int, total: int, phase: str) -> None:
-        """The beginning, then episodes of the network's and turns that vary the best plan so far; the last of those
-        planned follows the network without chance."""
+        """Play the first plan, then episodes of the network and turns that vary the best plan so far.
+
+        The last planned episode of the network is deterministic.
+        """
         generator = np.random.default_rng([self.run.agent.seed, self.run.place.round, episode])
         best = best_of_round(self.run)
         if episode == 0 and (self.settings.warm_start or self.run.place.round):
@@ -256,7 +260,7 @@ class _StepwiseSearch:
             self._play(self._learned(self._epsilon(episode, total)), phase)
 
     def play_out(self, phase: str) -> None:
-        """With what is left: an episode that follows the network without chance, then plans near the best."""
+        """Spend the remaining evaluations: a deterministic episode of the network, then plans near the best."""
         if not self.run.spent(reserve=self.evaluations_an_episode + 1) and "last" not in self.run.place.steps:
             self._play(self._learned(0.0), phase)
             self.run.done("last")
@@ -267,7 +271,7 @@ class _StepwiseSearch:
             self.run.done("out")
 
     def _vary(self) -> None:
-        """Score plans near the best, each once, when it is whole: as many as an episode has evaluations."""
+        """Score plans near the best, each once, when it is complete: as many as an episode has evaluations."""
         for _ in range(self.evaluations_an_episode):
             best = best_of_round(self.run)
             if best is None or self.run.spent(reserve=1):
@@ -275,7 +279,7 @@ class _StepwiseSearch:
             self._near.score(np.array(best.widths, dtype=np.int64))
 
     def _teach(self, before: Candidate, phase: str) -> None:
-        """Play the best plan as an episode where it is better than before, so that the network learns from it."""
+        """Play the best plan as an episode if it is better than before, so that the network learns from it."""
         best = best_of_round(self.run)
         if best is None or merit(best) <= merit(before):
             return
@@ -290,7 +294,7 @@ class _StepwiseSearch:
         return choice
 
     def _following(self, widths: Widths) -> Choice:
-        """These widths (G,), and the nearest actions."""
+        """Follow these widths (G,), with the nearest actions."""
         ratios = 1.0 - widths / self.env.bounds.dense
 
         def choice(step: int, state: NDArray[np.float32]) -> tuple[int, float]:
@@ -299,13 +303,13 @@ class _StepwiseSearch:
         return choice
 
     def _epsilon(self, episode: int, total: int) -> float:
-        """Share of random actions in an episode."""
+        """Return the share of random actions in an episode."""
         if self.run.place.round:
             return self.settings.epsilon
         return max(float(self.settings.epsilon), 1.0 - episode / max(1.0, 2 / 3 * total))
 
     def _play(self, choice: Choice, phase: str) -> None:
-        """One episode: a group and its reward, and so on; then the updates. Given up where the time is up."""
+        """Play one episode, with a reward after each group, and then update; stop if the time limit is reached."""
         env, groups = self.env, len(self.env.bounds.dense)
         dense = env.score(env.bounds.dense).accuracy
         widths, past = env.bounds.dense.copy(), np.zeros(groups)
@@ -317,14 +321,14 @@ class _StepwiseSearch:
             action, ratio = choice(step, state)
             observation, _, last, _, info = env.step(np.array([ratio], dtype=np.float32))
             widths[step], past[step] = info["width"], info["action"]
-            told = last or self.settings.rewards == "dense"
+            rewarded = last or self.settings.rewards == "dense"
             accuracy = dense
-            if told:
+            if rewarded:
                 accuracy = self.run.score(widths, phase).accuracy if last else env.score(widths).accuracy
             reached = self._progress(widths)
             kept = accuracy / max(dense, 1e-9)
             missing = max(1 - reached, 0.0)
-            reward = -self.settings.beta * (max(1 - kept, 0.0) + missing) if told else 0.0
+            reward = -self.settings.beta * (max(1 - kept, 0.0) + missing) if rewarded else 0.0
             following = self._state(observation, kept, reached, past)
             self._dqn.remember(state, action, reward, following, last)
             state = following
@@ -332,8 +336,10 @@ class _StepwiseSearch:
         self.run.curves.add(len(self.run.candidates), {"agent/q_loss": loss})
 
     def _progress(self, widths: Widths) -> float:
-        """P / T_P of the tightest budget, from -1 to 2; 1 is reached. A budget that the dense network keeps asks for
-        nothing: it is reached, less what exceeds it."""
+        """Return P / T_P of the tightest budget, from -1 to 2; 1 is reached.
+
+        A budget that the dense network meets requires nothing: it is reached, minus any excess.
+        """
         shares, dense, asks = self.env.bounds.shares(widths[None])[:, 0], self._dense_share, self._asks
         reached = 1.0 - np.maximum(shares - 1.0, 0.0)
         reached[asks] = (1.0 - shares[asks] / dense[asks]) / (1.0 - 1.0 / dense[asks])

@@ -1,4 +1,4 @@
-"""The simplest yardstick: the same ratio for every group."""
+"""The simplest baseline: the same ratio for every group."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @register_agent
 class UniformAgent(Agent):
-    """Keeps the largest ratio, one for all groups, at which the budgets hold.
+    """Keeps the largest ratio, the same for all groups, that meets the budgets.
 
-    Found by scanning the ratios ever finer; each width is rounded to its group's legal ones. What the rounding leaves
-    of the budget is not filled up: the result would no longer be uniform. One evaluation.
+    The ratio is found by scanning finer and finer grids; each width is rounded to a legal one. The budget that rounding
+    leaves unused is not filled up, because the result would no longer be uniform. One evaluation.
     """
 
     name = "uniform"

@@ -1,4 +1,4 @@
-"""What a width is worth: from the saliency of channels, or from measured losses of accuracy."""
+"""Value of a width: from the saliency of channels, or from measured losses of accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compressor.search.session import SearchSession
 
 POWERS = (1.0, 0.5, 0.25)
-"""Exponents of the saliency: lower ones value a layer's weak channels more against its strong ones."""
+"""Exponents of the saliency: lower ones raise a layer's weak channels relative to its strong ones."""
 
 _SAVE_EVERY = 5
 _LEAST = 1e-4
@@ -25,7 +25,7 @@ _LEAST = 1e-4
 def saliency_values(
     saliency: Sequence[NDArray[np.float64]], levels: Sequence[Widths], power: float
 ) -> list[NDArray[np.float64]]:
-    """Value of each level of each group: the sum of its channels' saliencies, each to a power."""
+    """Return the value of each level of each group: the sum of its channels' saliencies, each to a power."""
     values = []
     for scores, widths in zip(saliency, levels, strict=True):
         kept = np.concatenate([[0.0], np.cumsum(np.sort(np.maximum(scores, 0.0) ** power)[::-1])])
@@ -34,15 +34,15 @@ def saliency_values(
 
 
 class Sensitivity:
-    """What pruning one group alone costs, measured at few widths and fitted by a power of the share removed.
+    """Cost of pruning one group alone, measured at few widths and fitted by a power of the removed share.
 
     Args:
-        run: scores the plans.
-        levels: the widths of each group that values are wanted for.
-        points: widths measured in each group, 1 or 2: a quarter of the channels kept, and a half.
+        run: Session that scores the plans.
+        levels: Widths of each group for which values are needed.
+        points: Widths measured in each group, 1 or 2: a quarter of the channels kept, and a half.
 
     Attributes:
-        losses: for each group measured so far, pairs of share removed and reward lost.
+        losses: For each group measured so far, pairs of removed share and lost reward.
     """
 
     def __init__(self, run: SearchSession, levels: Sequence[Widths], points: int = 2) -> None:
@@ -51,7 +51,7 @@ class Sensitivity:
         self.losses: list[list[list[float]]] = []
 
     def measure(self) -> None:
-        """Measure the groups that are not measured yet, saving now and then."""
+        """Measure the remaining groups, saving now and then."""
         env, groups = self._run.env, len(self._levels)
         with progress.bar("Measuring each group", total=groups) as bar:
             bar.advance(len(self.losses))
@@ -73,13 +73,13 @@ class Sensitivity:
                 bar.advance()
 
     def _cut(self, group: int, kept: float) -> Widths:
-        """One group alone cut to about this share of its channels."""
+        """Return the widths with one group pruned to about this share of its channels."""
         widths, levels = self._run.env.bounds.dense.copy(), self._levels[group]
         widths[group] = levels[np.abs(levels - kept * levels[-1]).argmin()]
         return widths
 
     def _planned(self, group: int, kept: float) -> Iterator[Widths]:
-        """What will be scored, from this cut on; the dense network is compared with the first time."""
+        """Yield the plans to score from this one on; the first time, the dense network is the reference."""
         dense = self._run.env.bounds.dense
         if not self._run.env.known(dense):
             yield dense
@@ -93,7 +93,7 @@ class Sensitivity:
         return len(self.losses) == len(self._levels)
 
     def values(self) -> list[NDArray[np.float64]]:
-        """Value of each level of each group: the fitted loss, negative."""
+        """Return the value of each level of each group: the negative fitted loss."""
         return [
             -_Fitted(pairs)(1.0 - levels / levels[-1])
             for pairs, levels in zip(self.losses, self._levels, strict=True)

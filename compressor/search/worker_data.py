@@ -1,4 +1,4 @@
-"""What a worker is given of the network and the images that it scores with, and how it reads them."""
+"""Data that a worker receives, the network and the images for scoring, and how it reads them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compressor.pruning.space import PruningSpace
 
 @dataclass(frozen=True)
 class Images:
-    """The two splits that an evaluator reads, as a worker sees them."""
+    """The two splits that an evaluator reads, on the worker's side."""
 
     train: Split
     search: Split
@@ -27,12 +27,12 @@ class Images:
 def described(
     space: PruningSpace, train: Split, search: Split, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a `Scorer` takes, but for the weights: plain values, and the images of both splits as tensors.
+    """Return the arguments of a `Scorer` without the weights: plain values, and the images of both splits as tensors.
 
     Args:
-        space: of the dense network.
-        train, search: as the evaluator reads them.
-        options: the evaluator's arguments.
+        space: Pruning space of the dense network.
+        train, search: As the evaluator reads them.
+        options: Arguments of the evaluator.
     """
     plain: dict[str, Any] = {"network": blueprint(space), "evaluator": dict(options)}
     images: dict[str, Tensor] = {}
@@ -43,7 +43,7 @@ def described(
 
 
 def _plain(split: Split) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A split as plain values and, where it lies in memory, tensors."""
+    """Return a split as plain values and, if it is in memory, tensors."""
     plain: dict[str, Any] = {"preprocessing": split.preprocessing.to_dict()}
     if isinstance(split, FileSplit):
         files = [[str(Path(file.path).resolve()), file.label] for file in split.files]

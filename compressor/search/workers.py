@@ -1,4 +1,4 @@
-"""Several processes that score candidates side by side; one that dies is replaced."""
+"""Worker processes that score candidates in parallel; one that dies is replaced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOCAL_CLUSTER = "ray://local"
 """A Ray cluster that is started on this machine and ends with the run."""
 
 ATTEMPTS = 3
-"""Workers that one candidate may end before the search gives up."""
+"""Number of workers that one candidate may end before the search stops."""
 
 
 class WorkerLost(Exception):
@@ -31,17 +31,17 @@ class WorkerLost(Exception):
 
 
 class Worker(ABC):
-    """One process that scores, wherever it runs; `version` is that of the weights it has."""
+    """One process that scores, wherever it runs; `version` is that of its weights."""
 
     version: int
 
     @abstractmethod
     def reweigh(self, weights: Any, channels_last: bool) -> None:
-        """Give it other weights."""
+        """Replace the worker's weights."""
 
     @abstractmethod
     def score(self, plan: str, floor: float | None) -> float:
-        """Accuracy of a plan (JSON); raises WorkerLost where there is no answer."""
+        """Return the accuracy of a plan (JSON); raise WorkerLost if there is no answer."""
 
     @abstractmethod
     def close(self) -> None:
@@ -49,38 +49,38 @@ class Worker(ABC):
 
 
 class Site(ABC):
-    """Where workers run: gives them tensors once, and starts them.
+    """Place where workers run: it publishes tensors once, and starts workers.
 
     Attributes:
-        number: workers at a time.
+        number: Number of parallel workers.
     """
 
     number: int
 
     @abstractmethod
     def publish(self, name: str, tensors: Mapping[str, Tensor]) -> Any:
-        """Put tensors where every worker can read them; what replaces those of the same name."""
+        """Publish tensors for every worker; they replace those of the same name."""
 
     @abstractmethod
     def start(self, index: int, plain: Mapping[str, Any], weights: Any, images: Any) -> Worker:
-        """Start a worker; raises WorkerLost where it does not come up."""
+        """Start a worker; raise WorkerLost if it does not start."""
 
     @abstractmethod
     def stop(self) -> None:
-        """End all workers, and start no more."""
+        """Stop all workers, and start no more."""
 
     @abstractmethod
     def close(self) -> None:
-        """Remove what was published; the workers have ended."""
+        """Remove what was published, after the workers have ended."""
 
 
 class Workers:
-    """Scores plans on a site's workers; the same weights reach each worker once.
+    """Scores plans on a site's workers; the same weights are sent to each worker once.
 
     Args:
-        site: where they run.
-        plain: what `Scorer` takes.
-        images: of both splits.
+        site: Where the workers run.
+        plain: Arguments of `Scorer`.
+        images: Images of both splits.
     """
 
     def __init__(self, site: Site, plain: Mapping[str, Any], images: Mapping[str, Tensor]) -> None:
@@ -96,7 +96,7 @@ class Workers:
         self._threads = ThreadPoolExecutor(site.number, thread_name_prefix="scoring")
 
     def reweigh(self, tensors: Mapping[str, Tensor], channels_last: bool) -> None:
-        """Score with these weights from now on; each worker takes them with its next candidate."""
+        """Score with these weights from now on; each worker receives them with its next candidate."""
         self._version += 1
         self._plain["channels_last"] = channels_last
         self._weights = self._site.publish(f"weights-{self._version}", tensors)
@@ -104,10 +104,10 @@ class Workers:
     def score(
         self, plans: Sequence[ChannelPlan], floors: Sequence[float | None] | None = None
     ) -> list[float]:
-        """Accuracy of each plan, in their order, given up below its floor where there is one.
+        """Return the accuracy of each plan, in order, stopping early below its floor if there is one.
 
         Raises:
-            CompressorError: a candidate ended `ATTEMPTS` workers, or cannot be scored.
+            CompressorError: A candidate ended `ATTEMPTS` workers, or cannot be scored.
         """
         asked = zip(plans, floors or [None] * len(plans), strict=True)
         waiting = [self._threads.submit(self._one, plan, floor) for plan, floor in asked]
@@ -120,7 +120,7 @@ class Workers:
             raise
 
     def close(self) -> None:
-        """End all workers; what they were scoring is given up."""
+        """Stop all workers, and abandon what they are scoring."""
         if self._closed:
             return
         self._closed = True
@@ -150,7 +150,7 @@ class Workers:
                         raise CompressorError(
                             f"A candidate of widths {list(plan.widths.values())} ended {ATTEMPTS} workers, one after "
                             f"another: the last was {end}.",
-                            "Where memory ran out, go on with fewer workers: compress --resume RUN --workers 1",
+                            "If memory ran out, continue with fewer workers: compress --resume RUN --workers 1",
                         ) from None
             raise CompressorError("The search was stopped.")
         finally:
@@ -193,13 +193,13 @@ class LocalWorker(Worker):
 
 
 class ThisMachine(Site):
-    """Processes on this machine; tensors lie in files that they map into memory.
+    """Processes on this machine; tensors are in files that they map into memory.
 
     Args:
-        number: of processes.
-        threads: of each.
-        seconds: how long a candidate may take.
-        devices: "cpu", or the accelerators that the processes share out.
+        number: Number of processes.
+        threads: Threads of each process.
+        seconds: Time limit for a candidate.
+        devices: "cpu", or the accelerators that the processes share.
     """
 
     def __init__(self, number: int, threads: int, seconds: float, devices: Sequence[str] = ("cpu",)) -> None:
@@ -211,7 +211,7 @@ class ThisMachine(Site):
 
     @property
     def pids(self) -> list[int]:
-        """The processes that run."""
+        """Ids of the running processes."""
         return [worker.pid for worker in list(self._started)]
 
     def publish(self, name: str, tensors: Mapping[str, Tensor]) -> str:
@@ -219,7 +219,7 @@ class ThisMachine(Site):
 
         path = Path(self._folder.name) / f"{name}.safetensors"
         for old in path.parent.glob(f"{name.partition('-')[0]}*.safetensors"):
-            old.unlink()  # a worker that has mapped it keeps it until it is done
+            old.unlink()  # a worker that has mapped it keeps it until it ends
         save_file(dict(tensors), path)
         return str(path)
 
@@ -228,7 +228,7 @@ class ThisMachine(Site):
             raise WorkerLost("not started: the search was stopped")
         worker = LocalWorker(self._threads, self._seconds)
         self._started.add(worker)
-        if self._stopped:  # meanwhile: `stop` may not have seen it
+        if self._stopped:  # in the meantime: `stop` may not have seen the new worker
             worker.close()
             raise WorkerLost("ended: the search was stopped")
         device = self._devices[index % len(self._devices)]

@@ -1,4 +1,4 @@
-"""Pulling the weights gently towards the structure that a search favours."""
+"""Alignment penalty that pulls the weights towards the structure favored by a search."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Alignment:
 
     "Jointly training and pruning CNNs via learnable agent guidance and alignment" (Ganjdanesh et al., 2024,
     arXiv 2403.19490): beta * sum over the pruned layers of ||(1 - v) * W||_2, unsquared, over the filters
-    that the plan drops and the matching input channels of the layers that follow. Only kernels and
-    matrices are penalised: a batch-norm's scale and shift do not matter once nothing reads their channel.
+    that the plan removes and the matching input channels of the following layers. Only kernels and
+    matrices are penalized: the scale and shift of a batch norm do not matter once nothing reads its channel.
 
     Args:
-        space: Says which part of which weight a plan keeps.
-        plan: The favoured structure.
+        space: Pruning space, which says which part of which weight a plan keeps.
+        plan: The favored structure.
         form: "tensor", one norm for all that a weight loses, as in the paper; or "channel", one norm for
-            each channel that it loses (group lasso), which empties weak channels first.
+            each removed channel (group lasso), which empties weak channels first.
         beta: Weight of the penalty.
 
-    Called with the model (the one that the space was made of, or one with the same parameter names), it
-    returns a scalar on the model's device.
+    Calling it with the model (the one of the space, or one with the same parameter names) returns a scalar on
+    the model's device.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Alignment:
             raise ValueError(f"form should be 'tensor' or 'channel', got {form!r}")
         self.form = form
         self.beta = beta
-        self._masks: dict[str, torch.Tensor] = {}  # 1 where an entry goes, 0 where it stays
+        self._masks: dict[str, torch.Tensor] = {}  # 1 for removed entries, 0 for kept ones
         self._dropped: dict[str, dict[int, torch.Tensor]] = {}
         sizes = {name: p.shape for name, p in space.model.named_parameters() if p.ndim > 1}
         if form == "tensor":
@@ -71,10 +71,9 @@ class Alignment:
 
 
 class _MaskedNorm(torch.autograd.Function):
-    """||mask * W||_2, whose gradient W / norm is taken from the masked copy.
+    """||mask * W||_2, with its gradient W / norm computed from the masked copy.
 
-    The penalty is paid in every training step; this halves its time against autograd's own way through the
-    mask.
+    The penalty is computed in every training step; this takes half the time of autograd through the mask.
     """
 
     @staticmethod
@@ -87,18 +86,18 @@ class _MaskedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         removed, norm = ctx.saved_tensors
-        scale = torch.where(norm > 0, gradients[0] / norm, 0.0)  # at nothing the subgradient is nothing
+        scale = torch.where(norm > 0, gradients[0] / norm, 0.0)  # at zero, 0 is a subgradient
         return removed * scale, None
 
 
 def _masked_norm(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The norm of all entries that lie in a dropped channel of any axis, each counted once."""
+    """Return the norm of all entries in a removed channel of any axis, each counted once."""
     norm: torch.Tensor = _MaskedNorm.apply(weight, mask.to(weight))
     return norm
 
 
 def _channel_norms(weight: torch.Tensor, axis: int) -> torch.Tensor:
-    """The norm of each channel along an axis."""
+    """Return the norm of each channel along an axis."""
     norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=[d for d in range(weight.ndim) if d != axis])
     return norms
 

@@ -1,4 +1,4 @@
-"""A moving average of the weights, which often scores better than the last of them."""
+"""A moving average of the weights, which often scores better than the last weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights after one more step."""
+        """Update the average after one more step."""
         self.steps += 1
         share = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         own: list[torch.Tensor] = list(self.module.parameters())

@@ -18,14 +18,14 @@ class BriefTraining:
     """Trains networks in place for a few steps, each on the same images in the same order.
 
     Args:
-        data: its training split is used.
-        settings: as for any training; the learning rate is the same in all steps, and nothing is averaged.
-        seed: of order and augmentation.
-        device: where the networks lie.
-        rate_field: name under which the user can lower the learning rate.
+        data: Data whose training split is used.
+        settings: As for any training; the learning rate is the same in all steps, and nothing is averaged.
+        seed: Seed of order and augmentation.
+        device: Device of the networks.
+        rate_field: Recipe field with which the user can lower the learning rate.
 
     Raises:
-        CompressorError: a network's loss is no finite number.
+        CompressorError: A network's loss is not finite.
     """
 
     def __init__(
@@ -66,6 +66,6 @@ class _Brief(Trainer):
             raise CompressorError(
                 f"The loss of a candidate became NaN or infinite in its {steps} steps of training at a learning rate "
                 f"of {rate:g}.",
-                f"Go on at a lower rate: compress --resume RUN --set {self._rate_field}={rate / 5:g}",
+                f"Continue with a lower rate: compress --resume RUN --set {self._rate_field}={rate / 5:g}",
             )
         self.model.eval()

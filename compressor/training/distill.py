@@ -1,4 +1,4 @@
-"""Learning from the answers of another network."""
+"""Knowledge distillation from another network."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch.nn import functional
 def distillation_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
 ) -> torch.Tensor:
-    """How far the student's softened answer is from the teacher's, as a scalar.
+    """Return the divergence of the student's softened predictions from the teacher's, as a scalar.
 
     "Distilling the knowledge in a neural network" (Hinton et al., 2015), section 2: the Kullback-Leibler
-    divergence at a temperature, times its square, so that its gradient keeps its size when the temperature
-    changes.
+    divergence at a temperature, times the temperature squared, so that its gradient keeps its size when the
+    temperature changes.
 
     Args:
         student_logits: (N, classes).
-        teacher_logits: (N, classes); no gradient reaches them.
-        temperature: Above 0; larger shows more of what the teacher thinks of the wrong classes.
+        teacher_logits: (N, classes); no gradient flows to them.
+        temperature: Above 0; larger values show more of the teacher's probabilities for the wrong classes.
     """
     student = functional.log_softmax(student_logits / temperature, dim=1)
     teacher = functional.log_softmax(teacher_logits.detach() / temperature, dim=1)

@@ -1,4 +1,4 @@
-"""The training loop: an epoch at a time, and the same again after an interruption."""
+"""The training loop: one epoch at a time, reproducible across interruptions."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class EpochStats:
-    """One epoch on the training split, whose images were augmented and whose weights moved meanwhile.
+    """Statistics of one epoch on the training split, with augmented images and while the weights change.
 
     Attributes:
-        loss: Mean loss of an image, without the regulariser.
-        accuracy: Share of images classified rightly, 0..1.
+        loss: Mean loss per image, without the regularizer.
+        accuracy: Share of correctly classified images, 0..1.
         seconds: Wall time.
-        regulariser: Mean of the regulariser over the steps; 0 without one.
+        regulariser: Mean of the regularizer over the steps; 0 without one.
     """
 
     loss: float
@@ -44,25 +44,25 @@ class EpochStats:
 class Trainer:
     """Trains a model in place over a fixed number of epochs.
 
-    What is random in an epoch (order, augmentation, dropout) follows from the seed and the epoch's number
-    alone, and the global generators are left as they were.
+    All randomness of an epoch (order, augmentation, dropout) follows from the seed and the epoch's number
+    alone, and the global generators keep their state.
 
     Args:
-        model: Trained in place, and moved to the device.
-        data: Its training split is used.
+        model: Network, trained in place and moved to the device.
+        data: Data whose training split is used.
         settings: See `TrainSettings`.
-        epochs: How many the schedule spans.
-        seed: Of everything random.
-        device: "cpu", "cuda:0", or "auto" for the best there is.
-        teacher: A network whose answers are to be learnt as well; put into evaluation mode.
-        distill_weight: Share of the loss that compares with the teacher, 0..1; the labels have the rest.
+        epochs: Number of epochs of the schedule.
+        seed: Seed of all random numbers.
+        device: "cpu", "cuda:0", or "auto" for the best available.
+        teacher: Network to distill from; put into evaluation mode.
+        distill_weight: Share of the distillation loss, 0..1; the labels have the rest.
         regulariser: Added to the loss of every step; may be replaced between epochs.
-        span: The epoch at which this training starts and the number of epochs, of the schedule of learning rates; it
-            then is a part of a longer training. Left out, the schedule is its own.
-        rate_field: Name under which the user can lower the learning rate, for the message of a loss that is no number.
+        span: First epoch and total number of epochs of the learning-rate schedule, if this training is a part of a
+            longer one; None for a schedule of its own.
+        rate_field: Recipe field with which the user can lower the learning rate, for the message of a non-finite loss.
 
-    Where the settings ask for an average of the weights, the model has the averaged ones between epochs: they are what
-    is scored, sliced and handed on. Those that the optimiser moves are put back for each epoch.
+    If the settings ask for an average of the weights, the model has the averaged weights between epochs: these are
+    scored, sliced and delivered. The optimizer's own weights are restored for each epoch.
     """
 
     def __init__(
@@ -105,14 +105,14 @@ class Trainer:
         return self.settings.learning_rate_at(min((self._start + epoch) / self._whole, 1.0))
 
     def run_epoch(self, on_step: Callable[[int], None] | None = None) -> EpochStats:
-        """Go through the training split once.
+        """Train on the whole training split once.
 
         Args:
-            on_step: Told after each step how many of `steps_per_epoch` are done.
+            on_step: Called after each step with the number of finished steps, of `steps_per_epoch`.
 
         Raises:
-            CompressorError: the loss is no longer a finite number; the weights are spoilt then.
-            ValueError: the schedule's epochs have all been run.
+            CompressorError: The loss is no longer finite; the weights are then unusable.
+            ValueError: All epochs of the schedule have been run.
         """
         if self.epoch >= self.epochs:
             raise ValueError(f"all {self.epochs} epochs of the schedule have been run")
@@ -120,7 +120,7 @@ class Trainer:
         if self._average is not None:
             self._average.swap(self.model)
         self._wrapped.train()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, right, images, regulariser
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, images, regularizer
         done = 0
         with _own_randomness(self._epoch_seed() + self._place.rank, self.device):
             for done, (images, labels) in enumerate(self._batches(), start=1):
@@ -148,15 +148,15 @@ class Trainer:
             shuffle_seed=self._epoch_seed(),
             augment=True,
             device=self.device,
-            drop_last=True,  # batch-norm cannot learn from a last batch of one image
+            drop_last=True,  # batch norm cannot train on a last batch of one image
             shard=(self._place.rank, self._place.world),
         )
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor, learning_rate: float) -> torch.Tensor:
-        """One step of the optimiser; returns (loss * images, right, images, regulariser)."""
+        """Run one optimizer step; return (loss * images, correct, images, regularizer)."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        # The layout in which CPUs with vector units and GPUs with tensor cores convolve fastest.
+        # Convolutions are fastest in this layout on CPUs with vector units and GPUs with tensor cores.
         images = images.contiguous(memory_format=torch.channels_last)
         dtype = _DTYPES.get(self.settings.mixed_precision)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
@@ -188,13 +188,12 @@ class Trainer:
             raise CompressorError(
                 f"The training loss became NaN or infinite in epoch {self.epoch + 1} of {self.epochs}, "
                 f"at a learning rate of {rate:g} (highest: {self.settings.learning_rate:g}).",
-                "What was saved before this epoch is good. Go on from there at a lower rate: compress --resume RUN "
-                f"--set {self._rate_field}={self.settings.learning_rate / 5:g}",
+                "The checkpoint from before this epoch is intact. Continue from it at a lower rate: compress --resume "
+                f"RUN --set {self._rate_field}={self.settings.learning_rate / 5:g}",
             )
 
     def _agree(self) -> None:
-        """Give all processes the mean of their batch-norm statistics; gradients have kept their weights
-        alike."""
+        """Average the batch-norm statistics of all processes; averaged gradients keep their weights equal."""
         if self._place.world > 1:
             for buffer in self.model.buffers():
                 if buffer.is_floating_point():
@@ -204,8 +203,7 @@ class Trainer:
         return self.seed * 100_003 + self.epoch
 
     def state(self) -> dict[str, Any]:
-        """All that decides how training goes on, as nested dicts and lists of copied tensors and plain
-        values."""
+        """Return the complete training state, as nested dicts and lists of copied tensors and plain values."""
         return {
             "epoch": self.epoch,
             "seed": self.seed,
@@ -216,14 +214,14 @@ class Trainer:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state()`, bit by bit as if nothing had happened in between.
+        """Continue from a `state()`, bit for bit as without an interruption.
 
         Raises:
-            CompressorError: the state belongs to another model or seed.
+            CompressorError: The state belongs to another model or seed.
         """
         try:
             self.model.load_state_dict(state["model"])
-            # The optimiser would keep the very tensors of the state and change them.
+            # The optimizer would otherwise keep and modify the tensors of the state.
             self._optimizer.load_state_dict(_copied(state["optimizer"]))
             self._scaler.load_state_dict(state["scaler"])
             if self._average is not None:
@@ -232,11 +230,11 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CompressorError(
-                f"The saved state of training does not fit: {reason}.", "Start afresh."
+                f"The saved training state does not fit: {reason}.", "Start again without it."
             ) from error
         if seed != self.seed:
             raise CompressorError(
-                f"The saved training had seed {seed}, this one has {self.seed}.", "Use its seed."
+                f"The saved training had seed {seed}, this one has {self.seed}.", "Use the saved seed."
             )
 
 
@@ -256,7 +254,7 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
 
 
 def _copied(value: Any) -> Any:
-    """A nested structure with its tensors copied."""
+    """Return a nested structure with its tensors copied."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone(memory_format=torch.contiguous_format)
     if isinstance(value, Mapping):
@@ -268,7 +266,7 @@ def _copied(value: Any) -> Any:
 
 @contextmanager
 def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators (dropout draws from them) and put them back afterwards."""
+    """Seed torch's global generators (dropout draws from them) and restore them afterwards."""
     devices = [device] if device.type not in ("cpu", "mps") else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Where training runs: one device, or one process of several that Accelerate has launched."""
+"""Device placement of training: one device, or one of several processes launched by Accelerate."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from compressor.core.errors import CompressorError
 
 @dataclass(frozen=True)
 class Placement:
-    """A device and this process's place among all.
+    """A device and the rank of this process.
 
     Attributes:
-        device: Where weights and batches lie.
-        rank: This process's number.
+        device: Device of weights and batches.
+        rank: Rank of this process.
         world: Number of processes.
-        wrap: Makes of a module one whose gradients are averaged over all processes; the module itself
-            where alone.
+        wrap: Wraps a module so that its gradients are averaged over all processes; returns the module itself
+            in a single process.
         total: Sums a tensor over all processes.
     """
 
@@ -33,14 +33,13 @@ class Placement:
 
 
 def place(device: str | torch.device) -> Placement:
-    """Find the device, and the other processes where `accelerate launch` or `torchrun` started several.
+    """Find the device, and the other processes if `accelerate launch` or `torchrun` started several.
 
     Args:
-        device: "auto" for the accelerator of this machine or else its CPU, or a name such as "cpu" or
-            "cuda:1".
+        device: "auto" for this machine's accelerator or else its CPU, or a name such as "cpu" or "cuda:1".
 
     Raises:
-        CompressorError: there is no such device.
+        CompressorError: There is no such device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _among_several(torch.device(device).type == "cpu" if device != "auto" else False)
@@ -51,7 +50,7 @@ def place(device: str | torch.device) -> Placement:
         try:
             chosen = torch.device(device)
             torch.empty(0, device=chosen)
-        except (RuntimeError, AssertionError) as error:  # a CPU build of torch asserts that it has CUDA
+        except (RuntimeError, AssertionError) as error:  # torch raises AssertionError if built without CUDA
             reason = (str(error).splitlines() or ["it is not available"])[0]
             raise CompressorError(
                 f"There is no device {device!r} here: {reason}.", "Use cpu or auto."
@@ -60,11 +59,11 @@ def place(device: str | torch.device) -> Placement:
 
 
 def _among_several(cpu: bool) -> Placement:
-    """Ask Accelerate, which is left out of single processes.
+    """Query Accelerate, which is not used in single processes.
 
-    Its state is shared by all its instances, so precision is none of its business here: two trainings of
-    different precision in one process would otherwise exclude each other, and preparing a module would
-    replace its `forward` by one that a copy of the module still shares with the original.
+    All its instances share their state, so it does not handle precision here: two trainings of different precision in
+    one process would conflict, and preparing a module would replace its `forward` by one that a copy of the module
+    still shares with the original.
     """
     from accelerate import Accelerator
 

@@ -1,4 +1,4 @@
-"""How weights are trained: the settings, the learning rate that follows from them, and defaults by data."""
+"""Training settings, the learning-rate schedule, and defaults by data set."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ class TrainSettings:
 
     Attributes:
         batch_size: Images in a step, over all processes together.
-        learning_rate: The highest that the schedule reaches.
-        momentum: Share of the last step that the next repeats.
-        weight_decay: L2 penalty on kernels; biases and batch-norm are left alone.
-        schedule: "cosine" down to nothing, or "step": a tenth from 50 % and a hundredth from 75 % of the
-            way.
-        warmup_share: Share of all steps in which the rate rises from nothing.
+        learning_rate: Highest learning rate of the schedule.
+        momentum: Momentum factor.
+        weight_decay: L2 penalty on kernels; biases and batch norm have none.
+        schedule: "cosine" to zero, or "step": a tenth after 50 % and a hundredth after 75 % of the steps.
+        warmup_share: Share of all steps in which the rate rises from zero.
         label_smoothing: Share of the target that is spread over all classes.
-        grad_clip: Largest norm of the gradient; longer ones are shortened. 0 for no limit.
+        grad_clip: Maximum norm of the gradient; 0 for no limit.
         mixed_precision: "no" (float32), "bf16" or "fp16" (with loss scaling) for the forward and backward
             pass.
-        temperature: Softness of the teacher's answer where there is a teacher.
-        ema_decay: Share of the averaged weights that a step keeps; 0 for no average.
+        temperature: Softmax temperature of distillation, if there is a teacher.
+        ema_decay: Decay of the averaged weights per step; 0 for no average.
     """
 
     batch_size: int = 128
@@ -52,7 +51,7 @@ class TrainSettings:
             raise CompressorError("warmup_share and ema_decay are shares of at least 0 and less than 1.")
 
     def learning_rate_at(self, share: float) -> float:
-        """The learning rate when `share` (0..1) of all steps are done."""
+        """Return the learning rate when `share` (0..1) of all steps are done."""
         if share < self.warmup_share:
             return self.learning_rate * max(share / self.warmup_share, 0.02)
         if self.schedule == "step":

@@ -91,7 +91,7 @@ def test_a_budget_that_cannot_be(budget: list[str], expected: str) -> None:
         ([*TINY, "--set", "nonsense"], "FIELD=VALUE"),
         ([*TINY, "--data", "folder:/no/such/folder"], "does not exist"),
         ([*TINY, "--weights", "/no/such/file.pt"], "/no/such/file.pt"),
-        (["--resume", "/no/such/run"], "no run's folder"),
+        (["--resume", "/no/such/run"], "not a run's folder"),
         (["--resume", ".", "--out", "x"], "Leave out"),
         ([], "Usage"),
     ],

@@ -95,7 +95,7 @@ def test_the_user_has_the_last_word(folder: str, tmp_path: Path) -> None:
     assert images[0, 0].mean() == pytest.approx((200 / 255 - 0.4) / 0.25, abs=1e-5)  # blue comes first
     origin = described(loaded.recipe, mine)["origin"]
     assert "mean, std, crop_share, interpolation" in origin
-    assert "as the recipe says" in origin
+    assert "set by the recipe" in origin
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_digits_keep_what_they_have() -> None:
     loaded = load(Recipe.model_validate({"model": "tests.nets:tiny"}).resolved())
     assert loaded.data.preprocessing == Preprocessing(size=32, crop_share=1.0)
     assert not any("does not say" in note for note in loaded.notes)
-    with pytest.raises(CompressorError, match="not cut"):
+    with pytest.raises(CompressorError, match="not cropped"):
         load(Recipe.model_validate({"model": "tests.nets:tiny", "data": {"crop_share": 0.5}}).resolved())
 
 

@@ -90,7 +90,7 @@ def test_without_a_measurement_there_is_no_verdict() -> None:
         "Only predicted: latency 1.40 ms, 6.7% under the target of 1.50 ms. "
         "The latency table of this device is estimated, not measured on it."
     )
-    assert verdict(finished()) == "No budget was set, so there is none to keep."
+    assert verdict(finished()) == "No budget was set."
 
 
 def test_the_worst_budget_colours_the_verdict() -> None:
@@ -212,10 +212,10 @@ def test_unknown_quantities_have_no_row(manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("slim_macs", "slim_ms", "ending"),
     [
-        (50, 5.0, "50.0% of its measured latency: time fell with the work."),
-        (50, 7.5, "75.0% of its measured latency: 50% of the relative saving in MACs arrived as time."),
-        (50, 10.5, "105.0% of its measured latency: none of the removed work became time."),
-        (50, 3.0, "30.0% of its measured latency: time fell further than the work did."),
+        (50, 5.0, "50.0% of its measured latency: the time fell in proportion to the work."),
+        (50, 7.5, "75.0% of its measured latency: 50% of the relative saving in MACs became a saving in time."),
+        (50, 10.5, "105.0% of its measured latency: none of the removed work saved time."),
+        (50, 3.0, "30.0% of its measured latency: the time fell further than the work."),
         (100, 10.0, "100.0% of its measured latency: no work was removed, so no time was saved."),
     ],
 )
@@ -264,7 +264,7 @@ def test_uniform_pruning_counts_only_on_the_same_weights() -> None:
         "Uniform pruning within the same budgets was"
     )
     assert told("joint", theirs | {"epoch": 2}, ours) == ""
-    assert told("joint", ours | {"source": "uniform"}).endswith("nothing better was found.")
+    assert told("joint", ours | {"source": "uniform"}).endswith("the search found nothing better.")
     assert told("uniform", ours) == ""
 
 

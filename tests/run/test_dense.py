@@ -69,7 +69,7 @@ def test_weights_that_guess_stop_the_run_unless_they_are_accepted(tmp_path: Path
     )
     with pytest.raises(CompressorError, match="no better than guessing") as caught:
         compress(wanted, out=tmp_path / "run")
-    for word in ("--mean", "data.channel_order", "classes in another order", "--accept-dense"):
+    for word in ("--mean", "data.channel_order", "classes are in another order", "--accept-dense"):
         assert word in caught.value.hint
     accepted = prepare(wanted.changed({"accept_dense": True}).resolved())
     with closing(RunDir.open(tmp_path / "run")) as run:

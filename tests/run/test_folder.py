@@ -117,7 +117,7 @@ def test_stages_are_recorded_and_survive_an_interruption(tmp_path: Path) -> None
 
 
 def test_no_run_folder_is_said(tmp_path: Path) -> None:
-    with pytest.raises(CompressorError, match=r"no run's folder"):
+    with pytest.raises(CompressorError, match=r"not a run's folder"):
         RunDir.open(tmp_path)
 
 

@@ -53,7 +53,7 @@ def test_a_recipe_that_was_edited_is_refused_and_nothing_is_lost(
     assert old in text
     (run / "recipe.yaml").write_text(text.replace(old, new))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(CompressorError, match="begun with another recipe") as refused:
+    with pytest.raises(CompressorError, match="started with another recipe") as refused:
         resume(run)
     assert said in refused.value.message
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @register_agent
 class ConstrainedAgent(Agent):
-    """Learns a policy whose plans keep the budgets on average, and keeps the best plan that does.
+    """Learns a policy whose plans meet the budgets on average, and keeps the best plan that does.
 
-    Episodes may leave the budgets: what they cost beyond them is weighed against the accuracy by multipliers, which
-    rise while the budgets are exceeded. Budgets are only ever evaluated. The result is the best episode within the
-    budgets, scored again beside the best few and the policy's own plan, scaled to the budgets.
+    Episodes may exceed the budgets: the excess cost is weighed against the accuracy by multipliers, which rise while
+    the budgets are exceeded. Budgets are only evaluated, never differentiated. The result is the best episode within
+    the budgets, scored again beside the best few and the policy's own plan, scaled to the budgets.
     """
 
     name = "constrained"
@@ -47,13 +47,13 @@ class ConstrainedAgent(Agent):
     def _search(self, run: SearchSession) -> SearchResult:
         dense = run.env.bounds.dense
         if run.env.bounds.feasible(dense)[0]:
-            return run.choose([dense.tolist()])  # nothing asks for pruning
+            return run.choose([dense.tolist()])  # no budget requires pruning
         search = ConstrainedSearch(run, self.settings)
         if run.place.round:
-            return search.choose()  # a budget was tightened: what was learned serves
+            return search.choose()  # a budget was tightened: the search reuses what it has learned
         search.start()
         updates = search.updates()
-        # Plans that are known already cost nothing: where all evaluations are to be used, more updates follow.
+        # Known plans cost nothing: if all evaluations are to be used, more updates follow.
         for update in run.remaining("update", (4 if run.limits.use_all else 1) * updates):
             if not search.play(update, updates):
                 break

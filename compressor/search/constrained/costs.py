@@ -1,4 +1,4 @@
-"""What plans cost, as the cost critics and the multipliers see it: percent of the dense network's cost."""
+"""Costs of plans for the cost critics and the multipliers: percent of the dense network's cost."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Costs:
     """Costs of candidates by each budget.
 
     Args:
-        env: gives the budgets and what the dense network costs.
-        steps: of an episode.
-        excess: whether an episode is charged only what exceeds a budget.
+        env: Environment with the budgets and the dense network's costs.
+        steps: Steps of an episode.
+        excess: Whether an episode is charged only for what exceeds a budget.
 
     Attributes:
-        budgets: what each may be, in percent of the dense network's cost.
+        budgets: Limits, in percent of the dense network's cost.
     """
 
     def __init__(self, env: PruningEnv, *, steps: int, excess: bool) -> None:
@@ -32,15 +32,15 @@ class Costs:
         self.budgets: list[float] = (100.0 * targets / self._dense).tolist()
 
     def percent(self, candidate: Candidate) -> NDArray[np.float64]:
-        """Percent of the dense network's cost, (budgets,)."""
+        """Return the percentage of the dense network's cost, (budgets,)."""
         return np.asarray(100.0 * np.array([candidate.costs[name] for name in self._names]) / self._dense)
 
     def terminal(self, candidate: Candidate) -> NDArray[np.float64]:
-        """What the last step of an episode costs, (budgets,), from which the cost critics learn.
+        """Return the cost of an episode's last step, (budgets,), from which the cost critics learn.
 
-        The mean over the steps is the percentage kept, as in the paper. Where only the excess is charged it is in tens
-        of percent, and a plan within the budget costs nothing, so that a multiplier that is still high does not drive
-        the policy far below.
+        The mean over the steps is the percentage kept, as in the paper. If only the excess is charged, it is in tens of
+        percent, and a plan within the budget costs nothing, so that a multiplier that is still high does not drive the
+        policy far below.
         """
         percent = self.percent(candidate)
         if self._excess:
@@ -49,7 +49,7 @@ class Costs:
 
 
 def dense_costs(env: Any) -> list[float]:
-    """What the dense network costs by each budget; the target where that is nothing, so that shares have meaning."""
+    """Return the dense network's cost for each budget; the target if that cost is 0, so that shares are defined."""
     costs = env.costs(env.bounds.dense)
     return [
         costs[budget.name] if costs[budget.name] > 0 else float(budget.target) or 1.0

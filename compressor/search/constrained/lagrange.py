@@ -1,4 +1,4 @@
-"""Lagrange multipliers that rise while a cost exceeds its budget, and the loss in which they weigh it."""
+"""Lagrange multipliers that rise while a cost exceeds its budget, and the policy loss with these weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class Multipliers:
-    """One multiplier for each budget: nu = softplus(p), 1 at first, with an optimiser of its own.
+    """One multiplier for each budget: nu = softplus(p), initially 1, with its own optimizer.
 
     Args:
-        number: how many budgets there are.
-        rate: learning rate of Adam.
+        number: Number of budgets.
+        rate: Learning rate of Adam.
     """
 
     def __init__(self, number: int, rate: float) -> None:
@@ -25,15 +25,15 @@ class Multipliers:
 
     @property
     def values(self) -> Tensor:
-        """The multipliers, (budgets,), above 0, without gradient."""
+        """Return the multipliers, (budgets,), above 0, without gradient."""
         return torch.nn.functional.softplus(self._raw.detach())
 
     def step(self, costs: Sequence[float], budgets: Sequence[float]) -> None:
-        """One step on -nu * (mean cost - budget): where the budget is exceeded, nu rises.
+        """Take one step on -nu * (mean cost - budget): if the budget is exceeded, nu rises.
 
         Args:
-            costs: mean cost of the episodes since the last step, one for each budget.
-            budgets: what they may be, in the same unit.
+            costs: Mean cost of the episodes since the last step, one for each budget.
+            budgets: Limits in the same unit.
         """
         excess = torch.tensor([cost - budget for cost, budget in zip(costs, budgets, strict=True)])
         self._optimizer.zero_grad()
@@ -41,11 +41,11 @@ class Multipliers:
         self._optimizer.step()
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Return tensors and plain values."""
         return {"raw": self._raw.detach().clone(), "optimizer": copy.deepcopy(self._optimizer.state_dict())}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Restore what `state` returned."""
         with torch.no_grad():
             self._raw.copy_(state["raw"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -54,14 +54,14 @@ class Multipliers:
 def lagrangian_loss(
     ratio: Tensor, advantages: Tensor, cost_advantages: Tensor, multipliers: Tensor, clip: float
 ) -> Tensor:
-    """The policy's loss: mean of (-min(r A, clip(r) A) + sum of nu r A_C) / (1 + sum of nu).
+    """Return the policy's loss: mean of (-min(r A, clip(r) A) + sum of nu r A_C) / (1 + sum of nu).
 
     Args:
-        ratio: (N,), probability of each action now over that when it was taken.
+        ratio: (N,), probability of each action now over its probability when it was taken.
         advantages: (N,), of the reward.
         cost_advantages: (N, budgets), of the costs.
         multipliers: (budgets,).
-        clip: how far the ratio is followed, 0.2 for [0.8, 1.2]; the costs' part is not clipped.
+        clip: Clipping of the ratio, 0.2 for [0.8, 1.2]; the costs' part is not clipped.
     """
     clipped = torch.clamp(ratio, 1.0 - clip, 1.0 + clip)
     gain = torch.min(ratio * advantages, clipped * advantages)

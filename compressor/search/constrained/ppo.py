@@ -1,4 +1,4 @@
-"""Stable-Baselines3's PPO with costs: critics of their own, multipliers, and the combined loss."""
+"""Stable-Baselines3's PPO with cost critics, multipliers, and the combined loss."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from compressor.search.constrained.settings import ConstrainedSettings
 
 
 class Step(NamedTuple):
-    """What the policy and the critics say of one state.
+    """Outputs of the policy and the critics for one state.
 
     Attributes:
         action: (actions,), not clipped.
-        value: of the reward to come, (1,).
-        cost_values: of the costs to come, (budgets,).
-        log_prob: of the action, (1,).
+        value: Expected return of the reward, (1,).
+        cost_values: Expected returns of the costs, (budgets,).
+        log_prob: Log probability of the action, (1,).
     """
 
     action: NDArray[np.float32]
@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 
 class CostSamples(NamedTuple):
-    """A minibatch: what PPO has, and for the costs the same, (N, budgets) each."""
+    """A minibatch: PPO's fields, and the same for the costs, (N, budgets) each."""
 
     observations: Tensor
     actions: Tensor
@@ -48,11 +48,11 @@ class CostSamples(NamedTuple):
 
 
 class CostRolloutBuffer(RolloutBuffer):
-    """A rollout buffer that keeps costs beside the reward; each cost has a buffer whose "reward" it is.
+    """A rollout buffer with costs beside the reward; each cost has a buffer of its own, as that buffer's "reward".
 
     Args:
-        budgets: how many costs there are.
-        cost_lambda: lambda of their advantages.
+        budgets: Number of costs.
+        cost_lambda: Lambda of their advantages.
     """
 
     def __init__(self, *args: Any, budgets: int, cost_lambda: float, **options: Any) -> None:
@@ -72,14 +72,14 @@ class CostRolloutBuffer(RolloutBuffer):
         costs: NDArray[np.float64],
         first: bool,
     ) -> None:
-        """Store one step; `costs` (budgets,) are those that arose in it."""
+        """Store one step; `costs` (budgets,) are the costs of this step."""
         start = np.array([first])
         self.add(observation, step.action, np.array([reward]), start, step.value, step.log_prob)
         for buffer, cost, value in zip(self.costs, costs, step.cost_values, strict=True):
             buffer.add(observation, step.action, np.array([cost]), start, value, step.log_prob)
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: NDArray[Any]) -> None:
-        """Advantages of the reward and the costs; the buffer must end with the end of an episode."""
+        """Compute the advantages of the reward and the costs; the buffer must end with the end of an episode."""
         super().compute_returns_and_advantage(last_values, dones)
         for buffer in self.costs:
             buffer.compute_returns_and_advantage(last_values, dones)
@@ -94,7 +94,7 @@ class CostRolloutBuffer(RolloutBuffer):
 
 
 class CostCritics(nn.Module):
-    """A network for each cost: two hidden layers, one number."""
+    """One network per cost: two hidden layers, one output."""
 
     def __init__(self, inputs: int, budgets: int, hidden: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class CostCritics(nn.Module):
 
 
 class _Spaces(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
-    """Tells PPO what states and actions look like; nobody steps in it."""
+    """Declares the shapes of states and actions to PPO; it is never stepped."""
 
     def __init__(self, inputs: int, actions: int) -> None:
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (inputs,), np.float32)
@@ -123,14 +123,14 @@ class _Spaces(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 
 
 class LagrangianPpo(PPO):
-    """PPO whose loss weighs costs with multipliers; `learn` is not used, `act`, the buffer and `train` are.
+    """PPO whose loss weighs costs with multipliers; `act`, the buffer and `train` are used, `learn` is not.
 
     Args:
-        inputs: numbers in a state.
-        actions: numbers in an action.
-        steps: of a rollout; whole episodes.
-        budgets: how many costs there are.
-        settings: the method's numbers.
+        inputs: Size of a state.
+        actions: Size of an action.
+        steps: Steps of a rollout; whole episodes.
+        budgets: Number of costs.
+        settings: Settings of the method.
     """
 
     rollout_buffer: CostRolloutBuffer
@@ -145,7 +145,7 @@ class LagrangianPpo(PPO):
             learning_rate=settings.rate,
             n_steps=steps,
             batch_size=steps,
-            normalize_advantage=False,  # `train` does it; PPO would refuse to for a rollout of one step
+            normalize_advantage=False,  # `train` does it; PPO would reject it for a rollout of one step
             n_epochs=settings.epochs,
             gamma=settings.gamma,
             gae_lambda=settings.reward_lambda,
@@ -159,7 +159,7 @@ class LagrangianPpo(PPO):
             },
             device="cpu",
         )
-        # Not given to PPO, which would warn of a last minibatch that is smaller.
+        # Not passed to PPO, which would warn about a smaller last minibatch.
         self.batch_size = minibatch_size(steps, settings.batch)
         self.set_logger(Logger(None, []))
         self.cost_critics = CostCritics(inputs, budgets, settings.hidden)
@@ -167,14 +167,14 @@ class LagrangianPpo(PPO):
         self.multipliers = Multipliers(budgets, settings.multiplier_rate)
 
     def act(self, state: NDArray[np.float32], deterministic: bool = False) -> Step:
-        """An action for a state (inputs,)."""
+        """Return an action for a state (inputs,)."""
         states = torch.from_numpy(state)[None]
         with torch.no_grad():
             action, value, log_prob = self.policy(states, deterministic=deterministic)
             return Step(action.numpy()[0], value[0], self.cost_critics(states)[0], log_prob)
 
     def train(self) -> None:
-        """Learn from the full rollout buffer: as PPO does, with the costs in the policy's loss."""
+        """Learn from the full rollout buffer like PPO, with the costs in the policy's loss."""
         self.policy.set_training_mode(True)
         nu = self.multipliers.values
         near = True
@@ -193,14 +193,14 @@ class LagrangianPpo(PPO):
                 )
                 loss = loss + self.vf_coef * nn.functional.mse_loss(values.flatten(), batch.returns)
                 _descend(self.policy.optimizer, loss, self.max_grad_norm)
-                told = self.cost_critics(batch.observations)
-                _descend(self._cost_optimizer, nn.functional.mse_loss(told, batch.cost_returns), None)
+                predicted = self.cost_critics(batch.observations)
+                _descend(self._cost_optimizer, nn.functional.mse_loss(predicted, batch.cost_returns), None)
             self._n_updates += 1
             if not near:
                 break
 
     def state(self) -> dict[str, Any]:
-        """Networks, optimisers and multipliers, as tensors and plain values."""
+        """Return networks, optimizers and multipliers, as tensors and plain values."""
         return {
             "policy": self.policy.state_dict(),
             "optimizer": self.policy.optimizer.state_dict(),
@@ -211,7 +211,7 @@ class LagrangianPpo(PPO):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Restore what `state` returned."""
         self.policy.load_state_dict(state["policy"])
         self.policy.optimizer.load_state_dict(state["optimizer"])
         self.cost_critics.load_state_dict(state["cost_critics"])
@@ -221,8 +221,9 @@ class LagrangianPpo(PPO):
 
 
 def minibatch_size(steps: int, most: int) -> int:
-    """Steps in a minibatch: the most allowed that divide a rollout; where none do, as for a prime, those of
-    minibatches that are alike but for the last.
+    """Return the minibatch size: the largest allowed divisor of a rollout's steps.
+
+    If there is none, as for a prime, the minibatches are equal except for the last.
 
     >>> [minibatch_size(steps, 64) for steps in (1, 48, 104, 67)]
     [1, 48, 52, 34]
@@ -232,7 +233,7 @@ def minibatch_size(steps: int, most: int) -> int:
 
 
 def centred(advantages: Tensor, *, scale: bool) -> Tensor:
-    """Advantages (N, ...) with mean 0 over the steps and, with `scale`, deviation 1."""
+    """Return advantages (N, ...) with mean 0 over the steps and, with `scale`, standard deviation 1."""
     if len(advantages) < 2:
         return advantages
     moved = advantages - advantages.mean(dim=0)

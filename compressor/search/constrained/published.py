@@ -1,4 +1,4 @@
-"""The constrained method as arXiv 2110.08558 has it, setting by setting."""
+"""The settings of the constrained method as published in arXiv 2110.08558."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _WORDS = {
     "scale_rewards": ("rewards standardised", _SCALES),
     "scale_costs": ("only the excess over a budget is charged, and standardised", _SCALES),
     "one_hot": ("the state says which group it is", "groups of the same shape may differ"),
-    "fold": ("ratios beyond the limits are mirrored", "clipped ones are all the same, and teach nothing"),
+    "fold": ("ratios beyond the limits are mirrored", "clipped ones are all equal, and give no gradient"),
     "finetune_iterations": (
         "training steps on each candidate, by thirds of the run",
         "they cost more than scoring",
     ),
     "near_share": ("evaluations near the best plan", "they find better plans than the policy's few"),
 }
-"""By setting of `PAPER`: what it is, and why the default is another. Its other values are silent in the source."""
+"""By setting of `PAPER`: its description, and why the default differs. The source does not state the other values."""
 
 PUBLISHED = (
     Published("what is removed", "", "single weights", here="whole channels"),
@@ -34,7 +34,7 @@ PUBLISHED = (
         "multiplier_rate",
         PAPER["multiplier_rate"],
         mentioned=False,
-        why="few steps have to find them",
+        why="they must converge within few steps",
     ),
     *(Published(part, name, PAPER[name], why=why) for name, (part, why) in _WORDS.items()),
     Published("passes over an update's steps", "epochs", 10),

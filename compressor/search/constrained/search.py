@@ -1,4 +1,4 @@
-"""The steps of which the constrained agent's search is made."""
+"""The steps of the constrained agent's search."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _START = "start"
 
 
 class ConstrainedSearch:
-    """One search: the run, the policy, and what rewards and costs are measured by.
+    """One search: the session, the policy, and the measures of rewards and costs.
 
     Args:
-        run: keeps place, time and checkpoint; restored from one, this is restored too.
-        settings: the method's numbers.
+        run: Session with progress, time and checkpoint; if it was restored from one, the search is restored too.
+        settings: Settings of the method.
     """
 
     def __init__(self, run: SearchSession, settings: ConstrainedSettings) -> None:
@@ -54,7 +54,7 @@ class ConstrainedSearch:
                 self.states.size, self.actions.size, steps, len(self._costs.budgets), settings
             )
         self._walk = Walker(self.actions, self.states, self.ppo, self.randomness)
-        self._masks: list[tuple[float, Masks]] = []  # of the best episodes, with their worth
+        self._masks: list[tuple[float, Masks]] = []  # of the best episodes, with their merit
         self._scale: list[float] | None = None
         self._allocator = Allocator(run.env)
         self._sensitivity = Sensitivity(run, self._allocator.levels, self._points())
@@ -66,7 +66,7 @@ class ConstrainedSearch:
     # The steps, in the order of the method.
 
     def start(self) -> None:
-        """Choose the plan around which the policy acts at first."""
+        """Choose the plan around which the policy acts first."""
         if self.settings.start == "dense":
             return
         if self._points():
@@ -81,7 +81,7 @@ class ConstrainedSearch:
             self.run.done(_START)
 
     def updates(self) -> int:
-        """How many updates the evaluations that are left have room for, those done included."""
+        """Return the number of updates within the remaining evaluations, including the finished ones."""
         total = self.run.limits.planned(self.settings.evaluations)
         before = self.groups * self._points() + bool(self._points()) + self._starts()
         each = self.settings.episodes_per_update + self._near_plans()
@@ -89,13 +89,13 @@ class ConstrainedSearch:
 
     @property
     def reserve(self) -> int:
-        """Evaluations put by for the final choice."""
+        """Number of evaluations reserved for the final choice."""
         most = self.run.limits.max_evaluations
         wanted = int(self.settings.shortlist) + 2 + any(self.settings.finetune_iterations)
         return wanted if most is None else max(1, min(wanted, most // 4))
 
     def play(self, update: int, updates: int) -> bool:
-        """Play the episodes of an update into the rollout buffer; whether all of them could be played."""
+        """Play the episodes of an update into the rollout buffer; return whether all of them could be played."""
         self.ppo.rollout_buffer.reset()
         share = min(1.0, update / updates)
         cap = self._cap(share)
@@ -143,9 +143,9 @@ class ConstrainedSearch:
             self.actions.centre(np.array(best.widths))
 
     def choose(self) -> SearchResult:
-        """The best episode that keeps the budgets, scored again beside the best few scaled to the budgets.
+        """Choose the best episode that meets the budgets, after scoring it and the best few, scaled, again.
 
-        Where candidates were trained before they were scored, all of these are, for the steps of the last third.
+        If candidates were trained before they were scored, all of these are, for the steps of the last third.
         """
         plans: dict[tuple[int, ...], ChannelPlan] = {}
         steps = self.settings.finetune_iterations[-1]
@@ -162,10 +162,10 @@ class ConstrainedSearch:
             measure=measure if steps else None,
         )
 
-    # What they are made of.
+    # Their helpers.
 
     def _plans_to_start_from(self) -> list[Callable[[], Widths]]:
-        """The uniform plan and, where groups are measured, knapsack plans; each is solved for when it is its turn."""
+        """Return the uniform plan and, if groups are measured, knapsack plans; each is solved when it is needed."""
         found: list[Callable[[], Widths]] = [partial(uniform_or_cheapest, self.env)]
         if self._points():
             saliency, levels = self.env.saliency(), self._allocator.levels
@@ -175,7 +175,7 @@ class ConstrainedSearch:
         return found
 
     def _of_masks(self, plans: dict[tuple[int, ...], ChannelPlan]) -> list[Widths]:
-        """Where single channels are decided on: the best masks and the policy's, cut to the budgets, into `plans`."""
+        """For decisions on single channels: cut the best masks and the policy's to the budgets, into `plans`."""
         if not isinstance(self.actions, ChannelActions):
             return []
         names = [group.name for group in self.env.space.groups]
@@ -187,7 +187,7 @@ class ConstrainedSearch:
         return found
 
     def _of_candidates(self) -> list[Widths]:
-        """The best feasible candidate; the best few by reward less excess and the policy's, scaled to the budgets."""
+        """Return the best feasible candidate; the best few by reward minus excess and the policy's, scaled."""
         dense, known, best = self.env.bounds.dense, self._known(), self._best_kept()
         shortlist = [] if best is None else [np.array(best.widths, dtype=np.int64)]
         shortlist += itertools.islice(self._more(), int(self.settings.shortlist))
@@ -201,7 +201,7 @@ class ConstrainedSearch:
         return shortlist or [self.env.bounds.cheapest]
 
     def _more(self) -> Iterator[Widths]:
-        """All candidates scaled to the budgets, the best by reward less excess first."""
+        """Yield all candidates scaled to the budgets, the best by reward minus excess first."""
         known, bounds = self._known(), self.env.bounds
         rows = [np.array(c.widths, dtype=np.int64) for c in known]
         worth = [
@@ -212,40 +212,40 @@ class ConstrainedSearch:
             yield scaled_widths(self.env, rows[index] / bounds.dense)
 
     def _policys_walk(self) -> Walk:
-        """The deterministic policy's, as at the end of the curriculum."""
+        """Return the deterministic policy's episode, as at the end of the curriculum."""
         return self._walk(self._cap(1.0), deterministic=True)
 
     def _cap(self, share: float) -> float:
-        """The largest ratio that is removed from a group, after a share of the updates."""
+        """Return the largest ratio that is removed from a group, after a share of the updates."""
         return min(self.settings.cap + 0.05 * share, 1.0)
 
     def _near_plans(self) -> int:
-        """Plans near the best after each update; none where candidates are more than their widths."""
+        """Return the number of plans near the best after each update; 0 if candidates are more than their widths."""
         if self._channels or any(self.settings.finetune_iterations):
             return 0
         share = self.settings.near_share
         return round(self.settings.episodes_per_update * share / (1.0 - share))
 
     def _last_near_plans(self) -> Iterator[list[Widths]]:
-        """Plans near the best, for evaluations that known plans have saved; each looks at all scored before."""
+        """Yield plans near the best, for evaluations that known plans have saved; each uses all scores before it."""
         for _ in range(self.reserve if self._near_plans() else 0):
             best = self._best_kept()
             if best is not None:
                 yield [self._near.next(np.array(best.widths, dtype=np.int64))]
 
     def _best_kept(self) -> Candidate | None:
-        """The best candidate that keeps the budgets."""
+        """Return the best candidate that meets the budgets."""
         known = self._known()
         widths = np.array([c.widths for c in known], dtype=np.int64).reshape(-1, self.groups)
         best = best_feasible([c.reward for c in known], self.env.bounds.feasible(widths)) if known else None
         return None if best is None else known[best]
 
     def _known(self) -> list[Candidate]:
-        """The candidates whose plans are those of their widths."""
+        """Return the candidates whose plans follow from their widths."""
         return [c for c in eligible(self.run) if not (self._channels and c.phase == "policy")]
 
     def _scored(self, walk: Walk, training: int) -> Candidate:
-        """The candidate of a walk, after some steps of training where these are asked for."""
+        """Return the candidate of an episode, after some training steps if these are set."""
         if not (self._channels or training):
             return self.run.score(walk.widths, "policy")
 
@@ -279,7 +279,7 @@ class ConstrainedSearch:
                 )
 
     def _points(self) -> int:
-        """Widths of each group that are measured for the start; a third of the evaluations at most go there."""
+        """Return the number of widths measured per group for the start; at most a third of the evaluations."""
         if self.settings.start != "measured":
             return 0
         return min(2, self.run.limits.planned(self.settings.evaluations) // (3 * self.groups))
@@ -313,7 +313,7 @@ class ConstrainedSearch:
 
 
 def best_feasible(rewards: list[float], feasible: NDArray[np.bool_]) -> int | None:
-    """Index of the highest reward among those that keep the budgets; None where none does.
+    """Return the index of the highest reward among those that meet the budgets; None if none does.
 
     >>> best_feasible([0.9, 0.5, 0.7], np.array([False, True, True]))
     2

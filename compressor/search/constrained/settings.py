@@ -1,4 +1,4 @@
-"""What can be set on the constrained agent."""
+"""Settings of the constrained agent."""
 
 from __future__ import annotations
 
@@ -27,46 +27,46 @@ PAPER: Mapping[str, Any] = {
     "shortlist": 1,
     "near_share": 0.0,
 }
-"""What `paper` stands for, where the defaults are others: 40,000 steps in updates of 384 are about 3,000 episodes of 13
-layers and 24 to 29 of them in an update. The multiplier's rate and the first deviation are silent in the source; these
-are what its other rates and Stable-Baselines3 have."""
+"""Values of the setting `paper`, where the defaults differ: 40,000 steps in updates of 384 are about 3,000 episodes of
+13 layers, 24 to 29 of them per update. The source does not state the multiplier's rate and the first deviation; these
+follow its other rates and Stable-Baselines3."""
 
 _CHOICES = {"action": ("layer", "channel"), "start": ("dense", "uniform", "measured")}
 
 
 @dataclass(frozen=True)
 class ConstrainedSettings:
-    """Numbers of the method (arXiv 2110.08558); defaults that are not the paper's suit hundreds of evaluations.
+    """Settings of the method (arXiv 2110.08558); defaults that differ from the paper suit hundreds of evaluations.
 
     Attributes:
-        paper: take the paper's values for everything that is not given (`PAPER`).
-        evaluations: plans that are scored, unless the limits ask for others.
+        paper: Use the paper's values for all settings that are not given (`PAPER`).
+        evaluations: Number of scored plans, unless the limits set another number.
         action: "layer", one ratio for each group; "channel", a mask over its channels.
-        episodes_per_update: episodes that each update of the policy learns from.
-        start: the plan around which the policy first acts: "dense", the "uniform" one at the budget, or that which a
-            knapsack makes of "measured" effects of each group, where there are evaluations for that.
-        first_deviation: standard deviation of the first actions, as a ratio of channels.
-        rate, epochs, batch, clip: learning rate of Adam, passes over an update's steps, steps in a minibatch, clipping
+        episodes_per_update: Episodes that each update of the policy learns from.
+        start: Plan around which the policy acts first: "dense", the "uniform" one at the budget, or the knapsack's
+            from "measured" effects of each group, if there are evaluations for that.
+        first_deviation: Standard deviation of the first actions, as a ratio of channels.
+        rate, epochs, batch, clip: Learning rate of Adam, passes over an update's steps, steps in a minibatch, clipping
             of the ratio of probabilities.
-        target_kl: an update ends where the policy has moved so far from the one that acted.
-        gamma, reward_lambda, cost_lambda: discount, and the lambdas of the two advantages.
-        hidden: width of the two hidden layers of policy, critic and each cost critic.
-        multiplier_rate: learning rate of the multipliers.
-        scale_rewards: whether rewards have mean 0 and deviation 1 by the first update's; else they are percent.
-        scale_costs: whether the policy is charged only what exceeds a budget, and the costs' advantages are divided by
-            their deviation, as the reward's are.
-        one_hot: whether the state says which group it is by one number each, beside the paper's description.
-        fold: whether ratios beyond 0 and the cap are mirrored there instead of clipped.
-        cap: ratio beyond which nothing is removed at first; it rises by 0.05 over the run, to 1 at most.
-        finetune_iterations: training steps on each candidate before it is scored, in each third of the run; the final
-            candidates all have those of the last third. The weights are as before afterwards.
-        near_share: share of the evaluations after the start that go to plans near the best one, some after each update;
-            the policy acts around the best from then on. None where channels are masked or candidates are trained:
-            their worth is not that of their widths.
-        near_spread: how far they lie from it; see `near_widths`.
-        proposals: plans that are drawn for each of these: a model of the reward, learned from all plans scored, picks
-            it (`search/reward_model.py`). 1 leaves it to chance.
-        shortlist: how many of the best plans are scaled to the budget and scored again in the end.
+        target_kl: An update ends when the policy has moved this far from the one that acted.
+        gamma, reward_lambda, cost_lambda: Discount, and the lambdas of the two advantages.
+        hidden: Width of the two hidden layers of policy, critic and each cost critic.
+        multiplier_rate: Learning rate of the multipliers.
+        scale_rewards: Whether rewards are standardized by those of the first update; otherwise they are percent.
+        scale_costs: Whether the policy is charged only for what exceeds a budget, and the costs' advantages are divided
+            by their standard deviation, like the reward's.
+        one_hot: Whether the state identifies the group by one number each, beside the paper's description.
+        fold: Whether ratios beyond 0 and the cap are mirrored there instead of clipped.
+        cap: Maximum ratio that is removed at first; it rises by 0.05 over the run, to 1 at most.
+        finetune_iterations: Training steps on each candidate before it is scored, in each third of the run; the final
+            candidates all have those of the last third. The weights are restored afterwards.
+        near_share: Share of the evaluations after the start for plans near the best one, some after each update; the
+            policy then acts around the best. Not used if channels are masked or candidates are trained, because their
+            score does not depend on their widths alone.
+        near_spread: Their distance from it; see `near_widths`.
+        proposals: Number of plans drawn for each of these: a model of the reward, learned from all scored plans, picks
+            it (`search/reward_model.py`). 1 picks at random.
+        shortlist: Number of best plans that are scaled to the budget and scored again at the end.
     """
 
     paper: bool = False
@@ -105,7 +105,7 @@ class ConstrainedSettings:
 
 
 def _check(name: str, value: Any) -> None:
-    """Refuse words that mean nothing, and numbers outside their range."""
+    """Raise an error for an unknown choice, and for a number outside its range."""
     if name in _CHOICES and value not in _CHOICES[name]:
         raise CompressorError(
             f"The setting {name} is {value!r}, expected one of {', '.join(_CHOICES[name])}."

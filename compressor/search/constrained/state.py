@@ -1,4 +1,4 @@
-"""What the constrained agent sees of a group: its layer's shape, and what was removed so far."""
+"""State of the constrained agent: the shape of a group's layer, and what was removed so far."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ _CLIP = 5.0
 
 
 class States:
-    """The paper's state, with running normalisation (arXiv 2110.08558).
+    """The paper's state, with running normalization (arXiv 2110.08558).
 
     Index, channels in and out, kernel (2), stride (2) and padding (2) of the first layer whose outputs the group
-    holds, and the sum of the past actions where an action is a ratio; each has its running mean taken off and is
-    divided by its running deviation. Not normalised, and ours: one number for each group, 1 for the group at hand.
+    holds, and the sum of the past actions if an action is a ratio; the running mean of each is subtracted and the
+    result divided by its running standard deviation. Not normalized, and not from the paper: one number for each group,
+    1 for the current group.
 
     Args:
-        env: gives the groups.
-        past: whether the sum of past actions is part of it.
-        one_hot: whether the group's own numbers are.
+        env: Environment with the groups.
+        past: Whether the sum of past actions is part of the state.
+        one_hot: Whether the groups' own numbers are.
     """
 
     def __init__(self, env: PruningEnv, *, past: bool, one_hot: bool) -> None:
@@ -35,12 +36,12 @@ class States:
         self._running = RunningMeanStd(epsilon=1e-4, shape=(self._described.shape[1] + past,))
         self._seen: list[NDArray[np.float64]] = []
         self.size = self._described.shape[1] + past + self._own.shape[1]
-        for group in range(len(dense)):  # a first idea of the ranges: half of each group removed
+        for group in range(len(dense)):  # a first estimate of the ranges: half of each group removed
             self(group, group / 2)
         self.update()
 
     def __call__(self, group: int, past: float) -> NDArray[np.float32]:
-        """The state before a group, (size,); `past` is the sum of the actions so far."""
+        """Return the state before a group, (size,); `past` is the sum of the actions so far."""
         plain = np.append(self._described[group], past) if self._past else self._described[group]
         self._seen.append(plain)
         deviation = np.sqrt(self._running.var + 1e-8)
@@ -48,7 +49,7 @@ class States:
         return np.concatenate([normal, self._own[group]]).astype(np.float32)
 
     def update(self) -> None:
-        """Let the running mean and deviation know what was seen since the last time."""
+        """Update the running mean and deviation with the states since the last call."""
         if self._seen:
             self._running.update(np.stack(self._seen))
             self._seen.clear()
@@ -59,7 +60,7 @@ class States:
         return {"mean": running.mean.tolist(), "var": running.var.tolist(), "count": float(running.count)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Restore what `state` returned."""
         self._running.mean, self._running.var = np.array(state["mean"]), np.array(state["var"])
         self._running.count = float(state["count"])
         self._seen.clear()

@@ -1,4 +1,4 @@
-"""One episode of the constrained agent: through all groups by the policy, whatever it costs."""
+"""One episode of the constrained agent: a pass of the policy through all groups, whatever it costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Walk:
-    """A state and a step for each group, and what came of it."""
+    """A state and a step for each group, and their result."""
 
     states: list[NDArray[np.float32]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -27,13 +27,13 @@ class Walk:
 
 
 class Walker:
-    """Goes through all groups by the policy as it is; what comes of it need not keep the budgets.
+    """Goes through all groups with the current policy; the result need not meet the budgets.
 
     Args:
-        actions: what an action means.
-        states: what the policy sees.
-        ppo: decides.
-        randomness: of what it draws.
+        actions: Meaning of an action.
+        states: Observations of the policy.
+        ppo: Policy.
+        randomness: Random numbers for its draws.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Walker:
         self._actions, self._states, self._ppo, self._randomness = actions, states, ppo, randomness
 
     def __call__(self, cap: float, deterministic: bool = False) -> Walk:
-        """An episode that removes at most the ratio `cap` of each group."""
+        """Play an episode that removes at most the ratio `cap` of each group."""
         walk, past = Walk(), 0.0
         for group in range(len(self._actions.around)):
             state = self._states(group, past)

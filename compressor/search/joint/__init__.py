@@ -1,1 +1,1 @@
-"""Weights and structure trained together (arXiv 2403.19490)."""
+"""Joint training of weights and structure (arXiv 2403.19490)."""

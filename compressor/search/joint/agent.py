@@ -1,4 +1,4 @@
-"""The joint agent: SAC decides widths while the weights train towards what it favours (arXiv 2403.19490)."""
+"""The joint agent: SAC chooses widths while the weights train towards the favored structure (arXiv 2403.19490)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 
 @register_agent
 class JointAgent(Agent):
-    """Trains and prunes at once: a soft actor-critic chooses the ratios, rewarded with the accuracy.
+    """Trains and prunes together: a soft actor-critic chooses the ratios, with the accuracy as reward.
 
-    The phases, each resumable where a step of it ends: warm-up epochs; episodes that fill the replay, with the weights
-    at rest; joint epochs, each after a round of episodes and with a regulariser that pulls the weights towards
-    the structure favoured then; aligned epochs, with that structure fixed; and the final choice among the best few,
-    the deterministic policy's and the uniform plan, all scored again on the final weights.
+    The phases, each resumable at the end of a step: warm-up epochs; episodes that fill the replay, with fixed weights;
+    joint epochs, each after a round of episodes and with a regularizer that pulls the weights towards the structure
+    favored then; aligned epochs, with that structure fixed; and the final choice among the best few, the deterministic
+    policy's and the uniform plan, all scored again on the final weights.
 
-    Without a trainer, or with `joint_training` off, the weights rest between the rounds of episodes, which follow one
-    another.
+    Without a trainer, or with `joint_training` off, the weights stay fixed between the rounds of episodes.
     """
 
     name = "joint"
@@ -42,7 +41,7 @@ class JointAgent(Agent):
             self._model_is_idle, self.context_size = reason, 0
 
     def _nothing_to_tell_apart(self) -> str:
-        """Why the environment model has nothing to learn from; "" where it has."""
+        """Return why the environment model has nothing to learn from; "" if it has."""
         if self.settings.proposer != "learned":
             return f"proposer is {self.settings.proposer!r}: no policy reads it"
         if not self.settings.joint_training:
@@ -67,7 +66,7 @@ class JointAgent(Agent):
 
     @property
     def _trained_towards(self) -> int:
-        """Epochs that pull the weights towards a structure."""
+        """Return the number of epochs that pull the weights towards a structure."""
         return 0 if self.trainer is None else self.schedule.joint + self.schedule.aligned
 
     def effects(self, result: SearchResult) -> dict[str, str]:
@@ -94,7 +93,7 @@ class JointAgent(Agent):
 
     def _search(self, run: SearchSession) -> SearchResult:
         search = JointSearch(run, self.settings, self.alignment)
-        if run.place.round:  # a budget was tightened: the weights stay, and what was learned serves
+        if run.place.round:  # a budget was tightened: the weights stay, and the search reuses what it has learned
             search.play_again()
             return search.choose()
 

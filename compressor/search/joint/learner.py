@@ -1,4 +1,4 @@
-"""The learning part of the joint agent: policy, replay, and the random numbers that they use."""
+"""The learning part of the joint agent: policy, replay, and their random numbers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from compressor.search.joint.environment_model import EnvironmentModel
 
 _Z_SHOWN = 8
-"""Numbers of z that get a curve of their own."""
+"""Number of components of z that get a curve."""
 
 
 class Learner:
-    """Remembers episodes and learns a policy from them.
+    """Stores episodes and learns a policy from them.
 
     Args:
-        env: read for its spaces.
-        settings: the method's numbers.
-        seed: of the networks and of all that is drawn.
+        env: Environment, read for its spaces.
+        settings: Settings of the method.
+        seed: Seed of the networks and of all draws.
 
     Attributes:
-        learned: what the environment model has learned: `updates`, `weights` (how many different ones it has seen
-            rewards of), `first_error` and `last_error` (mean squared, of scaled rewards); empty before it has.
+        learned: Progress of the environment model: `updates`, `weights` (number of different weights with rewards),
+            `first_error` and `last_error` (mean squared, of scaled rewards); empty before its first update.
     """
 
     def __init__(self, env: PruningEnv, settings: JointSettings, seed: int) -> None:
@@ -57,20 +57,20 @@ class Learner:
         return EnvironmentModel(self._env.context_size, self.settings.hidden, self.settings.decoder_rate)
 
     def begin_epoch(self, epoch: int) -> None:
-        """From here on episodes are played on the weights of `epoch`: show the policy its z."""
+        """Play episodes on the weights of `epoch` from now on: pass its z to the policy."""
         self._epoch = epoch
         if self.model is not None:
             self.model.reach(epoch)
             self._show()
 
     def _show(self) -> None:
-        """Describe all epochs by the model as it is now: in the replay, and for the episodes to come."""
+        """Update the z of all epochs with the current model: in the replay, and for the next episodes."""
         if self.model is not None:
             self.sac.replay_buffer.contexts = self.model.plain_contexts()
             self._env.context = self.sac.replay_buffer.contexts[self._epoch]
 
     def _note(self, errors: list[float]) -> None:
-        """Keep what the environment model has learned: its error in the first updates of all and in the last."""
+        """Record the environment model's error in its first updates and in the last ones."""
         few = max(1, len(errors) // 10)
         learned = self.learned
         learned.setdefault("first_error", sum(errors[:few]) / few)
@@ -79,7 +79,7 @@ class Learner:
         learned["weights"] = self._epoch + 1
 
     def policy(self, *, deterministic: bool = False) -> Policy:
-        """The policy as it is now; the ratio that it asks for, before the bounds move it."""
+        """Return the current policy, which gives the requested ratio before the bounds clip it."""
 
         def act(observation: Observation, legal: LegalWidths) -> float:
             with self.randomness.active():
@@ -89,7 +89,7 @@ class Learner:
         return act
 
     def remember(self, episode: Episode) -> None:
-        """Store an episode that was played on the weights of the epoch at hand."""
+        """Store an episode that was played on the weights of the current epoch."""
         for transition in episode.transitions:
             actions = {
                 transition.action,
@@ -100,11 +100,11 @@ class Learner:
                 self.sac.replay_buffer.add_step(transition, scaled, episode.candidate.reward, self._epoch)
 
     def learn(self, episodes: int) -> dict[str, float]:
-        """Update environment model, actor and critics for so many new episodes; returns the losses."""
+        """Update environment model, actor and critics for this number of new episodes; return the losses."""
         losses: dict[str, float] = {}
         updates = self.settings.updates_per_episode * episodes
         with self.randomness.active():
-            if self.model is not None and self.model.epochs > 1:  # one epoch alone has nothing to tell apart
+            if self.model is not None and self.model.epochs > 1:  # a single epoch has no differences to learn
                 decoder_updates, batch = self.settings.decoder_updates, self.settings.batch
                 errors = self.model.learn(self.sac.replay_buffer, decoder_updates, batch)
                 losses["agent/decoder_loss"] = sum(errors) / len(errors)
@@ -123,7 +123,7 @@ class Learner:
         }
 
     def state(self) -> dict[str, Any]:
-        """All of it, as tensors and plain values."""
+        """Return the complete state, as tensors and plain values."""
         return {
             "sac": self.sac.state(),
             "model": None if self.model is None else self.model.state(),
@@ -134,17 +134,17 @@ class Learner:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` returned.
+        """Restore what `state` returned.
 
         Raises:
-            CompressorError: it was written with an environment model of another size, or with none.
+            CompressorError: It was written with an environment model of another size, or without one.
         """
         stored = 0 if state["model"] is None else int(state["model"]["weights"]["gru.weight_hh_l0"].shape[1])
         if stored != self._env.context_size:
             raise CompressorError(
                 f"The search's state has a context of {stored} numbers, the environment one of "
                 f"{self._env.context_size}.",
-                "Go on with the settings it was begun with, or delete it.",
+                "Continue with the original settings, or delete it.",
             )
         if self.model is not None:
             self.model.restore(state["model"])

@@ -1,4 +1,4 @@
-"""The joint method as arXiv 2403.19490 has it, setting by setting."""
+"""The settings of the joint method as published in arXiv 2403.19490."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ PUBLISHED = (
         why="the replay starts from good plans",
     ),
     Published(
-        "episodes that fill the replay", "fill_episodes", 100, why="as many as a search of minutes bears"
+        "episodes that fill the replay", "fill_episodes", 100, why="a search of minutes has no time for more"
     ),
     Published(
         "reward of a step",
         "returns",
         "bootstrapped",
-        why="tens of episodes are too few to carry the last step's reward back through all groups",
+        why="tens of episodes are too few to propagate the last step's reward back through all groups",
     ),
     Published(
         "rewards standardised",
@@ -49,7 +49,7 @@ PUBLISHED = (
         "actions stored as asked, too",
         "store_asked",
         False,
-        why="else the critics never see actions beyond the bounds",
+        why="otherwise the critics never see actions beyond the bounds",
     ),
     Published(
         "plan that the weights are pulled towards",
@@ -82,7 +82,7 @@ PUBLISHED = (
         "smallest share of a group",
         "pruning.min_share",
         0.0,
-        why="a group of a few channels cannot be trained back",
+        why="a group of a few channels does not recover in training",
     ),
     Published(
         "images that score a plan", "search.search_images", None, why="scoring is most of the search's time"
@@ -104,8 +104,8 @@ PUBLISHED = (
         "training.distill_weight",
         0.0,
         mentioned=False,
-        why="the dense network is there to teach",
+        why="the dense network is available as a teacher",
     ),
     Published("weights at the start", "weights", "none"),
 )
-"""In the order of the page. What the source leaves open (discount, updates for each episode) is not compared."""
+"""In the order of the page. Values that the source does not state (discount, updates per episode) are left out."""

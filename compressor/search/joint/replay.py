@@ -18,16 +18,16 @@ _ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "
 
 
 class EpochReplay(ReplayBuffer):
-    """Stable-Baselines3's replay, where each transition has its weights' epoch and its episode's reward.
+    """Stable-Baselines3's replay, with each transition's epoch of the weights and its episode's reward.
 
     When transitions are drawn, the context at the end of their observations is filled in from `contexts`, which the
-    owner keeps up with its model of the environment: what was seen in an early epoch is described as it is understood
-    now. Rewards are stored as they were and scaled when drawn.
+    owner updates with its environment model: observations of an early epoch get the current description of that epoch.
+    Rewards are stored unscaled and scaled when drawn.
 
     Attributes:
-        contexts: (epochs, context size); no rows where there is no context.
-        centre, scale: rewards are drawn as (reward - centre) / scale.
-        whole_returns: whether every transition is drawn as if it were the last, with its episode's reward.
+        contexts: (epochs, context size); no rows without context.
+        centre, scale: Rewards are drawn as (reward - centre) / scale.
+        whole_returns: Whether every transition is drawn as if it were the last, with its episode's reward.
     """
 
     def __init__(self, *args: Any, whole_returns: bool = True, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ class EpochReplay(ReplayBuffer):
         self.returns = np.zeros((self.buffer_size, 1), dtype=np.float32)
 
     def add_step(self, transition: Transition, action: float, earned: float, epoch: int) -> None:
-        """Store a step: its action as the networks see it, in [-1, 1], and what its episode earned."""
+        """Store a step: its action as the networks see it, in [-1, 1], and its episode's reward."""
         self.epochs[self.pos] = epoch
         self.returns[self.pos] = earned
         self.add(
@@ -79,11 +79,11 @@ class EpochReplay(ReplayBuffer):
         )
 
     def draw_returns(self, batch: int, features: int) -> tuple[torch.Tensor, ...]:
-        """Transitions as the environment model wants them.
+        """Draw transitions for the environment model.
 
         Returns:
-            the first `features` numbers of the observations (batch, features), actions (batch, 1), epochs
-            (batch,) and the rewards of their episodes, scaled, (batch,).
+            The first `features` numbers of the observations (batch, features), actions (batch, 1), epochs
+            (batch,) and the scaled rewards of their episodes, (batch,).
         """
         drawn = np.random.randint(0, self.size(), size=batch)
         return (
@@ -94,12 +94,12 @@ class EpochReplay(ReplayBuffer):
         )
 
     def state(self) -> dict[str, Any]:
-        """The transitions stored, as tensors."""
+        """Return the stored transitions, as tensors."""
         arrays = {name: torch.from_numpy(getattr(self, name)[: self.size()].copy()) for name in _ARRAYS}
         return {**arrays, "position": self.pos, "full": self.full, "centre": self.centre, "scale": self.scale}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Restore what `state` returned."""
         for name in _ARRAYS:
             stored = state[name].numpy()
             getattr(self, name)[: len(stored)] = stored

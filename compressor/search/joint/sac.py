@@ -1,4 +1,4 @@
-"""Soft actor-critic with the paper's numbers, from Stable-Baselines3."""
+"""Soft actor-critic with the paper's settings, from Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class PruningSac(SAC):
-    """SAC whose actor and critics have learning rates of their own; `learn` is not used, `train` is.
+    """SAC with separate learning rates of actor and critics; `train` is used, `learn` is not.
 
     Args:
-        env: read for its spaces only.
-        settings: the networks' and the updates' numbers.
+        env: Environment, read for its spaces only.
+        settings: Settings of the networks and the updates.
     """
 
     replay_buffer: EpochReplay
@@ -50,7 +50,7 @@ class PruningSac(SAC):
                 group["lr"] = rate
 
     def state(self) -> dict[str, Any]:
-        """Networks, optimisers and replay, as tensors and plain values."""
+        """Return networks, optimizers and replay, as tensors and plain values."""
         return {
             "policy": self.policy.state_dict(),
             "actor_optimizer": self.actor.optimizer.state_dict(),
@@ -60,7 +60,7 @@ class PruningSac(SAC):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Restore what `state` returned."""
         self.policy.load_state_dict(state["policy"])
         self.actor.optimizer.load_state_dict(state["actor_optimizer"])
         self.critic.optimizer.load_state_dict(state["critic_optimizer"])

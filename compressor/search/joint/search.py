@@ -1,4 +1,4 @@
-"""The steps of which the joint agent's search is made."""
+"""The steps of the joint agent's search."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 
 class JointSearch:
-    """One search: the run, what learns, and the structure that is favoured.
+    """One search: the session, the learner, and the favored structure.
 
     Args:
-        run: keeps place, time and checkpoint; restored from one, this is restored too.
-        settings: the method's numbers.
-        alignment: from a plan to the regulariser that pulls the weights towards it; None for none.
+        run: Session with progress, time and checkpoint; if it was restored from one, the search is restored too.
+        settings: Settings of the method.
+        alignment: Maps a plan to the regularizer that pulls the weights towards it; None for none.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class JointSearch:
     # The steps, in the order of the method.
 
     def measure_groups(self, points: int) -> None:
-        """For the warm start, measure what pruning each group alone costs."""
+        """For the warm start, measure the cost of pruning each group alone."""
         if points:
             self._sensitivity = Sensitivity(self.run, self._allocator.levels, points)
             self._sensitivity.losses = self._losses
             self._sensitivity.measure()
 
     def fill_replay(self, episodes: int, reserve: int) -> None:
-        """Play random plans at the budget, the uniform one first, and learn from them; the weights rest.
+        """Play random plans at the budget, the uniform one first, and learn from them; the weights stay fixed.
 
         With a warm start, knapsack plans follow the uniform one, and the second half of the rest lies near the best.
         """
@@ -95,7 +95,7 @@ class JointSearch:
             self.learn()
 
     def play(self, episodes: int, reserve: int) -> None:
-        """Play a block of joint episodes: the policy's, and some that vary the best plan of the moment."""
+        """Play a block of joint episodes: the policy's, and some that vary the currently best plan."""
         with progress.bar("Playing episodes", total=episodes) as bar:
             for _ in range(episodes):
                 if self.run.spent(reserve):
@@ -104,7 +104,7 @@ class JointSearch:
                 bar.advance(note=f"{candidate.accuracy:.1%}")
 
     def learn(self) -> None:
-        """Update the policy for the episodes played since the last time."""
+        """Update the policy for the episodes played since the last update."""
         if self._new_episodes and self._learns:
             losses = self.learner.learn(self._new_episodes)
             if self.learner.learned:
@@ -113,9 +113,9 @@ class JointSearch:
         self._new_episodes = 0
 
     def favour(self, reserve: int) -> None:
-        """Favour the best plan on the present weights: of this round's, the policy's and the last favoured.
+        """Favor the best plan on the current weights: of this round's, the policy's and the last favored.
 
-        The paper favours the policy's own; after tens of episodes that is seldom the best that was seen.
+        The paper favors the policy's own; after tens of episodes that is seldom the best plan so far.
         """
         policys: Candidate | None = None
         if self._learns and not self.run.spent(reserve):
@@ -125,7 +125,7 @@ class JointSearch:
         else:
             if self._favoured is not None and not self.run.spent(reserve):
                 best = best_on_weights(self.run)
-                # Only whether it beats the best matters here, and the replay does not get it.
+                # Only whether it beats the best matters here, and it does not go into the replay.
                 self.run.score(self._favoured, "favoured", floor=None if best is None else best.reward)
             self._favoured = self._best_now()
         shares = self._favoured / self.env.bounds.dense
@@ -136,7 +136,7 @@ class JointSearch:
         )
 
     def train_joint_epoch(self) -> None:
-        """One epoch of training that pulls the weights towards the favoured structure; none where the time is up."""
+        """Train one epoch that pulls the weights towards the favored structure; none after the time limit."""
         if self.run.late:
             return
         self._target = None
@@ -146,7 +146,7 @@ class JointSearch:
         self._begin_epoch()
 
     def train_aligned(self) -> None:
-        """The last epochs, towards the favoured structure; what is played after them is on their weights."""
+        """Train the last epochs, towards the favored structure; later episodes are on their weights."""
         self.align_to_favoured()
         epochs = self.run.agent.schedule.aligned
         self.run.train("aligned", epochs, "Training towards the chosen structure")
@@ -156,7 +156,7 @@ class JointSearch:
         self.learner.begin_epoch(max(0, self.run.place.epoch - self.run.agent.schedule.warmup))
 
     def align_to_favoured(self) -> None:
-        """Set the trainer's regulariser to the favoured structure; to the same channels after a resume."""
+        """Set the trainer's regularizer to the favored structure; to the same channels after a resume."""
         trainer = self.run.agent.trainer
         if trainer is None or self._alignment is None or self._favoured is None:
             return
@@ -169,7 +169,7 @@ class JointSearch:
         self.run.curves.add(self.run.place.epoch, {"training/align_weight": weight})
 
     def play_again(self) -> None:
-        """Search on with tightened budgets: near the best plan so far, scaled to them."""
+        """Continue with tightened budgets: near the best plan so far, scaled to them."""
         self._favoured = next(from_earlier_rounds(self.run))
         for step in self.run.remaining("again", self.settings.again_episodes):
             if self.run.spent(reserve=1):
@@ -185,7 +185,7 @@ class JointSearch:
             self.run.done("again")
 
     def play_out(self, blocks: int) -> None:
-        """On the final weights, use the evaluations that plans known before have saved; the choice keeps its own."""
+        """Spend the evaluations that known plans have saved, on the final weights, except those of the choice."""
         for _ in self.run.remaining("out", 4 * blocks):
             unknown = sum(not self.env.known(widths) for widths in self._shortlist())
             reserve = unknown + bool(unknown)  # and the policy's own
@@ -207,7 +207,7 @@ class JointSearch:
         return self._ended(self.run.choose(self._shortlist()))
 
     def _shortlist(self) -> list[list[int]]:
-        """The best plan now, the favoured one, the best few so far and the uniform one; each once."""
+        """Return the currently best plan, the favored one, the best few so far and the uniform one; each once."""
         found: list[Any] = [self._best_now(), *([] if self._favoured is None else [self._favoured])]
         found += [*best_known(self.run, self.settings.shortlist), uniform_or_cheapest(self.env)]
         return [list(each) for each in dict.fromkeys(tuple(map(int, widths)) for widths in found)]
@@ -217,7 +217,7 @@ class JointSearch:
             self.run.agent.trainer.regulariser = None
         return result
 
-    # What they are made of.
+    # Their helpers.
 
     def _episode(self, policy: Policy, phase: str) -> Candidate:
         episode = self.run.episode(policy, phase)
@@ -230,7 +230,7 @@ class JointSearch:
         return self.settings.proposer == "learned"
 
     def _proposed(self) -> Candidate:
-        """The next joint episode: the policy's, one near the best, or what stands in the agent's place."""
+        """Play the next joint episode: the policy's, one near the best, or that of the agent's substitute."""
         if not self._learns:
             return self._episode(follow(self._instead()), "joint")
         if self.learner.generator.random() < self.settings.near_share:
@@ -238,13 +238,13 @@ class JointSearch:
         return self._episode(self.learner.policy(), "joint")
 
     def _nearby(self, phase: str) -> Candidate:
-        """An episode of a plan near the best of the moment."""
+        """Play an episode of a plan near the currently best."""
         widths = self._near.next(self._best_now())
         self.env.ahead([widths, *self._near.coming])
         return self._episode(follow(widths), phase)
 
     def _instead(self, generator: np.random.Generator | None = None) -> Widths:
-        """What is played in the place of an agent that learns, and fills its replay."""
+        """Return the plan to play instead of a learning agent's, or to fill its replay."""
         if self.settings.proposer == "uniform":
             return uniform_or_cheapest(self.env)
         return random_widths(self.env, generator or self.learner.generator)
@@ -252,9 +252,9 @@ class JointSearch:
     def _foreseen(
         self, widths: Widths, step: int, episodes: int, solved: dict[int, Widths]
     ) -> Iterator[Widths]:
-        """What the episode of these widths ends with, and those of the steps of the fill that follow this one.
+        """Yield the widths that this episode ends with, and those of the following steps of the fill.
 
-        Nothing is drawn from the generator. Plans that are solved for are kept in `solved`: no step changes them.
+        Nothing is drawn from the generator. Solved plans are stored in `solved`: no step changes them.
         """
         yield followed(self.env, widths)
         generator = copy.deepcopy(self.learner.generator)
@@ -269,13 +269,13 @@ class JointSearch:
             yield from self._near.coming
 
     def _solved_for(self, step: int) -> bool:
-        """Whether neither chance nor the plans before this step of the fill decide its plan."""
+        """Return whether neither chance nor earlier plans determine the plan of this step of the fill."""
         if not self.settings.measures_groups or step > 1 + len(POWERS):
             return False
         return step != 1 or (self._sensitivity is not None and self._sensitivity.complete)
 
     def _is_near(self, step: int, episodes: int) -> bool:
-        """Whether this step of the fill plays a plan near the best."""
+        """Return whether this step of the fill plays a plan near the best."""
         first = 2 + len(POWERS)
         return self.settings.measures_groups and step >= first + (episodes - first) // 2
 
@@ -294,7 +294,7 @@ class JointSearch:
         return self._instead(generator)
 
     def _best_now(self) -> Widths:
-        """The best plan on the weights as they are, else the favoured one, else the uniform one."""
+        """Return the best plan on the current weights, else the favored one, else the uniform one."""
         best = best_on_weights(self.run)
         if best is not None:
             return np.array(best.widths, dtype=np.int64)

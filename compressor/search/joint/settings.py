@@ -1,4 +1,4 @@
-"""What can be set on the joint agent."""
+"""Settings of the joint agent."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _CHOICES = {
     "proposer": ("learned", "random", "uniform"),
 }
 BLOCK = 10
-"""Episodes between two saves and two spells of learning."""
+"""Number of episodes between two saves, and between two updates of the policy."""
 
 ENVIRONMENT_MODEL = "environment model"
 LEARNED = ("updates", "weights", "first_error", "last_error")
-"""What is kept of its learning; see `Learner.learned`."""
+"""Records of its learning; see `Learner.learned`."""
 
 
 @dataclass(frozen=True)
 class JointSettings:
-    """Numbers of the method; where arXiv 2403.19490 gives one, it is the default, except where said.
+    """Settings of the method; the defaults are those of arXiv 2403.19490, except where stated.
 
     Attributes:
         fill_episodes: plans that fill the replay before the policy acts (the paper: 100, all random; 20 suits a
@@ -54,18 +54,18 @@ class JointSettings:
             picks it (`search/reward_model.py`). 1 leaves it to chance.
         warm_start: whether the replay is filled with knapsack plans and plans near the best, besides random
             ones.
-        scale_rewards: whether the critics see rewards with mean 0 and deviation 1 instead of plain accuracies.
-        favour: which plan the weights are pulled towards: the "best" scored on the present weights, or the
+        scale_rewards: Whether the critics see rewards with mean 0 and deviation 1 instead of plain accuracies.
+        favour: Plan towards which the weights are pulled: the "best" scored on the current weights, or the
             deterministic "policy"'s, as in the paper.
-        rescore: whether the best few are scored again on the final weights; else the plan that once earned the
-            most is taken, on whatever weights that was.
-        joint_training: whether the epochs of the joint and the aligned phase come between the rounds of episodes;
-            else all of them come first, without alignment, and the weights rest while plans are looked for.
-        proposer: what the episodes follow: what was "learned", "random" plans at the budget, as many, or the
-            "uniform" plan alone. The latter two leave everything else as it is, and are there to be compared with.
-        decoder_updates: updates of the environment model before each spell of the policy's learning, from the
+        rescore: Whether the best few are scored again on the final weights; otherwise the plan with the highest
+            reward is chosen, on whatever weights it was scored.
+        joint_training: Whether the epochs of the joint and the aligned phase come between the rounds of episodes;
+            otherwise all of them come first, without alignment, and the weights stay fixed during the episodes.
+        proposer: What the episodes follow: the "learned" policy, the same number of "random" plans at the budget, or
+            the "uniform" plan alone. The latter two change nothing else, and serve as baselines.
+        decoder_updates: Updates of the environment model before each update of the policy, from the
             second joint round on (`search.context_size` is its size).
-        decoder_rate: learning rate of the environment model.
+        decoder_rate: Learning rate of the environment model.
     """
 
     fill_episodes: int = 20
@@ -123,10 +123,10 @@ class JointSettings:
                 raise CompressorError(f"The setting {name} is {getattr(self, name)}, expected 0 to 1.")
 
     def unread(self, *, environment_model: bool) -> dict[str, str]:
-        """By their names, the settings without effect beside the others, with the reason.
+        """Return the settings without effect in combination with the others: name -> reason.
 
         Args:
-            environment_model: whether there is one that learns.
+            environment_model: Whether there is one that learns.
         """
         found = {}
         if self.returns == "episode":
@@ -146,20 +146,20 @@ class JointSettings:
 
     @property
     def measures_groups(self) -> bool:
-        """Whether the replay starts from the groups' measured effects and from plans made of them."""
+        """Whether the replay starts from the groups' measured effects and from plans based on them."""
         return self.warm_start and self.proposer == "learned"
 
 
 @dataclass(frozen=True)
 class EpisodePlan:
-    """How many episodes each phase gets.
+    """Number of episodes in each phase.
 
     Attributes:
-        points: evaluations of each group alone, for the warm start.
-        fill: those that fill the replay.
-        rounds: rounds of joint episodes, each followed by an epoch of training if there is one.
-        per_round: episodes of a round, that of the deterministic policy included.
-        reserve: evaluations put by for the final choice.
+        points: Evaluations of each group alone, for the warm start.
+        fill: Episodes that fill the replay.
+        rounds: Rounds of joint episodes, each followed by an epoch of training if there is one.
+        per_round: Episodes of a round, including the deterministic policy's.
+        reserve: Evaluations reserved for the final choice.
     """
 
     points: int
@@ -170,20 +170,20 @@ class EpisodePlan:
 
     @property
     def blocks(self) -> int:
-        """Blocks of a round; the policy learns after each, and the search can be resumed there."""
+        """Number of blocks per round; the policy learns after each, and the search can be resumed there."""
         return max(1, math.ceil((self.per_round - 1) / BLOCK))
 
     def block_episodes(self, block: int) -> int:
-        """Episodes of a block, counted through all rounds; the round's last is the deterministic policy's."""
+        """Return the episodes of a block, counted over all rounds; a round's last one is the deterministic policy's."""
         return min(BLOCK, self.per_round - 1 - BLOCK * (block % self.blocks))
 
     def ends_round(self, block: int) -> bool:
-        """Whether a block, counted through all rounds, is the last of its round."""
+        """Return whether a block, counted over all rounds, is the last of its round."""
         return (block + 1) % self.blocks == 0
 
 
 def plan_episodes(settings: JointSettings, joint_epochs: int, limits: Limits, groups: int) -> EpisodePlan:
-    """Share the evaluations out between the phases.
+    """Divide the evaluations between the phases.
 
     >>> plan_episodes(JointSettings(), 2, Limits(max_evaluations=100, use_all=True), groups=10)
     EpisodePlan(points=2, fill=20, rounds=2, per_round=25, reserve=8)
@@ -202,7 +202,7 @@ def plan_episodes(settings: JointSettings, joint_epochs: int, limits: Limits, gr
     if most is None:
         return EpisodePlan(points, fill_episodes, rounds, settings.episodes_per_epoch, reserve)
     reserve = max(1, min(reserve, most // 4))
-    rescored = rounds - 1  # the favoured plan is scored again in each round, on weights that have moved
+    rescored = rounds - 1  # the favored plan is scored again in each round, because the weights have changed
     free = max(1, most - reserve - rescored - points * groups - bool(points))
     fill = min(fill_episodes, max(1, free // 3 + fill_episodes - settings.fill_episodes))
     per_round = max(1, (free - fill) // rounds)
