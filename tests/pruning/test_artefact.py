@@ -126,7 +126,7 @@ def test_a_network_without_a_reference_is_loaded_by_its_function(tmp_path: Path)
     plan = space.uniform(0.5)
     small = space.apply(plan)
     save(small, plan, tmp_path)
-    with pytest.raises(CompressorError, match=r"Local, and no reference.*factory=build"):
+    with pytest.raises(CompressorError, match=r"Local, without a reference.*factory=build"):
         load(tmp_path)
     assert torch.equal(load(tmp_path, factory=build)(example), small(example))
 
@@ -143,7 +143,7 @@ def test_loading_imports_nothing_that_a_file_names(tmp_path: Path, monkeypatch: 
     named = ("trap:net", "torchvision.models.resnet:partial", "timm:hf-hub:a/b", "timm:local-dir:/tmp", "os:system")
     for name in named:
         _edited(tmp_path / "run", factory={"factory": name, "kwargs": {"num_classes": 5}})
-        with pytest.raises(CompressorError, match=r"code that is named in a file is not imported|has no model called"):
+        with pytest.raises(CompressorError, match=r"a file is not imported|has no model called"):
             load(tmp_path / "run")
     assert not marker.exists()
     assert load(tmp_path / "run", factory=zoo)(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
@@ -201,7 +201,7 @@ def _edited(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": "other"}, "is no compressor-slim file"),
+        ({"format": "other"}, "is not a compressor-slim file"),
         ({"version": 99}, "version 99"),
         ({"weights": lambda w: {**w, "file": "../model.safetensors"}}, "outside its folder"),
         ({"weights": lambda w: {**w, "file": "/etc/passwd"}}, "outside its folder"),
@@ -255,7 +255,7 @@ def test_broken_files_and_links_are_refused(
     slim: tuple[nn.Module, ChannelPlan, Tensor], tmp_path: Path
 ) -> None:
     small, plan, _ = slim
-    with pytest.raises(CompressorError, match=r"holds no channels\.json"):
+    with pytest.raises(CompressorError, match=r"contains no channels\.json"):
         load(tmp_path, factory=zoo)
     save(small, plan, tmp_path, factory=ZOO)
     weights = tmp_path / "model.safetensors"
