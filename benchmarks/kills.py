@@ -407,7 +407,9 @@ def warm_up() -> None:
 
     import torch
 
-    for name in ("cli", "delivery", "pipeline", "precisions", "report.html", "training.loop", "agents.registry"):
+    for name in (
+        "cli", "run.delivery", "run.pipeline", "run.precisions", "report.html", "training.loop", "search.registry"
+    ):
         import_module(f"compressor.{name}")
     for name in ("onnxruntime", "sklearn.datasets", "torchvision", "export.to_onnx", "export.parity"):
         import_module(name)

@@ -268,11 +268,11 @@ def tighten(run: RunDir, job: Job) -> bool:
 
 def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
     """Train the slim network with the dense one as teacher, and write it as the run's artifact."""
-    from compressor.pruning.artefact import load, save
+    from compressor.pruning.artefact import save
     from compressor.search.evaluate import accuracy
 
     if run.finished("finetune"):
-        return load(run.path, factory=job.recipe.model, device=job.torch_device)
+        return _saved(run, job)
     epochs = int(job.recipe.epochs or 0) - search_epochs(job)
     slim = job.space.apply(plan)
     checkpoint = run.checkpoint("finetune")
@@ -302,7 +302,15 @@ def finetune(run: RunDir, job: Job, plan: ChannelPlan) -> nn.Module:
         save(slim, plan, run.path, factory=job.factory, extra=job.data.facts())
         run.save(training=history)
         say(f"The slim network's test accuracy is {finetuned:.2%}.")
-    return slim
+    # what is exported is what the files hold, in this process as in one that resumes here
+    return _saved(run, job)
+
+
+def _saved(run: RunDir, job: Job) -> nn.Module:
+    """Read the slim network from the run's files."""
+    from compressor.pruning.artefact import load
+
+    return load(run.path, factory=job.recipe.model, device=job.torch_device)
 
 
 def _note_accuracy(run: RunDir, **values: Any) -> None:

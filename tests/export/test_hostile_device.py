@@ -144,7 +144,7 @@ def test_a_flood_takes_no_memory() -> None:
 
 def _tar(write: Callable[[gzip.GzipFile], object]) -> bytes:
     buffer = io.BytesIO()
-    with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1) as file:
+    with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1, mtime=0) as file:
         write(file)
     return buffer.getvalue()
 
@@ -165,6 +165,7 @@ def _header(kind: bytes, size: int, name: str = "b/file") -> bytes:
         (_tar(lambda file: file.write(_header(b"0", 0) * 300)), "unpacks to more than"),
         (_tar(lambda file: file.write(_header(b"0", 5000))), "no whole"),
     ],
+    ids=["extended header", "long name", "headers in a row", "large", "many", "cut short"],
 )
 def test_archives_without_bounds(
     tmp_path: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
