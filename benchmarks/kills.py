@@ -409,7 +409,10 @@ def warm_up() -> None:
 
     for name in ("cli", "delivery", "pipeline", "precisions", "report.html", "training.loop", "agents.registry"):
         import_module(f"compressor.{name}")
-    for name in ("onnxscript", "onnxruntime", "sklearn.datasets", "torchvision", "export.to_onnx", "export.parity"):
+    for name in (
+        "onnxscript", "onnxruntime", "sklearn.datasets", "torchvision",
+        "export.convert.to_onnx", "export.convert.parity",
+    ):  # fmt: skip
         import_module(name)
     torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from compressor.core.progress import say
 from compressor.run.exports import Finished, Request, check, export_format
 from compressor.run.folder import RunDir
 from compressor.run.onnx_files import MODEL, drawn
-from export.targets import find_target
+from export.device.targets import find_target
 
 REFERENCE_IMAGES = 8
 
@@ -41,9 +41,9 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
         bundle: NAME.tar.gz.
         wanted: its precision is made where the run lacks it.
     """
-    from export.bundle import make_bundle
-    from export.ort import open_session, run_session
-    from export.reference import Reference
+    from export.convert.ort import open_session, run_session
+    from export.device.bundle import make_bundle
+    from export.engine.reference import Reference
 
     board = find_target(target)
     if wanted is not None:
@@ -100,8 +100,8 @@ def export_over_ssh(
     Raises:
         CompressorError, ExportError: as `export_bundle`, the bundle is another run's, or ssh does not get there.
     """
-    from export.connection import parse_destination
-    from export.remote import run_remote
+    from export.device.connection import parse_destination
+    from export.device.remote import run_remote
 
     parse_destination(address)
     find_target(board)
@@ -124,7 +124,7 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
         CompressorError, ExportError: it does not belong there, or a network failed on the board; what came of the
             others is in the manifest then.
     """
-    from export.bundle_results import read_results
+    from export.device.bundle_results import read_results
 
     with closing(Finished.open(folder)) as finished:
         run = finished.run
@@ -155,14 +155,14 @@ def _precisions(run: RunDir, wanted: Request | None) -> list[str]:
 
 def _rest_of(path: Path) -> str:
     """What an INT8 file computes in outside of INT8."""
-    from export.onnx_header import read_header
+    from export.convert.onnx_header import read_header
 
     return read_header(path).metadata.get("rest", "fp32")
 
 
 def _require_own(bundle: Path, run: RunDir) -> None:
     """Refuse a bundle that was made of another run."""
-    from export.archive import require_checksums, unpack
+    from export.device.archive import require_checksums, unpack
 
     files = unpack(bundle)
     require_checksums(files, bundle)

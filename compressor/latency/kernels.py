@@ -18,7 +18,7 @@ from compressor.core.errors import CompressorError
 from compressor.latency.graph import FileNode, file_nodes, macs_of
 from compressor.latency.noise import middle, timed, undisturbed
 from compressor.latency.ort_profile import profiled_runs, tag, tag_of
-from export.bench import OnnxRunner
+from export.engine.bench import OnnxRunner
 
 ROUNDS = 2
 """Each network is profiled this often, in turns with the others, so that a slow moment does not strike one alone."""

@@ -17,10 +17,10 @@ from compressor.run.folder import RunDir
 from compressor.run.inputs import load_images
 from compressor.run.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, drawn, metadata_of
 from compressor.run.precisions import record, write_precision
-from export.batches import ONE, Batch
-from export.build_settings import BuildSettings
+from export.convert.batches import ONE, Batch
+from export.device.targets import find_target
+from export.engine.build_settings import BuildSettings
 from export.files import read_bytes, write_bytes
-from export.targets import find_target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -167,8 +167,8 @@ class Finished:
         import torch
 
         from compressor.run.onnx_files import scored
-        from export.parity import check_parity
-        from export.to_onnx import export_onnx
+        from export.convert.parity import check_parity
+        from export.convert.to_onnx import export_onnx
 
         shape = (1 if request.batch.open else request.batch.most, *self.data.input_shape)
         opset = self._opset(request)
@@ -251,7 +251,7 @@ def _engine(finished: Finished, onnx: Path, request: Request) -> Generator[str, 
     """Build the engine of a file; where it lies."""
     from dataclasses import replace
 
-    from export.onnx_header import read_header
+    from export.convert.onnx_header import read_header
 
     profile = request.batch.profile(read_header(onnx).shapes)
     capability = request.compute_capability or (
@@ -274,7 +274,7 @@ def _engine(finished: Finished, onnx: Path, request: Request) -> Generator[str, 
 def _torch_file(finished: Finished, request: Request) -> tuple[Path, list[str]]:
     import torch
 
-    from export import torch_formats
+    from export.convert import torch_formats
 
     example, model = torch.zeros(1, *finished.data.input_shape), finished.model
     script = request.format == "torchscript"
@@ -287,7 +287,7 @@ def _torch_file(finished: Finished, request: Request) -> tuple[Path, list[str]]:
         else:
             batch, facts = request.batch, finished.metadata()
             info = torch_formats.export_program(model, example, trial, batch=batch, metadata=facts)
-            loaded, how = torch_formats.load_program(trial), "export.torch_formats.load_program"
+            loaded, how = torch_formats.load_program(trial), "export.convert.torch_formats.load_program"
         parity = torch_formats.check_loaded(
             loaded, model, finished.images(), path.name, batch=request.batch.usual
         )

@@ -15,7 +15,7 @@ from compressor.run.folder import RunDir
 if TYPE_CHECKING:
     from compressor.data import DataBundle, Split
     from compressor.recipe import Recipe
-    from export.build_settings import BuildSettings
+    from export.engine.build_settings import BuildSettings
 
 MODEL = "model.onnx"
 DENSE = "checkpoints/dense.onnx"
@@ -36,7 +36,7 @@ def scored(path: Path, data: DataBundle) -> tuple[float, int]:
     """
     import torch
 
-    from export.accuracy import accuracy_onnx
+    from export.convert.accuracy import accuracy_onnx
 
     seen = 0
 
@@ -77,7 +77,7 @@ def build_engine_of(
     Args:
         run: its folder takes the engine.
         onnx: the file.
-        module, compute_capability, settings: as in `export.engine.build_engine`.
+        module, compute_capability, settings: as in `export.engine.engine.build_engine`.
         must: whether it is an error where there is no builder or it refuses the network.
 
     Returns:
@@ -86,8 +86,8 @@ def build_engine_of(
     Raises:
         ExportError: there is no engine, though there must be one.
     """
-    from export.engine import available, why_not
-    from export.engine_cache import cached_engine
+    from export.engine.engine import available, why_not
+    from export.engine.engine_cache import cached_engine
     from export.errors import ExportError
 
     if available() is None and not must:
