@@ -45,7 +45,7 @@ from compressor.search.candidate import Limits, SearchResult
 from compressor.search.evaluate import accuracy, reestimate_batch_norm
 from compressor.search.registry import AGENTS, create_agent
 from compressor.search.schedule import Schedule
-from export.to_onnx import export_onnx
+from export.convert.to_onnx import export_onnx
 
 BUDGETS = ("latency:50%", "latency:30%", "params:50%", "params:30%")
 MODELS = ("cifar_resnet20", "cifar_resnet56", "cifar_mobilenet_v2", "cifar_vgg16_bn")

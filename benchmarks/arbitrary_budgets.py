@@ -38,7 +38,7 @@ def session_ms(module: nn.Module) -> float:
     import numpy as np
     import onnxruntime
 
-    from export.to_onnx import export_onnx
+    from export.convert.to_onnx import export_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"

@@ -26,13 +26,13 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 
-from export.engine import available, build_engine
+from export.convert.half import convert_half
+from export.convert.parity import check_parity, compare_outputs, onnx_outputs
+from export.convert.quantize import quantize_onnx
+from export.convert.to_onnx import export_onnx
+from export.engine.engine import available, build_engine
+from export.engine.trt import RTX
 from export.errors import ExportError
-from export.half import convert_half
-from export.parity import check_parity, compare_outputs, onnx_outputs
-from export.quantize import quantize_onnx
-from export.to_onnx import export_onnx
-from export.trt import RTX
 
 NETWORKS = (
     "alexnet", "vgg11_bn", "resnet18", "resnet50", "resnext50_32x4d", "densenet121", "googlenet", "inception_v3",

@@ -102,7 +102,7 @@ def arguments_of(command: str, run: Path, again: bool = False) -> list[str]:
     return [
         "--model", "benchmarks.kills:network", "--epochs", "2", "--latency", "70%", "--flops", "80%",
         "--out", str(run), "--set", "search.max_evaluations=6", "--set", "search.batch_norm_batches=1",
-        "--set", "contract.repeats=1", "--set", "contract.max_rounds=3", "--set", "export.engine=false",
+        "--set", "contract.repeats=1", "--set", "contract.max_rounds=3", "--set", "export.engine.engine=false",
     ]  # fmt: skip
 
 
@@ -411,7 +411,7 @@ def warm_up() -> None:
         "cli", "run.delivery", "run.pipeline", "run.precisions", "report.html", "training.loop", "search.registry"
     ):
         import_module(f"compressor.{name}")
-    for name in ("onnxruntime", "sklearn.datasets", "torchvision", "export.to_onnx", "export.parity"):
+    for name in ("onnxruntime", "sklearn.datasets", "torchvision", "export.convert.to_onnx", "export.convert.parity"):
         import_module(name)
     torch.set_num_threads(1)
 

@@ -15,17 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.batches import parse_batch
-from export.board import board_lines, board_state, describe_board
-from export.build_settings import DEFAULT_WORKSPACE, BuildSettings
-from export.cuda import find_device
-from export.engine import build_engine
-from export.engine_info import sidecar_path
+from export.convert.batches import parse_batch
+from export.convert.onnx_header import read_header
+from export.device.board import board_lines, board_state, describe_board
+from export.engine.build_settings import DEFAULT_WORKSPACE, BuildSettings
+from export.engine.cuda import find_device
+from export.engine.engine import build_engine
+from export.engine.engine_info import sidecar_path
+from export.engine.stats import LatencyStats, summarise
+from export.engine.trt import MODULES, available
 from export.errors import ExportError
 from export.files import sha256_file, write_json
-from export.onnx_header import read_header
-from export.stats import LatencyStats, summarise
-from export.trt import MODULES, available
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -156,13 +156,13 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def _times(options: argparse.Namespace) -> tuple[list[float], LatencyStats]:
     if _runtime(options) == ORT:
-        from export.bench import OnnxRunner, run_for
+        from export.engine.bench import OnnxRunner, run_for
 
         runner = OnnxRunner(options.onnx, threads=options.threads)
         runner.warm_up(options.warmup)
         times = run_for(runner, options.duration)
         return times, runner.summarise(times)
-    from export.runner import EngineRunner
+    from export.engine.runner import EngineRunner
 
     engine = EngineRunner(_engine_path(options))
     times = engine.times_ms(warmup_s=options.warmup, duration_s=options.duration)
@@ -194,20 +194,20 @@ def _in_processes(options: argparse.Namespace) -> tuple[list[float], LatencyStat
 
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
-    from export.parity import DEVICE_TOLERANCES, TOLERANCES
-    from export.reference import read_reference, verify
+    from export.convert.parity import DEVICE_TOLERANCES, TOLERANCES
+    from export.engine.reference import read_reference, verify
 
     header = read_header(options.onnx)
     reference = read_reference(options.reference or Path(options.onnx).with_name("reference.npz"))
     if _runtime(options) == ORT:
-        from export.parity import onnx_outputs
+        from export.convert.parity import onnx_outputs
 
         what, tolerance = str(options.onnx), TOLERANCES[header.precision]
 
         def run(inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
             return onnx_outputs(options.onnx, inputs, threads=options.threads)[0]
     else:
-        from export.runner import EngineRunner
+        from export.engine.runner import EngineRunner
 
         engine, what = EngineRunner(_engine_path(options)), str(_engine_path(options))
         if engine.info.onnx_sha256 != sha256_file(Path(options.onnx)):

@@ -134,8 +134,8 @@ class EnergyMeter(CachedValues):
     def _session(self, network: nn.Module) -> Runs:
         import torch
 
-        from export.ort import open_session
-        from export.to_onnx import export_onnx
+        from export.convert.ort import open_session
+        from export.convert.to_onnx import export_onnx
 
         example = torch.zeros(1, *self._space.example_input[0].shape[1:])
         with tempfile.TemporaryDirectory(prefix="compressor-energy-") as folder:
@@ -160,7 +160,7 @@ def find_counters(device: str, root: Path | None = None) -> Rapl:
     Raises:
         CompressorError: The device has no readable counters; the message gives the missing path and a remedy.
     """
-    from export.here import gpu_backend
+    from export.device.here import gpu_backend
 
     if device != "local" or gpu_backend() is not None:
         where = f"the device {device}" if device != "local" else "this machine's GPU"

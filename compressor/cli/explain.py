@@ -12,7 +12,7 @@ from compressor.core.files import sha256_file
 from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.folder import RunDir
-from export.here import CPU
+from export.device.here import CPU
 
 if TYPE_CHECKING:
     from rich.table import Table

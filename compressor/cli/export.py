@@ -84,7 +84,7 @@ def export(
     with friendly():
         from compressor.cli import on_board
         from compressor.run.exports import export_format
-        from export.batches import parse_batch
+        from export.convert.batches import parse_batch
 
         over_ssh = target is not None and target.startswith("ssh://")
         wanted = _request(
@@ -128,6 +128,6 @@ def export(
 
 def _request(fields: dict[str, Any], settings: dict[str, Any]) -> Request:
     from compressor.run.exports import Request
-    from export.build_settings import BuildSettings
+    from export.engine.build_settings import BuildSettings
 
     return Request(**fields, settings=BuildSettings(**settings))

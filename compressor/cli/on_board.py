@@ -16,7 +16,7 @@ from compressor.core.progress import say
 from compressor.run.exports import Finished, Request, check
 from compressor.run.folder import RunDir
 from compressor.run.onnx_files import MODEL, drawn
-from export.targets import find_target
+from export.device.targets import find_target
 
 REFERENCE_IMAGES = 8
 
@@ -32,9 +32,9 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
         bundle: NAME.tar.gz.
         wanted: Request whose precision is exported first if the run lacks it.
     """
-    from export.bundle import make_bundle
-    from export.ort import open_session, run_session
-    from export.reference import Reference
+    from export.convert.ort import open_session, run_session
+    from export.device.bundle import make_bundle
+    from export.engine.reference import Reference
 
     board = find_target(target)
     if wanted is not None:
@@ -91,8 +91,8 @@ def export_over_ssh(
     Raises:
         CompressorError, ExportError: As for `export_bundle`; or the bundle is another run's, or ssh fails.
     """
-    from export.connection import parse_destination
-    from export.remote import run_remote
+    from export.device.connection import parse_destination
+    from export.device.remote import run_remote
 
     parse_destination(address)
     find_target(board)
@@ -115,7 +115,7 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
         CompressorError, ExportError: They do not, or a network failed on the board; the manifest then has the results
             of the other networks.
     """
-    from export.bundle_results import read_results
+    from export.device.bundle_results import read_results
 
     with closing(Finished.open(folder)) as finished:
         run = finished.run
@@ -146,14 +146,14 @@ def _precisions(run: RunDir, wanted: Request | None) -> list[str]:
 
 def _rest_of(path: Path) -> str:
     """Return the precision of an INT8 file's other layers."""
-    from export.onnx_header import read_header
+    from export.convert.onnx_header import read_header
 
     return read_header(path).metadata.get("rest", "fp32")
 
 
 def _require_own(bundle: Path, run: RunDir) -> None:
     """Raise an error if a bundle belongs to another run."""
-    from export.archive import require_checksums, unpack
+    from export.device.archive import require_checksums, unpack
 
     files = unpack(bundle)
     require_checksums(files, bundle)

@@ -30,8 +30,8 @@ from compressor.latency.schema import (
 from compressor.latency.signature import Widths, channels, network_signature, signature_of, weight_elements
 from compressor.latency.surface import Floats, Surfaces, fit_surface
 from compressor.latency.table import LatencyTable
+from export.convert.to_onnx import DEFAULT_OPSET, export_onnx
 from export.errors import ExportError
-from export.to_onnx import DEFAULT_OPSET, export_onnx
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""The GPU backends that `export.here` finds on this machine, as devices that time networks.
+"""The GPU backends that `export.device.here` finds on this machine, as devices that time networks.
 
 Backends that report layer times also time the operators.
 """
@@ -17,16 +17,16 @@ import numpy.typing as npt
 from compressor.latency.fused import shares_of_layers
 from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork
 from compressor.latency.remote_bundle import Precision, in_precision, weighted_nodes
-from export.archive import CHECKSUMS
-from export.bench import OnnxRunner
-from export.cuda import find_device
+from export.convert.onnx_header import parse_header
+from export.device.archive import CHECKSUMS
+from export.device.here import CPU, PROVIDERS, TRTEXEC, USUAL, Backend, find_trtexec
+from export.device.targets import Target
+from export.device.timing_bundle import MANIFEST, SCRIPT, write_timing_bundle
+from export.device.timing_results import read_timings
+from export.engine.bench import OnnxRunner
+from export.engine.cuda import find_device
+from export.engine.trt import RTX
 from export.errors import ExportError
-from export.here import CPU, PROVIDERS, TRTEXEC, USUAL, Backend, find_trtexec
-from export.onnx_header import parse_header
-from export.targets import Target
-from export.timing_bundle import MANIFEST, SCRIPT, write_timing_bundle
-from export.timing_results import read_timings
-from export.trt import RTX
 
 _ONE = "network"
 
@@ -53,8 +53,8 @@ class TensorRt:
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
         """Build an engine, time it with GPU events, then profile its layers."""
-        from export.engine import build_engine
-        from export.runner import EngineRunner
+        from export.engine.engine import build_engine
+        from export.engine.runner import EngineRunner
 
         with tempfile.TemporaryDirectory(prefix="compressor-engine-") as folder:
             path, engine = Path(folder) / "network.onnx", Path(folder) / "network.engine"

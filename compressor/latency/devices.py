@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from compressor.latency.schema import BLOCKS
 from compressor.latency.surface import ALIGNMENT
 from compressor.latency.table import LOCAL, LatencyTable, shipped_tables, user_tables
-from export.here import ORT_CUDA
+from export.device.here import ORT_CUDA
 
 if TYPE_CHECKING:
     from compressor.pruning.groups import Group

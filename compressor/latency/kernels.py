@@ -18,7 +18,7 @@ from compressor.core.errors import CompressorError
 from compressor.latency.graph import FileNode, file_nodes, macs_of
 from compressor.latency.noise import middle, timed, undisturbed
 from compressor.latency.ort_profile import profiled_runs, tag, tag_of
-from export.bench import OnnxRunner
+from export.engine.bench import OnnxRunner
 
 ROUNDS = 2
 """Profiling rounds per network. Networks take turns, so that background load does not affect one of them alone."""

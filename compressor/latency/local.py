@@ -25,7 +25,7 @@ from compressor.latency.provenance import SECONDS_A_NETWORK
 from compressor.latency.sampling import Samples, TooNoisy, collect
 from compressor.latency.signature import Widths, network_signature
 from compressor.latency.table import LatencyTable
-from export.here import CPU, gpu_backend
+from export.device.here import CPU, gpu_backend
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,7 @@ from compressor.latency.sampling import TooNoisy, collect
 from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields
 from compressor.latency.signature import Widths, network_signature
 from compressor.latency.table import LatencyTable
-from export.here import Backend
+from export.device.here import Backend
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ import numpy as np
 
 from compressor.latency.noise import convolution, timed, undisturbed
 from compressor.latency.ort_profile import profiled_runs
-from export.bench import OnnxRunner
+from export.engine.bench import OnnxRunner
 
 if TYPE_CHECKING:
     from compressor.latency.schema import RooflineFields

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from export.bench import OnnxRunner
-from export.ort import CPU, runtime
+from export.convert.ort import CPU, runtime
+from export.engine.bench import OnnxRunner
 
 Floats = npt.NDArray[np.float64]
 

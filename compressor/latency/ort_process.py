@@ -18,7 +18,7 @@ from compressor.core.child import Child, ChildDied, Failed
 from compressor.latency.noise import timed
 from compressor.latency.ort_profile import NetworkTimes, OrtCpu, TaggedNetwork
 from compressor.latency.ratio import Burst, burst_of
-from export.bench import OnnxRunner
+from export.engine.bench import OnnxRunner
 from export.errors import ExportError
 
 WARM_UP_S = 0.25

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from compressor.latency.graph import WEIGHTED
 from compressor.latency.noise import ProcessorSpeed, at_full_speed, middles, timed, undisturbed
-from export.bench import OnnxRunner
-from export.ort import CPU, random_feeds, runtime
+from export.convert.ort import CPU, random_feeds, runtime
+from export.engine.bench import OnnxRunner
 
 Floats = npt.NDArray[np.float64]
 

@@ -31,13 +31,13 @@ from compressor.latency.ratio import PairSession, PairSessions, burst_of
 from compressor.latency.remote_bundle import DENSE, Precision, target_of, write_table_bundle
 from compressor.latency.remote_table import RUNTIME, table_of_results
 from compressor.latency.table import LatencyTable, find_user_table
-from export.archive import CHECKSUMS, pack
+from export.device.archive import CHECKSUMS, pack
+from export.device.remote import identify, place_of, run_remote
+from export.device.timing_bundle import MANIFEST, folder_files, write_timing_bundle
+from export.device.timing_results import read_timings
+from export.device.timings import Board, Timings
+from export.engine.stats import summarise
 from export.errors import ExportError
-from export.remote import identify, place_of, run_remote
-from export.stats import summarise
-from export.timing_bundle import MANIFEST, folder_files, write_timing_bundle
-from export.timing_results import read_timings
-from export.timings import Board, Timings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from typing import Literal
 from compressor.latency.cache import clocks, cpu_model, governor
 from compressor.latency.noise import channel_block
 from compressor.latency.schema import DeviceFields, RuntimeFields
-from export.here import CPU
+from export.device.here import CPU
 
 SECONDS_A_NETWORK = 0.5
 

@@ -25,11 +25,11 @@ from compressor.latency.graph import WEIGHTED
 from compressor.latency.layout import LayoutFields, layout_fields, signature
 from compressor.latency.ort_profile import TaggedNetwork
 from compressor.latency.signature import Widths
+from export.convert.half import convert_half
+from export.convert.quantize import quantize_onnx
+from export.device.targets import TARGETS, Target
+from export.device.timing_bundle import write_timing_bundle
 from export.errors import ExportError
-from export.half import convert_half
-from export.quantize import quantize_onnx
-from export.targets import TARGETS, Target
-from export.timing_bundle import write_timing_bundle
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,12 +20,12 @@ from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields, first
 from compressor.latency.signature import channels
 from compressor.latency.table import LatencyTable
 from compressor.pruning.counts import positions_of
-from export.archive import CHECKSUMS
+from export.device.archive import CHECKSUMS
+from export.device.timing_bundle import MANIFEST
+from export.device.timing_results import read_manifest, read_timings
+from export.device.timings import Timings
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes
-from export.timing_bundle import MANIFEST
-from export.timing_results import read_manifest, read_timings
-from export.timings import Timings
 
 NOISY, UNSTEADY = 0.15, 0.5
 """Drift of the dense network from which the user is warned, and from which a table is refused."""

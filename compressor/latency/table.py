@@ -21,7 +21,7 @@ from compressor.latency.schema import NetworkFields, TableFields, read_table
 from compressor.latency.signature import network_signature, signature_of, weight_elements
 from compressor.latency.surface import Surface, Surfaces, fit_surface
 from compressor.recipe import shipped
-from export.connection import parse_destination
+from export.device.connection import parse_destination
 from export.errors import ExportError
 
 if TYPE_CHECKING:

@@ -104,7 +104,7 @@ class Recipe(Part):
             share = 0.6 if not pretrained else 1 / 3 if self.agent == "joint" else 0.0
         precision = self.precision
         if precision == "auto":
-            from export.here import gpu_backend
+            from export.device.here import gpu_backend
 
             precision = "fp32" if self.device == "local" and gpu_backend() is None else "fp16"
         return self.changed(

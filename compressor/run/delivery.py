@@ -27,7 +27,7 @@ from compressor.run.onnx_files import (
 )
 from compressor.run.precisions import write_precision
 from compressor.run.timing import timed_on_device
-from export.here import CPU
+from export.device.here import CPU
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +67,7 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
             job, slim, run.file(MODEL), metadata=metadata_of(job.recipe, job.data, run, plan.checksum)
         )
         images, _ = drawn(job.data.test, COMPARED_IMAGES, job.recipe.seed)
-        from export.parity import check_parity
+        from export.convert.parity import check_parity
 
         parity = check_parity(slim, run.file(MODEL), images, tolerance=job.recipe.export.tolerance)
         exported, count = scored(run.file(MODEL), job.data)
@@ -180,7 +180,7 @@ def _in_words(done: Mapping[str, Any]) -> str:
 def _write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any] | None = None) -> Any:
     import torch
 
-    from export.to_onnx import export_onnx
+    from export.convert.to_onnx import export_onnx
 
     example = torch.zeros(1, *job.data.input_shape)
     return export_onnx(model, example, path, opset=opset_of(job.recipe), metadata=metadata)

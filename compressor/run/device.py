@@ -26,7 +26,7 @@ def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, 
     from compressor.latency.ort_process import OrtProcess
     from compressor.latency.steps import measured_steps, refuse_table
     from compressor.latency.surface import ALIGNMENT
-    from export.here import CPU
+    from export.device.here import CPU
 
     if recipe.device.startswith("ssh:"):
         raise CompressorError(
@@ -52,7 +52,7 @@ def steps_of(recipe: Recipe, space: PruningSpace, example: Tensor) -> dict[str, 
 def check_device(recipe: Recipe) -> None:
     """Raise an error for an unknown device before anything is loaded for it."""
     from compressor.latency.table import check_known
-    from export.here import gpu_backend
+    from export.device.here import gpu_backend
 
     if recipe.device != "local":
         check_known(recipe.device)
@@ -65,7 +65,7 @@ def check_device(recipe: Recipe) -> None:
 
 def runtime_of(recipe: Recipe) -> str:
     """Return the runtime of the recipe's device, by the name that latency tables use."""
-    from export.here import CPU, ORT_CUDA, gpu_backend
+    from export.device.here import CPU, ORT_CUDA, gpu_backend
 
     if recipe.device != "local":
         return "tensorrt"
@@ -95,7 +95,7 @@ def latency_table(
         if table.estimated:
             say(f"The latency of {recipe.device} is estimated, not measured.")
         return table
-    from export.here import gpu_backend
+    from export.device.here import gpu_backend
 
     if (backend := gpu_backend()) is not None:
         from compressor.latency import local_gpu
@@ -116,7 +116,7 @@ def device_precision(recipe: Recipe) -> Precision:
 
 def opset_of(recipe: Recipe, target: str | None = None) -> int:
     """Return the ONNX opset for a device: the recipe's, or a lower one if the board's TensorRT needs it."""
-    from export.targets import TARGETS, find_target
+    from export.device.targets import TARGETS, find_target
 
     board = find_target(target) if target else TARGETS.get(recipe.device)
     return min(recipe.export.opset, board.opset) if board else recipe.export.opset

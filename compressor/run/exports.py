@@ -17,10 +17,10 @@ from compressor.run.folder import RunDir
 from compressor.run.inputs import load_images
 from compressor.run.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, drawn, metadata_of
 from compressor.run.precisions import record, write_precision
-from export.batches import ONE, Batch
-from export.build_settings import BuildSettings
+from export.convert.batches import ONE, Batch
+from export.device.targets import find_target
+from export.engine.build_settings import BuildSettings
 from export.files import read_bytes, write_bytes
-from export.targets import find_target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -167,8 +167,8 @@ class Finished:
         import torch
 
         from compressor.run.onnx_files import scored
-        from export.parity import check_parity
-        from export.to_onnx import export_onnx
+        from export.convert.parity import check_parity
+        from export.convert.to_onnx import export_onnx
 
         shape = (1 if request.batch.open else request.batch.most, *self.data.input_shape)
         opset = self._opset(request)
@@ -249,7 +249,7 @@ def _engine(finished: Finished, onnx: Path, request: Request) -> Generator[str, 
     """Build the engine of a file and return its path."""
     from dataclasses import replace
 
-    from export.onnx_header import read_header
+    from export.convert.onnx_header import read_header
 
     profile = request.batch.profile(read_header(onnx).shapes)
     capability = request.compute_capability or (
@@ -272,7 +272,7 @@ def _engine(finished: Finished, onnx: Path, request: Request) -> Generator[str, 
 def _program(finished: Finished, request: Request) -> tuple[Path, list[str]]:
     import torch
 
-    from export.torch_formats import check_loaded, export_program, load_program
+    from export.convert.torch_formats import check_loaded, export_program, load_program
 
     example, model, batch = torch.zeros(1, *finished.data.input_shape), finished.model, request.batch
     path = finished.run.file(".".join(part for part in ("model", batch.label, "pt2") if part))
@@ -283,7 +283,7 @@ def _program(finished: Finished, request: Request) -> tuple[Path, list[str]]:
     record(finished.run, path.name.removeprefix("model."), entry, [])
     return path, [
         f"Wrote {path}: {info.size / 1e6:.2f} MB; largest difference {parity.max_abs:.1e}.",
-        f"Load it with export.torch_formats.load_program({path.name!r}).",
+        f"Load it with export.convert.torch_formats.load_program({path.name!r}).",
     ]
 
 

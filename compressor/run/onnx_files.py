@@ -15,7 +15,7 @@ from compressor.run.folder import RunDir
 if TYPE_CHECKING:
     from compressor.data import DataBundle, Split
     from compressor.recipe import Recipe
-    from export.build_settings import BuildSettings
+    from export.engine.build_settings import BuildSettings
 
 MODEL = "model.onnx"
 DENSE = "checkpoints/dense.onnx"
@@ -36,7 +36,7 @@ def scored(path: Path, data: DataBundle) -> tuple[float, int]:
     """
     import torch
 
-    from export.accuracy import accuracy_onnx
+    from export.convert.accuracy import accuracy_onnx
 
     seen = 0
 
@@ -77,7 +77,7 @@ def build_engine_of(
     Args:
         run: Run whose folder receives the engine.
         onnx: ONNX file.
-        module, compute_capability, settings: As in `export.engine.build_engine`.
+        module, compute_capability, settings: As in `export.engine.engine.build_engine`.
         must: Whether a missing builder or a rejected network is an error.
 
     Returns:
@@ -86,8 +86,8 @@ def build_engine_of(
     Raises:
         ExportError: There is no engine although `must` is set.
     """
-    from export.engine import available, why_not
-    from export.engine_cache import cached_engine
+    from export.engine.engine import available, why_not
+    from export.engine.engine_cache import cached_engine
     from export.errors import ExportError
 
     if available() is None and not must:

@@ -12,7 +12,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import replacing, sha256_file
 from compressor.run.folder import RunDir
 from compressor.run.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, drawn, scored
-from export.here import CPU
+from export.device.here import CPU
 
 if TYPE_CHECKING:
     from compressor.data import DataBundle
@@ -99,7 +99,7 @@ def record(run: RunDir, key: str, entry: dict[str, Any], engines: list[dict[str,
 
 
 def _half(given: Path, trial: Path, data: DataBundle, seed: int) -> dict[str, Any]:
-    from export.half import convert_half
+    from export.convert.half import convert_half
 
     half = convert_half(given, trial, inputs=drawn(data.search, CALIBRATION_IMAGES, seed)[0])
     return {
@@ -113,7 +113,7 @@ def _int8(
 ) -> dict[str, Any]:
     import torch
 
-    from export.accuracy import accuracy_onnx, quantize_within
+    from export.convert.accuracy import accuracy_onnx, quantize_within
 
     calibration, labels = drawn(data.train, CALIBRATION_IMAGES, seed)
     judging, threads = [drawn(data.search, JUDGING_IMAGES, seed)], torch.get_num_threads()
@@ -150,8 +150,8 @@ def _problem(
     facts: dict[str, Any],
 ) -> str:
     """Describe what is wrong with a file compared with the FP32 one, or return ""; fill `facts` with its scores."""
+    from export.convert.parity import AGREEMENTS, TOLERANCES, compare_outputs, onnx_outputs, require
     from export.errors import ExportError
-    from export.parity import AGREEMENTS, TOLERANCES, compare_outputs, onnx_outputs, require
 
     images, _ = drawn(data.test, COMPARED_IMAGES, seed)
     right, judged = (onnx_outputs(file, images)[0] for file in (given, trial))

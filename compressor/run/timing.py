@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compressor.latency.paired import Timing
     from compressor.latency.ratio import PairSession
     from compressor.pruning.plan import ChannelPlan
-    from export.here import Backend
+    from export.device.here import Backend
 
 GPU_SECONDS = 0.5
 """Seconds of one burst on a GPU."""
@@ -35,7 +35,7 @@ def timed_on_device(run: RunDir, job: Job, slim: Path, plan: ChannelPlan) -> Tim
     Raises:
         CompressorError: The device cannot be reached, or its state differs from that of its table.
     """
-    from export.here import gpu_backend
+    from export.device.here import gpu_backend
 
     contract = job.recipe.contract
     target = None if prunes_nothing(job, plan) else searched_share(run, job)

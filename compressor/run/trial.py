@@ -53,8 +53,8 @@ class DenseFile:
 
     @staticmethod
     def _write(path: Path, recipe: Recipe, model: nn.Module, example: Tensor) -> None:
+        from export.convert.to_onnx import export_onnx
         from export.errors import ExportError
-        from export.to_onnx import export_onnx
 
         try:
             export_onnx(with_distinct_weights(model), example, path, opset=opset_of(recipe))

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from export.__main__ import main
-from export.bench import OnnxRunner
-from export.engine_info import read_sidecar
+from export.convert.half import convert_half
+from export.convert.to_onnx import export_onnx, reference_outputs
+from export.engine.bench import OnnxRunner
+from export.engine.engine_info import read_sidecar
+from export.engine.reference import read_reference, verify
+from export.engine.trt import RTX
 from export.errors import ExportError
 from export.files import sha256_file
-from export.half import convert_half
-from export.reference import read_reference, verify
-from export.to_onnx import export_onnx, reference_outputs
-from export.trt import RTX
 from tests.export.nets import SmallNet, write_reference
 
 INPUTS = np.random.default_rng(5).standard_normal((4, 3, 16, 16)).astype(np.float32)
@@ -148,6 +148,6 @@ def test_damaged_references(tmp_path: Path) -> None:
 
 
 def test_run_for_ends_in_time(net: Path) -> None:
-    from export.bench import run_for
+    from export.engine.bench import run_for
 
     assert len(run_for(OnnxRunner(net), 0.02)) >= 7

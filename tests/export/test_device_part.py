@@ -13,26 +13,27 @@ import numpy as np
 import pytest
 
 import export
-from export.parity import onnx_outputs
-from export.trt import RTX
+from export.convert.parity import onnx_outputs
+from export.engine.trt import RTX
 from tests.export.nets import matmul_chain, write_reference
 
 FOLDER = Path(export.__file__).parent
 WORKSTATION = {"rewrites.py", "to_onnx.py", "torch_formats.py"}
 """Files that may need torch; all others must at least be imported on a board."""
 
-DEVICE = sorted(path for path in FOLDER.glob("*.py") if path.name not in WORKSTATION)
-NAMES = ["export" if path.stem == "__init__" else f"export.{path.stem}" for path in DEVICE]
+DEVICE = sorted(path for path in FOLDER.rglob("*.py") if path.name not in WORKSTATION)
+IDS = [path.relative_to(FOLDER).as_posix() for path in DEVICE]
+NAMES = [".".join(["export", *Path(name).with_suffix("").parts]).replace(".__init__", "") for name in IDS]
 
 
-@pytest.mark.parametrize("path", DEVICE, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DEVICE, ids=IDS)
 def test_syntax_is_that_of_python_3_8(path: Path) -> None:
     tree = ast.parse(path.read_text(), feature_version=(3, 8))
     future = any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
     assert future or len(tree.body) <= 1
 
 
-@pytest.mark.parametrize("path", DEVICE, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DEVICE, ids=IDS)
 def test_types_are_not_built_when_the_module_runs(path: Path) -> None:
     """Outside annotations, `list[int]` and `Sequence[int]` of collections.abc are errors in 3.8."""
     tree = ast.parse(path.read_text())
@@ -132,7 +133,7 @@ def test_imports_in_python_3_8() -> None:
 
 
 def test_nothing_imports_the_compressor() -> None:
-    for path in FOLDER.glob("*.py"):
+    for path in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -32,11 +32,11 @@ from compressor.pruning.artefact import load, read_plan, save
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import Recipe, load_recipe
-from export.archive import CHECKSUMS, checksums, pack, require_checksums, unpack
-from export.bundle_results import compute_times, output_values, read_results
+from export.device.archive import CHECKSUMS, checksums, pack, require_checksums, unpack
+from export.device.bundle_results import compute_times, output_values, read_results
+from export.device.timing_results import read_timings
 from export.errors import ExportError
 from export.files import sha256_bytes
-from export.timing_results import read_timings
 
 Edits = list[tuple[int, int, bytes]]
 

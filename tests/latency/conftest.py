@@ -20,7 +20,7 @@ from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
 from compressor.latency.remote_bundle import write_table_bundle
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
-from tests.export.fake_trtexec import known_layers, make_trtexec
+from tests.export.device.fake_trtexec import known_layers, make_trtexec
 from tests.latency.remote_bundle import run
 
 

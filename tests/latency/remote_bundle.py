@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from export.archive import CHECKSUMS, checksums, unpack
+from export.device.archive import CHECKSUMS, checksums, unpack
 
 TOOLS = ["cat", "cut", "gzip", "head", "mkdir", "mv", "rm", "sha256sum", "sort", "tail", "tar", "tr", "wc"]
 FAST = ("--duration", "1", "--warmup", "0", "--processes", "2")

@@ -19,11 +19,11 @@ from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
 from compressor.run.onnx_files import DENSE
 from compressor.run.timing import timed_on_device
-from export import here
-from export.cuda import Device
+from export.device import here
+from export.device.here import Backend, available_backends, gpu_backend
+from export.engine.cuda import Device
 from export.errors import ExportError
-from export.here import Backend, available_backends, gpu_backend
-from tests.export.fake_trtexec import make_trtexec
+from tests.export.device.fake_trtexec import make_trtexec
 
 RTX4090 = Device("NVIDIA GeForce RTX 4090", "8.9", 24 << 30, 2520, "13.0")
 HOPPER = Device("NVIDIA H100", "9.0", 80 << 30, 1980, "13.0")

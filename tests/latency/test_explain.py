@@ -18,7 +18,7 @@ from compressor.latency.machine import Machine, calibrate, estimated_machine
 from compressor.latency.non_gemm import count_non_gemm
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
-from export.to_onnx import export_onnx
+from export.convert.to_onnx import export_onnx
 
 MACHINE = Machine(1e6, (1.0, 1e9), (1e6, 1e6), 0.01, "made up")
 

@@ -19,10 +19,10 @@ from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
 from compressor.run import job
-from export import here
-from export.cuda import Device
+from export.device import here
+from export.device.here import Backend
+from export.engine.cuda import Device
 from export.errors import ExportError
-from export.here import Backend
 from tests.latency.conftest import MadeUpDevice
 
 GPU = Device("NVIDIA GeForce RTX 4090", "8.9", 24 << 30, 2520, "13.0")

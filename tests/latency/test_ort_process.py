@@ -14,8 +14,8 @@ from torch import nn
 from compressor.latency.ort_process import OrtProcess
 from compressor.latency.ort_profile import TaggedNetwork, tag
 from compressor.latency.paired import measured
+from export.convert.to_onnx import export_onnx
 from export.errors import ExportError
-from export.to_onnx import export_onnx
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from compressor.latency.table import LatencyTable, find_user_table
 from compressor.pruning.space import PruningSpace
 from export.errors import ExportError
 from export.files import sha256_bytes
-from tests.export.fake_trtexec import make_trtexec
-from tests.export.local_sshd import Board, open_board
+from tests.export.device.fake_trtexec import make_trtexec
+from tests.export.device.local_sshd import Board, open_board
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from compressor.latency.signature import (
 from compressor.latency.surface import KINDS, Surfaces, fit_surface
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
-from export.to_onnx import export_onnx
+from export.convert.to_onnx import export_onnx
 
 
 def test_signature_keys_round_trip(space: PruningSpace) -> None:

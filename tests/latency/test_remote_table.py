@@ -17,7 +17,7 @@ from compressor.latency.remote_bundle import write_table_bundle
 from compressor.latency.remote_table import table_of_results
 from compressor.pruning.space import PruningSpace
 from export.errors import ExportError
-from tests.export.fake_trtexec import make_trtexec
+from tests.export.device.fake_trtexec import make_trtexec
 from tests.latency.remote_bundle import needs_shell, run
 
 pytestmark = [needs_shell, pytest.mark.usefixtures("own_tables")]

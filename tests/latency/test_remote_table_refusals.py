@@ -13,7 +13,7 @@ import pytest
 
 from compressor.core.errors import CompressorError
 from compressor.latency.remote_table import table_of_results
-from export.archive import CHECKSUMS
+from export.device.archive import CHECKSUMS
 from export.errors import ExportError
 from tests.latency.remote_bundle import altered, needs_shell, respoil
 
@@ -67,7 +67,7 @@ def test_hostile_and_damaged_archives(back: Path, monkeypatch: pytest.MonkeyPatc
     (back / "results.tar.gz").write_bytes(b"noise")
     with pytest.raises(ExportError, match=r"is no whole \.tar\.gz"):
         table_of_results(back)
-    monkeypatch.setattr("export.timing_results.LARGEST_RESULTS", 1000)
+    monkeypatch.setattr("export.device.timing_results.LARGEST_RESULTS", 1000)
     with pytest.raises(ExportError, match="unpacks to more than"):
         table_of_results(back / "results")
 

@@ -19,7 +19,7 @@ from compressor.models import create_model
 from compressor.models.computed import computed_weights
 from compressor.pruning.artefact import load, save
 from compressor.pruning.space import PruningSpace
-from export.to_onnx import export_onnx
+from export.convert.to_onnx import export_onnx
 from tests.pruning.networks import RepVGG
 
 

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 from compressor import Recipe, compress, load
 from compressor.cli.app import app
 from compressor.core.files import sha256_file
-from export import accuracy
-from export.archive import unpack
-from export.engine_info import read_sidecar
+from export.convert import accuracy
+from export.convert.onnx_header import read_header
+from export.convert.torch_formats import load_program
+from export.device.archive import unpack
+from export.engine.engine_info import read_sidecar
+from export.engine.trt import RTX
 from export.errors import ExportError
 from export.files import disk_error
-from export.onnx_header import read_header
-from export.torch_formats import load_program
-from export.trt import RTX
 from tests.export.tiny_disk import tiny_disk
 
 
@@ -70,7 +70,7 @@ def exports_of(run: Path) -> dict[str, Any]:
 
 def test_the_runs_own_file_comes_out_of_the_saved_network_again(run: Path, tmp_path: Path) -> None:
     from compressor.run.exports import Finished
-    from export.to_onnx import export_onnx
+    from export.convert.to_onnx import export_onnx
 
     own = Finished.open(run)
     export_onnx(own.model, torch.zeros(1, 3, 32, 32), tmp_path / "again.onnx", metadata=own.metadata())
@@ -187,7 +187,7 @@ def test_a_network_that_no_builder_takes_still_ends_its_run(
         raise ExportError("n1 (Det): not supported.")
 
     pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
-    monkeypatch.setattr("export.engine_cache.cached_engine", fails)
+    monkeypatch.setattr("export.engine.engine_cache.cached_engine", fails)
     assert "There is no engine of model.fp16.onnx: n1 (Det)" in export(run, "--precision", "fp16")
     assert "n1 (Det): not supported" in refused(run, "--format", "engine")
 
@@ -221,13 +221,13 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
 def test_a_network_that_failed_on_the_board_is_no_success(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from export.bundle_results import DeviceResults, NetworkResult
+    from export.device.bundle_results import DeviceResults, NetworkResult
 
     ours = ["--bundle", tmp_path / "orin.tar.gz"]
     export(run, "--target", "jetson-orin-nano-8gb", *ours)
     failed = NetworkResult("model", "fp32", "build-failed", "out of memory", "", 0, "", None, None)
     came = DeviceResults("jetson-orin-nano-8gb", {"model": "Orin", "tensorrt": "10.3.0"}, {}, (failed,))
-    monkeypatch.setattr("export.bundle_results.read_results", lambda *_: came)
+    monkeypatch.setattr("export.device.bundle_results.read_results", lambda *_: came)
     arguments = ["export", str(run), *map(str, ours), "--import", "results.tar.gz"]
     result = CliRunner().invoke(app, arguments)
     message = " ".join(result.output.split())
@@ -273,7 +273,7 @@ def test_no_space_is_one_message(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def full(path: Path, content: bytes) -> None:
         raise disk_error(path, OSError(28, "No space left on device"))
 
-    for module in ("export.to_onnx", "export.half", "export.torch_formats"):
+    for module in ("export.convert.to_onnx", "export.convert.half", "export.convert.torch_formats"):
         monkeypatch.setattr(f"{module}.write_bytes", full)
     for options in (["--batch", "4"], ["--precision", "fp16"], ["--format", "pt2"]):
         assert "No space is left on the device" in refused(run, *options)
@@ -299,18 +299,19 @@ def test_there_and_back_over_ssh(run: Path, tmp_path: Path, monkeypatch: pytest.
     """A real sshd on this machine, and a stand-in for trtexec; interrupted once, and gone on with."""
     from functools import partial
 
-    import export.remote
-    from tests.export.fake_trtexec import make_trtexec
-    from tests.export.local_sshd import SSHD, Board
+    import export.device.remote
+    from tests.export.device.fake_trtexec import make_trtexec
+    from tests.export.device.local_sshd import SSHD, Board
 
     if not Path(SSHD).exists() or not shutil.which("ssh-keygen"):
         pytest.skip("there is no sshd on this machine")
     board = Board(tmp_path / "board")
     go = partial(
-        export.remote.run_remote, duration_s=1, processes=1, trtexec=str(make_trtexec(tmp_path / "bin", "10.3.0")),
+        export.device.remote.run_remote,
+        duration_s=1, processes=1, trtexec=str(make_trtexec(tmp_path / "bin", "10.3.0")),
         ssh_options=board.options, poll_s=0.1, pause_s=0.05,
     )  # fmt: skip
-    monkeypatch.setattr("export.remote.run_remote", go)
+    monkeypatch.setattr("export.device.remote.run_remote", go)
     try:
         board.options[0:2] = ["-F", str(tmp_path / "no-such-config")]
         assert "is not reached" in " ".join(_ssh(run, board.url, 2).split())

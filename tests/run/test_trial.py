@@ -19,7 +19,7 @@ from compressor.run.job import prepare
 from compressor.run.onnx_files import DENSE
 from compressor.run.pipeline import resume
 from compressor.run.trial import DenseFile
-from export.parity import check_parity
+from export.convert.parity import check_parity
 from tests.runs import recipe
 
 
@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_exports_nothing_again(finished: Path, monkeypatch: p
     def exported(*_: Any, **__: Any) -> None:
         raise AssertionError("it was exported again")
 
-    monkeypatch.setattr("export.to_onnx.export_onnx", exported)
+    monkeypatch.setattr("export.convert.to_onnx.export_onnx", exported)
     assert resume(finished).exit_code == 0
     assert (finished / DENSE).read_bytes() == written
     with pytest.raises(AssertionError, match="exported again"):

@@ -1,0 +1,1 @@
+"""Conversion: ONNX files and `torch.export` programs, their precisions, and their parity with the network."""

@@ -1,0 +1,263 @@
+"""FP16 written into the file: half-precision weights and activations, FP32 inputs and outputs.
+
+A file whose tensors are halves builds the same engine under every TensorRT from 8.5 to 11, strongly typed
+or not. What can be a half is read from ONNX's own operator definitions; what would overflow on real inputs
+stays FP32 and is named. Casts stand where the two meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.convert.onnx_header import parse_header, require_known_opset
+from export.convert.ranges import FLOAT, largest_values, value_types
+from export.convert.tidy import write_metadata
+from export.errors import ExportError
+from export.files import read_bytes, sha256_bytes, write_bytes
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+HALF = 10  # TensorProto.FLOAT16
+LARGEST_HALF = 65504.0
+HEADROOM = 2.0
+"""A value that comes closer to the largest half than this factor on the inputs seen counts as overflowing."""
+
+_TYPED_BY_ATTRIBUTE = frozenset(
+    ("Cast", "CastLike", "Constant", "ConstantOfShape", "EyeLike", "Bernoulli", "Multinomial")
+)
+_FUSED = frozenset(("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Mul"))
+"""What TensorRT fuses behind a convolution."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A node that stays FP32, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class HalfInfo:
+    """What was written.
+
+    Attributes:
+        path, sha256, size: The file, its checksum and its size in bytes.
+        converted: How many nodes compute in half precision.
+        kept: Nodes that stay FP32 although they could be halves, by name.
+    """
+
+    path: Path
+    sha256: str
+    size: int
+    converted: int
+    kept: tuple[Kept, ...]
+
+
+def convert_half(
+    source: str | Path,
+    target: str | Path,
+    *,
+    inputs: npt.NDArray[Any] | None = None,
+    keep: Iterable[str] = (),
+    threads: int = 1,
+) -> HalfInfo:
+    """Write the FP16 form of an FP32 ONNX file.
+
+    Args:
+        source: The FP32 file.
+        target: Where the FP16 file goes; it appears there whole or not at all.
+        inputs: Real inputs (N, C, H, W) that show which values overflow; None looks at the weights alone.
+        keep: Names of nodes to keep in FP32.
+        threads: Threads for running the inputs.
+
+    Raises:
+        ExportError: the file is damaged or not FP32, a name in `keep` is unknown, or the inputs do not fit.
+    """
+    import onnx
+
+    content = read_bytes(Path(source), "ONNX file")
+    header = parse_header(content, str(source))
+    require_known_opset(header, str(source))
+    if header.precision != "fp32":
+        raise ExportError(f"{source} is {header.precision}; an FP32 file was expected.")
+    proto = onnx.load_model_from_string(content)
+    names = {node.name for node in proto.graph.node}
+    unknown = sorted(set(keep) - names)
+    if unknown:
+        raise ExportError(f"{source} has no node {unknown[0]}, which was to be kept in FP32.")
+    kept = {name: "asked for" for name in keep}
+    kept.update(overflowing(proto, inputs, threads=threads))
+    converted = to_half(proto, kept)
+    facts: dict[str, Any] = {**header.metadata, "precision": "fp16"}
+    if kept:
+        facts["fp32_nodes"] = sorted(kept)
+    write_metadata(proto, facts)
+    onnx.checker.check_model(proto, full_check=True)
+    written = proto.SerializeToString(deterministic=True)
+    write_bytes(Path(target), written)
+    return HalfInfo(
+        path=Path(target),
+        sha256=sha256_bytes(written),
+        size=len(written),
+        converted=converted,
+        kept=tuple(Kept(name, kept[name]) for name in sorted(kept)),
+    )
+
+
+def overflowing(proto: Any, inputs: npt.NDArray[Any] | None, *, threads: int = 1) -> dict[str, str]:
+    """The nodes that read or write values too large for a half, with the reason."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    limit = LARGEST_HALF / HEADROOM
+    largest = {
+        tensor.name: float(np.abs(numpy_helper.to_array(tensor)).max())
+        for tensor in proto.graph.initializer
+        if tensor.data_type == FLOAT and 0 not in tensor.dims
+    }
+    if inputs is not None:
+        largest.update(largest_values(proto, inputs, threads=threads))
+    found: dict[str, str] = {}
+    for node in proto.graph.node:
+        worst = max((largest.get(name, 0.0), name) for name in (*node.input, *node.output, ""))
+        if worst[0] > limit:
+            found[node.name] = f"{worst[1]} reaches {worst[0]:.3g}, a half holds {LARGEST_HALF:g}"
+    return found
+
+
+def to_half(proto: Any, kept: Iterable[str]) -> int:
+    """Turn the graph's floats into halves, except in the nodes named; how many nodes compute in halves.
+
+    Changes `proto`. Inputs and outputs keep their type.
+    """
+    return _Converter(proto, frozenset(kept)).convert()
+
+
+def half_rest(proto: Any, inputs: npt.NDArray[Any], *, threads: int = 1) -> int:
+    """Turn into halves what no INT8 kernel computes in a Q/DQ network; how many nodes compute in halves.
+
+    A node that reads dequantised values, and the activation function that is fused behind it, compute in INT8 with FP32
+    at their ends: a cast in between would part them. All others take halves, except where values overflow. Changes
+    `proto`.
+    """
+    kept = {
+        **dict.fromkeys(int8_region(proto), "computed in INT8"),
+        **overflowing(proto, inputs, threads=threads),
+    }
+    return to_half(proto, kept)
+
+
+def int8_region(proto: Any) -> list[str]:
+    """Names of the Q/DQ nodes, of the nodes between them, and of the activation functions fused behind those."""
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    pairs, computed = ("QuantizeLinear", "DequantizeLinear"), set()
+    dequantised = {node.output[0] for node in proto.graph.node if node.op_type == pairs[1]}
+    found = []
+    for node in proto.graph.node:
+        values = [name for name in node.input if name and name not in stored]
+        fused = node.op_type in _FUSED and bool(values) and all(name in computed for name in values)
+        if node.op_type in pairs or fused or any(name in dequantised for name in values):
+            found.append(node.name)
+            if node.op_type not in pairs:
+                computed.update(node.output)
+    return found
+
+
+class _Converter:
+    def __init__(self, proto: Any, kept: frozenset[str]) -> None:
+        self.graph, self.kept = proto.graph, kept
+        self.opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+        self.before = value_types(proto)
+        self.now = dict(self.before)
+        self.stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self.copies: dict[tuple[str, int], str] = {}
+        self.tensors: list[Any] = []
+        self.nodes: list[Any] = []
+        self.renamed: dict[str, str] = {}
+
+    def convert(self) -> int:
+        """See `to_half`."""
+        outputs = {value.name for value in self.graph.output}
+        converted = 0
+        for node in self.graph.node:
+            halves = self._half_slots(node)
+            converted += bool(halves)
+            for index, name in enumerate(node.input):
+                if name:
+                    want = HALF if ("in", index) in halves else self.before[name]
+                    node.input[index] = self._as(self.renamed.get(name, name), want)
+            self.nodes.append(node)
+            for index, name in enumerate(node.output):
+                if ("out", index) in halves:
+                    written = f"{name}_half" if name in outputs else name
+                    self.renamed[name] = node.output[index] = written
+                    self.now[written] = HALF
+        for value in self.graph.output:
+            inner = self.renamed.get(value.name, value.name)
+            if self.now[inner] != self.before[value.name]:
+                self._cast(inner, value.name, self.before[value.name])
+        del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
+        self.graph.node.extend(self.nodes)
+        self.graph.initializer.extend(self.tensors)
+        return converted
+
+    def _half_slots(self, node: Any) -> set[tuple[str, int]]:
+        """The inputs and outputs of a node that become halves: those whose type parameter may be float16."""
+        import onnx
+
+        inner_graphs = any(entry.type in (5, 10) for entry in node.attribute)  # GRAPH, GRAPHS
+        if node.name in self.kept or node.domain or inner_graphs or node.op_type in _TYPED_BY_ATTRIBUTE:
+            return set()
+        schema = onnx.defs.get_schema(node.op_type, self.opset)
+        able = {
+            entry.type_param_str
+            for entry in schema.type_constraints
+            if "tensor(float16)" in entry.allowed_type_strs
+        }
+        slots = set()
+        for side, formals, names in (("in", schema.inputs, node.input), ("out", schema.outputs, node.output)):
+            for index, name in enumerate(names):
+                formal = formals[min(index, len(formals) - 1)]
+                if name and formal.type_str in able and self.before.get(name) == FLOAT:
+                    slots.add((side, index))
+        return slots
+
+    def _as(self, name: str, kind: int) -> str:
+        """The name under which the value is of type `kind` at this place."""
+        key = (name, kind)
+        if key not in self.copies:
+            if name in self.stored:
+                self.copies[key] = self._store(name, kind)
+            elif self.now[name] == kind:
+                self.copies[key] = name
+            else:
+                suffix = "half" if kind == HALF else "float"
+                self.copies[key] = self._cast(name, f"{name}_as_{suffix}", kind)
+        return self.copies[key]
+
+    def _store(self, name: str, kind: int) -> str:
+        import numpy as np
+        from onnx import numpy_helper
+
+        tensor = self.stored[name]
+        used_before = any(stored == name for stored, _ in self.copies)
+        label = f"{name}_half" if used_before and kind == HALF else f"{name}_float" if used_before else name
+        copied = type(tensor)()
+        if kind == tensor.data_type:
+            copied.CopyFrom(tensor)
+            copied.name = label
+        else:
+            copied = numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), label)
+        self.tensors.append(copied)
+        return label
+
+    def _cast(self, name: str, label: str, kind: int) -> str:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node("Cast", [name], [label], name=f"/Cast/{label}", to=kind))
+        return label

@@ -1,0 +1,246 @@
+"""Whether an exported file computes what the network computed: differences and agreement on real inputs.
+
+    parity = check_parity(model, "model.onnx", images)         # raises ExportError where it does not hold
+    parity.max_abs, parity.mean_abs, parity.top1_agreement
+
+The comparison itself needs numpy only, so that a device uses the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.convert.ort import describe, open_session, run_session
+from export.errors import ExportError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import nn
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1.0}
+"""Largest allowed difference for each precision: for outputs of up to 1, and in proportion above that."""
+
+DEVICE_TOLERANCES = {**TOLERANCES, "fp32": 1e-2}
+"""The same on a GPU, where FP32 layers round their inputs to the 10 bits of TF32 unless told otherwise."""
+
+AGREEMENTS = {"fp32": 0.999, "fp16": 0.99, "int8": 0.90}
+"""Smallest allowed share of inputs whose largest output stays the largest, for each precision."""
+
+
+LARGEST_SHARE = 1e-2
+"""Share of the largest output by which a file and the network may differ on random inputs. Rounding stays below it in
+networks of any depth; an operation that was written wrongly does not."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far two networks' outputs lie apart.
+
+    Attributes:
+        max_abs, mean_abs: Largest and mean absolute difference over all outputs.
+        scale: Largest absolute value of the reference.
+        top1_agreement: Share of inputs for which both rank the same class first. Classes of the reference
+            that lie closer together than the difference that is allowed count as equal.
+        samples: How many inputs were compared.
+        allowed: The difference that was allowed.
+    """
+
+    max_abs: float
+    mean_abs: float
+    scale: float
+    top1_agreement: float
+    samples: int
+    allowed: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values for a JSON file."""
+        return asdict(self)
+
+
+def compare_outputs(
+    reference: npt.NDArray[Any], candidate: npt.NDArray[Any], *, tolerance: float = 1e-4
+) -> Parity:
+    """Compare two arrays of outputs, one row for each input.
+
+    Args:
+        reference: What is right, (N, ...); ranked along the second axis.
+        candidate: What is judged, of the same shape.
+        tolerance: Allowed absolute difference for outputs of up to 1, in proportion to the largest above
+            that.
+
+    Raises:
+        ExportError: the shapes differ, there is nothing to compare, or an output is not finite.
+    """
+    import numpy as np
+
+    if reference.shape != candidate.shape:
+        raise ExportError(
+            f"The outputs have the shape {list(candidate.shape)}, expected {list(reference.shape)}."
+        )
+    if reference.size == 0:
+        raise ExportError("Outputs can only be compared on at least one input, got none.")
+    for name, values in (("reference", reference), ("exported network", candidate)):
+        if not np.isfinite(values).all():
+            count = int(np.size(values) - np.isfinite(values).sum())
+            raise ExportError(f"{count} of {values.size} outputs of the {name} are not finite.")
+    right = reference.astype(np.float64).reshape(len(reference), reference.shape[1], -1)
+    judged = candidate.astype(np.float64).reshape(right.shape)
+    difference = np.abs(right - judged)
+    scale = float(np.abs(right).max())
+    allowed = tolerance * max(1.0, scale)
+    chosen = np.take_along_axis(right, judged.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return Parity(
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        scale=scale,
+        top1_agreement=float(np.mean(chosen >= right.max(axis=1) - 2 * min(allowed, 1e-4 * max(1.0, scale)))),
+        samples=len(right),
+        allowed=allowed,
+    )
+
+
+def require(parity: Parity, what: str, *, min_agreement: float = 0.0) -> Parity:
+    """The same parity, where it is good enough.
+
+    Args:
+        parity: What was found.
+        what: How the message names the file.
+        min_agreement: Smallest accepted share of inputs with the same first class.
+
+    Raises:
+        ExportError: the difference is above what was allowed, or the agreement is below `min_agreement`.
+    """
+    if parity.max_abs > parity.allowed:
+        raise ExportError(
+            f"{what} differs from the network by {parity.max_abs:.3g} (mean {parity.mean_abs:.3g}) on "
+            f"{parity.samples} inputs; at most {parity.allowed:.3g} is allowed for outputs of up to "
+            f"{parity.scale:.3g}.",
+            "This little may be rounding in a deep network: a larger tolerance accepts it."
+            if parity.max_abs < 20 * parity.allowed
+            else "A network whose path depends on the values of its input cannot be exported.",
+        )
+    if parity.top1_agreement < min_agreement:
+        raise ExportError(
+            f"{what} ranks the same class first for {parity.top1_agreement:.2%} of {parity.samples} inputs; "
+            f"at least {min_agreement:.2%} was expected.",
+            "Keep the most sensitive layers in a higher precision, or calibrate on more inputs.",
+        )
+    return parity
+
+
+def gross_difference(
+    reference: Sequence[npt.NDArray[Any]], candidate: Sequence[npt.NDArray[Any]], count: int
+) -> str | None:
+    """In what outputs for `count` inputs differ by more than rounding, as a clause; None where they do not."""
+    import numpy as np
+
+    if len(reference) != len(candidate):
+        return f"it has {len(candidate)} outputs, not {len(reference)}"
+    for right, found in zip(reference, candidate):
+        if right.shape != found.shape:
+            return f"its output for {count} inputs has the shape {list(found.shape)}, not {list(right.shape)}"
+        off = np.abs(right.astype(np.float64) - found.astype(np.float64)).max(initial=0.0)
+        largest = np.abs(right.astype(np.float64)).max(initial=0.0)
+        if not off <= LARGEST_SHARE * largest + 1e-6:
+            return f"its output for {count} inputs is off by {off:.2g} where the largest is {largest:.2g}"
+    return None
+
+
+def portions(count: int, fixed: int | None) -> list[tuple[int, int]]:
+    """How `count` inputs are run: the first input and the number of inputs of each run.
+
+    Args:
+        count: All inputs.
+        fixed: How many inputs a run takes; None where any number will do: 1, then 3, then up to 64, so that what is
+            right for one number only comes to light.
+
+    >>> portions(5, 2), portions(70, None)
+    ([(0, 2), (2, 2), (4, 2)], [(0, 1), (1, 3), (4, 64), (68, 2)])
+    """
+    if fixed is not None:
+        return [(start, fixed) for start in range(0, count, fixed)]
+    starts = [0, 1, *range(4, count, 64)]
+    return [(start, end - start) for start, end in zip(starts, [*starts[1:], count]) if start < count]
+
+
+def onnx_outputs(
+    path: str | Path | bytes, inputs: npt.NDArray[Any], *, threads: int = 1
+) -> list[npt.NDArray[np.float32]]:
+    """What ONNX Runtime computes for `inputs` (N, C, H, W): one array for each output.
+
+    A file of a fixed batch gets the inputs in portions of that size, the last one filled up with its last
+    input; one of an open batch gets them as `portions` says.
+
+    Raises:
+        ExportError: the file is refused, or does not take inputs of this shape.
+    """
+    import numpy as np
+
+    session = open_session(path, threads=threads)
+    wanted = session.get_inputs()
+    if len(wanted) != 1:
+        raise ExportError(f"{describe(path)} has {len(wanted)} inputs, expected one.")
+    if len(inputs) == 0:
+        raise ExportError("Outputs can only be computed for at least one input, got none.")
+    declared = wanted[0].shape[0]
+    parts: list[list[npt.NDArray[Any]]] = []
+    for start, size in portions(len(inputs), declared if isinstance(declared, int) else None):
+        chunk = np.ascontiguousarray(inputs[start : start + size], dtype=np.float32)
+        missing = size - len(chunk)
+        if missing:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
+        outputs = run_session(session, {wanted[0].name: chunk})
+        parts.append([value[: size - missing] for value in outputs])
+    return [np.concatenate([part[index] for part in parts]) for index in range(len(parts[0]))]
+
+
+def check_parity(
+    model: nn.Module,
+    onnx_path: str | Path,
+    inputs: Any,
+    *,
+    tolerance: float = TOLERANCES["fp32"],
+    min_agreement: float = AGREEMENTS["fp32"],
+    threads: int = 1,
+) -> Parity:
+    """Compare a file with the torch module it was made from, on real inputs.
+
+    Args:
+        model: The module; evaluated in evaluation mode and put back as it was.
+        onnx_path: The file.
+        inputs: A batch (N, C, H, W) of real inputs, as an array or tensor of floats.
+        tolerance: Allowed absolute difference for outputs of up to 1, in proportion to the largest above
+            that.
+        min_agreement: Smallest accepted share of inputs with the same first class.
+        threads: Threads for ONNX Runtime.
+
+    Returns:
+        The worst of the outputs, where there are several.
+
+    Raises:
+        ExportError: the difference or the agreement misses the threshold, or the file cannot be run.
+    """
+    import numpy as np
+
+    from export.convert.onnx_header import read_header
+    from export.convert.to_onnx import reference_outputs
+
+    array = np.asarray(inputs.detach().cpu() if hasattr(inputs, "detach") else inputs, dtype=np.float32)
+    exported = onnx_outputs(onnx_path, array, threads=threads)
+    (declared,) = (shape[0] for shape in read_header(onnx_path).shapes.values())
+    reference = reference_outputs(model, array, runs=portions(len(array), declared if declared > 0 else None))
+    if len(exported) != len(reference):
+        raise ExportError(f"{onnx_path} has {len(exported)} outputs, the network has {len(reference)}.")
+    found = [
+        compare_outputs(right, judged, tolerance=tolerance) for right, judged in zip(reference, exported)
+    ]
+    return require(worst(found), str(onnx_path), min_agreement=min_agreement)
+
+
+def worst(found: Sequence[Parity]) -> Parity:
+    """Of several outputs that which is furthest off for what it may be."""
+    return max(found, key=lambda parity: (parity.max_abs / parity.allowed, -parity.top1_agreement))

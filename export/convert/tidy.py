@@ -1,0 +1,164 @@
+"""An exported graph made plain: no copies of constants, and names that say where things come from.
+
+Node names matter downstream: TensorRT's messages, layer-wise reports and the lists of layers kept in a
+higher precision all use them. Names are derived from the graph alone, so that equal networks give equal
+files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from export.convert.ort import first_line
+from export.errors import ExportError
+
+_WITH_WEIGHTS = ("Conv", "ConvTranspose", "Gemm")
+
+
+def tidy(proto: Any) -> Any:
+    """Constants become initialisers named after their first user; identities and doc strings go.
+
+    Changes and returns `proto`.
+    """
+    _store_constants(proto.graph)
+    _remove_identities(proto.graph)
+    _name_nodes(proto.graph)
+    _name_initialisers(proto.graph)
+    proto.graph.name = "network"
+    proto.doc_string = ""
+    proto.graph.doc_string = ""
+    for node in proto.graph.node:
+        node.doc_string = ""
+    return proto
+
+
+def module_path(node_name: str) -> str:
+    """The module that a node comes from, as torch spells it.
+
+    A scope repeats the name of the container that it lies in, and the last part is the operator:
+
+    >>> module_path("/features/features.1/conv/conv.0/conv.0.0/Conv")
+    'features.1.conv.0.0'
+    """
+    path: list[str] = []
+    for scope in node_name.strip("/").split("/")[:-1]:
+        if path and scope.startswith(path[-1] + "."):
+            path[-1] = scope
+        else:
+            path.append(scope)
+    return ".".join(path)
+
+
+def _store_constants(graph: Any) -> None:
+    from onnx import helper
+
+    kept = []
+    for node in graph.node:
+        values = [entry for entry in node.attribute if entry.name == "value"]
+        if node.op_type == "Constant" and values:
+            tensor = helper.get_attribute_value(values[0])
+            tensor.name = node.output[0]
+            graph.initializer.append(tensor)
+        else:
+            kept.append(node)
+    _keep_nodes(graph, kept)
+
+
+def _remove_identities(graph: Any) -> None:
+    """Equal constants are stored once and copied by Identity nodes, which hide that they are weights."""
+    outputs = {value.name for value in graph.output}
+    source: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = source.get(name, name)
+        if node.op_type == "Identity" and node.output[0] not in outputs:
+            source[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    _keep_nodes(graph, kept)
+
+
+def _keep_nodes(graph: Any, kept: list[Any]) -> None:
+    if len(kept) < len(graph.node):
+        del graph.node[:]
+        graph.node.extend(kept)
+
+
+def _name_nodes(graph: Any) -> None:
+    taken: set[str] = set()
+    for place, node in enumerate(graph.node):
+        node.name = _free(node.name or f"/{node.op_type}_{place}", taken)
+
+
+def _name_initialisers(graph: Any) -> None:
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    taken = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in stored and name not in renamed:
+                if node.op_type in _WITH_WEIGHTS:
+                    own = ("input", "weight", "bias")[index]
+                else:
+                    own = f"{node.name.rsplit('/', 1)[-1]}.{index}"
+                renamed[name] = _free(f"{module_path(node.name)}.{own}".strip("."), taken)
+            node.input[index] = renamed.get(name, name)
+    ordered = [stored[name] for name in renamed]
+    for tensor in ordered:
+        tensor.name = renamed[tensor.name]
+    copies = [type(tensor).FromString(tensor.SerializeToString()) for tensor in ordered]
+    del graph.initializer[:]
+    graph.initializer.extend(copies)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """`name`, or `name_1`, `name_2`, ... where it is taken; the answer is then taken."""
+    candidate, number = name, 0
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    taken.add(candidate)
+    return candidate
+
+
+def write_metadata(proto: Any, facts: Mapping[str, Any]) -> None:
+    """Make `facts` the file's metadata, in the order of their names; what is no string is written as JSON."""
+    del proto.metadata_props[:]
+    for key in sorted(facts):
+        value = facts[key]
+        entry = proto.metadata_props.add()
+        entry.key = key
+        entry.value = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def check(proto: Any, opset: int) -> None:
+    """Let ONNX's own checker look at the file.
+
+    Raises:
+        ExportError: it is not valid, or has operators of another opset or domain.
+    """
+    import onnx
+
+    written = {entry.domain: entry.version for entry in proto.opset_import}
+    if written != {"": opset}:
+        raise ExportError(
+            f"The exporter wrote operators of {written}, expected opset {opset} and no others.",
+            "Replace the custom operators by ones that ONNX has.",
+        )
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"The exported file is not valid ONNX: {first_line(error)}.") from error
+
+
+def shapes(values: Any) -> dict[str, tuple[int | str, ...]]:
+    """Names and shapes of a graph's inputs or outputs; an open dimension is its name."""
+    return {
+        value.name: tuple(
+            dim.dim_param if dim.dim_param else int(dim.dim_value) for dim in value.type.tensor_type.shape.dim
+        )
+        for value in values
+    }

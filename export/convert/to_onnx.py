@@ -1,0 +1,414 @@
+"""From a torch module to one ONNX file that every TensorRT from 8.0 to 11 can read.
+
+This module and `torch_formats` are the only ones of the package that import torch.
+
+The exporter that traces the module is used, and not the newer one built on `torch.export`: that one writes
+opset 18 at the least and lowers it with a converter that fails on the mean over axes of a global pooling,
+while TensorRT 8.0 and 8.2 read opset 13 at the most and 8.4 to 8.6 opset 17. The tracing exporter writes 13
+and 17 as such, names nodes after the modules they come from, folds batch norms into convolutions, and takes
+0.2 s where the other takes 2.5 s. What it cannot write is in `rewrites`; what it turns into constants though the
+batch is open, in `open_batch`. It is not always right, so that every file is run beside the module before it appears.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import linecache
+import os
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.jit._trace import TracerWarning
+
+from export.convert.open_batch import SIZES, NotOpen, generalise
+from export.convert.ort import first_line, open_session, run_session
+from export.convert.parity import gross_difference
+from export.convert.rewrites import Writable
+from export.convert.tidy import check, shapes, tidy, write_metadata
+from export.errors import ExportError
+from export.files import sha256_bytes, write_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+OPSETS = range(13, 21)
+"""Opsets that the tracing exporter writes and that some TensorRT reads."""
+
+JETPACK4_OPSET = 13
+DEFAULT_OPSET = 17
+
+OPEN_BATCHES = (1, 3, 17)
+"""With how many inputs a file of an open batch is run before it counts."""
+
+
+@dataclass(frozen=True)
+class OnnxInfo:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        sha256: Its checksum.
+        size: Its size in bytes.
+        opset: The opset of its operators.
+        inputs, outputs: Names with shapes; an open batch is the string "batch".
+        nodes: How many operators it has.
+    """
+
+    path: Path
+    sha256: str
+    size: int
+    opset: int
+    inputs: Mapping[str, tuple[int | str, ...]]
+    outputs: Mapping[str, tuple[int | str, ...]]
+    nodes: int
+
+
+def export_onnx(
+    model: nn.Module,
+    example_input: torch.Tensor,
+    path: str | Path,
+    *,
+    opset: int = DEFAULT_OPSET,
+    metadata: Mapping[str, Any] | None = None,
+    dynamic_batch: bool = False,
+    batches: Sequence[int] = OPEN_BATCHES,
+    compare: bool = True,
+    input_name: str = "input",
+    output_name: str = "output",
+) -> OnnxInfo:
+    """Write `model` as one ONNX file, without external data, once it has computed what the module computes.
+
+    The same network gives the same bytes each time. The model is left as it is, on its device and in its
+    mode.
+
+    Args:
+        model: Takes one float tensor and returns a tensor, or a tuple of tensors.
+        example_input: A batch (N, C, H, W) of the shape the file is for; its values do not matter.
+        path: Where the file goes; it appears there whole or not at all.
+        opset: 17 reads everywhere from TensorRT 8.4 on; 13 is for JetPack 4.
+        metadata: Facts to carry in the file; what is no string is written as JSON.
+        dynamic_batch: Leave the batch open. An engine then needs a profile, and is slower as a rule.
+        batches: Numbers of inputs with which an open file is run, each row another.
+        compare: Whether the file is run beside the module on random inputs; False where only its time matters.
+        input_name: Name of the input.
+        output_name: Name of the output; several outputs are numbered from 0.
+
+    Raises:
+        ExportError: the model cannot be traced, an operator has no ONNX form, its output is not finite, the file
+            computes something else or fixes an open batch, or it cannot be written; what was at `path` stays.
+    """
+    if opset not in OPSETS:
+        raise ExportError(
+            f"Opset {opset} cannot be written: expected {OPSETS[0]} to {OPSETS[-1]}.",
+            f"Use {DEFAULT_OPSET}, or {JETPACK4_OPSET} for JetPack 4.",
+        )
+    copied, sample = frozen_copy(model), example_input.detach().cpu().float()
+    trace = _Trace(copied, sample, opset, input_name, output_name, tuple(batches) if dynamic_batch else ())
+    proto = trace.checked() if compare else trace.plain()
+    write_metadata(proto, metadata or {})
+    check(proto, opset)
+    content = proto.SerializeToString(deterministic=True)
+    write_bytes(Path(path), content)
+    return OnnxInfo(
+        path=Path(path),
+        sha256=sha256_bytes(content),
+        size=len(content),
+        opset=opset,
+        inputs=shapes(proto.graph.input),
+        outputs=shapes(proto.graph.output),
+        nodes=len(proto.graph.node),
+    )
+
+
+def reference_outputs(
+    model: nn.Module, inputs: npt.NDArray[Any], *, runs: Sequence[tuple[int, int]] | None = None
+) -> list[npt.NDArray[np.float32]]:
+    """What torch computes for `inputs` (N, C, H, W) in evaluation mode: one array for each output.
+
+    The model is put back into the mode that it was in.
+
+    Args:
+        model: The network.
+        inputs: As an array of floats.
+        runs: The first input and the number of inputs of each run; None for 64 at a time.
+    """
+    import numpy as np
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    parts: list[tuple[torch.Tensor, ...]] = []
+    try:
+        with torch.no_grad():
+            for start, size in runs or [(start, 64) for start in range(0, len(inputs), 64)]:
+                chunk = np.ascontiguousarray(inputs[start : start + size], dtype=np.float32)
+                parts.append(as_tuple(model(torch.from_numpy(chunk).to(device))))
+    finally:
+        for module, training in modes:
+            module.training = training
+    count = len(parts[0])
+    return [np.concatenate([part[index].float().cpu().numpy() for part in parts]) for index in range(count)]
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU in evaluation mode: tracing must not touch the caller's module."""
+    copied = copy.deepcopy(model).cpu().float().eval()
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False)
+    return copied
+
+
+def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    values = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs) if _is_list(outputs) else ()
+    if not values or not all(isinstance(value, torch.Tensor) for value in values):
+        raise ExportError(
+            f"The model returns a {type(outputs).__name__}; a tensor or a tuple of tensors was expected.",
+            "Wrap it in a module that returns its tensors.",
+        )
+    return values
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (tuple, list))
+
+
+def _outputs(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the model computes; refused where it does not run, or is not finite."""
+    try:
+        with torch.no_grad():
+            outputs = as_tuple(model(inputs))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ExportError(
+            f"The model does not run on an input of shape {tuple(inputs.shape)}: {first_line(error)}."
+        ) from error
+    if not all(bool(torch.isfinite(value).all()) for value in outputs):
+        raise ExportError(
+            "The model's output is not finite on the example input, nor would it be on the device.",
+            "Look for NaN or infinite weights and for variances of zero in batch norms.",
+        )
+    return outputs
+
+
+class _Trace:
+    """One model on its way into a file.
+
+    Args:
+        model: A frozen copy.
+        sample: The example input (N, C, H, W).
+        opset: Of the file.
+        input_name, output_name: As in `export_onnx`.
+        batches: Numbers of inputs for which the file must be right; empty for the example's only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: torch.Tensor,
+        opset: int,
+        input_name: str,
+        output_name: str,
+        batches: tuple[int, ...],
+    ) -> None:
+        self._model, self._sample, self._opset = model, sample, opset
+        self._input, self._batches = input_name, batches
+        outputs = _outputs(model, sample)
+        numbered = [f"{output_name}_{index}" for index in range(len(outputs))]
+        self._names = [output_name] if len(outputs) == 1 else numbered
+        self._places: list[str] = []  # lines of forward that turn a tensor into a number of Python
+
+    def plain(self) -> Any:
+        """The graph as the exporter writes it."""
+        return self._graph(self._sample)
+
+    def checked(self) -> Any:
+        """The graph, once it has computed what the model computes for every batch.
+
+        Raises:
+            ExportError: it does not; the message says what stands in the way.
+        """
+        graph = self.plain()
+        own = (len(self._sample),)
+        if (wrong := self._wrong(graph, own)) is not None:
+            raise ExportError(
+                f"The exported file computes something else than the network: {wrong}.", self._hint()
+            )
+        if not self._batches or self._wrong(graph, self._batches) is None:
+            return graph
+        try:
+            graph = tidy(generalise(*(self._graph(self._inputs(size)) for size in SIZES)))
+        except NotOpen as error:
+            raise self._fixed(str(error)) from error
+        if (wrong := self._wrong(graph, self._batches)) is not None:
+            raise self._fixed(wrong)
+        return graph
+
+    def _graph(self, sample: torch.Tensor) -> Any:
+        import onnx
+
+        axes = self._open_axes() if self._batches else None
+        raw, places = _trace(self._model, sample, self._opset, self._input, self._names, axes)
+        self._places = places or self._places
+        graph = tidy(onnx.load_model_from_string(raw))
+        if axes:
+            self._declare(graph, axes)
+        return graph
+
+    def _declare(self, graph: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
+        """Say of every axis of the outputs that it is open or how long it is, where the exporter does not know."""
+        for value, output in zip(graph.graph.output, _outputs(self._model, self._sample)):
+            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+                if axis not in axes[value.name]:
+                    dim.dim_value = output.shape[axis]
+
+    def _open_axes(self) -> dict[str, dict[int, str]]:
+        """The axes of the outputs that grow with the batch; "batch" are those that are as long as it."""
+        first, second = (_outputs(self._model, self._inputs(size)) for size in (2, 3))
+        axes: dict[str, dict[int, str]] = {self._input: {0: "batch"}}
+        for name, one, other in zip(self._names, first, second):
+            sizes = list(enumerate(zip(one.shape, other.shape)))
+            axes[name] = {
+                axis: "batch" if pair == (2, 3) else f"{name}_{axis}"
+                for axis, pair in sizes
+                if pair[0] != pair[1]
+            }
+        return axes
+
+    def _inputs(self, size: int) -> torch.Tensor:
+        """Random inputs, each another."""
+        generator = torch.Generator().manual_seed(size)
+        return torch.randn(size, *self._sample.shape[1:], generator=generator)
+
+    def _wrong(self, graph: Any, sizes: tuple[int, ...]) -> str | None:
+        """What is wrong with a graph beside the model for these numbers of inputs, or None."""
+        try:
+            session = open_session(graph.SerializeToString())
+            for size in sizes:
+                inputs = self._inputs(size)
+                found = run_session(session, {self._input: inputs.numpy()})
+                right = [value.numpy() for value in _outputs(self._model, inputs)]
+                if (wrong := gross_difference(right, found, size)) is not None:
+                    return wrong
+        except ExportError as error:
+            return f"ONNX Runtime cannot run it ({error.message.rstrip('.')})"
+        return None
+
+    def _fixed(self, why: str) -> ExportError:
+        said = f" Numbers of Python come out of tensors in {_listed(self._places)}." if self._places else ""
+        return ExportError(
+            f"The network's forward fixes the batch, so that no file with an open batch is right: {why}.{said}",
+            "Let forward keep the batch as a size: x.flatten(1), x.reshape(x.shape[0], ...), x.new_zeros(x.shape[0], "
+            "...) and no int(...), len(x) or branch on it. Or export a fixed batch.",
+        )
+
+    def _hint(self) -> str:
+        inputs = self._inputs(len(self._sample))
+        if any(not torch.equal(*pair) for pair in zip(*(_outputs(self._model, inputs) for _ in range(2)))):
+            return "Two runs of the network on the same input differ: its forward is random also in evaluation mode."
+        if self._places:
+            return f"The path must not depend on the values of the input: see {_listed(self._places)}."
+        return "Try another opset, or write the operation in other ones: the exporter or ONNX Runtime gets it wrong."
+
+
+def _listed(places: Sequence[str]) -> str:
+    return "; ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+
+
+_OWN = tuple(str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
+
+
+def _place() -> str | None:
+    """The line of the network's code that is running, as a message names it: `net.py:12 "n = int(x.shape[0])"`."""
+    for frame, line in traceback.walk_stack(None):
+        name = frame.f_code.co_filename
+        if not name.startswith(_OWN) and Path(name).name != "warnings.py":
+            return f'{Path(name).name}:{line} "{linecache.getline(name, line).strip()[:80]}"'
+    return None
+
+
+class _Off:
+    """Says no, whether it is asked or called."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __call__(self) -> bool:
+        return False
+
+
+@contextmanager
+def _exporter_silenced() -> Iterator[list[str]]:
+    """Silence what the tracing exporter says about itself, and nothing else.
+
+    Yields:
+        The lines of forward in which a tensor became a number of Python.
+    """
+    # it asks whether its log is on by the function's name, without calling it, and so always prints the graph of a
+    # network that it cannot write
+    switch = "_jit_is_onnx_log_enabled"
+    asked = getattr(torch._C, switch, None)
+    with warnings.catch_warnings():
+        for message in (
+            "You are using the legacy TorchScript-based ONNX export",
+            "The feature will be removed",
+            ".*Constant folding",
+            "Exporting a model to ONNX with a batch_size other than 1",
+            "ONNX export mode is set to TrainingMode.EVAL",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        places: list[str] = []
+        shown = warnings.showwarning
+
+        def noted(message: Any, category: Any, *where: Any) -> None:
+            if not issubclass(category, TracerWarning):
+                shown(message, category, *where)
+            elif (place := _place()) is not None and place not in places:
+                places.append(place)
+
+        warnings.showwarning = noted  # type: ignore[assignment]  # put back with the filters
+        warnings.filterwarnings("always", category=TracerWarning)
+        try:
+            if asked is not None:
+                setattr(torch._C, switch, _Off())
+            yield places
+        finally:
+            if asked is not None:
+                setattr(torch._C, switch, asked)
+
+
+def _trace(
+    model: nn.Module,
+    sample: torch.Tensor,
+    opset: int,
+    input_name: str,
+    names: Sequence[str],
+    open_axes: dict[str, dict[int, str]] | None,
+) -> tuple[bytes, list[str]]:
+    """The file's bytes, and the lines of forward in which sizes or values became numbers of Python."""
+    buffer = io.BytesIO()
+    try:
+        with _exporter_silenced() as places, torch.no_grad(), Writable(opset, model):
+            torch.onnx.export(
+                model,
+                (sample,),
+                buffer,  # type: ignore[arg-type]  # its annotation knows of paths only
+                opset_version=opset,
+                input_names=[input_name],
+                output_names=list(names),
+                dynamic_axes=open_axes,
+                dynamo=False,
+            )
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # OnnxExporterError is a RuntimeError
+        raise ExportError(
+            f"The model cannot be written as ONNX opset {opset}: {first_line(error)}.",
+            "Replace the operation by one that ONNX has, or try a higher opset if the device allows it.",
+        ) from error
+    return buffer.getvalue(), places

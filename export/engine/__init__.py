@@ -1,0 +1,1 @@
+"""Engines: building, caching, running and timing them, and timing through ONNX Runtime."""

@@ -1,0 +1,115 @@
+"""What an engine is asked to be, and whether the version at hand can make it so.
+
+Everything that a version would misread, ignore or fail on without a reason is refused here, before the build.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Mapping, Sequence, Union
+
+from export.convert.onnx_header import OnnxHeader
+from export.engine.cuda import Device
+from export.engine.trt import Flavour
+from export.errors import ExportError
+
+RTX_DEFAULT = ("8.6", "8.9", "12.0")
+"""GPUs that TensorRT-RTX builds for unless told otherwise: the RTX generations Ampere, Ada and Blackwell."""
+
+DEFAULT_WORKSPACE = 1 << 30
+Shape = Sequence[int]
+Capabilities = Union[str, Sequence[str], None]
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What the builder is asked for, beyond what the file says.
+
+    Attributes:
+        workspace_bytes: Memory that a layer may use for itself; on boards of 4 GB keep it small.
+        optimisation_level: 0 (quick) to 5 (thorough); None is the version's default. From TensorRT 8.6.
+        dla_core: Deep-learning accelerator to use, with the GPU for what it cannot do; None is the GPU alone.
+        version_compatible: An engine that newer versions load too. From TensorRT 8.6.
+        hardware_compatible: An engine for every GPU from Ampere on. From TensorRT 8.6.
+        tf32: Whether FP32 layers may round their inputs to 10 bits of mantissa on GPUs that have TF32.
+        profile: For inputs with open dimensions: name -> (smallest, usual, largest) shape.
+    """
+
+    workspace_bytes: int = DEFAULT_WORKSPACE
+    optimisation_level: int | None = None
+    dla_core: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    tf32: bool = True
+    profile: Mapping[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values for a JSON file."""
+        content = asdict(self)
+        content["profile"] = {name: [list(item) for item in shapes] for name, shapes in self.profile.items()}
+        return content
+
+
+def target_capabilities(flavour: Flavour, wanted: Capabilities, device: Device | None) -> tuple[str, ...]:
+    """The compute capabilities to build for.
+
+    Raises:
+        ExportError: TensorRT has no GPU here, or was asked for another one.
+    """
+    asked = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
+    if flavour.rtx:
+        return asked or RTX_DEFAULT
+    if device is None:
+        raise ExportError(
+            f"{flavour.title} builds on the GPU that it builds for, and none was found here.",
+            "Build on the device itself (python -m export build FILE.onnx, or a bundle).",
+        )
+    if asked and asked != (device.compute_capability,):
+        raise ExportError(
+            f"{flavour.title} builds for the GPU here ({device.name}, compute capability "
+            f"{device.compute_capability}), not for {', '.join(asked)}.",
+            "Build on the device itself.",
+        )
+    return (device.compute_capability,)
+
+
+def check_request(header: OnnxHeader, name: str, flavour: Flavour, settings: BuildSettings) -> None:
+    """Refuse what this version would misread, ignore or fail on without saying why.
+
+    Raises:
+        ExportError: naming the version and what it lacks.
+    """
+    if header.opset not in flavour.opsets:
+        raise ExportError(
+            f"{name} is of ONNX opset {header.opset}; {flavour.title} reads {flavour.opsets[0]} to "
+            f"{flavour.opsets[-1]}.",
+            "Export it again with opset 17.",
+        )
+    lacking = [
+        (settings.optimisation_level is not None and not flavour.optimisation_level, "optimisation levels"),
+        (settings.version_compatible and not flavour.compatibility_modes, "version-compatible engines"),
+        (settings.hardware_compatible and not flavour.compatibility_modes, "hardware-compatible engines"),
+        (settings.dla_core is not None and not flavour.dla, "deep-learning accelerators"),
+    ]
+    for lacks, what in lacking:
+        if lacks:
+            raise ExportError(f"{flavour.title} has no {what}.", "Leave the setting out.")
+    if settings.dla_core is not None and header.precision == "fp32":
+        raise ExportError("A deep-learning accelerator computes in FP16 or INT8; the file is FP32.")
+    unprofiled = [key for key, shape in header.shapes.items() if -1 in shape and key not in settings.profile]
+    if unprofiled:
+        raise ExportError(
+            f"Input {unprofiled[0]} has open dimensions: {list(header.shapes[unprofiled[0]])}. It needs "
+            "a smallest, a usual and a largest size.",
+            "Give a profile, or export the network with a fixed batch.",
+        )
+
+
+def timing_cache_path(folder: str | Path | None, flavour: Flavour, device: Device | None) -> Path | None:
+    """The cache's file: one for each device and version, because a foreign one can be a hard error."""
+    if folder is None or not flavour.timing_cache or device is None:
+        return None
+    name = f"{device.name}-{device.compute_capability}-{flavour.version}"
+    safe = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)
+    return Path(folder) / f"{safe}.timing"

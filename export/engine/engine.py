@@ -1,0 +1,263 @@
+"""One builder of engines for TensorRT 8.5 to 11 and TensorRT-RTX.
+
+    info = build_engine("model.onnx", "engines/model.engine")
+    info = build_engine("model.onnx", "m.engine", module="tensorrt_rtx_bindings", compute_capability="8.6")
+
+The precision is that of the file: newer versions take it from there, older ones also want flags, which are
+set from what the file holds. Beside the engine lies a JSON file that says where it came from
+(`export.engine.engine_info`).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from export.convert.onnx_header import OnnxHeader, parse_header
+from export.engine.build_settings import (
+    BuildSettings,
+    Capabilities,
+    check_request,
+    target_capabilities,
+    timing_cache_path,
+)
+from export.engine.cuda import find_device
+from export.engine.engine_info import EngineInfo, read_sidecar, require_loadable, write_sidecar
+from export.engine.trt import RTX, Flavour, Messages, available, load, why_not
+from export.errors import ExportError
+from export.files import read_bytes, sha256_bytes, write_bytes
+
+__all__ = [
+    "BuildSettings",
+    "EngineInfo",
+    "available",
+    "build_engine",
+    "read_sidecar",
+    "require_loadable",
+    "why_not",
+]
+
+
+def build_engine(
+    onnx_path: str | Path,
+    engine_path: str | Path,
+    *,
+    module: str | None = None,
+    compute_capability: Capabilities = None,
+    settings: BuildSettings | None = None,
+    workspace_bytes: int | None = None,
+    timing_cache: str | Path | None = None,
+) -> EngineInfo:
+    """Build an engine from an ONNX file, and write its description beside it.
+
+    Args:
+        onnx_path: The file; its weights must lie in it.
+        engine_path: Where the engine goes; it appears there whole or not at all. Its description takes the
+            same name with the ending `.json`.
+        module: "tensorrt" or "tensorrt_rtx_bindings"; None takes the first that is installed.
+        compute_capability: The GPUs to build for, such as "8.6" or ["8.6", "8.9"]. TensorRT builds only
+            for the GPU that is here, TensorRT-RTX for any that it knows; None is the GPU here, or
+            `RTX_DEFAULT`.
+        settings: Everything else.
+        workspace_bytes: Short for `BuildSettings(workspace_bytes=...)`.
+        timing_cache: Folder in which timings of kernels are kept for each device and version; None keeps
+            none.
+
+    Raises:
+        ExportError: no module is installed, the file is damaged, of a newer opset or has operators that
+            are not supported (all are named), a setting does not exist in this version, or the build fails.
+    """
+    source, target = Path(onnx_path), Path(engine_path)
+    content = read_bytes(source, "ONNX file")
+    header = parse_header(content, str(source))
+    trt, flavour = load(module)
+    wanted = settings or BuildSettings()
+    if workspace_bytes is not None:
+        wanted = BuildSettings(**{**wanted.__dict__, "workspace_bytes": workspace_bytes})
+    device = find_device()
+    capabilities = target_capabilities(flavour, compute_capability, device)
+    check_request(header, str(source), flavour, wanted)
+    started = time.perf_counter()
+    build = _Build(trt, flavour, wanted, header, str(source))
+    network = build.parse(content, source)
+    config = build.configure(network, capabilities)
+    cache = timing_cache_path(timing_cache, flavour, device)
+    build.use_timing_cache(config, cache)
+    serialised = build.serialise(network, config)
+    write_bytes(target, serialised)
+    info = EngineInfo(
+        engine=target.name,
+        sha256=sha256_bytes(serialised),
+        size=len(serialised),
+        onnx=source.name,
+        onnx_sha256=sha256_bytes(content),
+        precision=header.precision,
+        module=flavour.module,
+        version=flavour.version,
+        device=device.name if device and not flavour.rtx else "",
+        compute_capabilities=capabilities,
+        inputs=dict(header.shapes),
+        outputs=header.outputs,
+        settings=wanted.to_dict(),
+        metadata=header.metadata,
+        seconds=time.perf_counter() - started,
+    )
+    write_sidecar(info, target)
+    return info
+
+
+class _Build:
+    """One build's objects, which must outlive each other in the order in which they are made."""
+
+    def __init__(
+        self, trt: Any, flavour: Flavour, settings: BuildSettings, header: OnnxHeader, name: str
+    ) -> None:
+        self.trt, self.flavour, self.settings, self.header, self.name = trt, flavour, settings, header, name
+        self.messages = Messages(trt, flavour.module)
+        self.builder = trt.Builder(self.messages.logger)
+
+    def parse(self, content: bytes, source: Path) -> Any:
+        """The network of the file."""
+        flags = 0
+        creation = self.trt.NetworkDefinitionCreationFlag
+        if self.flavour.explicit_batch_flag:
+            flags |= 1 << int(creation.EXPLICIT_BATCH)
+        if self.flavour.strongly_typed == "flag":
+            flags |= 1 << int(creation.STRONGLY_TYPED)
+        network = self.builder.create_network(flags)
+        self.parser = self.trt.OnnxParser(network, self.messages.logger)
+        # bytes do not say where external weights lie
+        parsed = (
+            self.parser.parse_from_file(str(source))
+            if self.header.external_data
+            else self.parser.parse(content)
+        )
+        if not parsed or self.parser.num_errors:
+            raise self._parser_error(content)
+        if network.num_layers == 0 or network.num_outputs == 0:
+            raise ExportError(f"{self.flavour.title} found no operators in {self.name}.", "Export it again.")
+        return network
+
+    def _parser_error(self, content: bytes) -> ExportError:
+        found: list[str] = []
+        for index in range(self.parser.num_errors):
+            error = self.parser.get_error(index)
+            found.append(self._describe(error))
+        if self.flavour.parser_stops_early:
+            found += self._unsupported(content)
+        named = list(dict.fromkeys(text for text in found if text))
+        count = "an operator" if len(named) == 1 else f"{len(named)} operators"
+        if not named:
+            return ExportError(f"{self.flavour.title} cannot read {self.name}: {self.messages.last_error()}.")
+        return ExportError(
+            f"{self.flavour.title} does not take {count} of {self.name}: {'; '.join(named)}.",
+            "Replace them in the network, or build with a newer version.",
+        )
+
+    def _describe(self, error: Any) -> str:
+        description = str(error.desc()).strip()
+        if hasattr(error, "node_name"):
+            node, kind = str(error.node_name()), str(error.node_operator())
+        else:
+            place = int(error.node())
+            known = 0 <= place < len(self.header.nodes)
+            node, kind = (self.header.nodes[place].name, self.header.nodes[place].kind) if known else ("", "")
+        if not kind:
+            return description
+        unsupported = "UNSUPPORTED" in str(error.code()) or description in ("", "false")
+        reason = "not supported" if unsupported and description in ("", "false") else description
+        return f"{node or 'a node'} ({kind}): {reason}"
+
+    def _unsupported(self, content: bytes) -> list[str]:
+        if not hasattr(self.parser, "supports_model"):
+            return []
+        _, parts = self.parser.supports_model(content)
+        nodes = self.header.nodes
+        return [
+            f"{nodes[index].name} ({nodes[index].kind}): not supported"
+            for indices, supported in parts
+            if not supported
+            for index in indices
+            if index < len(nodes)
+        ]
+
+    def configure(self, network: Any, capabilities: tuple[str, ...]) -> Any:
+        """The builder's configuration."""
+        trt, config, settings = self.trt, self.builder.create_builder_config(), self.settings
+        flag = trt.BuilderFlag
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if self.flavour.precision_flags and self.header.precision in ("fp16", "int8"):
+            config.set_flag(flag.FP16)
+            if self.header.precision == "int8":
+                config.set_flag(flag.INT8)
+        if not settings.tf32:
+            config.clear_flag(flag.TF32)
+        if settings.optimisation_level is not None:
+            config.builder_optimization_level = settings.optimisation_level
+        if settings.version_compatible:
+            config.set_flag(flag.VERSION_COMPATIBLE)
+        if settings.hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        if settings.dla_core is not None:
+            self._use_dla(config, settings.dla_core)
+        if settings.profile:
+            profile = self.builder.create_optimization_profile()
+            for name, shapes in settings.profile.items():
+                profile.set_shape(name, *(tuple(shape) for shape in shapes))
+            config.add_optimization_profile(profile)
+        if self.flavour.module == RTX:
+            self._aim_at(config, capabilities)
+        return config
+
+    def _use_dla(self, config: Any, core: int) -> None:
+        cores = int(self.builder.num_DLA_cores)
+        if not 0 <= core < cores:
+            raise ExportError(f"Deep-learning accelerator {core} was asked for; this device has {cores}.")
+        config.default_device_type = self.trt.DeviceType.DLA
+        config.DLA_core = core
+        config.set_flag(self.trt.BuilderFlag.GPU_FALLBACK)
+
+    def _aim_at(self, config: Any, capabilities: tuple[str, ...]) -> None:
+        known = self.trt.ComputeCapability.__members__
+        names = {f"{name[2:-1]}.{name[-1]}": value for name, value in known.items() if name.startswith("SM")}
+        config.num_compute_capabilities = len(capabilities)
+        for place, capability in enumerate(capabilities):
+            if capability not in names:
+                raise ExportError(
+                    f"{self.flavour.title} does not build for compute capability {capability}: expected "
+                    f"{', '.join(sorted(names, key=float))}.",
+                    "Jetson boards are built for on the board itself.",
+                )
+            if not config.set_compute_capability(names[capability], place):
+                raise ExportError(f"{self.flavour.title} refused compute capability {capability}.")
+
+    def use_timing_cache(self, config: Any, path: Path | None) -> None:
+        """Start from earlier timings; a cache that does not fit is started anew."""
+        self._cache_path = path
+        if path is None:
+            return
+        stored = path.read_bytes() if path.is_file() else b""
+        if not config.set_timing_cache(config.create_timing_cache(stored), False):
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+
+    def serialise(self, network: Any, config: Any) -> bytes:
+        """Build."""
+        serialised = self.builder.build_serialized_network(network, config)
+        if serialised is None:
+            raise ExportError(
+                f"{self.flavour.title} cannot build {self.name}: {self.messages.last_error()}.",
+                self._advice(),
+            )
+        if self._cache_path is not None:
+            write_bytes(self._cache_path, bytes(memoryview(config.get_timing_cache().serialize())))
+        return bytes(memoryview(serialised))
+
+    def _advice(self) -> str:
+        text = " ".join(self.messages.errors())
+        if "Turing" in text:
+            return "Turing GPUs (7.5) need FP16: export the network in FP16."
+        if "orkspace" in text or "memory" in text.lower():
+            return f"Allow a larger workspace than {self.settings.workspace_bytes} bytes."
+        return ""

@@ -1,0 +1,198 @@
+"""An engine that is loaded, has its memory and can be run again and again.
+
+Needs TensorRT, numpy and the GPU's driver, and nothing else. The names used are those that stayed the same
+from TensorRT 8.5 to 11 and in TensorRT-RTX.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.engine.cuda import Driver
+from export.engine.engine_info import EngineInfo, read_sidecar, require_loadable
+from export.engine.stats import LatencyStats, summarise
+from export.engine.trt import Messages, load
+from export.errors import ExportError
+from export.files import read_bytes
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+WARMUP_S = 2.0
+DURATION_S = 15.0
+MIN_RUNS = 10
+
+_TYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+    "UINT8": "uint8",
+}
+
+
+class EngineRunner:
+    """One engine on the GPU of this machine.
+
+    Args:
+        engine_path: The engine, with its description beside it.
+        driver: The GPU's driver; None opens it.
+
+    Raises:
+        ExportError: the engine or its description is missing or damaged, it is for another GPU or version, or
+            TensorRT refuses it.
+    """
+
+    def __init__(self, engine_path: str | Path, *, driver: Any = None) -> None:
+        path = Path(engine_path)
+        self.info: EngineInfo = read_sidecar(path)
+        trt, self.flavour = load(self.info.module)
+        self.driver = driver if driver is not None else Driver()
+        self.device = self.driver.device()
+        require_loadable(self.info, self.flavour, self.device)
+        self._messages = Messages(trt, self.flavour.module)
+        runtime = trt.Runtime(self._messages.logger)
+        if self.info.settings.get("version_compatible"):
+            runtime.engine_host_code_allowed = True
+        engine = runtime.deserialize_cuda_engine(read_bytes(path, "engine"))
+        context = engine.create_execution_context() if engine is not None else None
+        if context is None:
+            reason = self._messages.last_error()
+            raise ExportError(f"{self.flavour.title} cannot load {path}: {reason}.", "Build it again.")
+        self._runtime, self._engine, self._context = runtime, engine, context
+        self.stream = self.driver.stream()
+        self._host: dict[str, npt.NDArray[Any]] = {}
+        self._device: dict[str, int] = {}
+        self.inputs: list[str] = []
+        self.outputs: list[str] = []
+        self._place_tensors(trt)
+
+    def _place_tensors(self, trt: Any) -> None:
+        """Give each input and output its memory; open dimensions take the profile's usual size."""
+        import numpy as np
+
+        engine, context = self._engine, self._context
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        for name in inputs:
+            if -1 in tuple(engine.get_tensor_shape(name)):
+                context.set_input_shape(name, tuple(engine.get_tensor_profile_shape(name, 0)[1]))
+        for name in names:
+            kind = engine.get_tensor_dtype(name).name
+            if kind not in _TYPES:
+                raise ExportError(f"{self.info.engine} has a tensor {name} of the unknown type {kind}.")
+            array = np.zeros(tuple(context.get_tensor_shape(name)), dtype=_TYPES[kind])
+            self._host[name] = array
+            self._device[name] = self.driver.allocate(array.nbytes)
+            context.set_tensor_address(name, self._device[name])
+            (self.inputs if name in inputs else self.outputs).append(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an input or output."""
+        return tuple(self._host[name].shape)
+
+    def load_inputs(self, feeds: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Copy the inputs to the GPU.
+
+        Raises:
+            ExportError: an input is missing or has another shape.
+        """
+        import numpy as np
+
+        for name in self.inputs:
+            here = self._host[name]
+            if name not in feeds or tuple(feeds[name].shape) != here.shape:
+                given = list(feeds[name].shape) if name in feeds else "nothing"
+                raise ExportError(f"Input {name} has the shape {list(here.shape)}, got {given}.")
+            here[...] = np.asarray(feeds[name]).astype(here.dtype)
+            self.driver.upload(self._device[name], here)
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """One run: copies of the outputs, in the engine's order.
+
+        Raises:
+            ExportError: an input does not fit, or the run fails.
+        """
+        self.load_inputs(feeds)
+        self._enqueue()
+        self.driver.synchronise(self.stream)
+        for name in self.outputs:
+            self.driver.download(self._host[name], self._device[name])
+        return [self._host[name].copy() for name in self.outputs]
+
+    def run_batches(self, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The first output for any number of inputs (N, C, H, W), in portions of the engine's batch."""
+        import numpy as np
+
+        name = self.inputs[0]
+        size = self.shape(name)[0]
+        parts = []
+        for start in range(0, len(inputs), size):
+            chunk = inputs[start : start + size]
+            missing = size - len(chunk)
+            filled = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)]) if missing else chunk
+            parts.append(self.run({name: filled})[0][: size - missing])
+        return np.concatenate(parts)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self.stream):
+            reason = self._messages.last_error()
+            raise ExportError(f"{self.flavour.title} cannot run {self.info.engine}: {reason}.")
+
+    def times_ms(self, *, warmup_s: float = WARMUP_S, duration_s: float = DURATION_S) -> list[float]:
+        """Milliseconds of the GPU for each run, by events, one run after the other, without copies."""
+        import numpy as np
+
+        generator = np.random.default_rng(0)
+        self.load_inputs({name: generator.standard_normal(self.shape(name)) for name in self.inputs})
+        end = time.perf_counter() + warmup_s
+        while time.perf_counter() < end:
+            self._enqueue()
+            self.driver.synchronise(self.stream)
+        first, second = self.driver.event(), self.driver.event()
+        times: list[float] = []
+        end = time.perf_counter() + duration_s
+        while len(times) < MIN_RUNS or time.perf_counter() < end:
+            self.driver.record(first, self.stream)
+            self._enqueue()
+            self.driver.record(second, self.stream)
+            self.driver.synchronise(self.stream)
+            times.append(self.driver.elapsed_ms(first, second))
+        return times
+
+    def layer_times(self, runs: int = 30) -> list[tuple[str, float]]:
+        """(name, median milliseconds) of each layer; [] where that is refused. A run of its own: profiling slows."""
+        import statistics
+
+        trt: Any = load(self.info.module)[0]
+        seen: dict[str, list[float]] = {}
+
+        class Heard(trt.IProfiler):  # type: ignore[misc]  # the base class comes from the chosen module
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                seen.setdefault(layer_name, []).append(ms)
+
+        heard = Heard()
+        self._context.profiler = heard
+        for _ in range(runs):
+            self._enqueue()
+            self.driver.synchronise(self.stream)
+        return [(name, statistics.median(times)) for name, times in seen.items()]
+
+    def measure(self, *, warmup_s: float = WARMUP_S, duration_s: float = DURATION_S) -> LatencyStats:
+        """Median, p90 and p99 of the GPU's time for one run."""
+        times = self.times_ms(warmup_s=warmup_s, duration_s=duration_s)
+        return summarise(times, runtime=self.info.module, version=self.info.version)
+
+    def close(self) -> None:
+        """Give the GPU's memory back."""
+        for address in self._device.values():
+            self.driver.free(address)
+        self._device.clear()
