@@ -81,7 +81,7 @@ def test_a_folder_without_splits(folder: Path) -> None:
     data = load_data(f"folder:{folder / 'train'}", seed=3)
     assert [len(split) for split in (data.train, data.search, data.test)] == [28, 4, 8]
     assert data.test.labels.tolist() == [0] * 4 + [1] * 4
-    assert "8 of its images are dealt into a test split" in data.notes[0]
+    assert "8 of its images form the test split" in data.notes[0]
 
 
 def test_images_of_other_sizes_are_scaled_and_cut(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_what_cannot_be_read_safely_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file.pt"
     good = _plain().state_dict()
     for content, words in (
-        ({"state_dict": good, "config": Foreign()}, "tests.models.test_heads.Foreign"),
+        ({"state_dict": good, "config": Foreign()}, "test_heads.Foreign"),
         ({**good, "0.weight": torch.zeros(8, 3, 3, 3).to_sparse()}, "sparse"),
         ({**good, "0.weight": torch.zeros(8, 3, 3, 3, device="meta")}, "no values"),
         ({**good, "0.weight": torch.zeros(8, 3, 3, 3, dtype=torch.int8)}, "no real numbers"),

@@ -206,16 +206,16 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
     assert described["facts"]["run"] == "run"
     assert described["facts"]["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     words = export(run, "--target", "jetson-orin-nano-8gb", "--bundle", tmp_path / "orin.tar.gz")
-    assert "model.int8.onnx computes its rest in fp32; another one is made by" in words
+    assert "model.int8.onnx computes the rest in fp32; export another one with" in words
     names = sorted(name for name in unpack(tmp_path / "orin.tar.gz") if name.startswith("models/"))
     assert names == ["models/model.int8.onnx", "models/model.onnx"]
     other = Path(shutil.copytree(run, tmp_path / "other"))
     ours = ["--bundle", tmp_path / "orin.tar.gz"]
-    assert "was made of the run 'run', not of 'other'" in refused(
+    assert "belongs to the run 'run', not to 'other'" in refused(
         other, *ours, "--import", tmp_path / "r.tar.gz"
     )
     message = refused(other, *ours, "--target", "ssh://nowhere.invalid")  # before anything is sent
-    assert "was made of the run 'run', not of 'other'" in message
+    assert "belongs to the run 'run', not to 'other'" in message
 
 
 def test_a_network_that_failed_on_the_board_is_no_success(
@@ -260,8 +260,8 @@ def test_a_network_that_failed_on_the_board_is_no_success(
         (["--import", "r.tar.gz"], "--import needs the bundle"),
         (["--target", "ssh://-oProxyCommand=x"], "is no address"),
         (["--target", "ssh://me@orin", "--board", "pi"], "There is no target pi"),
-        (["--max-drop", "-1", "--precision", "int8"], "takes points from 0 to below 100, got -1"),
-        (["--max-drop", "nan", "--precision", "fp16"], "takes points from 0 to below 100, got nan"),
+        (["--max-drop", "-1", "--precision", "int8"], "takes percentage points from 0 to below 100, got -1"),
+        (["--max-drop", "nan", "--precision", "fp16"], "takes percentage points from 0 to below 100, got nan"),
         (["--workspace", "0", "--format", "engine"], "--workspace"),
     ],
 )

@@ -37,7 +37,7 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
     folder = tmp_path / "run"
     RunDir.create(folder, "model: a\n").close()
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom compressor.run.folder import replacing\n"
+        "import os, sys\nfrom pathlib import Path\nfrom compressor.core.files import replacing\n"
         "with replacing(Path(sys.argv[1])) as temporary:\n    temporary.write_text('half')\n    os._exit(9)\n"
     )
     (folder / "search").mkdir()

@@ -22,9 +22,9 @@ def test_a_search_whose_checkpoint_is_gone_is_said_and_done_again(
     (run / "manifest.json").write_text(json.dumps(unfinished))
     result = resume(run)
     episodes = before["search"]["episodes"]
-    (note,) = [line for line in said if "is gone" in line]
-    assert "the search is done again from its start" in note
-    assert f"its {episodes} episodes included" in note
+    (note,) = [line for line in said if "is missing" in line]
+    assert "the search is repeated from the beginning" in note
+    assert f"including its {episodes} episodes" in note
     assert note in result.manifest["notes"]
     assert result.manifest["groups"] == before["groups"]
     assert result.manifest["accuracy"]["finetuned"] == before["accuracy"]["finetuned"]

@@ -43,13 +43,13 @@ def test_a_time_limit_cuts_the_training_of_the_search_and_says_so(tmp_path: Path
     limit = ["--set", "search.max_seconds=0.000000001", "--out", str(tmp_path / "run")]
     code, output = invoked(*TINY, *FAST, *limit)
     assert code == 0
-    note = "The search's time limit left its training at 0 of 2 epochs."
+    note = "The search's time limit stopped its training after 0 of 2 epochs."
     assert note in output
     manifest = manifest_of(tmp_path / "run")
     assert note in manifest["notes"]
     assert [entry["phase"] for entry in manifest["training"]] == ["finetune"] * 2
     assert manifest["accuracy"]["dense_note"].startswith(
-        "The dense network has had the 0 epochs of the search"
+        "The dense network was trained for the 0 epochs of the search"
     )
 
 

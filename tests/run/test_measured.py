@@ -20,5 +20,5 @@ def test_a_network_that_saves_multiply_adds_and_no_time_says_so(
     OtherDevice(1.0).install_measuring(monkeypatch, slim_ms=[share * dense_ms])
     result = compress(recipe(budgets={"flops": "50%"}, agent="uniform"), out=tmp_path / "run")
     assert result.exit_code == 0
-    assert any("110% of the dense one's time" in note for note in result.manifest["notes"]) == told
+    assert any("110% of the dense one's measured time" in note for note in result.manifest["notes"]) == told
     assert ("there was no latency budget" in (tmp_path / "run/report.html").read_text()) == told

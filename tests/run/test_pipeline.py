@@ -161,7 +161,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, t
         assert (folder / "recipe.yaml").exists()
         if gently and process.returncode != 0:  # it may have been too fast for us
             assert process.returncode == 128 + gently
-            assert f"go on with: compress --resume {folder}" in errors
+            assert f"continue with: compress --resume {folder}" in errors
             assert "Traceback" not in errors
     last = subprocess.run(
         [*command, "--resume", str(folder)], env=environment, capture_output=True, text=True

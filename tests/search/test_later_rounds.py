@@ -40,7 +40,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         monkeypatch.setattr(
-            "compressor.search.search_run.time", SimpleNamespace(perf_counter=lambda: self.now)
+            "compressor.search.session.time", SimpleNamespace(perf_counter=lambda: self.now)
         )
 
 
@@ -142,7 +142,7 @@ def test_killed_in_a_later_round_it_ends_the_same(tmp_path: Path, name: str) -> 
 def test_an_unfinished_search_does_not_go_on_within_other_budgets(tmp_path: Path, name: str) -> None:
     with pytest.raises(Killed):
         search(name, tmp_path, 0.5, kill_after=2)
-    with pytest.raises(CompressorError, match="is of one that had not ended, within macs <= "):
+    with pytest.raises(CompressorError, match="is of an unfinished search within macs <= "):
         search(name, tmp_path, 0.49)
     search(name, tmp_path, 0.5)
 
