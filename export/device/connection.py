@@ -55,8 +55,8 @@ WORK_S = 900.0
 _DROPPED = 255
 _HINT = "Try: ssh {0} true   It must work without a prompt; configure keys and host names in ~/.ssh/config."
 _STRANGER = (
-    "Its host key is unknown or has changed. Make sure that it is your device. If it was reinstalled, run "
-    "ssh-keygen -R {1}. Then connect once by hand: ssh {0} true"
+    "Its host key is unknown or has changed. Make sure that it is your device; if it was reinstalled, run "
+    "ssh-keygen -R {1}, and connect once by hand: ssh {0} true"
 )
 _SILENT = "The machine may be overloaded. Check it with: ssh {0} uptime"
 _STRANGE = (
