@@ -1,1 +1,1 @@
-"""ONNX, parity, engines and measurement; knows nothing of pruning and never imports the compressor."""
+"""ONNX export, parity, engines and on-device measurement; independent of the `compressor` package."""

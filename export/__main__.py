@@ -1,8 +1,7 @@
-"""The device's commands: `python -m export build | measure | verify FILE.onnx`.
+"""The commands for a device: `python -m export build | measure | verify FILE.onnx`.
 
-They need TensorRT and numpy; where there is no GPU, `measure` and `verify` use ONNX Runtime if it is
-installed.
-Exit codes: 0 done, 2 something to mend, with one sentence that says what, 130 stopped by Ctrl-C.
+They need TensorRT and numpy. Without a GPU, `measure` and `verify` use ONNX Runtime if it is installed.
+Exit codes: 0 for success, 2 for an error that the user can fix, with a message, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 ORT = "onnxruntime"
-STOPPED = 130  # exit code, as shells give it after Ctrl-C
+STOPPED = 130  # the exit code of shells after Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
         result = options.command(options)
@@ -56,35 +55,35 @@ def _parser() -> argparse.ArgumentParser:
     made = {
         "build": (_build, "build an engine for this machine's GPU, or for RTX GPUs"),
         "measure": (_measure, "measure the latency for one input"),
-        "verify": (_verify, "compare the outputs with the reference that came along"),
+        "verify": (_verify, "compare the outputs with the reference outputs"),
     }
     for name, (command, text) in made.items():
         own = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         own.set_defaults(command=command)
-        own.add_argument("onnx", metavar="FILE.onnx", help="the network")
+        own.add_argument("onnx", metavar="FILE.onnx", help="the network as an ONNX file")
         own.add_argument("--engine", metavar="FILE", help="the engine (default: FILE.engine)")
-        own.add_argument("--json", metavar="FILE", help="write the results there")
+        own.add_argument("--json", metavar="FILE", help="write the results to FILE")
     build, measure, verify = (commands.choices[name] for name in made)
-    build.add_argument("--module", choices=MODULES, help="what builds (default: what is installed)")
+    build.add_argument("--module", choices=MODULES, help="the TensorRT module (default: the installed one)")
     build.add_argument(
         "--compute-capability", action="append", metavar="8.6", help="GPU to build for; may be repeated"
     )
-    build.add_argument("--batch", metavar="1..8", help="sizes of an open batch, as 1..8 or 1..4..8")
+    build.add_argument("--batch", metavar="1..8", help="range of a dynamic batch, such as 1..8 or 1..4..8")
     build.add_argument("--workspace", type=int, default=DEFAULT_WORKSPACE >> 20, metavar="MIB")
     build.add_argument("--optimisation-level", type=int, choices=range(6))
     build.add_argument("--dla", type=int, metavar="CORE", help="deep-learning accelerator to use")
     build.add_argument("--version-compatible", action="store_true")
     build.add_argument("--hardware-compatible", action="store_true")
-    build.add_argument("--no-tf32", action="store_true", help="compute FP32 in full")
-    build.add_argument("--timing-cache", metavar="FOLDER", help="keep timings of kernels there")
+    build.add_argument("--no-tf32", action="store_true", help="compute FP32 without TF32")
+    build.add_argument("--timing-cache", metavar="FOLDER", help="folder of the kernel timing cache")
     for runs in (measure, verify):
-        runs.add_argument("--runtime", choices=("engine", ORT), help="default: the engine, if there is a GPU")
+        runs.add_argument("--runtime", choices=("engine", ORT), help="default: the engine if there is a GPU")
         runs.add_argument("--threads", type=int, default=1, help="threads for ONNX Runtime")
     measure.add_argument("--warmup", type=float, default=2.0, metavar="SECONDS")
     measure.add_argument("--duration", type=float, default=15.0, metavar="SECONDS")
-    measure.add_argument("--processes", type=int, default=3, help="measure in so many processes")
+    measure.add_argument("--processes", type=int, default=3, help="number of processes to measure in")
     verify.add_argument("--reference", metavar="FILE.npz", help="default: reference.npz beside the network")
-    verify.add_argument("--tolerance", type=float, help="largest difference for outputs of up to 1")
+    verify.add_argument("--tolerance", type=float, help="maximum difference for outputs of up to 1")
     return parser
 
 
@@ -115,7 +114,7 @@ def _build(options: argparse.Namespace) -> dict[str, Any]:
         f"{engine}: {info.precision}, {info.size / 1e6:.2f} MB, for compute capability "
         f"{', '.join(info.compute_capabilities)}, {info.module} {info.version}, built in {info.seconds:.1f} s"
     )
-    print(f"{sidecar_path(engine)}: where it came from")
+    print(f"{sidecar_path(engine)}: its description")
     return info.to_dict()
 
 
@@ -146,7 +145,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     print(
         f"{options.onnx}: median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, "
         f"p99 {stats.p99_ms:.3f} ms ({stats.runs} runs, {stats.runtime} {stats.version}"
-        + ("" if stats.steady else f", the machine drifted by {stats.drift:+.0%}")
+        + ("" if stats.steady else f", drift {stats.drift:+.0%}")
         + ")"
     )
     for line in board_lines(found["board"], before, found["state_after"]):
@@ -171,7 +170,7 @@ def _times(options: argparse.Namespace) -> tuple[list[float], LatencyStats]:
 
 
 def _in_processes(options: argparse.Namespace) -> tuple[list[float], LatencyStats]:
-    """The runs of several processes together: memory lies differently in each, and so do latencies."""
+    """Measure in several processes and pool the runs: the memory layout differs, and latency with it."""
     import tempfile
 
     times: list[float] = []
@@ -186,7 +185,7 @@ def _in_processes(options: argparse.Namespace) -> tuple[list[float], LatencyStat
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 lines = done.stderr.strip().splitlines()
-                raise ExportError((lines[-1] if lines else "Measuring failed.").replace("error: ", "", 1))
+                raise ExportError((lines[-1] if lines else "The measurement failed.").replace("error: ", "", 1))
             facts = json.loads(part.read_text(encoding="utf-8"))
             times += facts["times_ms"]
     last = facts["latency"]
@@ -211,7 +210,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
 
         engine, what = EngineRunner(_engine_path(options)), str(_engine_path(options))
         if engine.info.onnx_sha256 != sha256_file(Path(options.onnx)):
-            raise ExportError(f"{what} was built from another file than {options.onnx}.", "Build it again.")
+            raise ExportError(f"{what} was not built from {options.onnx}.", "Build it again.")
         run = engine.run_batches
         tolerance = DEVICE_TOLERANCES[header.precision]
     if options.tolerance is not None:

@@ -1,4 +1,4 @@
-"""The one exception of this package that users are meant to see."""
+"""The exception that this package raises for errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from export.text import message_text
 
 
 class ExportError(Exception):
-    """Something the user can mend.
+    """An error that the user can fix.
 
     Args:
-        message: What was expected and what came instead, in one or two sentences.
-        hint: How to mend it; empty where nothing can be advised.
+        message: What was expected and what was given, in one or two sentences.
+        hint: How to fix it; empty where there is no advice.
 
-    Both may quote foreign text: control characters are removed and long words shortened (`export.text`).
+    Both may quote untrusted text: control characters are removed and long words are shortened (`export.text`).
     """
 
     exit_code = 2

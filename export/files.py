@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their checksums."""
+"""Atomic file writes, bounded reads and checksums."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from export.errors import ExportError
 
 @contextmanager
 def replacing(path: Path, failed: Callable[[Path, OSError], Exception] | None = None) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the context ends without an error.
+    """Yield a temporary path that replaces `path` when the context ends without an error.
 
     Args:
-        path: Where the file is to appear.
-        failed: Makes the error to raise where it cannot be written; None for an `ExportError`.
+        path: The file to write.
+        failed: Returns the error to raise if it cannot be written; None for an `ExportError`.
 
     Raises:
-        ExportError: the folder cannot be written or the disk is full; `path` is what it was before.
+        ExportError: the folder cannot be written or the disk is full; `path` is unchanged.
     """
     explained = failed or disk_error
     try:
@@ -35,7 +35,7 @@ def replacing(path: Path, failed: Callable[[Path, OSError], Exception] | None = 
     except OSError as error:
         raise explained(path, error) from error
     os.close(handle)
-    temporary = Path(name)  # as `remove_temporaries` knows them
+    temporary = Path(name)  # its name matches `_TEMPORARY`
     try:
         yield temporary
         with temporary.open("rb") as written:
@@ -50,9 +50,9 @@ def replacing(path: Path, failed: Callable[[Path, OSError], Exception] | None = 
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what `replacing` left in a folder, and in those below it, when its process was killed.
+    """Remove temporary files that `replacing` left in a folder tree when its process was killed.
 
-    Call it only while no other process writes there.
+    Call it only while no other process writes to the folder.
     """
     for place, _, names in os.walk(folder):
         for name in names:
@@ -61,16 +61,16 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def is_temporary_of(path: Path, name: str) -> bool:
-    """Whether a file is what a killed `replacing` left of the file `name` beside it."""
+    """Whether a file is a temporary that a killed `replacing` left for the file `name` beside it."""
     return bool(_TEMPORARY.fullmatch(path.name)) and path.name.startswith(f".{name}.")
 
 
 _TEMPORARY = re.compile(r"\..+(\.[^.]+)\.[a-z0-9_]{8}\1")
-"""The names of `replacing`: `.model.onnx.k3_x9abc.onnx`; a suffix that comes twice is nobody else's."""
+"""Names that `replacing` uses, such as `.model.onnx.k3_x9abc.onnx`: the repeated suffix identifies them."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` is either the old file or the whole new one.
+    """Write `content` atomically: `path` is either the old file or the complete new one.
 
     Raises:
         ExportError: as `replacing`.
@@ -80,17 +80,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON with sorted keys, so that equal contents are equal files."""
+    """Write `content` as JSON with sorted keys, so that equal contents give equal files."""
     write_bytes(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A file opened for reading in binary; nothing else than a regular file, which neither blocks nor goes on for ever.
+    """Open a regular file for binary reading; FIFOs and devices, which may block or never end, are refused.
 
     Raises:
-        OSError: it is missing, may not be read, or is a folder, a FIFO, a socket or a device.
+        OSError: the file is missing or not readable, or is a folder, a FIFO, a socket or a device.
     """
-    # O_NONBLOCK: to open a FIFO would wait for its writer otherwise
+    # O_NONBLOCK: opening a FIFO would otherwise wait for its writer
     handle = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(handle).st_mode
@@ -98,9 +98,9 @@ def open_regular(path: str | Path) -> BinaryIO:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
             what = (
-                "a FIFO" if stat.S_ISFIFO(mode) else "a device" if stat.S_ISCHR(mode) else "no regular file"
+                "a FIFO" if stat.S_ISFIFO(mode) else "a device" if stat.S_ISCHR(mode) else "not a regular file"
             )
-            raise OSError(errno.EINVAL, f"It is {what}; a file is expected", str(path))
+            raise OSError(errno.EINVAL, f"It is {what}; a regular file was expected", str(path))
         return os.fdopen(handle, "rb")
     except OSError:
         os.close(handle)
@@ -108,15 +108,15 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, what: str, largest: int | None = None) -> bytes:
-    """The bytes of a file.
+    """Read the bytes of a file.
 
     Args:
         path: The file.
-        what: How a message names its kind, such as "ONNX file".
-        largest: The most bytes that it may have; None for any number.
+        what: The kind of file for messages, such as "ONNX file".
+        largest: Maximum size in bytes; None for no limit.
 
     Raises:
-        ExportError: it is missing, too large, no regular file, or cannot be read.
+        ExportError: the file is missing, too large, not a regular file, or cannot be read.
     """
     try:
         with open_regular(path) as file:
@@ -131,27 +131,27 @@ def read_bytes(path: Path, what: str, largest: int | None = None) -> bytes:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read the object in a JSON file.
 
     Raises:
-        ExportError: the file is missing, unreadable, no JSON or no object.
+        ExportError: the file is missing, unreadable, not valid JSON, or not an object.
     """
     try:
         content = json.loads(read_bytes(path, what).decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # a bad encoding, bad JSON, numbers or nesting without end
-        raise ExportError(f"The {what} {path} is no JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:  # wrong encoding, invalid JSON, too long a number, too deep nesting
+        raise ExportError(f"The {what} {path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ExportError(f"The {what} {path} holds a {type(content).__name__}, expected an object.")
     return content
 
 
 def sha256_bytes(content: bytes) -> str:
-    """The SHA-256 of bytes, as hexadecimal digits."""
+    """The SHA-256 of bytes in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as hexadecimal digits."""
+    """The SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         for block in iter(lambda: file.read(1 << 20), b""):
@@ -160,7 +160,7 @@ def sha256_file(path: Path) -> str:
 
 
 def disk_error(path: Path, error: OSError) -> ExportError:
-    """The message for a file that could not be written."""
+    """The error for a file that cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ExportError(f"No space is left on the device for {path}.", "Free some space, then try again.")
     return ExportError(f"{path} cannot be written: {error.strerror or error}.")

@@ -1,7 +1,7 @@
-"""Foreign text made fit to be shown: what a device, a file or a command line says reaches terminals and pages.
+"""Sanitises untrusted text from devices, files and command lines for terminals and web pages.
 
-Control characters move the cursor and retitle windows, and bidirectional marks reorder what is read; both are removed
-here, in one place. Escaping for markup (HTML, rich) is left to what prints, which knows its markup.
+Control characters move the cursor and change window titles; bidirectional marks reorder text. Both are removed here, in
+one place. The code that prints the text escapes it for its own markup (HTML, rich).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import re
 import unicodedata
 
 LONGEST_MESSAGE = 1500
-"""Characters of an error's message or hint."""
+"""Maximum number of characters of an error's message or hint."""
 
 LONGEST_WORD = 300
-"""Characters without a blank in a message: room for any usual path."""
+"""Maximum number of characters without a blank in a message; long enough for a usual path."""
 
 # CSI; strings (OSC, DCS, SOS, PM, APC) to their terminator or the line's end; other escapes: ECMA-48, 5.4 and 5.6
 _SEQUENCE = re.compile(
@@ -24,13 +24,13 @@ _SEQUENCE = re.compile(
 
 
 def plain(text: str, *, lines: bool = False) -> str:
-    r"""The text without terminal sequences, control characters, and bidirectional and other format marks.
+    r"""Remove terminal sequences, control characters, and bidirectional and other format marks.
 
-    Blanks of any kind become a plain blank, and undecodable bytes of a file's name the replacement character.
+    Whitespace of any kind becomes a plain blank, and undecodable bytes of a file name become the replacement character.
 
     Args:
-        text: From anywhere.
-        lines: Whether line breaks and tabs stay; else they become blanks.
+        text: Text from any source.
+        lines: Whether to keep line breaks and tabs; otherwise they become blanks.
 
     >>> plain("bad \x1b[2J\x1b]0;title\x07\u202ename")
     'bad name'
@@ -46,13 +46,13 @@ def plain(text: str, *, lines: bool = False) -> str:
 
 def _instead(char: str) -> str:
     category = unicodedata.category(char)
-    if category == "Cs":  # half of a pair, as Python writes bytes of a file's name that are no UTF-8
+    if category == "Cs":  # a lone surrogate: Python's form of bytes in a file name that are not UTF-8
         return "\ufffd"
     return " " if category[0] == "Z" or char in "\t\n\v\f\r\x85" else ""
 
 
 def short(text: str, longest: int) -> str:
-    """The text in at most `longest` characters: where it is longer, its middle is left out."""
+    """Shorten the text to at most `longest` characters by leaving out its middle."""
     if len(text) <= longest:
         return text
     tail = (longest - 5) // 3
@@ -60,7 +60,7 @@ def short(text: str, longest: int) -> str:
 
 
 def message_text(text: str) -> str:
-    """What an error says: plain, each word and the whole of bounded length, whatever was put into it."""
+    """Sanitise the text of an error, and bound the length of each word and of the whole."""
     bounded = re.sub(
         rf"\S{{{LONGEST_WORD + 1},}}",
         lambda word: short(word[0], LONGEST_WORD // 2),

@@ -1,7 +1,7 @@
-"""Accuracy of an exported file, through ONNX Runtime, and INT8 that keeps it.
+"""Accuracy of an ONNX file with ONNX Runtime, and INT8 quantisation within an accuracy drop.
 
-dense = accuracy_onnx("model.onnx", batches())
-kept = quantize_within("model.onnx", "model.int8.onnx", images, score, max_drop=0.005)
+    dense = accuracy_onnx("model.onnx", batches())
+    kept = quantize_within("model.onnx", "model.int8.onnx", images, score, max_drop=0.005)
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _JUDGED_ON = 16
-_MOST = 64  # inputs at a time
-_VALUES = 1 << 20  # of inputs at a time: more than a cache holds makes each slower
+_MOST = 64  # largest batch
+_VALUES = 1 << 20  # input values of the largest batch: more than the CPU caches hold are slower per input
 _CHECKED_ON = 8
-_SAME = 1e-4  # of the largest output: rounding, which depends on how products are blocked
+_SAME = 1e-4  # of the largest output: rounding, which depends on the blocking of matrix products
 
 
 def accuracy_onnx(path: str | Path, batches: Iterable[tuple[Any, Any]], *, threads: int = 1) -> float:
-    """The share of inputs that a file classifies right, 0 to 1.
+    """Measure the top-1 accuracy of a file, 0 to 1.
 
     Args:
         path: The file.
-        batches: Inputs (N, C, H, W) with labels (N,), as arrays or tensors, of any sizes.
-        threads: Threads for ONNX Runtime.
+        batches: Inputs (N, C, H, W) and labels (N,), as arrays or tensors, in batches of any size.
+        threads: Threads of ONNX Runtime.
 
     Raises:
-        ExportError: the file is refused, an input does not fit, or there are no inputs.
+        ExportError: ONNX Runtime cannot load the file, an input has the wrong shape, or there are no inputs.
     """
     import numpy as np
 
     session = open_session(path, threads=threads)
-    runs = False  # whether `session` is known to serve
+    runs = False  # whether `session` was selected
     right = total = 0
     for inputs, labels in batches:
         images, classes = np.asarray(inputs, dtype=np.float32), np.asarray(labels)
@@ -66,15 +66,15 @@ def accuracy_onnx(path: str | Path, batches: Iterable[tuple[Any, Any]], *, threa
             right += int((scores.argmax(axis=1) == classes[start : start + size]).sum())
         total += len(images)
     if total == 0:
-        raise ExportError("Accuracy can only be measured on at least one input, got none.")
+        raise ExportError("Accuracy needs at least one input, got none.")
     return right / total
 
 
 def _for_many(path: str | Path, session: Any, images: Any, threads: int) -> Any:
-    """A session of the file that takes many inputs at a time and says the same; `session` where there is none.
+    """A session of the file with a dynamic batch and the same outputs; `session` if there is none.
 
-    A file for one input is opened in memory: its batch, and the shapes that begin with it. It counts only where it
-    gives for real inputs, side by side, what the file gives for each alone.
+    The batch of a file with batch size 1 is made dynamic in memory, with the reshapes that depend on it. The result is
+    used only if its outputs for a batch of real inputs equal those for each input alone.
     """
     import numpy as np
 
@@ -94,7 +94,7 @@ def _for_many(path: str | Path, session: Any, images: Any, threads: int) -> Any:
 
 
 def _opened(content: bytes) -> bytes:
-    """An ONNX file for one input as one for any number, as far as its shapes are all that says one."""
+    """Make the batch of an ONNX file with batch size 1 dynamic in its inputs, outputs and reshapes."""
     import onnx
 
     proto = onnx.load_model_from_string(content)
@@ -109,19 +109,19 @@ def _opened(content: bytes) -> bytes:
         values = onnx.numpy_helper.to_array(tensor) if tensor.name in shapes else None
         if values is not None and values.ndim == 1 and len(values) > 1 and values[0] == 1:
             values = values.copy()
-            values[0] = 0  # in a shape to reshape to: as many as there were
+            values[0] = 0  # 0 in the shape of a Reshape copies the size of the input
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     return bytes(proto.SerializeToString())
 
 
 @dataclass(frozen=True)
 class WithinInfo:
-    """An INT8 file that keeps its accuracy.
+    """The result of `quantize_within`.
 
     Attributes:
-        quant: The file.
-        before, after: Score of the FP32 file and of the INT8 file.
-        all_int8: Score with every node in INT8.
+        quant: The INT8 file.
+        before, after: Scores of the FP32 file and of the INT8 file.
+        all_int8: Score with all nodes in INT8.
     """
 
     quant: QuantInfo
@@ -141,19 +141,18 @@ def quantize_within(
     percentile: float = PERCENTILE,
     rest: str = "fp32",
 ) -> WithinInfo:
-    """Quantise, and keep as few of the most sensitive nodes in floats as it takes to stay within `max_drop`.
+    """Quantise to INT8 with at most `max_drop`, keeping as few of the most sensitive nodes in float as possible.
 
     Args:
         source, target, calibration, method, percentile, rest: As in `quantize_onnx`.
-        score: The accuracy of a file, 0 to 1, such as `accuracy_onnx` on the test split.
-        max_drop: How much lower than the FP32 file's score is accepted, 0 to 1.
+        score: Returns the accuracy of a file, 0 to 1, such as `accuracy_onnx` on the test split.
+        max_drop: Maximum drop of the score against the FP32 file, 0 to 1.
 
     Raises:
-        ExportError: as `quantize_onnx`, or no choice of nodes keeps the accuracy; `target` is then left
-            alone.
+        ExportError: as `quantize_onnx`, or no choice of nodes is within `max_drop`; `target` is then unchanged.
     """
     if not 0 <= max_drop < 1:
-        raise ExportError(f"The accepted drop must be from 0 to below 1, got {max_drop}.")
+        raise ExportError(f"The maximum drop must be from 0 to below 1, got {max_drop}.")
     goal = Path(target)
     trial = goal.with_name(f".{goal.name}.trial")
     before = score(Path(source))
@@ -181,15 +180,15 @@ def quantize_within(
 def _fewest(
     ranked: list[str], attempt: Callable[[list[str]], tuple[QuantInfo, float]], least: float
 ) -> tuple[QuantInfo, float]:
-    """Keep 1, 2, 4, ... of the most sensitive nodes until the score holds, then as few as hold."""
+    """Keep 1, 2, 4, ... of the most sensitive nodes until the score suffices, then bisect for the fewest."""
     low, high = 0, 1
     best, tried = 0.0, 0
     while True:
         count = min(high, len(ranked) - 1)
         if count <= tried:
             raise ExportError(
-                f"INT8 keeps an accuracy of {best:.2%} at best, with {tried} of {len(ranked)} nodes in floats; "
-                f"at least {least:.2%} was asked for.",
+                f"INT8 reaches an accuracy of {best:.2%} at best, with {tried} of {len(ranked)} nodes in float; "
+                f"at least {least:.2%} is required.",
                 "Allow a larger drop, calibrate on more inputs or by percentile, or use FP16.",
             )
         info, after = attempt(ranked[:count])
@@ -216,7 +215,7 @@ def sensitivities(
     method: str = "minmax",
     percentile: float = PERCENTILE,
 ) -> list[tuple[str, float]]:
-    """How much quantising each node alone moves the outputs: (node, mean absolute difference), largest first.
+    """Rank nodes by the effect of quantising each alone: (node, mean absolute output difference), largest first.
 
     Raises:
         ExportError: as `quantize_onnx`.

@@ -1,8 +1,8 @@
-"""FP16 written into the file: half-precision weights and activations, FP32 inputs and outputs.
+"""Converts an ONNX file to FP16: half-precision weights and activations, FP32 inputs and outputs.
 
-A file whose tensors are halves builds the same engine under every TensorRT from 8.5 to 11, strongly typed
-or not. What can be a half is read from ONNX's own operator definitions; what would overflow on real inputs
-stays FP32 and is named. Casts stand where the two meet.
+A file with FP16 tensors gives the same engine with every TensorRT from 8.5 to 11, strongly typed or not. ONNX's
+operator definitions determine which tensors can be FP16. Nodes that would overflow on real inputs stay FP32 and are
+reported. Casts connect the two.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 HALF = 10  # TensorProto.FLOAT16
 LARGEST_HALF = 65504.0
 HEADROOM = 2.0
-"""A value that comes closer to the largest half than this factor on the inputs seen counts as overflowing."""
+"""A value above the largest half divided by this factor counts as overflow."""
 
 _TYPED_BY_ATTRIBUTE = frozenset(
     ("Cast", "CastLike", "Constant", "ConstantOfShape", "EyeLike", "Bernoulli", "Multinomial")
 )
 _FUSED = frozenset(("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Mul"))
-"""What TensorRT fuses behind a convolution."""
+"""Operators that TensorRT fuses into the preceding convolution."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A node that stays FP32, and why."""
+    """A node that stays FP32, with the reason."""
 
     node: str
     reason: str
@@ -43,12 +43,12 @@ class Kept:
 
 @dataclass(frozen=True)
 class HalfInfo:
-    """What was written.
+    """The facts of a written FP16 file.
 
     Attributes:
-        path, sha256, size: The file, its checksum and its size in bytes.
-        converted: How many nodes compute in half precision.
-        kept: Nodes that stay FP32 although they could be halves, by name.
+        path, sha256, size: The file, its checksum and size in bytes.
+        converted: Number of nodes that compute in FP16.
+        kept: Nodes that stay FP32 although they could be FP16, by name.
     """
 
     path: Path
@@ -66,17 +66,17 @@ def convert_half(
     keep: Iterable[str] = (),
     threads: int = 1,
 ) -> HalfInfo:
-    """Write the FP16 form of an FP32 ONNX file.
+    """Convert an FP32 ONNX file to FP16.
 
     Args:
         source: The FP32 file.
-        target: Where the FP16 file goes; it appears there whole or not at all.
-        inputs: Real inputs (N, C, H, W) that show which values overflow; None looks at the weights alone.
+        target: The FP16 file, written atomically.
+        inputs: Real inputs (N, C, H, W) to find overflows on; None checks only the weights.
         keep: Names of nodes to keep in FP32.
-        threads: Threads for running the inputs.
+        threads: Threads of ONNX Runtime.
 
     Raises:
-        ExportError: the file is damaged or not FP32, a name in `keep` is unknown, or the inputs do not fit.
+        ExportError: the file is damaged or not FP32, a name in `keep` is unknown, or the inputs have the wrong shape.
     """
     import onnx
 
@@ -89,8 +89,8 @@ def convert_half(
     names = {node.name for node in proto.graph.node}
     unknown = sorted(set(keep) - names)
     if unknown:
-        raise ExportError(f"{source} has no node {unknown[0]}, which was to be kept in FP32.")
-    kept = {name: "asked for" for name in keep}
+        raise ExportError(f"{source} has no node {unknown[0]} to keep in FP32.")
+    kept = {name: "requested" for name in keep}
     kept.update(overflowing(proto, inputs, threads=threads))
     converted = to_half(proto, kept)
     facts: dict[str, Any] = {**header.metadata, "precision": "fp16"}
@@ -110,7 +110,7 @@ def convert_half(
 
 
 def overflowing(proto: Any, inputs: npt.NDArray[Any] | None, *, threads: int = 1) -> dict[str, str]:
-    """The nodes that read or write values too large for a half, with the reason."""
+    """Find the nodes that read or write values too large for FP16: name -> reason."""
     import numpy as np
     from onnx import numpy_helper
 
@@ -131,18 +131,18 @@ def overflowing(proto: Any, inputs: npt.NDArray[Any] | None, *, threads: int = 1
 
 
 def to_half(proto: Any, kept: Iterable[str]) -> int:
-    """Turn the graph's floats into halves, except in the nodes named; how many nodes compute in halves.
+    """Convert a graph to FP16 except for the `kept` nodes; return the number of nodes that compute in FP16.
 
-    Changes `proto`. Inputs and outputs keep their type.
+    Changes `proto`. Inputs and outputs keep their types.
     """
     return _Converter(proto, frozenset(kept)).convert()
 
 
 def half_rest(proto: Any, inputs: npt.NDArray[Any], *, threads: int = 1) -> int:
-    """Turn into halves what no INT8 kernel computes in a Q/DQ network; how many nodes compute in halves.
+    """Convert the nodes of a Q/DQ network that no INT8 kernel computes to FP16; return their number.
 
-    A node that reads dequantised values, and the activation function that is fused behind it, compute in INT8 with FP32
-    at their ends: a cast in between would part them. All others take halves, except where values overflow. Changes
+    A node that reads dequantised values and the activation function fused into it compute in INT8 with FP32 inputs and
+    outputs; a cast between them would prevent the fusion. All other nodes become FP16, unless values overflow. Changes
     `proto`.
     """
     kept = {
@@ -153,7 +153,7 @@ def half_rest(proto: Any, inputs: npt.NDArray[Any], *, threads: int = 1) -> int:
 
 
 def int8_region(proto: Any) -> list[str]:
-    """Names of the Q/DQ nodes, of the nodes between them, and of the activation functions fused behind those."""
+    """Names of the Q/DQ nodes, the nodes between them, and the activation functions fused into those."""
     stored = {tensor.name for tensor in proto.graph.initializer}
     pairs, computed = ("QuantizeLinear", "DequantizeLinear"), set()
     dequantised = {node.output[0] for node in proto.graph.node if node.op_type == pairs[1]}
@@ -207,7 +207,7 @@ class _Converter:
         return converted
 
     def _half_slots(self, node: Any) -> set[tuple[str, int]]:
-        """The inputs and outputs of a node that become halves: those whose type parameter may be float16."""
+        """The inputs and outputs of a node that become FP16: those whose type parameter allows float16."""
         import onnx
 
         inner_graphs = any(entry.type in (5, 10) for entry in node.attribute)  # GRAPH, GRAPHS
@@ -228,7 +228,7 @@ class _Converter:
         return slots
 
     def _as(self, name: str, kind: int) -> str:
-        """The name under which the value is of type `kind` at this place."""
+        """The name of the value in type `kind`, with a cast if needed."""
         key = (name, kind)
         if key not in self.copies:
             if name in self.stored:

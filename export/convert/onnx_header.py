@@ -1,9 +1,8 @@
-"""What an ONNX file says about itself, read without any package.
+"""Reads the header of an ONNX file without the `onnx` package.
 
-A device that has TensorRT and numpy has no `onnx`. And TensorRT's parser is no judge of files: it takes an
-empty one for a network without layers, and an opset that it has never heard of for one that it has. So the
-few fields that matter are read here, straight from the protocol buffer (onnx.proto: ModelProto, GraphProto,
-NodeProto).
+A device with TensorRT and numpy does not have `onnx`. TensorRT's parser does not validate files: it accepts an empty
+file as a network without layers, and unknown opsets. This module reads the needed fields directly from the protocol
+buffer (onnx.proto: ModelProto, GraphProto, NodeProto).
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from export.files import read_bytes
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FLOAT16 = 10
 NEWEST_OPSET = 20
-_HINT = "Export the network again, and copy the file as a whole."
+_HINT = "Export the network again, and copy all of the file."
 
 
 @dataclass(frozen=True)
 class Node:
-    """One operator: its name, type and domain ("" is ONNX's own)."""
+    """One operator: its name, type and domain ("" is the ONNX domain)."""
 
     name: str
     kind: str
@@ -37,16 +36,16 @@ class OnnxHeader:
 
     Attributes:
         ir_version: Version of the file format.
-        opset: Version of ONNX's own operators.
-        domains: Versions of the other domains' operators.
-        producer: What wrote the file.
-        metadata: The file's own key-value pairs.
+        opset: Version of the ONNX operators.
+        domains: Versions of the operators of other domains.
+        producer: Name and version of the program that wrote the file.
+        metadata: The file's key-value pairs.
         nodes: Its operators, in order.
-        inputs: Names of the inputs that are no stored weights.
-        shapes: Shape of each input; an open dimension is -1.
+        inputs: Names of the inputs that are not initialisers.
+        shapes: Shape of each input; a dynamic dimension is -1.
         outputs: Names of the outputs.
         half_weights: Whether some weights are stored in half precision.
-        external_data: Whether weights lie in other files.
+        external_data: Whether weights are stored in other files.
     """
 
     ir_version: int
@@ -63,36 +62,36 @@ class OnnxHeader:
 
     @property
     def precision(self) -> str:
-        """What its weights say: "int8" with quantised tensors, "fp16" with halves among them, or "fp32"."""
+        """The precision of its tensors: "int8" with Q/DQ nodes, "fp16" with some FP16 weights, else "fp32"."""
         if any(node.kind == "QuantizeLinear" for node in self.nodes):
             return "int8"
         return "fp16" if self.half_weights else "fp32"
 
 
 def read_header(path: str | Path) -> OnnxHeader:
-    """The header of an ONNX file.
+    """Read the header of an ONNX file.
 
     Raises:
-        ExportError: the file is missing, empty, cut short, or something else than ONNX.
+        ExportError: the file is missing, empty, truncated, or not an ONNX file.
     """
     return parse_header(read_bytes(Path(path), "ONNX file"), str(path))
 
 
 def require_known_opset(header: OnnxHeader, name: str) -> None:
-    """Refuse a file of a newer opset than any TensorRT reads.
+    """Refuse a file with a newer opset than any TensorRT reads.
 
     Raises:
-        ExportError: saying which it is.
+        ExportError: the message names the opset.
     """
     if header.opset > NEWEST_OPSET:
         raise ExportError(
-            f"{name} is of ONNX opset {header.opset}; the newest that TensorRT reads is {NEWEST_OPSET}.",
+            f"{name} has ONNX opset {header.opset}; the newest that TensorRT reads is {NEWEST_OPSET}.",
             "Export it again with opset 17.",
         )
 
 
 def parse_header(content: bytes, name: str = "the ONNX file") -> OnnxHeader:
-    """The header of an ONNX file's bytes; `name` stands in messages.
+    """Parse the header from the bytes of an ONNX file; messages call the file `name`.
 
     Raises:
         ExportError: as `read_header`.
@@ -102,10 +101,10 @@ def parse_header(content: bytes, name: str = "the ONNX file") -> OnnxHeader:
     try:
         header = _model(memoryview(content))
     except (ValueError, IndexError) as error:
-        raise ExportError(f"{name} is cut short or no ONNX file: {error}.", _HINT) from error
+        raise ExportError(f"{name} is truncated or not an ONNX file: {error}.", _HINT) from error
     if not header.ir_version or not header.opset or not header.nodes:
         missing = "operators" if header.ir_version and header.opset else "version"
-        raise ExportError(f"{name} is no ONNX network: it has no {missing}.", _HINT)
+        raise ExportError(f"{name} is not an ONNX network: it has no {missing}.", _HINT)
     return header
 
 
@@ -113,7 +112,7 @@ Field = Union[int, memoryview]
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, Field]]:
-    """The fields of a message: number and value, which is a whole number or the bytes of what it holds."""
+    """Iterate over the fields of a message: field number, and its integer value or its bytes."""
     place, end = 0, len(data)
     while place < end:
         key, place = _varint(data, place)
@@ -131,7 +130,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, Field]]:
             else:
                 raise ValueError(f"a field has the unknown wire type {kind}")
             if place + length > end:
-                raise ValueError(f"{length} bytes were announced, {end - place} are there")
+                raise ValueError(f"a field of {length} bytes has only {end - place}")
             value, place = data[place : place + length], place + length
         yield number, value
 
@@ -140,7 +139,7 @@ def _varint(data: memoryview, place: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         if place >= len(data):
-            raise ValueError("it ends within a number")
+            raise ValueError("it ends inside a number")
         byte = data[place]
         value |= (byte & 0x7F) << shift
         place, shift = place + 1, shift + 7
@@ -156,13 +155,13 @@ def _text(value: Field) -> str:
 
 def _message(value: Field) -> memoryview:
     if isinstance(value, int):
-        raise ValueError("a number stands where a message was expected")
+        raise ValueError("a field is a number, expected a message")
     return value
 
 
 def _number(value: Field) -> int:
     if not isinstance(value, int):
-        raise ValueError("a message stands where a number was expected")
+        raise ValueError("a field is a message, expected a number")
     return value
 
 
@@ -230,7 +229,7 @@ def _node(data: memoryview) -> Node:
 
 
 def _initialiser(data: memoryview) -> tuple[str, int, bool]:
-    """Name, element type, and whether its values lie in another file: TensorProto."""
+    """Name, element type, and whether the values are in another file: TensorProto."""
     name, kind, elsewhere = "", 0, False
     for number, value in _fields(data):
         if number == 2:

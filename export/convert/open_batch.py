@@ -1,9 +1,9 @@
-"""A file for any batch out of two files for fixed ones.
+"""Generalises two traces with fixed batch sizes to one graph with a dynamic batch.
 
-A network whose forward turns the size of the batch into a Python number (`n = int(x.shape[0])`) is traced with that
-number as a constant. Traced twice, with two sizes, it gives two graphs that differ in just these constants: each is
-put down as a number that grows with the batch, a * n + b, and becomes a small computation on the input's own size.
-Whether that holds for other sizes is for the caller to see, by running the file.
+A network whose forward converts the batch size to a Python number (`n = int(x.shape[0])`) is traced with that number as
+a constant. Two traces with different batch sizes give two graphs that differ only in these constants. Each constant is
+expressed as a linear function of the batch size, a * n + b, which is computed from the shape of the input. The caller
+verifies the result by running the file with other batch sizes.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 SIZES = (11, 13)
-"""Sizes to trace with: primes that hardly any layer has, so that none of its own constants is taken for the batch's."""
+"""Batch sizes of the two traces: primes that layers rarely use, so that other constants are not mistaken for them."""
 
 _SCOPE = "/batch"
 
 
 class NotOpen(ValueError):
-    """Why two graphs cannot be made one: a clause that names the node."""
+    """The reason why two graphs cannot be generalised: a clause that names the node."""
 
 
 def generalise(first: Any, second: Any) -> Any:
-    """Make the ONNX graph `first`, of `SIZES[0]` inputs, one for any number by what `second`, of `SIZES[1]`, has else.
+    """Generalise the graph `first`, for batch size `SIZES[0]`, by comparison with `second`, for `SIZES[1]`.
 
     Changes and returns `first`.
 
     Raises:
-        NotOpen: they differ in more than constants, or in constants that do not grow with the batch; the message
-            names the node.
+        NotOpen: the graphs differ in more than constants, or in constants that are not linear in the batch size; the
+            message names the node.
     """
     _require_alike(first, second)
     constants = [{tensor.name: tensor for tensor in proto.graph.initializer} for proto in (first, second)]
@@ -57,7 +57,7 @@ def _require_alike(first: Any, second: Any) -> None:
         for name, its in zip(node.input, other.input):
             alike = alike and (name == its or (name in stored[0] and its in stored[1]))
         if not alike:
-            raise NotOpen(f"{node.name} ({node.op_type}) depends on how many inputs there are")
+            raise NotOpen(f"{node.name} ({node.op_type}) depends on the batch size")
     if len(nodes[0]) != len(nodes[1]):
         counts = " and ".join(f"{len(own)} nodes for {size} inputs" for own, size in zip(nodes, SIZES))
         raise NotOpen(f"the graph has {counts}")
@@ -78,11 +78,11 @@ def _described(node: Any, tensor: Any) -> str:
 
     values = numpy_helper.to_array(tensor)
     said = str(values.tolist()) if values.size <= 8 else f"shape {list(values.shape)}"
-    return f"{node.name} ({node.op_type}) has a constant of the batch: {said} for {SIZES[0]} inputs"
+    return f"{node.name} ({node.op_type}) has a constant that depends on the batch: {said} for {SIZES[0]} inputs"
 
 
 class _Made:
-    """The nodes that compute what depends on the batch, to stand before all others."""
+    """Creates the nodes that compute values from the batch size, to insert before all others."""
 
     def __init__(self, graph: Any) -> None:
         self._graph = graph
@@ -90,7 +90,7 @@ class _Made:
         self._known: dict[tuple[Any, ...], str] = {}
 
     def of(self, one: Any, other: Any, what: str) -> str:
-        """The name of the value that is `one` for the first number of inputs and `other` for the second."""
+        """The name of a value that is `one` for the first batch size and `other` for the second."""
         from onnx import numpy_helper
 
         first, second = numpy_helper.to_array(one), numpy_helper.to_array(other)
@@ -99,13 +99,13 @@ class _Made:
         return self._repeated(first, second, what)
 
     def put_first(self) -> None:
-        """Put the nodes that were made before those of the graph."""
+        """Insert the created nodes before those of the graph."""
         rest = list(self._graph.node)
         del self._graph.node[:]
         self._graph.node.extend([*self._nodes, *rest])
 
     def _line(self, first: npt.NDArray[Any], second: npt.NDArray[Any], what: str) -> str:
-        """`slope * batch + start` for each element."""
+        """Compute `slope * batch + start` for each element."""
         import numpy as np
 
         if first.dtype.kind not in "iuf":
@@ -122,7 +122,7 @@ class _Made:
         return value
 
     def _repeated(self, first: npt.NDArray[Any], second: npt.NDArray[Any], what: str) -> str:
-        """A constant that is repeated along one axis, as often as the batch asks for."""
+        """Repeat a constant along one axis, by a factor that depends on the batch size."""
         import numpy as np
 
         shapes = np.array([first.shape, second.shape]) if first.ndim == second.ndim else np.zeros((2, 0))
@@ -136,7 +136,7 @@ class _Made:
         return self._node("Expand", [self._constant(row), shape])
 
     def _batch(self, axes: int, dtype: np.dtype[Any]) -> str:
-        """The number of inputs, as one number along each of so many axes."""
+        """The batch size as a tensor with `axes` dimensions of size 1."""
         import numpy as np
         from onnx import helper
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime behind one small door: sessions with fixed threads, and its errors in our words."""
+"""ONNX Runtime sessions with fixed thread counts, and ONNX Runtime's errors as `ExportError`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 ModelSource = Union[str, Path, bytes]
-"""An ONNX file, or its bytes."""
+"""The path or the bytes of an ONNX file."""
 
 CPU = ("CPUExecutionProvider",)
 _TYPES = {
@@ -30,7 +30,7 @@ _TYPES = {
 
 
 def runtime() -> ModuleType:
-    """The `onnxruntime` module.
+    """Import the `onnxruntime` module.
 
     Raises:
         ExportError: it is not installed.
@@ -38,12 +38,12 @@ def runtime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError:
-        raise ExportError("ONNX Runtime is not installed.", "Get it with: pip install onnxruntime") from None
+        raise ExportError("ONNX Runtime is not installed.", "Install it with: pip install onnxruntime") from None
     return onnxruntime  # type: ignore[no-any-return]
 
 
 def ort_errors() -> tuple[type[Exception], ...]:
-    """Every exception class of ONNX Runtime; they share no base of their own."""
+    """All exception classes of ONNX Runtime; they have no common base class."""
     runtime()
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -53,23 +53,23 @@ def ort_errors() -> tuple[type[Exception], ...]:
 
 
 def describe(model: ModelSource) -> str:
-    """How a message names the model."""
+    """The model's name in messages."""
     return f"the network ({len(model)} bytes in memory)" if isinstance(model, bytes) else str(model)
 
 
 def open_session(
     model: ModelSource, *, threads: int = 1, providers: Sequence[str] = CPU, optimise: bool = True
 ) -> Any:
-    """An `onnxruntime.InferenceSession` that uses `threads` threads and the optimisations of a deployment.
+    """Open an `onnxruntime.InferenceSession` with `threads` threads and all graph optimisations.
 
     Args:
         model: The file or its bytes.
-        threads: Threads inside one operator; operators run one after the other.
-        providers: ONNX Runtime's execution providers, tried in this order.
-        optimise: Whether the graph is fused as far as ONNX Runtime can; False runs it as written.
+        threads: Intra-op threads; operators run sequentially.
+        providers: Execution providers in order of preference.
+        optimise: Whether to enable all graph optimisations; False runs the graph unchanged.
 
     Raises:
-        ExportError: there is no such file, or ONNX Runtime refuses it.
+        ExportError: the file does not exist, or ONNX Runtime cannot load it.
     """
     if threads < 1:
         raise ExportError(f"ONNX Runtime needs at least one thread, got {threads}.")
@@ -82,7 +82,7 @@ def open_session(
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
-    options.log_severity_level = 3  # errors only: its warnings are about its own fallbacks
+    options.log_severity_level = 3  # errors only: warnings are about fallbacks of ONNX Runtime
     source = model if isinstance(model, bytes) else str(model)
     try:
         return onnxruntime.InferenceSession(source, options, providers=list(providers))
@@ -94,10 +94,10 @@ def open_session(
 
 
 def run_session(session: Any, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    """One run: the outputs in the file's order.
+    """Run once; return the outputs in the file's order.
 
     Raises:
-        ExportError: an input has a wrong name, type or shape, or an operator fails.
+        ExportError: an input has the wrong name, type or shape, or an operator fails.
     """
     try:
         return list(session.run(None, dict(feeds)))
@@ -108,12 +108,12 @@ def run_session(session: Any, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt
 
 
 def random_feeds(session: Any, *, seed: int = 0, batch: int = 1) -> dict[str, npt.NDArray[Any]]:
-    """Inputs of the shapes and types that the network asks for: normal floats, integers 0 and 1.
+    """Random inputs of the network's shapes and types: normally distributed floats, integers 0 and 1.
 
-    Dimensions that the file leaves open are `batch`.
+    Dynamic dimensions are `batch`.
 
     Raises:
-        ExportError: an input is no tensor of numbers.
+        ExportError: an input is not a tensor of numbers.
     """
     import numpy as np
 
@@ -132,6 +132,6 @@ def random_feeds(session: Any, *, seed: int = 0, batch: int = 1) -> dict[str, np
 
 
 def first_line(error: BaseException) -> str:
-    """The part of a library's message that says what is wrong, without the tail and the final dot."""
+    """The first line of a library's error message, without the final dot."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")

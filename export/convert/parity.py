@@ -1,9 +1,9 @@
-"""Whether an exported file computes what the network computed: differences and agreement on real inputs.
+"""Parity of an exported file with its network: differences and top-1 agreement of outputs on real inputs.
 
-    parity = check_parity(model, "model.onnx", images)         # raises ExportError where it does not hold
+    parity = check_parity(model, "model.onnx", images)         # raises ExportError if a threshold is missed
     parity.max_abs, parity.mean_abs, parity.top1_agreement
 
-The comparison itself needs numpy only, so that a device uses the same one.
+The comparison needs only numpy, so that a device uses the same one.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
     from torch import nn
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1.0}
-"""Largest allowed difference for each precision: for outputs of up to 1, and in proportion above that."""
+"""Maximum difference for each precision, for outputs of up to 1; scaled with larger outputs."""
 
 DEVICE_TOLERANCES = {**TOLERANCES, "fp32": 1e-2}
-"""The same on a GPU, where FP32 layers round their inputs to the 10 bits of TF32 unless told otherwise."""
+"""The same on a GPU, where FP32 layers use TF32 with a mantissa of 10 bits by default."""
 
 AGREEMENTS = {"fp32": 0.999, "fp16": 0.99, "int8": 0.90}
-"""Smallest allowed share of inputs whose largest output stays the largest, for each precision."""
+"""Minimum top-1 agreement for each precision."""
 
 
 LARGEST_SHARE = 1e-2
-"""Share of the largest output by which a file and the network may differ on random inputs. Rounding stays below it in
-networks of any depth; an operation that was written wrongly does not."""
+"""Maximum difference on random inputs relative to the largest output. Rounding stays below it in networks of any depth;
+a wrongly exported operation does not."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far two networks' outputs lie apart.
+    """The difference between the outputs of two networks.
 
     Attributes:
-        max_abs, mean_abs: Largest and mean absolute difference over all outputs.
-        scale: Largest absolute value of the reference.
+        max_abs, mean_abs: Maximum and mean absolute difference over all outputs.
+        scale: Maximum absolute value of the reference.
         top1_agreement: Share of inputs for which both rank the same class first. Classes of the reference
-            that lie closer together than the difference that is allowed count as equal.
-        samples: How many inputs were compared.
-        allowed: The difference that was allowed.
+            that differ by less than rounding count as equal.
+        samples: Number of compared inputs.
+        allowed: Maximum allowed difference.
     """
 
     max_abs: float
@@ -67,13 +67,12 @@ def compare_outputs(
     """Compare two arrays of outputs, one row for each input.
 
     Args:
-        reference: What is right, (N, ...); ranked along the second axis.
-        candidate: What is judged, of the same shape.
-        tolerance: Allowed absolute difference for outputs of up to 1, in proportion to the largest above
-            that.
+        reference: Expected outputs (N, ...); classes are on the second axis.
+        candidate: Outputs to check, of the same shape.
+        tolerance: Maximum absolute difference for outputs of up to 1; scaled with larger outputs.
 
     Raises:
-        ExportError: the shapes differ, there is nothing to compare, or an output is not finite.
+        ExportError: the shapes differ, there are no inputs, or an output is not finite.
     """
     import numpy as np
 
@@ -82,7 +81,7 @@ def compare_outputs(
             f"The outputs have the shape {list(candidate.shape)}, expected {list(reference.shape)}."
         )
     if reference.size == 0:
-        raise ExportError("Outputs can only be compared on at least one input, got none.")
+        raise ExportError("A comparison of outputs needs at least one input, got none.")
     for name, values in (("reference", reference), ("exported network", candidate)):
         if not np.isfinite(values).all():
             count = int(np.size(values) - np.isfinite(values).sum())
@@ -104,24 +103,24 @@ def compare_outputs(
 
 
 def require(parity: Parity, what: str, *, min_agreement: float = 0.0) -> Parity:
-    """The same parity, where it is good enough.
+    """Return the parity if it is within the thresholds.
 
     Args:
-        parity: What was found.
-        what: How the message names the file.
-        min_agreement: Smallest accepted share of inputs with the same first class.
+        parity: The measured parity.
+        what: The file's name in messages.
+        min_agreement: Minimum top-1 agreement.
 
     Raises:
-        ExportError: the difference is above what was allowed, or the agreement is below `min_agreement`.
+        ExportError: the difference is above the allowed one, or the agreement is below `min_agreement`.
     """
     if parity.max_abs > parity.allowed:
         raise ExportError(
             f"{what} differs from the network by {parity.max_abs:.3g} (mean {parity.mean_abs:.3g}) on "
             f"{parity.samples} inputs; at most {parity.allowed:.3g} is allowed for outputs of up to "
             f"{parity.scale:.3g}.",
-            "This little may be rounding in a deep network: a larger tolerance accepts it."
+            "So small a difference may be rounding in a deep network: a larger tolerance accepts it."
             if parity.max_abs < 20 * parity.allowed
-            else "A network whose path depends on the values of its input cannot be exported.",
+            else "A network whose control flow depends on the values of its input cannot be exported.",
         )
     if parity.top1_agreement < min_agreement:
         raise ExportError(
@@ -135,7 +134,7 @@ def require(parity: Parity, what: str, *, min_agreement: float = 0.0) -> Parity:
 def gross_difference(
     reference: Sequence[npt.NDArray[Any]], candidate: Sequence[npt.NDArray[Any]], count: int
 ) -> str | None:
-    """In what outputs for `count` inputs differ by more than rounding, as a clause; None where they do not."""
+    """Describe a difference of outputs for `count` inputs beyond rounding as a clause; None if there is none."""
     import numpy as np
 
     if len(reference) != len(candidate):
@@ -151,12 +150,12 @@ def gross_difference(
 
 
 def portions(count: int, fixed: int | None) -> list[tuple[int, int]]:
-    """How `count` inputs are run: the first input and the number of inputs of each run.
+    """Split `count` inputs into runs: the first input and the number of inputs of each run.
 
     Args:
-        count: All inputs.
-        fixed: How many inputs a run takes; None where any number will do: 1, then 3, then up to 64, so that what is
-            right for one number only comes to light.
+        count: Number of all inputs.
+        fixed: Batch size of a run; None for a dynamic batch: 1, then 3, then up to 64, so that a graph that is right
+            for only one batch size is detected.
 
     >>> portions(5, 2), portions(70, None)
     ([(0, 2), (2, 2), (4, 2)], [(0, 1), (1, 3), (4, 64), (68, 2)])
@@ -170,13 +169,13 @@ def portions(count: int, fixed: int | None) -> list[tuple[int, int]]:
 def onnx_outputs(
     path: str | Path | bytes, inputs: npt.NDArray[Any], *, threads: int = 1
 ) -> list[npt.NDArray[np.float32]]:
-    """What ONNX Runtime computes for `inputs` (N, C, H, W): one array for each output.
+    """Compute the outputs of an ONNX file for `inputs` (N, C, H, W) with ONNX Runtime: one array for each output.
 
-    A file of a fixed batch gets the inputs in portions of that size, the last one filled up with its last
-    input; one of an open batch gets them as `portions` says.
+    A file with a fixed batch runs in batches of that size, the last one padded with its last input; a file with a
+    dynamic batch runs as `portions` splits the inputs.
 
     Raises:
-        ExportError: the file is refused, or does not take inputs of this shape.
+        ExportError: ONNX Runtime cannot load the file, or the inputs have the wrong shape.
     """
     import numpy as np
 
@@ -185,7 +184,7 @@ def onnx_outputs(
     if len(wanted) != 1:
         raise ExportError(f"{describe(path)} has {len(wanted)} inputs, expected one.")
     if len(inputs) == 0:
-        raise ExportError("Outputs can only be computed for at least one input, got none.")
+        raise ExportError("Outputs need at least one input, got none.")
     declared = wanted[0].shape[0]
     parts: list[list[npt.NDArray[Any]]] = []
     for start, size in portions(len(inputs), declared if isinstance(declared, int) else None):
@@ -207,22 +206,21 @@ def check_parity(
     min_agreement: float = AGREEMENTS["fp32"],
     threads: int = 1,
 ) -> Parity:
-    """Compare a file with the torch module it was made from, on real inputs.
+    """Compare an ONNX file with the torch module that it was exported from, on real inputs.
 
     Args:
-        model: The module; evaluated in evaluation mode and put back as it was.
+        model: The module; run in evaluation mode, and its mode is restored.
         onnx_path: The file.
-        inputs: A batch (N, C, H, W) of real inputs, as an array or tensor of floats.
-        tolerance: Allowed absolute difference for outputs of up to 1, in proportion to the largest above
-            that.
-        min_agreement: Smallest accepted share of inputs with the same first class.
-        threads: Threads for ONNX Runtime.
+        inputs: Real inputs (N, C, H, W), as an array or tensor of floats.
+        tolerance: Maximum absolute difference for outputs of up to 1; scaled with larger outputs.
+        min_agreement: Minimum top-1 agreement.
+        threads: Threads of ONNX Runtime.
 
     Returns:
-        The worst of the outputs, where there are several.
+        The parity of the worst output.
 
     Raises:
-        ExportError: the difference or the agreement misses the threshold, or the file cannot be run.
+        ExportError: the difference or the agreement misses its threshold, or the file cannot be run.
     """
     import numpy as np
 
@@ -242,5 +240,5 @@ def check_parity(
 
 
 def worst(found: Sequence[Parity]) -> Parity:
-    """Of several outputs that which is furthest off for what it may be."""
+    """The parity with the largest difference relative to the allowed one."""
     return max(found, key=lambda parity: (parity.max_abs / parity.allowed, -parity.top1_agreement))

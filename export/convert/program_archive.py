@@ -1,9 +1,8 @@
-"""Is a `.pt2` file only tensors and a graph of torch's own operators?
+"""Checks that a `.pt2` file holds only tensors and a graph of torch operators.
 
-`torch.export.load` runs what a file brings: it unpickles weights and constants that say so, or that come in an older
-form, loads compiled libraries, and evaluates the text of sizes and guards. A file from elsewhere is therefore held
-against what `export.convert.torch_formats.export_program` writes, and anything else in it is refused before it is
-loaded.
+`torch.export.load` can run code from a file: it unpickles weights and constants, loads compiled libraries, and
+evaluates the text of sizes and guards. An untrusted file is therefore compared with the format that
+`export.convert.torch_formats.export_program` writes; anything else is refused before loading.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 from export.errors import ExportError
 
 LARGEST = 8 << 30
-"""Bytes that an archive may unpack to."""
+"""Maximum unpacked size of an archive in bytes."""
 
 _CONFIG = re.compile(r"data/(weights|constants)/\w+_(weights|constants)_config\.json")
 _MEMBERS = re.compile(
@@ -36,18 +35,18 @@ _GUARD = re.compile(r"(L\['\w+'\](\.size\(\))?(\[\d+\])?|[su\d]|[-+*/%<>=!() ]|a
 
 
 def require_plain(content: bytes, name: str) -> dict[str, bytes]:
-    """Refuse a `.pt2` file that holds more than tensors and a graph of torch's operators.
+    """Refuse a `.pt2` file that holds more than tensors and a graph of torch operators.
 
     Args:
         content: The file's bytes.
-        name: What messages call it.
+        name: The file's name in messages.
 
     Returns:
-        Example inputs by their members' names: pickles, which `torch.load` must take with `weights_only`.
+        Example inputs by member name: pickles, to be loaded by `torch.load` with `weights_only`.
 
     Raises:
-        ExportError: saying what it holds.
-        zipfile.BadZipFile, ValueError: it is no archive, or its parts are no JSON.
+        ExportError: the message names the refused content.
+        zipfile.BadZipFile, ValueError: the file is not an archive, or its parts are not valid JSON.
     """
     examples: dict[str, bytes] = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -78,10 +77,10 @@ def _require_tensors(config: Any, name: str) -> None:
 def _require_operators(program: Any, name: str) -> None:
     for part in _objects(program):
         if "target" in part and "inputs" in part and not _OPERATOR.fullmatch(str(part["target"])):
-            raise ExportError(f"{name} calls {part['target']!r}, which is no operator of a network.")
+            raise ExportError(f"{name} calls {part['target']!r}, which is not an operator of a network.")
         for text, allowed in [(part.get("expr_str"), _SIZE), *((one, _GUARD) for one in _guards(part))]:
             if text is not None and not allowed.fullmatch(str(text)):
-                raise ExportError(f"{name} holds code where a size belongs: {str(text)[:80]!r}.")
+                raise ExportError(f"{name} holds code in place of a size: {str(text)[:80]!r}.")
 
 
 def _guards(part: dict[str, Any]) -> list[Any]:
@@ -90,7 +89,7 @@ def _guards(part: dict[str, Any]) -> list[Any]:
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object of a JSON document, however deep."""
+    """Iterate over all objects of a JSON document, at any depth."""
     waiting = [value]
     while waiting:
         item = waiting.pop()

@@ -1,12 +1,12 @@
-"""INT8 written into the file: Q/DQ pairs placed and scaled as TensorRT 8.5 to 11 read them.
+"""Quantises an ONNX file to INT8 with Q/DQ pairs that TensorRT 8.5 to 11 support.
 
-ONNX Runtime's quantiser does the work; the settings are what makes its file right for TensorRT:
+ONNX Runtime quantises; these settings make its file suitable for TensorRT:
 
-- symmetric int8 with zero point 0, for activations and weights, per output channel for weights;
-- weights stored as floats with a Q/DQ pair behind them, because the 8.x line takes no stored int8 weights;
-- float biases, because int32 ones behind a DQ are refused, and FP32 scales, because 8.6 misreads halves;
-- pairs on the inputs of convolutions, products and residual sums only, and none on outputs, so that an
-  activation function is fused in between; without pairs on the sums INT8 can be slower than FP16.
+- symmetric int8 with zero point 0 for activations and weights, per output channel for weights;
+- weights stored as floats followed by a Q/DQ pair, because TensorRT 8.x does not accept int8 weights;
+- float biases, because TensorRT refuses int32 biases after a DQ, and FP32 scales, because 8.6 misreads FP16 scales;
+- pairs only on the inputs of convolutions, matrix products and residual sums, and none on outputs, so that activation
+  functions are fused. Without pairs on the sums, INT8 can be slower than FP16.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ METHODS = ("minmax", "entropy", "percentile")
 RESTS = ("fp32", "fp16")
 PERCENTILE = 99.99
 _CHUNK = 16
-_OVERFLOW_INPUTS = 32  # on which values too large for a half are looked for
+_OVERFLOW_INPUTS = 32  # for the detection of FP16 overflow
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _KINDS = [*_WEIGHTED, "Add"]
-_BINS = 512  # of the histograms that "entropy" searches: the time grows with their square
+_BINS = 512  # histogram bins of "entropy": the time grows with their square
 
 
 @dataclass(frozen=True)
 class QuantInfo:
-    """What was written.
+    """The facts of a written INT8 file.
 
     Attributes:
-        path, sha256, size: The file, its checksum and its size in bytes; weights are stored as floats.
-        method: How ranges were found.
-        samples: How many inputs they were found on.
+        path, sha256, size: The file, its checksum and size in bytes; weights are stored as floats.
+        method: The calibration method.
+        samples: Number of calibration inputs.
         quantised: Nodes that compute in INT8.
-        kept: Nodes that could but were to stay in floats.
+        kept: Nodes that could be quantised but stay in float.
     """
 
     path: Path
@@ -72,27 +72,27 @@ def quantize_onnx(
     only: Iterable[str] | None = None,
     rest: str = "fp32",
 ) -> QuantInfo:
-    """Write the INT8 form of an FP32 ONNX file.
+    """Quantise an FP32 ONNX file to INT8.
 
     Args:
         source: The FP32 file.
-        target: Where the INT8 file goes; it appears there whole or not at all.
-        calibration: Real inputs (N, C, H, W), prepared as for the network; 100 to 500 are usual.
-        method: How the range of an activation is found: "minmax" takes all of it, "entropy" and
-            "percentile" cut off rare large values.
-        percentile: Share in percent that "percentile" keeps.
-        keep: Names of nodes that stay in floats.
-        only: Names of the nodes to quantise; None takes all that can be.
-        rest: "fp32" or "fp16": what the other nodes compute in. TensorRT 10 and newer follow it.
+        target: The INT8 file, written atomically.
+        calibration: Real inputs (N, C, H, W), preprocessed as for the network; 100 to 500 are usual.
+        method: The calibration of activation ranges: "minmax" takes the full range, "entropy" and
+            "percentile" clip rare large values.
+        percentile: Percentile of the values that "percentile" keeps.
+        keep: Names of nodes to keep in float.
+        only: Names of the nodes to quantise; None is all that can be quantised.
+        rest: Precision of the other nodes, "fp32" or "fp16". TensorRT 10 and newer follow it.
 
     Raises:
         ExportError: the file is damaged, not FP32 or has nothing to quantise, the calibration inputs are
-            missing, constant, not finite or of another shape, or a name is unknown.
+            missing, constant, not finite or have the wrong shape, or a name is unknown.
     """
     import onnx
 
     if rest not in RESTS:
-        raise ExportError(f"What is not in INT8 computes in {' or '.join(RESTS)}, not in {rest!r}.")
+        raise ExportError(f"The other nodes compute in {' or '.join(RESTS)}, not in {rest!r}.")
     if method not in METHODS:
         raise ExportError(f"Calibration method {method!r} is unknown: expected one of {', '.join(METHODS)}.")
     content = read_bytes(Path(source), "ONNX file")
@@ -104,12 +104,12 @@ def quantize_onnx(
     proto = onnx.load_model_from_string(content)
     able = quantisable(proto)
     if not able:
-        raise ExportError(f"{source} has no convolution, product or residual sum that could be quantised.")
+        raise ExportError(f"{source} has no convolution, product or residual sum to quantise.")
     _check_names(str(source), (*keep, *(only or ())), {node.name for node in header.nodes})
     wanted = set(able if only is None else only) - set(keep)
     chosen = [name for name in able if name in wanted]
     if not chosen:
-        raise ExportError(f"Nothing of {source} is left to quantise: every node is to stay in floats.")
+        raise ExportError(f"{source} has no node left to quantise: all nodes stay in float.")
     made = Calibrated(proto, header.inputs[0], inputs, method, percentile).quantise(chosen)
     if rest == "fp16":
         half_rest(made, inputs[:_OVERFLOW_INPUTS])
@@ -129,7 +129,7 @@ def quantize_onnx(
 
 
 def _describe(made: Any, header: OnnxHeader, method: str, samples: int, kept: list[str], rest: str) -> None:
-    """Write what was done into the file's metadata, beside what the network's own file said."""
+    """Add the facts of the quantisation to the metadata of the source file."""
     facts: dict[str, Any] = dict(header.metadata)
     facts.update(precision="int8", rest=rest, calibration={"method": method, "samples": samples})
     if kept:
@@ -139,7 +139,7 @@ def _describe(made: Any, header: OnnxHeader, method: str, samples: int, kept: li
 
 
 def quantisable(proto: Any) -> list[str]:
-    """Names of the nodes that INT8 pays for: those with weights, and sums of two activations, in order."""
+    """Names of the nodes to quantise: those with weights, and sums of two activations, in order."""
     stored = {tensor.name for tensor in proto.graph.initializer}
     names = []
     for node in proto.graph.node:
@@ -151,33 +151,32 @@ def quantisable(proto: Any) -> list[str]:
 
 
 def check_calibration(calibration: Any, header: OnnxHeader) -> npt.NDArray[np.float32]:
-    """The calibration inputs as floats.
+    """Check the calibration inputs and convert them to float32.
 
     Raises:
-        ExportError: there are none, or they are constant, not finite or of another shape than the network
-            takes.
+        ExportError: there are none, or they are constant, not finite or do not have the network's input shape.
     """
     import numpy as np
 
     inputs = np.asarray(calibration, dtype=np.float32)
     wanted = header.shapes[header.inputs[0]]
     if len(header.inputs) != 1:
-        raise ExportError(f"A network of one input was expected, got one of {len(header.inputs)}.")
+        raise ExportError(f"A network with one input was expected, got {len(header.inputs)} inputs.")
     if inputs.size == 0:
-        raise ExportError("INT8 needs real inputs to find the ranges of activations on, got none.")
+        raise ExportError("INT8 needs real inputs for calibration, got none.")
     fits = inputs.ndim == len(wanted) and all(
         size in (-1, given) for size, given in zip(wanted[1:], inputs.shape[1:])
     )
     if not fits:
         raise ExportError(
             f"Calibration inputs have the shape {list(inputs.shape)}; the network takes {list(wanted)}.",
-            "Prepare them as for the network: resized, normalised, channels first.",
+            "Preprocess them as for the network: resized, normalised, channels first.",
         )
     if not np.isfinite(inputs).all():
         raise ExportError("Some calibration inputs are not finite.")
     if float(inputs.max()) == float(inputs.min()):
         raise ExportError(
-            f"All calibration inputs are {float(inputs.max()):g}; ranges found on them would mean nothing.",
+            f"All calibration inputs are {float(inputs.max()):g}; they give no meaningful ranges.",
             "Calibrate on real images.",
         )
     return inputs
@@ -190,16 +189,16 @@ def _check_names(source: str, asked: Iterable[str], known: set[str]) -> None:
 
 
 class Calibrated:
-    """A network with the ranges of its activations, from which any choice of nodes can be quantised.
+    """A network with calibrated activation ranges, of which any subset of nodes can be quantised.
 
     Args:
         proto: The FP32 network.
         name: Name of its input.
-        inputs: Calibration inputs (N, C, H, W), already checked.
+        inputs: Checked calibration inputs (N, C, H, W).
         method, percentile: As in `quantize_onnx`.
 
     Raises:
-        ExportError: there are fewer inputs than the network's batch, or ONNX Runtime cannot run it.
+        ExportError: there are fewer inputs than the network's batch size, or ONNX Runtime cannot run the network.
     """
 
     def __init__(
@@ -234,7 +233,7 @@ class Calibrated:
                     calibrate_method=kinds[method],
                     extra_options=options[method],
                 )
-                # portions bound the memory that the values inside the network take
+                # chunks bound the memory of the network's activations
                 for start in range(0, len(inputs) - batch + 1, batch * _CHUNK):
                     calibrator.collect_data(_Reader(name, inputs[start : start + batch * _CHUNK], batch))
                 self.ranges = calibrator.compute_data()
@@ -242,7 +241,7 @@ class Calibrated:
                 raise ExportError(f"ONNX Runtime cannot calibrate: {first_line(error)}.") from error
 
     def quantise(self, nodes: list[str]) -> Any:
-        """The network with Q/DQ pairs at these nodes."""
+        """Quantise these nodes: a copy of the network with their Q/DQ pairs."""
         import onnx
         from onnxruntime.quantization import QuantType
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -279,19 +278,19 @@ class Calibrated:
 
 
 class _Reader:
-    """Calibration inputs as ONNX Runtime's calibrators take them."""
+    """Calibration inputs in the interface of ONNX Runtime's calibrators."""
 
     def __init__(self, name: str, inputs: npt.NDArray[Any], batch: int) -> None:
         whole = len(inputs) - len(inputs) % batch
         self._feeds = iter({name: inputs[place : place + batch]} for place in range(0, whole, batch))
 
     def get_next(self) -> dict[str, Any] | None:
-        """The next batch, or None."""
+        """Return the next batch, or None at the end."""
         return next(self._feeds, None)
 
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """The calibrators print what they do; a library keeps quiet."""
+    """Suppress the progress output of the calibrators."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

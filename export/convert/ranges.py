@@ -1,4 +1,4 @@
-"""How large the values inside a network become on real inputs."""
+"""Value types and value ranges of an ONNX graph."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FLOAT = 1  # TensorProto.FLOAT
 
 
 def value_types(proto: Any) -> dict[str, int]:
-    """The element type of every value of the graph, by ONNX's own inference; stored weights included.
+    """Infer the element type of every value of the graph, including initialisers.
 
     Raises:
-        ExportError: the types cannot be inferred.
+        ExportError: ONNX cannot infer the types.
     """
     import onnx
 
@@ -35,7 +35,7 @@ def value_types(proto: Any) -> dict[str, int]:
 
 
 def largest_values(proto: Any, inputs: npt.NDArray[Any], *, threads: int = 1) -> dict[str, float]:
-    """The largest absolute value that each float value of the graph takes on `inputs` (N, C, H, W).
+    """Measure the maximum absolute value of each float value of the graph on `inputs` (N, C, H, W).
 
     Raises:
         ExportError: the network cannot be run on these inputs.

@@ -1,10 +1,10 @@
-"""Operations that the tracing exporter cannot write, or writes wrongly, in terms of those that it writes well.
+"""Replaces operations that the tracing exporter cannot write, or writes wrongly, by equivalent ones.
 
     with Writable(13, model):
         torch.onnx.export(model, ...)
 
-Sizes are known while a module is traced, and unknown to the exporter behind some operations (a padding is one). So each
-rewrite is made while the module runs: pooling and resizing from one size to another are products with constant
+Sizes are known while a module is traced, but the exporter loses them after some operations, such as padding. Each
+rewrite is therefore applied while the module runs: pooling and resizing between two sizes become products with constant
 matrices, or windows of constant size.
 """
 
@@ -19,20 +19,20 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-ALWAYS = 1000  # no opset has a form that the exporter writes
+ALWAYS = 1000  # no opset has a form that the exporter can write
 Tensor = torch.Tensor
 
 
 class Writable(TorchFunctionMode):
-    """Within it, operations that the exporter cannot write for `opset` are computed by others with the same values.
+    """A mode in which operations that the exporter cannot write for `opset` are replaced by equivalent ones.
 
-    Weights that a layer computes from parameters alone (weight standardisation, branches fused in forward) become
-    constants: the exporter writes no convolution of a kernel whose shape it does not know, and a device should not
-    compute them for each input.
+    Weights that a layer computes only from parameters (weight standardisation, branches fused in forward) become
+    constants: the exporter cannot write a convolution with a kernel of unknown shape, and a device should not compute
+    them for each input.
 
     Args:
-        opset: Of the file.
-        model: The network that runs.
+        opset: Opset of the file.
+        model: The traced network.
     """
 
     def __init__(self, opset: int, model: nn.Module) -> None:
@@ -40,7 +40,7 @@ class Writable(TorchFunctionMode):
         self._opset = opset
         held = [*model.parameters(), *model.buffers()]
         self._held = {id(tensor) for tensor in held}
-        self._constant = {id(tensor): tensor for tensor in held}  # kept, so that no other tensor gets its id
+        self._constant = {id(tensor): tensor for tensor in held}  # a reference, so that no other tensor gets its id
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -63,16 +63,16 @@ class Writable(TorchFunctionMode):
         return result
 
     def _number(self, value: Any) -> Any:
-        """A tensor that was computed from parameters alone, as a constant of the file."""
+        """Turn a tensor that was computed only from parameters into a constant of the file."""
         if id(value) in self._held or id(value) not in self._constant:
             return value
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that numbers become part of the trace is what is wanted
+            warnings.simplefilter("ignore")  # a constant in the trace is intended
             return torch.from_numpy(value.detach().cpu().numpy().copy())
 
 
 def _writes(func: Any) -> bool:
-    """Whether a function changes its first argument."""
+    """Whether a function changes its first argument in place."""
     name = str(getattr(func, "__name__", ""))
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
@@ -86,7 +86,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _wanted(size: Any, given: Sequence[int]) -> tuple[int, ...]:
-    """The output's sizes of an adaptive pooling: one number for all axes, or one for each; None keeps the input's."""
+    """The output sizes of an adaptive pooling: one for all axes or one for each; None is the input's size."""
     sizes = list(size) if isinstance(size, (tuple, list)) else [size] * len(given)
     if len(sizes) == 1:
         sizes *= len(given)
@@ -94,14 +94,14 @@ def _wanted(size: Any, given: Sequence[int]) -> tuple[int, ...]:
 
 
 def _products(x: Tensor, resized: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """A linear operation that works on height and width apart, as two products with constant matrices.
+    """A separable linear operation on height and width, as two products with constant matrices.
 
     Args:
         x: (N, C, H, W).
         resized: The operation along one axis of `x`, 2 or 3, on (1, C, size, 2); the result is (1, C, new size, 2).
     """
     rows, columns = (
-        # not of width 1, which antialiased resizing gets wrong
+        # width 2: antialiased resizing is wrong for width 1
         resized(torch.eye(int(x.shape[axis]))[None, :, :, None].repeat(1, 1, 1, 2), axis)[0, :, :, 0]
         for axis in (2, 3)
     )
@@ -150,7 +150,7 @@ def _interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Any:
-    """Area, nearest-exact and antialiased resizing; the exporter writes the others."""
+    """Area, nearest-exact and antialiased resizing; the exporter can write the other modes."""
     if x.dim() != 4 or not (antialias or mode in ("area", "nearest-exact")):
         return NotImplemented
 
@@ -181,7 +181,7 @@ def _average_pool_divided(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Any:
-    """Average pooling with a divisor of its own, which the exporter drops without an error."""
+    """Average pooling with `divisor_override`, which the exporter ignores without an error."""
     if divisor_override is None or ceil_mode:
         return NotImplemented
     height, width = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
@@ -197,7 +197,7 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    """`padding="same"` in numbers: ONNX Runtime refuses the exporter's form where the kernel is dilated."""
+    """Convolution with `padding="same"`: ONNX Runtime refuses the exporter's form of it for dilated kernels."""
     if padding != "same":
         return NotImplemented
     kernel = weight.shape[2:]
@@ -220,7 +220,7 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """With statistics of its own it is a batch norm."""
+    """Instance norm with running statistics, which is a batch norm."""
     if use_input_stats or running_mean is None or running_var is None:
         return NotImplemented
     return F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
@@ -281,7 +281,7 @@ def _affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None 
 _LAYERS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
 }  # fmt: skip
-"""Functions with weights."""
+"""Functions of layers with weights."""
 
 _REWRITES: dict[Any, tuple[Callable[..., Any], int]] = {
     F.adaptive_avg_pool2d: (_average_pool, ALWAYS),
@@ -300,4 +300,4 @@ _REWRITES: dict[Any, tuple[Callable[..., Any], int]] = {
     F.affine_grid: (_affine_grid, 20),
     F.scaled_dot_product_attention: (_attention, 14),
 }
-"""By function what computes it otherwise, and from which opset on that is not needed."""
+"""Function -> its replacement, and the first opset that does not need it."""

@@ -1,8 +1,7 @@
-"""An exported graph made plain: no copies of constants, and names that say where things come from.
+"""Normalises an exported graph: no duplicate constants, and names after the modules of the network.
 
-Node names matter downstream: TensorRT's messages, layer-wise reports and the lists of layers kept in a
-higher precision all use them. Names are derived from the graph alone, so that equal networks give equal
-files.
+TensorRT's messages, layer-wise reports and the lists of layers kept in a higher precision use node names. The names
+depend only on the graph, so that equal networks give equal files.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _WITH_WEIGHTS = ("Conv", "ConvTranspose", "Gemm")
 
 
 def tidy(proto: Any) -> Any:
-    """Constants become initialisers named after their first user; identities and doc strings go.
+    """Turn constants into initialisers named after their first user; remove identities and doc strings.
 
     Changes and returns `proto`.
     """
@@ -35,9 +34,9 @@ def tidy(proto: Any) -> Any:
 
 
 def module_path(node_name: str) -> str:
-    """The module that a node comes from, as torch spells it.
+    """The qualified name of the module that a node comes from, as in torch.
 
-    A scope repeats the name of the container that it lies in, and the last part is the operator:
+    A scope repeats the name of its container, and the last part is the operator:
 
     >>> module_path("/features/features.1/conv/conv.0/conv.0.0/Conv")
     'features.1.conv.0.0'
@@ -67,7 +66,7 @@ def _store_constants(graph: Any) -> None:
 
 
 def _remove_identities(graph: Any) -> None:
-    """Equal constants are stored once and copied by Identity nodes, which hide that they are weights."""
+    """Remove Identity nodes: the exporter inserts them for equal constants, and they hide that these are weights."""
     outputs = {value.name for value in graph.output}
     source: dict[str, str] = {}
     kept = []
@@ -115,7 +114,7 @@ def _name_initialisers(graph: Any) -> None:
 
 
 def _free(name: str, taken: set[str]) -> str:
-    """`name`, or `name_1`, `name_2`, ... where it is taken; the answer is then taken."""
+    """Return `name`, or the first free of `name_1`, `name_2`, ..., and add it to `taken`."""
     candidate, number = name, 0
     while candidate in taken:
         number += 1
@@ -125,7 +124,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def write_metadata(proto: Any, facts: Mapping[str, Any]) -> None:
-    """Make `facts` the file's metadata, in the order of their names; what is no string is written as JSON."""
+    """Set the file's metadata to `facts`, sorted by name; values other than strings are written as JSON."""
     del proto.metadata_props[:]
     for key in sorted(facts):
         value = facts[key]
@@ -135,10 +134,10 @@ def write_metadata(proto: Any, facts: Mapping[str, Any]) -> None:
 
 
 def check(proto: Any, opset: int) -> None:
-    """Let ONNX's own checker look at the file.
+    """Validate a graph with the ONNX checker.
 
     Raises:
-        ExportError: it is not valid, or has operators of another opset or domain.
+        ExportError: the graph is not valid, or has operators of another opset or domain.
     """
     import onnx
 
@@ -146,7 +145,7 @@ def check(proto: Any, opset: int) -> None:
     if written != {"": opset}:
         raise ExportError(
             f"The exporter wrote operators of {written}, expected opset {opset} and no others.",
-            "Replace the custom operators by ones that ONNX has.",
+            "Replace custom operators by ONNX operators.",
         )
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -155,7 +154,7 @@ def check(proto: Any, opset: int) -> None:
 
 
 def shapes(values: Any) -> dict[str, tuple[int | str, ...]]:
-    """Names and shapes of a graph's inputs or outputs; an open dimension is its name."""
+    """Names and shapes of a graph's inputs or outputs; a dynamic dimension is given by its name."""
     return {
         value.name: tuple(
             dim.dim_param if dim.dim_param else int(dim.dim_value) for dim in value.type.tensor_type.shape.dim

@@ -1,13 +1,13 @@
-"""From a torch module to one ONNX file that every TensorRT from 8.0 to 11 can read.
+"""Exports a torch module to an ONNX file that TensorRT 8.0 to 11 can read.
 
-This module and `torch_formats` are the only ones of the package that import torch.
+This module, `rewrites` and `torch_formats` are the only ones of the package that import torch.
 
-The exporter that traces the module is used, and not the newer one built on `torch.export`: that one writes
-opset 18 at the least and lowers it with a converter that fails on the mean over axes of a global pooling,
-while TensorRT 8.0 and 8.2 read opset 13 at the most and 8.4 to 8.6 opset 17. The tracing exporter writes 13
-and 17 as such, names nodes after the modules they come from, folds batch norms into convolutions, and takes
-0.2 s where the other takes 2.5 s. What it cannot write is in `rewrites`; what it turns into constants though the
-batch is open, in `open_batch`. It is not always right, so that every file is run beside the module before it appears.
+It uses the tracing exporter instead of the newer one based on `torch.export`. The newer one writes opset 18 or higher
+and lowers it with a converter that fails on the mean over axes of a global pooling, while TensorRT 8.0 and 8.2 read
+opsets up to 13, and 8.4 to 8.6 up to 17. The tracing exporter writes opsets 13 and 17 directly, names nodes after
+their modules, folds batch norms into convolutions, and takes 0.2 s instead of 2.5 s. `rewrites` replaces operations
+that it cannot write; `open_batch` handles batch sizes that it turns into constants. Its files are sometimes wrong, so
+each file is compared with the module before it is written.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 OPSETS = range(13, 21)
-"""Opsets that the tracing exporter writes and that some TensorRT reads."""
+"""Opsets that the tracing exporter writes and that a supported TensorRT reads."""
 
 JETPACK4_OPSET = 13
 DEFAULT_OPSET = 17
 
 OPEN_BATCHES = (1, 3, 17)
-"""With how many inputs a file of an open batch is run before it counts."""
+"""Batch sizes with which a file with a dynamic batch is checked."""
 
 
 @dataclass(frozen=True)
 class OnnxInfo:
-    """What was written.
+    """The facts of a written ONNX file.
 
     Attributes:
         path: The file.
         sha256: Its checksum.
         size: Its size in bytes.
-        opset: The opset of its operators.
-        inputs, outputs: Names with shapes; an open batch is the string "batch".
-        nodes: How many operators it has.
+        opset: Its opset.
+        inputs, outputs: Name -> shape; a dynamic batch is the string "batch".
+        nodes: Number of operators.
     """
 
     path: Path
@@ -85,26 +85,25 @@ def export_onnx(
     input_name: str = "input",
     output_name: str = "output",
 ) -> OnnxInfo:
-    """Write `model` as one ONNX file, without external data, once it has computed what the module computes.
+    """Export `model` to one ONNX file without external data, and check its outputs against the module.
 
-    The same network gives the same bytes each time. The model is left as it is, on its device and in its
-    mode.
+    Equal networks give equal files. The model is not changed; it keeps its device and mode.
 
     Args:
-        model: Takes one float tensor and returns a tensor, or a tuple of tensors.
-        example_input: A batch (N, C, H, W) of the shape the file is for; its values do not matter.
-        path: Where the file goes; it appears there whole or not at all.
-        opset: 17 reads everywhere from TensorRT 8.4 on; 13 is for JetPack 4.
-        metadata: Facts to carry in the file; what is no string is written as JSON.
-        dynamic_batch: Leave the batch open. An engine then needs a profile, and is slower as a rule.
-        batches: Numbers of inputs with which an open file is run, each row another.
-        compare: Whether the file is run beside the module on random inputs; False where only its time matters.
+        model: Takes one float tensor and returns a tensor or a tuple of tensors.
+        example_input: A batch (N, C, H, W) with the input shape of the file; its values do not matter.
+        path: The file, written atomically.
+        opset: 17 is supported from TensorRT 8.4 on; 13 is for JetPack 4.
+        metadata: Facts to store in the file; values other than strings are written as JSON.
+        dynamic_batch: Whether the batch is dynamic. An engine then needs a profile, and is usually slower.
+        batches: Batch sizes with which a file with a dynamic batch is checked.
+        compare: Whether to check the file on random inputs; False if only its latency matters.
         input_name: Name of the input.
         output_name: Name of the output; several outputs are numbered from 0.
 
     Raises:
         ExportError: the model cannot be traced, an operator has no ONNX form, its output is not finite, the file
-            computes something else or fixes an open batch, or it cannot be written; what was at `path` stays.
+            has other outputs or cannot have a dynamic batch, or it cannot be written; `path` is then unchanged.
     """
     if opset not in OPSETS:
         raise ExportError(
@@ -132,14 +131,14 @@ def export_onnx(
 def reference_outputs(
     model: nn.Module, inputs: npt.NDArray[Any], *, runs: Sequence[tuple[int, int]] | None = None
 ) -> list[npt.NDArray[np.float32]]:
-    """What torch computes for `inputs` (N, C, H, W) in evaluation mode: one array for each output.
+    """Compute the outputs of a torch module in evaluation mode: one array for each output.
 
-    The model is put back into the mode that it was in.
+    The mode of the model is restored.
 
     Args:
         model: The network.
-        inputs: As an array of floats.
-        runs: The first input and the number of inputs of each run; None for 64 at a time.
+        inputs: An array of floats (N, C, H, W).
+        runs: The first input and the number of inputs of each run; None for batches of 64.
     """
     import numpy as np
 
@@ -160,7 +159,7 @@ def reference_outputs(
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU in evaluation mode: tracing must not touch the caller's module."""
+    """Copy a model to the CPU in evaluation mode, so that tracing does not change the caller's module."""
     copied = copy.deepcopy(model).cpu().float().eval()
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
@@ -168,6 +167,11 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    """The outputs of a model as a tuple of tensors.
+
+    Raises:
+        ExportError: the model returned something else.
+    """
     values = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs) if _is_list(outputs) else ()
     if not values or not all(isinstance(value, torch.Tensor) for value in values):
         raise ExportError(
@@ -182,7 +186,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _outputs(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What the model computes; refused where it does not run, or is not finite."""
+    """Run the model; refuse it if it fails or its outputs are not finite."""
     try:
         with torch.no_grad():
             outputs = as_tuple(model(inputs))
@@ -192,21 +196,21 @@ def _outputs(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]
         ) from error
     if not all(bool(torch.isfinite(value).all()) for value in outputs):
         raise ExportError(
-            "The model's output is not finite on the example input, nor would it be on the device.",
-            "Look for NaN or infinite weights and for variances of zero in batch norms.",
+            "The model's output on the example input is not finite.",
+            "Look for NaN or infinite weights, and for zero variances in batch norms.",
         )
     return outputs
 
 
 class _Trace:
-    """One model on its way into a file.
+    """Traces one model and checks the graph.
 
     Args:
         model: A frozen copy.
         sample: The example input (N, C, H, W).
-        opset: Of the file.
+        opset: Opset of the file.
         input_name, output_name: As in `export_onnx`.
-        batches: Numbers of inputs for which the file must be right; empty for the example's only.
+        batches: Batch sizes for which the graph must be right; empty for a fixed batch.
     """
 
     def __init__(
@@ -223,23 +227,23 @@ class _Trace:
         outputs = _outputs(model, sample)
         numbered = [f"{output_name}_{index}" for index in range(len(outputs))]
         self._names = [output_name] if len(outputs) == 1 else numbered
-        self._places: list[str] = []  # lines of forward that turn a tensor into a number of Python
+        self._places: list[str] = []  # lines of forward that convert a tensor to a Python number
 
     def plain(self) -> Any:
-        """The graph as the exporter writes it."""
+        """The traced graph, without a check."""
         return self._graph(self._sample)
 
     def checked(self) -> Any:
-        """The graph, once it has computed what the model computes for every batch.
+        """The traced graph, checked for every batch size against the model.
 
         Raises:
-            ExportError: it does not; the message says what stands in the way.
+            ExportError: the outputs differ; the message names the cause.
         """
         graph = self.plain()
         own = (len(self._sample),)
         if (wrong := self._wrong(graph, own)) is not None:
             raise ExportError(
-                f"The exported file computes something else than the network: {wrong}.", self._hint()
+                f"The exported file differs from the network: {wrong}.", self._hint()
             )
         if not self._batches or self._wrong(graph, self._batches) is None:
             return graph
@@ -263,14 +267,14 @@ class _Trace:
         return graph
 
     def _declare(self, graph: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
-        """Say of every axis of the outputs that it is open or how long it is, where the exporter does not know."""
+        """Declare the sizes of the outputs' fixed axes, which the exporter may not know."""
         for value, output in zip(graph.graph.output, _outputs(self._model, self._sample)):
             for axis, dim in enumerate(value.type.tensor_type.shape.dim):
                 if axis not in axes[value.name]:
                     dim.dim_value = output.shape[axis]
 
     def _open_axes(self) -> dict[str, dict[int, str]]:
-        """The axes of the outputs that grow with the batch; "batch" are those that are as long as it."""
+        """The axes of the outputs that depend on the batch size; those equal to it are named "batch"."""
         first, second = (_outputs(self._model, self._inputs(size)) for size in (2, 3))
         axes: dict[str, dict[int, str]] = {self._input: {0: "batch"}}
         for name, one, other in zip(self._names, first, second):
@@ -283,12 +287,12 @@ class _Trace:
         return axes
 
     def _inputs(self, size: int) -> torch.Tensor:
-        """Random inputs, each another."""
+        """A batch of random inputs, all different."""
         generator = torch.Generator().manual_seed(size)
         return torch.randn(size, *self._sample.shape[1:], generator=generator)
 
     def _wrong(self, graph: Any, sizes: tuple[int, ...]) -> str | None:
-        """What is wrong with a graph beside the model for these numbers of inputs, or None."""
+        """Describe how a graph differs from the model for these batch sizes; None if it does not."""
         try:
             session = open_session(graph.SerializeToString())
             for size in sizes:
@@ -302,20 +306,20 @@ class _Trace:
         return None
 
     def _fixed(self, why: str) -> ExportError:
-        said = f" Numbers of Python come out of tensors in {_listed(self._places)}." if self._places else ""
+        said = f" Tensors become Python numbers in {_listed(self._places)}." if self._places else ""
         return ExportError(
-            f"The network's forward fixes the batch, so that no file with an open batch is right: {why}.{said}",
-            "Let forward keep the batch as a size: x.flatten(1), x.reshape(x.shape[0], ...), x.new_zeros(x.shape[0], "
-            "...) and no int(...), len(x) or branch on it. Or export a fixed batch.",
+            f"The network's forward fixes the batch size, so that a dynamic batch cannot be exported: {why}.{said}",
+            "Keep the batch size symbolic in forward: x.flatten(1), x.reshape(x.shape[0], ...), "
+            "x.new_zeros(x.shape[0], ...), without int(...), len(x) or a branch on it. Or export a fixed batch.",
         )
 
     def _hint(self) -> str:
         inputs = self._inputs(len(self._sample))
         if any(not torch.equal(*pair) for pair in zip(*(_outputs(self._model, inputs) for _ in range(2)))):
-            return "Two runs of the network on the same input differ: its forward is random also in evaluation mode."
+            return "Two runs of the network on the same input differ: its forward is random even in evaluation mode."
         if self._places:
-            return f"The path must not depend on the values of the input: see {_listed(self._places)}."
-        return "Try another opset, or write the operation in other ones: the exporter or ONNX Runtime gets it wrong."
+            return f"The control flow must not depend on the values of the input: see {_listed(self._places)}."
+        return "Try another opset, or replace the operation: the exporter or ONNX Runtime computes it wrongly."
 
 
 def _listed(places: Sequence[str]) -> str:
@@ -326,7 +330,7 @@ _OWN = tuple(str(folder) + os.sep for folder in (Path(__file__).parents[1], Path
 
 
 def _place() -> str | None:
-    """The line of the network's code that is running, as a message names it: `net.py:12 "n = int(x.shape[0])"`."""
+    """The running line of the network's code for messages: `net.py:12 "n = int(x.shape[0])"`."""
     for frame, line in traceback.walk_stack(None):
         name = frame.f_code.co_filename
         if not name.startswith(_OWN) and Path(name).name != "warnings.py":
@@ -335,7 +339,7 @@ def _place() -> str | None:
 
 
 class _Off:
-    """Says no, whether it is asked or called."""
+    """A false value that also returns False when it is called."""
 
     def __bool__(self) -> bool:
         return False
@@ -346,13 +350,13 @@ class _Off:
 
 @contextmanager
 def _exporter_silenced() -> Iterator[list[str]]:
-    """Silence what the tracing exporter says about itself, and nothing else.
+    """Suppress the tracing exporter's own messages and warnings, and no others.
 
     Yields:
-        The lines of forward in which a tensor became a number of Python.
+        The lines of forward in which a tensor became a Python number.
     """
-    # it asks whether its log is on by the function's name, without calling it, and so always prints the graph of a
-    # network that it cannot write
+    # the exporter tests this function itself, not its result, and so always prints the graph of a network that it
+    # cannot write
     switch = "_jit_is_onnx_log_enabled"
     asked = getattr(torch._C, switch, None)
     with warnings.catch_warnings():
@@ -373,7 +377,7 @@ def _exporter_silenced() -> Iterator[list[str]]:
             elif (place := _place()) is not None and place not in places:
                 places.append(place)
 
-        warnings.showwarning = noted  # type: ignore[assignment]  # put back with the filters
+        warnings.showwarning = noted  # type: ignore[assignment]  # restored with the filters
         warnings.filterwarnings("always", category=TracerWarning)
         try:
             if asked is not None:
@@ -392,14 +396,14 @@ def _trace(
     names: Sequence[str],
     open_axes: dict[str, dict[int, str]] | None,
 ) -> tuple[bytes, list[str]]:
-    """The file's bytes, and the lines of forward in which sizes or values became numbers of Python."""
+    """Trace a model; return the file's bytes and the lines of forward in which tensors became Python numbers."""
     buffer = io.BytesIO()
     try:
         with _exporter_silenced() as places, torch.no_grad(), Writable(opset, model):
             torch.onnx.export(
                 model,
                 (sample,),
-                buffer,  # type: ignore[arg-type]  # its annotation knows of paths only
+                buffer,  # type: ignore[arg-type]  # its annotation allows only paths
                 opset_version=opset,
                 input_names=[input_name],
                 output_names=list(names),
@@ -409,6 +413,6 @@ def _trace(
     except (RuntimeError, TypeError, ValueError, IndexError) as error:  # OnnxExporterError is a RuntimeError
         raise ExportError(
             f"The model cannot be written as ONNX opset {opset}: {first_line(error)}.",
-            "Replace the operation by one that ONNX has, or try a higher opset if the device allows it.",
+            "Replace the operation by one that ONNX supports, or try a higher opset if the device allows it.",
         ) from error
     return buffer.getvalue(), places

@@ -1,4 +1,4 @@
-"""Archives that repeat byte for byte, and archives from elsewhere read without trusting a name in them."""
+"""Reproducible archives, and safe reading of untrusted ones."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from export.text import plain
 
 CHECKSUMS = "SHA256SUMS"
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
-"""What a file or folder may be called that a script will handle."""
+"""Names of files and folders that shell scripts can handle safely."""
 
 LARGEST = 2 << 30
-"""Bytes that an archive may unpack to; a small file can announce any number of them."""
+"""Maximum unpacked size in bytes; the header of a small file can state any size."""
 
 MOST_MEMBERS = 20_000
 LARGEST_HEADER = 1 << 16
-"""Bytes of an extended header, which hold a member's long name or its times; a reader keeps them in memory."""
+"""Maximum bytes of an extended header (a long name, times), which tarfile reads into memory."""
 
 _BLOCK = 512
 _READ_AT_ONCE = 1 << 20
@@ -33,11 +33,11 @@ _EXTENDED = frozenset(
     (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 )
 _DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, OverflowError, IndexError, KeyError)
-"""What reading a damaged archive raises; the last four come from numbers and names in its headers."""
+"""Errors from reading a damaged archive; the last four come from numbers and names in its headers."""
 
 
 def pack(files: Mapping[str, bytes], folder: str, *, executable: frozenset[str] = frozenset()) -> bytes:
-    """A `.tar.gz` of `files` below `folder`; equal files give equal bytes."""
+    """Pack `files` below `folder` into a `.tar.gz`; equal files give equal bytes."""
     buffer = io.BytesIO()
     with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, filename="") as packed, tarfile.open(
         fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT
@@ -50,19 +50,19 @@ def pack(files: Mapping[str, bytes], folder: str, *, executable: frozenset[str] 
 
 
 def checksums(files: Mapping[str, bytes]) -> bytes:
-    """The lines that `sha256sum -c` reads."""
+    """The checksums of `files` in the format of `sha256sum -c`."""
     return "".join(f"{sha256_bytes(files[name])}  {name}\n" for name in sorted(files)).encode()
 
 
 def unpack(path: str | Path, *, largest: int = LARGEST) -> dict[str, bytes]:
-    """The files of a `.tar.gz` or of a folder, by their names below its top folder. Nothing is written.
+    """Read the files of a `.tar.gz` or a folder into memory, by their names below its top folder.
 
     Args:
         path: The archive or the folder.
-        largest: Bytes that it may hold.
+        largest: Maximum size of the files in bytes.
 
     Raises:
-        ExportError: it is missing, damaged or too large, or a member is no plain file of the archive's own
+        ExportError: it is missing, damaged or too large, or a member is not a regular file inside the archive's
             folder.
     """
     source = Path(path)
@@ -85,31 +85,31 @@ def unpack(path: str | Path, *, largest: int = LARGEST) -> dict[str, bytes]:
                 opened = archive.extractfile(member)
                 files[name] = opened.read() if opened is not None else b""
     except _DAMAGED as error:
-        raise ExportError(f"{source} is no whole .tar.gz: {error}.", "Copy it again.") from error
+        raise ExportError(f"{source} is not a complete .tar.gz: {error}.", "Copy it again.") from error
     if not files:
         raise ExportError(f"{source} is empty.")
     return files
 
 
 def json_object(files: Mapping[str, bytes], name: str, source: str | Path) -> dict[str, Any]:
-    """The object that a JSON file among `files` holds.
+    """Parse a JSON file among `files` that holds an object.
 
     Raises:
-        ExportError: it is missing, no JSON, or no object.
+        ExportError: the file is missing, not valid JSON, or not an object.
     """
     try:
         content = json.loads(files[name].decode("utf-8"))
     except KeyError:
-        raise ExportError(f"{source} has no {name}.", "Copy it again as a whole.") from None
+        raise ExportError(f"{source} has no {name}.", "Copy all of it again.") from None
     except (ValueError, RecursionError) as error:
-        raise ExportError(f"{source}: {name} is no JSON: {error}.", "Copy it again as a whole.") from error
+        raise ExportError(f"{source}: {name} is not valid JSON: {error}.", "Copy all of it again.") from error
     if not isinstance(content, dict):
         raise ExportError(f"{source}: {name} holds a {type(content).__name__}, expected an object.")
     return content
 
 
 def printable(value: Any, longest: int = 120) -> str:
-    """What a device says, in ASCII and short: it is shown to people."""
+    """Text of a device as short ASCII, for display."""
     return "".join(char for char in plain(str(value)) if " " <= char <= "~")[:longest].strip()
 
 
@@ -117,7 +117,8 @@ def top_folder(path: str | Path) -> str:
     """The folder that a bundle unpacks to.
 
     Raises:
-        ExportError: it is missing, damaged, or called by more than letters, digits, dots and dashes.
+        ExportError: the bundle is missing or damaged, or the name has other characters than letters, digits, dots and
+            dashes.
     """
     content = read_bytes(Path(path), "archive", LARGEST)
     try:
@@ -126,20 +127,20 @@ def top_folder(path: str | Path) -> str:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             first = archive.next()
     except _DAMAGED as error:
-        raise ExportError(f"{path} is no whole .tar.gz: {error}.", "Copy it again.") from error
+        raise ExportError(f"{path} is not a complete .tar.gz: {error}.", "Copy it again.") from error
     name = first.name.split("/")[0] if first is not None else ""
     if not PLAIN.fullmatch(name):
-        raise ExportError(f"{path} unpacks to a folder called {name!r}; it was not read.")
+        raise ExportError(f"{path} unpacks to a folder with the name {name!r}; it was not read.")
     return name
 
 
 def _is_modest(content: bytes, largest: int) -> bool:
     """Whether a .tar.gz unpacks to at most `largest` bytes, in a bounded number of members with small headers.
 
-    It is unpacked piece by piece and forgotten, because tarfile reads an extended header of any size into memory.
+    It is unpacked in pieces that are discarded, because tarfile reads an extended header of any size into memory.
 
     Raises:
-        tarfile.TarError, OSError, EOFError, zlib.error: it is damaged, or has an extended header without bounds.
+        tarfile.TarError, OSError, EOFError, zlib.error: the archive is damaged, or an extended header is too large.
     """
     total = members = 0
     extended = 0
@@ -148,7 +149,7 @@ def _is_modest(content: bytes, largest: int) -> bool:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             large = header.size < 0 or (header.type in _EXTENDED and header.size > LARGEST_HEADER)
             extended = extended + 1 if header.type in _EXTENDED else 0
-            if large or extended > 4:  # more of them in a row would be read by as deep a recursion
+            if large or extended > 4:  # tarfile reads consecutive extended headers recursively
                 raise tarfile.ReadError("a header is too large, or there are too many in a row")
             members += 1
             left = -(-header.size // _BLOCK) * _BLOCK if header.isreg() or header.type in _EXTENDED else 0
@@ -167,17 +168,17 @@ def _own_name(member: tarfile.TarInfo, source: Path) -> str:
     parts = PurePosixPath(member.name).parts
     hostile = member.name.startswith("/") or ".." in parts or "\\" in member.name or "\0" in member.name
     if hostile or not member.isfile() or member.issparse():
-        what = "leaves the archive's folder" if hostile else "is no plain file"
+        what = "leaves the archive's folder" if hostile else "is not a regular file"
         raise ExportError(f"{source} has a member that {what}: {member.name!r}. It was not read.")
     below = parts[1:] if len(parts) > 1 else parts
     return "/".join(below)
 
 
 def require_checksums(files: Mapping[str, bytes], source: str | Path) -> None:
-    """Check the files against the list that came with them.
+    """Check the files against their list of checksums.
 
     Raises:
-        ExportError: the list is missing or unreadable, a file is missing, differs, or is not on the list.
+        ExportError: the list is missing or unreadable, or a file is missing, differs, or is not listed.
     """
     if CHECKSUMS not in files:
         raise ExportError(
@@ -187,15 +188,15 @@ def require_checksums(files: Mapping[str, bytes], source: str | Path) -> None:
     for line in files[CHECKSUMS].decode("utf-8", errors="replace").splitlines():
         digest, separator, name = line.partition("  ")
         if not separator or len(digest) != 64:
-            raise ExportError(f"{source}: {CHECKSUMS} has a line that is none of sha256sum's: {line[:80]!r}.")
+            raise ExportError(f"{source}: {CHECKSUMS} has a line that sha256sum does not write: {line[:80]!r}.")
         listed[name] = digest
     for name, digest in listed.items():
         if name not in files:
-            raise ExportError(f"{source} lacks {name}.", "Copy it again as a whole.")
+            raise ExportError(f"{source} has no {name}.", "Copy all of it again.")
         if sha256_bytes(files[name]) != digest:
             raise ExportError(
-                f"{source}: the checksum of {name} does not match.", "Copy it again as a whole."
+                f"{source}: the checksum of {name} does not match.", "Copy all of it again."
             )
     unlisted = sorted(set(files) - set(listed) - {CHECKSUMS})
     if unlisted:
-        raise ExportError(f"{source} has a file that is on no list: {unlisted[0]}.")
+        raise ExportError(f"{source} has a file without a checksum: {unlisted[0]}.")

@@ -1,8 +1,7 @@
-"""What a board is and in which state: module, JetPack, power mode, clocks and temperatures.
+"""Facts and state of a board: module, JetPack, power mode, clocks and temperatures.
 
-A latency without these says little: the same Jetson is two to four times slower in another power mode.
-Everything is read from files and from tools that JetPack brings; what is missing is left out, because a
-desktop has none of them.
+A latency means little without them: the power mode changes the latency of a Jetson by a factor of two to four.
+They are read from files and from tools of JetPack; missing ones are left out, because a desktop has none of them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ Run = Callable[[Sequence[str]], Optional[str]]
 
 
 def run_tool(command: Sequence[str]) -> str | None:
-    """What a tool prints, or None where it is missing, fails or takes longer than ten seconds."""
+    """The output of a tool, or None if it is missing, fails or takes longer than ten seconds."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -28,14 +27,14 @@ def run_tool(command: Sequence[str]) -> str | None:
 
 
 def describe_board(root: Path = Path("/"), run: Run = run_tool) -> dict[str, Any]:
-    """The facts that do not change while measuring.
+    """The facts of a board that do not change during a measurement.
 
     Args:
-        root: Where the file system starts; tests give another place.
-        run: Runs a tool.
+        root: Root of the file system; tests pass another folder.
+        run: Runs a tool and returns its output.
 
     Returns:
-        Of machine, model, l4t, power_mode and gpu, those that are known here.
+        The known ones of machine, model, l4t, power_mode and gpu.
     """
     facts = {
         "machine": platform.machine(),
@@ -48,7 +47,7 @@ def describe_board(root: Path = Path("/"), run: Run = run_tool) -> dict[str, Any
 
 
 def power_mode(run: Run = run_tool) -> str | None:
-    """The power mode's name, such as "MAXN" or "25W", or None where there is no nvpmodel."""
+    """The name of the power mode, such as "MAXN" or "25W", or None without nvpmodel."""
     for line in (run(["nvpmodel", "-q"]) or "").splitlines():
         name, mark, value = line.partition(":")
         if mark and name.strip().endswith("Power Mode"):
@@ -57,7 +56,7 @@ def power_mode(run: Run = run_tool) -> str | None:
 
 
 def board_state(root: Path = Path("/"), run: Run = run_tool) -> dict[str, Any]:
-    """The facts that may change while measuring: clocks in MHz and temperatures in Celsius, by name."""
+    """The state that may change during a measurement: clocks in MHz and temperatures in Celsius, by name."""
     clocks = {}
     for folder in sorted((root / "sys/class/devfreq").glob("*")):
         hertz = _text(folder / "cur_freq")
@@ -86,7 +85,7 @@ def board_state(root: Path = Path("/"), run: Run = run_tool) -> dict[str, Any]:
 
 
 def board_lines(board: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What stands below a latency: the board's facts, and each clock and temperature before and after, aligned."""
+    """Format the board's facts and its clocks and temperatures before and after as aligned lines."""
     rows = [(key.replace("_", " "), str(value)) for key, value in board.items()]
     units = {"clocks_mhz": "MHz", "temperatures_c": "C"}
     for group in ("clocks_mhz", "temperatures_c", "gpu"):
@@ -100,7 +99,7 @@ def board_lines(board: Mapping[str, Any], before: Mapping[str, Any], after: Mapp
 
 
 def _text(path: Path) -> str:
-    """A small file's text, or "" where it cannot be read: which files there are differs by board and user."""
+    """The text of a small file, or "" if it cannot be read: the files differ by board and user."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").replace("\0", "").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""A command whose output and time are bounded while it runs, for programs that speak for somebody else's machine."""
+"""Runs a command with bounded output and time, for programs that relay output of an untrusted machine."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Ended(NamedTuple):
     """How a command ended.
 
     Attributes:
-        code: its exit code, negative for a signal; None where it was stopped here.
-        output: its standard output, at most `most_bytes`.
-        errors: the last 16 KiB of its standard error.
-        why: "" or, where it was stopped, "time" or "size".
+        code: Its exit code, negative for a signal; None if `run_bounded` stopped it.
+        output: Its standard output, at most `most_bytes`.
+        errors: The last 16 KiB of its standard error.
+        why: "", or the limit that stopped it: "time" or "size".
     """
 
     code: int | None
@@ -33,13 +33,13 @@ class Ended(NamedTuple):
 
 
 def run_bounded(command: Sequence[str], given: bytes, *, most_bytes: int, limit_s: float) -> Ended:
-    """Run a command in a process group of its own, which is killed when it writes too much or takes too long.
+    """Run a command in its own process group, which is killed when it writes too much or takes too long.
 
     Args:
         command: The program and its arguments; no shell.
         given: Its standard input.
-        most_bytes: What it may write to its standard output. Standard error is read and forgotten but for its end.
-        limit_s: Seconds until it is killed.
+        most_bytes: Limit on its standard output. Only the end of standard error is kept.
+        limit_s: Limit on its duration in seconds.
 
     Raises:
         OSError: the program cannot be started.
@@ -56,7 +56,7 @@ def run_bounded(command: Sequence[str], given: bytes, *, most_bytes: int, limit_
     try:
         return _exchange(process, given, most_bytes, deadline)
     finally:
-        # also where Ctrl-C came: in its own session the group does not hear of it
+        # also after Ctrl-C, which does not reach a group in its own session
         _kill(process)
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:
@@ -78,7 +78,7 @@ def _exchange(process: subprocess.Popen[bytes], given: bytes, most_bytes: int, d
             selector.register(pipe, events)
         while reading:
             if process.poll() is not None:
-                # what it wrote is in the pipes; a child that it left behind may hold them open for long
+                # its output is in the pipes; a child process that it left may keep them open
                 deadline = min(deadline, time.monotonic() + _LINGER_S)
             wait = deadline - time.monotonic()
             if wait <= 0:

@@ -1,9 +1,8 @@
-"""Everything a Jetson needs, in one file to carry there: networks, reference outputs, a script and checksums.
+"""Writes a bundle for a Jetson, a single archive: networks, reference outputs, a script and checksums.
 
     make_bundle("slim.tar.gz", [Path("model.onnx"), Path("model.fp16.onnx")], reference, target="jetson-nano")
 
-On the board: `tar -xzf slim.tar.gz && sh slim/run.sh`. What it writes comes back through
-    `export.device.bundle_results`.
+On the board: `tar -xzf slim.tar.gz && sh slim/run.sh`. `export.device.bundle_results` reads the results.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from export.files import read_bytes, sha256_bytes, write_bytes
 FORMAT = 1
 SCRIPT = "run_on_device.sh"
 COMMON = "on_device_common.sh"
-"""What the scripts share; they have one line each in its place."""
+"""The scripts' shared part, which replaces their include line."""
 
 
 @dataclass(frozen=True)
 class BundleInfo:
-    """What was written.
+    """The facts of a written bundle.
 
     Attributes:
-        path, sha256, size: The file, its checksum and its size in bytes.
-        identity: Checksum of the list of checksums: results say with it which bundle they belong to.
-        target: The module that it is for.
-        networks: Name of each network with its precision.
+        path, sha256, size: The file, its checksum and size in bytes.
+        identity: Checksum of the list of checksums; results name their bundle by it.
+        target: The Jetson module that it is for.
+        networks: Name of each network -> its precision.
     """
 
     path: Path
@@ -60,22 +59,21 @@ def make_bundle(
     """Write a bundle; the same networks and reference give the same bytes.
 
     Args:
-        path: Where it goes, such as `slim.tar.gz`; its folder inside has the same name.
-        networks: ONNX files of batch 1; they may differ in precision.
-        reference: Inputs (N, C, H, W) and the FP32 network's outputs (N, ...); a handful is enough.
-        target: A name of `TARGETS`.
-        facts: More to write into `bundle.json`, such as the run's id.
+        path: The archive, such as `slim.tar.gz`; it unpacks to a folder of the same name.
+        networks: ONNX files with batch size 1; their precisions may differ.
+        reference: Inputs (N, C, H, W) and the FP32 network's outputs (N, ...); a few are enough.
+        target: A key of `TARGETS`.
+        facts: More entries for `bundle.json`, such as the run's id.
 
     Raises:
-        ExportError: the target is unknown or cannot run a network, a network is damaged, of another batch
-            or of another shape than the reference, or a name holds more than letters, digits, dots and
-            dashes.
+        ExportError: the target is unknown or cannot run a network, a network is damaged or has another batch size or
+            shape than the reference, or a name has other characters than letters, digits, dots and dashes.
     """
     goal, module = Path(path), find_target(target)
     folder = re.sub(r"\.(tar\.gz|tgz)$", "", goal.name)
     if not goal.name.endswith((".tar.gz", ".tgz")) or not PLAIN.fullmatch(folder):
         raise ExportError(
-            f"A bundle is called NAME.tar.gz, of letters, digits, dots and dashes; got {goal.name!r}."
+            f"Expected a bundle named NAME.tar.gz, of letters, digits, dots and dashes; got {goal.name!r}."
         )
     if not networks:
         raise ExportError("A bundle needs at least one network, got none.")
@@ -88,7 +86,7 @@ def make_bundle(
         name = network.name[: -len(".onnx")] if network.name.endswith(".onnx") else network.name
         _check(header, network, name, module, reference)
         if f"models/{name}.onnx" in files:
-            raise ExportError(f"Two networks are called {name}.")
+            raise ExportError(f"Two networks have the name {name}.")
         files[f"models/{name}.onnx"] = content
         lines.append(_line(name, header, reference))
         described.append(
@@ -127,7 +125,7 @@ def make_bundle(
 
 
 def device_script(name: str) -> bytes:
-    """One of the scripts of this folder, whole: a device gets a single file."""
+    """A script of this folder with the shared part included, so that a device needs a single file."""
     here = Path(__file__).parent
     own, line = (here / name).read_bytes(), f"# include {COMMON}\n".encode()
     if own.count(line) != 1:
@@ -141,7 +139,9 @@ def _check(header: OnnxHeader, path: Path, name: str, target: Target, reference:
             f"{path.name!r} cannot go into a bundle: use letters, digits, dots and dashes in its name."
         )
     if len(header.inputs) != 1 or not PLAIN.fullmatch(header.inputs[0]):
-        raise ExportError(f"{path} needs one input of a plain name, got {list(header.inputs)}.")
+        raise ExportError(
+            f"{path} needs one input with a name of letters, digits, dots and dashes; got {list(header.inputs)}."
+        )
     shape = header.shapes[header.inputs[0]]
     if shape != (1, *reference.inputs.shape[1:]):
         raise ExportError(
@@ -150,22 +150,24 @@ def _check(header: OnnxHeader, path: Path, name: str, target: Target, reference:
             "Export it with a batch of 1.",
         )
     if header.external_data:
-        raise ExportError(f"{path} keeps its weights in other files.", "Export it as one file.")
+        raise ExportError(f"{path} has its weights in other files.", "Export it as one file.")
     require_readable(path, header, target)
 
 
 def require_readable(name: object, header: OnnxHeader, target: Target) -> None:
-    """Refuse a file that the board's TensorRT cannot read, or has no units for.
+    """Refuse a file whose opset or precision the board does not support.
 
     Args:
-        name: What the messages call the file.
+        name: The file's name in messages.
+        header: The file's header.
+        target: The board.
 
     Raises:
-        ExportError: which of the two, and what to do instead.
+        ExportError: the message names the unsupported opset or precision.
     """
     if header.opset > target.opset:
         raise ExportError(
-            f"{name} is of ONNX opset {header.opset}; the {target.title} reads up to {target.opset}.",
+            f"{name} has ONNX opset {header.opset}; the {target.title} reads opsets up to {target.opset}.",
             f"Export it again with opset {target.opset}.",
         )
     if header.precision == "int8" and not target.int8:
@@ -173,7 +175,7 @@ def require_readable(name: object, header: OnnxHeader, target: Target) -> None:
 
 
 def _line(name: str, header: OnnxHeader, reference: Reference) -> str:
-    """Name, precision, input, allowed difference in millionths, and how many samples must agree."""
+    """One line: name, precision, input, allowed difference in millionths, number of samples that must agree."""
     import numpy as np
 
     count = len(reference.inputs)
@@ -183,7 +185,7 @@ def _line(name: str, header: OnnxHeader, reference: Reference) -> str:
 
 
 def _reference_files(reference: Reference) -> dict[str, bytes]:
-    """Inputs as trtexec loads them, and outputs in millionths, which a shell can compare."""
+    """Inputs in trtexec's format, and outputs in millionths, which a shell can compare."""
     import numpy as np
 
     if not np.isfinite(reference.outputs).all() or float(np.abs(reference.outputs).max()) >= 1e12:
@@ -198,7 +200,7 @@ def _reference_files(reference: Reference) -> dict[str, bytes]:
 
 def _readme(folder: str, target: Target, networks: Sequence[Mapping[str, Any]]) -> str:
     listed = "\n".join(f"  {entry['name']}.onnx ({entry['precision']})" for entry in networks)
-    return f"""A network for the {target.title}, to be built and measured on the board itself.
+    return f"""A network for the {target.title}, to build and measure on the board itself.
 
 {listed}
 
@@ -206,15 +208,17 @@ On the board (JetPack 4.6 or newer):
 
   tar -xzf {folder}.tar.gz
   cd {folder}
-  sudo nvpmodel -q                 # which power mode; choose the one that the network will run in
-  sudo jetson_clocks               # holds the clocks still, or the numbers wander
+  sudo nvpmodel -q                 # shows the power mode; select the one that the network will run in
+  sudo jetson_clocks               # fixes the clocks; otherwise latencies vary
   sh run.sh
 
 It builds one engine for each network with trtexec, measures it in three processes of 15 seconds after 2
 seconds of warm-up, compares its outputs with the reference, and writes the folder results and
-results.tar.gz. Interrupted, it goes on where it was. Copy results.tar.gz back to where the bundle was made.
+results.tar.gz. Run it again after an interruption: it resumes where it stopped. Copy results.tar.gz back to the
+machine that wrote the bundle.
 
-Building takes minutes. An engine works only on this kind of board and with this TensorRT: do not copy
-  engines. sh run.sh --help                 # options
+A build takes minutes. An engine works only on this kind of board and with this TensorRT: do not copy engines.
+
+  sh run.sh --help                 # options
   TRTEXEC=/path/to/trtexec sh run.sh
 """

@@ -1,9 +1,7 @@
-"""What came back from a board: checked against the bundle it belongs to, and computed anew from the raw
-numbers.
+"""Reads the results of a board, checks them against their bundle, and computes latency and parity.
 
-The script's own medians are for the eye of whoever runs it. What goes into a run's records is computed
-here from the times that trtexec wrote, with the same percentiles as everywhere else, and from its raw
-outputs.
+The script's own medians are for display only. A run's records are computed here from the times and outputs that
+trtexec wrote, with the same percentiles as for all other runtimes.
 """
 
 from __future__ import annotations
@@ -29,17 +27,17 @@ _HINT = "Give the results that run.sh wrote for this bundle."
 
 @dataclass(frozen=True)
 class NetworkResult:
-    """One network on the board.
+    """The result of one network on the board.
 
     Attributes:
         name, precision: As in the bundle.
         status: "ok", "build-failed", "measure-failed" or "verify-failed".
-        reason: Why it is not ok.
+        reason: Why the status is not "ok".
         onnx_sha256: Checksum of the ONNX file on the board.
-        engine_bytes: Size of the engine there.
-        flags: What trtexec was called with.
-        latency: The GPU's time for one input over all processes; None where nothing was measured.
-        parity: Outputs against the FP32 reference; None where nothing was verified.
+        engine_bytes: Size of the engine on the board.
+        flags: Flags of trtexec.
+        latency: GPU time of one input over all processes; None if it was not measured.
+        parity: Outputs against the FP32 reference; None if they were not verified.
     """
 
     name: str
@@ -53,7 +51,7 @@ class NetworkResult:
     parity: Parity | None
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for display."""
         text = f"{self.name} ({self.precision}): {self.status}" + (f", {self.reason}" if self.reason else "")
         if self.latency is not None:
             stats = self.latency
@@ -65,13 +63,13 @@ class NetworkResult:
 
 @dataclass(frozen=True)
 class DeviceResults:
-    """A bundle's results.
+    """The results of a bundle.
 
     Attributes:
-        target: The module that the bundle was made for.
-        board: Model, power mode, L4T, JetPack and TensorRT of the board, as it said.
-        facts: What the bundle carried along, such as the run's id.
-        networks: One for each network that was tried.
+        target: The Jetson module that the bundle is for.
+        board: Model, power mode, L4T, JetPack and TensorRT of the board.
+        facts: The facts stored in the bundle, such as the run's id.
+        networks: One result for each network that was tried.
     """
 
     target: str
@@ -85,15 +83,15 @@ class DeviceResults:
 
 
 def read_results(results: str | Path, bundle: str | Path) -> DeviceResults:
-    """Read what a board sent back.
+    """Read the results of a board.
 
     Args:
         results: `results.tar.gz` or the folder `results`.
-        bundle: The bundle that was carried there.
+        bundle: The bundle that ran on the board.
 
     Raises:
-        ExportError: either is missing, damaged, hostile or of another format, they do not belong together,
-            or a number in them cannot be.
+        ExportError: either is missing, damaged, unsafe or of another format, they do not belong together,
+            or a number in them is invalid.
     """
     given = unpack(bundle)
     require_checksums(given, bundle)
@@ -103,7 +101,7 @@ def read_results(results: str | Path, bundle: str | Path) -> DeviceResults:
     found = json_object(files, "results.json", results)
     if described.get("format") != FORMAT or found.get("format") != FORMAT:
         raise ExportError(
-            f"{results} or {bundle} is of another version of the program.", "Make the bundle again."
+            f"{results} or {bundle} was written by another version of the program.", "Write the bundle again."
         )
     if found.get("bundle") != sha256_bytes(given[CHECKSUMS]):
         raise ExportError(f"{results} belongs to another bundle than {bundle}.", _HINT)
@@ -117,7 +115,7 @@ def read_results(results: str | Path, bundle: str | Path) -> DeviceResults:
             for entry in found["networks"]
         )
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ExportError(f"{results} cannot be understood: {error!r}.", _HINT) from error
+        raise ExportError(f"{results} cannot be parsed: {error!r}.", _HINT) from error
     return DeviceResults(
         target=str(described["target"]), board=board, facts=described.get("facts", {}), networks=networks
     )
@@ -134,9 +132,9 @@ def _network(
 ) -> NetworkResult:
     name = str(entry["name"])
     if name not in known:
-        raise ExportError(f"{results} speaks of {printable(name)}, which the bundle does not have.", _HINT)
+        raise ExportError(f"{results} names {printable(name)}, which the bundle does not have.", _HINT)
     if entry["onnx_sha256"] != known[name]["sha256"]:
-        raise ExportError(f"{results} was made with another {name}.onnx than the bundle's.", _HINT)
+        raise ExportError(f"{results} used another {name}.onnx than the bundle's.", _HINT)
     status = printable(entry["status"])
     measured = status in ("ok", "verify-failed")
     times = [
@@ -163,27 +161,27 @@ def _is_times(file: str, name: str) -> bool:
 
 
 def compute_times(content: bytes, name: str) -> list[float]:
-    """The GPU's time for each run, in milliseconds, from the times file of trtexec.
+    """Read the GPU time of each run in milliseconds from a times file of trtexec.
 
     Raises:
-        ExportError: it is no such file.
+        ExportError: the file is not a times file.
     """
     try:
         return [float(entry["computeMs"]) for entry in json.loads(content)]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ExportError(f"{name} is no times file of trtexec: {error!r}.", _HINT) from error
+        raise ExportError(f"{name} is not a times file of trtexec: {error!r}.", _HINT) from error
 
 
 def output_values(content: bytes, name: str) -> list[float]:
-    """The values of the first output, from the output file of trtexec.
+    """Read the values of the first output from an output file of trtexec.
 
     Raises:
-        ExportError: it is no such file.
+        ExportError: the file is not an output file.
     """
     try:
         return [float(value) for value in json.loads(content)[0]["values"]]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise ExportError(f"{name} is no output file of trtexec: {error!r}.", _HINT) from error
+        raise ExportError(f"{name} is not an output file of trtexec: {error!r}.", _HINT) from error
 
 
 def _parity(

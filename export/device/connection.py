@@ -1,11 +1,10 @@
-"""A machine that ssh reaches: commands there, and files there and back, over a line that may drop.
+"""Commands and file transfers over ssh, with retries when the connection drops.
 
-Only `ssh` is needed here, and a shell with coreutils there. Each step can be repeated: a connection that drops in the
-middle of a copy goes on at the byte where it broke.
+This machine needs only `ssh`, the other one a shell and coreutils. All steps can be repeated: an interrupted copy
+resumes at the byte where it stopped.
 
-What the other machine says is not trusted: an answer stands between two marks, so that a greeting of its shell's
-start-up files does no harm; it is bounded in bytes and in time while it is read, and is shown without control
-characters.
+The other machine is not trusted. Two marks delimit the output of a command, so that text from the shell's start-up
+files is ignored; bytes and time are limited while the output is read, and it is shown without control characters.
 """
 
 from __future__ import annotations
@@ -33,43 +32,43 @@ _URL = re.compile(
     r"(?P<host>[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?/?"
 )
 HOME = ".cache/compressor-bundles"
-"""Where bundles lie there, below the user's home."""
+"""Folder of the bundles on the other machine, relative to the user's home."""
 
 CHUNK = 1 << 20
-"""Bytes that one command copies."""
+"""Bytes that one command copies at most."""
 
 LARGEST_FILE = 1 << 30
-"""Bytes of a file that is fetched; what a device measured takes some tens of megabytes."""
+"""Maximum bytes of a fetched file; results of a device usually take tens of megabytes."""
 
 ANSWER_BYTES = 1 << 16
-"""Bytes of the answer to a question; a file's piece may be as long as it was asked for."""
+"""Default limit on the output of a command in bytes."""
 
 GREETING_BYTES = 1 << 16
-"""Bytes that a shell's start-up files may print around an answer."""
+"""Maximum bytes that a shell's start-up files may print before and after the output of a command."""
 
 ANSWER_S = 60.0
-"""Seconds that the answer to a question may take."""
+"""Default limit on the duration of a command in seconds."""
 
 WORK_S = 900.0
-"""Seconds that a command may take which copies, unpacks or reads whole files."""
+"""Limit on the duration of a command that copies, unpacks or reads whole files, in seconds."""
 
 _DROPPED = 255
-_HINT = "Try: ssh {0} true   It must work without a question; keys and names go into ~/.ssh/config."
+_HINT = "Try: ssh {0} true   It must work without a prompt; configure keys and host names in ~/.ssh/config."
 _STRANGER = (
-    "Its key is not known here, or is another than before. Make sure that it is your device; then, if it was set up "
-    "anew, ssh-keygen -R {1}, and connect once by hand: ssh {0} true"
+    "Its host key is unknown or has changed. Make sure that it is your device; if it was reinstalled, run "
+    "ssh-keygen -R {1}, and connect once by hand: ssh {0} true"
 )
-_SILENT = "It is reached, but does nothing. See what it does with: ssh {0} uptime"
+_SILENT = "The machine may be overloaded. Check it with: ssh {0} uptime"
 _STRANGE = (
-    "A command for sh must answer there, and nothing else in its place: try ssh {0} 'echo one; echo two'"
+    "The login shell must run commands of sh and print nothing else. Test it with: ssh {0} 'echo one; echo two'"
 )
 _FINAL = ("Host key verification failed", "Permission denied", "Could not resolve hostname")
-"""What will not change by trying again."""
+"""Errors that a retry cannot fix."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A machine that is reached by ssh."""
+    """The address of a machine for ssh."""
 
     host: str
     user: str = ""
@@ -77,7 +76,7 @@ class Destination:
 
     @property
     def address(self) -> str:
-        """As ssh takes it."""
+        """The address in ssh's format."""
         return f"{self.user}@{self.host}" if self.user else self.host
 
 
@@ -89,18 +88,18 @@ def parse_destination(url: str) -> Destination:
     """
     found = _URL.fullmatch(url)
     if found is None or int(found["port"] or 22) not in range(1, 65536):
-        raise ExportError(f"{url!r} is no address: expected ssh://user@host or ssh://user@host:port.")
+        raise ExportError(f"{url!r} is not an ssh address: expected ssh://user@host or ssh://user@host:port.")
     return Destination(host=found["host"].strip("[]"), user=found["user"] or "", port=int(found["port"] or 0))
 
 
 class Connection:
-    """Commands on the other machine, tried again when the line drops.
+    """Runs commands on the other machine; retries when the connection drops.
 
     Args:
-        destination: Where.
+        destination: The other machine.
         options: More options for ssh, such as ["-F", "config"].
-        attempts: How often a command is tried while ssh itself fails.
-        pause_s: Seconds before it is tried again.
+        attempts: Maximum number of tries while ssh itself fails.
+        pause_s: Seconds between tries.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class Connection:
         self.destination, self.attempts, self.pause_s = destination, attempts, pause_s
         self._command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
         self._command += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3", *options]
-        # one connection carries all commands; a socket's path must be short
+        # all commands share one connection; the path of a socket must be short
         self._sockets = tempfile.mkdtemp(prefix="ssh.")
         self._command += ["-o", "ControlMaster=auto", "-o", f"ControlPath={self._sockets}/s"]
         self._command += ["-o", "ControlPersist=60"]
@@ -128,28 +127,25 @@ class Connection:
     def __exit__(self, *_: object) -> None:
         """Close the connection that the commands shared."""
         if Path(self._sockets, "s").exists():
-            # -O only talks to this machine's own process behind the socket
+            # -O talks only to the local process behind the socket
             command = [*self._command[:-2], "-O", "exit", *self._command[-2:]]
-            with suppress(
-                subprocess.TimeoutExpired
-            ):  # it ends by itself when nothing has used it for a minute
+            with suppress(subprocess.TimeoutExpired):  # it ends by itself after a minute without use
                 subprocess.run(command, capture_output=True, check=False, timeout=10)
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def once(
         self, command: str, given: bytes = b"", *, most_bytes: int = ANSWER_BYTES, limit_s: float = ANSWER_S
     ) -> tuple[int, bytes, str]:
-        """Run a command once: exit code, output, and the last line of its errors.
+        """Run a command once; return its exit code, its output, and the last line of its errors.
 
         Args:
-            command: For the shell there.
+            command: For the shell of the other machine.
             given: Its standard input.
-            most_bytes: The longest output that is read.
-            limit_s: How long it may take.
+            most_bytes: Limit on its output.
+            limit_s: Limit on its duration in seconds.
 
         Raises:
-            ExportError: there is no ssh on this machine, or the other machine takes too long, says more than may be, or
-                gives something else than an answer.
+            ExportError: ssh is not installed, or the other machine exceeds a limit or sends output without the marks.
         """
         mark = secrets.token_hex(16)
         marked = f"printf '\\n%s<' {mark}; ({command}\n); c=$?; printf '>%s\\n' {mark}; exit $c"
@@ -163,12 +159,12 @@ class Connection:
             raise ExportError(f"ssh cannot be started: {error.strerror or error}.") from error
         address = self.destination.address
         if done.why == "time":
-            raise ExportError(f"{address} gave no answer within {limit_s:g} s.", _SILENT.format(address))
+            raise ExportError(f"{address} did not answer within {limit_s:g} s.", _SILENT.format(address))
         _, begun, rest = done.output.partition(f"{mark}<".encode())
         output, ended, _ = rest.rpartition(f">{mark}".encode())
         if done.why == "size" or len(output) > most_bytes:
             raise ExportError(
-                f"{address} said more than {most_bytes >> 10} KB where a short answer was expected.",
+                f"{address} sent more than {most_bytes >> 10} KB where a short answer was expected.",
                 _STRANGE.format(address),
             )
         lines = [line for line in done.errors.decode("utf-8", errors="replace").splitlines() if line.strip()]
@@ -176,7 +172,7 @@ class Connection:
         if done.code == 0 and not (begun and ended):
             said = short(plain(done.output.decode("utf-8", errors="replace")).strip(), 120)
             raise ExportError(
-                f"{address} gave no answer that can be understood: {f'it said {said!r}' if said else 'it was empty'}.",
+                f"{address} sent an unexpected answer: {repr(said) if said else 'it was empty'}.",
                 _STRANGE.format(address),
             )
         return _DROPPED if done.code is None or done.code < 0 else done.code, output, last
@@ -184,20 +180,20 @@ class Connection:
     def run(
         self, command: str, given: bytes = b"", *, most_bytes: int = ANSWER_BYTES, limit_s: float = ANSWER_S
     ) -> bytes:
-        """Run a command that may be repeated; its output.
+        """Run a command that may be repeated; return its output.
 
         Args:
-            command, given, most_bytes, limit_s: As `once`.
+            command, given, most_bytes, limit_s: As in `once`.
 
         Raises:
-            ExportError: as `once`, the machine is not reached, or the command fails there.
+            ExportError: as `once`, or the machine cannot be reached, or the command fails.
         """
         for attempt in range(self.attempts):
             code, output, error = self.once(command, given, most_bytes=most_bytes, limit_s=limit_s)
             if code == 0:
                 return output
             if code != _DROPPED:
-                reason = error.replace("error: ", "", 1).rstrip(".") or f"a command ended with {code}"
+                reason = error.replace("error: ", "", 1).rstrip(".") or f"a command failed with exit code {code}"
                 raise ExportError(f"{self.destination.address}: {reason}.")
             if any(text in error for text in _FINAL):
                 break
@@ -206,46 +202,46 @@ class Connection:
         raise self.unreachable(error)
 
     def ask(self, command: str, expected: str, *, limit_s: float = ANSWER_S) -> re.Match[str]:
-        """Run a command that may be repeated, and match its answer as a whole.
+        """Run a command that may be repeated, and match all of its output.
 
         Args:
-            command, limit_s: As `once`.
-            expected: A regular expression of ASCII.
+            command, limit_s: As in `once`.
+            expected: A regular expression, matched as ASCII.
 
         Raises:
-            ExportError: as `run`, or the answer is another.
+            ExportError: as `run`, or the output does not match.
         """
         text = self.run(command, limit_s=limit_s).decode("utf-8", errors="replace").strip()
         found = re.fullmatch(expected, text, re.ASCII)
         if found is None:
             address = self.destination.address
             raise ExportError(
-                f"{address} gave no answer that can be understood: it said {short(plain(text), 120)!r}.",
+                f"{address} sent an unexpected answer: {short(plain(text), 120)!r}.",
                 _STRANGE.format(address),
             )
         return found
 
     def unreachable(self, error: str) -> ExportError:
-        """The message for a machine that ssh does not reach."""
+        """The error for a machine that ssh cannot reach."""
         address, host = self.destination.address, self.destination.host
         known = f"[{host}]:{self.destination.port}" if self.destination.port else host
         hint = _STRANGER if "Host key verification failed" in error else _HINT
         return ExportError(
-            f"{address} is not reached: {(error or 'ssh gave no reason').rstrip('.')}.",
+            f"{address} cannot be reached: {(error or 'ssh gave no reason').rstrip('.')}.",
             hint.format(address, known),
         )
 
     def size(self, name: str) -> int:
-        """Bytes of a file there; 0 where there is none."""
+        """Size of a file on the other machine in bytes; 0 if it does not exist."""
         quoted = shlex.quote(name)
         command = f"if [ -f {quoted} ]; then wc -c <{quoted}; else echo 0; fi"
         return int(self.ask(command, r"\d{1,15}")[0])
 
     def put(self, content: bytes, name: str, say: Callable[[str], None]) -> None:
-        """Copy bytes to a file there, going on where an earlier copy broke.
+        """Copy bytes to a file on the other machine; an interrupted copy is resumed.
 
         Raises:
-            ExportError: the machine is not reached, its disk is full, or what arrived is not what was sent.
+            ExportError: the machine cannot be reached, its disk is full, or the checksum does not match.
         """
         digest, quoted = sha256_bytes(content), shlex.quote(name)
         part = shlex.quote(f"{name}.{digest[:16]}.part")
@@ -260,12 +256,12 @@ class Connection:
             if code not in (0, _DROPPED):
                 raise ExportError(
                     f"{self.destination.address}: {name} cannot be written: {error}.",
-                    f"Make room there; the folder ~/{HOME} is ours and may be deleted.",
+                    f"Free some space there; the folder ~/{HOME} may be deleted.",
                 )
             before, sent = sent, self.size(f"{name}.{digest[:16]}.part")
             failures = failures + 1 if code or sent <= before else 0
             if failures >= self.attempts:
-                raise self.unreachable(error or "what is copied there does not stay")
+                raise self.unreachable(error or "the copied bytes are lost")
             if code:
                 time.sleep(self.pause_s)
         if self.ask(f"sha256sum <{part} | cut -c 1-64", r"\w{64}", limit_s=WORK_S)[0] != digest:
@@ -274,18 +270,18 @@ class Connection:
         self.run(f"mv {part} {quoted}")
 
     def get(self, name: str, say: Callable[[str], None]) -> bytes:
-        """The bytes of a file there.
+        """Fetch the bytes of a file from the other machine.
 
         Raises:
-            ExportError: the machine is not reached, the file is larger than `LARGEST_FILE`, or what arrived is not what
-                lies there.
+            ExportError: the machine cannot be reached, the file is larger than `LARGEST_FILE`, or the checksum does not
+                match.
         """
         quoted, content = shlex.quote(name), bytearray()
         wanted = self.size(name)
         if wanted > LARGEST_FILE:
             raise ExportError(
-                f"{name} on {self.destination.address} has {wanted / 1e9:.1f} GB; more than "
-                f"{LARGEST_FILE >> 20} MB is not fetched."
+                f"{name} on {self.destination.address} has {wanted / 1e9:.1f} GB; at most "
+                f"{LARGEST_FILE >> 20} MB are fetched."
             )
         digest = self.ask(f"sha256sum <{quoted} | cut -c 1-64", r"\w{64}", limit_s=WORK_S)[0]
         while len(content) < wanted:
@@ -293,7 +289,7 @@ class Connection:
             piece = self.run(
                 f"tail -c +{len(content) + 1} {quoted} | head -c {CHUNK}", most_bytes=CHUNK, limit_s=WORK_S
             )
-            if not piece:  # it has become shorter meanwhile
+            if not piece:  # the file became shorter in the meantime
                 break
             content += piece
         if sha256_bytes(bytes(content)) != digest:

@@ -1,8 +1,8 @@
-"""What can time a network on the GPU of this machine, and which of it is taken.
+"""Finds the backends that can time a network on this machine's GPU, and selects one.
 
-A back end counts only if a GPU answers. Taken is the first of: TensorRT through Python, trtexec, TensorRT-RTX,
-TensorRT inside ONNX Runtime; `$COMPRESSOR_BACKEND` names another one, `onnxruntime-cpu` among them. ONNX Runtime's own
-CUDA kernels are taken only where they are named so.
+Backends need a GPU. The first of these is selected: TensorRT's Python module, trtexec, TensorRT-RTX, ONNX Runtime's
+TensorRT provider. `$COMPRESSOR_BACKEND` selects another one, such as `onnxruntime-cpu`; it is the only way to select
+ONNX Runtime's CUDA provider.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRTEXEC = "trtexec"
 ORT_TENSORRT, ORT_CUDA = "onnxruntime-tensorrt", "onnxruntime-cuda"
 PROVIDERS = {ORT_TENSORRT: "TensorrtExecutionProvider", ORT_CUDA: "CUDAExecutionProvider"}
 RUNTIMES = {TENSORRT: "tensorrt", TRTEXEC: "tensorrt", RTX: "tensorrt-rtx"}
-"""Names that tables use; trtexec and the Python module are the same TensorRT."""
+"""Runtime names in latency tables; trtexec and the Python module are the same TensorRT."""
 
 USUAL = Path("/usr/src/tensorrt/bin/trtexec")
 _RTX_GPUS = ("7.5", "8.0", "8.6", "8.9")
@@ -36,9 +36,9 @@ class Backend:
     """A way to time networks on this machine's GPU.
 
     Attributes:
-        kind: One of those above.
-        version: Of the runtime.
-        gpu: What answers.
+        kind: One of the constants above.
+        version: Version of the runtime.
+        gpu: The GPU of this machine.
     """
 
     kind: str
@@ -47,12 +47,12 @@ class Backend:
 
     @property
     def runtime(self) -> str:
-        """The name that tables use."""
+        """The runtime's name in latency tables."""
         return RUNTIMES.get(self.kind, self.kind)
 
 
 def available_backends(gpu: Device) -> dict[str, Callable[[], str]]:
-    """What is installed that can use `gpu`, in the order of preference: kind -> its version."""
+    """The installed backends that support `gpu`, in order of preference: kind -> function that returns its version."""
     found: dict[str, Callable[[], str]] = {}
     for module in (TENSORRT, RTX):
         try:
@@ -71,7 +71,7 @@ def available_backends(gpu: Device) -> dict[str, Callable[[], str]]:
 
 
 def find_trtexec() -> Path | None:
-    """trtexec by `$TRTEXEC`, at its usual place, or on the path."""
+    """Find trtexec by `$TRTEXEC`, in its usual folder, or on the path."""
     given = os.environ.get("TRTEXEC", "")
     for candidate in (given, str(USUAL), shutil.which(TRTEXEC) or ""):
         if candidate and os.access(candidate, os.X_OK) and Path(candidate).is_file():
@@ -80,10 +80,10 @@ def find_trtexec() -> Path | None:
 
 
 def trtexec_version(program: Path) -> str:
-    """TensorRT's version as the script for devices finds it.
+    """TensorRT's version, as `identify_on_device.sh` finds it.
 
     Raises:
-        ExportError: it is not found out.
+        ExportError: the version cannot be determined.
     """
     from export.device.bundle import device_script
 
@@ -98,18 +98,18 @@ def trtexec_version(program: Path) -> str:
     version = next((value for name, _, value in lines if name == "tensorrt"), "")
     if done.returncode or not version:
         raise ExportError(
-            f"The version of {program} is not found out.",
-            f"Set TRT_VERSION, such as 8.5.2, or take the CPU: export COMPRESSOR_BACKEND={CPU}",
+            f"The version of {program} cannot be determined.",
+            f"Set TRT_VERSION, such as 8.5.2, or use the CPU: export COMPRESSOR_BACKEND={CPU}",
         )
     return version
 
 
 @functools.lru_cache(maxsize=1)
 def gpu_backend() -> Backend | None:
-    """What times networks on this machine's GPU; None where that is left to its CPU.
+    """The backend that times networks on this machine's GPU; None to time them on the CPU.
 
     Raises:
-        ExportError: `$COMPRESSOR_BACKEND` names one that is not here, or trtexec's version is not found out.
+        ExportError: `$COMPRESSOR_BACKEND` names an unavailable backend, or trtexec's version cannot be determined.
     """
     wanted = os.environ.get("COMPRESSOR_BACKEND", "")
     if wanted == CPU:
@@ -118,7 +118,7 @@ def gpu_backend() -> Backend | None:
     found = available_backends(gpu) if gpu is not None else {}
     if wanted and wanted not in found:
         there = ", ".join([*found, CPU])
-        why = "no GPU answers" if gpu is None else f"here are {there}"
+        why = "no GPU was found" if gpu is None else f"this machine has {there}"
         raise ExportError(
             f"COMPRESSOR_BACKEND={wanted} cannot be used: {why}.", f"Set it to one of {there}, or unset it."
         )

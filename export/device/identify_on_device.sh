@@ -1,12 +1,13 @@
 #!/bin/sh
-# Says which machine this is and which TensorRT it has, one NAME=VALUE a line. Needs what run_on_device.sh needs.
+# Prints the facts of this machine and its TensorRT version, one NAME=VALUE on each line. Requirements: as
+# run_on_device.sh.
 set -u
 LC_ALL=C
 export LC_ALL
 
 # include on_device_common.sh
 
-exec 3>&1 >&2 # what is said on the way is not part of the answer
+exec 3>&1 >&2 # messages go to standard error
 look_around
 exec >&3
 printf 'tensorrt=%s\njetpack=%s\nl4t=%s\n' "$version" "$jetpack" "$l4t"

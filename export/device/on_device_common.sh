@@ -1,7 +1,7 @@
-# What every script for a device shares; `export.device.bundle` puts it in place of the line that includes it.
-# Functions only. Those that build and measure expect $out, $workspace, $dla, and that look_around was called.
+# The shared part of the scripts for a device; `export.device.bundle` replaces their include line with it.
+# Functions only. Those that build and measure need $out, $workspace, $dla, and a call of look_around before.
 
-# --- words and options ----------------------------------------------------------------------------------------
+# --- messages and options -------------------------------------------------------------------------------------
 
 say() { printf '%s\n' "$*"; }
 die() {
@@ -13,9 +13,9 @@ number() { # option value
     case $2 in '' | *[!0-9]*) die "$1 takes a whole number, got '$2'" ;; esac
 }
 
-# --- what is here ---------------------------------------------------------------------------------------------
+# --- this machine ---------------------------------------------------------------------------------------------
 
-first_line_of() { # file -> its first line in plain letters, or nothing
+first_line_of() { # file -> its first line in printable characters, or nothing
     [ -r "$1" ] && head -n 1 "$1" | tr -d '\000"\\' | tr -cd '[:print:]'
 }
 
@@ -46,7 +46,7 @@ find_version() { # trtexec's first line holds [TensorRT v8502] or [TensorRT v101
     done
 }
 
-look_around() { # -> $trtexec $version $release $l4t $jetpack $model_name $power_mode, or an end with what is missing
+look_around() { # -> $trtexec $version $release $l4t $jetpack $model_name $power_mode; exits if something is missing
     trtexec=$(find_trtexec)
     [ -n "$trtexec" ] || die 'trtexec was not found: install TensorRT (sudo apt-get install tensorrt), or set TRTEXEC'
     version=$(find_version)
@@ -77,7 +77,7 @@ look_around() { # -> $trtexec $version $release $l4t $jetpack $model_name $power
     say "TensorRT $version${jetpack:+, JetPack $jetpack}${model_name:+, $model_name}${power_mode:+, $power_mode}"
 }
 
-readings() { # the clocks in MHz and temperatures in millidegrees as the members of a JSON object
+readings() { # clocks in MHz and temperatures in millidegrees, as members of a JSON object
     between=''
     for file in /sys/class/devfreq/*/cur_freq; do
         value=$(first_line_of "$file")
@@ -117,15 +117,15 @@ build_flags() { # precision
     return 0
 }
 
-measure_flags() { # 11 does this of itself
+measure_flags() { # these are the defaults of TensorRT 11
     [ "$release" -lt 1100 ] && printf ' --useCudaGraph --useSpinWait --noDataTransfers'
     [ -n "$dla" ] && printf ' --useDLACore=%s' "$dla"
     return 0
 }
 
-# --- numbers without a calculator -------------------------------------------------------------------------------
+# --- fixed-point numbers in POSIX shell -------------------------------------------------------------------------
 
-to_micro() { # -1.25e-2 -> micro=-12500; fails on what is no number, or one of 10^12 or more
+to_micro() { # -1.25e-2 -> micro=-12500; fails if it is not a number, or 10^12 or more
     value=$1 sign='' exponent=0
     case $value in -*) sign=- value=${value#-} ;; +*) value=${value#+} ;; esac
     case $value in
@@ -152,7 +152,7 @@ to_micro() { # -1.25e-2 -> micro=-12500; fails on what is no number, or one of 1
     micro=$sign${digits:-0}
 }
 
-compute_times() { # the times file of trtexec -> its computeMs in millionths, one a line
+compute_times() { # times file of trtexec -> its computeMs in millionths, one on each line
     tr ',{}' '\n\n\n' <"$1" | while read -r key colon value; do
         [ "$key$colon" = '"computeMs":' ] && to_micro "$value" && say "$micro"
     done
@@ -164,7 +164,7 @@ milli() { # 1234567 -> 1.234567
     printf '%s.%s' "$(($1 / 1000000))" "$padded"
 }
 
-at_share() { # file of sorted numbers, count, per cent -> the number at that place, linear between neighbours
+at_share() { # file of sorted numbers, count, per cent -> percentile, linear between neighbours
     place=$((($2 - 1) * $3)) below=$((place / 100)) rest=$((place % 100))
     low=$(head -n $((below + 1)) "$1" | tail -n 1)
     high=$low
@@ -174,7 +174,7 @@ at_share() { # file of sorted numbers, count, per cent -> the number at that pla
 
 # --- an engine -----------------------------------------------------------------------------------------------
 
-fail_with() { # log file -> reason: its last line with an error
+fail_with() { # log file -> $reason: its last line with an error
     reason=$(tr -cd '[:print:]\n' <"$1" | while read -r line; do
         case $line in *'[E]'* | *'rror'*) say "$line" ;; esac
     done | tail -n 1 | tr -d '"\\' | cut -c 1-300)
@@ -185,12 +185,12 @@ build() { # name precision
     engine=engines/$1.engine
     stamp="$version $(sha256sum "models/$1.onnx" | cut -c 1-64)$(build_flags "$2")"
     if [ -f "$engine" ] && [ "$(cat "$engine.stamp" 2>/dev/null)" = "$stamp" ]; then
-        say "$1: engine is there"
+        say "$1: the engine exists"
         return 0
     fi
     rm -f "$engine" "$engine.stamp"
     say "$1: building, which may take minutes"
-    # the flags hold no blanks within: they are made above, and numbers were checked
+    # the flags contain no blanks: build_flags writes them, and numbers were checked
     # shellcheck disable=SC2046
     if "$trtexec" "--onnx=models/$1.onnx" "--saveEngine=$engine.part" "--timingCacheFile=engines/timing.cache" \
         $(build_flags "$2") >"$out/$1/build.log" 2>&1 && [ -s "$engine.part" ]; then
@@ -202,9 +202,9 @@ build() { # name precision
     fi
 }
 
-# --- who measured ---------------------------------------------------------------------------------------------
+# --- identity of the board ------------------------------------------------------------------------------------
 
-board_id() { # which board this is among boards of its kind, without giving away its serial number
+board_id() { # a hash of the serial number, which distinguishes boards of the same model
     for file in /proc/device-tree/serial-number /etc/machine-id; do
         known=$(first_line_of "$file" 2>/dev/null)
         [ -n "$known" ] && say "$known" | sha256sum | cut -c 1-16 && return
@@ -212,15 +212,15 @@ board_id() { # which board this is among boards of its kind, without giving away
     say unknown
 }
 
-after_words() { # file, words -> what stands behind them where they occur first, in plain letters
+after_words() { # file, words -> the text after their first occurrence, in printable characters
     tr -d '"\\' <"$1" | tr -cd '[:print:]\n' | while read -r line; do
         case $line in *"$2"*) say "${line#*"$2"}" && break ;; esac
     done
 }
 
-# --- the way back ---------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------------------
 
-pack_results() { # the checksums of what is in $out, and one file to carry back
+pack_results() { # checksums of the files in $out, and one archive to copy back
     (
         cd "$out" || exit 2
         rm -f SHA256SUMS
@@ -229,8 +229,8 @@ pack_results() { # the checksums of what is in $out, and one file to carry back
         done >SHA256SUMS
     ) || die "cannot write $out/SHA256SUMS: is the disk full?"
     if command -v tar >/dev/null 2>&1 && command -v gzip >/dev/null 2>&1; then
-        tar -czf "$out.tar.gz.part" "$out" && mv "$out.tar.gz.part" "$out.tar.gz" && say "carry $out.tar.gz back"
+        tar -czf "$out.tar.gz.part" "$out" && mv "$out.tar.gz.part" "$out.tar.gz" && say "copy $out.tar.gz back"
     else
-        say "carry the folder $out back"
+        say "copy the folder $out back"
     fi
 }

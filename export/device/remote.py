@@ -1,10 +1,10 @@
-"""A bundle's way to a board and back over ssh, in one go: copied, run, and its results fetched.
+"""Runs a bundle on a board over ssh: copies it, runs its script, and fetches the results.
 
     results = run_remote("ssh://me@orin.local", "slim.tar.gz", "results.tar.gz", say=print)
 
-Only `ssh` is needed here, and a shell with coreutils and tar there. Each step can be repeated: a connection that
-drops in the middle of a copy goes on at the byte where it broke, and the script goes on running on the board
-meanwhile. Commands are fixed texts; the few things put into them are quoted and of plain letters to begin with.
+This machine needs only `ssh`, the board a shell, coreutils and tar. All steps can be repeated: an interrupted copy
+resumes at the byte where it stopped, and the script keeps running on the board when the connection drops. Commands are
+fixed strings; the values inserted into them are quoted and consist of safe characters.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from export.files import read_bytes, sha256_bytes, write_bytes
 from export.text import plain, short
 
 FACTS = ("tensorrt", "jetpack", "l4t", "model", "power_mode", "board")
-"""What `identify` says of a machine."""
+"""Facts that `identify` returns."""
 
 SILENT_S = 7200.0
-"""Seconds without a line from a script that still runs until it is no longer waited for; one engine takes minutes."""
+"""Maximum seconds to wait for output of a running script; one engine takes minutes to build."""
 
 LARGEST_LOG = 16 << 20
-"""Bytes that a script may say."""
+"""Maximum bytes of a script's log."""
 
 
 def run_remote(
@@ -48,25 +48,25 @@ def run_remote(
     pause_s: float = 3.0,
     keep: bool = True,
 ) -> int:
-    """Copy a bundle to a board, run it there, and fetch its results. Called again, it goes on where it was.
+    """Copy a bundle to a board, run it there, and fetch its results; a second call resumes an interrupted one.
 
     Args:
         url: `ssh://user@host` or `ssh://user@host:port`.
         bundle: The bundle.
-        results: Where `results.tar.gz` goes; read it with `export.device.bundle_results.read_results`.
-        duration_s, warmup_s, processes: How it is measured there.
-        trtexec: Where trtexec is, if not in one of the usual places.
-        say: Takes a line of progress, and every line that the script prints.
+        results: The file to write `results.tar.gz` to; read it with `export.device.bundle_results.read_results`.
+        duration_s, warmup_s, processes: Seconds of measurement and warm-up, and the number of processes.
+        trtexec: Path of trtexec on the board; "" searches the usual folders.
+        say: Receives lines of progress and every line that the script prints.
         ssh_options: More options for ssh.
-        poll_s: Seconds between two looks at the script.
-        pause_s: Seconds before a dropped connection is tried again.
-        keep: Whether the bundle and its engines stay on the board once all went well there.
+        poll_s: Seconds between two polls of the script.
+        pause_s: Seconds before a dropped connection is retried.
+        keep: Whether to keep the bundle and its engines on the board after success.
 
     Returns:
-        The script's exit code: 0 all went well, 1 a network failed there; its results say which and why.
+        The script's exit code: 0 for success, 1 if a network failed; the results say which and why.
 
     Raises:
-        ExportError: the machine is not reached, refuses, or the script could not run at all.
+        ExportError: the board cannot be reached or refuses a command, or the script cannot run.
     """
     source, goal = Path(bundle), Path(results)
     content = read_bytes(source, "bundle")
@@ -85,18 +85,18 @@ def run_remote(
         )
         script = f"sh {top}/run.sh {measured} >log 2>&1; echo $? >rc.part; mv rc.part rc"
         setting = f"TRTEXEC={shlex.quote(trtexec)}; export TRTEXEC; " if trtexec else ""
-        # started once; it outlives the connection that started it
+        # started only once; it keeps running when the connection drops
         connection.run(
             f"cd {place} && if [ ! -f rc ] && ! {_runs(place)}; then rm -f log; {setting}"
             f"nohup sh -c {shlex.quote(script)} {_mark(place)} >/dev/null 2>&1 </dev/null & echo $! >pid; fi"
         )
         code = _follow(connection, place, say, poll_s)
         if code not in (0, 1):
-            # its process may still be on its way out: with its number, the next call would wait for it
+            # its process may still be ending: with a pid file, the next call would wait for it
             last = _words(connection.run(f"cd {place} && rm -f rc pid; tail -n 1 log | head -c 1000"))
             if code > 128:
                 raise ExportError(
-                    f"The script on {connection.destination.address} was ended.", "Run it again."
+                    f"The script on {connection.destination.address} was killed.", "Run it again."
                 )
             reason = last.strip().replace("error: ", "", 1).rstrip(".") or "no reason was given"
             raise ExportError(f"{connection.destination.address}: {reason}.")
@@ -107,20 +107,20 @@ def run_remote(
 
 
 def place_of(checksums: bytes) -> str:
-    """Where a bundle lies on the board, below its user's home, by its list of checksums."""
+    """The bundle's folder on the board, relative to the user's home, from its list of checksums."""
     return f"{HOME}/{sha256_bytes(checksums)[:16]}"
 
 
 def identify(
     url: str, *, trtexec: str = "", ssh_options: Sequence[str] = (), pause_s: float = 3.0
 ) -> dict[str, str]:
-    """What the machine is, by the script's own eyes: tensorrt, jetpack, l4t, model, power_mode and board.
+    """Identify a board with `identify_on_device.sh`: tensorrt, jetpack, l4t, model, power_mode and board.
 
     Args:
-        url, trtexec, ssh_options, pause_s: As `run_remote`.
+        url, trtexec, ssh_options, pause_s: As in `run_remote`.
 
     Raises:
-        ExportError: it is not reached, or has no trtexec, or one whose version is not known.
+        ExportError: the board cannot be reached, or trtexec is missing or has an unknown version.
     """
     with Connection(parse_destination(url), options=ssh_options, pause_s=pause_s) as connection:
         setting = f"TRTEXEC={shlex.quote(trtexec)}; export TRTEXEC; " if trtexec else ""
@@ -129,23 +129,23 @@ def identify(
         facts = {name: short(plain(value).strip(), 120) for name, _, value in lines if name in FACTS}
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)+", facts.get("tensorrt", "")):
             raise ExportError(
-                f"{connection.destination.address} did not say which TensorRT it has, but: {_words(output)!r}.",
-                "Something there answers in place of its shell; see what comes with: "
+                f"{connection.destination.address} did not report its TensorRT version, but {_words(output)!r}.",
+                "Another program may answer in place of the shell; test it with: "
                 f"ssh {connection.destination.address} 'echo one; echo two'",
             )
     return {name: facts.get(name, "") for name in FACTS}
 
 
 def _mark(place: str) -> str:
-    """The last word of the script's process in the board's list of processes."""
+    """The last argument of the script's process, which identifies it on the board."""
     return f"compressor-{place.rpartition('/')[2]}"
 
 
 def _runs(place: str) -> str:
-    """A condition for the shell in a bundle's place on the board: whether its script runs.
+    """A shell condition, for a bundle's folder on the board: whether its script runs.
 
-    The number in `pid` may be another process's by now, so that the process is asked for its last word too; where there
-    is no /proc, the number has to do.
+    The process id in `pid` may have been reused, so the last argument of the process is compared as well. Without
+    /proc, only the process id is checked.
     """
     last = """$(tr '\\000' '\\n' <"/proc/$p/cmdline" | tail -n 1)"""
     return (
@@ -155,7 +155,7 @@ def _runs(place: str) -> str:
 
 
 def _follow(connection: Connection, place: str, say: Callable[[str], None], poll_s: float) -> int:
-    """Say what the script says until it ends; its exit code."""
+    """Forward the script's output until it ends; return its exit code."""
     seen, rest, gone, heard = 0, b"", 0, time.monotonic()
     where = connection.destination.address
     while True:
@@ -176,23 +176,23 @@ def _follow(connection: Connection, place: str, say: Callable[[str], None], poll
                 say(_words(line))
             if seen > LARGEST_LOG:
                 raise ExportError(
-                    f"The script on {where} said more than {LARGEST_LOG >> 20} MB, and is not listened to any longer.",
-                    f"See what it says in {place}/log there.",
+                    f"The script on {where} printed more than {LARGEST_LOG >> 20} MB; its output is no longer read.",
+                    f"See {place}/log there.",
                 )
         if state.isdigit():
             return int(state)
         if time.monotonic() - heard > SILENT_S:
             raise ExportError(
-                f"The script on {where} still runs, but has said nothing for {SILENT_S / 3600:.0f} hours.",
-                f"See what it does there ({place}/log), and end it or let it run.",
+                f"The script on {where} still runs, but has printed nothing for {SILENT_S / 3600:.0f} hours.",
+                f"See {place}/log there, and stop the script or let it run.",
             )
         gone = gone + 1 if state == "gone" else 0
-        if gone > 1:  # the first time it may just have been between its end and its exit code
+        if gone > 1:  # once is normal: the process ends before its exit code is written
             connection.run(f"cd {place} && rm -f pid")
-            raise ExportError(f"The script on {where} was ended.", "Run it again.")
+            raise ExportError(f"The script on {where} was killed.", "Run it again.")
         time.sleep(poll_s)
 
 
 def _words(said: bytes) -> str:
-    """A line of the machine's, fit to be shown."""
+    """A line of the board's output, sanitised for display."""
     return short(plain(said.decode("utf-8", errors="replace")).strip(), 300)

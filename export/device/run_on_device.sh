@@ -1,12 +1,12 @@
 #!/bin/sh
 # Builds the engines of this bundle with trtexec, measures them, verifies their outputs and writes the results.
-# Needs a POSIX shell, coreutils and TensorRT 8.0 or newer (JetPack 4.6 or newer); nothing else.
+# Requirements: a POSIX shell, coreutils and TensorRT 8.0 or newer (JetPack 4.6 or newer).
 #
 #   sh run.sh                          everything
 #   sh run.sh --only fp16 --processes 1 --duration 5
 #
-# Environment: TRTEXEC (path of trtexec), TRT_VERSION (such as 8.5.2, where it cannot be found out),
-# VERIFY_FLAGS (more flags for trtexec while verifying). Run again after an interruption: engines are kept.
+# Environment: TRTEXEC (path of trtexec), TRT_VERSION (such as 8.5.2, if it cannot be detected),
+# VERIFY_FLAGS (more flags of trtexec for verification). Run it again after an interruption: engines are kept.
 set -u
 LC_ALL=C
 export LC_ALL
@@ -41,10 +41,10 @@ while [ $# -gt 0 ]; do
 done
 
 case $0 in */*) cd "${0%/*}" || die "cannot enter ${0%/*}" ;; esac
-[ -f models.txt ] && [ -f SHA256SUMS ] || die 'this is no bundle: models.txt or SHA256SUMS is missing'
+[ -f models.txt ] && [ -f SHA256SUMS ] || die 'this is not a bundle: models.txt or SHA256SUMS is missing'
 [ "$processes" -ge 1 ] || die '--processes must be at least 1'
 if [ "$check" = yes ]; then
-    sha256sum -c --quiet SHA256SUMS || die 'files were damaged on the way: unpack the bundle again'
+    sha256sum -c --quiet SHA256SUMS || die 'files are damaged: unpack the bundle again'
 fi
 mkdir -p "$out" engines || die "cannot write to $out"
 
@@ -84,13 +84,13 @@ measure() { # name
     say "$1: median $median ms, p90 $p90 ms, p99 $p99 ms, $runs runs"
 }
 
-profile() { # name: where the time goes, in a run of its own because profiling slows; may fail
+profile() { # name: times of the layers, in a separate run because profiling slows it; may fail
     "$trtexec" "--loadEngine=engines/$1.engine" --warmUp=200 --duration=2 --dumpProfile --separateProfileRun \
         "--exportProfile=$out/$1/profile.json" "--exportLayerInfo=$out/$1/layers.json" \
         >"$out/$1/profile.log" 2>&1 || say "$1: no profile, see $out/$1/profile.log"
 }
 
-compare() { # trtexec's output file, reference file -> worst (millionths), same (1 or 0); fails on what is no number
+compare() { # trtexec's output file, reference file -> $worst (millionths), $same (1 or 0); fails if a value is not a number
     worst=0 same=0 best='' best_place=-1 want_best='' want_place=-1 place=0
     text=$(tr -d ' \n\t' <"$1")
     case $text in *'"values":['*) ;; *) return 1 ;; esac
@@ -119,7 +119,7 @@ compare() { # trtexec's output file, reference file -> worst (millionths), same 
     [ "$best_place" -ne "$want_place" ] || same=1
 }
 
-verify() { # name input-name allowed (millionths) least (samples that must agree)
+verify() { # name input-name allowed (millionths) least (number of samples that must agree)
     largest=0 agreed=0 samples=0
     for input in reference/input-*.bin; do
         index=${input#reference/input-} index=${index%.bin}
@@ -131,7 +131,7 @@ verify() { # name input-name allowed (millionths) least (samples that must agree
             return 1
         fi
         if ! compare "$out/$1/output-$index.json" "reference/output-$index.txt"; then
-            reason="output $index is no list of as many numbers as the reference has"
+            reason="output $index does not have as many numbers as the reference"
             return 1
         fi
         samples=$((samples + 1)) agreed=$((agreed + same))
@@ -148,7 +148,7 @@ verify() { # name input-name allowed (millionths) least (samples that must agree
     fi
 }
 
-one() { # name precision input-name allowed least -> a JSON object in the file $out/NAME/result.json
+one() { # name precision input-name allowed least -> writes a JSON object to $out/NAME/result.json
     rm -rf "${out:?}/$1"
     mkdir -p "$out/$1" || die "cannot write to $out"
     [ -n "$workspace" ] || workspace=$(cat workspace.txt)

@@ -1,4 +1,4 @@
-"""The Jetson modules that a bundle can be made for, and what their TensorRT can read."""
+"""The Jetson modules that bundles support, and the features of their GPU and TensorRT."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from export.errors import ExportError
 
 @dataclass(frozen=True)
 class Target:
-    """A module.
+    """A Jetson module.
 
     Attributes:
-        name: As it is asked for.
-        title: As people call it.
-        compute_capability: Of its GPU.
-        memory_gb: Shared by CPU and GPU.
-        opset: The newest ONNX opset that every JetPack for it reads.
+        name: Its key in `TARGETS`.
+        title: Its name in messages.
+        compute_capability: Compute capability of its GPU.
+        memory_gb: Memory shared by CPU and GPU.
+        opset: The newest ONNX opset that all its JetPack versions read.
         int8: Whether its GPU has INT8 units.
-        dla: How many deep-learning accelerators it has.
+        dla: Number of deep-learning accelerators.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Target:
 
     @property
     def workspace_mib(self) -> int:
-        """Memory for the builder: little on boards that share 4 GB with everything else."""
+        """Workspace of the builder in MiB; small on boards with 4 GB of shared memory."""
         return 256 if self.memory_gb <= 4 else 1024
 
 
@@ -55,10 +55,10 @@ TARGETS = {
 
 
 def find_target(name: str) -> Target:
-    """The module of this name.
+    """Find a module by name.
 
     Raises:
-        ExportError: there is none; the nearest names are given.
+        ExportError: the name is unknown; the message gives similar names.
     """
     if name in TARGETS:
         return TARGETS[name]

@@ -1,12 +1,12 @@
 #!/bin/sh
 # Builds the engines of many small networks with trtexec, measures them in turns, and writes the results.
-# Needs a POSIX shell, coreutils and TensorRT 8.0 or newer (JetPack 4.6 or newer); nothing else.
+# Requirements: a POSIX shell, coreutils and TensorRT 8.0 or newer (JetPack 4.6 or newer).
 #
 #   sh run.sh
 #   TRTEXEC=/path/to/trtexec sh run.sh --processes 2 --duration 3
 #
-# Run again after an interruption: what was built and measured is kept. Environment: TRTEXEC (path of trtexec),
-# TRT_VERSION (such as 8.5.2, where it cannot be found out).
+# Run it again after an interruption: engines and measurements are kept. Environment: TRTEXEC (path of trtexec),
+# TRT_VERSION (such as 8.5.2, if it cannot be detected).
 set -u
 LC_ALL=C
 export LC_ALL
@@ -39,23 +39,23 @@ while [ $# -gt 0 ]; do
 done
 
 case $0 in */*) cd "${0%/*}" || die "cannot enter ${0%/*}" ;; esac
-[ -f networks.txt ] && [ -f order.txt ] && [ -f SHA256SUMS ] || die 'this is no bundle: networks.txt, order.txt or SHA256SUMS is missing'
+[ -f networks.txt ] && [ -f order.txt ] && [ -f SHA256SUMS ] || die 'this is not a bundle: networks.txt, order.txt or SHA256SUMS is missing'
 [ "$processes" -ge 1 ] || die '--processes must be at least 1'
 if [ "$check" = yes ]; then
-    sha256sum -c --quiet SHA256SUMS || die 'files are missing or were damaged on the way: copy the bundle again'
+    sha256sum -c --quiet SHA256SUMS || die 'files are missing or damaged: copy the bundle again'
 fi
 [ -n "$workspace" ] || workspace=$(cat workspace.txt)
 mkdir -p "$out" engines || die "cannot write to $out"
 
 look_around
 
-# --- what was measured before must have been measured here --------------------------------------------------------
+# --- earlier measurements must be from this board -----------------------------------------------------------------
 
 board=$(board_id)
 identity="TensorRT $version; power mode ${power_mode:-not known}; ${model_name:-a machine without a model name} $board"
 if [ -f "$out/identity.txt" ]; then
     before=$(cat "$out/identity.txt")
-    [ "$before" = "$identity" ] || die "the folder $out was begun with [$before], and this is [$identity]: go on as it was begun, or delete the folder $out to measure all anew"
+    [ "$before" = "$identity" ] || die "the folder $out was started with [$before], but this is [$identity]: continue with the former, or delete the folder $out to measure everything again"
 else
     { say "$identity" >"$out/identity.part" && mv "$out/identity.part" "$out/identity.txt"; } || die "cannot write to $out"
 fi
@@ -66,7 +66,7 @@ failed=0
 reason=''
 total=$(wc -l <order.txt | tr -d ' ')
 
-finished() { # name -> whether nothing is left to do with its engine
+finished() { # name -> whether its engine is no longer needed
     [ ! -f profile.txt ] || [ -f "$out/$1/profile.json" ] || return 1
     slot=0
     while read -r each; do
@@ -118,7 +118,7 @@ measure() { # name pass slot
     mv "$goal.part" "$goal.txt" || die "cannot write to $out: is the disk full?"
 }
 
-profile() { # name: where the time goes, in a run of its own because profiling slows
+profile() { # name: times of the layers, in a separate run because profiling slows it
     if "$trtexec" "--loadEngine=engines/$1.engine" --warmUp=200 --duration=2 --dumpProfile --separateProfileRun \
         "--exportProfile=$out/$1/profile.part" >"$out/$1/profile.log" 2>&1 && [ -s "$out/$1/profile.part" ]; then
         mv "$out/$1/profile.part" "$out/$1/profile.json"
@@ -152,7 +152,7 @@ done <order.txt
 
 pass=1
 while [ "$pass" -le "$processes" ]; do
-    # every other time from the end, so that a device that slows down does not favour the same networks
+    # alternate the order, so that a device that slows down does not favour the same networks
     if [ $((pass % 2)) -eq 1 ]; then
         queue=$forwards slot=0 step=1
     else

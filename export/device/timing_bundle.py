@@ -1,10 +1,10 @@
-"""Many networks to be timed on a device, in one folder: ONNX files, one shell script, a list and checksums.
+"""Writes a timing bundle: a folder of many ONNX files, one shell script, a list and checksums.
 
-    write_timing_bundle(Path("carry"), networks, ["dense", "n01", "n02", "dense"], target=..., facts=lambda: {})
+    write_timing_bundle(Path("bundle"), networks, ["dense", "n01", "n02", "dense"], target=..., facts=lambda: {})
 
-On the device: `sh carry/run.sh`. It measures the networks in the order given, several times, there and back, and
-writes `results` and `results.tar.gz`, which `export.device.timing_results` reads. The networks are measured and not
-verified: a candidate's weights are random.
+On the device: `sh bundle/run.sh`. It measures the networks in several turns, alternately in the given and the reverse
+order, and writes `results` and `results.tar.gz`, which `export.device.timing_results` reads. The networks are not
+verified, because the weights of a candidate are random.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def write_timing_bundle(
     facts: Callable[[], Mapping[str, Any]],
     profile: bool = True,
 ) -> int:
-    """Fill a folder that is empty or does not exist; networks are written as they come.
+    """Write a timing bundle to an empty or new folder; the networks are consumed one at a time.
 
     Args:
-        folder: Where; it needs a plain name, because scripts handle it.
-        networks: (name, ONNX file of batch 1), each name once.
-        order: Names in the order of measuring; those that occur twice are measured twice in each turn, so that the
-            first and the last show whether the device held still.
-        target: Whose opset, INT8 units and memory count.
-        facts: More to write into `bundle.json`, asked for when all networks are written.
-        profile: Whether the time of each layer is measured too.
+        folder: The folder; its name must be safe in a shell.
+        networks: (name, ONNX file with batch size 1); names are unique.
+        order: Names in the order of measurement. A repeated name is measured again in each turn: the same network
+            first and last shows the drift of the device.
+        target: The device; it determines the opset, INT8 support and workspace.
+        facts: Returns more entries for `bundle.json`; called after all networks are written.
+        profile: Whether to measure the time of each layer as well.
 
     Returns:
-        Bytes of the folder.
+        Size of the folder in bytes.
 
     Raises:
-        ExportError: a name or a network does not fit, or the folder cannot be written.
+        ExportError: a name or a network is not supported, or the folder cannot be written.
     """
     described: list[dict[str, Any]] = []
     hashes: dict[str, str] = {}
@@ -66,7 +66,9 @@ def write_timing_bundle(
     for name, content in networks:
         header = parse_header(content, f"{name}.onnx")
         if not PLAIN.fullmatch(name) or any(entry["name"] == name for entry in described):
-            raise ExportError(f"{name!r} is no plain name of a network, or occurs twice.")
+            raise ExportError(
+                f"The name {name!r} occurs twice, or has other characters than letters, digits, dots and dashes."
+            )
         require_readable(name, header, target)
         put(f"models/{name}.onnx", content)
         lines.append(f"{name} {header.precision}\n")
@@ -75,7 +77,7 @@ def write_timing_bundle(
         )
     unknown = sorted(set(order) ^ {entry["name"] for entry in described})
     if unknown:
-        raise ExportError(f"The order and the networks differ in {unknown[0]}.")
+        raise ExportError(f"{unknown[0]} is only in one of the order and the networks.")
     put("networks.txt", "".join(lines).encode())
     put("order.txt", "".join(f"{name}\n" for name in order).encode())
     put("workspace.txt", f"{target.workspace_mib}\n".encode())
@@ -94,10 +96,10 @@ def write_timing_bundle(
 
 
 def folder_files(folder: Path) -> dict[str, bytes]:
-    """The files of a bundle's folder that its checksums list, for `export.device.archive.pack`.
+    """Read the files that a bundle folder's checksums list, for `export.device.archive.pack`.
 
     Raises:
-        ExportError: one is missing or cannot be read.
+        ExportError: a file is missing or cannot be read.
     """
     sums = read_bytes(folder / CHECKSUMS, "list of checksums")
     names = [line.partition("  ")[2] for line in sums.decode().splitlines()]
@@ -105,19 +107,19 @@ def folder_files(folder: Path) -> dict[str, bytes]:
 
 
 def _readme(folder: str, target: Target, networks: int) -> str:
-    return f"""{networks} small networks for the {target.title}, to be timed on the device itself.
+    return f"""{networks} small networks for the {target.title}, to time on the device itself.
 
 On the device (JetPack 4.6 or newer, or anything else with trtexec):
 
-  sudo nvpmodel -q                 # which power mode; choose the one that the network will run in
-  sudo jetson_clocks               # holds the clocks still, or the numbers wander
+  sudo nvpmodel -q                 # shows the power mode; select the one that the network will run in
+  sudo jetson_clocks               # fixes the clocks; otherwise latencies vary
   sh {folder}/run.sh
 
 It builds one engine for each network with trtexec, measures all in turns, three times, and writes the folder
-results and results.tar.gz beside run.sh. Building takes up to some minutes for each network. Interrupted, it goes
-on where it was when it is started again. Leave the device alone meanwhile. The engines are removed at the end.
+results and results.tar.gz beside run.sh. A build takes up to a few minutes for each network. Run it again after an
+interruption: it resumes where it stopped. Do not use the device in the meantime. The engines are removed at the end.
 
-Bring the folder or results.tar.gz back and read it in with:
+Copy the folder or results.tar.gz back and import it with:
 
   compress profile --import {folder}
 

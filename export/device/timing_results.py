@@ -1,6 +1,6 @@
-"""What came back from a device that timed a bundle of networks: checked, and read without trusting it.
+"""Reads and checks the results of a timing bundle, which are not trusted.
 
-Everything must belong together: to the bundle, to one device in one power mode, and to one version of TensorRT.
+All measurements must belong to the bundle, to one device in one power mode, and to one version of TensorRT.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from export.errors import ExportError
 from export.files import sha256_bytes
 
 LARGEST_RESULTS = 256 << 20
-"""Bytes that results may take; some tens of megabytes are usual."""
+"""Maximum size of results in bytes; tens of megabytes are usual."""
 
 SLOWEST_MS = 60_000.0
 FASTEST_MS = 0.001
 MOST_TURNS = 999
 _TIMES = re.compile(r"(?P<turn>[1-9]\d{0,2})-(?P<slot>[1-9]\d{0,3})\.txt")
-_AGAIN = "Run sh run.sh on the device again: it goes on where it was."
+_AGAIN = "Run sh run.sh on the device again: it resumes where it stopped."
 
 
 def read_manifest(files: Mapping[str, bytes], source: Path) -> dict[str, Any]:
-    """The manifest of a bundle for timing whose checksums are right.
+    """Read the manifest of a timing bundle.
 
     Raises:
-        ExportError: it is none, or it is damaged.
+        ExportError: the bundle is damaged, or not a timing bundle.
     """
     manifest = json_object(files, MANIFEST, source)
     if manifest.get("kind") != "timing":
         raise ExportError(
-            f"{source} is no bundle for timing.", "Give a folder made by: compress profile --bundle"
+            f"{source} is not a timing bundle.", "Give a folder written by: compress profile --bundle"
         )
     if manifest.get("format") != FORMAT:
-        raise ExportError(f"{source} is of another version of the program.", "Make the bundle again.")
+        raise ExportError(f"{source} was written by another version of the program.", "Write the bundle again.")
     return manifest
 
 
 def read_timings(results: Path, bundle: Path, given: Mapping[str, bytes]) -> Timings:
-    """Read what a device measured.
+    """Read the measurements of a device.
 
     Args:
         results: `results.tar.gz` or the folder `results`.
@@ -53,17 +53,17 @@ def read_timings(results: Path, bundle: Path, given: Mapping[str, bytes]) -> Tim
         given: The bundle's `bundle.json` and its list of checksums, by name.
 
     Raises:
-        ExportError: the results are damaged, hostile, incomplete, of another bundle, or of more than one device,
-            power mode or version; what is wrong is named.
+        ExportError: the results are damaged, unsafe or incomplete, belong to another bundle, or mix devices, power
+            modes or versions.
     """
     manifest = read_manifest(given, bundle)
     files = unpack(results, largest=LARGEST_RESULTS)
     if "results.json" not in files:
-        raise ExportError(f"{results} has no results.json: the script has not come to its end.", _AGAIN)
+        raise ExportError(f"{results} has no results.json: the script has not finished.", _AGAIN)
     require_checksums(files, results)
     found = json_object(files, "results.json", results)
     if found.get("format") != FORMAT:
-        raise ExportError(f"{results} is of another version of the program.", "Make the bundle again.")
+        raise ExportError(f"{results} was written by another version of the program.", "Write the bundle again.")
     if found.get("bundle") != sha256_bytes(given[CHECKSUMS]):
         raise ExportError(
             f"{results} belongs to another bundle than {bundle}.", "Give the bundle that was measured."
@@ -86,7 +86,7 @@ def read_timings(results: Path, bundle: Path, given: Mapping[str, bytes]) -> Tim
             int(found["warmup_s"]),
         )
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ExportError(f"{results} cannot be understood: {error!r}.", _AGAIN) from error
+        raise ExportError(f"{results} cannot be parsed: {error!r}.", _AGAIN) from error
     _require_complete(timings, manifest["order"], results)
     return timings
 
@@ -95,12 +95,12 @@ def _names(found: Mapping[str, Any], known: Mapping[str, Any], results: Path) ->
     names = [str(entry["name"]) for entry in found["networks"]]
     for name in names:
         if name not in known:
-            raise ExportError(f"{results} speaks of {printable(name)}, which the bundle does not have.")
+            raise ExportError(f"{results} names {printable(name)}, which the bundle does not have.")
     if len(set(names)) != len(names):
-        raise ExportError(f"{results} has a network twice.", "Copy it again as a whole.")
+        raise ExportError(f"{results} has a network twice.", "Copy all of it again.")
     missing = sorted(set(known) - set(names))
     if missing:
-        raise ExportError(f"{results} lacks {len(missing)} networks, such as {missing[0]}.", _AGAIN)
+        raise ExportError(f"{results} has no result for {len(missing)} networks, such as {missing[0]}.", _AGAIN)
     return names
 
 
@@ -114,7 +114,7 @@ def _timed(
 ) -> Timed:
     entry = next(each for each in found["networks"] if each["name"] == name)
     if entry["onnx_sha256"] != known[name]["sha256"]:
-        raise ExportError(f"{results} was made with another {name}.onnx than the bundle's.")
+        raise ExportError(f"{results} used another {name}.onnx than the bundle's.")
     if entry["status"] != "ok":
         return Timed(name, (), printable(entry.get("reason") or entry["status"]), ())
     turns = []
@@ -132,7 +132,7 @@ def _timed(
 
 
 def _same_state(state: Mapping[str, Any], board: Board, file: str, results: Path) -> None:
-    """Refuse a measurement of another device, power mode or version than the results state."""
+    """Refuse a measurement with another device, power mode or version than the results state."""
     for key, what, stated in (
         ("board", "board", board.identity),
         ("tensorrt", "version of TensorRT", board.tensorrt),
@@ -142,24 +142,26 @@ def _same_state(state: Mapping[str, Any], board: Board, file: str, results: Path
         if got != stated:
             raise ExportError(
                 f"{results} mixes measurements: {file} is of the {what} {got!r}, the rest of {stated!r}.",
-                "Delete the folder results on the device and measure anew.",
+                "Delete the folder results on the device and measure again.",
             )
 
 
 def _times(content: bytes, file: str, results: Path) -> tuple[float, ...]:
-    """Milliseconds from a file of whole nanoseconds, one a line."""
+    """Parse a file with one time in whole nanoseconds on each line; return milliseconds."""
     lines = content.split()
     if not lines or not all(line.isdigit() and len(line) <= 12 for line in lines):
-        raise ExportError(f"{results}: {file} is no list of times.", "Copy it again as a whole.")
+        raise ExportError(f"{results}: {file} is not a list of times.", "Copy all of it again.")
     times = tuple(int(line) / 1e6 for line in lines)
     wrong = [time for time in times if not FASTEST_MS <= time <= SLOWEST_MS]
     if wrong:
-        raise ExportError(f"{results}: {file} says that a network took {wrong[0]:g} ms, which cannot be.")
+        raise ExportError(
+            f"{results}: {file} has a time of {wrong[0]:g} ms, expected {FASTEST_MS:g} to {SLOWEST_MS:g} ms."
+        )
     return times
 
 
 def _layers(content: bytes) -> tuple[tuple[str, float], ...]:
-    """(name, milliseconds) of each layer; nothing where trtexec's profile cannot be understood."""
+    """(name, milliseconds) of each layer; empty if trtexec's profile cannot be parsed."""
     try:
         found = [
             (str(entry["name"]), float(entry.get("medianMs", entry.get("averageMs"))))
@@ -172,7 +174,7 @@ def _layers(content: bytes) -> tuple[tuple[str, float], ...]:
 
 
 def _require_complete(timings: Timings, order: Sequence[str], results: Path) -> None:
-    """Every network that could be built must have been measured in every turn, at every place."""
+    """Refuse results in which a network that was built lacks a measurement of any turn and slot."""
     missing = [
         f"{name} in turn {turn}"
         for turn in range(1, timings.turns + 1)
@@ -181,7 +183,7 @@ def _require_complete(timings: Timings, order: Sequence[str], results: Path) -> 
         and not any((each.turn, each.slot) == (turn, slot) for each in timings.networks[name].turns)
     ]
     if missing:
-        raise ExportError(f"{results} lacks {len(missing)} measurements, such as {missing[0]}.", _AGAIN)
+        raise ExportError(f"{len(missing)} measurements are missing in {results}, such as {missing[0]}.", _AGAIN)
 
 
 def _board(found: Mapping[str, Any]) -> Board:
@@ -191,5 +193,5 @@ def _board(found: Mapping[str, Any]) -> Board:
 
 
 def _is_clock(name: str) -> bool:
-    """Clocks are called by their unit's address, as 17000000.gpu; temperatures by words, as GPU-therm."""
+    """Whether a reading is a clock, named after an address (17000000.gpu), or a temperature (GPU-therm)."""
     return re.fullmatch(r"[0-9a-f]+\.\w+", name) is not None

@@ -1,4 +1,4 @@
-"""What a device measured of a bundle of networks, once `timing_results` has read and checked it."""
+"""The measurements of a timing bundle, as `timing_results` returns them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Board:
-    """The device, as its script found it.
+    """The device, as its script identified it.
 
     Attributes:
-        tensorrt, jetpack, l4t: Versions; the latter two empty where it is no Jetson.
+        tensorrt, jetpack, l4t: Versions; the latter two are empty if it is not a Jetson.
         model, gpu, compute_capability: The board, and its GPU as trtexec names it.
-        power_mode: Its name; empty where there is none.
-        clock: Highest clock of the GPU with its unit.
-        identity: Which board of its kind it is.
+        power_mode: Name of the power mode; empty if there is none.
+        clock: Maximum clock of the GPU with its unit.
+        identity: A hash that distinguishes boards of the same model.
     """
 
     tensorrt: str
@@ -30,7 +30,7 @@ class Board:
 
     @property
     def title(self) -> str:
-        """How messages name it."""
+        """The device's name in messages."""
         return self.model or self.gpu or "the device"
 
 
@@ -39,9 +39,9 @@ class Turn:
     """One measurement of one network.
 
     Attributes:
-        turn, slot: In which turn, and at which place of the bundle's order, counted from 1.
-        times_ms: Each run, in order.
-        clocks: Name -> MHz, afterwards.
+        turn, slot: The turn, and the position in the bundle's order, both counted from 1.
+        times_ms: Time of each run, in order.
+        clocks: Name -> MHz after the measurement.
     """
 
     turn: int
@@ -52,13 +52,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Timed:
-    """One network.
+    """The measurements of one network.
 
     Attributes:
-        name: As in the bundle.
-        turns: Its measurements; empty where it could not be built or run.
-        reason: Why it could not be.
-        layers: (name, milliseconds) of TensorRT's layers; empty where there is no profile.
+        name: Name in the bundle.
+        turns: Its measurements; empty if it could not be built or run.
+        reason: Why it could not be built or run.
+        layers: (name, milliseconds) of TensorRT's layers; empty if there is no profile.
     """
 
     name: str
@@ -68,19 +68,19 @@ class Timed:
 
     @property
     def times_ms(self) -> list[float]:
-        """All runs of all turns."""
+        """Times of all runs of all turns."""
         return [time for turn in self.turns for time in turn.times_ms]
 
 
 @dataclass(frozen=True)
 class Timings:
-    """All that a device measured of a bundle.
+    """All measurements of a bundle on a device.
 
     Attributes:
         board: The device.
-        networks: By name, all of the bundle.
-        digest: Checksum of the list of checksums: which results these are.
-        turns, duration_s, warmup_s: How often and for how long each network was measured.
+        networks: Name -> measurements, for all networks of the bundle.
+        digest: Checksum of the results' list of checksums, which identifies the results.
+        turns, duration_s, warmup_s: Number of turns, and the seconds of measurement and warm-up in each.
     """
 
     board: Board

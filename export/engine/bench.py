@@ -1,4 +1,4 @@
-"""How long an ONNX file takes on this machine through ONNX Runtime."""
+"""Latency of an ONNX file on this machine with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ MIN_RUNS = 7
 
 
 class OnnxRunner:
-    """A network that is loaded, has its inputs in place and can be run again and again.
+    """A loaded network with bound inputs and outputs, to be run repeatedly.
 
-    Inputs and outputs are bound once, so that a run of a small operator is not drowned in the conversion of
-    its arguments.
+    Inputs and outputs are bound once; converting them for each run would dominate the time of a small operator.
 
     Args:
-        model: The ONNX file or its bytes; open dimensions become 1.
-        threads: Threads inside one operator.
+        model: The ONNX file or its bytes; dynamic dimensions become 1.
+        threads: Intra-op threads.
         providers: ONNX Runtime's execution providers.
         seed: Seed of the random input.
     """
@@ -49,7 +48,7 @@ class OnnxRunner:
         self._errors = ort_errors()
 
     def run(self) -> None:
-        """One run.
+        """Run once.
 
         Raises:
             ExportError: an operator fails on the random input.
@@ -60,11 +59,11 @@ class OnnxRunner:
             raise ExportError(f"{self.name} cannot be run: {first_line(error)}.") from error
 
     def time(self, runs: int) -> list[float]:
-        """Run `runs` times; the milliseconds of each, in order."""
+        """Run `runs` times and return the milliseconds of each run, in order."""
         run, clock, binding = self.session.run_with_iobinding, time.perf_counter_ns, self._binding
         times: list[float] = []
         collecting = gc.isenabled()
-        gc.disable()  # a collection in the middle of a run would be counted as the network's time
+        gc.disable()  # a collection during a run would be counted as the network's time
         try:
             for _ in range(runs):
                 start = clock()
@@ -76,7 +75,7 @@ class OnnxRunner:
         return times
 
     def warm_up(self, seconds: float) -> float:
-        """Run for at least `seconds` and at least once; the milliseconds of the fastest run."""
+        """Run for at least `seconds` and at least once; return the milliseconds of the fastest run."""
         self.run()
         end = time.perf_counter() + seconds
         fastest = min(self.time(1))
@@ -85,14 +84,14 @@ class OnnxRunner:
         return fastest
 
     def summarise(self, times_ms: Sequence[float]) -> LatencyStats:
-        """The statistics of this network's run times."""
+        """Summarise run times of this network."""
         return summarise(
             times_ms, runtime="onnxruntime", version=str(runtime().__version__), threads=self.threads
         )
 
 
 def run_for(runner: OnnxRunner, seconds: float) -> list[float]:
-    """Run for `seconds`, and at least 7 times; the milliseconds of each run, in order."""
+    """Run for `seconds` and at least 7 times; return the milliseconds of each run, in order."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < MIN_RUNS or time.perf_counter() < end:

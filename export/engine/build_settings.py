@@ -1,6 +1,6 @@
-"""What an engine is asked to be, and whether the version at hand can make it so.
+"""Build settings of an engine, and checks that the installed version supports them.
 
-Everything that a version would misread, ignore or fail on without a reason is refused here, before the build.
+Anything that a version would misread, ignore or fail on without a reason is refused before the build.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from export.engine.trt import Flavour
 from export.errors import ExportError
 
 RTX_DEFAULT = ("8.6", "8.9", "12.0")
-"""GPUs that TensorRT-RTX builds for unless told otherwise: the RTX generations Ampere, Ada and Blackwell."""
+"""Compute capabilities that TensorRT-RTX builds for by default: Ampere, Ada and Blackwell."""
 
 DEFAULT_WORKSPACE = 1 << 30
 Shape = Sequence[int]
@@ -24,16 +24,16 @@ Capabilities = Union[str, Sequence[str], None]
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What the builder is asked for, beyond what the file says.
+    """Settings of the builder that the ONNX file does not determine.
 
     Attributes:
-        workspace_bytes: Memory that a layer may use for itself; on boards of 4 GB keep it small.
+        workspace_bytes: Maximum scratch memory of a layer; keep it small on boards with 4 GB.
         optimisation_level: 0 (quick) to 5 (thorough); None is the version's default. From TensorRT 8.6.
-        dla_core: Deep-learning accelerator to use, with the GPU for what it cannot do; None is the GPU alone.
-        version_compatible: An engine that newer versions load too. From TensorRT 8.6.
-        hardware_compatible: An engine for every GPU from Ampere on. From TensorRT 8.6.
+        dla_core: Deep-learning accelerator to use, with the GPU as fallback; None uses only the GPU.
+        version_compatible: Build an engine that newer versions can load. From TensorRT 8.6.
+        hardware_compatible: Build an engine for all GPUs from Ampere on. From TensorRT 8.6.
         tf32: Whether FP32 layers may round their inputs to 10 bits of mantissa on GPUs that have TF32.
-        profile: For inputs with open dimensions: name -> (smallest, usual, largest) shape.
+        profile: Optimisation profile of inputs with dynamic dimensions: name -> (minimum, optimum, maximum) shape.
     """
 
     workspace_bytes: int = DEFAULT_WORKSPACE
@@ -55,19 +55,19 @@ def target_capabilities(flavour: Flavour, wanted: Capabilities, device: Device |
     """The compute capabilities to build for.
 
     Raises:
-        ExportError: TensorRT has no GPU here, or was asked for another one.
+        ExportError: TensorRT finds no GPU, or the requested one is not the GPU of this machine.
     """
     asked = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
     if flavour.rtx:
         return asked or RTX_DEFAULT
     if device is None:
         raise ExportError(
-            f"{flavour.title} builds on the GPU that it builds for, and none was found here.",
+            f"{flavour.title} builds an engine on the GPU that the engine is for, and no GPU was found.",
             "Build on the device itself (python -m export build FILE.onnx, or a bundle).",
         )
     if asked and asked != (device.compute_capability,):
         raise ExportError(
-            f"{flavour.title} builds for the GPU here ({device.name}, compute capability "
+            f"{flavour.title} builds for the GPU of this machine ({device.name}, compute capability "
             f"{device.compute_capability}), not for {', '.join(asked)}.",
             "Build on the device itself.",
         )
@@ -75,14 +75,14 @@ def target_capabilities(flavour: Flavour, wanted: Capabilities, device: Device |
 
 
 def check_request(header: OnnxHeader, name: str, flavour: Flavour, settings: BuildSettings) -> None:
-    """Refuse what this version would misread, ignore or fail on without saying why.
+    """Refuse what this version would misread, ignore or fail on without a reason.
 
     Raises:
-        ExportError: naming the version and what it lacks.
+        ExportError: the message names the version and the unsupported feature.
     """
     if header.opset not in flavour.opsets:
         raise ExportError(
-            f"{name} is of ONNX opset {header.opset}; {flavour.title} reads {flavour.opsets[0]} to "
+            f"{name} has ONNX opset {header.opset}; {flavour.title} reads opsets {flavour.opsets[0]} to "
             f"{flavour.opsets[-1]}.",
             "Export it again with opset 17.",
         )
@@ -94,20 +94,20 @@ def check_request(header: OnnxHeader, name: str, flavour: Flavour, settings: Bui
     ]
     for lacks, what in lacking:
         if lacks:
-            raise ExportError(f"{flavour.title} has no {what}.", "Leave the setting out.")
+            raise ExportError(f"{flavour.title} does not support {what}.", "Remove the setting.")
     if settings.dla_core is not None and header.precision == "fp32":
         raise ExportError("A deep-learning accelerator computes in FP16 or INT8; the file is FP32.")
     unprofiled = [key for key, shape in header.shapes.items() if -1 in shape and key not in settings.profile]
     if unprofiled:
         raise ExportError(
-            f"Input {unprofiled[0]} has open dimensions: {list(header.shapes[unprofiled[0]])}. It needs "
-            "a smallest, a usual and a largest size.",
-            "Give a profile, or export the network with a fixed batch.",
+            f"Input {unprofiled[0]} has dynamic dimensions: {list(header.shapes[unprofiled[0]])}. It needs "
+            "a minimum, an optimum and a maximum shape.",
+            "Give a profile, or export the network with a fixed batch size.",
         )
 
 
 def timing_cache_path(folder: str | Path | None, flavour: Flavour, device: Device | None) -> Path | None:
-    """The cache's file: one for each device and version, because a foreign one can be a hard error."""
+    """The timing cache file of a device and version: the cache of another one can make the build fail."""
     if folder is None or not flavour.timing_cache or device is None:
         return None
     name = f"{device.name}-{device.compute_capability}-{flavour.version}"

@@ -1,7 +1,7 @@
-"""The GPU through its driver's own library: what it is, its memory, and events to time it with.
+"""The CUDA driver API through ctypes: device properties, memory, streams and events.
 
-TensorRT's Python interface moves no data and measures no time, and a Jetson has neither torch nor a CUDA
-package for Python. The driver's library is always there, and a dozen of its functions are enough.
+TensorRT's Python API does not copy data or measure time, and a Jetson has neither torch nor a CUDA package
+for Python. The driver's library is always installed, and a dozen of its functions suffice.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Device:
     """A GPU.
 
     Attributes:
-        name: As the driver calls it.
+        name: The driver's name for it.
         compute_capability: Such as "8.7".
-        memory: Bytes; on a Jetson the memory that it shares with the CPU.
-        clock_mhz: Highest clock of its cores.
+        memory: Bytes; on a Jetson the memory shared with the CPU.
+        clock_mhz: Maximum clock of its cores.
         driver: Version of CUDA that the driver supports, such as "12.6".
     """
 
@@ -41,7 +41,7 @@ class Device:
 
 
 class Driver:
-    """The first GPU, with a context that stays open as long as the object lives.
+    """The first GPU and its primary context.
 
     Raises:
         ExportError: there is no driver or no GPU, or a call fails; the message names the call.
@@ -68,7 +68,7 @@ class Driver:
         return f" ({text.value.decode()})"
 
     def device(self) -> Device:
-        """What the GPU is."""
+        """The properties of the GPU."""
         name, memory, version = ctypes.create_string_buffer(256), ctypes.c_size_t(), ctypes.c_int()
         self._call("cuDeviceGetName", name, 256, self._device)
         self._call("cuDeviceTotalMem_v2", ctypes.byref(memory), self._device)
@@ -87,13 +87,13 @@ class Driver:
         return value.value
 
     def allocate(self, size: int) -> int:
-        """Memory of `size` bytes on the GPU; its address."""
+        """Allocate `size` bytes on the GPU and return the address."""
         address = ctypes.c_void_p()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(size, 1)))
         return int(address.value or 0)
 
     def free(self, address: int) -> None:
-        """Give memory back."""
+        """Free memory."""
         self._call("cuMemFree_v2", ctypes.c_void_p(address))
 
     def upload(self, address: int, array: Any) -> None:
@@ -106,7 +106,7 @@ class Driver:
         )
 
     def download(self, array: Any, address: int) -> None:
-        """Fill a contiguous numpy array from the GPU."""
+        """Copy memory of the GPU to a contiguous numpy array."""
         self._call(
             "cuMemcpyDtoH_v2",
             ctypes.c_void_p(array.ctypes.data),
@@ -115,27 +115,27 @@ class Driver:
         )
 
     def stream(self) -> int:
-        """A new stream."""
+        """Create a stream."""
         handle = ctypes.c_void_p()
-        self._call("cuStreamCreate", ctypes.byref(handle), 1)  # 1: does not wait for the default stream
+        self._call("cuStreamCreate", ctypes.byref(handle), 1)  # CU_STREAM_NON_BLOCKING
         return int(handle.value or 0)
 
     def synchronise(self, stream: int) -> None:
-        """Wait until the stream's work is done."""
+        """Wait until the work of the stream is finished."""
         self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
     def event(self) -> int:
-        """A new event that keeps its time."""
+        """Create an event that records its time."""
         handle = ctypes.c_void_p()
         self._call("cuEventCreate", ctypes.byref(handle), 0)
         return int(handle.value or 0)
 
     def record(self, event: int, stream: int) -> None:
-        """Let the event happen when the stream comes to this place."""
+        """Record the event in the stream."""
         self._call("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
 
     def elapsed_ms(self, start: int, end: int) -> float:
-        """Milliseconds between two events that have happened."""
+        """Milliseconds between two completed events."""
         value = ctypes.c_float()
         self._call("cuEventElapsedTime", ctypes.byref(value), ctypes.c_void_p(start), ctypes.c_void_p(end))
         return float(value.value)
@@ -155,4 +155,4 @@ def _load() -> Any:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise ExportError("No NVIDIA driver was found.", "Run this where there is an NVIDIA GPU with its driver.")
+    raise ExportError("No NVIDIA driver was found.", "Run this on a machine with an NVIDIA GPU and its driver.")

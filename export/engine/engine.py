@@ -1,11 +1,10 @@
-"""One builder of engines for TensorRT 8.5 to 11 and TensorRT-RTX.
+"""Builds engines with TensorRT 8.5 to 11 and TensorRT-RTX.
 
     info = build_engine("model.onnx", "engines/model.engine")
     info = build_engine("model.onnx", "m.engine", module="tensorrt_rtx_bindings", compute_capability="8.6")
 
-The precision is that of the file: newer versions take it from there, older ones also want flags, which are
-set from what the file holds. Beside the engine lies a JSON file that says where it came from
-(`export.engine.engine_info`).
+The ONNX file determines the precision: newer versions read it from the file, older ones also need flags, which
+are set from its tensors. A JSON file beside the engine describes it (`export.engine.engine_info`).
 """
 
 from __future__ import annotations
@@ -49,24 +48,23 @@ def build_engine(
     workspace_bytes: int | None = None,
     timing_cache: str | Path | None = None,
 ) -> EngineInfo:
-    """Build an engine from an ONNX file, and write its description beside it.
+    """Build an engine from an ONNX file and write its description beside it.
 
     Args:
-        onnx_path: The file; its weights must lie in it.
-        engine_path: Where the engine goes; it appears there whole or not at all. Its description takes the
-            same name with the ending `.json`.
-        module: "tensorrt" or "tensorrt_rtx_bindings"; None takes the first that is installed.
+        onnx_path: The ONNX file, with its weights inside.
+        engine_path: The engine file, written atomically. Its description has the same name with the suffix
+            `.json`.
+        module: "tensorrt" or "tensorrt_rtx_bindings"; None is the first that is installed.
         compute_capability: The GPUs to build for, such as "8.6" or ["8.6", "8.9"]. TensorRT builds only
-            for the GPU that is here, TensorRT-RTX for any that it knows; None is the GPU here, or
-            `RTX_DEFAULT`.
-        settings: Everything else.
+            for the GPU of this machine, TensorRT-RTX for any GPU that it supports. None is the GPU of this
+            machine, or `RTX_DEFAULT`.
+        settings: All other settings; None is `BuildSettings()`.
         workspace_bytes: Short for `BuildSettings(workspace_bytes=...)`.
-        timing_cache: Folder in which timings of kernels are kept for each device and version; None keeps
-            none.
+        timing_cache: Folder for kernel timings by device and version; None disables the cache.
 
     Raises:
-        ExportError: no module is installed, the file is damaged, of a newer opset or has operators that
-            are not supported (all are named), a setting does not exist in this version, or the build fails.
+        ExportError: no module is installed, the file is damaged, its opset is too new or it has unsupported
+            operators (all are named), this version does not support a setting, or the build fails.
     """
     source, target = Path(onnx_path), Path(engine_path)
     content = read_bytes(source, "ONNX file")
@@ -108,7 +106,7 @@ def build_engine(
 
 
 class _Build:
-    """One build's objects, which must outlive each other in the order in which they are made."""
+    """The objects of one build, which must outlive those that are created from them."""
 
     def __init__(
         self, trt: Any, flavour: Flavour, settings: BuildSettings, header: OnnxHeader, name: str
@@ -118,7 +116,7 @@ class _Build:
         self.builder = trt.Builder(self.messages.logger)
 
     def parse(self, content: bytes, source: Path) -> Any:
-        """The network of the file."""
+        """Parse the file into a network."""
         flags = 0
         creation = self.trt.NetworkDefinitionCreationFlag
         if self.flavour.explicit_batch_flag:
@@ -127,7 +125,7 @@ class _Build:
             flags |= 1 << int(creation.STRONGLY_TYPED)
         network = self.builder.create_network(flags)
         self.parser = self.trt.OnnxParser(network, self.messages.logger)
-        # bytes do not say where external weights lie
+        # external weights can only be found from the path
         parsed = (
             self.parser.parse_from_file(str(source))
             if self.header.external_data
@@ -151,7 +149,7 @@ class _Build:
         if not named:
             return ExportError(f"{self.flavour.title} cannot read {self.name}: {self.messages.last_error()}.")
         return ExportError(
-            f"{self.flavour.title} does not take {count} of {self.name}: {'; '.join(named)}.",
+            f"{self.flavour.title} does not support {count} of {self.name}: {'; '.join(named)}.",
             "Replace them in the network, or build with a newer version.",
         )
 
@@ -183,7 +181,7 @@ class _Build:
         ]
 
     def configure(self, network: Any, capabilities: tuple[str, ...]) -> Any:
-        """The builder's configuration."""
+        """Create the builder's configuration."""
         trt, config, settings = self.trt, self.builder.create_builder_config(), self.settings
         flag = trt.BuilderFlag
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
@@ -214,7 +212,7 @@ class _Build:
     def _use_dla(self, config: Any, core: int) -> None:
         cores = int(self.builder.num_DLA_cores)
         if not 0 <= core < cores:
-            raise ExportError(f"Deep-learning accelerator {core} was asked for; this device has {cores}.")
+            raise ExportError(f"Deep-learning accelerator {core} was requested; this device has {cores}.")
         config.default_device_type = self.trt.DeviceType.DLA
         config.DLA_core = core
         config.set_flag(self.trt.BuilderFlag.GPU_FALLBACK)
@@ -228,13 +226,13 @@ class _Build:
                 raise ExportError(
                     f"{self.flavour.title} does not build for compute capability {capability}: expected "
                     f"{', '.join(sorted(names, key=float))}.",
-                    "Jetson boards are built for on the board itself.",
+                    "Build an engine for a Jetson on the board itself.",
                 )
             if not config.set_compute_capability(names[capability], place):
                 raise ExportError(f"{self.flavour.title} refused compute capability {capability}.")
 
     def use_timing_cache(self, config: Any, path: Path | None) -> None:
-        """Start from earlier timings; a cache that does not fit is started anew."""
+        """Load the timing cache; a cache that does not match is replaced by an empty one."""
         self._cache_path = path
         if path is None:
             return
@@ -243,7 +241,7 @@ class _Build:
             config.set_timing_cache(config.create_timing_cache(b""), False)
 
     def serialise(self, network: Any, config: Any) -> bytes:
-        """Build."""
+        """Build the engine and save the timing cache."""
         serialised = self.builder.build_serialized_network(network, config)
         if serialised is None:
             raise ExportError(

@@ -1,8 +1,8 @@
-"""Engines that were built before, found again by everything that decides what an engine is.
+"""A cache of built engines.
 
-A build takes seconds to minutes, and the same file is built again whenever a run is resumed or exported
-once more. The key covers the ONNX file's bytes, the product and its version, the GPU and every setting;
-what is found is checked against its checksum and built anew where it was damaged.
+A build takes seconds to minutes, and resumed or repeated exports build the same file again. The key covers the
+ONNX file's bytes, the TensorRT product and version, the GPU and all settings. A cached engine whose checksum does
+not match is built again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def cached_engine(
     settings: BuildSettings | None = None,
     timing_cache: str | Path | None = None,
 ) -> tuple[EngineInfo, bool]:
-    """An engine from the cache, or a new one that is then kept there; and whether it was found.
+    """Copy an engine from the cache, or build it and add it; return its facts and whether it was cached.
 
     Args:
         cache: Folder of the cache.
@@ -67,10 +67,10 @@ def cached_engine(
 def engine_key(
     content: bytes, module: str | None, compute_capability: Capabilities, settings: BuildSettings
 ) -> str:
-    """The name under which an engine is kept: a checksum of all that decides what it is.
+    """The cache key of an engine: a checksum of everything that determines it.
 
     Raises:
-        ExportError: no module is installed, or it cannot build for what was asked.
+        ExportError: no module is installed, or it cannot build for the requested GPU.
     """
     _, flavour = load(module)
     device = find_device()
@@ -80,7 +80,7 @@ def engine_key(
         "module": flavour.module,
         "version": flavour.version,
         "capabilities": target_capabilities(flavour, compute_capability, device),
-        # a TensorRT engine is tuned for one model of GPU, an RTX engine for a generation
+        # TensorRT tunes an engine for one GPU model, TensorRT-RTX for a generation
         "device": device.name if device is not None and not flavour.rtx else "",
         "settings": settings.to_dict(),
     }
@@ -88,7 +88,7 @@ def engine_key(
 
 
 def _read(kept: Path) -> EngineInfo | None:
-    """What the cache has, unless it is missing or damaged."""
+    """The facts of a cached engine; None where it is missing or damaged."""
     if not kept.is_file():
         return None
     try:

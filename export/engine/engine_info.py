@@ -1,7 +1,7 @@
-"""What stands beside an engine: where it came from, what it is for, and whether it may be loaded here.
+"""The description of an engine: its provenance, its targets, and whether it can be loaded on this machine.
 
-An engine is bound to a GPU and to a version. TensorRT finds out while loading, and says so in terms of
-bytes; the JSON file beside the engine lets us refuse it before, in words.
+An engine only works on its GPU and with its TensorRT version. TensorRT detects a mismatch while loading, with an
+error about bytes; the JSON file beside the engine allows a clear refusal before that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from export.files import read_json, sha256_file, write_json
 
 FORMAT = 1
 _REBUILD = "Build the engine again."
-_HERE = "Build it again here with: python -m export build FILE.onnx"
+_HERE = "Build it again on this machine with: python -m export build FILE.onnx"
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,18 @@ class EngineInfo:
 
     Attributes:
         engine: Name of the engine file.
-        sha256, size: Its checksum and its size in bytes.
+        sha256, size: Its checksum and size in bytes.
         onnx: Name of the ONNX file that it was built from.
         onnx_sha256: Checksum of that file.
-        precision: Of the ONNX file's tensors: "fp32", "fp16" or "int8".
-        module, version: What built it.
+        precision: "fp32", "fp16" or "int8", from the ONNX file's tensors.
+        module, version: The TensorRT module that built it.
         device: Name of the GPU that it was built on; empty where none was needed.
-        compute_capabilities: The GPUs that it is for, such as "8.6".
-        inputs, outputs: Names with shapes; -1 is an open dimension.
+        compute_capabilities: The compute capabilities it was built for, such as "8.6".
+        inputs: Name -> shape; -1 is a dynamic dimension.
+        outputs: Names of the outputs.
         settings: The builder's settings.
         metadata: The key-value pairs of the ONNX file.
-        seconds: How long the build took; not written down, so that equal builds leave equal files.
+        seconds: Duration of the build; not saved, so that equal builds give equal files.
     """
 
     engine: str
@@ -56,19 +57,19 @@ class EngineInfo:
     seconds: float = field(default=0.0, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for a JSON file, without the time that the build took."""
+        """The fields for a JSON file, without the duration of the build."""
         content = asdict(self)
         del content["seconds"]
         return {"format": FORMAT, **content}
 
 
 def sidecar_path(engine: Path) -> Path:
-    """`engines/slim.engine` -> `engines/slim.json`."""
+    """The path of an engine's description: `engines/slim.engine` -> `engines/slim.json`."""
     return engine.with_suffix(".json")
 
 
 def write_sidecar(info: EngineInfo, engine: Path) -> None:
-    """Write the facts beside the engine.
+    """Write the description beside the engine.
 
     Raises:
         ExportError: the file cannot be written.
@@ -77,10 +78,11 @@ def write_sidecar(info: EngineInfo, engine: Path) -> None:
 
 
 def read_sidecar(engine: str | Path) -> EngineInfo:
-    """The facts beside an engine, checked against the engine's bytes.
+    """Read the description of an engine and check it against the engine's checksum.
 
     Raises:
-        ExportError: the engine or its facts are missing, damaged, of another format, or of another engine.
+        ExportError: the engine or its description is missing or damaged, or has another format, or the two do not
+            match.
     """
     path = Path(engine)
     if not path.is_file():
@@ -88,7 +90,7 @@ def read_sidecar(engine: str | Path) -> EngineInfo:
     sidecar = sidecar_path(path)
     content = read_json(sidecar, "engine's description")
     if content.pop("format", None) != FORMAT:
-        raise ExportError(f"{sidecar} was not written by this version of the program.", _REBUILD)
+        raise ExportError(f"{sidecar} was written by another version of the program.", _REBUILD)
     try:
         info = EngineInfo(
             **{
@@ -102,7 +104,7 @@ def read_sidecar(engine: str | Path) -> EngineInfo:
         raise ExportError(f"{sidecar} does not describe an engine: {error}.", _REBUILD) from error
     if sha256_file(path) != info.sha256:
         raise ExportError(
-            f"{path} is not the engine that {sidecar.name} describes: the checksums differ.",
+            f"{sidecar.name} does not describe {path}: the checksums differ.",
             "Build the engine again, or copy both files again.",
         )
     return info
@@ -112,19 +114,19 @@ def require_loadable(info: EngineInfo, flavour: Flavour, device: Device) -> None
     """Refuse an engine that was built for another GPU or by another version.
 
     Raises:
-        ExportError: saying what the engine is for and what is here.
+        ExportError: the message names what the engine needs and what this machine has.
     """
     if info.module != flavour.module:
-        raise ExportError(f"{info.engine} was built with {info.module}; here is {flavour.title}.", _HERE)
+        raise ExportError(f"{info.engine} was built with {info.module}; this machine has {flavour.title}.", _HERE)
     if info.version != flavour.version and not info.settings.get("version_compatible"):
         raise ExportError(
-            f"{info.engine} was built with version {info.version}; here is {flavour.title}.", _HERE
+            f"{info.engine} was built with version {info.version}; this machine has {flavour.title}.", _HERE
         )
     if device.compute_capability not in info.compute_capabilities and not (
         info.settings.get("hardware_compatible") and device.major >= 8
     ):
         raise ExportError(
             f"{info.engine} is for compute capability {', '.join(info.compute_capabilities)}; "
-            f"the {device.name} here has {device.compute_capability}.",
+            f"the {device.name} of this machine has {device.compute_capability}.",
             _HERE,
         )

@@ -1,7 +1,7 @@
-"""An engine that is loaded, has its memory and can be run again and again.
+"""Loads, runs and times an engine.
 
-Needs TensorRT, numpy and the GPU's driver, and nothing else. The names used are those that stayed the same
-from TensorRT 8.5 to 11 and in TensorRT-RTX.
+It needs only TensorRT, numpy and the GPU's driver, and uses only API names that TensorRT 8.5 to 11 and TensorRT-RTX
+share.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _TYPES = {
 
 
 class EngineRunner:
-    """One engine on the GPU of this machine.
+    """A loaded engine on the GPU of this machine.
 
     Args:
-        engine_path: The engine, with its description beside it.
+        engine_path: The engine file, with its description beside it.
         driver: The GPU's driver; None opens it.
 
     Raises:
-        ExportError: the engine or its description is missing or damaged, it is for another GPU or version, or
-            TensorRT refuses it.
+        ExportError: the engine or its description is missing or damaged, it was built for another GPU or version,
+            or TensorRT refuses it.
     """
 
     def __init__(self, engine_path: str | Path, *, driver: Any = None) -> None:
@@ -73,7 +73,7 @@ class EngineRunner:
         self._place_tensors(trt)
 
     def _place_tensors(self, trt: Any) -> None:
-        """Give each input and output its memory; open dimensions take the profile's usual size."""
+        """Allocate memory for each input and output; dynamic dimensions take the profile's optimum size."""
         import numpy as np
 
         engine, context = self._engine, self._context
@@ -113,7 +113,7 @@ class EngineRunner:
             self.driver.upload(self._device[name], here)
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """One run: copies of the outputs, in the engine's order.
+        """Run once and return copies of the outputs, in the engine's order.
 
         Raises:
             ExportError: an input does not fit, or the run fails.
@@ -126,7 +126,7 @@ class EngineRunner:
         return [self._host[name].copy() for name in self.outputs]
 
     def run_batches(self, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The first output for any number of inputs (N, C, H, W), in portions of the engine's batch."""
+        """Compute the first output for any number of inputs (N, C, H, W), in batches of the engine's size."""
         import numpy as np
 
         name = self.inputs[0]
@@ -145,7 +145,7 @@ class EngineRunner:
             raise ExportError(f"{self.flavour.title} cannot run {self.info.engine}: {reason}.")
 
     def times_ms(self, *, warmup_s: float = WARMUP_S, duration_s: float = DURATION_S) -> list[float]:
-        """Milliseconds of the GPU for each run, by events, one run after the other, without copies."""
+        """Time single runs with CUDA events, without copies of inputs and outputs; return milliseconds."""
         import numpy as np
 
         generator = np.random.default_rng(0)
@@ -166,7 +166,10 @@ class EngineRunner:
         return times
 
     def layer_times(self, runs: int = 30) -> list[tuple[str, float]]:
-        """(name, median milliseconds) of each layer; [] where that is refused. A run of its own: profiling slows."""
+        """Profile the layers: (name, median milliseconds) of each; [] if TensorRT does not report them.
+
+        The runs are separate from `times_ms`, because profiling slows them.
+        """
         import statistics
 
         trt: Any = load(self.info.module)[0]
@@ -187,12 +190,12 @@ class EngineRunner:
         return [(name, statistics.median(times)) for name, times in seen.items()]
 
     def measure(self, *, warmup_s: float = WARMUP_S, duration_s: float = DURATION_S) -> LatencyStats:
-        """Median, p90 and p99 of the GPU's time for one run."""
+        """Measure the latency of one run on the GPU: median, p90 and p99."""
         times = self.times_ms(warmup_s=warmup_s, duration_s=duration_s)
         return summarise(times, runtime=self.info.module, version=self.info.version)
 
     def close(self) -> None:
-        """Give the GPU's memory back."""
+        """Free the GPU's memory."""
         for address in self._device.values():
             self.driver.free(address)
         self._device.clear()

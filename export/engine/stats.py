@@ -1,7 +1,7 @@
-"""What a list of run times says: median, tail, spread, and whether the machine held still meanwhile.
+"""Statistics of run times: median, tail, spread and drift.
 
-Used for every runtime alike (ONNX Runtime, TensorRT, the times file of trtexec), so that numbers can be laid
-side by side. Needs nothing but the standard library, because it also runs on the device.
+All runtimes (ONNX Runtime, TensorRT, the times file of trtexec) share these definitions, so that their numbers are
+comparable. Only the standard library is needed, because the module also runs on the device.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any
 from export.errors import ExportError
 
 STEADY_DRIFT = 0.10
-"""A measurement whose last third is this share slower or faster than its first is not called steady."""
+"""Maximum relative difference between the last and the first third of a steady measurement."""
 
 
 @dataclass(frozen=True)
 class LatencyStats:
-    """The run times of one network on one runtime, for one input of the batch that the file states.
+    """Latency of one network on one runtime, for one input of the file's batch size.
 
     Attributes:
         median_ms, p90_ms, p99_ms: Percentiles of the run times in milliseconds.
-        mean_ms, min_ms, std_ms: Mean, fastest and standard deviation in milliseconds.
-        runs: How many runs were timed; warm-up runs are not among them.
-        runtime, version: What ran it, such as "onnxruntime" "1.23.0".
-        threads: Threads that the runtime was given; 0 where it has no such setting.
-        drift: Median of the last third of the runs over that of the first third, minus one.
+        mean_ms, min_ms, std_ms: Mean, minimum and standard deviation in milliseconds.
+        runs: Number of timed runs, without warm-up.
+        runtime, version: The runtime, such as "onnxruntime" "1.23.0".
+        threads: Threads of the runtime; 0 if it has no such setting.
+        drift: Median of the last third of the runs divided by that of the first third, minus one.
     """
 
     median_ms: float
@@ -45,7 +45,7 @@ class LatencyStats:
 
     @property
     def steady(self) -> bool:
-        """Whether the machine ran as fast at the end as at the start."""
+        """Whether the drift is within `STEADY_DRIFT`."""
         return abs(self.drift) <= STEADY_DRIFT
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class LatencyStats:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The `share` (0 to 1) quantile of `values`, linear between neighbours, as numpy's default.
+    """The `share` (0 to 1) quantile of `values`, with linear interpolation as in numpy.
 
     >>> percentile([1.0, 2.0, 3.0, 4.0], 0.5)
     2.5
@@ -67,7 +67,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def drift_of(times_ms: Sequence[float]) -> float:
-    """How much slower the last third of the runs was than the first, a share; 0 for fewer than six runs."""
+    """The relative slowdown of the last third of the runs against the first; 0 for fewer than six runs."""
     third = len(times_ms) // 3
     if third < 2:
         return 0.0
@@ -75,10 +75,10 @@ def drift_of(times_ms: Sequence[float]) -> float:
 
 
 def summarise(times_ms: Sequence[float], *, runtime: str, version: str, threads: int = 0) -> LatencyStats:
-    """Summarise run times given in milliseconds and in the order in which they were taken.
+    """Summarise run times in milliseconds, in the order of the runs.
 
     Raises:
-        ExportError: there are no run times, or one of them is no positive number.
+        ExportError: there are no run times, or one of them is not a positive number.
     """
     times: list[float] = [float(value) for value in times_ms]
     if not times:

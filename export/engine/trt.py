@@ -1,7 +1,7 @@
-"""Which TensorRT is here, and what that one can do.
+"""The installed TensorRT and the features of its version.
 
-TensorRT 8.5 to 11 and TensorRT-RTX have one Python interface with holes in it. What a version has is
-written down here once, by product and version; the builder asks these facts and never tries things out.
+TensorRT 8.5 to 11 and TensorRT-RTX share one Python API, of which each version has a part. This module lists the
+features by product and version; the builder uses this list and does not probe.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from export.errors import ExportError
 
 TENSORRT, RTX = "tensorrt", "tensorrt_rtx_bindings"
 MODULES = (TENSORRT, RTX)
-"""The modules that the builder knows, in the order in which it prefers them."""
+"""The supported modules, in order of preference."""
 
 OLDEST = (8, 5)
 
 HOW_TO_GET_ONE = (
-    "Install TensorRT-RTX with: pip install 'compressor[rtx]' (for RTX GPUs; it builds without a GPU), or "
+    "Install TensorRT-RTX with: pip install 'compressor[rtx]' (for RTX GPUs; builds need no GPU), or "
     "TensorRT with: pip install 'compressor[tensorrt]' (for the GPU of this machine). "
-    "A Jetson has TensorRT from its JetPack."
+    "On a Jetson, JetPack includes TensorRT."
 )
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """One product in one version, and its facts.
+    """A TensorRT product, its version and its features.
 
     Attributes:
         module: Name of the Python module.
-        version: Its version as it says it.
-        release: The first two numbers of the version.
+        version: Its version string.
+        release: The major and minor version.
     """
 
     module: str
@@ -43,17 +43,17 @@ class Flavour:
 
     @property
     def rtx(self) -> bool:
-        """TensorRT-RTX: builds for named compute capabilities, without a GPU."""
+        """Whether it is TensorRT-RTX, which builds for given compute capabilities without a GPU."""
         return self.module == RTX
 
     @property
     def title(self) -> str:
-        """How messages name it."""
+        """Its name in messages."""
         return f"{'TensorRT-RTX' if self.rtx else 'TensorRT'} {self.version}"
 
     @property
     def strongly_typed(self) -> str:
-        """How it is had: "flag" where it is asked for by a flag, "always", or "" where it does not exist."""
+        """How strong typing is enabled: "flag", "always", or "" where it does not exist."""
         if self.rtx:
             return "flag"
         return "always" if self.release >= (11, 0) else "flag" if self.release >= (10, 0) else ""
@@ -65,67 +65,67 @@ class Flavour:
 
     @property
     def precision_flags(self) -> bool:
-        """Whether FP16 and INT8 are also asked for by flags of the builder."""
+        """Whether FP16 and INT8 also need flags of the builder."""
         return not self.strongly_typed
 
     @property
     def optimisation_level(self) -> bool:
-        """Whether the builder's optimisation level exists and is heeded."""
+        """Whether the builder supports optimisation levels."""
         return not self.rtx and self.release >= (8, 6)
 
     @property
     def compatibility_modes(self) -> bool:
-        """Whether version- and hardware-compatible engines can be asked for."""
+        """Whether version- and hardware-compatible engines are supported."""
         return not self.rtx and self.release >= (8, 6)
 
     @property
     def timing_cache(self) -> bool:
-        """Whether timings of kernels are kept from build to build."""
+        """Whether the builder supports a timing cache."""
         return not self.rtx
 
     @property
     def dla(self) -> bool:
-        """Whether there can be deep-learning accelerators; the builder says how many."""
+        """Whether deep-learning accelerators are supported; the builder knows their number."""
         return not self.rtx
 
     @property
     def parser_stops_early(self) -> bool:
-        """Whether the parser names only the first operator that it does not support."""
+        """Whether the parser reports only the first unsupported operator."""
         return not self.rtx and self.release < (10, 0)
 
     @property
     def opsets(self) -> range:
-        """The ONNX opsets that the parser was made for; it reads newer ones without a word."""
+        """The ONNX opsets that the parser supports; it does not report newer ones."""
         if self.rtx or self.release >= (10, 0):
             return range(9, 21)
         return range(9, 18)
 
 
 def available() -> str | None:
-    """The module that engines can be built with here, or None."""
+    """The first module that can be imported, or None."""
     return next((name for name in MODULES if _import(name)[0] is not None), None)
 
 
 def why_not() -> str:
-    """Why no module is available, in one sentence for each, and how to get one."""
+    """The reason why each module cannot be used, and how to install one."""
     reasons = [f"{name}: {_import(name)[1]}" for name in MODULES]
     return f"No TensorRT is installed ({'; '.join(reasons)}). {HOW_TO_GET_ONE}"
 
 
 def load(name: str | None = None) -> tuple[ModuleType, Flavour]:
-    """The module and its facts.
+    """Import a module; return it with its features.
 
     Args:
-        name: One of `MODULES`; None takes the first that is there.
+        name: One of `MODULES`; None is the first that is installed.
 
     Raises:
-        ExportError: it is unknown, not installed or too old.
+        ExportError: the module is unknown, not installed or too old.
     """
     chosen = name or available()
     if chosen is None:
         raise ExportError(why_not())
     if chosen not in MODULES:
-        raise ExportError(f"{chosen} is no module that builds engines: expected one of {', '.join(MODULES)}.")
+        raise ExportError(f"{chosen} is not a TensorRT module: expected one of {', '.join(MODULES)}.")
     module, reason = _import(chosen)
     if module is None:
         raise ExportError(f"{chosen} cannot be used: {reason}.", HOW_TO_GET_ONE)
@@ -133,37 +133,37 @@ def load(name: str | None = None) -> tuple[ModuleType, Flavour]:
 
 
 def flavour_of(module: Any, name: str) -> Flavour:
-    """The facts of a module, from its name and version.
+    """The features of a module, from its name and version.
 
     Raises:
-        ExportError: the version is not readable or too old.
+        ExportError: the version cannot be read or is too old.
     """
     version = str(getattr(module, "__version__", ""))
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None:
-        raise ExportError(f"{name} states no version that can be read: {version!r}.")
+        raise ExportError(f"{name} has no readable version: {version!r}.")
     release = (int(numbers[1]), int(numbers[2]))
     if name == TENSORRT and release < OLDEST:
         raise ExportError(
-            f"TensorRT {version} is too old for this builder: 8.5 is the oldest it knows.",
-            "On JetPack 4, use the bundle's script, which builds with trtexec.",
+            f"TensorRT {version} is too old: 8.5 or newer is needed.",
+            "On JetPack 4, use a bundle, whose script builds with trtexec.",
         )
     return Flavour(module=name, version=version, release=release)
 
 
 def _import(name: str) -> tuple[ModuleType | None, str]:
-    """The module, or None and why."""
+    """The module, or None and the reason."""
     try:
         return importlib.import_module(name), ""
     except ModuleNotFoundError as error:
         return None, "not installed" if error.name == name else f"it needs {error.name}, which is missing"
-    except (ImportError, OSError, RuntimeError) as error:  # each version loads its libraries in its own way
+    except (ImportError, OSError, RuntimeError) as error:  # versions load their libraries in different ways
         lines = str(error).strip().splitlines()
         return None, f"it cannot be loaded ({lines[0] if lines else type(error).__name__})"
 
 
 class Messages:
-    """A logger's messages. A process's first logger serves all its builders, so each module has just one."""
+    """Messages of a logger. TensorRT keeps the first logger of a process, so each module has only one."""
 
     _loggers: dict[str, tuple[Any, list[tuple[int, str]]]] = {}  # noqa: RUF012  # shared by design
 
@@ -184,12 +184,12 @@ class Messages:
         self._kept.clear()
 
     def errors(self) -> list[str]:
-        """What went wrong since this object was made, without the noise of a machine that has no GPU."""
+        """Errors since this object was created, without those about a missing GPU."""
         wrong = [text.strip() for severity, text in self._kept if severity <= self._error]
         told = [text for text in wrong if "cudaError 35" not in text]
         return told or wrong
 
     def last_error(self) -> str:
-        """The last thing that went wrong, on one line."""
+        """The last error, on one line."""
         errors = self.errors()
         return " ".join(errors[-1].split()).rstrip(".") if errors else "no reason was given"

@@ -49,7 +49,7 @@ def test_build_for_a_range_of_batches(tmp_path: Path, capsys: pytest.CaptureFixt
     export_onnx(SmallNet(), torch.zeros(1, 3, 16, 16), path, dynamic_batch=True)
     options = ["build", str(path), "--module", RTX, "--compute-capability", "8.6"]
     assert main(options) == 2
-    assert "has open dimensions" in capsys.readouterr().err
+    assert "has dynamic dimensions" in capsys.readouterr().err
     assert main([*options, "--batch", "1..2..4"]) == 0
     shapes = [[size, 3, 16, 16] for size in (1, 2, 4)]
     assert read_sidecar(path.with_suffix(".engine")).settings["profile"] == {"input": shapes}
@@ -117,7 +117,7 @@ def test_no_traceback_from_the_shell(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("is empty. Export the network again, and copy the file as a whole.")
+    assert done.stderr.strip().endswith("is empty. Export the network again, and copy all of the file.")
 
 
 def test_references_of_numpy_are_read(tmp_path: Path) -> None:

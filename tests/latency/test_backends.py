@@ -65,7 +65,7 @@ def test_no_gpu_answers(installed: Callable[..., None], monkeypatch: pytest.Monk
     assert parse_recipe({"model": "resnet18"}, "test").resolved().precision == "fp32"
     monkeypatch.setenv("COMPRESSOR_BACKEND", "tensorrt")
     gpu_backend.cache_clear()
-    with pytest.raises(ExportError, match=r"COMPRESSOR_BACKEND=tensorrt cannot be used: no GPU answers"):
+    with pytest.raises(ExportError, match=r"COMPRESSOR_BACKEND=tensorrt cannot be used: no GPU was found"):
         gpu_backend()
 
 

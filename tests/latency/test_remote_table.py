@@ -93,7 +93,7 @@ def test_a_killed_script_goes_on(written: Path, memory: Path, tmp_path: Path) ->
         make_trtexec(tmp_path / "bin", "10.3.0", rule="named", memory=str(memory), die_after=networks + 5),
     )
     assert killed.returncode == -9
-    with pytest.raises(ExportError, match=r"no results\.json: the script has not come to its end"):
+    with pytest.raises(ExportError, match=r"no results\.json: the script has not finished"):
         table_of_results(folder)
     kept = {path: path.stat().st_mtime_ns for path in (folder / "results").glob("*/1-*.txt")}
     assert len(kept) == 5
@@ -119,7 +119,7 @@ def test_another_version_does_not_mix_in(written: Path, memory: Path, tmp_path: 
     )
     done = run(folder, make_trtexec(tmp_path / "bin", "10.13.2", rule="named", memory=str(memory)))
     assert done.returncode == 2
-    assert "was begun with [TensorRT 10.3.0" in done.stderr
+    assert "was started with [TensorRT 10.3.0" in done.stderr
     assert "[TensorRT 10.13.2" in done.stderr
 
 

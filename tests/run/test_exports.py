@@ -175,7 +175,8 @@ def test_engines_are_built_once(run: Path, tmp_path: Path, monkeypatch: pytest.M
     assert info.compute_capabilities == ("8.9",)
     assert len(list((tmp_path / "cache" / "engines").glob("*.engine"))) == 1
     assert exports_of(run)["engine.batch1-4"]["file"] == "engines/model.batch1-4.engine"
-    assert "has no deep-learning accelerators" in refused(run, "--format", "engine", "--dla", 0, *options[-2:])
+    message = refused(run, "--format", "engine", "--dla", 0, *options[-2:])
+    assert "does not support deep-learning accelerators" in message
     message = refused(run, "--format", "engine", "--target", "jetson-orin-nano-8gb", *options[-2:])
     assert "does not build for compute capability 8.7" in message
 
@@ -253,12 +254,12 @@ def test_a_network_that_failed_on_the_board_is_no_success(
             ["--target", "jetson-nano", "--precision", "int8", "--bundle", "b.tar.gz"],
             "The Jetson Nano has no INT8 units",
         ),
-        (["--format", "engine", "--builder", "tensorflow"], "tensorflow is no module that builds engines"),
+        (["--format", "engine", "--builder", "tensorflow"], "tensorflow is not a TensorRT module"),
         (["--bundle", "b.tar.gz"], "A bundle is for a board"),
         (["--bundle", "b.tar.gz", "--target", "jetson-nano", "--format", "pt2"], "Leave out --format"),
-        (["--bundle", "b.zip", "--target", "jetson-orin-nano-8gb"], "A bundle is called NAME.tar.gz"),
+        (["--bundle", "b.zip", "--target", "jetson-orin-nano-8gb"], "Expected a bundle named NAME.tar.gz"),
         (["--import", "r.tar.gz"], "--import needs the bundle"),
-        (["--target", "ssh://-oProxyCommand=x"], "is no address"),
+        (["--target", "ssh://-oProxyCommand=x"], "is not an ssh address"),
         (["--target", "ssh://me@orin", "--board", "pi"], "There is no target pi"),
         (["--max-drop", "-1", "--precision", "int8"], "takes percentage points from 0 to below 100, got -1"),
         (["--max-drop", "nan", "--precision", "fp16"], "takes percentage points from 0 to below 100, got nan"),
@@ -314,7 +315,7 @@ def test_there_and_back_over_ssh(run: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("export.device.remote.run_remote", go)
     try:
         board.options[0:2] = ["-F", str(tmp_path / "no-such-config")]
-        assert "is not reached" in " ".join(_ssh(run, board.url, 2).split())
+        assert "cannot be reached" in " ".join(_ssh(run, board.url, 2).split())
         assert (run / "bundles" / "jetson-orin-nano-8gb.tar.gz").exists()
         board.options[0:2] = ["-F", "none"]
         words = " ".join(_ssh(run, board.url, 0).split())

@@ -92,7 +92,7 @@ def test_nodes_asked_for_stay_fp32(tmp_path: Path, net: Path) -> None:
     weights = {entry.name: entry.data_type for entry in onnx.load(tmp_path / "half.onnx").graph.initializer}
     assert weights["head.weight"] == TensorProto.FLOAT
     assert weights["branch.weight"] == HALF
-    assert info.kept[0].reason == "asked for"
+    assert info.kept[0].reason == "requested"
     with pytest.raises(ExportError, match="has no node /nowhere"):
         convert_half(net, tmp_path / "half.onnx", keep=["/nowhere"])
 

@@ -44,8 +44,8 @@ def test_weights_in_other_files_are_seen(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"hello world, this is no network at all", "cut short or no ONNX file"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(50), "cut short or no ONNX file"),
+        (b"hello world, this is no network at all", "truncated or not an ONNX file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "truncated or not an ONNX file"),
         (onnx.ModelProto(ir_version=8).SerializeToString(), "has no version"),
         (chain_of([]), "has no operators"),
     ],
@@ -74,7 +74,7 @@ def test_every_cut_is_refused_or_leaves_the_same_graph(length: int) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_noise_never_escapes_as_another_error(noise: bytes) -> None:
-    refusals = ("net.onnx is empty", "net.onnx is cut short", "net.onnx is no ONNX network")
+    refusals = ("net.onnx is empty", "net.onnx is truncated", "net.onnx is not an ONNX network")
     try:
         header = parse_header(noise, "net.onnx")
         sound = bool(

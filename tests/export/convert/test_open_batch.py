@@ -96,11 +96,11 @@ REFUSED: dict[str, tuple[Operation, str]] = {
     "far branch": (lambda y: y * 2 if y.shape[0] > 6 else y, r"is off by .*if y\.shape\[0\] > 6"),
     "loop": (
         lambda y: torch.stack([y[i] * 2 for i in range(len(y))]),
-        r"depends on how many inputs there are",
+        r"depends on the batch size",
     ),
     "count": (
         lambda y: y + torch.arange(int(y.shape[0]))[:, None, None, None],
-        r"has a constant of the batch: shape",
+        r"has a constant that depends on the batch: shape",
     ),
 }
 

@@ -95,7 +95,7 @@ def test_what_the_exporter_gets_right(tmp_path: Path, name: str) -> None:
 def test_a_wrong_file_is_refused_with_its_cause(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(b"an older file")
-    with pytest.raises(ExportError, match=r"off by .* random also in evaluation mode"):
+    with pytest.raises(ExportError, match=r"off by .* random even in evaluation mode"):
         export_onnx(Within(lambda y: F.dropout(y, 0.5)), IMAGES[:1], path)
     with pytest.raises(ExportError, match=r"see test_rewrites\.py:\d+ .*if float\(x\.abs"):
         export_onnx(_ByValues(), torch.zeros(1, 3, 16, 16), path)

@@ -82,7 +82,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ("data/weights/model_weights_config.json", b'"use_pickle": false', b'"use_pickle": 1', "holds pickled tensors"),
         ("data/weights/model_weights_config.json", b'"weight_0"', b'"opaque_obj_0"', "holds pickled tensors"),
         ("models/model.json", b"torch.ops.aten.conv2d.default", b"torch.load", "calls 'torch.load'"),
-        ("models/model.json", b"Symbol('s77'", b"print('s77'", "code where a size belongs"),
+        ("models/model.json", b"Symbol('s77'", b"print('s77'", "code in place of a size"),
     ],
 )  # fmt: skip
 def test_what_torch_would_run_is_refused(

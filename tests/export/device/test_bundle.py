@@ -222,7 +222,7 @@ def test_results_are_packed_where_tar_is(tmp_path: Path, bundle: Path) -> None:
     folder = carry(bundle, tmp_path / "board")
     trtexec = make_trtexec(tmp_path / "bin", "10.3.0")
     done = run(folder, trtexec, "--processes", "1", "--only", "fp16", PATH=os.environ["PATH"])
-    assert "carry results.tar.gz back" in done.stdout
+    assert "copy results.tar.gz back" in done.stdout
     packed = read_results(folder / "results.tar.gz", bundle)
     assert packed == read_results(folder / "results", bundle)
     assert packed.facts == {"run": "r1"}
@@ -246,9 +246,9 @@ def test_what_the_script_refuses(tmp_path: Path, bundle: Path) -> None:
     if not Path("/usr/src/tensorrt/bin/trtexec").exists():
         refused("trtexec was not found", program=None)
     (folder / "models/slim.onnx").write_bytes(b"damaged")
-    refused("files were damaged on the way")
+    refused("files are damaged")
     (folder / "models.txt").unlink()
-    refused("this is no bundle")
+    refused("this is not a bundle")
 
 
 def test_a_full_disk_on_the_board_is_one_message(tmp_path: Path, bundle: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_full_disk_on_the_board_is_one_message(tmp_path: Path, bundle: Path) -
         assert done.stderr.strip().splitlines()[-1].endswith("is the disk full?")
     done = run(folder, trtexec, "--processes", "1", "--only", "fp32", "--out", str(tmp_path / "out"))
     assert done.returncode == 0
-    assert "engine is there" in done.stdout
+    assert "the engine exists" in done.stdout
 
 
 def test_results_are_checked(tmp_path: Path, bundle: Path, networks: Path) -> None:
@@ -286,16 +286,16 @@ def test_results_are_checked(tmp_path: Path, bundle: Path, networks: Path) -> No
 
     times = "slim.fp16/times-1.json"
     refused("checksum of results.json does not match", edit("results.json", "ok", "no"), renew=False)
-    refused("lacks results.json", lambda files: files.pop("results.json"), renew=False)
-    refused("on no list: extra.txt", lambda files: files.update({"extra.txt": b""}), renew=False)
+    refused("has no results.json", lambda files: files.pop("results.json"), renew=False)
+    refused("without a checksum: extra.txt", lambda files: files.update({"extra.txt": b""}), renew=False)
     refused("has no results.json", lambda files: files.pop("results.json"))
-    refused("is of another version", edit("results.json", '"format": 1', '"format": 2'))
-    refused("speaks of other", edit("results.json", '"slim.fp16"', '"other"'))
-    refused("cannot be understood", edit("results.json", '"engine_bytes"', '"bytes"'))
-    refused("is no times file", edit(times, "computeMs", "computeS"))
+    refused("another version of the program", edit("results.json", '"format": 1', '"format": 2'))
+    refused("names other", edit("results.json", '"slim.fp16"', '"other"'))
+    refused("cannot be parsed", edit("results.json", '"engine_bytes"', '"bytes"'))
+    refused("is not a times file", edit(times, "computeMs", "computeS"))
     refused("must be positive", edit(times, '"computeMs" : 1.5,', '"computeMs" : -1,'))
     refused("has no times for slim.fp16", lambda files: files.pop(times))
-    refused("is no output file", edit("slim.fp16/output-00.json", "values", "valued"))
+    refused("is not an output file", edit("slim.fp16/output-00.json", "values", "valued"))
     other = tmp_path / "other.tar.gz"
     make_bundle(other, [networks / "slim.fp16.onnx"], reference(networks), target="jetson-orin-nano-8gb")
     with pytest.raises(ExportError, match="belongs to another bundle"):
@@ -315,7 +315,7 @@ def test_hostile_members_are_not_read(tmp_path: Path, bundle: Path, name: str, k
         archive.addfile(entry)
     path = tmp_path / "hostile.tar.gz"
     path.write_bytes(buffer.getvalue())
-    with pytest.raises(ExportError, match=r"leaves the archive's folder|is no plain file"):
+    with pytest.raises(ExportError, match=r"leaves the archive's folder|is not a regular file"):
         read_results(path, bundle)
 
 
@@ -325,7 +325,7 @@ def test_damaged_archives(tmp_path: Path, bundle: Path) -> None:
     for content in (b"", b"noise", bundle.read_bytes()[:300], pack({}, "results")):
         path = tmp_path / "bad.tar.gz"
         path.write_bytes(content)
-        with pytest.raises(ExportError, match=r"is no whole \.tar\.gz|is empty"):
+        with pytest.raises(ExportError, match=r"is not a complete \.tar\.gz|is empty"):
             read_results(path, bundle)
 
 
@@ -345,11 +345,11 @@ def test_what_cannot_go_into_a_bundle(tmp_path: Path, networks: Path) -> None:
     )
     refused("at least one network")
     refused("There is no ONNX file", "none.onnx")
-    refused("opset 17; the Jetson Nano reads up to 13", "slim.onnx", target="jetson-nano")
+    refused("opset 17; the Jetson Nano reads opsets up to 13", "slim.onnx", target="jetson-nano")
     refused("Jetson TX2 has no INT8 units", "old.int8.onnx", target="jetson-tx2")
-    refused("Two networks are called slim", "slim.onnx", "slim.onnx")
-    refused("A bundle is called NAME.tar.gz", "slim.onnx", name="b.zip")
-    refused("A bundle is called NAME.tar.gz", "slim.onnx", name="$(reboot).tar.gz")
+    refused("Two networks have the name slim", "slim.onnx", "slim.onnx")
+    refused("Expected a bundle named NAME.tar.gz", "slim.onnx", name="b.zip")
+    refused("Expected a bundle named NAME.tar.gz", "slim.onnx", name="$(reboot).tar.gz")
     hostile = networks / "a b;reboot.onnx"
     shutil.copy(networks / "slim.onnx", hostile)
     refused("cannot go into a bundle", hostile.name)

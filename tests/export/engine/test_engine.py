@@ -70,7 +70,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path, net: Path) -> None:
 def test_open_batch_wants_a_profile(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     export_onnx(SmallNet(), torch.zeros(1, 3, 16, 16), path, dynamic_batch=True)
-    with pytest.raises(ExportError, match=r"Input input has open dimensions: \[-1, 3, 16, 16\]"):
+    with pytest.raises(ExportError, match=r"Input input has dynamic dimensions: \[-1, 3, 16, 16\]"):
         build_engine(path, tmp_path / "net.engine", module=RTX, compute_capability="8.6")
     shapes = ((1, 3, 16, 16), (4, 3, 16, 16), (8, 3, 16, 16))
     settings = BuildSettings(profile={"input": shapes})
@@ -83,9 +83,9 @@ def test_open_batch_wants_a_profile(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", r"bad\.onnx is empty"),
-        (b"hello world, this is not onnx", "cut short or no ONNX file"),
-        (chain_of(["Relu"])[:-3], "cut short or no ONNX file|is no ONNX network"),
-        (chain_of(["Relu"], opset=99), "of ONNX opset 99; TensorRT-RTX .* reads 9 to 20"),
+        (b"hello world, this is not onnx", "truncated or not an ONNX file"),
+        (chain_of(["Relu"])[:-3], "truncated or not an ONNX file|is not an ONNX network"),
+        (chain_of(["Relu"], opset=99), "has ONNX opset 99; TensorRT-RTX .* reads opsets 9 to 20"),
         (chain_of(["Relu", "Det", "Unique"]), r"2 operators of .*: n1 \(Det\): not supported; n2 \(Unique\)"),
         (chain_of(["Relu", "Own"]), r"an operator of .*: n1 \(Own\): .*Plugin not found"),
     ],
@@ -110,10 +110,10 @@ def test_requests_that_would_be_ignored_are_refused(tmp_path: Path, net: Path) -
                 settings=BuildSettings(**settings),  # type: ignore[arg-type]
             )
 
-    ask("has no optimisation levels", optimisation_level=3)
-    ask("has no deep-learning accelerators", dla_core=0)
-    ask("has no version-compatible engines", version_compatible=True)
-    ask("has no hardware-compatible engines", hardware_compatible=True)
+    ask("does not support optimisation levels", optimisation_level=3)
+    ask("does not support deep-learning accelerators", dla_core=0)
+    ask("does not support version-compatible engines", version_compatible=True)
+    ask("does not support hardware-compatible engines", hardware_compatible=True)
     ask(r"does not build for compute capability 8\.7: expected 7\.5, 8\.0, 8\.6", capability="8.7")
     ask("Turing GPUs .* need FP16", capability="7.5")
     assert list(tmp_path.iterdir()) == []
@@ -138,9 +138,9 @@ def test_damaged_engines_and_descriptions_are_refused(tmp_path: Path, net: Path)
         read_sidecar(target)
     target.write_bytes(whole)
     for text, message in [
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "holds a list"),
-        ("{}", "not written by this version"),
+        ("{}", "written by another version"),
         (json.dumps({"format": 1}), "does not describe an engine"),
         (facts.replace('"size"', '"siz"'), "does not describe an engine"),
     ]:
@@ -157,11 +157,11 @@ def test_an_engine_for_elsewhere_is_refused_before_loading(tmp_path: Path, net: 
     here = Flavour(RTX, info.version, (1, 7))
     device = Device("RTX A2000", "8.6", 12 << 30, 1200, "13.0")
     require_loadable(info, here, device)
-    with pytest.raises(ExportError, match=r"is for compute capability 8\.6; the RTX 5090 here has 12\.0"):
+    with pytest.raises(ExportError, match=r"is for compute capability 8\.6; the RTX 5090 of this machine has 12\.0"):
         require_loadable(info, here, Device("RTX 5090", "12.0", 32 << 30, 2400, "13.0"))
-    with pytest.raises(ExportError, match=r"built with version .*; here is TensorRT-RTX 1\.8"):
+    with pytest.raises(ExportError, match=r"built with version .*; this machine has TensorRT-RTX 1\.8"):
         require_loadable(info, Flavour(RTX, "1.8.0.1", (1, 8)), device)
-    with pytest.raises(ExportError, match=r"built with tensorrt_rtx_bindings; here is TensorRT 10\.3"):
+    with pytest.raises(ExportError, match=r"built with tensorrt_rtx_bindings; this machine has TensorRT 10\.3"):
         require_loadable(info, Flavour("tensorrt", "10.3.0", (10, 3)), device)
 
 

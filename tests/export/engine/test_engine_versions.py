@@ -85,15 +85,15 @@ def test_settings_that_a_version_lacks(tmp_path: Path, monkeypatch: pytest.Monke
     install(monkeypatch, "8.5.2.2")
     net = source(tmp_path, ["Relu"])
     for setting in ("version_compatible", "hardware_compatible"):
-        with pytest.raises(ExportError, match=r"TensorRT 8\.5\.2\.2 has no .*-compatible engines"):
+        with pytest.raises(ExportError, match=r"TensorRT 8\.5\.2\.2 does not support .*-compatible engines"):
             build_engine(net, tmp_path / "e", module="tensorrt", settings=BuildSettings(**{setting: True}))
     with pytest.raises(ExportError, match="computes in FP16 or INT8; the file is FP32"):
         build_engine(net, tmp_path / "e", module="tensorrt", settings=BuildSettings(dla_core=0))
     half = source(tmp_path, ["Relu"], np.float16)
-    with pytest.raises(ExportError, match="accelerator 0 was asked for; this device has 0"):
+    with pytest.raises(ExportError, match="accelerator 0 was requested; this device has 0"):
         build_engine(half, tmp_path / "e", module="tensorrt", settings=BuildSettings(dla_core=0))
     newer = source(tmp_path, ["Relu"], opset=18)
-    with pytest.raises(ExportError, match=r"of ONNX opset 18; TensorRT 8\.5\.2\.2 reads 9 to 17"):
+    with pytest.raises(ExportError, match=r"has ONNX opset 18; TensorRT 8\.5\.2\.2 reads opsets 9 to 17"):
         build_engine(newer, tmp_path / "e", module="tensorrt")
 
 
@@ -134,10 +134,10 @@ def test_timings_are_kept_by_device_and_version(tmp_path: Path, monkeypatch: pyt
 def test_tensorrt_builds_for_the_gpu_here_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "10.3.0.30")
     net = source(tmp_path, ["Relu"])
-    with pytest.raises(ExportError, match=r"for the GPU here \(Orin, .* 8\.7\), not for 8\.6"):
+    with pytest.raises(ExportError, match=r"for the GPU of this machine \(Orin, .* 8\.7\), not for 8\.6"):
         build_engine(net, tmp_path / "e", module="tensorrt", compute_capability="8.6")
     monkeypatch.setattr(engine, "find_device", lambda: None)
-    with pytest.raises(ExportError, match="builds on the GPU that it builds for, and none was found"):
+    with pytest.raises(ExportError, match="builds an engine on the GPU that the engine is for, and no GPU"):
         build_engine(net, tmp_path / "e", module="tensorrt")
 
 
@@ -147,9 +147,9 @@ def test_versions_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ExportError, match=r"TensorRT 8\.2\.1\.8 is too old"):
         build_engine(net, tmp_path / "e", module="tensorrt")
     monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "unknown")
-    with pytest.raises(ExportError, match="states no version"):
+    with pytest.raises(ExportError, match="has no readable version"):
         build_engine(net, tmp_path / "e", module="tensorrt")
-    with pytest.raises(ExportError, match="tensorflow is no module that builds engines"):
+    with pytest.raises(ExportError, match="tensorflow is not a TensorRT module"):
         build_engine(net, tmp_path / "e", module="tensorflow")
 
 

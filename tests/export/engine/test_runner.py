@@ -164,7 +164,7 @@ def test_an_engine_that_does_not_load(built: tuple[Path, Any]) -> None:
 def test_an_engine_of_another_version(built: tuple[Path, Any]) -> None:
     net, module = built
     module.__version__ = "10.13.2.6"
-    with pytest.raises(ExportError, match=r"built with version 10\.3\.0\.30; here is TensorRT 10\.13\.2\.6"):
+    with pytest.raises(ExportError, match=r"built with version 10\.3\.0\.30; this machine has TensorRT 10\.13\.2\.6"):
         EngineRunner(net.with_suffix(".engine"), driver=FakeDriver())
 
 
