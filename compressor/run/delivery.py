@@ -67,7 +67,7 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
             job, slim, run.file(MODEL), metadata=metadata_of(job.recipe, job.data, run, plan.checksum)
         )
         images, _ = drawn(job.data.test, COMPARED_IMAGES, job.recipe.seed)
-        from export.convert.parity import check_parity
+        from export.convert.to_onnx import check_parity
 
         parity = check_parity(slim, run.file(MODEL), images, tolerance=job.recipe.export.tolerance)
         exported, count = scored(run.file(MODEL), job.data)

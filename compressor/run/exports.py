@@ -167,8 +167,7 @@ class Finished:
         import torch
 
         from compressor.run.onnx_files import scored
-        from export.convert.parity import check_parity
-        from export.convert.to_onnx import export_onnx
+        from export.convert.to_onnx import check_parity, export_onnx
 
         shape = (1 if request.batch.open else request.batch.most, *self.data.input_shape)
         opset = self._opset(request)

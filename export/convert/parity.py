@@ -1,6 +1,6 @@
 """Parity of an exported file with its network: differences and top-1 agreement of outputs on real inputs.
 
-    parity = check_parity(model, "model.onnx", images)         # raises ExportError if a threshold is missed
+    parity = compare_outputs(reference, outputs)
     parity.max_abs, parity.mean_abs, parity.top1_agreement
 
 The comparison needs only numpy, so that a device uses the same one.
@@ -19,7 +19,6 @@ from export.errors import ExportError
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from torch import nn
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1.0}
 """Maximum difference for each precision, for outputs of up to 1; scaled with larger outputs."""
@@ -195,48 +194,6 @@ def onnx_outputs(
         outputs = run_session(session, {wanted[0].name: chunk})
         parts.append([value[: size - missing] for value in outputs])
     return [np.concatenate([part[index] for part in parts]) for index in range(len(parts[0]))]
-
-
-def check_parity(
-    model: nn.Module,
-    onnx_path: str | Path,
-    inputs: Any,
-    *,
-    tolerance: float = TOLERANCES["fp32"],
-    min_agreement: float = AGREEMENTS["fp32"],
-    threads: int = 1,
-) -> Parity:
-    """Compare an ONNX file with the torch module that it was exported from, on real inputs.
-
-    Args:
-        model: The module; run in evaluation mode, and its mode is restored.
-        onnx_path: The file.
-        inputs: Real inputs (N, C, H, W), as an array or tensor of floats.
-        tolerance: Maximum absolute difference for outputs of up to 1; scaled with larger outputs.
-        min_agreement: Minimum top-1 agreement.
-        threads: Threads of ONNX Runtime.
-
-    Returns:
-        The parity of the worst output.
-
-    Raises:
-        ExportError: the difference or the agreement misses its threshold, or the file cannot be run.
-    """
-    import numpy as np
-
-    from export.convert.onnx_header import read_header
-    from export.convert.to_onnx import reference_outputs
-
-    array = np.asarray(inputs.detach().cpu() if hasattr(inputs, "detach") else inputs, dtype=np.float32)
-    exported = onnx_outputs(onnx_path, array, threads=threads)
-    (declared,) = (shape[0] for shape in read_header(onnx_path).shapes.values())
-    reference = reference_outputs(model, array, runs=portions(len(array), declared if declared > 0 else None))
-    if len(exported) != len(reference):
-        raise ExportError(f"{onnx_path} has {len(exported)} outputs, the network has {len(reference)}.")
-    found = [
-        compare_outputs(right, judged, tolerance=tolerance) for right, judged in zip(reference, exported)
-    ]
-    return require(worst(found), str(onnx_path), min_agreement=min_agreement)
 
 
 def worst(found: Sequence[Parity]) -> Parity:

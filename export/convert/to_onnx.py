@@ -30,7 +30,17 @@ from torch.jit._trace import TracerWarning
 
 from export.convert.open_batch import SIZES, NotOpen, generalise
 from export.convert.ort import first_line, open_session, run_session
-from export.convert.parity import gross_difference
+from export.convert.parity import (
+    AGREEMENTS,
+    TOLERANCES,
+    Parity,
+    compare_outputs,
+    gross_difference,
+    onnx_outputs,
+    portions,
+    require,
+    worst,
+)
 from export.convert.rewrites import Writable
 from export.convert.tidy import check, shapes, tidy, write_metadata
 from export.errors import ExportError
@@ -164,6 +174,47 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
     return copied
+
+
+def check_parity(
+    model: nn.Module,
+    onnx_path: str | Path,
+    inputs: Any,
+    *,
+    tolerance: float = TOLERANCES["fp32"],
+    min_agreement: float = AGREEMENTS["fp32"],
+    threads: int = 1,
+) -> Parity:
+    """Compare an ONNX file with the torch module that it was exported from, on real inputs.
+
+    Args:
+        model: The module; run in evaluation mode, and its mode is restored.
+        onnx_path: The file.
+        inputs: Real inputs (N, C, H, W), as an array or tensor of floats.
+        tolerance: Maximum absolute difference for outputs of up to 1; scaled with larger outputs.
+        min_agreement: Minimum top-1 agreement.
+        threads: Threads of ONNX Runtime.
+
+    Returns:
+        The parity of the worst output.
+
+    Raises:
+        ExportError: the difference or the agreement misses its threshold, or the file cannot be run.
+    """
+    import numpy as np
+
+    from export.convert.onnx_header import read_header
+
+    array = np.asarray(inputs.detach().cpu() if hasattr(inputs, "detach") else inputs, dtype=np.float32)
+    exported = onnx_outputs(onnx_path, array, threads=threads)
+    (declared,) = (shape[0] for shape in read_header(onnx_path).shapes.values())
+    reference = reference_outputs(model, array, runs=portions(len(array), declared if declared > 0 else None))
+    if len(exported) != len(reference):
+        raise ExportError(f"{onnx_path} has {len(exported)} outputs, the network has {len(reference)}.")
+    found = [
+        compare_outputs(right, judged, tolerance=tolerance) for right, judged in zip(reference, exported)
+    ]
+    return require(worst(found), str(onnx_path), min_agreement=min_agreement)
 
 
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:

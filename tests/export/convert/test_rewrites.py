@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from export.convert.parity import check_parity
-from export.convert.to_onnx import export_onnx
+from export.convert.to_onnx import check_parity, export_onnx
 from export.errors import ExportError
 from tests.export.nets import Within
 

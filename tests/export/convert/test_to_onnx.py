@@ -13,9 +13,8 @@ import torchvision
 from torch import nn
 
 from export.convert.onnx_header import read_header
-from export.convert.parity import check_parity
 from export.convert.tidy import module_path
-from export.convert.to_onnx import export_onnx, reference_outputs
+from export.convert.to_onnx import check_parity, export_onnx, reference_outputs
 from export.errors import ExportError
 from tests.export.nets import SmallNet
 
