@@ -116,63 +116,62 @@ def test_a_second_run_reads_the_cache(
     assert counted == [1, 2]
 
 
+Later = Callable[[Any], tuple[LatencyTable, LatencyTable, list[str]]]
+
+
+@pytest.fixture
+def seen_later(
+    space: PruningSpace, example: Tensor, tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> Later:
+    """Ask for a table, and again once the machine is another device: both tables, and the lines of the second time."""
+
+    def twice(device: Any) -> tuple[LatencyTable, LatencyTable, list[str]]:
+        before = local_table(space, example, cache_dir=tmp_path)
+        monkeypatch.setattr(local, "OrtProcess", lambda threads=1: device(before))
+        lines = _Lines()
+        with shown_on(lines):
+            return before, local_table(space, example, cache_dir=tmp_path), lines.lines
+
+    return twice
+
+
 @pytest.mark.parametrize("factor", [0.4, 2.5])
 def test_a_table_of_a_busy_machine_is_made_anew_on_a_quiet_one(
-    space: PruningSpace,
-    example: Tensor,
-    tmp_path: Path,
-    counted: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-    device: type,
-    factor: float,
+    space: PruningSpace, counted: list[int], seen_later: Later, device: type, factor: float
 ) -> None:
-    before = local_table(space, example, cache_dir=tmp_path)
-    monkeypatch.setattr(local, "OrtProcess", lambda threads=1: device(factor=factor))
-    lines = _Lines()
-    with shown_on(lines):
-        now = local_table(space, example, cache_dir=tmp_path)
+    before, now, lines = seen_later(lambda _: device(factor=factor))
     assert counted == [1, 1]
-    assert any("measured again" in line for line in lines.lines)
+    assert any("measured again" in line for line in lines)
     assert now.dense_ms(space) == pytest.approx(factor * before.dense_ms(space), rel=0.1)
 
 
 @pytest.mark.parametrize("factor", [0.75, 1.3])
 def test_a_busy_machine_keeps_its_table_where_shares_of_the_dense_network_have_not_changed(
-    space: PruningSpace,
-    example: Tensor,
-    tmp_path: Path,
-    counted: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-    device: type,
-    factor: float,
+    counted: list[int], seen_later: Later, device: type, factor: float
 ) -> None:
-    before = local_table(space, example, cache_dir=tmp_path)
-    monkeypatch.setattr(local, "OrtProcess", lambda threads=1: device(factor=factor, noise=0.05))
-    lines = _Lines()
-    with shown_on(lines):
-        assert local_table(space, example, cache_dir=tmp_path).to_json() == before.to_json()
+    before, now, lines = seen_later(lambda _: device(factor=factor, noise=0.05))
+    assert now.to_json() == before.to_json()
     assert counted == [1]
-    assert any("the table is kept" in line for line in lines.lines)
+    assert any("the table is kept" in line for line in lines)
 
 
 def test_a_table_is_made_anew_where_shares_of_the_dense_network_have_changed(
-    space: PruningSpace,
-    example: Tensor,
-    tmp_path: Path,
-    counted: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-    device: type,
+    space: PruningSpace, counted: list[int], seen_later: Later, device: type
 ) -> None:
-    before = local_table(space, example, cache_dir=tmp_path)
-
     class Launching(device):  # type: ignore[misc]
         """Slower by a constant: small networks lose more."""
 
-        def whole(self, total: np.ndarray) -> np.ndarray:
-            return np.asarray(super().whole(total) + 0.3 * before.dense_ms(space))
+        constant_ms = 0.0
 
-    monkeypatch.setattr(local, "OrtProcess", lambda threads=1: Launching())
-    local_table(space, example, cache_dir=tmp_path)
+        def whole(self, total: np.ndarray) -> np.ndarray:
+            return np.asarray(super().whole(total) + self.constant_ms)
+
+    def launching(before: LatencyTable) -> Launching:
+        made = Launching()
+        made.constant_ms = 0.3 * before.dense_ms(space)
+        return made
+
+    seen_later(launching)
     assert counted == [1, 1]
 
 

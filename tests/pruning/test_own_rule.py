@@ -109,7 +109,7 @@ def scale_rule(tracer: Tracer, call: Call) -> None:
     tracer.mark(call.out, axes, tracer.active(call.args[0]))
 
 
-def dense_for(space: PruningSpace, operation: str) -> str:
+def assert_dense_for(space: PruningSpace, operation: str) -> str:
     """Why the first convolution is left dense."""
     assert [group.name for group in space.groups] == ["second"]
     (reason,) = [part.reason for part in space.skipped if part.name == "first"]
@@ -117,7 +117,7 @@ def dense_for(space: PruningSpace, operation: str) -> str:
     return reason
 
 
-def pruned_rightly(space: PruningSpace, example: Tensor) -> None:
+def assert_pruned_rightly(space: PruningSpace, example: Tensor) -> None:
     """The slim network computes what the dense one does whose removed channels are zero."""
     assert [(group.name, group.width) for group in space.groups] == [("first", 12), ("second", 8)]
     plan = space.plan([5, 3], "random", seed=1)
@@ -137,11 +137,11 @@ def test_the_page_makes_a_rule(
     nets: object, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = filled(nets.Scaled())  # type: ignore[attr-defined]
-    dense_for(PruningSpace(model, example), "mylib::scale_channels")
+    assert_dense_for(PruningSpace(model, example), "mylib::scale_channels")
     (tmp_path / "myrules.py").write_text(code_of("Add a layer rule"))
     monkeypatch.syspath_prepend(tmp_path)
     import_module("myrules")
-    pruned_rightly(PruningSpace(model, example), example)
+    assert_pruned_rightly(PruningSpace(model, example), example)
 
 
 def test_an_installed_package_brings_a_rule(
@@ -149,7 +149,7 @@ def test_an_installed_package_brings_a_rule(
 ) -> None:
     installed(tmp_path, "mypackage", "myrules", code_of("Add a layer rule"))
     monkeypatch.syspath_prepend(tmp_path)
-    pruned_rightly(PruningSpace(filled(nets.Scaled()), example), example)  # type: ignore[attr-defined]
+    assert_pruned_rightly(PruningSpace(filled(nets.Scaled()), example), example)  # type: ignore[attr-defined]
 
 
 def test_an_overload_and_an_operator_without_meta(nets: object, example: Tensor) -> None:
@@ -158,17 +158,17 @@ def test_an_overload_and_an_operator_without_meta(nets: object, example: Tensor)
         (torch.ops.mylib.slow_scale, "mylib::slow_scale"),
     ):
         model = filled(nets.Scaled(operator))  # type: ignore[attr-defined]
-        dense_for(PruningSpace(model, example), name)
+        assert_dense_for(PruningSpace(model, example), name)
         register_rule(operator)(scale_rule)
-        pruned_rightly(PruningSpace(model, example), example)
+        assert_pruned_rightly(PruningSpace(model, example), example)
 
 
 def test_a_function_that_goes_through_the_function_protocol(nets: object, example: Tensor) -> None:
     mul: Callable[..., Tensor] = nets.mul  # type: ignore[attr-defined]
     model = filled(nets.Scaled(mul))  # type: ignore[attr-defined]
-    dense_for(PruningSpace(model, example), "mynets.mul")  # torch's `mul` is another
+    assert_dense_for(PruningSpace(model, example), "mynets.mul")  # torch's `mul` is another
     register_rule(mul)(scale_rule)
-    pruned_rightly(PruningSpace(model, example), example)
+    assert_pruned_rightly(PruningSpace(model, example), example)
 
 
 def test_sizes_that_a_rule_gets_wrong_leave_its_channels_dense(nets: object, example: Tensor) -> None:
