@@ -27,9 +27,9 @@ import torchvision
 from numpy.typing import NDArray
 
 from export.convert.half import convert_half
-from export.convert.parity import check_parity, compare_outputs, onnx_outputs
+from export.convert.parity import compare_outputs, onnx_outputs
 from export.convert.quantize import quantize_onnx
-from export.convert.to_onnx import export_onnx
+from export.convert.to_onnx import check_parity, export_onnx
 from export.engine.engine import available, build_engine
 from export.engine.trt import RTX
 from export.errors import ExportError

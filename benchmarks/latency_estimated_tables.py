@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from latency_modules import MODULES, Row, blocks, read_rows
 from scipy.optimize import least_squares
 
+from benchmarks.latency_modules import MODULES, Row, blocks, read_rows
 from compressor.latency.roofline import ELEMENT_BYTES, KINDS, SOFTNESS, operator_ms
 from compressor.latency.schema import (
     DeviceFields,

@@ -19,7 +19,7 @@ from compressor.run.job import prepare
 from compressor.run.onnx_files import DENSE
 from compressor.run.pipeline import resume
 from compressor.run.trial import DenseFile
-from export.convert.parity import check_parity
+from export.convert.to_onnx import check_parity
 from tests.runs import recipe
 
 

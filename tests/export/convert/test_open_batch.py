@@ -12,8 +12,8 @@ from torch import nn
 
 from export.convert.batches import Batch
 from export.convert.half import convert_half
-from export.convert.parity import check_parity, onnx_outputs, portions
-from export.convert.to_onnx import export_onnx
+from export.convert.parity import onnx_outputs, portions
+from export.convert.to_onnx import check_parity, export_onnx
 from export.convert.torch_formats import (
     check_loaded,
     export_program,
