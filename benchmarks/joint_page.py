@@ -115,7 +115,7 @@ class Row:
 def row_of(name: str, seed: int, folder: Path) -> Row:
     """Read a finished run's manifest, and count its network anew."""
     from compressor.core.files import read_json
-    from compressor.core.records import MANIFEST
+    from compressor.core.manifest import MANIFEST
 
     manifest = read_json(folder / MANIFEST)
     timing, latency = manifest["search"]["timing"], manifest["latency"]

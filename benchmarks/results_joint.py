@@ -23,8 +23,9 @@ from benchmarks.joint_page import Row, Setting, page, row_of
 from compressor.cli.display import RichDisplay
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_json, write_atomic
+from compressor.core.manifest import MANIFEST
 from compressor.core.progress import shown_on
-from compressor.core.records import MANIFEST, RECIPE
+from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe, shipped
 from compressor.run.pipeline import compress, resume
 

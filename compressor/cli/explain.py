@@ -41,9 +41,10 @@ def explain_again(
     Raises:
         CompressorError: The run has exported nothing yet, or a profile does not belong to its networks.
     """
-    from compressor.report.collect import REPORT
+    from compressor.core.manifest import Manifest
+    from compressor.report import write_report
     from compressor.report.explain import gap
-    from compressor.report.html import write_report
+    from compressor.report.page import REPORT
     from compressor.run.layer_times import explain_run, read_profiles
     from compressor.run.onnx_files import DENSE, MODEL
 
@@ -71,7 +72,7 @@ def explain_again(
         yield table_of_lines(lines)
         if len(lines) > MOST_LINES:
             yield f"and {len(lines) - MOST_LINES} more lines, in the report."
-        yield gap(run.manifest)
+        yield gap(Manifest.tolerant(run.manifest))
         sentences = [line.sentence for line in lines if line.sentence]
         yield from (f"- {sentence}" for sentence in sentences[:MOST_SENTENCES])
         if table is not None and table.estimated and predicted:

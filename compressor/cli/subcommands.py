@@ -121,14 +121,13 @@ def measure(
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
     """Write a run's report.html again from its manifest."""
     with friendly():
-        from compressor.core.files import read_json
-        from compressor.core.records import MANIFEST
+        from compressor.core.manifest import MANIFEST, Manifest
         from compressor.report import verdict, write_report
         from compressor.run.folder import RunDir
 
         RunDir.tidy(run)
         out.print(f"Wrote {write_report(run)}", highlight=False, soft_wrap=True)
-        out.print(verdict(read_json(run / MANIFEST)), highlight=False, soft_wrap=True)
+        out.print(verdict(Manifest.read_tolerant(run / MANIFEST)), highlight=False, soft_wrap=True)
 
 
 def devices() -> None:

@@ -12,7 +12,6 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import disk_error, parse_json, read_text, replacing, write_atomic
 from export.files import open_regular
 
-MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from compressor.report.comparison import closing_table
 from compressor.report.explain import checks
-from compressor.report.html import write_report
 from compressor.report.judgement import judge, verdict
-from compressor.report.table import closing_table
+from compressor.report.page import write_report
 
 __all__ = ["checks", "closing_table", "judge", "verdict", "write_report"]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compressor.report.collect import Manifest, section, text
+from compressor.core.manifest import Accuracy, Manifest
 from compressor.report.formats import (
     ABSENT,
+    MINUS,
     TIMES,
     accuracy_percent,
     count,
     milliseconds,
-    number,
     percent,
     percentile_name,
     points,
@@ -20,6 +21,12 @@ from compressor.report.formats import (
     significant,
     size,
 )
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Rich draws its own frame in ASCII if the terminal supports no more; these are the other signs that are printed.
+_PLAIN = str.maketrans({ABSENT: "-", MINUS: "-"})
 
 
 @dataclass(frozen=True)
@@ -41,89 +48,87 @@ class Tile:
     before: str
 
 
+def closing_table(manifest: Manifest | Mapping[str, Any]) -> Table:
+    """Return dense and slim side by side as a Rich table; print `verdict(manifest)` below it.
+
+    Names from the manifest are inserted as plain text, so that square brackets in them are no Rich markup.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("")
+    for heading in ("dense", "slim", "of dense"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in comparison(Manifest.tolerant(manifest)):
+        cells = (row.label, row.dense, row.slim, row.change)
+        table.add_row(*(Text(cell.translate(_PLAIN)) for cell in cells))
+    return table
+
+
 def comparison(manifest: Manifest) -> list[Row]:
     """Return the rows of accuracy, latency, MACs, parameters and file sizes that the manifest knows."""
-    rows = [*_accuracy_rows(manifest), *_latency_rows(manifest), *_cost_rows(manifest)]
+    rows = [*_accuracy_rows(manifest.accuracy), *_latency_rows(manifest), *_cost_rows(manifest)]
     return [row for row in rows if (row.dense, row.slim) != (ABSENT, ABSENT)]
 
 
-def _accuracy_rows(manifest: Manifest) -> list[Row]:
-    accuracy = section(manifest, "accuracy")
-    split = text(accuracy, "split", "unknown")
-    rows = [
-        Row(
-            f"Accuracy, {split} split",
-            accuracy_percent(accuracy.get("dense")),
-            accuracy_percent(accuracy.get("finetuned")),
-            points(_difference(accuracy.get("finetuned"), accuracy.get("dense"))),
+def _accuracy_rows(accuracy: Accuracy) -> list[Row]:
+    scored, dense = accuracy.exported_images, accuracy.dense
+    fewer = f" on {scored:,.0f} images" if scored is not None and scored != accuracy.images else ""
+    split = f"Accuracy, {accuracy.split or 'unknown'} split"
+    return [
+        Row(label, accuracy_percent(before), accuracy_percent(slim), points(_difference(slim, dense)))
+        for label, before, slim in (
+            (split, dense, accuracy.finetuned),
+            ("Accuracy, before fine-tuning", None, accuracy.pruned),
+            (f"Accuracy, of the exported ONNX{fewer}", None, accuracy.exported),
         )
     ]
-    steps = (("pruned", "before fine-tuning"), ("exported", _exported(accuracy)))
-    for key, label in steps:
-        change = points(_difference(accuracy.get(key), accuracy.get("dense")))
-        rows.append(Row(f"Accuracy, {label}", ABSENT, accuracy_percent(accuracy.get(key)), change))
-    return rows
-
-
-def _exported(accuracy: Manifest) -> str:
-    """Return the label of the exported file; it says so if the file was scored on fewer images than the others."""
-    images, scored = number(accuracy.get("images")), number(accuracy.get("exported_images"))
-    fewer = scored is not None and scored != images
-    return f"of the exported ONNX on {scored:,.0f} images" if fewer else "of the exported ONNX"
 
 
 def _latency_rows(manifest: Manifest) -> list[Row]:
-    latency = section(manifest, "latency")
-
-    def row(label: str, dense: str, slim: str) -> Row:
-        share = percent(ratio(latency.get(slim), latency.get(dense)))
-        return Row(label, milliseconds(latency.get(dense)), milliseconds(latency.get(slim)), share)
-
-    measured = percentile_name(latency.get("percentile"))
-    tails = [
-        row(f"Latency, measured (p{tail})", f"dense_p{tail}_ms", f"p{tail}_ms")
-        for tail in (90, 99)
-        if measured != f"p{tail}"
-    ]
+    latency = manifest.latency
+    measured = percentile_name(latency.percentile)
+    rows = (
+        ("predicted", latency.predicted_dense_ms, latency.predicted_ms),
+        (f"measured ({measured})", latency.dense_ms, latency.measured_ms),
+        ("measured (p90)", latency.dense_p90_ms, latency.p90_ms),
+        ("measured (p99)", latency.dense_p99_ms, latency.p99_ms),
+    )
     return [
-        row("Latency, predicted", "predicted_dense_ms", "predicted_ms"),
-        row(f"Latency, measured ({measured})", "dense_ms", "measured_ms"),
-        *tails,
+        Row(f"Latency, {label}", milliseconds(dense), milliseconds(slim), percent(ratio(slim, dense)))
+        for place, (label, dense, slim) in enumerate(rows)
+        if place < 2 or label != f"measured ({measured})"
     ]
 
 
 def _cost_rows(manifest: Manifest) -> list[Row]:
-    cost = section(manifest, "cost")
-    dense, slim = section(cost, "dense"), section(cost, "slim")
-    kinds = (
-        ("MACs", "macs", count),
-        ("Parameters", "params", count),
-        ("ONNX file", "onnx_bytes", size),
-        ("Weights, safetensors", "safetensors_bytes", size),
-    )
+    dense, slim = manifest.cost.dense, manifest.cost.slim
     return [
-        Row(label, shown(dense.get(key)), shown(slim.get(key)), percent(ratio(slim.get(key), dense.get(key))))
-        for label, key, shown in kinds
+        Row(label, shown(before), shown(after), percent(ratio(after, before)))
+        for label, before, after, shown in (
+            ("MACs", dense.macs, slim.macs, count),
+            ("Parameters", dense.params, slim.params, count),
+            ("ONNX file", dense.onnx_bytes, slim.onnx_bytes, size),
+            ("Weights, safetensors", dense.safetensors_bytes, slim.safetensors_bytes, size),
+        )
     ]
 
 
 def tiles(manifest: Manifest) -> list[Tile]:
     """Return the four most important numbers; unknown ones are left out."""
-    latency, accuracy = section(manifest, "latency"), section(manifest, "accuracy")
-    dense, slim = section(section(manifest, "cost"), "dense"), section(section(manifest, "cost"), "slim")
+    latency, dense, slim = manifest.latency, manifest.cost.dense, manifest.cost.slim
     found = [
-        _tile(
-            "Latency, measured", latency.get("measured_ms"), latency.get("dense_ms"), milliseconds, "faster"
-        ),
-        _accuracy_tile(accuracy),
-        _tile("MACs", slim.get("macs"), dense.get("macs"), count, "fewer"),
-        _tile("ONNX file", slim.get("onnx_bytes"), dense.get("onnx_bytes"), size, "smaller"),
+        _tile("Latency, measured", latency.measured_ms, latency.dense_ms, milliseconds, "faster"),
+        _accuracy_tile(manifest.accuracy),
+        _tile("MACs", slim.macs, dense.macs, count, "fewer"),
+        _tile("ONNX file", slim.onnx_bytes, dense.onnx_bytes, size, "smaller"),
     ]
     return [tile for tile in found if tile is not None]
 
 
-def _tile(label: str, slim: Any, dense: Any, shown: Any, better: str) -> Tile | None:
-    if number(slim) is None:
+def _tile(label: str, slim: float | None, dense: float | None, shown: Any, better: str) -> Tile | None:
+    if slim is None:
         return None
     gain = ratio(dense, slim)
     if gain is None:
@@ -134,19 +139,17 @@ def _tile(label: str, slim: Any, dense: Any, shown: Any, better: str) -> Tile | 
     return Tile(label, shown(slim), f"dense {shown(dense)}")
 
 
-def _accuracy_tile(accuracy: Manifest) -> Tile | None:
-    slim = number(accuracy.get("finetuned"))
-    if slim is None:
+def _accuracy_tile(accuracy: Accuracy) -> Tile | None:
+    if accuracy.finetuned is None:
         return None
-    change = _difference(slim, accuracy.get("dense"))
+    change = _difference(accuracy.finetuned, accuracy.dense)
     before = (
         "dense not known"
         if change is None
-        else f"{points(change)}, dense {accuracy_percent(accuracy.get('dense'))}"
+        else f"{points(change)}, dense {accuracy_percent(accuracy.dense)}"
     )
-    return Tile("Accuracy", accuracy_percent(slim), before)
+    return Tile("Accuracy", accuracy_percent(accuracy.finetuned), before)
 
 
-def _difference(left: Any, right: Any) -> float | None:
-    first, second = number(left), number(right)
-    return None if first is None or second is None else first - second
+def _difference(left: float | None, right: float | None) -> float | None:
+    return None if left is None or right is None else left - right

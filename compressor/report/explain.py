@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compressor.report.collect import Manifest, rows, section, text
+from compressor.core.manifest import ExplainedLine, Manifest
 from compressor.report.formats import (
     ABSENT,
     count,
     duration,
     milliseconds,
-    number,
     percent,
     percentile_name,
     points,
@@ -23,34 +22,31 @@ SAME = 0.02  # two ratios closer than this are called equal: repeated measuremen
 
 def accuracy_resolution(manifest: Manifest) -> str:
     """Return the resolution of the accuracy: the step of one image of the test split."""
-    images = number(section(manifest, "accuracy").get("images"))
+    images = manifest.accuracy.images
     if images is None or images < 1:
         return ""
-    return (
-        f"{int(images):,} images were tested, so one image more or less is {points(1 / images).lstrip('+')}."
-    )
+    return f"{images:,} images were tested, so one image more or less is {points(1 / images).lstrip('+')}."
 
 
 def measurement(manifest: Manifest) -> str:
     """Describe the device, runtime and settings of the latency measurement."""
-    latency = section(manifest, "latency")
-    if number(latency.get("measured_ms")) is None:
-        where = text(latency, "device")
-        return f"The latency was not measured{f' on {where}' if where else ''}."
-    parts = [text(latency, "device", "device not recorded"), text(latency, "runtime", "runtime not recorded")]
-    parts += [text(latency, "precision", "precision not recorded")]
-    for key, unit in (("batch", "batch"), ("threads", "threads")):
-        if (value := number(latency.get(key))) is not None:
-            parts.append(f"{unit} {value:g}")
-    runs = number(latency.get("runs"))
-    many = "runs" if runs is None else f"{runs:,.0f} runs"
-    return f"Latency is the {percentile_name(latency.get('percentile'))} of {many}: {', '.join(parts)}."
+    latency = manifest.latency
+    if latency.measured_ms is None:
+        return f"The latency was not measured{f' on {latency.device}' if latency.device else ''}."
+    parts = [latency.device or "device not recorded", latency.runtime or "runtime not recorded"]
+    parts += [latency.precision or "precision not recorded"]
+    parts += [
+        f"{name} {value:g}"
+        for name, value in (("batch", latency.batch), ("threads", latency.threads))
+        if value is not None
+    ]
+    many = "runs" if latency.runs is None else f"{latency.runs:,.0f} runs"
+    return f"Latency is the {percentile_name(latency.percentile)} of {many}: {', '.join(parts)}."
 
 
 def prediction_error(manifest: Manifest) -> str:
     """Compare the predicted with the measured latency."""
-    latency = section(manifest, "latency")
-    predicted, measured = number(latency.get("predicted_ms")), number(latency.get("measured_ms"))
+    predicted, measured = manifest.latency.predicted_ms, manifest.latency.measured_ms
     if predicted is None or measured is None or predicted <= 0:
         return ""
     off = measured / predicted - 1
@@ -63,9 +59,7 @@ def prediction_error(manifest: Manifest) -> str:
 def removal(manifest: Manifest) -> str:
     """Describe how many groups and channels were removed."""
     known = [
-        (width, kept)
-        for group in rows(manifest, "groups")
-        if (width := number(group.get("width"))) and (kept := number(group.get("kept"))) is not None
+        (group.width, group.kept) for group in manifest.groups if group.width and group.kept is not None
     ]
     if not known:
         return "The manifest does not say what was removed."
@@ -76,9 +70,8 @@ def removal(manifest: Manifest) -> str:
 
 def speed(manifest: Manifest) -> str:
     """Compare the remaining share of MACs with the remaining share of latency."""
-    cost, latency = section(manifest, "cost"), section(manifest, "latency")
-    work = ratio(section(cost, "slim").get("macs"), section(cost, "dense").get("macs"))
-    time = ratio(latency.get("measured_ms"), latency.get("dense_ms"))
+    work = ratio(manifest.cost.slim.macs, manifest.cost.dense.macs)
+    time = ratio(manifest.latency.measured_ms, manifest.latency.dense_ms)
     if work is None or time is None:
         return (
             "The measured latency of both networks and their MACs are needed to compare work with time; "
@@ -99,10 +92,13 @@ def speed(manifest: Manifest) -> str:
 
 def gap(manifest: Manifest) -> str:
     """Compare the shares of time and work under the profiler, and explain the order of the lines."""
-    found = section(manifest, "explanation")
-    lines = rows(found, "lines")
-    work = ratio(_sum(lines, "slim_macs"), _sum(lines, "dense_macs"))
-    time = ratio(found.get("slim_ms"), found.get("dense_ms"))
+    found = manifest.explanation
+    if found is None:
+        return ""
+    work = ratio(
+        sum(line.slim_macs or 0 for line in found.lines), sum(line.dense_macs or 0 for line in found.lines)
+    )
+    time = ratio(found.slim_ms, found.dense_ms)
     if work is None or time is None:
         return ""
     return (
@@ -112,71 +108,66 @@ def gap(manifest: Manifest) -> str:
     )
 
 
-def _sum(lines: list[Mapping[str, Any]], key: str) -> float:
-    return sum(number(line.get(key)) or 0.0 for line in lines)
-
-
 def explained(manifest: Manifest) -> dict[str, Any] | None:
     """Return the result of `compress measure --explain` for the page; None if it has not been run."""
-    found = section(manifest, "explanation")
-    lines = rows(found, "lines")
-    if not lines:
+    found = manifest.explanation
+    if found is None or not found.lines:
         return None
-    total = _sum(lines, "slim_ms")
-    guessed = _sum(lines, "predicted_slim_ms")
-    estimated = section(manifest, "latency").get("estimated") is True
+    total = sum(line.slim_ms or 0.0 for line in found.lines)
+    guessed = sum(line.predicted_slim_ms or 0.0 for line in found.lines)
     return {
         "gap": gap(manifest),
-        "sentences": [text(line, "sentence") for line in lines if text(line, "sentence")],
-        "predicted": "Estimated, slim" if estimated else "Predicted, slim",
+        "sentences": [line.sentence for line in found.lines if line.sentence],
+        "predicted": "Estimated, slim" if manifest.latency.estimated else "Predicted, slim",
         "remark": (
-            f"Measured on {text(found, 'where', 'a device that is not recorded')} under its profiler, whose overhead "
-            f"is subtracted. Peaks: {text(found, 'peaks', 'not recorded')}."
+            f"Measured on {found.where or 'a device that is not recorded'} under its profiler, whose overhead "
+            f"is subtracted. Peaks: {found.peaks or 'not recorded'}."
         ),
-        "lines": [
-            {
-                "name": text(line, "name", "unnamed"),
-                "macs": count(line.get("slim_macs")) if number(line.get("slim_macs")) else ABSENT,
-                "work": percent(ratio(line.get("slim_macs"), line.get("dense_macs")), 0),
-                "dense": milliseconds(line.get("dense_ms")),
-                "slim": _with_share(line.get("slim_ms"), total),
-                "predicted": _with_share(line.get("predicted_slim_ms"), guessed),
-                "bound": text(line, "bound") or ABSENT,
-                "peak": percent(line.get("peak_share"), 0),
-                "padding": percent(line.get("padding"), 0) if number(line.get("padding")) else ABSENT,
-                "gap": milliseconds(line.get("gap_ms")),
-            }
-            for line in lines
-        ],
+        "lines": [_line(line, total, guessed) for line in found.lines],
     }
 
 
-def _with_share(value: Any, total: float) -> str:
+def _line(line: ExplainedLine, total: float, guessed: float) -> dict[str, str]:
+    return {
+        "name": line.name or "unnamed",
+        "macs": count(line.slim_macs) if line.slim_macs else ABSENT,
+        "work": percent(ratio(line.slim_macs, line.dense_macs), 0),
+        "dense": milliseconds(line.dense_ms),
+        "slim": _with_share(line.slim_ms, total),
+        "predicted": _with_share(line.predicted_slim_ms, guessed),
+        "bound": line.bound or ABSENT,
+        "peak": percent(line.peak_share, 0),
+        "padding": percent(line.padding, 0) if line.padding else ABSENT,
+        "gap": milliseconds(line.gap_ms),
+    }
+
+
+def _with_share(value: float | None, total: float) -> str:
     share = ratio(value, total)
     return milliseconds(value) if share is None else f"{milliseconds(value)}, {percent(share, 0)}"
 
 
 def effort(manifest: Manifest) -> str:
     """Describe the cost of the search, and where its time went."""
-    search = section(manifest, "search")
-    if not search:
+    search = manifest.search
+    if search is None:
         return "This run has not searched yet, or its agent keeps no record."
-    parts = []
-    for key, unit in (("evaluations", "networks scored"), ("episodes", "episodes")):
-        if (value := number(search.get(key))) is not None:
-            parts.append(f"{int(value):,} {unit}")
-    if number(search.get("seconds")) is not None:
-        parts.append(duration(search.get("seconds")))
-    sentence = f"Agent {text(search, 'agent', 'not recorded')}: {', '.join(parts) or 'effort not recorded'}."
-    return f"{sentence} {_timing(section(search, 'timing'))}".strip()
+    parts = [
+        f"{value:,} {unit}"
+        for value, unit in ((search.evaluations, "networks scored"), (search.episodes, "episodes"))
+        if value is not None
+    ]
+    if search.seconds is not None:
+        parts.append(duration(search.seconds))
+    sentence = f"Agent {search.agent or 'not recorded'}: {', '.join(parts) or 'effort not recorded'}."
+    return f"{sentence} {_timing(search.timing)}".strip()
 
 
-def _timing(timing: Mapping[str, Any]) -> str:
-    total = number(timing.get("total"))
+def _timing(timing: Mapping[str, float]) -> str:
     known = [
         (part, share)
         for part in timing
-        if part != "total" and (share := ratio(timing[part], total)) is not None
+        if part != "total" and (share := ratio(timing[part], timing.get("total"))) is not None
     ]
     if not known:
         return ""
@@ -187,41 +178,48 @@ def _timing(timing: Mapping[str, Any]) -> str:
     return f"Of that time: {', '.join(shares)}."
 
 
-def _inputs(found: Mapping[str, Any]) -> str:
-    images = number(found.get("images"))
-    return "the inputs" if images is None else f"{images:,.0f} inputs"
-
-
 def beside_layers(manifest: Manifest) -> str:
     """Describe the multiply-adds outside the layers, so that the table of layers and the network's total agree."""
-    found = rows(manifest, "other_macs")
-    if not found:
+    if not manifest.other_macs:
         return ""
     each = ", ".join(
-        f"{text(row, 'name', 'unnamed')} {count(row.get('dense_macs'))} → {count(row.get('slim_macs'))}"
-        for row in found
+        f"{row.name or 'unnamed'} {count(row.dense_macs)} → {count(row.slim_macs)}" for row in manifest.other_macs
     )
     return f"MACs outside the layers, dense → slim: {each}. With them the layers add up to the total."
 
 
-def checks(manifest: Manifest) -> list[str]:
+def checks(manifest: Manifest | Mapping[str, Any]) -> list[str]:
     """Return what torch-pruning and fvcore found for the slim network, a sentence each; empty if not recorded."""
-    found = section(manifest, "checks")
-    known = (("torch_pruning", "Removed channels"), ("fvcore", "Multiply-adds"))
-    return [f"{what}: {words}." for key, what in known if (words := text(section(found, key), "words"))]
+    found = Manifest.tolerant(manifest).checks
+    known = (("Removed channels", found.torch_pruning), ("Multiply-adds", found.fvcore))
+    return [f"{what}: {check.words}." for what, check in known if check.words]
 
 
 def parity(manifest: Manifest) -> str:
     """Describe the difference between the exported file and the trained network."""
-    found = section(manifest, "parity")
-    largest, tolerance = number(found.get("max_abs")), number(found.get("tolerance"))
-    if largest is None:
+    found = manifest.parity
+    if found.max_abs is None:
         return "The exported file was not compared with the trained network."
-    sentence = f"Exported ONNX against torch: outputs differ by at most {largest:.1e}"
-    if (mean := number(found.get("mean_abs"))) is not None:
-        sentence += f", {mean:.1e} on average"
-    if tolerance is not None:
-        sentence += f" ({tolerance:.0e} allowed{'' if largest <= tolerance else ', so this is too much'})"
-    if (agreement := number(found.get("top1_agreement"))) is not None:
-        sentence += f"; the predicted class agrees on {percent(agreement, 2)} of {_inputs(found)}"
+    sentence = f"Exported ONNX against torch: outputs differ by at most {found.max_abs:.1e}"
+    if found.mean_abs is not None:
+        sentence += f", {found.mean_abs:.1e} on average"
+    if found.tolerance is not None:
+        too_much = "" if found.max_abs <= found.tolerance else ", so this is too much"
+        sentence += f" ({found.tolerance:.0e} allowed{too_much})"
+    if found.top1_agreement is not None:
+        inputs = "the inputs" if found.images is None else f"{found.images:,.0f} inputs"
+        sentence += f"; the predicted class agrees on {percent(found.top1_agreement, 2)} of {inputs}"
     return f"{sentence}."
+
+
+def images(manifest: Manifest) -> str:
+    """Describe how images become the network's input, and the origin of that; empty if not recorded."""
+    from compressor.data.preprocessing import Preprocessing
+
+    found = {**manifest.preprocessing}
+    origin = found.pop("origin", None)
+    try:
+        described = Preprocessing.from_dict(found).describe()
+    except (KeyError, TypeError, ValueError):  # a run of an earlier version, or a damaged manifest
+        return ""
+    return f"Images are {described}" + (f" ({origin})." if origin else ".")

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from compressor.report.collect import Manifest, rows, section, text
+from compressor.core.manifest import Budget, Manifest, Measurement
+from compressor.core.manifest import Verdict as BudgetVerdict
 from compressor.report.formats import ABSENT, cost, count, number, percent, ratio, significant
 
 State = Literal["kept", "slower", "missed", "predicted", "undecided", "unfinished", "none"]
-BudgetVerdict = Literal["kept", "missed", "predicted", "undecided"]
 
 NAMES = {"latency": "latency", "flops": "MACs", "macs": "MACs", "params": "parameters", "memory": "memory"}
 COUNTED = ("MACs", "params")  # exact numbers of the built network: they are counted, not measured
@@ -41,7 +41,7 @@ class Verdict:
     remarks: tuple[str, ...] = ()
 
 
-def verdict(manifest: Manifest) -> str:
+def verdict(manifest: Manifest | Mapping[str, Any]) -> str:
     """Return the verdict in one line, for the terminal.
 
     >>> verdict({"status": "finished", "budgets": [{"name": "latency", "unit": "ms",
@@ -52,8 +52,9 @@ def verdict(manifest: Manifest) -> str:
     return " ".join((judged.sentence, *judged.remarks))
 
 
-def judge(manifest: Manifest) -> Verdict:
+def judge(manifest: Manifest | Mapping[str, Any]) -> Verdict:
     """Judge every budget; a run that was not measured completely gets no verdict."""
+    manifest = Manifest.tolerant(manifest)
     if not measured_to_the_end(manifest):
         return Verdict("unfinished", _unfinished(manifest))
     lines = budget_lines(manifest)
@@ -78,27 +79,24 @@ _HEADINGS: dict[BudgetVerdict, str] = {
 """The verdict's introductions of its budgets, the worst first."""
 
 
-def verdict_of(budget: Mapping[str, Any]) -> BudgetVerdict:
-    """Return the verdict on one of the manifest's budgets.
-
-    Runs of earlier versions recorded only whether it was met; a budget that was not measured is predicted.
-    """
-    recorded = budget.get("verdict")
-    for verdict in _HEADINGS:
-        if recorded == verdict:
-            return verdict
-    kept = budget.get("kept")
-    if not isinstance(kept, bool):
-        measured, target = number(budget.get("measured")), number(budget.get("target"))
-        if measured is None or target is None:
+def verdict_of(entry: Budget | Measurement) -> BudgetVerdict:
+    """Return the verdict on a budget or on a round; earlier versions recorded only whether it was kept."""
+    if entry.verdict is not None:
+        return entry.verdict
+    measured, target = (
+        (entry.measured, entry.target) if isinstance(entry, Budget) else (entry.measured_ms, entry.target_ms)
+    )
+    kept = entry.kept
+    if kept is None:
+        if number(measured) is None or number(target) is None:
             return "predicted"
-        kept = measured <= target
+        kept = float(measured or 0) <= target
     return "kept" if kept else "missed"
 
 
 def pruned(manifest: Manifest) -> bool:
     """Return whether the slim network has fewer channels than the dense one."""
-    return any(group.get("kept") != group.get("width") for group in rows(manifest, "groups"))
+    return any(group.kept != group.width for group in manifest.groups)
 
 
 def time_ratio(manifest: Manifest) -> tuple[float, str] | None:
@@ -108,14 +106,14 @@ def time_ratio(manifest: Manifest) -> tuple[float, str] | None:
     """
     if not pruned(manifest):
         return None
-    latency = section(manifest, "latency")
-    if (in_turns := number(latency.get("ratio"))) is not None:  # more stable than the quotient of two medians
-        return in_turns, "measured"
+    latency = manifest.latency
+    if latency.ratio is not None:  # measured in turns: more stable than the quotient of two medians
+        return latency.ratio, "measured"
     for slim, dense, how in (
-        ("measured_ms", "dense_ms", "measured"),
-        ("predicted_ms", "predicted_dense_ms", "predicted"),
+        (latency.measured_ms, latency.dense_ms, "measured"),
+        (latency.predicted_ms, latency.predicted_dense_ms, "predicted"),
     ):
-        if (found := ratio(latency.get(slim), latency.get(dense))) is not None:
+        if (found := ratio(slim, dense)) is not None:
             return found, how
     return None
 
@@ -123,69 +121,65 @@ def time_ratio(manifest: Manifest) -> tuple[float, str] | None:
 def slower_than_dense(manifest: Manifest) -> bool:
     """Return whether pruning has made the network slower: certainly if its ratio has an interval, otherwise by more
     than measurements of one network differ."""
-    found = time_ratio(manifest)
+    found, interval = time_ratio(manifest), manifest.latency.interval
     if found is None:
         return False
-    interval = section(manifest, "latency").get("interval")
-    low = number(interval[0]) if found[1] == "measured" and isinstance(interval, list) and interval else None
+    low = interval[0] if found[1] == "measured" and interval else None
     return found[0] > SLOWER if low is None else low > 1
 
 
 def measured_to_the_end(manifest: Manifest) -> bool:
     """Return whether all stages that determine the numbers are finished, not counting the report's own."""
-    if text(manifest, "status") == "finished":
-        return True
-    return bool(section(section(manifest, "stages"), "measure").get("finished"))
+    return manifest.status == "finished" or manifest.finished("measure")
 
 
 def budget_lines(manifest: Manifest) -> list[BudgetLine]:
     """Return the manifest's budgets, in its order."""
-    return [_line(budget) for budget in rows(manifest, "budgets")]
+    return [_line(budget) for budget in manifest.budgets]
 
 
-def _line(budget: Mapping[str, Any]) -> BudgetLine:
-    unit = text(budget, "unit")
-    name = NAMES.get(text(budget, "name"), text(budget, "name", "unnamed"))
-    target, measured, predicted = (number(budget.get(key)) for key in ("target", "measured", "predicted"))
+def _line(budget: Budget) -> BudgetLine:
+    unit = budget.unit
+    name = NAMES.get(budget.name, budget.name or "unnamed")
     return BudgetLine(
         name=name,
-        target=cost(target, unit),
-        dense=cost(budget.get("dense"), unit),
-        predicted=cost(predicted, unit),
-        measured=cost(measured, unit),
-        margin=margin(measured, target),
+        target=cost(budget.target, unit),
+        dense=cost(budget.dense, unit),
+        predicted=cost(budget.predicted, unit),
+        measured=cost(budget.measured, unit),
+        margin=margin(budget.measured, budget.target),
         verdict=verdict_of(budget),
-        phrase=_phrase(name, unit, target, measured, predicted),
+        phrase=_phrase(name, budget),
     )
 
 
-def margin(value: float | None, target: float | None) -> str:
+def margin(value: float | None, target: float) -> str:
     """Describe how far `value` is from its upper limit: '3.3% under', '8.0% over', 'exactly at'."""
-    if value is None or target is None or target <= 0:
+    value, limit = number(value), number(target)
+    if value is None or limit is None or limit <= 0:
         return ABSENT
-    if value == target:
+    if value == limit:
         return "exactly at"
-    return f"{percent(abs(value / target - 1))} {'under' if value < target else 'over'}"
+    return f"{percent(abs(value / limit - 1))} {'under' if value < limit else 'over'}"
 
 
-def _phrase(
-    name: str, unit: str, target: float | None, measured: float | None, predicted: float | None
-) -> str:
-    value, how = (measured, " measured") if measured is not None else (predicted, "")
+def _phrase(name: str, budget: Budget) -> str:
+    unit, measured, target = budget.unit, budget.measured, budget.target
+    value, how = (measured, " measured") if measured is not None else (budget.predicted, "")
     if value is None:
         return f"{name} has neither a measurement nor a prediction, target {cost(target, unit)}"
     if unit in COUNTED and measured is not None:
         how = " counted"
     # the name of a count is its unit: "MACs 1.2 G counted"
     shown, aim = (count(value), count(target)) if unit in COUNTED else (cost(value, unit), cost(target, unit))
-    if target is None:
+    if number(target) is None:
         return f"{name} {shown}{how}, target not recorded"
     return f"{name} {shown}{how}, {margin(value, target)} the target of {aim}"
 
 
 def _remarks(manifest: Manifest) -> tuple[str, ...]:
     remarks = []
-    if section(manifest, "latency").get("estimated") is True:
+    if manifest.latency.estimated:
         remarks.append("The latency table of this device is estimated, not measured on it.")
     if (found := time_ratio(manifest)) is not None and slower_than_dense(manifest):
         factor, how = found
@@ -196,8 +190,8 @@ def _remarks(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _unfinished(manifest: Manifest) -> str:
-    stages = {name: stage for name, stage in section(manifest, "stages").items() if name not in AFTERWARDS}
-    done = [name for name, stage in stages.items() if isinstance(stage, dict) and stage.get("finished")]
+    stages = [name for name in manifest.stages if name not in AFTERWARDS]
+    done = [name for name in stages if manifest.finished(name)]
     begun = [name for name in stages if name not in done]
     state = f"finished: {', '.join(done)}" if done else "no stage has finished yet"
     return (

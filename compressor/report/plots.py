@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
-from compressor.report.collect import Manifest, rows, section, text
+from compressor.core.manifest import Candidate, Episode, Manifest
 from compressor.report.formats import cost, count, milliseconds, number, significant
 from compressor.report.judgement import NAMES
 from compressor.report.svg import COLOURS, Chart, drawing, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Record = Mapping[str, Any]
 
 MOST_POINTS = 1500  # more points show no more, and each adds a hundred bytes to the page
 MOST_SOURCES = 5
@@ -29,14 +27,14 @@ UNITS = {"latency": "ms", "flops": "MACs", "macs": "MACs", "params": "params", "
 
 def training_curve(manifest: Manifest, key: str, prefix: str) -> Chart | None:
     """Plot `loss` or `accuracy` over all epochs, with the phases in the background."""
-    records = [row for row in rows(manifest, "training") if number(row.get(key)) is not None]
+    records = [(row.phase, value) for row in manifest.training if (value := getattr(row, key)) is not None]
     if len(records) < 2:
         return None
     scale = 100 if key == "accuracy" else 1
-    values = [float(row[key]) * scale for row in records]
+    values = [float(value) * scale for _, value in records]
     unit = "%" if key == "accuracy" else ""
     with drawing() as (figure, axes):
-        _bands(axes, [text(row, "phase") for row in records])
+        _bands(axes, [phase for phase, _ in records])
         axes.plot(
             range(1, len(values) + 1), values, color=COLOURS["slim"], linewidth=1.6, marker=".", markersize=4
         )
@@ -44,7 +42,7 @@ def training_curve(manifest: Manifest, key: str, prefix: str) -> Chart | None:
         axes.set_ylabel(f"training {key}{f' ({unit})' if unit else ''}")
         _count_axis(axes, 1, len(values))
         svg = to_svg(figure, prefix)
-    phases = ", ".join(dict.fromkeys(text(row, "phase") for row in records if text(row, "phase")))
+    phases = ", ".join(dict.fromkeys(phase for phase, _ in records if phase))
     alt = (
         f"Training {key} over {len(values)} epochs"
         + (f" (phases: {phases})" if phases else "")
@@ -55,12 +53,12 @@ def training_curve(manifest: Manifest, key: str, prefix: str) -> Chart | None:
     )
 
 
-def reward_curve(manifest: Manifest, episodes: Sequence[Record], prefix: str) -> Chart | None:
+def reward_curve(manifest: Manifest, episodes: Sequence[Episode], prefix: str) -> Chart | None:
     """Plot every episode's reward, and the best so far of those that meet the budgets."""
-    known = [episode for episode in episodes if number(episode.get("reward")) is not None]
+    known = [episode for episode in episodes if episode.reward is not None]
     if len(known) < 2:
         return None
-    rewards = [float(episode["reward"]) for episode in known]
+    rewards = [float(episode.reward or 0) for episode in known]
     places = list(range(1, len(rewards) + 1))
     kept = [
         reward if within_budgets(manifest, row) else -math.inf
@@ -70,7 +68,7 @@ def reward_curve(manifest: Manifest, episodes: Sequence[Record], prefix: str) ->
     start = next((i for i, reward in enumerate(best) if reward > -math.inf), len(best))
     shown = thinned(len(rewards))
     with drawing() as (figure, axes):
-        _bands(axes, [text(episode, "phase") for episode in known])
+        _bands(axes, [episode.phase for episode in known])
         axes.plot(
             [places[i] for i in shown],
             [rewards[i] for i in shown],
@@ -106,9 +104,9 @@ def reward_curve(manifest: Manifest, episodes: Sequence[Record], prefix: str) ->
     return Chart(svg, "Reward over the episodes", alt, f"{found}{left_out}")
 
 
-def candidate_scatter(manifest: Manifest, episodes: Sequence[Record], prefix: str) -> Chart | None:
+def candidate_scatter(manifest: Manifest, episodes: Sequence[Episode], prefix: str) -> Chart | None:
     """Plot reward against cost of all scored candidates, with the chosen network and the limit."""
-    candidates = rows(section(manifest, "search"), "candidates")
+    candidates = scored_candidates(manifest)
     name = scatter_cost(manifest, candidates, episodes)
     points = [
         (candidate, place) for candidate in candidates if (place := _place(candidate, name)) is not None
@@ -153,10 +151,11 @@ def candidate_scatter(manifest: Manifest, episodes: Sequence[Record], prefix: st
 
 def layer_bars(manifest: Manifest, key: str, prefix: str) -> Chart | None:
     """Plot each layer's share of the dense network's MACs (`key` macs) or time (`key` ms), dense behind slim."""
+    both = [(getattr(layer, f"dense_{key}"), getattr(layer, f"slim_{key}")) for layer in manifest.layers]
     pairs = [
-        (place, float(layer[f"dense_{key}"]), float(layer[f"slim_{key}"]))
-        for place, layer in enumerate(rows(manifest, "layers"), start=1)
-        if number(layer.get(f"dense_{key}")) is not None and number(layer.get(f"slim_{key}")) is not None
+        (place, float(dense), float(slim))
+        for place, (dense, slim) in enumerate(both, start=1)
+        if dense is not None and slim is not None
     ]
     total = sum(dense for _, dense, _ in pairs)
     if total <= 0:
@@ -183,49 +182,43 @@ def layer_bars(manifest: Manifest, key: str, prefix: str) -> Chart | None:
     )
 
 
-def chosen(manifest: Manifest) -> Record | None:
+def scored_candidates(manifest: Manifest) -> list[Candidate]:
+    """Return the candidates of the search that have a reward."""
+    candidates = manifest.search.candidates if manifest.search is not None else []
+    return [row for row in candidates if row.reward is not None]
+
+
+def chosen(manifest: Manifest) -> Candidate | None:
     """Return the candidate that became the slim network: the marked one, else the last with the best reward.
 
     The last one, because the final choice is scored again with the final weights.
     """
-    candidates = [
-        row
-        for row in rows(section(manifest, "search"), "candidates")
-        if number(row.get("reward")) is not None
-    ]
-    marked = [candidate for candidate in candidates if candidate.get("chosen") is True]
-    best = number(section(manifest, "search").get("best_reward"))
-    same = [
-        candidate
-        for candidate in candidates
-        if best is not None and abs(float(candidate["reward"]) - best) < 1e-9
-    ]
+    candidates = scored_candidates(manifest)
+    marked = [candidate for candidate in candidates if candidate.chosen]
+    best = manifest.search.best_reward if manifest.search is not None else None
+    same = [each for each in candidates if best is not None and abs(float(each.reward or 0) - best) < 1e-9]
     found = marked or same
     return found[-1] if found else None
 
 
-def scatter_cost(manifest: Manifest, candidates: Sequence[Record], episodes: Sequence[Record]) -> str:
+def scatter_cost(manifest: Manifest, candidates: Sequence[Episode], episodes: Sequence[Episode]) -> str:
     """Return the cost on the scatter plot's axis: the first budget's that was recorded, else any recorded, else ''."""
-    recorded = [name for record in (*candidates, *episodes) for name in section(record, "costs")]
-    wanted = [text(budget, "name") for budget in rows(manifest, "budgets")]
+    recorded = [name for record in (*candidates, *episodes) for name in record.costs]
+    wanted = [budget.name for budget in manifest.budgets]
     return next((name for name in wanted if name in recorded), recorded[0] if recorded else "")
 
 
-def within_budgets(manifest: Manifest, record: Record) -> bool:
+def within_budgets(manifest: Manifest, record: Episode) -> bool:
     """Return whether no recorded cost of a candidate or an episode is above its budget's target."""
-    costs = section(record, "costs")
-    for budget in rows(manifest, "budgets"):
-        price, target = number(costs.get(text(budget, "name"))), number(budget.get("target"))
-        if price is not None and target is not None and price > target * (1 + 1e-9):
-            return False
-    return True
+    budgets = [budget for budget in manifest.budgets if budget.name in record.costs]
+    return not any(record.costs[budget.name] > budget.target * (1 + 1e-9) for budget in budgets)
 
 
 def cost_unit(manifest: Manifest, name: str) -> tuple[str, float | None]:
     """Return the unit of a cost and its budget's target, if known."""
-    for budget in rows(manifest, "budgets"):
-        if text(budget, "name") == name:
-            return text(budget, "unit"), number(budget.get("target"))
+    for budget in manifest.budgets:
+        if budget.name == name:
+            return budget.unit, number(budget.target)
     return UNITS.get(name, ""), None
 
 
@@ -236,18 +229,18 @@ def thinned(length: int, most: int = MOST_POINTS) -> list[int]:
     return [round(i * (length - 1) / (most - 1)) for i in range(most)]
 
 
-def _place(record: Record, name: str) -> tuple[float, float] | None:
-    price, reward = number(section(record, "costs").get(name)), number(record.get("reward"))
-    return None if price is None or reward is None else (price, reward)
+def _place(record: Episode, name: str) -> tuple[float, float] | None:
+    price = record.costs.get(name)
+    return None if price is None or record.reward is None else (price, record.reward)
 
 
 def _by_source(
-    points: list[tuple[Record, tuple[float, float]]],
+    points: list[tuple[Candidate, tuple[float, float]]],
 ) -> list[tuple[str, list[tuple[float, float]]]]:
     """Return the points of each source, the largest first; sources beyond the palette are merged."""
     found: dict[str, list[tuple[float, float]]] = {}
     for candidate, place in points:
-        found.setdefault(text(candidate, "source", "source not recorded"), []).append(place)
+        found.setdefault(candidate.source or "source not recorded", []).append(place)
     ordered = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
     head, tail = ordered[: MOST_SOURCES - 1], ordered[MOST_SOURCES - 1 :]
     if len(tail) > 1:

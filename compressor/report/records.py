@@ -3,69 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from compressor.core.manifest import Candidate, Layer, Manifest, Measurement
 from compressor.report import plots
-from compressor.report.collect import REPORT, Collected, Manifest, inside, rows, section, text
 from compressor.report.formats import (
     ABSENT,
     cost,
     count,
     duration,
     milliseconds,
-    number,
     percent,
     ratio,
     significant,
     size,
 )
 from compressor.report.judgement import AFTERWARDS, NAMES, margin, verdict_of
-from compressor.report.layers import channels
 
 UNIFORM = "uniform"
 
-Record = Mapping[str, Any]
+STUBBORN_MACS = 0.2
+"""Layers that lost at least this share of their MACs are examined ..."""
 
-
-def _share(row: Mapping[str, Any]) -> str:
-    """Format the slim network's time over the dense one's with its 95 % interval, if both were timed in turns."""
-    interval = row.get("interval")
-    low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
-    if number(low) is None or number(high) is None:
-        return percent(row.get("ratio"))
-    return f"{percent(row.get('ratio'))} ({percent(low)} to {percent(high)})"
+STUBBORN_SHARE = 0.5
+"""... and listed if they lost less of their time than this share of it."""
 
 
 def rounds(manifest: Manifest) -> list[dict[str, Any]]:
-    found = []
-    for place, row in enumerate(rows(manifest, "rounds"), start=1):
-        measured, target = number(row.get("measured_ms")), number(row.get("target_ms"))
-        found.append(
-            {
-                "round": f"Round {place}",
-                "share": _share(row),
-                "predicted": milliseconds(row.get("predicted_ms")),
-                "measured": milliseconds(measured),
-                "target": milliseconds(target),
-                "margin": margin(measured, target),
-                "verdict": verdict_of({**row, "measured": measured, "target": target}),
-            }
-        )
-    return found
+    return [
+        {
+            "round": f"Round {place}",
+            "share": _share(row),
+            "predicted": milliseconds(row.predicted_ms),
+            "measured": milliseconds(row.measured_ms),
+            "target": milliseconds(row.target_ms),
+            "margin": margin(row.measured_ms, row.target_ms),
+            "verdict": verdict_of(row),
+        }
+        for place, row in enumerate(manifest.rounds, start=1)
+    ]
+
+
+def _share(row: Measurement) -> str:
+    """Format the slim network's time over the dense one's with its 95 % interval, if both were timed in turns."""
+    low, high = row.interval
+    if low is None or high is None:
+        return percent(row.ratio)
+    return f"{percent(row.ratio)} ({percent(low)} to {percent(high)})"
 
 
 def groups(manifest: Manifest) -> list[dict[str, Any]]:
     found = []
-    for group in rows(manifest, "groups"):
-        width, kept = number(group.get("width")), number(group.get("kept"))
-        share = ratio(kept, width)
+    for group in manifest.groups:
+        share = ratio(group.kept, group.width)
         found.append(
             {
-                "name": text(group, "name", "unnamed"),
-                "coupled": group.get("coupled") is True,
-                "kept": ABSENT if kept is None else f"{kept:.0f}",
-                "width": ABSENT if width is None else f"{width:.0f}",
+                "name": group.name or "unnamed",
+                "coupled": group.coupled,
+                "kept": ABSENT if group.kept is None else f"{group.kept}",
+                "width": ABSENT if group.width is None else f"{group.width}",
                 "share": percent(share, 0),
                 "bar": None if share is None else f"{min(max(share, 0.0), 1.0) * 100:.2f}",
             }
@@ -77,32 +76,126 @@ def layers(manifest: Manifest) -> list[dict[str, str]]:
     return [
         {
             "number": str(place),
-            "name": text(layer, "name", "unnamed"),
-            "kind": text(layer, "kind"),
+            "name": layer.name or "unnamed",
+            "kind": layer.kind,
             "channels": channels(layer),
-            "dense_macs": count(layer.get("dense_macs")),
-            "slim_macs": count(layer.get("slim_macs")),
-            "macs_share": percent(ratio(layer.get("slim_macs"), layer.get("dense_macs")), 0),
-            "dense_ms": milliseconds(layer.get("dense_ms")),
-            "slim_ms": milliseconds(layer.get("slim_ms")),
-            "ms_share": percent(ratio(layer.get("slim_ms"), layer.get("dense_ms")), 0),
+            "dense_macs": count(layer.dense_macs),
+            "slim_macs": count(layer.slim_macs),
+            "macs_share": percent(ratio(layer.slim_macs, layer.dense_macs), 0),
+            "dense_ms": milliseconds(layer.dense_ms),
+            "slim_ms": milliseconds(layer.slim_ms),
+            "ms_share": percent(ratio(layer.slim_ms, layer.dense_ms), 0),
         }
-        for place, layer in enumerate(rows(manifest, "layers"), start=1)
+        for place, layer in enumerate(manifest.layers, start=1)
     ]
+
+
+def channels(layer: Layer) -> str:
+    """Format as '64 → 128, now 40 → 96': inputs and outputs, dense and slim."""
+    dense, slim = (
+        f"{pair[0]} → {pair[1]}" if len(pair) == 2 else "" for pair in (layer.dense_channels, layer.slim_channels)
+    )
+    if not dense or not slim:
+        return dense or slim
+    return dense if dense == slim else f"{dense}, now {slim}"
+
+
+@dataclass(frozen=True)
+class HotLayer:
+    """A layer with a large share of the remaining time; `number` is its position in the table of all layers."""
+
+    number: int
+    name: str
+    kind: str
+    channels: str
+    dense: str
+    slim: str
+    share: str
+
+
+@dataclass(frozen=True)
+class Hot:
+    """The layers with the most remaining time, or the most MACs if no layer has a time."""
+
+    unit: str
+    layers: tuple[HotLayer, ...]
+    remark: str
+
+
+def hottest(manifest: Manifest, most: int = 8) -> Hot | None:
+    """Return the `most` layers that dominate the slim network."""
+    timed = any(layer.slim_ms is not None for layer in manifest.layers)
+    unit, shown = ("ms", milliseconds) if timed else ("MACs", count)
+    known = [
+        (place, layer, dense, slim)
+        for place, layer in enumerate(manifest.layers, start=1)
+        for dense, slim in [
+            (layer.dense_ms, layer.slim_ms) if timed else (layer.dense_macs, layer.slim_macs)
+        ]
+        if slim is not None
+    ]
+    total = float(sum(slim for *_, slim in known))
+    if total <= 0:
+        return None
+    known.sort(key=lambda entry: (-entry[3], entry[0]))
+    found = tuple(
+        HotLayer(
+            number=place,
+            name=layer.name or "unnamed",
+            kind=layer.kind,
+            channels=channels(layer),
+            dense=shown(dense),
+            slim=shown(slim),
+            share=percent(slim / total),
+        )
+        for place, layer, dense, slim in known[:most]
+    )
+    untimed = "No layer has a time in this run, so they are ordered by MACs."
+    return Hot(unit, found, _outside(manifest, total) if timed else untimed)
+
+
+def _outside(manifest: Manifest, total: float) -> str:
+    predicted = manifest.latency.predicted_ms
+    if manifest.explanation is not None:
+        return f"Times were measured under the profiler; the layers add up to {milliseconds(total)}."
+    start = f"Times are the table's prediction; the layers add up to {milliseconds(total)}"
+    if predicted is None:
+        return f"{start}."
+    if predicted <= total:
+        return f"{start}, the whole network is predicted at {milliseconds(predicted)}."
+    rest = f"{milliseconds(predicted - total)} ({percent(1 - total / predicted)})"
+    return (
+        f"{start} of the network's {milliseconds(predicted)}. The other {rest} are operators without "
+        "weights (pooling, additions, copies) and the overhead of a run."
+    )
+
+
+def stubborn(manifest: Manifest) -> list[str]:
+    """Return layers whose time hardly followed their MACs, longest time first: 'NAME: MACs -60.0%, time -3.0%'."""
+    found = []
+    for layer in manifest.layers:
+        work, time = ratio(layer.slim_macs, layer.dense_macs), ratio(layer.slim_ms, layer.dense_ms)
+        if work is None or time is None or 1 - work < STUBBORN_MACS:
+            continue
+        if 1 - time < STUBBORN_SHARE * (1 - work):
+            line = f"{layer.name or 'unnamed'}: MACs {_change(work)}, time {_change(time)}"
+            found.append((-(layer.slim_ms or 0.0), line))
+    return [line for _, line in sorted(found)]
+
+
+def _change(share: float) -> str:
+    change = percent(share - 1)
+    return f"+{change}" if share > 1 else change
 
 
 def sources(manifest: Manifest) -> dict[str, Any]:
     """Return the best candidate of each source within the budgets, and compare the chosen one with uniform pruning."""
-    candidates = [
-        row
-        for row in rows(section(manifest, "search"), "candidates")
-        if number(row.get("reward")) is not None
-    ]
+    candidates = plots.scored_candidates(manifest)
     name = plots.scatter_cost(manifest, candidates, ())
     unit, _ = plots.cost_unit(manifest, name)
-    groups: dict[str, list[Record]] = {}
+    groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
-        groups.setdefault(text(candidate, "source", "not recorded"), []).append(candidate)
+        groups.setdefault(candidate.source or "not recorded", []).append(candidate)
     kept = {
         source: [row for row in of if plots.within_budgets(manifest, row)] for source, of in groups.items()
     }
@@ -116,9 +209,8 @@ def sources(manifest: Manifest) -> dict[str, Any]:
                 "source": source,
                 "count": len(groups[source]),
                 "reward": significant(_reward(best[source]), 4),
-                "cost": cost(section(best[source], "costs").get(name), unit)
-                + ("" if kept[source] else ", over a budget"),
-                "chosen": pick is not None and any(row is pick for row in groups[source]),
+                "cost": cost(best[source].costs.get(name), unit) + ("" if kept[source] else ", over a budget"),
+                "chosen": any(row is pick for row in groups[source]),
             }
             for source in order
         ],
@@ -126,48 +218,16 @@ def sources(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def method(manifest: Manifest) -> dict[str, Any] | None:
-    """Compare the search with its method's publication; None if there is none or none is recorded."""
-    found = section(section(manifest, "search"), "method")
-    parts = rows(found, "parts")
-    if not parts:
-        return None
-    same = [part for part in parts if part.get("same") is True]
-    other = [part for part in parts if part.get("same") is not True]
-    named = [
-        text(part, "part", "unnamed") + (f" ({effect})" if (effect := text(part, "effect")) else "")
-        for part in same
-    ]
-    return {
-        "source": text(found, "source", "its publication"),
-        "same": f"As published: {'; '.join(named)}." if named else "",
-        "other": [
-            {
-                "part": text(part, "part", "unnamed"),
-                "here": text(part, "here", ABSENT),
-                "published": text(part, "published", ABSENT),
-                "by": f"{text(part, 'by', ABSENT)} of {setting}"
-                if (setting := text(part, "setting"))
-                else "the toolkit",
-                "why": text(part, "effect") or text(part, "why") or ABSENT,
-            }
-            for part in other
-        ],
-    }
-
-
-def _against_uniform(manifest: Manifest, candidates: Sequence[Record], pick: Record | None) -> str:
+def _against_uniform(manifest: Manifest, candidates: Sequence[Candidate], pick: Candidate | None) -> str:
     """Compare the chosen candidate with uniform pruning within the same budgets, if scored on the same weights."""
-    if pick is None or text(section(manifest, "search"), "agent") == UNIFORM:
+    if pick is None or manifest.search is None or manifest.search.agent == UNIFORM:
         return ""
-    if text(pick, "source") == UNIFORM:
+    if pick.source == UNIFORM:
         return "The chosen network is uniform pruning: the search found nothing better."
-    rivals = [
-        row for row in candidates if text(row, "source") == UNIFORM and row.get("epoch") == pick.get("epoch")
-    ]
+    rivals = [row for row in candidates if row.source == UNIFORM and row.epoch == pick.epoch]
     if not rivals:
         return ""
-    whole = [row for row in rivals if row.get("given_up") is not True]
+    whole = [row for row in rivals if not row.given_up]
     if not whole:
         return "Uniform pruning within the same budgets was dropped: it could no longer reach the best."
     ours, theirs = _reward(pick), max(map(_reward, whole))
@@ -178,35 +238,61 @@ def _against_uniform(manifest: Manifest, candidates: Sequence[Record], pick: Rec
     )
 
 
-def _reward(candidate: Record) -> float:
-    return float(candidate["reward"])
+def _reward(candidate: Candidate) -> float:
+    return float(candidate.reward or 0)
+
+
+def method(manifest: Manifest) -> dict[str, Any] | None:
+    """Compare the search with its method's publication; None if there is none or none is recorded."""
+    found = manifest.search.method if manifest.search is not None else None
+    if found is None or not found.parts:
+        return None
+    same, other = ([part for part in found.parts if part.same is wanted] for wanted in (True, False))
+    named = [(part.part or "unnamed") + (f" ({part.effect})" if part.effect else "") for part in same]
+    return {
+        "source": found.source or "its publication",
+        "same": f"As published: {'; '.join(named)}." if named else "",
+        "other": [
+            {
+                "part": part.part or "unnamed",
+                "here": part.here or ABSENT,
+                "published": part.published or ABSENT,
+                "by": f"{part.by or ABSENT} of {part.setting}" if part.setting else "the toolkit",
+                "why": part.effect or part.why or ABSENT,
+            }
+            for part in other
+        ],
+    }
 
 
 def skipped(manifest: Manifest) -> list[dict[str, str]]:
     return [
-        {"name": text(row, "name", "unnamed"), "reason": text(row, "reason", "reason not recorded")}
-        for row in rows(manifest, "skipped")
+        {"name": row.name or "unnamed", "reason": row.reason or "reason not recorded"} for row in manifest.skipped
     ]
 
 
 def engines(manifest: Manifest) -> list[dict[str, str]]:
-    keys = ("file", "builder", "precision", "compute_capability")
     return [
-        {key: text(row, key, ABSENT) for key in keys} | {"bytes": size(row.get("bytes"))}
-        for row in rows(manifest, "engines")
+        {
+            "file": row.file or ABSENT,
+            "builder": row.builder or ABSENT,
+            "precision": row.precision or ABSENT,
+            "compute_capability": row.compute_capability or ABSENT,
+            "bytes": size(row.bytes),
+        }
+        for row in manifest.engines
     ]
 
 
 def stages(manifest: Manifest) -> list[dict[str, str]]:
-    found = section(manifest, "stages")
     return [
         {
             "name": name,
-            "started": _clock(text(section(found, name), "started", ABSENT)),
-            "finished": _clock(text(section(found, name), "finished", "not finished")),
-            "seconds": duration(section(found, name).get("seconds")),
+            "started": _clock(stage.started or ABSENT),
+            "finished": _clock(stage.finished or "not finished"),
+            "seconds": duration(stage.seconds),
         }
-        for name in found
+        for name, stage in manifest.stages.items()
         if name not in AFTERWARDS
     ]
 
@@ -217,43 +303,29 @@ def _clock(stamp: str) -> str:
     return f"{head.replace('T', ' ', 1)} UTC" if mark and not tail else stamp
 
 
-def images(manifest: Manifest) -> str:
-    """Describe how images become the network's input, and the origin of that; empty if not recorded."""
-    from compressor.data.preprocessing import Preprocessing
-
-    found = section(manifest, "preprocessing")
-    try:
-        described = Preprocessing.from_dict(
-            {name: value for name, value in found.items() if name != "origin"}
-        ).describe()
-    except (KeyError, TypeError, ValueError):  # a run of an earlier version, or a damaged manifest
-        return ""
-    origin = text(found, "origin")
-    return f"Images are {described}" + (f" ({origin})." if origin else ".")
-
-
 def facts(manifest: Manifest) -> list[tuple[str, str]]:
     """Return what must be equal to repeat the run, apart from the recipe."""
-    single = [(key, text(manifest, key)) for key in ("seed", "agent", "weights", "epochs")]
-    lists = [
-        (key, text(section(manifest, name), key))
-        for name in ("machine", "versions")
-        for key in section(manifest, name)
-    ]
-    return [(key, value) for key, value in (*single, *lists) if value]
+    single = {name: getattr(manifest, name) for name in ("seed", "agent", "weights", "epochs")}
+    known = [*single.items(), *manifest.machine.items(), *manifest.versions.items()]
+    return [(name, str(value)) for name, value in known if value not in (None, "")]
 
 
-def files(run: Collected) -> list[dict[str, str]]:
+def files(manifest: Manifest, sizes: Mapping[str, int]) -> list[dict[str, str]]:
     """Return the run's files, without the page itself, which cannot contain its own checksum."""
-    files = section(run.manifest, "files")
     return [
         {
             "name": name,
             # quoted as a path, so that a name like a scheme ("javascript:") stays a file name
             "link": f"./{quote(name)}" if inside(name) else "",
-            "size": size(run.sizes.get(name)),
-            "sha256": text(files, name, ABSENT),
+            "size": size(sizes.get(name)),
+            "sha256": manifest.files[name] or ABSENT,
         }
-        for name in sorted(files)
-        if name != REPORT
+        for name in sorted(manifest.files)
+        if name != "report.html"
     ]
+
+
+def inside(name: str) -> bool:
+    """Return whether a file name from the manifest stays within the run's folder."""
+    path = Path(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name

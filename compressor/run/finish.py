@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.files import sha256_file
+from compressor.core.manifest import Manifest
 from compressor.core.records import RECIPE
 from compressor.report.judgement import time_ratio, verdict_of
 from compressor.run.folder import RunDir
@@ -30,7 +31,7 @@ def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
     Returns:
         The exit code.
     """
-    from compressor.report.html import write_report
+    from compressor.report import write_report
 
     code = exit_code(run.manifest["budgets"], job.recipe.contract.accept_predicted)
     notes = [
@@ -56,7 +57,7 @@ def exit_code(budgets: Iterable[Mapping[str, Any]], accept_predicted: bool = Fal
     Returns:
         3 if a budget is missed; otherwise 4 if one is undecided, or only predicted and that is not accepted; else 0.
     """
-    found = {verdict_of(budget) for budget in budgets}
+    found = {verdict_of(budget) for budget in Manifest.tolerant({"budgets": list(budgets)}).budgets}
     if "missed" in found:
         return MISSED
     if "undecided" in found or ("predicted" in found and not accept_predicted):
@@ -65,7 +66,7 @@ def exit_code(budgets: Iterable[Mapping[str, Any]], accept_predicted: bool = Fal
 
 
 def _closing_notes(manifest: Mapping[str, Any], job: Job, plan: ChannelPlan) -> Iterator[str]:
-    budgets = manifest["budgets"]
+    budgets = Manifest.tolerant(manifest).budgets
     pruned = plan.widths != job.space.dense().widths
     if any(verdict_of(entry) == "undecided" for entry in budgets):
         low, high = manifest["latency"]["interval"]
@@ -80,7 +81,7 @@ def _closing_notes(manifest: Mapping[str, Any], job: Job, plan: ChannelPlan) -> 
         yield f"{job.recipe.device} is not this machine: its latency is {how}, not measured."
     if budgets and not pruned:
         yield "The dense network already meets every budget: nothing was pruned."
-    if pruned and all(entry["name"] != "latency" for entry in budgets):
+    if pruned and all(entry.name != "latency" for entry in budgets):
         yield from _hardly_faster(manifest)
 
 
@@ -97,7 +98,7 @@ def _on_the_device(run: RunDir, recipe: Recipe) -> Iterator[str]:
 
 def _hardly_faster(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Yield a warning if fewer multiply-adds or weights have saved hardly any measured time."""
-    found, latency = time_ratio(manifest), manifest["latency"]
+    found, latency = time_ratio(Manifest.tolerant(manifest)), manifest["latency"]
     if found is not None and found[1] == "measured" and found[0] >= HARDLY_FASTER:
         yield (
             f"The slim network takes {found[0]:.0%} of the dense one's measured time "

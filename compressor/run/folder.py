@@ -14,7 +14,8 @@ from typing import Any
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import disk_error, now, read_json, write_atomic
-from compressor.core.records import MANIFEST, RECIPE, Checkpoint, EpisodeLog
+from compressor.core.manifest import MANIFEST
+from compressor.core.records import RECIPE, Checkpoint, EpisodeLog
 from export.files import is_temporary_of, remove_temporaries
 
 LOCK = ".lock"

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError, Stopped
 from compressor.core.files import write_atomic
+from compressor.core.manifest import MANIFEST
 from compressor.core.progress import say
-from compressor.core.records import MANIFEST, RECIPE
+from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
 from compressor.recipe.validation import validated
 from compressor.run.delivery import export, measure, probe

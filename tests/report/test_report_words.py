@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from compressor.core.manifest import Manifest
 from compressor.data.preprocessing import Preprocessing
 from compressor.report import closing_table, explain, formats, judgement, verdict
 from compressor.report.comparison import comparison, tiles
+from compressor.report.explain import images
 from compressor.report.judgement import judge
-from compressor.report.layers import hottest, stubborn
 from compressor.report.plots import chosen, thinned
-from compressor.report.records import images, rounds, sources
+from compressor.report.records import hottest, rounds, sources, stubborn
 
 
 @pytest.mark.parametrize(
@@ -150,11 +151,11 @@ def test_a_network_is_called_slower_where_its_whole_interval_says_so(
 
 def test_the_page_says_how_images_were_prepared() -> None:
     prepared = {**Preprocessing(size=32).to_dict(), "origin": "assumed: usual for ImageNet"}
-    assert images({"preprocessing": prepared}) == (
+    assert images(Manifest.tolerant({"preprocessing": prepared})) == (
         "Images are scaled to 36 pixels (bilinear) and cut to 32, 0..1, mean 0.485, 0.456, 0.406, std 0.229, 0.224, "
         "0.225 (assumed: usual for ImageNet)."
     )
-    assert images({}) == images({"preprocessing": {"mean": 3}}) == ""
+    assert images(Manifest()) == images(Manifest.tolerant({"preprocessing": {"mean": 3}})) == ""
 
 
 def test_a_run_on_its_way_says_where_it_stands() -> None:
@@ -199,11 +200,11 @@ def test_unknown_quantities_have_no_row(manifest: dict[str, Any]) -> None:
         "exported": 0.5,
         "exported_images": 40,
     }
-    labels = [row.label for row in comparison(manifest)]
+    labels = [row.label for row in comparison(Manifest.tolerant(manifest))]
     assert "Latency, predicted" not in labels
     assert [label for label in labels if "p90" in label] == ["Latency, measured (p90)"]
     assert "Accuracy, of the exported ONNX on 40 images" in labels
-    assert [(tile.label, tile.before) for tile in tiles(manifest)][:2] == [
+    assert [(tile.label, tile.before) for tile in tiles(Manifest.tolerant(manifest))][:2] == [
         ("Latency, measured", "dense not known"),
         ("Accuracy", "dense not known"),
     ]
@@ -224,7 +225,7 @@ def test_work_is_compared_with_time(slim_macs: int, slim_ms: float, ending: str)
         "cost": {"dense": {"macs": 100}, "slim": {"macs": slim_macs}},
         "latency": {"dense_ms": 10.0, "measured_ms": slim_ms},
     }
-    assert explain.speed(known).endswith(ending)
+    assert explain.speed(Manifest.tolerant(known)).endswith(ending)
 
 
 def test_layers_whose_time_stayed_are_named() -> None:
@@ -235,11 +236,11 @@ def test_layers_whose_time_stayed_are_named() -> None:
         {"name": "kept whole", "dense_macs": 100, "slim_macs": 90, "dense_ms": 1.0, "slim_ms": 1.0},
     ]
     minus = formats.MINUS
-    assert stubborn({"layers": layers}) == [
+    assert stubborn(Manifest.tolerant({"layers": layers})) == [
         f"slowed: MACs {minus}50.0%, time +10.0%",
         f"stayed: MACs {minus}50.0%, time {minus}20.0%",
     ]
-    hot = hottest({"layers": layers, "latency": {"predicted_ms": 4.0}}, most=2)
+    hot = hottest(Manifest.tolerant({"layers": layers, "latency": {"predicted_ms": 4.0}}), most=2)
     assert hot is not None
     assert [(layer.name, layer.number, layer.share) for layer in hot.layers] == [
         ("slowed", 3, "31.4%"),
@@ -250,10 +251,8 @@ def test_layers_whose_time_stayed_are_named() -> None:
 
 def test_uniform_pruning_counts_only_on_the_same_weights() -> None:
     def told(agent: str, *candidates: dict[str, Any]) -> str:
-        found: str = sources(
-            {"search": {"agent": agent, "best_reward": 0.9, "candidates": list(candidates)}}
-        )["uniform"]
-        return found
+        search = {"agent": agent, "best_reward": 0.9, "candidates": list(candidates)}
+        return str(sources(Manifest.tolerant({"search": search}))["uniform"])
 
     ours = {"reward": 0.9, "source": "final", "epoch": 3}
     theirs = {"reward": 0.95, "source": "uniform", "epoch": 3}
@@ -274,10 +273,10 @@ def test_the_chosen_candidate_is_the_last_with_the_best_reward() -> None:
         {"reward": 0.9, "source": "final"},
         {"reward": 0.95, "source": "old"},
     ]
-    found = chosen({"search": {"best_reward": 0.9, "candidates": twice}})
+    found = chosen(Manifest.tolerant({"search": {"best_reward": 0.9, "candidates": twice}}))
     assert found is not None
-    assert found["source"] == "final"
-    assert chosen({"search": {"candidates": twice}}) is None
+    assert found.source == "final"
+    assert chosen(Manifest.tolerant({"search": {"candidates": twice}})) is None
 
 
 def test_thinning_keeps_the_ends() -> None:
@@ -298,4 +297,4 @@ def test_a_round_says_the_share_of_the_dense_time_and_its_interval(
     measured: dict[str, Any], words: str
 ) -> None:
     row = {"predicted_ms": 1.0, "measured_ms": 1.0, "target_ms": 1.1, "verdict": "kept", **measured}
-    assert rounds({"rounds": [row]})[0]["share"] == words
+    assert rounds(Manifest.tolerant({"rounds": [row]}))[0]["share"] == words

@@ -1,0 +1,516 @@
+"""The manifest of a run, `manifest.json`, as typed records: the only reader and writer of the file.
+
+    manifest = Manifest.read(path)          # for the run itself: refuses a damaged file
+    manifest = Manifest.tolerant(content)   # for the report: what is invalid counts as absent
+    manifest.write(path)
+
+Only the fields that were set are written, so that an unfinished run lacks the sections that it has not reached. Keys
+that this version does not know are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from typing_extensions import Self
+
+from compressor.core.errors import CompressorError
+from compressor.core.files import read_json, write_atomic
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+LARGEST = 1e30
+"""A report takes a number beyond this for damage: it is far above anything that a run counts or measures."""
+
+_TOLERANT = {"tolerant": True}
+
+Verdict = Literal["kept", "missed", "undecided", "predicted"]
+
+
+def _possible(value: float, info: ValidationInfo) -> float:
+    if not abs(value) <= (LARGEST if info.context is _TOLERANT else float("inf")) or abs(value) == float("inf"):
+        raise ValueError("expected a finite number")
+    return value
+
+
+Number = Annotated[int | float, AfterValidator(_possible)]
+Interval = Annotated[list[Number | None], Field(min_length=2, max_length=2)]
+"""Lower and upper end; an upper end of None is unknown."""
+
+
+class Record(BaseModel):
+    """A part of the manifest: its fields are checked when it is created or read, and do not change."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, populate_by_name=True)
+    essential: ClassVar[tuple[str, ...]] = ()
+    """Fields without which only a report reads the record."""
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _absent_if_invalid(cls, value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        try:
+            return read(value)
+        except ValidationError:
+            if info.context is not _TOLERANT:
+                raise
+            return cls.model_fields[str(info.field_name)].get_default(call_default_factory=True)
+
+    @model_validator(mode="after")
+    def _complete(self, info: ValidationInfo) -> Self:
+        missing = [name for name in self.essential if name not in self.model_fields_set]
+        if missing and info.context is not _TOLERANT:
+            raise ValueError(f"{', '.join(missing)} missing")
+        return self
+
+
+class Stage(Record):
+    """When a stage started and finished, in UTC, and its seconds over all attempts."""
+
+    started: str | None = None
+    finished: str | None = None
+    seconds: Number | None = None
+
+
+class Budget(Record):
+    """A budget and how the network meets it; `target` and the costs are in `unit`."""
+
+    essential = ("name", "unit", "target", "dense")
+    name: str = ""
+    unit: str = ""
+    target: Number = float("nan")
+    dense: Number = float("nan")
+    predicted: Number | None = None
+    measured: Number | None = None
+    kept: bool | None = None
+    verdict: Verdict | None = None
+
+
+class Measurement(Record):
+    """The slim network's latency, measured in turns with the dense one's, and what that says about the target.
+
+    Attributes:
+        dense_ms, measured_ms, target_ms: Dense and slim network and the target, on the quiet device.
+        predicted_ms, predicted_ratio: The table's prediction of the slim network.
+        ratio, interval: Slim time as a share of dense time, and its 95 % interval.
+        target_ratio: The target as a share of the dense network's time.
+        bursts, seconds: Effort of the measurement.
+        verdict, kept: Whether the target is met; None if the measurement cannot decide it.
+        widths: Channels of the measured plan, in the order of the groups.
+    """
+
+    essential = (
+        "predicted_ms", "measured_ms", "target_ms", "dense_ms", "predicted_ratio", "ratio", "interval", "target_ratio",
+        "verdict", "kept", "widths",
+    )  # fmt: skip
+    predicted_ms: Number = float("nan")
+    measured_ms: Number = float("nan")
+    target_ms: Number = float("nan")
+    dense_ms: Number = float("nan")
+    predicted_ratio: Number = float("nan")
+    ratio: Number = float("nan")
+    interval: Interval = [None, None]
+    target_ratio: Number = float("nan")
+    bursts: int = 0
+    seconds: Number = 0.0
+    verdict: Verdict | None = None
+    kept: bool | None = None
+    widths: list[int] = []
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.interval[0] or 0.0
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval; infinite if it is unknown."""
+        return float("inf") if self.interval[1] is None else self.interval[1]
+
+
+class Latency(Record):
+    """The final latency; without a measurement it holds the table's predictions."""
+
+    device: str = ""
+    runtime: str | None = None
+    precision: str = ""
+    batch: Number | None = None
+    percentile: Number | None = None
+    estimated: bool = False
+    predicted_ms: Number | None = None
+    predicted_dense_ms: Number | None = None
+    measured_ms: Number | None = None
+    dense_ms: Number | None = None
+    threads: Number | None = None
+    ratio: Number | None = None
+    interval: Interval | None = None
+    bursts: int | None = None
+    sittings: int | None = None
+    seconds: Number | None = None
+    median_ms: Number | None = None
+    p90_ms: Number | None = None
+    p99_ms: Number | None = None
+    dense_median_ms: Number | None = None
+    dense_p90_ms: Number | None = None
+    dense_p99_ms: Number | None = None
+    runs: Number | None = None
+
+
+class Accuracy(Record):
+    """Top-1 shares of the networks on the test split."""
+
+    split: str = ""
+    images: int | None = None
+    dense: Number | None = None
+    dense_note: str = ""
+    pruned: Number | None = None
+    finetuned: Number | None = None
+    exported: Number | None = None
+    exported_images: int | None = None
+
+
+class Episode(Record):
+    """A scored plan of the search: its reward and its predicted cost for each budget."""
+
+    reward: Number | None = None
+    accuracy: Number | None = None
+    costs: dict[str, Number] = {}
+    phase: str = ""
+
+
+class Candidate(Episode):
+    """A scored plan as the manifest lists it; `given_up` if its evaluation was stopped early."""
+
+    source: str = ""
+    epoch: int | None = None
+    given_up: bool = False
+    chosen: bool = False
+
+
+class MethodPart(Record):
+    """One part of the agent's method, here and in its publication."""
+
+    part: str = ""
+    setting: str = ""
+    here: str = ""
+    published: str = ""
+    same: bool = False
+    by: str = ""
+    why: str = ""
+    effect: str = ""
+
+
+class Method(Record):
+    """How the search compares with the publication of its method."""
+
+    source: str = ""
+    parts: list[MethodPart] = []
+
+
+class Search(Record):
+    """The search over all rounds."""
+
+    agent: str = ""
+    evaluations: int | None = None
+    episodes: int | None = None
+    seconds: Number | None = None
+    timing: dict[str, Number] = {}
+    best_reward: Number | None = None
+    method: Method | None = None
+    candidates: list[Candidate] = []
+
+
+class Epoch(Record):
+    """One epoch of training."""
+
+    phase: str = ""
+    epoch: int | None = None
+    loss: Number | None = None
+    accuracy: Number | None = None
+    regulariser: Number | None = None
+    seconds: Number | None = None
+
+
+class Group(Record):
+    """Channels that are pruned together: how many there were and how many are kept."""
+
+    name: str = ""
+    width: int | None = None
+    kept: int | None = None
+    coupled: bool = False
+
+
+class Skipped(Record):
+    """A part of the network that stays dense."""
+
+    name: str = ""
+    reason: str = ""
+
+
+class OtherMacs(Record):
+    """Multiply-adds of an operation outside the layers."""
+
+    name: str = ""
+    dense_macs: Number | None = None
+    slim_macs: Number | None = None
+
+
+class Layer(OtherMacs):
+    """A layer of both networks; the times follow from `compress measure --explain`."""
+
+    kind: str = ""
+    dense_channels: list[int] = []
+    slim_channels: list[int] = []
+    dense_ms: Number | None = None
+    slim_ms: Number | None = None
+    predicted_dense_ms: Number | None = None
+    predicted_slim_ms: Number | None = None
+    bound: str | None = None
+    padding: Number | None = None
+
+
+class ExplainedLine(Layer):
+    """One kernel of both networks, and its part of the gap; see `latency.explain.Line`."""
+
+    layer: int | None = None
+    peak_share: Number | None = None
+    gap_ms: Number | None = None
+    sentence: str = ""
+
+
+class Explanation(Record):
+    """Result of `compress measure --explain`."""
+
+    where: str = ""
+    peaks: str = ""
+    dense_ms: Number | None = None
+    slim_ms: Number | None = None
+    lines: list[ExplainedLine] = []
+
+
+class NetworkCost(Record):
+    """Counts of one network."""
+
+    macs: int | None = None
+    params: int | None = None
+    onnx_bytes: int | None = None
+    safetensors_bytes: int | None = None
+
+
+class Cost(Record):
+    """Counts of both networks."""
+
+    dense: NetworkCost = NetworkCost()
+    slim: NetworkCost = NetworkCost()
+
+
+class Check(Record):
+    """An independent check of the slim network; `confirmed` is None if it could not run."""
+
+    confirmed: bool | None = None
+    words: str = ""
+    seconds: Number | None = None
+
+
+class Checks(Record):
+    """The checks by other libraries."""
+
+    torch_pruning: Check = Check()
+    fvcore: Check = Check()
+
+
+class Parity(Record):
+    """Difference between the outputs of an exported file and of the network; see `export.convert.parity.Parity`."""
+
+    max_abs: Number | None = None
+    mean_abs: Number | None = None
+    scale: Number | None = None
+    top1_agreement: Number | None = None
+    samples: int | None = None
+    images: int | None = None
+    allowed: Number | None = None
+    tolerance: Number | None = None
+
+
+class Engine(Record):
+    """A built engine."""
+
+    file: str = ""
+    builder: str = ""
+    precision: str = ""
+    compute_capability: str = ""
+    bytes: int | None = None
+
+
+class Export(Record):
+    """A file that was exported in another precision, batch or format; the last fields are those of FP16 and INT8."""
+
+    file: str = ""
+    bytes: int | None = None
+    opset: int | None = None
+    parity: Parity | None = None
+    accuracy: Number | None = None
+    images: int | None = None
+    kept_fp32: list[str] = []
+    kept_float: list[str] = []
+    calibration: str = ""
+    calibration_images: int | None = None
+    calibration_classes: dict[str, int] = {}
+    rest: str = ""
+
+
+class DeviceNetwork(Record):
+    """Result of one network on a board; see `export.device.bundle_results.NetworkResult`."""
+
+    name: str = ""
+    precision: str = ""
+    status: str = ""
+    reason: str = ""
+    onnx_sha256: str = ""
+    engine_bytes: int | None = None
+    flags: str = ""
+    latency: dict[str, Any] | None = None
+    parity: Parity | None = None
+
+
+class DeviceRecord(Record):
+    """Results of a bundle that ran on a board."""
+
+    target: str = ""
+    board: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    networks: Annotated[list[DeviceNetwork], Field(strict=False)] = []
+
+
+class Manifest(Record):
+    """The content of `manifest.json`."""
+
+    model_config = ConfigDict(frozen=False)
+    schema_version: int | None = Field(None, alias="schema")
+    status: str = ""
+    exit_code: int | None = None
+    model: str = ""
+    data: str = ""
+    preprocessing: dict[str, Any] = {}
+    seed: int | None = None
+    agent: str = ""
+    weights: str = ""
+    epochs: int | None = None
+    recipe: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    machine: dict[str, str | int | None] = {}
+    stages: dict[str, Stage] = {}
+    budgets: list[Budget] = []
+    accuracy: Accuracy = Accuracy()
+    latency: Latency = Latency()
+    cost: Cost = Cost()
+    skipped: list[Skipped] = []
+    rounds: list[Measurement] = []
+    corrections: list[list[Number]] = []
+    evaluations_before: int = 0
+    missed: int = 0
+    quiet_dense_ms: Number | None = None
+    search: Search | None = None
+    training: list[Epoch] = []
+    groups: list[Group] = []
+    layers: list[Layer] = []
+    other_macs: list[OtherMacs] = []
+    explanation: Explanation | None = None
+    parity: Parity = Parity()
+    checks: Checks = Checks()
+    engines: list[Engine] = []
+    engine_note: str | None = None
+    exports: dict[str, Export] = {}
+    devices: list[DeviceRecord] = []
+    notes: list[str] = []
+    files: dict[str, str] = {}
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a run's manifest, to continue the run or to add to it.
+
+        Raises:
+            CompressorError: The file is missing or damaged; the message names every invalid field.
+        """
+        content = _object(path)
+        try:
+            manifest = cls.model_validate(content)
+        except ValidationError as error:
+            raise CompressorError(
+                f"{path}: {'; '.join(dict.fromkeys(map(_problem, error.errors())))}.",
+                _DAMAGED,
+            ) from None
+        missing = [name for name in _BEGUN if name not in content]
+        if missing and manifest.finished("begin"):
+            raise CompressorError(
+                f"{path}: {', '.join(missing)} missing.",
+                _DAMAGED,
+            )
+        return manifest
+
+    @classmethod
+    def tolerant(cls, content: Manifest | Mapping[str, Any]) -> Manifest:
+        """Return a manifest for reading only, whatever its content: a field that is invalid counts as absent."""
+        if isinstance(content, Manifest):
+            return content
+        return cls.model_validate(dict(content), context=_TOLERANT)
+
+    @classmethod
+    def read_tolerant(cls, path: Path) -> Manifest:
+        """Read a manifest for a report.
+
+        Raises:
+            CompressorError: The file is not a JSON object.
+        """
+        return cls.tolerant(_object(path))
+
+    def write(self, path: Path) -> None:
+        """Write the fields that were set; the file is replaced as a whole."""
+        write_atomic(path, json.dumps(self.plain(), indent=2, allow_nan=False) + "\n")
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields that were set as JSON values."""
+        return self.model_dump(exclude_unset=True, by_alias=True)
+
+    def finished(self, stage: str) -> bool:
+        """Return whether a stage has finished."""
+        return bool(stage in self.stages and self.stages[stage].finished)
+
+
+_DAMAGED = (
+    "The file is damaged, or of another version: restore it from a copy, or start a new run with --out DIR."
+)
+_BEGUN = ("model", "seed", "recipe", "budgets", "accuracy", "rounds", "training", "notes")
+"""Fields that every run has once it has begun."""
+
+
+def read_episode(line: Mapping[str, Any]) -> Episode:
+    """Return a line of the episode log for a report."""
+    return Episode.model_validate(dict(line), context=_TOLERANT)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise CompressorError(f"{path} holds {type(content).__name__}, expected an object.")
+    return content
+
+
+def _problem(found: Any) -> str:
+    """Describe one invalid field; the names of union branches are left out of its place."""
+    place = ".".join(str(part) for part in found["loc"] if part not in ("int", "float") and "[" not in str(part))
+    given = "" if isinstance(found["input"], dict | list) else f" is {found['input']!r}"
+    return f"'{place}'{given}: {found['msg'][0].lower()}{found['msg'][1:]}"

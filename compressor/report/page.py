@@ -1,0 +1,182 @@
+"""The report: one HTML page without scripts or requests, for deciding whether to deploy the network.
+
+Its only source is the run's folder. A run may be unfinished, or from another version: what is missing or invalid is
+"not known" on the page, so that no number is printed that was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.core.errors import CompressorError
+from compressor.core.files import write_atomic
+from compressor.core.manifest import MANIFEST, Episode, Manifest, read_episode
+from compressor.core.records import RECIPE
+from compressor.report import explain, plots, records
+from compressor.report.comparison import comparison, tiles
+from compressor.report.judgement import budget_lines, judge, measured_to_the_end
+from compressor.report.svg import Chart
+from export.text import plain
+
+REPORT = "report.html"
+EPISODES = Path("search") / "episodes.jsonl"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Content of a run's files.
+
+    Attributes:
+        damaged: Number of lines of the episode log that are not JSON objects.
+        sizes: Bytes of the files that exist in the folder.
+    """
+
+    manifest: Manifest
+    episodes: tuple[Episode, ...]
+    damaged: int
+    recipe: str
+    sizes: Mapping[str, int]
+
+
+def write_report(run_path: Path) -> Path:
+    """Write `report.html` into a run's folder from its files, and return its path.
+
+    The same files give the same bytes. The page of an unfinished run says what is missing.
+
+    Raises:
+        CompressorError: The folder has no manifest or a damaged one, or the page cannot be written.
+    """
+    page = run_path / REPORT
+    write_atomic(page, render(collect(run_path)))
+    return page
+
+
+def collect(run: Path) -> Collected:
+    """Read a run's manifest, episodes and recipe.
+
+    Raises:
+        CompressorError: The folder has no manifest, or it is not a JSON object.
+    """
+    if not (run / MANIFEST).is_file():
+        raise CompressorError(
+            f"{run} holds no {MANIFEST}, so there is nothing to report.",
+            "Give the folder of a run: compress report RUN",
+        )
+    manifest = Manifest.read_tolerant(run / MANIFEST)
+    episodes, damaged = _read_episodes(run / EPISODES)
+    recipe = run / RECIPE
+    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
+    inside = (name for name in manifest.files if records.inside(name))
+    sizes = {name: (run / name).stat().st_size for name in inside if (run / name).is_file()}
+    return Collected(manifest, episodes, damaged, text, sizes)
+
+
+def _read_episodes(path: Path) -> tuple[tuple[Episode, ...], int]:
+    """Return the episodes of a log and the number of unreadable lines.
+
+    A last line without a newline was not finished by a killed run; it counts as neither.
+    """
+    if not path.is_file():
+        return (), 0
+    kept: list[Episode] = []
+    damaged = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            kept.append(read_episode(record))
+        else:
+            damaged += 1
+    return tuple(kept), damaged
+
+
+def render(run: Collected) -> str:
+    """Render the page. The template cleans and escapes every text from the run's files; the project's own figures are
+    inserted as they are.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("compressor.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_plain,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["drawn"] = lambda chart: Markup(chart.svg)  # the figures escape their own texts
+    return environment.get_template("report.html.j2").render(**context(run)) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Remove control characters and format marks from what the template prints."""
+    return type(value)(plain(value, lines=True)) if isinstance(value, str) else value
+
+
+def context(run: Collected) -> dict[str, Any]:
+    """Return everything that the template prints, as strings or small objects of strings."""
+    manifest = run.manifest
+    comparison_notes = (
+        manifest.accuracy.dense_note,
+        explain.accuracy_resolution(manifest),
+        explain.measurement(manifest),
+        explain.prediction_error(manifest),
+        "MACs are multiply-adds as fvcore counts them: one multiply-add is one.",
+    )
+    unread = f"{run.damaged} lines of the episode log could not be read and are left out."
+    return {
+        "model": manifest.model or "model not recorded",
+        "data": manifest.data or "data not recorded",
+        "finished": measured_to_the_end(manifest),
+        "verdict": judge(manifest),
+        "tiles": tiles(manifest),
+        "notes": [*manifest.notes, *([unread] if run.damaged else [])],
+        "budgets": budget_lines(manifest),
+        "comparison": comparison(manifest),
+        "comparison_notes": [note for note in comparison_notes if note],
+        "rounds": records.rounds(manifest),
+        "removal": explain.removal(manifest),
+        "groups": records.groups(manifest),
+        "skipped": records.skipped(manifest),
+        "layer_charts": _charts(plots.layer_bars(manifest, key, f"layers-{key}") for key in ("macs", "ms")),
+        "layers": records.layers(manifest),
+        "beside_layers": explain.beside_layers(manifest),
+        "speed": explain.speed(manifest),
+        "hot": records.hottest(manifest),
+        "stubborn": records.stubborn(manifest),
+        "explained": explain.explained(manifest),
+        "effort": explain.effort(manifest),
+        "search_charts": _charts(
+            (
+                plots.reward_curve(manifest, run.episodes, "reward"),
+                plots.candidate_scatter(manifest, run.episodes, "candidates"),
+            )
+        ),
+        **records.sources(manifest),
+        "method": records.method(manifest),
+        "images": explain.images(manifest),
+        "training_charts": _charts(
+            plots.training_curve(manifest, key, f"training-{key}") for key in ("loss", "accuracy")
+        ),
+        "parity": explain.parity(manifest),
+        "checks": explain.checks(manifest),
+        "engines": records.engines(manifest),
+        "engine_note": manifest.engine_note or "",
+        "stages": records.stages(manifest),
+        "facts": records.facts(manifest),
+        "recipe": run.recipe,
+        "files": records.files(manifest, run.sizes),
+    }
+
+
+def _charts(found: Iterable[Chart | None]) -> list[Chart]:
+    return [chart for chart in found if chart is not None]
