@@ -146,7 +146,7 @@ def counted_macs(folder: Path) -> int:
     import torch
 
     from compressor import load
-    from compressor.pruning.fvcore_check import count_macs
+    from compressor.pruning.checks import count_macs
     from compressor.recipe import load_recipe
 
     recipe = load_recipe(folder / "recipe.yaml")

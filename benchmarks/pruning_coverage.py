@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
-from compressor.pruning.fvcore_check import count_macs
+from compressor.pruning.checks import count_macs
 from compressor.pruning.space import PruningSpace
 
 TIMM = [

@@ -1,7 +1,7 @@
 """Which channels go together, by this project and by torch-pruning: `python -m benchmarks.pruning_groups`.
 
 Half of each group of every network of docs/results/coverage.md is removed, one group after the other, by torch-pruning
-from a copy of the dense network (`torch_pruning_check`). A group agrees where it removes exactly the elements that the
+from a copy of the dense network (`pruning.checks`). A group agrees where it removes exactly the elements that the
 pruning space removes. Of the others, one of each kind in a network is judged: both networks that lose this group alone
 are run and compared with the dense network whose removed elements are zero. (Where normalisation over channels or
 softmax sees how many there are, a network differs from that by nature; then both do.)
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.pruning_coverage import networks
+from compressor.pruning.checks import compare, obstacles
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import copy_structure
 from compressor.pruning.space import PruningSpace
-from compressor.pruning.torch_pruning_check import compare, obstacles
 from compressor.pruning.torch_pruning_cut import Cutter
 from tests.pruning.networks import filled
 

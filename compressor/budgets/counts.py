@@ -51,7 +51,7 @@ class ParamsBudget(Budget):
 class MemoryBudget(Budget):
     """Peak memory of weights and live activations for one image, in bytes.
 
-    The input of a residual branch is counted until its addition (`compressor.pruning.liveness`). The runtime's
+    The input of a residual branch is counted until its addition (`pruning.counts.Activations`). The runtime's
     workspace and code are not counted, so that the process needs more.
     """
 

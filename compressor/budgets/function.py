@@ -120,13 +120,14 @@ class FunctionCaller(CachedValues):
         if self._child is None:
             from safetensors.torch import save_file
 
-            from compressor.pruning.blueprint import blueprint, weights
+            from compressor.pruning.artefact import cpu_tensors
+            from compressor.pruning.blueprint import blueprint
 
             child = Child("compressor.budgets.function_child")
             try:
                 with tempfile.TemporaryDirectory(prefix="compressor-function-") as folder:
                     path = str(Path(folder) / "weights.safetensors")
-                    save_file(weights(self.space.model), path)
+                    save_file(cpu_tensors(self.space.model), path)
                     groups = [group.name for group in self.space.groups]
                     begin = {"function": self.name, "network": blueprint(self.space), "groups": groups}
                     child.ask({**begin, "weights": path}, self.seconds + _STARTUP_SECONDS)

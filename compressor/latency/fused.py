@@ -20,7 +20,7 @@ from compressor.latency.schema import FASTEST_MS
 from compressor.pruning.counts import positions_of
 
 if TYPE_CHECKING:
-    from compressor.pruning.construct import Layer
+    from compressor.pruning.counts import Layer
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]

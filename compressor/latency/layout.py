@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compressor.latency.signature import network_signature
-from compressor.pruning.construct import Layer
-from compressor.pruning.counts import Affine, Product, positions_of
+from compressor.pruning.counts import Affine, Layer, Product, positions_of
 from compressor.pruning.groups import Group
 
 if TYPE_CHECKING:

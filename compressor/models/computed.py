@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,17 +35,23 @@ def fix_weights(model: nn.Module) -> list[str]:
     names = computed_weights(model)
     if not names:
         return names
+    with evaluated(model), torch.no_grad():  # in training mode spectral norms update their vectors at each access
+        for module in list(model.modules()):
+            _fix_hooks(module)
+            _fix_parametrized(module)
+    return names
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Switch a network to eval mode, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # in training mode spectral norms update their vectors at each access
+    model.eval()
     try:
-        with torch.no_grad():
-            for module in list(model.modules()):
-                _fix_hooks(module)
-                _fix_parametrized(module)
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
-    return names
 
 
 def _parametrized(module: nn.Module) -> list[str]:

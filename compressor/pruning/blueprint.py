@@ -11,11 +11,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.core.errors import CompressorError
-from compressor.pruning.artefact import set_tensors
-from compressor.pruning.factory import build_dense, find_factory
+from compressor.pruning.artefact import build_dense, find_factory, set_tensors
 from compressor.pruning.registry import modules_of_rules
 from compressor.pruning.skeleton import named_tensors
 from compressor.pruning.space import PruningSpace
@@ -51,23 +50,8 @@ def blueprint(space: PruningSpace) -> dict[str, Any]:
     }
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return all distinct parameters and buffers on the CPU, by their first name."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors(model).items()}
-
-
-def channels_last(model: nn.Module) -> bool:
-    """Whether weights are in channels-last format, which decides the order of sums and thus the last bits."""
-    return any(
-        tensor.dim() == 4
-        and not tensor.is_contiguous()
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-        for tensor in model.parameters()
-    )
-
-
 def rebuild(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], device: str = "cpu") -> PruningSpace:
-    """The space that `blueprint` described, with these weights and the layer rules of that process."""
+    """Return the space that `blueprint` described, with these weights and the layer rules of that process."""
     for module in plain["rules"]:
         import_module(module)
     model = build_dense(plain["factory"])

@@ -1,29 +1,31 @@
 """Traces a network and verifies the trace on a pruned copy.
 
-The dense pass determines the groups. Then a copy with random widths runs the same pass on the meta device, in lockstep:
-every operation must return exactly the sizes that the labels predict. Where one does not, the channels of that
-operation are split in another way, or left dense and reported. A space therefore contains no width that would not run.
+The dense pass determines the groups. Then a copy with random widths runs the same pass in lockstep with the trace, on
+the meta device: every operation must return exactly the sizes that the labels predict. Where one does not, the channels
+of that operation are split in another way, or left dense and reported. A space therefore contains no width that would
+not run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.core.plugins import load_plugins
 from compressor.pruning import rules as rules  # registers them
 from compressor.pruning.attention import swap_name
-from compressor.pruning.facts import MEETS_FIXED, Facts, Key, Settings, example_tensors, moved
+from compressor.pruning.counts import Ints
+from compressor.pruning.facts import MEETS_FIXED, Call, Facts, Key, Labels, Settings, moved, tensors_in
 from compressor.pruning.groups import Resolved, resolve
-from compressor.pruning.lockstep import Mismatch, learn, lockstep, other_way
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
-from compressor.pruning.slicer import Slicer
+from compressor.pruning.slicer import Slicer, cut, cut_meta
 from compressor.pruning.trace import Tracer
 
 _ROUNDS = 60
@@ -55,16 +57,16 @@ def build(model: nn.Module, args: tuple[Any, ...]) -> Built:
         for key in _suspects(facts, resolved, settings, tried):
             tried.add(key)
             turned = settings.copy()
-            turned.decisions[key] = other_way(*facts.decisions[key])
+            turned.decisions[key] = _other_way(*facts.decisions[key])
             other_facts, _ = _trace(model, args, turned)
             other = resolve(other_facts)
             if _freedom(other) > _freedom(resolved):
                 settings, facts, resolved = turned, other_facts, other
         slicer = Slicer(facts, resolved, _swaps(model, facts))
         try:
-            lockstep(model, args if not on_meta else moved(args, "meta"), facts, resolved, slicer, on_meta)
+            _lockstep(model, args, facts, resolved, slicer, on_meta)
         except Mismatch as error:
-            learn(settings, facts, error)
+            _learn(settings, facts, error)
             continue
         return Built(facts, resolved, slicer, settings, on_meta)
     raise CompressorError(
@@ -74,13 +76,15 @@ def build(model: nn.Module, args: tuple[Any, ...]) -> Built:
 
 
 def _freedom(resolved: Resolved) -> int:
+    """The number of units that can be removed in total."""
     return sum(found.classes.size - 1 for found in resolved.groups)
 
 
 def _swaps(model: nn.Module, facts: Facts) -> dict[str, str]:
-    found = {path: name for path, module in walk(model) if (name := swap_name(module)) is not None}
+    """Return the path of each attention module that may be pruned -> name of the class that replaces it."""
+    found = {path: swap_name(module) for path, module in walk(model)}
     return {
-        path: name for path, name in found.items() if name != "multi_head_attention" or path in facts.swaps
+        path: name for path, name in found.items() if name and (name != "multi_head_attention" or path in facts.swaps)
     }
 
 
@@ -97,7 +101,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], settings: Settings) -> tuple
             raise
         except Exception as error:  # user code may raise anything; the cause is reported
             shapes = (
-                ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in example_tensors(args))
+                ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors_in(args))
                 or "no tensor"
             )
             where = getattr(error, "_module_path", "")
@@ -109,6 +113,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], settings: Settings) -> tuple
 
 
 def _skeleton(model: nn.Module, meta: bool) -> nn.Module:
+    """Return a copy of the module tree that a pass may change."""
     if meta:
         return copy_structure(model, lambda tensor: torch.empty_like(tensor, device="meta"))
     # Parameters are views of the user's and buffers are copies: a pass in eval mode writes to neither.
@@ -120,7 +125,7 @@ def _skeleton(model: nn.Module, meta: bool) -> nn.Module:
 def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool) -> Facts:
     skeleton = _skeleton(model, meta).eval()
     tracer = Tracer(named_tensors(skeleton), settings, quick=meta)
-    for tensor in example_tensors(args):
+    for tensor in tensors_in(args):
         tracer.mark(tensor, (None,) * tensor.dim(), True)
     own = named_tensors(skeleton)
     for name, other in _shared_memory(named_tensors(model)).items():
@@ -136,9 +141,9 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
             error._module_path = failed.path  # type: ignore[attr-defined]
         raise
     _fix_outputs(tracer, out)
-    shapes = [tensor.shape for tensor in example_tensors(_plain(out)) if tensor.dim() > 1]
+    shapes = [tensor.shape for tensor in tensors_in(_plain(out)) if tensor.dim() > 1]
     tracer.facts.classes = int(shapes[0][1]) if shapes else 1
-    tracer.facts.traffic.record(tracer, "output", example_tensors(_plain(out)), ())
+    tracer.record_traffic("output", tensors_in(_plain(out)), ())
     if any(name not in tracer.facts.params for name, value in named_tensors(skeleton).items() if value.dim()):
         _train_pass(tracer, skeleton, args, meta)
     return tracer.facts
@@ -161,7 +166,7 @@ def _shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _fix_outputs(tracer: Tracer, out: Any) -> None:
-    for tensor in example_tensors(_plain(out)):
+    for tensor in tensors_in(_plain(out)):
         for labels in tracer.axes(tensor):
             tracer.atoms.fix(labels, "it makes the network's output")
 
@@ -209,3 +214,190 @@ def _suspects(facts: Facts, resolved: Resolved, settings: Settings, tried: set[K
         and key not in settings.failures
         and any(np.isin(roots[b], lost).any() for b in blocks)
     ][:8]
+
+
+# ---------------------------------------------------------------- verification on a pruned copy
+class Mismatch(Exception):
+    """A pruned copy deviates from the trace at a step."""
+
+    def __init__(self, step: int, detail: str) -> None:
+        super().__init__(detail)
+        self.step = step
+
+
+def _random_masks(resolved: Resolved) -> tuple[list[NDArray[np.bool_]], Ints]:
+    """Draw masks over units that keep 40 to 80 % of each group, at least one unit and not all; and their widths."""
+    random = np.random.default_rng(1)
+    masks = []
+    for found in resolved.groups:
+        size = found.classes.size
+        width = int(np.clip(round(size * random.uniform(0.4, 0.8)), 1, size - 1))
+        mask = np.zeros(size, dtype=bool)
+        mask[random.permutation(size)[:width]] = True
+        masks.append(mask)
+    return masks, np.array([mask.sum() for mask in masks], dtype=np.int64)
+
+
+def _lockstep(
+    model: nn.Module, args: tuple[Any, ...], facts: Facts, resolved: Resolved, slicer: Slicer, on_meta: bool
+) -> None:
+    """Run a pruned copy of `model` and compare the sizes of all results with those that the trace predicts.
+
+    Raises:
+        Mismatch: At the first operation that returns other sizes, or fails.
+    """
+    masks, widths = _random_masks(resolved)
+    kept = np.ones(resolved.group.size, dtype=bool)  # of each atom
+    for index, mask in enumerate(masks):
+        here = resolved.group == index
+        kept[here] = mask[resolved.unit[here]]
+    small = slicer.build(model, masks, widths, cut_meta if on_meta else cut).eval()
+    if on_meta:
+        args = moved(args, "meta")
+    opaque = tuple(slicer.swaps)
+    steps = [i for i, step in enumerate(facts.steps) if not _inside(step.path, opaque)]
+    sizes: dict[int, int] = {}
+
+    def size(dense: int, labels: Labels | None) -> int:
+        if labels is None:
+            return dense
+        found = sizes.get(id(labels))
+        if found is None:
+            found = sizes[id(labels)] = int(kept[labels].sum())
+        return found
+
+    seen = 0
+
+    def check(call: Call, results: list[Tensor], path: str) -> None:
+        nonlocal seen
+        if _inside(path, opaque):
+            return
+        if seen >= len(steps):
+            raise Mismatch(steps[-1], "the pruned network runs more operations")
+        step = facts.steps[steps[seen]]
+        expected = [tuple(size(s, a) for s, a in zip(shape, axes, strict=True)) for shape, axes in step.outs]
+        if step.name != call.name or expected != [tuple(t.shape) for t in results]:
+            raise Mismatch(steps[seen], f"{call.name} in {path}")
+        seen += 1
+
+    tracer = Tracer(named_tensors(small), Settings(), check, quick=on_meta)
+    tracer.watch(walk(small))
+    try:
+        with torch.no_grad(), tracer:
+            small(*args)
+    except Mismatch:
+        raise
+    except Exception as error:  # user code may raise anything on wrong sizes
+        raise Mismatch(steps[min(seen, len(steps) - 1)], str(error)) from error
+
+
+def _inside(path: str, opaque: tuple[str, ...]) -> bool:
+    return any(path == p or path.startswith(p + ".") for p in opaque)
+
+
+def _learn(settings: Settings, facts: Facts, error: Mismatch) -> None:
+    """Change the settings of the next trace at the failing step.
+
+    Attempts, in order: the size of a reshape is assumed to come from the module's input; the other axis of a channel
+    split is pruned; the channels of this operation stay dense; all channels of the module stay dense.
+    """
+    step = facts.steps[error.step]
+    key = step.key
+    reason = f"the code around '{step.name}' works at its dense width only"
+    decision = facts.decisions.get(key)
+    failures = settings.failures[key] = settings.failures.get(key, 0) + 1
+    reshapes = step.name in ("view", "reshape")
+    ways = [
+        (turn, lock)
+        for turn in ((False, True) if decision else (False,))
+        for lock in ((False, True) if reshapes else (False,))
+    ]
+    if failures < len(ways) and key not in settings.frozen:
+        turn, lock = ways[failures]
+        if decision is not None and turn != ways[failures - 1][0]:
+            settings.decisions[key] = _other_way(*decision)
+        (settings.locks.add if lock else settings.locks.discard)(key)
+        return
+    settings.locks.discard(key)
+    if key not in settings.frozen:
+        settings.frozen[key] = reason
+        return
+    path = step.path
+    while path:
+        inside = {other.key for other in facts.steps if _inside(other.path, (path,))} - settings.frozen.keys()
+        if inside:
+            settings.frozen.update(dict.fromkeys(inside, reason))
+            return
+        path = path.rpartition(".")[0]
+    settings.frozen.update(dict.fromkeys((other.key for other in facts.steps), reason))
+
+
+def _other_way(choice: str, blocks: Sequence[Labels]) -> str:
+    """Return the alternative way to prune a split."""
+    if choice in ("rows", "columns"):
+        return "columns" if choice == "rows" else "rows"
+    last = max(block.ndim for block in blocks) - 1
+    return str(last if int(choice) != last else max(last - 1, 0))
+
+
+# ---------------------------------------------------------------- arguments
+def check_model(model: Any) -> None:
+    """Refuse models that cannot be pruned.
+
+    Raises:
+        CompressorError: It is not a module, has no parameters, has parameters without data, or is scripted.
+    """
+    if not isinstance(model, nn.Module):
+        raise CompressorError(
+            f"The model must be a torch.nn.Module, not {type(model).__name__}.", "Build it first."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CompressorError("A scripted or traced module hides its structure.", "Pass the original module.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise CompressorError(f"The model is wrapped in {type(model).__name__}.", "Pass `model.module`.")
+    parameters = list(model.named_parameters())
+    if not parameters:
+        raise CompressorError(
+            f"{type(model).__name__} has no parameters: there is nothing to prune.", "Is it the right one?"
+        )
+    for name, value in parameters:
+        if isinstance(value, nn.parameter.UninitializedParameter):
+            raise CompressorError(
+                f"Parameter '{name}' has no shape yet (lazy module).", "Run the model once first."
+            )
+        if value.device.type == "meta":
+            raise CompressorError(
+                f"The model is on the meta device: parameter '{name}' has no values.",
+                "Load its weights: model.to_empty(device='cpu'), then load_state_dict().",
+            )
+    devices = {str(value.device) for _, value in parameters}
+    if len(devices) > 1:
+        raise CompressorError(
+            f"The model is spread over several devices: {', '.join(sorted(devices))}.", "Move it to one."
+        )
+
+
+def checked_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
+    """Return the example as positional arguments for one input.
+
+    Raises:
+        CompressorError: The example has no tensor, or is on another device than the model.
+    """
+    args = example if isinstance(example, tuple) else (example,)
+    tensors = tensors_in(args)
+    if not tensors:
+        raise CompressorError(
+            f"The example input must contain a tensor, got {type(example).__name__}.",
+            "Pass for example torch.randn(1, 3, 224, 224).",
+        )
+    device = next(model.parameters()).device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise CompressorError(
+                f"The example input is on {tensor.device}, the model on {device}.",
+                "Move one of them: example.to(device).",
+            )
+    batches = {tensor.shape[0] if tensor.dim() > 1 else 1 for tensor in tensors}
+    if len(batches) == 1 and batches != {1} and all(isinstance(arg, Tensor) for arg in args):
+        return tuple(arg[:1] for arg in args)
+    return args

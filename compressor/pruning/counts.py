@@ -1,22 +1,32 @@
-"""Costs as functions of widths: sums of products of affine channel counts, evaluated for many candidates at once.
+"""Costs of a network as functions of its widths: multiply-adds, parameters, and the memory of activations.
 
-Also defines the number of weight elements of an operator.
+The only place for the formulas of one operator: `weight_elements`, `positions_of` and `operator_cost`. A cost of the
+whole network is a sum of products of affine channel counts, evaluated for many candidates at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import nn
+
+from compressor.pruning.facts import Facts, Labels, LayerShape, Traffic
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+UNSEEN = "layers that fvcore does not count"
+"""Name of the negative entry for layers whose multiply-adds are not part of fvcore's total."""
 
+
+# ---------------------------------------------------------------- one operator
 def weight_elements(
     taps: ArrayLike, c_in: ArrayLike, c_out: ArrayLike, groups: ArrayLike, group_size: ArrayLike
 ) -> Floats:
@@ -49,6 +59,53 @@ def positions_of(kind: str, in_hw: Sequence[int], out_hw: Sequence[int]) -> int:
     return int(height) * int(width)
 
 
+class OperatorCost(NamedTuple):
+    """Costs of operators for one input; arrays of one shape.
+
+    Attributes:
+        macs: Multiply-adds.
+        weights: Weight elements.
+        moved: Elements read and written: weights, inputs and outputs.
+    """
+
+    macs: Floats
+    weights: Floats
+    moved: Floats
+
+
+def operator_cost(
+    c_in: ArrayLike,
+    c_out: ArrayLike,
+    *,
+    taps: ArrayLike,
+    positions: ArrayLike,
+    in_pixels: ArrayLike,
+    out_pixels: ArrayLike,
+    groups: ArrayLike = 1,
+    group_size: ArrayLike = 0,
+) -> OperatorCost:
+    """Return multiply-adds, weight elements and traffic of convolutions and linear layers; arguments broadcast.
+
+    For the N candidates and L layers of a network pass channels (N, L) and everything else (L,); costs are (N, L).
+
+    Args:
+        c_in, c_out: Input and output channels.
+        taps, groups, group_size: As for `weight_elements`.
+        positions: Uses of each weight for one input, from `positions_of`.
+        in_pixels, out_pixels: Height times width of input and output.
+
+    Example: a 3x3 convolution of 16 to 32 channels on 8x8 pixels with stride 1.
+
+    >>> cost = operator_cost(16, 32, taps=9, positions=64, in_pixels=64, out_pixels=64)
+    >>> [each.item() for each in cost]
+    [294912.0, 4608.0, 7680.0]
+    """
+    weights = weight_elements(taps, c_in, c_out, groups, group_size)
+    moved = weights + np.asarray(c_in) * np.asarray(in_pixels) + np.asarray(c_out) * np.asarray(out_pixels)
+    return OperatorCost(np.asarray(positions) * weights, weights, moved)
+
+
+# ---------------------------------------------------------------- functions of widths
 @dataclass(frozen=True)
 class Affine:
     """A channel count as a function of the widths of all groups: `constant + sum(coefficient * width[group])`.
@@ -75,6 +132,10 @@ class Affine:
         return not self.terms
 
 
+AffineOf = Callable[[int | Labels], Affine]
+"""Returns the number of kept indices of an axis, given its constant size or its labels: `Resolved.affine`."""
+
+
 class Product(NamedTuple):
     """A cost: `constant` times a product of channel counts."""
 
@@ -92,9 +153,15 @@ class Product(NamedTuple):
         """Return the product with additional factors."""
         return Product(self.constant * constant, (*self.factors, *factors))
 
+    def folded(self) -> Product:
+        """Return the same cost, with the factors that do not change as part of the constant."""
+        constant = math.prod(factor.constant for factor in self.factors if factor.is_constant)
+        varying = tuple(factor for factor in self.factors if not factor.is_constant)
+        return Product(self.constant * constant, varying)
+
 
 class CostTerms:
-    """A sum of terms, each a constant times a product of affine counts.
+    """A sum of products of affine counts.
 
     Args:
         terms: The terms of the sum.
@@ -104,44 +171,34 @@ class CostTerms:
     are whole numbers below 2**53, so that floating point arithmetic is exact and fast.
     """
 
-    def __init__(self, terms: Sequence[Product], groups: int) -> None:
+    def __init__(self, terms: Iterable[Product], groups: int) -> None:
         self._groups = groups
+        self._base = 0
         self._affine: dict[Affine, int] = {}
-        merged: dict[tuple[int, ...], int] = {}
-        base = 0
-        for constant, factors in terms:
-            varying = []
-            for factor in factors:
-                if factor.is_constant:
-                    constant *= factor.constant
-                else:
-                    varying.append(self._affine.setdefault(factor, len(self._affine)))
+        self._merged: dict[tuple[int, ...], int] = {}
+        for constant, varying in (term.folded() for term in terms):
             if varying:
-                key = tuple(sorted(varying))
-                merged[key] = merged.get(key, 0) + constant
+                key = tuple(sorted(self._affine.setdefault(each, len(self._affine)) for each in varying))
+                self._merged[key] = self._merged.get(key, 0) + constant
             else:
-                base += constant
-        self._base = base
-        self._merged = merged
+                self._base += constant
 
     @cached_property
-    def _compiled(
-        self,
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[tuple[Ints, NDArray[np.float64]]]]:
+    def _compiled(self) -> tuple[Floats, Floats, list[tuple[Ints, Floats]]]:
+        """The distinct factors, as (G, factors) and (factors,); and for each number of factors the terms with as many:
+        the columns of their factors, (terms, number), and their constants, (terms,)."""
         matrix = np.zeros((self._groups, len(self._affine)))
         offset = np.zeros(len(self._affine))
         for affine, column in self._affine.items():
             offset[column] = affine.constant
             for group, coefficient in affine.terms:
                 matrix[group, column] += coefficient
-        by_order: dict[int, tuple[list[tuple[int, ...]], list[int]]] = {}
+        by_order: dict[int, dict[tuple[int, ...], int]] = {}
         for key, constant in self._merged.items():
-            keys, constants = by_order.setdefault(len(key), ([], []))
-            keys.append(key)
-            constants.append(constant)
+            by_order.setdefault(len(key), {})[key] = constant
         parts = [
-            (np.array(keys, dtype=np.int64), np.array(constants, dtype=np.float64))
-            for keys, constants in by_order.values()
+            (np.array(list(terms), dtype=np.int64), np.array(list(terms.values()), dtype=np.float64))
+            for terms in by_order.values()
         ]
         return matrix, offset, parts
 
@@ -160,7 +217,7 @@ class CostTerms:
         return np.asarray(np.rint(total), dtype=np.int64)
 
 
-def as_printed(estimate: Ints) -> Ints:
+def _as_printed(estimate: Ints) -> Ints:
     """Return the multiply-adds that fvcore reads from numpy's printed einsum estimate.
 
     These are (estimate + 1), printed with four digits, halved and rounded down.
@@ -178,7 +235,7 @@ def as_printed(estimate: Ints) -> Ints:
 class RoundedTerms:
     """Terms that fvcore counts by numpy's printed estimate of an einsum; each is rounded before it is added."""
 
-    def __init__(self, terms: Sequence[Product], groups: int) -> None:
+    def __init__(self, terms: Iterable[Product], groups: int) -> None:
         # Not merged: each call is rounded separately.
         self._terms = [CostTerms([term], groups) for term in terms]
 
@@ -186,5 +243,162 @@ class RoundedTerms:
         """Costs (N,) of the candidates `widths` (N, G)."""
         total = np.zeros(widths.shape[0], dtype=np.int64)
         for term in self._terms:
-            total += as_printed(term(widths))
+            total += _as_printed(term(widths))
         return total
+
+
+# ---------------------------------------------------------------- a traced network
+@dataclass(frozen=True)
+class Layer(LayerShape):
+    """One call of a weight-bearing operation, with channel counts as functions of widths.
+
+    A pruned grouped convolution loses either whole groups or the same number of channels in each group. `groups` is the
+    dense number, which is unchanged in the second case.
+
+    Attributes:
+        reads: Input channels that one output reads.
+        positions: Number of uses of each weight.
+        counted: Whether fvcore counts the operation.
+    """
+
+    in_channels: Affine
+    out_channels: Affine
+    reads: Affine
+    positions: Product
+    counted: bool = True
+
+    @property
+    def taps(self) -> int:
+        """Height times width of the kernel."""
+        return math.prod(self.kernel)
+
+    @property
+    def group_size(self) -> int:
+        """Input channels per group if pruning removes whole groups (1 if depthwise); 0 if all groups stay."""
+        if self.kind == "depthwise":
+            return 1
+        whole = self.groups > 1 and self.reads.is_constant and not self.in_channels.is_constant
+        return self.reads.constant if whole else 0
+
+    @property
+    def multiply_adds(self) -> Product:
+        """Multiply-adds of one input as a function of the widths of all groups."""
+        return self.positions.times(self.taps, self.reads, self.out_channels)
+
+    def weights(self, c_in: ArrayLike, c_out: ArrayLike) -> Floats:
+        """Return the weight elements at these channel counts, arrays of any shape."""
+        return weight_elements(self.taps, c_in, c_out, self.groups, self.group_size)
+
+
+def layers_of(facts: Facts, affine: AffineOf) -> tuple[Layer, ...]:
+    """Return the layers of a traced network."""
+    return tuple(
+        Layer(
+            **{each.name: getattr(call, each.name) for each in fields(LayerShape)},
+            in_channels=affine(call.in_channels),
+            out_channels=affine(call.out_channels),
+            reads=affine(call.reads),
+            positions=Product(call.positions[0], tuple(map(affine, call.positions[1]))),
+            counted=call.counted,
+        )
+        for call in facts.layers
+    )
+
+
+class MultiplyAdds:
+    """A network's multiply-adds as fvcore counts them: of its layers, and of other operations.
+
+    Args:
+        facts, affine: Result of its trace.
+        layers: Its layers.
+        groups: Number of groups, G.
+    """
+
+    def __init__(self, facts: Facts, affine: AffineOf, layers: Sequence[Layer], groups: int) -> None:
+        self._layers = [layer.multiply_adds for layer in layers]
+        seen = [layer.multiply_adds for layer in layers if layer.counted]
+        unseen = [layer.multiply_adds.times(-1) for layer in layers if not layer.counted]
+        plain: dict[str, list[Product]] = {}
+        rounded: dict[str, list[Product]] = {}
+        for term in facts.terms:
+            product = Product(term.constant, tuple(map(affine, term.sizes)))
+            (rounded if term.rounded else plain).setdefault(term.operation, []).append(product)
+        self._total = CostTerms(chain(seen, *plain.values()), groups)
+        self._rounded = RoundedTerms(chain(*rounded.values()), groups)
+        #: Multiply-adds besides the layers by operation; with those of the layers they sum to the total.
+        self.beside: dict[str, CostTerms | RoundedTerms] = {
+            **{name: CostTerms(terms, groups) for name, terms in plain.items()},
+            **{name: RoundedTerms(terms, groups) for name, terms in rounded.items()},
+            **({UNSEEN: CostTerms(unseen, groups)} if unseen else {}),
+        }
+
+    def __call__(self, widths: Ints) -> Ints:
+        """Return the multiply-adds of the whole network, (N, G) -> (N,)."""
+        return self._total(widths) + self._rounded(widths)
+
+    def layers(self, widths: Ints) -> Ints:
+        """Return the multiply-adds of each layer, (N, G) -> (N, layers)."""
+        each = [product(widths) for product in self._layers]
+        return np.stack(each, axis=1) if each else np.zeros((len(widths), 0), dtype=np.int64)
+
+
+def parameters_of(model: nn.Module, facts: Facts, affine: AffineOf, groups: int) -> CostTerms:
+    """Return the number of parameters; tied ones are counted once."""
+    terms = []
+    for name, parameter in model.named_parameters():
+        axes = facts.params.get(name, (None,) * parameter.dim())
+        sizes = [size if axis is None else axis for size, axis in zip(parameter.shape, axes, strict=True)]
+        terms.append(Product(1, tuple(map(affine, sizes))))
+    return CostTerms(terms, groups)
+
+
+# ---------------------------------------------------------------- memory of activations
+class Activations:
+    """Peak number of live activation elements, for any widths: the minimum memory that a runtime needs for them.
+
+    A tensor is alive from the step that creates it to the last step that reads it. The input of a residual branch is
+    thus counted until its addition. An elementwise step (activation, batch-norm, addition) writes in place into an
+    input that no later step reads, as runtimes do. A view shares the memory of its base.
+
+    Args:
+        traffic: Trace of the dense network's activations; slim networks run the same steps.
+        affine: Sizes of its axes as functions of widths.
+    """
+
+    def __init__(self, traffic: Traffic, affine: AffineOf) -> None:
+        sizes = [Product(1, tuple(map(affine, axes))).folded() for axes in traffic.sizes]
+        lives = _lives(traffic, sizes)
+        self._sizes = list(dict.fromkeys(sizes[piece] for piece in lives))
+        column = {size: number for number, size in enumerate(self._sizes)}
+        alive = np.zeros((max(1, len(traffic.steps)), len(self._sizes)))
+        for piece, (first, last) in lives.items():
+            alive[first : last + 1, column[sizes[piece]]] += 1
+        steps = np.unique(alive, axis=0)
+        # Only a step that no other step dominates can be the peak.
+        self._alive = np.array([step for step in steps if ((steps >= step).all(axis=1)).sum() == 1])
+
+    def __call__(self, widths: Ints) -> Ints:
+        """Return the peak number of live elements, (N, G) -> (N,)."""
+        elements = np.array([size(widths) for size in self._sizes], dtype=np.float64).reshape(-1, len(widths))
+        return np.asarray((self._alive @ elements).max(axis=0), dtype=np.int64)
+
+
+def _lives(traffic: Traffic, sizes: Sequence[Product]) -> dict[int, tuple[int, int]]:
+    """Return the first and last step of each buffer; a result written in place shares its input's buffer."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for number, (reads, writes, _) in enumerate(traffic.steps):
+        for piece in (*reads, *writes):
+            first.setdefault(piece, number)
+            last[piece] = number
+    place = {piece: piece for piece in first}
+    for number, (reads, writes, in_place) in enumerate(traffic.steps):
+        if not in_place or len(writes) != 1 or first[writes[0]] != number or writes[0] in reads:
+            continue
+        for piece in reads:
+            home = place[piece]
+            if last[home] == number and sizes[piece] == sizes[writes[0]]:
+                place[writes[0]] = home
+                last[home] = last[writes[0]]
+                break
+    return {piece: (first[piece], last[piece]) for piece in first if place[piece] == piece}

@@ -1,25 +1,110 @@
-"""Data of one traced forward pass: calls, layers, counts and attributes, in terms of atoms."""
+"""What one traced forward pass says about a network: atoms and their constraints, calls, layers, counts, attributes.
+
+An *atom* is one index of one axis of a parameter. An axis of a tensor has *labels*, one atom per index, or None where
+its size is constant (batch, space, tokens). Operations state which atoms must be kept or removed together (`unify`) and
+which must always be kept (`fix`). After the pass, `solve` returns the classes of atoms that belong together: the
+smallest removable units.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compressor.pruning.atoms import Atoms, Axes, Labels
-from compressor.pruning.traffic import Traffic
-
-#: Identifies a call of an operation: the calling module (its path without numbers, and its class) and the call's index
-#: in that module's forward pass. Blocks that differ only in their number share a key, so that a decision for one
-#: applies to all.
+Labels = NDArray[np.int64]
+Axes = tuple["Labels | None", ...]
 Key = tuple[str, int]
-
+"""Identifies a call of an operation: the calling module (its path without numbers, and its class) and the call's index
+in that module's forward pass. Blocks that differ only in their number share a key: a decision for one applies to all.
+"""
 
 MEETS_FIXED = "it meets an axis of fixed size"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of atoms that `Atoms.solve` found.
+
+    Args:
+        of: Class of each atom, identified by its smallest atom, (atoms,).
+        fixed: Whether the class of each atom must be kept, (atoms,).
+        coupled: Whether the class of each atom is part of a residual addition, (atoms,).
+        reasons: Smallest atom of a fixed class -> first reason why it must be kept.
+    """
+
+    of: Labels
+    fixed: NDArray[np.bool_]
+    coupled: NDArray[np.bool_]
+    reasons: dict[int, str]
+
+
+class Atoms:
+    """Creates atoms and collects the constraints on them."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._pairs: list[tuple[Labels, Labels]] = []
+        #: (atoms that must be kept, reason), in the order of discovery.
+        self.fixed: list[tuple[Labels, str]] = []
+        self._coupled: list[Labels] = []
+
+    def fresh(self, size: int) -> Labels:
+        """Create the labels of a new axis with `size` indices."""
+        labels = np.arange(self._count, self._count + size, dtype=np.int64)
+        self._count += size
+        return labels
+
+    def unify(self, a: Labels, b: Labels) -> None:
+        """Tie the atoms at equal positions of `a` and `b`, which have the same shape."""
+        if a is not b:
+            self._pairs.append((a.reshape(-1), b.reshape(-1)))
+
+    def fix(self, labels: Labels | None, reason: str) -> None:
+        """Require that these atoms are kept, because of `reason` (a clause that follows "left dense:")."""
+        if labels is not None:
+            self.fixed.append((labels.reshape(-1), reason))
+
+    def couple(self, labels: Labels) -> None:
+        """Mark these atoms as part of an addition of two activations."""
+        self._coupled.append(labels.reshape(-1))
+
+    def solve(self) -> Classes:
+        """Return the classes of tied atoms (connected components by hooking and pointer jumping)."""
+        parent = np.arange(self._count, dtype=np.int64)
+        if self._pairs:
+            left = np.concatenate([a for a, _ in self._pairs])
+            right = np.concatenate([b for _, b in self._pairs])
+            keep = left != right
+            left, right = left[keep], right[keep]
+            while left.size:
+                low, high = np.minimum(left, right), np.maximum(left, right)
+                np.minimum.at(parent, high, low)
+                while True:
+                    jumped = parent[parent]
+                    if np.array_equal(jumped, parent):
+                        break
+                    parent = jumped
+                left, right = parent[left], parent[right]
+                keep = left != right
+                left, right = left[keep], right[keep]
+        fixed = np.zeros(self._count, dtype=bool)
+        reasons: dict[int, str] = {}
+        for labels, reason in self.fixed:
+            roots = np.unique(parent[labels])
+            fixed[roots] = True
+            for root in roots.tolist():
+                reasons.setdefault(root, reason)
+        coupled = np.zeros(self._count, dtype=bool)
+        for labels in self._coupled:
+            coupled[parent[labels]] = True
+        return Classes(parent, fixed[parent], coupled[parent], reasons)
 
 
 @dataclass
@@ -58,7 +143,7 @@ class Call:
     @property
     def tensors(self) -> list[Tensor]:
         """Return all tensors among the arguments, including those in lists."""
-        return list(tensors_in([*self.args, *self.kwargs.values()]))
+        return tensors_in([*self.args, *self.kwargs.values()])
 
 
 @dataclass
@@ -82,12 +167,14 @@ class Counted(NamedTuple):
     rounded: bool = False
 
 
-@dataclass
-class LayerCall:
-    """One call of a weight-bearing operation; channel axes are labels or constant sizes.
+@dataclass(frozen=True)
+class LayerShape:
+    """A call of a weight-bearing operation, without its channel counts.
 
-    `reads` are the input channels that one output reads (an axis of the weight). `positions` is a constant and the axes
-    whose product is the number of uses of each weight. `counted` is False if fvcore does not count the operation.
+    Attributes:
+        kind: "conv", "depthwise", "grouped", "conv_transpose" or "linear".
+        groups: Groups of the dense convolution; 1 for a linear layer.
+        in_hw, out_hw: (height, width); (tokens, 1) for a sequence, (1, 1) without spatial axes.
     """
 
     name: str
@@ -100,6 +187,18 @@ class LayerCall:
     groups: int
     in_hw: tuple[int, int]
     out_hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LayerCall(LayerShape):
+    """A layer as traced: each channel count is a constant or the labels of an axis.
+
+    Attributes:
+        reads: Input channels that one output reads (an axis of the weight).
+        positions: A constant and the axes whose product is the number of uses of each weight.
+        counted: Whether fvcore counts the operation.
+    """
+
     in_channels: int | Labels
     out_channels: int | Labels
     reads: int | Labels
@@ -120,21 +219,41 @@ class Tie:
 
 
 @dataclass
+class Traffic:
+    """The activations that a forward pass writes and reads in each step.
+
+    Attributes:
+        sizes: Axes of each buffer, as constants or labels.
+        steps: Buffers read, buffers written, and whether the step is elementwise.
+    """
+
+    sizes: list[list[int | Labels]] = field(default_factory=list)
+    steps: list[tuple[list[int], list[int], bool]] = field(default_factory=list)
+
+
+@dataclass
 class Facts:
-    """All data of a trace; labels are resolved by the caller."""
+    """All data of a trace, in terms of labels; `groups.resolve` turns labels into functions of widths.
+
+    Attributes:
+        params: Name of each parameter and buffer that the pass used -> its labels.
+        outputs: (name, axis) of each tensor that produces channels -> its module, in the order of the pass.
+        terms: Multiply-adds that are counted besides the layers.
+        swaps: Path of each attention module that may lose heads -> name of the class that replaces it.
+        decisions: Each call that split channels -> how they are pruned, and their labels.
+        classes: Channels of the network's first output: the classes of a classifier.
+    """
 
     atoms: Atoms
     params: dict[str, Axes] = field(default_factory=dict)
     outputs: dict[tuple[str, int], str] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
-    #: Multiply-adds that are counted besides the layers.
     terms: list[Counted] = field(default_factory=list)
     layers: list[LayerCall] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     swaps: dict[str, str] = field(default_factory=dict)
     decisions: dict[Key, tuple[str, list[Labels]]] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
-    #: Channels of the network's first output: the classes of a classifier.
     classes: int = 1
 
 
@@ -154,19 +273,15 @@ class Settings:
         return Settings(dict(self.decisions), dict(self.frozen), set(self.locks), dict(self.failures))
 
 
-def tensors_in(values: Iterable[Any]) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
-        elif isinstance(value, dict):
-            yield from tensors_in(value.values())
-
-
-def example_tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """Return all tensors in nested lists, tuples and dictionaries."""
-    return list(tensors_in([value]))
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
 
 
 def moved(value: Any, device: torch.device | str) -> Any:

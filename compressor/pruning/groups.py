@@ -1,15 +1,32 @@
-"""Resolves classes of atoms to groups of channels, and reports the parts that stay dense."""
+"""Groups of channels that are removed together: found from the atoms of a trace, limited by the user's settings.
+
+Two classes of atoms that occur equally often in every axis of every parameter, layer, cost and attribute are
+exchangeable: removing either changes all sizes equally. Exchangeable classes form a group, so that every channel count
+is an affine function of the widths.
+"""
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from compressor.pruning.atoms import Labels
-from compressor.pruning.counts import Affine
-from compressor.pruning.facts import Facts
+from compressor.core.errors import CompressorError
+from compressor.pruning.counts import Affine, Ints
+from compressor.pruning.facts import Facts, Labels
+
+MIN_SHARE = 0.1
+"""Default minimum width: a tenth of the dense width, at least one step of the granularity."""
+
+
+SINGLE = "it makes a single channel"
 
 
 @dataclass(frozen=True)
@@ -54,8 +71,13 @@ class Found:
     classes: Labels
     unit: int
     coupled: bool
-    members: tuple[str, ...]
-    makers: tuple[tuple[str, int], ...]
+    members: tuple[str, ...] = ()
+    makers: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names by which a pattern finds it."""
+        return (self.name, *self.members)
 
 
 @dataclass
@@ -105,77 +127,220 @@ class Resolved:
 
 
 def resolve(facts: Facts) -> Resolved:
-    """Group the classes of atoms by the axes that contain them.
-
-    Two classes that occur equally often in every axis of every parameter, layer, cost and attribute are
-    exchangeable: removing either changes all sizes equally. Exchangeable classes form a group, so that every channel
-    count is an affine function of the widths.
-    """
+    """Group the classes of atoms that are exchangeable; a class that alone makes up an axis stays dense."""
     solved = facts.atoms.solve()
     roots = solved.of
-    axes: dict[int, Labels] = {}
-    for labels in [axis for each in facts.params.values() for axis in each if axis is not None]:
-        axes.setdefault(id(labels), labels)
-    for layer in facts.layers:
-        for size in (layer.in_channels, layer.out_channels, layer.reads, *layer.positions[1]):
-            if isinstance(size, np.ndarray):
-                axes.setdefault(id(size), size)
-    for term in facts.terms:
-        for size in term.sizes:
-            axes.setdefault(id(size), size)
-    for tie in facts.ties:
-        axes.setdefault(id(tie.labels), tie.labels)
-    random = np.random.default_rng(0)
-    signature = np.zeros(roots.size, dtype=np.uint64)
-    for labels in axes.values():
-        weight = np.uint64(random.integers(1, 2**63))
-        np.add.at(signature, roots[labels], weight)
-
-    group = np.full(roots.size, -1, dtype=np.int64)
-    unit = np.full(roots.size, -1, dtype=np.int64)
-    result = Resolved([], [], group, unit)
-    makers: dict[int, list[tuple[str, int]]] = {}
-    by_signature: dict[tuple[int, ...], int] = {}
+    signature = _signatures(facts, roots)
+    result = Resolved([], [], np.full(roots.size, -1, dtype=np.int64), np.full(roots.size, -1, dtype=np.int64))
+    by_signature: dict[int, Found] = {}
     skipped: dict[str, str] = {}
-    order: list[tuple[Labels, str, bool]] = []
     for (param, axis), module in facts.outputs.items():
         producers = facts.params[param][axis] if param in facts.params else None
         if producers is None:
-            skipped.setdefault(module, "it makes a single channel")
+            skipped.setdefault(module, SINGLE)
             continue
         classes, first = np.unique(roots[producers], return_index=True)
         classes = classes[np.argsort(first)]
-        still = classes[solved.fixed[classes]]
-        if still.size:
-            skipped.setdefault(module, solved.reasons[int(still[0])])
+        fixed = classes[solved.fixed[classes]]
+        if fixed.size:
+            skipped.setdefault(module, solved.reasons[int(fixed[0])])
         classes = classes[~solved.fixed[classes]]
         for value in dict.fromkeys(signature[classes].tolist()):
             members = classes[signature[classes] == value]
-            key = (value,)
-            index = by_signature.get(key)
-            if index is None:
-                index = len(order)
-                by_signature[key] = index
-                order.append((members, module, bool(solved.coupled[members[0]])))
-                per_unit = int(np.isin(roots[producers], members).sum()) // len(members)
-                result.groups.append(Found(module, members, per_unit, order[index][2], (), ()))
-            makers.setdefault(index, []).append((param, axis))
+            if value not in by_signature:
+                unit = int(np.isin(roots[producers], members).sum()) // len(members)
+                by_signature[value] = Found(module, members, unit, bool(solved.coupled[members[0]]))
+            by_signature[value].makers += ((param, axis),)
     names: dict[str, int] = {}
-    for index, found in enumerate(result.groups):
-        found.makers = tuple(makers[index])
+    for index, found in enumerate(by_signature.values()):
+        result.groups.append(found)
         found.members = tuple(dict.fromkeys(facts.outputs[maker] for maker in found.makers))
         names[found.name] = names.get(found.name, 0) + 1
         if names[found.name] > 1:
             found.name = f"{found.name}/{names[found.name]}"
-        group[found.classes] = index
-        unit[found.classes] = np.arange(found.classes.size)
-    group[:] = group[roots]
-    unit[:] = unit[roots]
+        result.group[found.classes] = index
+        result.unit[found.classes] = np.arange(found.classes.size)
+    result.group, result.unit = result.group[roots], result.unit[roots]
     result.skipped = [Skipped(name, reason) for name, reason in skipped.items()]
     for index in reversed(range(len(result.groups))):
         found = result.groups[index]
         if found.classes.size == 1:
             result.collapsed.append(found.classes)
-            reason = "it makes a single channel" if found.unit == 1 else "all of its channels hang together"
-            result.leave_dense(index, reason)
+            result.leave_dense(index, SINGLE if found.unit == 1 else "all of its channels hang together")
     return result
+
+
+def _signatures(facts: Facts, roots: Labels) -> NDArray[np.uint64]:
+    """Return a checksum of how often each class occurs in every axis, (atoms,); equal for exchangeable classes."""
+    axes: list[int | Labels | None] = [axis for each in facts.params.values() for axis in each]
+    for layer in facts.layers:
+        axes += [layer.in_channels, layer.out_channels, layer.reads, *layer.positions[1]]
+    axes += [size for term in facts.terms for size in term.sizes]
+    axes += [tie.labels for tie in facts.ties]
+    random = np.random.default_rng(0)
+    signature = np.zeros(roots.size, dtype=np.uint64)
+    for labels in {id(axis): axis for axis in axes if isinstance(axis, np.ndarray)}.values():
+        np.add.at(signature, roots[labels], np.uint64(random.integers(1, 2**63)))
+    return signature
+
+
+def name_unreached(model: nn.Module, facts: Facts, resolved: Resolved) -> None:
+    """Report the modules whose parameters no pass used."""
+    named = {skipped.name for skipped in resolved.skipped}
+    for name, _ in model.named_parameters():
+        path = name.rpartition(".")[0] or name
+        if name not in facts.params and path not in named:
+            named.add(path)
+            resolved.skipped.append(Skipped(path, "the forward pass never reaches it"))
+
+
+# ---------------------------------------------------------------- settings
+def exclude(resolved: Resolved, frozen: str | Sequence[str], scope: str) -> None:
+    """Leave the frozen groups dense, and with scope "inner" those of residual additions.
+
+    Raises:
+        CompressorError: A pattern matches nothing.
+    """
+    if isinstance(frozen, str):
+        frozen = (frozen,)
+    known = {name for found in resolved.groups for name in found.names} | {each.name for each in resolved.skipped}
+    for pattern in frozen:
+        if not fnmatch.filter(known, pattern):
+            raise CompressorError(
+                f"The pattern '{pattern}' of frozen groups matches nothing.",
+                f"Names: {some(sorted(known), pattern)}.",
+            )
+    for index in reversed(range(len(resolved.groups))):
+        found = resolved.groups[index]
+        if any(fnmatch.filter(found.names, pattern) for pattern in frozen):
+            resolved.leave_dense(index, "frozen by the caller")
+        elif scope == "inner" and found.coupled:
+            resolved.leave_dense(index, "it runs through residual additions (scope 'inner')")
+
+
+def make_groups(resolved: Resolved, granularity: Any, min_width: Any) -> tuple[Group, ...]:
+    """Return the groups with the user's granularity and smallest widths.
+
+    Raises:
+        CompressorError: A setting has a wrong type or value, or a pattern matches no group.
+    """
+    names = [found.name for found in resolved.groups]
+    groups = []
+    for index, found in enumerate(resolved.groups):
+        width = int(found.classes.size)
+        step = _setting(granularity, found.name, 1, names, "granularity")
+        if not _is_whole(step) or step < 1:
+            raise CompressorError(
+                f"The granularity must be a whole number of at least 1, not {step!r}.", "8 suits FP16, 32 INT8."
+            )
+        # Granularity counts channels; a unit of several channels needs fewer units to be a multiple.
+        step = int(step) // math.gcd(int(step), found.unit)
+        least = _setting(min_width, found.name, MIN_SHARE, names, "min_width")
+        if not (_is_whole(least) or isinstance(least, float)) or not least >= 0:
+            raise CompressorError(
+                f"A smallest width must be channels or a share, not {least!r}.", "0.1 is a tenth."
+            )
+        if isinstance(least, float):
+            if least > 1:
+                raise CompressorError(
+                    f"A smallest width of {least} is not a share of the dense width.",
+                    "Use an int for channels.",
+                )
+            least = math.ceil(least * width - 1e-9)
+        least = min(max(step, -(-int(least) // step) * step), width)
+        groups.append(Group(found.name, index, width, found.unit, step, least, found.coupled, found.members))
+    return tuple(groups)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _setting(value: Any, name: str, default: Any, names: Sequence[str], what: str) -> Any:
+    """Return a group's value of a setting: the setting itself, or that of the first pattern that matches its name."""
+    if not isinstance(value, Mapping):
+        return value
+    for pattern in value:
+        if not fnmatch.filter(names, pattern):
+            raise CompressorError(
+                f"The pattern '{pattern}' of {what} matches no group.",
+                f"Groups: {some(names, pattern)}.",
+            )
+    return next((item for pattern, item in value.items() if fnmatch.fnmatchcase(name, pattern)), default)
+
+
+# ---------------------------------------------------------------- widths
+def legal_widths(group: Group) -> Ints:
+    """Return the legal widths of a group, ascending; the last is dense."""
+    # The smallest width is no multiple only if it is the dense one.
+    multiples = range(group.min_width, group.width + 1, group.granularity)
+    return np.unique(np.array([*multiples, group.width], dtype=np.int64))
+
+
+def checked_widths(
+    groups: Sequence[Group], choices: Sequence[Ints], given: Mapping[str, int] | Sequence[int] | Ints
+) -> Ints:
+    """Return validated widths (G,) from a mapping (omitted groups stay dense) or a sequence.
+
+    Args:
+        groups: Groups of the space.
+        choices: Legal widths of each group.
+        given: Requested widths.
+
+    Raises:
+        CompressorError: A group is unknown, the number of widths is wrong, or a width is not legal.
+    """
+    if isinstance(given, Mapping):
+        values: list[Any] = [given.get(group.name, group.width) for group in groups]
+        if sum(group.name in given for group in groups) < len(given):
+            names = [group.name for group in groups]
+            unknown = next(name for name in given if name not in names)
+            raise CompressorError(f"There is no group '{unknown}'.", f"Groups: {some(names, str(unknown))}.")
+    else:
+        values = list(given)
+        if len(values) != len(groups):
+            raise CompressorError(
+                f"{len(values)} widths for {len(groups)} groups.", "Pass one for each group, in their order."
+            )
+    for group, legal, value in zip(groups, choices, values, strict=True):
+        _check(group, legal, value)
+    return np.array(values, dtype=np.int64)
+
+
+def _check(group: Group, legal: Ints, value: Any) -> None:
+    if not _is_whole(value):
+        raise CompressorError(
+            f"The width of group '{group.name}' must be a whole number, not {value!r}.", "Use round()."
+        )
+    if value in legal:
+        return
+    legal_text = f"multiples of {group.granularity} from {group.min_width} on, or {group.width}"
+    if value > group.width:
+        what = f"is above the dense width {group.width}"
+    elif value < group.min_width:
+        what = f"is below the smallest width {group.min_width}"
+    else:
+        what = f"is not a multiple of the granularity {group.granularity}"
+    raise CompressorError(f"Width {value} of group '{group.name}' {what}.", f"Legal widths: {legal_text}.")
+
+
+def nearest_widths(choices: Sequence[Ints], wanted: Any) -> Ints:
+    """Return the legal widths nearest to the real numbers `wanted`, (G,).
+
+    Raises:
+        CompressorError: Their number is wrong, or one is not finite.
+    """
+    real = np.asarray(wanted, dtype=np.float64)
+    if real.shape != (len(choices),) or not np.isfinite(real).all():
+        raise CompressorError(
+            f"Widths to round must be {len(choices)} finite numbers, not shape {real.shape}.",
+            "Pass one per group.",
+        )
+    nearest = [legal[int(np.abs(legal - value).argmin())] for legal, value in zip(choices, real, strict=True)]
+    return np.array(nearest, dtype=np.int64)
+
+
+def some(names: Sequence[str], wanted: str) -> str:
+    """List the names nearest to `wanted`, or the first ones."""
+    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3) or names[:5]
+    return ", ".join(near) + (", ..." if len(names) > len(near) else "")

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from compressor.pruning.atoms import Labels
-from compressor.pruning.facts import Call, LayerCall
+from compressor.pruning.facts import Call, Labels, LayerCall
 from compressor.pruning.registry import register_rule
 from compressor.pruning.rules_shape import even
 from compressor.pruning.trace import Tracer, factored

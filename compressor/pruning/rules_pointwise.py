@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compressor.pruning.atoms import Labels
-from compressor.pruning.facts import Call
-from compressor.pruning.provenance import Attribute
+from compressor.pruning.facts import Call, Labels
 from compressor.pruning.registry import register_rule
 from compressor.pruning.rules_shape import even, fix_all
-from compressor.pruning.trace import Tracer
+from compressor.pruning.trace import Attribute, Tracer
 
 ELEMENTWISE = """
     relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu celu selu mish softplus softsign

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from compressor.pruning.atoms import Labels
-from compressor.pruning.facts import Call
+from compressor.pruning.facts import Call, Labels
 from compressor.pruning.registry import register_rule
 from compressor.pruning.rules_layers import note_layer
 from compressor.pruning.rules_shape import fix_all

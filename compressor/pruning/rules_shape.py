@@ -7,8 +7,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from compressor.pruning.atoms import Axes, Labels
-from compressor.pruning.facts import Call
+from compressor.pruning.facts import Axes, Call, Labels
 from compressor.pruning.registry import register_rule
 from compressor.pruning.trace import Tracer
 

@@ -12,15 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compressor.pruning.attention import slim_class
-from compressor.pruning.counts import Affine
+from compressor.pruning.counts import Affine, Ints
 from compressor.pruning.facts import Facts
 from compressor.pruning.groups import Resolved
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 
 Keep = Sequence[NDArray[np.bool_]]
-#: An axis, its kept indices, and the length of the runs of neighbouring indices.
 Cut = tuple[int, Tensor, int]
+"""An axis, its kept indices, and the length of the runs of neighbouring indices."""
+
 RECORD = "_compressor_slim"
+"""Attribute of a slim network: the plan and the changes that `artefact.save` stores."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,19 @@ class Layout:
         run = int(np.gcd.reduce(np.append(changes, group.size)))
         return cls(group, unit, tuple(np.unique(group[group >= 0]).tolist()), run)
 
-    def kept(self, keep: Keep) -> Tensor:
-        """Return the kept indices, ascending, for one mask over units per group."""
-        if len(self.groups) == 1 and self.group[0] >= 0 and (self.group >= 0).all():
-            return torch.from_numpy(np.flatnonzero(keep[self.groups[0]][self.unit]))
-        mask = self.group < 0
+    def spread(self, values: Sequence[NDArray[Any]], rest: Any) -> NDArray[Any]:
+        """Return a value for each index: that of its unit, from one array per group; `rest` for those always kept."""
+        if len(self.groups) == 1 and (self.group >= 0).all():
+            return np.asarray(values[self.groups[0]][self.unit])
+        spread = np.full(self.group.size, rest)
         for index in self.groups:
             here = self.group == index
-            mask[here] = keep[index][self.unit[here]]
-        return torch.from_numpy(np.flatnonzero(mask))
+            spread[here] = values[index][self.unit[here]]
+        return spread
+
+    def kept(self, keep: Keep) -> Tensor:
+        """Return the kept indices, ascending, for one mask over units per group."""
+        return torch.from_numpy(np.flatnonzero(self.spread(keep, True)))
 
 
 @dataclass(frozen=True)
@@ -92,10 +98,8 @@ class Slicer:
         for tie in facts.ties:
             count = resolved.affine(tie.labels)
             if not count.is_constant:
-                edits.setdefault(
-                    (tie.path, tie.attribute, tie.place),
-                    Edit(tie.path, tie.attribute, tie.place, count, tie.block),
-                )
+                place = (tie.path, tie.attribute, tie.place)
+                edits.setdefault(place, Edit(*place, count, tie.block))
         self.edits = tuple(edits.values())
         touched = {name.rpartition(".")[0] for name in self.axes}
         #: Modules whose parameters may shrink, for the attributes that follow from shapes.
@@ -108,14 +112,11 @@ class Slicer:
 
     def indices(self, keep: Keep) -> list[Tensor | None]:
         """Return the kept indices of each layout; None if all are kept."""
-        found = [layout.kept(keep) for layout in self.layouts]
-        return [
-            None if index.numel() == layout.group.size else index
-            for index, layout in zip(found, self.layouts, strict=True)
-        ]
+        found = [(layout.kept(keep), layout.group.size) for layout in self.layouts]
+        return [None if index.numel() == size else index for index, size in found]
 
     def build(
-        self, model: nn.Module, keep: Keep, widths: NDArray[np.int64], slice_: Callable[..., Tensor]
+        self, model: nn.Module, keep: Keep, widths: Ints, slice_: Callable[..., Tensor]
     ) -> nn.Module:
         """Build the smaller network.
 
@@ -218,13 +219,16 @@ def cut(tensor: Tensor, kept: Sequence[Cut]) -> Tensor:
             source = whole.flatten(axis, axis + 1)
         else:
             source = source.index_select(axis, index)
-    if (
+    return source.contiguous(memory_format=torch.channels_last) if is_channels_last(tensor) else source
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor is in channels-last format, and not in the default one as well."""
+    return (
         tensor.dim() == 4
         and not tensor.is_contiguous()
         and tensor.is_contiguous(memory_format=torch.channels_last)
-    ):
-        source = source.contiguous(memory_format=torch.channels_last)
-    return source
+    )
 
 
 def cut_meta(tensor: Tensor, kept: Sequence[Cut]) -> Tensor:

@@ -12,27 +12,23 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.models.computed import computed_weights, fix_weights
-from compressor.pruning.build import build
-from compressor.pruning.construct import (
+from compressor.pruning.build import build, check_model, checked_inputs
+from compressor.pruning.counts import Activations, Ints, Layer, MultiplyAdds, layers_of, parameters_of
+from compressor.pruning.groups import (
     MIN_SHARE,
-    Ints,
-    Layer,
-    MultiplyAdds,
+    Group,
+    Skipped,
+    checked_widths,
     exclude,
+    legal_widths,
     make_groups,
-    make_layers,
     name_unreached,
-    param_terms,
+    nearest_widths,
 )
-from compressor.pruning.counts import CostTerms
-from compressor.pruning.groups import Group, Skipped
 from compressor.pruning.importance import Importance, Ranking, rank
-from compressor.pruning.inputs import checked_inputs, checked_model
-from compressor.pruning.liveness import Activations
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import copy_structure, named_tensors
 from compressor.pruning.slicer import RECORD, Slicer, cut
-from compressor.pruning.widths import checked_widths, legal_widths, nearest_widths
 
 __all__ = ["Layer", "PruningSpace"]
 
@@ -69,39 +65,36 @@ class PruningSpace:
         frozen: Sequence[str] = (),
         scope: Literal["all", "inner"] = "all",
     ) -> None:
-        checked_model(model)
+        check_model(model)
         if scope not in ("all", "inner"):
             raise CompressorError(f"scope must be 'all' or 'inner', not {scope!r}.", "Choose one of the two.")
-        self._given = model
+        self._given, self._given_versions = model, _versions(model)
         if computed_weights(model):
             model = fixed_copy(model)
-        self._given_versions = _versions(self._given)
         self.model = model
         self.example_input = checked_inputs(model, example_input)
         built = build(model, self.example_input)
-        resolved = built.resolved
-        name_unreached(model, built.facts, resolved)
+        facts, resolved = built.facts, built.resolved
+        name_unreached(model, facts, resolved)
         before = len(resolved.groups)
         exclude(resolved, frozen, scope)
+        same = len(resolved.groups) == before
+        self.slicer = built.slicer if same else Slicer(facts, resolved, built.slicer.swaps)
         self.groups: tuple[Group, ...] = make_groups(resolved, granularity, min_width)
         self.skipped: tuple[Skipped, ...] = tuple(resolved.skipped)
         self.dense_widths: Ints = np.array([group.width for group in self.groups], dtype=np.int64)
         self.min_widths: Ints = np.array([group.min_width for group in self.groups], dtype=np.int64)
-        self._dense_shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-        self.outputs = built.facts.classes
-        self._index = {group.name: group.index for group in self.groups}
+        self.layers: tuple[Layer, ...] = layers_of(facts, resolved.affine)
+        #: Tensors that produce the channels of each group, with the axis.
+        self.makers: tuple[tuple[tuple[str, int], ...], ...] = tuple(found.makers for found in resolved.groups)
+        #: Channels of the network's first output: the classes of a classifier.
+        self.outputs = facts.classes
         self._choices = tuple(legal_widths(group) for group in self.groups)
-        self._resolved = resolved
-        same = len(resolved.groups) == before
-        self.slicer = built.slicer if same else Slicer(built.facts, resolved, built.slicer.swaps)
-        self.layers: tuple[Layer, ...] = make_layers(built.facts, resolved)
-        self._steps = built.facts.steps
-        self._macs = MultiplyAdds(built.facts, resolved, self.layers, len(self.groups))
-        self._activations = Activations(built.facts.traffic, resolved)
-        self._params = CostTerms(param_terms(model, built.facts, resolved), len(self.groups))
-        self.makers: tuple[tuple[tuple[str, int], ...], ...] = tuple(
-            found.makers for found in resolved.groups
-        )
+        self._macs = MultiplyAdds(facts, resolved.affine, self.layers, len(self.groups))
+        self._params = parameters_of(model, facts, resolved.affine, len(self.groups))
+        self._activations = Activations(facts.traffic, resolved.affine)
+        self._dense_shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+        self._steps, self._group_of = facts.steps, resolved.group
 
     # ---------------------------------------------------------------- costs
     def macs(self, widths: Any) -> Any:
@@ -121,25 +114,18 @@ class PruningSpace:
         Each is (N, G) -> (N,) int64, (G,) -> int. Layers that fvcore does not count (convolutions with
         `padding="same"`) have a negative entry, since `macs` excludes them.
         """
-        given = np.asarray(widths, dtype=np.int64)
-        names = list(self._macs.beside(self.dense_widths[None]))
-        if not names:
-            return {}
-        rows = self._cost(lambda each: np.stack(list(self._macs.beside(each).values()), axis=1), given)
-        return {
-            name: rows[:, place] if given.ndim == 2 else int(rows[place]) for place, name in enumerate(names)
-        }
+        return {name: self._cost(terms, widths) for name, terms in self._macs.beside.items()}
 
     def params(self, widths: Any) -> Any:
         """Return the number of parameters, tied ones counted once; (N, G) -> (N,) int64, (G,) -> int."""
         return self._cost(self._params, widths)
 
     def activations(self, widths: Any) -> Any:
-        """Return the peak number of live activation elements for one input, as `liveness` counts them.
+        """Return the peak number of live activation elements for one input, as `counts.Activations` counts them.
 
         (N, G) -> (N,) int64, (G,) -> int.
         """
-        return self._cost(lambda each: self._activations(each).astype(np.int64), widths)
+        return self._cost(self._activations, widths)
 
     def _cost(self, terms: Callable[[Ints], Ints], widths: Any) -> Any:
         given = np.asarray(widths, dtype=np.int64)
@@ -157,9 +143,7 @@ class PruningSpace:
         """Return the names of the operations on the channels of group `group`, in order of first occurrence."""
         found: dict[str, None] = {}
         for step in self._steps:
-            if step.name not in found and any(
-                (self._resolved.group[each] == group).any() for each in step.labelled
-            ):
+            if step.name not in found and any((self._group_of[each] == group).any() for each in step.labelled):
                 found[step.name] = None
         return tuple(found)
 
@@ -295,30 +279,48 @@ class PruningSpace:
             for axis, index in indices[name].items():
                 line = torch.zeros(parameter.shape[axis], dtype=torch.bool, device=parameter.device)
                 line[index.to(parameter.device)] = True
-                mask &= line.reshape([-1 if i == axis else 1 for i in range(parameter.dim())])
+                mask &= _along(line, axis, parameter.dim())
             masks[name] = mask
         return masks
 
+    def soften(self, masks: Sequence[NDArray[np.float64]]) -> nn.Module:
+        """Create a dense copy of the network in which every unit is scaled by its mask.
+
+        The weights that read a unit (axis 1 of convolutions and linear layers) are multiplied by its mask. The weights
+        that produce it are not: the following batch-norm would cancel the factor. With masks of 0 and 1 the output
+        equals that of the slim network if all readers of a unit have such weights, except for the effect of removed
+        channels on batch-norm statistics.
+
+        Args:
+            masks: Mask of each group, (width,), values 0 to 1.
+        """
+        network = self.apply(self.dense())
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                layout = dict(self.slicer.axes.get(name, ())).get(1)
+                if layout is not None:
+                    factor = self.slicer.layouts[layout].spread(masks, 1.0).astype(np.float32)
+                    parameter.mul_(_along(torch.from_numpy(factor).to(parameter.device), 1, parameter.dim()))
+        return network
+
     def _masks(self, plan: ChannelPlan) -> list[NDArray[np.bool_]]:
+        names = {group.name for group in self.groups}
         for name in plan.keep:
-            if name not in self._index:
+            if name not in names:
                 raise CompressorError(
                     f"The plan names a group '{name}' that this space lacks.",
                     "Was it made for another network?",
                 )
         masks = []
         for group in self.groups:
-            mask = np.zeros(group.width, dtype=bool)
-            kept = plan.keep.get(group.name)
-            if kept is None:
-                mask[:] = True
-            elif kept[-1] >= group.width:
+            kept = plan.keep.get(group.name, range(group.width))
+            if kept[-1] >= group.width:
                 raise CompressorError(
                     f"The plan keeps channel {kept[-1]} of group '{group.name}', which has {group.width}.",
                     "Was it made for another network?",
                 )
-            else:
-                mask[list(kept)] = True
+            mask = np.zeros(group.width, dtype=bool)
+            mask[list(kept)] = True
             masks.append(mask)
         return masks
 
@@ -333,3 +335,8 @@ def fixed_copy(model: nn.Module) -> nn.Module:
 def _versions(model: nn.Module) -> list[int]:
     """Return the version counters that torch increments with each in-place change of a tensor."""
     return [tensor._version for tensor in named_tensors(model).values()]
+
+
+def _along(line: Tensor, axis: int, rank: int) -> Tensor:
+    """Reshape a vector so that it broadcasts along one axis of a tensor."""
+    return line.reshape([-1 if each == axis else 1 for each in range(rank)])

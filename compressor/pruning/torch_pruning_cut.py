@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from compressor.pruning.facts import moved
-from compressor.pruning.fvcore_check import first_line
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import copy_structure, named_tensors
 
@@ -273,3 +272,9 @@ def numbered(tensor: Tensor) -> Tensor:
 def is_numbered(tensor: Tensor) -> bool:
     """Whether a tensor has channels that can be numbered."""
     return tensor.is_floating_point() and tensor.dim() > 0
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's class and the first line of its message."""
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0][:200]}"

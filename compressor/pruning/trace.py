@@ -12,34 +12,52 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.core.errors import CompressorError
-from compressor.pruning.atoms import Atoms, Axes, Labels
-from compressor.pruning.facts import MEETS_FIXED, Call, Counted, Facts, Frame, Settings, Step, Tie, tensors_in
-from compressor.pruning.provenance import Attribute, remember
-from compressor.pruning.quick import shape_only
+from compressor.pruning.facts import (
+    MEETS_FIXED,
+    Atoms,
+    Axes,
+    Call,
+    Counted,
+    Facts,
+    Frame,
+    Labels,
+    Settings,
+    Step,
+    Tie,
+    tensors_in,
+)
 from compressor.pruning.registry import is_own, rule_of, works_in_place
 
 _DATA_DEPENDENT = frozenset(
     {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"}
 )
+_VIEWS = """
+    reshape expand broadcast permute transpose turned movedim unsqueeze squeeze split unbind select narrow getitem
+"""
+_VIEW_RULES = frozenset(_VIEWS.split())
+_NEVER_COUNTS = frozenset({"training", "call_super_init", "dump_patches", "T_destination"})
+"""Attributes of modules that are never channel counts; they stay plain numbers."""
+_IN_PLACE_RULES = frozenset(("elementwise", "batch_norm", "prelu"))
 
 
 class Tracer(TorchFunctionMode):
-    """Follows one forward pass, and is what a rule says its facts to.
+    """Follows one forward pass and collects its facts; rules call it.
 
-    A rule reads the labels of the arguments (`axes`), says which channels meet (`merge`) or must stay (`fix`), and
+    A rule reads the labels of the arguments (`axes`), states which channels meet (`merge`) or must stay (`fix`), and
     records the labels of each result (`mark`, with `active` of what it was computed from). Where the operation takes a
-    number of channels from an attribute of a module, `tie` lets that shrink as well. What is not marked carries no
+    number of channels from an attribute of a module, `tie` lets that shrink as well. A result that no rule marks has no
     channels.
 
     Args:
         tensors: Name -> parameter or buffer of the traced network (its own objects, by identity).
         settings: Decisions and exceptions from earlier passes.
-        check: For the lockstep check of a pruned network: called instead of the rules, with the number of each step,
-            the call, its results and the running module's path; raises if the results are wrong.
+        check: For the lockstep check of a pruned network: called instead of the rules, with the call, its results and
+            the running module's path; raises if the results are wrong.
         quick: Whether the tensors are on the meta device, so that shapes of common operations are known without
             running them.
     """
@@ -48,7 +66,7 @@ class Tracer(TorchFunctionMode):
         self,
         tensors: Mapping[str, Tensor],
         settings: Settings,
-        check: Callable[[int, Call, list[Tensor], str], None] | None = None,
+        check: Callable[[Call, list[Tensor], str], None] | None = None,
         quick: bool = False,
     ) -> None:
         super().__init__()
@@ -57,10 +75,10 @@ class Tracer(TorchFunctionMode):
         self.settings = settings
         self._check = check
         self._quick = quick
-        self._steps = 0
         self._ties: dict[tuple[str, str, int | None], list[Tie]] = {}
         #: Set for a second pass that only determines which channels belong together.
         self.uncounted = False
+        self._buffers: dict[int, int] = {}
         self._marks: dict[int, tuple[Tensor, Axes, bool]] = {}
         self._names: dict[int, str] = {id(tensor): name for name, tensor in tensors.items()}
         self._keep = list(tensors.values())
@@ -68,11 +86,11 @@ class Tracer(TorchFunctionMode):
         #: The innermost module whose forward pass ended with an error.
         self.failed: Frame | None = None
 
-    # ---------------------------------------------------------------- what rules use
+    # ---------------------------------------------------------------- used by rules
     def axes(self, tensor: Tensor) -> Axes:
-        """The labels of each axis of `tensor`, one for each channel; None for an axis whose size stays (batch, space).
+        """Return the labels of each axis of `tensor`, one per channel; None for an axis whose size stays.
 
-        Parameters get theirs when they are first met.
+        Parameters get theirs on first use.
         """
         mark = self._marks.get(id(tensor))
         if mark is not None:
@@ -105,10 +123,10 @@ class Tracer(TorchFunctionMode):
         self._marks[id(tensor)] = (tensor, tuple(axes), active)
 
     def merge(self, a: Labels | None, b: Labels | None) -> Labels | None:
-        """Two axes of the same size meet index by index: their channels are kept or removed together.
+        """Tie two axes of the same size index by index: their channels are kept or removed together.
 
         Returns:
-            The labels of the result's axis; None, and the other axis is fixed, where one of the two is of fixed size.
+            The labels of the result's axis. None if one of the two axes has a fixed size; the other is then fixed too.
         """
         if a is None or b is None:
             self.fix(a if b is None else b, MEETS_FIXED)
@@ -117,10 +135,10 @@ class Tracer(TorchFunctionMode):
         return a
 
     def fix(self, labels: Labels | None, reason: str) -> None:
-        """These channels must stay.
+        """Keep these channels.
 
         Args:
-            labels: Of an axis; None says nothing.
+            labels: Labels of an axis; None has no effect.
             reason: A clause that follows "left dense:"; the running module is added.
         """
         if labels is not None:
@@ -203,7 +221,7 @@ class Tracer(TorchFunctionMode):
         self._ties[tie.path, tie.attribute, tie.place].append(tie)
         self.facts.ties.append(tie)
 
-    # ---------------------------------------------------------------- the mode itself
+    # ---------------------------------------------------------------- the mode
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -219,18 +237,17 @@ class Tracer(TorchFunctionMode):
         frame = self.stack[-1]
         key = (frame.pattern, frame.calls)
         frame.calls += 1
-        out = shape_only(name, works_in_place(func), args, kwargs) if self._quick else None
+        out = _shape_only(name, works_in_place(func), args, kwargs) if self._quick else None
         if out is None:
             out = func(*args, **kwargs)
         if name == "setitem":
             self._written(args)
-        results = list(tensors_in([out]))
+        results = tensors_in(out)
         if not results:
             return out
         call = Call(name, args, kwargs, out, key)
         if self._check is not None:
-            self._check(self._steps, call, results, frame.path)
-            self._steps += 1
+            self._check(call, results, frame.path)
             return out
         inputs = call.tensors
         live = any(self.active(tensor) for tensor in inputs)
@@ -241,7 +258,7 @@ class Tracer(TorchFunctionMode):
         labelled = [axis for tensor in [*inputs, *results] for axis in self.axes(tensor) if axis is not None]
         if self.uncounted:
             return out
-        self.facts.traffic.record(self, rule.__name__ if is_own(rule) else "", inputs, results)
+        self.record_traffic(rule.__name__ if is_own(rule) else "", inputs, results)
         if key in self.settings.frozen:
             for axis in labelled:
                 self.fix(axis, self.settings.frozen[key])
@@ -249,6 +266,27 @@ class Tracer(TorchFunctionMode):
             Step(name, key, frame.path, [(tuple(t.shape), self.axes(t)) for t in results], labelled)
         )
         return out
+
+    def record_traffic(self, rule: str, inputs: Iterable[Tensor], results: Iterable[Tensor]) -> None:
+        """Add a step to `facts.traffic`; tensors that do not depend on the network's input are ignored.
+
+        Args:
+            rule: Name of the toolkit's rule, which says whether results are views or written in place.
+        """
+        reads = [self._buffer(tensor) for tensor in inputs if self.active(tensor)]
+        writes = []
+        for tensor in filter(self.active, results):
+            if rule in _VIEW_RULES and reads:
+                self._buffers.setdefault(id(tensor), reads[0])
+            writes.append(self._buffer(tensor))
+        self.facts.traffic.steps.append((reads, writes, rule in _IN_PLACE_RULES))
+
+    def _buffer(self, tensor: Tensor) -> int:
+        # Every marked tensor is kept alive, so that ids are not reused.
+        if id(tensor) not in self._buffers:
+            self._buffers[id(tensor)] = len(self.facts.traffic.sizes)
+            self.facts.traffic.sizes.append(self.sizes(tensor))
+        return self._buffers[id(tensor)]
 
     def _written(self, args: tuple[Any, ...]) -> None:
         """Keep the size of all axes involved in writing values into a part of a tensor."""
@@ -262,7 +300,7 @@ class Tracer(TorchFunctionMode):
         """Track the running module: wraps `forward` of the modules of a skeleton for tracing."""
         for path, module in paths:
             if self._check is None:
-                remember(path, module)
+                _remember(path, module)
             module.__dict__["forward"] = _Watched(self, path, module, type(module).forward)
 
 
@@ -309,3 +347,106 @@ def data_dependent(name: str, frame: Frame) -> CompressorError:
         "runs, so that one pass does not show the complete structure.",
         "Replace the branch by tensor operations (torch.where), or prune the part of the network around it.",
     )
+
+# ---------------------------------------------------------------- attributes of modules
+class Attribute(int):
+    """An integer that was read from an attribute of a module, and knows which; products and quotients know it too.
+
+    Code such as `x.reshape(b, n, self.num_heads, self.head_dim)` stores channel counts in attributes. In the traced
+    network every integer attribute is an `Attribute`, so that a call that receives it identifies the attribute that
+    must follow the pruned width.
+
+    Args:
+        value: The number.
+        origins: (path of the module, attribute, index in it or None, value of the attribute).
+        derived: Whether it is the result of arithmetic.
+    """
+
+    origins: tuple[tuple[str, str, int | None, int], ...]
+    derived: bool
+
+    def __new__(
+        cls, value: int, origins: tuple[tuple[str, str, int | None, int], ...], derived: bool = False
+    ) -> Attribute:
+        number = super().__new__(cls, value)
+        number.origins = origins
+        number.derived = derived
+        return number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (int, (int(self),))
+
+
+def _derived(operation: Callable[[int, Any], Any]) -> Callable[[Attribute, Any], Any]:
+    """Return an operation of `int` whose result knows the attributes of both operands."""
+
+    def apply(self: Attribute, other: Any) -> Any:
+        value = operation(self, other)
+        if type(value) is not int:
+            return value
+        more = other.origins if isinstance(other, Attribute) else ()
+        return Attribute(value, self.origins + more, derived=True)
+
+    return apply
+
+
+for _name in ("__mul__", "__rmul__", "__floordiv__", "__add__", "__radd__", "__sub__"):
+    setattr(Attribute, _name, _derived(getattr(int, _name)))
+
+
+def _remember(path: str, module: nn.Module) -> None:
+    """Convert the integer attributes of a module, and its lists and tuples of integers, to `Attribute`s."""
+    held = module.__dict__
+    for name, value in list(held.items()):
+        if name.startswith("_") or name in _NEVER_COUNTS:
+            continue
+        if type(value) is int and value > 0:
+            held[name] = Attribute(value, ((path, name, None, value),))
+        elif type(value) in (list, tuple) and value and all(type(item) is int for item in value):
+            held[name] = type(value)(
+                Attribute(item, ((path, name, place, item),)) if item > 0 else item
+                for place, item in enumerate(value)
+            )
+
+# ---------------------------------------------------------------- shapes without computation
+_SAME_SHAPE = """
+    hardtanh relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid leaky_relu elu mish softplus dropout dropout2d
+    dropout3d
+"""
+_UNARY = frozenset(_SAME_SHAPE.split())
+
+
+def _shape_only(name: str, inplace: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return a result of the right shape on the meta device (in place: the input itself), or None to run the call.
+
+    torch computes shapes on the meta device by Python decompositions, which take a millisecond for a batch-norm. If the
+    result has the shape of an input, an empty tensor of that shape is sufficient.
+    """
+    first = args[0] if args else None
+    if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
+        return None
+    if name in _UNARY:
+        return (
+            first
+            if inplace or kwargs.get("inplace", False) or any(value is True for value in args[1:])
+            else torch.empty_like(first)
+        )
+    if name in ("add", "sub", "mul") and len(args) == 2 and not kwargs:
+        return _joined(first, args[1], inplace)
+    if name == "batch_norm" and first.dim() > 1:
+        training = args[5] if len(args) > 5 else kwargs.get("training", False)
+        vectors = [value for value in (*args[1:5], *kwargs.values()) if isinstance(value, Tensor)]
+        if not training and vectors and all(value.shape == first.shape[1:2] for value in vectors):
+            return torch.empty_like(first)
+    return None
+
+
+def _joined(a: Tensor, b: Any, inplace: bool) -> Tensor | None:
+    """Return the result of a sum or product if one operand has the result's shape, else None."""
+    if not isinstance(b, Tensor) or not b.is_meta or a.dtype != b.dtype or a.dim() != b.dim():
+        return None
+    if all(y in (1, x) for x, y in zip(a.shape, b.shape, strict=True)):
+        return a if inplace else torch.empty_like(a)
+    if not inplace and all(x in (1, y) for x, y in zip(a.shape, b.shape, strict=True)):
+        return torch.empty_like(b)
+    return None

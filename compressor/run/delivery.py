@@ -59,7 +59,7 @@ def export(run: RunDir, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
     """Write the ONNX file, compare it with PyTorch on test images, score it, and build an engine."""
     if run.finished("export"):
         return
-    from compressor.pruning.torch_pruning_check import checks
+    from compressor.pruning.checks import checks
 
     with run.stage("export"):
         run.save(checks=checks(job.space, plan, slim))

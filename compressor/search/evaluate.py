@@ -269,7 +269,7 @@ class Evaluator:
 
     def _started(self, site: Site) -> Workers:
         """Return the workers, with the current weights."""
-        from compressor.pruning.blueprint import channels_last, weights
+        from compressor.pruning.artefact import channels_last, cpu_tensors
         from compressor.search.worker_data import described
         from compressor.search.workers import Workers
 
@@ -283,7 +283,7 @@ class Evaluator:
             }
             self._workers = Workers(site, *described(self.space, self._train, self._search, options))
         if self._moved:
-            self._workers.reweigh(weights(self.space.model), channels_last(self.space.model))
+            self._workers.reweigh(cpu_tensors(self.space.model), channels_last(self.space.model))
             self._moved = False
         return self._workers
 

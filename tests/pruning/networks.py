@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.pruning.fvcore_check import count_macs
+from compressor.pruning.checks import count_macs
 
 
 class Zoo(nn.Module):

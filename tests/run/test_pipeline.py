@@ -85,7 +85,7 @@ def test_the_slim_network_is_checked_by_torch_pruning_and_fvcore(finished: Path)
 def test_nothing_is_exported_where_a_check_contradicts_the_network(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compressor.pruning import fvcore_check
+    from compressor.pruning import checks
 
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -94,10 +94,10 @@ def test_nothing_is_exported_where_a_check_contradicts_the_network(
     for stage in ("export", "measure", "report"):
         del manifest["stages"][stage]
     (run / "manifest.json").write_text(json.dumps(manifest))
-    right = fvcore_check.count_macs
-    monkeypatch.setattr(fvcore_check, "count_macs", lambda *given: (right(*given)[0] + 1, *right(*given)[1:]))
+    right = checks.count_macs
+    monkeypatch.setattr(checks, "count_macs", lambda *given: (right(*given)[0] + 1, *right(*given)[1:]))
     with pytest.raises(
-        fvcore_check.Disagreement, match=r"fvcore counts [\d,]+ multiply-adds of the slim network"
+        checks.Disagreement, match=r"fvcore counts [\d,]+ multiply-adds of the slim network"
     ) as caught:
         resume(run)
     assert caught.value.exit_code == 1

@@ -15,7 +15,6 @@ from compressor.budgets.resolve import resolve
 from compressor.core.errors import CompressorError
 from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.data import load_data
-from compressor.pruning.soft import soften
 from compressor.pruning.space import PruningSpace
 from compressor.search.candidate import Limits
 from compressor.search.constrained.actions import LayerActions, plan_of_masks
@@ -221,7 +220,7 @@ def test_soft_masks_of_zero_and_one_are_the_slim_network() -> None:
     masks = [np.isin(np.arange(g.width), plan.keep[g.name]).astype(float) for g in space.groups]
     images = torch.rand(2, 3, 32, 32)
     slim = space.apply(plan)(images)
-    assert torch.allclose(soften(space, masks)(images), slim, atol=1e-5)
+    assert torch.allclose(space.soften(masks)(images), slim, atol=1e-5)
     assert not torch.allclose(model(images), slim, atol=1e-2)
 
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from compressor.core import progress
 from compressor.pruning.plan import ChannelPlan
-from compressor.pruning.soft import soften
 from compressor.search.allocation import Allocator
 from compressor.search.bounds import Widths
 from compressor.search.candidate import Candidate, SearchResult
@@ -251,7 +250,7 @@ class ConstrainedSearch:
 
         def measure() -> float:
             if self._channels:
-                network = soften(self.env.space, walk.masks)
+                network = self.env.space.soften(walk.masks)
             else:
                 network = self.env.space.apply(self.env.plan(walk.widths))
             return self.run.evaluator.score(network, steps=training or None)

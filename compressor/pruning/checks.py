@@ -1,8 +1,9 @@
-"""Verifies the slicing with torch-pruning, which removes the same channels from a copy of the dense network.
+"""Verifies a slim network by two independent libraries: fvcore counts its multiply-adds, torch-pruning cuts it again.
 
-Its dependency graph is built from autograd's, independently of the tracer of the pruning space. The copy's tensors are
-numbered: every element is its index in the dense tensor, so that each pruned tensor shows which elements were kept, in
-which order. They must be those of the slim network.
+torch-pruning removes the same channels from a copy of the dense network. Its dependency graph is built from
+autograd's, independently of the tracer of the pruning space. The copy's tensors are numbered: every element is its
+index in the dense tensor, so that each pruned tensor shows which elements were kept, in which order. They must be those
+of the slim network.
 
 torch-pruning's graph cannot express everything (parts of a reshape, heads of torch's attention, whole groups of a
 grouped convolution). A group of channels in which it removes something else is restored and left dense on both sides,
@@ -11,25 +12,28 @@ and reported with the operation. If it supports all of a group's operations exac
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from compressor.core.errors import CompressorError
 from compressor.core.progress import say
+from compressor.models.computed import evaluated
+from compressor.pruning.counts import Ints, Layer
 from compressor.pruning.facts import moved
-from compressor.pruning.fvcore_check import Check, Disagreement, confirm_macs, first_line
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import copy_structure, named_tensors
-from compressor.pruning.torch_pruning_cut import Cutter, Unable, is_numbered, numbered
+from compressor.pruning.torch_pruning_cut import Cutter, Unable, first_line, is_numbered, numbered
 
 if TYPE_CHECKING:
-    from compressor.pruning.construct import Layer
     from compressor.pruning.space import PruningSpace
 
 SECONDS = 60.0
@@ -44,7 +48,134 @@ _EXACT = """
 EXACT = frozenset(_EXACT.split())
 """Operations through which torch-pruning's graph follows channels exactly."""
 
+PRODUCTS = ("conv", "mm", "matmul", "attention", "einsum", "linear", "bilinear", "lstm", "gru", "fft")
+"""Parts of the names of operators with many multiply-adds."""
 
+_PLAIN = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d})
+"""Modules whose forward pass is one operation on their own weight; subclasses may differ."""
+
+
+class Disagreement(CompressorError):
+    """An independent check contradicts the slim network: an internal error, not a user error."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message,
+            "This is an internal error: nothing is exported, and the run's results so far are kept. Do not deploy "
+            "the network; report this with recipe.yaml and channels.json of the run's folder.",
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """Result of an independent check: True if confirmed, None if it could not run (a contradiction raises)."""
+
+    confirmed: bool | None
+    words: str
+
+
+def checks(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> dict[str, dict[str, Any]]:
+    """Run both independent checks of a slim network; returns their records for the manifest.
+
+    Args:
+        space: The space that the network was pruned from; its model is only read.
+        plan: Channels that each group keeps.
+        slim: The delivered network; its weights may have been trained since.
+
+    Raises:
+        Disagreement: A check contradicts the network; nothing may be exported then.
+    """
+    found: dict[str, dict[str, Any]] = {}
+
+    def run(name: str, what: str, check: Callable[[], Check]) -> None:
+        start = time.monotonic()
+        result = check()
+        seconds = round(time.monotonic() - start, 1)
+        found[name] = {"confirmed": result.confirmed, "words": result.words, "seconds": seconds}
+        say(f"{what}: {result.words} ({seconds} s).")
+
+    run("torch_pruning", "Removed channels", lambda: confirm_cut(space, plan, slim))
+    run("fvcore", "Multiply-adds", lambda: confirm_macs(space, space.widths(plan.widths), slim))
+    return found
+
+
+# ---------------------------------------------------------------- multiply-adds by fvcore
+def confirm_macs(space: PruningSpace, widths: Ints, slim: nn.Module) -> Check:
+    """Compare fvcore's multiply-adds of the built network with those of the space, in total and by layer.
+
+    Args:
+        space: The space that the network was pruned from.
+        widths: Widths of the plan, (G,).
+        slim: The delivered network.
+
+    Raises:
+        Disagreement: fvcore's count differs from `space.macs` or `space.layer_macs`.
+    """
+    expected = int(space.macs(widths))
+    try:
+        total, by_module, unseen = count_macs(slim, space.example_input)
+    except Exception as error:  # fvcore's tracer runs user code and may raise anything
+        return Check(None, f"not checked: fvcore cannot trace the network ({first_line(error)})")
+    if total != expected:
+        raise Disagreement(
+            f"fvcore counts {total:,} multiply-adds of the slim network, the pruning space says {expected:,}."
+        )
+    layers: Counter[str] = Counter()
+    for layer, macs in zip(space.layers, space.layer_macs(widths).tolist(), strict=True):
+        layers[layer.name] += macs if layer.counted else 0
+    plain = {name for name, module in slim.named_modules() if type(module) in _PLAIN}
+    for name, macs in layers.items():
+        if name in plain and by_module.get(name, 0) != macs:
+            raise Disagreement(
+                f"fvcore counts {by_module.get(name, 0):,} multiply-adds of the slim network's layer '{name}', the "
+                f"pruning space says {macs:,}."
+            )
+    words = f"confirmed by fvcore: {total:,} multiply-adds"
+    return Check(True, f"{words}; it does not count {_listed(unseen)}" if unseen else words)
+
+
+def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Count a network's multiply-adds with fvcore in eval mode.
+
+    Returns:
+        Total multiply-adds; multiply-adds by module; number of occurrences of each operator that is not counted.
+    """
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), "cpu")
+    with evaluated(model), _quiet():
+        from fvcore.nn import FlopCountAnalysis  # its import emits deprecation warnings of torch
+
+        analysis = FlopCountAnalysis(model, moved(example, device))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        return (
+            int(analysis.total()),
+            {name: int(macs) for name, macs in analysis.by_module().items()},
+            dict(analysis.unsupported_ops()),
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("fvcore")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _listed(unseen: dict[str, int], most: int = 6) -> str:
+    """List operators, those with multiply-adds first: 'aten::add (16), aten::mul (4) and 2 more kinds'."""
+    order = sorted(unseen, key=lambda name: (not any(part in name for part in PRODUCTS), -unseen[name], name))
+    shown = ", ".join(f"{name.removeprefix('aten::')} ({unseen[name]})" for name in order[:most])
+    return shown + (f" and {len(order) - most} more kinds" if len(order) > most else "")
+
+
+# ---------------------------------------------------------------- removed channels by torch-pruning
 @dataclass
 class Comparison:
     """Result of applying a plan with torch-pruning.
@@ -73,37 +204,8 @@ class Comparison:
         return {**self.different, **self.coarser, **self.unable}
 
 
-def checks(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> dict[str, dict[str, Any]]:
-    """Run both independent checks of a slim network; returns their records for the manifest.
-
-    Args:
-        space: The space that the network was pruned from; its model is only read.
-        plan: Channels that each group keeps.
-        slim: The delivered network; its weights may have been trained since.
-
-    Raises:
-        Disagreement: A check contradicts the network; nothing may be exported then.
-    """
-    found = {}
-    pending: tuple[tuple[str, str, Callable[[], Check]], ...] = (
-        ("torch_pruning", "Removed channels", lambda: confirm_cut(space, plan, slim)),
-        ("fvcore", "Multiply-adds", lambda: confirm_macs(space, space.widths(plan.widths), slim)),
-    )
-    for name, what, check in pending:
-        start = time.monotonic()
-        result = check()
-        found[name] = {**result.record(), "seconds": round(time.monotonic() - start, 1)}
-        say(f"{what}: {result.words} ({found[name]['seconds']} s).")
-    return found
-
-
 def confirm_cut(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> Check:
-    """Compare the slim network with the dense one pruned by torch-pruning with the same plan.
-
-    Args:
-        space: The space that the network was pruned from; its model is only read.
-        plan: Channels that each group keeps.
-        slim: The delivered network; its weights may have been trained since.
+    """Compare the slim network with the dense one pruned by torch-pruning with the same plan; arguments as in `checks`.
 
     Raises:
         Disagreement: torch-pruning keeps other elements of a tensor, or the delivered network has other shapes.
@@ -180,7 +282,7 @@ def compare(space: PruningSpace, plan: ChannelPlan, seconds: float = SECONDS) ->
     """Remove a plan's channels with torch-pruning, one group of the space after the other.
 
     Args:
-        space, plan: As in `confirm_cut`.
+        space, plan: As in `checks`.
         seconds: Time limit; the remaining groups are then listed as unable.
     """
     with warnings.catch_warnings():

@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.pruning import slicer, torch_pruning_check
+from compressor.pruning import checks, slicer
 from compressor.pruning import space as space_module
-from compressor.pruning.construct import MultiplyAdds
-from compressor.pruning.fvcore_check import Disagreement, confirm_macs
+from compressor.pruning.checks import EXACT, Disagreement, compare, confirm_cut, confirm_macs
+from compressor.pruning.counts import MultiplyAdds
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
-from compressor.pruning.torch_pruning_check import EXACT, compare, confirm_cut
 from tests.pruning.networks import Attentive, UNet, Zoo, filled
 from tests.pruning.test_space import Grouped
 
@@ -211,7 +210,7 @@ def test_where_its_network_does_not_run_its_graph_is_wrong(monkeypatch: pytest.M
     """Shortcuts that are padded with zero channels: it adds tensors of other sizes."""
     from compressor.models import create_model
 
-    monkeypatch.setattr(torch_pruning_check, "obstacles", lambda *_: ())
+    monkeypatch.setattr(checks, "obstacles", lambda *_: ())
     found = confirm_cut(*slim_of(create_model("cifar_resnet20", 10), 3, 16, 16))
     assert found.confirmed is None
     assert found.words.startswith("9 of 12 groups of channels confirmed by torch-pruning; not checked: ")
