@@ -140,6 +140,18 @@ class Call:
         """Return the argument at `place`, or by `name`, or `default`."""
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
+    def axis(self, place: int, name: str = "dim", default: Any = None) -> int:
+        """Return an argument that is an axis of the first argument, counted from the front."""
+        return positive(int(self.arg(place, name, default)), self.args[0].dim())
+
+    def ints(self, first: int) -> list[int]:
+        """Return the integers among the arguments from index `first` on, with tuples and lists flattened."""
+        found: list[int] = []
+        for value in [*self.args[first:], *self.kwargs.values()]:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            found += [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
+        return found
+
     @property
     def tensors(self) -> list[Tensor]:
         """Return all tensors among the arguments, including those in lists."""
@@ -271,6 +283,11 @@ class Settings:
     def copy(self) -> Settings:
         """Return an independent copy."""
         return Settings(dict(self.decisions), dict(self.frozen), set(self.locks), dict(self.failures))
+
+
+def positive(dim: int, rank: int) -> int:
+    """Return the number of an axis, counted from the front."""
+    return dim + rank if dim < 0 else dim
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -14,15 +14,19 @@ An operation without a rule keeps all channels that go in (`UNKNOWN`). Names are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from types import FunctionType
 from typing import Any, TypeVar
 
 from compressor.core.errors import CompressorError
-from compressor.pruning.facts import Call
+from compressor.pruning.facts import Call, tensors_in
 
 Rule = Callable[[Any, Call], None]
 """A rule: it is called with the `Tracer` and the call, after the call has run."""
+
+AxesRule = Callable[[Any, Call, list[Any]], Iterable[Any] | None]
+"""A rule for `maps_axes`."""
 
 _Registered = TypeVar("_Registered", bound=Rule)
 
@@ -73,6 +77,28 @@ def register_rule(*operations: str | Callable[..., Any]) -> Callable[[_Registere
                 )
         _RULES.update(dict.fromkeys(names, function))
         _known.clear()
+        return function
+
+    return register
+
+
+def maps_axes(*operations: str) -> Callable[[AxesRule], AxesRule]:
+    """Register a rule of operations whose results have the channels of the first argument, in other places.
+
+    The decorated function is called with the tracer, the call and the list of the first argument's labels, which it may
+    change. It returns the labels of each result, or None to leave the results without channels.
+    """
+
+    def register(function: AxesRule) -> AxesRule:
+        @wraps(function)
+        def rule(tracer: Any, call: Call) -> None:
+            source = call.args[0]
+            axes = function(tracer, call, list(tracer.axes(source)))
+            if axes is not None:
+                for result in tensors_in(call.out):
+                    tracer.mark(result, axes, tracer.active(source))
+
+        register_rule(*operations)(rule)
         return function
 
     return register

@@ -37,7 +37,7 @@ _DATA_DEPENDENT = frozenset(
     {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"}
 )
 _VIEWS = """
-    reshape expand broadcast permute transpose turned movedim unsqueeze squeeze split unbind select narrow getitem
+    reshape expand broadcast permute transpose turned movedim unsqueeze squeeze split select narrow getitem
 """
 _VIEW_RULES = frozenset(_VIEWS.split())
 _NEVER_COUNTS = frozenset({"training", "call_super_init", "dump_patches", "T_destination"})
@@ -144,6 +144,28 @@ class Tracer(TorchFunctionMode):
         if labels is not None:
             where = self.stack[-1].path
             self.atoms.fix(labels, f"{reason} (in {where})" if where else reason)
+
+    def fix_all(self, call: Call, reason: str) -> None:
+        """Keep all channels that a call uses."""
+        for tensor in call.tensors:
+            for labels in self.axes(tensor):
+                self.fix(labels, reason)
+
+    def fold(self, block: Labels, axis: int) -> Labels:
+        """Tie all channels with the same index on one axis of `block`, so that this axis alone is pruned.
+
+        Returns:
+            One label for each index of the axis.
+        """
+        lines = np.moveaxis(block, axis, 0).reshape(block.shape[axis], -1)
+        first = np.ascontiguousarray(lines[:, 0])
+        if lines.shape[1] > 1:
+            self.atoms.unify(np.repeat(first, lines.shape[1]), lines)
+        return first
+
+    def even(self, labels: Labels, parts: int) -> Labels:
+        """Tie the channels of equal parts by position, so that all keep as many; returns one part's labels."""
+        return self.fold(labels.reshape(parts, -1), 1)
 
     def producer(self, weight: Tensor, axis: int) -> None:
         """Record that `axis` of `weight` produces channels: importance reads it, and its module names the group."""

@@ -1,13 +1,15 @@
-"""Rules of pointwise operations, pooling and normalisation: their channels, and their multiply-adds in fvcore."""
+"""Rules of pointwise operations, pooling, normalisation and lookups, and their multiply-adds in fvcore."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from compressor.pruning.facts import Call, Labels
-from compressor.pruning.registry import register_rule
-from compressor.pruning.rules_shape import even, fix_all
+from compressor.pruning.facts import Call, Labels, tensors_in
+from compressor.pruning.registry import UNKNOWN, maps_axes, register_rule
 from compressor.pruning.trace import Attribute, Tracer
+
+Line = list[Labels | None]
+"""The labels of each axis of a tensor."""
 
 ELEMENTWISE = """
     relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu celu selu mish softplus softsign
@@ -34,6 +36,10 @@ CREATING = """
 """
 
 
+_PIXELS_READ = {"nearest": 1, "upsample_nearest": 1, "bilinear": 4, "upsample_bilinear": 4, "grid_sample": 4}
+"""Pixels from which each pixel of a resized image is computed."""
+
+
 @register_rule(CREATING, "setitem")
 def nothing(tracer: Tracer, call: Call) -> None:
     """Creation of tensors: they have no channels."""
@@ -48,17 +54,17 @@ def eye(tracer: Tracer, call: Call) -> None:
             tracer.mark(call.out, (labels, labels), False)
 
 
-@register_rule("*")
+@register_rule(UNKNOWN)
 def unknown(tracer: Tracer, call: Call) -> None:
     """Operation without a rule: all input channels stay dense; without channels there is nothing to do."""
-    fix_all(tracer, call, f"the operation '{call.name}' is not known to keep channels apart")
+    tracer.fix_all(call, f"the operation '{call.name}' is not known to keep channels apart")
 
 
 @register_rule(ELEMENTWISE)
 def elementwise(tracer: Tracer, call: Call) -> None:
     """Elementwise operation: tie the operands index by index, with broadcasting."""
     tensors = [t for t in call.tensors if t.dim()]
-    for out in [call.out] if isinstance(call.out, Tensor) else call.out:
+    for out in tensors_in(call.out):
         rank = out.dim()
         new_axes: list[Labels | None] = [None] * rank
         seen = [False] * rank
@@ -68,8 +74,8 @@ def elementwise(tracer: Tracer, call: Call) -> None:
                     continue
                 new_axes[i] = tracer.merge(new_axes[i], axis) if seen[i] else axis
                 seen[i] = True
-        live = [t for t in tensors if tracer.active(t)]
-        if call.name in ("add", "sub") and len(live) > 1 and len({id(t) for t in live}) > 1:
+        live = {id(tensor) for tensor in tensors if tracer.active(tensor)}
+        if call.name in ("add", "sub") and len(live) > 1:
             for labels in new_axes:
                 if labels is not None:
                     tracer.atoms.couple(labels)
@@ -80,43 +86,33 @@ def elementwise(tracer: Tracer, call: Call) -> None:
 def spatial(tracer: Tracer, call: Call) -> None:
     """Pooling and resizing: batch and channels are preserved, only spatial axes change."""
     source: Tensor = call.args[0]
-    for out in call.out if isinstance(call.out, (tuple, list)) else [call.out]:
+    axes = tracer.axes(source)
+    for out in tensors_in(call.out):
         keep = out.dim() - _spatial_rank(call, out)
-        axes = tracer.axes(source)
         for axis in axes[keep:]:
             tracer.fix(axis, "its channels are pooled or resized like space")
-        new_axes = [*axes[:keep], *[None] * (out.dim() - keep)]
-        tracer.mark(out, new_axes, tracer.active(source))
+        tracer.mark(out, [*axes[:keep], *[None] * (out.dim() - keep)], tracer.active(source))
     if call.name.startswith("adaptive_avg_pool2d"):
         tracer.count(call.name, 1, *tracer.sizes(source))
     elif call.name in ("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "grid_sample"):
         mode = call.arg(3, "mode", "nearest") if call.name in ("interpolate", "upsample") else call.name
-        price = {
-            "nearest": 1,
-            "upsample_nearest": 1,
-            "bilinear": 4,
-            "upsample_bilinear": 4,
-            "grid_sample": 4,
-        }.get(mode, 0)
-        if call.out.dim() == 4 and price and not call.kwargs.get("antialias", False):
-            tracer.count(call.name, price, *tracer.sizes(call.out))
+        reads = _PIXELS_READ.get(mode)
+        if call.out.dim() == 4 and reads and not call.kwargs.get("antialias", False):
+            tracer.count(call.name, reads, *tracer.sizes(call.out))
 
 
 def _spatial_rank(call: Call, out: Tensor) -> int:
-    for rank in (1, 2, 3):
-        if f"{rank}d" in call.name:
-            return rank
-    return max(out.dim() - 2, 0)
+    named = (rank for rank in (1, 2, 3) if f"{rank}d" in call.name)
+    return next(named, max(out.dim() - 2, 0))
 
 
-@register_rule("prelu")
-def prelu(tracer: Tracer, call: Call) -> None:
-    source, weight = call.arg(0, "input"), call.arg(1, "weight")
-    axes = list(tracer.axes(source))
+@maps_axes("prelu")
+def prelu(tracer: Tracer, call: Call, axes: Line) -> Line:
+    weight = call.arg(1, "weight")
     if weight.numel() > 1:
-        channel = 1 if source.dim() > 1 else 0
+        channel = 1 if len(axes) > 1 else 0
         axes[channel] = tracer.merge(axes[channel], tracer.axes(weight)[0])
-    tracer.mark(call.out, axes, tracer.active(source))
+    return axes
 
 
 @register_rule("batch_norm instance_norm")
@@ -124,53 +120,60 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
     """batch_norm and instance_norm: all vectors among the arguments are tied to axis 1."""
     source: Tensor = call.arg(0, "input")
     axes = list(tracer.axes(source))
-    vectors = [t for t in call.tensors if t is not source]
+    vectors = [tensor for tensor in call.tensors if tensor is not source]
     for vector in vectors:
         if vector.numel() == source.shape[1]:
             axes[1] = tracer.merge(axes[1], tracer.axes(vector)[0])
-    tracer.mark(call.out, axes, tracer.active(source) or any(tracer.active(v) for v in vectors))
-    if call.name == "instance_norm":
-        tracer.count(call.name, 5 if call.arg(3, "weight") is not None else 4, *tracer.sizes(source))
+    tracer.mark(call.out, axes, any(map(tracer.active, [source, *vectors])))
+    affine = call.arg(3, "weight") is not None
+    if call.name == "instance_norm" or call.arg(5, "training", False):
+        each = 5 if affine else 4
     else:
-        trains = bool(call.arg(5, "training", False))
-        affine = call.arg(3, "weight") is not None
-        each = (5 if trains else 2) if affine else (4 if trains else 1)
-        tracer.count(call.name, each, *tracer.sizes(source))
+        each = 2 if affine else 1
+    tracer.count(call.name, each, *tracer.sizes(source))
 
 
-@register_rule("layer_norm rms_norm")
-def layer_norm(tracer: Tracer, call: Call) -> None:
+@maps_axes("layer_norm rms_norm")
+def layer_norm(tracer: Tracer, call: Call, axes: Line) -> Line:
     """layer_norm and rms_norm over the last axes; `normalized_shape` follows the kept channels."""
-    source: Tensor = call.arg(0, "input")
-    shape = tuple(call.arg(1, "normalized_shape"))
-    axes = list(tracer.axes(source))
-    start = source.dim() - len(shape)
-    for weight in (call.arg(2, "weight"), call.arg(3, "bias") if call.name == "layer_norm" else None):
-        if weight is not None:
-            for i, axis in enumerate(tracer.axes(weight)):
-                axes[start + i] = tracer.merge(axes[start + i], axis)
-    for i in range(len(shape)):
-        labels = axes[start + i]
+    start = len(axes) - len(call.arg(1, "normalized_shape"))
+    _merge_affine(tracer, call, axes, start, bias=call.name == "layer_norm")
+    for place, labels in enumerate(axes[start:]):
         if labels is not None and hasattr(tracer.stack[-1].module, "normalized_shape"):
-            tracer.tie_attribute("normalized_shape", labels, i)
-    tracer.mark(call.out, axes, tracer.active(source))
+            tracer.tie_attribute("normalized_shape", labels, place)
     if call.name == "layer_norm":
-        tracer.count(call.name, 5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(source))
+        _count_norm(tracer, call)
+    return axes
 
 
-@register_rule("group_norm")
-def group_norm(tracer: Tracer, call: Call) -> None:
+@maps_axes("group_norm")
+def group_norm(tracer: Tracer, call: Call, axes: Line) -> Line:
     """group_norm: all groups keep the same number of channels; with one channel per group whole groups are removed."""
-    source: Tensor = call.arg(0, "input")
     groups = int(call.arg(1, "num_groups"))
-    axes = list(tracer.axes(source))
-    for vector in (call.arg(2, "weight"), call.arg(3, "bias")):
-        if vector is not None:
-            axes[1] = tracer.merge(axes[1], tracer.axes(vector)[0])
+    _merge_affine(tracer, call, axes, 1, bias=True)
     labels = axes[1]
     if labels is not None and groups == labels.size:
         tracer.tie(call.arg(1, "num_groups"), labels)
     elif labels is not None and groups > 1:
-        even(tracer, labels, groups)
-    tracer.mark(call.out, axes, tracer.active(source))
-    tracer.count(call.name, 5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(source))
+        tracer.even(labels, groups)
+    _count_norm(tracer, call)
+    return axes
+
+
+def _merge_affine(tracer: Tracer, call: Call, axes: Line, start: int, bias: bool) -> None:
+    """Tie weight and bias of a normalisation to the axes from `start` on."""
+    for vector in (call.arg(2, "weight"), call.arg(3, "bias") if bias else None):
+        if vector is not None:
+            for place, labels in enumerate(tracer.axes(vector), start):
+                axes[place] = tracer.merge(axes[place], labels)
+
+
+def _count_norm(tracer: Tracer, call: Call) -> None:
+    tracer.count(call.name, 5 if call.arg(2, "weight") is not None else 4, *tracer.sizes(call.args[0]))
+
+
+@register_rule("embedding")
+def embedding(tracer: Tracer, call: Call) -> None:
+    index, axes = call.arg(0, "input"), tracer.axes(call.arg(1, "weight"))
+    tracer.fix(axes[0], "it is looked up by an index")
+    tracer.mark(call.out, [*tracer.axes(index), axes[1]], True)
