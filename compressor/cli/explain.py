@@ -36,7 +36,7 @@ def explain_again(
         folder: Folder of a finished run.
         profiles: Layer profiles of the dense and the slim engine that trtexec wrote on the run's device; by default
             both networks are profiled on this machine.
-        factory: Function that builds the run's network if it is the user's own code; see `models.known`.
+        factory: Function that builds the run's network if it is the user's own code; see `models.names`.
 
     Raises:
         CompressorError: The run has exported nothing yet, or a profile does not belong to its networks.

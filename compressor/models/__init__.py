@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from compressor.models.create import (
+    Published,
     build_from_factory,
     create_model,
     factory_of,
-    input_channels,
     model_factory,
+    published,
 )
-from compressor.models.published import Published, published
+from compressor.models.first_run import input_channels
 from compressor.models.weights import load_weights, read_weights
 
 __all__ = [

@@ -1,10 +1,12 @@
-"""Create a network by name: the toolkit's own, torchvision's, timm's or the user's."""
+"""Create a network by name: the toolkit's own, torchvision's, timm's or the user's; and look up what is published."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ from torch import nn
 
 from compressor.core import progress
 from compressor.core.errors import CompressorError
+from compressor.core.importing import import_object
 from compressor.models import cifar
 from compressor.models.computed import fix_weights
-from compressor.models.first_run import Shape, run_first
-from compressor.models.head import Makers, replace_head, single_head
-from compressor.models.names import call_factory, call_named_factory, resolve
+from compressor.models.first_run import Makers, Shape, input_channels, replace_head, run_first, single_head
+from compressor.models.names import call_factory, resolve
 from compressor.models.weights import Say, fit_state, load_weights, some
 
 FACTORY_TAG = "compressor_factory"
@@ -143,7 +145,7 @@ def _built(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module
     if isinstance(factory, str):
         return _built({**spec, "factory": factory})
     if factory is not None:
-        model, _ = call_factory(factory, "The given factory", num_classes)
+        model = call_factory(factory, "The given factory", num_classes)
     elif name is None:
         raise CompressorError("A factory needs a name and keyword arguments, got none.")
     else:
@@ -162,8 +164,12 @@ def _by_name(name: str, num_classes: int, transform_input: bool) -> nn.Module:
     if source == "torchvision":
         return _torchvision(inner, num_classes, transform_input)
     if source == "timm":
-        return _timm(inner, num_classes, pretrained=False)
-    return call_named_factory(inner, num_classes)[0]
+        import timm
+
+        model: nn.Module = timm.create_model(inner, pretrained=False, num_classes=num_classes)
+        return model
+    what = f"The model {inner[:200]!r}"
+    return call_factory(import_object(inner, what, "package.module:factory"), what, num_classes)
 
 
 def factory_of(model: nn.Module) -> dict[str, Any] | None:
@@ -184,13 +190,6 @@ def _torchvision(name: str, num_classes: int, transform_input: bool) -> nn.Modul
         # near chance when it could have converged ("Accurate, large minibatch SGD", Goyal et al., 2017, 5.1).
         extra = {"zero_init_residual": True}
     model: nn.Module = get_model(name, weights=None, num_classes=num_classes, **extra)
-    return model
-
-
-def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
-    import timm
-
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     return model
 
 
@@ -235,34 +234,75 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def input_channels(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Return the number of image channels that a network takes: those of `input_shape`, or 1 for 3, or 3 for 1.
+# ---------------------------------------------------------------- published facts
+@dataclass(frozen=True)
+class Published:
+    """Published facts of a network's weights.
+
+    Attributes:
+        origin: Source of the facts.
+        preprocessing: size, mean, std, crop_share, interpolation and resize, as `data.Preprocessing` names them.
+        accuracy: Top-1 share of its default weights on ImageNet's validation images, 0..1; None if not stated.
+    """
+
+    origin: str
+    preprocessing: dict[str, Any]
+    accuracy: float | None = None
+
+
+def published(name: str) -> Published | None:
+    """Return what is published about a network's weights, without downloading; None for networks of no library.
 
     Raises:
-        CompressorError: Its first convolution takes another number.
+        CompressorError: There is no such network.
     """
-    given, *sides = input_shape
-    first: list[int] = []
+    source, inner = resolve(name)
+    if source == "timm":
+        return _of_timm(inner)
+    return _of_torchvision(inner) if source == "torchvision" else None
 
-    def note(module: nn.Conv2d, _: Any) -> None:
-        first.append(module.in_channels)
 
-    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for channels in (given, 1 if given == 3 else 3):
-            with torch.no_grad(), suppress(Exception):  # the network's code may raise anything
-                model(torch.zeros(1, channels, *sides))
-                return channels
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes:
-            module.training = mode
-    if first and first[0] not in (1, 3):
-        raise CompressorError(
-            f"The network's first convolution takes {first[0]} channels; images have 3, or 1 if they are gray.",
-            "Use a network for images with 3 channels or 1.",
-        )
-    return first[0] if first else given  # it fails for another reason, which the trial run reports
+def _of_timm(name: str) -> Published | None:
+    from timm.data.config import resolve_data_config
+    from timm.models import get_pretrained_cfg
+
+    found = get_pretrained_cfg(name)
+    if found is None:
+        return None
+    config: dict[str, Any] = resolve_data_config(pretrained_cfg=dict(vars(found)))  # type: ignore[no-untyped-call]
+    channels, height, width = config["input_size"]
+    if channels != 3 or height != width:
+        return None
+    return Published(
+        origin=f"timm's pretrained_cfg of {name}",
+        preprocessing={
+            "size": height,
+            "mean": tuple(config["mean"]),
+            "std": tuple(config["std"]),
+            "crop_share": float(config["crop_pct"]),
+            "interpolation": config["interpolation"],
+            "resize": "squash" if config["crop_mode"] == "squash" else "short",
+        },
+    )
+
+
+def _of_torchvision(name: str) -> Published | None:
+    from torchvision.models import get_model_weights
+
+    default: Any = getattr(get_model_weights(name), "DEFAULT", None)
+    if default is None:
+        return None
+    transforms = default.transforms()
+    (size,), (scaled,) = transforms.crop_size, transforms.resize_size
+    share = default.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1", math.nan)
+    return Published(
+        origin=f"torchvision's {default}",
+        preprocessing={
+            "size": size,
+            "mean": tuple(transforms.mean),
+            "std": tuple(transforms.std),
+            "crop_share": size / scaled,
+            "interpolation": transforms.interpolation.value,
+        },
+        accuracy=None if math.isnan(share) else share / 100,
+    )

@@ -1,9 +1,16 @@
-"""Run one blank image through a new network, so that a mismatch is reported early, with its cause."""
+"""Run a new network once on a blank image: find the layers that compute its output, replace the head, explain failures.
+
+The layer that computes the output is found by running the network, because it need not be the last one constructed. A
+mismatch between network and images is reported here, with its cause.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,10 +18,13 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.core.importing import raised_at
-from compressor.models.head import LAYERS, Makers, Recorder
+from compressor.models.computed import evaluated
 
 Shape = tuple[int, int, int]
 """(channels, height, width) of one image."""
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers that may compute a network's output. Their channels are the axis 1, 2, 3 and 4 from the end."""
 
 _SIZES = (28, 32, 48, 64, 75, 96, 112, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 """Heights and widths that are tried to find the size that a network needs."""
@@ -28,6 +38,23 @@ _INPUTS = {
 }
 
 
+@dataclass
+class Makers:
+    """Layers and parameters that compute a network's output, without what comes before the last layer on each path.
+
+    Attributes:
+        layers: Name of a linear or convolutional layer -> its outputs.
+        parameters: Names of other parameters on the path: scales, or the weights of the user's own layers.
+    """
+
+    layers: dict[str, int] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
+
+    def heads(self, outputs: int) -> list[str]:
+        """Return the layers whose outputs are the network's, channel by channel."""
+        return [name for name, channels in self.layers.items() if channels == outputs]
+
+
 def run_first(model: nn.Module, name: str, shape: Shape) -> tuple[Tensor, Makers]:
     """Return the output (1, classes) of a network for one blank image, and the layers that compute it.
 
@@ -39,17 +66,192 @@ def run_first(model: nn.Module, name: str, shape: Shape) -> tuple[Tensor, Makers
     """
     _check_runnable(model, name)
     model.eval()
-    recorder, trail = Recorder(model), _Trail()
+    recorder = _Recorder(model)
     with torch.random.fork_rng(devices=[]):
         try:
-            with trail.watching(model), recorder.watching():
+            with recorder.watching():
                 out = model(torch.zeros(1, *shape))
         except Exception as error:  # the network's code may raise anything
-            raise _cause(model, name, shape, error, trail) from error
+            raise _cause(model, name, shape, error, recorder) from error
     _check_output(out, name)
     return out, recorder.makers(out)
 
 
+def input_channels(model: nn.Module, input_shape: Shape) -> int:
+    """Return the number of image channels that a network takes: those of `input_shape`, or 1 for 3, or 3 for 1.
+
+    Raises:
+        CompressorError: Its first convolution takes another number.
+    """
+    given, *sides = input_shape
+    first: list[int] = []
+
+    def note(module: nn.Conv2d, _: Any) -> None:
+        first.append(module.in_channels)
+
+    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    try:
+        for channels in (given, 1 if given == 3 else 3):
+            with evaluated(model), torch.no_grad(), suppress(Exception):  # the network's code may raise anything
+                model(torch.zeros(1, channels, *sides))
+                return channels
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if first and first[0] not in (1, 3):
+        raise CompressorError(
+            f"The network's first convolution takes {first[0]} channels; images have 3, or 1 if they are gray.",
+            "Use a network for images with 3 channels or 1.",
+        )
+    return first[0] if first else given  # it fails for another reason, which the trial run reports
+
+
+class _Recorder:
+    """Follows one run of a network: which modules run, and which layers compute the output.
+
+    Every output of a layer starts a new autograd graph, so that the path back from the network's output ends at the
+    last layers, whatever comes before them and whether or not their parameters require gradients.
+
+    Attributes:
+        open: Paths of the modules whose forward pass is running, or was when an error was raised.
+        first: The first layer that ran: its path, the layer, the shape of its input.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.open: list[str] = []
+        self.first: tuple[str, nn.Module, tuple[int, ...]] | None = None
+        self._made: dict[Any, tuple[str, int]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record the run within the context."""
+        handles = []
+        for path, module in self.model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._entering(path)))
+            handles.append(module.register_forward_hook(self._leaving(path)))
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, path: str) -> Any:
+        def enter(module: nn.Module, inputs: Any) -> None:
+            self.open.append(path)
+            if self.first is None and isinstance(module, _FIRST) and inputs and isinstance(inputs[0], Tensor):
+                self.first = (path, module, tuple(inputs[0].shape))
+
+        return enter
+
+    def _leaving(self, path: str) -> Any:
+        def leave(module: nn.Module, _inputs: Any, output: Any) -> Any:
+            self.open.pop()
+            axis = next((-1 - place for place, kind in enumerate(LAYERS) if isinstance(module, kind)), None)
+            if axis is None or not isinstance(output, Tensor) or not output.is_floating_point():
+                return None
+            started = output.detach().requires_grad_().clone()
+            self._made[started.grad_fn] = (path, int(output.shape[axis]))
+            return started
+
+        return leave
+
+    def makers(self, output: Tensor) -> Makers:
+        """Return the layers and parameters that compute the output of a recorded run."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        found, seen, stack = Makers(), set(), [output.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in self._made:
+                name, channels = self._made[node]
+                found.layers.setdefault(name, channels)
+                continue
+            variable = getattr(node, "variable", None)  # of the nodes where parameters enter
+            if variable is not None and id(variable) in names:
+                found.parameters.append(names[id(variable)])
+            stack.extend(before for before, _ in node.next_functions)
+        return found
+
+
+# ---------------------------------------------------------------- the head
+def single_head(name: str, makers: Makers, outputs: int, num_classes: int) -> str:
+    """Return the one layer that must change for another number of classes.
+
+    Raises:
+        CompressorError: No single layer computes the output.
+    """
+    heads = makers.heads(outputs)
+    if len(heads) == 1:
+        return heads[0]
+    said = f"{name} gives {outputs} outputs for one image where the data have {num_classes} classes"
+    advice = "Have the factory accept num_classes and build the network for them."
+    if heads:
+        raise CompressorError(
+            f"{said}, and several layers compute them together: {', '.join(sorted(heads))}.", advice
+        )
+    parts = [
+        *(f"{layer} ({channels} outputs)" for layer, channels in makers.layers.items()),
+        *makers.parameters,
+    ]
+    made = f": they come from {', '.join(parts[:4])}" if parts else ""
+    raise CompressorError(f"{said}, and no single linear or convolutional layer computes them{made}.", advice)
+
+
+def replace_head(model: nn.Module, name: str, num_classes: int) -> None:
+    """Replace layer `name` by a new one with `num_classes` outputs, in place.
+
+    Bias, type and all other settings stay. Attributes called `num_classes` with the old number are updated.
+
+    Raises:
+        CompressorError: There is no such layer, or it is grouped.
+    """
+    modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    old = modules.get(name)
+    if not isinstance(old, LAYERS) or not name:
+        raise CompressorError(f"The network has no linear or convolutional layer {name!r}.")
+    if getattr(old, "groups", 1) != 1:
+        raise CompressorError(
+            f"The last layer {name} is a convolution of {old.groups} groups, which cannot have {num_classes} outputs.",
+            "Have the factory accept num_classes.",
+        )
+    outputs = int(old.out_features if isinstance(old, nn.Linear) else old.out_channels)
+    new = _resized(old, num_classes)
+    for path, module in modules.items():
+        if module is old:
+            parent, _, leaf = path.rpartition(".")
+            setattr(modules[parent], leaf, new)
+        if module.__dict__.get("num_classes") == outputs and type(module.__dict__["num_classes"]) is int:
+            module.__dict__["num_classes"] = num_classes
+
+
+def _resized(old: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, outputs: int) -> nn.Module:
+    weight = old.weight
+    options: dict[str, Any] = {"bias": old.bias is not None, "dtype": weight.dtype, "device": weight.device}
+    if isinstance(old, nn.Linear):
+        plain: nn.Module = nn.Linear(old.in_features, outputs, **options)
+    else:
+        kind = next(kind for kind in LAYERS[1:] if isinstance(old, kind))
+        settings = {key: getattr(old, key) for key in ("stride", "padding", "dilation", "padding_mode")}
+        plain = kind(old.in_channels, outputs, old.kernel_size, **settings, **options)  # type: ignore[arg-type]
+    computed = (
+        set(old._parameters) != {"weight", "bias"}
+        or old._forward_pre_hooks
+        or hasattr(old, "parametrizations")
+    )
+    if type(old) in LAYERS or computed:
+        return plain.train(old.training)
+    # A layer of the user's own class, such as one that normalizes its weights: its forward stays.
+    new = copy.deepcopy(old)
+    new._parameters.update(plain._parameters)
+    setattr(new, "out_features" if isinstance(old, nn.Linear) else "out_channels", outputs)
+    return new
+
+
+# ---------------------------------------------------------------- causes of failures
 def _check_runnable(model: nn.Module, name: str) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise CompressorError(
@@ -89,41 +291,10 @@ def _takes_one(model: nn.Module) -> bool:
     )
 
 
-class _Trail:
-    """Records which modules a run enters, with the shapes of their inputs."""
-
-    def __init__(self) -> None:
-        self.open: list[str] = []
-        self.first: tuple[str, nn.Module, tuple[int, ...]] | None = None
-
-    def watching(self, model: nn.Module) -> Any:
-        from contextlib import ExitStack
-
-        stack = ExitStack()
-        for path, module in model.named_modules():
-            for handle in (
-                module.register_forward_pre_hook(self._entering(path)),
-                module.register_forward_hook(self._leaving),
-            ):
-                stack.callback(handle.remove)
-        return stack
-
-    def _entering(self, path: str) -> Any:
-        def note(module: nn.Module, inputs: Any) -> None:
-            self.open.append(path)
-            if self.first is None and isinstance(module, _FIRST) and inputs and isinstance(inputs[0], Tensor):
-                self.first = (path, module, tuple(inputs[0].shape))
-
-        return note
-
-    def _leaving(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        self.open.pop()
-
-
-def _cause(model: nn.Module, name: str, shape: Shape, error: Exception, trail: _Trail) -> CompressorError:
+def _cause(model: nn.Module, name: str, shape: Shape, error: Exception, recorder: _Recorder) -> CompressorError:
     """Find out why the network fails, from the inputs that it does accept."""
     lines = str(error).splitlines() or [""]
-    where = f" in its module {trail.open[-1]!r}" if trail.open and trail.open[-1] else ""
+    where = f" in its module {recorder.open[-1]!r}" if recorder.open and recorder.open[-1] else ""
     reason = f"{type(error).__name__}{where}: {lines[0][:300]}{raised_at(error)}"
     floats = {each.dtype for each in model.parameters() if each.is_floating_point()}
     if others := sorted(str(each).removeprefix("torch.") for each in floats - {torch.float32}):
@@ -138,8 +309,8 @@ def _cause(model: nn.Module, name: str, shape: Shape, error: Exception, trail: _
             "Have the factory build the network on the CPU; it is moved to the GPU where there is one.",
         )
     return (
-        _other_inputs(model, name, shape, trail)
-        or _other_channels(model, name, shape, reason, trail)
+        _other_inputs(model, name, shape, recorder)
+        or _other_channels(model, name, shape, reason, recorder)
         or _other_size(model, name, shape, reason)
         or CompressorError(
             f"{name} fails on one image of {_text(shape)}: {reason}.",
@@ -149,10 +320,10 @@ def _cause(model: nn.Module, name: str, shape: Shape, error: Exception, trail: _
     )
 
 
-def _other_inputs(model: nn.Module, name: str, shape: Shape, trail: _Trail) -> CompressorError | None:
-    if trail.first is None:
+def _other_inputs(model: nn.Module, name: str, shape: Shape, recorder: _Recorder) -> CompressorError | None:
+    if recorder.first is None:
         return None
-    path, layer, given = trail.first
+    path, layer, given = recorder.first
     kind = next((kind for kind in _INPUTS if isinstance(layer, kind)), None)
     if kind is not None:
         return CompressorError(
@@ -169,13 +340,14 @@ def _other_inputs(model: nn.Module, name: str, shape: Shape, trail: _Trail) -> C
 
 
 def _other_channels(
-    model: nn.Module, name: str, shape: Shape, reason: str, trail: _Trail
+    model: nn.Module, name: str, shape: Shape, reason: str, recorder: _Recorder
 ) -> CompressorError | None:
-    layer = trail.first[1] if trail.first is not None else None
-    expected = getattr(layer, "in_channels", shape[0])
-    if not isinstance(expected, int) or expected == shape[0] or trail.first is None:
+    if recorder.first is None:
         return None
-    if trail.first[2][1:] != shape:  # the layer's input is no longer the image
+    path, layer, given = recorder.first
+    expected = getattr(layer, "in_channels", shape[0])
+    # Its input may be no longer the image.
+    if not isinstance(expected, int) or expected == shape[0] or given[1:] != shape:
         return None
     size = next((size for size in (shape[1:], *_sizes(shape)) if _runs(model, (expected, *size))), None)
     if size is None and "channels" not in reason:
@@ -184,8 +356,8 @@ def _other_channels(
     return CompressorError(
         f"{name} takes images of {expected} channel{'s' * (expected != 1)}{also}, but the data have {shape[0]} "
         f"(images of {_text(shape)}).",
-        f"Its first layer is {trail.first[0]!r}. Have the factory build it for {shape[0]} channels, or give data that "
-        f"have {expected}.",
+        f"Its first layer is {path!r}. Have the factory build it for {shape[0]} channels, or give data that have "
+        f"{expected}.",
     )
 
 

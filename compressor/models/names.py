@@ -1,21 +1,34 @@
-"""Resolve model names, and suggest the nearest names for an unknown one."""
+"""Resolve model names, suggest the nearest names for an unknown one, and decide which user code may run.
+
+A run's folder may come from somebody else, and its recipe names the factory of its network. Commands that read a
+finished run import a factory only if this user has started a run with the same reference and the same module file
+before, according to a list in the cache folder, or names it now.
+"""
 
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from compressor.core.errors import CompressorError
-from compressor.core.importing import import_object, raised_at
+from compressor.core.files import cache_folder, write_atomic
+from compressor.core.importing import raised_at
 from compressor.models import cifar
 
 TIMM = "timm:"
 
+_RUN_BEFORE = "factories.json"
+"""File in the cache folder: reference of each factory that was run -> files of its module."""
 
 _OTHER_TASKS = {
     "detection": "a detection network",
@@ -28,14 +41,13 @@ _OTHER_TASKS = {
 
 
 def resolve(name: str) -> tuple[str, str]:
-    """The source of a name and the name within it: ("cifar" | "torchvision" | "timm" | "class" | "user", name).
+    """Return the source of a name and the name within it: ("cifar" | "torchvision" | "timm" | "class" | "user", name).
 
     "class" is a class of torchvision's own (`torchvision.models.googlenet:GoogLeNet`), "user" any other
-    `package.module:factory`. Nothing is imported for it.
+    `package.module:factory`. Neither is imported.
 
     Raises:
-        CompressorError: nothing is called so (the nearest names are given), it is no classifier, or timm is not
-            installed.
+        CompressorError: The name is unknown (the nearest ones are listed), it is no classifier, or timm is missing.
     """
     if name.startswith(TIMM):
         return "timm", _timm_name(name.removeprefix(TIMM))
@@ -125,16 +137,8 @@ def _timm_name(name: str) -> str:
     return name
 
 
-def call_named_factory(name: str, num_classes: int) -> tuple[nn.Module, bool]:
-    """Import "package.module:factory" and call it; see `call_factory`."""
-    what = f"The model {name[:200]!r}"
-    return call_factory(import_object(name, what, "package.module:factory"), what, num_classes)
-
-
-def call_factory(factory: Callable[..., Any], what: str, num_classes: int) -> tuple[nn.Module, bool]:
-    """Return a network from a factory, and whether the factory received `num_classes`.
-
-    A factory that does not accept `num_classes` is called without it.
+def call_factory(factory: Callable[..., Any], what: str, num_classes: int) -> nn.Module:
+    """Return a network from a factory; one that does not accept `num_classes` is called without it.
 
     Args:
         factory: Function, or class of modules.
@@ -184,4 +188,60 @@ def call_factory(factory: Callable[..., Any], what: str, num_classes: int) -> tu
         ) from error
     if not isinstance(model, nn.Module):
         raise CompressorError(f"{what} returned a {type(model).__name__}, expected a torch.nn.Module.")
-    return model, takes
+    return model
+
+
+# ---------------------------------------------------------------- factories that this user has run
+def remember_factory(name: str) -> None:
+    """Record that the user runs the factory `package.module:factory`; other names need no record."""
+    if not is_users(name) or (place := _module_file(name)) is None:
+        return
+    known = _run_before()
+    if place in known.get(name, []):
+        return
+    with suppress(CompressorError):  # without a cache the commands require the name
+        write_atomic(
+            cache_folder() / _RUN_BEFORE, json.dumps({**known, name: [*known.get(name, []), place]}, indent=1)
+        )
+
+
+def allowed_factory(name: str, given: str | None, folder: Path) -> str:
+    """Return the factory that builds the network of the run in `folder`.
+
+    Args:
+        name: Name in the run's files.
+        given: Name that the user gave with the command, if any.
+        folder: Folder of the run.
+
+    Raises:
+        CompressorError: It is user code that was neither run here before nor named now.
+    """
+    if given is not None:
+        return given
+    if not is_users(name) or _module_file(name) in _run_before().get(name, []):
+        return name
+    raise CompressorError(
+        f"The network of {folder} is built by {name[:200]!r}, Python code that was not run from here before; code that "
+        "is named only in a file is not imported.",
+        f"If you trust it, name it, in the folder of its module: --factory {name[:200]}",
+    )
+
+
+def _module_file(name: str) -> str | None:
+    """Return the file of a reference's outermost package or module, as it would be imported from here; run none."""
+    top = name.partition(":")[0].partition(".")[0]
+    found = PathFinder.find_spec(top, [os.getcwd(), *sys.path])
+    if found is None:
+        return None
+    places = list(found.submodule_search_locations or [])
+    return str(Path(found.origin or places[0]).resolve()) if found.origin or places else None
+
+
+def _run_before() -> dict[str, list[str]]:
+    try:
+        known = json.loads((cache_folder() / _RUN_BEFORE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {name: places for name, places in known.items() if isinstance(places, list)}

@@ -19,6 +19,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _LEFTOVERS = frozenset({"total_ops", "total_params", "n_averaged"})
 """Counters that thop and torch's AveragedModel leave in state dicts."""
 
+_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _SHOWN = 3
 
 FRESH_HEAD = "compressor_fresh_head"
@@ -51,12 +52,12 @@ def load_weights(
     Raises:
         CompressorError: The file cannot be read, holds something else, or does not fit; the model is then unchanged.
     """
-    found = entries(read_file(path), path)
     own = model.state_dict()
-    choice = _Choice([_aligned(_renamed(model, entry), own) for entry in found], own)
-    for note in choice.notes:
+    found = [each for entry in entries(read_file(path), path) for each in _aligned(_renamed(model, entry), own)]
+    state, notes = _choose(found)
+    for note in notes:
         say(f"{path}: {note}")
-    _fit(model, choice.state, str(path), num_classes, heads, say)
+    fit_state(model, state, str(path), num_classes, heads, say)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -72,22 +73,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     while plain and all(key.startswith("module.") or key in _LEFTOVERS for key in plain):
         plain = {key.removeprefix("module."): value for key, value in plain.items() if key not in _LEFTOVERS}
     return plain
-
-
-def fit_state(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    origin: str,
-    num_classes: int,
-    heads: Heads | None = None,
-    say: Say = progress.say,
-) -> None:
-    """Copy `state`, which has the model's names, into it; `heads` and `say` as in `load_weights`.
-
-    Raises:
-        CompressorError: Other keys are missing, unexpected or of another shape; the model is then unchanged.
-    """
-    _fit(model, state, origin, num_classes, heads, say)
 
 
 @dataclass(frozen=True)
@@ -109,43 +94,36 @@ class _Aligned:
         )
 
 
-class _Choice:
-    """Chooses a file's state dict: the first average that fits, else the first trained one."""
-
-    def __init__(self, found: Sequence[Sequence[_Aligned]], own: Mapping[str, Tensor]) -> None:
-        every = [each for group in found for each in group]
-        averages = [each for each in every if each.average]
-        trained = [each for each in every if not each.average]
-        self.notes: list[str] = []
-        raw = next((each for each in trained if _fits(each, own)), trained[0] if trained else None)
-        chosen = next((each for each in averages if _fits(_completed(each, raw, own), own)), None)
-        if chosen is not None:
-            beside = f", not those of the last step beside them ({raw.where})" if raw is not None else ""
-            self.notes.append(f"the weights averaged over training ({chosen.where}) are used{beside}.")
-            completed = _completed(chosen, raw, own)
-            if completed is not chosen and raw is not None:
-                self.notes.append(f"the average has no running statistics; they are those of {raw.where}.")
-            chosen = completed
-        elif raw is not None:
-            if averages:
-                self.notes.append(
-                    f"the averaged weights ({averages[0].where}) do not fit the network; {raw.where} is used."
-                )
-            chosen = raw
-        else:
-            chosen = averages[0]
-        if chosen.left_out:
-            self.notes.append(
-                f"{len(chosen.left_out)} tensors beside the network are left out ({some(chosen.left_out)})."
-            )
-        self.state = chosen.state
+def _choose(found: Sequence[_Aligned]) -> tuple[State, list[str]]:
+    """Choose a file's state dict: the first average that fits, else the first trained one; and what to say about it."""
+    averages = [each for each in found if each.average]
+    trained = [each for each in found if not each.average]
+    raw = next(filter(_fits, trained), trained[0] if trained else None)
+    chosen = next((each for each in averages if _fits(_completed(each, raw))), None)
+    notes = []
+    if chosen is not None:
+        beside = f", not those of the last step beside them ({raw.where})" if raw is not None else ""
+        notes.append(f"the weights averaged over training ({chosen.where}) are used{beside}.")
+        completed = _completed(chosen, raw)
+        if completed is not chosen and raw is not None:
+            notes.append(f"the average has no running statistics; they are those of {raw.where}.")
+        chosen = completed
+    elif raw is not None:
+        if averages:
+            notes.append(f"the averaged weights ({averages[0].where}) do not fit the network; {raw.where} is used.")
+        chosen = raw
+    else:
+        chosen = averages[0]
+    if chosen.left_out:
+        notes.append(f"{len(chosen.left_out)} tensors beside the network are left out ({some(chosen.left_out)}).")
+    return chosen.state, notes
 
 
-def _fits(found: _Aligned, own: Mapping[str, Tensor]) -> bool:
-    return not [key for key in found.missing if not key.endswith("num_batches_tracked")]
+def _fits(found: _Aligned) -> bool:
+    return all(key.endswith("num_batches_tracked") for key in found.missing)
 
 
-def _completed(average: _Aligned, raw: _Aligned | None, own: Mapping[str, Tensor]) -> _Aligned:
+def _completed(average: _Aligned, raw: _Aligned | None) -> _Aligned:
     """Complete an average of the parameters with the buffers that were trained beside it."""
     if raw is None or not average.missing:
         return average
@@ -153,9 +131,6 @@ def _completed(average: _Aligned, raw: _Aligned | None, own: Mapping[str, Tensor
         return average
     state = {**average.state, **{key: raw.state[key] for key in average.missing}}
     return _Aligned(average.entry, state, average.prefix, True, average.left_out, ())
-
-
-_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
 def _renamed(model: nn.Module, entry: Entry) -> Entry:
@@ -246,9 +221,19 @@ def _check_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
         )
 
 
-def _fit(
-    model: nn.Module, state: State, origin: str, num_classes: int, heads: Heads | None, say: Say
+def fit_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    origin: str,
+    num_classes: int,
+    heads: Heads | None = None,
+    say: Say = progress.say,
 ) -> None:
+    """Copy `state`, which has the model's names, into it; `heads` and `say` as in `load_weights`.
+
+    Raises:
+        CompressorError: Other keys are missing, unexpected or of another shape; the model is then unchanged.
+    """
     own = model.state_dict()
     given = {key: _dense(key, value, origin) for key, value in state.items()}
     misfits = [key for key in own if key in given and own[key].shape != given[key].shape]

@@ -80,7 +80,7 @@ class Finished:
 
         Args:
             folder: Folder of the run.
-            factory: Function that builds its network if it is the user's own code; see `models.known`.
+            factory: Function that builds its network if it is the user's own code; see `models.names`.
 
         Raises:
             CompressorError: The folder holds no run, or the run has exported nothing yet.
@@ -107,7 +107,7 @@ class Finished:
     @property
     def model(self) -> nn.Module:
         """The saved slim network."""
-        from compressor.models.known import allowed_factory
+        from compressor.models.names import allowed_factory
         from compressor.pruning.artefact import load
 
         if self._model is None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressor.data import DataBundle, Preprocessing
-    from compressor.models.published import Published
+    from compressor.models import Published
     from compressor.recipe import Recipe
 
 

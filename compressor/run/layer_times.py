@@ -110,7 +110,7 @@ def run_space(run: RunDir, table: LatencyTable | None, factory: str | None = Non
     Args:
         run: Run that names the network.
         table: Table with its channel steps.
-        factory: Function that builds the network if it is the user's own code; see `models.known`.
+        factory: Function that builds the network if it is the user's own code; see `models.names`.
 
     Raises:
         CompressorError: The network cannot be rebuilt.
@@ -121,7 +121,7 @@ def run_space(run: RunDir, table: LatencyTable | None, factory: str | None = Non
     from compressor.core.records import RECIPE
     from compressor.latency.signature import network_signature
     from compressor.models import create_model
-    from compressor.models.known import allowed_factory
+    from compressor.models.names import allowed_factory
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import load_recipe
 

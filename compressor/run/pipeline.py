@@ -71,7 +71,7 @@ def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
     Raises:
         CompressorError: Something in the recipe is not available; nothing was written.
     """
-    from compressor.models.known import remember_factory
+    from compressor.models.names import remember_factory
 
     recipe = recipe.resolved()
     path = out or new_run_path(Path("runs"), f"{recipe.model}-{recipe.data_kind}")
@@ -95,7 +95,7 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
     Raises:
         CompressorError: The run was started with another recipe, or another process is working on the folder.
     """
-    from compressor.models.known import remember_factory
+    from compressor.models.names import remember_factory
 
     with closing(RunDir.open(folder)) as run, _stopped_in(folder):
         expected = load_recipe(run.file(RECIPE)).changed(overrides or {})
