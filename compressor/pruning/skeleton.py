@@ -12,40 +12,21 @@ import torch
 from torch import Tensor, nn
 
 _SHARED = frozenset(
-    {
-        int,
-        float,
-        str,
-        bool,
-        bytes,
-        complex,
-        type(None),
-        torch.dtype,
-        torch.device,
-        torch.memory_format,
-        torch.layout,
-        type,
-        types.FunctionType,
-        types.BuiltinFunctionType,
-        torch.Size,
-        range,
-    }
+    [
+        *(int, float, str, bool, bytes, complex, range, type, type(None)),
+        *(types.FunctionType, types.BuiltinFunctionType),
+        *(torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size),
+    ]
 )
-_HOOKS = (
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-_HANDLED = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS})
-_TORCH_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+"""Types of attributes that a copy shares: their values cannot change."""
+
+_HOOKS = """
+    _backward_pre_hooks _backward_hooks _forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called
+    _forward_pre_hooks _forward_pre_hooks_with_kwargs _state_dict_hooks _state_dict_pre_hooks
+    _load_state_dict_pre_hooks _load_state_dict_post_hooks
+"""
+_HOOK_NAMES = tuple(_HOOKS.split())
+_HANDLED = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOK_NAMES})
 
 
 def copy_structure(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -83,9 +64,9 @@ def copy_structure(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.M
         for name in ("_parameters", "_buffers", "_modules"):
             own[name] = {key: None if item is None else memo[id(item)] for key, item in held[name].items()}
         own["_non_persistent_buffers_set"] = set(held["_non_persistent_buffers_set"])
-        for name in _HOOKS:
+        for name in _HOOK_NAMES:
             own[name] = OrderedDict()
-        for name in _TORCH_HOOKS:
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
             for key, hook in held[name].items():
                 if type(hook).__module__.startswith("torch.nn.utils"):
                     own[name][key] = copy.deepcopy(hook, memo)
@@ -132,9 +113,7 @@ def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
         found.append((path, module))
         prefix = f"{path}." if path else ""
         children = module.__dict__["_modules"]
-        stack.extend(
-            [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
-        )
+        stack += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
     return found
 
 
@@ -158,11 +137,9 @@ def aliases(model: nn.Module) -> dict[str, str]:
     """Return further names of tied parameters and shared buffers -> first name."""
     first: dict[int, str] = {}
     found: dict[str, str] = {}
-    for name, value in [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]:
-        known = first.setdefault(id(value), name)
-        if known != name:
-            found[name] = known
+    for listed in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, value in listed:
+            known = first.setdefault(id(value), name)
+            if known != name:
+                found[name] = known
     return found

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compressor.data import Split
+from compressor.models.computed import evaluated
 
 if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
@@ -42,7 +43,7 @@ def accuracy(
     """
     total = len(split) if max_batches is None else min(len(split), max_batches * batch_size)
     right = seen = 0
-    with _evaluating(model), torch.no_grad():
+    with evaluated(model), torch.no_grad():
         for index, (images, labels) in enumerate(split.batches(batch_size, device=device)):
             if index == max_batches:
                 break
@@ -64,7 +65,7 @@ def predictions(
         split: Split, read in its stored order.
     """
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with _evaluating(model), torch.no_grad():
+    with evaluated(model), torch.no_grad():
         for images, labels in split.batches(batch_size, device=device):
             logits = model(images.contiguous(memory_format=torch.channels_last))
             found.append((logits.argmax(dim=1).cpu(), labels.cpu()))
@@ -104,7 +105,7 @@ def reestimate_batch_norm(
     if not norms:
         return
     before = [norm.momentum for norm in norms]
-    with _evaluating(model), torch.no_grad():
+    with evaluated(model), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # torch then averages over all batches with equal weight
@@ -114,18 +115,6 @@ def reestimate_batch_norm(
             model(images.contiguous(memory_format=torch.channels_last))
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode, and restore each module's own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
