@@ -1,1 +1,20 @@
-"""Structured pruning: prunable channel groups of a network, their costs, and the pruned network."""
+"""What may be removed from a network, what that costs, and the slim network.
+
+A space is made once for a network, in this order:
+
+    space       `PruningSpace`, the public face: groups, costs, plans, slicing
+    build       traces the network and verifies the trace on a pruned copy
+    trace       `Tracer`: follows a forward pass, and applies the rule of each operation
+    registry    operation -> rule; `rules/` has the toolkit's
+    facts       what a pass says: atoms, layers, counts, attributes
+    groups      atoms -> groups, their settings and widths
+    counts      costs as functions of widths; the formulas of one operator
+
+and used for many plans:
+
+    plan        `ChannelPlan`: which units each group keeps
+    importance  scores of the units
+    slicer      kept indices of each tensor; `skeleton` copies the modules, `attention` replaces those of fixed width
+    artefact    saves and loads a slim network; `blueprint` sends a space to another process
+    checks      verifies a slim network by fvcore and torch-pruning (`torch_pruning_cut`)
+"""

@@ -73,23 +73,24 @@ def raising(num_classes: int = 4) -> nn.Module:
 def test_a_factory_that_takes_the_classes_keeps_its_layers(tmp_path: Path) -> None:
     own = Gated(7).eval()
     torch.save(own.state_dict(), tmp_path / "own.pt")
-    model = create_model("tests.models.test_heads:Gated", 7, tmp_path / "own.pt").eval()
+    model = create_model("tests.models.test_first_run:Gated", 7, tmp_path / "own.pt").eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(x), own(x))
 
 
 def test_the_layer_that_makes_the_output_is_replaced(said: list[str]) -> None:
-    model = create_model("tests.models.test_heads:fixed", 7)
+    model = create_model("tests.models.test_first_run:fixed", 7)
     assert model.get_parameter("fc.weight").shape == (7, 16)
     assert model.get_parameter("gate.weight").shape == (1, 16)
-    assert factory_of(model) == {"factory": "tests.models.test_heads:fixed", "kwargs": {"num_classes": 7}, "head": "fc"}
-    assert said == ["tests.models.test_heads:fixed has 9 outputs: its last layer fc is replaced by one of 7."]
+    factory = "tests.models.test_first_run:fixed"
+    assert factory_of(model) == {"factory": factory, "kwargs": {"num_classes": 7}, "head": "fc"}
+    assert said == ["tests.models.test_first_run:fixed has 9 outputs: its last layer fc is replaced by one of 7."]
 
 
 def test_weights_for_other_classes_leave_the_head_fresh(tmp_path: Path, said: list[str]) -> None:
     own = Gated(9)
     torch.save(own.state_dict(), tmp_path / "own.pt")
-    model = create_model("tests.models.test_heads:Gated", 7, tmp_path / "own.pt")
+    model = create_model("tests.models.test_first_run:Gated", 7, tmp_path / "own.pt")
     assert torch.equal(model.get_parameter("gate.weight"), own.gate.weight)
     assert model.get_parameter("fc.weight").shape == (7, 16)
     assert "fc starts fresh with 7" in said[0]
@@ -105,12 +106,12 @@ def test_weights_for_other_classes_leave_the_head_fresh(tmp_path: Path, said: li
         ("half", ["weights in float16", "float()"]),
         ("Pair", ["gives a tuple of 2", "net(x)[0]"]),
         ("TwoInputs", ["takes 2 inputs (x, length)"]),
-        ("raising", ["fails: KeyError: 'width'", "test_heads.py"]),
+        ("raising", ["fails: KeyError: 'width'", "test_first_run.py"]),
     ],
 )
 def test_each_misfit_names_its_own_cause(name: str, words: list[str]) -> None:
     with pytest.raises(CompressorError) as caught:
-        create_model(f"tests.models.test_heads:{name}", 7)
+        create_model(f"tests.models.test_first_run:{name}", 7)
     for word in words:
         assert word in str(caught.value)
 
@@ -152,7 +153,7 @@ def test_what_cannot_be_read_safely_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file.pt"
     good = _plain().state_dict()
     for content, words in (
-        ({"state_dict": good, "config": Foreign()}, "test_heads.Foreign"),
+        ({"state_dict": good, "config": Foreign()}, "test_first_run.Foreign"),
         ({**good, "0.weight": torch.zeros(8, 3, 3, 3).to_sparse()}, "sparse"),
         ({**good, "0.weight": torch.zeros(8, 3, 3, 3, device="meta")}, "no values"),
         ({**good, "0.weight": torch.zeros(8, 3, 3, 3, dtype=torch.int8)}, "no real numbers"),
