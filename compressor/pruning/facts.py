@@ -250,7 +250,7 @@ class Facts:
     Attributes:
         params: Name of each parameter and buffer that the pass used -> its labels.
         outputs: (name, axis) of each tensor that produces channels -> its module, in the order of the pass.
-        terms: Multiply-adds that are counted besides the layers.
+        terms: Multiply-adds outside of layers.
         swaps: Path of each attention module that may lose heads -> name of the class that replaces it.
         decisions: Each call that split channels -> how they are pruned, and their labels.
         classes: Channels of the network's first output: the classes of a classifier.

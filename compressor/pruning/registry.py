@@ -1,4 +1,4 @@
-"""Registry of rules: each defines what an operation of the torch API means for channels.
+"""Registry of rules: what an operation of the torch API means for channels.
 
 A rule is a function that is registered by its operations' names:
 
@@ -45,7 +45,7 @@ SILENT = """
 """Calls that return no tensor, or a tensor without channels."""
 
 _OPERATORS = "torch._ops."
-"""Where operators that are called as `torch.ops.library.name` lie."""
+"""Module of operators that are called as `torch.ops.library.name`."""
 
 _TORCHS_OWN = ("aten", "prims")
 _TOOLKIT = f"{__name__.partition('.')[0]}."
@@ -58,13 +58,13 @@ _known: dict[Any, tuple[str, Rule | None]] = {}
 def register_rule(*operations: str | Callable[..., Any]) -> Callable[[_Registered], _Registered]:
     """Register a function as the rule of operations; a decorator.
 
-    A rule that is defined anew in its own module (in a notebook, by a reload) takes its own place.
+    A rule that is defined again in its own module (in a notebook, by a reload) replaces its earlier version.
 
     Args:
         operations: Names, several separated by spaces, or the functions themselves.
 
     Raises:
-        CompressorError: an operation has a rule of another function, or something is no operation.
+        CompressorError: An operation has another rule already, or an argument is no operation.
     """
     names = [name for each in operations for name in _names(each)]
 
@@ -105,7 +105,7 @@ def maps_axes(*operations: str) -> Callable[[AxesRule], AxesRule]:
 
 
 def rule_of(func: Any) -> tuple[str, Rule | None]:
-    """The name of an operation and its rule; None where it says nothing of channels."""
+    """Return the name of an operation and its rule; None for calls that have nothing to do with channels."""
     found = _known.get(func)
     if found is None:
         name = _name_of(func)
@@ -120,7 +120,7 @@ def is_own(rule: Rule) -> bool:
 
 
 def modules_of_rules() -> list[str]:
-    """The modules, other than the toolkit's, whose rules are registered here; other processes import them too."""
+    """Return the modules, other than the toolkit's, whose rules are registered; other processes import them too."""
     return sorted({rule.__module__ for rule in _RULES.values() if not is_own(rule)})
 
 
@@ -140,7 +140,7 @@ def _names(operation: str | Callable[..., Any]) -> list[str]:
 
 
 def _name_of(func: Any) -> str:
-    """The name in the table of what torch's function protocol passes on."""
+    """Return the name of a function that torch's function protocol passes on."""
     module, name = str(getattr(func, "__module__", "")), str(getattr(func, "__name__", ""))
     if module.startswith(_OPERATORS) and (library := module.removeprefix(_OPERATORS)) not in _TORCHS_OWN:
         return f"{library}::{name.partition('.')[0]}"

@@ -367,7 +367,7 @@ class Grouped(nn.Module):
 def test_macs_of_each_layer_by_hand_and_as_fvcore_counts_them(example: Tensor) -> None:
     from fvcore.nn import FlopCountAnalysis
 
-    from compressor.pruning.counts import positions_of
+    from compressor.pruning.counts import operator_cost, positions_of
 
     space = PruningSpace(Grouped().eval(), example)
     widths = space.widths({"stem": 4, "widen": 8, "columns": 8, "up": 6, "same": 2})
@@ -395,7 +395,14 @@ def test_macs_of_each_layer_by_hand_and_as_fvcore_counts_them(example: Tensor) -
         weight = small.get_submodule(layer.name).weight
         c_in, c_out = layer.in_channels(widths), layer.out_channels(widths)
         assert layer.weights(c_in, c_out) == weight.numel(), layer.name
-        assert positions_of(layer.kind, layer.in_hw, layer.out_hw) * weight.numel() == found[layer.name]
+        positions = positions_of(layer.kind, layer.in_hw, layer.out_hw)
+        in_pixels, out_pixels = np.prod(layer.in_hw), np.prod(layer.out_hw)
+        cost = operator_cost(
+            c_in, c_out, taps=layer.taps, positions=positions, in_pixels=in_pixels, out_pixels=out_pixels,
+            groups=layer.groups, group_size=layer.group_size,
+        )  # fmt: skip
+        assert (cost.macs, cost.weights) == (found[layer.name], weight.numel())
+        assert cost.moved == weight.numel() + c_in * in_pixels + c_out * out_pixels
     assert [layer.group_size for layer in space.layers] == [0, 2, 0, 0, 1, 0, 0, 0]
 
 

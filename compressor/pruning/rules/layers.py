@@ -1,6 +1,6 @@
 """Rules of operations on weights and of products: convolution, linear, matmul, einsum and attention.
 
-They record the layers, and the multiply-adds that fvcore counts besides.
+They record the layers, and the multiply-adds that fvcore counts outside of layers.
 """
 
 from __future__ import annotations
