@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.budgets.base import Budget, Floats
-from compressor.core.child import Child, ChildDied, ChildLate, Failed
 from compressor.core.errors import CompressorError
+from compressor.core.processes import Child, ChildDied, ChildLate, Failed
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace

@@ -1,6 +1,6 @@
 """The child process in which a budget's function is called, where it may raise, hang or crash.
 
-Run as a program it answers the requests of its parent process (`compressor.core.child`).
+Run as a program it answers the requests of its parent process (`compressor.core.processes`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from compressor.core.errors import CompressorError
-from compressor.core.importing import import_object
+from compressor.core.plugins import import_object
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
@@ -104,7 +104,7 @@ class _Caller:
 
 
 def main() -> None:
-    from compressor.core.child import serve
+    from compressor.core.processes import serve
 
     caller: list[_Caller] = []
 

@@ -18,7 +18,7 @@ from compressor.cli.flags import number_or_text, recipe_of, with_settings
 from compressor.cli.flags import overrides as overrides_of
 from compressor.cli.terminal import BAD_INPUT, friendly, out, written_out
 from compressor.core.errors import CompressorError
-from compressor.core.signals import stoppable
+from compressor.core.processes import stoppable
 from compressor.search.registry import AGENTS
 from export.text import message_text
 

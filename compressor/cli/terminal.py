@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from compressor.core.errors import CompressorError, Stopped
-from compressor.core.signals import stop_code, stopped
+from compressor.core.processes import stop_code, stopped
 from export.text import message_text, plain
 
 

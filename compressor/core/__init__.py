@@ -1,1 +1,1 @@
-"""Foundations of all other parts: errors, files, child processes, progress, versions."""
+"""Foundations of all other parts: errors, files, processes, the user's code, progress, records, versions."""

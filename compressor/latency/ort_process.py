@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from compressor.core.child import Child, ChildDied, Failed
+from compressor.core.processes import Child, ChildDied, Failed
 from compressor.latency.noise import timed
 from compressor.latency.ort_profile import NetworkTimes, OrtCpu, TaggedNetwork
 from compressor.latency.ratio import Burst, burst_of
@@ -127,7 +127,7 @@ def _request(child: Child, request: Mapping[str, Any]) -> Any:
 
 
 def main() -> None:
-    from compressor.core.child import serve
+    from compressor.core.processes import serve
 
     devices: dict[int, OrtCpu] = {}
     opened: list[OnnxRunner] = []

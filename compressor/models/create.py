@@ -15,7 +15,7 @@ from torch import nn
 
 from compressor.core import progress
 from compressor.core.errors import CompressorError
-from compressor.core.importing import import_object
+from compressor.core.plugins import import_object
 from compressor.models import cifar
 from compressor.models.computed import fix_weights
 from compressor.models.first_run import Makers, Shape, input_channels, replace_head, run_first, single_head

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
-from compressor.core.importing import raised_at
+from compressor.core.plugins import raised_at
 from compressor.models.computed import evaluated
 
 Shape = tuple[int, int, int]

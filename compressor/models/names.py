@@ -22,7 +22,7 @@ from torch import nn
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, write_atomic
-from compressor.core.importing import raised_at
+from compressor.core.plugins import raised_at
 from compressor.models import cifar
 
 TIMM = "timm:"

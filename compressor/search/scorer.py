@@ -1,6 +1,6 @@
 """A worker: it builds candidates of the dense network that it was given, and scores them.
 
-Run as a program it answers the process that started it (`compressor.core.child`); with Ray it is an actor.
+Run as a program it answers the process that started it (`compressor.core.processes`); with Ray it is an actor.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Scorer:
 
 
 def main() -> None:
-    from compressor.core.child import serve
+    from compressor.core.processes import serve
 
     scorer: list[Scorer] = []
 

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.core.child import Child, ChildDied, ChildLate, Failed
 from compressor.core.errors import CompressorError
+from compressor.core.processes import Child, ChildDied, ChildLate, Failed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -80,7 +80,7 @@ def _run(*arguments: str) -> tuple[int, str]:
 SAVES_FOR_LONG = """
 import time
 from compressor.core.errors import CompressorError
-from compressor.core.signals import stoppable
+from compressor.core.processes import stoppable
 from compressor.cli.terminal import friendly
 with stoppable(), friendly():
     try:

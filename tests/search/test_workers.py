@@ -129,7 +129,7 @@ def test_a_candidate_that_ends_every_worker_is_named(digits: DataBundle) -> None
 
 def test_workers_end_with_a_process_that_is_killed() -> None:
     script = (
-        "import time\nfrom compressor.core.child import Child\n"
+        "import time\nfrom compressor.core.processes import Child\n"
         "children = [Child('compressor.search.scorer') for _ in range(2)]\n"
         "print(*(child.pid for child in children), flush=True)\ntime.sleep(100)\n"
     )

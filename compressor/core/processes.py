@@ -1,6 +1,6 @@
-"""Run work in a separate process that may die or hang without affecting this one.
+"""Child processes that may die or hang without affecting this one, and the signals that stop this one.
 
-Requests and replies are lines of JSON on the child's standard input and output, so that nothing is pickled and
+Requests to a child and its replies are lines of JSON on its standard input and output, so that nothing is pickled and
 a child needs no guard in the caller's main module. A child leads a process group; it ends with its
 parent, however that ends, because its standard input closes then.
 """
@@ -17,8 +17,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -52,18 +52,18 @@ class Child:
             **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)),
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         }
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the child)
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the child)
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._stderr,
             env=environment,
             start_new_session=True,  # Ctrl-C is for the parent, which stops its children itself
         )
         assert self._process.stdout is not None
         self._pipe = self._process.stdout.fileno()
-        self._close_said = weakref.finalize(self, self._said.close)
+        self._close_stderr = weakref.finalize(self, self._stderr.close)
         self._end = weakref.finalize(self, _end, self._process)
 
     @property
@@ -87,7 +87,7 @@ class Child:
             self._process.stdin.write(json.dumps(dict(request)).encode() + b"\n")
             self._process.stdin.flush()
         except (OSError, ValueError):
-            raise ChildDied(self._obituary()) from None
+            raise ChildDied(self._how_it_ended()) from None
         reply = json.loads(self._line(seconds))
         if "error" not in reply:
             return reply["value"]
@@ -98,7 +98,7 @@ class Child:
     def close(self) -> None:
         """Stop the process and its children."""
         self._end()
-        self._close_said()
+        self._close_stderr()
 
     def _line(self, seconds: float | None) -> bytes:
         ends = None if seconds is None else time.monotonic() + seconds
@@ -113,19 +113,19 @@ class Child:
             except OSError:  # closed meanwhile by another thread
                 part = b""
             if not part:
-                raise ChildDied(self._obituary())
+                raise ChildDied(self._how_it_ended())
             line += part
         return line
 
-    def _obituary(self) -> str:
+    def _how_it_ended(self) -> str:
         self._end()
         code = self._process.returncode
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         lines: list[str] = []
-        if not self._said.closed:
-            self._said.seek(0)
-            lines = self._said.read().decode(errors="replace").strip().splitlines()
-            self._close_said()
+        if not self._stderr.closed:
+            self._stderr.seek(0)
+            lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+            self._close_stderr()
         return f"{how}; it last wrote: {lines[-1]}" if lines else how
 
 
@@ -166,3 +166,55 @@ def _listen(requests: queue.SimpleQueue[str]) -> None:
     for line in sys.stdin:
         requests.put(line)
     os.killpg(0, signal.SIGKILL)  # the parent is gone: the work might not notice it
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALLED = 128
+"""The exit code of a process that a signal ended is this plus the signal's number, as in shells."""
+SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
+
+_received: list[int] = []
+
+
+def stopped() -> bool:
+    """Return whether a signal has requested this process to stop."""
+    return bool(_received)
+
+
+def stop_code() -> int:
+    """Return the exit code of a stopped command: 130 after Ctrl-C, 143 after SIGTERM."""
+    return SIGNALLED + (_received[0] if _received else signal.SIGINT)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Context of a whole command: signals raise `KeyboardInterrupt` in it, and the process ends with `stop_code()`.
+
+    If other libraries turn the interrupt into another exception, the process ends the same way, with no traceback.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _first)
+    try:
+        yield
+    except BaseException:
+        if not _received:
+            raise
+        raise SystemExit(stop_code()) from None
+    finally:
+        for number in SIGNALS:  # during Python's shutdown an exception would be printed
+            signal.signal(number, _at_once)
+
+
+def _first(number: int, _frame: Any) -> None:
+    _received.append(number)
+    for other in SIGNALS:
+        signal.signal(other, _at_once)
+    raise KeyboardInterrupt
+
+
+def _at_once(number: int, _frame: Any) -> None:
+    # Every file appears by rename, so that exiting at once loses nothing that was finished; children end when their
+    # standard input closes.
+    if _received:
+        os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + b"\nStopped at once.\n")
+    os._exit(SIGNALLED + number)
