@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.core.versions import __version__ as __version__
 
 if TYPE_CHECKING:
+    from compressor.budgets.base import register_budget
     from compressor.core.errors import CompressorError
     from compressor.latency.table import LatencyTable
     from compressor.pruning.artefact import load, save
@@ -31,6 +32,7 @@ _HOMES = {
     "compress": "compressor.run.pipeline",
     "load": "compressor.pruning.artefact",
     "register_agent": "compressor.search.registry",
+    "register_budget": "compressor.budgets.base",
     "register_rule": "compressor.pruning.rules",
     "save": "compressor.pruning.artefact",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "compress",
     "load",
     "register_agent",
+    "register_budget",
     "register_rule",
     "save",
 ]

@@ -10,11 +10,12 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from compressor.budgets.base import BudgetSpec, CostSources, register_budget
 from compressor.budgets.function import CachedValues, FunctionBudget
 from compressor.core.errors import CompressorError
 
@@ -146,12 +147,26 @@ class EnergyMeter(CachedValues):
         return lambda: session.run(None, feed)
 
 
+@register_budget
 @dataclass(frozen=True)
 class EnergyBudget(FunctionBudget):
     """Millijoules for one input; opaque to the search, like a user-defined function."""
 
     name: str = "energy"
     unit: str = "mJ"
+    units: ClassVar[Mapping[str, float]] = {"uj": 1e-3, "µj": 1e-3, "mj": 1.0, "j": 1e3}
+    example = "5mJ, 0.02J, 50% or 0.5x"
+
+    @classmethod
+    def create(cls, spec: BudgetSpec, sources: CostSources) -> EnergyBudget:
+        """Return the budget; the dense network is measured unless its value is known."""
+        meter = sources.cached.get(cls.name) or EnergyMeter(sources.space, find_counters("local"))
+        dense = meter.value(tuple(sources.space.dense_widths.tolist()))
+        return cls(meter, spec.limit(dense), dense)
+
+    @classmethod
+    def format(cls, value: float) -> str:
+        return f"{value:.3g} mJ" if value < 1e3 else f"{value / 1e3:.3g} J"
 
 
 def find_counters(device: str, root: Path | None = None) -> Rapl:

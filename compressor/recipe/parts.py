@@ -76,7 +76,9 @@ class Budgets(Part):
         None, description="Energy of one input, where this machine's CPU reports it: 5mJ, 50% or 0.5x."
     )
     functions: tuple[str, ...] = Field(
-        (), description="Python functions of the slim network or its plan: package.module:function<=VALUE."
+        (),
+        description="Python functions of the slim network or its plan: package.module:function<=VALUE; or budgets "
+        "that an installed package registers: NAME<=VALUE.",
     )
     function_seconds: float = Field(
         60.0, gt=0, description="How long a function may take for one network before it is stopped."

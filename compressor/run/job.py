@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from compressor.budgets.base import Budget
+    from compressor.budgets.base import Budget, BudgetSpec
     from compressor.budgets.function import CachedValues
-    from compressor.budgets.parse import BudgetSpec
     from compressor.data import DataBundle
     from compressor.latency.table import LatencyTable
     from compressor.pruning.space import PruningSpace
@@ -74,7 +73,7 @@ class Job:
         Raises:
             CompressorError: No widths can meet one of them.
         """
-        from compressor.budgets.resolve import reachable, resolve
+        from compressor.budgets.limits import reachable, resolve
 
         budgets = resolve(
             budget_specs(self.recipe), self.space, table or self.table, self.callers, self.recipe.precision
@@ -110,10 +109,10 @@ def budget_specs(recipe: Recipe) -> Sequence[BudgetSpec]:
     Raises:
         CompressorError: A budget is malformed; the message names the accepted forms.
     """
-    from compressor.budgets.parse import parse_budget, parse_function_budget
+    from compressor.budgets.base import parse_budget, parse_named_budget
 
     specs = [parse_budget(name, text) for name, text in recipe.budgets.given().items()]
-    return [*specs, *(parse_function_budget(text) for text in recipe.budgets.functions)]
+    return [*specs, *(parse_named_budget(text) for text in recipe.budgets.functions)]
 
 
 def reward_weights(recipe: Recipe) -> dict[str, float]:

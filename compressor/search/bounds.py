@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.budgets.feasible import Widths, choices_for, excess, keeping_widths, kept, shares
+from compressor.budgets.limits import Widths, choices_for, excess, keeping_widths, kept, shares
 from compressor.core.errors import CompressorError
 
 __all__ = ["ActionBounds", "LegalWidths", "Widths"]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor.budgets import energy
+from compressor.budgets.base import parse_budget
 from compressor.budgets.energy import EnergyBudget, EnergyMeter, Rapl, find_counters
-from compressor.budgets.parse import parse_budget
-from compressor.budgets.resolve import reachable, resolve
+from compressor.budgets.limits import reachable, resolve
 from compressor.core.errors import CompressorError
 from compressor.pruning.space import PruningSpace
 from compressor.search.bounds import ActionBounds

@@ -11,11 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.budgets.feasible import keeping_widths
-from compressor.budgets.function import FunctionCaller
-from compressor.budgets.function_child import checked, load_function, wants_plan
-from compressor.budgets.parse import parse_budget, parse_function_budget
-from compressor.budgets.resolve import reachable, resolve
+from compressor.budgets.base import parse_budget, parse_named_budget
+from compressor.budgets.function import FunctionCaller, checked, load_function, wants_plan
+from compressor.budgets.limits import keeping_widths, reachable, resolve
 from compressor.core.errors import CompressorError
 from compressor.pruning.space import PruningSpace
 from compressor.search.bounds import ActionBounds
@@ -93,14 +91,14 @@ def caller(space: PruningSpace) -> Iterator[FunctionCaller]:
 
 
 def test_a_function_is_called_once_for_each_network(space: PruningSpace, caller: FunctionCaller) -> None:
-    (budget,) = resolve([parse_function_budget("own_costs:width<=50%")], space, callers={caller.name: caller})
+    (budget,) = resolve([parse_named_budget("own_costs:width<=50%")], space, callers={caller.name: caller})
     assert (budget.dense, budget.target) == (16.0, 8.0)
     assert list(budget.predict(np.asarray([[16, 32], [8, 32], [8, 32]]))) == [16.0, 8.0, 8.0]
     tighter = dataclasses.replace(budget, target=4.0)  # type: ignore[type-var]
     assert list(tighter.kept(np.asarray([[8, 32], [4, 32]]))) == [False, True]
     assert caller.calls == 3
     with pytest.raises(CompressorError, match="given twice"):
-        resolve([parse_function_budget("own_costs:width<=50%")] * 2, space)
+        resolve([parse_named_budget("own_costs:width<=50%")] * 2, space)
 
 
 def test_a_plan_where_the_argument_says_so_and_the_median_of_a_noisy_one(space: PruningSpace) -> None:
@@ -163,7 +161,7 @@ def test_what_cannot_be_found_or_called_is_refused() -> None:
 def test_budgets_that_contradict_each_other_are_named(space: PruningSpace) -> None:
     specs = [
         parse_budget("params", "50%"),
-        parse_function_budget("own_costs:narrow<=12"),
+        parse_named_budget("own_costs:narrow<=12"),
         parse_budget("flops", "90%"),
     ]
     caller = FunctionCaller("own_costs:narrow", space)
@@ -175,7 +173,7 @@ def test_budgets_that_contradict_each_other_are_named(space: PruningSpace) -> No
     reachable(budgets[:1], space)
     reachable(budgets[1:2], space)
     loose = resolve(
-        [specs[0], parse_function_budget("own_costs:narrow<=20")], space, callers={caller.name: caller}
+        [specs[0], parse_named_budget("own_costs:narrow<=20")], space, callers={caller.name: caller}
     )
     bounds = ActionBounds(space, loose)
     assert all(budget.kept(bounds.cheapest)[0] for budget in loose)
@@ -186,7 +184,7 @@ def test_budgets_that_contradict_each_other_are_named(space: PruningSpace) -> No
 
 def test_a_share_of_nothing_is_refused(space: PruningSpace) -> None:
     with pytest.raises(CompressorError, match="dense network's value is 0"):
-        resolve([parse_function_budget("own_costs:zero<=50%")], space)
+        resolve([parse_named_budget("own_costs:zero<=50%")], space)
 
 
 def test_a_network_that_no_other_process_can_build_is_refused() -> None:

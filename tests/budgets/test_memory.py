@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compressor.budgets.parse import parse_budget
-from compressor.budgets.resolve import resolve
+from compressor.budgets.base import parse_budget
+from compressor.budgets.limits import resolve
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from compressor.budgets.base import parse_budget
 from compressor.budgets.latency import LatencyBudget
-from compressor.budgets.parse import parse_budget
-from compressor.budgets.resolve import reachable, resolve
+from compressor.budgets.limits import reachable, resolve
 from compressor.core.errors import CompressorError
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace

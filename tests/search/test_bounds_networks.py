@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from compressor.budgets.parse import parse_budget
-from compressor.budgets.resolve import resolve
+from compressor.budgets.base import parse_budget
+from compressor.budgets.limits import resolve
 from compressor.core.errors import CompressorError
 from compressor.pruning.space import PruningSpace
 from compressor.search.environment import PruningEnv

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.budgets.parse import parse_budget
-from compressor.budgets.resolve import resolve
+from compressor.budgets.base import parse_budget
+from compressor.budgets.limits import resolve
 from compressor.core.errors import CompressorError
 from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.data import load_data

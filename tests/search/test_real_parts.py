@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.budgets.parse import parse_budget
-from compressor.budgets.resolve import resolve
+from compressor.budgets.base import parse_budget
+from compressor.budgets.limits import resolve
 from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.data import load_data
 from compressor.pruning.space import PruningSpace

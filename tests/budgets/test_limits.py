@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compressor.budgets.base import parse_budget
 from compressor.budgets.counts import MemoryBudget
-from compressor.budgets.parse import parse_budget
-from compressor.budgets.resolve import reachable, resolve
+from compressor.budgets.limits import reachable, resolve
 from compressor.core.errors import CompressorError
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace

@@ -1,28 +1,83 @@
-"""Finds widths that meet all budgets, or the budgets that contradict one another."""
+"""The limits of a run in absolute numbers, and widths that meet all of them, if there are any."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from compressor.budgets.function import FunctionBudget
+from compressor.budgets.base import Budget, BudgetSpec, CostSources, budget_class
+from compressor.budgets.function import CachedValues, FunctionBudget
 from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
-    from compressor.budgets.base import Budget
+    from numpy.typing import NDArray
+
+    from compressor.latency.table import LatencyTable
     from compressor.pruning.space import PruningSpace
 
-Widths = NDArray[np.int64]
+    Widths = NDArray[np.int64]
 
 TOLERANCE = 1e-9
 """Relative tolerance of a target, for floating point rounding."""
 
 MAX_EVALUATED_WIDTHS = 9
 """Widths per group that are considered if a budget must build a network for each evaluation."""
+
+
+def resolve(
+    specs: Sequence[BudgetSpec],
+    space: PruningSpace,
+    table: LatencyTable | None = None,
+    callers: Mapping[str, CachedValues] | None = None,
+    precision: str = "fp32",
+) -> list[Budget]:
+    """Return budgets with absolute limits, in the order of `specs`.
+
+    Args:
+        specs: Requested budgets; shares refer to the dense network's cost.
+        space: Provides the counts of the dense network and of every candidate.
+        table: Latency table of the device; required for a latency budget.
+        callers: Cached values of functions and of energy, by name; missing ones are created.
+        precision: Precision of the device, for the memory budget.
+
+    Raises:
+        CompressorError: A cost is limited twice, a latency budget has no table, or a user-defined function fails.
+    """
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise CompressorError(f"The budget {name} is given twice.", "Give each cost one limit.")
+    sources = CostSources(space, table, precision, callers or {})
+    kinds = [FunctionBudget if spec.is_function else budget_class(spec.name) for spec in specs]
+    return [kind.create(spec, sources) for kind, spec in zip(kinds, specs, strict=True)]
+
+
+def reachable(budgets: Sequence[Budget], space: PruningSpace) -> None:
+    """Refuse budgets that even the smallest network of the space misses, or that no network was found to meet.
+
+    Raises:
+        CompressorError: The message gives the limit, the reachable value, the dense value, and a remedy.
+    """
+    smallest = np.asarray(space.min_widths)[None]
+    counted = [budget for budget in budgets if not isinstance(budget, FunctionBudget)]
+    missed = [(budget, float(budget.predict(smallest)[0])) for budget in counted]
+    missed = [(budget, least) for budget, least in missed if least > budget.target * (1 + TOLERANCE)]
+    if not missed:
+        if len(counted) < len(budgets):  # a function's cost may fall where a width grows: a search is needed
+            keeping_widths(choices_for(space, budgets), np.asarray(space.dense_widths), budgets)
+        return
+    problems = "; ".join(
+        f"{budget.name} <= {budget.format(budget.target)} was requested, the smallest network of this space needs "
+        f"{budget.format(least)} ({least / budget.dense:.0%} of the dense {budget.format(budget.dense)})"
+        for budget, least in missed
+    )
+    raise CompressorError(
+        f"The budget cannot be reached: {problems}.",
+        "Raise the budget, allow smaller widths (pruning.min_share, --granularity 1), or start from a smaller model.",
+    )
 
 
 def choices_for(space: PruningSpace, budgets: Sequence[Budget]) -> tuple[Widths, ...]:
@@ -52,10 +107,10 @@ def excess(budgets: Sequence[Budget], widths: Widths) -> NDArray[np.float64]:
 
 def kept(budgets: Sequence[Budget], widths: Widths) -> NDArray[np.bool_]:
     """Return whether all budgets are met, (N,), for widths (N, G); functions are called only if the others are met."""
-    dear = [budget for budget in budgets if isinstance(budget, FunctionBudget)]
+    expensive = [budget for budget in budgets if isinstance(budget, FunctionBudget)]
     cheap = [budget for budget in budgets if not isinstance(budget, FunctionBudget)]
     keeping = excess(cheap, widths) <= 1.0 + TOLERANCE
-    for budget in dear:
+    for budget in expensive:
         if keeping.any():
             keeping[keeping] = excess([budget], widths[keeping]) <= 1.0 + TOLERANCE
     return keeping
