@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Self
 
-    from compressor.budgets.function import CachedValues
     from compressor.latency.table import LatencyTable
     from compressor.pruning.space import PruningSpace
 
@@ -73,6 +72,37 @@ class BudgetSpec:
     def limit(self, dense: float) -> float:
         """Return the limit in the budget's unit, given the dense network's cost."""
         return self.value * dense if self.relative else self.value
+
+
+class CachedValues(ABC):
+    """Cached values that are expensive to evaluate, one for each network.
+
+    Args:
+        name: Name of the budget.
+
+    Attributes:
+        known: Values by widths. Each network is evaluated once, so that a noisy function has one value.
+        calls: Number of evaluations.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.known: dict[tuple[int, ...], float] = {}
+        self.calls = 0
+
+    def value(self, widths: tuple[int, ...]) -> float:
+        """Return the value for widths (G,), cached after the first call.
+
+        Raises:
+            CompressorError: There is no value.
+        """
+        if widths not in self.known:
+            self.known[widths] = self.measure(widths)
+        return self.known[widths]
+
+    @abstractmethod
+    def measure(self, widths: tuple[int, ...]) -> float:
+        """Evaluate widths (G,) without the cache; `known` is not changed."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from compressor.budgets.base import BudgetSpec, CostSources, register_budget
-from compressor.budgets.function import CachedValues, FunctionBudget
+from compressor.budgets.base import BudgetSpec, CachedValues, CostSources, register_budget
+from compressor.budgets.function import FunctionBudget
 from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:

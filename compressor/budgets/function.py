@@ -11,7 +11,6 @@ import math
 import numbers
 import statistics
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.budgets.base import Budget, BudgetSpec, CostSources
+from compressor.budgets.base import Budget, BudgetSpec, CachedValues, CostSources
 from compressor.core.errors import CompressorError
 from compressor.core.plugins import import_object
 from compressor.core.processes import Child, ChildDied, ChildLate, Failed, serve
@@ -46,37 +45,6 @@ _MAX_SHOWN = 60
 """Number of characters of a wrong return value that a message quotes."""
 
 _FIX_HINT = "Fix it; a run that had started continues with: compress --resume RUN"
-
-
-class CachedValues(ABC):
-    """Cached values that are expensive to evaluate, one for each network.
-
-    Args:
-        name: Name of the budget.
-
-    Attributes:
-        known: Values by widths. Each network is evaluated once, so that a noisy function has one value.
-        calls: Number of evaluations.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.known: dict[tuple[int, ...], float] = {}
-        self.calls = 0
-
-    def value(self, widths: tuple[int, ...]) -> float:
-        """Return the value for widths (G,), cached after the first call.
-
-        Raises:
-            CompressorError: There is no value.
-        """
-        if widths not in self.known:
-            self.known[widths] = self.measure(widths)
-        return self.known[widths]
-
-    @abstractmethod
-    def measure(self, widths: tuple[int, ...]) -> float:
-        """Evaluate widths (G,) without the cache; `known` is not changed."""
 
 
 class FunctionCaller(CachedValues):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.budgets.base import Budget, BudgetSpec, CostSources, budget_class
-from compressor.budgets.function import CachedValues, FunctionBudget
+from compressor.budgets.base import Budget, BudgetSpec, CachedValues, CostSources, budget_class
+from compressor.budgets.function import FunctionBudget
 from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:

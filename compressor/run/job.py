@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from compressor.budgets.base import Budget, BudgetSpec
-    from compressor.budgets.function import CachedValues
+    from compressor.budgets.base import Budget, BudgetSpec, CachedValues
     from compressor.data import DataBundle
     from compressor.latency.table import LatencyTable
     from compressor.pruning.space import PruningSpace
