@@ -32,7 +32,7 @@ class _Count(Budget):
     target: float
     dense: float
     suffix: ClassVar[str] = ""
-    units = _COUNTS
+    units: ClassVar[Mapping[str, float]] = _COUNTS
 
     @classmethod
     def format(cls, value: float) -> str:

@@ -7,18 +7,17 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compressor.budgets.base import Budget, BudgetSpec, CachedValues, CostSources, budget_class
 from compressor.budgets.function import FunctionBudget
 from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from compressor.latency.table import LatencyTable
     from compressor.pruning.space import PruningSpace
 
-    Widths = NDArray[np.int64]
+Widths = NDArray[np.int64]
 
 TOLERANCE = 1e-9
 """Relative tolerance of a target, for floating point rounding."""

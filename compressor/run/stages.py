@@ -135,7 +135,7 @@ def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None
     from compressor.search.proposals import uniform_widths
     from compressor.search.registry import create_agent
     from compressor.search.schedule import share_epochs
-    from compressor.training.align import Alignment
+    from compressor.training.losses import Alignment
 
     recipe, settings = job.recipe, job.recipe.search
     schedule = share_epochs(search_epochs(job), pretrained=job.teacher is not None)

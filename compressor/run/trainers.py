@@ -8,8 +8,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressor.run.job import Job
-    from compressor.training.brief import BriefTraining
-    from compressor.training.loop import Trainer
+    from compressor.training.loop import BriefTraining, Trainer
     from compressor.training.settings import TrainSettings
 
 
@@ -22,7 +21,7 @@ def search_epochs(job: Job) -> int:
 
 def brief_training(job: Job) -> BriefTraining:
     """Return a trainer of a few steps at fine-tuning's learning rate, for candidates before they are scored."""
-    from compressor.training.brief import BriefTraining
+    from compressor.training.loop import BriefTraining
 
     settings = train_settings(job, job.recipe.training.finetune_learning_rate)
     return BriefTraining(

@@ -71,7 +71,7 @@ class Agent(ABC):
         trainer: Trains the space's weights, for agents that train; None leaves them unchanged.
         schedule: Numbers of epochs in each phase. Agents that do not train jointly train all of them first.
         settings: Values for the fields of the agent's `Settings`, by name.
-        alignment: Builds the regularizer that pulls the weights towards a plan (`training.align.Alignment`
+        alignment: Builds the regularizer that pulls the weights towards a plan (`training.losses.Alignment`
             with the space and its form and strength filled in); None trains without. Only the joint agent
             uses it.
         context_size: Size of the environment model's state; 0 for none. Only the joint agent has one.

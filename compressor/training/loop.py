@@ -1,7 +1,9 @@
-"""The training loop: one epoch at a time, reproducible across interruptions."""
+"""The training loop: one epoch at a time, reproducible across interruptions; or a few steps on a candidate."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 from compressor.core.errors import CompressorError
 from compressor.data import DataBundle
-from compressor.training.average import WeightAverage
-from compressor.training.distill import distillation_loss
+from compressor.training.losses import distillation_loss
 from compressor.training.placement import place
 from compressor.training.settings import TrainSettings
 
@@ -93,7 +95,7 @@ class Trainer:
         self._distill_weight = distill_weight
         self._optimizer = _optimizer(self.model, settings)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.mixed_precision == "fp16")
-        self._average = WeightAverage(self.model, settings.ema_decay) if settings.ema_decay else None
+        self._average = averaged(self.model, settings.ema_decay) if settings.ema_decay else None
         self.steps_per_epoch = max(1, len(data.train) // settings.batch_size)
 
     @property
@@ -118,7 +120,7 @@ class Trainer:
             raise ValueError(f"all {self.epochs} epochs of the schedule have been run")
         started = time.perf_counter()
         if self._average is not None:
-            self._average.swap(self.model)
+            _swap(self._average.module, self.model)
         self._wrapped.train()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, images, regularizer
         done = 0
@@ -133,7 +135,7 @@ class Trainer:
         self._check(sums)
         self._agree()
         if self._average is not None:
-            self._average.swap(self.model)
+            _swap(self._average.module, self.model)
         self.epoch += 1
         loss, right, images_seen, regulariser = self._place.total(sums).tolist()
         steps = max(1, done) * self._place.world
@@ -177,7 +179,7 @@ class Trainer:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._average is not None:
-            self._average.update(self.model)
+            self._average.update_parameters(self.model)
         right = (logits.argmax(dim=1) == labels).sum()
         count = torch.tensor(float(len(labels)), device=self.device)
         return torch.stack([loss.detach() * count, right, count, extra.detach()]).double()
@@ -210,7 +212,7 @@ class Trainer:
             "model": _copied(self.model.state_dict()),
             "optimizer": _copied(self._optimizer.state_dict()),
             "scaler": _copied(self._scaler.state_dict()),
-            "average": None if self._average is None else self._average.state(),
+            "average": None if self._average is None else _copied(self._average.state_dict()),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -225,7 +227,7 @@ class Trainer:
             self._optimizer.load_state_dict(_copied(state["optimizer"]))
             self._scaler.load_state_dict(state["scaler"])
             if self._average is not None:
-                self._average.restore(state["average"])
+                self._average.load_state_dict(state["average"])
             self.epoch, seed = int(state["epoch"]), int(state["seed"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -236,6 +238,76 @@ class Trainer:
             raise CompressorError(
                 f"The saved training had seed {seed}, this one has {self.seed}.", "Use the saved seed."
             )
+
+
+class BriefTraining:
+    """Trains networks in place for a few steps, each on the same images in the same order.
+
+    Args:
+        data: Data whose training split is used.
+        settings: As for any training; the learning rate is the same in all steps, and nothing is averaged.
+        seed: Seed of order and augmentation.
+        device: Device of the networks.
+        rate_field: Recipe field with which the user can lower the learning rate.
+
+    Raises:
+        CompressorError: A network's loss is not finite.
+    """
+
+    def __init__(
+        self,
+        data: DataBundle,
+        settings: TrainSettings,
+        *,
+        seed: int,
+        device: str | torch.device = "cpu",
+        rate_field: str = "training.finetune_learning_rate",
+    ) -> None:
+        self._data, self._settings = data, dataclasses.replace(settings, ema_decay=0.0)
+        self._seed, self._device, self._rate_field = seed, device, rate_field
+
+    def __call__(self, model: nn.Module, steps: int) -> None:
+        """Train `model` for `steps` minibatches."""
+        trainer = Trainer(model, self._data, self._settings, epochs=1, seed=self._seed, device=self._device)
+        trainer._wrapped.train()
+        rate = self._settings.learning_rate
+        sums = torch.zeros(4, dtype=torch.float64, device=trainer.device)
+        with _own_randomness(trainer._epoch_seed(), trainer.device):
+            batches = itertools.chain.from_iterable(trainer._batches() for _ in itertools.count())
+            for images, labels in itertools.islice(batches, steps):
+                sums += trainer._step(images, labels, rate)
+        if not torch.isfinite(sums).all():
+            raise CompressorError(
+                f"The loss of a candidate became NaN or infinite in its {steps} steps of training at a learning rate "
+                f"of {rate:g}.",
+                f"Continue with a lower rate: compress --resume RUN --set {self._rate_field}={rate / 5:g}",
+            )
+        trainer.model.eval()
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """Return an exponential moving average of a module's parameters; buffers are those of the latest step.
+
+    The decay rises to its value over the first steps, so that a short training forgets its start:
+    min(decay, (1 + step) / (10 + step)).
+    """
+
+    def update(mean: Any, latest: Any, _step: Any) -> None:
+        step = int(average.n_averaged)  # the argument is a copy on the weights' device, which would have to be awaited
+        torch._foreach_lerp_(mean, latest, 1 - min(decay, (1 + step) / (10 + step)))
+
+    average = AveragedModel(model, multi_avg_fn=update)
+    average.n_averaged += 1  # the weights so far count; torch would overwrite them at the first step
+    return average.requires_grad_(False)
+
+
+@torch.no_grad()
+def _swap(one: nn.Module, other: nn.Module) -> None:
+    """Exchange the parameters of two modules, in place."""
+    for first, second in zip(one.parameters(), other.parameters(), strict=True):
+        kept = first.clone()
+        first.copy_(second)
+        second.copy_(kept)
 
 
 def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -25,8 +25,7 @@ from compressor.search.constrained.settings import ConstrainedSettings
 from compressor.search.environment import PruningEnv
 from compressor.search.evaluate import Evaluator
 from compressor.search.registry import AGENTS, create_agent
-from compressor.training.brief import BriefTraining
-from compressor.training.loop import TrainSettings
+from compressor.training.loop import BriefTraining, TrainSettings
 from tests.search.bench import Killed
 from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget
 from tests.search.test_real_parts import Residual

@@ -113,8 +113,8 @@ def test_alignment_pulls_what_the_favoured_plan_drops() -> None:
     """The same epoch with and without: other weights, and less norm in what the plan removes."""
     from compressor.data import load_data
     from compressor.pruning.space import PruningSpace
-    from compressor.training.align import Alignment
     from compressor.training.loop import Trainer, TrainSettings
+    from compressor.training.losses import Alignment
     from tests.search.test_real_parts import Residual
 
     digits = load_data("digits", seed=0)

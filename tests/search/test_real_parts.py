@@ -21,8 +21,8 @@ from compressor.search.environment import PruningEnv
 from compressor.search.evaluate import Evaluator
 from compressor.search.registry import create_agent
 from compressor.search.schedule import Schedule
-from compressor.training.align import Alignment
 from compressor.training.loop import Trainer, TrainSettings
+from compressor.training.losses import Alignment
 
 
 class Residual(nn.Module):

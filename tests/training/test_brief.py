@@ -13,7 +13,7 @@ from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
 from compressor.search.evaluate import Evaluator
 from compressor.search.sites import check_workers
-from compressor.training.brief import BriefTraining
+from compressor.training.loop import BriefTraining
 from compressor.training.settings import TrainSettings
 
 SETTINGS = TrainSettings(batch_size=32, learning_rate=0.05, ema_decay=0.9)

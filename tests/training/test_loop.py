@@ -219,14 +219,14 @@ def test_a_teacher_is_learnt_from_and_not_changed(digits: DataBundle) -> None:
 
 def test_average_of_weights(digits: DataBundle) -> None:
     """With decay d, two steps on: d * (d * w0 + (1 - d) * w1) + (1 - d) * w2, d rising as 2/11, 3/12."""
-    from compressor.training.average import WeightAverage
+    from compressor.training.loop import averaged
 
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 1.0)
-    average = WeightAverage(model, 0.9)
+    average = averaged(model, 0.9)
     for value in (2.0, 4.0):
         nn.init.constant_(model.weight, value)
-        average.update(model)
+        average.update_parameters(model)
     expected = 3 / 12 * (2 / 11 * 1 + 9 / 11 * 2) + 9 / 12 * 4
     assert float(average.module.weight) == pytest.approx(expected)  # type: ignore[arg-type]
 
