@@ -1,4 +1,4 @@
-"""The command line: parsing and printing only.
+"""The main command and the table of the others. A command's file parses flags and prints; the work is in `run/`.
 
 No module imports torch before a command needs it, so that `compress --help` responds at once.
 """
@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from compressor.cli import subcommands
+from compressor.cli.devices import devices
+from compressor.cli.export import export
 from compressor.cli.flags import number_or_text, recipe_of, with_settings
 from compressor.cli.flags import overrides as overrides_of
-from compressor.cli.terminal import BAD_INPUT, friendly, out, written_out
+from compressor.cli.measure import measure
+from compressor.cli.profile import profile
+from compressor.cli.recipes import recipes
+from compressor.cli.report import report
+from compressor.cli.terminal import BAD_INPUT, friendly, out, show, written_out
 from compressor.core.errors import CompressorError
 from compressor.core.processes import stoppable
 from compressor.search.registry import AGENTS
@@ -24,6 +29,7 @@ from export.text import message_text
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
+    from compressor.run.pipeline import RunResult
 
 
 
@@ -165,12 +171,11 @@ def compress_command(
             raise typer.Exit(BAD_INPUT)
         wanted = recipe_of(recipe, overrides)
         if dry_run:
-            from compressor.cli.commands import describe
-
-            for part in describe(wanted):
-                out.print(part, highlight=False, soft_wrap=isinstance(part, str))
+            show(_described(wanted))
             raise typer.Exit
-        _run(wanted, out_dir)
+        from compressor.run.pipeline import compress
+
+        _finish(compress(wanted, out=out_dir))
 
 
 def _resume(folder: Path, overrides: dict[str, Any], recipe: str | None, out_dir: Path | None) -> None:
@@ -183,44 +188,64 @@ def _resume(folder: Path, overrides: dict[str, Any], recipe: str | None, out_dir
     _finish(resume(folder, overrides))
 
 
-def _run(recipe: Recipe, out_dir: Path | None) -> None:
-    from compressor.run.pipeline import compress
-
-    _finish(compress(recipe, out=out_dir))
-
-
 VERDICT_COLOURS = {"kept": "green", "none": "", "missed": "red"}  # any other verdict is amber, as in the report
 
 
-def _finish(result: Any) -> None:
+def _finish(result: RunResult) -> None:
+    """Print the result of a run and end with its exit code."""
     from compressor.report import checks, closing_table, judge, verdict
     from compressor.run.finish import OPEN
 
-    out.print(closing_table(result.manifest))
-    for line in checks(result.manifest):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
-    for note in result.manifest.get("notes", []):
-        out.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
-    colour = VERDICT_COLOURS.get(judge(result.manifest).state, "yellow")
-    out.print(verdict(result.manifest), style=colour, highlight=False, markup=False, soft_wrap=True)
+    manifest = result.manifest
+    show([closing_table(manifest), *checks(manifest)])
+    show(f"Note: {note}" for note in manifest.get("notes", []))
+    show([verdict(manifest)], style=VERDICT_COLOURS.get(judge(manifest).state, "yellow"))
     if result.exit_code == OPEN:
-        out.print(
-            "Exit code 4: no budget is missed, but not every one is met as measured. --accept-predicted makes it 0 "
-            "if budgets are only predicted.",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+        show(
+            [
+                "Exit code 4: no budget is missed, but not every one is met as measured. --accept-predicted makes it 0 "
+                "if budgets are only predicted."
+            ]
         )
-    out.print(
-        f"All files are in {result.directory} (open report.html).",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    show([f"All files are in {result.directory} (open report.html)."])
     raise typer.Exit(result.exit_code)
 
 
-for _command in subcommands.COMMANDS:
+def _described(recipe: Recipe) -> Iterator[Any]:
+    """Yield what a recipe would do: the resolved recipe, the groups, the dense costs, and the budgets' targets."""
+    import numpy as np
+    from rich.table import Table
+
+    from compressor.run.job import prepare
+
+    recipe = recipe.resolved()
+    yield recipe.to_yaml()
+    job = prepare(recipe)
+    space = job.space
+    table = Table("group", "channels", "smallest", "step", "coupled", box=None, header_style="bold")
+    for group in space.groups:
+        coupled = "yes" if group.coupled else ""
+        table.add_row(group.name, str(group.width), str(group.min_width), str(group.granularity), coupled)
+    yield table
+    for part in space.skipped:
+        yield f"left dense: {part.name} ({part.reason})"
+    dense, least = space.dense_widths, space.min_widths
+    macs, params = (int(np.asarray(count(dense))) for count in (space.macs, space.params))
+    least_macs, least_params = (int(np.asarray(count(least))) for count in (space.macs, space.params))
+    yield f"Dense network: {macs:,} MACs (one multiply-add is one, as fvcore counts), {params:,} parameters."
+    yield f"Smallest reachable: {least_macs:,} MACs, {least_params:,} parameters."
+    for budget in job.budgets():
+        reached = float(budget.predict(least[None])[0])
+        how = ", estimated" if getattr(budget, "estimated", False) else ""
+        yield (
+            f"Budget {budget.name}{how}: at most {budget.format(budget.target)}, dense {budget.format(budget.dense)} "
+            f"({budget.target / budget.dense:.1%} of it), smallest reachable {budget.format(reached)}."
+        )
+    for note in job.notes:
+        yield f"Note: {note}"
+
+
+for _command in (profile, export, measure, report, devices, recipes):
     app.command()(_command)
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from compressor.cli.terminal import friendly, out
+from compressor.cli.terminal import friendly, show
 from compressor.core.errors import CompressorError
-
-if TYPE_CHECKING:
-    from compressor.run.exports import Request
 
 ENGINES, BOARDS = "Engines", "Boards"
 
@@ -82,29 +79,39 @@ def export(
 ) -> None:
     """Write a run's network in other formats and precisions, bundle it for a board, or import its measurements."""
     with friendly():
-        from compressor.cli import on_board
-        from compressor.run.exports import export_format
+        from compressor.run import boards
+        from compressor.run.exports import Request, export_format
         from export.convert.batches import parse_batch
+        from export.engine.build_settings import BuildSettings
 
         over_ssh = target is not None and target.startswith("ssh://")
-        wanted = _request(
-            {
-                "format": format, "precision": precision, "batch": parse_batch(batch), "opset": opset,
-                "target": None if over_ssh else target, "max_drop": max_drop, "method": calibration, "rest": rest,
-                "out": file, "factory": factory, "module": builder,
-                "compute_capability": tuple(compute_capability or ()),
-            },
-            {
-                "workspace_bytes": workspace << 20, "optimisation_level": optimisation_level, "dla_core": dla,
-                "version_compatible": version_compatible, "hardware_compatible": hardware_compatible,
-            },
-        )  # fmt: skip
+        wanted = Request(
+            format=format,
+            precision=precision,
+            batch=parse_batch(batch),
+            target=None if over_ssh else target,
+            opset=opset,
+            max_drop=max_drop,
+            method=calibration,
+            rest=rest,
+            out=file,
+            factory=factory,
+            module=builder,
+            compute_capability=tuple(compute_capability or ()),
+            settings=BuildSettings(
+                workspace_bytes=workspace << 20,
+                optimisation_level=optimisation_level,
+                dla_core=dla,
+                version_compatible=version_compatible,
+                hardware_compatible=hardware_compatible,
+            ),
+        )
         if results is not None:
             if bundle is None:
                 raise CompressorError(
                     "--import needs the bundle that was run on the board.", "Add --bundle FILE."
                 )
-            lines = on_board.import_results(run, results, bundle)
+            lines = boards.import_results(run, results, bundle)
         elif over_ssh or bundle is not None:
             if target is None:
                 raise CompressorError(
@@ -116,18 +123,10 @@ def export(
                     "Leave out --format, --batch, --opset and --out.",
                 )
             if over_ssh:
-                lines = on_board.export_over_ssh(run, target, board, bundle, wanted)
+                lines = boards.export_over_ssh(run, target, board, bundle, wanted)
             else:
                 assert bundle is not None  # by the branch above
-                lines = on_board.export_bundle(run, target, bundle, wanted)
+                lines = boards.export_bundle(run, target, bundle, wanted)
         else:
             lines = export_format(run, wanted)
-        for line in lines:
-            out.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _request(fields: dict[str, Any], settings: dict[str, Any]) -> Request:
-    from compressor.run.exports import Request
-    from export.engine.build_settings import BuildSettings
-
-    return Request(**fields, settings=BuildSettings(**settings))
+        show(lines)

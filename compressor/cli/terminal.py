@@ -55,19 +55,19 @@ class _Output(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        with self._bearing() as stream:
+        with self._writable_stream() as stream:
             if stream is not None:
                 # a terminal with another encoding shows a question mark for a missing character
                 stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
         return len(text)
 
     def flush(self) -> None:
-        with self._bearing() as stream:
+        with self._writable_stream() as stream:
             if stream is not None:
                 stream.flush()
 
     @contextmanager
-    def _bearing(self) -> Iterator[TextIO | None]:
+    def _writable_stream(self) -> Iterator[TextIO | None]:
         try:
             yield self._stream
         except OSError as error:
@@ -98,6 +98,14 @@ stdout, stderr = _Output("stdout"), _Output("stderr")
 # no markup: [bold] in a name is part of the name, and :ok: in mycosts:ok: is not an emoji
 out = _Plain(file=cast("IO[str]", stdout), emoji=False, markup=False)
 err = _Plain(file=cast("IO[str]", stderr), stderr=True, emoji=False, markup=False)
+
+
+
+def show(parts: Iterable[RenderableType], style: str = "") -> None:
+    """Print lines of text, which are not wrapped, and tables, each as soon as it comes."""
+    for part in parts:
+        out.print(part, style=style or None, highlight=False, soft_wrap=isinstance(part, str))
+
 
 BAD_INPUT = 2  # exit code: something that the user can fix
 

@@ -1,4 +1,7 @@
-"""`compress profile` for other devices than this machine; each function yields lines for the terminal."""
+"""Measure the latency table that a network needs: on this machine, over ssh, or with a folder copied to the device.
+
+Each function yields lines for the user.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,30 @@ GOOD = 0.10
 """A warning is printed for a mean error on held-out networks above this."""
 
 
+def profile_here(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
+    """Measure (or read from the cache) the latency table that a network needs on this machine.
+
+    Args:
+        recipe: Network and data.
+        time_limit: Time limit for measuring, such as `90s` or `5min`; a cached table that had less time and is not
+            accurate enough is measured again.
+    """
+    from compressor.latency.duration import duration_s
+    from compressor.run.job import prepare
+
+    seconds = None if time_limit is None else duration_s(time_limit)
+    recipe = _for_latency(recipe.changed({"device": "local"}))
+    job = prepare(recipe, profile_limit_s=seconds)
+    table = job.table
+    assert table is not None  # needed by the latency budget above
+    shape = "x".join(str(size) for size in job.data.input_shape)
+    runtime = table.fields.runtime
+    threads = f", {runtime.threads} thread(s)" if runtime.threads else ""
+    yield f"{recipe.model} at {shape} here, {runtime.name}{threads}:"
+    yield f"  dense {table.predict(job.space):.3f} ms, smallest {table.predict(job.space, job.space.smallest()):.3f} ms"
+    yield f"  {table.describe()}"
+
+
 def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
     """Write the networks that a table of the recipe's device needs, and the script that times them there.
 
@@ -36,7 +63,7 @@ def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
     refuse_taken(folder)
     recipe = _for_latency(recipe)
     space, example = _traced(recipe)
-    carried = write_table_bundle(
+    written = write_table_bundle(
         space,
         example,
         folder,
@@ -46,8 +73,8 @@ def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
         opset=recipe.export.opset,
     )
     yield (
-        f"Wrote {carried.networks} networks of {recipe.model} in {recipe.precision} to {folder} "
-        f"({carried.size / 1e6:.0f} MB)."
+        f"Wrote {written.networks} networks of {recipe.model} in {recipe.precision} to {folder} "
+        f"({written.size / 1e6:.0f} MB)."
     )
     yield f"On the device: sh {folder.name}/run.sh   (it explains its steps; after an interruption it continues)"
     yield f"Bring results.tar.gz back into {folder}, then: compress profile --import {folder}"

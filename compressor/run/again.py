@@ -1,9 +1,9 @@
-"""`compress measure RUN --explain`: show on the terminal, in the manifest and in the report where the time goes."""
+"""What can be done again with a finished run: measure its networks, explain their times, write its report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,31 +12,86 @@ from compressor.core.files import sha256_file
 from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.folder import RunDir
+from compressor.run.onnx_files import DENSE, MODEL
 from export.device.here import CPU
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from compressor.latency.explain import Line
     from compressor.latency.table import LatencyTable
     from compressor.run.layer_times import Pairs
 
-MOST_LINES = 25
-"""Maximum number of lines in the terminal's table; the manifest and the report have all."""
+SHOWN_LINES = 25
+"""Number of operators that are shown; the manifest and the report have all."""
 
-MOST_SENTENCES = 8
+SHOWN_SENTENCES = 8
+
+
+@contextmanager
+def _exported(folder: Path) -> Iterator[RunDir]:
+    """Open and lock the run in a folder, whose dense and slim ONNX files must exist."""
+    with closing(RunDir.open(folder)) as run:
+        for name in (DENSE, MODEL):
+            if not run.file(name).exists():
+                raise CompressorError(
+                    f"{folder} has no {name} yet.", f"Finish it first: compress --resume {folder}"
+                )
+        yield run
+
+
+def report_again(folder: Path) -> tuple[Path, str]:
+    """Write a run's report again from its manifest; return its path and the run's verdict."""
+    from compressor.core.manifest import MANIFEST, Manifest
+    from compressor.report import verdict, write_report
+
+    RunDir.tidy(folder)
+    return write_report(folder), verdict(Manifest.read_tolerant(folder / MANIFEST))
+
+
+def measure_again(folder: Path) -> Iterator[str]:
+    """Time a run's dense and slim ONNX files again on this machine's CPU; the manifest does not change."""
+    from compressor.latency.paired import measured
+    from compressor.latency.ratio import in_words
+
+    with _exported(folder) as run:
+        recipe = load_recipe(run.file(RECIPE))
+        before = run.manifest.get("latency", {})
+        target = next((row.get("target_ratio") for row in reversed(run.manifest.get("rounds", []))), None)
+        contract = recipe.contract
+        timing = measured(
+            run.file(DENSE), run.file(MODEL), recipe.threads, contract.repeats, target, contract.seconds
+        )
+        for name, stats in (("dense", timing.dense), ("slim", timing.slim)):
+            yield (
+                f"{name}: median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, p99 {stats.p99_ms:.3f} ms "
+                f"({stats.runtime} {stats.version}, {stats.threads} threads, {stats.runs} runs)"
+            )
+        ratio = timing.ratio
+        yield (
+            f"slim takes {ratio.value:.1%} of the dense network's time, 95 % interval "
+            f"{ratio.low:.1%}-{ratio.high:.1%}, after {ratio.bursts} bursts in turns"
+        )
+        if target is not None:
+            yield f"target {target:.1%}: {in_words(ratio.verdict(target))}"
+        if timing.noise:
+            yield timing.noise
+        if before.get("measured_ms"):
+            where = f"on {before['device']}, {before['runtime']}"
+            yield f"the run itself measured {before['measured_ms']:.3f} ms {where}"
 
 
 def explain_again(
     folder: Path, profiles: tuple[Path, Path] | None = None, factory: str | None = None
-) -> Iterator[Any]:
-    """Profile a run's dense and slim networks, print why the slim one is not faster, and rewrite the report.
+) -> Iterator[str | list[Line]]:
+    """Profile a run's dense and slim networks, say why the slim one is not faster, and rewrite the report.
 
     Args:
         folder: Folder of a finished run.
         profiles: Layer profiles of the dense and the slim engine that trtexec wrote on the run's device; by default
             both networks are profiled on this machine.
         factory: Function that builds the run's network if it is the user's own code; see `models.names`.
+
+    Yields:
+        Lines for the user, and once all operators, the largest possible gains first.
 
     Raises:
         CompressorError: The run has exported nothing yet, or a profile does not belong to its networks.
@@ -46,14 +101,8 @@ def explain_again(
     from compressor.report.explain import gap
     from compressor.report.page import REPORT
     from compressor.run.layer_times import explain_run, read_profiles
-    from compressor.run.onnx_files import DENSE, MODEL
 
-    with closing(RunDir.open(folder)) as run:
-        for name in (DENSE, MODEL):
-            if not run.file(name).exists():
-                raise CompressorError(
-                    f"{folder} has no {name} yet.", f"Finish it first: compress --resume {folder}"
-                )
+    with _exported(folder) as run:
         recipe = load_recipe(run.file(RECIPE)).resolved()
         table = _table(run)
         here = recipe.device == "local" and (table is None or table.fields.runtime.name == CPU)
@@ -69,12 +118,12 @@ def explain_again(
             lines = explain_run(run, threads=recipe.threads, predicted=predicted)
         explanation = run.manifest["explanation"]
         yield from _header(explanation, recipe, here or profiles is not None)
-        yield table_of_lines(lines)
-        if len(lines) > MOST_LINES:
-            yield f"and {len(lines) - MOST_LINES} more lines, in the report."
+        yield lines
+        if len(lines) > SHOWN_LINES:
+            yield f"and {len(lines) - SHOWN_LINES} more lines, in the report."
         yield gap(Manifest.tolerant(run.manifest))
         sentences = [line.sentence for line in lines if line.sentence]
-        yield from (f"- {sentence}" for sentence in sentences[:MOST_SENTENCES])
+        yield from (f"- {sentence}" for sentence in sentences[:SHOWN_SENTENCES])
         if table is not None and table.estimated and predicted:
             yield "The predictions are estimated, not measured."
         if note:
@@ -97,50 +146,6 @@ def _header(explanation: dict[str, Any], recipe: Recipe, on_device: bool) -> Ite
                 "For the device's own times, profile both engines there (trtexec --exportProfile) and add "
                 "--dense-profile FILE --slim-profile FILE."
             )
-
-
-def table_of_lines(lines: Sequence[Line]) -> Table:
-    """Return the terminal's table, the largest possible gains first."""
-    from rich.table import Table
-
-    from compressor.report.formats import ABSENT, count, percent, significant
-
-    known = any(line.predicted_slim_ms is not None for line in lines)
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-    table.add_column("operator", overflow="fold")
-    right = [
-        "MACs",
-        "of dense",
-        "dense ms",
-        "slim ms",
-        *(["predicted"] if known else []),
-        "share",
-        "bound by",
-    ]
-    for name in (*right, "of peak", "padding", "gap ms"):
-        table.add_column(name, justify="left" if name == "bound by" else "right")
-    total = sum(line.slim_ms or 0.0 for line in lines)
-    guessed = sum(line.predicted_slim_ms or 0.0 for line in lines)
-
-    def ms(value: float | None) -> str:
-        return ABSENT if value is None else significant(value)
-
-    for line in lines[:MOST_LINES]:
-        guess = line.predicted_slim_ms
-        table.add_row(
-            line.name,
-            count(line.slim_macs) if line.slim_macs else ABSENT,
-            percent(line.slim_macs / line.dense_macs, 0) if line.dense_macs else ABSENT,
-            ms(line.dense_ms),
-            ms(line.slim_ms),
-            *([ABSENT if guess is None else f"{ms(guess)} ({percent(guess / guessed, 0)})"] if known else []),
-            percent((line.slim_ms or 0.0) / total, 0) if total else ABSENT,
-            line.bound or ABSENT,
-            percent(line.peak_share, 0),
-            percent(line.padding, 0) if line.padding else ABSENT,
-            f"{line.gap_ms:+.4f}",
-        )
-    return table
 
 
 def _table(run: RunDir) -> LatencyTable | None:

@@ -1,4 +1,7 @@
-"""Run a finished run's networks on a board: write the bundle, transfer it over ssh, import the results."""
+"""Run a finished run's networks on a board: write the bundle, transfer it over ssh, import the results.
+
+Each function yields lines for the user.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +59,8 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
                 rest=wanted.rest if wanted else None,
             )
             path = finished.path_of(request)
-            asked_anew = wanted is not None and wanted.precision == precision == "int8" and wanted.rest
-            if not path.exists() or (asked_anew and _rest_of(path) != request.rest):
+            rest_given = wanted is not None and wanted.precision == precision == "int8" and wanted.rest
+            if not path.exists() or (rest_given and _rest_of(path) != request.rest):
                 yield from finished.onnx(request)
             elif precision == "int8" and _rest_of(path) != (request.rest or "fp16"):
                 yield (
@@ -137,11 +140,9 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
 
 def _precisions(run: RunDir, wanted: Request | None) -> list[str]:
     """Return FP32, the precisions that the run has been exported in, and the requested one."""
-    asked = wanted.precision if wanted else "fp32"
-    return [
-        "fp32",
-        *(each for each in ("fp16", "int8") if each == asked or run.file(f"model.{each}.onnx").exists()),
-    ]
+    requested = wanted.precision if wanted else "fp32"
+    others = [each for each in ("fp16", "int8") if each == requested or run.file(f"model.{each}.onnx").exists()]
+    return ["fp32", *others]
 
 
 def _rest_of(path: Path) -> str:

@@ -1,0 +1,80 @@
+"""`compress profile`: measure the latency table of a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli.flags import overrides, recipe_of
+from compressor.cli.terminal import friendly, show
+from compressor.core.errors import CompressorError
+
+
+def profile(
+    model: Annotated[str | None, typer.Option(help="The network, as for compress.")] = None,
+    data: Annotated[str, typer.Option(help="Determines the input size and the number of classes.")] = "digits",
+    image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the runtime on this machine's CPU.")] = 1,
+    device: Annotated[
+        str | None, typer.Option(help="ssh://user@host; with --bundle or --import the device's name.")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32, fp16 or int8, for other devices than this machine; by default fp16."),
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="A new folder, to copy to a device and run there.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option("--import", help="The folder of a bundle, with the device's results in it.")
+    ] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Time limit for measuring this machine, such as 90s or 5min; by default 75s for its CPU and 10min for "
+            "a GPU."
+        ),
+    ] = None,
+) -> None:
+    """Measure the latency table of a network: on this machine, over ssh, or with a folder copied to the device."""
+    with friendly():
+        from compressor.run.profile import import_results, profile_here, profile_remote, write_bundle
+
+        if time_limit is not None and (results or bundle or device not in (None, "local")):
+            raise CompressorError(
+                "--time-limit is for this machine; a device measures all networks of its bundle.",
+                "Leave it out. On the device, run.sh takes --duration SECONDS and --processes N.",
+            )
+        if results is not None:
+            if model is not None or bundle is not None or precision is not None:
+                raise CompressorError(
+                    "--import takes everything from the folder.",
+                    "Leave out --model, --bundle and --precision.",
+                )
+            lines = import_results(results, device)
+        else:
+            if model is None:
+                raise CompressorError("No network was given.", "For example: --model resnet50")
+            fields = {"model": model, "data": data, "image_size": image_size, "threads": threads}
+            recipe = recipe_of(
+                None, overrides({**fields, "device": device, "precision": precision}) | {"weights": "none"}
+            )
+            if bundle is not None:
+                if device is None:
+                    raise CompressorError(
+                        "--bundle needs the name of its device.",
+                        "For example: --device jetson-orin-nano-8gb, or a name of your own",
+                    )
+                lines = write_bundle(recipe, bundle)
+            elif recipe.device.startswith("ssh:"):
+                lines = profile_remote(recipe)
+            elif recipe.device == "local":
+                lines = profile_here(recipe, time_limit)
+            else:
+                raise CompressorError(
+                    f"{device} is not this machine.",
+                    "Give ssh://user@host, or write a folder to copy there: --bundle DIR",
+                )
+        show(lines)
