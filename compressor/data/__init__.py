@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from compressor.data.bundle import DataBundle
 from compressor.data.load import load_data
 from compressor.data.preprocessing import Preprocessing, Wanted
-from compressor.data.splits import FileSplit, MemorySplit, Split
+from compressor.data.splits import DataBundle, FileSplit, MemorySplit, Split
 
 __all__ = ["DataBundle", "FileSplit", "MemorySplit", "Preprocessing", "Split", "Wanted", "load_data"]

@@ -12,16 +12,24 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.data.augment import Augmentation, augmentation_for
-from compressor.data.builtin import _TEST_SEED
-from compressor.data.bundle import DataBundle, Indices, hold_out
-from compressor.data.files import ImageFile, class_folders, decode, image_size, load_files, refuse_unreadable
-from compressor.data.preprocessing import Preprocessing, Wanted
-from compressor.data.splits import MEMORY_LIMIT, FileSplit, MemorySplit, Split
+from compressor.data.images import ImageFile, decode, image_size, load_files, refuse_unreadable
+from compressor.data.preprocessing import Wanted
+from compressor.data.splits import (
+    MEMORY_LIMIT,
+    TEST_SEED,
+    DataBundle,
+    FileSplit,
+    MemorySplit,
+    Split,
+    hold_out,
+)
 
 _LAYOUT = (
     "Expected PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg (or val instead of test), or PATH/CLASS/*.jpg."
 )
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 _PROBED = 256
+_SHOWN = 5
 _LARGEST_OWN_SIZE = 64
 Classes = Mapping[str, Sequence[str]]
 
@@ -50,7 +58,7 @@ def load_folder(
             raise CompressorError(f"{path} has train/ but neither test/ nor val/.", _LAYOUT)
         if len(splits) == 3:
             notes.append(f"{path}: test/ is the test split; val/ is not used.")
-        found, tested = (class_folders(splits[part], notes) for part in ("train", other))
+        found, tested = (_class_folders(splits[part], notes) for part in ("train", other))
         classes = _same_classes(found, tested, splits["train"], splits[other])
         train, test = _files(found, classes), _files(tested, classes)
     elif splits:
@@ -58,13 +66,13 @@ def load_folder(
             f"{path} has {' and '.join(f'{part}/' for part in splits)} but no train/.", _LAYOUT
         )
     else:
-        found = class_folders(path, notes)
+        found = _class_folders(path, notes)
         classes = _checked(found, path)
-        train, test = _dealt(_files(found, classes), 0.2, None, _TEST_SEED, notes)
+        train, test = _divided(_files(found, classes), 0.2, None, TEST_SEED, notes)
         notes.append(
             f"{path} has no train/ and test/: {len(test)} of its images form the test split."
         )
-    kept, held = _dealt(train, search_fraction, search_limit, seed, notes)
+    kept, held = _divided(train, search_fraction, search_limit, seed, notes)
     return _bundle(name, classes, (kept, held, test), wanted.image_size, wanted, notes, workers)
 
 
@@ -87,13 +95,48 @@ def load_imagenet(
         if not (path / part).is_dir():
             raise CompressorError(f"{path} has no {part}/ folder.", hint)
     notes: list[str] = []
-    found = {part: class_folders(path / part, notes) for part in ("train", "val")}
+    found = {part: _class_folders(path / part, notes) for part in ("train", "val")}
     classes = _same_classes(found["train"], found["val"], path / "train", path / "val")
-    if strange := [name for name in classes if not re.fullmatch(r"n\d{8}", name)]:
-        raise CompressorError(f"{path} has folders that are no WordNet ids, such as {strange[0]!r}.", hint)
-    kept, held = _dealt(_files(found["train"], classes), search_fraction, search_limit, seed, notes)
+    if invalid := [name for name in classes if not re.fullmatch(r"n\d{8}", name)]:
+        raise CompressorError(f"{path} has folders that are no WordNet ids, such as {invalid[0]!r}.", hint)
+    kept, held = _divided(_files(found["train"], classes), search_fraction, search_limit, seed, notes)
     size = wanted.image_size or wanted.usual.size
     return _bundle(name, classes, (kept, held, _files(found["val"], classes)), size, wanted, notes, workers)
+
+
+def _class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
+    """The images of each sub-folder, by its name, both in order; hidden and other files are ignored.
+
+    Sub-folders of a class's folder belong to the class. An empty folder is a class without images, so that the others
+    keep their places; one with other files only is none, and `notes` gets a sentence about either.
+    """
+    found: dict[str, list[str]] = {}
+    empty: list[str] = []
+    foreign: list[str] = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir() and not entry.name.startswith("."):
+            files = [
+                os.path.join(where, name)
+                for where, _, names in os.walk(entry.path)
+                for name in names
+                if not name.startswith(".")
+            ]
+            paths = sorted(path for path in files if os.path.splitext(path)[1].lower() in SUFFIXES)
+            if paths or not files:
+                found[entry.name] = paths
+            if not paths:
+                (foreign if files else empty).append(entry.name)
+    if any(found.values()):
+        if empty:
+            notes.append(f"{folder} has classes without images: {_some(empty)}. They keep their places.")
+        if foreign:
+            notes.append(f"{folder} has folders without images, which are not classes: {_some(foreign)}.")
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _checked(found: Classes, folder: Path) -> tuple[str, ...]:
@@ -114,14 +157,14 @@ def _same_classes(train: Classes, test: Classes, train_path: Path, test_path: Pa
         (train, test, train_path, test_path),
         (test, train, test_path, train_path),
     ):
-        if lone := sorted(set(one) - set(other)):
-            more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
+        if missing := sorted(set(one) - set(other)):
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise CompressorError(
-                f"The classes differ: {', '.join(lone[:3])}{more} in {here}, but not in {there}.",
+                f"The classes differ: {', '.join(missing[:3])}{more} in {here}, but not in {there}.",
                 "Every class needs a folder in both.",
             )
-    if untaught := [name for name in classes if test[name] and not train[name]]:
-        name = untaught[0]
+    if untrained := [name for name in classes if test[name] and not train[name]]:
+        name = untrained[0]
         raise CompressorError(
             f"{train_path / name} holds no images, but {test_path / name} has {len(test[name])}.",
             "Add images to train on, or empty both.",
@@ -133,7 +176,7 @@ def _files(found: Classes, classes: Sequence[str]) -> list[ImageFile]:
     return [ImageFile(path, label) for label, name in enumerate(classes) for path in found[name]]
 
 
-def _dealt(
+def _divided(
     files: Sequence[ImageFile], share: float, limit: int | None, seed: int, notes: list[str]
 ) -> tuple[list[ImageFile], list[ImageFile]]:
     """Return (remaining, held out), stratified unless there are classes with a single image."""
@@ -142,12 +185,8 @@ def _dealt(
         note = "Some classes have a single image: splits are drawn without regard to the classes."
         notes += [note] if note not in notes else []
         labels = np.zeros_like(labels)
-    stays, out = hold_out(labels, share, limit, seed)
-    return _chosen(files, stays), _chosen(files, out)
-
-
-def _chosen(files: Sequence[ImageFile], indices: Indices) -> list[ImageFile]:
-    return [files[index] for index in indices.tolist()]
+    stays, out = ([files[index] for index in part.tolist()] for part in hold_out(labels, share, limit, seed))
+    return stays, out
 
 
 def _bundle(
@@ -162,51 +201,27 @@ def _bundle(
     if empty := [part for part, files in zip(("train", "search", "test"), parts, strict=True) if not files]:
         raise CompressorError(f"{name} has too few images: its {empty[0]} split is empty.", "Add some.")
     preprocessing = wanted.at(size or _common_size(parts[0]) or wanted.usual.size)
-    augmentations = (augmentation_for(preprocessing), None, None)
     in_memory = sum(map(len, parts)) * math.prod(preprocessing.input_shape) <= MEMORY_LIMIT
-    read = _in_memory if in_memory else _on_disk
-    train, search, test = (
-        read(files, preprocessing, augmentation, part, notes, workers)
-        for files, augmentation, part in zip(parts, augmentations, ("train", "search", "test"), strict=True)
-    )
+
+    def read(part: str, files: list[ImageFile], augmentation: Augmentation | None = None) -> Split:
+        if in_memory:
+            decoded, seen = load_files(files, preprocessing, f"Reading {part} images", workers), files
+            unreadable: Sequence[str] = decoded.unreadable
+            split: Split = MemorySplit(decoded.images, decoded.labels, preprocessing, augmentation)
+        else:  # opening a million files would take longer than many a run: only a sample is decoded beforehand
+            part, seen = f"sampled {part}", _sample(files)
+            unreadable = [file.path for file in seen if decode(file.path, preprocessing) is None]
+            refuse_unreadable(unreadable, len(seen))
+            processes = min(8, os.cpu_count() or 1) if workers is None else workers
+            split = FileSplit(files, preprocessing, augmentation, processes)
+        if unreadable:
+            share = f"{len(unreadable)} of {len(seen)} {part} images"
+            notes.append(f"{share} cannot be read and are skipped, such as {unreadable[0]}.")
+        return split
+
+    train = read("train", parts[0], augmentation_for(preprocessing))
+    search, test = read("search", parts[1]), read("test", parts[2])
     return DataBundle(name, classes, preprocessing.input_shape, train, search, test, tuple(notes))
-
-
-def _in_memory(
-    files: Sequence[ImageFile],
-    preprocessing: Preprocessing,
-    augmentation: Augmentation | None,
-    part: str,
-    notes: list[str],
-    workers: int | None,
-) -> Split:
-    decoded = load_files(files, preprocessing, f"Reading {part} images", workers)
-    if decoded.unreadable:
-        notes.append(_skipped(len(decoded.unreadable), len(files), part, decoded.unreadable[0]))
-    return MemorySplit(decoded.images, decoded.labels, preprocessing, augmentation)
-
-
-def _on_disk(
-    files: Sequence[ImageFile],
-    preprocessing: Preprocessing,
-    augmentation: Augmentation | None,
-    part: str,
-    notes: list[str],
-    workers: int | None,
-) -> Split:
-    """Decode only a sample beforehand: opening a million files would take longer than many a run."""
-    probe = _sample(files)
-    unreadable = [file.path for file in probe if decode(file.path, preprocessing) is None]
-    refuse_unreadable(unreadable, len(probe))
-    if unreadable:
-        notes.append(_skipped(len(unreadable), len(probe), f"sampled {part}", unreadable[0]))
-    return FileSplit(
-        files, preprocessing, augmentation, min(8, os.cpu_count() or 1) if workers is None else workers
-    )
-
-
-def _skipped(count: int, total: int, part: str, first: str) -> str:
-    return f"{count} of {total} {part} images cannot be read and are skipped, such as {first}."
 
 
 def _sample(files: Sequence[ImageFile]) -> list[ImageFile]:

@@ -159,25 +159,25 @@ class Wanted:
             CompressorError: There are more or fewer means than channels.
         """
         usual, order = self.usual, self.channel_order or self.usual.channel_order
-        made = replace(usual.ordered(order).scaled(self.range or usual.range), size=size)
+        found = replace(usual.ordered(order).scaled(self.range or usual.range), size=size)
         if self.crop_share is None and size < SMALL and size != usual.size:
-            made = replace(made, crop_share=1.0)
+            found = replace(found, crop_share=1.0)
         return replace(
-            made,
-            mean=self._for_channels("mean", self.mean, made),
-            std=self._for_channels("std", self.std, made),
-            crop_share=self.crop_share or made.crop_share,
-            interpolation=self.interpolation or made.interpolation,
+            found,
+            mean=self._for_channels("mean", self.mean, found),
+            std=self._for_channels("std", self.std, found),
+            crop_share=self.crop_share or found.crop_share,
+            interpolation=self.interpolation or found.interpolation,
         )
 
     @staticmethod
-    def _for_channels(name: str, given: tuple[float, ...] | None, made: Preprocessing) -> tuple[float, ...]:
+    def _for_channels(name: str, given: tuple[float, ...] | None, found: Preprocessing) -> tuple[float, ...]:
         if given is None:
-            return tuple(getattr(made, name))
-        if len(given) not in (1, made.channels):
+            return tuple(getattr(found, name))
+        if len(given) not in (1, found.channels):
             raise CompressorError(
-                f"data.{name} has {len(given)} numbers, but the network takes images of {made.channels} "
-                f"channel{'s' if made.channels > 1 else ''}.",
-                f"Give one number for each channel, or a single one for all: --{name} {made.mean[0]:g}",
+                f"data.{name} has {len(given)} numbers, but the network takes images of {found.channels} "
+                f"channel{'s' if found.channels > 1 else ''}.",
+                f"Give one number for each channel, or a single one for all: --{name} {found.mean[0]:g}",
             )
-        return given if len(given) == made.channels else given * made.channels
+        return given if len(given) == found.channels else given * found.channels

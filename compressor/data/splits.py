@@ -1,23 +1,28 @@
-"""A split of a data set, in memory or on disk, and its batches."""
+"""A data set in disjoint splits, each in memory or on disk, and their batches."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from compressor.core.errors import CompressorError
 from compressor.data.augment import Augmentation
-from compressor.data.files import ImageFile, decode, load_files
+from compressor.data.images import ImageFile, decode, load_files
 from compressor.data.preprocessing import Preprocessing
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+Indices = npt.NDArray[np.int64]
 MEMORY_LIMIT = 2 * 1024**3
 """Maximum bytes of decoded images for which a split is held in memory."""
+TEST_SEED = 20
+"""Seed of the test split of data without one; the same for every run, so that runs are comparable."""
 
 
 class Split(ABC):
@@ -263,9 +268,7 @@ class _Items(torch.utils.data.Dataset[_Item]):
         file = self.files[index]
         try:
             image = decode(file.path, self.preprocessing)
-        except (
-            CompressorError
-        ) as refused:  # raised through the loader, it would include the worker's traceback
+        except CompressorError as refused:  # raised through the loader, it would include the worker's traceback
             return refused
         if image is None:
             return None
@@ -282,3 +285,71 @@ def _collate(
     whole = [item for item in items if isinstance(item, tuple)]
     images = torch.stack([image for image, _ in whole]) if whole else torch.empty(0, dtype=torch.uint8)
     return images, torch.tensor([label for _, label in whole]), len(items) - len(whole), refused
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """A data set in three disjoint splits.
+
+    Attributes:
+        name: Requested name, such as "digits" or "folder:/data/birds".
+        classes: Names of the classes, in the order of the labels.
+        input_shape: (channels, height, width) of one image.
+        train: Images for training the weights.
+        search: Held out from training; scores candidates, and is never reported.
+        test: Reported, and never used for a choice.
+        notes: What the user should know, such as the number of images that could not be read.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    train: Split
+    search: Split
+    test: Split
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def facts(self) -> dict[str, Any]:
+        """What a network's files say about the images that it takes and about its classes; JSON's kinds only."""
+        return {"classes": list(self.classes), "preprocessing": self.preprocessing.to_dict()}
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How its images become inputs; the same in all splits."""
+        return self.train.preprocessing
+
+    def prepared(self, preprocessing: Preprocessing) -> DataBundle:
+        """The same images for another kind of network; see `Split.prepared`."""
+        parts = {name: getattr(self, name).prepared(preprocessing) for name in ("train", "search", "test")}
+        return replace(self, input_shape=preprocessing.input_shape, **parts)
+
+
+def hold_out(
+    labels: Sequence[int] | Indices, share: float, limit: int | None, seed: int
+) -> tuple[Indices, Indices]:
+    """Divide indices into a part that stays and a part that is held out, stratified by label.
+
+    Args:
+        labels: One label an image, shape (N,).
+        share: Share of each class to hold out, rounded to whole images, at least one where there are two.
+        limit: The most images to hold out in all; the share is lowered to it.
+        seed: Same seed, same split.
+
+    Returns:
+        (stays, held out), both ascending.
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    if limit is not None and len(labels) * share > limit:
+        share = limit / len(labels)
+    rng = np.random.default_rng(seed)
+    held: list[Indices] = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(round(len(members) * share), 1), len(members) - 1)
+        held.append(members[:count])
+    out = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), out), out

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compressor.data.files import ImageFile
+from compressor.data.images import ImageFile
 from compressor.data.preprocessing import Preprocessing
 from compressor.data.splits import FileSplit, MemorySplit, Split
 from compressor.pruning.blueprint import blueprint

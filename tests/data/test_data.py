@@ -12,7 +12,7 @@ import torch
 from compressor.core.errors import CompressorError
 from compressor.data import DataBundle, MemorySplit, Split, load_data
 from compressor.data.augment import Augmentation
-from compressor.data.bundle import hold_out
+from compressor.data.splits import hold_out
 
 
 def images_of(bundle: DataBundle) -> list[set[bytes]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from compressor import CompressorError, Recipe
 from compressor.data import load_data
-from compressor.data.files import decode
+from compressor.data.images import decode
 from compressor.data.preprocessing import Preprocessing
 from compressor.models import create_model, input_channels
 from compressor.run.inputs import load

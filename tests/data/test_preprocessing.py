@@ -14,7 +14,7 @@ from compressor import CompressorError, Recipe
 from compressor.cli.flags import overrides, recipe_of, with_settings
 from compressor.data import FileSplit, MemorySplit, Preprocessing, Wanted
 from compressor.data.augment import Augmentation, augmentation_for
-from compressor.data.files import ImageFile
+from compressor.data.images import ImageFile
 from compressor.models import create_model, published
 from compressor.recipe import load_recipe
 from compressor.run.inputs import described, load

@@ -23,7 +23,7 @@ from torch import nn
 
 from compressor.core.errors import CompressorError
 from compressor.core.records import Checkpoint
-from compressor.data.files import decode
+from compressor.data.images import decode
 from compressor.latency.schema import SCHEMA_VERSION, read_table
 from compressor.models.weights import read_weights
 from compressor.pruning.artefact import CHANNELS as CHANNELS_FILE

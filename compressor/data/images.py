@@ -1,4 +1,4 @@
-"""Folders of images: finding them, decoding them, and what to do about those that cannot be read."""
+"""Image files: decoding to 8 bits, upright and without transparency; scaling; and those that cannot be read."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ import struct
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image as pillow
 
 from compressor.core import progress
 from compressor.core.errors import CompressorError
-from compressor.data.pixels import eight_bit
 from compressor.data.preprocessing import Preprocessing, Wanted
 from export.files import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 _TOLERATED_SHARE = 0.05
 _TOLERATED_COUNT = 3
 _CHUNK = 256
-_SHOWN = 5
 _MOST_PIXELS = 1 << 26
 """Of an image after it is scaled."""
+BACKGROUND = (255, 255, 255)
+"""Color behind transparent pixels: white, as viewers and web pages show them."""
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
+_WHITE_IS_ZERO = 0
+_TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
+_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 class ImageFile(NamedTuple):
@@ -46,47 +50,10 @@ class Decoded(NamedTuple):
     unreadable: tuple[str, ...]
 
 
-def class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
-    """The images of each sub-folder, by its name, both in order; hidden and other files are passed over.
-
-    Sub-folders of a class's folder belong to the class. An empty folder is a class without images, so that the others
-    keep their places; one with other files only is none, and `notes` gets a sentence about either.
-    """
-    found: dict[str, list[str]] = {}
-    empty: list[str] = []
-    foreign: list[str] = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            files = [
-                os.path.join(where, name)
-                for where, _, names in os.walk(entry.path)
-                for name in names
-                if not name.startswith(".")
-            ]
-            paths = sorted(path for path in files if os.path.splitext(path)[1].lower() in SUFFIXES)
-            if paths or not files:
-                found[entry.name] = paths
-            if not paths:
-                (foreign if files else empty).append(entry.name)
-    if any(found.values()):
-        if empty:
-            notes.append(f"{folder} has classes without images: {_some(empty)}. They keep their places.")
-        if foreign:
-            notes.append(f"{folder} has folders without images, which are not classes: {_some(foreign)}.")
-    return found
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
 def image_size(path: str) -> tuple[int, int] | None:
     """Return (width, height) of an image from its header, or None if that cannot be read."""
-    from PIL import Image
-
     try:
-        with open_regular(path) as file, Image.open(file) as image:
+        with open_regular(path) as file, pillow.open(file) as image:
             width, height = image.size
             return int(width), int(height)
     except _unreadable():
@@ -95,10 +62,8 @@ def image_size(path: str) -> tuple[int, int] | None:
 
 def _unreadable() -> tuple[type[Exception], ...]:
     """Return the exceptions that Pillow raises for damaged, truncated or extremely large images."""
-    from PIL import Image
-
     damaged = (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error, zlib.error)
-    return OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, *damaged
+    return OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError, *damaged
 
 
 def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
@@ -111,8 +76,6 @@ def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
     Raises:
         CompressorError: It has values of unknown range; see `eight_bit`.
     """
-    from PIL import Image as pillow
-
     preprocessing = Wanted().at(wanted) if isinstance(wanted, int) else wanted
     needed = 2 * preprocessing.resize_size
     try:
@@ -136,11 +99,79 @@ def fitted(image: Image, preprocessing: Preprocessing) -> torch.Tensor:
     size, scaled = preprocessing.size, preprocessing.resize_size
     if scaled != size or image.size != (size, size):
         sides = [scaled, scaled] if preprocessing.resize == "squash" else [scaled]
-        image = center_crop(
-            resize(image, sides, InterpolationMode(preprocessing.interpolation)), [size, size]
-        )
+        image = center_crop(resize(image, sides, InterpolationMode(preprocessing.interpolation)), [size, size])
     pixels = np.array(image)
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1).contiguous()
+
+
+def eight_bit(image: Image, channels: int, name: str) -> Image:
+    """Return the image in mode "RGB", or "L" if `channels` is 1, as a viewer would show it.
+
+    The camera's orientation tag is applied, transparent pixels are laid over `BACKGROUND`, and gray values of
+    16 bits or of floats from 0 to 1 are scaled to 0..255. `name` is the image's name in messages.
+
+    Raises:
+        CompressorError: The range of the values is unknown: floats beyond 0..1, 32-bit integers.
+        OSError and other exceptions that Pillow raises for damaged files.
+    """
+    image.load()  # here, where damage is expected
+    image = upright(image)
+    if image.mode in _DEEP:
+        image = _scaled(image, name)
+    if image.mode in _TRANSPARENT or "transparency" in image.info:
+        image = _opaque(image)
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode not in ("L", "RGB", mode):
+        image = image.convert("RGB")  # palettes and inks define colors, so that gray is computed from these
+    return image if image.mode == mode else image.convert(mode)
+
+
+def upright(image: Image) -> Image:
+    """Return the image turned and mirrored as its orientation tag says; unchanged without a valid tag."""
+    turns = pillow.Transpose
+    methods = {
+        2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
+        6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
+    }  # fmt: skip
+    try:
+        method = methods.get(image.getexif().get(_ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return image  # damaged metadata beside an intact image
+    return image if method is None else image.transpose(method)
+
+
+def _opaque(image: Image) -> Image:
+    seen = image.convert("RGBA")
+    behind = pillow.new("RGBA", seen.size, (*BACKGROUND, 255))
+    return pillow.alpha_composite(behind, seen).convert("RGB")
+
+
+def _scaled(image: Image, name: str) -> Image:
+    """Scale gray values of more than 8 bits to 0..255."""
+    values: npt.NDArray[Any] = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        limit = 1.0
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            found = f"{np.nanmin(values):g} to {np.nanmax(values):g}"
+            raise CompressorError(
+                f"{name} holds floats from {found}; floats are read as grey values from 0 to 1.",
+                "Divide them by their maximum possible value, or save the images with 8 or 16 bits.",
+            )
+    elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # in these formats the range is 16 bits
+        raise CompressorError(
+            f"{name} holds signed or 32-bit integers ({values.min()} to {values.max()}), "
+            "whose white level is unknown.",
+            "Save the images with 8 or unsigned 16 bits.",
+        )
+    else:
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))
+        limit = 2.0 ** (bits[0] if isinstance(bits, tuple) else bits)
+    # The upper 8 bits, like torchvision's `to_dtype(scale=True)`: every gray level has equally many values.
+    scaled = np.clip(values.astype(np.float64) * (256 / limit), 0, 255).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        scaled = 255 - scaled
+    return pillow.fromarray(scaled)
 
 
 def load_files(
