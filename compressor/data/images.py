@@ -94,7 +94,7 @@ def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
 def fitted(image: Image, preprocessing: Preprocessing) -> torch.Tensor:
     """Scale and crop as torchvision and timm do, so that published accuracies hold: uint8 (channels, size, size)."""
     from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.functional import center_crop, resize
+    from torchvision.transforms.v2.functional import center_crop, resize
 
     size, scaled = preprocessing.size, preprocessing.resize_size
     if scaled != size or image.size != (size, size):

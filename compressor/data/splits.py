@@ -166,7 +166,7 @@ class MemorySplit(Split):
         return MemorySplit(self.images[indices], self._labels[indices], self.preprocessing, self.augmentation)
 
     def prepared(self, preprocessing: Preprocessing) -> MemorySplit:
-        from torchvision.transforms.functional import rgb_to_grayscale
+        from torchvision.transforms.v2.functional import rgb_to_grayscale
 
         images = self.images
         if preprocessing.channels < images.shape[1]:
