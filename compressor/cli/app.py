@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from compressor.run.pipeline import RunResult
 
 
-
 class _Commands(TyperGroup):
     """The command group; usage errors quote the command line as plain, short text."""
 

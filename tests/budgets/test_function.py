@@ -84,7 +84,7 @@ def _costs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def caller(space: PruningSpace) -> Iterator[FunctionCaller]:
-    """One process for all wrong answers: which function is asked is told to it."""
+    """One process for all wrong answers, to which the name of each function is sent."""
     made = FunctionCaller("own_costs:width", space, seconds=20)
     yield made
     made.close()

@@ -61,9 +61,9 @@ def test_memory_by_hand(space: PruningSpace) -> None:
 
 
 def test_memory_is_counted_in_the_precision_of_the_device() -> None:
-    asked = {"model": "cifar_resnet20", "data": "digits", "budgets": {"memory": "50%"}}
+    fields = {"model": "cifar_resnet20", "data": "digits", "budgets": {"memory": "50%"}}
     for device, width in (("local", 4), ("jetson-orin-nano-8gb", 2)):
-        job = prepare(Recipe.model_validate({**asked, "device": device}).resolved())
+        job = prepare(Recipe.model_validate({**fields, "device": device}).resolved())
         (memory,) = job.budgets()
         parameters = sum(each.numel() for each in job.model.parameters())
         activations = int(job.space.activations(job.space.dense_widths[None])[0])

@@ -1,4 +1,4 @@
-"""The command line: help at once, and one clear message with exit code 2 for whatever the user can mend."""
+"""The command line: help at once, and one clear message with exit code 2 for whatever the user can fix."""
 
 from __future__ import annotations
 
