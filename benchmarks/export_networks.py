@@ -27,11 +27,12 @@ import torchvision
 from numpy.typing import NDArray
 
 from export.convert.half import convert_half
-from export.convert.parity import compare_outputs, onnx_outputs
+from export.convert.ort import onnx_outputs
+from export.convert.parity import compare_outputs
 from export.convert.quantize import quantize_onnx
 from export.convert.to_onnx import check_parity, export_onnx
-from export.engine.engine import available, build_engine
-from export.engine.trt import RTX
+from export.engine.engine import build_engine
+from export.engine.trt import RTX, available
 from export.errors import ExportError
 
 NETWORKS = (

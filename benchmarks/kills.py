@@ -102,7 +102,7 @@ def arguments_of(command: str, run: Path, again: bool = False) -> list[str]:
     return [
         "--model", "benchmarks.kills:network", "--epochs", "2", "--latency", "70%", "--flops", "80%",
         "--out", str(run), "--set", "search.max_evaluations=6", "--set", "search.batch_norm_batches=1",
-        "--set", "contract.repeats=1", "--set", "contract.max_rounds=3", "--set", "export.engine.engine=false",
+        "--set", "contract.repeats=1", "--set", "contract.max_rounds=3", "--set", "export.engine=false",
     ]  # fmt: skip
 
 

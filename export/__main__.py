@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from export.convert.batches import parse_batch
 from export.convert.onnx_header import read_header
-from export.device.board import board_lines, board_state, describe_board
-from export.engine.build_settings import DEFAULT_WORKSPACE, BuildSettings
+from export.device.here import board_lines, board_state, describe_board
+from export.engine.bench import LatencyStats, summarise
 from export.engine.cuda import find_device
-from export.engine.engine import build_engine
+from export.engine.engine import DEFAULT_WORKSPACE, BuildSettings, build_engine
 from export.engine.engine_info import sidecar_path
-from export.engine.stats import LatencyStats, summarise
 from export.engine.trt import MODULES, available
 from export.errors import ExportError
 from export.files import sha256_file, write_json
@@ -193,13 +192,12 @@ def _in_processes(options: argparse.Namespace) -> tuple[list[float], LatencyStat
 
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
-    from export.convert.parity import DEVICE_TOLERANCES, TOLERANCES
-    from export.engine.reference import read_reference, verify
+    from export.convert.parity import DEVICE_TOLERANCES, TOLERANCES, read_reference, verify
 
     header = read_header(options.onnx)
     reference = read_reference(options.reference or Path(options.onnx).with_name("reference.npz"))
     if _runtime(options) == ORT:
-        from export.convert.parity import onnx_outputs
+        from export.convert.ort import onnx_outputs
 
         what, tolerance = str(options.onnx), TOLERANCES[header.precision]
 

@@ -14,7 +14,7 @@ from compressor.latency.local import local_table
 from compressor.latency.ort_profile import tag
 from compressor.latency.paired import Timing
 from compressor.latency.ratio import PairSessions, burst_of
-from export.engine.stats import summarise
+from export.engine.bench import summarise
 from tests.latency.conftest import MadeUpDevice
 
 

@@ -82,7 +82,7 @@ def export(
         from compressor.run import boards
         from compressor.run.exports import Request, export_format
         from export.convert.batches import parse_batch
-        from export.engine.build_settings import BuildSettings
+        from export.engine.engine import BuildSettings
 
         over_ssh = target is not None and target.startswith("ssh://")
         wanted = Request(

@@ -373,7 +373,7 @@ class Export(Record):
 
 
 class DeviceNetwork(Record):
-    """Result of one network on a board; see `export.device.bundle_results.NetworkResult`."""
+    """Result of one network on a board; see `export.device.results.NetworkResult`."""
 
     name: str = ""
     precision: str = ""

@@ -18,11 +18,9 @@ from compressor.latency.fused import shares_of_layers
 from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork
 from compressor.latency.remote_bundle import Precision, in_precision, weighted_nodes
 from export.convert.onnx_header import parse_header
-from export.device.archive import CHECKSUMS
+from export.device.bundle import Target, write_bundle
 from export.device.here import CPU, PROVIDERS, TRTEXEC, USUAL, Backend, find_trtexec
-from export.device.targets import Target
-from export.device.timing_bundle import MANIFEST, SCRIPT, write_timing_bundle
-from export.device.timing_results import read_timings
+from export.device.results import read_results
 from export.engine.bench import OnnxRunner
 from export.engine.cuda import find_device
 from export.engine.trt import RTX
@@ -87,7 +85,7 @@ class Trtexec:
             content = in_precision(network.model, self.precision, _shape(network))
             target = Target("", "GPU", "", 8, 20, True, 0)
             profile = network.operators > 0
-            write_timing_bundle(folder, [(_ONE, content)], [_ONE], target=target, facts=dict, profile=profile)
+            write_bundle(folder, [(_ONE, content)], target=target, profile=profile)
             duration = str(max(1, round(seconds)))
             done = subprocess.run(
                 ["sh", str(folder / "run.sh"), "--duration", duration, "--warmup", "1", "--processes", "1"],
@@ -97,10 +95,9 @@ class Trtexec:
                 check=False,
             )
             if done.returncode not in (0, 1):
-                lines = done.stderr.strip().splitlines() or [f"{SCRIPT} ended with {done.returncode}"]
+                lines = done.stderr.strip().splitlines() or [f"its script ended with {done.returncode}"]
                 raise ExportError(f"trtexec cannot be used: {lines[-1].replace('error: ', '', 1)}.")
-            given = {each: (folder / each).read_bytes() for each in (MANIFEST, CHECKSUMS)}
-            timings = read_timings(folder / "results", folder, given)
+            timings = read_results(folder / "results", folder, "timing")
         timed = timings.networks[_ONE]
         if timed.reason:
             raise ExportError(f"trtexec cannot measure the network: {timed.reason.rstrip('.')}.")

@@ -31,12 +31,11 @@ from compressor.latency.ratio import PairSession, PairSessions, burst_of
 from compressor.latency.remote_bundle import DENSE, Precision, target_of, write_table_bundle
 from compressor.latency.remote_table import RUNTIME, table_of_results
 from compressor.latency.table import LatencyTable, find_user_table
-from export.device.archive import CHECKSUMS, pack
+from export.device.archive import CHECKSUMS
+from export.device.bundle import FORMAT, MANIFEST, pack_bundle, write_bundle
 from export.device.remote import identify, place_of, run_remote
-from export.device.timing_bundle import MANIFEST, folder_files, write_timing_bundle
-from export.device.timing_results import read_timings
-from export.device.timings import Board, Timings
-from export.engine.stats import summarise
+from export.device.results import DeviceResults, read_results
+from export.engine.bench import summarise
 from export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def profile_over_ssh(
     before = _identified(url)
     say(f"Measuring {model} in {precision} on {_device_title(before)}, TensorRT {before['tensorrt']}.")
     steps = [[group.name, group.width, group.granularity, group.min_width] for group in space.groups]
-    key = json.dumps([url, signature(space), precision, opset, steps])
+    key = json.dumps([FORMAT, url, signature(space), precision, opset, steps])
     work = cache_folder() / "profiles" / hashlib.sha256(key.encode()).hexdigest()[:20]
     with measuring_alone(cache_folder()):
         packed = work / f"{_BUNDLE}.tar.gz"
@@ -109,11 +108,9 @@ def profile_over_ssh(
                 space, example, work / _BUNDLE, device=url, model=model, precision=precision, opset=opset
             )
             for name in (MANIFEST, CHECKSUMS):
-                write_atomic(work / name, (written.folder / name).read_bytes())
-            write_atomic(
-                packed, pack(folder_files(written.folder), _BUNDLE, executable=frozenset(["run.sh"]))
-            )
-            shutil.rmtree(written.folder)
+                write_atomic(work / name, (written.path / name).read_bytes())
+            pack_bundle(written.path, packed)
+            shutil.rmtree(written.path)
         results = work / "results.tar.gz"
         if not results.is_file():
             networks = len(json.loads((work / MANIFEST).read_text())["networks"])
@@ -146,26 +143,19 @@ def measured_over_ssh(url: str, dense: bytes, slim: bytes, table: LatencyTable |
     with tempfile.TemporaryDirectory(prefix="compressor-ssh-") as name:
         work = Path(name)
         folder = work / _BUNDLE
-        write_timing_bundle(
-            folder,
-            [(DENSE, dense), (SLIM, slim)],
-            [DENSE, SLIM, DENSE],
-            target=target_of(url),
-            facts=dict,
-            profile=False,
-        )
-        packed = work / f"{_BUNDLE}.tar.gz"
-        packed.write_bytes(pack(folder_files(folder), _BUNDLE, executable=frozenset(["run.sh"])))
-        given = {name: (folder / name).read_bytes() for name in (MANIFEST, CHECKSUMS)}
-        _run(url, packed, work / "results.tar.gz", given[CHECKSUMS], 2 + 3 * PROTOCOL["processes"])
-        with _with_resume_hint(url, given[CHECKSUMS]):
-            timings = read_timings(work / "results.tar.gz", folder, given)
+        networks, order = [(DENSE, dense), (SLIM, slim)], [DENSE, SLIM, DENSE]
+        write_bundle(folder, networks, target=target_of(url), order=order, profile=False)
+        packed, results, sums = work / f"{_BUNDLE}.tar.gz", work / "results.tar.gz", (folder / CHECKSUMS).read_bytes()
+        pack_bundle(folder, packed)
+        _run(url, packed, results, sums, 2 + 3 * PROTOCOL["processes"])
+        with _with_resume_hint(url, sums):
+            timings = read_results(results, folder, "timing")
     if table is not None:
-        _require_same(table, _fields(timings.board))
+        _require_same(table, vars(timings.board))
     return _in_turns(timings)
 
 
-def _in_turns(timings: Timings) -> Timing:
+def _in_turns(timings: DeviceResults) -> Timing:
     """Convert the device's turns to sessions: in each, the slim process runs between two dense ones."""
     bursts: dict[str, dict[int, list[float]]] = {DENSE: {}, SLIM: {}}
     for name, turns in bursts.items():
@@ -193,7 +183,7 @@ def _run(url: str, packed: Path, results: Path, checksums: bytes, steps: int) ->
         def heard(line: str) -> None:
             if re.match(r"(turn|engine) \d+ of \d+", line):
                 progress.advance(1, line)
-            elif "not built" in line or "not measured" in line:
+            elif "-failed: " in line:
                 say(line)
             elif line.strip():
                 progress.advance(0, line)
@@ -225,15 +215,6 @@ def _identified(url: str) -> dict[str, str]:
 def _trtexec() -> str:
     """Return the path of trtexec on the device if the user has set it, else an empty string."""
     return os.environ.get("COMPRESSOR_TRTEXEC", "")
-
-
-def _fields(board: Board) -> dict[str, str]:
-    return {
-        "tensorrt": board.tensorrt,
-        "power_mode": board.power_mode,
-        "board": board.identity,
-        "model": board.model,
-    }
 
 
 def _differences(table: LatencyTable, now: Mapping[str, str]) -> str:

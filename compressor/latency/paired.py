@@ -20,7 +20,7 @@ from compressor.core.progress import bar
 from compressor.latency.ort_process import BurstProcess
 from compressor.latency.ratio import ERROR, LOOKS, Burst, PairSession, PairSessions, Ratio, error_at
 from export.convert.ort import runtime
-from export.engine.stats import LatencyStats, summarise
+from export.engine.bench import LatencyStats, summarise
 
 SHORTEST_S, LONGEST_S = 0.8, 4.0
 """Limits of the total burst time of one session, in seconds. Within them it equals the start-up time of its processes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,8 +27,7 @@ from compressor.latency.ort_profile import TaggedNetwork
 from compressor.latency.signature import Widths
 from export.convert.half import convert_half
 from export.convert.quantize import quantize_onnx
-from export.device.targets import TARGETS, Target
-from export.device.timing_bundle import write_timing_bundle
+from export.device.bundle import TARGETS, BundleInfo, Target, write_bundle
 from export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -79,15 +78,6 @@ class TableFacts(BaseModel):
     candidates: Annotated[dict[str, CandidateFields], Field(max_length=2000)]
 
 
-@dataclass(frozen=True)
-class WrittenBundle:
-    """A written bundle: its folder, number of networks and size in bytes."""
-
-    folder: Path
-    networks: int
-    size: int
-
-
 def target_of(device: str) -> Target:
     """Return the target of a device: that of a known module, else one that suits all newer modules."""
     return TARGETS.get(device, _UNKNOWN)
@@ -103,7 +93,7 @@ def write_table_bundle(
     precision: Precision,
     opset: int = 17,
     seed: int = 0,
-) -> WrittenBundle:
+) -> BundleInfo:
     """Write the bundle's folder; it appears completely or not at all.
 
     Args:
@@ -157,14 +147,14 @@ def write_table_bundle(
                 candidates=candidates,
             ).model_dump(mode="json")
 
-        size = write_timing_bundle(part, networks(), order, target=target, facts=facts)
+        written = write_bundle(part, networks(), target=target, order=order, facts=facts)
         try:
             if folder.is_dir():
                 folder.rmdir()
             part.rename(folder)
         except OSError as error:
             raise disk_error(folder, error) from error
-    return WrittenBundle(folder, len(rows), size)
+    return replace(written, path=folder)
 
 
 def refuse_taken(folder: Path) -> None:

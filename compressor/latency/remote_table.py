@@ -20,12 +20,8 @@ from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields, first
 from compressor.latency.signature import channels
 from compressor.latency.table import LatencyTable
 from compressor.pruning.counts import positions_of
-from export.device.archive import CHECKSUMS
-from export.device.timing_bundle import MANIFEST
-from export.device.timing_results import read_manifest, read_timings
-from export.device.timings import Timings
-from export.errors import ExportError
-from export.files import read_bytes, sha256_bytes
+from export.device.bundle import MANIFEST
+from export.device.results import DeviceResults, read_results
 
 NOISY, UNSTEADY = 0.15, 0.5
 """Drift of the dense network from which the user is warned, and from which a table is refused."""
@@ -48,27 +44,16 @@ def table_of_results(given: Path, device: str | None = None) -> LatencyTable:
         CompressorError, ExportError: Something is missing, damaged or inconsistent.
     """
     folder, results = _bundle_and_results(given)
-    files = _checked_manifest(folder)
-    manifest = read_manifest(files, folder)
+    timings = read_results(results, folder, "timing")
     try:
-        facts = TableFacts.model_validate(manifest["facts"])
-    except (KeyError, ValidationError) as error:
-        what = first_problem(error) if isinstance(error, ValidationError) else "its purpose is missing"
+        facts = TableFacts.model_validate(timings.facts)
+    except ValidationError as error:
         raise CompressorError(
-            f"{folder} is not a bundle for a latency table: {what}.",
+            f"{folder} is not a bundle for a latency table: {first_problem(error)}.",
             "Write one with: compress profile --bundle",
         ) from None
-    return table_of_timings(
-        facts, read_timings(results, folder, files), folder, device, sha256_bytes(files[CHECKSUMS])
-    )
-
-
-def table_of_timings(
-    facts: TableFacts, timings: Timings, source: Path, device: str | None, bundle: str
-) -> LatencyTable:
-    """Build the table from validated times."""
     layout = layout_of(facts.layout)
-    _require_consistent(facts, timings, source)
+    _require_consistent(facts, timings, folder)
     samples, mapped = _samples(facts, timings)
     dense = next(sample for name, sample in samples.items() if name == DENSE)
     _require_plausible(facts, dense)
@@ -99,7 +84,7 @@ def table_of_timings(
             f"every other one backwards, each for {timings.duration_s} s after {timings.warmup_s} s of warm-up; "
             f"{len(unseen)} more were held out; the dense network first and last in each turn; {how}"
         ),
-        sources=(f"bundle {bundle}", f"results {timings.digest}", f"board {board.identity}"),
+        sources=(f"bundle {timings.bundle}", f"results {timings.digest}", f"board {board.board}"),
     )
     return table_from(as_space(layout), [dense, *fitted, dense], unseen, drift, seconds, 0, provenance)
 
@@ -129,18 +114,7 @@ def _bundle_and_results(given: Path) -> tuple[Path, Path]:
     return folder, results
 
 
-def _checked_manifest(folder: Path) -> dict[str, bytes]:
-    """Read the manifest and the list of checksums, and verify the manifest's checksum."""
-    files = {name: read_bytes(folder / name, "file of the bundle") for name in (MANIFEST, CHECKSUMS)}
-    line = f"{sha256_bytes(files[MANIFEST])}  {MANIFEST}"
-    if line not in files[CHECKSUMS].decode("utf-8", errors="replace").splitlines():
-        raise ExportError(
-            f"{folder}: the checksum of {MANIFEST} does not match.", "Restore the bundle as it was written."
-        )
-    return files
-
-
-def _require_consistent(facts: TableFacts, timings: Timings, source: Path) -> None:
+def _require_consistent(facts: TableFacts, timings: DeviceResults, source: Path) -> None:
     layout = layout_of(facts.layout)
     groups, operators = len(layout.groups), len(layout.layers)
     wrong = [
@@ -167,7 +141,7 @@ def _require_consistent(facts: TableFacts, timings: Timings, source: Path) -> No
         say(f"{len(failed)} of {len(timings.networks)} networks could not be measured, and are skipped.")
 
 
-def _samples(facts: TableFacts, timings: Timings) -> tuple[dict[str, Sample], bool]:
+def _samples(facts: TableFacts, timings: DeviceResults) -> tuple[dict[str, Sample], bool]:
     """Return a sample for each measured network, and whether TensorRT's layers identified the operators."""
     layout = layout_of(facts.layout)
     names = [name for name in facts.candidates if not timings.networks[name].reason]
@@ -198,7 +172,7 @@ def _samples(facts: TableFacts, timings: Timings) -> tuple[dict[str, Sample], bo
     }, mapped  # fmt: skip
 
 
-def _drift(timings: Timings) -> float:
+def _drift(timings: DeviceResults) -> float:
     """Return the dense time at a turn's end over that at its start, minus one: the median of all turns."""
     turns: dict[int, list[tuple[int, float]]] = {}
     for turn in timings.networks[DENSE].turns:
@@ -244,7 +218,7 @@ def _require_plausible(facts: TableFacts, dense: Sample) -> None:
         )
 
 
-def _clocks(timings: Timings) -> str:
+def _clocks(timings: DeviceResults) -> str:
     """Describe the clocks that were read during the measurement, and the maximum that trtexec reported."""
     seen: dict[str, list[int]] = {}
     for each in timings.networks.values():

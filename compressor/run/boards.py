@@ -5,12 +5,10 @@ Each function yields lines for the user.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +17,7 @@ from compressor.core.progress import say
 from compressor.run.exports import Finished, Request, check
 from compressor.run.folder import RunDir
 from compressor.run.onnx_files import MODEL, drawn
-from export.device.targets import find_target
+from export.device.bundle import find_target
 
 REFERENCE_IMAGES = 8
 
@@ -36,8 +34,8 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
         wanted: Request whose precision is exported first if the run lacks it.
     """
     from export.convert.ort import open_session, run_session
+    from export.convert.parity import Reference
     from export.device.bundle import make_bundle
-    from export.engine.reference import Reference
 
     board = find_target(target)
     if wanted is not None:
@@ -118,7 +116,7 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
         CompressorError, ExportError: They do not, or a network failed on the board; the manifest then has the results
             of the other networks.
     """
-    from export.device.bundle_results import read_results
+    from export.device.results import read_results
 
     with closing(Finished.open(folder)) as finished:
         run = finished.run
@@ -127,10 +125,10 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
         entry = found.to_dict()
         others = [each for each in run.manifest.get("devices", []) if each != entry]
         run.save(devices=[*others, entry])
-        yield f"{found.board.get('model') or found.target}, TensorRT {found.board.get('tensorrt')}:"
-        for network in found.networks:
+        yield f"{found.board.model or found.target}, TensorRT {found.board.tensorrt}:"
+        for network in found.networks.values():
             yield f"  {network.describe()}"
-        failed = [network.name for network in found.networks if network.status != "ok"]
+        failed = [name for name, network in found.networks.items() if network.status != "ok"]
         if failed:
             raise CompressorError(
                 f"{len(failed)} of {len(found.networks)} networks failed on the board: {', '.join(failed)}.",
@@ -154,14 +152,11 @@ def _rest_of(path: Path) -> str:
 
 def _require_own(bundle: Path, run: RunDir) -> None:
     """Raise an error if a bundle belongs to another run."""
-    from export.device.archive import require_checksums, unpack
+    from export.device.bundle import open_bundle
 
-    files = unpack(bundle)
-    require_checksums(files, bundle)
     try:
-        described: Any = json.loads(files["bundle.json"])
-        name = described["facts"]["run"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+        name = open_bundle(bundle, "network").manifest["facts"]["run"]
+    except (KeyError, TypeError):
         raise CompressorError(f"{bundle} does not name its run.", "Create it again.") from None
     if name != run.name:
         raise CompressorError(

@@ -116,7 +116,7 @@ def device_precision(recipe: Recipe) -> Precision:
 
 def opset_of(recipe: Recipe, target: str | None = None) -> int:
     """Return the ONNX opset for a device: the recipe's, or a lower one if the board's TensorRT needs it."""
-    from export.device.targets import TARGETS, find_target
+    from export.device.bundle import TARGETS, find_target
 
     board = find_target(target) if target else TARGETS.get(recipe.device)
     return min(recipe.export.opset, board.opset) if board else recipe.export.opset

@@ -18,8 +18,8 @@ from compressor.run.inputs import load_images
 from compressor.run.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, drawn, metadata_of
 from compressor.run.precisions import record, write_precision
 from export.convert.batches import ONE, Batch
-from export.device.targets import find_target
-from export.engine.build_settings import BuildSettings
+from export.device.bundle import find_target
+from export.engine.engine import BuildSettings
 from export.files import read_bytes, write_bytes
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def _engine(finished: Finished, onnx: Path, request: Request) -> Generator[str, 
 def _program(finished: Finished, request: Request) -> tuple[Path, list[str]]:
     import torch
 
-    from export.convert.torch_formats import check_loaded, export_program, load_program
+    from export.convert.program import check_loaded, export_program, load_program
 
     example, model, batch = torch.zeros(1, *finished.data.input_shape), finished.model, request.batch
     path = finished.run.file(".".join(part for part in ("model", batch.label, "pt2") if part))
@@ -282,7 +282,7 @@ def _program(finished: Finished, request: Request) -> tuple[Path, list[str]]:
     record(finished.run, path.name.removeprefix("model."), entry, [])
     return path, [
         f"Wrote {path}: {info.size / 1e6:.2f} MB; largest difference {parity.max_abs:.1e}.",
-        f"Load it with export.convert.torch_formats.load_program({path.name!r}).",
+        f"Load it with export.convert.program.load_program({path.name!r}).",
     ]
 
 

@@ -87,7 +87,7 @@ def _closing_notes(manifest: Mapping[str, Any], job: Job, plan: ChannelPlan) -> 
 
 def _on_the_device(run: RunDir, recipe: Recipe) -> Iterator[str]:
     """Yield the command that brings the network to a board that this run could not reach."""
-    from export.device.targets import TARGETS
+    from export.device.bundle import TARGETS
 
     if recipe.device in TARGETS:
         yield (

@@ -15,7 +15,7 @@ from compressor.run.folder import RunDir
 if TYPE_CHECKING:
     from compressor.data import DataBundle, Split
     from compressor.recipe import Recipe
-    from export.engine.build_settings import BuildSettings
+    from export.engine.engine import BuildSettings
 
 MODEL = "model.onnx"
 DENSE = "checkpoints/dense.onnx"
@@ -36,7 +36,7 @@ def scored(path: Path, data: DataBundle) -> tuple[float, int]:
     """
     import torch
 
-    from export.convert.accuracy import accuracy_onnx
+    from export.convert.ort import accuracy_onnx
 
     seen = 0
 
@@ -86,8 +86,8 @@ def build_engine_of(
     Raises:
         ExportError: There is no engine although `must` is set.
     """
-    from export.engine.engine import available, why_not
-    from export.engine.engine_cache import cached_engine
+    from export.engine.engine import cached_engine
+    from export.engine.trt import available, why_not
     from export.errors import ExportError
 
     if available() is None and not must:

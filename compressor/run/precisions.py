@@ -113,7 +113,8 @@ def _int8(
 ) -> dict[str, Any]:
     import torch
 
-    from export.convert.accuracy import accuracy_onnx, quantize_within
+    from export.convert.ort import accuracy_onnx
+    from export.convert.quantize import quantize_within
 
     calibration, labels = drawn(data.train, CALIBRATION_IMAGES, seed)
     judging, threads = [drawn(data.search, JUDGING_IMAGES, seed)], torch.get_num_threads()
@@ -150,7 +151,8 @@ def _problem(
     facts: dict[str, Any],
 ) -> str:
     """Describe what is wrong with a file compared with the FP32 one, or return ""; fill `facts` with its scores."""
-    from export.convert.parity import AGREEMENTS, TOLERANCES, compare_outputs, onnx_outputs, require
+    from export.convert.ort import onnx_outputs
+    from export.convert.parity import AGREEMENTS, TOLERANCES, compare_outputs, require
     from export.errors import ExportError
 
     images, _ = drawn(data.test, COMPARED_IMAGES, seed)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.convert.onnx_header import parse_header, require_known_opset
-from export.convert.ranges import FLOAT, largest_values, value_types
+from export.convert.onnx_header import OnnxHeader, parse_header, require_known_opset
+from export.convert.ort import open_session, run_session
 from export.convert.tidy import write_metadata
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
@@ -21,7 +21,7 @@ from export.files import read_bytes, sha256_bytes, write_bytes
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-HALF = 10  # TensorProto.FLOAT16
+FLOAT, HALF = 1, 10  # TensorProto
 LARGEST_HALF = 65504.0
 HEADROOM = 2.0
 """A value above the largest half divided by this factor counts as overflow."""
@@ -80,12 +80,7 @@ def convert_half(
     """
     import onnx
 
-    content = read_bytes(Path(source), "ONNX file")
-    header = parse_header(content, str(source))
-    require_known_opset(header, str(source))
-    if header.precision != "fp32":
-        raise ExportError(f"{source} is {header.precision}; an FP32 file was expected.")
-    proto = onnx.load_model_from_string(content)
+    proto, header = open_fp32(source)
     names = {node.name for node in proto.graph.node}
     unknown = sorted(set(keep) - names)
     if unknown:
@@ -107,6 +102,22 @@ def convert_half(
         converted=converted,
         kept=tuple(Kept(name, kept[name]) for name in sorted(kept)),
     )
+
+
+def open_fp32(source: str | Path) -> tuple[Any, OnnxHeader]:
+    """Load an FP32 ONNX file: its model and its header.
+
+    Raises:
+        ExportError: the file is missing or damaged, has a newer opset than any TensorRT reads, or is not FP32.
+    """
+    import onnx
+
+    content = read_bytes(Path(source), "ONNX file")
+    header = parse_header(content, str(source))
+    require_known_opset(header, str(source))
+    if header.precision != "fp32":
+        raise ExportError(f"{source} is {header.precision}; an FP32 file was expected.")
+    return onnx.load_model_from_string(content), header
 
 
 def overflowing(proto: Any, inputs: npt.NDArray[Any] | None, *, threads: int = 1) -> dict[str, str]:
@@ -261,3 +272,55 @@ class _Converter:
 
         self.nodes.append(helper.make_node("Cast", [name], [label], name=f"/Cast/{label}", to=kind))
         return label
+
+
+def value_types(proto: Any) -> dict[str, int]:
+    """Infer the element type of every value of the graph, including initialisers.
+
+    Raises:
+        ExportError: ONNX cannot infer the types.
+    """
+    import onnx
+
+    try:
+        inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise ExportError(f"The types of the network's values cannot be inferred: {error}.") from error
+    graph = inferred.graph
+    types = {
+        value.name: int(value.type.tensor_type.elem_type)
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+    types.update({tensor.name: int(tensor.data_type) for tensor in graph.initializer})
+    return types
+
+
+def largest_values(proto: Any, inputs: npt.NDArray[Any], *, threads: int = 1) -> dict[str, float]:
+    """Measure the maximum absolute value of each float value of the graph on `inputs` (N, C, H, W).
+
+    Raises:
+        ExportError: the network cannot be run on these inputs.
+    """
+    import numpy as np
+    import onnx
+
+    types = value_types(proto)
+    watched = type(proto)()
+    watched.CopyFrom(proto)
+    given = {value.name for value in watched.graph.output}
+    made = [name for node in watched.graph.node for name in node.output if name]
+    for name in made:
+        if name not in given and types.get(name) == FLOAT:
+            watched.graph.output.append(onnx.helper.make_tensor_value_info(name, FLOAT, None))
+    session = open_session(watched.SerializeToString(), threads=threads, optimise=False)
+    names = [value.name for value in session.get_outputs()]
+    wanted = session.get_inputs()[0]
+    size = wanted.shape[0] if isinstance(wanted.shape[0], int) else 1
+    largest = dict.fromkeys((wanted.name, *names), 0.0)
+    for start in range(0, len(inputs) - len(inputs) % size, size):
+        chunk = np.ascontiguousarray(inputs[start : start + size], dtype=np.float32)
+        largest[wanted.name] = max(largest[wanted.name], float(np.abs(chunk).max()))
+        for name, value in zip(names, run_session(session, {wanted.name: chunk})):
+            if value.dtype == np.float32 and value.size:
+                largest[name] = max(largest[name], float(np.abs(value).max()))
+    return largest

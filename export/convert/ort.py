@@ -1,13 +1,15 @@
-"""ONNX Runtime sessions with fixed thread counts, and ONNX Runtime's errors as `ExportError`."""
+"""Runs ONNX files with ONNX Runtime: sessions with fixed thread counts, outputs, and top-1 accuracy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Union
 
+from export.convert.batches import open_file
 from export.errors import ExportError
+from export.files import read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +29,10 @@ _TYPES = {
     "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
+_MOST = 64  # largest batch of `accuracy_onnx`
+_VALUES = 1 << 20  # input values of its largest batch: more than the CPU caches hold are slower per input
+_CHECKED_ON = 8
+_SAME = 1e-4  # of the largest output: rounding, which depends on the blocking of matrix products
 
 
 def runtime() -> ModuleType:
@@ -135,3 +141,112 @@ def first_line(error: BaseException) -> str:
     """The first line of a library's error message, without the final dot."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def portions(count: int, fixed: int | None) -> list[tuple[int, int]]:
+    """Split `count` inputs into runs: the first input and the number of inputs of each run.
+
+    Args:
+        count: Number of all inputs.
+        fixed: Batch size of a run; None for a dynamic batch: 1, then 3, then up to 64, so that a graph that is right
+            for only one batch size is detected.
+
+    >>> portions(5, 2), portions(70, None)
+    ([(0, 2), (2, 2), (4, 2)], [(0, 1), (1, 3), (4, 64), (68, 2)])
+    """
+    if fixed is not None:
+        return [(start, fixed) for start in range(0, count, fixed)]
+    starts = [0, 1, *range(4, count, 64)]
+    return [(start, end - start) for start, end in zip(starts, [*starts[1:], count]) if start < count]
+
+
+def padded(chunk: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
+    """Repeat the last input until there are `size` inputs."""
+    import numpy as np
+
+    return np.concatenate([chunk, np.repeat(chunk[-1:], size - len(chunk), axis=0)])
+
+
+def onnx_outputs(
+    path: str | Path | bytes, inputs: npt.NDArray[Any], *, threads: int = 1
+) -> list[npt.NDArray[np.float32]]:
+    """Compute the outputs of an ONNX file for `inputs` (N, C, H, W) with ONNX Runtime: one array for each output.
+
+    A file with a fixed batch runs in batches of that size, the last one padded with its last input; a file with a
+    dynamic batch runs as `portions` splits the inputs.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the file, or the inputs have the wrong shape.
+    """
+    import numpy as np
+
+    session = open_session(path, threads=threads)
+    wanted = session.get_inputs()
+    if len(wanted) != 1:
+        raise ExportError(f"{describe(path)} has {len(wanted)} inputs, expected one.")
+    if len(inputs) == 0:
+        raise ExportError("Outputs need at least one input, got none.")
+    declared = wanted[0].shape[0]
+    parts: list[list[npt.NDArray[Any]]] = []
+    for start, size in portions(len(inputs), declared if isinstance(declared, int) else None):
+        chunk = np.ascontiguousarray(inputs[start : start + size], dtype=np.float32)
+        outputs = run_session(session, {wanted[0].name: padded(chunk, size)})
+        parts.append([value[: len(chunk)] for value in outputs])
+    return [np.concatenate(column) for column in zip(*parts)]
+
+
+def accuracy_onnx(path: str | Path, batches: Iterable[tuple[Any, Any]], *, threads: int = 1) -> float:
+    """Measure the top-1 accuracy of a file, 0 to 1.
+
+    Args:
+        path: The file.
+        batches: Inputs (N, C, H, W) and labels (N,), as arrays or tensors, in batches of any size.
+        threads: Threads of ONNX Runtime.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the file, an input has the wrong shape, or there are no inputs.
+    """
+    import numpy as np
+
+    session = open_session(path, threads=threads)
+    runs = False  # whether `session` was selected
+    right = total = 0
+    for inputs, labels in batches:
+        images, classes = np.asarray(inputs, dtype=np.float32), np.asarray(labels)
+        if not runs and len(images):
+            session, runs = _for_many(path, session, images[:_CHECKED_ON], threads), True
+        wanted = session.get_inputs()[0]
+        fixed = isinstance(wanted.shape[0], int)
+        size = wanted.shape[0] if fixed else max(1, min(_MOST, _VALUES // max(1, images[:1].size)))
+        for start in range(0, len(images), size):
+            chunk = images[start : start + size]
+            given = padded(chunk, size) if fixed else chunk
+            scores = run_session(session, {wanted.name: given})[0][: len(chunk)]
+            right += int((scores.argmax(axis=1) == classes[start : start + size]).sum())
+        total += len(images)
+    if total == 0:
+        raise ExportError("Accuracy needs at least one input, got none.")
+    return right / total
+
+
+def _for_many(path: str | Path, session: Any, images: Any, threads: int) -> Any:
+    """A session of the file with a dynamic batch and the same outputs; `session` if there is none.
+
+    The batch of a file with batch size 1 is made dynamic in memory, with the reshapes that depend on it. The result is
+    used only if its outputs for a batch of real inputs equal those for each input alone.
+    """
+    import numpy as np
+
+    wanted = session.get_inputs()[0]
+    if wanted.shape[0] != 1 or len(images) < 2:
+        return session
+    try:
+        many = open_session(open_file(read_bytes(Path(path), "ONNX file")), threads=threads)
+        together = run_session(many, {wanted.name: images})[0]
+    except ExportError:
+        return session
+    alone = np.concatenate([run_session(session, {wanted.name: image[None]})[0] for image in images])
+    if together.shape != alone.shape:
+        return session
+    largest = max(float(np.abs(alone).max()), 1.0)
+    return many if float(np.abs(together - alone).max()) <= _SAME * largest else session

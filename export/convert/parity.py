@@ -8,16 +8,17 @@ The comparison needs only numpy, so that a device uses the same one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.convert.ort import describe, open_session, run_session
 from export.errors import ExportError
+from export.files import read_bytes
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1.0}
@@ -130,6 +131,11 @@ def require(parity: Parity, what: str, *, min_agreement: float = 0.0) -> Parity:
     return parity
 
 
+def worst(found: Sequence[Parity]) -> Parity:
+    """The parity with the largest difference relative to the allowed one."""
+    return max(found, key=lambda parity: (parity.max_abs / parity.allowed, -parity.top1_agreement))
+
+
 def gross_difference(
     reference: Sequence[npt.NDArray[Any]], candidate: Sequence[npt.NDArray[Any]], count: int
 ) -> str | None:
@@ -148,54 +154,59 @@ def gross_difference(
     return None
 
 
-def portions(count: int, fixed: int | None) -> list[tuple[int, int]]:
-    """Split `count` inputs into runs: the first input and the number of inputs of each run.
+@dataclass(frozen=True)
+class Reference:
+    """Inputs (N, C, H, W) and the FP32 network's outputs for them (N, ...)."""
 
-    Args:
-        count: Number of all inputs.
-        fixed: Batch size of a run; None for a dynamic batch: 1, then 3, then up to 64, so that a graph that is right
-            for only one batch size is detected.
-
-    >>> portions(5, 2), portions(70, None)
-    ([(0, 2), (2, 2), (4, 2)], [(0, 1), (1, 3), (4, 64), (68, 2)])
-    """
-    if fixed is not None:
-        return [(start, fixed) for start in range(0, count, fixed)]
-    starts = [0, 1, *range(4, count, 64)]
-    return [(start, end - start) for start, end in zip(starts, [*starts[1:], count]) if start < count]
+    inputs: npt.NDArray[Any]
+    outputs: npt.NDArray[Any]
 
 
-def onnx_outputs(
-    path: str | Path | bytes, inputs: npt.NDArray[Any], *, threads: int = 1
-) -> list[npt.NDArray[np.float32]]:
-    """Compute the outputs of an ONNX file for `inputs` (N, C, H, W) with ONNX Runtime: one array for each output.
-
-    A file with a fixed batch runs in batches of that size, the last one padded with its last input; a file with a
-    dynamic batch runs as `portions` splits the inputs.
+def read_reference(path: str | Path) -> Reference:
+    """Read a reference: an `.npz` file with `inputs` (N, C, H, W) and the FP32 network's `outputs` (N, ...).
 
     Raises:
-        ExportError: ONNX Runtime cannot load the file, or the inputs have the wrong shape.
+        ExportError: the file is missing, damaged, or not a reference.
     """
     import numpy as np
 
-    session = open_session(path, threads=threads)
-    wanted = session.get_inputs()
-    if len(wanted) != 1:
-        raise ExportError(f"{describe(path)} has {len(wanted)} inputs, expected one.")
-    if len(inputs) == 0:
-        raise ExportError("Outputs need at least one input, got none.")
-    declared = wanted[0].shape[0]
-    parts: list[list[npt.NDArray[Any]]] = []
-    for start, size in portions(len(inputs), declared if isinstance(declared, int) else None):
-        chunk = np.ascontiguousarray(inputs[start : start + size], dtype=np.float32)
-        missing = size - len(chunk)
-        if missing:
-            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
-        outputs = run_session(session, {wanted[0].name: chunk})
-        parts.append([value[: size - missing] for value in outputs])
-    return [np.concatenate([part[index] for part in parts]) for index in range(len(parts[0]))]
+    content = read_bytes(Path(path), "reference file")
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            reference = Reference(inputs=arrays["inputs"], outputs=arrays["outputs"])
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as error:
+        raise ExportError(f"{path} is not a reference: {error}.", "Copy it again.") from error
+    if len(reference.inputs) != len(reference.outputs) or reference.inputs.ndim < 2:
+        raise ExportError(f"{path} is not a reference: its inputs and outputs differ in number.")
+    return reference
 
 
-def worst(found: Sequence[Parity]) -> Parity:
-    """The parity with the largest difference relative to the allowed one."""
-    return max(found, key=lambda parity: (parity.max_abs / parity.allowed, -parity.top1_agreement))
+def verify(
+    run: Callable[[npt.NDArray[Any]], npt.NDArray[Any]],
+    reference: Reference,
+    what: str,
+    *,
+    precision: str,
+    tolerance: float | None = None,
+    min_agreement: float | None = None,
+) -> Parity:
+    """Run a network on the reference's inputs and compare its outputs.
+
+    Args:
+        run: Inputs (N, C, H, W) -> outputs (N, ...).
+        reference: The expected outputs.
+        what: The network's name in messages.
+        precision: "fp32", "fp16" or "int8"; it determines the limits.
+        tolerance, min_agreement: Other limits than those of the precision.
+
+    Raises:
+        ExportError: the outputs differ by more than is allowed.
+    """
+    parity = compare_outputs(
+        reference.outputs,
+        run(reference.inputs),
+        tolerance=TOLERANCES[precision] if tolerance is None else tolerance,
+    )
+    # with few inputs, a single one would exceed the share that may differ
+    least = AGREEMENTS[precision] if min_agreement is None else min_agreement
+    return require(parity, what, min_agreement=min(least, 1 - 1 / len(reference.inputs)))

@@ -15,29 +15,35 @@ import contextlib
 import io
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
-from export.convert.half import half_rest
-from export.convert.onnx_header import OnnxHeader, parse_header, require_known_opset
-from export.convert.ort import first_line, ort_errors
+from export.convert.half import half_rest, open_fp32
+from export.convert.onnx_header import OnnxHeader
+from export.convert.ort import first_line, onnx_outputs, ort_errors
 from export.convert.tidy import write_metadata
 from export.errors import ExportError
-from export.files import read_bytes, sha256_bytes, write_bytes
+from export.files import sha256_bytes, write_bytes
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-METHODS = ("minmax", "entropy", "percentile")
 RESTS = ("fp32", "fp16")
 PERCENTILE = 99.99
-_CHUNK = 16
+_CHUNK = 16  # batches at a time, which bounds the memory of the network's activations
+_JUDGED_ON = 16  # inputs on which the effect of single nodes is measured
 _OVERFLOW_INPUTS = 32  # for the detection of FP16 overflow
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _KINDS = [*_WEIGHTED, "Add"]
 _BINS = 512  # histogram bins of "entropy": the time grows with their square
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "minmax": ("MinMax", {}),
+    "entropy": ("Entropy", {"num_bins": _BINS, "num_quantized_bins": 128}),
+    "percentile": ("Percentile", {"num_bins": 2048}),
+}
+"""Calibration methods: ONNX Runtime's name and its options."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +101,14 @@ def quantize_onnx(
         raise ExportError(f"The other nodes compute in {' or '.join(RESTS)}, not in {rest!r}.")
     if method not in METHODS:
         raise ExportError(f"Calibration method {method!r} is unknown: expected one of {', '.join(METHODS)}.")
-    content = read_bytes(Path(source), "ONNX file")
-    header = parse_header(content, str(source))
-    require_known_opset(header, str(source))
-    if header.precision != "fp32":
-        raise ExportError(f"{source} is {header.precision}; an FP32 file was expected.")
+    proto, header = open_fp32(source)
     inputs = check_calibration(calibration, header)
-    proto = onnx.load_model_from_string(content)
     able = quantisable(proto)
     if not able:
         raise ExportError(f"{source} has no convolution, product or residual sum to quantise.")
-    _check_names(str(source), (*keep, *(only or ())), {node.name for node in header.nodes})
+    unknown = sorted({*keep, *(only or ())} - {node.name for node in header.nodes})
+    if unknown:
+        raise ExportError(f"{source} has no node {unknown[0]}.")
     wanted = set(able if only is None else only) - set(keep)
     chosen = [name for name in able if name in wanted]
     if not chosen:
@@ -113,7 +116,13 @@ def quantize_onnx(
     made = Calibrated(proto, header.inputs[0], inputs, method, percentile).quantise(chosen)
     if rest == "fp16":
         half_rest(made, inputs[:_OVERFLOW_INPUTS])
-    _describe(made, header, method, len(inputs), [name for name in able if name not in chosen], rest)
+    kept = [name for name in able if name not in chosen]
+    facts: dict[str, Any] = {
+        **header.metadata, "precision": "int8", "rest": rest,
+        "calibration": {"method": method, "samples": len(inputs)},
+    }  # fmt: skip
+    write_metadata(made, {**facts, "float_nodes": kept} if kept else facts)
+    made.producer_name, _, made.producer_version = header.producer.partition(" ")
     onnx.checker.check_model(made, full_check=True)
     written = made.SerializeToString(deterministic=True)
     write_bytes(Path(target), written)
@@ -124,18 +133,8 @@ def quantize_onnx(
         method=method,
         samples=len(inputs),
         quantised=tuple(chosen),
-        kept=tuple(name for name in able if name not in chosen),
+        kept=tuple(kept),
     )
-
-
-def _describe(made: Any, header: OnnxHeader, method: str, samples: int, kept: list[str], rest: str) -> None:
-    """Add the facts of the quantisation to the metadata of the source file."""
-    facts: dict[str, Any] = dict(header.metadata)
-    facts.update(precision="int8", rest=rest, calibration={"method": method, "samples": samples})
-    if kept:
-        facts["float_nodes"] = kept
-    write_metadata(made, facts)
-    made.producer_name, _, made.producer_version = header.producer.partition(" ")
 
 
 def quantisable(proto: Any) -> list[str]:
@@ -182,12 +181,6 @@ def check_calibration(calibration: Any, header: OnnxHeader) -> npt.NDArray[np.fl
     return inputs
 
 
-def _check_names(source: str, asked: Iterable[str], known: set[str]) -> None:
-    unknown = sorted(set(asked) - known)
-    if unknown:
-        raise ExportError(f"{source} has no node {unknown[0]}.")
-
-
 class Calibrated:
     """A network with calibrated activation ranges, of which any subset of nodes can be quantised.
 
@@ -212,16 +205,9 @@ class Calibrated:
         if len(inputs) < batch:
             raise ExportError(f"The network takes {batch} inputs at a time, got {len(inputs)} in all.")
         self.proto = proto
-        options = {
-            "minmax": {"symmetric": True},
-            "entropy": {"num_bins": _BINS, "num_quantized_bins": 128, "symmetric": True},
-            "percentile": {"num_bins": 2048, "percentile": percentile, "symmetric": True},
-        }
-        kinds = {
-            "minmax": CalibrationMethod.MinMax,
-            "entropy": CalibrationMethod.Entropy,
-            "percentile": CalibrationMethod.Percentile,
-        }
+        kind, options = METHODS[method]
+        if method == "percentile":
+            options = {**options, "percentile": percentile}
         with tempfile.TemporaryDirectory(prefix="quantise.") as folder, _silenced():
             given = Path(folder) / "given.onnx"
             onnx.save(proto, given)
@@ -230,10 +216,9 @@ class Calibrated:
                     given,
                     _KINDS,
                     augmented_model_path=str(Path(folder) / "augmented.onnx"),
-                    calibrate_method=kinds[method],
-                    extra_options=options[method],
+                    calibrate_method=CalibrationMethod[kind],
+                    extra_options={**options, "symmetric": True},
                 )
-                # chunks bound the memory of the network's activations
                 for start in range(0, len(inputs) - batch + 1, batch * _CHUNK):
                     calibrator.collect_data(_Reader(name, inputs[start : start + batch * _CHUNK], batch))
                 self.ranges = calibrator.compute_data()
@@ -294,3 +279,122 @@ def _silenced() -> Iterator[None]:
     """Suppress the progress output of the calibrators."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
+
+
+@dataclass(frozen=True)
+class WithinInfo:
+    """The result of `quantize_within`.
+
+    Attributes:
+        quant: The INT8 file.
+        before, after: Scores of the FP32 file and of the INT8 file.
+        all_int8: Score with all nodes in INT8.
+    """
+
+    quant: QuantInfo
+    before: float
+    after: float
+    all_int8: float
+
+
+def quantize_within(
+    source: str | Path,
+    target: str | Path,
+    calibration: npt.NDArray[Any],
+    score: Callable[[Path], float],
+    *,
+    max_drop: float,
+    method: str = "minmax",
+    percentile: float = PERCENTILE,
+    rest: str = "fp32",
+) -> WithinInfo:
+    """Quantise to INT8 with at most `max_drop`, keeping as few of the most sensitive nodes in float as possible.
+
+    Args:
+        source, target, calibration, method, percentile, rest: As in `quantize_onnx`.
+        score: Returns the accuracy of a file, 0 to 1, such as `accuracy_onnx` on the test split.
+        max_drop: Maximum drop of the score against the FP32 file, 0 to 1.
+
+    Raises:
+        ExportError: as `quantize_onnx`, or no choice of nodes is within `max_drop`; `target` is then unchanged.
+    """
+    if not 0 <= max_drop < 1:
+        raise ExportError(f"The maximum drop must be from 0 to below 1, got {max_drop}.")
+    goal = Path(target)
+    trial = goal.with_name(f".{goal.name}.trial")
+    before = score(Path(source))
+
+    def attempt(keep: list[str]) -> tuple[QuantInfo, float]:
+        info = quantize_onnx(
+            source, trial, calibration, method=method, percentile=percentile, keep=keep, rest=rest
+        )
+        return info, score(trial)
+
+    try:
+        info, all_int8 = attempt([])
+        after = all_int8
+        if before - after > max_drop:
+            ranked = sensitivities(source, calibration, method=method, percentile=percentile)
+            info, after = _fewest([name for name, _ in ranked], attempt, before - max_drop)
+        write_bytes(goal, trial.read_bytes())
+    finally:
+        if trial.exists():
+            trial.unlink()
+    return WithinInfo(quant=replace(info, path=goal), before=before, after=after, all_int8=all_int8)
+
+
+def _fewest(
+    ranked: list[str], attempt: Callable[[list[str]], tuple[QuantInfo, float]], least: float
+) -> tuple[QuantInfo, float]:
+    """Keep 1, 2, 4, ... of the most sensitive nodes until the score suffices, then bisect for the fewest."""
+    low, high = 0, 1
+    best, tried = 0.0, 0
+    while True:
+        count = min(high, len(ranked) - 1)
+        if count <= tried:
+            raise ExportError(
+                f"INT8 reaches an accuracy of {best:.2%} at best, with {tried} of {len(ranked)} nodes in float; "
+                f"at least {least:.2%} is required.",
+                "Allow a larger drop, calibrate on more inputs or by percentile, or use FP16.",
+            )
+        info, after = attempt(ranked[:count])
+        tried = count
+        best = max(best, after)
+        if after >= least:
+            break
+        low, high = count, high * 2
+    high = count
+    while high - low > 1:
+        middle = (low + high) // 2
+        fewer, reached = attempt(ranked[:middle])
+        if reached >= least:
+            high, info, after = middle, fewer, reached
+        else:
+            low = middle
+    return attempt(ranked[:high]) if len(info.kept) != high else (info, after)
+
+
+def sensitivities(
+    source: str | Path,
+    calibration: npt.NDArray[Any],
+    *,
+    method: str = "minmax",
+    percentile: float = PERCENTILE,
+) -> list[tuple[str, float]]:
+    """Rank nodes by the effect of quantising each alone: (node, mean absolute output difference), largest first.
+
+    Raises:
+        ExportError: as `quantize_onnx`.
+    """
+    import numpy as np
+
+    proto, header = open_fp32(source)
+    inputs = check_calibration(calibration, header)
+    calibrated = Calibrated(proto, header.inputs[0], inputs, method, percentile)
+    judged = inputs[:_JUDGED_ON]
+    exact = onnx_outputs(proto.SerializeToString(), judged)[0]
+    moved: list[tuple[str, float]] = []
+    for name in quantisable(proto):
+        single = calibrated.quantise([name]).SerializeToString()
+        moved.append((name, float(np.abs(onnx_outputs(single, judged)[0] - exact).mean())))
+    return sorted(moved, key=lambda entry: (-entry[1], entry[0]))

@@ -1,12 +1,12 @@
 """Exports a torch module to an ONNX file that TensorRT 8.0 to 11 can read.
 
-This module, `rewrites` and `torch_formats` are the only ones of the package that import torch.
+This module, `rewrites` and `program` are the only ones of the package that import torch.
 
 It uses the tracing exporter instead of the newer one based on `torch.export`. The newer one writes opset 18 or higher
 and lowers it with a converter that fails on the mean over axes of a global pooling, while TensorRT 8.0 and 8.2 read
 opsets up to 13, and 8.4 to 8.6 up to 17. The tracing exporter writes opsets 13 and 17 directly, names nodes after
 their modules, folds batch norms into convolutions, and takes 0.2 s instead of 2.5 s. `rewrites` replaces operations
-that it cannot write; `open_batch` handles batch sizes that it turns into constants. Its files are sometimes wrong, so
+that it cannot write; `batches` handles batch sizes that it turns into constants. Its files are sometimes wrong, so
 each file is compared with the module before it is written.
 """
 
@@ -28,16 +28,14 @@ import torch
 from torch import nn
 from torch.jit._trace import TracerWarning
 
-from export.convert.open_batch import SIZES, NotOpen, generalise
-from export.convert.ort import first_line, open_session, run_session
+from export.convert.batches import SIZES, NotOpen, generalise
+from export.convert.ort import first_line, onnx_outputs, open_session, portions, run_session
 from export.convert.parity import (
     AGREEMENTS,
     TOLERANCES,
     Parity,
     compare_outputs,
     gross_difference,
-    onnx_outputs,
-    portions,
     require,
     worst,
 )

@@ -49,11 +49,6 @@ def pack(files: Mapping[str, bytes], folder: str, *, executable: frozenset[str] 
     return buffer.getvalue()
 
 
-def checksums(files: Mapping[str, bytes]) -> bytes:
-    """The checksums of `files` in the format of `sha256sum -c`."""
-    return "".join(f"{sha256_bytes(files[name])}  {name}\n" for name in sorted(files)).encode()
-
-
 def unpack(path: str | Path, *, largest: int = LARGEST) -> dict[str, bytes]:
     """Read the files of a `.tar.gz` or a folder into memory, by their names below its top folder.
 
@@ -66,7 +61,7 @@ def unpack(path: str | Path, *, largest: int = LARGEST) -> dict[str, bytes]:
             folder.
     """
     source = Path(path)
-    too_large = ExportError(f"{source} unpacks to more than {largest >> 20} MB or {MOST_MEMBERS:,} files.")
+    too_large = _too_large(source, largest)
     if source.is_dir():
         items = [item for item in sorted(source.rglob("*")) if item.is_file() and not item.is_symlink()]
         if sum(item.stat().st_size for item in items) > largest:
@@ -89,6 +84,10 @@ def unpack(path: str | Path, *, largest: int = LARGEST) -> dict[str, bytes]:
     if not files:
         raise ExportError(f"{source} is empty.")
     return files
+
+
+def _too_large(source: str | Path, largest: int) -> ExportError:
+    return ExportError(f"{source} unpacks to more than {largest >> 20} MB or {MOST_MEMBERS:,} files.")
 
 
 def json_object(files: Mapping[str, bytes], name: str, source: str | Path) -> dict[str, Any]:
@@ -123,7 +122,7 @@ def top_folder(path: str | Path) -> str:
     content = read_bytes(Path(path), "archive", LARGEST)
     try:
         if not _is_modest(content, LARGEST):
-            raise ExportError(f"{path} unpacks to more than {LARGEST >> 20} MB or {MOST_MEMBERS:,} files.")
+            raise _too_large(path, LARGEST)
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             first = archive.next()
     except _DAMAGED as error:
@@ -174,8 +173,13 @@ def _own_name(member: tarfile.TarInfo, source: Path) -> str:
     return "/".join(below)
 
 
-def require_checksums(files: Mapping[str, bytes], source: str | Path) -> None:
+def require_checksums(files: Mapping[str, bytes], source: str | Path, *, whole: bool = True) -> None:
     """Check the files against their list of checksums.
+
+    Args:
+        files: The files by name, among them the list.
+        source: Their archive or folder, for messages.
+        whole: Whether every listed file must be there.
 
     Raises:
         ExportError: the list is missing or unreadable, or a file is missing, differs, or is not listed.
@@ -190,13 +194,15 @@ def require_checksums(files: Mapping[str, bytes], source: str | Path) -> None:
         if not separator or len(digest) != 64:
             raise ExportError(f"{source}: {CHECKSUMS} has a line that sha256sum does not write: {line[:80]!r}.")
         listed[name] = digest
-    for name, digest in listed.items():
-        if name not in files:
-            raise ExportError(f"{source} has no {name}.", "Copy all of it again.")
-        if sha256_bytes(files[name]) != digest:
+    missing = [name for name in listed if name not in files]
+    if whole and missing:
+        raise ExportError(f"{source} has no {missing[0]}.", "Copy all of it again.")
+    for name, content in files.items():
+        if name == CHECKSUMS:
+            continue
+        if name not in listed:
+            raise ExportError(f"{source} has a file without a checksum: {name}.")
+        if sha256_bytes(content) != listed[name]:
             raise ExportError(
                 f"{source}: the checksum of {name} does not match.", "Copy all of it again."
             )
-    unlisted = sorted(set(files) - set(listed) - {CHECKSUMS})
-    if unlisted:
-        raise ExportError(f"{source} has a file without a checksum: {unlisted[0]}.")

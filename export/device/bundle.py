@@ -1,32 +1,98 @@
-"""Writes a bundle for a Jetson, a single archive: networks, reference outputs, a script and checksums.
+"""Writes bundles: networks, a script, a manifest and checksums, which a device with trtexec builds and measures.
+
+There are two kinds. A "network" bundle has one network in several precisions and reference outputs, with which the
+device verifies its engines; it is a single archive. A "timing" bundle has many networks to time for a latency table; it
+is a folder. Their weights are random, so that nothing is verified.
 
     make_bundle("slim.tar.gz", [Path("model.onnx"), Path("model.fp16.onnx")], reference, target="jetson-nano")
+    write_bundle(Path("bundle"), networks, target=TARGETS["jetson-nano"], order=["dense", "n01", "n02", "dense"])
 
-On the board: `tar -xzf slim.tar.gz && sh slim/run.sh`. `export.device.bundle_results` reads the results.
+On the device: `sh run.sh` in the bundle's folder. It measures the networks in several turns, alternately in the given
+and the reverse order, and writes `results` and `results.tar.gz`, which `export.device.results` reads.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from export.convert.onnx_header import OnnxHeader, parse_header
-from export.convert.parity import AGREEMENTS, DEVICE_TOLERANCES
-from export.device.archive import CHECKSUMS, PLAIN, checksums, pack
-from export.device.targets import Target, find_target
-from export.engine.reference import Reference
+from export.convert.parity import AGREEMENTS, DEVICE_TOLERANCES, Reference
+from export.device.archive import CHECKSUMS, PLAIN, json_object, pack, require_checksums, unpack
 from export.errors import ExportError
-from export.files import read_bytes, sha256_bytes, write_bytes
+from export.files import disk_error, read_bytes, sha256_bytes, write_bytes
 
-FORMAT = 1
-SCRIPT = "run_on_device.sh"
-COMMON = "on_device_common.sh"
-"""The scripts' shared part, which replaces their include line."""
+FORMAT = 2
+MANIFEST = "bundle.json"
+KINDS = {"network": "compress export --bundle", "timing": "compress profile --bundle"}
+"""Kind -> the command that writes it."""
+
+REFERENCE = "reference/output-{:02d}.txt"
+_REFERENCE = re.compile(r"reference/output-\d{2,}\.txt")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A Jetson module.
+
+    Attributes:
+        name: Its key in `TARGETS`.
+        title: Its name in messages.
+        compute_capability: Compute capability of its GPU.
+        memory_gb: Memory shared by CPU and GPU.
+        opset: The newest ONNX opset that all its JetPack versions read.
+        int8: Whether its GPU has INT8 units.
+        dla: Number of deep-learning accelerators.
+    """
+
+    name: str
+    title: str
+    compute_capability: str
+    memory_gb: int
+    opset: int
+    int8: bool
+    dla: int
+
+    @property
+    def workspace_mib(self) -> int:
+        """Workspace of the builder in MiB; small on boards with 4 GB of shared memory."""
+        return 256 if self.memory_gb <= 4 else 1024
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("jetson-nano", "Jetson Nano", "5.3", 4, 13, False, 0),
+        Target("jetson-tx2", "Jetson TX2", "6.2", 8, 13, False, 0),
+        Target("jetson-xavier-nx", "Jetson Xavier NX", "7.2", 8, 17, True, 2),
+        Target("jetson-agx-xavier", "Jetson AGX Xavier", "7.2", 32, 17, True, 2),
+        Target("jetson-orin-nano-4gb", "Jetson Orin Nano 4GB", "8.7", 4, 17, True, 0),
+        Target("jetson-orin-nano-8gb", "Jetson Orin Nano 8GB", "8.7", 8, 17, True, 0),
+        Target("jetson-orin-nx-8gb", "Jetson Orin NX 8GB", "8.7", 8, 17, True, 1),
+        Target("jetson-orin-nx-16gb", "Jetson Orin NX 16GB", "8.7", 16, 17, True, 2),
+        Target("jetson-agx-orin-32gb", "Jetson AGX Orin 32GB", "8.7", 32, 17, True, 2),
+        Target("jetson-agx-orin-64gb", "Jetson AGX Orin 64GB", "8.7", 64, 17, True, 2),
+        Target("jetson-thor-t5000", "Jetson Thor T5000", "11.0", 128, 17, True, 0),
+    )
+}
+
+
+def find_target(name: str) -> Target:
+    """Find a module by name.
+
+    Raises:
+        ExportError: the name is unknown; the message gives similar names.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    near = difflib.get_close_matches(name, TARGETS, n=3, cutoff=0.4) or list(TARGETS)
+    raise ExportError(f"There is no target {name}.", f"Did you mean {', '.join(near)}?")
 
 
 @dataclass(frozen=True)
@@ -34,16 +100,14 @@ class BundleInfo:
     """The facts of a written bundle.
 
     Attributes:
-        path, sha256, size: The file, its checksum and size in bytes.
-        identity: Checksum of the list of checksums; results name their bundle by it.
-        target: The Jetson module that it is for.
+        path: The archive or the folder.
+        size: Its size in bytes.
+        target: The device that it is for.
         networks: Name of each network -> its precision.
     """
 
     path: Path
-    sha256: str
     size: int
-    identity: str
     target: Target
     networks: Mapping[str, str]
 
@@ -56,14 +120,14 @@ def make_bundle(
     target: str,
     facts: Mapping[str, Any] | None = None,
 ) -> BundleInfo:
-    """Write a bundle; the same networks and reference give the same bytes.
+    """Write a network bundle as one archive; the same networks and reference give the same bytes.
 
     Args:
         path: The archive, such as `slim.tar.gz`; it unpacks to a folder of the same name.
         networks: ONNX files with batch size 1; their precisions may differ.
         reference: Inputs (N, C, H, W) and the FP32 network's outputs (N, ...); a few are enough.
         target: A key of `TARGETS`.
-        facts: More entries for `bundle.json`, such as the run's id.
+        facts: More entries for the manifest, such as the run's id.
 
     Raises:
         ExportError: the target is unknown or cannot run a network, a network is damaged or has another batch size or
@@ -77,148 +141,246 @@ def make_bundle(
         )
     if not networks:
         raise ExportError("A bundle needs at least one network, got none.")
-    files: dict[str, bytes] = {}
-    lines: list[str] = []
-    described: list[dict[str, Any]] = []
-    for network in (Path(item) for item in networks):
-        content = read_bytes(network, "ONNX file")
-        header = parse_header(content, str(network))
-        name = network.name[: -len(".onnx")] if network.name.endswith(".onnx") else network.name
-        _check(header, network, name, module, reference)
-        if f"models/{name}.onnx" in files:
-            raise ExportError(f"Two networks have the name {name}.")
-        files[f"models/{name}.onnx"] = content
-        lines.append(_line(name, header, reference))
-        described.append(
-            {
-                "name": name,
-                "precision": header.precision,
-                "sha256": sha256_bytes(content),
-                "opset": header.opset,
-            }
-        )
-    files.update(_reference_files(reference))
-    files["models.txt"] = "".join(lines).encode()
-    files["workspace.txt"] = f"{module.workspace_mib}\n".encode()
-    files["run.sh"] = device_script(SCRIPT)
-    files["README.txt"] = _readme(folder, module, described).encode()
-    content_facts = {
-        "format": FORMAT,
-        "target": module.name,
-        "networks": described,
-        "samples": len(reference.inputs),
-        "output_shape": list(reference.outputs.shape[1:]),
-        "facts": dict(facts or {}),
-    }
-    files["bundle.json"] = (json.dumps(content_facts, indent=2, sort_keys=True) + "\n").encode()
-    files[CHECKSUMS] = checksums(files)
-    packed = pack(files, folder, executable=frozenset(["run.sh"]))
-    write_bytes(goal, packed)
-    return BundleInfo(
-        path=goal,
-        sha256=sha256_bytes(packed),
-        size=len(packed),
-        identity=sha256_bytes(files[CHECKSUMS]),
-        target=module,
-        networks={entry["name"]: entry["precision"] for entry in described},
+    contents = (
+        (re.sub(r"\.onnx$", "", file.name), read_bytes(file, "ONNX file")) for file in map(Path, networks)
     )
-
-
-def device_script(name: str) -> bytes:
-    """A script of this folder with the shared part included, so that a device needs a single file."""
-    here = Path(__file__).parent
-    own, line = (here / name).read_bytes(), f"# include {COMMON}\n".encode()
-    if own.count(line) != 1:
-        raise ExportError(f"{name} does not include {COMMON} once.", "Install the program again.")
-    return own.replace(line, (here / COMMON).read_bytes())
-
-
-def _check(header: OnnxHeader, path: Path, name: str, target: Target, reference: Reference) -> None:
-    if not PLAIN.fullmatch(name):
-        raise ExportError(
-            f"{path.name!r} cannot go into a bundle: use letters, digits, dots and dashes in its name."
+    with tempfile.TemporaryDirectory(prefix="bundle.") as temporary:
+        written = write_bundle(
+            Path(temporary) / folder, contents, target=module, reference=reference, facts=lambda: facts or {}
         )
-    if len(header.inputs) != 1 or not PLAIN.fullmatch(header.inputs[0]):
-        raise ExportError(
-            f"{path} needs one input with a name of letters, digits, dots and dashes; got {list(header.inputs)}."
-        )
-    shape = header.shapes[header.inputs[0]]
-    if shape != (1, *reference.inputs.shape[1:]):
-        raise ExportError(
-            f"{path} takes {list(shape)}; a bundle needs [1, {', '.join(map(str, reference.inputs.shape[1:]))}], "
-            "one input of the reference.",
-            "Export it with a batch of 1.",
-        )
-    if header.external_data:
-        raise ExportError(f"{path} has its weights in other files.", "Export it as one file.")
-    require_readable(path, header, target)
+        size = pack_bundle(written.path, goal)
+    return BundleInfo(goal, size, module, written.networks)
 
 
-def require_readable(name: object, header: OnnxHeader, target: Target) -> None:
-    """Refuse a file whose opset or precision the board does not support.
-
-    Args:
-        name: The file's name in messages.
-        header: The file's header.
-        target: The board.
+def pack_bundle(folder: Path, path: Path) -> int:
+    """Pack the files of a bundle's folder into a `.tar.gz`; return its size in bytes.
 
     Raises:
-        ExportError: the message names the unsupported opset or precision.
+        ExportError: a file is missing or cannot be read, or the archive cannot be written.
     """
+    sums = read_bytes(folder / CHECKSUMS, "list of checksums")
+    names = [CHECKSUMS, *(line.partition("  ")[2] for line in sums.decode().splitlines())]
+    files = {name: read_bytes(folder / name, "file of the bundle") for name in names}
+    packed = pack(files, folder.name, executable=frozenset(["run.sh"]))
+    write_bytes(path, packed)
+    return len(packed)
+
+
+def write_bundle(
+    folder: Path,
+    networks: Iterable[tuple[str, bytes]],
+    *,
+    target: Target,
+    order: Sequence[str] | None = None,
+    reference: Reference | None = None,
+    facts: Callable[[], Mapping[str, Any]] = dict,
+    profile: bool = True,
+) -> BundleInfo:
+    """Write a bundle to an empty or new folder; the networks are consumed one at a time.
+
+    Args:
+        folder: The folder; its name must be safe in a shell.
+        networks: (name, ONNX file with batch size 1); names are unique.
+        target: The device; it determines the opset, INT8 support and workspace.
+        order: Names in the order of measurement; None is that of the networks. A repeated name is measured again in
+            each turn: the same network first and last shows the drift of the device.
+        reference: Inputs and outputs of a network bundle; None writes a timing bundle.
+        facts: Returns more entries for the manifest; called after all networks are written.
+        profile: Whether to measure the time of each layer as well.
+
+    Raises:
+        ExportError: a name or a network is not supported, or the folder cannot be written.
+    """
+    kind = "timing" if reference is None else "network"
+    described: dict[str, dict[str, Any]] = {}
+    hashes: dict[str, str] = {}
+    lines: list[str] = []
+    size = 0
+
+    def put(name: str, content: bytes) -> None:
+        nonlocal size
+        write_bytes(folder / name, content)
+        hashes[name] = sha256_bytes(content)
+        size += len(content)
+
+    for name, content in networks:
+        header = parse_header(content, f"{name}.onnx")
+        if name in described:
+            raise ExportError(f"Two networks have the name {name}.")
+        _check(name, header, target, reference)
+        put(f"models/{name}.onnx", content)
+        lines.append(f"{name} {header.precision}{_limits(header, reference)}\n")
+        described[name] = {
+            "name": name, "precision": header.precision, "sha256": hashes[f"models/{name}.onnx"],
+            "opset": header.opset,
+        }  # fmt: skip
+    turns = list(order or described)
+    unknown = sorted(set(turns) ^ set(described))
+    if unknown:
+        raise ExportError(f"{unknown[0]} is only in one of the order and the networks.")
+    manifest = {
+        "format": FORMAT, "kind": kind, "target": target.name, "networks": list(described.values()), "order": turns,
+        "profile": profile, "facts": dict(facts()),
+    }  # fmt: skip
+    if reference is not None:
+        for name, content in _reference_files(reference):
+            put(name, content)
+        manifest.update(samples=len(reference.inputs), output_shape=list(reference.outputs.shape[1:]))
+    put("kind.txt", f"{kind}\n".encode())
+    put("networks.txt", "".join(lines).encode())
+    put("order.txt", "".join(f"{name}\n" for name in turns).encode())
+    put("workspace.txt", f"{target.workspace_mib}\n".encode())
+    if profile:
+        put("profile.txt", b"yes\n")
+    put("run.sh", device_script())
+    put("README.txt", _readme(kind, folder.name, target, described).encode())
+    put(MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    write_bytes(folder / CHECKSUMS, "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode())
+    try:
+        (folder / "run.sh").chmod(0o755)
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    return BundleInfo(folder, size, target, {name: entry["precision"] for name, entry in described.items()})
+
+
+def device_script() -> bytes:
+    """The script that runs on a device: a single file that needs a POSIX shell, coreutils and trtexec."""
+    return (Path(__file__).parent / "run_on_device.sh").read_bytes()
+
+
+def _check(name: str, header: OnnxHeader, target: Target, reference: Reference | None) -> None:
+    """Refuse a network that the script or the device cannot handle."""
+    file = f"{name}.onnx"
+    if not PLAIN.fullmatch(name):
+        raise ExportError(f"{file!r} cannot go into a bundle: use letters, digits, dots and dashes in its name.")
+    if header.external_data:
+        raise ExportError(f"{file} has its weights in other files.", "Export it as one file.")
+    if reference is not None:
+        if len(header.inputs) != 1 or not PLAIN.fullmatch(header.inputs[0]):
+            raise ExportError(
+                f"{file} needs one input with a name of letters, digits, dots and dashes; got {list(header.inputs)}."
+            )
+        shape = header.shapes[header.inputs[0]]
+        if shape != (1, *reference.inputs.shape[1:]):
+            raise ExportError(
+                f"{file} takes {list(shape)}; a bundle needs [1, {', '.join(map(str, reference.inputs.shape[1:]))}], "
+                "one input of the reference.",
+                "Export it with a batch of 1.",
+            )
     if header.opset > target.opset:
         raise ExportError(
-            f"{name} has ONNX opset {header.opset}; the {target.title} reads opsets up to {target.opset}.",
+            f"{file} has ONNX opset {header.opset}; the {target.title} reads opsets up to {target.opset}.",
             f"Export it again with opset {target.opset}.",
         )
     if header.precision == "int8" and not target.int8:
         raise ExportError(f"The {target.title} has no INT8 units.", "Use FP16.")
 
 
-def _line(name: str, header: OnnxHeader, reference: Reference) -> str:
-    """One line: name, precision, input, allowed difference in millionths, number of samples that must agree."""
+def _limits(header: OnnxHeader, reference: Reference | None) -> str:
+    """For a network's line: input, allowed difference in millionths, number of samples that must agree."""
     import numpy as np
 
+    if reference is None:
+        return ""
     count = len(reference.inputs)
     allowed = DEVICE_TOLERANCES[header.precision] * max(1.0, float(np.abs(reference.outputs).max()))
     least = math.floor(min(AGREEMENTS[header.precision], 1 - 1 / count) * count)
-    return f"{name} {header.precision} {header.inputs[0]} {round(allowed * 1e6)} {least}\n"
+    return f" {header.inputs[0]} {round(allowed * 1e6)} {least}"
 
 
-def _reference_files(reference: Reference) -> dict[str, bytes]:
+def _reference_files(reference: Reference) -> Iterator[tuple[str, bytes]]:
     """Inputs in trtexec's format, and outputs in millionths, which a shell can compare."""
     import numpy as np
 
     if not np.isfinite(reference.outputs).all() or float(np.abs(reference.outputs).max()) >= 1e12:
         raise ExportError("The reference's outputs must be finite and below 10^12.")
-    files = {}
     for index, (given, right) in enumerate(zip(reference.inputs, reference.outputs)):
         numbers = np.trunc(right.astype(np.float64).reshape(-1) * 1e6).astype(np.int64)
-        files[f"reference/input-{index:02d}.bin"] = np.ascontiguousarray(given, dtype="<f4").tobytes()
-        files[f"reference/output-{index:02d}.txt"] = "".join(f"{number}\n" for number in numbers).encode()
-    return files
+        yield f"reference/input-{index:02d}.bin", np.ascontiguousarray(given, dtype="<f4").tobytes()
+        yield REFERENCE.format(index), "".join(f"{number}\n" for number in numbers).encode()
 
 
-def _readme(folder: str, target: Target, networks: Sequence[Mapping[str, Any]]) -> str:
-    listed = "\n".join(f"  {entry['name']}.onnx ({entry['precision']})" for entry in networks)
-    return f"""A network for the {target.title}, to build and measure on the board itself.
+def _readme(kind: str, folder: str, target: Target, networks: Mapping[str, Mapping[str, Any]]) -> str:
+    listed = "".join(f"  {name}.onnx ({entry['precision']})\n" for name, entry in networks.items())
+    if kind == "network":
+        what = f"A network for the {target.title}, to build and measure on the board itself.\n\n{listed}"
+        does = "builds one engine for each network with trtexec, compares its outputs with the reference"
+        back = "Copy results.tar.gz back to the machine that wrote the bundle."
+        unpacked = f"  tar -xzf {folder}.tar.gz\n"
+    else:
+        what = f"{len(networks)} small networks for the {target.title}, to time on the device itself.\n"
+        does = "builds one engine for each network with trtexec, removes the engines at the end"
+        back = f"Copy results.tar.gz back into {folder}, and import it with:\n\n  compress profile --import {folder}"
+        unpacked = ""
+    return f"""{what}
+On the device (JetPack 4.6 or newer, or anything else with trtexec):
 
-{listed}
-
-On the board (JetPack 4.6 or newer):
-
-  tar -xzf {folder}.tar.gz
-  cd {folder}
-  sudo nvpmodel -q                 # shows the power mode; select the one that the network will run in
+{unpacked}  sudo nvpmodel -q                 # shows the power mode; select the one that the network will run in
   sudo jetson_clocks               # fixes the clocks; otherwise latencies vary
-  sh run.sh
+  sh {folder}/run.sh
 
-It builds one engine for each network with trtexec, measures it in three processes of 15 seconds after 2
-seconds of warm-up, compares its outputs with the reference, and writes the folder results and
-results.tar.gz. Run it again after an interruption: it resumes where it stopped. Copy results.tar.gz back to the
-machine that wrote the bundle.
+It {does}, measures all in turns, three times, and writes the folder
+results and results.tar.gz beside run.sh. A build takes minutes. Run it again after an interruption: it resumes where it
+stopped. Do not use the device in the meantime. {back}
 
-A build takes minutes. An engine works only on this kind of board and with this TensorRT: do not copy engines.
+An engine works only on this kind of device and with this TensorRT: do not copy engines.
 
   sh run.sh --help                 # options
   TRTEXEC=/path/to/trtexec sh run.sh
 """
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A written bundle, as it is needed to read its results.
+
+    Attributes:
+        path: The archive or the folder.
+        manifest: The content of its manifest.
+        identity: Checksum of its list of checksums; results name their bundle by it.
+        files: Its files, of a folder those without networks.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    identity: str
+    files: Mapping[str, bytes]
+
+
+def open_bundle(path: str | Path, kind: str) -> Bundle:
+    """Open a bundle and check its files against their checksums.
+
+    Args:
+        path: The archive, or a folder with at least the manifest, the list of checksums and the reference outputs.
+        kind: A key of `KINDS`.
+
+    Raises:
+        ExportError: it is missing, damaged, unsafe, of another kind, or written by another version.
+    """
+    source = Path(path)
+    if source.is_dir():
+        sums = read_bytes(source / CHECKSUMS, "file of the bundle")
+        listed = (line.partition("  ")[2] for line in sums.decode("utf-8", errors="replace").splitlines())
+        wanted = [MANIFEST, *(name for name in listed if _REFERENCE.fullmatch(name))]
+        files = {CHECKSUMS: sums, **{name: read_bytes(source / name, "file of the bundle") for name in wanted}}
+    else:
+        files = unpack(source)
+    require_checksums(files, source, whole=not source.is_dir())
+    manifest = json_object(files, MANIFEST, source)
+    require_format(manifest, source)
+    if manifest.get("kind") != kind:
+        raise ExportError(f"{source} is not a {kind} bundle.", f"Give a bundle written by: {KINDS[kind]}")
+    return Bundle(source, manifest, sha256_bytes(files[CHECKSUMS]), files)
+
+
+def require_format(content: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse a bundle or results of another format.
+
+    Raises:
+        ExportError: the message says how to write the bundle again.
+    """
+    if content.get("format") != FORMAT:
+        raise ExportError(
+            f"{source} was written by another version of the program.",
+            f"Write the bundle again ({' or '.join(KINDS.values())}), and run it on the device.",
+        )

@@ -53,7 +53,7 @@ def run_remote(
     Args:
         url: `ssh://user@host` or `ssh://user@host:port`.
         bundle: The bundle.
-        results: The file to write `results.tar.gz` to; read it with `export.device.bundle_results.read_results`.
+        results: The file to write `results.tar.gz` to; read it with `export.device.results.read_results`.
         duration_s, warmup_s, processes: Seconds of measurement and warm-up, and the number of processes.
         trtexec: Path of trtexec on the board; "" searches the usual folders.
         say: Receives lines of progress and every line that the script prints.
@@ -114,7 +114,7 @@ def place_of(checksums: bytes) -> str:
 def identify(
     url: str, *, trtexec: str = "", ssh_options: Sequence[str] = (), pause_s: float = 3.0
 ) -> dict[str, str]:
-    """Identify a board with `identify_on_device.sh`: tensorrt, jetpack, l4t, model, power_mode and board.
+    """Identify a board with the script of bundles: tensorrt, jetpack, l4t, model, power_mode and board.
 
     Args:
         url, trtexec, ssh_options, pause_s: As in `run_remote`.
@@ -124,7 +124,7 @@ def identify(
     """
     with Connection(parse_destination(url), options=ssh_options, pause_s=pause_s) as connection:
         setting = f"TRTEXEC={shlex.quote(trtexec)}; export TRTEXEC; " if trtexec else ""
-        output = connection.run(f"{setting}sh -s", device_script("identify_on_device.sh"))
+        output = connection.run(f"{setting}sh -s -- --identify", device_script())
         lines = [line.partition("=") for line in output.decode("utf-8", errors="replace").splitlines()]
         facts = {name: short(plain(value).strip(), 120) for name, _, value in lines if name in FACTS}
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)+", facts.get("tensorrt", "")):

@@ -1,41 +1,130 @@
-"""Builds engines with TensorRT 8.5 to 11 and TensorRT-RTX.
+"""Builds engines with TensorRT 8.5 to 11 and TensorRT-RTX, and caches them.
 
     info = build_engine("model.onnx", "engines/model.engine")
     info = build_engine("model.onnx", "m.engine", module="tensorrt_rtx_bindings", compute_capability="8.6")
+    info, cached = cached_engine("model.onnx", "model.engine", "cache")
 
-The ONNX file determines the precision: newer versions read it from the file, older ones also need flags, which
-are set from its tensors. A JSON file beside the engine describes it (`export.engine.engine_info`).
+The ONNX file determines the precision: newer versions read it from the file, older ones also need flags, which are set
+from its tensors. Anything that a version would misread, ignore or fail on without a reason is refused before the build.
+A JSON file beside the engine describes it (`export.engine.engine_info`).
 """
 
 from __future__ import annotations
 
+import json
 import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping, Sequence, Union
 
 from export.convert.onnx_header import OnnxHeader, parse_header
-from export.engine.build_settings import (
-    BuildSettings,
-    Capabilities,
-    check_request,
-    target_capabilities,
-    timing_cache_path,
-)
-from export.engine.cuda import find_device
-from export.engine.engine_info import EngineInfo, read_sidecar, require_loadable, write_sidecar
-from export.engine.trt import RTX, Flavour, Messages, available, load, why_not
+from export.engine.cuda import Device, find_device
+from export.engine.engine_info import EngineInfo, read_sidecar, write_sidecar
+from export.engine.trt import RTX, Flavour, Messages, load
 from export.errors import ExportError
 from export.files import read_bytes, sha256_bytes, write_bytes
 
-__all__ = [
-    "BuildSettings",
-    "EngineInfo",
-    "available",
-    "build_engine",
-    "read_sidecar",
-    "require_loadable",
-    "why_not",
-]
+RTX_DEFAULT = ("8.6", "8.9", "12.0")
+"""Compute capabilities that TensorRT-RTX builds for by default: Ampere, Ada and Blackwell."""
+
+DEFAULT_WORKSPACE = 1 << 30
+Shape = Sequence[int]
+Capabilities = Union[str, Sequence[str], None]
+_CACHE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """Settings of the builder that the ONNX file does not determine.
+
+    Attributes:
+        workspace_bytes: Maximum scratch memory of a layer; keep it small on boards with 4 GB.
+        optimisation_level: 0 (quick) to 5 (thorough); None is the version's default. From TensorRT 8.6.
+        dla_core: Deep-learning accelerator to use, with the GPU as fallback; None uses only the GPU.
+        version_compatible: Build an engine that newer versions can load. From TensorRT 8.6.
+        hardware_compatible: Build an engine for all GPUs from Ampere on. From TensorRT 8.6.
+        tf32: Whether FP32 layers may round their inputs to 10 bits of mantissa on GPUs that have TF32.
+        profile: Optimisation profile of inputs with dynamic dimensions: name -> (minimum, optimum, maximum) shape.
+    """
+
+    workspace_bytes: int = DEFAULT_WORKSPACE
+    optimisation_level: int | None = None
+    dla_core: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    tf32: bool = True
+    profile: Mapping[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values for a JSON file."""
+        content = asdict(self)
+        content["profile"] = {name: [list(item) for item in shapes] for name, shapes in self.profile.items()}
+        return content
+
+
+def target_capabilities(flavour: Flavour, wanted: Capabilities, device: Device | None) -> tuple[str, ...]:
+    """The compute capabilities to build for.
+
+    Raises:
+        ExportError: TensorRT finds no GPU, or the requested one is not the GPU of this machine.
+    """
+    asked = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
+    if flavour.rtx:
+        return asked or RTX_DEFAULT
+    if device is None:
+        raise ExportError(
+            f"{flavour.title} builds an engine on the GPU that the engine is for, and no GPU was found.",
+            "Build on the device itself (python -m export build FILE.onnx, or a bundle).",
+        )
+    if asked and asked != (device.compute_capability,):
+        raise ExportError(
+            f"{flavour.title} builds for the GPU of this machine ({device.name}, compute capability "
+            f"{device.compute_capability}), not for {', '.join(asked)}.",
+            "Build on the device itself.",
+        )
+    return (device.compute_capability,)
+
+
+def check_request(header: OnnxHeader, name: str, flavour: Flavour, settings: BuildSettings) -> None:
+    """Refuse what this version would misread, ignore or fail on without a reason.
+
+    Raises:
+        ExportError: the message names the version and the unsupported feature.
+    """
+    if header.opset not in flavour.opsets:
+        raise ExportError(
+            f"{name} has ONNX opset {header.opset}; {flavour.title} reads opsets {flavour.opsets[0]} to "
+            f"{flavour.opsets[-1]}.",
+            "Export it again with opset 17.",
+        )
+    lacking = [
+        (settings.optimisation_level is not None and not flavour.optimisation_level, "optimisation levels"),
+        (settings.version_compatible and not flavour.compatibility_modes, "version-compatible engines"),
+        (settings.hardware_compatible and not flavour.compatibility_modes, "hardware-compatible engines"),
+        (settings.dla_core is not None and not flavour.dla, "deep-learning accelerators"),
+    ]
+    for lacks, what in lacking:
+        if lacks:
+            raise ExportError(f"{flavour.title} does not support {what}.", "Remove the setting.")
+    if settings.dla_core is not None and header.precision == "fp32":
+        raise ExportError("A deep-learning accelerator computes in FP16 or INT8; the file is FP32.")
+    unprofiled = [key for key, shape in header.shapes.items() if -1 in shape and key not in settings.profile]
+    if unprofiled:
+        raise ExportError(
+            f"Input {unprofiled[0]} has dynamic dimensions: {list(header.shapes[unprofiled[0]])}. It needs "
+            "a minimum, an optimum and a maximum shape.",
+            "Give a profile, or export the network with a fixed batch size.",
+        )
+
+
+def timing_cache_path(folder: str | Path | None, flavour: Flavour, device: Device | None) -> Path | None:
+    """The timing cache file of a device and version: the cache of another one can make the build fail."""
+    if folder is None or not flavour.timing_cache or device is None:
+        return None
+    name = f"{device.name}-{device.compute_capability}-{flavour.version}"
+    safe = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)
+    return Path(folder) / f"{safe}.timing"
 
 
 def build_engine(
@@ -45,7 +134,6 @@ def build_engine(
     module: str | None = None,
     compute_capability: Capabilities = None,
     settings: BuildSettings | None = None,
-    workspace_bytes: int | None = None,
     timing_cache: str | Path | None = None,
 ) -> EngineInfo:
     """Build an engine from an ONNX file and write its description beside it.
@@ -58,8 +146,7 @@ def build_engine(
         compute_capability: The GPUs to build for, such as "8.6" or ["8.6", "8.9"]. TensorRT builds only
             for the GPU of this machine, TensorRT-RTX for any GPU that it supports. None is the GPU of this
             machine, or `RTX_DEFAULT`.
-        settings: All other settings; None is `BuildSettings()`.
-        workspace_bytes: Short for `BuildSettings(workspace_bytes=...)`.
+        settings: All other settings; None for `BuildSettings()`.
         timing_cache: Folder for kernel timings by device and version; None disables the cache.
 
     Raises:
@@ -71,8 +158,6 @@ def build_engine(
     header = parse_header(content, str(source))
     trt, flavour = load(module)
     wanted = settings or BuildSettings()
-    if workspace_bytes is not None:
-        wanted = BuildSettings(**{**wanted.__dict__, "workspace_bytes": workspace_bytes})
     device = find_device()
     capabilities = target_capabilities(flavour, compute_capability, device)
     check_request(header, str(source), flavour, wanted)
@@ -259,3 +344,70 @@ class _Build:
         if "orkspace" in text or "memory" in text.lower():
             return f"Allow a larger workspace than {self.settings.workspace_bytes} bytes."
         return ""
+
+
+def cached_engine(
+    onnx_path: str | Path,
+    engine_path: str | Path,
+    cache: str | Path,
+    *,
+    module: str | None = None,
+    compute_capability: Capabilities = None,
+    settings: BuildSettings | None = None,
+    timing_cache: str | Path | None = None,
+) -> tuple[EngineInfo, bool]:
+    """Copy an engine from the cache, or build it and add it; return its facts and whether it was cached.
+
+    A build takes seconds to minutes, and resumed or repeated exports build the same file again. The key covers the ONNX
+    file's bytes, the TensorRT product and version, the GPU and all settings. A cached engine whose checksum does not
+    match is built again.
+
+    Args:
+        cache: Folder of the cache.
+        onnx_path, engine_path, module, compute_capability, settings, timing_cache: As in `build_engine`.
+
+    Raises:
+        ExportError: as `build_engine`.
+    """
+    source, target = Path(onnx_path), Path(engine_path)
+    wanted = settings or BuildSettings()
+    key = engine_key(read_bytes(source, "ONNX file"), module, compute_capability, wanted)
+    kept = Path(cache) / f"{key}.engine"
+    found: EngineInfo | None = None
+    with suppress(ExportError):  # missing or damaged
+        found = read_sidecar(kept)
+    built = found or build_engine(
+        source,
+        kept,
+        module=module,
+        compute_capability=compute_capability,
+        settings=wanted,
+        timing_cache=timing_cache,
+    )
+    info = replace(built, engine=target.name, onnx=source.name)
+    write_bytes(target, read_bytes(kept, "engine"))
+    write_sidecar(info, target)
+    return info, found is not None
+
+
+def engine_key(
+    content: bytes, module: str | None, compute_capability: Capabilities, settings: BuildSettings
+) -> str:
+    """The cache key of an engine: a checksum of everything that determines it.
+
+    Raises:
+        ExportError: no module is installed, or it cannot build for the requested GPU.
+    """
+    _, flavour = load(module)
+    device = find_device()
+    facts = {
+        "format": _CACHE_FORMAT,
+        "onnx": sha256_bytes(content),
+        "module": flavour.module,
+        "version": flavour.version,
+        "capabilities": target_capabilities(flavour, compute_capability, device),
+        # TensorRT tunes an engine for one GPU model, TensorRT-RTX for a generation
+        "device": device.name if device is not None and not flavour.rtx else "",
+        "settings": settings.to_dict(),
+    }
+    return sha256_bytes(json.dumps(facts, sort_keys=True).encode())[:32]

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.engine.bench import LatencyStats, summarise
 from export.engine.cuda import Driver
 from export.engine.engine_info import EngineInfo, read_sidecar, require_loadable
-from export.engine.stats import LatencyStats, summarise
 from export.engine.trt import Messages, load
 from export.errors import ExportError
 from export.files import read_bytes

@@ -13,7 +13,7 @@ from torch import nn
 
 
 def write_reference(path: Path, inputs: np.ndarray, outputs: np.ndarray) -> None:
-    """Inputs and the outputs that are right for them, as `export.engine.reference.read_reference` reads them."""
+    """Inputs and the outputs that are right for them, as `export.convert.parity.read_reference` reads them."""
     np.savez(path, inputs=inputs, outputs=outputs)
 
 

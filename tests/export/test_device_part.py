@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import export
-from export.convert.parity import onnx_outputs
+from export.convert.ort import onnx_outputs
 from export.engine.trt import RTX
 from tests.export.nets import matmul_chain, write_reference
 

@@ -32,11 +32,11 @@ from compressor.pruning.artefact import load, read_plan, save
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import Recipe, load_recipe
-from export.device.archive import CHECKSUMS, checksums, pack, require_checksums, unpack
-from export.device.bundle_results import compute_times, output_values, read_results
-from export.device.timing_results import read_timings
+from export.device.archive import CHECKSUMS, pack, require_checksums, unpack
+from export.device.results import output_values, read_results, run_times
 from export.errors import ExportError
 from export.files import sha256_bytes
+from tests.archives import checksums
 
 Edits = list[tuple[int, int, bytes]]
 
@@ -155,19 +155,16 @@ TABLE = {
     "entries": {"conv": {"c_in": [1], "ms": [1.0]}},
 }  # fmt: skip
 RESULTS = {
-    "format": 1, "bundle": "0" * 64, "model": "Orin", "tensorrt": "10.3.0", "processes": 1,
+    "format": 2, "bundle": "", "board": "7", "tensorrt": "10.3.0", "power_mode": "MAXN", "processes": 1,
+    "duration_s": 1, "warmup_s": 0,
     "networks": [{"name": "net", "status": "ok", "onnx_sha256": "0" * 64, "engine_bytes": 5, "reason": ""}],
 }  # fmt: skip
-TIMING = {
-    "format": 1, "kind": "timing", "target": "x", "order": ["net"],
-    "networks": [{"name": "net", "sha256": "0" * 64}],
-}  # fmt: skip
-BOARD = {
-    "format": 1, "bundle": "", "board": "7", "tensorrt": "10.3.0", "power_mode": "MAXN", "processes": 1,
-    "duration_s": 1, "warmup_s": 0, "networks": [{"name": "net", "status": "ok", "onnx_sha256": "0" * 64}],
-}  # fmt: skip
 STATE = {"board": "7", "tensorrt": "10.3.0", "power_mode": "MAXN", "after": {"17000000.gpu": 900}}
-BUNDLE = {"format": 1, "target": "x", "networks": [{"name": "net", "sha256": "0" * 64, "precision": "fp32"}]}
+TIMING = {
+    "format": 2, "kind": "timing", "target": "x", "order": ["net"],
+    "networks": [{"name": "net", "sha256": "0" * 64, "precision": "fp32"}],
+}  # fmt: skip
+BUNDLE = {**TIMING, "kind": "network", "samples": 1, "output_shape": [3]}
 
 
 def archive(files: dict[str, bytes]) -> bytes:
@@ -232,52 +229,54 @@ def test_tables(edits: Edits, place: int, value: Any, fields: bool) -> None:
     assert fault(lambda: read_table((text if fields else edited(text, edits)).decode(errors="replace"), "It")) == ""
 
 
-@fuzz(200)
-@given(edits=EDITS, place=st.integers(0, 10**9), value=VALUES, which=st.integers(0, 2))
-def test_results(folder: Path, edits: Edits, place: int, value: Any, which: int) -> None:
+def device_results(
+    folder: Path, kind: str, found: Any, state: Any, times: bytes, outputs: bytes, described: Any = None
+) -> tuple[Path, Path]:
+    """A bundle with one network, and the results of a device: the paths of the results and of the bundle."""
     bundle, results = folder / "bundle.tar.gz", folder / "results.tar.gz"
-    described = archive({"bundle.json": json.dumps(BUNDLE).encode()})
-    found = {**RESULTS, "bundle": ""}
-    bundle.write_bytes(described)
-    found["bundle"] = sha256_bytes(unpack(bundle)[CHECKSUMS])
-    content = json.dumps(with_value(found, place, value) if which else found).encode()
-    times = edited(b'[{"computeMs": 1.5}, {"computeMs": 2.5}]', edits)
-    results.write_bytes(archive({"results.json": content, "net/times-1.json": times}))
-    assert fault(lambda: read_results(results, bundle)) == ""
-    assert fault(lambda: compute_times(times, "times")) == ""
-    assert fault(lambda: output_values(edited(b'[{"values": [1, 2, 3]}]', edits), "values")) == ""
+    manifest = described or {"network": BUNDLE, "timing": TIMING}[kind]
+    files = {"bundle.json": json.dumps(manifest).encode()}
+    if kind == "network":
+        files["reference/output-00.txt"] = b"1000000\n2000000\n3000000\n"
+    bundle.write_bytes(archive(files))
+    if isinstance(found, dict) and found.get("bundle") == "":
+        found = {**found, "bundle": sha256_bytes(unpack(bundle)[CHECKSUMS])}
+    named = {"results.json": found, "net/1-1.json": state}
+    written = {name: json.dumps(value).encode() for name, value in named.items()}
+    results.write_bytes(archive({**written, "net/1-1.txt": times, "net/output-00.json": outputs}))
+    return results, bundle
 
 
-def timings(board: Any, state: Any, times: bytes) -> tuple[dict[str, bytes], bytes]:
-    """A bundle for timing one network, and the results of a device."""
-    bundle = {"bundle.json": json.dumps(TIMING).encode()}
-    bundle[CHECKSUMS] = checksums(bundle)
-    if isinstance(board, dict) and board.get("bundle") == "":
-        board = {**board, "bundle": sha256_bytes(bundle[CHECKSUMS])}
-    named = {"results.json": board, "net/1-1.json": state}
-    files = {name: json.dumps(value).encode() for name, value in named.items()}
-    return bundle, archive({**files, "net/1-1.txt": times})
+TIMES, OUTPUTS = b"1000000\n2000000\n", b'[{"values": [1, 2, 3]}]'
 
 
-def test_timings_that_nothing_has_changed_are_read(folder: Path) -> None:
-    bundle, results = timings(BOARD, STATE, b"1000000\n2000000\n")
-    (folder / "timings.tar.gz").write_bytes(results)
-    assert read_timings(folder / "timings.tar.gz", folder, bundle).networks["net"].times_ms == [1.0, 2.0]
+@pytest.mark.parametrize("kind", ["network", "timing"])
+def test_results_that_nothing_has_changed_are_read(folder: Path, kind: str) -> None:
+    results, bundle = device_results(folder, kind, RESULTS, STATE, TIMES, OUTPUTS)
+    network = read_results(results, bundle, kind).networks["net"]
+    assert network.times_ms == [1.0, 2.0]
+    assert (network.parity is not None) == (kind == "network")
 
 
+@pytest.mark.parametrize("kind", ["network", "timing"])
 @fuzz(200)
-@given(edits=EDITS, place=st.integers(0, 10**9), value=VALUES, which=st.integers(0, 2))
-def test_timings(folder: Path, edits: Edits, place: int, value: Any, which: int) -> None:
-    board, state, times = BOARD, STATE, b"1000000\n2000000\n"
+@given(edits=EDITS, place=st.integers(0, 10**9), value=VALUES, which=st.integers(0, 4))
+def test_results(folder: Path, kind: str, edits: Edits, place: int, value: Any, which: int) -> None:
+    found, state, times, outputs, described = RESULTS, STATE, TIMES, OUTPUTS, None
     if which == 0:
-        board = with_value(BOARD, place, value)
+        found = with_value(RESULTS, place, value)
     elif which == 1:
         state = with_value(STATE, place, value)
-    else:
+    elif which == 2:
         times = edited(times, edits)
-    bundle, results = timings(board, state, times)
-    (folder / "timings.tar.gz").write_bytes(results)
-    assert fault(lambda: read_timings(folder / "timings.tar.gz", folder, bundle)) == ""
+    elif which == 3:
+        outputs = edited(outputs, edits)
+    else:
+        described = with_value({"network": BUNDLE, "timing": TIMING}[kind], place, value)
+    results, bundle = device_results(folder, kind, found, state, times, outputs, described)
+    assert fault(lambda: read_results(results, bundle, kind)) == ""
+    assert fault(lambda: run_times(times, "times")) == ""
+    assert fault(lambda: output_values(outputs, "values")) == ""
 
 
 @fuzz(250)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from export.device.archive import CHECKSUMS, checksums, unpack
+from export.device.archive import CHECKSUMS, unpack
+from tests.archives import checksums
 
 TOOLS = ["cat", "cut", "gzip", "head", "mkdir", "mv", "rm", "sha256sum", "sort", "tail", "tar", "tr", "wc"]
 FAST = ("--duration", "1", "--warmup", "0", "--processes", "2")

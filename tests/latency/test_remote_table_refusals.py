@@ -67,7 +67,7 @@ def test_hostile_and_damaged_archives(back: Path, monkeypatch: pytest.MonkeyPatc
     (back / "results.tar.gz").write_bytes(b"noise")
     with pytest.raises(ExportError, match=r"is not a complete \.tar\.gz"):
         table_of_results(back)
-    monkeypatch.setattr("export.device.timing_results.LARGEST_RESULTS", 1000)
+    monkeypatch.setattr("export.device.results.LARGEST_RESULTS", 1000)
     with pytest.raises(ExportError, match="unpacks to more than"):
         table_of_results(back / "results")
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from compressor import Recipe, compress, load
 from compressor.cli.app import app
 from compressor.core.files import sha256_file
-from export.convert import accuracy
+from export.convert import quantize
 from export.convert.onnx_header import read_header
-from export.convert.torch_formats import load_program
+from export.convert.program import load_program
 from export.device.archive import unpack
 from export.engine.engine_info import read_sidecar
 from export.engine.trt import RTX
@@ -143,13 +143,13 @@ def test_int8_with_halves_within_the_drop(run: Path) -> None:
 def test_a_drop_on_the_test_split_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressor.run.precisions.scored", lambda path, data: (0.1, 359))
     made: list[float] = []
-    original = accuracy.quantize_within
+    original = quantize.quantize_within
 
     def counted(*args: Any, max_drop: float, **kwargs: Any) -> Any:
         made.append(max_drop)
         return original(*args, max_drop=max_drop, **kwargs)
 
-    monkeypatch.setattr(accuracy, "quantize_within", counted)
+    monkeypatch.setattr(quantize, "quantize_within", counted)
     for precision in ("fp16", "int8"):
         message = refused(run, "--precision", precision, "--max-drop", 0.5)
         assert f"model.{precision}.onnx: it loses" in message
@@ -188,7 +188,7 @@ def test_a_network_that_no_builder_takes_still_ends_its_run(
         raise ExportError("n1 (Det): not supported.")
 
     pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
-    monkeypatch.setattr("export.engine.engine_cache.cached_engine", fails)
+    monkeypatch.setattr("export.engine.engine.cached_engine", fails)
     assert "There is no engine of model.fp16.onnx: n1 (Det)" in export(run, "--precision", "fp16")
     assert "n1 (Det): not supported" in refused(run, "--format", "engine")
 
@@ -222,13 +222,14 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
 def test_a_network_that_failed_on_the_board_is_no_success(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from export.device.bundle_results import DeviceResults, NetworkResult
+    from export.device.results import Board, DeviceResults, NetworkResult
 
     ours = ["--bundle", tmp_path / "orin.tar.gz"]
     export(run, "--target", "jetson-orin-nano-8gb", *ours)
-    failed = NetworkResult("model", "fp32", "build-failed", "out of memory", "", 0, "", None, None)
-    came = DeviceResults("jetson-orin-nano-8gb", {"model": "Orin", "tensorrt": "10.3.0"}, {}, (failed,))
-    monkeypatch.setattr("export.device.bundle_results.read_results", lambda *_: came)
+    failed = NetworkResult("model", "fp32", "build-failed", "out of memory", "", 0, "", (), (), None, None)
+    board = Board("10.3.0", "", "", "Orin", "", "", "", "", "7")
+    came = DeviceResults("b" * 64, "jetson-orin-nano-8gb", board, {}, {"model": failed}, "d" * 64, 1, 15, 2)
+    monkeypatch.setattr("export.device.results.read_results", lambda *_: came)
     arguments = ["export", str(run), *map(str, ours), "--import", "results.tar.gz"]
     result = CliRunner().invoke(app, arguments)
     message = " ".join(result.output.split())
@@ -274,7 +275,7 @@ def test_no_space_is_one_message(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def full(path: Path, content: bytes) -> None:
         raise disk_error(path, OSError(28, "No space left on device"))
 
-    for module in ("export.convert.to_onnx", "export.convert.half", "export.convert.torch_formats"):
+    for module in ("export.convert.to_onnx", "export.convert.half", "export.convert.program"):
         monkeypatch.setattr(f"{module}.write_bytes", full)
     for options in (["--batch", "4"], ["--precision", "fp16"], ["--format", "pt2"]):
         assert "No space is left on the device" in refused(run, *options)

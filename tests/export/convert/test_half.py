@@ -11,10 +11,10 @@ import torch
 import torchvision
 from onnx import TensorProto, helper, numpy_helper
 
-from export.convert.half import HALF, convert_half
+from export.convert.half import HALF, convert_half, largest_values
 from export.convert.onnx_header import read_header
-from export.convert.parity import TOLERANCES, compare_outputs, onnx_outputs, require
-from export.convert.ranges import largest_values
+from export.convert.ort import onnx_outputs
+from export.convert.parity import TOLERANCES, compare_outputs, require
 from export.convert.to_onnx import export_onnx
 from export.engine.engine import build_engine
 from export.engine.trt import RTX

@@ -10,7 +10,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from export.convert.parity import compare_outputs, onnx_outputs, require
+from export.convert.ort import onnx_outputs
+from export.convert.parity import compare_outputs, require
 from export.convert.to_onnx import check_parity, export_onnx
 from export.errors import ExportError
 from tests.export.nets import SmallNet

@@ -11,12 +11,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from export.convert.accuracy import accuracy_onnx, quantize_within, sensitivities
-from export.convert.half import convert_half, int8_region
+from export.convert.half import convert_half, int8_region, value_types
 from export.convert.onnx_header import read_header
-from export.convert.parity import compare_outputs, onnx_outputs
-from export.convert.quantize import METHODS, quantisable, quantize_onnx
-from export.convert.ranges import value_types
+from export.convert.ort import accuracy_onnx, onnx_outputs
+from export.convert.parity import compare_outputs
+from export.convert.quantize import METHODS, quantisable, quantize_onnx, quantize_within, sensitivities
 from export.convert.to_onnx import export_onnx
 from export.engine.engine import build_engine
 from export.engine.trt import RTX

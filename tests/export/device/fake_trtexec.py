@@ -255,7 +255,7 @@ def outputs(content: bytes, name: str, given: Path) -> tuple[str, str, list[floa
     import numpy as np
 
     from export.convert.onnx_header import parse_header
-    from export.convert.parity import onnx_outputs
+    from export.convert.ort import onnx_outputs
 
     header = parse_header(content)
     numbers = given.read_bytes()

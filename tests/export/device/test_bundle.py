@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from export.convert.half import convert_half
-from export.convert.parity import onnx_outputs
+from export.convert.ort import onnx_outputs
+from export.convert.parity import Reference
 from export.convert.quantize import quantize_onnx
 from export.convert.to_onnx import export_onnx
-from export.device.archive import CHECKSUMS, checksums, pack, unpack
+from export.device.archive import CHECKSUMS, pack, unpack
 from export.device.bundle import device_script, make_bundle
-from export.device.bundle_results import DeviceResults, read_results
-from export.engine.reference import Reference
+from export.device.results import DeviceResults, read_results
 from export.errors import ExportError
-from tests.archives import SAFELY
+from tests.archives import SAFELY, checksums
 from tests.export.device.fake_trtexec import VERSIONS, make_trtexec, release
 from tests.export.nets import SmallNet
 from tests.export.tiny_disk import tiny_disk
@@ -84,7 +84,7 @@ def run(
 
 
 def by_name(results: DeviceResults) -> dict[str, str]:
-    return {network.name: network.status for network in results.networks}
+    return {name: network.status for name, network in results.networks.items()}
 
 
 def test_bundles_repeat_and_hold_what_they_say(bundle: Path, networks: Path, tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_every_version_builds_measures_and_verifies(tmp_path: Path, networks: Pa
     assert f"TensorRT {version}" in done.stdout
     results = read_results(folder / "results", path)
     assert set(by_name(results).values()) == {"ok"}
-    assert results.board["tensorrt"] == version
-    for network in results.networks:
+    assert results.board.tensorrt == version
+    for network in results.networks.values():
         assert network.latency is not None
         assert network.parity is not None
         assert (network.latency.runs, network.latency.median_ms) == (42, pytest.approx(1.6))
@@ -135,7 +135,7 @@ def test_script_and_program_agree_on_the_numbers(tmp_path: Path, bundle: Path) -
     folder = carry(bundle, tmp_path / "board")
     run(folder, make_trtexec(tmp_path / "bin", "10.3.0"), "--processes", "1", "--only", "fp16")
     written = json.loads((folder / "results/results.json").read_text())["networks"]
-    (network,) = read_results(folder / "results", bundle).networks
+    (network,) = read_results(folder / "results", bundle).networks.values()
     assert network.latency is not None
     assert network.parity is not None
     assert written[0]["median_ms"] == pytest.approx(network.latency.median_ms, abs=1e-6)
@@ -170,8 +170,8 @@ def test_failures_are_recorded_and_said(tmp_path: Path, bundle: Path, stage: str
     assert f"slim: {stage}-failed" in done.stdout
     results = read_results(folder / "results", bundle)
     assert by_name(results) == dict.fromkeys(("slim", "slim.fp16", "slim.int8"), f"{stage}-failed")
-    assert all(reason in network.reason for network in results.networks)
-    assert all((network.latency is not None) == (stage == "verify") for network in results.networks)
+    assert all(reason in network.reason for network in results.networks.values())
+    assert all((network.latency is not None) == (stage == "verify") for network in results.networks.values())
 
 
 def test_wrong_outputs_do_not_pass(tmp_path: Path, bundle: Path) -> None:
@@ -194,23 +194,22 @@ def test_other_shells(tmp_path: Path, bundle: Path, shell: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["run_on_device.sh", "time_on_device.sh", "identify_on_device.sh"])
-def test_a_device_gets_one_file_that_needs_no_other(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--help", "--identify"])
+def test_a_device_gets_one_file_that_needs_no_other(option: str, tmp_path: Path) -> None:
     path = tmp_path / "run.sh"
-    path.write_bytes(device_script(name))
+    path.write_bytes(device_script())
     text = path.read_text()
-    assert "# include" not in text
-    for function in ("say", "die", "number", "look_around", "pack_results"):
+    for function in ("say", "die", "number", "look_around", "describe"):
         assert text.count(f"\n{function}() {{") == 1
     environment = {"PATH": "", "TRTEXEC": ""}
     done = subprocess.run(
-        [str(shutil.which("sh")), str(path), "--help"],
+        [str(shutil.which("sh")), str(path), option],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    if name == "identify_on_device.sh":
+    if option == "--identify":
         assert (done.returncode, done.stdout) == (2, "")
         assert "error: " in done.stderr
     else:  # nothing is looked for before the options are read
@@ -247,7 +246,7 @@ def test_what_the_script_refuses(tmp_path: Path, bundle: Path) -> None:
         refused("trtexec was not found", program=None)
     (folder / "models/slim.onnx").write_bytes(b"damaged")
     refused("files are damaged")
-    (folder / "models.txt").unlink()
+    (folder / "networks.txt").unlink()
     refused("this is not a bundle")
 
 
@@ -255,8 +254,8 @@ def test_a_full_disk_on_the_board_is_one_message(tmp_path: Path, bundle: Path) -
     folder = carry(bundle, tmp_path / "board")
     trtexec = make_trtexec(tmp_path / "bin", "10.3.0")
     with tiny_disk(tmp_path / "disk", 16) as disk:
-        # the folder of the first network fits, what is written into it does not
-        (disk / "fill").write_bytes(bytes(4096 * 3))
+        # the identity and the log of the build fit, the result does not
+        (disk / "fill").write_bytes(bytes(4096 * 2))
         done = run(folder, trtexec, "--processes", "1", "--only", "fp32", "--out", str(disk / "out"))
         assert done.returncode == 2
         assert done.stderr.strip().splitlines()[-1].endswith("is the disk full?")
@@ -284,17 +283,19 @@ def test_results_are_checked(tmp_path: Path, bundle: Path, networks: Path) -> No
     def edit(name: str, old: str, new: str) -> Callable[[dict[str, bytes]], object]:
         return lambda files: files.update({name: files[name].replace(old.encode(), new.encode())})
 
-    times = "slim.fp16/times-1.json"
+    times = "slim.fp16/1-2.txt"
     refused("checksum of results.json does not match", edit("results.json", "ok", "no"), renew=False)
     refused("has no results.json", lambda files: files.pop("results.json"), renew=False)
     refused("without a checksum: extra.txt", lambda files: files.update({"extra.txt": b""}), renew=False)
     refused("has no results.json", lambda files: files.pop("results.json"))
-    refused("another version of the program", edit("results.json", '"format": 1', '"format": 2'))
+    refused("another version of the program", edit("results.json", '"format": 2', '"format": 1'))
     refused("names other", edit("results.json", '"slim.fp16"', '"other"'))
     refused("cannot be parsed", edit("results.json", '"engine_bytes"', '"bytes"'))
-    refused("is not a times file", edit(times, "computeMs", "computeS"))
-    refused("must be positive", edit(times, '"computeMs" : 1.5,', '"computeMs" : -1,'))
-    refused("has no times for slim.fp16", lambda files: files.pop(times))
+    refused("is not a list of times", edit(times, "1500000", "1.5"))
+    refused("is not a list of times", edit(times, "1500000", "-1"))
+    refused("1 measurements are missing in .*, such as slim.fp16 in turn 1", lambda files: files.pop(times))
+    refused("mixes measurements", edit("slim.fp16/1-2.json", '"tensorrt": "10', '"tensorrt": "11'))
+    refused("has no result|cannot be parsed", edit("results.json", '"processes": 1', '"processes": 0'))
     refused("is not an output file", edit("slim.fp16/output-00.json", "values", "valued"))
     other = tmp_path / "other.tar.gz"
     make_bundle(other, [networks / "slim.fp16.onnx"], reference(networks), target="jetson-orin-nano-8gb")

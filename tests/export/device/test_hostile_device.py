@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.device.archive import CHECKSUMS, checksums, pack, top_folder, unpack
-from export.device.bounded import run_bounded
-from export.device.connection import CHUNK, Connection, Destination
+from export.device.archive import CHECKSUMS, pack, top_folder, unpack
+from export.device.connection import CHUNK, Connection, Destination, run_bounded
 from export.device.remote import identify, run_remote
 from export.errors import ExportError
 from export.files import read_bytes
+from tests.archives import checksums
 from tests.export.device.fake_trtexec import make_trtexec
 
 Ssh = Callable[[str], None]

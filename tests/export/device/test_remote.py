@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from export.convert.parity import onnx_outputs
+from export.convert.ort import onnx_outputs
+from export.convert.parity import Reference
 from export.convert.to_onnx import export_onnx
 from export.device.archive import CHECKSUMS, pack, unpack
 from export.device.bundle import make_bundle
-from export.device.bundle_results import read_results
 from export.device.connection import Connection, Destination, parse_destination
 from export.device.remote import _follow, _mark, place_of, run_remote
-from export.engine.reference import Reference
+from export.device.results import read_results
 from export.errors import ExportError
 from tests.export.device.fake_trtexec import make_trtexec
 from tests.export.device.local_sshd import Board, open_board

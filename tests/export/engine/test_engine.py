@@ -10,16 +10,9 @@ import torch
 
 from export.convert.to_onnx import export_onnx
 from export.engine.cuda import Device
-from export.engine.engine import (
-    BuildSettings,
-    available,
-    build_engine,
-    read_sidecar,
-    require_loadable,
-    why_not,
-)
-from export.engine.engine_info import sidecar_path
-from export.engine.trt import RTX, Flavour
+from export.engine.engine import BuildSettings, build_engine
+from export.engine.engine_info import read_sidecar, require_loadable, sidecar_path
+from export.engine.trt import RTX, Flavour, available, why_not
 from export.errors import ExportError
 from export.files import sha256_file
 from tests.export.nets import SmallNet, chain_of

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from export.convert.to_onnx import export_onnx
-from export.engine.build_settings import BuildSettings
-from export.engine.engine import read_sidecar
-from export.engine.engine_cache import cached_engine, engine_key
+from export.engine.engine import BuildSettings, cached_engine, engine_key
+from export.engine.engine_info import read_sidecar
 from export.engine.trt import RTX
 from tests.export.nets import SmallNet
 

@@ -11,8 +11,8 @@ import pytest
 
 from export.engine import engine
 from export.engine.cuda import Device
-from export.engine.engine import BuildSettings, available, build_engine, why_not
-from export.engine.trt import Flavour, Messages
+from export.engine.engine import BuildSettings, build_engine
+from export.engine.trt import Flavour, Messages, available, why_not
 from export.errors import ExportError
 from tests.export.engine.fake_trt import VERSIONS, make_module, release
 from tests.export.nets import chain_of

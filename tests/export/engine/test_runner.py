@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.convert.parity import onnx_outputs
+from export.convert.ort import onnx_outputs
 from export.convert.to_onnx import export_onnx
 from export.engine import cuda, engine
 from export.engine.cuda import Device, Driver, find_device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export.device.board import board_lines, board_state, describe_board, power_mode, run_tool
+from export.device.here import board_lines, board_state, describe_board, power_mode, run_tool
 
 TOOLS = {"nvpmodel": "NV Power Mode: 25W\n1", "nvidia-smi": None}
 

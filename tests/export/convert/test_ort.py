@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.convert import accuracy
+from export.convert import ort
 from export.convert.to_onnx import export_onnx
 
 IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -52,13 +52,13 @@ def test_a_file_for_one_input_is_scored_as_it_is(
         labels = torch.cat([model(image[None]) for image in IMAGES]).argmax(1).numpy()
     labels[:6] = (labels[:6] + 1) % 4
     sizes: list[int] = []
-    original = accuracy.run_session
+    original = ort.run_session
 
     def noted(session: Any, feeds: dict[str, Any]) -> Any:
         sizes.append(len(next(iter(feeds.values()))))
         return original(session, feeds)
 
-    monkeypatch.setattr(accuracy, "run_session", noted)
+    monkeypatch.setattr(ort, "run_session", noted)
     batches = [(IMAGES[:20].numpy(), labels[:20]), (IMAGES[20:].numpy(), labels[20:])]
-    assert accuracy.accuracy_onnx(tmp_path / "net.onnx", batches) == 18 / 24
+    assert ort.accuracy_onnx(tmp_path / "net.onnx", batches) == 18 / 24
     assert max(sizes[-2:]) == largest

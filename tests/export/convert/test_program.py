@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from export.convert.batches import Batch
-from export.convert.torch_formats import (
+from export.convert.program import (
     METADATA,
     check_loaded,
     export_program,
@@ -68,7 +68,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     for content in (b"", b"noise", good.read_bytes()[:500]):
         bad.write_bytes(content)
-        with pytest.raises(ExportError, match=r"bad is no program of torch\.export"):
+        with pytest.raises(ExportError, match=r"bad is not a program of torch\.export"):
             load_program(bad)
     with pytest.raises(ExportError, match="There is no program"):
         load_program(tmp_path / "none")
