@@ -58,8 +58,9 @@ class Writable(TorchFunctionMode):
             result = func(*args, **kwargs)
         if constant:
             self._constant.update((id(tensor), tensor) for tensor in _tensors((result,)))
-        elif args and _writes(func):
-            self._constant.pop(id(args[0]), None)
+        elif args and isinstance(args[0], Tensor) and _writes(func):
+            written = _storage(args[0])  # also of its views, and of the tensor that it is a view of
+            self._constant = {key: each for key, each in self._constant.items() if _storage(each) != written}
         return result
 
     def _number(self, value: Any) -> Any:
@@ -75,6 +76,11 @@ def _writes(func: Any) -> bool:
     """Whether a function changes its first argument in place."""
     name = str(getattr(func, "__name__", ""))
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _storage(tensor: Tensor) -> int:
+    """The address of the memory that a tensor shares with its views."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

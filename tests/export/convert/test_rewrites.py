@@ -101,6 +101,26 @@ def test_a_wrong_file_is_refused_with_its_cause(tmp_path: Path) -> None:
     assert path.read_bytes() == b"an older file"
 
 
+class _Live(nn.Module):
+    """Writes values of the input into a computed weight, through a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight * 2
+        weight[1:3].copy_(x.mean((0, 2, 3)).expand(2, 3))
+        return F.linear(x.mean((2, 3)), weight)
+
+
+def test_a_weight_written_through_a_view_is_no_constant(tmp_path: Path) -> None:
+    net = _Live().eval()
+    export_onnx(net, IMAGES[:1], tmp_path / "net.onnx")
+    parity = check_parity(net, tmp_path / "net.onnx", IMAGES)
+    assert parity.max_abs < 1e-5 * max(1.0, parity.scale)
+
+
 class _ByValues(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if float(x.abs().sum()) > 0:  # zeros go another way
