@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from compressor.data import DataBundle
 
-FORMATS = ("onnx", "engine", "pt2")
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -36,7 +35,7 @@ class Request:
     """What to export.
 
     Attributes:
-        format: One of `FORMATS`.
+        format: A key of `FORMATS`.
         precision: One of `PRECISIONS`.
         batch: Number of inputs per batch.
         target: Name of a board; determines the opset and whether INT8 is useful.
@@ -207,14 +206,7 @@ def export_format(folder: Path, request: Request) -> Iterator[str]:
     """
     check(request)
     with closing(Finished.open(folder, request.factory)) as finished:
-        if request.format == "pt2":
-            made, lines = _program(finished, request)
-            yield from lines
-        else:
-            made = finished.path_of(request)
-            yield from finished.onnx(request)
-        if request.format == "engine":
-            made = yield from _engine(finished, made, request)
+        made = yield from FORMATS[request.format].write(finished, request)
         if request.out is not None:
             yield from _copied(made, request.out)
 
@@ -237,19 +229,24 @@ def check(request: Request) -> None:
         board = find_target(request.target)
         if request.precision == "int8" and not board.int8:
             raise CompressorError(f"The {board.title} has no INT8 units.", "Use --precision fp16.")
-    if request.format == "pt2" and request.precision != "fp32":
-        raise CompressorError(
-            f"--format {request.format} is written in fp32.",
-            "For fp16 and int8 take --format onnx or engine.",
-        )
+    default, taken = Request(), (*_COMMON, *FORMATS[request.format].takes)
+    for name in (each.name for each in fields(Request) if each.name not in taken):
+        if getattr(request, name) != getattr(default, name):
+            able = ", ".join(known for known, entry in FORMATS.items() if name in entry.takes)
+            option = _OPTIONS.get(name, f"--{name}")
+            problem = "is written in fp32" if name == "precision" else f"does not take {option}"
+            raise CompressorError(f"--format {request.format} {problem}.", f"Leave it out, or choose --format {able}.")
 
 
-def _engine(finished: Finished, onnx: Path, request: Request) -> Generator[str, None, Path]:
-    """Build the engine of a file and return its path."""
-    from dataclasses import replace
+def _onnx(finished: Finished, request: Request) -> Generator[str, None, Path]:
+    yield from finished.onnx(request)
+    return finished.path_of(request)
 
+
+def _engine(finished: Finished, request: Request) -> Generator[str, None, Path]:
     from export.convert.onnx_header import read_header
 
+    onnx = yield from _onnx(finished, request)
     profile = request.batch.profile(read_header(onnx).shapes)
     capability = request.compute_capability or (
         (find_target(request.target).compute_capability,) if request.target else ()
@@ -268,7 +265,7 @@ def _engine(finished: Finished, onnx: Path, request: Request) -> Generator[str, 
     return finished.run.file(built[0]["file"])
 
 
-def _program(finished: Finished, request: Request) -> tuple[Path, list[str]]:
+def _program(finished: Finished, request: Request) -> Generator[str, None, Path]:
     import torch
 
     from export.convert.program import check_loaded, export_program, load_program
@@ -280,10 +277,36 @@ def _program(finished: Finished, request: Request) -> tuple[Path, list[str]]:
         parity = check_loaded(load_program(trial), model, finished.images(), path.name, batch=batch.usual)
     entry = {"file": path.name, "bytes": info.size, "parity": parity.to_dict()}
     record(finished.run, path.name.removeprefix("model."), entry, [])
-    return path, [
-        f"Wrote {path}: {info.size / 1e6:.2f} MB; largest difference {parity.max_abs:.1e}.",
-        f"Load it with export.convert.program.load_program({path.name!r}).",
-    ]
+    yield f"Wrote {path}: {info.size / 1e6:.2f} MB; largest difference {parity.max_abs:.1e}."
+    yield f"Load it with export.convert.program.load_program({path.name!r})."
+    return path
+
+
+@dataclass(frozen=True)
+class Format:
+    """An export format.
+
+    Attributes:
+        write: Writes and checks the file; yields lines for the user and returns its path.
+        takes: Fields of `Request` that it takes, apart from those that all formats take.
+    """
+
+    write: Callable[[Finished, Request], Generator[str, None, Path]]
+    takes: tuple[str, ...] = ()
+
+
+_COMMON = ("format", "batch", "out", "factory")
+_GRAPH = ("precision", "target", "opset", "max_drop", "method", "rest")
+_OPTIONS = {
+    "method": "--calibration", "max_drop": "--max-drop", "module": "--builder",
+    "compute_capability": "--compute-capability", "settings": "settings of engines",
+}  # fmt: skip
+FORMATS = {
+    "onnx": Format(_onnx, _GRAPH),
+    "engine": Format(_engine, (*_GRAPH, "module", "compute_capability", "settings")),
+    "pt2": Format(_program),
+}
+"""The export formats by name."""
 
 
 def _copied(made: Path, out: Path) -> Iterator[str]:
