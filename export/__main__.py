@@ -162,10 +162,9 @@ def _times(options: argparse.Namespace) -> tuple[list[float], LatencyStats]:
         return times, runner.summarise(times)
     from export.engine.runner import EngineRunner
 
-    engine = EngineRunner(_engine_path(options))
-    times = engine.times_ms(warmup_s=options.warmup, duration_s=options.duration)
-    engine.close()
-    return times, summarise(times, runtime=engine.info.module, version=engine.info.version)
+    with EngineRunner(_engine_path(options)) as engine:
+        times = engine.times_ms(warmup_s=options.warmup, duration_s=options.duration)
+        return times, summarise(times, runtime=engine.info.module, version=engine.info.version)
 
 
 def _in_processes(options: argparse.Namespace) -> tuple[list[float], LatencyStats]:
@@ -194,31 +193,35 @@ def _in_processes(options: argparse.Namespace) -> tuple[list[float], LatencyStat
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
     from export.convert.parity import DEVICE_TOLERANCES, TOLERANCES, read_reference, verify
 
-    header = read_header(options.onnx)
+    precision = read_header(options.onnx).precision
     reference = read_reference(options.reference or Path(options.onnx).with_name("reference.npz"))
-    if _runtime(options) == ORT:
-        from export.convert.ort import onnx_outputs
-
-        what, tolerance = str(options.onnx), TOLERANCES[header.precision]
-
-        def run(inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            return onnx_outputs(options.onnx, inputs, threads=options.threads)[0]
-    else:
-        from export.engine.runner import EngineRunner
-
-        engine, what = EngineRunner(_engine_path(options)), str(_engine_path(options))
-        if engine.info.onnx_sha256 != sha256_file(Path(options.onnx)):
-            raise ExportError(f"{what} was not built from {options.onnx}.", "Build it again.")
-        run = engine.run_batches
-        tolerance = DEVICE_TOLERANCES[header.precision]
-    if options.tolerance is not None:
-        tolerance = options.tolerance
-    parity = verify(run, reference, what, precision=header.precision, tolerance=tolerance)
+    on_cpu = _runtime(options) == ORT
+    what = str(options.onnx if on_cpu else _engine_path(options))
+    tolerance = options.tolerance
+    if tolerance is None:
+        tolerance = (TOLERANCES if on_cpu else DEVICE_TOLERANCES)[precision]
+    outputs = (_ort_outputs if on_cpu else _engine_outputs)(options, reference.inputs)
+    parity = verify(outputs, reference, what, precision=precision, tolerance=tolerance)
     print(
         f"{what}: largest difference {parity.max_abs:.3g} (allowed {parity.allowed:.3g}), mean "
         f"{parity.mean_abs:.3g}, same first class for {parity.top1_agreement:.1%} of {parity.samples} inputs"
     )
-    return {"onnx": Path(options.onnx).name, "precision": header.precision, "parity": parity.to_dict()}
+    return {"onnx": Path(options.onnx).name, "precision": precision, "parity": parity.to_dict()}
+
+
+def _ort_outputs(options: argparse.Namespace, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    from export.convert.ort import onnx_outputs
+
+    return onnx_outputs(options.onnx, inputs, threads=options.threads)[0]
+
+
+def _engine_outputs(options: argparse.Namespace, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    from export.engine.runner import EngineRunner
+
+    with EngineRunner(_engine_path(options)) as engine:
+        if engine.info.onnx_sha256 != sha256_file(Path(options.onnx)):
+            raise ExportError(f"{_engine_path(options)} was not built from {options.onnx}.", "Build it again.")
+        return engine.run_batches(inputs)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,9 @@ class TensorRt:
             if self.module == RTX and (gpu := find_device()) is not None:
                 capability = gpu.compute_capability
             build_engine(path, engine, module=self.module, compute_capability=capability)
-            runner = EngineRunner(engine)
-            times = runner.times_ms(warmup_s=seconds / 4, duration_s=seconds)
-            layers = runner.layer_times() if network.operators else []
+            with EngineRunner(engine) as runner:
+                times = runner.times_ms(warmup_s=seconds / 4, duration_s=seconds)
+                layers = runner.layer_times() if network.operators else []
         return NetworkTimes(np.asarray(times), _operators(layers, network))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,7 +182,7 @@ def read_reference(path: str | Path) -> Reference:
 
 
 def verify(
-    run: Callable[[npt.NDArray[Any]], npt.NDArray[Any]],
+    outputs: npt.NDArray[Any],
     reference: Reference,
     what: str,
     *,
@@ -190,10 +190,10 @@ def verify(
     tolerance: float | None = None,
     min_agreement: float | None = None,
 ) -> Parity:
-    """Run a network on the reference's inputs and compare its outputs.
+    """Compare outputs with those of a reference.
 
     Args:
-        run: Inputs (N, C, H, W) -> outputs (N, ...).
+        outputs: A network's outputs (N, ...) for the inputs of the reference.
         reference: The expected outputs.
         what: The network's name in messages.
         precision: "fp32", "fp16" or "int8"; it determines the limits.
@@ -204,7 +204,7 @@ def verify(
     """
     parity = compare_outputs(
         reference.outputs,
-        run(reference.inputs),
+        outputs,
         tolerance=TOLERANCES[precision] if tolerance is None else tolerance,
     )
     # with few inputs, a single one would exceed the share that may differ

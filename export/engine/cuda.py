@@ -41,7 +41,7 @@ class Device:
 
 
 class Driver:
-    """The first GPU and its primary context.
+    """The first GPU and its primary context, which is released on exit with everything that was allocated.
 
     Raises:
         ExportError: there is no driver or no GPU, or a call fails; the message names the call.
@@ -50,11 +50,38 @@ class Driver:
     def __init__(self, library: Any = None) -> None:
         self._library = library if library is not None else _load()
         self._call("cuInit", 0)
-        handle, context = ctypes.c_int(), ctypes.c_void_p()
+        handle, self._context, self._before = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuDeviceGet", ctypes.byref(handle), 0)
         self._device = handle
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
-        self._call("cuCtxSetCurrent", context)
+        self._held: list[tuple[str, int]] = []  # (call that frees it, handle), in the order of creation
+        self._call("cuCtxGetCurrent", ctypes.byref(self._before))
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), handle)
+        self._open = True
+        try:
+            self._call("cuCtxSetCurrent", self._context)
+        except ExportError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free memory, streams and events, and release the context; errors of these calls are ignored."""
+        while self._held:
+            name, handle = self._held.pop()
+            getattr(self._library, name)(ctypes.c_void_p(handle))
+        if self._open:
+            self._open = False
+            self._library.cuCtxSetCurrent(self._before)  # a released context must not stay current
+            self._library.cuDevicePrimaryCtxRelease_v2(self._device)
+
+    def _hold(self, free: str, handle: ctypes.c_void_p) -> int:
+        self._held.append((free, int(handle.value or 0)))
+        return self._held[-1][1]
 
     def _call(self, name: str, *arguments: Any) -> None:
         result = getattr(self._library, name)(*arguments)
@@ -90,11 +117,7 @@ class Driver:
         """Allocate `size` bytes on the GPU and return the address."""
         address = ctypes.c_void_p()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(size, 1)))
-        return int(address.value or 0)
-
-    def free(self, address: int) -> None:
-        """Free memory."""
-        self._call("cuMemFree_v2", ctypes.c_void_p(address))
+        return self._hold("cuMemFree_v2", address)
 
     def upload(self, address: int, array: Any) -> None:
         """Copy a contiguous numpy array to the GPU."""
@@ -118,7 +141,7 @@ class Driver:
         """Create a stream."""
         handle = ctypes.c_void_p()
         self._call("cuStreamCreate", ctypes.byref(handle), 1)  # CU_STREAM_NON_BLOCKING
-        return int(handle.value or 0)
+        return self._hold("cuStreamDestroy_v2", handle)
 
     def synchronise(self, stream: int) -> None:
         """Wait until the work of the stream is finished."""
@@ -128,7 +151,7 @@ class Driver:
         """Create an event that records its time."""
         handle = ctypes.c_void_p()
         self._call("cuEventCreate", ctypes.byref(handle), 0)
-        return int(handle.value or 0)
+        return self._hold("cuEventDestroy_v2", handle)
 
     def record(self, event: int, stream: int) -> None:
         """Record the event in the stream."""
@@ -144,7 +167,8 @@ class Driver:
 def find_device() -> Device | None:
     """The first GPU, or None where there is no driver or no GPU."""
     try:
-        return Driver().device()
+        with Driver() as driver:
+            return driver.device()
     except ExportError:
         return None
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.convert.ort import padded
 from export.engine.bench import LatencyStats, summarise
 from export.engine.cuda import Driver
 from export.engine.engine_info import EngineInfo, read_sidecar, require_loadable
@@ -37,11 +38,14 @@ _TYPES = {
 
 
 class EngineRunner:
-    """A loaded engine on the GPU of this machine.
+    """A loaded engine on the GPU of this machine; on exit, it and its memory are freed.
+
+        with EngineRunner("model.engine") as runner:
+            outputs = runner.run_batches(inputs)
 
     Args:
         engine_path: The engine file, with its description beside it.
-        driver: The GPU's driver; None opens it.
+        driver: The GPU's driver, which the runner closes; None opens it.
 
     Raises:
         ExportError: the engine or its description is missing or damaged, it was built for another GPU or version,
@@ -52,44 +56,64 @@ class EngineRunner:
         path = Path(engine_path)
         self.info: EngineInfo = read_sidecar(path)
         trt, self.flavour = load(self.info.module)
-        self.driver = driver if driver is not None else Driver()
-        self.device = self.driver.device()
-        require_loadable(self.info, self.flavour, self.device)
-        self._messages = Messages(trt, self.flavour.module)
-        runtime = trt.Runtime(self._messages.logger)
-        if self.info.settings.get("version_compatible"):
-            runtime.engine_host_code_allowed = True
-        engine = runtime.deserialize_cuda_engine(read_bytes(path, "engine"))
-        context = engine.create_execution_context() if engine is not None else None
-        if context is None:
-            reason = self._messages.last_error()
-            raise ExportError(f"{self.flavour.title} cannot load {path}: {reason}.", "Build it again.")
-        self._runtime, self._engine, self._context = runtime, engine, context
-        self.stream = self.driver.stream()
         self._host: dict[str, npt.NDArray[Any]] = {}
         self._device: dict[str, int] = {}
         self.inputs: list[str] = []
         self.outputs: list[str] = []
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._context: Any = None
+        self.driver = driver if driver is not None else Driver()
+        try:
+            self._load(trt, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, trt: Any, path: Path) -> None:
+        require_loadable(self.info, self.flavour, self.driver.device())
+        self._messages = Messages(trt, self.flavour.module)
+        # no local variables: the traceback of an error would keep what `close` frees
+        self._runtime = trt.Runtime(self._messages.logger)
+        if self.info.settings.get("version_compatible"):
+            self._runtime.engine_host_code_allowed = True
+        self._engine = self._runtime.deserialize_cuda_engine(read_bytes(path, "engine"))
+        self._context = self._engine.create_execution_context() if self._engine is not None else None
+        if self._context is None:
+            reason = self._messages.last_error()
+            raise ExportError(f"{self.flavour.title} cannot load {path}: {reason}.", "Build it again.")
+        self.stream = self.driver.stream()
         self._place_tensors(trt)
+
+    def __enter__(self) -> EngineRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the execution context, the engine, the GPU's memory, streams and events, and the driver's context."""
+        self._context = self._engine = self._runtime = None  # in this order: each is created from the next
+        self._device.clear()
+        self.driver.close()
 
     def _place_tensors(self, trt: Any) -> None:
         """Allocate memory for each input and output; dynamic dimensions take the profile's optimum size."""
         import numpy as np
 
-        engine, context = self._engine, self._context
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         for name in inputs:
-            if -1 in tuple(engine.get_tensor_shape(name)):
-                context.set_input_shape(name, tuple(engine.get_tensor_profile_shape(name, 0)[1]))
+            if -1 in tuple(self._engine.get_tensor_shape(name)):
+                self._context.set_input_shape(name, tuple(self._engine.get_tensor_profile_shape(name, 0)[1]))
         for name in names:
-            kind = engine.get_tensor_dtype(name).name
+            kind = self._engine.get_tensor_dtype(name).name
             if kind not in _TYPES:
                 raise ExportError(f"{self.info.engine} has a tensor {name} of the unknown type {kind}.")
-            array = np.zeros(tuple(context.get_tensor_shape(name)), dtype=_TYPES[kind])
+            array = np.zeros(tuple(self._context.get_tensor_shape(name)), dtype=_TYPES[kind])
             self._host[name] = array
             self._device[name] = self.driver.allocate(array.nbytes)
-            context.set_tensor_address(name, self._device[name])
+            self._context.set_tensor_address(name, self._device[name])
             (self.inputs if name in inputs else self.outputs).append(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -131,13 +155,8 @@ class EngineRunner:
 
         name = self.inputs[0]
         size = self.shape(name)[0]
-        parts = []
-        for start in range(0, len(inputs), size):
-            chunk = inputs[start : start + size]
-            missing = size - len(chunk)
-            filled = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)]) if missing else chunk
-            parts.append(self.run({name: filled})[0][: size - missing])
-        return np.concatenate(parts)
+        chunks = (inputs[start : start + size] for start in range(0, len(inputs), size))
+        return np.concatenate([self.run({name: padded(chunk, size)})[0][: len(chunk)] for chunk in chunks])
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self.stream):
@@ -182,8 +201,7 @@ class EngineRunner:
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 seen.setdefault(layer_name, []).append(ms)
 
-        heard = Heard()
-        self._context.profiler = heard
+        self._context.profiler = Heard()
         for _ in range(runs):
             self._enqueue()
             self.driver.synchronise(self.stream)
@@ -193,9 +211,3 @@ class EngineRunner:
         """Measure the latency of one run on the GPU: median, p90 and p99."""
         times = self.times_ms(warmup_s=warmup_s, duration_s=duration_s)
         return summarise(times, runtime=self.info.module, version=self.info.version)
-
-    def close(self) -> None:
-        """Free the GPU's memory."""
-        for address in self._device.values():
-            self.driver.free(address)
-        self._device.clear()

@@ -141,7 +141,7 @@ def test_what_no_open_file_can_be_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ExportError, match=f"forward fixes the batch.*{cause}") as refused:
         export_onnx(Within(operation), EXAMPLE, path, dynamic_batch=True)
     assert "x.flatten(1)" in (refused.value.hint or "")
-    assert "test_open_batch.py" in refused.value.message
+    assert "test_batches.py" in refused.value.message
     assert path.read_bytes() == b"an older file"
     fixed = export_onnx(Within(operation), torch.zeros(2, 3, 16, 16), path)  # one batch alone it can be
     assert fixed.inputs == {"input": (2, 3, 16, 16)}

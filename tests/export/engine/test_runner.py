@@ -28,11 +28,17 @@ ORIN = Device("Orin", "8.7", 8 << 30, 1020, "12.6")
 INPUTS = np.random.default_rng(2).standard_normal((3, 3, 16, 16)).astype(np.float32)
 
 
+LIVE: set[str] = set()
+"""The objects of TensorRT that exist."""
+
+
 class FakeDriver:
     """The calls of `Driver`, with bytes in a dict for memory and a clock of 2 ms a run."""
 
     def __init__(self) -> None:
         self.memory: dict[int, bytes] = {}
+        self.handles: set[int] = set()
+        self.closed = 0
         self.numbers = itertools.count(1)
         self.recorded: dict[int, float] = {}
         self.clock = 0.0
@@ -45,8 +51,11 @@ class FakeDriver:
         self.memory[address] = bytes(size)
         return address
 
-    def free(self, address: int) -> None:
-        del self.memory[address]
+    def close(self) -> None:
+        assert not LIVE  # what TensorRT holds goes first
+        self.memory.clear()
+        self.handles.clear()
+        self.closed += 1
 
     def upload(self, address: int, array: Any) -> None:
         assert len(self.memory[address]) == array.nbytes
@@ -56,10 +65,10 @@ class FakeDriver:
         array[...] = np.frombuffer(self.memory[address], array.dtype).reshape(array.shape)
 
     def stream(self) -> int:
-        return next(self.numbers)
+        self.handles.add(next(self.numbers))
+        return max(self.handles)
 
-    def event(self) -> int:
-        return next(self.numbers)
+    event = stream
 
     def synchronise(self, stream: int) -> None:
         pass
@@ -71,29 +80,44 @@ class FakeDriver:
         return self.recorded[end] - self.recorded[start]
 
 
-def with_runtime(module: Any, driver: FakeDriver, net: Path, *, loads: bool = True) -> Any:
+SHAPES = {"input": (1, 3, 16, 16), "output": (1, 10)}
+
+
+def with_runtime(
+    module: Any, driver: FakeDriver, net: Path, *, loads: bool = True, runs: bool = True, **types: str
+) -> Any:
     """Give the stand-in module a runtime whose engine computes with ONNX Runtime."""
 
     class TensorIOMode(enum.Enum):
         NONE, INPUT, OUTPUT = range(3)
 
-    class Context:
+    class Living:
         def __init__(self) -> None:
+            LIVE.add(type(self).__name__)
+
+        def __del__(self) -> None:
+            LIVE.discard(type(self).__name__)
+
+    class Context(Living):
+        def __init__(self) -> None:
+            super().__init__()
             self.addresses: dict[str, int] = {}
 
         def set_tensor_address(self, name: str, address: int) -> None:
             self.addresses[name] = address
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return {"input": (1, 3, 16, 16), "output": (1, 10)}[name]
+            return SHAPES[name]
 
         def execute_async_v3(self, stream: int) -> bool:
+            if not runs:
+                return False
             given = np.frombuffer(driver.memory[self.addresses["input"]], np.float32).reshape(1, 3, 16, 16)
             driver.memory[self.addresses["output"]] = onnx_outputs(net, given)[0].tobytes()
             driver.clock += 2.0
             return True
 
-    class Engine:
+    class Engine(Living):
         num_io_tensors = 2
 
         def get_tensor_name(self, index: int) -> str:
@@ -103,16 +127,17 @@ def with_runtime(module: Any, driver: FakeDriver, net: Path, *, loads: bool = Tr
             return TensorIOMode.INPUT if name == "input" else TensorIOMode.OUTPUT
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return Context().get_tensor_shape(name)
+            return SHAPES[name]
 
         def get_tensor_dtype(self, name: str) -> Any:
-            return SimpleNamespace(name="FLOAT")
+            return SimpleNamespace(name=types.get(name, "FLOAT"))
 
         def create_execution_context(self) -> Context:
             return Context()
 
-    class Runtime:
+    class Runtime(Living):
         def __init__(self, logger: Any) -> None:
+            super().__init__()
             self.logger = logger
 
         def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
@@ -140,17 +165,38 @@ def test_runs_and_measures(built: tuple[Path, Any]) -> None:
     net, module = built
     driver = FakeDriver()
     with_runtime(module, driver, net)
-    runner = EngineRunner(net.with_suffix(".engine"), driver=driver)
-    assert (runner.inputs, runner.outputs) == (["input"], ["output"])
-    assert np.array_equal(runner.run_batches(INPUTS), onnx_outputs(net, INPUTS)[0])
-    stats = runner.measure(warmup_s=0.0, duration_s=0.0)
-    assert (stats.median_ms, stats.runs, stats.runtime, stats.version) == (2.0, 10, "tensorrt", "10.3.0.30")
-    with pytest.raises(ExportError, match=r"Input input has the shape \[1, 3, 16, 16\], got \[1, 3, 8, 8\]"):
-        runner.run({"input": np.zeros((1, 3, 8, 8))})
-    with pytest.raises(ExportError, match="got nothing"):
-        runner.run({})
-    runner.close()
-    assert driver.memory == {}
+    with EngineRunner(net.with_suffix(".engine"), driver=driver) as runner:
+        assert (runner.inputs, runner.outputs) == (["input"], ["output"])
+        assert np.array_equal(runner.run_batches(INPUTS), onnx_outputs(net, INPUTS)[0])
+        stats = runner.measure(warmup_s=0.0, duration_s=0.0)
+        assert (stats.median_ms, stats.runs, stats.runtime, stats.version) == (2.0, 10, "tensorrt", "10.3.0.30")
+        with pytest.raises(ExportError, match=r"Input input has the shape \[1, 3, 16, 16\], got \[1, 3, 8, 8\]"):
+            runner.run({"input": np.zeros((1, 3, 8, 8))})
+        with pytest.raises(ExportError, match="got nothing"):
+            runner.run({})
+        assert (len(driver.memory), len(driver.handles), len(LIVE)) == (2, 3, 3)
+    assert (driver.memory, driver.handles, LIVE, driver.closed) == ({}, set(), set(), 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"loads": False}, "cannot load"),
+        ({"output": "FLOAT8"}, "a tensor output of the unknown type FLOAT8"),
+        ({"runs": False}, "cannot run net.engine"),
+    ],
+)
+def test_everything_is_freed_after_an_exception(built: tuple[Path, Any], how: Any, message: str) -> None:
+    net, module = built
+    driver = FakeDriver()
+    with_runtime(module, driver, net, **how)
+    def run() -> None:
+        with EngineRunner(net.with_suffix(".engine"), driver=driver) as runner:
+            runner.times_ms(warmup_s=0.0, duration_s=0.0)
+
+    with pytest.raises(ExportError, match=message):
+        run()
+    assert (driver.memory, driver.handles, LIVE, driver.closed) == ({}, set(), set(), 1)
 
 
 def test_an_engine_that_does_not_load(built: tuple[Path, Any]) -> None:
@@ -168,16 +214,27 @@ def test_an_engine_of_another_version(built: tuple[Path, Any]) -> None:
         EngineRunner(net.with_suffix(".engine"), driver=FakeDriver())
 
 
+CREATED = {
+    "cuDevicePrimaryCtxRetain": "cuDevicePrimaryCtxRelease_v2", "cuMemAlloc_v2": "cuMemFree_v2",
+    "cuStreamCreate": "cuStreamDestroy_v2", "cuEventCreate": "cuEventDestroy_v2",
+}  # fmt: skip
+
+
 class FakeLibrary:
     """The driver's library for what `Driver` asks it; `fails` names a call that returns an error."""
 
     def __init__(self, fails: str = "") -> None:
         self.fails = fails
+        self.held: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> int:
             if name == self.fails:
                 return 100
+            if name in CREATED:
+                self.held.append(CREATED[name])
+            elif name in self.held:
+                self.held.remove(name)
             if name == "cuDeviceGetName":
                 arguments[0].value = b"Orin"
             elif name == "cuDeviceTotalMem_v2":
@@ -197,6 +254,26 @@ def test_the_driver_describes_its_device() -> None:
     assert Driver(FakeLibrary()).device() == ORIN
     with pytest.raises(ExportError, match=r"refused cuInit: error 100 \(CUDA_ERROR_NO_DEVICE\)"):
         Driver(FakeLibrary(fails="cuInit"))
+
+
+def test_the_driver_frees_what_it_allocated() -> None:
+    library = FakeLibrary()
+
+    def use() -> None:
+        with Driver(library) as driver:
+            driver.allocate(100)
+            driver.stream()
+            driver.event()
+            assert sorted(library.held) == sorted(CREATED.values())
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        use()
+    assert library.held == []
+    failing = FakeLibrary(fails="cuCtxSetCurrent")
+    with pytest.raises(ExportError, match="refused cuCtxSetCurrent"):
+        Driver(failing)
+    assert failing.held == []
 
 
 def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
