@@ -2,7 +2,7 @@
 
 A file with FP16 tensors gives the same engine with every TensorRT from 8.5 to 11, strongly typed or not. ONNX's
 operator definitions determine which tensors can be FP16. Nodes that would overflow on real inputs stay FP32 and are
-reported. Casts connect the two.
+reported. Casts connect the two, one for each value: `docs/guide/export.md` compares it with onnxconverter-common.
 """
 
 from __future__ import annotations

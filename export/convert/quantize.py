@@ -184,6 +184,9 @@ def check_calibration(calibration: Any, header: OnnxHeader) -> npt.NDArray[np.fl
 class Calibrated:
     """A network with calibrated activation ranges, of which any subset of nodes can be quantised.
 
+    `quantize_static` of ONNX Runtime gives the same nodes and weights for these settings, but calibrates for each call:
+    ranking the 29 nodes of a ResNet-18 would calibrate 29 times. It also has no setting for the bins of "entropy".
+
     Args:
         proto: The FP32 network.
         name: Name of its input.
@@ -198,8 +201,7 @@ class Calibrated:
         self, proto: Any, name: str, inputs: npt.NDArray[Any], method: str, percentile: float = PERCENTILE
     ) -> None:
         import onnx
-        from onnxruntime.quantization import CalibrationMethod
-        from onnxruntime.quantization.calibrate import create_calibrator
+        from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
         batch = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
         if len(inputs) < batch:
@@ -228,8 +230,7 @@ class Calibrated:
     def quantise(self, nodes: list[str]) -> Any:
         """Quantise these nodes: a copy of the network with their Q/DQ pairs."""
         import onnx
-        from onnxruntime.quantization import QuantType
-        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+        from onnxruntime.quantization import QDQQuantizer, QuantType
 
         copied = onnx.shape_inference.infer_shapes(self.proto)
         quantiser = QDQQuantizer(
