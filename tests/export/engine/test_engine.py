@@ -1,4 +1,4 @@
-"""Engines built for real with TensorRT-RTX, which needs no GPU, and the traps of its parser."""
+"""Engines built for real with TensorRT-RTX, which needs no GPU, the traps of its parser, and the cache of engines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from export.convert.to_onnx import export_onnx
 from export.engine.cuda import Device
-from export.engine.engine import BuildSettings, build_engine
+from export.engine.engine import BuildSettings, build_engine, cached_engine, engine_key
 from export.engine.engine_info import read_sidecar, require_loadable, sidecar_path
 from export.engine.trt import RTX, Flavour, available, why_not
 from export.errors import ExportError
@@ -166,3 +166,41 @@ def test_what_is_installed() -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="There is no ONNX file"):
         build_engine(tmp_path / "none.onnx", tmp_path / "net.engine", module=RTX)
+
+
+def test_found_again_under_another_name(tmp_path: Path, net: Path) -> None:
+    cache = tmp_path / "cache"
+    first, hit = cached_engine(net, tmp_path / "a.engine", cache, module=RTX, compute_capability="8.6")
+    assert not hit
+    renamed = tmp_path / "other.onnx"
+    renamed.write_bytes(net.read_bytes())
+    second, hit = cached_engine(renamed, tmp_path / "b.engine", cache, module=RTX, compute_capability="8.6")
+    assert hit
+    assert (second.engine, second.onnx, second.sha256) == ("b.engine", "other.onnx", first.sha256)
+    assert read_sidecar(tmp_path / "b.engine") == second
+    assert (tmp_path / "a.engine").read_bytes() == (tmp_path / "b.engine").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["engine", "json"])
+def test_damaged_entries_are_built_anew(tmp_path: Path, net: Path, damage: str) -> None:
+    cache = tmp_path / "cache"
+    cached_engine(net, tmp_path / "a.engine", cache, module=RTX, compute_capability="8.6")
+    (kept,) = cache.glob(f"*.{damage}")
+    kept.write_bytes(kept.read_bytes()[:-5])
+    info, hit = cached_engine(net, tmp_path / "a.engine", cache, module=RTX, compute_capability="8.6")
+    assert not hit
+    assert read_sidecar(tmp_path / "a.engine") == info
+
+
+def test_key_covers_what_matters(net: Path) -> None:
+    content, plain = net.read_bytes(), BuildSettings()
+    keys = [
+        engine_key(content, RTX, "8.6", plain),
+        engine_key(content + b"\0", RTX, "8.6", plain),
+        engine_key(content, RTX, "8.9", plain),
+        engine_key(content, RTX, ["8.6", "8.9"], plain),
+        engine_key(content, RTX, "8.6", BuildSettings(tf32=False)),
+        engine_key(content, RTX, "8.6", BuildSettings(workspace_bytes=1 << 28)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert engine_key(content, RTX, ("8.6",), BuildSettings()) == keys[0]
