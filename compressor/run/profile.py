@@ -73,7 +73,7 @@ def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
         opset=recipe.export.opset,
     )
     yield (
-        f"Wrote {written.networks} networks of {recipe.model} in {recipe.precision} to {folder} "
+        f"Wrote {len(written.networks)} networks of {recipe.model} in {recipe.precision} to {folder} "
         f"({written.size / 1e6:.0f} MB)."
     )
     yield f"On the device: sh {folder.name}/run.sh   (it explains its steps; after an interruption it continues)"
