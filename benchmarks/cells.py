@@ -254,6 +254,11 @@ def weights_checksums(options: argparse.Namespace) -> dict[str, str]:
     return {name: sha256_file(path) for name, path in options.weights.items()}
 
 
+def epochs(number: int) -> str:
+    """Return a number of epochs in words: "1 epoch"."""
+    return f"{number} epoch{'' if number == 1 else 's'}"
+
+
 def minutes(seconds: float) -> str:
     """Return a duration for a table: "40 s" or "12 min"."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

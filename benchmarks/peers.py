@@ -66,7 +66,7 @@ INTRODUCTION = """# Other tools at equal cost
 
 Written by `python -m benchmarks.peers` from its cells; do not edit. All methods prune the same weights to the same
 share of the multiply-adds (as fvcore counts them; a method whose steps are coarse ends below the limit) and see the
-same images. Their networks are fine-tuned by the same loop for {epochs} epochs: SGD with Nesterov momentum, a cosine
+same images. Their networks are fine-tuned by the same loop for {epochs}: SGD with Nesterov momentum, a cosine
 schedule, batches of 128, shifts and mirroring. *Plain* trains with the labels alone; *distilled* is our own
 fine-tuning, half of whose loss is the divergence from the dense network's outputs at temperature 4. *Before* is the
 accuracy before any training, with batch norm re-estimated on 1,280 unlabeled images (compensated networks as they are
@@ -531,7 +531,7 @@ def shown(values: dict[str, Any]) -> str:
 def page(options: argparse.Namespace, lines: Lines) -> str:
     """Return the page of all cells that there are."""
     done = lines.entries()
-    parts = [INTRODUCTION.format(**lines.settings)]
+    parts = [INTRODUCTION.format(**{**lines.settings, "epochs": cells.epochs(lines.settings["epochs"])})]
     versions = {pair for entry in done.values() for pair in entry.get("versions", {}).items()}
     if versions:
         parts += ["Versions: " + ", ".join(f"{name} {text}" for name, text in sorted(versions)) + ".", ""]

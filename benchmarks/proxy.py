@@ -12,7 +12,8 @@ disagreement bounds the correlation that any proxy can reach.
 A cell is a scored or a fine-tuned network. Each is a line of `--results`; a stopped command continues with the cells
 that have none, several commands may run side by side, and docs/results/proxy.md is written again after each plan.
 `--list` prints the missing cells with an estimate of their time on this machine; `--only 'cifar_resnet20/params:50%/*'`
-selects some. Accuracies of the agents' study serve as one of the two where weights and fine-tuning are the same.
+selects some. With `--reuse`, accuracies of the agents' study serve as one of the two where weights, images and
+fine-tuning are the same; they may come from another machine and version.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ INTRODUCTION = """# Scores of candidates
 
 Written by `python -m benchmarks.proxy` from its cells; do not edit. Each proxy orders plans of all qualities (half from
 searches, half random) before any training; the table shows its rank correlation (Spearman) with the accuracy on the
-test images after {epochs} epochs of fine-tuning with distillation, mean of two seeds, from the {start} network; ± is
+test images after {epochs} of fine-tuning with distillation, mean of two seeds, from the {start} network; ± is
 its standard error over plans (bootstrap). Proxies are computed on {search_images} images of the search split; batch
-norm is re-estimated on {batch_norm_batches} batches of 128, compensation has {fit_images} unlabeled images.
+norm is re-estimated on {batch_norm_images} images, compensation has {fit_images} unlabeled images.
 Cross-entropy and divergence are negated, so that a good proxy is positive. *Seeds agree* is the rank correlation of the
 two seeds' accuracies, and *ceiling* what a perfect proxy would have with the mean of two such noisy accuracies, the
 square root of 2r/(1+r). *Upper half* has only the plans above the median after fine-tuning, among which a search
@@ -75,7 +76,8 @@ chooses. *Lost* is by how many points the plan that the proxy puts first is behi
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     console = Console(width=150)
-    lines = Lines(options.results, {**cells.settings_of(options), "start": options.start, "plans": options.plans})
+    own = {name: getattr(options, name) for name in ("start", "plans", "reuse")}
+    lines = Lines(options.results, {**cells.settings_of(options), **own})
     if not options.page_only:
         Study(options, lines, console).run()
     if not lines.entries():
@@ -105,6 +107,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--recorded", type=Path, default=Path("benchmarks/results/agents"), help="results of benchmarks.agents"
     )
+    parser.add_argument("--reuse", action="store_true", help="use recorded accuracies as one of the two")
     options = cells.parsed(parser, arguments)
     if options.plans < 4:
         parser.error(f"--plans {options.plans}: expected 4 or more")
@@ -160,15 +163,15 @@ def recorded(
     return found
 
 
-def same_training(options: argparse.Namespace, model: str) -> bool:
-    """Whether recorded accuracies are of the same weights, and of fine-tuning as it is here."""
+def same_training(options: argparse.Namespace, job: Job, model: str) -> bool:
+    """Whether recorded accuracies are of the same weights and images, and of fine-tuning as it is here."""
     path = options.recorded / "networks" / f"{model}.json"
-    if options.start != "cut" or not path.exists():
+    if not options.reuse or options.start != "cut" or not path.exists():
         return False
     entries = (json.loads(each.read_text()) for each in (options.recorded / "cells").glob(f"{model}-*.json"))
     weights = json.loads(path.read_text())["weights_sha256"]
     return weights == cells.weights_checksums(options)[model] and all(
-        entry["epochs"] == options.epochs for entry in entries
+        entry["epochs"] == options.epochs and entry["test_images"] == len(job.data.test) for entry in entries
     )
 
 
@@ -248,7 +251,7 @@ class Study:
     ) -> dict[str, Any]:
         if not part.startswith("tuned"):
             return scorer.score(plan["widths"], part)
-        seeds = self._seeds(model, plan)
+        seeds = self._seeds(job, model, plan)
         seed, known = seeds[int(part.removeprefix("tuned"))]
         if known is not None:
             return {"seed": seed, "after": known, "recorded": True}
@@ -256,10 +259,10 @@ class Study:
         seconds = cells.fine_tune(cells.with_seed(job, seed), network, self.options.epochs, distilled=True)
         return {"seed": seed, "after": cells.tested(job, network), "seconds": seconds}
 
-    def _seeds(self, model: str, plan: dict[str, Any]) -> list[tuple[int, float | None]]:
+    def _seeds(self, job: Job, model: str, plan: dict[str, Any]) -> list[tuple[int, float | None]]:
         """Return the two seeds of a plan, with the accuracy where it is recorded; one of the two is always run here."""
         known = [(int(seed), after) for seed, after in plan["after"].items()]
-        if not known or not same_training(self.options, model):
+        if not known or not same_training(self.options, job, model):
             return [(seed, None) for seed in self.options.seeds]
         other = next(seed for seed in self.options.seeds if seed != known[0][0])
         return [known[0], (other, None)]
@@ -333,7 +336,13 @@ def page(options: argparse.Namespace, lines: Lines) -> str:
     """Return the page of all plans whose cells are complete."""
     done = lines.entries()
     start = LABELS[lines.settings["start"]].partition(",")[0]
-    parts = [INTRODUCTION.format(**{**lines.settings, "start": start})]
+    values = {
+        **lines.settings,
+        "start": start,
+        "epochs": cells.epochs(lines.settings["epochs"]),
+        "batch_norm_images": 128 * lines.settings["batch_norm_batches"],
+    }
+    parts = [INTRODUCTION.format(**values)]
     missing = 0
     for model, budgets in BUDGETS.items():
         for budget in budgets:
@@ -411,6 +420,7 @@ def command(options: argparse.Namespace) -> str:
     names = ("epochs", "search_images", "batch_norm_batches", "fit_images", "plans", "start")
     weights = " ".join(f"{name}=FILE" for name in BUDGETS)
     flags = " ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
+    flags += " --reuse" if options.reuse else ""
     return (
         f"python -m benchmarks.proxy --data {options.data.partition(':')[0]}:PATH --weights {weights} \\\n"
         f"    {flags} --seeds {' '.join(map(str, options.seeds))}"
