@@ -200,7 +200,7 @@ def count(job: Job, network: nn.Module) -> int:
     """Return the multiply-adds of one input as fvcore counts them."""
     import torch
 
-    from compressor.pruning.fvcore_check import count_macs
+    from compressor.pruning.checks import count_macs
 
     return count_macs(network, (torch.zeros(1, *job.data.input_shape),))[0]
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -295,7 +296,7 @@ def search(options: argparse.Namespace, job: Job, method: str, target: int, path
     elif method in PEERS:
         network, extra = torch_pruning(job, method, target)
     else:
-        network, plan, extra = our_search(options, job, method)
+        network, plan, extra = our_search(options, job, method, path.with_suffix(".search"))
     seconds = time.perf_counter() - started
     macs = cells.count(job, network)
     if macs > target:
@@ -438,9 +439,10 @@ def fast_nas(options: argparse.Namespace, job: Job, target: int) -> tuple[nn.Mod
 
 
 def our_search(
-    options: argparse.Namespace, job: Job, method: str
+    options: argparse.Namespace, job: Job, method: str, folder: Path
 ) -> tuple[nn.Module, ChannelPlan, dict[str, Any]]:
-    """Search with one of our agents, on the given weights."""
+    """Search with one of our agents, on the given weights; a search that was stopped continues from its folder."""
+    from compressor.core.records import Checkpoint, EpisodeLog
     from compressor.run.search_setup import environment
     from compressor.search.candidate import Limits
     from compressor.search.registry import create_agent
@@ -453,14 +455,24 @@ def our_search(
     job = cells.changed(job, **fields)
     env, evaluator = environment(job, job.budgets())
     agent = create_agent(agent_name, seed=job.recipe.seed, schedule=Schedule())
-    result = agent.search(env, evaluator, Limits(max_evaluations=options.evaluations, use_all=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    result = agent.search(
+        env,
+        evaluator,
+        Limits(max_evaluations=options.evaluations, use_all=True),
+        log=EpisodeLog(folder / "episodes.jsonl"),
+        checkpoint=Checkpoint(folder / "state.pt"),
+    )
     evaluator.close()
+    shutil.rmtree(folder)
+    started = time.perf_counter()
     if compensated:
         space: Any = job.space
         network = space.compensate(result.best, cells.unlabelled(job, options.fit_images), method="layers")
     else:
         network = job.space.apply(result.best)
     extra = {
+        "seconds": result.seconds + time.perf_counter() - started,  # with the time before a stop
         "evaluations": result.evaluations,
         "search_accuracy": result.accuracy,
         "agent_seconds": result.timing["agent"],
