@@ -34,10 +34,10 @@ from benchmarks.agents_page import Cell, page, show
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.latency.local import require_same_machine
-from compressor.latency.paired import measured
+from compressor.latency.backends.cpu import measured
 from compressor.latency.table import LatencyTable
 from compressor.recipe import Recipe
+from compressor.run.device import provider_of, request_of
 from compressor.run.job import Job, prepare
 from compressor.run.search_setup import environment
 from compressor.run.trainers import trainer
@@ -195,7 +195,7 @@ def prepared(options: argparse.Namespace, recipe: Recipe, kind: str) -> Job:
     path = store.table_path(options, recipe.model)
     if path.exists():
         table = LatencyTable.read(path)
-        require_same_machine(table, recipe.threads)
+        provider_of(recipe).require_same(table, request_of(recipe))
         return prepare(recipe, table)
     job = prepare(recipe)
     assert job.table is not None

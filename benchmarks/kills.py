@@ -175,9 +175,9 @@ class Watch:
 
 def sizes_as_times() -> None:
     """Time networks as ever, then let the sizes of their files stand for the times, so that noise decides nothing."""
-    from compressor.run import timing
+    from compressor.latency import local
 
-    really = timing.measured
+    really = local.measured
 
     def measured(dense: Path, slim: Path, *rest: Any) -> Any:
         timed = really(dense, slim, *rest)
@@ -193,7 +193,7 @@ def sizes_as_times() -> None:
         ratio = replace(timed.ratio, **known, bursts=2, sessions=1, undisturbed=1.0, seconds=0.0)
         return replace(timed, dense=whole, slim=small, ratio=ratio)
 
-    timing.measured = measured  # type: ignore[assignment]
+    local.measured = measured  # type: ignore[assignment]
 
 
 def started(arguments: Sequence[str], folder: Path, case: str, watch: Watch | None) -> int:
@@ -210,10 +210,10 @@ def started(arguments: Sequence[str], folder: Path, case: str, watch: Watch | No
     for source, goal in ((nothing, 0), (said, 1), (said, 2)):
         os.dup2(source, goal)
     from compressor.cli.app import main
-    from compressor.latency import local, sampling
+    from compressor.latency import measured, sampling
 
     sampling.MAX_SPREAD = 5.0  # a busy machine will do: its times decide nothing here
-    local.still_valid = lambda *_: True  # type: ignore[assignment]
+    measured.still_valid = lambda *_: True  # type: ignore[assignment]
     sizes_as_times()
     if watch is not None:
         watch.install()

@@ -5,7 +5,7 @@
 
 For each network: a table is measured from nothing (its time is printed), then random sub-networks that were used for
 nothing else are measured end to end, three times with the others in between, in three processes of their own. As in
-the table, runs that another process interrupted or slowed down do not count (`compressor.latency.noise.undisturbed`).
+the table, runs that another process interrupted or slowed down do not count (`compressor.latency.machine.undisturbed`).
 The median of the others is compared with the table's prediction, with the plain sum of the operators (scaled by its
 best factor), and with a guess proportional to multiply-adds (likewise). The dense network is measured among them:
 where a shared machine has become faster or slower since its table was made, "at today's speed" is the table's error
@@ -35,15 +35,14 @@ from rich.table import Table
 
 from compressor.core.files import write_atomic
 from compressor.latency.assemble import export_candidate
-from compressor.latency.cache import clocks, cpu_model, governor
-from compressor.latency.correction import held_out_error
-from compressor.latency.design import random_widths
-from compressor.latency.devices import recommended_steps
-from compressor.latency.local import local_table
-from compressor.latency.noise import at_full_speed
-from compressor.latency.ort_process import OrtProcess
-from compressor.latency.ort_profile import TaggedNetwork
-from compressor.latency.signature import Widths
+from compressor.latency.backends.cpu import OrtProcess
+from compressor.latency.fit import held_out_error
+from compressor.latency.local import LocalCpu
+from compressor.latency.machine import at_full_speed, clocks, cpu_model, governor
+from compressor.latency.networks import TaggedNetwork
+from compressor.latency.operators import Widths
+from compressor.latency.provider import Request
+from compressor.latency.sampling import random_widths
 from compressor.latency.table import LatencyTable
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
@@ -103,14 +102,14 @@ def run(name: str, networks: int, threads: int, time_limit_s: float) -> dict[str
     model = create_model(model_name, classes, "none", (3, int(size), int(size))).eval()
     example = torch.zeros(1, 3, int(size), int(size))
     space = PruningSpace(model, example)
-    steps = recommended_steps(space.groups, "onnxruntime-cpu", "fp32")
+    steps = LocalCpu().steps(space.groups, "fp32")
     space = PruningSpace(model, example, granularity=steps)
     with tempfile.TemporaryDirectory() as cache:
         started = time.monotonic()
-        table = local_table(space, example, threads=threads, cache_dir=cache, time_limit_s=time_limit_s)
+        table = LocalCpu(cache_dir=cache).table(space, example, Request(threads=threads, time_limit_s=time_limit_s))
         built_s = time.monotonic() - started
         started = time.monotonic()
-        local_table(space, example, threads=threads, cache_dir=cache)
+        LocalCpu(cache_dir=cache).table(space, example, Request(threads=threads))
         cached_s = time.monotonic() - started
     curve, widths = table.curve(space), random_widths(space, networks, seed=UNSEEN)
     dense = np.asarray(space.dense_widths, dtype=np.int64)

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from scipy.optimize import least_squares
 
 from benchmarks.latency_modules import MODULES, Row, blocks, read_rows
-from compressor.latency.roofline import ELEMENT_BYTES, KINDS, SOFTNESS, operator_ms
+from compressor.latency.estimate import ELEMENT_BYTES, KINDS, SOFTNESS
 from compressor.latency.schema import (
     DeviceFields,
     ErrorFields,
@@ -203,16 +203,7 @@ def roofline(
 
 def predict(fields: RooflineFields, row: Row) -> float:
     """The estimate for one network."""
-    times = operator_ms(
-        row.operators.work(row.c_in, row.c_out, fields.block),
-        row.operators,
-        tflops=fields.tflops,
-        bandwidth_gbs=fields.bandwidth_gbs,
-        element_bytes=ELEMENT_BYTES[row.precision],
-        efficiency=np.asarray([fields.efficiency[name] for name in KINDS]),
-        bandwidth_efficiency=fields.bandwidth_efficiency,
-        launch_ms=fields.launch_ms,
-    )
+    times = row.operators.milliseconds(fields, row.precision, row.c_in, row.c_out)
     return float(times.sum()) + fields.network_ms
 
 

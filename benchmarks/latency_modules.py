@@ -13,8 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from compressor.latency.non_gemm import count_non_gemm
-from compressor.latency.roofline import Operators
+from compressor.latency.estimate import EstimatedOperators, count_non_gemm
 
 Floats = npt.NDArray[np.float64]
 
@@ -121,7 +120,7 @@ class Row:
     precision: str
     source: str
     latency_ms: float
-    operators: Operators
+    operators: EstimatedOperators
     c_in: Floats
     c_out: Floats
 
@@ -158,7 +157,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 @lru_cache
-def network(name: str, size: int, classes: int) -> tuple[Operators, Floats, Floats]:
+def network(name: str, size: int, classes: int) -> tuple[EstimatedOperators, Floats, Floats]:
     """The weight-bearing operators of a published network, seen by running it without computing anything."""
     import torchvision
 
@@ -201,7 +200,7 @@ def network(name: str, size: int, classes: int) -> tuple[Operators, Floats, Floa
             hook.remove()
         kernels, moved = count_non_gemm(lambda: model(image), len(layers))
     channels = np.asarray([layer.channels for layer in layers], dtype=np.float64)
-    return Operators.of(layers, kernels, moved / channels[:, 1]), channels[None, :, 0], channels[None, :, 1]
+    return EstimatedOperators(layers, kernels, moved / channels[:, 1]), channels[None, :, 0], channels[None, :, 1]
 
 
 def mobilenet_v1(multiplier: float, classes: int) -> nn.Module:

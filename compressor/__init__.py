@@ -13,6 +13,7 @@ from compressor.core.versions import __version__ as __version__
 if TYPE_CHECKING:
     from compressor.budgets.base import register_budget
     from compressor.core.errors import CompressorError
+    from compressor.latency.provider import register_device
     from compressor.latency.table import LatencyTable
     from compressor.pruning.artefact import load, save
     from compressor.pruning.plan import ChannelPlan
@@ -33,6 +34,7 @@ _HOMES = {
     "load": "compressor.pruning.artefact",
     "register_agent": "compressor.search.registry",
     "register_budget": "compressor.budgets.base",
+    "register_device": "compressor.latency.provider",
     "register_rule": "compressor.pruning.rules",
     "save": "compressor.pruning.artefact",
 }
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "register_agent",
     "register_budget",
+    "register_device",
     "register_rule",
     "save",
 ]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from compressor.latency.local import local_table
-from compressor.latency.ort_profile import tag
-from compressor.latency.paired import Timing
-from compressor.latency.ratio import PairSessions, burst_of
+from compressor.latency.local import LocalCpu
+from compressor.latency.networks import tag
+from compressor.latency.paired import PairSessions, Timing, burst_of
 from export.engine.bench import summarise
 from tests.latency.conftest import MadeUpDevice
 
@@ -40,10 +39,8 @@ class OtherDevice:
     offset_ms: float = 0.0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            "compressor.latency.local.local_table", partial(local_table, device=Proportional())
-        )
-        monkeypatch.setattr("compressor.run.timing.measured", self.measured)
+        monkeypatch.setattr(LocalCpu, "table", partialmethod(LocalCpu.measured, device=Proportional()))
+        monkeypatch.setattr("compressor.latency.local.measured", self.measured)
 
     def install_measuring(self, monkeypatch: pytest.MonkeyPatch, slim_ms: list[float]) -> None:
         """As `install`, with these times of the slim networks, one after another, and the dense one as in the table."""
@@ -53,7 +50,7 @@ class OtherDevice:
         def scripted(dense: Path, slim: Path, *_: Any) -> Timing:
             return timing([Proportional().measure(tag(dense), 1.0).median_ms] * 9, [next(left)] * 9)
 
-        monkeypatch.setattr("compressor.run.timing.measured", scripted)
+        monkeypatch.setattr("compressor.latency.local.measured", scripted)
 
     def measured(self, dense: Path, slim: Path, *_: Any) -> Timing:
         device = Proportional(factor=self.factor, noise=self.noise, offset_ms=self.offset_ms)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from compressor.budgets.base import Floats
-    from compressor.latency.curve import LatencyCurve
+    from compressor.latency.operators import LatencyCurve
 
 
 @register_budget

@@ -10,11 +10,11 @@ def devices() -> None:
     with friendly():
         from rich.table import Table
 
-        from compressor.latency.devices import devices as known
+        from compressor.latency.provider import known_devices
 
         table = Table(box=None, header_style="bold")
         for column in ("device", "runtime", "precision", "how known"):
             table.add_column(column, overflow="fold")
-        for entry in known():
+        for entry in known_devices():
             table.add_row(entry.name, entry.runtime, ", ".join(entry.precisions), entry.how)
         show([table])

@@ -40,6 +40,7 @@ def profile(
 ) -> None:
     """Measure the latency table of a network: on this machine, over ssh, or with a folder copied to the device."""
     with friendly():
+        from compressor.latency.provider import TableProvider
         from compressor.run.profile import import_results, profile_here, profile_remote, write_bundle
 
         if time_limit is not None and (results or bundle or device not in (None, "local")):
@@ -70,7 +71,7 @@ def profile(
                 lines = write_bundle(recipe, bundle)
             elif recipe.device.startswith("ssh:"):
                 lines = profile_remote(recipe)
-            elif recipe.device == "local":
+            elif TableProvider.for_device(recipe.device).measures:
                 lines = profile_here(recipe, time_limit)
             else:
                 raise CompressorError(

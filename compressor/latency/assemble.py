@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compressor.core.errors import CompressorError
-from compressor.latency.correction import fit_correction, fit_factors, held_out_error
-from compressor.latency.distinct import with_distinct_weights
-from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork, tag
-from compressor.latency.provenance import SECONDS_A_NETWORK, Provenance, local_cpu_provenance
+from compressor.latency.fit import Floats, Surfaces, fit_correction, fit_factors, fit_surface, held_out_error
+from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork, tag, with_distinct_weights
+from compressor.latency.operators import Operators, Widths, channels, network_signature, signature_of
 from compressor.latency.schema import (
     FASTEST_MS,
     CorrectionFields,
+    DeviceFields,
     Entry,
     HeldOutFields,
     NetworkFields,
+    Precision,
+    RuntimeFields,
     TableFields,
     possible,
     rounded,
 )
-from compressor.latency.signature import Widths, channels, network_signature, signature_of, weight_elements
-from compressor.latency.surface import Floats, Surfaces, fit_surface
 from compressor.latency.table import LatencyTable
 from export.convert.to_onnx import DEFAULT_OPSET, export_onnx
 from export.errors import ExportError
@@ -39,8 +39,30 @@ if TYPE_CHECKING:
     from compressor.pruning.importance import Ranking
     from compressor.pruning.space import PruningSpace
 
+
+SECONDS_A_NETWORK = 0.5
+"""Seconds for which each network runs."""
+
 Point = tuple[str, int, int]
 """An operator's entry and its channels: (key, c_in, c_out)."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Provenance of a measured table.
+
+    Attributes:
+        device, runtime, precision: The measured device, its runtime and precision.
+        block: Channels per kernel block.
+        protocol, sources: Description of the measurement; identifiers of its data.
+    """
+
+    device: DeviceFields
+    runtime: RuntimeFields
+    precision: Precision
+    block: int
+    protocol: str
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +111,7 @@ def export_candidate(
     """
     small = with_distinct_weights(space.apply(space.plan(widths, ranking)))
     c_in, c_out = (rows[0] for rows in channels(space, widths[None]))
-    weights = [int(layer.weights(*pair)) for layer, *pair in zip(space.layers, c_in, c_out, strict=True)]
+    weights = [int(count) for count in Operators(space.layers).cost(c_in, c_out).weights]
     with tempfile.TemporaryDirectory(prefix="compressor-latency-") as folder:
         path = Path(folder) / "network.onnx"
         try:
@@ -113,8 +135,7 @@ def table_from(
     unseen: Sequence[Sample],
     drift: float,
     seconds: float,
-    threads: int,
-    provenance: Provenance | None = None,
+    provenance: Provenance,
 ) -> LatencyTable:
     """Build the latency table of one network on this machine or on another device.
 
@@ -124,17 +145,13 @@ def table_from(
         unseen: Samples held out for the error estimate.
         drift: Dense time at the end divided by dense time at the start, minus one.
         seconds: Duration of the measurement.
-        threads: Threads of ONNX Runtime.
-        provenance: Device, runtime and protocol; None means this machine's CPU through ONNX Runtime.
+        provenance: Device, runtime and protocol.
 
     Raises:
         CompressorError: The measured times are implausible.
     """
-    provenance = provenance or local_cpu_provenance(len(samples), len(unseen), threads)
     block = provenance.block
-    layers = _layers(space, samples)
-    entries = _entries(layers, samples)
-    predict = Predictor(layers, entries, samples, block)
+    predict = Predictor(space, samples, block)
     correction = predict.correction
     held = None
     if unseen:
@@ -149,7 +166,7 @@ def table_from(
         ]
     )
     network = NetworkFields(
-        layers=tuple(layers),
+        layers=tuple(predict.layers),
         dense_ms=rounded(float(np.median(dense))),
         dense_p90_ms=rounded(float(np.quantile(dense, 0.9))),
         drift=round(drift, 4),
@@ -176,7 +193,7 @@ def table_from(
             protocol=provenance.protocol,
             sources=provenance.sources,
             block=block,
-            entries=entries,
+            entries=predict.entries,
             networks={network_signature(space): network},
         )
     )
@@ -186,28 +203,33 @@ class Predictor:
     """Predicts network times by a fit to measured networks.
 
     Args:
-        layers: Entry key of each operator.
-        entries: The measured points of each key.
-        samples: Whole networks to which the correction is fitted.
+        space: The space of the networks.
+        samples: The networks.
         block: Channels per kernel block.
+
+    Attributes:
+        layers: Entry key of each operator, in execution order; layers with one signature share an entry.
+        entries: The measured points of each key.
     """
 
-    def __init__(
-        self, layers: Sequence[str], entries: Mapping[str, Entry], samples: Sequence[Sample], block: int
-    ) -> None:
+    def __init__(self, space: PruningSpace, samples: Sequence[Sample], block: int) -> None:
+        self.layers = [
+            signature_of(layer, epilogue).key
+            for layer, epilogue in zip(space.layers, samples[0].network.epilogues, strict=True)
+        ]
+        self.entries = _entries(self.layers, samples)
         fits = {
             key: fit_surface(entry.c_in, entry.c_out, entry.median_ms, block)
-            for key, entry in entries.items()
+            for key, entry in self.entries.items()
         }
-        of_layers = [fits[key] for key in layers]
+        of_layers = [fits[key] for key in self.layers]
         c_in, c_out = _stacked(samples)
         measured = [each.times.median_ms for each in samples]
         self.factors = fit_factors(Surfaces(of_layers, block).by_kind(c_in, c_out), measured)
         self._surfaces = Surfaces(of_layers, block, self.factors)
-        self._weights = weight_elements(layers)
-        self.correction = fit_correction(
-            self._surfaces(c_in, c_out).sum(axis=1).tolist(), self._weights(c_in, c_out).tolist(), measured
-        )
+        self._operators = Operators.of_keys(self.layers)
+        totals, weights = self._sums(c_in, c_out)
+        self.correction = fit_correction(totals.tolist(), weights.tolist(), measured)
 
     def __call__(self, samples: Sequence[Sample]) -> Floats:
         """Predict milliseconds (N,) of networks with the channels of these samples."""
@@ -215,26 +237,17 @@ class Predictor:
 
     def of_channels(self, c_in: Widths, c_out: Widths) -> Floats:
         """Predict milliseconds (N,) from the channels of each operator, (N, layers)."""
-        return self.correction(self._surfaces(c_in, c_out).sum(axis=1), self._weights(c_in, c_out))
+        return self.correction(*self._sums(c_in, c_out))
+
+    def _sums(self, c_in: Widths, c_out: Widths) -> tuple[Floats, Floats]:
+        """Sum the operators' milliseconds and weight elements of each network, both (N,)."""
+        weights = self._operators.cost(c_in, c_out).weights
+        return self._surfaces(c_in, c_out).sum(axis=1), weights.sum(axis=1)
 
 
 def _stacked(samples: Sequence[Sample]) -> tuple[Widths, Widths]:
     """Stack the operators' input and output channels of all networks: two arrays (N, layers)."""
     return np.stack([each.c_in for each in samples]), np.stack([each.c_out for each in samples])
-
-
-def fitted_predictor(space: PruningSpace, samples: Sequence[Sample], block: int) -> Predictor:
-    """Return the predictor of the table that these samples would give, without building the table."""
-    layers = _layers(space, samples)
-    return Predictor(layers, _entries(layers, samples), samples, block)
-
-
-def _layers(space: PruningSpace, samples: Sequence[Sample]) -> list[str]:
-    """Return the entry key of each operator, in execution order."""
-    return [
-        signature_of(layer, epilogue).key
-        for layer, epilogue in zip(space.layers, samples[0].network.epilogues, strict=True)
-    ]
 
 
 def _entries(layers: Sequence[str], samples: Sequence[Sample]) -> dict[str, Entry]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from compressor.latency.signature import network_signature
+from compressor.latency.operators import network_signature
 from compressor.pruning.counts import Affine, Layer, Product, positions_of
 from compressor.pruning.groups import Group
 

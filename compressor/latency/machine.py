@@ -1,165 +1,180 @@
-"""Peak rates of this machine, against which an operator's time is compared.
-
-They are measured through ONNX Runtime in about two seconds: multiply-adds of large convolutions and of a large matrix
-product, bandwidth of tensors of several sizes that are read and written once, and the overhead of an operator with
-hardly any work.
-"""
+"""Timing on this machine, which may be shared: its processor, its speed at present, and which runs are undisturbed."""
 
 from __future__ import annotations
 
+import functools
+import os
+import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from compressor.latency.noise import convolution, timed, undisturbed
-from compressor.latency.ort_profile import profiled_runs
+from compressor.core.versions import cpu_name
+from export.convert.ort import CPU, runtime
 from export.engine.bench import OnnxRunner
 
-if TYPE_CHECKING:
-    from compressor.latency.schema import RooflineFields
+Floats = npt.NDArray[np.float64]
 
-COMPUTE = ((256, 256, 28), (512, 512, 14))
-"""(input channels, output channels, pixels per side) of the 3x3 convolutions that measure the compute peak."""
+INTERRUPTED = 0.05
+"""A run whose wall time exceeds the thread's CPU time by this share was interrupted."""
 
-TENSOR_KB = (128, 1024, 8192, 49152)
-"""Tensor sizes of the bandwidth measurement: from within the inner caches to far beyond the last-level cache."""
-
-CHAINS = (8, 40)
-"""Lengths of the two chains of tiny operators: the difference of their times gives the overhead per operator."""
+SLOWED = 0.15
+"""A run that exceeds the fastest tenth by this share ran at a lower processor speed."""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Peak rates of a device.
+def timed(runner: OnnxRunner, runs: int) -> Floats:
+    """Time runs; returns milliseconds (runs, 2): wall-clock time and the thread's CPU time."""
+    times = np.empty((runs, 2))
+    for run in range(runs):
+        wall, own = time.perf_counter_ns(), time.thread_time_ns()
+        runner.run()
+        times[run] = time.perf_counter_ns() - wall, time.thread_time_ns() - own
+    return times / 1e6
 
-    Attributes:
-        macs_per_ms: Multiply-adds per millisecond.
-        sizes: Transfer sizes in bytes, ascending.
-        bytes_per_ms: Bytes per millisecond for transfers of these sizes.
-        launch_ms: Overhead per operator, in milliseconds.
-        how: Origin of the numbers, as text.
+
+def undisturbed(times: Floats) -> Floats:
+    """Select the runs that no other process interrupted or slowed down.
+
+    Another process on the same core, or one that fills the shared cache, interrupts no run but lengthens all runs for
+    seconds at a time. It never shortens a run.
+
+    Args:
+        times: (runs, 2): wall-clock time and the thread's CPU time, from `timed`.
+
+    Returns:
+        Wall times of the runs for which both clocks agree, without those at a lower speed. If hardly any run is
+        left, the CPU times, which exclude time spent in other processes.
+    """
+    wall, own = times[:, 0], times[:, 1]
+    alone = wall <= own * (1 + INTERRUPTED)
+    kept = np.asarray(wall[alone] if alone.sum() >= max(3, len(wall) // 5) else own)
+    return np.asarray(kept[at_full_speed(kept)])
+
+
+def at_full_speed(times: Floats) -> npt.NDArray[np.bool_]:
+    """Return a mask (runs,) of the times that exceed the fastest tenth by no more than `SLOWED`."""
+    return np.asarray(times <= (1 + SLOWED) * np.quantile(times, 0.1))
+
+
+def middle(values: Floats) -> float:
+    """Return the mean of the middle half: as robust as the median, but finer than a clock's whole microseconds."""
+    return float(middles(values[:, None])[0])
+
+
+def middles(values: Floats) -> Floats:
+    """Return the `middle` of each column, (columns,) from (runs, columns)."""
+    ordered = np.sort(values, axis=0)
+    quarter = len(ordered) // 4
+    return np.asarray(ordered[quarter : len(ordered) - quarter].mean(axis=0))
+
+
+class ProcessorSpeed:
+    """Compares the processor's present speed with the fastest seen so far, by two small fixed networks.
+
+    A processor slows down for seconds at a time when its clock drops or another process uses the same core. Memory
+    slows down when other processes use it. No run is interrupted then, but all are slow. One network computes from
+    the inner caches, the other reads 19 MB of weights.
     """
 
-    macs_per_ms: float
-    sizes: tuple[float, ...]
-    bytes_per_ms: tuple[float, ...]
-    launch_ms: float
-    how: str
+    PROBES = ((64, 64, 16, 40), (512, 1024, 2, 10))
+    """(input channels, output channels, pixels per side, runs) of the two 3x3 convolutions."""
 
-    def compute_ms(self, macs: float) -> float:
-        """Return the minimum time of this many multiply-adds."""
-        return macs / self.macs_per_ms
+    def __init__(self, threads: int) -> None:
+        self._runners = [OnnxRunner(convolution(*shape), threads=threads) for *shape, _ in self.PROBES]
+        for runner in self._runners:
+            runner.warm_up(0.02)
+        self._best = [float("inf")] * len(self._runners)
 
-    def transfer_ms(self, count: float, among: float | None = None) -> float:
-        """Return the minimum time of moving `count` bytes.
-
-        Args:
-            count: Bytes moved.
-            among: Bytes of the working set, which determines the cache level; None for `count`.
-        """
-        if count <= 0:
-            return 0.0
-        size = count if among is None else max(among, count)
-        speed = np.interp(np.log(size), np.log(self.sizes), self.bytes_per_ms)
-        return float(count / speed)
+    def slowdown(self) -> float:
+        """Measure the slowdown: 0 at the fastest speed seen so far, 0.1 where runs take a tenth longer."""
+        slowest = 0.0
+        for place, (runner, (*_, runs)) in enumerate(zip(self._runners, self.PROBES, strict=True)):
+            now = float(np.median(undisturbed(timed(runner, runs))))
+            self._best[place] = min(self._best[place], now)
+            slowest = max(slowest, now / self._best[place] - 1.0)
+        return slowest
 
 
-def calibrate(threads: int = 1) -> Machine:
-    """Measure this machine through ONNX Runtime."""
-    speeds = [
-        c_in * c_out * 9 * pixels**2 / _median_ms(convolution(c_in, c_out, pixels), threads)
-        for c_in, c_out, pixels in COMPUTE
-    ]
-    speeds.append(512**3 / _median_ms(_product(512), threads))
-    sizes = [2.0 * 1024 * kilobytes for kilobytes in TENSOR_KB]
-    moved = [size / _kernel_ms(_copy(int(size) // 8), threads) for size in sizes]
-    short, long = (_median_ms(_chain(count), threads) for count in CHAINS)
-    launch = max((long - short) / (CHAINS[1] - CHAINS[0]), 1e-4)
-    return Machine(
-        macs_per_ms=max(speeds),
-        sizes=tuple(sizes),
-        bytes_per_ms=tuple(moved),
-        launch_ms=launch,
-        how=f"measured here with {threads} thread(s): the fastest of two large 3x3 convolutions and a matrix "
-        f"product, tensors of {TENSOR_KB[0]} kB to {TENSOR_KB[-1] // 1024} MB read and written once, and a chain of "
-        "tiny convolutions",
-    )
-
-
-def estimated_machine(fields: RooflineFields, device: str) -> Machine:
-    """Return the peak rates of an estimated table; they are estimates too."""
-    reached = max(fields.efficiency.values())
-    return Machine(
-        macs_per_ms=fields.tflops * reached / 2 * 1e9,
-        sizes=(1.0, 1e12),
-        bytes_per_ms=(fields.bandwidth_gbs * fields.bandwidth_efficiency * 1e6,) * 2,
-        launch_ms=fields.launch_ms,
-        how=f"estimated for {device}, not measured",
-    )
-
-
-def _median_ms(model: bytes, threads: int) -> float:
-    runner = OnnxRunner(model, threads=threads)
-    once = runner.warm_up(0.05)
-    runs = int(np.clip(150 / once, 7, 200))
-    return float(np.median(undisturbed(timed(runner, runs))))
-
-
-def _kernel_ms(model: bytes, threads: int) -> float:
-    """Return the time of the one kernel that does the work, without the runtime's overhead around it."""
-    runs = profiled_runs(model, threads, 15)
-    return float(np.median([sum(kernel["dur"] for kernel in run) for run in runs])) / 1e3
-
-
-def _product(size: int) -> bytes:
-    return _model("MatMul", [size, size], [size, size])
-
-
-def _copy(elements: int) -> bytes:
-    """Return a network that reads `elements` 4-byte numbers and writes as many."""
-    return _model("Neg", [1, elements], None)
-
-
-def _model(op: str, shape: Sequence[int], weight: Sequence[int] | None) -> bytes:
-    from onnx import TensorProto, helper, numpy_helper
-
-    constants = (
-        [numpy_helper.from_array(np.full(weight, 0.01, dtype=np.float32), "w")] if weight is not None else []
-    )
-    graph = helper.make_graph(
-        [helper.make_node(op, ["x", *(item.name for item in constants)], ["y"])],
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
-        constants,
-    )
-    return _bytes(graph)
-
-
-def _chain(count: int) -> bytes:
-    """Return a network of `count` convolutions with 16 channels on one pixel."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    shape = [1, 16, 1, 1]
-    weights = [
-        numpy_helper.from_array(np.full((16, 16, 1, 1), 0.01, dtype=np.float32), f"w{place}")
-        for place in range(count)
-    ]
-    nodes = [helper.make_node("Conv", [f"t{i}", f"w{i}"], [f"t{i + 1}"]) for i in range(count)]
-    graph = helper.make_graph(
-        nodes,
-        "chain",
-        [helper.make_tensor_value_info("t0", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(f"t{count}", TensorProto.FLOAT, shape)],
-        weights,
-    )
-    return _bytes(graph)
-
-
-def _bytes(graph: Any) -> bytes:
+def convolution(channels_in: int, channels_out: int, pixels: int) -> bytes:
+    """Return an ONNX network of one 3x3 convolution on pixels x pixels, to probe ONNX Runtime."""
     from onnx import helper
 
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
+    shapes = [1, channels_in, pixels, pixels], [1, channels_out, pixels, pixels]
+    return probe([node], *shapes, w=(channels_out, channels_in, 3, 3))
+
+
+def probe(nodes: Sequence[Any], given: Sequence[int], returned: Sequence[int], **weights: Sequence[int]) -> bytes:
+    """Return an ONNX network of nodes from `x` to `y` with these shapes, and weights of these shapes."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        list(nodes),
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, given)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, returned)],
+        [numpy_helper.from_array(np.full(shape, 0.01, dtype=np.float32), name) for name, shape in weights.items()],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     return bytes(model.SerializeToString())
+
+
+@functools.cache
+def channel_block() -> int:
+    """Return the channel block of ONNX Runtime's convolutions on this CPU: 16 with AVX-512, 8 with AVX2.
+
+    It is read from the optimised form of a convolution with four output channels, whose weights are padded to a block.
+    It is 1 where the runtime has no blocked convolutions for this CPU.
+    """
+    import onnx
+
+    onnxruntime = runtime()
+    with tempfile.TemporaryDirectory(prefix="compressor-block-") as folder:
+        path = Path(folder) / "optimised.onnx"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(path)
+        onnxruntime.InferenceSession(convolution(3, 4, 8), options, providers=list(CPU))
+        optimised = onnx.load(str(path))
+    padded = max(
+        (int(item.dims[0]) for item in optimised.graph.initializer if len(item.dims) == 4), default=4
+    )
+    return padded if padded > 4 else 1
+
+
+def cpu_model() -> str:
+    """Return the processor's name and core count, such as `Intel(R) Xeon(R) Processor, 2 cores`."""
+    return f"{cpu_name()}, {os.cpu_count()} cores"
+
+
+def governor() -> str:
+    """Return the CPU frequency governor, such as `performance`; empty if the system does not report it."""
+    try:
+        return (
+            Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text(encoding="ascii").strip()
+        )
+    except OSError:
+        return ""
+
+
+def clocks() -> str:
+    """Return the range of the processor's clock, or its present clock; empty if the system reports neither."""
+    folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+    try:
+        low, high = (
+            int((folder / f"cpuinfo_{end}_freq").read_text(encoding="ascii")) // 1000
+            for end in ("min", "max")
+        )
+        return f"{low}-{high} MHz"
+    except (OSError, ValueError):
+        pass
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    except (OSError, ValueError):
+        return ""
+    return f"{max(found):.0f} MHz" if found else ""

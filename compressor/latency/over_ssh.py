@@ -23,14 +23,21 @@ from typing import TYPE_CHECKING, Any
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, write_atomic
 from compressor.core.progress import bar, say
-from compressor.latency.cache import measuring_alone
 from compressor.latency.layout import signature
-from compressor.latency.own_tables import keep
-from compressor.latency.paired import Timing
-from compressor.latency.ratio import PairSession, PairSessions, burst_of
-from compressor.latency.remote_bundle import DENSE, Precision, target_of, write_table_bundle
+from compressor.latency.paired import PairSession, PairSessions, Timing, burst_of
+from compressor.latency.provider import (
+    KnownDevice,
+    Request,
+    TableProvider,
+    Turns,
+    in_precision_beside,
+    register_device,
+)
+from compressor.latency.remote_bundle import DENSE, target_of, write_table_bundle
 from compressor.latency.remote_table import RUNTIME, table_of_results
-from compressor.latency.table import LatencyTable, find_user_table
+from compressor.latency.schema import Precision
+from compressor.latency.stored import keep, measuring_alone
+from compressor.latency.table import LatencyTable, check_known, find_user_table
 from export.device.archive import CHECKSUMS
 from export.device.bundle import FORMAT, MANIFEST, pack_bundle, write_bundle
 from export.device.remote import identify, place_of, run_remote
@@ -248,3 +255,40 @@ def _require_same(table: LatencyTable, now: Mapping[str, str]) -> None:
 
 def _device_title(facts: Mapping[str, str]) -> str:
     return facts.get("model") or "the device"
+
+
+@register_device
+class SshDevice(TableProvider):
+    """A device with TensorRT that ssh reaches, such as `ssh://me@orin.local`."""
+
+    name = "ssh"
+    runtime = RUNTIME
+
+    @classmethod
+    def known(cls) -> list[KnownDevice]:
+        return []  # measured ones are stored tables
+
+    def check(self, precision: str) -> None:
+        check_known(self.device)
+
+    def table(self, space: PruningSpace, example: Tensor, request: Request) -> LatencyTable:
+        return ssh_table(
+            self.device,
+            space,
+            example,
+            model=request.model,
+            precision=request.precision,
+            opset=request.opset,
+            renew=request.renew,
+        )
+
+    def time(
+        self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None
+    ) -> Timing:
+        return measured_over_ssh(self.device, *in_precision_beside(dense, slim, request.precision), table)
+
+    def measured_steps(self, space: PruningSpace, example: Tensor, request: Request) -> dict[str, int]:
+        raise CompressorError(
+            f"Channel steps are measured on this machine only, not on {self.device}.",
+            "Use --granularity auto, or a number such as 8.",
+        )

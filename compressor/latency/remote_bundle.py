@@ -20,11 +20,11 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import disk_error
 from compressor.core.progress import bar
 from compressor.latency.assemble import export_candidate
-from compressor.latency.design import LEVELS, anchor_widths, grid_widths, random_widths
-from compressor.latency.graph import WEIGHTED
 from compressor.latency.layout import LayoutFields, layout_fields, signature
-from compressor.latency.ort_profile import TaggedNetwork
-from compressor.latency.signature import Widths
+from compressor.latency.networks import WEIGHTED, TaggedNetwork
+from compressor.latency.operators import Widths
+from compressor.latency.sampling import LEVELS, anchor_widths, grid_widths, random_widths
+from compressor.latency.schema import Precision
 from export.convert.half import convert_half
 from export.convert.quantize import quantize_onnx
 from export.device.bundle import TARGETS, BundleInfo, Target, write_bundle
@@ -41,7 +41,6 @@ REPEATED = 4096
 _UNKNOWN = Target("", "device", "", 8, 17, True, 0)
 _CALIBRATION = 4
 
-Precision = Literal["fp32", "fp16", "int8"]
 Index = Annotated[int, Field(ge=0, le=100_000)]
 
 

@@ -10,16 +10,14 @@ from pydantic import ValidationError
 
 from compressor.core.errors import CompressorError
 from compressor.core.progress import say
-from compressor.latency.assemble import Sample, table_from
-from compressor.latency.fused import Floats, fitted_shares, shares_of_layers
+from compressor.latency.assemble import Provenance, Sample, table_from
+from compressor.latency.backends.gpu import fitted_shares, shares_of_layers
 from compressor.latency.layout import as_space, layout_of, signature
-from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
-from compressor.latency.provenance import Provenance
+from compressor.latency.networks import NetworkTimes, TaggedNetwork
+from compressor.latency.operators import Floats, Operators, channels
 from compressor.latency.remote_bundle import DENSE, TableFacts
 from compressor.latency.schema import BLOCKS, DeviceFields, RuntimeFields, first_problem
-from compressor.latency.signature import channels
 from compressor.latency.table import LatencyTable
-from compressor.pruning.counts import positions_of
 from export.device.bundle import MANIFEST
 from export.device.results import DeviceResults, read_results
 
@@ -86,7 +84,7 @@ def table_of_results(given: Path, device: str | None = None) -> LatencyTable:
         ),
         sources=(f"bundle {timings.bundle}", f"results {timings.digest}", f"board {board.board}"),
     )
-    return table_from(as_space(layout), [dense, *fitted, dense], unseen, drift, seconds, 0, provenance)
+    return table_from(as_space(layout), [dense, *fitted, dense], unseen, drift, seconds, provenance)
 
 
 def _bundle_and_results(given: Path) -> tuple[Path, Path]:
@@ -205,12 +203,7 @@ def require_steady(drift: float, hint: str) -> None:
 
 
 def _require_plausible(facts: TableFacts, dense: Sample) -> None:
-    macs = sum(
-        positions_of(layer.kind, layer.in_hw, layer.out_hw) * float(layer.weights(inputs, outputs))
-        for layer, inputs, outputs in zip(
-            layout_of(facts.layout).layers, dense.c_in, dense.c_out, strict=True
-        )
-    )
+    macs = float(Operators(layout_of(facts.layout).layers).cost(dense.c_in, dense.c_out).macs.sum())
     if macs / (dense.times.median_ms / 1e3) > FASTEST_MACS:
         raise CompressorError(
             f"The dense network's time is given as {dense.times.median_ms:.3g} ms for {macs:.3g} multiply-adds: no "

@@ -1,33 +1,44 @@
 """Selects and measures sub-networks until the table predicts well enough.
 
-An initial set fills every operator's grid, and a few networks are held out. Then two steps alternate. Networks that ran
-on a slowed processor, or were slower than predicted, are measured again, because background load can only slow a
-network down. Random networks are added where similar ones have the largest cross-validation error. Measuring ends when
-the error on the held-out networks meets the goal, or the time is up.
+An initial set fills every operator's grid, and a few networks are held out. Each group gets p levels of width. Of all
+combinations only p x p networks are measured, chosen as in an orthogonal array: network (i, j) gives group g the level
+(a i + b j) mod p with the group's own slope (a : b). Two groups with different slopes meet in each pair of their levels
+exactly once, so that an operator between them has its complete p x p grid of (input channels, output channels). Groups
+that meet in one operator get different slopes by colouring a graph; p prime gives p + 1 slopes. (R. C. Bose, "On the
+construction of orthogonal sets of Latin squares", 1938.)
+
+Then two steps alternate. Networks that ran on a slowed processor, or were slower than predicted, are measured again,
+because background load can only slow a network down. Random networks are added where similar ones have the largest
+cross-validation error. Measuring ends when the error on the held-out networks meets the goal, or the time is up.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from compressor.core.errors import CompressorError
 from compressor.core.progress import bar
-from compressor.latency.assemble import Predictor, Sample, fitted_predictor
-from compressor.latency.correction import held_out_error
-from compressor.latency.design import anchor_widths, grid_widths, random_widths
-from compressor.latency.journal import Journal, Record, Role
-from compressor.latency.signature import Widths, channels
+from compressor.latency.assemble import Predictor, Sample
+from compressor.latency.fit import held_out_error
+from compressor.latency.operators import Widths, channels
+from compressor.latency.stored import Journal, Record, Role
 from compressor.pruning.space import PruningSpace
 
+if TYPE_CHECKING:
+    from compressor.pruning.space import PruningSpace
+
+
 Floats = npt.NDArray[np.float64]
-Measure = Callable[[Widths], Sample]
-Ready = Callable[[Sequence[Sample]], Sequence[Sample]]
-"""Prepares samples for a fit: if a device does not time operators one by one, each gets a share of the whole time."""
+
+LEVELS = 5
+"""Widths of each group: prime, so that the slopes are as described."""
 
 HELD_OUT = 10
 MIN_NETWORKS = 12
@@ -56,6 +67,64 @@ MAX_SPREAD = 0.5
 
 MAX_DENSE_RUNS = 9
 """Dense measurements before a machine is rejected as too noisy: three could fall into one period of load."""
+
+
+def grid_widths(space: PruningSpace, *, levels: int = LEVELS, seed: int = 0) -> Widths:
+    """Return the p x p sub-networks in random order, (p * p, G).
+
+    The levels of each group include its smallest and its dense width.
+    """
+    rng = np.random.default_rng(seed)
+    slopes = _slopes(space, levels)
+    columns = []
+    for index, slope in enumerate(slopes):
+        i, j = np.divmod(np.arange(levels * levels), levels)
+        level = i if slope == levels else (j + slope * i) % levels
+        columns.append(_levels(space.choices(index), levels)[rng.permutation(levels)][level])
+    rows = np.stack(columns, axis=1) if columns else np.zeros((levels * levels, 0), dtype=np.int64)
+    return np.asarray(rng.permutation(rows, axis=0), dtype=np.int64)
+
+
+def anchor_widths(space: PruningSpace) -> Widths:
+    """Return the smallest network and networks of a few uniform ratios, (N, G)."""
+    dense, least = np.asarray(space.dense_widths), np.asarray(space.min_widths)
+    rows = [least, *(space.round(dense * share) for share in (0.15, 0.25, 0.35, 0.55, 0.75, 0.9))]
+    return np.unique(np.asarray(rows, dtype=np.int64), axis=0)
+
+
+def random_widths(space: PruningSpace, count: int, *, seed: int) -> Widths:
+    """Draw sub-networks of all sizes, (count, G): a random ratio each, with the groups scattered around it."""
+    rng = np.random.default_rng(seed)
+    dense = np.asarray(space.dense_widths, dtype=np.float64)
+    share = rng.uniform(0.2, 1.0, size=(count, 1)) + rng.normal(0.0, 0.25, size=(count, len(dense)))
+    wanted = dense * np.clip(share, 0.0, 1.0)
+    return np.asarray([space.round(row) for row in wanted], dtype=np.int64).reshape(count, len(dense))
+
+
+def _levels(choices: Widths, levels: int) -> Widths:
+    """Return `levels` evenly spread legal widths, ends included; widths repeat where there are fewer."""
+    places = np.round(np.linspace(0, len(choices) - 1, levels)).astype(np.int64)
+    return np.asarray(choices)[places]
+
+
+def _slopes(space: PruningSpace, levels: int) -> list[int]:
+    """Choose a slope for each group, 0 to `levels`; groups of one operator get different slopes where possible."""
+    count = len(space.groups)
+    meets: list[Counter[int]] = [Counter() for _ in range(count)]
+    for layer in space.layers:
+        near = {group for group, _ in (*layer.in_channels.terms, *layer.out_channels.terms)}
+        for group in near:
+            meets[group].update(near - {group})
+    slopes = [-1] * count
+    used: Counter[int] = Counter()
+    for group in sorted(range(count), key=lambda index: -len(meets[index])):
+        clashes: Counter[int] = Counter()
+        for other, times in meets[group].items():
+            if slopes[other] >= 0:
+                clashes[slopes[other]] += times
+        slopes[group] = min(range(levels + 1), key=lambda slope: (clashes[slope], used[slope]))
+        used[slopes[group]] += 1
+    return slopes
 
 
 class TooNoisy(CompressorError):
@@ -95,20 +164,11 @@ class Samples:
         return [*dense, *self.fitted.values()]
 
 
-def collect(
-    space: PruningSpace,
-    measure: Measure,
-    journal: Journal,
-    *,
-    time_limit_s: float,
-    goal: float,
-    seed: int,
-    block: int,
-    ready: Ready = lambda samples: samples,
-) -> Samples:
-    """Measure sub-networks of `space` until their error meets the goal or the time is up.
+@dataclass
+class Collector:
+    """Measures sub-networks of a space until their error meets the goal or the time is up.
 
-    Args:
+    Attributes:
         space: The space of the sub-networks.
         measure: Measures one network, given its widths.
         journal: Earlier measurements of an interrupted attempt; new ones are appended.
@@ -116,38 +176,35 @@ def collect(
         goal: Mean error on the held-out networks, as a share, at which measuring stops.
         seed: Seed for the choice of networks.
         block: Channels per kernel block.
-        ready: Prepares samples for a fit.
-
-    Raises:
-        TooNoisy: The machine is too noisy for a usable table.
+        ready: Prepares samples for a fit: if a device does not time operators one by one, each gets a share of the
+            whole time.
     """
-    return _Collector(space, measure, journal, time_limit_s, goal, seed, block, ready).run()
 
+    space: PruningSpace
+    measure: Callable[[Widths], Sample]
+    journal: Journal
+    time_limit_s: float
+    goal: float
+    seed: int
+    block: int
+    ready: Callable[[Sequence[Sample]], Sequence[Sample]]
 
-class _Collector:
-    def __init__(
-        self,
-        space: PruningSpace,
-        measure: Measure,
-        journal: Journal,
-        limit_s: float,
-        goal: float,
-        seed: int,
-        block: int,
-        ready: Ready,
-    ) -> None:
-        self.space, self.measure, self.journal = space, measure, journal
-        self.limit_s, self.goal, self.seed, self.block, self.ready = limit_s, goal, seed, block, ready
-        self.dense = np.asarray(space.dense_widths, dtype=np.int64)
+    def __post_init__(self) -> None:
+        self.dense = np.asarray(self.space.dense_widths, dtype=np.int64)
         self.samples = Samples()
         self.times_measured: dict[tuple[int, ...], int] = {}
         self.settled: set[tuple[int, ...]] = set()  # slow in two measurements: accepted as their time
-        for record in journal.records:
+        for record in self.journal.records:
             self._keep(record)
-        before = journal.records[-1].at_s if journal.records else 0.0
+        before = self.journal.records[-1].at_s if self.journal.records else 0.0
         self.started = time.monotonic() - before
 
     def run(self) -> Samples:
+        """Measure.
+
+        Raises:
+            TooNoisy: The machine is too noisy for a usable table.
+        """
         with bar("Measuring latency", HELD_OUT + MIN_NETWORKS + 2) as progress:
             self._take("dense", self.dense)
             progress.advance(1, self._note())
@@ -208,10 +265,10 @@ class _Collector:
 
     def _late(self) -> bool:
         count = sum(self.times_measured.values())
-        return count >= MAX_NETWORKS or (count >= MIN_NETWORKS and self._elapsed() > self.limit_s)
+        return count >= MAX_NETWORKS or (count >= MIN_NETWORKS and self._elapsed() > self.time_limit_s)
 
     def _note(self) -> str:
-        left = max(0.0, self.limit_s - self._elapsed())
+        left = max(0.0, self.time_limit_s - self._elapsed())
         return f"{len(self.times_measured)} networks, at most {left:.0f} s left"
 
     # ---------------------------------------------------------------- what is measured next
@@ -307,4 +364,4 @@ class _Collector:
         return np.concatenate([np.log(times_ms)[:, None], shares], axis=1)
 
     def _predictor(self, samples: Sequence[Sample]) -> Predictor:
-        return fitted_predictor(self.space, self.ready(samples), self.block)
+        return Predictor(self.space, self.ready(samples), self.block)

@@ -7,17 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import parse_json
-from compressor.latency.surface import KINDS
+from compressor.latency.fit import KINDS
+from compressor.latency.operators import Operators
 
 SCHEMA_VERSION = 1
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Precision = Literal["fp32", "fp16", "int8"]
 
 BLOCKS = {"fp16": 8, "int8": 32}
 """Channels that tensor cores compute at once, by precision; 1 in others."""
@@ -187,7 +190,7 @@ class TableFields(_Part):
     schema_version: Literal[1] = 1
     device: DeviceFields
     runtime: RuntimeFields
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Precision
     batch: int = Field(default=1, ge=1)
     date: str
     how: Literal["measured", "estimated"]
@@ -224,21 +227,19 @@ class TableFields(_Part):
 
     def _require_plausible(self, key: str, entry: Entry) -> None:
         """Refuse times that imply an impossible speed: they are in another unit."""
-        from compressor.latency.signature import OpSignature
-
-        macs_of = OpSignature.from_key(key).macs
+        c_in, c_out = np.asarray(entry.c_in)[:, None], np.asarray(entry.c_out)[:, None]
+        counted = Operators.of_keys([key]).cost(c_in, c_out).macs
         threads = max(1, self.runtime.threads)
         fastest = (
             FASTEST_MACS_A_MS[self.runtime.name] * threads
             if self.runtime.name in FASTEST_MACS_A_MS
             else FASTEST_OF_ALL
         )
-        for c_in, c_out, time in zip(entry.c_in, entry.c_out, entry.median_ms, strict=True):
-            macs = macs_of(c_in, c_out)
+        for inputs, outputs, time, macs in zip(entry.c_in, entry.c_out, entry.median_ms, counted[:, 0], strict=True):
             if macs / time > fastest or (macs > LARGE and macs / time < SLOWEST_MACS_A_MS):
                 much = "few" if macs / time < SLOWEST_MACS_A_MS else "many"
                 raise ValueError(
-                    f"{key} with {c_in} to {c_out} channels is listed with {time:g} ms, which is too {much} "
+                    f"{key} with {inputs} to {outputs} channels is listed with {time:g} ms, which is too {much} "
                     f"multiply-adds a second for any device ({macs / time * 1e3:.2g}); times are in milliseconds"
                 )
 

@@ -1,4 +1,4 @@
-"""Measures channel steps: the distance between widths at which a device's latency jumps.
+"""Channel steps of a device: the distance between widths at which its latency jumps.
 
 A kernel computes channels in blocks, so that its time is a staircase over the width. For one group of each kind, the
 width is scanned while all others stay dense. The time of the operators that use the group's channels is then fitted by
@@ -21,12 +21,12 @@ import numpy.typing as npt
 from compressor.core.errors import CompressorError
 from compressor.core.progress import bar, say
 from compressor.latency.assemble import export_candidate
-from compressor.latency.noise import middle
+from compressor.latency.machine import middle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compressor.latency.ort_profile import Device
+    from compressor.latency.networks import Device
     from compressor.latency.table import LatencyTable
     from compressor.pruning.groups import Group
     from compressor.pruning.space import PruningSpace

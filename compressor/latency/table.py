@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,15 @@ import numpy as np
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_text, write_atomic
 from compressor.core.progress import say
-from compressor.latency.correction import Correction
-from compressor.latency.curve import Floats, LatencyCurve
+from compressor.latency.fit import Correction, Surface, Surfaces, fit_surface
+from compressor.latency.operators import (
+    Floats,
+    LatencyCurve,
+    Operators,
+    network_signature,
+    signature_of,
+)
 from compressor.latency.schema import NetworkFields, TableFields, read_table
-from compressor.latency.signature import network_signature, signature_of, weight_elements
-from compressor.latency.surface import Surface, Surfaces, fit_surface
 from compressor.recipe import shipped
 from export.device.connection import parse_destination
 from export.errors import ExportError
@@ -95,6 +99,11 @@ class LatencyTable:
         return self.fields.device.name
 
     @property
+    def runtime(self) -> str:
+        """Name of the runtime, with its version where it is known."""
+        return f"{self.fields.runtime.name} {self.fields.runtime.version}".strip()
+
+    @property
     def precision(self) -> str:
         """`fp32`, `fp16` or `int8`."""
         return self.fields.precision
@@ -112,8 +121,7 @@ class LatencyTable:
     def describe(self) -> str:
         """Return a one-line summary: device, runtime, precision, and whether it is measured, with its error."""
         fields = self.fields
-        runtime = f"{fields.runtime.name} {fields.runtime.version}".strip()
-        line = f"{self.device}, {runtime}, {fields.precision}, batch {fields.batch}: {fields.how} on {fields.date}"
+        line = f"{self.device}, {self.runtime}, {fields.precision}, batch {fields.batch}: {fields.how} on {fields.date}"
         errors = fields.roofline[fields.precision].errors if self.estimated else None
         if errors is not None and errors.left_out_mape is not None:
             line += f", {errors.left_out_mape:.0%} from published latencies that it was not fitted to"
@@ -183,12 +191,12 @@ class LatencyTable:
         """
         raised = self.fields.raised
         if self.fields.roofline:
-            from compressor.latency.roofline import roofline_operators
+            from compressor.latency.estimate import EstimatedOperators
 
-            fields = self.fields.roofline[self.fields.precision]
+            fields = self.fields.roofline[self.precision]
             return LatencyCurve(
                 space,
-                roofline_operators(fields, self.precision, space),
+                partial(EstimatedOperators.of_space(space).milliseconds, fields, self.precision),
                 lambda total, c_in, c_out: raised * (total + fields.network_ms),
             )
         network = self.fields.networks.get(network_signature(space))
@@ -205,10 +213,10 @@ class LatencyTable:
         surfaces = Surfaces(entries, self.fields.block, network.correction.factors)
         stored = network.correction
         correction = Correction(stored.offset_ms, stored.slope, stored.least_ms, stored.bends, stored.weights)
-        weights = weight_elements(network.layers)
+        operators = Operators.of_keys(network.layers)
 
         def whole(total: Floats, c_in: Floats, c_out: Floats) -> Floats:
-            return raised * correction(total, weights(c_in, c_out))
+            return raised * correction(total, operators.cost(c_in, c_out).weights.sum(axis=1))
 
         return LatencyCurve(space, surfaces, whole)
 
@@ -335,7 +343,7 @@ def find_table(device: str, precision: str | None = None, space: PruningSpace | 
     if device == LOCAL:
         raise CompressorError(
             "The device 'local' has no shipped table: it is measured for each network.",
-            "Use local_table(space, input).",
+            'Measure it: TableProvider.for_device("local").table(space, input, Request())',
         )
     check_known(device)
     own, shipped_file = find_user_table(device, precision, space), shipped_tables().get(device)
@@ -411,7 +419,7 @@ def check_name(device: str) -> None:
 def user_tables(device: str | None = None) -> list[tuple[Path, LatencyTable]]:
     """Return the user's tables of one device or of all, the newest last; damaged files are reported and skipped."""
     found = []
-    for path in sorted(_user_files(), key=lambda path: path.stat().st_mtime):
+    for path in sorted(tables_folder().glob("*.json"), key=lambda path: path.stat().st_mtime):
         try:
             table = LatencyTable.read(path)
         except CompressorError as error:
@@ -441,7 +449,3 @@ def find_user_table(
         measured = [table for table in fitting if network in table.fields.networks]
         fitting = measured or [table for table in fitting if not table.lacks(space)] or fitting
     return fitting[-1] if fitting else None
-
-
-def _user_files() -> Iterator[Path]:
-    yield from tables_folder().glob("*.json")

@@ -55,8 +55,7 @@ def positions_of(kind: str, in_hw: Sequence[int], out_hw: Sequence[int]) -> int:
 
     Multiply-adds are this number times the number of weight elements.
     """
-    height, width = in_hw if kind == "conv_transpose" else out_hw
-    return int(height) * int(width)
+    return math.prod(int(size) for size in (in_hw if kind == "conv_transpose" else out_hw))
 
 
 class OperatorCost(NamedTuple):

@@ -49,8 +49,8 @@ def report_again(folder: Path) -> tuple[Path, str]:
 
 def measure_again(folder: Path) -> Iterator[str]:
     """Time a run's dense and slim ONNX files again on this machine's CPU; the manifest does not change."""
-    from compressor.latency.paired import measured
-    from compressor.latency.ratio import in_words
+    from compressor.latency.backends.cpu import measured
+    from compressor.latency.paired import in_words
 
     with _exported(folder) as run:
         recipe = load_recipe(run.file(RECIPE))
@@ -159,14 +159,14 @@ def _predicted(
     run: RunDir, recipe: Recipe, table: LatencyTable | None, factory: str | None
 ) -> tuple[Pairs | None, str]:
     """The table's prediction of every operator, or why there is none."""
-    from compressor.latency.local import require_same_machine
+    from compressor.run.device import provider_of, request_of
     from compressor.run.layer_times import kept_widths, predicted_pairs, run_space
 
     if table is None:
         return None, "The run has no latency table, so nothing was predicted."
     try:
         if recipe.device == "local":
-            require_same_machine(table, recipe.threads)
+            provider_of(recipe).require_same(table, request_of(recipe))
         space = run_space(run, table, factory)
         return predicted_pairs(table, space, kept_widths(run, space)), ""
     except CompressorError as error:
@@ -179,8 +179,8 @@ def _device(recipe: Recipe, table: LatencyTable | None) -> tuple[Any, int, int]:
     Raises:
         CompressorError: The run is for this machine, or the device's peaks are unknown.
     """
-    from compressor.latency.machine import estimated_machine
-    from compressor.latency.roofline import ELEMENT_BYTES
+    from compressor.latency.estimate import ELEMENT_BYTES
+    from compressor.latency.peaks import estimated_machine
     from compressor.latency.table import shipped_table
 
     if recipe.device == "local":

@@ -1,7 +1,7 @@
 """Compare the measured latency of each plan with the target, and choose the plan to keep.
 
 All comparisons use shares of the dense network's time. A share stays the same on a shared machine, while milliseconds
-do not (`latency.ratio`). A target in milliseconds is converted to a share of the dense network's quiet level: the
+do not (`latency.paired`). A target in milliseconds is converted to a share of the dense network's quiet level: the
 lowest time that this run and its table have seen.
 
 A plan measured well below its target has lost accuracy without need, because the table predicted it too slow. The

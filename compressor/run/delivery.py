@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.core.progress import say
-from compressor.latency.distinct import with_distinct_weights
-from compressor.latency.ratio import in_words
+from compressor.latency.networks import with_distinct_weights
+from compressor.latency.paired import in_words
 from compressor.run.contract import judged, predicted_share, quiet_dense_ms, remember, search_on
 from compressor.run.device import opset_of
 from compressor.run.folder import RunDir

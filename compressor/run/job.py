@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
-from compressor.run.device import check_device, latency_table, runtime_of, steps_of
+from compressor.run.device import latency_table, provider_of, request_of
 from compressor.run.trial import DenseFile
 
 if TYPE_CHECKING:
@@ -59,12 +59,7 @@ class Job:
     @property
     def measurable(self) -> bool:
         """Whether the device can be measured from here: this machine, or reachable over ssh."""
-        return self.recipe.device == "local" or self.over_ssh
-
-    @property
-    def over_ssh(self) -> bool:
-        """Whether the device is reached over ssh."""
-        return self.recipe.device.startswith("ssh:")
+        return provider_of(self.recipe).measures
 
     def budgets(self, table: LatencyTable | None = None) -> list[Budget]:
         """Return the recipe's budgets in absolute numbers, by `table` or the job's own table.
@@ -158,7 +153,7 @@ def prepare(
     load_plugins()
     specs = budget_specs(recipe)
     notes: list[str] = []
-    check_device(recipe)
+    provider_of(recipe).check(recipe.precision)
     check_workers(recipe.search.workers, recipe.search.brief_iterations)
     create_agent(recipe.agent, settings=recipe.search.settings)  # only to check its settings
     counters = find_counters(recipe.device) if recipe.budgets.energy else None
@@ -173,7 +168,8 @@ def prepare(
     space = trace(recipe, model, example)
     dense_file = DenseFile(dense, recipe, model, example)
     if recipe.pruning.granularity == "measured":
-        recipe = recipe.changed({"pruning": {"granularity": steps_of(recipe, space, example)}})
+        steps = provider_of(recipe).measured_steps(space, example, request_of(recipe))
+        recipe = recipe.changed({"pruning": {"granularity": steps}})
         space = trace(recipe, model, example)
     if table is None and any(spec.name == "latency" for spec in specs):
         table = latency_table(recipe, space, example, profile_limit_s)
@@ -213,7 +209,6 @@ def trace(recipe: Recipe, model: nn.Module, example: Tensor) -> PruningSpace:
     Raises:
         CompressorError: Nothing in the network can be pruned.
     """
-    from compressor.latency.devices import recommended_steps
     from compressor.pruning.space import PruningSpace
 
     pruning = recipe.pruning
@@ -230,7 +225,7 @@ def trace(recipe: Recipe, model: nn.Module, example: Tensor) -> PruningSpace:
 
     space = traced(1 if isinstance(pruning.granularity, str) else pruning.granularity)
     if pruning.granularity == "auto":
-        space = traced(recommended_steps(space.groups, runtime_of(recipe), recipe.precision))
+        space = traced(provider_of(recipe).steps(space.groups, recipe.precision))
     if not space.groups:
         reasons = "; ".join(f"{part.name}: {part.reason}" for part in space.skipped[:5])
         raise CompressorError(

@@ -11,10 +11,9 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_text
-from compressor.latency.explain import Line, explain
-from compressor.latency.graph import file_nodes
-from compressor.latency.kernels import Profile, profile_onnx
-from compressor.latency.machine import Machine, calibrate
+from compressor.latency.explain import Line, Profile, explain, profile_onnx
+from compressor.latency.networks import file_nodes
+from compressor.latency.peaks import Machine, calibrate
 from compressor.run.folder import RunDir
 from compressor.run.onnx_files import DENSE, MODEL
 
@@ -119,7 +118,7 @@ def run_space(run: RunDir, table: LatencyTable | None, factory: str | None = Non
     import torch
 
     from compressor.core.records import RECIPE
-    from compressor.latency.signature import network_signature
+    from compressor.latency.operators import network_signature
     from compressor.models import create_model
     from compressor.models.names import allowed_factory
     from compressor.pruning.space import PruningSpace
@@ -170,7 +169,7 @@ def read_profiles(
     Raises:
         CompressorError: A file is missing, is not a layer profile, or belongs to another network.
     """
-    from compressor.latency.kernels import read_trt_profile
+    from compressor.latency.explain import read_trt_profile
 
     found = []
     for path, network in ((dense, DENSE), (slim, MODEL)):

@@ -25,7 +25,7 @@ from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
 from compressor.recipe.validation import validated
 from compressor.run.delivery import export, measure, probe
-from compressor.run.device import device_precision
+from compressor.run.device import device_precision, provider_of, request_of
 from compressor.run.finish import close
 from compressor.run.folder import RunDir, new_run_path
 from compressor.run.job import Job, prepare
@@ -194,7 +194,6 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
         CompressorError: The table is damaged or of another device than the recipe's, or more must be measured and this
             is not the machine that it was measured on.
     """
-    from compressor.latency.local import require_same_machine
     from compressor.latency.table import LatencyTable
 
     file = run.file(TABLE)
@@ -204,7 +203,7 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
     if recipe.device != "local":
         table = table.at(device_precision(recipe), device=recipe.device)
     elif not run.finished("measure"):
-        require_same_machine(table, recipe.threads)
+        provider_of(recipe).require_same(table, request_of(recipe))
     for predicted, measured in run.manifest.get("corrections", []):
         table = table.refit([(predicted, measured)], lower=True)
     return table

@@ -23,25 +23,26 @@ GOOD = 0.10
 
 
 def profile_here(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
-    """Measure (or read from the cache) the latency table that a network needs on this machine.
+    """Measure (or read from the cache) the latency table that a network needs on a device of this machine.
 
     Args:
         recipe: Network and data.
         time_limit: Time limit for measuring, such as `90s` or `5min`; a cached table that had less time and is not
             accurate enough is measured again.
     """
-    from compressor.latency.duration import duration_s
+    from compressor.latency.measured import duration_s
     from compressor.run.job import prepare
 
     seconds = None if time_limit is None else duration_s(time_limit)
-    recipe = _for_latency(recipe.changed({"device": "local"}))
+    recipe = _for_latency(recipe)
     job = prepare(recipe, profile_limit_s=seconds)
     table = job.table
     assert table is not None  # needed by the latency budget above
     shape = "x".join(str(size) for size in job.data.input_shape)
     runtime = table.fields.runtime
     threads = f", {runtime.threads} thread(s)" if runtime.threads else ""
-    yield f"{recipe.model} at {shape} here, {runtime.name}{threads}:"
+    where = "here" if recipe.device == "local" else f"on {recipe.device}"
+    yield f"{recipe.model} at {shape} {where}, {runtime.name}{threads}:"
     yield f"  dense {table.predict(job.space):.3f} ms, smallest {table.predict(job.space, job.space.smallest()):.3f} ms"
     yield f"  {table.describe()}"
 
@@ -86,8 +87,8 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
     Raises:
         CompressorError, ExportError: Something is missing or damaged, or does not belong together.
     """
-    from compressor.latency.own_tables import keep
     from compressor.latency.remote_table import table_of_results
+    from compressor.latency.stored import keep
     from compressor.latency.table import check_name
 
     if device is not None:
@@ -101,22 +102,13 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
 
 def profile_remote(recipe: Recipe) -> Iterator[str]:
     """Measure a device over ssh, or describe its stored table if nothing has changed there."""
-    from compressor.latency.over_ssh import ssh_table
     from compressor.latency.table import check_name
-    from compressor.run.device import device_precision
+    from compressor.run.device import provider_of, request_of
 
     check_name(recipe.device)
     recipe = _for_latency(recipe)
     space, example = _traced(recipe)
-    table = ssh_table(
-        recipe.device,
-        space,
-        example,
-        model=recipe.model,
-        precision=device_precision(recipe),
-        opset=recipe.export.opset,
-        renew=True,
-    )
+    table = provider_of(recipe).table(space, example, request_of(recipe, renew=True))
     smallest = table.predict(space, space.smallest())
     yield from _described(table)
     yield f"  dense {table.predict(space):.3f} ms, smallest {smallest:.3f} ms"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import replacing
-from compressor.latency.distinct import with_distinct_weights
+from compressor.latency.networks import with_distinct_weights
 from compressor.run.device import opset_of
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.latency import remote_bundle
-from compressor.latency.local import local_table
-from compressor.latency.noise import channel_block
-from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
+from compressor.latency.local import LocalCpu
+from compressor.latency.machine import channel_block
+from compressor.latency.networks import NetworkTimes, TaggedNetwork
+from compressor.latency.provider import Request
 from compressor.latency.remote_bundle import write_table_bundle
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
@@ -28,6 +30,22 @@ from tests.latency.remote_bundle import run
 def channels_at_once() -> int:
     """The block of this machine's convolutions; asked once, as finding it loads a network."""
     return channel_block()
+
+
+def local_table(
+    space: PruningSpace,
+    example: Tensor,
+    *,
+    device: object = None,
+    cache_dir: Path | None = None,
+    journal_path: Path | None = None,
+    **request: Any,
+) -> LatencyTable:
+    """The table of this machine's CPU, or of a made-up device in its place, for which nothing is cached."""
+    here = LocalCpu(cache_dir=cache_dir)
+    if device is None:
+        return here.table(space, example, Request(**request))
+    return here.measured(space, example, Request(**request), device=device, journal_path=journal_path)
 
 
 class SmallNet(nn.Module):

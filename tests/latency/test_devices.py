@@ -12,8 +12,9 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
-from compressor.latency.devices import devices, recommended_granularity, recommended_steps
-from compressor.latency.noise import channel_block
+from compressor.latency.local import LocalCpu
+from compressor.latency.machine import channel_block
+from compressor.latency.provider import TableProvider, known_devices
 from compressor.latency.table import LatencyTable, check_known, find_table
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
@@ -32,7 +33,7 @@ def resnet50() -> PruningSpace:
 
 
 def test_the_list_has_this_machine_and_every_table() -> None:
-    known = {device.name: device for device in devices()}
+    known = {device.name: device for device in known_devices()}
     assert set(known) == {"local", *JETSONS}
     assert known["local"].runtime.startswith("onnxruntime-cpu")
     for name in JETSONS:
@@ -115,22 +116,22 @@ def test_every_table_says_what_it_is(name: str) -> None:
 
 
 def test_recommended_granularity() -> None:
-    assert recommended_granularity("tensorrt", "fp16") == 8
-    assert recommended_granularity("tensorrt", "int8") == 32
-    assert recommended_granularity("tensorrt", "fp32") == 1
-    assert recommended_granularity("onnxruntime-cpu", "fp32") == channel_block()
+    assert TableProvider.for_device("jetson-nano").block("fp16") == 8
+    assert TableProvider.for_device("jetson-nano").block("int8") == 32
+    assert TableProvider.for_device("jetson-nano").block("fp32") == 1
+    assert LocalCpu().block("fp32") == channel_block()
 
 
 def test_narrow_groups_get_finer_steps() -> None:
     space = PruningSpace(
         create_model("cifar_resnet20", 10, "none", (3, 32, 32)).eval(), torch.zeros(1, 3, 32, 32)
     )
-    steps = recommended_steps(space.groups, "onnxruntime-cpu", "fp32")
+    steps = LocalCpu().steps(space.groups, "fp32")
     block = channel_block()
     for group in space.groups:
         expected = 8 if group.width * group.unit >= 64 else 4
         assert steps[group.name] == min(block, expected)
-    assert set(recommended_steps(space.groups, "tensorrt", "int8").values()) == {32}
+    assert set(TableProvider.for_device("jetson-nano").steps(space.groups, "int8").values()) == {32}
     again = PruningSpace(space.model, torch.zeros(1, 3, 32, 32), granularity=steps)
     for group in again.groups:
         assert group.granularity * group.unit == steps[group.name]

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from compressor.core.errors import CompressorError
-from compressor.latency.explain import explain
-from compressor.latency.graph import file_nodes
-from compressor.latency.kernels import Kernel, Profile, profile_onnx, read_trt_profile
-from compressor.latency.machine import Machine, calibrate, estimated_machine
-from compressor.latency.non_gemm import count_non_gemm
+from compressor.latency.estimate import count_non_gemm
+from compressor.latency.explain import Kernel, Profile, explain, profile_onnx, read_trt_profile
+from compressor.latency.networks import file_nodes
+from compressor.latency.peaks import Machine, calibrate, estimated_machine
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from export.convert.to_onnx import export_onnx

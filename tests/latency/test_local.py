@@ -15,11 +15,13 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.core.progress import shown_on
-from compressor.latency import assemble, local, sampling
-from compressor.latency.design import random_widths
-from compressor.latency.local import local_table
+from compressor.latency import assemble, local, measured, sampling
+from compressor.latency.local import LocalCpu
+from compressor.latency.provider import Request
+from compressor.latency.sampling import random_widths
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
+from tests.latency.conftest import local_table
 
 
 def test_predicts_networks_that_it_was_not_fitted_to(
@@ -94,14 +96,16 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: type) -> list[int]:
     measured.
     """
     made: list[int] = []
-    measured = local._measured
+    measure = LocalCpu.measured
 
-    def counting(space: PruningSpace, example: Tensor, *rest: Any, **named: Any) -> LatencyTable:
-        made.append(rest[-1])
-        return measured(space, example, *rest, **named)
+    def counting(
+        here: LocalCpu, space: PruningSpace, example: Tensor, request: Request, **named: Any
+    ) -> LatencyTable:
+        made.append(request.threads)
+        return measure(here, space, example, request, **named)
 
     monkeypatch.setattr(local, "OrtProcess", lambda threads=1: device(noise=0.05, seed=len(made)))
-    monkeypatch.setattr(local, "_measured", counting)
+    monkeypatch.setattr(LocalCpu, "measured", counting)
     return made
 
 
@@ -192,7 +196,7 @@ def test_a_damaged_cache_is_said_and_measured_anew(
 def test_a_table_that_predicts_badly_says_so(
     space: PruningSpace, example: Tensor, tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "UNSURE", 0.0)
+    monkeypatch.setattr(measured, "UNSURE", 0.0)
     lines = _Lines()
     with shown_on(lines):
         local_table(space, example, cache_dir=tmp_path, time_limit_s=0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,10 @@ import pytest
 from torch import Tensor
 
 from compressor.core.errors import CompressorError
-from compressor.latency import local_gpu, sampling
-from compressor.latency.local_gpu import gpu_table, measured_table
-from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
+from compressor.latency import local, sampling
+from compressor.latency.local import LocalGpu
+from compressor.latency.networks import NetworkTimes, TaggedNetwork
+from compressor.latency.provider import Request
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
@@ -63,10 +63,23 @@ def plugged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
 
     def plug(device: Gpu) -> Gpu:
-        monkeypatch.setattr(local_gpu, "device_of", lambda backend, precision: device)
+        monkeypatch.setattr(local, "device_of", lambda backend, precision: device)
         return device
 
     return plug
+
+
+def gpu_table(
+    space: PruningSpace, example: Tensor, backend: Backend, precision: Any, **request: Any
+) -> LatencyTable:
+    return LocalGpu(backend).table(space, example, Request(precision=precision, **request))
+
+
+def measured_table(
+    space: PruningSpace, example: Tensor, backend: Backend, precision: Any, journal_path: Path, **request: Any
+) -> LatencyTable:
+    asked = Request(precision=precision, **request)
+    return LocalGpu(backend).measured(space, example, asked, journal_path=journal_path)
 
 
 def stopped_after(device: Gpu, networks: int, end: BaseException) -> Gpu:
@@ -199,15 +212,13 @@ def test_operators_that_are_not_told_apart_are_fitted(
     assert network.held_out.spearman > 0.95
 
 
-@pytest.mark.parametrize(("given", "limit"), [(90.0, 90.0), (None, local_gpu.TIME_LIMIT_S)])
+@pytest.mark.parametrize(("given", "limit"), [(90.0, 90.0), (None, LocalGpu.time_limit_s)])
 def test_the_time_limit_reaches_the_gpu(
     space: PruningSpace, example: Tensor, monkeypatch: pytest.MonkeyPatch, given: float | None, limit: float
 ) -> None:
     asked: list[float] = []
     monkeypatch.setattr(here, "gpu_backend", lambda: BACKEND)
-    monkeypatch.setattr(
-        local_gpu, "gpu_table", lambda *_, time_limit_s: asked.append(time_limit_s) or SimpleNamespace()
-    )
+    monkeypatch.setattr(LocalGpu, "table", lambda self, *rest: asked.append(self._limit_s(rest[-1])))
     recipe = parse_recipe({"model": "resnet18", "precision": "fp16"}, "test")
     job.latency_table(recipe, space, example, given)
     assert asked == [limit]

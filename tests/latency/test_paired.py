@@ -8,8 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from compressor.latency.paired import Timing, in_turns
-from compressor.latency.ratio import ERROR, LOOKS, PairSession, burst_of, error_at, trimmed_interval
+from compressor.latency.paired import (
+    ERROR,
+    LOOKS,
+    PairSession,
+    Timing,
+    burst_of,
+    error_at,
+    in_turns,
+    trimmed_interval,
+)
 
 PAIRS, RUNS = 12, 8
 

@@ -11,10 +11,10 @@ import pytest
 from torch import Tensor
 
 from compressor.core.errors import CompressorError
-from compressor.latency.design import random_widths
-from compressor.latency.fused import shares_of_layers
+from compressor.latency.backends.gpu import shares_of_layers
 from compressor.latency.remote_bundle import write_table_bundle
 from compressor.latency.remote_table import table_of_results
+from compressor.latency.sampling import random_widths
 from compressor.pruning.space import PruningSpace
 from export.errors import ExportError
 from tests.export.device.fake_trtexec import make_trtexec

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.latency import sampling
-from compressor.latency.duration import duration_s
-from compressor.latency.local import _measured, local_table
-from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
+from compressor.latency.measured import duration_s
+from compressor.latency.networks import NetworkTimes, TaggedNetwork
+from compressor.latency.operators import channels
+from compressor.latency.sampling import LEVELS, anchor_widths, grid_widths, random_widths
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
-from tests.latency.conftest import MadeUpDevice
+from tests.latency.conftest import MadeUpDevice, local_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,7 +116,7 @@ def test_a_machine_that_is_too_noisy_is_refused(
     monkeypatch.setattr(sampling, "REFERENCE_EVERY", 3)
     journal = tmp_path / "table.partial.jsonl"
     with pytest.raises(CompressorError, match=r"too noisy .*quartiles \d+% apart, at most 50%") as caught:
-        _measured(space, example, Unsteady(), 0.0, 0, 1, journal_path=journal)
+        local_table(space, example, device=Unsteady(), time_limit_s=0.0, journal_path=journal)
     assert "End other programs" in caught.value.hint
     assert len(journal.read_text().splitlines()) == 1  # what it measured is not used by the next attempt
 
@@ -138,13 +139,13 @@ def test_a_stopped_measuring_goes_on_where_it_stood(
     stopped, second = Stopped(), MadeUpDevice()
     stopped.last = 20
     with pytest.raises(KeyboardInterrupt):
-        _measured(space, example, stopped, 75.0, 0, 1, journal_path=journal)
+        local_table(space, example, device=stopped, time_limit_s=75.0, journal_path=journal)
     with journal.open("a") as file:
         file.write('{"role": "fit", "widths": [8,')  # as a kill in the middle of writing leaves it
-    table = _measured(space, example, second, 75.0, 0, 1, journal_path=journal)
+    table = local_table(space, example, device=second, time_limit_s=75.0, journal_path=journal)
     assert not journal.exists()
     whole = MadeUpDevice()
-    undisturbed = _measured(space, example, whole, 75.0, 0, 1)
+    undisturbed = local_table(space, example, device=whole, time_limit_s=75.0)
     assert (
         second.measured <= whole.measured - 20 + 3
     )  # the dense network again, to see that the machine is the same
@@ -160,11 +161,12 @@ def test_a_journal_of_something_else_is_begun_anew(
     stopped, second = Stopped(), MadeUpDevice(factor=0.5 if change == "faster" else 1.0)
     stopped.last = 16
     with pytest.raises(KeyboardInterrupt):
-        _measured(space, example, stopped, 75.0, 0, 1, journal_path=journal)
+        local_table(space, example, device=stopped, time_limit_s=75.0, journal_path=journal)
     if change == "garbage":
         lines = journal.read_text().splitlines()
         journal.write_text("\n".join([lines[0], "{}", *lines[2:]]) + "\n")
-    table = _measured(space, example, second, 0.0, int(change == "seed"), 1, journal_path=journal)
+    seed = int(change == "seed")
+    table = local_table(space, example, device=second, time_limit_s=0.0, seed=seed, journal_path=journal)
     assert second.measured >= sampling.MIN_NETWORKS + 2
     assert network_of(table).fitted_networks + network_of(table).held_out.networks == sampling.MIN_NETWORKS + 2
 
@@ -172,9 +174,8 @@ def test_a_journal_of_something_else_is_begun_anew(
 SCRIPT = """
 import sys, time, torch
 from pathlib import Path
-from compressor.latency.local import _measured
 from compressor.pruning.space import PruningSpace
-from tests.latency.conftest import MadeUpDevice, SmallNet
+from tests.latency.conftest import MadeUpDevice, SmallNet, local_table
 class Slow(MadeUpDevice):
     def measure(self, network, seconds):
         time.sleep(0.05)
@@ -182,7 +183,7 @@ class Slow(MadeUpDevice):
 torch.manual_seed(0)
 example = torch.zeros(1, 3, 16, 16)
 space = PruningSpace(SmallNet().eval(), example, granularity=8)
-_measured(space, example, Slow(), 75.0, 0, 1, journal_path=Path(sys.argv[1]))
+local_table(space, example, device=Slow(), time_limit_s=75.0, journal_path=Path(sys.argv[1]))
 """
 
 
@@ -202,7 +203,7 @@ def test_a_killed_measuring_leaves_whole_measurements(
     assert len(lines) > 8
     assert [json.loads(line)["role"] for line in lines[1:3]] == ["dense", "fit"]
     second = MadeUpDevice()
-    _measured(space, example, second, 0.0, 0, 1, journal_path=journal)
+    local_table(space, example, device=second, time_limit_s=0.0, journal_path=journal)
     assert second.measured <= sampling.MIN_NETWORKS + 2 + 3 - (len(lines) - 2) + 1
 
 
@@ -217,3 +218,33 @@ def test_lengths_of_time(text: str, seconds: float) -> None:
 def test_what_is_no_length_of_time(text: str) -> None:
     with pytest.raises(CompressorError, match="not a duration"):
         duration_s(text)
+
+
+def test_the_grid_holds_every_pair_of_levels_of_groups_that_meet(space: PruningSpace) -> None:
+    widths = grid_widths(space)
+    assert widths.shape == (LEVELS**2, len(space.groups))
+    for row in widths:
+        space.widths(row)
+    inputs, outputs = channels(space, widths)
+    for index, layer in enumerate(space.layers):
+        groups = {group for group, _ in (*layer.in_channels.terms, *layer.out_channels.terms)}
+        if len(groups) == 2:
+            first, second = (len(np.unique(widths[:, group])) for group in groups)
+            pairs = set(zip(inputs[:, index].tolist(), outputs[:, index].tolist(), strict=True))
+            assert len(pairs) == first * second
+    assert {tuple(row) for row in np.stack([space.min_widths])} <= {
+        tuple(row) for row in anchor_widths(space)
+    }
+    for group in range(len(space.groups)):
+        assert widths[:, group].min() == space.min_widths[group]
+        assert widths[:, group].max() == space.dense_widths[group]
+
+
+def test_random_sub_networks_are_legal_repeatable_and_of_every_size(space: PruningSpace) -> None:
+    widths = random_widths(space, 60, seed=3)
+    assert np.array_equal(widths, random_widths(space, 60, seed=3))
+    for row in widths:
+        space.widths(row)
+    share = widths.sum(axis=1) / space.dense_widths.sum()
+    assert share.min() < 0.35
+    assert share.max() > 0.85

@@ -9,8 +9,8 @@ from conftest import MadeUpDevice
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
-from compressor.latency.noise import channel_block
-from compressor.latency.ort_profile import OrtCpu
+from compressor.latency.backends.cpu import OrtCpu
+from compressor.latency.machine import channel_block
 from compressor.latency.steps import find_step, measured_steps, refuse_table, scan
 from compressor.latency.table import LatencyTable, find_table
 from compressor.pruning.space import PruningSpace

@@ -11,8 +11,8 @@ import pytest
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
-from compressor.latency.design import random_widths
-from compressor.latency.signature import signature_of
+from compressor.latency.operators import Operators, signature_of
+from compressor.latency.sampling import random_widths
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 
@@ -138,9 +138,9 @@ def test_another_device_is_refused(table: LatencyTable) -> None:
 
 def test_multiply_adds_of_a_signature_by_hand(space: PruningSpace) -> None:
     stem, deep, head = (signature_of(space.layers[place]) for place in (0, 4, -1))
-    assert stem.macs(3, 32) == 16 * 16 * 9 * 3 * 32
-    assert deep.macs(64, 64) == 8 * 8 * 9 * 64
-    assert head.macs(40, 10) == 400
+    assert Operators([stem]).cost(3, 32).macs == 16 * 16 * 9 * 3 * 32
+    assert Operators([deep]).cost(64, 64).macs == 8 * 8 * 9 * 64
+    assert Operators([head]).cost(40, 10).macs == 400
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from compressor import compress
 from compressor.core.errors import CompressorError
-from compressor.latency.ort_profile import tag
+from compressor.latency.networks import tag
 from compressor.latency.paired import Timing
 from compressor.pruning.plan import ChannelPlan
 from compressor.run.contract import kept_plan, remember
@@ -88,7 +88,7 @@ def test_milliseconds_are_those_of_the_quiet_machine(
         turns.append(len(turns))
         return (busy if len(turns) > 1 else quiet).measured(dense, slim)
 
-    monkeypatch.setattr("compressor.run.timing.measured", measured)
+    monkeypatch.setattr("compressor.latency.local.measured", measured)
     wanted = recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE)
     manifest = compress(wanted, out=tmp_path / "run").manifest
     (budget,), latency = manifest["budgets"], manifest["latency"]
@@ -111,7 +111,7 @@ def test_what_cannot_be_told_is_not_searched_again_and_ends_with_4(
         ratio = replace(found.ratio, value=0.61, low=0.58, high=0.64)
         return replace(found, ratio=ratio)
 
-    monkeypatch.setattr("compressor.run.timing.measured", wide)
+    monkeypatch.setattr("compressor.latency.local.measured", wide)
     result = compress(recipe(budgets={"latency": "60%"}, pruning=FINE), out=tmp_path / "run")
     (budget,) = result.manifest["budgets"]
     assert (result.exit_code, budget["verdict"], budget["kept"]) == (4, "undecided", None)
@@ -200,7 +200,7 @@ def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(
             return timing([found.dense.median_ms] * 9, [2 * found.slim.median_ms] * 9)
         return found
 
-    monkeypatch.setattr("compressor.run.timing.measured", moody)
+    monkeypatch.setattr("compressor.latency.local.measured", moody)
     contract = {"repeats": 1, "max_rounds": 3}
     result = compress(
         recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract=contract),

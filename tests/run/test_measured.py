@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressor import compress
-from compressor.latency.ort_profile import tag
+from compressor.latency.networks import tag
 from tests.other_device import OtherDevice, Proportional
 from tests.runs import recipe
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from compressor import compress
 from compressor.cli.app import app
 from compressor.core.errors import CompressorError
-from compressor.latency.distinct import with_distinct_weights
+from compressor.latency.networks import with_distinct_weights
 from compressor.models import create_model
 from compressor.run.job import prepare
 from compressor.run.onnx_files import DENSE

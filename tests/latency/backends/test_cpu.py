@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.latency.ort_process import OrtProcess
-from compressor.latency.ort_profile import TaggedNetwork, tag
-from compressor.latency.paired import measured
+from compressor.latency.backends.cpu import OrtProcess, measured
+from compressor.latency.networks import TaggedNetwork, tag
 from export.convert.to_onnx import export_onnx
 from export.errors import ExportError
 

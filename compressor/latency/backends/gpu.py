@@ -1,6 +1,9 @@
-"""The GPU backends that `export.device.here` finds on this machine, as devices that time networks.
+"""The GPU backends that `export.device.here` finds on this machine, and what their layers' times say of the operators.
 
-Backends that report layer times also time the operators.
+TensorRT fuses nodes and names the result after them: `@5. + @6.` for a convolution with its activation. Where the
+names identify operators, each operator gets the time of its layers. Newer versions compile whole regions of a network
+into one kernel with a name of its own. Operators then get shares of the whole network's time from a fit over all
+measured networks, with arithmetic of each kind, memory traffic and launches as terms.
 """
 
 from __future__ import annotations
@@ -9,14 +12,16 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from compressor.latency.fused import shares_of_layers
-from compressor.latency.ort_profile import Device, NetworkTimes, TaggedNetwork
-from compressor.latency.remote_bundle import Precision, in_precision, weighted_nodes
+from compressor.latency.networks import TAG, Device, NetworkTimes, TaggedNetwork
+from compressor.latency.operators import Floats, Operators, Widths, padded
+from compressor.latency.remote_bundle import in_precision, weighted_nodes
+from compressor.latency.schema import FASTEST_MS, Precision
 from export.convert.onnx_header import parse_header
 from export.device.bundle import Target, write_bundle
 from export.device.here import CPU, PROVIDERS, TRTEXEC, USUAL, Backend, find_trtexec
@@ -26,7 +31,14 @@ from export.engine.cuda import find_device
 from export.engine.trt import RTX
 from export.errors import ExportError
 
+if TYPE_CHECKING:
+    from compressor.pruning.counts import Layer
+
+
 _ONE = "network"
+
+UNSURE = 0.10
+"""Largest share of the time without a known operator at which a profile is used."""
 
 
 def device_of(backend: Backend, precision: Precision) -> Device:
@@ -136,7 +148,7 @@ class OrtGpu:
         return NetworkTimes(np.asarray(times), np.zeros((0, network.operators)))
 
 
-def _operators(layers: Sequence[tuple[str, float]], network: TaggedNetwork) -> npt.NDArray[np.float64]:
+def _operators(layers: Sequence[tuple[str, float]], network: TaggedNetwork) -> Floats:
     """Return operator times, (1, operators), or (0, operators) where the layer names do not identify operators."""
     if not network.operators:
         return np.zeros((0, 0))
@@ -147,3 +159,85 @@ def _operators(layers: Sequence[tuple[str, float]], network: TaggedNetwork) -> n
 def _shape(network: TaggedNetwork) -> tuple[int, ...]:
     header = parse_header(network.model, "the network")
     return header.shapes[header.inputs[0]][1:]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Milliseconds of each operator, (operators,), and the share of the time without a known operator."""
+
+    operators_ms: Floats
+    unsure: float
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the profile is usable: most of the time has a known operator, and every operator has a time."""
+        return self.unsure <= UNSURE and bool((self.operators_ms > 0).all())
+
+
+def shares_of_layers(
+    layers: Sequence[tuple[str, float]], owner: Sequence[int], weighted: Sequence[int]
+) -> Shares:
+    """Assign each layer's time to the operator that its name identifies.
+
+    A layer with one weight-bearing node belongs to that operator. A layer without weights belongs to the operator
+    that owns its nodes; layout changes carry the name of the node that they serve. The time of a layer with several
+    operators, or with none, is assigned to the operator of the preceding layer and counted as unsure.
+
+    Args:
+        layers: (name, milliseconds), in execution order.
+        owner: Operator that owns each node of the file.
+        weighted: Node with the weight of each operator.
+    """
+    times = np.zeros(len(weighted))
+    bearing = {node: operator for operator, node in enumerate(weighted)}
+    current, unsure = 0, 0.0
+    for name, milliseconds in layers:
+        nodes = [int(found) for found in TAG.findall(name) if int(found) < len(owner)]
+        operators = {bearing[node] for node in nodes if node in bearing} or {
+            owner[node] for node in nodes[-1:]
+        }
+        if len(operators) == 1:
+            (current,) = operators
+        else:
+            unsure += milliseconds
+        times[current] += milliseconds
+    total = float(times.sum())
+    return Shares(times, unsure / total if total > 0 else 1.0)
+
+
+def fitted_shares(
+    layers: Sequence[Layer], c_in: Widths, c_out: Widths, whole_ms: Floats, block: int
+) -> Floats:
+    """Fit operator times to the times of whole networks; returns milliseconds, (networks, operators).
+
+    Args:
+        layers: The operators.
+        c_in, c_out: Channels of each network's operators, (networks, operators).
+        whole_ms: Time of each network, (networks,).
+        block: Channels are padded to multiples of this.
+    """
+    from scipy.optimize import nnls
+
+    terms = _work(Operators(layers), c_in, c_out, block)
+    sums = terms.sum(axis=1)
+    scale = np.maximum(np.abs(sums).max(axis=0), 1e-12)
+    weighted = sums / scale / whole_ms[:, None]
+    found, _ = nnls(
+        np.concatenate([weighted, 1e-3 * np.eye(sums.shape[1])]),
+        np.concatenate([np.ones(len(whole_ms)), np.zeros(sums.shape[1])]),
+    )
+    return np.asarray(np.maximum(terms @ (found / scale), FASTEST_MS))
+
+
+def _work(operators: Operators, c_in: Widths, c_out: Widths, block: int) -> Floats:
+    """Return the fit's terms, (networks, operators, terms): padded MACs of each kind, elements moved, one launch."""
+    kinds = sorted(set(operators.kinds))
+    inputs, outputs = c_in.astype(float), c_out.astype(float)
+    macs = operators.cost(padded(inputs, block), padded(outputs, block)).macs
+    cost, read = operators.cost(inputs, outputs), operators.cost(padded(inputs, block), outputs).weights
+    terms = np.zeros((*c_in.shape, len(kinds) + 2))
+    for place, kind in enumerate(operators.kinds):
+        terms[:, place, kinds.index(kind)] = macs[:, place]
+    terms[..., -2] = cost.moved - cost.weights + read
+    terms[..., -1] = 1.0
+    return terms

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from compressor.core.errors import CompressorError
-from compressor.latency.devices import devices
-from compressor.latency.own_tables import keep
+from compressor.latency.provider import known_devices
 from compressor.latency.remote_table import table_of_results
+from compressor.latency.stored import keep
 from compressor.latency.table import LatencyTable, find_table, tables_folder
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
@@ -28,7 +28,7 @@ def test_kept_tables_are_found(measured: Path, space: PruningSpace, said: list[s
     path = keep(table)
     assert path.parent == tables_folder()
     assert LatencyTable.load("my-orin", precision="fp16").predict(space) == table.predict(space)
-    assert [entry.how for entry in devices() if entry.name == "my-orin"] == [
+    assert [entry.how for entry in known_devices() if entry.name == "my-orin"] == [
         f"measured by you on {table.fields.date}, 1 network"
     ]
     assert keep(table) == path  # the same measurements again change nothing
@@ -39,7 +39,7 @@ def test_kept_tables_are_found(measured: Path, space: PruningSpace, said: list[s
     ):
         find_table("my-orin", "int8")
     path.write_text("{")
-    assert [entry.name for entry in devices()].count("my-orin") == 0
+    assert [entry.name for entry in known_devices()].count("my-orin") == 0
     assert any("is damaged" in line and "skipped" in line for line in said)
 
 
@@ -70,7 +70,7 @@ def test_other_networks_keep_the_shipped_estimate(
     estimated = LatencyTable.load(name, "fp16", space=space)
     assert estimated.estimated
     keep(table)
-    assert [entry.how.split()[0] for entry in devices() if entry.name == name] == ["estimated:", "measured"]
+    assert [entry.how.split()[0] for entry in known_devices() if entry.name == name] == ["estimated:", "measured"]
     assert LatencyTable.load(name, "fp16", space=space).to_json() == table.to_json()
     assert any("replaces the shipped one" in line for line in said)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from compressor.latency import assemble, backends, local_gpu, remote_bundle
-from compressor.latency.backends import OrtGpu, TensorRt, Trtexec, device_of
-from compressor.latency.local_gpu import gpu_table
-from compressor.latency.ort_profile import NetworkTimes, TaggedNetwork
+from compressor.latency import assemble, local, remote_bundle
+from compressor.latency.backends import gpu as backends
+from compressor.latency.backends.gpu import OrtGpu, TensorRt, Trtexec, device_of
+from compressor.latency.networks import NetworkTimes, TaggedNetwork
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
 from compressor.run.onnx_files import DENSE
@@ -24,6 +24,7 @@ from export.device.here import Backend, available_backends, gpu_backend
 from export.engine.cuda import Device
 from export.errors import ExportError
 from tests.export.device.fake_trtexec import make_trtexec
+from tests.latency.test_local_gpu import gpu_table
 
 RTX4090 = Device("NVIDIA GeForce RTX 4090", "8.9", 24 << 30, 2520, "13.0")
 HOPPER = Device("NVIDIA H100", "9.0", 80 << 30, 1980, "13.0")
@@ -140,7 +141,7 @@ def test_a_table_of_the_gpu_says_what_it_is(
     space: PruningSpace, example: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[_Rule] = []
-    monkeypatch.setattr(local_gpu, "device_of", lambda backend, precision: made.append(_Rule()) or made[-1])
+    monkeypatch.setattr(local, "device_of", lambda backend, precision: made.append(_Rule()) or made[-1])
     backend = Backend("tensorrt_rtx_bindings", "1.7.0", RTX4090)
     table = gpu_table(space, example, backend, "fp16", time_limit_s=0.0)
     fields = table.fields
@@ -176,7 +177,7 @@ def test_a_gpu_times_what_is_delivered(
             return NetworkTimes(np.full(9, float(len(timed))), np.zeros((0, 0)))
 
     monkeypatch.setattr(here, "gpu_backend", lambda: Backend("tensorrt", "10.3.0", RTX4090))
-    monkeypatch.setattr(backends, "device_of", lambda backend, precision: Device())
+    monkeypatch.setattr(local, "device_of", lambda backend, precision: Device())
     network = assemble.export_candidate(space, space.rank(), example, space.min_widths).model
     for name in (DENSE, "model.onnx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -185,7 +186,7 @@ def test_a_gpu_times_what_is_delivered(
     (tmp_path / "model.fp16.onnx").write_bytes(b"as delivered")
     recipe = parse_recipe({"model": "resnet18", "precision": "fp16", "contract": {"repeats": 1}}, "test")
     data = SimpleNamespace(input_shape=(3, 16, 16))
-    job: Any = SimpleNamespace(over_ssh=False, recipe=recipe, data=data, space=space, table=None)
+    job: Any = SimpleNamespace(recipe=recipe, data=data, space=space, table=None)
     run: Any = SimpleNamespace(file=lambda name: tmp_path / name)
     found = timed_on_device(run, job, tmp_path / "model.onnx", space.smallest())
     dense, slim = found.dense, found.slim

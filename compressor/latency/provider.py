@@ -1,0 +1,315 @@
+"""Devices by name: where their latency tables come from, and how networks are timed on them.
+
+    provider = TableProvider.for_device("ssh://me@orin.local")
+    table = provider.table(space, example, Request(model="resnet50", precision="fp16"))
+
+Each kind of device is a subclass of `TableProvider`, which `register_device` registers under its name: this machine's
+CPU or GPU (`local`), a device that ssh reaches (`ssh`), and any other name, whose table is shipped or was imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from compressor.core.errors import CompressorError
+from compressor.core.plugins import load_plugins
+from compressor.core.progress import say
+from compressor.latency.schema import BLOCKS, Precision
+from compressor.latency.steps import refuse_table
+from compressor.latency.table import LatencyTable, check_known, shipped_tables, user_tables
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor.latency.paired import Timing
+    from compressor.pruning.groups import Group
+    from compressor.pruning.space import PruningSpace
+
+_Class = TypeVar("_Class", bound="type[TableProvider]")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+_OWN = {"local": "compressor.latency.local", "ssh": "compressor.latency.over_ssh"}
+"""The toolkit's own kinds of devices: name -> module, imported when such a device is used."""
+
+_registered: dict[str, type[TableProvider]] = {}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a table is needed for.
+
+    Attributes:
+        model: The network's name, for messages.
+        precision: Precision in which networks run.
+        opset: ONNX opset of files that leave this machine.
+        threads: Threads of ONNX Runtime on a CPU.
+        time_limit_s: No further sub-network is started after this many seconds; a dozen are always measured. None for
+            the device's own limit.
+        goal: Mean error on held-out sub-networks, as a share, at which measuring stops early.
+        seed: Seed for the choice of sub-networks.
+        renew: Whether a remote device that has changed since its table was measured is measured again, not refused.
+    """
+
+    model: str = ""
+    precision: Precision = "fp32"
+    opset: int = 17
+    threads: int = 1
+    time_limit_s: float | None = None
+    goal: float = 0.03
+    seed: int = 0
+    renew: bool = False
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How long two networks are timed in turns.
+
+    Attributes:
+        repeats: Number of sessions if there is no target.
+        target: Share of the dense network's time that the slim one may take.
+        seconds: Time limit.
+    """
+
+    repeats: int = 5
+    target: float | None = None
+    seconds: float = 90.0
+
+
+@dataclass(frozen=True)
+class KnownDevice:
+    """One line of `compress devices`.
+
+    Attributes:
+        name: Value of --device.
+        runtime: Runtime and, where known, its version.
+        precisions: Precisions of its table.
+        how: Whether the table is measured or estimated, with its stated error.
+    """
+
+    name: str
+    runtime: str
+    precisions: tuple[str, ...]
+    how: str
+
+
+class TableProvider(ABC):
+    """A device: its latency table for any network, and its measurements.
+
+    Args:
+        device: Value of --device.
+
+    Attributes:
+        name: Value of --device, or its part before the first colon.
+        runtime: Name of its runtime, as in latency tables.
+        precisions: Precisions in which networks run on it.
+        measures: Whether networks can be timed on it from here.
+    """
+
+    name: ClassVar[str] = ""
+    runtime: str = "tensorrt"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    measures: ClassVar[bool] = True
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    @staticmethod
+    def for_device(device: str) -> TableProvider:
+        """Return the provider of a device; names that no kind of device has are those of stored tables."""
+        load_plugins()
+        name = device.partition(":")[0]
+        if name in _OWN:
+            import_module(_OWN[name])
+        return _registered.get(name, StoredTables).create(device)
+
+    @classmethod
+    def create(cls, device: str) -> TableProvider:
+        """Return the provider of one device of this kind."""
+        return cls(device)
+
+    @classmethod
+    def known(cls) -> list[KnownDevice]:
+        """Return the lines of `compress devices` for this kind."""
+        return [KnownDevice(cls.name, str(cls.runtime), cls.precisions, "measured on first use")]
+
+    def check(self, precision: str) -> None:
+        """Refuse an unknown device or an unsupported precision before anything is loaded.
+
+        Raises:
+            CompressorError: The device cannot be used so.
+        """
+        if precision not in self.precisions:
+            raise CompressorError(
+                f"Networks run in {', '.join(self.precisions)} on {self.device}, not in {precision}.",
+                f"Use --precision {self.precisions[0]}.",
+            )
+
+    @abstractmethod
+    def table(self, space: PruningSpace, example: Tensor, request: Request) -> LatencyTable:
+        """Return the table for the networks of `space`: a stored one if it fits, else measured now.
+
+        Args:
+            space: The networks.
+            example: An input batch of size one.
+            request: What the table is needed for.
+
+        Raises:
+            CompressorError: There is no table, or the device cannot be measured.
+        """
+
+    def time(
+        self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None
+    ) -> Timing:
+        """Time two FP32 ONNX files in turns, in the requested precision.
+
+        Args:
+            dense, slim: The files. A file of the requested precision beside `slim` is timed in its place.
+            request: Precision and threads.
+            turns: When timing ends.
+            table: The device's table; a remote device in another state is refused.
+
+        Raises:
+            CompressorError: The device cannot be measured from here.
+        """
+        raise CompressorError(f"{self.device} cannot be measured from here.", "Give ssh://user@host.")
+
+    def require_same(self, table: LatencyTable, request: Request) -> None:
+        """Refuse a table that belongs to another device than this one.
+
+        Raises:
+            CompressorError: Something differs; the message names it.
+        """
+        table.at(request.precision, device=self.device)
+
+    def block(self, precision: str) -> int:
+        """Return the number of which channel counts should be multiples, so that no time is spent on padding.
+
+        By default that of tensor cores: 8 in FP16, 32 in INT8.
+        """
+        return BLOCKS.get(precision, 1)
+
+    def steps(self, groups: Iterable[Group], precision: str) -> dict[str, int]:
+        """Return the recommended channel steps of groups, by name, for the argument `granularity` of `PruningSpace`."""
+        return {group.name: self.block(precision) for group in groups}
+
+    def measured_steps(self, space: PruningSpace, example: Tensor, request: Request) -> dict[str, int]:
+        """Measure the channel steps at which latency jumps, by group name.
+
+        Raises:
+            CompressorError: They cannot be measured on this device.
+        """
+        raise CompressorError(
+            f"Channel steps are measured on this machine's CPU only, not on {self.device}.",
+            "Use --granularity auto, or a number such as 8.",
+        )
+
+
+def register_device(kind: _Class) -> _Class:
+    """Register a subclass of `TableProvider` under its `name`; a class decorator.
+
+    Raises:
+        CompressorError: It is no subclass, its `name` is missing or unusable, or another class has the name.
+    """
+    called = f"{kind.__module__}:{getattr(kind, '__qualname__', kind)}"
+    if not (isinstance(kind, type) and issubclass(kind, TableProvider)):
+        raise CompressorError(
+            f"{called} is no subclass of TableProvider.",
+            "Derive it from compressor.latency.measured.MeasuredDevice or compressor.latency.provider.TableProvider.",
+        )
+    if not _NAME.fullmatch(kind.name):
+        raise CompressorError(
+            f"The device {called} has the name {kind.name!r}.",
+            "Give the class an attribute `name` of letters, digits, _, . and -, beginning with a letter.",
+        )
+    other = _registered.get(kind.name)
+    there = f"{other.__module__}:{other.__qualname__}" if other is not None else called
+    if _OWN.get(kind.name, kind.__module__) != kind.__module__:
+        there = _OWN[kind.name]
+    if there != called:
+        raise CompressorError(
+            f"The device name {kind.name!r} of {called} is taken by {there}.",
+            "Give the attribute `name` another value.",
+        )
+    _registered[kind.name] = kind
+    return kind
+
+
+def known_devices() -> list[KnownDevice]:
+    """Return this machine, all shipped tables, the devices that the user measured, and registered devices.
+
+    Raises:
+        CompressorError: A shipped table is damaged.
+    """
+    load_plugins()
+    try:
+        version = importlib.metadata.version("onnxruntime")
+    except importlib.metadata.PackageNotFoundError:
+        version = "(not installed)"
+    here = KnownDevice("local", f"onnxruntime-cpu {version}", ("fp32",), "measured here on first use")
+    own = [kind for kind in _registered.values() if kind.name not in _OWN]
+    return [here, *StoredTables.known(), *(device for kind in own for device in kind.known())]
+
+
+class StoredTables(TableProvider):
+    """A device that is not reached from here: its table is shipped, or was imported or measured earlier."""
+
+    measures = False
+
+    @classmethod
+    def known(cls) -> list[KnownDevice]:
+        found = []
+        for name, path in shipped_tables().items():
+            table = LatencyTable.read(path)
+            found.append(KnownDevice(name, table.runtime, table.precisions, _origin(table)))
+        own: dict[tuple[str, str], list[LatencyTable]] = {}
+        for _, table in user_tables():
+            own.setdefault((table.device, table.runtime), []).append(table)
+        for (name, runtime), tables in sorted(own.items()):
+            precisions = tuple(sorted({table.precision for table in tables}))
+            count = f"{len(tables)} network{'s' if len(tables) > 1 else ''}"
+            how = f"measured by you on {tables[-1].fields.date}, {count}"
+            found.append(KnownDevice(name, runtime, precisions, how))
+        return found
+
+    def check(self, precision: str) -> None:
+        check_known(self.device)
+
+    def table(self, space: PruningSpace, example: Tensor, request: Request) -> LatencyTable:
+        table = LatencyTable.load(self.device, precision=request.precision, space=space)
+        if table.estimated:
+            say(f"The latency of {self.device} is estimated, not measured.")
+        return table
+
+    def measured_steps(self, space: PruningSpace, example: Tensor, request: Request) -> dict[str, int]:
+        raise refuse_table(self.table(space, example, request))
+
+
+def in_precision_beside(dense: Path, slim: Path, precision: Precision) -> tuple[bytes, bytes]:
+    """Return two FP32 files as a device runs them; a delivered file of the precision beside `slim` takes its place."""
+    from compressor.latency.remote_bundle import in_precision
+    from export.convert.onnx_header import parse_header
+
+    def converted(path: Path) -> bytes:
+        content = path.read_bytes()
+        header = parse_header(content, str(path))
+        return in_precision(content, precision, header.shapes[header.inputs[0]][1:])
+
+    delivered = slim if precision == "fp32" else slim.with_name(f"{slim.stem}.{precision}.onnx")
+    return converted(dense), delivered.read_bytes() if delivered.is_file() else converted(slim)
+
+
+def _origin(table: LatencyTable) -> str:
+    if not table.estimated:
+        return f"measured on {table.fields.date}"
+    parts = [
+        f"{precision} off by {roofline.errors.left_out_mape:.0%} on published latencies left out of the fit"
+        for precision, roofline in table.fields.roofline.items()
+        if roofline.errors.left_out_mape is not None
+    ]
+    return "estimated: " + ("; ".join(parts) if parts else "no published latency to compare with")

@@ -1,0 +1,130 @@
+"""Devices by name, and a device of a user's own package: the page's example is used as it stands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from compressor import register_device
+from compressor.core import plugins
+from compressor.core.errors import CompressorError
+from compressor.latency import provider
+from compressor.latency.local import LocalCpu
+from compressor.latency.measured import MeasuredDevice
+from compressor.latency.networks import NetworkTimes, TaggedNetwork
+from compressor.latency.over_ssh import SshDevice
+from compressor.latency.provider import Request, StoredTables, TableProvider, Turns, known_devices
+from compressor.pruning.space import PruningSpace
+from export.errors import ExportError
+from tests.architecture import code_of, installed
+
+TOOL = """#!{python}
+import sys
+from pathlib import Path
+if "--seconds" not in sys.argv:
+    sys.exit("no time was given")
+size = Path(sys.argv[-1]).stat().st_size
+print(*(0.05 + size / 2e5 for _ in range(11)))
+"""
+
+
+@pytest.fixture(autouse=True)
+def registered_meanwhile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What a test registers and imports is gone after it."""
+    monkeypatch.setattr(provider, "_registered", dict(provider._registered))
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COMPRESSOR_BACKEND", "onnxruntime-cpu")
+    plugins.load_plugins.cache_clear()
+    yield
+    plugins.load_plugins.cache_clear()
+    sys.modules.pop("mynpu", None)
+
+
+def test_each_kind_of_device() -> None:
+    kinds = {"local": LocalCpu, "ssh://me@orin.local": SshDevice, "jetson-nano": StoredTables, "mine": StoredTables}
+    for name, kind in kinds.items():
+        assert type(TableProvider.for_device(name)) is kind
+        assert TableProvider.for_device(name).measures is (kind is not StoredTables)
+    for unknown in ("mine", "ssh", "ssh://", "local:2"):
+        with pytest.raises(CompressorError):
+            TableProvider.for_device(unknown).check("fp32")
+
+
+def test_a_device_that_cannot_be_timed_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CompressorError, match="jetson-nano cannot be measured from here"):
+        TableProvider.for_device("jetson-nano").time(tmp_path, tmp_path, Request(), Turns())
+
+
+def test_the_pages_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: PruningSpace, example: Tensor
+) -> None:
+    tool = tmp_path / "npu-run"
+    tool.write_text(TOOL.format(python=sys.executable))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    installed(tmp_path, "mypackage", "mynpu", code_of("Add a device"))
+    monkeypatch.syspath_prepend(tmp_path)
+    device = TableProvider.for_device("npu:second")
+    assert type(device).__module__ == "mynpu"
+    assert ("npu", "npu-run") in [(each.name, each.runtime) for each in known_devices()]
+    device.check("fp32")
+    with pytest.raises(CompressorError, match="run in fp32 on npu:second, not in fp16"):
+        device.check("fp16")
+    assert set(device.steps(space.groups, "fp32").values()) == {16}
+    request = Request(time_limit_s=0.0)
+    table = device.table(space, example, request)
+    assert (table.device, table.fields.runtime.name, table.fields.block) == ("npu:second", "npu-run", 16)
+    smallest, dense = table.curve(space)(np.stack([space.min_widths, space.dense_widths]))
+    assert 0 < smallest < dense
+    assert device.table(space, example, request).to_json() == table.to_json()  # kept
+    device.require_same(table, request)
+    monkeypatch.setattr(type(device), "version", "1.1")
+    with pytest.raises(CompressorError, match=r"npu-run 1\.0, and this is npu-run 1\.1"):
+        device.require_same(table, request)
+
+    from compressor.latency.assemble import export_candidate
+
+    for name, widths in (("dense.onnx", space.dense_widths), ("slim.onnx", space.min_widths)):
+        (tmp_path / name).write_bytes(export_candidate(space, space.rank(), example, widths).model)
+    timing = device.time(tmp_path / "dense.onnx", tmp_path / "slim.onnx", request, Turns(repeats=2))
+    assert timing.ratio.value == pytest.approx(timing.slim.median_ms / timing.dense.median_ms)
+    assert timing.ratio.value < 1
+    tool.write_text(f"#!{sys.executable}\nraise SystemExit('no licence')\n")
+    with pytest.raises(ExportError, match="cannot run the network: no licence"):
+        device.measure(TaggedNetwork(b"", (), ()), 0.1)
+
+
+class Plain(MeasuredDevice):
+    name = "plain"
+    runtime = "nothing"
+
+    def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
+        return NetworkTimes(np.ones(3), np.zeros((0, network.operators)))
+
+
+def test_names_that_are_taken_or_missing() -> None:
+    assert register_device(Plain) is Plain
+    register_device(Plain)  # the same class once more, as after a reload
+
+    class Other(Plain):
+        pass
+
+    with pytest.raises(CompressorError, match=r"'plain' of \S+:\S+Other is taken by \S*test_provider:Plain\."):
+        register_device(Other)
+    for taken, place in (("local", "compressor.latency.local"), ("ssh", "compressor.latency.over_ssh")):
+        Other.name = taken
+        with pytest.raises(CompressorError, match=rf"Other is taken by {place}"):
+            register_device(Other)
+    for bad in ("", "a b", "a:b"):
+        Other.name = bad
+        with pytest.raises(CompressorError, match="has the name"):
+            register_device(Other)
+    with pytest.raises(CompressorError, match="no subclass of TableProvider"):
+        register_device(dict)  # type: ignore[type-var]
+    assert import_module("compressor.latency.local").LocalCpu is LocalCpu
