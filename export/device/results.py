@@ -199,7 +199,7 @@ def read_results(results: str | Path, bundle: str | Path, kind: str = "network")
             duration_s=int(found["duration_s"]),
             warmup_s=int(found["warmup_s"]),
         )
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise ExportError(f"{results} cannot be parsed: {error!r}.", _AGAIN) from error
 
 

@@ -258,6 +258,11 @@ def test_results_that_nothing_has_changed_are_read(folder: Path, kind: str) -> N
     assert (network.parity is not None) == (kind == "network")
 
 
+def test_a_bundle_whose_outputs_have_no_axes(folder: Path) -> None:
+    given = device_results(folder, "network", RESULTS, STATE, TIMES, OUTPUTS, {**BUNDLE, "output_shape": []})
+    assert fault(lambda: read_results(*given)) == ""
+
+
 @pytest.mark.parametrize("kind", ["network", "timing"])
 @fuzz(200)
 @given(edits=EDITS, place=st.integers(0, 10**9), value=VALUES, which=st.integers(0, 4))
