@@ -284,6 +284,17 @@ class Scorer:
         self.search = list(job.data.search.sample(options.search_images, 0).batches(128, device=job.torch_device))
         self.dense = [self._outputs(job.model, images) for images, _ in self.search]
         self._warm: set[str] = set()
+        self._moments: Any = None
+
+    def _inputs(self, kind: str) -> Any:
+        """Return the images that compensation needs, or the moments of the dense network, which all plans share."""
+        if kind != "moments":
+            return self.images
+        if self._moments is None:
+            from compressor.pruning.compensate import DenseMoments
+
+            self._moments = DenseMoments(self.job.space, self.images)
+        return self._moments
 
     def build(self, widths: Sequence[int], kind: str) -> nn.Module:
         """Return the network of a plan: cut, with batch norm re-estimated, or compensated."""
@@ -292,7 +303,7 @@ class Scorer:
         space: Any = self.job.space
         plan = space.plan(list(widths))
         if kind != "cut":
-            return space.compensate(plan, self.images, method=kind).eval()
+            return space.compensate(plan, self._inputs(kind), method=kind).eval()
         network = space.apply(plan).eval()
         reestimate_batch_norm(network, self.statistics, batches=self.batches, device=self.job.torch_device)
         return network
