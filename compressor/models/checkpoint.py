@@ -21,17 +21,7 @@ State = Mapping[str, Any]
 
 SAVE = "Write such a file with: torch.save(model.state_dict(), FILE)"
 
-_RAW = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "model_state",
-    "net",
-    "network",
-    "weights",
-    "params",
-    "module",
-)
+_RAW = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "params", "module")
 _AVERAGE = re.compile(r"(^|[_.\-])(ema|swa|avg|averaged?|average|shadow|polyak)($|[_.\-\d])")
 _BESIDE = re.compile(
     r"optim|sched|scaler|loop|callback|criterion|loss|hparam|hyper_param|config|args|rng", re.IGNORECASE
@@ -65,16 +55,12 @@ def read_file(path: Path) -> Any:
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
-        raise CompressorError(
-            f"The weights {path} {what}; expected 'default', 'none' or a file.", "Check --weights."
-        )
+        raise CompressorError(f"The weights {path} {what}; expected 'default', 'none' or a file.", "Check --weights.")
     try:
         with path.open("rb") as file:
             start = file.read(16)
     except OSError as error:
-        raise CompressorError(
-            f"{path} cannot be read: {error.strerror or error}.", "Check --weights."
-        ) from error
+        raise CompressorError(f"{path} cannot be read: {error.strerror or error}.", "Check --weights.") from error
     if path.suffix == ".safetensors" or (start[8:9] == b"{" and start[6:8] == b"\0\0"):
         return _read_safetensors(path)
     return _read_torch(path)
@@ -87,18 +73,14 @@ def _read_safetensors(path: Path) -> Any:
         return load_file(path)
     except Exception as error:  # a damaged header may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise CompressorError(
-            f"{path} is unreadable as safetensors: {reason}.", "It may be cut short."
-        ) from error
+        raise CompressorError(f"{path} is unreadable as safetensors: {reason}.", "It may be cut short.") from error
 
 
 def _read_torch(path: Path) -> Any:
     _check_archive(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(_BYSTANDERS)):
-            warnings.simplefilter(
-                "ignore"
-            )  # of the pickle's protocol, say: the file is refused or fits anyway
+            warnings.simplefilter("ignore")  # of the pickle's protocol, say: the file is refused or fits anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader may raise anything for a damaged file
         text = str(error)
@@ -126,9 +108,7 @@ def _check_archive(path: Path) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = [
-                each.filename for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED
-            ]
+            packed = [each.filename for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]
             size = sum(each.file_size for each in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, UnicodeDecodeError):
         return  # torch's reader reports what is wrong with it
@@ -139,9 +119,7 @@ def _check_archive(path: Path) -> None:
 def _foreign(path: Path, name: str) -> CompressorError:
     """Return the error for a file with an object that would have to be built by its own code."""
     try:
-        every = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {
-            known for _, known in _BYSTANDERS
-        }
+        every = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {known for _, known in _BYSTANDERS}
     except Exception:  # older formats do not list their types
         every = {name}
     names = sorted({name, *every})
@@ -225,8 +203,7 @@ def entries(raw: Any, path: Path) -> list[Entry]:
     if not averages and len(others) > 1:
         names = ", ".join(entry.where for entry in others[:5])
         raise CompressorError(
-            f"{path} holds several networks: {names}.",
-            "Save the one that you need in a file of its own. " + SAVE,
+            f"{path} holds several networks: {names}.", "Save the one that you need in a file of its own. " + SAVE
         )
     if not averages and not others:
         keys = ", ".join(str(key) for key in list(raw)[:4])[:200]

@@ -116,9 +116,7 @@ def cifar_mobilenet_v2(num_classes: int = 10) -> nn.Module:
     # Expansion, channels, repeats and stride of table 2 of "MobileNetV2" (Sandler et al., 2018), the
     # second row at stride 1.
     rows = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2]]
-    model: nn.Module = mobilenet_v2(
-        num_classes=num_classes, inverted_residual_setting=[*rows, [6, 320, 1, 1]]
-    )
+    model: nn.Module = mobilenet_v2(num_classes=num_classes, inverted_residual_setting=[*rows, [6, 320, 1, 1]])
     stem = model.get_submodule("features.0.0")
     assert isinstance(stem, nn.Conv2d)
     stem.stride = (1, 1)

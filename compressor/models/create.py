@@ -32,11 +32,7 @@ _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
 
 def create_model(
-    name: str,
-    num_classes: int,
-    weights: str | Path = "none",
-    input_shape: Shape = (3, 32, 32),
-    say: Say = progress.say,
+    name: str, num_classes: int, weights: str | Path = "none", input_shape: Shape = (3, 32, 32), say: Say = progress.say
 ) -> nn.Module:
     """Build a network and give it weights.
 

@@ -190,13 +190,8 @@ def single_head(name: str, makers: Makers, outputs: int, num_classes: int) -> st
     said = f"{name} gives {outputs} outputs for one image where the data have {num_classes} classes"
     advice = "Have the factory accept num_classes and build the network for them."
     if heads:
-        raise CompressorError(
-            f"{said}, and several layers compute them together: {', '.join(sorted(heads))}.", advice
-        )
-    parts = [
-        *(f"{layer} ({channels} outputs)" for layer, channels in makers.layers.items()),
-        *makers.parameters,
-    ]
+        raise CompressorError(f"{said}, and several layers compute them together: {', '.join(sorted(heads))}.", advice)
+    parts = [*(f"{layer} ({channels} outputs)" for layer, channels in makers.layers.items()), *makers.parameters]
     made = f": they come from {', '.join(parts[:4])}" if parts else ""
     raise CompressorError(f"{said}, and no single linear or convolutional layer computes them{made}.", advice)
 
@@ -237,11 +232,7 @@ def _resized(old: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, outputs: int) -
         kind = next(kind for kind in LAYERS[1:] if isinstance(old, kind))
         settings = {key: getattr(old, key) for key in ("stride", "padding", "dilation", "padding_mode")}
         plain = kind(old.in_channels, outputs, old.kernel_size, **settings, **options)  # type: ignore[arg-type]
-    computed = (
-        set(old._parameters) != {"weight", "bias"}
-        or old._forward_pre_hooks
-        or hasattr(old, "parametrizations")
-    )
+    computed = set(old._parameters) != {"weight", "bias"} or old._forward_pre_hooks or hasattr(old, "parametrizations")
     if type(old) in LAYERS or computed:
         return plain.train(old.training)
     # A layer of the user's own class, such as one that normalizes its weights: its forward stays.
@@ -286,9 +277,7 @@ def _check_runnable(model: nn.Module, name: str) -> None:
 
 def _takes_one(model: nn.Module) -> bool:
     kinds = [each.kind for each in inspect.signature(model.forward).parameters.values()]
-    return any(
-        kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds
-    )
+    return any(kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
 
 
 def _cause(model: nn.Module, name: str, shape: Shape, error: Exception, recorder: _Recorder) -> CompressorError:
@@ -398,17 +387,13 @@ def _check_output(out: Any, name: str) -> None:
         )
     if not out.is_floating_point():
         kind = str(out.dtype).removeprefix("torch.")
-        raise _other_output(
-            name, f"numbers of the type {kind}", "Return the logits, not the numbers of the classes."
-        )
+        raise _other_output(name, f"numbers of the type {kind}", "Return the logits, not the numbers of the classes.")
     if out.dim() == 2 and out.shape[0] == 1:
         return
     given = f"a tensor of shape {tuple(out.shape)}"
     if out.dim() > 2 and out.shape[0] == 1 and out[0, 0].numel() > 1:
         raise _other_output(
-            name,
-            f"{given}, a map for each class,",
-            "Pool over the positions, for instance by out.mean(dim=(2, 3)).",
+            name, f"{given}, a map for each class,", "Pool over the positions, for instance by out.mean(dim=(2, 3))."
         )
     if out.dim() > 2 and out.shape[0] == 1:
         raise _other_output(name, f"{given}, maps of one pixel,", "Flatten them: out.flatten(1).")
@@ -417,8 +402,7 @@ def _check_output(out: Any, name: str) -> None:
 
 def _other_output(name: str, given: str, advice: str) -> CompressorError:
     return CompressorError(
-        f"{name} gives {given} for one image; a classifier should give (1, classes): one tensor of logits.",
-        advice,
+        f"{name} gives {given} for one image; a classifier should give (1, classes): one tensor of logits.", advice
     )
 
 
@@ -431,8 +415,7 @@ def _parts(out: Any) -> tuple[str, str]:
     else:
         items = [(f".{key}", value) for key, value in getattr(out, "__dict__", {}).items()]
     shown = [
-        f"{key} {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
-        for key, value in items[:4]
+        f"{key} {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}" for key, value in items[:4]
     ]
     tensors = [key for key, value in items if isinstance(value, Tensor) and value.dim() == 2]
     words = f" of {len(items)} ({', '.join(shown)}{', ...' if len(items) > 4 else ''})" if items else ""

@@ -62,8 +62,7 @@ def resolve(name: str) -> tuple[str, str]:
     near = _nearest(name, [*ours, *theirs])
     raise CompressorError(
         f"There is no model called {name[:200]!r}.",
-        f"{near} A model is a torchvision name, timm:NAME, package.module:factory or "
-        f"one of {', '.join(ours)}.".strip(),
+        f"{near} A model is a torchvision name, timm:NAME, package.module:factory or one of {', '.join(ours)}.".strip(),
     )
 
 
@@ -200,9 +199,7 @@ def remember_factory(name: str) -> None:
     if place in known.get(name, []):
         return
     with suppress(CompressorError):  # without a cache the commands require the name
-        write_atomic(
-            cache_folder() / _RUN_BEFORE, json.dumps({**known, name: [*known.get(name, []), place]}, indent=1)
-        )
+        write_atomic(cache_folder() / _RUN_BEFORE, json.dumps({**known, name: [*known.get(name, []), place]}, indent=1))
 
 
 def allowed_factory(name: str, given: str | None, folder: Path) -> str:

@@ -30,11 +30,7 @@ Say = Callable[[str], None]
 
 
 def load_weights(
-    model: nn.Module,
-    path: Path,
-    num_classes: int,
-    heads: Heads | None = None,
-    say: Say = progress.say,
+    model: nn.Module, path: Path, num_classes: int, heads: Heads | None = None, say: Say = progress.say
 ) -> None:
     """Load a file of weights into `model`, in place.
 
@@ -89,9 +85,7 @@ class _Aligned:
     @property
     def where(self) -> str:
         """Position in the file, for messages."""
-        return (
-            ".".join(part for part in (self.entry.where, self.prefix.rstrip(".")) if part) or "the whole file"
-        )
+        return ".".join(part for part in (self.entry.where, self.prefix.rstrip(".")) if part) or "the whole file"
 
 
 def _choose(found: Sequence[_Aligned]) -> tuple[State, list[str]]:
@@ -149,11 +143,7 @@ def _unwrapped(key: str) -> str:
 
 def _aligned(entry: Entry, own: Mapping[str, Tensor]) -> list[_Aligned]:
     """Return the matches of the model's names in an entry: under the prefixes with most of them, averages first."""
-    state = {
-        key: value
-        for key, value in entry.state.items()
-        if key in own or key.rpartition(".")[2] not in _LEFTOVERS
-    }
+    state = {key: value for key, value in entry.state.items() if key in own or key.rpartition(".")[2] not in _LEFTOVERS}
     counts = {prefix: sum(f"{prefix}{key}" in state for key in own) for prefix in _prefixes(state, own)}
     most = max(counts.values(), default=0)
     best = [prefix for prefix, count in counts.items() if count == most]
@@ -192,9 +182,7 @@ def _prefixes(state: State, own: Mapping[str, Tensor]) -> list[str]:
 def _dense(key: str, value: object, origin: str) -> Tensor:
     """Return a plain tensor with values, or raise an error for anything else."""
     if not isinstance(value, Tensor):
-        raise CompressorError(
-            f"{origin} should hold tensors only, but {key} is a {type(value).__name__}.", SAVE
-        )
+        raise CompressorError(f"{origin} should hold tensors only, but {key} is a {type(value).__name__}.", SAVE)
     if value.is_meta:
         what = "has a shape, but no values (it was saved on the meta device)"
     elif value.is_nested or value.layout != torch.strided:
@@ -216,8 +204,7 @@ def _check_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
                 broken.append(key)
     if broken:
         raise CompressorError(
-            f"{origin} holds NaN or infinite numbers in {some(broken)}.",
-            "Use a checkpoint from before they appeared.",
+            f"{origin} holds NaN or infinite numbers in {some(broken)}.", "Use a checkpoint from before they appeared."
         )
 
 
@@ -241,20 +228,14 @@ def fit_state(
     fresh = {
         name: [key for key in misfits if key.startswith(f"{name}.")]
         for name in made
-        if _of_other_classes(
-            [(own[key], given[key]) for key in misfits if key.startswith(f"{name}.")], num_classes
-        )
+        if _of_other_classes([(own[key], given[key]) for key in misfits if key.startswith(f"{name}.")], num_classes)
     }
     left = {key for keys in fresh.values() for key in keys}
     shaped = [key for key in misfits if key not in left]
     # Checkpoints from before torch 0.4.1 do not count their batches; the count is not needed here.
     missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in given if key not in own]
-    typed = [
-        key
-        for key in given
-        if key in own and own[key].is_floating_point() and not given[key].is_floating_point()
-    ]
+    typed = [key for key in given if key in own and own[key].is_floating_point() and not given[key].is_floating_point()]
     if missing or unexpected or shaped or typed:
         raise CompressorError(
             f"{origin} does not fit the model: {_misfit(own, given, missing, unexpected, shaped, typed)}.",

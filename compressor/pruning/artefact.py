@@ -72,9 +72,7 @@ def save(
             "Save the network that apply returned, or a deepcopy of it.",
         )
     if record["plan"] != plan:
-        raise CompressorError(
-            "The network was created with another plan.", "Pass the plan that apply was called with."
-        )
+        raise CompressorError("The network was created with another plan.", "Pass the plan that apply was called with.")
     dense, outputs = record["dense"], record["outputs"]
     spec = find_factory(small, dense, outputs) if factory is None else given_factory(factory, dense, outputs)
     if spec is None:
@@ -107,9 +105,7 @@ def save(
     write_atomic(folder / CHANNELS, text + "\n")
 
 
-def load(
-    directory: str | Path, *, factory: Factory | None = None, device: str | torch.device = "cpu"
-) -> nn.Module:
+def load(directory: str | Path, *, factory: Factory | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """Load a pruned network in eval mode. Code that is named in a file is not imported.
 
     Args:
@@ -224,9 +220,7 @@ def _check_shapes(
     for what, names in (("weights", tensors.keys()), (CHANNELS, content["tensors"].keys())):
         wrong = sorted(set(names) ^ set(dense))
         if wrong:
-            raise CompressorError(
-                f"The factory {name} and the {what} disagree about tensor '{wrong[0]}'.", advice
-            )
+            raise CompressorError(f"The factory {name} and the {what} disagree about tensor '{wrong[0]}'.", advice)
     for key, tensor in tensors.items():
         shape = list(tensor.shape)
         if shape != content["tensors"][key]:
@@ -283,14 +277,9 @@ def _set_attributes(model: nn.Module, content: dict[str, Any]) -> None:
         if (
             attribute.startswith("_")
             or len(old) != len(new)
-            or any(
-                type(b) is not int or type(a) is not int or not 0 < a <= b
-                for a, b in zip(new, old, strict=True)
-            )
+            or any(type(b) is not int or type(a) is not int or not 0 < a <= b for a, b in zip(new, old, strict=True))
         ):
-            raise CompressorError(
-                f"{CHANNELS} sets '{path}.{attribute}' from {before!r} to {value!r}.", _SAVE_AGAIN
-            )
+            raise CompressorError(f"{CHANNELS} sets '{path}.{attribute}' from {before!r} to {value!r}.", _SAVE_AGAIN)
         setattr(modules[path], attribute, tuple(value) if isinstance(before, tuple) else value)
     for path, name in content["swaps"].items():
         if path not in modules or swap_name(modules[path]) != name:
@@ -394,9 +383,7 @@ def _candidates(model: nn.Module, outputs: int) -> Iterator[dict[str, Any]]:
             if inspect.unwrap(builder).__module__ == kind.__module__:
                 yield {"factory": name, "kwargs": {"num_classes": outputs}}
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    architecture = (
-        config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
-    )
+    architecture = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
     if isinstance(architecture, str) and kind.__module__.startswith("timm."):
         classes = getattr(model, "num_classes", outputs)
         yield {"factory": f"timm:{architecture}", "kwargs": {"num_classes": int(classes)}}

@@ -84,9 +84,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     if mask is None:
         scores = torch.bmm(flat[0], flat[1].transpose(1, 2))
     else:
-        full = mask.expand(batch, heads, q.shape[2], k.shape[2]).reshape(
-            batch * heads, q.shape[2], k.shape[2]
-        )
+        full = mask.expand(batch, heads, q.shape[2], k.shape[2]).reshape(batch * heads, q.shape[2], k.shape[2])
         scores = torch.baddbmm(full, flat[0], flat[1].transpose(1, 2))
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)
     mixed = torch.bmm(weights, flat[2])
@@ -119,14 +117,8 @@ def slim_window_attention(version: int) -> type[nn.Module]:
     """Return the class that replaces torchvision's ShiftedWindowAttention (version 1) or its V2 (version 2)."""
     from torchvision.models import swin_transformer
 
-    base: Any = (
-        swin_transformer.ShiftedWindowAttention if version == 1 else swin_transformer.ShiftedWindowAttentionV2
-    )
-    return type(
-        f"Slim{base.__name__}",
-        (base,),
-        {"forward": _window_forward, "__doc__": slim_window_attention.__doc__},
-    )
+    base: Any = swin_transformer.ShiftedWindowAttention if version == 1 else swin_transformer.ShiftedWindowAttentionV2
+    return type(f"Slim{base.__name__}", (base,), {"forward": _window_forward, "__doc__": slim_window_attention.__doc__})
 
 
 def _window_forward(self: Any, x: Tensor) -> Tensor:
@@ -184,8 +176,6 @@ def swap_name(module: nn.Module) -> str | None:
     kind = type(module)
     if kind is nn.MultiheadAttention:
         return "multi_head_attention"
-    if kind.__module__ == "torchvision.models.swin_transformer" and kind.__name__.startswith(
-        "ShiftedWindowAttention"
-    ):
+    if kind.__module__ == "torchvision.models.swin_transformer" and kind.__name__.startswith("ShiftedWindowAttention"):
         return "window_attention_2" if kind.__name__.endswith("V2") else "window_attention_1"
     return None

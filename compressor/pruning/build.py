@@ -38,7 +38,6 @@ class Built:
     facts: Facts
     resolved: Resolved
     slicer: Slicer
-    settings: Settings
     on_meta: bool
 
 
@@ -46,7 +45,7 @@ def build(model: nn.Module, args: tuple[Any, ...]) -> Built:
     """Trace `model` on `args` and check the result.
 
     Raises:
-        CompressorError: the forward pass fails, or depends on data; or a plugin cannot be imported.
+        CompressorError: The forward pass fails, or depends on data; or a plugin cannot be imported.
     """
     load_plugins()
     settings = Settings()
@@ -68,7 +67,7 @@ def build(model: nn.Module, args: tuple[Any, ...]) -> Built:
         except Mismatch as error:
             _learn(settings, facts, error)
             continue
-        return Built(facts, resolved, slicer, settings, on_meta)
+        return Built(facts, resolved, slicer, on_meta)
     raise CompressorError(
         "The network's structure could not be determined: pruned copies keep failing in new places.",
         "Freeze the parts with unusual code by the argument `frozen`, or prune a part of the network.",
@@ -76,7 +75,7 @@ def build(model: nn.Module, args: tuple[Any, ...]) -> Built:
 
 
 def _freedom(resolved: Resolved) -> int:
-    """The number of units that can be removed in total."""
+    """Return the number of units that can be removed in total."""
     return sum(found.classes.size - 1 for found in resolved.groups)
 
 
@@ -100,10 +99,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], settings: Settings) -> tuple
         except CompressorError:
             raise
         except Exception as error:  # user code may raise anything; the cause is reported
-            shapes = (
-                ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors_in(args))
-                or "no tensor"
-            )
+            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors_in(args)) or "no tensor"
             where = getattr(error, "_module_path", "")
             raise CompressorError(
                 f"The network's forward pass fails on the example input ({shapes})"
@@ -124,10 +120,10 @@ def _skeleton(model: nn.Module, meta: bool) -> nn.Module:
 
 def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool) -> Facts:
     skeleton = _skeleton(model, meta).eval()
-    tracer = Tracer(named_tensors(skeleton), settings, quick=meta)
+    own = named_tensors(skeleton)
+    tracer = Tracer(own, settings, quick=meta)
     for tensor in tensors_in(args):
         tracer.mark(tensor, (None,) * tensor.dim(), True)
-    own = named_tensors(skeleton)
     for name, other in _shared_memory(named_tensors(model)).items():
         for labels in tracer.axes(own[name]):
             tracer.atoms.fix(labels, f"it shares its memory with '{other}' without being the same parameter")
@@ -140,10 +136,10 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
         if failed is not None and not isinstance(error, CompressorError):
             error._module_path = failed.path  # type: ignore[attr-defined]
         raise
-    _fix_outputs(tracer, out)
-    shapes = [tensor.shape for tensor in tensors_in(_plain(out)) if tensor.dim() > 1]
-    tracer.facts.classes = int(shapes[0][1]) if shapes else 1
-    tracer.record_traffic("output", tensors_in(_plain(out)), ())
+    outputs = _outputs(out)
+    _fix_outputs(tracer, outputs)
+    tracer.facts.classes = next((int(tensor.shape[1]) for tensor in outputs if tensor.dim() > 1), 1)
+    tracer.record_traffic("output", outputs, ())
     if any(name not in tracer.facts.params for name, value in named_tensors(skeleton).items() if value.dim()):
         _train_pass(tracer, skeleton, args, meta)
     return tracer.facts
@@ -165,8 +161,14 @@ def _shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
-def _fix_outputs(tracer: Tracer, out: Any) -> None:
-    for tensor in tensors_in(_plain(out)):
+def _outputs(out: Any) -> list[Tensor]:
+    """Return the tensors in an output of any class, such as a dataclass or a library's own dictionary."""
+    opaque = not isinstance(out, (Tensor, list, tuple, dict)) and hasattr(out, "__dict__")
+    return tensors_in(vars(out) if opaque else out)
+
+
+def _fix_outputs(tracer: Tracer, outputs: Sequence[Tensor]) -> None:
+    for tensor in outputs:
         for labels in tracer.axes(tensor):
             tracer.atoms.fix(labels, "it makes the network's output")
 
@@ -190,14 +192,7 @@ def _train_pass(tracer: Tracer, skeleton: nn.Module, args: tuple[Any, ...], meta
             out = skeleton(*twice)
     except Exception:  # training-only code may need labels or real data, and may raise anything
         return
-    _fix_outputs(tracer, out)
-
-
-def _plain(out: Any) -> Any:
-    """Convert outputs of any class (dataclasses, a library's dictionaries) to nested lists and dictionaries."""
-    if isinstance(out, (Tensor, list, tuple, dict)):
-        return out
-    return dict(vars(out)) if hasattr(out, "__dict__") else out
+    _fix_outputs(tracer, _outputs(out))
 
 
 def _suspects(facts: Facts, resolved: Resolved, settings: Settings, tried: set[Key]) -> list[Key]:
@@ -210,9 +205,7 @@ def _suspects(facts: Facts, resolved: Resolved, settings: Settings, tried: set[K
     return [
         key
         for key, (_, blocks) in facts.decisions.items()
-        if key not in tried
-        and key not in settings.failures
-        and any(np.isin(roots[b], lost).any() for b in blocks)
+        if key not in tried and key not in settings.failures and any(np.isin(roots[b], lost).any() for b in blocks)
     ][:8]
 
 
@@ -348,9 +341,7 @@ def check_model(model: Any) -> None:
         CompressorError: It is not a module, has no parameters, has parameters without data, or is scripted.
     """
     if not isinstance(model, nn.Module):
-        raise CompressorError(
-            f"The model must be a torch.nn.Module, not {type(model).__name__}.", "Build it first."
-        )
+        raise CompressorError(f"The model must be a torch.nn.Module, not {type(model).__name__}.", "Build it first.")
     if isinstance(model, torch.jit.ScriptModule):
         raise CompressorError("A scripted or traced module hides its structure.", "Pass the original module.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -362,9 +353,7 @@ def check_model(model: Any) -> None:
         )
     for name, value in parameters:
         if isinstance(value, nn.parameter.UninitializedParameter):
-            raise CompressorError(
-                f"Parameter '{name}' has no shape yet (lazy module).", "Run the model once first."
-            )
+            raise CompressorError(f"Parameter '{name}' has no shape yet (lazy module).", "Run the model once first.")
         if value.device.type == "meta":
             raise CompressorError(
                 f"The model is on the meta device: parameter '{name}' has no values.",

@@ -216,24 +216,17 @@ def confirm_cut(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> Chec
         return Check(None, f"not checked: {found.failed}")
     for name, what in found.different.items():
         if not obstacles(space, name) and runs(space, plan, name):
-            raise Disagreement(
-                f"torch-pruning disagrees with the slim network about the channels of '{name}': {what}."
-            )
+            raise Disagreement(f"torch-pruning disagrees with the slim network about the channels of '{name}': {what}.")
     compared = {name: codes for name, codes in found.codes.items() if name not in found.unreached}
-    _compare_tensors(
-        space, ChannelPlan({name: plan.keep[name] for name in found.agreed}), compared, found.unreached
-    )
+    _compare_tensors(space, ChannelPlan({name: plan.keep[name] for name in found.agreed}), compared, found.unreached)
     skipped = found.other
     changed = len(found.agreed) + len(skipped)
     if not skipped and not found.unreached:
-        return Check(
-            True, f"confirmed by torch-pruning: {len(compared)} tensors, {changed} groups of channels"
-        )
+        return Check(True, f"confirmed by torch-pruning: {len(compared)} tensors, {changed} groups of channels")
     lacks = []
     if skipped:
         reasons = Counter(
-            ", ".join(obstacles(space, name)) or "plain layers"
-            for name in {**found.different, **found.coarser}
+            ", ".join(obstacles(space, name)) or "plain layers" for name in {**found.different, **found.coarser}
         )
         kinds = [f"{count} through {operations}" for operations, count in reasons.most_common(3)]
         kinds += [f"{len(found.unable)} that it cannot remove"] if found.unable else []
@@ -309,18 +302,13 @@ def compare(space: PruningSpace, plan: ChannelPlan, seconds: float = SECONDS) ->
                 found.agreed.append(group.name)
     found.codes = {name: cutter.tensor(name).detach() for name in cutter.dense}
     changing = {
-        name
-        for group in space.groups
-        if group.name in found.agreed
-        for name, _ in cutter.by_group[group.index]
+        name for group in space.groups if group.name in found.agreed for name, _ in cutter.by_group[group.index]
     }
     found.unreached = tuple(name for name in cutter.dense if name in cutter.unreached & changing)
     return found
 
 
-def _compare_tensors(
-    space: PruningSpace, plan: ChannelPlan, codes: dict[str, Tensor], without: Sequence[str]
-) -> None:
+def _compare_tensors(space: PruningSpace, plan: ChannelPlan, codes: dict[str, Tensor], without: Sequence[str]) -> None:
     """Compare the slicing of numbered tensors and of the network's own tensors with torch-pruning's tensors.
 
     Raises:
@@ -328,9 +316,7 @@ def _compare_tensors(
     """
     ours = named_tensors(space.apply(plan, copy_structure(space.model, _numbered_or_copy)))
     real, dense = named_tensors(space.apply(plan)), named_tensors(space.model)
-    for name in sorted(
-        {name for name, tensor in ours.items() if is_numbered(tensor)} - {*without} | {*codes}
-    ):
+    for name in sorted({name for name, tensor in ours.items() if is_numbered(tensor)} - {*without} | {*codes}):
         theirs, mine = codes.get(name), ours.get(name)
         if theirs is None or mine is None:
             raise Disagreement(
@@ -343,9 +329,7 @@ def _compare_tensors(
             )
         gathered = dense[name].detach().flatten()[theirs.long().to(dense[name].device).flatten()]
         if not torch.equal(gathered.reshape(theirs.shape), real[name]):
-            raise Disagreement(
-                f"The values of '{name}' in the slim network are not those that torch-pruning keeps."
-            )
+            raise Disagreement(f"The values of '{name}' in the slim network are not those that torch-pruning keeps.")
 
 
 def _numbered_or_copy(tensor: Tensor) -> Tensor:

@@ -207,8 +207,7 @@ def exclude(resolved: Resolved, frozen: str | Sequence[str], scope: str) -> None
     for pattern in frozen:
         if not fnmatch.filter(known, pattern):
             raise CompressorError(
-                f"The pattern '{pattern}' of frozen groups matches nothing.",
-                f"Names: {some(sorted(known), pattern)}.",
+                f"The pattern '{pattern}' of frozen groups matches nothing.", f"Names: {some(sorted(known), pattern)}."
             )
     for index in reversed(range(len(resolved.groups))):
         found = resolved.groups[index]
@@ -237,14 +236,11 @@ def make_groups(resolved: Resolved, granularity: Any, min_width: Any) -> tuple[G
         step = int(step) // math.gcd(int(step), found.unit)
         least = _setting(min_width, found.name, MIN_SHARE, names, "min_width")
         if not (_is_whole(least) or isinstance(least, float)) or not least >= 0:
-            raise CompressorError(
-                f"A smallest width must be channels or a share, not {least!r}.", "0.1 is a tenth."
-            )
+            raise CompressorError(f"A smallest width must be channels or a share, not {least!r}.", "0.1 is a tenth.")
         if isinstance(least, float):
             if least > 1:
                 raise CompressorError(
-                    f"A smallest width of {least} is not a share of the dense width.",
-                    "Use an int for channels.",
+                    f"A smallest width of {least} is not a share of the dense width.", "Use an int for channels."
                 )
             least = math.ceil(least * width - 1e-9)
         least = min(max(step, -(-int(least) // step) * step), width)
@@ -263,8 +259,7 @@ def _setting(value: Any, name: str, default: Any, names: Sequence[str], what: st
     for pattern in value:
         if not fnmatch.filter(names, pattern):
             raise CompressorError(
-                f"The pattern '{pattern}' of {what} matches no group.",
-                f"Groups: {some(names, pattern)}.",
+                f"The pattern '{pattern}' of {what} matches no group.", f"Groups: {some(names, pattern)}."
             )
     return next((item for pattern, item in value.items() if fnmatch.fnmatchcase(name, pattern)), default)
 
@@ -333,8 +328,7 @@ def nearest_widths(choices: Sequence[Ints], wanted: Any) -> Ints:
     real = np.asarray(wanted, dtype=np.float64)
     if real.shape != (len(choices),) or not np.isfinite(real).all():
         raise CompressorError(
-            f"Widths to round must be {len(choices)} finite numbers, not shape {real.shape}.",
-            "Pass one per group.",
+            f"Widths to round must be {len(choices)} finite numbers, not shape {real.shape}.", "Pass one per group."
         )
     nearest = [legal[int(np.abs(legal - value).argmin())] for legal, value in zip(choices, real, strict=True)]
     return np.array(nearest, dtype=np.int64)

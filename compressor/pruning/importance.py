@@ -99,9 +99,7 @@ def rank(space: Rankable, importance: Importance, data: Any = None, seed: int = 
 def _from_user(function: UserFunction, group: Group, tensors: Mapping[str, Tensor]) -> Scores:
     values = function(group, tensors)
     values = (
-        values.detach().cpu().double().numpy()
-        if isinstance(values, Tensor)
-        else np.asarray(values, dtype=np.float64)
+        values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=np.float64)
     )
     if values.shape != (group.width,):
         raise CompressorError(

@@ -37,8 +37,7 @@ class ChannelPlan:
                 )
             if kept[0] < 0 or any(a >= b for a, b in pairwise(kept)):
                 raise CompressorError(
-                    f"The kept channels of group '{name}' are not ascending, distinct and non-negative.",
-                    "Sort them.",
+                    f"The kept channels of group '{name}' are not ascending, distinct and non-negative.", "Sort them."
                 )
             checked[str(name)] = kept
         object.__setattr__(self, "keep", MappingProxyType(checked))
@@ -64,9 +63,7 @@ class ChannelPlan:
 
     def to_json(self) -> str:
         """Return the plan as JSON with sorted keys and without spaces."""
-        return json.dumps(
-            {"keep": {n: list(u) for n, u in self.keep.items()}}, sort_keys=True, separators=(",", ":")
-        )
+        return json.dumps({"keep": {n: list(u) for n, u in self.keep.items()}}, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> ChannelPlan:
@@ -81,7 +78,6 @@ class ChannelPlan:
             isinstance(units, list) and all(type(unit) is int for unit in units) for units in keep.values()
         ):
             raise CompressorError(
-                'A channel plan must look like {"keep": {"group": [0, 1, ...]}}.',
-                "Save it again with to_json().",
+                'A channel plan must look like {"keep": {"group": [0, 1, ...]}}.', "Save it again with to_json()."
             )
         return cls({name: tuple(units) for name, units in keep.items()})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor.pruning.attention import slim_class
 from compressor.pruning.counts import Affine, Ints
-from compressor.pruning.facts import Facts
+from compressor.pruning.facts import Facts, Tie
 from compressor.pruning.groups import Resolved
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 
@@ -60,17 +60,6 @@ class Layout:
         return torch.from_numpy(np.flatnonzero(self.spread(keep, True)))
 
 
-@dataclass(frozen=True)
-class Edit:
-    """An attribute whose value is a channel count divided by `block`."""
-
-    path: str
-    attribute: str
-    place: int | None
-    count: Affine
-    block: int
-
-
 class Slicer:
     """Slices networks by masks over units; built once from a trace, which maps axes of tensors to groups."""
 
@@ -94,20 +83,18 @@ class Slicer:
                 found.append((axis, layouts[key]))
             if found:
                 self.axes[name] = tuple(found)
-        edits: dict[tuple[str, str, int | None], Edit] = {}
+        edits: dict[tuple[str, str, int | None], tuple[Tie, Affine]] = {}
         for tie in facts.ties:
             count = resolved.affine(tie.labels)
             if not count.is_constant:
-                place = (tie.path, tie.attribute, tie.place)
-                edits.setdefault(place, Edit(*place, count, tie.block))
+                edits.setdefault((tie.path, tie.attribute, tie.place), (tie, count))
+        #: Attributes of modules that are channel counts, with these counts.
         self.edits = tuple(edits.values())
         touched = {name.rpartition(".")[0] for name in self.axes}
         #: Modules whose parameters may shrink, for the attributes that follow from shapes.
         self.touched = tuple(sorted(touched))
         self.swaps = {
-            path: name
-            for path, name in swaps.items()
-            if any(t == path or t.startswith(path + ".") for t in touched)
+            path: name for path, name in swaps.items() if any(t == path or t.startswith(path + ".") for t in touched)
         }
 
     def indices(self, keep: Keep) -> list[Tensor | None]:
@@ -115,9 +102,7 @@ class Slicer:
         found = [(layout.kept(keep), layout.group.size) for layout in self.layouts]
         return [None if index.numel() == size else index for index, size in found]
 
-    def build(
-        self, model: nn.Module, keep: Keep, widths: Ints, slice_: Callable[..., Tensor]
-    ) -> nn.Module:
+    def build(self, model: nn.Module, keep: Keep, widths: Ints, slice_: Callable[..., Tensor]) -> nn.Module:
         """Build the smaller network.
 
         Args:
@@ -142,8 +127,8 @@ class Slicer:
         changed = any(plan.values())
         if changed:
             by_path = dict(walk(small))
-            for edit in self.edits:
-                _set(by_path[edit.path], edit, int(edit.count(widths)) // edit.block, edits)
+            for tie, count in self.edits:
+                _set(by_path[tie.path], tie, int(count(widths)) // tie.block, edits)
             for path in self.touched:
                 held = by_path[path].__dict__
                 for attribute, value in following(by_path[path]):
@@ -156,17 +141,18 @@ class Slicer:
         return small
 
 
-def _set(module: nn.Module, edit: Edit, value: int, edits: list[list[Any]]) -> None:
-    before = getattr(module, edit.attribute)
+def _set(module: nn.Module, tie: Tie, value: int, edits: list[list[Any]]) -> None:
+    """Set an attribute that is a channel count, or an item of one, and record it."""
+    before = getattr(module, tie.attribute)
     after: Any = value
-    if edit.place is not None:
+    if tie.place is not None:
         items = list(before)
-        items[edit.place] = value
+        items[tie.place] = value
         after = type(before)(items)
     if after != before:
-        setattr(module, edit.attribute, after)
-        edits[:] = [e for e in edits if e[:2] != [edit.path, edit.attribute]]
-        edits.append([edit.path, edit.attribute, list(after) if isinstance(after, tuple) else after])
+        setattr(module, tie.attribute, after)
+        edits[:] = [edit for edit in edits if edit[:2] != [tie.path, tie.attribute]]
+        edits.append([tie.path, tie.attribute, list(after) if isinstance(after, tuple) else after])
 
 
 def swap(module: nn.Module, name: str) -> None:
@@ -224,11 +210,7 @@ def cut(tensor: Tensor, kept: Sequence[Cut]) -> Tensor:
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether a tensor is in channels-last format, and not in the default one as well."""
-    return (
-        tensor.dim() == 4
-        and not tensor.is_contiguous()
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def cut_meta(tensor: Tensor, kept: Sequence[Cut]) -> Tensor:

@@ -228,7 +228,7 @@ class PruningSpace:
             model: Source of the weights instead of the space's own network: a network of the same structure, such
                 as a weight average.
         """
-        keep = self._masks(plan)
+        keep = self.unit_masks(plan)
         widths = np.array([int(mask.sum()) for mask in keep], dtype=np.int64)
         source = self.model if model is None else model
         if model is None:
@@ -262,11 +262,9 @@ class PruningSpace:
 
     def indices(self, plan: ChannelPlan) -> dict[str, dict[int, Tensor]]:
         """Return name of each prunable parameter or buffer -> axis -> kept indices, ascending."""
-        keep = self._masks(plan)
+        keep = self.unit_masks(plan)
         found = [layout.kept(keep) for layout in self.slicer.layouts]
-        return {
-            name: {axis: found[layout] for axis, layout in axes} for name, axes in self.slicer.axes.items()
-        }
+        return {name: {axis: found[layout] for axis, layout in axes} for name, axes in self.slicer.axes.items()}
 
     def keep_masks(self, plan: ChannelPlan) -> dict[str, Tensor]:
         """Return name of each prunable parameter -> bool tensor of its shape, True where the element is kept."""
@@ -303,13 +301,17 @@ class PruningSpace:
                     parameter.mul_(_along(torch.from_numpy(factor).to(parameter.device), 1, parameter.dim()))
         return network
 
-    def _masks(self, plan: ChannelPlan) -> list[NDArray[np.bool_]]:
+    def unit_masks(self, plan: ChannelPlan) -> list[NDArray[np.bool_]]:
+        """Return whether the plan keeps each unit of each group, (width,) per group.
+
+        Raises:
+            CompressorError: The plan names a group or a channel that this space lacks.
+        """
         names = {group.name for group in self.groups}
         for name in plan.keep:
             if name not in names:
                 raise CompressorError(
-                    f"The plan names a group '{name}' that this space lacks.",
-                    "Was it made for another network?",
+                    f"The plan names a group '{name}' that this space lacks.", "Was it made for another network?"
                 )
         masks = []
         for group in self.groups:

@@ -38,7 +38,7 @@ class Cutter:
         import torch_pruning
 
         self.space = space
-        self.keep = space._masks(plan)
+        self.keep = space.unit_masks(plan)
         self.model = copy_structure(space.model, lambda tensor: tensor.detach().to("cpu", copy=True)).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -149,9 +149,7 @@ class Cutter:
             left, more = self._difference(group, touched)
         except Exception as error:  # its pruners may raise anything on unsupported modules
             _take_back(undo)
-            raise (
-                error if isinstance(error, Unable) else Unable(f"it fails with {first_line(error)}")
-            ) from error
+            raise (error if isinstance(error, Unable) else Unable(f"it fails with {first_line(error)}")) from error
         if (left or more) and take_back:
             _take_back(undo)
         return left, more
@@ -162,11 +160,7 @@ class Cutter:
         module = self.model.get_submodule(path)
         known = self.graph.module2node
         transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed
-        if (
-            attribute == "weight"
-            and module in known
-            and axis == int(transposed or isinstance(module, nn.Embedding))
-        ):
+        if attribute == "weight" and module in known and axis == int(transposed or isinstance(module, nn.Embedding)):
             return module
         parameter = module._parameters.get(attribute)
         if parameter is None or parameter not in known:
@@ -212,11 +206,7 @@ class Cutter:
                 return "", f"nothing is left of '{name}'"
             left = self._left(name, axis)
             layout = self.layouts.get((name, axis))
-            if (
-                layout is not None
-                and group in layout.groups
-                and np.isin(self._gone(group, name, axis), left).any()
-            ):
+            if layout is not None and group in layout.groups and np.isin(self._gone(group, name, axis), left).any():
                 return f"it leaves channels in axis {axis} of '{name}'", ""
             kept = np.arange(self.dense[name][axis]) if layout is None else layout.kept(self.keep).numpy()
             lost = np.setdiff1d(kept, left)

@@ -33,9 +33,7 @@ from compressor.pruning.facts import (
 )
 from compressor.pruning.registry import is_own, rule_of, works_in_place
 
-_DATA_DEPENDENT = frozenset(
-    {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"}
-)
+_DATA_DEPENDENT = frozenset({"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"})
 _VIEWS = """
     reshape expand broadcast permute transpose turned movedim unsqueeze squeeze split select narrow getitem
 """
@@ -199,9 +197,7 @@ class Tracer(TorchFunctionMode):
 
     def sizes(self, tensor: Tensor) -> list[int | Labels]:
         """Return the axes of `tensor` as factors for `count`."""
-        return [
-            size if axis is None else axis for size, axis in zip(tensor.shape, self.axes(tensor), strict=True)
-        ]
+        return [size if axis is None else axis for size, axis in zip(tensor.shape, self.axes(tensor), strict=True)]
 
     def decide(self, call: Call, default: str, labels: Labels) -> str:
         """Decide how a split of channels is pruned; recorded so that a poor choice can be reversed."""
@@ -361,14 +357,13 @@ class _Watched:
 
 def data_dependent(name: str, frame: Frame) -> CompressorError:
     """Return the error for a forward pass with data-dependent control flow."""
-    where = (
-        f"module '{frame.path}' ({frame.kind})" if frame.path else f"the network's own forward ({frame.kind})"
-    )
+    where = f"module '{frame.path}' ({frame.kind})" if frame.path else f"the network's own forward ({frame.kind})"
     return CompressorError(
         f"The network's control flow depends on its data: {where} reads a tensor's value ('{name}') while it "
         "runs, so that one pass does not show the complete structure.",
         "Replace the branch by tensor operations (torch.where), or prune the part of the network around it.",
     )
+
 
 # ---------------------------------------------------------------- attributes of modules
 class Attribute(int):
@@ -426,9 +421,9 @@ def _remember(path: str, module: nn.Module) -> None:
             held[name] = Attribute(value, ((path, name, None, value),))
         elif type(value) in (list, tuple) and value and all(type(item) is int for item in value):
             held[name] = type(value)(
-                Attribute(item, ((path, name, place, item),)) if item > 0 else item
-                for place, item in enumerate(value)
+                Attribute(item, ((path, name, place, item),)) if item > 0 else item for place, item in enumerate(value)
             )
+
 
 # ---------------------------------------------------------------- shapes without computation
 _SAME_SHAPE = """

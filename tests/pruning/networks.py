@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.pruning.checks import count_macs
+from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.space import PruningSpace
 
 
 class Zoo(nn.Module):
@@ -164,6 +167,20 @@ def filled(model: nn.Module, seed: int = 0) -> nn.Module:
 def fvcore_macs(model: nn.Module, *inputs: Any) -> int:
     """What fvcore counts."""
     return count_macs(model, inputs)[0]
+
+
+def assert_is_dense_with_zeros(
+    small: nn.Module, space: PruningSpace, plan: ChannelPlan, example: Tensor, rtol: float, atol: float
+) -> None:
+    """The slim network computes what the dense one does whose removed parameters are zero."""
+    masked, masks = copy.deepcopy(space.model), space.keep_masks(plan)
+    with torch.no_grad():
+        for name, parameter in masked.named_parameters():
+            if name in masks:
+                parameter.mul_(masks[name])
+        expected, found = masked(example), small(example)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
 class FusedInForward(nn.Module):

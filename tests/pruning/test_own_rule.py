@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -22,7 +21,7 @@ from compressor.pruning.facts import Call
 from compressor.pruning.space import PruningSpace
 from compressor.pruning.trace import Tracer
 from tests.architecture import code_of, installed
-from tests.pruning.networks import filled
+from tests.pruning.networks import assert_is_dense_with_zeros, filled
 
 NETWORK = '''
 """A network with an operation of its own, and a cost of networks."""
@@ -118,19 +117,11 @@ def assert_dense_for(space: PruningSpace, operation: str) -> str:
 
 
 def assert_pruned_rightly(space: PruningSpace, example: Tensor) -> None:
-    """The slim network computes what the dense one does whose removed channels are zero."""
     assert [(group.name, group.width) for group in space.groups] == [("first", 12), ("second", 8)]
     plan = space.plan([5, 3], "random", seed=1)
     small = space.apply(plan)
     assert small.factors.shape == (5,)
-    masked, masks = copy.deepcopy(space.model), space.keep_masks(plan)
-    with torch.no_grad():
-        for name, parameter in masked.named_parameters():
-            if name in masks:
-                parameter.mul_(masks[name])
-        expected, found = masked(example), small(example)
-    assert expected.abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert_is_dense_with_zeros(small, space, plan, example, rtol=1e-5, atol=1e-6)
 
 
 def test_the_page_makes_a_rule(

@@ -172,10 +172,7 @@ def _channels_through(
     tracer.producer(weight, out_axis)
     axes[channel] = outs
     tracer.mark(call.out, axes, tracer.active(source))
-    return (
-        source.shape[channel] if ins is None else ins,
-        call.out.shape[channel] if outs is None else outs,
-    )
+    return (source.shape[channel] if ins is None else ins, call.out.shape[channel] if outs is None else outs)
 
 
 def _grouped(
