@@ -166,7 +166,7 @@ def resolve(facts: Facts) -> Resolved:
         found = result.groups[index]
         if found.classes.size == 1:
             result.collapsed.append(found.classes)
-            result.leave_dense(index, SINGLE if found.unit == 1 else "all of its channels hang together")
+            result.leave_dense(index, SINGLE if found.unit == 1 else "all of its channels are tied together")
     return result
 
 

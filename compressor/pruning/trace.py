@@ -185,8 +185,8 @@ class Tracer(TorchFunctionMode):
         if labels is None:
             return None
         for name, own in self.facts.params.items():
-            part = not path or name.startswith(f"{path}.")
-            if part and len(own) == weight.dim() and _same(own[axis], labels):
+            part = (not path or name.startswith(f"{path}.")) and len(own) == weight.dim()
+            if part and (known := own[axis]) is not None and np.array_equal(known, labels):
                 return name
         return None
 
@@ -250,7 +250,7 @@ class Tracer(TorchFunctionMode):
         name, rule = rule_of(func)
         if rule is None:
             if name in _DATA_DEPENDENT and args and self.active(args[0]):
-                raise data_dependent(name, self.stack[-1])
+                raise _data_dependent(name, self.stack[-1])
             return func(*args, **kwargs)
         frame = self.stack[-1]
         key = (frame.pattern, frame.calls)
@@ -322,10 +322,6 @@ class Tracer(TorchFunctionMode):
             module.__dict__["forward"] = _Watched(self, path, module, type(module).forward)
 
 
-def _same(a: Labels | None, b: Labels) -> bool:
-    return a is not None and np.array_equal(a, b)
-
-
 def factored(constant: int, sizes: Iterable[int | Labels]) -> tuple[int, list[Labels]]:
     """Split a product of sizes into its constant and the axes with labels."""
     labels = []
@@ -355,7 +351,7 @@ class _Watched:
             self.tracer.stack.pop()
 
 
-def data_dependent(name: str, frame: Frame) -> CompressorError:
+def _data_dependent(name: str, frame: Frame) -> CompressorError:
     """Return the error for a forward pass with data-dependent control flow."""
     where = f"module '{frame.path}' ({frame.kind})" if frame.path else f"the network's own forward ({frame.kind})"
     return CompressorError(
