@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.pruning.checks import count_macs
-from compressor.pruning.plan import ChannelPlan
-from compressor.pruning.space import PruningSpace
+
+if TYPE_CHECKING:
+    from compressor.pruning.plan import ChannelPlan
+    from compressor.pruning.space import PruningSpace
 
 
 class Zoo(nn.Module):
