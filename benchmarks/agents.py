@@ -31,6 +31,7 @@ from rich.console import Console
 
 from benchmarks import agents_store as store
 from benchmarks.agents_page import Cell, page, show
+from compressor.core.agents import AGENTS
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.records import Checkpoint, EpisodeLog
@@ -41,9 +42,9 @@ from compressor.run.device import provider_of, request_of
 from compressor.run.job import Job, prepare
 from compressor.run.search_setup import environment
 from compressor.run.trainers import trainer
-from compressor.search.candidate import Limits, SearchResult
+from compressor.search.base import create_agent
 from compressor.search.evaluate import accuracy, reestimate_batch_norm
-from compressor.search.registry import AGENTS, create_agent
+from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule
 from export.convert.to_onnx import export_onnx
 

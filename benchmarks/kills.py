@@ -408,7 +408,7 @@ def warm_up() -> None:
     import torch
 
     for name in (
-        "cli", "run.delivery", "run.pipeline", "run.precisions", "report.page", "training.loop", "search.registry"
+        "cli", "run.delivery", "run.pipeline", "run.precisions", "report.page", "training.loop", "core.agents"
     ):
         import_module(f"compressor.{name}")
     for name in ("onnxruntime", "sklearn.datasets", "torchvision", "export.convert.to_onnx", "export.convert.parity"):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
     from compressor.run.pipeline import RunResult, compress
-    from compressor.search.registry import register_agent
+    from compressor.search.base import register_agent
 
 _HOMES = {
     "ChannelPlan": "compressor.pruning.plan",
@@ -32,7 +32,7 @@ _HOMES = {
     "RunResult": "compressor.run.pipeline",
     "compress": "compressor.run.pipeline",
     "load": "compressor.pruning.artefact",
-    "register_agent": "compressor.search.registry",
+    "register_agent": "compressor.search.base",
     "register_budget": "compressor.budgets.base",
     "register_device": "compressor.latency.provider",
     "register_rule": "compressor.pruning.rules",

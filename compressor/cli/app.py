@@ -22,9 +22,9 @@ from compressor.cli.profile import profile
 from compressor.cli.recipes import recipes
 from compressor.cli.report import report
 from compressor.cli.terminal import BAD_INPUT, friendly, out, show, written_out
+from compressor.core.agents import AGENTS
 from compressor.core.errors import CompressorError
 from compressor.core.processes import stoppable
-from compressor.search.registry import AGENTS
 from export.text import message_text
 
 if TYPE_CHECKING:

@@ -20,13 +20,10 @@ def recipes(
 
         from rich.table import Table
 
-        from compressor.recipe import Recipe, load_recipe, shipped_recipes
-        from compressor.search.registry import agent_names
+        from compressor.recipe import load_recipe, recipe_schema, shipped_recipes
 
         if schema:
-            fields = Recipe.model_json_schema()
-            fields["properties"]["agent"]["examples"] = agent_names()
-            stdout.write(json.dumps(fields, indent=2) + "\n")
+            stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
             raise typer.Exit
         table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
         for column in ("recipe", "model", "data", "device", "budget", "agent"):

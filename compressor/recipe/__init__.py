@@ -5,15 +5,28 @@ fills in what depends on other fields, so that the `recipe.yaml` of a run's fold
 """
 
 from compressor.recipe.files import find_recipe, load_recipe, parse_recipe, shipped, shipped_recipes
-from compressor.recipe.parts import Budgets, Contract, Data, Export, Pruning, RewardWeights, Search, Training
-from compressor.recipe.schema import AgentName, Recipe
+from compressor.recipe.parts import (
+    AgentSettings,
+    Budgets,
+    Contract,
+    Data,
+    Export,
+    NoSettings,
+    Pruning,
+    RewardWeights,
+    Search,
+    Training,
+)
+from compressor.recipe.schema import AgentName, Recipe, recipe_schema
 
 __all__ = [
     "AgentName",
+    "AgentSettings",
     "Budgets",
     "Contract",
     "Data",
     "Export",
+    "NoSettings",
     "Pruning",
     "Recipe",
     "RewardWeights",
@@ -22,6 +35,7 @@ __all__ = [
     "find_recipe",
     "load_recipe",
     "parse_recipe",
+    "recipe_schema",
     "shipped",
     "shipped_recipes",
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from compressor.recipe.validation import setting_error
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -12,6 +14,28 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class AgentSettings(Part):
+    """Base class of an agent's settings, `search.settings` of a recipe; every field has a default.
+
+    A whole number counts as a number; nothing else is converted.
+
+    Raises:
+        CompressorError: A setting is unknown, or has the wrong type or a value out of its range.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise setting_error(type(self), values, error) from None
+
+
+class NoSettings(AgentSettings):
+    """Settings of agents without any."""
 
 
 def _numbers(value: Any) -> Any:
@@ -183,7 +207,7 @@ class Search(Part):
         "0 turns it off. By default: 128, as published.",
     )
     settings: dict[str, int | float | bool | str | tuple[int, ...]] = Field(
-        {}, description="Numbers of the agent's method that differ from its own defaults (docs/method/agents.md)."
+        {}, description="Settings of the agent that differ from its defaults; the schema lists those of each agent."
     )
 
 

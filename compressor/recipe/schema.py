@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from compressor.core.agents import agent_class, agent_names
 from compressor.recipe.parts import Budgets, Contract, Data, Export, Part, Positive, Pruning, Search, Training
 from compressor.recipe.validation import merged, validated
 from compressor.recipe.yaml_text import write_yaml
@@ -77,6 +78,12 @@ class Recipe(Part):
     training: Training = Field(Training(), description="How the weights are trained.")
     contract: Contract = Field(Contract(), description="How the latency target is verified by measurement.")
     export: Export = Field(Export(), description="Files for the device.")
+
+    @model_validator(mode="after")
+    def _settings_fit_the_agent(self) -> Recipe:
+        if self.search.settings:  # an agent's module is only imported where it has to be
+            agent_class(self.agent).Settings(**self.search.settings)
+        return self
 
     @property
     def data_kind(self) -> str:
@@ -148,6 +155,21 @@ class Recipe(Part):
     def to_yaml(self) -> str:
         """Return the recipe as YAML that `load_recipe` reads back as the same recipe."""
         return write_yaml(self.model_dump(mode="json"))
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of a recipe, with the settings of each agent under `search.settings`."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["agent"]["examples"] = agent_names()
+    schema["allOf"] = []
+    for name in agent_names():
+        schema["$defs"][f"{name}_settings"] = agent_class(name).Settings.model_json_schema()
+        settings = {"properties": {"settings": {"$ref": f"#/$defs/{name}_settings"}}}
+        chosen = {"properties": {"agent": {"const": name}}, "required": ["agent"]}
+        if name == Recipe.model_fields["agent"].default:
+            del chosen["required"]
+        schema["allOf"].append({"if": chosen, "then": {"properties": {"search": settings}}})
+    return schema
 
 
 CPU_INFO = Path("/proc/cpuinfo")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from compressor.core.agents import registered
 from compressor.core.errors import CompressorError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -21,6 +23,8 @@ def validated(kind: type[Model], fields: Mapping[str, Any], source: str) -> Mode
     """
     try:
         return kind.model_validate(dict(fields))
+    except CompressorError as error:  # of the agent's settings
+        raise CompressorError(f"{source}: {error.message}", error.hint) from None
     except ValidationError as error:
         problems = "; ".join(_explained(kind, problem) for problem in error.errors())
         raise CompressorError(
@@ -58,3 +62,35 @@ def _field_names(part: type[BaseModel], location: Iterable[Any]) -> list[str]:
             return []
         part = annotation
     return list(part.model_fields)
+
+
+def setting_error(kind: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> CompressorError:
+    """Return the error of an agent's settings: the first invalid one, its value and what was expected."""
+    problem = error.errors()[0]
+    name, what, value = str(problem["loc"][0]), problem["type"], problem["input"]
+    if what == "extra_forbidden":
+        agents = [agent for agent, registered_kind in registered.items() if registered_kind.Settings is kind]
+        which = f"The agent {agents[0]}" if len(agents) == 1 else "The agent"
+        known = ", ".join(sorted(kind.model_fields)) or "none"
+        return CompressorError(f"{which} has no setting {name!r}.", f"Its settings are: {known}.")
+    field = kind.model_fields[name]
+    expected = _choices_or_range(field)
+    if what.endswith("_type") and get_origin(field.annotation) is not Literal:
+        kinds: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+        expected = f"{kinds.get(field.annotation, 'a list')}, such as {field.default!r}"
+    if len(problem["loc"]) > 1:  # within a list
+        value, message = values[name], problem["msg"]
+        expected = f"a list such as {field.default!r}: {message[0].lower()}{message[1:]}"
+    return CompressorError(f"The setting {name} is {value!r}, expected {expected}.")
+
+
+def _choices_or_range(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return " or ".join(map(repr, get_args(field.annotation)))
+    names = ("ge", "gt", "le", "lt")
+    bounds = {name: getattr(each, name) for each in field.metadata for name in names if hasattr(each, name)}
+    low = f"{bounds['ge']:g}" if "ge" in bounds else f"more than {bounds['gt']:g}" if "gt" in bounds else ""
+    if "le" in bounds:
+        return f"{low} to {bounds['le']:g}" if "ge" in bounds else f"{low} and at most {bounds['le']:g}"
+    low += " or more" if "ge" in bounds else ""
+    return f"{low} and less than {bounds['lt']:g}" if "lt" in bounds else low

@@ -143,10 +143,10 @@ def prepare(
 
     from compressor.budgets.energy import EnergyMeter, find_counters
     from compressor.budgets.function import FunctionCaller
+    from compressor.core.agents import agent_class
     from compressor.core.plugins import load_plugins
     from compressor.models import factory_of
     from compressor.run.inputs import load
-    from compressor.search.registry import create_agent
     from compressor.search.reward import soft_reward
     from compressor.search.sites import check_workers
 
@@ -155,7 +155,7 @@ def prepare(
     notes: list[str] = []
     provider_of(recipe).check(recipe.precision)
     check_workers(recipe.search.workers, recipe.search.brief_iterations)
-    create_agent(recipe.agent, settings=recipe.search.settings)  # only to check its settings
+    agent_class(recipe.agent)  # refuses an unknown one
     counters = find_counters(recipe.device) if recipe.budgets.energy else None
     torch_device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load(recipe)

@@ -211,7 +211,7 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
 
 def _function_values(run: RunDir) -> dict[str, dict[tuple[int, ...], float]]:
     """Return the values of the user's functions in the search so far, by budget and widths."""
-    from compressor.search.session_state import FORMAT
+    from compressor.search.records import FORMAT
 
     state = run.checkpoint("search").load()
     if state is None or state.get("format") != FORMAT:  # the search reports another format, with a hint

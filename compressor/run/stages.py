@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from compressor.budgets.base import Budget
     from compressor.pruning.plan import ChannelPlan
-    from compressor.search.candidate import SearchResult
+    from compressor.search.records import SearchResult
 
 PLAN = "search/plan.json"
 TABLE = "latency_table.json"
@@ -130,10 +130,10 @@ def _tell(run: RunDir, note: str) -> None:
 def _search(run: RunDir, job: Job) -> tuple[SearchResult, tuple[int, ...] | None, dict[str, Any] | None]:
     """Return the agent's result, the widths of uniform pruning within the same budgets (None if no ratio meets them),
     and how the search compares with the method's publication, if there is one."""
-    from compressor.search.candidate import Limits
+    from compressor.search.base import create_agent
     from compressor.search.method import method, never_acted, without_effect
     from compressor.search.proposals import uniform_widths
-    from compressor.search.registry import create_agent
+    from compressor.search.records import Limits
     from compressor.search.schedule import share_epochs
     from compressor.training.losses import Alignment
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from pydantic import Field
+
+from compressor.core.agents import AGENTS, agent_class, registered
 from compressor.core.errors import CompressorError
-from compressor.search.candidate import Limits, SearchResult
+from compressor.recipe.parts import AgentSettings
+from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule
 from compressor.search.session import SearchSession
 
@@ -41,7 +45,7 @@ class Published:
         most: Upper end of a range; None otherwise.
         mentioned: Whether the publication mentions it; otherwise `value` is how the method works without it.
         why: Reason for a different default in this toolkit.
-        here: What this toolkit does instead, if there is no setting.
+        here: What this toolkit does, if there is no setting.
         default: This toolkit's default, for fields that others fill in; None for the field's own.
         named: Whether the report also lists it if it is as published.
     """
@@ -52,7 +56,7 @@ class Published:
     most: Any = None
     mentioned: bool = True
     why: str = ""
-    here: str = ""
+    here: Any = ""
     default: Any = None
     named: bool = False
 
@@ -61,6 +65,24 @@ class Published:
         if self.most is not None:
             return bool(self.value <= value <= self.most)
         return bool(value == self.value)
+
+
+class LearningSettings(AgentSettings):
+    """Settings that the learning agents share."""
+
+    hidden: int = Field(300, ge=1, description="Width of the two hidden layers of each network.")
+    batch: int = Field(64, ge=1, description="Transitions in an update.")
+    gamma: float = Field(1.0, ge=0, le=1, description="Discount; 1 suits a reward that comes once, at the end.")
+    near_share: float = Field(
+        0.75, ge=0, le=1, description="Share of the plans that vary the best one instead of following the policy."
+    )
+    near_spread: float = Field(0.3, gt=0, description="Their distance: the deviation of the logarithm of ratios.")
+    proposals: int = Field(
+        256,
+        ge=1,
+        description="Plans drawn for each of these: a model of the reward, learned from all scored plans, picks "
+        "it. 1 picks at random.",
+    )
 
 
 class Agent(ABC):
@@ -86,7 +108,7 @@ class Agent(ABC):
     source: ClassVar[str] = ""
     published: ClassVar[tuple[Published, ...]] = ()
     trains_jointly: ClassVar[bool] = False
-    Settings: ClassVar[type[Any]]
+    Settings: ClassVar[type[AgentSettings]]
 
     def __init__(
         self,
@@ -103,7 +125,7 @@ class Agent(ABC):
         self.trainer = trainer
         schedule = schedule or Schedule()
         self.schedule = schedule if self.trains_jointly else schedule.all_before()
-        self.settings = _settings(self.name, self.Settings, settings or {})
+        self.settings: Any = self.Settings(**(settings or {}))
         self.alignment = alignment
         self.context_size = context_size if self.trains_jointly else 0
         self.curves = curves
@@ -129,16 +151,11 @@ class Agent(ABC):
         if (result := run.result()) is not None:
             return result
         try:
-            run.train("warmup", self.epochs_before, "Training before the search")
+            run.train("warmup", self.schedule.warmup, "Training before the search")
             return self._search(run)
         except BaseException:
             run.keep_function_values()
             raise
-
-    @property
-    def epochs_before(self) -> int:
-        """Number of training epochs before the first candidate."""
-        return self.schedule.warmup
 
     def idle(self) -> dict[str, str]:
         """Return the enabled parts of the method that cannot act in this search: name -> reason."""
@@ -163,34 +180,57 @@ class Agent(ABC):
         """
 
 
-@dataclass(frozen=True)
-class NoSettings:
-    """Settings of agents without any."""
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+_Class = TypeVar("_Class", bound=type[Agent])
 
 
-def _settings(agent: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
-    known = {field.name for field in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        names = ", ".join(sorted(known)) or "none"
-        raise CompressorError(
-            f"The agent {agent} has no setting {unknown[0]!r}.", f"Its settings are: {names}."
-        )
-    settings = kind(**values)
-    check_kinds(settings)
-    return settings
+def register_agent(kind: _Class) -> _Class:
+    """Register a subclass of `Agent` under its `name`; a class decorator.
 
+    A class that is defined anew in its own module (in a notebook, by a reload) replaces the earlier one.
 
-def check_kinds(settings: Any) -> None:
-    """Raise an error for a field with a value of the wrong type; an integer is accepted for any number.
-
-    Args:
-        settings: Dataclass whose fields all have defaults.
+    Raises:
+        CompressorError: It is no subclass of `Agent`, its `name` or `Settings` is missing or unusable, or another class
+            has the name.
     """
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list"}
-    for field in dataclasses.fields(settings):
-        value, default = getattr(settings, field.name), field.default
-        if type(value) not in ((int, float) if isinstance(default, float) else (type(default),)):
-            raise CompressorError(
-                f"The setting {field.name} is {value!r}, expected {kinds[type(default)]}, such as {default!r}."
-            )
+    shown = getattr(kind, "__qualname__", repr(kind))
+    if not (isinstance(kind, type) and issubclass(kind, Agent)):
+        raise CompressorError(f"{shown} is no subclass of Agent.", "Derive it from compressor.search.base.Agent.")
+    name, settings = getattr(kind, "name", None), getattr(kind, "Settings", None)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise CompressorError(
+            f"The agent {shown} has the name {name!r}.",
+            "Give the class an attribute `name` of letters, digits, _, . and -, beginning with a letter.",
+        )
+    if not (isinstance(settings, type) and issubclass(settings, AgentSettings)):
+        raise CompressorError(
+            f"The agent {shown} has no settings.",
+            "Give the class an attribute `Settings`: a subclass of compressor.recipe.AgentSettings, or `NoSettings`.",
+        )
+    if missing := [field for field, info in settings.model_fields.items() if info.is_required()]:
+        raise CompressorError(
+            f"The setting {missing[0]} of the agent {shown} has no default.", "Give every field of `Settings` one."
+        )
+    if name in AGENTS and kind.__module__ != AGENTS[name]:
+        agent_class(name)  # imported now, so that the message can name it
+    if (other := registered.get(name)) is not None and _place(other) != _place(kind):
+        raise CompressorError(
+            f"The agent name {name!r} of {_place(kind)} is taken by {_place(other)}.",
+            f"Give the attribute `name` of {shown} another value.",
+        )
+    registered[name] = kind
+    return kind
+
+
+def create_agent(name: str, **options: Any) -> Agent:
+    """Return the agent of this name, with the arguments of `Agent`.
+
+    Raises:
+        CompressorError: There is no such agent, or a setting is unknown or invalid.
+    """
+    agent: Agent = agent_class(name)(**options)
+    return agent
+
+
+def _place(kind: type[Agent]) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +14,191 @@ from numpy.typing import NDArray
 
 from compressor.budgets.function import FunctionBudget
 from compressor.core.errors import CompressorError
-from compressor.search.accuracies import Accuracies, Evaluate, Key, checked_accuracy
 from compressor.search.bounds import ActionBounds, LegalWidths, Widths
-from compressor.search.observation import FEATURES, Observer
 from compressor.search.reward import Reward, accuracy_needed, accuracy_reward
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from compressor.budgets.base import Budget
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
+
+
+FEATURES = (
+    "index",
+    "channels_in",
+    "channels_out",
+    "stride",
+    "kernel",
+    "macs_here",
+    "macs_before",
+    "macs_after",
+    "previous_action",
+)
+
+
+class Observer:
+    """Describes a group in the state of an episode (arXiv 2403.19490; the nine numbers of its state).
+
+    A group's layer is the first, in execution order, whose outputs it holds. Its input channels are those
+    left by the widths chosen so far. The three counts of MACs add up to the network with all remaining groups
+    dense, as a share of the dense network: `macs_before` is fixed whatever is decided from here on, `macs_here` is
+    decided by this group, and `macs_after` by those after it. They are differences of whole-network counts, and thus
+    correct for coupled groups too, for which no sum over single layers is.
+    """
+
+    def __init__(self, space: PruningSpace) -> None:
+        self._space = space
+        self._dense = np.asarray(space.dense_widths, dtype=np.int64)
+        self._smallest = np.array([space.choices(i)[0] for i in range(len(self._dense))], dtype=np.int64)
+        self._macs = float(np.asarray(space.macs(self._dense[None]))[0])
+        self._producers = [self._producer(i) for i in range(len(self._dense))]
+        known = [layer for layer in self._producers if layer is not None]
+        dense = self._dense[None]
+        inputs = [int(layer.in_channels(dense)[0]) for layer in known]
+        self._channels = float(max([*self._dense.tolist(), *inputs]))
+
+        self._stride = float(max([1, *(int(np.max(layer.stride)) for layer in known)]))
+        self._kernel = float(max([1, *(int(np.max(layer.kernel)) for layer in known)]))
+
+    def __call__(self, step: int, widths: Widths, previous: float) -> NDArray[np.float32]:
+        """Return the observation (9,) before group `step`, with the first `step` of `widths` (G,) chosen."""
+        current = self._dense.copy()
+        current[:step] = widths[:step]
+        rows = np.stack([current, current, current])
+        rows[0, step:] = self._smallest[step:]
+        rows[1, step + 1 :] = self._smallest[step + 1 :]
+        before, with_here, everything = np.asarray(self._space.macs(rows), dtype=np.float64) / self._macs
+        layer = self._producers[step]
+        return np.array(
+            [
+                step / len(self._dense),
+                0.0 if layer is None else float(layer.in_channels(current[None])[0]) / self._channels,
+                self._dense[step] / self._channels,
+                0.0 if layer is None else float(np.max(layer.stride)) / self._stride,
+                0.0 if layer is None else float(np.max(layer.kernel)) / self._kernel,
+                with_here - before,
+                before,
+                everything - with_here,
+                previous,
+            ],
+            dtype=np.float32,
+        )
+
+    def _producer(self, group: int) -> Layer | None:
+        for layer in self._space.layers:
+            if any(index == group for index, _ in layer.out_channels.terms):
+                return layer
+        return None
+
+
+if TYPE_CHECKING:
+    from compressor.pruning.space import Layer
+
+
+Key = tuple[int, ...]
+Evaluate = Callable[..., float]
+
+
+def checked_accuracy(accuracy: float) -> float:
+    """Return an evaluator's accuracy, 0..1.
+
+    Raises:
+        CompressorError: It is not a number in that range.
+    """
+    if not 0.0 <= accuracy <= 1.0:
+        raise CompressorError(
+            f"The evaluation of a candidate gave an accuracy of {accuracy}, expected a number from 0 to 1.",
+            "Check whether the weights are NaN, or the search split is empty. Earlier results are saved.",
+        )
+    return float(accuracy)
+
+
+@dataclass(frozen=True)
+class Early:
+    """An accuracy scored in advance, the floor that it was scored with, and its seconds."""
+
+    accuracy: float
+    floor: float | None
+    seconds: float
+
+    def serves(self, floor: float | None) -> bool:
+        """Return whether scoring with this floor would give the same; below its own floor it is only an estimate."""
+        if floor == self.floor:
+            return True
+        whole = self.floor is None or self.accuracy >= self.floor
+        return whole and (floor is None or self.accuracy >= floor)
+
+
+class Accuracies:
+    """Accuracies of widths (a tuple of G), remembered until the weights change.
+
+    Args:
+        evaluate: Accuracy of a plan, 0..1; the keyword `floor` is an accuracy below which it may stop early. With
+            several `workers`, its method `many` scores plans in parallel.
+        plan: Converts widths to their plan.
+
+    Attributes:
+        known: Accuracies that were requested and fully evaluated.
+    """
+
+    def __init__(self, evaluate: Evaluate, plan: Callable[[Key], ChannelPlan]) -> None:
+        self.known: dict[Key, float] = {}
+        self._evaluate, self._plan = evaluate, plan
+        self._ahead: dict[Key, Early] = {}
+
+    @property
+    def workers(self) -> int:
+        """Number of plans that the evaluator scores in parallel."""
+        return int(getattr(self._evaluate, "workers", 1))
+
+    def evaluate(self, key: Key, floor: float | None) -> tuple[float, float]:
+        """Return the accuracy of widths that are not known yet, and the seconds that it took.
+
+        Raises:
+            CompressorError: It is not a number from 0 to 1.
+        """
+        started = time.perf_counter()
+        early = self._ahead.pop(key, None)
+        if early is not None and early.serves(floor):
+            accuracy, before = early.accuracy, early.seconds
+        else:
+            plan, before = self._plan(key), 0.0
+            accuracy = float(self._evaluate(plan) if floor is None else self._evaluate(plan, floor=floor))
+        accuracy = checked_accuracy(accuracy)
+        if floor is None or accuracy >= floor:
+            self.known[key] = accuracy
+        return accuracy, before + time.perf_counter() - started
+
+    def ahead(self, proposals: Iterable[tuple[Key, float | None]]) -> None:
+        """Score plans that will probably be requested next, each with its floor; with one worker, draw none.
+
+        Nothing is remembered or counted before `evaluate`. At most as many new plans are scored as there are workers.
+        """
+        if self.workers <= 1:
+            return
+        wanted: dict[Key, float | None] = {}
+        for count, (key, floor) in enumerate(itertools.islice(proposals, 2 * self.workers)):
+            early = self._ahead.get(key)
+            if key not in self.known and (early is None or not early.serves(floor)):
+                wanted[key] = floor
+            elif count == 0:
+                return  # the next request needs no scoring: it is too early
+            if len(wanted) == self.workers:
+                break
+        if not wanted:
+            return
+        started = time.perf_counter()
+        plans, floors = [self._plan(key) for key in wanted], list(wanted.values())
+        accuracies = self._evaluate.many(plans, floors=floors, remember=False)  # type: ignore[attr-defined]
+        seconds = (time.perf_counter() - started) / len(wanted)
+        for (key, floor), accuracy in zip(wanted.items(), accuracies, strict=True):
+            self._ahead[key] = Early(float(accuracy), floor, seconds)
+
+    def forget(self) -> None:
+        """Forget all accuracies after the weights changed."""
+        self.known.clear()
+        self._ahead.clear()
+
 
 Observation = NDArray[np.float32]
 
@@ -167,7 +342,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         accuracy, seconds, given_up = self._accuracies.known.get(key), 0.0, False
         if accuracy is None:
             floor = None if reward_floor is None else accuracy_needed(self._reward, reward_floor, costs)
-            accuracy, seconds = self._accuracies.ask(key, floor)
+            accuracy, seconds = self._accuracies.evaluate(key, floor)
             self.evaluations += 1
             given_up = floor is not None and accuracy < floor
         self.evaluation_seconds += seconds
@@ -204,14 +379,14 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
                 are scored again.
         """
 
-        def asked() -> Iterator[tuple[Key, float | None]]:
+        def with_floors() -> Iterator[tuple[Key, float | None]]:
             for key in map(_key, proposals):
                 if reward_floor is None:
                     yield key, None
                 else:
                     yield key, accuracy_needed(self._reward, reward_floor, self.costs(key))
 
-        self._accuracies.ahead(asked())
+        self._accuracies.ahead(with_floors())
 
     def known(self, widths: Widths | Sequence[int]) -> bool:
         """Return whether these widths were scored on the current weights."""

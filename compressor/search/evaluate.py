@@ -12,11 +12,12 @@ from torch import nn
 
 from compressor.data import Split
 from compressor.models.computed import evaluated
+from compressor.search.workers import Site, Workers, described
 
 if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
-    from compressor.search.workers import Site, Workers
+
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -259,8 +260,6 @@ class Evaluator:
     def _started(self, site: Site) -> Workers:
         """Return the workers, with the current weights."""
         from compressor.pruning.artefact import channels_last, cpu_tensors
-        from compressor.search.worker_data import described
-        from compressor.search.workers import Workers
 
         if self._workers is None:
             options = {

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from compressor.core import progress
-from compressor.search.allocation import Allocator
-from compressor.search.base import Agent
-from compressor.search.candidate import SearchResult
+from compressor.recipe import AgentSettings
+from compressor.search.allocation import POWERS, Allocator, Sensitivity, saliency_values
+from compressor.search.base import Agent, register_agent
 from compressor.search.proposals import near_widths, uniform_or_cheapest
-from compressor.search.registry import register_agent
+from compressor.search.records import SearchResult
 from compressor.search.session import SearchSession, best_of_round, from_earlier_rounds
-from compressor.search.values import POWERS, Sensitivity, saliency_values
 
 if TYPE_CHECKING:
     from compressor.search.bounds import Widths
@@ -24,18 +23,16 @@ if TYPE_CHECKING:
 SAVE_EVERY = 10
 
 
-@dataclass(frozen=True)
-class KnapsackSettings:
-    """Attributes:
-    evaluations: Number of scored plans, unless the limits set another number.
-    sensitivity: Whether to measure each group's effect on the accuracy if there are at least three evaluations per
-        group; the values are then fitted to these measurements.
-    spread: Standard deviation of the first changes to the logarithm of the groups' weights.
-    """
-
-    evaluations: int = 50
-    sensitivity: bool = True
-    spread: float = 0.5
+class KnapsackSettings(AgentSettings):
+    evaluations: int = Field(50, ge=1, description="Scored plans, unless the limits set another number.")
+    sensitivity: bool = Field(
+        True,
+        description="Whether to measure each group's effect on the accuracy, and to fit the values to it, if "
+        "there are at least three evaluations for each group.",
+    )
+    spread: float = Field(
+        0.5, gt=0, description="Standard deviation of the first changes to the logarithm of the groups' weights."
+    )
 
 
 @register_agent

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from compressor.recipe.schema import FINETUNE_RATE, SEARCH_RATES
 from compressor.search.base import IDLE, Agent, Published
-from compressor.search.candidate import SearchResult
-from compressor.search.joint.settings import ENVIRONMENT_MODEL
+from compressor.search.joint_settings import ENVIRONMENT_MODEL
+from compressor.search.records import SearchResult
 from compressor.search.schedule import JOINT_EPOCHS_TO_LEARN, epochs_until
 
 if TYPE_CHECKING:
@@ -38,11 +37,9 @@ def never_acted(agent: Agent, result: SearchResult) -> Iterator[str]:
 
 def _more_epochs(agent: Agent, recipe: Recipe) -> str:
     """Say how many epochs the environment model needs, if it is idle for lack of epochs."""
-    if ENVIRONMENT_MODEL not in agent.idle() or not agent.settings.joint_training:
+    if ENVIRONMENT_MODEL not in agent.idle() or agent.schedule.joint >= JOINT_EPOCHS_TO_LEARN:
         return ""
     share = float(recipe.search.epochs_share or 0)
-    if agent.settings.proposer != "learned" or agent.schedule.joint >= JOINT_EPOCHS_TO_LEARN:
-        return ""
     epochs = epochs_until(JOINT_EPOCHS_TO_LEARN, share, pretrained=recipe.pretrained)
     if epochs is None:
         return (
@@ -72,9 +69,9 @@ def _unread(agent: Agent, recipe: Recipe) -> Iterator[tuple[str, str]]:
         reason = "the search trains no epochs; fine-tuning has training.finetune_learning_rate"
         yield "training.learning_rate", reason
     reasons = agent.unread_settings()
-    for field in dataclasses.fields(agent.settings):
-        if field.name in reasons and getattr(agent.settings, field.name) != field.default:
-            yield f"search.settings.{field.name}", reasons[field.name]
+    for name, field in agent.Settings.model_fields.items():
+        if name in reasons and getattr(agent.settings, name) != field.default:
+            yield f"search.settings.{name}", reasons[name]
 
 
 def method(agent: Agent, recipe: Recipe, effects: Mapping[str, str]) -> dict[str, Any] | None:
@@ -95,7 +92,7 @@ def method(agent: Agent, recipe: Recipe, effects: Mapping[str, str]) -> dict[str
     parts = []
     for each in agent.published:
         value, default = _value(each, agent, recipe)
-        same = bool(each.setting) and each.agrees(value)
+        same = each.agrees(value)
         if same and not each.named:
             continue
         by = "default" if value == default else "recipe"
@@ -151,5 +148,4 @@ def _value(each: Published, agent: Agent, recipe: Recipe) -> tuple[Any, Any]:
             part = getattr(part, step)
         default = each.default if each.default is not None else type(part).model_fields[name].default
         return getattr(part, name), default
-    kinds = {field.name: field for field in dataclasses.fields(agent.settings)}
-    return getattr(agent.settings, each.setting), kinds[each.setting].default
+    return getattr(agent.settings, each.setting), agent.Settings.model_fields[each.setting].default

@@ -12,8 +12,8 @@ from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
     from compressor.search.bounds import LegalWidths, Widths
-    from compressor.search.candidate import Policy
     from compressor.search.environment import Observation, PruningEnv
+    from compressor.search.records import Policy
 
 _SCANS = (65, 16, 16, 16)
 """Number of factors in each scan; all scans together resolve the factor to a few millionths."""

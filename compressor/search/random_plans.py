@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
 from compressor.core import progress
-from compressor.search.base import Agent
-from compressor.search.candidate import SearchResult
+from compressor.recipe import AgentSettings
+from compressor.search.base import Agent, register_agent
 from compressor.search.proposals import followed, random_widths, uniform_or_cheapest
-from compressor.search.registry import register_agent
+from compressor.search.records import SearchResult
 from compressor.search.session import best_of_round, from_earlier_rounds
 
 if TYPE_CHECKING:
@@ -19,13 +19,8 @@ if TYPE_CHECKING:
     from compressor.search.session import SearchSession
 
 
-@dataclass(frozen=True)
-class RandomSettings:
-    """Attributes:
-    evaluations: Number of plans drawn, unless the limits set another number.
-    """
-
-    evaluations: int = 50
+class RandomSettings(AgentSettings):
+    evaluations: int = Field(50, ge=1, description="Plans drawn, unless the limits set another number.")
 
 
 @register_agent

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.pruning.blueprint import read_tensors, rebuild, reweigh
 from compressor.pruning.plan import ChannelPlan
 from compressor.search.evaluate import Evaluator
-from compressor.search.worker_data import Images, split_of
+from compressor.search.workers import Images, split_of
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace

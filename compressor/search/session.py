@@ -16,25 +16,31 @@ import numpy as np
 
 from compressor.core import progress
 from compressor.core.errors import CompressorError
+from compressor.core.records import Checkpoint
 from compressor.pruning.plan import ChannelPlan
-from compressor.search import session_state
 from compressor.search.bounds import Widths
-from compressor.search.candidate import (
+from compressor.search.environment import PruningEnv, Score
+from compressor.search.proposals import scaled_widths
+from compressor.search.records import (
+    FORMAT,
     MEASUREMENT,
     Candidate,
     Episode,
     Limits,
+    Place,
     Policy,
     SearchResult,
     Transition,
+    alike,
+    budget_fingerprint,
+    check_state,
+    check_unfinished,
+    space_fingerprint,
 )
-from compressor.search.environment import PruningEnv, Score
-from compressor.search.proposals import scaled_widths
 from compressor.search.schedule import Schedule
-from compressor.search.session_state import Place
 
 if TYPE_CHECKING:
-    from compressor.core.records import Checkpoint, EpisodeLog
+    from compressor.core.records import EpisodeLog
     from compressor.search.evaluate import Evaluator
     from compressor.training.loop import Trainer
 
@@ -77,6 +83,7 @@ class SearchSession:
     ) -> None:
         self.agent, self.env, self.evaluator, self.limits = agent, env, evaluator, limits
         self._log, self._checkpoint = log, checkpoint
+        self._weights: Checkpoint | None = None  # the file that holds the current training state
         self.own: Callable[[], dict[str, Any]] = dict
         self.restored: dict[str, Any] | None = None
         self.place = Place()
@@ -84,7 +91,7 @@ class SearchSession:
         self._started = time.perf_counter()
         state = checkpoint.load()
         if state is not None:
-            session_state.check(state, checkpoint.path, agent.name, agent.trainer is not None, env)
+            check_state(state, checkpoint.path, agent.name, agent.trainer is not None, env)
             self._restore(state)
         log.truncate(0 if state is None else int(state["episodes"]))
         self.curves = Curves(agent.curves)  # only after the state was accepted
@@ -171,8 +178,8 @@ class SearchSession:
         while not last:
             action = np.array([policy(observation, self.env.legal)], dtype=np.float32)
             following, reward, last, _, info = self.env.step(action)
-            clipped, asked = float(info["action"]), float(np.clip(action[0], 0.0, 1.0))
-            transitions.append(Transition(observation, clipped, following, reward, last, asked))
+            clipped, requested = float(info["action"]), float(np.clip(action[0], 0.0, 1.0))
+            transitions.append(Transition(observation, clipped, following, reward, last, requested))
             observation = following
         return Episode(tuple(transitions), self._record(info["score"], phase))
 
@@ -210,8 +217,8 @@ class SearchSession:
             CompressorError: None meets the budgets.
         """
         own = {**self._kept(), **(plans or {})}
-        carried = (widths.tolist() for widths in from_earlier_rounds(self))
-        lists = itertools.chain([itertools.chain(shortlist, carried)], more)
+        earlier = (widths.tolist() for widths in from_earlier_rounds(self))
+        lists = itertools.chain([itertools.chain(shortlist, earlier)], more)
         scored = _score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
         if not scored:
             raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")
@@ -257,23 +264,34 @@ class SearchSession:
         )
 
     def save(self) -> None:
-        """Write the checkpoint."""
-        trainer = self.agent.trainer
+        """Write the checkpoint. The training state is a file of its own, written once after each epoch.
+
+        The checkpoint names that file, and an older one is only removed once no checkpoint names it: a search that is
+        killed at any moment finds both.
+        """
+        trainer, path = self.agent.trainer, self._checkpoint.path
+        weights = path.with_name(f"{path.stem}-weights-{self.place.epoch}.pt")
+        if trainer is not None and (self._weights is None or self._weights.path != weights):
+            self._weights = Checkpoint(weights)
+            self._weights.save(trainer.state())
         self.place.seconds, self._started = self.seconds, time.perf_counter()
         self._checkpoint.save(
             {
-                "format": session_state.FORMAT,
+                "format": FORMAT,
                 "agent": self.agent.name,
-                "space": session_state.space_fingerprint(self.env),
-                "budgets": session_state.budget_fingerprint(self.env, self.place.chosen),
+                "space": space_fingerprint(self.env),
+                "budgets": budget_fingerprint(self.env, self.place.chosen),
                 "episodes": len(self._log),
                 "place": vars(self.place).copy(),
                 "candidates": [candidate.to_plain() for candidate in self.candidates],
                 "env": self.env.state(),
-                "trainer": None if trainer is None else trainer.state(),
+                "weights": None if self._weights is None else self._weights.path.name,
                 "own": self.own(),
             }
         )
+        for old in path.parent.glob(f"{path.stem}-weights-*.pt"):
+            if self._weights is None or old != self._weights.path:
+                old.unlink()
 
     def keep_function_values(self) -> None:
         """Add the values of function budgets since the last checkpoint to it, because each is a slow call."""
@@ -289,18 +307,24 @@ class SearchSession:
         self.place = Place(**state["place"])
         self.candidates = [Candidate.from_plain(plain) for plain in state["candidates"]]
         if self.agent.trainer is not None:
-            self.agent.trainer.restore(state["trainer"])
+            self._weights = Checkpoint(self._checkpoint.path.with_name(state["weights"]))
+            weights = self._weights.load()
+            if weights is None:
+                raise CompressorError(
+                    f"{self._weights.path}, the weights of the search, is missing.",
+                    f"Delete {self._checkpoint.path} to search again.",
+                )
+            self.agent.trainer.restore(weights)
         self._forget()
         self.env.restore(state["env"])
         self.restored = state["own"] or None  # saved before the method began, as in the warm-up: nothing yet
-        told = session_state.budget_fingerprint(self.env, self.place.chosen)
+        budgets = budget_fingerprint(self.env, self.place.chosen)
         if self.place.chosen is None:
-            session_state.check_unfinished(state["budgets"], told, self._checkpoint.path)
-        elif not session_state.alike(state["budgets"], told):
+            check_unfinished(state["budgets"], budgets, self._checkpoint.path)
+        elif not alike(state["budgets"], budgets):
             self.place.chosen = None
             self.place.round += 1
             self.place.evaluations_before = self.env.evaluations
-            self.place.steps.pop("again", None)
 
     def _forget(self) -> None:
         self.evaluator.weights_moved()
@@ -414,8 +438,8 @@ def _score_shortlists(
     scored: list[Candidate] = []
     seen: set[_Key] = set()
     workers = run.env.workers if measure is None else 1
-    for asked in shortlists:
-        coming, waiting = _feasible(run, asked, seen), deque[_Key]()
+    for shortlist in shortlists:
+        coming, waiting = _feasible(run, shortlist, seen), deque[_Key]()
         while not (scored and (not score_all or run.spent())):
             side_by_side = bool(scored) and workers > 1
             waiting.extend(islice(coming, (2 * workers if side_by_side else 1) - len(waiting)))
@@ -433,9 +457,9 @@ def _score_shortlists(
     return scored
 
 
-def _feasible(run: SearchSession, asked: Iterable[Sequence[int]], seen: set[_Key]) -> Iterator[_Key]:
+def _feasible(run: SearchSession, plans: Iterable[Sequence[int]], seen: set[_Key]) -> Iterator[_Key]:
     """Yield the plans that meet the budgets and were not seen yet."""
-    for each in asked:
+    for each in plans:
         widths = tuple(int(width) for width in each)
         if widths not in seen and run.env.bounds.feasible(np.array(widths, dtype=np.int64))[0]:
             seen.add(widths)

@@ -1,16 +1,30 @@
-"""Choose where candidates are scored, from `--workers`."""
+"""Where candidates are scored, from `--workers`: in processes of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import socket
+import warnings
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from compressor.core.errors import CompressorError
-from compressor.search.workers import LOCAL_CLUSTER, Site
+from compressor.search.scorer import Scorer
+from compressor.search.workers import LOCAL_CLUSTER, Site, ThisMachine, Worker, WorkerLost
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 REACH_SECONDS = 10.0
 """Seconds that a cluster may take to accept a connection."""
+
+CONNECT_SECONDS = 30
+"""Seconds that Ray may take to connect once its port is open."""
 
 
 def check_workers(workers: int | str, brief_steps: int = 0) -> None:
@@ -87,12 +101,128 @@ def open_site(workers: int | str, threads: int | None, seconds: float, device: s
     if workers == 1:
         return None
     if isinstance(workers, str):
-        from compressor.search.ray_site import RayCluster
-
         return RayCluster(workers, threads or 1, seconds, gpu=device != "cpu")
     import torch
 
-    from compressor.search.workers import ThisMachine
-
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else [device]
     return ThisMachine(workers, threads or max(1, torch.get_num_threads() // workers), seconds, devices)
+
+
+class RayCluster(Site):
+    """As many actors as fit on the cluster's machines; tensors are in its object store.
+
+    The toolkit and the network's own module must be installed on the cluster's machines, in the same versions for
+    bit-identical results. Tensors are sent as safetensors, plans as JSON.
+
+    Args:
+        address: `ray://host:port`, or `ray://local`.
+        threads: CPUs of each actor.
+        seconds: Time limit for a candidate.
+        gpu: Whether each actor has a GPU of its own.
+    """
+
+    def __init__(self, address: str, threads: int, seconds: float, gpu: bool = False) -> None:
+        ray: Any = import_module("ray")
+        self._ray, self._seconds, self._threads, self._gpu = ray, seconds, threads, gpu
+        self._actors: list[_Actor] = []
+        self._stopped = False
+        self._owns = not ray.is_initialized()
+        if self._owns:
+            _connect(ray, address)
+        self.number = _room(ray, {"CPU": float(threads), **({"GPU": 1.0} if gpu else {})})
+        if self.number < 1:
+            what = f"{threads} CPUs and a GPU, as this one has," if gpu else f"{threads} CPUs"
+            self.close()
+            raise CompressorError(
+                f"No machine of the Ray cluster {address} has {what} for a worker.",
+                f"Start nodes with more{' GPUs or' if gpu else ''} CPUs, or give workers fewer threads: "
+                "--set search.threads=1",
+            )
+
+    def publish(self, name: str, tensors: Mapping[str, Tensor]) -> Any:
+        from safetensors.torch import save
+
+        return self._ray.put(save(dict(tensors)))
+
+    def start(self, index: int, plain: Mapping[str, Any], weights: Any, images: Any) -> Worker:
+        if self._stopped:
+            raise WorkerLost("not started: the search was stopped")
+        options: dict[str, Any] = {"num_cpus": self._threads, "num_gpus": 1 if self._gpu else 0}
+        actor = (
+            self._ray.remote(Scorer).options(**options).remote(dict(plain), weights, images, self._threads)
+        )
+        self._actors.append(_Actor(self._ray, actor, self._seconds))
+        return self._actors[-1]
+
+    def stop(self) -> None:
+        self._stopped = True
+        for actor in self._actors:
+            actor.close()
+
+    def close(self) -> None:
+        if self._owns:
+            self._ray.shutdown()
+
+
+class _Actor(Worker):
+    def __init__(self, ray: Any, actor: Any, seconds: float) -> None:
+        self._ray, self._actor, self._seconds = ray, actor, seconds
+        self.version = 0
+
+    def reweigh(self, weights: Any, channels_last: bool) -> None:
+        self._answer(self._actor.reweigh.remote(weights, channels_last))
+
+    def score(self, plan: str, floor: float | None) -> float:
+        return float(self._answer(self._actor.score.remote(plan, floor)))
+
+    def close(self) -> None:
+        self._ray.kill(self._actor)
+
+    def _answer(self, reference: Any) -> Any:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(reference, timeout=self._seconds)
+        except errors.GetTimeoutError:
+            raise WorkerLost(f"stopped, as it had not answered within {self._seconds:g} s") from None
+        except errors.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, CompressorError):
+                raise cause from None
+            raise _failed(f"{type(cause).__name__}: {cause}") from None
+        except errors.RayError as error:
+            if getattr(error, "actor_init_failed", False):  # the last line has the exception
+                raise _failed(str(error).strip().splitlines()[-1]) from None
+            raise WorkerLost(f"lost by Ray: {str(error).splitlines()[0]}") from None
+
+
+def _failed(how: str) -> CompressorError:
+    return CompressorError(
+        f"A worker on the Ray cluster failed: {how}.",
+        "The cluster's machines need the same versions of the toolkit, of torch and of the network's module.",
+    )
+
+
+def _room(ray: Any, needed: Mapping[str, float]) -> int:
+    """Return how many workers that need these resources fit on the cluster's machines, each on a single one.
+
+    Resources in use by others are not subtracted: those of our own last workers may be about to be freed.
+    """
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(have.get(name, 0) // much) for name, much in needed.items()) for have in machines)
+
+
+def _connect(ray: Any, address: str) -> None:
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if address == LOCAL_CLUSTER:
+                ray.init(include_dashboard=False, **options)
+            else:
+                os.environ.setdefault("RAY_CLIENT_RECONNECT_GRACE_PERIOD", str(CONNECT_SECONDS))
+                ray.init(address, **options)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, ImportError) as error:
+        raise CompressorError(
+            f"The Ray cluster {address} cannot be joined: {str(error).splitlines()[0]}.",
+            "It needs the same versions of Python and Ray as this machine.",
+        ) from None

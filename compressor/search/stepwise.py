@@ -1,31 +1,151 @@
-"""A reward after every group, and a Q-network that learns from it (PuRL, arXiv 2007.04756)."""
+"""A reward after every group, and a double dueling Q-network that learns from it (PuRL, arXiv 2007.04756)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from pydantic import Field
+from torch import nn
 
 from compressor.core import progress
-from compressor.core.errors import CompressorError
-from compressor.search.allocation import Allocator
-from compressor.search.base import Agent, Published
-from compressor.search.candidate import SearchResult
-from compressor.search.dueling import DoubleDqn
+from compressor.search.allocation import POWERS, Allocator, Sensitivity, saliency_values
+from compressor.search.base import Agent, LearningSettings, Published, register_agent
+from compressor.search.environment import FEATURES
 from compressor.search.neighbours import NearBest
-from compressor.search.observation import FEATURES
 from compressor.search.proposals import uniform_or_cheapest
-from compressor.search.registry import register_agent
+from compressor.search.randomness import OwnRandomness
+from compressor.search.records import SearchResult
 from compressor.search.session import best_of_round, from_earlier_rounds, merit
-from compressor.search.values import POWERS, Sensitivity, saliency_values
 
 if TYPE_CHECKING:
     from compressor.search.bounds import Widths
-    from compressor.search.candidate import Candidate
+    from compressor.search.records import Candidate
     from compressor.search.session import SearchSession
+
+
+class Dueling(nn.Module):
+    """Q(s, a) = V(s) + A(s, a) - mean A(s, .) (Wang et al., arXiv 1511.06581), two hidden layers."""
+
+    def __init__(self, inputs: int, actions: int, hidden: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+        self.value, self.advantage = nn.Linear(hidden, 1), nn.Linear(hidden, actions)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        seen = self.body(states)
+        advantage: torch.Tensor = self.advantage(seen)
+        total: torch.Tensor = self.value(seen) + advantage - advantage.mean(dim=1, keepdim=True)
+        return total
+
+
+class DoubleDqn:
+    """Learns Q-values from a replay; the online network chooses the next action, the target network evaluates it
+    (van Hasselt et al., arXiv 1509.06461).
+
+    Args:
+        inputs: Size of a state.
+        actions: Number of actions.
+        hidden: Width of the two hidden layers.
+        rate: Learning rate of Adam.
+        gamma: Discount.
+        tau: Share of the online network that goes into the target at each update.
+        capacity: Maximum number of stored transitions.
+        seed: Seed of the networks and of all draws.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        actions: int,
+        *,
+        hidden: int,
+        rate: float,
+        gamma: float,
+        tau: float,
+        capacity: int,
+        seed: int,
+    ) -> None:
+        self.actions, self.gamma, self.tau = actions, gamma, tau
+        self.randomness = OwnRandomness(seed)
+        with self.randomness.active():
+            self.online = Dueling(inputs, actions, hidden)
+            self.target = Dueling(inputs, actions, hidden)
+        self.target.load_state_dict(self.online.state_dict())
+        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=rate)
+        self._memory = torch.zeros(capacity, 2 * inputs + 3)
+        self._inputs, self._stored = inputs, 0
+
+    def act(self, state: NDArray[np.float32], epsilon: float) -> int:
+        """Return the best action, or with probability `epsilon` a random one."""
+        with self.randomness.active(), torch.no_grad():
+            if np.random.random() < epsilon:
+                return int(np.random.randint(self.actions))
+            return int(self.online(torch.from_numpy(state)[None]).argmax())
+
+    def remember(
+        self,
+        state: NDArray[np.float32],
+        action: int,
+        reward: float,
+        following: NDArray[np.float32],
+        last: bool,
+    ) -> None:
+        """Store a transition; it replaces the oldest if the replay is full."""
+        row = np.concatenate([state, following, [action, reward, float(last)]]).astype(np.float32)
+        self._memory[self._stored % len(self._memory)] = torch.from_numpy(row)
+        self._stored += 1
+
+    def learn(self, updates: int, batch: int) -> float:
+        """Train on transitions drawn at random; return the mean loss."""
+        losses = []
+        size, n = min(self._stored, len(self._memory)), self._inputs
+        with self.randomness.active():
+            for _ in range(updates):
+                rows = self._memory[torch.randint(size, (batch,))]
+                states, following, (actions, rewards, lasts) = (
+                    rows[:, :n],
+                    rows[:, n : 2 * n],
+                    rows[:, 2 * n :].T,
+                )
+                with torch.no_grad():
+                    chosen = self.online(following).argmax(dim=1, keepdim=True)
+                    worth = self.target(following).gather(1, chosen)[:, 0]
+                    wanted = rewards + self.gamma * (1 - lasts) * worth
+                predicted = self.online(states).gather(1, actions.long()[:, None])[:, 0]
+                loss = nn.functional.smooth_l1_loss(predicted, wanted)
+                self.optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.optimizer.step()
+                with torch.no_grad():
+                    for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
+                        target.lerp_(online, self.tau)
+                losses.append(float(loss.detach()))
+        return sum(losses) / max(1, len(losses))
+
+    def state(self) -> dict[str, Any]:
+        """Return networks, optimizer, replay and random numbers, as tensors and plain values."""
+        return {
+            "online": self.online.state_dict(),
+            "target": self.target.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "memory": self._memory[: self._stored].clone(),
+            "stored": self._stored,
+            "randomness": self.randomness.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.online.load_state_dict(state["online"])
+        self.target.load_state_dict(state["target"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._memory[: len(state["memory"])] = state["memory"]
+        self._stored = int(state["stored"])
+        self.randomness.restore(state["randomness"])
+
 
 ALPHAS = np.round(np.arange(0.0, 2.21, 0.1), 1)
 """The paper's actions: prune what lies below this many standard deviations of the layer's weights."""
@@ -35,58 +155,44 @@ Choice = Callable[[int, NDArray[np.float32]], tuple[int, float]]
 """Maps the index of a group and the state to an action, and the ratio to remove."""
 
 
-@dataclass(frozen=True)
-class StepwiseSettings:
-    """Attributes:
-    episodes: Number of episodes, including turns near the best, unless the limits set another number; the paper needs
-        about 55. Each costs up to one evaluation per group; one near the best that is also played, up to two.
-    again_episodes: Episodes after a budget was tightened.
-    beta: Scale of the rewards.
-    hidden: Width of the two hidden layers.
-    rate, gamma, tau, batch, replay: Learning rate, discount, share that goes into the target network at each
-        update, transitions per update, stored transitions.
-    updates_per_step: Updates per decided group.
-    epsilon: Share of random actions at the end; it falls from 1 over the first two thirds of the episodes.
-    actions: "shares", as many evenly spaced shares of a group's channels as there are thresholds; or "alpha", the
-        paper's thresholds: norms of filters are close together, so that most of these remove none or all.
-    warm_start: Whether the episodes begin with the knapsack's plan, and each group is measured for it if the limits
-        leave enough for an episode afterwards; the replay gets the nearest actions.
-    near_share: Share of the turns that vary the best plan so far instead of using the network: as many plans as an
-        episode has evaluations, each scored once, when it is complete.
-    near_spread: Standard deviation of their change to the logarithm of ratios.
-    proposals: Number of plans drawn for each of these: a model of the reward, learned from all scored plans, picks it
-        (`search/reward_model.py`). 1 picks at random.
-    rewards: "dense", after every group; or "terminal", the same number once, after the last one, for comparison: one
-        evaluation per episode, and the accuracy in the state stays that of the dense network.
-    """
-
-    episodes: int = 55
-    again_episodes: int = 2
-    beta: float = 5.0
-    hidden: int = 300
-    rate: float = 1e-3
-    gamma: float = 0.99
-    tau: float = 0.01
-    batch: int = 64
-    replay: int = 10_000
-    updates_per_step: int = 1
-    epsilon: float = 0.05
-    actions: Literal["shares", "alpha"] = "shares"
-    warm_start: bool = True
-    near_share: float = 0.75
-    near_spread: float = 0.3
-    proposals: int = 256
-    rewards: Literal["dense", "terminal"] = "dense"
-
-    def __post_init__(self) -> None:
-        if self.rewards not in ("dense", "terminal"):
-            raise CompressorError(f"The setting rewards is {self.rewards!r}, expected 'dense' or 'terminal'.")
-        if self.actions not in ("shares", "alpha"):
-            raise CompressorError(f"The setting actions is {self.actions!r}, expected 'shares' or 'alpha'.")
-        if not 0 <= self.near_share <= 1:
-            raise CompressorError(f"The setting near_share is {self.near_share}, expected 0 to 1.")
-        if self.proposals < 1:
-            raise CompressorError(f"The setting proposals is {self.proposals}, expected 1 or more.")
+class StepwiseSettings(LearningSettings):
+    episodes: int = Field(
+        55,
+        ge=1,
+        description="Episodes, including turns near the best, unless the limits set another number; the paper "
+        "needs about 55. Each costs up to one evaluation per group; one near the best that is also played, up to "
+        "two.",
+    )
+    again_episodes: int = Field(2, ge=1, description="Episodes after a budget was tightened.")
+    beta: float = Field(5.0, gt=0, description="Scale of the rewards.")
+    rate: float = Field(1e-3, gt=0, description="Learning rate (Adam).")
+    gamma: float = Field(0.99, ge=0, le=1, description="Discount.")
+    tau: float = Field(0.01, gt=0, description="Share that goes into the target network at each update.")
+    replay: int = Field(10_000, ge=1, description="Transitions that are kept.")
+    updates_per_step: int = Field(1, ge=1, description="Updates per decided group.")
+    epsilon: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of random actions at the end; it falls from 1 over the first two thirds of the episodes.",
+    )
+    actions: Literal["shares", "alpha"] = Field(
+        "shares",
+        description="shares: as many evenly spaced shares of a group's channels as there are thresholds; alpha: "
+        "the paper's thresholds; norms of filters are close together, so that most of these remove none or all.",
+    )
+    warm_start: bool = Field(
+        True,
+        description="Whether the episodes begin with the knapsack's plan, and each group is measured for it if "
+        "the limits leave enough for an episode afterwards; the replay gets the nearest actions.",
+    )
+    near_share: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="Share of the turns that vary the best plan so far instead of using the network: as many "
+        "plans as an episode has evaluations, each scored once, when it is complete.",
+    )
 
 
 PUBLISHED = (
@@ -97,7 +203,7 @@ PUBLISHED = (
         "alpha",
         why="norms of filters lie close together: most of the published thresholds remove none of them or all",
     ),
-    Published("reward after every group", "rewards", "dense", named=True),
+    Published("reward after every group", "", "dense", here="dense", named=True),
     Published("scale of the rewards", "beta", 5.0),
     Published("episodes", "episodes", 55),
     Published(
@@ -142,7 +248,7 @@ class StepwiseAgent(Agent):
         search.measure_groups()
         total = search.episodes()
         phase = f"stepwise{run.place.round or ''}"
-        cost = search.evaluations_an_episode + 1  # the first episode also needs the dense network's
+        cost = search.groups + 1  # the first episode also needs the dense network's
         # Episodes over known plans cost less: if all evaluations are to be used, more of them follow.
         most = 10 * total if run.limits.use_all and not run.place.round else total
         with progress.bar("Playing episodes", total=total) as bar:
@@ -164,13 +270,12 @@ class _StepwiseSearch:
     def __init__(self, run: SearchSession, settings: StepwiseSettings) -> None:
         self.run, self.env, self.settings = run, run.env, settings
         bounds = run.env.bounds
+        self.groups = len(bounds.dense)
         self._ratios = self._alphas() if settings.actions == "alpha" else self._shares()
         self._allocator = Allocator(run.env)
         self._sensitivity = Sensitivity(run, self._allocator.levels)
         self._dense_share = bounds.shares(bounds.dense[None])[:, 0]
-        self._asks = (
-            self._dense_share > 1.0
-        )  # the other budgets are met from the start, and can only be exceeded
+        self._binding = self._dense_share > 1.0  # the others are met from the start, and can only be exceeded
         self._dqn = DoubleDqn(
             len(FEATURES) + run.env.context_size + 2 + len(bounds.dense),
             len(ALPHAS),
@@ -210,7 +315,7 @@ class _StepwiseSearch:
     def measure_groups(self) -> None:
         """For the warm start, measure the cost of pruning each group alone, if an episode can follow."""
         most, groups = self.run.limits.max_evaluations, len(self.env.bounds.dense)
-        enough = most is None or most >= 2 * groups + self.evaluations_an_episode + 3
+        enough = most is None or most >= 2 * groups + self.groups + 3
         if self.settings.warm_start and enough and not self.run.place.round:
             self._sensitivity.measure()
 
@@ -221,13 +326,8 @@ class _StepwiseSearch:
         most = self.run.limits.max_evaluations
         if most is None:
             return int(self.settings.episodes)
-        room = max(1, (most - 2 - sum(map(len, self._sensitivity.losses))) // self.evaluations_an_episode)
+        room = max(1, (most - 2 - sum(map(len, self._sensitivity.losses))) // self.groups)
         return room if self.run.limits.use_all else min(room, int(self.settings.episodes))
-
-    @property
-    def evaluations_an_episode(self) -> int:
-        """Maximum number of evaluations of an episode."""
-        return len(self.env.bounds.dense) if self.settings.rewards == "dense" else 1
 
     def beginning(self) -> Widths:
         """Return the first plan: in a later round the best known one, scaled to the current budgets.
@@ -261,7 +361,7 @@ class _StepwiseSearch:
 
     def play_out(self, phase: str) -> None:
         """Spend the remaining evaluations: a deterministic episode of the network, then plans near the best."""
-        if not self.run.spent(reserve=self.evaluations_an_episode + 1) and "last" not in self.run.place.steps:
+        if not self.run.spent(reserve=self.groups + 1) and "last" not in self.run.place.steps:
             self._play(self._learned(0.0), phase)
             self.run.done("last")
         for _ in self.run.remaining("out", 4 if self.settings.near_share else 0):
@@ -272,7 +372,7 @@ class _StepwiseSearch:
 
     def _vary(self) -> None:
         """Score plans near the best, each once, when it is complete: as many as an episode has evaluations."""
-        for _ in range(self.evaluations_an_episode):
+        for _ in range(self.groups):
             best = best_of_round(self.run)
             if best is None or self.run.spent(reserve=1):
                 return
@@ -283,7 +383,7 @@ class _StepwiseSearch:
         best = best_of_round(self.run)
         if best is None or merit(best) <= merit(before):
             return
-        if not self.run.spent(reserve=self.evaluations_an_episode + 1):
+        if not self.run.spent(reserve=self.groups + 1):
             self._play(self._following(np.array(best.widths, dtype=np.int64)), phase)
 
     def _learned(self, epsilon: float) -> Choice:
@@ -321,14 +421,10 @@ class _StepwiseSearch:
             action, ratio = choice(step, state)
             observation, _, last, _, info = env.step(np.array([ratio], dtype=np.float32))
             widths[step], past[step] = info["width"], info["action"]
-            rewarded = last or self.settings.rewards == "dense"
-            accuracy = dense
-            if rewarded:
-                accuracy = self.run.score(widths, phase).accuracy if last else env.score(widths).accuracy
+            accuracy = self.run.score(widths, phase).accuracy if last else env.score(widths).accuracy
             reached = self._progress(widths)
             kept = accuracy / max(dense, 1e-9)
-            missing = max(1 - reached, 0.0)
-            reward = -self.settings.beta * (max(1 - kept, 0.0) + missing) if rewarded else 0.0
+            reward = -self.settings.beta * (max(1 - kept, 0.0) + max(1 - reached, 0.0))
             following = self._state(observation, kept, reached, past)
             self._dqn.remember(state, action, reward, following, last)
             state = following
@@ -340,9 +436,10 @@ class _StepwiseSearch:
 
         A budget that the dense network meets requires nothing: it is reached, minus any excess.
         """
-        shares, dense, asks = self.env.bounds.shares(widths[None])[:, 0], self._dense_share, self._asks
+        shares, dense = self.env.bounds.shares(widths[None])[:, 0], self._dense_share
         reached = 1.0 - np.maximum(shares - 1.0, 0.0)
-        reached[asks] = (1.0 - shares[asks] / dense[asks]) / (1.0 - 1.0 / dense[asks])
+        binding = self._binding
+        reached[binding] = (1.0 - shares[binding] / dense[binding]) / (1.0 - 1.0 / dense[binding])
         return float(np.clip(reached.min(initial=1.0), -1.0, 2.0))
 
     def _state(

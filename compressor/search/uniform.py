@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compressor.search.base import Agent, NoSettings
-from compressor.search.candidate import SearchResult
+from compressor.recipe import NoSettings
+from compressor.search.base import Agent, register_agent
 from compressor.search.proposals import uniform_widths
-from compressor.search.registry import register_agent
+from compressor.search.records import SearchResult
 
 if TYPE_CHECKING:
     from compressor.search.session import SearchSession

@@ -1,4 +1,4 @@
-"""Worker processes that score candidates in parallel; one that dies is replaced."""
+"""Worker processes that score candidates in parallel, and the data that each receives; one that dies is replaced."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from compressor.core.errors import CompressorError
 from compressor.core.processes import Child, ChildDied, ChildLate, Failed
+from compressor.data.images import ImageFile
+from compressor.data.preprocessing import Preprocessing
+from compressor.data.splits import FileSplit, MemorySplit, Split
+from compressor.pruning.blueprint import blueprint
+from compressor.pruning.space import PruningSpace
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from compressor.pruning.plan import ChannelPlan
+
 
 LOCAL_CLUSTER = "ray://local"
 """A Ray cluster that is started on this machine and ends with the run."""
@@ -109,8 +116,8 @@ class Workers:
         Raises:
             CompressorError: A candidate ended `ATTEMPTS` workers, or cannot be scored.
         """
-        asked = zip(plans, floors or [None] * len(plans), strict=True)
-        waiting = [self._threads.submit(self._one, plan, floor) for plan, floor in asked]
+        pairs = zip(plans, floors or [None] * len(plans), strict=True)
+        waiting = [self._threads.submit(self._one, plan, floor) for plan, floor in pairs]
         try:
             return [each.result() for each in waiting]
         except BaseException:
@@ -247,3 +254,47 @@ class ThisMachine(Site):
 
     def close(self) -> None:
         self._folder.cleanup()
+
+
+@dataclass(frozen=True)
+class Images:
+    """The two splits that an evaluator reads, on the worker's side."""
+
+    train: Split
+    search: Split
+
+
+def described(
+    space: PruningSpace, train: Split, search: Split, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the arguments of a `Scorer` without the weights: plain values, and the images of both splits as tensors.
+
+    Args:
+        space: Pruning space of the dense network.
+        train, search: As the evaluator reads them.
+        options: Arguments of the evaluator.
+    """
+    plain: dict[str, Any] = {"network": blueprint(space), "evaluator": dict(options)}
+    images: dict[str, Tensor] = {}
+    for name, split in (("train", train), ("search", search)):
+        plain[name], tensors = _plain(split)
+        images |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    return plain, images
+
+
+def _plain(split: Split) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a split as plain values and, if it is in memory, tensors."""
+    plain: dict[str, Any] = {"preprocessing": split.preprocessing.to_dict()}
+    if isinstance(split, FileSplit):
+        files = [[str(Path(file.path).resolve()), file.label] for file in split.files]
+        return plain | {"files": files}, {}
+    assert isinstance(split, MemorySplit)
+    return plain, {"images": split.images.contiguous(), "labels": split.labels.contiguous()}
+
+
+def split_of(name: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Split:
+    preprocessing = Preprocessing.from_dict(plain["preprocessing"])
+    if "files" in plain:
+        files = [ImageFile(path, label) for path, label in plain["files"]]
+        return FileSplit(files, preprocessing)
+    return MemorySplit(tensors[f"{name}.images"], tensors[f"{name}.labels"], preprocessing)

@@ -16,7 +16,7 @@ from benchmarks.agents import cells, found, is_unmeasured, measure
 from benchmarks.agents_page import Cell, page, summary
 from benchmarks.compared import compared
 from compressor.core.files import sha256_file
-from compressor.search.candidate import Candidate, SearchResult
+from compressor.search.records import Candidate, SearchResult
 
 
 def options(folder: Path, **changed: object) -> argparse.Namespace:

@@ -36,12 +36,12 @@ def test_differences_within_the_noise_say_nothing() -> None:
     rows = [
         ROW,
         replace(ROW, name="resnet20-pretrained-dense", accuracy=0.862, macs=1.0),
-        replace(ROW, name="ablation-uniform", accuracy=0.82),
+        replace(ROW, name="ablation-importance-taylor", accuracy=0.82),
         replace(ROW, name="ablation-ema", accuracy=0.863),
     ]
     text = page(SETTING, rows, ["paper"], "python -m benchmarks.results_joint")
     assert "not distinguishable from its baseline (-0.20 points, noise 0.98)" in text
-    assert "| uniform plan instead of the agent | 82.00 | -4.00 | worse |" in text
+    assert "| Taylor saliency instead of L1 norms | 82.00 | -4.00 | worse |" in text
     assert "| with an average of the weights | 86.30 | +0.30 | nothing |" in text
     assert "**Shortened**: 20 epochs where the recipes ask for 200" in text
     assert "10,000 training images only" in text

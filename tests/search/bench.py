@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.search.candidate import Limits, SearchResult
+from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
-from compressor.search.registry import create_agent
+from compressor.search.records import Limits, SearchResult
 from tests.search.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
 WORTH = [5.0, 1.0, 1.0, 4.0]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.search.candidate import Limits, SearchResult
+from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
-from compressor.search.registry import create_agent
+from compressor.search.records import Limits, SearchResult
 from compressor.search.session import SearchSession
 from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.search.candidate import Limits
+from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
-from compressor.search.registry import create_agent
+from compressor.search.records import Limits
 from tests.search.fake_space import FakeEvaluator, FakePlan, FakeSpace, macs_budget
 
 ONE_GROUP = (16, 24, 16, 8)

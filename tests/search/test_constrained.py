@@ -12,19 +12,26 @@ import torch
 
 from compressor.budgets.base import parse_budget
 from compressor.budgets.limits import resolve
+from compressor.core.agents import AGENTS
 from compressor.core.errors import CompressorError
 from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.data import load_data
 from compressor.pruning.space import PruningSpace
-from compressor.search.candidate import Limits
-from compressor.search.constrained.actions import LayerActions, plan_of_masks
-from compressor.search.constrained.lagrange import Multipliers, lagrangian_loss
-from compressor.search.constrained.ppo import CostRolloutBuffer, LagrangianPpo, Step, centred
-from compressor.search.constrained.search import best_feasible
-from compressor.search.constrained.settings import ConstrainedSettings
+from compressor.search.base import create_agent
+from compressor.search.constrained import best_feasible
+from compressor.search.constrained_episodes import LayerActions, plan_of_masks
+from compressor.search.constrained_settings import ConstrainedSettings
 from compressor.search.environment import PruningEnv
 from compressor.search.evaluate import Evaluator
-from compressor.search.registry import AGENTS, create_agent
+from compressor.search.lagrangian_ppo import (
+    CostRolloutBuffer,
+    LagrangianPpo,
+    Multipliers,
+    Step,
+    centred,
+    lagrangian_loss,
+)
+from compressor.search.records import Limits
 from compressor.training.loop import BriefTraining, TrainSettings
 from tests.search.bench import Killed
 from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget

@@ -9,8 +9,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 
 from compressor.core.errors import CompressorError
-from compressor.search.environment import PruningEnv
-from compressor.search.observation import FEATURES
+from compressor.search.environment import FEATURES, PruningEnv
 from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 

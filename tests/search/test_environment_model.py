@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from compressor.core.errors import CompressorError
-from compressor.search.candidate import Candidate, Episode, Transition
 from compressor.search.environment import PruningEnv
-from compressor.search.joint.learner import Learner
-from compressor.search.joint.settings import ENVIRONMENT_MODEL, JointSettings
+from compressor.search.joint_learner import Learner
+from compressor.search.joint_settings import ENVIRONMENT_MODEL, JointSettings
+from compressor.search.records import Candidate, Episode, Transition
 from compressor.search.schedule import Schedule
 from tests.search.bench import Bench, Killed
 from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from compressor.core.errors import CompressorError
-from compressor.search.candidate import Limits
-from compressor.search.joint.settings import JointSettings, plan_episodes
+from compressor.core.records import Checkpoint
+from compressor.search.joint_settings import JointSettings, plan_episodes
+from compressor.search.records import Limits
 from compressor.search.schedule import Schedule, share_epochs
 from tests.search.bench import Bench, Killed
 from tests.search.fake_space import FakeSpace
@@ -145,7 +146,7 @@ def test_states_of_others_are_refused(bench: Bench) -> None:
     state = bench.checkpoint.load()
     assert state is not None
     bench.checkpoint.save({**state, "format": 0})
-    with pytest.raises(CompressorError, match="has format 0, expected 4"):
+    with pytest.raises(CompressorError, match="has format 0, expected 5"):
         bench.search("joint", settings=SMALL)
 
 
@@ -205,3 +206,37 @@ def test_shares_of_epochs() -> None:
     assert share_epochs(2, pretrained=True) == Schedule(0, 2, 0)
     with pytest.raises(CompressorError, match="for -1 epochs"):
         share_epochs(-1, pretrained=True)
+
+
+def test_weights_are_written_once_an_epoch(new_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"train": True, "schedule": Schedule(1, 2, 1), "settings": SMALL}
+    saved: list[str] = []
+    save = Checkpoint.save
+
+    def noted(checkpoint: Checkpoint, state: Any) -> None:
+        save(checkpoint, state)
+        saved.append(checkpoint.path.name)
+        if stop and saved.count(stop) == 1:
+            raise Killed
+
+    stop = ""
+    monkeypatch.setattr(Checkpoint, "save", noted)
+    bench = new_bench("whole")
+    whole = bench.search("joint", **options)
+    assert sorted(name for name in saved if "weights" in name) == [f"agent-weights-{i}.pt" for i in (1, 2, 3, 4)]
+    assert saved.count("agent.pt") > 6
+    assert [path.name for path in bench.folder.glob("*weights*")] == ["agent-weights-4.pt"]
+
+    for epoch in (1, 2, 3, 4):  # killed when the weights are written and the checkpoint does not name them yet
+        stop = f"agent-weights-{epoch}.pt"
+        saved.clear()
+        bench = new_bench(f"killed-{epoch}")
+        with pytest.raises(Killed):
+            bench.search("joint", **options)
+        stop = ""
+        again = bench.search("joint", **options)
+        assert (again.candidates, again.widths) == (whole.candidates, whole.widths)
+
+    (bench.folder / "agent-weights-4.pt").unlink()
+    with pytest.raises(CompressorError, match=r"agent-weights-4\.pt, the weights of the search, is missing"):
+        bench.search("joint", **options)

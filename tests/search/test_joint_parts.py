@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from compressor.recipe import Recipe
-from compressor.search.candidate import Candidate, Episode, Limits, Transition
+from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
-from compressor.search.joint.learner import Learner
-from compressor.search.joint.settings import ENVIRONMENT_MODEL, JointSettings
+from compressor.search.joint_learner import Learner
+from compressor.search.joint_settings import ENVIRONMENT_MODEL, JointSettings
 from compressor.search.method import never_acted, without_effect
-from compressor.search.registry import create_agent
+from compressor.search.records import Candidate, Episode, Limits, Transition
 from compressor.search.schedule import Schedule, epochs_in_search, epochs_until, share_epochs
 from tests.search.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
@@ -173,9 +173,6 @@ def test_a_search_without_training_says_what_is_idle() -> None:
     ("settings", "expected"),
     [
         ({"gamma": 0.9}, "search.settings.gamma (returns is 'episode'"),
-        ({"joint_training": False}, "joint_training is off"),
-        ({"proposer": "random"}, "proposer is 'random': no policy reads it"),
-        ({"proposer": "random", "entropy": 0.2}, "search.settings.entropy (proposer is 'random'"),
     ],
 )
 def test_settings_without_effect_are_told(settings: dict[str, Any], expected: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ import pytest
 
 from compressor.core.errors import CompressorError
 from compressor.recipe import load_recipe, shipped_recipes
-from compressor.search.candidate import Limits
-from compressor.search.joint.settings import JointSettings, plan_episodes
+from compressor.search.joint_settings import JointSettings, plan_episodes
+from compressor.search.records import Limits
 from compressor.search.schedule import Schedule, share_epochs
 from tests.search.bench import Bench, Killed
 from tests.search.fake_space import FakeEvaluator, FakePlan
@@ -25,49 +24,6 @@ TRAINED: dict[str, Any] = {"train": True, "schedule": Schedule(1, 2, 1)}
 
 def phases(bench: Bench) -> list[str]:
     return [line["phase"] for line in bench.log_lines]
-
-
-def test_without_joint_training_all_epochs_come_first(new_bench: Any) -> None:
-    joint, apart = new_bench("joint"), new_bench("apart")
-    aligned: list[Any] = []
-
-    def alignment(plan: Any) -> Any:
-        aligned.append(plan)
-        return SimpleNamespace(beta=0.5)
-
-    one = joint.search("joint", settings=SMALL, **TRAINED)
-    two = apart.search("joint", settings={**SMALL, "joint_training": False}, alignment=alignment, **TRAINED)
-    assert {line["epoch"] for line in joint.log_lines} == {1, 2, 4}
-    assert {line["epoch"] for line in apart.log_lines} == {4}
-    assert aligned == []
-    assert apart.trainer is not None
-    assert apart.trainer.seen == [None] * 4
-    # The rounds of episodes are the same; what is scored again on weights that moved is known here.
-    for phase in ("sensitivity", "fill", "policy"):
-        assert phases(apart).count(phase) == phases(joint).count(phase)
-    assert two.evaluations <= one.evaluations
-
-
-@pytest.mark.parametrize("groups", [4, 12])
-def test_random_plans_in_the_agents_place_cost_the_same(groups: int) -> None:
-    learned = plan_episodes(JointSettings(), 3, Limits(max_evaluations=2000), groups)
-    random = plan_episodes(JointSettings(proposer="random"), 3, Limits(max_evaluations=2000), groups)
-    assert random.points == 0
-    assert random.fill == learned.fill + learned.points * groups
-    assert (random.rounds, random.per_round) == (learned.rounds, learned.per_round)
-
-
-def test_random_plans_in_the_agents_place(bench: Bench) -> None:
-    result = bench.search("joint", settings={**SMALL, "proposer": "random"}, **TRAINED)
-    assert set(phases(bench)) == {"fill", "joint", "favoured", "final"}
-    assert len({candidate.widths for candidate in result.candidates}) > 12
-    assert result.reward == max(c.reward for c in result.candidates if c.phase == "final")
-
-
-def test_the_uniform_plan_in_the_agents_place(bench: Bench) -> None:
-    result = bench.search("joint", settings={**SMALL, "proposer": "uniform"}, **TRAINED)
-    assert len({candidate.widths for candidate in result.candidates}) == 1
-    assert result.evaluations == len({candidate.epoch for candidate in result.candidates})
 
 
 def test_the_favoured_plan_may_be_the_policys(bench: Bench) -> None:
@@ -165,7 +121,7 @@ def test_curves(new_bench: Any, tmp_path: Path) -> None:
         ("gamma", "high", "gamma is 'high', expected a number, such as 1.0"),
         ("fill_episodes", 2.5, "fill_episodes is 2.5, expected a whole number"),
         ("warm_start", 1, "warm_start is 1, expected true or false"),
-        ("proposer", "best", "expected 'learned' or 'random' or 'uniform'"),
+        ("returns", "all", "returns is 'all', expected 'episode' or 'bootstrapped'"),
         ("favour", "none", "favour is 'none', expected 'best' or 'policy'"),
         ("actor_rate", 0, "actor_rate is 0, expected more than 0"),
         ("shortlist", 0, "shortlist is 0, expected 1 or more"),

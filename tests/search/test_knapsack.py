@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressor.search.allocation import Allocator
-from compressor.search.candidate import Limits
+from compressor.search.allocation import Allocator, saliency_values
 from compressor.search.environment import PruningEnv
 from compressor.search.proposals import scaled_widths
-from compressor.search.values import saliency_values
+from compressor.search.records import Limits
 from tests.search.bench import Killed
 from tests.search.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
 

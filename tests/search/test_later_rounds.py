@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compressor.core.agents import AGENTS
 from compressor.core.errors import CompressorError
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.search.candidate import Limits, SearchResult
-from compressor.search.dueling import DoubleDqn
+from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
 from compressor.search.proposals import scaled_widths
-from compressor.search.registry import AGENTS, create_agent
+from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule
+from compressor.search.stepwise import DoubleDqn
 from tests.search.bench import FragileCheckpoint, Killed
 from tests.search.fake_space import FakeBudget, FakeEvaluator, FakePlan, FakeSpace, FakeTrainer, macs_budget
 

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compressor.core.agents import agent_class
 from compressor.core.records import Checkpoint, EpisodeLog
-from compressor.search.base import Agent
-from compressor.search.candidate import Limits, SearchResult
+from compressor.search.base import Agent, create_agent
 from compressor.search.environment import PruningEnv
-from compressor.search.neighbours import PICKED, NearBest
+from compressor.search.neighbours import PICKED, NearBest, RewardModel, expected_improvement
 from compressor.search.proposals import near_rows
-from compressor.search.registry import agent_class, create_agent
-from compressor.search.reward_model import RewardModel, expected_improvement
+from compressor.search.records import Limits, SearchResult
 from compressor.search.session import SearchSession
 from tests.search.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 

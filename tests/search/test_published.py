@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from compressor.recipe import Recipe, load_recipe, shipped_recipes
+from compressor.search.base import create_agent
 from compressor.search.method import method
-from compressor.search.registry import create_agent
 
 DOCS = Path(__file__).parents[2] / "docs" / "method" / "agents.md"
 PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {
@@ -19,12 +19,12 @@ PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def compared(agent: str, settings: dict[str, Any], **search: Any) -> dict[str, dict[str, Any]]:
-    """By setting, the parts of a method that the manifest names."""
+    """By setting, or by name if there is none, the parts of a method that the manifest names."""
     fields = {"model": "resnet18", "agent": agent, "search": {"settings": settings, **search}}
     recipe = Recipe.model_validate(fields).resolved()
     found = method(create_agent(agent, settings=recipe.search.settings), recipe, {})
     assert found is not None
-    return {part["setting"]: part for part in found["parts"]}
+    return {part["setting"] or part["part"]: part for part in found["parts"]}
 
 
 def test_the_papers_recipe_differs_in_nothing() -> None:
@@ -47,7 +47,8 @@ def test_published_settings_leave_only_what_cannot_be_set(agent: str) -> None:
 @pytest.mark.parametrize("agent", ["joint", "constrained", "stepwise"])
 def test_every_default_that_differs_says_why_and_stands_in_the_documentation(agent: str) -> None:
     documented = DOCS.read_text(encoding="utf-8")
-    for setting, part in compared(agent, {}).items():
+    for part in compared(agent, {}).values():
+        setting = part["setting"]
         assert part["by"] == "default"
         if not part["same"] and setting not in ("", "weights"):
             assert part["why"]

@@ -16,10 +16,10 @@ from compressor.budgets.limits import resolve
 from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.data import load_data
 from compressor.pruning.space import PruningSpace
-from compressor.search.candidate import Limits, SearchResult
+from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
 from compressor.search.evaluate import Evaluator
-from compressor.search.registry import create_agent
+from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule
 from compressor.training.loop import Trainer, TrainSettings
 from compressor.training.losses import Alignment

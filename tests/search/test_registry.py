@@ -13,13 +13,12 @@ from typing import Any, ClassVar
 import pytest
 
 from compressor import register_agent
-from compressor.core import plugins
+from compressor.core import agents, plugins
+from compressor.core.agents import AGENTS, agent_class, agent_names
 from compressor.core.errors import CompressorError
-from compressor.recipe import Recipe
-from compressor.search import registry
-from compressor.search.base import Agent, NoSettings
-from compressor.search.candidate import SearchResult
-from compressor.search.registry import AGENTS, agent_class, agent_names
+from compressor.recipe import AgentSettings, NoSettings, Recipe, recipe_schema
+from compressor.search.base import Agent
+from compressor.search.records import SearchResult
 from tests.architecture import code_of, installed
 from tests.search.bench import Bench, Killed
 
@@ -27,14 +26,16 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def registered_meanwhile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registered_meanwhile() -> Iterator[None]:
     """What a test registers and imports is gone after it."""
     for name in AGENTS:
         agent_class(name)
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    saved = dict(agents.registered)
     modules = set(sys.modules)
     plugins.load_plugins.cache_clear()
     yield
+    agents.registered.clear()
+    agents.registered.update(saved)
     plugins.load_plugins.cache_clear()
     for name in set(sys.modules) - modules:
         if name.startswith(("mysloped", "mybroken")):
@@ -65,7 +66,7 @@ class Plain(Agent):
 
 def test_the_toolkits_agents_register_themselves() -> None:
     for name, module in AGENTS.items():
-        assert registry._registered[name].__module__ == module
+        assert agents.registered[name].__module__ == module
     assert agent_names() == list(AGENTS)
 
 
@@ -108,9 +109,33 @@ def test_the_command_line_finds_the_agent_of_an_installed_package(tmp_path: Path
     done = python(tmp_path, command, *asked, "sloped", "--set", "search.settings.steepest=0.3")
     assert done.returncode == 0, done.stderr
     assert "agent: sloped" in done.stdout
+    done = python(tmp_path, command, *asked, "sloped", "--set", "search.settings.steepest=2")
+    assert done.returncode == 2
+    assert "steepest is 2, expected more than 0 and less than 1" in " ".join(done.stderr.split())
     done = python(tmp_path, command, *asked, "slopd")
     assert done.returncode == 2
     assert "Did you mean: sloped" in " ".join(done.stderr.split())
+
+
+def test_the_settings_of_every_agent_are_described() -> None:
+    schema = recipe_schema()
+    for name in AGENTS:
+        for field, described in schema["$defs"][f"{name}_settings"].get("properties", {}).items():
+            assert described["description"], (name, field)
+    of_joint = next(rule for rule in schema["allOf"] if rule["if"]["properties"]["agent"]["const"] == "joint")
+    assert of_joint["then"]["properties"]["search"]["properties"]["settings"] == {"$ref": "#/$defs/joint_settings"}
+    assert "required" not in of_joint["if"]  # the default
+
+
+def test_a_recipe_refuses_a_setting_that_its_agent_has_not() -> None:
+    for agent, settings, words in (
+        ("knapsack", {"near_share": 0.5}, "The agent knapsack has no setting 'near_share'"),
+        ("joint", {"near_share": 75}, "The setting near_share is 75, expected 0 to 1"),
+        ("constrained", {"near_share": 1.0}, "near_share is 1.0, expected 0 or more and less than 1"),
+        ("constrained", {"cap": 2.0}, "cap is 2.0, expected more than 0 and at most 1"),
+    ):
+        with pytest.raises(CompressorError, match=words):
+            Recipe(model="resnet18", agent=agent, search={"settings": settings})  # type: ignore[arg-type]
 
 
 def test_a_package_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +173,12 @@ def test_classes_that_are_no_agents() -> None:
     class Unset(Agent):
         name: ClassVar[str] = "unset"
 
+    class Required(Plain):
+        class Settings(AgentSettings):
+            number: int
+
+    with pytest.raises(CompressorError, match=r"setting number of the agent .*Required has no default"):
+        register_agent(Required)
     for kind, words in ((NoName, "name None"), (Colon, "my.package:Agent"), (Unset, "no settings")):
         with pytest.raises(CompressorError, match=words):
             register_agent(kind)
@@ -160,7 +191,7 @@ def test_help_and_names_import_neither_torch_nor_agents(tmp_path: Path) -> None:
 import sys
 from contextlib import suppress
 from compressor.cli import main
-from compressor.search.registry import AGENTS
+from compressor.core.agents import AGENTS
 with suppress(SystemExit):
     main()
 print(len(AGENTS), [name for name in ("torch", "numpy", *AGENTS.values()) if name in sys.modules])

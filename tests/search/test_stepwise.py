@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from compressor.core.errors import CompressorError
-from compressor.search.candidate import Limits
-from compressor.search.dueling import DoubleDqn, Dueling
+from compressor.search.records import Limits
+from compressor.search.stepwise import DoubleDqn, Dueling
 from tests.search.bench import Killed
 
 SMALL: dict[str, Any] = {"episodes": 12, "hidden": 32}

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compressor.core.agents import AGENTS, agent_class
 from compressor.core.errors import CompressorError
-from compressor.search.candidate import Limits
+from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
 from compressor.search.proposals import random_widths, uniform_or_cheapest, uniform_widths
-from compressor.search.registry import AGENTS, agent_class, create_agent
+from compressor.search.records import Limits
 from compressor.search.schedule import Schedule
 from tests.search.bench import Bench, Killed
 from tests.search.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget

@@ -21,8 +21,7 @@ from compressor.models import create_model
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
 from compressor.search.evaluate import Evaluator
-from compressor.search.ray_site import _room
-from compressor.search.sites import check_workers, open_site
+from compressor.search.sites import _room, check_workers, open_site
 from compressor.search.workers import ThisMachine
 from tests.nets import Tiny
 

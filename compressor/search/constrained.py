@@ -1,47 +1,73 @@
-"""The steps of the constrained agent's search."""
+"""The constrained agent: PPO with a Lagrange multiplier for each budget (arXiv 2110.08558)."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compressor.core import progress
 from compressor.pruning.plan import ChannelPlan
-from compressor.search.allocation import Allocator
+from compressor.search.allocation import POWERS, Allocator, Sensitivity, saliency_values
+from compressor.search.base import Agent, register_agent
 from compressor.search.bounds import Widths
-from compressor.search.candidate import Candidate, SearchResult
-from compressor.search.constrained.actions import ChannelActions, LayerActions, Masks, plan_of_masks
-from compressor.search.constrained.costs import Costs
-from compressor.search.constrained.ppo import LagrangianPpo
-from compressor.search.constrained.settings import ConstrainedSettings
-from compressor.search.constrained.state import States
-from compressor.search.constrained.walk import Walk, Walker
+from compressor.search.constrained_settings import PUBLISHED, ConstrainedSettings
 from compressor.search.neighbours import NearBest
 from compressor.search.proposals import scaled_widths, uniform_or_cheapest
 from compressor.search.randomness import OwnRandomness
+from compressor.search.records import Candidate, SearchResult
 from compressor.search.session import SearchSession, eligible
-from compressor.search.values import POWERS, Sensitivity, saliency_values
+
+if TYPE_CHECKING:
+    from compressor.search.constrained_episodes import Masks, Walk
 
 _START = "start"
 
 
-class ConstrainedSearch:
-    """One search: the session, the policy, and the measures of rewards and costs.
+@register_agent
+class ConstrainedAgent(Agent):
+    """Learns a policy whose plans meet the budgets on average, and keeps the best plan that does.
 
-    Args:
-        run: Session with progress, time and checkpoint; if it was restored from one, the search is restored too.
-        settings: Settings of the method.
+    Episodes may exceed the budgets: the excess cost is weighed against the accuracy by multipliers, which rise while
+    the budgets are exceeded. Budgets are only evaluated, never differentiated. The result is the best episode within
+    the budgets, scored again beside the best few and the policy's own plan, scaled to the budgets.
     """
 
+    name = "constrained"
+    source = "arXiv 2110.08558"
+    published = PUBLISHED
+    Settings = ConstrainedSettings
+
+    def unread_settings(self) -> dict[str, str]:
+        names = ("near_spread", "proposals")
+        if self.settings.action == "channel":
+            return dict.fromkeys(
+                (*names, "near_share"), "action is 'channel': plans are more than their widths"
+            )
+        if any(self.settings.finetune_iterations):
+            return dict.fromkeys((*names, "near_share"), "finetune_iterations trains each candidate")
+        return {} if self.settings.near_share else dict.fromkeys(names, "near_share is 0")
+
+    def _search(self, run: SearchSession) -> SearchResult:
+        dense = run.env.bounds.dense
+        if run.env.bounds.feasible(dense)[0]:
+            return run.choose([dense.tolist()])  # no budget requires pruning
+        return _ConstrainedSearch(run, self.settings).search()
+
+
+class _ConstrainedSearch:
+    """One search: the session, the policy, and the measures of rewards and costs."""
+
     def __init__(self, run: SearchSession, settings: ConstrainedSettings) -> None:
+        from compressor.search.constrained_episodes import ChannelActions, Costs, LayerActions, States, Walker
+        from compressor.search.lagrangian_ppo import LagrangianPpo  # imports Stable-Baselines3
+
         self.run, self.env, self.settings = run, run.env, settings
-        bounds = run.env.bounds
-        self.groups = len(bounds.dense)
+        self.groups = len(run.env.bounds.dense)
         self._channels = settings.action == "channel"
         self.actions = (ChannelActions if self._channels else LayerActions)(run.env, fold=settings.fold)
         self.states = States(run.env, past=self.actions.sums_past, one_hot=settings.one_hot)
@@ -49,51 +75,64 @@ class ConstrainedSearch:
         self.randomness = OwnRandomness(run.agent.seed)
         steps = settings.episodes_per_update * self.groups
         with self.randomness.active():
-            self.ppo = LagrangianPpo(
-                self.states.size, self.actions.size, steps, len(self._costs.budgets), settings
-            )
+            self.ppo = LagrangianPpo(self.states.size, self.actions.size, steps, len(self._costs.budgets), settings)
         self._walk = Walker(self.actions, self.states, self.ppo, self.randomness)
         self._masks: list[tuple[float, Masks]] = []  # of the best episodes, with their merit
         self._scale: list[float] | None = None
         self._allocator = Allocator(run.env)
-        self._sensitivity = Sensitivity(run, self._allocator.levels, self._points())
+        self._sensitivity = Sensitivity(run, self._allocator.levels)
         self._near = NearBest(run, settings.near_spread, settings.proposals)
         run.own = self._state
         if run.restored is not None:
             self._restore(run.restored)
 
+    def search(self) -> SearchResult:
+        run = self.run
+        if run.place.round:
+            return self._choose()  # a budget was tightened: the search reuses what it has learned
+        self._start()
+        updates = self._updates()
+        # Known plans cost nothing: if all evaluations are to be used, more updates follow.
+        for update in run.remaining("update", (4 if run.limits.use_all else 1) * updates):
+            if not self._play(update, updates):
+                break
+            self._learn()
+            self._stay_near_the_best()
+            run.done("update")
+        return self._choose()
+
     # The steps, in the order of the method.
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Choose the plan around which the policy acts first."""
         if self.settings.start == "dense":
             return
         if self._points():
-            self._sensitivity.measure()
+            self._sensitivity.measure(self._points())
         starts = self._plans_to_start_from()
         for number in self.run.remaining(_START, len(starts)):
             if self.run.spent(reserve=1):
                 return
             self.run.score(starts[number](), _START)
-            ours = [c for c in self.run.candidates if c.phase == _START]
-            self.actions.centre(np.array(max(ours, key=lambda candidate: candidate.reward).widths))
+            scored = [c for c in self.run.candidates if c.phase == _START]
+            self.actions.centre(np.array(max(scored, key=lambda candidate: candidate.reward).widths))
             self.run.done(_START)
 
-    def updates(self) -> int:
+    def _updates(self) -> int:
         """Return the number of updates within the remaining evaluations, including the finished ones."""
         total = self.run.limits.planned(self.settings.evaluations)
         before = self.groups * self._points() + bool(self._points()) + self._starts()
         each = self.settings.episodes_per_update + self._near_plans()
-        return max(1, (total - before - self.reserve) // each)
+        return max(1, (total - before - self._reserve) // each)
 
     @property
-    def reserve(self) -> int:
+    def _reserve(self) -> int:
         """Number of evaluations reserved for the final choice."""
         most = self.run.limits.max_evaluations
         wanted = int(self.settings.shortlist) + 2 + any(self.settings.finetune_iterations)
         return wanted if most is None else max(1, min(wanted, most // 4))
 
-    def play(self, update: int, updates: int) -> bool:
+    def _play(self, update: int, updates: int) -> bool:
         """Play the episodes of an update into the rollout buffer; return whether all of them could be played."""
         self.ppo.rollout_buffer.reset()
         share = min(1.0, update / updates)
@@ -103,7 +142,7 @@ class ConstrainedSearch:
         scored: list[tuple[Walk, Candidate]] = []
         with progress.bar("Playing episodes", total=len(walks)) as bar:
             for number, walk in enumerate(walks):
-                if self.run.spent(self.reserve):
+                if self.run.spent(self._reserve):
                     return False
                 if not (self._channels or training):
                     self.env.ahead(each.widths for each in walks[number:])
@@ -113,7 +152,7 @@ class ConstrainedSearch:
         self._fill_buffer(scored)
         return True
 
-    def learn(self) -> None:
+    def _learn(self) -> None:
         """Update the policy from the rollout buffer, and the multipliers from the episodes' mean costs."""
         import torch
 
@@ -130,18 +169,18 @@ class ConstrainedSearch:
             curves[f"agent/multiplier_{name}"] = value
         self.run.curves.add(len(self.run.candidates), curves)
 
-    def stay_near_the_best(self) -> None:
+    def _stay_near_the_best(self) -> None:
         """Score plans near the best feasible one, and let the policy act around the best from now on."""
         for _ in range(self._near_plans()):
             best = self._best_kept()
-            if best is None or self.run.spent(self.reserve):
+            if best is None or self.run.spent(self._reserve):
                 break
             self._near.score(np.array(best.widths, dtype=np.int64))
         best = self._best_kept()
         if best is not None and self._near_plans():
             self.actions.centre(np.array(best.widths))
 
-    def choose(self) -> SearchResult:
+    def _choose(self) -> SearchResult:
         """Choose the best episode that meets the budgets, after scoring it and the best few, scaled, again.
 
         If candidates were trained before they were scored, all of these are, for the steps of the last third.
@@ -175,6 +214,8 @@ class ConstrainedSearch:
 
     def _of_masks(self, plans: dict[tuple[int, ...], ChannelPlan]) -> list[Widths]:
         """For decisions on single channels: cut the best masks and the policy's to the budgets, into `plans`."""
+        from compressor.search.constrained_episodes import ChannelActions, plan_of_masks
+
         if not isinstance(self.actions, ChannelActions):
             return []
         names = [group.name for group in self.env.space.groups]
@@ -227,7 +268,7 @@ class ConstrainedSearch:
 
     def _last_near_plans(self) -> Iterator[list[Widths]]:
         """Yield plans near the best, for evaluations that known plans have saved; each uses all scores before it."""
-        for _ in range(self.reserve if self._near_plans() else 0):
+        for _ in range(self._reserve if self._near_plans() else 0):
             best = self._best_kept()
             if best is not None:
                 yield [self._near.next(np.array(best.widths, dtype=np.int64))]

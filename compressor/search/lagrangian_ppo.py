@@ -1,8 +1,9 @@
-"""Stable-Baselines3's PPO with cost critics, multipliers, and the combined loss."""
+"""Stable-Baselines3's PPO with cost critics, and Lagrange multipliers that rise while a cost exceeds its budget."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -14,8 +15,56 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 
-from compressor.search.constrained.lagrange import Multipliers, lagrangian_loss
-from compressor.search.constrained.settings import ConstrainedSettings
+from compressor.search.constrained_settings import ConstrainedSettings
+
+
+class Multipliers(nn.Module):
+    """One multiplier for each budget: nu = softplus(p), initially 1, with its own optimizer.
+
+    Args:
+        number: Number of budgets.
+        rate: Learning rate of Adam.
+    """
+
+    def __init__(self, number: int, rate: float) -> None:
+        super().__init__()
+        self._raw = nn.Parameter(torch.full((number,), math.log(math.e - 1.0)))
+        self.optimizer = torch.optim.Adam([self._raw], lr=rate)
+
+    @property
+    def values(self) -> Tensor:
+        """Return the multipliers, (budgets,), above 0, without gradient."""
+        return torch.nn.functional.softplus(self._raw.detach())
+
+    def step(self, costs: Sequence[float], budgets: Sequence[float]) -> None:
+        """Take one step on -nu * (mean cost - budget): if the budget is exceeded, nu rises.
+
+        Args:
+            costs: Mean cost of the episodes since the last step, one for each budget.
+            budgets: Limits in the same unit.
+        """
+        excess = torch.tensor([cost - budget for cost, budget in zip(costs, budgets, strict=True)])
+        self.optimizer.zero_grad()
+        torch.autograd.backward(-(torch.nn.functional.softplus(self._raw) * excess).sum())
+        self.optimizer.step()
+
+
+def lagrangian_loss(
+    ratio: Tensor, advantages: Tensor, cost_advantages: Tensor, multipliers: Tensor, clip: float
+) -> Tensor:
+    """Return the policy's loss: mean of (-min(r A, clip(r) A) + sum of nu r A_C) / (1 + sum of nu).
+
+    Args:
+        ratio: (N,), probability of each action now over its probability when it was taken.
+        advantages: (N,), of the reward.
+        cost_advantages: (N, budgets), of the costs.
+        multipliers: (budgets,).
+        clip: Clipping of the ratio, 0.2 for [0.8, 1.2]; the costs' part is not clipped.
+    """
+    clipped = torch.clamp(ratio, 1.0 - clip, 1.0 + clip)
+    gain = torch.min(ratio * advantages, clipped * advantages)
+    loss = -gain + ratio * (cost_advantages @ multipliers)
+    return loss.mean() / (1.0 + multipliers.sum())
 
 
 class Step(NamedTuple):
@@ -166,6 +215,11 @@ class LagrangianPpo(PPO):
         self._cost_optimizer = torch.optim.Adam(self.cost_critics.parameters(), lr=settings.rate)
         self.multipliers = Multipliers(budgets, settings.multiplier_rate)
 
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        names, variables = super()._get_torch_save_params()
+        own = ["cost_critics", "_cost_optimizer", "multipliers", "multipliers.optimizer"]
+        return [*names, *own], variables
+
     def act(self, state: NDArray[np.float32], deterministic: bool = False) -> Step:
         """Return an action for a state (inputs,)."""
         states = torch.from_numpy(state)[None]
@@ -201,22 +255,11 @@ class LagrangianPpo(PPO):
 
     def state(self) -> dict[str, Any]:
         """Return networks, optimizers and multipliers, as tensors and plain values."""
-        return {
-            "policy": self.policy.state_dict(),
-            "optimizer": self.policy.optimizer.state_dict(),
-            "cost_critics": self.cost_critics.state_dict(),
-            "cost_optimizer": self._cost_optimizer.state_dict(),
-            "multipliers": self.multipliers.state(),
-            "updates": self._n_updates,
-        }
+        return {"parameters": self.get_parameters(), "updates": self._n_updates}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
-        self.policy.load_state_dict(state["policy"])
-        self.policy.optimizer.load_state_dict(state["optimizer"])
-        self.cost_critics.load_state_dict(state["cost_critics"])
-        self._cost_optimizer.load_state_dict(state["cost_optimizer"])
-        self.multipliers.restore(state["multipliers"])
+        self.set_parameters(state["parameters"], device="cpu")
         self._n_updates = int(state["updates"])
 
 

@@ -1,16 +1,25 @@
-"""Data classes of a search: limits, candidates, episodes and its result."""
+"""Records of a search: its limits, candidates, progress and result, and what its checkpoint must match."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.pruning.plan import ChannelPlan
 from compressor.search.bounds import LegalWidths
 from compressor.search.environment import Observation
+
+if TYPE_CHECKING:
+    from compressor.search.environment import PruningEnv
+
 
 MEASUREMENT = "sensitivity"
 """Phase of the plans that measure a group; they prune that group alone and need not meet the budgets."""
@@ -138,7 +147,7 @@ class Transition:
         action: Removed ratio, after clipping to the bounds.
         reward: 0 except for the last step.
         last: Whether it ended the episode.
-        asked: Ratio that the policy requested.
+        requested: Ratio that the policy requested, before clipping.
     """
 
     observation: Observation
@@ -146,7 +155,7 @@ class Transition:
     following: Observation
     reward: float
     last: bool
-    asked: float
+    requested: float
 
 
 @dataclass(frozen=True)
@@ -155,3 +164,101 @@ class Episode:
 
     transitions: tuple[Transition, ...]
     candidate: Candidate
+
+
+FORMAT = 5
+"""Version of the checkpoint's content; another one is rejected."""
+
+
+@dataclass
+class Place:
+    """Progress of a search; all of it is saved in the checkpoint.
+
+    Attributes:
+        steps: Number of finished steps of each phase.
+        epoch: Training epochs so far.
+        round: Number of times that the search has continued with tightened budgets.
+        evaluations_before: Evaluations of earlier rounds.
+        training_seconds, seconds: Times before the last save.
+        chosen: Widths of the result, once there is one.
+        kept: Its plan as JSON, if the agent chose the channels as well.
+        training: Records of the training epochs, as in the manifest.
+        learned: What each part of the method has learned; see `SearchResult`.
+    """
+
+    steps: dict[str, int] = field(default_factory=dict)
+    epoch: int = 0
+    round: int = 0
+    evaluations_before: int = 0
+    training_seconds: float = 0.0
+    seconds: float = 0.0
+    chosen: list[int] | None = None
+    kept: str | None = None
+    training: list[dict[str, Any]] = field(default_factory=list)
+    learned: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def check_state(state: Mapping[str, Any], path: Path, agent: str, trains: bool, env: PruningEnv) -> None:
+    """Raise an error for a checkpoint of another search.
+
+    Raises:
+        CompressorError: It is of another agent, space or version, or of a search with other training.
+    """
+    where = f"The search's state in {path}"
+    hint = f"Delete {path} to search again, or continue with the agent and settings that wrote it."
+    if state.get("format") != FORMAT:
+        raise CompressorError(f"{where} has format {state.get('format')!r}, expected {FORMAT}.", hint)
+    if state["agent"] != agent:
+        raise CompressorError(f"{where} is of the agent {state['agent']}, not of {agent}.", hint)
+    if state["space"] != space_fingerprint(env):
+        raise CompressorError(f"{where} is of another pruning space, with other groups or widths.", hint)
+    if (state["weights"] is None) != (not trains):
+        found, given = ("without", "with") if state["weights"] is None else ("with", "without")
+        raise CompressorError(f"{where} is of a search {found} training, not {given}.", hint)
+
+
+def budget_fingerprint(env: PruningEnv, chosen: Sequence[int] | None) -> dict[str, list[float]]:
+    """Return values that identify budgets: the targets, and predictions that a corrected latency table changes."""
+    rows = np.stack([env.bounds.dense, env.bounds.cheapest if chosen is None else np.array(chosen)])
+    return {
+        budget.name: [float(budget.target), *np.asarray(budget.predict(rows), dtype=np.float64).tolist()]
+        for budget in env.budgets
+    }
+
+
+def alike(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> bool:
+    """Return whether two results of `budget_fingerprint` are of the same budgets."""
+    return ours.keys() == theirs.keys() and all(
+        np.allclose(ours[name], theirs[name], rtol=1e-9) for name in ours
+    )
+
+
+def check_unfinished(
+    ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]], path: Path
+) -> None:
+    """Raise an error if an unfinished search would continue with other budgets, as given by `budget_fingerprint`.
+
+    Raises:
+        CompressorError: The targets differ.
+    """
+    before, now = ({name: values[0] for name, values in each.items()} for each in (ours, theirs))
+    if before.keys() == now.keys() and all(np.isclose(before[name], now[name], rtol=1e-9) for name in now):
+        return
+    described = [
+        ", ".join(f"{name} <= {target:g}" for name, target in each.items()) or "no budget"
+        for each in (before, now)
+    ]
+    raise CompressorError(
+        f"The search's state in {path} is of an unfinished search within {described[0]}, not within {described[1]}.",
+        "Finish it within those budgets first, or delete that file to search again.",
+    )
+
+
+def space_fingerprint(env: PruningEnv) -> str:
+    """Return a checksum of the groups and their legal widths: if it matches, widths mean the same."""
+    choices = env.bounds.choices
+    described = [
+        [group.name, int(group.width), len(legal), int(legal[0])]
+        for group, legal in zip(env.space.groups, choices, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()

@@ -1,1 +1,0 @@
-"""The constrained agent: PPO with a Lagrange multiplier for each budget."""
