@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def test_multipliers_rise_with_excess_and_fall_without() -> None:
     )  # Adam's first step moves p by its rate: softplus(0.5413 +- 0.1)
     assert multipliers.values.tolist() == pytest.approx([1.064364, 0.937961], abs=1e-5)
     again = Multipliers(2, rate=0.1)
-    again.restore(multipliers.state())
+    again.load_state_dict(multipliers.state_dict())
+    again.optimizer.load_state_dict(deepcopy(multipliers.optimizer.state_dict()))
     for each in (multipliers, again):
         each.step([55.0, 70.0], [50.0, 50.0])
     assert again.values.tolist() == multipliers.values.tolist()
