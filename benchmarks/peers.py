@@ -444,8 +444,8 @@ def our_search(
     """Search with one of our agents, on the given weights; a search that was stopped continues from its folder."""
     from compressor.core.records import Checkpoint, EpisodeLog
     from compressor.run.search_setup import environment
-    from compressor.search.candidate import Limits
-    from compressor.search.registry import create_agent
+    from compressor.search.base import create_agent
+    from compressor.search.records import Limits
     from compressor.search.schedule import Schedule
 
     agent_name, compensated, _ = method.partition(COMPENSATED)
