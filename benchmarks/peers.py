@@ -90,6 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_weights(options, lines)
     if not options.page_only:
         run_all(options, lines, console)
+    if options.list:
+        return
     if not lines.entries():
         raise SystemExit(f"There are no cells in {options.results} yet: no page is written.")
     write_atomic(options.page, page(options, lines))

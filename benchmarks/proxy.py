@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
     lines = Lines(options.results, {**cells.settings_of(options), **own})
     if not options.page_only:
         Study(options, lines, console).run()
+    if options.list:
+        return
     if not lines.entries():
         raise SystemExit(f"There are no cells in {options.results} yet: no page is written.")
     text = page(options, lines)
