@@ -243,6 +243,17 @@ class PruningSpace:
         small.__dict__[RECORD]["outputs"] = self.outputs
         return small
 
+    def compensate(
+        self, plan: ChannelPlan, batches: Any, method: Literal["layers", "moments"] = "layers", seed: int = 0
+    ) -> nn.Module:
+        """As `apply`, and refit the layers whose inputs changed to the dense network's outputs on `batches`.
+
+        `compressor.pruning.compensate` describes the arguments, and returns a report besides the network.
+        """
+        from compressor.pruning.compensate import compensate
+
+        return compensate(self, plan, batches, method, seed=seed).network
+
     def _check_unchanged(self) -> None:
         """Refuse later changes of computed weights: they were fixed once, so that changes would be ignored."""
         if self._given is not self.model and _versions(self._given) != self._given_versions:

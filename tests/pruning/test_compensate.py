@@ -1,0 +1,319 @@
+"""Compensation: exact cases by hand, every kind of layer, the guarantee on images left out, and real networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from compressor.core.errors import CompressorError
+from compressor.pruning import compensate as module
+from compressor.pruning.compensate import DenseMoments, compensate, difference
+from compressor.pruning.least_squares import Gram, Ridge
+from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.replay import Recording
+from compressor.pruning.sites import Geometry
+from compressor.pruning.space import PruningSpace
+from tests.pruning.networks import Attentive, UNet, Zoo, filled
+
+
+def images(count: int, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+class Redundant(nn.Module):
+    """conv a: 3->6, whose channel 5 is 2 * channel 0 - channel 3; conv b reads them, with or without a bias."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 6, 3, bias=False)
+        self.b = nn.Conv2d(6, 4, 3, bias=bias)
+        with torch.no_grad():
+            self.a.weight[5] = 2 * self.a.weight[0] - self.a.weight[3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("method", ["layers", "moments"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_channel_that_the_others_combine_to_is_replaced_exactly(method: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = Redundant(bias).eval()
+    space = PruningSpace(model, torch.zeros(1, 3, 10, 10))
+    plan = ChannelPlan({"a": (0, 1, 2, 3, 4)})
+    found = compensate(space, plan, [images(64, 3, 10, 10)], method)
+    assert found.error_cut > 0.01
+    assert list(found.refitted) == ["b"]
+    # By hand: b reads channel 5 as 2 * channel 0 - channel 3.
+    expected = model.b.weight[:, :5].clone()
+    expected[:, 0] += 2 * model.b.weight[:, 5]
+    expected[:, 3] -= model.b.weight[:, 5]
+    torch.testing.assert_close(found.network.b.weight, expected, rtol=1e-4, atol=1e-5)
+    x = images(8, 3, 10, 10, seed=1)
+    torch.testing.assert_close(outputs(found.network, x), outputs(model, x), rtol=1e-4, atol=1e-5)
+
+
+class Before(nn.Module):
+    """conv a: 3->6 with constant channels of 1 to 3; the layer b reads them, and a batch norm its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        with torch.no_grad():
+            self.a.weight[4:] = 0
+            self.a.bias[4:] = torch.tensor([2.0, 3.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.b(self.a(x)))
+
+
+def test_a_constant_goes_to_the_mean_of_the_batch_norm() -> None:
+    torch.manual_seed(0)
+    model = filled(Before())
+    with torch.no_grad():
+        model.a.weight[4:] = 0
+        model.a.bias[4:] = torch.tensor([2.0, 3.0])
+    space = PruningSpace(model, torch.zeros(1, 3, 6, 6))
+    small = space.compensate(ChannelPlan({"a": (0, 1, 2, 3)}), [images(64, 3, 6, 6)])
+    missing = model.b.weight[:, 4, 0, 0] * 2 + model.b.weight[:, 5, 0, 0] * 3
+    torch.testing.assert_close(small.norm.running_mean, model.norm.running_mean - missing, rtol=1e-4, atol=1e-4)
+    assert small.b.bias is None
+
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "conv1d": (nn.Conv1d(6, 4, 3, stride=2, padding=1), (3, 12)),
+    "conv2d dilated": (nn.Conv2d(6, 4, (3, 2), stride=(1, 2), padding=(1, 0), dilation=2), (3, 9, 11)),
+    "conv2d same": (nn.Conv2d(6, 4, 4, padding="same"), (3, 9, 9)),
+    "conv2d circular": (nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular"), (3, 9, 9)),
+    "conv3d": (nn.Conv3d(6, 4, 2), (3, 4, 5, 6)),
+    "grouped": (nn.Conv2d(6, 4, 3, groups=2), (3, 8, 8)),
+    "depthwise": (nn.Conv2d(6, 6, 3, groups=6), (3, 8, 8)),
+    "transposed": (nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1), (3, 6, 6)),
+    "transposed dilated": (nn.ConvTranspose2d(6, 4, 2, dilation=3), (3, 6, 6)),
+    "transposed grouped": (nn.ConvTranspose2d(6, 4, 3, groups=2), (3, 6, 6)),
+    "linear": (nn.Linear(6, 4), (5, 6)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_patches_times_matrix_is_the_layer(name: str) -> None:
+    layer, shape = LAYERS[name]
+    x = images(3, *(shape if name == "linear" else (6, *shape[1:])))
+    recording = Recording(nn.Sequential(layer).eval(), (x,))
+    call = next(each for each in recording.calls if each.name == "linear" or "conv" in each.name)
+    geometry = Geometry.of(call, layer.weight)
+    with torch.no_grad():
+        y = layer(x)
+        if name == "conv2d circular":
+            x = nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
+        bias = layer.bias.reshape(geometry.groups, 1, -1)
+        found = geometry.patches(x) @ geometry.matrix(layer.weight) + bias
+        torch.testing.assert_close(found, geometry.rows(y), rtol=1e-4, atol=1e-5)
+        places = torch.tensor([0, 3, geometry.positions(y) - 1])
+        some = geometry.patches(x, places) @ geometry.matrix(layer.weight) + bias
+        torch.testing.assert_close(some, geometry.rows(y, places), rtol=1e-4, atol=1e-5)
+    assert torch.equal(geometry.weight(geometry.matrix(layer.weight), layer.weight), layer.weight)
+
+
+def test_ridge_by_hand() -> None:
+    # x is -1 or 1, y is 3x + 1: with variance 1 and strength 1, the weight goes half of the way from 1 to 3.
+    x = torch.tensor([[[-1.0], [1.0]]])
+    ridge = Ridge(Gram.of(x), 1.0, constant=True)
+    xy, y, old = (torch.tensor(value, dtype=torch.float64) for value in ([[[3.0]]], [[1.0]], [[[1.0]]]))
+    weight, constant = ridge.solve(xy, y, old)
+    assert weight.item() == pytest.approx(2.0)
+    assert constant.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(Zoo(), (3, 32, 32)), (UNet(), (3, 16, 16)), (Attentive(), (10, 24))],
+    ids=["zoo", "unet", "attention"],
+)
+@pytest.mark.parametrize("method", ["layers", "moments"])
+def test_every_kind_of_layer_is_refitted_or_named(model: nn.Module, shape: tuple[int, ...], method: str) -> None:
+    model = filled(model)
+    space = PruningSpace(model, torch.zeros(1, *shape))
+    plan = space.uniform(0.6)
+    found = compensate(space, plan, [(images(48, *shape), torch.zeros(48))], method)
+    widths = space.widths(plan.widths)
+    lost = {
+        layer.name
+        for layer in space.layers
+        if layer.in_channels(widths[None])[0] < layer.in_channels(space.dense_widths[None])[0]
+    }
+    assert lost <= {*found.refitted, *found.left}
+    assert not {*found.refitted} & {*found.left}
+    assert found.error <= found.error_cut
+    assert found.images == 48
+    x = images(16, *shape, seed=1)
+    exact = [[outputs(model, x)]]
+    cut, small = ([[outputs(network, x)]] for network in (space.apply(plan), found.network))
+    assert difference(exact, small) < difference(exact, cut)
+    if isinstance(model, Zoo):
+        assert found.left["shared"] == "several calls share its parameters"
+
+
+def test_same_seed_same_result_and_the_dense_network_is_unchanged() -> None:
+    model = filled(UNet())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    space = PruningSpace(model, torch.zeros(1, 3, 16, 16))
+    plan, batches = space.uniform(0.5), [images(24, 3, 16, 16), images(24, 3, 16, 16, seed=1)]
+    small = [space.compensate(plan, batches, seed=seed).state_dict() for seed in (3, 3, 4)]
+    assert all(torch.equal(small[0][name], small[1][name]) for name in small[0])
+    assert not all(torch.equal(small[0][name], small[2][name]) for name in small[0])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_moments_are_shared_by_plans() -> None:
+    model = filled(UNet())
+    space = PruningSpace(model, torch.zeros(1, 3, 16, 16))
+    batches = [images(48, 3, 16, 16)]
+    moments = DenseMoments(space, batches)
+    assert moments.bytes > 0
+    for ratio in (0.5, 0.75):
+        plan = space.uniform(ratio)
+        own, shared = space.compensate(plan, batches, "moments"), moments.apply(plan)
+        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), shared.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["layers", "moments"])
+def test_large_patches_fall_back_to_channels(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("compressor.pruning.compensate.LARGEST",):
+        monkeypatch.setattr(place, 50)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 10, 3), nn.Conv2d(10, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 20), nn.Linear(20, 4)
+    ).eval()
+    with torch.no_grad():
+        model[0].weight[9] = model[0].weight[0] + model[0].weight[1]
+        model[0].bias[9] = 1 + model[0].bias[0] + model[0].bias[1]
+    space = PruningSpace(model, torch.zeros(1, 3, 8, 8))
+    found = compensate(space, ChannelPlan({"0": tuple(range(9))}), [images(64, 3, 8, 8)], method)
+    assert next(iter(found.refitted)) == "1"
+    assert found.error < 1e-6 * found.error_cut
+    flat = compensate(space, ChannelPlan({"1": (0, 1, 2, 4, 5)}), [images(64, 3, 8, 8)], method)
+    assert next(iter(flat.refitted)) == "4"
+    assert flat.error < flat.error_cut
+
+
+class InPlace(nn.Module):
+    """A residual block as torchvision writes it: the shortcut is computed after the branch, all in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.second, self.down = nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.Conv2d(8, 12, 1, bias=False)
+        self.norm, self.down_norm = nn.BatchNorm2d(12), nn.BatchNorm2d(12)
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        out = self.norm(self.second(self.relu(self.first(x))))
+        out += self.down_norm(self.down(x))
+        return self.head(self.relu(out).mean((2, 3)))
+
+
+def test_the_layer_that_ends_a_branch_is_fitted_to_the_sum() -> None:
+    from compressor.pruning.sites import find_sites, shortcuts_first
+
+    model = filled(InPlace())
+    recording = Recording(model, (images(4, 3, 8, 8),))
+    shortcuts_first(recording)
+    assert recording.repeats((images(4, 3, 8, 8),))
+    sites = {site.layer: site for site in find_sites(recording)[0]}
+    assert [name for name in sites] == ["stem", "first", "down", "second", "head"]
+    assert sites["second"].shortcut is not None
+    assert sites["second"].limits == (0.0, float("inf"))
+    assert sites["second"].constant == "norm.running_mean"
+    assert sites["down"].shortcut is None
+    assert sites["stem"].limits == (0.0, float("inf"))
+    space = PruningSpace(model, torch.zeros(1, 3, 8, 8))
+    found = compensate(space, space.uniform(0.5), [images(64, 3, 8, 8)])
+    assert set(found.refitted) == {"first", "down", "second", "head"}
+    assert found.error < 0.5 * found.error_cut
+
+
+def test_what_is_refused() -> None:
+    space = PruningSpace(filled(UNet()), torch.zeros(1, 3, 16, 16))
+    plan = space.uniform(0.5)
+    with pytest.raises(CompressorError, match="no method 'magic'"):
+        compensate(space, plan, [images(8, 3, 16, 16)], "magic")
+    with pytest.raises(CompressorError, match="at least two images, not 0"):
+        compensate(space, plan, [])
+    with pytest.raises(CompressorError, match="Moments do not hold the images"):
+        compensate(space, plan, DenseMoments(space, [images(8, 3, 16, 16)]))
+
+
+def test_memory_limits_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = PruningSpace(filled(UNet()), torch.zeros(1, 3, 16, 16))
+    plan = space.uniform(0.5)
+    each = 4 * (space.activations(space.dense_widths) + space.activations(space.widths(plan.widths)))
+    monkeypatch.setattr(module, "MEMORY", 12 * each)
+    assert compensate(space, plan, [images(48, 3, 16, 16)]).images == 12
+
+
+TEN = {
+    "resnet18": 64, "mobilenet_v2": 64, "mobilenet_v3_small": 64, "shufflenet_v2_x0_5": 64, "squeezenet1_1": 64,
+    "efficientnet_b0": 64, "mnasnet0_5": 64, "regnet_x_400mf": 64, "densenet121": 64, "vgg11_bn": 32,
+}  # fmt: skip
+
+
+def random_plans(name: str, size: int, count: int, calibration: int = 24) -> list[tuple[float, float]]:
+    """Errors of outputs, compensated and cut, on images that no fit saw, for random plans of a random network."""
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None, num_classes=20).eval()
+    space = PruningSpace(model, torch.zeros(1, 3, size, size))
+    x, other = images(calibration, 3, size, size), images(16, 3, size, size, seed=1)
+    exact = [[outputs(model, other)]]
+    rng, found = np.random.default_rng(0), []
+    for _ in range(count):
+        plan = space.plan(space.random_widths(rng), importance="random", seed=int(rng.integers(1000)))
+        small = space.compensate(plan, [x])
+        pair = [difference(exact, [[outputs(each, other)]]) for each in (small, space.apply(plan))]
+        found.append((pair[0], pair[1]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"])
+def test_compensating_random_plans_never_makes_outputs_worse(name: str) -> None:
+    for compensated, cut in random_plans(name, TEN[name], 1):
+        assert compensated <= cut
+
+
+#: Of half of the multiply-adds, found by the knapsack agent.
+WIDTHS = {
+    "conv1": 16, "layer1.0.conv1": 2, "layer1.1.conv1": 8, "layer1.2.conv1": 4, "layer2.0.conv1": 20,
+    "layer2.0.conv2": 7, "layer2.1.conv1": 21, "layer2.2.conv1": 17, "layer3.0.conv1": 49, "layer3.0.conv2": 13,
+    "layer3.1.conv1": 46, "layer3.2.conv1": 44,
+}  # fmt: skip
+
+
+def test_a_real_network_at_half_of_its_multiply_adds(shared_data: Path, cifar_jpegs: Path) -> None:
+    from compressor.data.load import load_data
+    from compressor.models.cifar import cifar_resnet20
+    from compressor.models.weights import load_weights
+    from compressor.search.evaluate import accuracy
+
+    model = cifar_resnet20().eval()
+    load_weights(model, shared_data / "resnet20_cifar10jpeg.pt", 10)
+    data = load_data(f"folder:{cifar_jpegs}", seed=0)
+    space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
+    plan = space.plan(WIDTHS)
+    assert space.macs(space.widths(WIDTHS)) / space.macs(space.dense_widths) == pytest.approx(0.5, abs=0.001)
+    batches = list(data.train.sample(256).batches(64))
+    found = compensate(space, plan, batches)
+    assert accuracy(space.apply(plan), data.test) < 0.35
+    assert accuracy(found.network, data.test) > 0.78
+    assert accuracy(space.compensate(plan, batches, "moments"), data.test) > 0.60
