@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
+from compressor.pruning.construct import Layer
 from compressor.pruning.least_squares import LARGEST, Fit, Gram, Regression, Samples, fit_moments
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.replay import Recording, State, outputs
@@ -23,6 +24,9 @@ from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 from compressor.pruning.slicer import Slicer, swap
 
 METHODS = ("layers", "moments")
+NO_BETTER = "no fit has a lower error on the images left out"
+COMPUTED = "its weights are computed while the network runs"
+TOO_LARGE = f"its patches have more than {LARGEST} values"
 CHUNK = 32
 """Images that run through the networks at once."""
 LEFT_OUT = 0.25
@@ -46,6 +50,9 @@ class Space(Protocol):
 
     @property
     def slicer(self) -> Slicer: ...
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
 
     def apply(self, plan: ChannelPlan) -> nn.Module: ...
 
@@ -196,15 +203,23 @@ def _dense_copy(space: Space) -> nn.Module:
 
 
 class _Layer:
-    """The weights of one site in the dense and the slim network."""
+    """The weights of one site in the dense and the slim network.
+
+    Args:
+        dense, slim: Parameters and buffers by name.
+        kept: Axis of the weight -> kept indices.
+    """
 
     def __init__(
-        self, space: Space, site: Site, tensors: Mapping[str, Tensor], kept: Mapping[int, Tensor]
+        self,
+        space: Space,
+        site: Site,
+        dense: Mapping[str, Tensor],
+        slim: Mapping[str, Tensor],
+        kept: Mapping[int, Tensor],
     ) -> None:
-        small = tensors
-        self.site, self.tensors = site, tensors
-        self.weight = small[site.weight]
-        self.dense_weight = named_tensors(space.model)[site.weight].detach()
+        self.site, self.tensors = site, slim
+        self.weight, self.dense_weight = slim[site.weight], dense[site.weight].detach()
         out_axis, self.in_axis = (1, 0) if site.geometry.transposed else (0, 1)
         self.kept_out, self.kept_in = kept.get(out_axis), kept.get(self.in_axis)
         #: Neighbouring inputs of a linear layer that belong to one channel that was flattened.
@@ -212,25 +227,30 @@ class _Layer:
         for axis, layout in space.slicer.axes.get(site.weight, ()):
             if axis == self.in_axis and not site.geometry.rank:
                 self.run = space.slicer.layouts[layout].run
-        #: Whole groups, such as the channels of a depthwise convolution, may be gone.
-        self.groups = site.geometry.groups
-        if self.groups > 1 and self.weight.shape[1] == self.dense_weight.shape[1]:
-            self.groups = self.groups * self.weight.shape[0] // self.dense_weight.shape[0]
-        self.geometry = site.geometry.with_groups(self.groups)
-        self.old = self.geometry.matrix(self.weight.detach()).double()
-        groups, _, outs = self.old.shape
-        scale = self.old.new_ones(groups * outs)
+        groups = site.geometry.groups
+        if groups > 1 and self.kept_out is not None:
+            # Whole groups may be gone, such as channels of a depthwise convolution.
+            groups = len(torch.unique(self.kept_out // (self.dense_weight.shape[0] // groups)))
+        self.geometry = site.geometry.with_groups(groups)
+        outs = self.weight.shape[out_axis] // (1 if site.geometry.transposed else groups)
+        self.width = self.weight.numel() // (groups * outs)
+        scale = torch.ones(groups * outs, dtype=torch.float64, device=self.weight.device)
         shift = torch.zeros_like(scale)
         if site.norm is not None:
-            scale, shift = site.norm.affine(small)
+            scale, shift = site.norm.affine(slim)
         if site.bias is not None:
-            shift = shift + small[site.bias].double() * scale
+            shift = shift + slim[site.bias].double() * scale
         self.scale, self.shift = scale.reshape(groups, 1, outs), shift
+
+    @property
+    def old(self) -> Tensor:
+        """Scaled weights, (g, p, o), float64."""
+        return self.geometry.matrix(self.weight.detach()).double() * self.scale
 
     @property
     def lost(self) -> bool:
         """Whether the layer reads fewer channels than in the dense network."""
-        if self.groups < self.site.geometry.groups:
+        if self.geometry.groups < self.site.geometry.groups:
             return True
         return self.kept_in is not None and len(self.kept_in) < self.dense_weight.shape[self.in_axis]
 
@@ -240,7 +260,7 @@ class _Layer:
         if self.site.geometry.groups > 1 or self.dense_weight.shape[self.in_axis] // self.run > LARGEST:
             return None
         channels = self.dense_weight.shape[self.in_axis] // self.run
-        whole = torch.eye(channels, dtype=torch.float64, device=self.old.device)
+        whole = torch.eye(channels, dtype=torch.float64, device=self.weight.device)
         kept = self.kept_in
         return (whole if kept is None else whole[kept[:: self.run] // self.run])[None]
 
@@ -275,7 +295,7 @@ class _Layer:
         if seen.mean.shape[1] == full.shape[1]:
             taps = torch.arange(self.geometry.taps, device=kept.device)
             kept = (kept[:, None] * len(taps) + taps).flatten()
-            found = fit_moments(seen, left_out, kept, full, self.old * self.scale, constant)
+            found = fit_moments(seen, left_out, kept, full, self.old, constant)
             if found is not None:
                 self.write(found.weight, found.constant)
             return found
@@ -309,8 +329,8 @@ class _Layer:
     def write(self, weight: Tensor, constant: Tensor) -> None:
         """Store the scaled weight, (g, p, o), and constant, (g, o); outputs of no scale stay as they are."""
         scale = torch.where(self.scale.abs() > 1e-4 * self.scale.abs().amax(), self.scale, math.inf)
-        change = (weight - self.old * self.scale) / scale
-        self.weight.copy_(self.geometry.weight(self.old + change, self.weight))
+        plain = self.geometry.matrix(self.weight.detach()).double()
+        self.weight.copy_(self.geometry.weight(plain + (weight - plain * self.scale) / scale, self.weight))
         if self.site.constant is not None:
             added = (constant / scale[:, 0]).flatten()
             holder = self.tensors[self.site.constant]
@@ -333,17 +353,26 @@ class _Walk:
             )
         self.slim.order(shortcuts_first(self.dense))
         self.states = [(self.dense.start(chunk), self.slim.start(chunk)) for chunk in images.chunks]
-        self.sites, self.left = find_sites(self.dense)
-        tensors, kept = named_tensors(self.small), space.indices(plan)
-        self.layers = {
-            site.number: _Layer(space, site, tensors, kept.get(site.weight, {})) for site in self.sites
+        sites, self.left = find_sites(self.dense)
+        dense, slim, kept = named_tensors(space.model), named_tensors(self.small), space.indices(plan)
+        layers = {
+            site.number: _Layer(space, site, dense, slim, kept.get(site.weight, {})) for site in sites
         }
+        first = next((place for place, site in enumerate(sites) if layers[site.number].lost), len(sites))
         self.ends: dict[int, list[Site]] = {}
-        for site in self.sites:
+        self.large: dict[int, Site] = {}
+        self.layers: dict[int, _Layer] = {}
+        self.sites: list[Site] = []
+        for site in sites[first:]:
+            layer = layers[site.number]
+            if layer.width > LARGEST and layer.mixing is None:
+                self.left[site.layer] = TOO_LARGE
+                continue
+            self.sites.append(site)
+            self.layers[site.number] = layer
             self.ends.setdefault(site.end, []).append(site)
-        self.large = {
-            site.number: site for site in self.sites if self.layers[site.number].old.shape[1] > LARGEST
-        }
+            if layer.width > LARGEST:
+                self.large[site.number] = site
         #: Of each chunk and call: the dense network's results to which layers are fitted, and inputs of large layers.
         self.goals: dict[tuple[int, int], Tensor] = {}
         self.inputs: dict[tuple[int, int], Tensor] = {}
@@ -353,44 +382,40 @@ class _Walk:
         """Refit all layers from the first one that lost inputs on."""
         images = self.images
         cut = [outputs(self.small(*chunk)) for i, chunk in enumerate(images.chunks) if images.left_out(i)]
-        started = False
         for site in self.sites:
-            layer = self.layers[site.number]
-            started = started or layer.lost
-            if started:
-                self._refit(site, layer)
+            refit = self._refit_channels if site.number in self.large else self._refit
+            found = refit(site, self.layers[site.number])
+            if found is not None:
+                self.refitted[site.layer] = found.error / max(found.before, 1e-300)
         pairs = [(self.dense.finish(dense), self.slim.finish(slim)) for dense, slim in self.states]
         exact = [dense for dense, _ in pairs][-images.held :]
         error = difference(exact, [slim for _, slim in pairs][-images.held :])
         self.small.train(self.mode)
+        names = [site.layer for site in self.sites]
+        cut_error = difference(exact, cut)
         return _judged(
-            self.space, self.plan, self.small, self.refitted, self.left, error, difference(exact, cut), len(images)
+            self.space, self.plan, self.small, names, self.refitted, self.left, error, cut_error, len(images)
         )
 
-    def _refit(self, site: Site, layer: _Layer) -> None:
-        if layer.old.shape[1] > LARGEST:
-            return self._refit_channels(site, layer)
+    def _refit(self, site: Site, layer: _Layer) -> Fit | None:
         seen, left_out = Samples(), Samples()
         for index, (_, slim) in enumerate(self.states):
             goal, offset = self._advance(site, layer, index)
             geometry, x = layer.geometry, slim.values[site.source]
-            places = self.images.places(site, geometry, x, goal, index, layer.old.shape[1])
+            places = self.images.places(site, geometry, x, goal, index, layer.width)
             samples = left_out if self.images.left_out(index) else seen
             samples.x.append(geometry.patches(x, places))
             samples.goal.append(geometry.rows(goal - offset, places))
             samples.offset.append(
                 offset.reshape(geometry.groups, 1, -1) if site.shortcut is None else geometry.rows(offset, places)
             )
-        found = Regression(seen, left_out, site.limits, site.constant is not None).fit(layer.old * layer.scale)
+        found = Regression(seen, left_out, site.limits, site.constant is not None).fit(layer.old)
         if found is not None:
             layer.write(found.weight, found.constant)
-        self._note(site, layer, found)
+        return found
 
-    def _refit_channels(self, site: Site, layer: _Layer) -> None:
+    def _refit_channels(self, site: Site, layer: _Layer) -> Fit | None:
         """Refit a layer of large patches: the dense network's input channels are fitted, not the outputs."""
-        if layer.mixing is None:
-            self._note(site, layer, None, f"its patches have more than {LARGEST} values")
-            return
         seen, left_out = Samples(), Samples()
         ends = []
         for index, (_, slim) in enumerate(self.states):
@@ -402,17 +427,17 @@ class _Walk:
             samples.x.append(rows[0][None] if places is None else rows[0][places][None])
             samples.goal.append(rows[1][None] if places is None else rows[1][places][None])
             samples.offset.append(rows[1].new_zeros(1, 1, 1))
-        mixed = Regression(seen, left_out, None, site.constant is not None).fit(layer.mixing)
-        found = None
-        if mixed is not None:
-            before, stored = self._output_error(site, layer, ends), layer.stored()
-            layer.write(*layer.folded(mixed.weight, mixed.constant))
-            error = self._output_error(site, layer, ends)
-            if error < before:
-                found = replace(mixed, error=error, before=before)
-            else:
-                layer.restore(stored)
-        self._note(site, layer, found)
+        mixing = layer.mixing
+        mixed = None if mixing is None else Regression(seen, left_out, None, site.constant is not None).fit(mixing)
+        if mixed is None:
+            return None
+        before, stored = self._output_error(site, layer, ends), layer.stored()
+        layer.write(*layer.folded(mixed.weight, mixed.constant))
+        error = self._output_error(site, layer, ends)
+        if error < before:
+            return replace(mixed, error=error, before=before)
+        layer.restore(stored)
+        return None
 
     def _output_error(self, site: Site, layer: _Layer, ends: Sequence[tuple[Tensor, Tensor]]) -> float:
         """Return the squared error of a layer's output on the images left out."""
@@ -424,14 +449,6 @@ class _Walk:
                     found, goal = found.clamp(*site.limits), goal.clamp(*site.limits)
                 total += float((found - goal).double().square().sum())
         return total
-
-    def _note(
-        self, site: Site, layer: _Layer, found: Fit | None, reason: str = "no fit has a lower error on images left out"
-    ) -> None:
-        if found is not None:
-            self.refitted[site.layer] = found.error / max(found.before, 1e-300)
-        elif layer.lost:
-            self.left[site.layer] = reason
 
     def _advance(self, site: Site, layer: _Layer, index: int) -> tuple[Tensor, Tensor]:
         """Run both networks up to a layer; returns the goal, and what is added to the layer's scaled product."""
@@ -492,9 +509,10 @@ class DenseMoments:
         site = self._readers.get(number)
         if site is None:
             return
-        layer = _Layer(self.space, site, named_tensors(self.dense), {})
+        tensors = named_tensors(self.dense)
+        layer = _Layer(self.space, site, tensors, tensors, {})
         x, y = (state.values[each] for each in (site.source, self._recording.calls[number].outs[0]))
-        width = layer.old.shape[1]
+        width = layer.width
         if width > LARGEST:
             if layer.mixing is None:
                 return
@@ -522,25 +540,24 @@ class DenseMoments:
         for network in (small.eval(), self.space.apply(plan).eval()):
             errors.append(difference(self.exact, [outputs(network(*chunk)) for chunk in held]))
         small.train(mode)
-        return _judged(self.space, plan, small, refitted, left, errors[0], errors[1], len(self.images))
+        names = [site.layer for site in self.sites]
+        return _judged(self.space, plan, small, names, refitted, left, errors[0], errors[1], len(self.images))
 
     def _applied(self, plan: ChannelPlan) -> tuple[nn.Module, dict[str, float], dict[str, str]]:
         small = self.space.apply(plan)
-        tensors, kept = named_tensors(small), self.space.indices(plan)
+        dense, slim, kept = named_tensors(self.dense), named_tensors(small), self.space.indices(plan)
         refitted, left = {}, dict(self.left)
         for site in self.sites:
-            layer = _Layer(self.space, site, tensors, kept.get(site.weight, {}))
+            layer = _Layer(self.space, site, dense, slim, kept.get(site.weight, {}))
             if not layer.lost:
                 continue
             grams = [self._grams.get((site.number, held)) for held in (False, True)]
             if grams[0] is None or grams[1] is None:
-                large = f"its patches have more than {LARGEST} values"
-                left[site.layer] = "its groups lost no inputs" if layer.groups < site.geometry.groups else large
+                whole = layer.geometry.groups < site.geometry.groups
+                left[site.layer] = "its groups lost no inputs" if whole else TOO_LARGE
                 continue
             found = layer.from_moments(grams[0], grams[1])
-            if found is None:
-                left[site.layer] = "no fit has a lower error on the images left out"
-            else:
+            if found is not None:
                 refitted[site.layer] = found.error / max(found.before, 1e-300)
         return small, refitted, left
 
@@ -549,6 +566,7 @@ def _judged(
     space: Space,
     plan: ChannelPlan,
     small: nn.Module,
+    sites: Iterable[str],
     refitted: Mapping[str, float],
     left: Mapping[str, str],
     error: float,
@@ -556,12 +574,15 @@ def _judged(
     images: int,
 ) -> Compensation:
     """Return the network, or the one that is only sliced if that is closer to the dense network."""
+    widths = [space.widths(each.widths)[None] for each in (space.dense(), plan)]
+    lost = [each.name for each in space.layers if each.in_channels(widths[1])[0] < each.in_channels(widths[0])[0]]
     if error > error_cut:
-        reason = "the network's outputs on the images left out are closer to the dense network's without compensation"
-        return Compensation(
-            space.apply(plan), {}, {**left, **dict.fromkeys(refitted, reason)}, error_cut, error_cut, images
-        )
-    return Compensation(small, refitted, left, error, error_cut, images)
+        reason = "the outputs on the images left out are closer to the dense network's without compensation"
+        return Compensation(space.apply(plan), {}, dict.fromkeys(lost, reason), error_cut, error_cut, images)
+    named = {
+        name: left.get(name, NO_BETTER if name in sites else COMPUTED) for name in lost if name not in refitted
+    }
+    return Compensation(small, refitted, named, error, error_cut, images)
 
 
 def along(vector: Tensor, like: Tensor, axis: int) -> Tensor:

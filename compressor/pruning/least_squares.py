@@ -98,6 +98,10 @@ class Ridge:
         return weight, y - (weight * self.mean[:, :, None]).sum(1)
 
 
+Part = tuple[Tensor, Tensor, Tensor]
+"""Inputs, goals and offsets."""
+
+
 @dataclass
 class Samples:
     """Samples of one layer, in parts: inputs x, (g, n, p), and goals of the scaled output scale * y, (g, n, o).
@@ -109,7 +113,7 @@ class Samples:
     goal: list[Tensor] = field(default_factory=list)
     offset: list[Tensor] = field(default_factory=list)
 
-    def joined(self) -> tuple[Tensor, Tensor, Tensor]:
+    def joined(self) -> Part:
         """Return all parts together."""
         offset = self.offset[0] if self.offset[0].shape[1] == 1 else torch.cat(self.offset, 1)
         return torch.cat(self.x, 1), torch.cat(self.goal, 1), offset
@@ -128,6 +132,7 @@ class Regression:
         self.seen, self.left_out = seen.joined(), left_out.joined()
         self.limits, self.constant = limits, constant
         self.gram, self.left_out_gram = Gram.of(self.seen[0]), Gram.of(self.left_out[0])
+        self.products = _products([self.seen], [self.seen[1]])
 
     def fit(self, old: Tensor) -> Fit | None:
         """Choose the strength by the error on the samples left out, then fit to all samples with it.
@@ -138,14 +143,11 @@ class Regression:
         Returns:
             Scaled weight and constant; None if no strength has a lower error than the old weights.
         """
-        zero = torch.zeros_like(old[:, 0])
-        before = self._error(old, zero)
+        before = self._error(old, torch.zeros_like(old[:, 0]))
         best = (before, -1.0)
         for strength in STRENGTHS:
             ridge = Ridge(self.gram, strength, self.constant)
-            if ridge.singular:
-                continue
-            error = self._error(*self._solve(ridge, [self.seen], old, 0))
+            error = math.inf if ridge.singular else self._error(*ridge.solve(*self.products, old))
             if error < best[0]:
                 best = (error, strength)
         error, strength = best
@@ -153,32 +155,27 @@ class Regression:
             return None
         steps = 0
         if self.limits is not None and strength != math.inf:
-            stepped = self._error(*self._solve(Ridge(self.gram, strength, self.constant), [self.seen], old, STEPS))
+            ridge = Ridge(self.gram, strength, self.constant)
+            stepped = self._error(*self._stepped(ridge, [self.seen], self.products, old))
             if stepped < error:
                 error, steps = stepped, STEPS
         everything = Ridge(self.gram + self.left_out_gram, strength, self.constant)
         if everything.singular:
             return None
-        weight, constant = self._solve(everything, [self.seen, self.left_out], old, steps)
-        return Fit(weight, constant, strength, error, before)
+        both = [self.seen, self.left_out]
+        products = _products(both, [goal for _, goal, _ in both])
+        found = self._stepped(everything, both, products, old) if steps else everything.solve(*products, old)
+        return Fit(*found, strength, error, before)
 
-    def _solve(
-        self, ridge: Ridge, parts: Sequence[tuple[Tensor, Tensor, Tensor]], old: Tensor, steps: int
+    def _stepped(
+        self, ridge: Ridge, parts: Sequence[Part], products: tuple[Tensor, Tensor], old: Tensor
     ) -> tuple[Tensor, Tensor]:
-        goals = [goal for _, goal, _ in parts]
-        count = sum(x.shape[1] for x, _, _ in parts)
-        for step in range(steps + 1):
-            # Float32 products of parts of the samples would lose exact solutions.
-            xy, y = torch.zeros_like(old), torch.zeros_like(old[:, 0])
-            for (x, _, _), goal in zip(parts, goals, strict=True):
-                xy += x.double().mT @ goal.double()
-                y += goal.double().sum(1)
-            weight, constant = ridge.solve(xy / count, y / count, old)
-            if step < steps:
-                goals = [self._one_sided(part, weight, constant) for part in parts]
-        return weight, constant
+        found = ridge.solve(*products, old)
+        for _ in range(STEPS):
+            found = ridge.solve(*_products(parts, [self._one_sided(part, *found) for part in parts]), old)
+        return found
 
-    def _one_sided(self, part: tuple[Tensor, Tensor, Tensor], weight: Tensor, constant: Tensor) -> Tensor:
+    def _one_sided(self, part: Part, weight: Tensor, constant: Tensor) -> Tensor:
         x, goal, offset = part
         assert self.limits is not None
         found = x @ weight.to(x.dtype) + constant.to(x.dtype)[:, None]
@@ -188,10 +185,18 @@ class Regression:
 
     def _error(self, weight: Tensor, constant: Tensor) -> float:
         x, goal, offset = self.left_out
-        found = x.double() @ weight + constant[:, None]
+        found = x @ weight.to(x.dtype) + constant.to(x.dtype)[:, None]
         if self.limits is not None:
-            found, goal = (found + offset).clamp(*self.limits), (goal.double() + offset).clamp(*self.limits)
-        return float((found - goal).square().sum()) / x.shape[1]
+            found, goal = (found + offset).clamp(*self.limits), (goal + offset).clamp(*self.limits)
+        return float((found - goal).double().square().sum()) / x.shape[1]
+
+
+def _products(parts: Sequence[Part], goals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the means of x y', (g, p, o), and of y, (g, o), over all parts, float64."""
+    count = sum(x.shape[1] for x, _, _ in parts)
+    pairs = [(x.double(), goal.double()) for (x, _, _), goal in zip(parts, goals, strict=True)]
+    xy = torch.stack([x.mT @ goal for x, goal in pairs]).sum(0)
+    return xy / count, torch.stack([goal.sum(1) for _, goal in pairs]).sum(0) / count
 
 
 def fit_moments(
