@@ -5,8 +5,10 @@ No labels and no training are needed. `docs/method/compensation.md` has formulas
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -76,6 +78,7 @@ class Compensation:
         error, error_cut: Squared error of the network's outputs on the images left out, relative to the dense
             network's outputs, and that of the network that is only sliced.
         images: Number of images used, including those left out.
+        statistics: Of its batch norms: "dense", or "own" if re-estimated ones make the outputs closer.
     """
 
     network: nn.Module
@@ -84,6 +87,7 @@ class Compensation:
     error: float
     error_cut: float
     images: int
+    statistics: str
 
 
 def compensate(
@@ -160,6 +164,12 @@ class Images:
     def left_out(self, index: int) -> bool:
         """Whether a chunk is left out of fits."""
         return index >= len(self.chunks) - self.held
+
+    def error(self, network: nn.Module, exact: Sequence[Sequence[Tensor]]) -> float:
+        """Return the squared error of a network's outputs on the images left out, as a share of the exact ones'."""
+        chunks = [chunk for index, chunk in enumerate(self.chunks) if self.left_out(index)]
+        with _evaluating(network):
+            return difference(exact, [outputs(network(*chunk)) for chunk in chunks])
 
     def places(
         self, site: Site, geometry: Geometry | None, x: Tensor, y: Tensor, index: int, width: int
@@ -343,9 +353,9 @@ class _Walk:
     def __init__(self, space: Space, plan: ChannelPlan, images: Images) -> None:
         self.space, self.plan, self.images = space, plan, images
         self.small = space.apply(plan)
-        self.mode = self.small.training
-        self.small.eval()
-        self.dense, self.slim = _recorded(_dense_copy(space), images), _recorded(self.small, images)
+        self.dense = _recorded(_dense_copy(space), images)
+        with _evaluating(self.small):
+            self.slim = _recorded(self.small, images)
         if [call.name for call in self.dense.calls] != [call.name for call in self.slim.calls]:
             raise CompressorError(
                 "The slim network runs other operations than the dense one and cannot be compensated.",
@@ -380,21 +390,16 @@ class _Walk:
 
     def run(self) -> Compensation:
         """Refit all layers from the first one that lost inputs on."""
-        images = self.images
-        cut = [outputs(self.small(*chunk)) for i, chunk in enumerate(images.chunks) if images.left_out(i)]
         for site in self.sites:
             refit = self._refit_channels if site.number in self.large else self._refit
             found = refit(site, self.layers[site.number])
             if found is not None:
                 self.refitted[site.layer] = found.error / max(found.before, 1e-300)
-        pairs = [(self.dense.finish(dense), self.slim.finish(slim)) for dense, slim in self.states]
-        exact = [dense for dense, _ in pairs][-images.held :]
-        error = difference(exact, [slim for _, slim in pairs][-images.held :])
-        self.small.train(self.mode)
-        names = [site.layer for site in self.sites]
-        cut_error = difference(exact, cut)
+        exact = [
+            self.dense.finish(dense) for i, (dense, _) in enumerate(self.states) if self.images.left_out(i)
+        ]
         return _judged(
-            self.space, self.plan, self.small, names, self.refitted, self.left, error, cut_error, len(images)
+            self.space, self.plan, self.small, self.sites, self.refitted, self.left, exact, self.images
         )
 
     def _refit(self, site: Site, layer: _Layer) -> Fit | None:
@@ -534,14 +539,7 @@ class DenseMoments:
     def judged(self, plan: ChannelPlan) -> Compensation:
         """Compensate a plan as `apply`, and compare outputs on the images left out; see `compensate`."""
         small, refitted, left = self._applied(plan)
-        mode = small.training
-        held = [chunk for index, chunk in enumerate(self.images.chunks) if self.images.left_out(index)]
-        errors = []
-        for network in (small.eval(), self.space.apply(plan).eval()):
-            errors.append(difference(self.exact, [outputs(network(*chunk)) for chunk in held]))
-        small.train(mode)
-        names = [site.layer for site in self.sites]
-        return _judged(self.space, plan, small, names, refitted, left, errors[0], errors[1], len(self.images))
+        return _judged(self.space, plan, small, self.sites, refitted, left, self.exact, self.images)
 
     def _applied(self, plan: ChannelPlan) -> tuple[nn.Module, dict[str, float], dict[str, str]]:
         small = self.space.apply(plan)
@@ -566,23 +564,61 @@ def _judged(
     space: Space,
     plan: ChannelPlan,
     small: nn.Module,
-    sites: Iterable[str],
+    sites: Iterable[Site],
     refitted: Mapping[str, float],
     left: Mapping[str, str],
-    error: float,
-    error_cut: float,
-    images: int,
+    exact: Sequence[Sequence[Tensor]],
+    images: Images,
 ) -> Compensation:
-    """Return the network, or the one that is only sliced if that is closer to the dense network."""
+    """Return the network whose outputs on the images left out are closest to the dense network's, and the report.
+
+    It is the compensated one, the same with batch-norm statistics of its own, or the one that is only sliced.
+    """
     widths = [space.widths(each.widths)[None] for each in (space.dense(), plan)]
     lost = [each.name for each in space.layers if each.in_channels(widths[1])[0] < each.in_channels(widths[0])[0]]
+    error, error_cut = images.error(small, exact), images.error(cut := space.apply(plan), exact)
+    statistics = "dense"
+    own = own_statistics(small, [chunk for index, chunk in enumerate(images.chunks) if not images.left_out(index)])
+    if own is not None and (found := images.error(own, exact)) < error:
+        small, error, statistics = own, found, "own"
     if error > error_cut:
         reason = "the outputs on the images left out are closer to the dense network's without compensation"
-        return Compensation(space.apply(plan), {}, dict.fromkeys(lost, reason), error_cut, error_cut, images)
+        return Compensation(cut, {}, dict.fromkeys(lost, reason), error_cut, error_cut, len(images), "dense")
+    names = {site.layer for site in sites}
     named = {
-        name: left.get(name, NO_BETTER if name in sites else COMPUTED) for name in lost if name not in refitted
+        name: left.get(name, NO_BETTER if name in names else COMPUTED) for name in lost if name not in refitted
     }
-    return Compensation(small, refitted, named, error, error_cut, images)
+    return Compensation(small, refitted, named, error, error_cut, len(images), statistics)
+
+
+def own_statistics(network: nn.Module, chunks: Sequence[tuple[Any, ...]]) -> nn.Module | None:
+    """Return a copy of a network whose batch norms have the statistics of these inputs; None if it has none."""
+    network = copy.deepcopy(network)
+    kinds = nn.modules.batchnorm._BatchNorm
+    norms = [each for each in network.modules() if isinstance(each, kinds) and each.track_running_stats]
+    before = [norm.momentum for norm in norms]
+    with _evaluating(network), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # all chunks have equal weight
+            norm.train()
+        for chunk in chunks if norms else ():
+            network(*chunk)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+    return network if norms else None
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Set eval mode, and restore each module's own afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def along(vector: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -172,7 +172,8 @@ class Regression:
     ) -> tuple[Tensor, Tensor]:
         found = ridge.solve(*products, old)
         for _ in range(STEPS):
-            found = ridge.solve(*_products(parts, [self._one_sided(part, *found) for part in parts]), old)
+            goals = [self._one_sided(part, *found) for part in parts]
+            found = ridge.solve(*_products(parts, goals, precise=False), old)
         return found
 
     def _one_sided(self, part: Part, weight: Tensor, constant: Tensor) -> Tensor:
@@ -191,12 +192,14 @@ class Regression:
         return float((found - goal).double().square().sum()) / x.shape[1]
 
 
-def _products(parts: Sequence[Part], goals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the means of x y', (g, p, o), and of y, (g, o), over all parts, float64."""
+def _products(parts: Sequence[Part], goals: Sequence[Tensor], precise: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the means of x y', (g, p, o), and of y, (g, o), over all parts; float64, the products if `precise`."""
     count = sum(x.shape[1] for x, _, _ in parts)
-    pairs = [(x.double(), goal.double()) for (x, _, _), goal in zip(parts, goals, strict=True)]
-    xy = torch.stack([x.mT @ goal for x, goal in pairs]).sum(0)
-    return xy / count, torch.stack([goal.sum(1) for _, goal in pairs]).sum(0) / count
+    pairs = [(part[0], goal) for part, goal in zip(parts, goals, strict=True)]
+    if precise:
+        pairs = [(x.double(), goal.double()) for x, goal in pairs]
+    xy = torch.stack([(x.mT @ goal).double() for x, goal in pairs]).sum(0)
+    return xy / count, torch.stack([goal.double().sum(1) for _, goal in pairs]).sum(0) / count
 
 
 def fit_moments(
