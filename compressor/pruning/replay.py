@@ -27,7 +27,7 @@ class Value:
     index: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One recorded call; its arguments hold `Value`s for earlier results, and parameters and buffers themselves."""
 

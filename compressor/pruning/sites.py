@@ -196,10 +196,14 @@ def layer_of(weight: str) -> str:
 def shortcuts_first(recording: Recording) -> list[int]:
     """Move the calls of each shortcut before the last layer of its branch, in place; returns the order of calls."""
     order = list(range(len(recording.calls)))
+    additions: list[Call] = []
     for layer in [call for call in recording.calls if _is_layer(call)]:
         number = recording.calls.index(layer)
-        shortcut = _after(recording, number)[2]
-        if shortcut is not None and recording.maker.get(shortcut, -1) > number:
+        _, end, shortcut, _ = _after(recording, number)
+        if shortcut is None or recording.calls[end] in additions:
+            continue
+        additions.append(recording.calls[end])
+        if recording.maker.get(shortcut, -1) > number:
             moved = recording.hoisted(shortcut, number)
             if moved is not None:
                 recording.order(moved)

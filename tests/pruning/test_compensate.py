@@ -106,6 +106,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("name", LAYERS)
 def test_patches_times_matrix_is_the_layer(name: str) -> None:
     layer, shape = LAYERS[name]
@@ -146,7 +147,7 @@ def test_every_kind_of_layer_is_refitted_or_named(model: nn.Module, shape: tuple
     model = filled(model)
     space = PruningSpace(model, torch.zeros(1, *shape))
     plan = space.uniform(0.6)
-    found = compensate(space, plan, [(images(48, *shape), torch.zeros(48))], method)
+    found = compensate(space, plan, [(images(160, *shape), torch.zeros(160))], method)
     widths = space.widths(plan.widths)
     lost = {
         layer.name
@@ -156,7 +157,7 @@ def test_every_kind_of_layer_is_refitted_or_named(model: nn.Module, shape: tuple
     assert lost <= {*found.refitted, *found.left}
     assert not {*found.refitted} & {*found.left}
     assert found.error <= found.error_cut
-    assert found.images == 48
+    assert found.images == 160
     x = images(16, *shape, seed=1)
     exact = [[outputs(model, x)]]
     cut, small = ([[outputs(network, x)]] for network in (space.apply(plan), found.network))
@@ -199,13 +200,15 @@ def test_large_patches_fall_back_to_channels(method: str, monkeypatch: pytest.Mo
     with torch.no_grad():
         model[0].weight[9] = model[0].weight[0] + model[0].weight[1]
         model[0].bias[9] = 1 + model[0].bias[0] + model[0].bias[1]
+        model[1].weight[3] = 2 * model[1].weight[0]
+        model[1].bias[3] = 2 * model[1].bias[0]
     space = PruningSpace(model, torch.zeros(1, 3, 8, 8))
     found = compensate(space, ChannelPlan({"0": tuple(range(9))}), [images(64, 3, 8, 8)], method)
     assert next(iter(found.refitted)) == "1"
     assert found.error < 1e-6 * found.error_cut
     flat = compensate(space, ChannelPlan({"1": (0, 1, 2, 4, 5)}), [images(64, 3, 8, 8)], method)
     assert next(iter(flat.refitted)) == "4"
-    assert flat.error < flat.error_cut
+    assert flat.error < 1e-6 * flat.error_cut
 
 
 class InPlace(nn.Module):
