@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
-from compressor.pruning.construct import Layer
+from compressor.pruning.counts import Layer
 from compressor.pruning.least_squares import LARGEST, Fit, Gram, Regression, Samples, fit_moments
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.replay import Recording, State, outputs

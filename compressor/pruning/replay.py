@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from compressor.pruning.facts import example_tensors, tensors_in
+from compressor.pruning.facts import tensors_in
 from compressor.pruning.registry import rule_of
 from compressor.pruning.skeleton import named_tensors
 
@@ -215,7 +215,7 @@ class _Recorder(TorchFunctionMode):
 def outputs(out: Any) -> list[Tensor]:
     """Return all tensors of a network's output, of any class."""
     plain = isinstance(out, (Tensor, list, tuple, dict)) or not hasattr(out, "__dict__")
-    return [tensor for tensor in example_tensors(out if plain else dict(vars(out))) if tensor.is_floating_point()]
+    return [tensor for tensor in tensors_in(out if plain else dict(vars(out))) if tensor.is_floating_point()]
 
 
 def _mapped(value: Any, tensor: Callable[[Tensor], Any]) -> Any:
