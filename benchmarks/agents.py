@@ -39,9 +39,8 @@ from compressor.latency.backends.cpu import measured
 from compressor.latency.table import LatencyTable
 from compressor.recipe import Recipe
 from compressor.run.device import provider_of, request_of
-from compressor.run.job import Job, prepare
-from compressor.run.search_setup import environment
-from compressor.run.trainers import trainer
+from compressor.run.job import Job
+from compressor.run.stages import environment, trainer
 from compressor.search.base import create_agent
 from compressor.search.evaluate import accuracy, reestimate_batch_norm
 from compressor.search.records import Limits, SearchResult
@@ -192,13 +191,13 @@ def recipe_of(options: argparse.Namespace, cell: Cell) -> Recipe:
 def prepared(options: argparse.Namespace, recipe: Recipe, kind: str) -> Job:
     """The job, with the latency table that all cells of a network share."""
     if kind != "latency":
-        return prepare(recipe)
+        return Job.prepare(recipe)
     path = store.table_path(options, recipe.model)
     if path.exists():
         table = LatencyTable.read(path)
         provider_of(recipe).require_same(table, request_of(recipe))
-        return prepare(recipe, table)
-    job = prepare(recipe)
+        return Job.prepare(recipe, table)
+    job = Job.prepare(recipe)
     assert job.table is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     job.table.write(path)

@@ -138,7 +138,7 @@ def load_job(
     table: LatencyTable | None = None,
 ) -> Job:
     """Load a network with its weights, and the data; a budget is written as in "flops:50%"."""
-    from compressor.run.job import prepare
+    from compressor.run.job import Job
 
     kind, _, limit = budget.partition(":")
     recipe = Recipe.model_validate(
@@ -157,7 +157,7 @@ def load_job(
             "training": {"mixed_precision": "no"},  # the same on every machine
         }
     )
-    return prepare(recipe.resolved(), table)
+    return Job.prepare(recipe.resolved(), table)
 
 
 def changed(job: Job, **parts: Any) -> Job:
@@ -178,7 +178,7 @@ def unlabelled(job: Job, images: int) -> list[Tensor]:
 
 def fine_tune(job: Job, network: nn.Module, epochs: int, *, distilled: bool) -> float:
     """Train a network in place as a run of `compress` does, and return the seconds."""
-    from compressor.run.trainers import trainer
+    from compressor.run.stages import trainer
 
     started = time.perf_counter()
     rate = job.recipe.training.finetune_learning_rate

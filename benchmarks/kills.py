@@ -31,7 +31,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -122,18 +121,17 @@ class Watch:
         self._stage, self._number = "prepare", 0
 
     def install(self) -> None:
-        from compressor.run.folder import RunDir
+        from compressor.run.folder import RunFolder
 
-        plain, watch = RunDir.stage, self
+        plain, watch = RunFolder.stage, self
 
-        @contextmanager
-        def stage(run: RunDir, name: str) -> Iterator[None]:
-            watch._visits[name] += 1
-            watch._stage, watch._number = name, 0  # what comes after a stage counts as its own
-            with plain(run, name):
-                yield
+        def stage(run: RunFolder, name: str, *rest: Any, again: bool = False) -> Any:
+            if again or not run.finished(name):
+                watch._visits[name] += 1
+                watch._stage, watch._number = name, 0  # what comes after a stage counts as its own
+            return plain(run, name, *rest, again=again)
 
-        RunDir.stage = stage  # type: ignore[method-assign, assignment]
+        RunFolder.stage = stage  # type: ignore[method-assign, assignment]
         sys.addaudithook(self._event)
 
     def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -408,7 +406,7 @@ def warm_up() -> None:
     import torch
 
     for name in (
-        "cli", "run.delivery", "run.pipeline", "run.precisions", "report.page", "training.loop", "core.agents"
+        "cli", "run.pipeline", "report.page", "training.loop", "core.agents"
     ):
         import_module(f"compressor.{name}")
     for name in ("onnxruntime", "sklearn.datasets", "torchvision", "export.convert.to_onnx", "export.convert.parity"):

@@ -30,7 +30,7 @@ from compressor.cli.display import RichDisplay
 from compressor.core.files import write_atomic
 from compressor.core.progress import shown_on
 from compressor.recipe import Recipe
-from compressor.run.job import prepare
+from compressor.run.job import Job
 from compressor.run.pipeline import compress, resume
 
 MODELS = ("cifar_resnet20", "resnet18", "mobilenet_v2", "cifar_resnet32")
@@ -101,7 +101,7 @@ def neighbours(wanted: bool) -> Iterator[None]:
 def measure_tables(options: argparse.Namespace) -> None:
     """Measure the latency table of each network that is run, or find it in the cache."""
     for model in dict.fromkeys(model for model, _ in targets(options.runs, options.seed)):
-        prepare(recipe_of(options, 0, model, 0.5).resolved())
+        Job.prepare(recipe_of(options, 0, model, 0.5).resolved())
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:

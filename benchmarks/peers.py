@@ -445,7 +445,7 @@ def our_search(
 ) -> tuple[nn.Module, ChannelPlan, dict[str, Any]]:
     """Search with one of our agents, on the given weights; a search that was stopped continues from its folder."""
     from compressor.core.records import Checkpoint, EpisodeLog
-    from compressor.run.search_setup import environment
+    from compressor.run.stages import environment
     from compressor.search.base import create_agent
     from compressor.search.records import Limits
     from compressor.search.schedule import Schedule

@@ -125,7 +125,7 @@ def plans_of(options: argparse.Namespace, job: Job, model: str, budget: str) -> 
     Half are recorded ones, spread evenly over their accuracies; the others are random, the first ones nearly uniform,
     the last ones very uneven.
     """
-    from compressor.run.search_setup import environment
+    from compressor.run.stages import environment
     from compressor.search.proposals import near_widths
 
     env, _ = environment(job, job.budgets())

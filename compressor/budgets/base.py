@@ -73,6 +73,10 @@ class BudgetSpec:
         """Return the limit in the budget's unit, given the dense network's cost."""
         return self.value * dense if self.relative else self.value
 
+    def share(self, dense: float) -> float:
+        """Return the limit as a share of the dense network's cost."""
+        return self.value if self.relative else self.value / dense
+
 
 class CachedValues(ABC):
     """Cached values that are expensive to evaluate, one for each network.

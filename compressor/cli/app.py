@@ -215,11 +215,11 @@ def _described(recipe: Recipe) -> Iterator[Any]:
     import numpy as np
     from rich.table import Table
 
-    from compressor.run.job import prepare
+    from compressor.run.job import Job
 
     recipe = recipe.resolved()
     yield recipe.to_yaml()
-    job = prepare(recipe)
+    job = Job.prepare(recipe)
     space = job.space
     table = Table("group", "channels", "smallest", "step", "coupled", box=None, header_style="bold")
     for group in space.groups:

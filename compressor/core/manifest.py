@@ -11,6 +11,7 @@ that this version does not know are kept.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,7 +27,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from typing_extensions import Self
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_json, write_atomic
@@ -42,7 +42,7 @@ Verdict = Literal["kept", "missed", "undecided", "predicted"]
 
 
 def _possible(value: float, info: ValidationInfo) -> float:
-    if not abs(value) <= (LARGEST if info.context is _TOLERANT else float("inf")) or abs(value) == float("inf"):
+    if not abs(value) <= (LARGEST if info.context is _TOLERANT else sys.float_info.max):
         raise ValueError("expected a finite number")
     return value
 
@@ -70,11 +70,14 @@ class Record(BaseModel):
             return cls.model_fields[str(info.field_name)].get_default(call_default_factory=True)
 
     @model_validator(mode="after")
-    def _complete(self, info: ValidationInfo) -> Self:
-        missing = [name for name in self.essential if name not in self.model_fields_set]
+    def _complete(self, info: ValidationInfo) -> Record:
+        missing = [name for name in self._needed() if name not in self.model_fields_set]
         if missing and info.context is not _TOLERANT:
             raise ValueError(f"{', '.join(missing)} missing")
         return self
+
+    def _needed(self) -> tuple[str, ...]:
+        return self.essential
 
 
 class Stage(Record):
@@ -126,7 +129,7 @@ class Measurement(Record):
     target_ratio: Number = float("nan")
     bursts: int = 0
     seconds: Number = 0.0
-    verdict: Verdict | None = None
+    verdict: Literal["kept", "missed", "undecided"] | None = None
     kept: bool | None = None
     widths: list[int] = []
 
@@ -399,6 +402,7 @@ class Manifest(Record):
     """The content of `manifest.json`."""
 
     model_config = ConfigDict(frozen=False)
+    essential = ("model", "seed", "budgets", "accuracy", "rounds", "training", "notes")
     schema_version: int | None = Field(None, alias="schema")
     status: str = ""
     exit_code: int | None = None
@@ -445,21 +449,13 @@ class Manifest(Record):
         Raises:
             CompressorError: The file is missing or damaged; the message names every invalid field.
         """
-        content = _object(path)
         try:
-            manifest = cls.model_validate(content)
+            return cls.model_validate(_object(path))
         except ValidationError as error:
             raise CompressorError(
                 f"{path}: {'; '.join(dict.fromkeys(map(_problem, error.errors())))}.",
-                _DAMAGED,
+                "The file is damaged, or of another version: restore it, or start a new run with --out DIR.",
             ) from None
-        missing = [name for name in _BEGUN if name not in content]
-        if missing and manifest.finished("begin"):
-            raise CompressorError(
-                f"{path}: {', '.join(missing)} missing.",
-                _DAMAGED,
-            )
-        return manifest
 
     @classmethod
     def tolerant(cls, content: Manifest | Mapping[str, Any]) -> Manifest:
@@ -485,16 +481,12 @@ class Manifest(Record):
         """Return the fields that were set as JSON values."""
         return self.model_dump(exclude_unset=True, by_alias=True)
 
+    def _needed(self) -> tuple[str, ...]:
+        return self.essential if self.finished("begin") else ()
+
     def finished(self, stage: str) -> bool:
         """Return whether a stage has finished."""
         return bool(stage in self.stages and self.stages[stage].finished)
-
-
-_DAMAGED = (
-    "The file is damaged, or of another version: restore it from a copy, or start a new run with --out DIR."
-)
-_BEGUN = ("model", "seed", "recipe", "budgets", "accuracy", "rounds", "training", "notes")
-"""Fields that every run has once it has begun."""
 
 
 def read_episode(line: Mapping[str, Any]) -> Episode:
@@ -513,4 +505,4 @@ def _problem(found: Any) -> str:
     """Describe one invalid field; the names of union branches are left out of its place."""
     place = ".".join(str(part) for part in found["loc"] if part not in ("int", "float") and "[" not in str(part))
     given = "" if isinstance(found["input"], dict | list) else f" is {found['input']!r}"
-    return f"'{place}'{given}: {found['msg'][0].lower()}{found['msg'][1:]}"
+    return f"'{place or MANIFEST}'{given}: {found['msg'][0].lower()}{found['msg'][1:]}"

@@ -101,24 +101,14 @@ def channels(layer: Layer) -> str:
 
 
 @dataclass(frozen=True)
-class HotLayer:
-    """A layer with a large share of the remaining time; `number` is its position in the table of all layers."""
-
-    number: int
-    name: str
-    kind: str
-    channels: str
-    dense: str
-    slim: str
-    share: str
-
-
-@dataclass(frozen=True)
 class Hot:
-    """The layers with the most remaining time, or the most MACs if no layer has a time."""
+    """The layers with the most remaining time, or the most MACs if no layer has a time.
+
+    The `number` of a layer is its position in the table of all layers.
+    """
 
     unit: str
-    layers: tuple[HotLayer, ...]
+    layers: list[dict[str, str]]
     remark: str
 
 
@@ -138,18 +128,18 @@ def hottest(manifest: Manifest, most: int = 8) -> Hot | None:
     if total <= 0:
         return None
     known.sort(key=lambda entry: (-entry[3], entry[0]))
-    found = tuple(
-        HotLayer(
-            number=place,
-            name=layer.name or "unnamed",
-            kind=layer.kind,
-            channels=channels(layer),
-            dense=shown(dense),
-            slim=shown(slim),
-            share=percent(slim / total),
-        )
+    found = [
+        {
+            "number": str(place),
+            "name": layer.name or "unnamed",
+            "kind": layer.kind,
+            "channels": channels(layer),
+            "dense": shown(dense),
+            "slim": shown(slim),
+            "share": percent(slim / total),
+        }
         for place, layer, dense, slim in known[:most]
-    )
+    ]
     untimed = "No layer has a time in this run, so they are ordered by MACs."
     return Hot(unit, found, _outside(manifest, total) if timed else untimed)
 

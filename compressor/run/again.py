@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,12 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import sha256_file
 from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
-from compressor.run.folder import RunDir
+from compressor.run.folder import RunFolder
 from compressor.run.onnx_files import DENSE, MODEL
 from export.device.here import CPU
 
 if TYPE_CHECKING:
+    from compressor.core.manifest import Explanation
     from compressor.latency.explain import Line
     from compressor.latency.table import LatencyTable
     from compressor.run.layer_times import Pairs
@@ -27,9 +28,9 @@ SHOWN_SENTENCES = 8
 
 
 @contextmanager
-def _exported(folder: Path) -> Iterator[RunDir]:
+def _exported(folder: Path) -> Iterator[RunFolder]:
     """Open and lock the run in a folder, whose dense and slim ONNX files must exist."""
-    with closing(RunDir.open(folder)) as run:
+    with RunFolder.open(folder) as run:
         for name in (DENSE, MODEL):
             if not run.file(name).exists():
                 raise CompressorError(
@@ -43,7 +44,7 @@ def report_again(folder: Path) -> tuple[Path, str]:
     from compressor.core.manifest import MANIFEST, Manifest
     from compressor.report import verdict, write_report
 
-    RunDir.tidy(folder)
+    RunFolder.tidy(folder)
     return write_report(folder), verdict(Manifest.read_tolerant(folder / MANIFEST))
 
 
@@ -54,8 +55,8 @@ def measure_again(folder: Path) -> Iterator[str]:
 
     with _exported(folder) as run:
         recipe = load_recipe(run.file(RECIPE))
-        before = run.manifest.get("latency", {})
-        target = next((row.get("target_ratio") for row in reversed(run.manifest.get("rounds", []))), None)
+        before = run.manifest.latency
+        target = run.manifest.rounds[-1].target_ratio if run.manifest.rounds else None
         contract = recipe.contract
         timing = measured(
             run.file(DENSE), run.file(MODEL), recipe.threads, contract.repeats, target, contract.seconds
@@ -74,9 +75,9 @@ def measure_again(folder: Path) -> Iterator[str]:
             yield f"target {target:.1%}: {in_words(ratio.verdict(target))}"
         if timing.noise:
             yield timing.noise
-        if before.get("measured_ms"):
-            where = f"on {before['device']}, {before['runtime']}"
-            yield f"the run itself measured {before['measured_ms']:.3f} ms {where}"
+        if before.measured_ms:
+            where = f"on {before.device}, {before.runtime}"
+            yield f"the run itself measured {before.measured_ms:.3f} ms {where}"
 
 
 def explain_again(
@@ -96,7 +97,6 @@ def explain_again(
     Raises:
         CompressorError: The run has exported nothing yet, or a profile does not belong to its networks.
     """
-    from compressor.core.manifest import Manifest
     from compressor.report import write_report
     from compressor.report.explain import gap
     from compressor.report.page import REPORT
@@ -116,12 +116,12 @@ def explain_again(
             )
         else:
             lines = explain_run(run, threads=recipe.threads, predicted=predicted)
-        explanation = run.manifest["explanation"]
-        yield from _header(explanation, recipe, here or profiles is not None)
+        assert run.manifest.explanation is not None  # set by `explain_run`
+        yield from _header(run.manifest.explanation, recipe, here or profiles is not None)
         yield lines
         if len(lines) > SHOWN_LINES:
             yield f"and {len(lines) - SHOWN_LINES} more lines, in the report."
-        yield gap(Manifest.tolerant(run.manifest))
+        yield gap(run.manifest)
         sentences = [line.sentence for line in lines if line.sentence]
         yield from (f"- {sentence}" for sentence in sentences[:SHOWN_SENTENCES])
         if table is not None and table.estimated and predicted:
@@ -129,14 +129,15 @@ def explain_again(
         if note:
             yield note
         page = write_report(run.path)
-        run.save(files={**run.manifest.get("files", {}), REPORT: sha256_file(page)})
+        run.manifest.files = {**run.manifest.files, REPORT: sha256_file(page)}
+        run.save()
         yield f"Wrote {page}"
 
 
-def _header(explanation: dict[str, Any], recipe: Recipe, on_device: bool) -> Iterator[str]:
+def _header(explanation: Explanation, recipe: Recipe, on_device: bool) -> Iterator[str]:
     yield (
-        f"On {explanation['where']}: dense {explanation['dense_ms']:.3f} ms, slim {explanation['slim_ms']:.3f} ms. "
-        f"Peaks: {explanation['peaks']}."
+        f"On {explanation.where}: dense {explanation.dense_ms:.3f} ms, slim {explanation.slim_ms:.3f} ms. "
+        f"Peaks: {explanation.peaks}."
     )
     if not on_device:
         whose = "this machine's GPU" if recipe.device == "local" else recipe.device
@@ -148,7 +149,7 @@ def _header(explanation: dict[str, Any], recipe: Recipe, on_device: bool) -> Ite
             )
 
 
-def _table(run: RunDir) -> LatencyTable | None:
+def _table(run: RunFolder) -> LatencyTable | None:
     from compressor.latency.table import LatencyTable
     from compressor.run.stages import TABLE
 
@@ -156,7 +157,7 @@ def _table(run: RunDir) -> LatencyTable | None:
 
 
 def _predicted(
-    run: RunDir, recipe: Recipe, table: LatencyTable | None, factory: str | None
+    run: RunFolder, recipe: Recipe, table: LatencyTable | None, factory: str | None
 ) -> tuple[Pairs | None, str]:
     """The table's prediction of every operator, or why there is none."""
     from compressor.run.device import provider_of, request_of

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from compressor.core.errors import CompressorError
+from compressor.core.manifest import DeviceRecord
 from compressor.core.progress import say
 from compressor.run.exports import Finished, Request, check
-from compressor.run.folder import RunDir
+from compressor.run.folder import RunFolder
 from compressor.run.onnx_files import MODEL, drawn
 from export.device.bundle import find_target
 
@@ -122,9 +123,9 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
         run = finished.run
         _require_own(bundle, run)
         found = read_results(results, bundle)
-        entry = found.to_dict()
-        others = [each for each in run.manifest.get("devices", []) if each != entry]
-        run.save(devices=[*others, entry])
+        entry = DeviceRecord.model_validate(found.to_dict())
+        run.manifest.devices = [*(each for each in run.manifest.devices if each != entry), entry]
+        run.save()
         yield f"{found.board.model or found.target}, TensorRT {found.board.tensorrt}:"
         for network in found.networks.values():
             yield f"  {network.describe()}"
@@ -136,7 +137,7 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
             )
 
 
-def _precisions(run: RunDir, wanted: Request | None) -> list[str]:
+def _precisions(run: RunFolder, wanted: Request | None) -> list[str]:
     """Return FP32, the precisions that the run has been exported in, and the requested one."""
     requested = wanted.precision if wanted else "fp32"
     others = [each for each in ("fp16", "int8") if each == requested or run.file(f"model.{each}.onnx").exists()]
@@ -150,7 +151,7 @@ def _rest_of(path: Path) -> str:
     return read_header(path).metadata.get("rest", "fp32")
 
 
-def _require_own(bundle: Path, run: RunDir) -> None:
+def _require_own(bundle: Path, run: RunFolder) -> None:
     """Raise an error if a bundle belongs to another run."""
     from export.device.bundle import open_bundle
 

@@ -1,4 +1,4 @@
-"""Compare the measured latency of each plan with the target, and choose the plan to keep.
+"""The contract: the slim network keeps its latency target when measured on the device, with little of it left unused.
 
 All comparisons use shares of the dense network's time. A share stays the same on a shared machine, while milliseconds
 do not (`latency.paired`). A target in milliseconds is converted to a share of the dense network's quiet level: the
@@ -13,19 +13,23 @@ search only if its whole interval lies above the aim of the search.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
+from compressor.core.manifest import Measurement
+from compressor.core.progress import say
 from compressor.pruning.plan import ChannelPlan
-from compressor.run.folder import RunDir
 
 if TYPE_CHECKING:
-    from compressor.latency.paired import Timing
+    from compressor.budgets.base import Budget
+    from compressor.latency.paired import Ratio
+    from compressor.run.folder import RunFolder
     from compressor.run.job import Job
 
 KEPT_PLAN = "search/kept_plan-{round}.json"
@@ -43,152 +47,233 @@ BINDING = 0.03
 """A plan predicted further below the aim than this share of it was limited by something other than latency."""
 
 
-def margin(run: RunDir, job: Job) -> float:
-    """Return the safety margin below the target: the recipe's, plus half of it for each plan that missed.
-
-    Only the misses known when the search last continued count; nothing is searched between a miss and that moment.
-    """
-    if not job.measurable:
-        return 0.0
-    missed = int(run.manifest.get("missed", 0))
-    return min(WIDEST, job.recipe.contract.margin * (1 + WIDER * missed))
+def interval_of(ratio: Ratio) -> list[float | None]:
+    """Return a ratio's interval for the manifest."""
+    return [ratio.low, ratio.high if ratio.high < float("inf") else None]
 
 
-def quiet_dense_ms(run: RunDir, job: Job, now_ms: float) -> float:
-    """Return the dense network's time on the quiet device, the reference for targets in milliseconds.
+class Contract:
+    """The latency target of a run, judged by the measurements in its manifest.
 
     Args:
-        now_ms: Quiet level of the dense network during the current measurement, in milliseconds.
-
-    Returns:
-        For a target in milliseconds, the lowest time that this run has seen; otherwise `now_ms`.
+        run, job: Run and job; the job's table is refitted where the search continues.
     """
-    if not job.latency_in_ms:
-        return now_ms
-    return min([now_ms, *(float(each["dense_ms"]) for each in run.manifest["rounds"])])
 
+    def __init__(self, run: RunFolder, job: Job) -> None:
+        self._run, self._job = run, job
 
-def searched_share(run: RunDir, job: Job) -> float | None:
-    """Return the latency limit of the search as a share of the dense network's time, before the margin is subtracted.
+    @property
+    def measurable(self) -> bool:
+        """Whether there is a latency target and a device to measure on."""
+        return self._job.latency_budget is not None and self._job.measurable
 
-    It changes only when the search continues, so that a resumed run keeps the same budget.
-    """
-    if job.table is None:
-        return None
-    return job.latency_share(float(run.manifest.get("quiet_dense_ms", job.table.dense_ms(job.space))))
+    def target_share(self, dense_ms: float) -> float | None:
+        """Return the latency target as a share of the dense network's time; None without a target.
 
+        Args:
+            dense_ms: Latency of the dense network on the quiet device.
+        """
+        asked = self._job.latency_budget
+        return None if asked is None else asked.share(dense_ms)
 
-def predicted_share(job: Job, plan: ChannelPlan) -> float:
-    """Return the slim network's time as a share of the dense one's, predicted by the table."""
-    assert job.table is not None
-    return job.table.predict(job.space, plan) / job.table.dense_ms(job.space)
+    def searched_share(self) -> float | None:
+        """Return the target of the search as a share of the dense network's time, before the margin is subtracted.
 
+        It changes only when the search continues, so that a resumed run keeps the same budget.
+        """
+        if self._job.table is None:
+            return None
+        quiet_ms = self._run.manifest.quiet_dense_ms
+        return self.target_share(self._job.table.dense_ms(self._job.space) if quiet_ms is None else quiet_ms)
 
-def prunes_nothing(job: Job, plan: ChannelPlan) -> bool:
-    """Return whether a plan leaves the network dense."""
-    return _dense(job, list(job.space.widths(plan.widths)))
+    def timed_share(self, plan: ChannelPlan) -> float | None:
+        """Return the target that a measurement has to decide; None if the plan prunes nothing."""
+        return None if self._dense(self._widths(plan)) else self.searched_share()
 
+    def quiet_dense_ms(self, now_ms: float) -> float:
+        """Return the dense network's time on the quiet device, the reference for targets in milliseconds.
 
-def _dense(job: Job, widths: Sequence[int]) -> bool:
-    return bool(np.array_equal(widths, job.space.dense_widths))
+        Args:
+            now_ms: Quiet level of the dense network during the current measurement, in milliseconds.
 
+        Returns:
+            For a target in milliseconds, the lowest time that this run has seen; otherwise `now_ms`.
+        """
+        asked = self._job.latency_budget
+        if asked is None or asked.relative:
+            return now_ms
+        return min([now_ms, *(float(each.dense_ms) for each in self._run.manifest.rounds)])
 
-def judged(run: RunDir, job: Job, plan: ChannelPlan, timing: Timing) -> dict[str, Any]:
-    """Return the record of one measurement of a plan, with its verdict on the latency target."""
-    dense_ms = quiet_dense_ms(run, job, timing.ratio.dense_ms)
-    target, ratio, predicted = job.latency_share(dense_ms), timing.ratio, predicted_share(job, plan)
-    assert target is not None
-    widths = [int(width) for width in job.space.widths(plan.widths)]
-    if prunes_nothing(job, plan):  # the same network twice: there is nothing to measure
-        ratio = replace(ratio, value=1.0, low=1.0, high=1.0)
-    elif ratio.verdict(target) == "undecided":
-        for each in run.manifest["rounds"]:  # an earlier measurement of the same plan; weights do not matter for time
-            if each["widths"] == widths and each["interval"][1] is not None:
-                ratio = ratio.together(each["ratio"], *each["interval"])
-    verdict, value, low, high = ratio.verdict(target), ratio.value, ratio.low, ratio.high
-    return {
-        "predicted_ms": predicted * dense_ms,
-        "measured_ms": value * dense_ms,
-        "target_ms": target * dense_ms,
-        "dense_ms": dense_ms,
-        "predicted_ratio": predicted,
-        "ratio": value,
-        "interval": [low, high if high < float("inf") else None],
-        "target_ratio": target,
-        "bursts": ratio.bursts,
-        "seconds": round(ratio.seconds, 1),
-        "verdict": verdict,
-        "kept": None if verdict == "undecided" else verdict == "kept",
-        "widths": widths,
-    }
+    def predicted_share(self, plan: ChannelPlan) -> float:
+        """Return the slim network's time as a share of the dense one's, predicted by the table."""
+        table, space = self._job.table, self._job.space
+        assert table is not None
+        return table.predict(space, plan) / table.dense_ms(space)
 
+    def search_budgets(self) -> list[Budget]:
+        """Return the budgets of the search: the run's targets, with the margin subtracted from the latency."""
+        job = self._job
+        targets = {entry.name: entry.target for entry in self._run.manifest.budgets}
+        share = self.searched_share()
+        if share is not None and job.table is not None:
+            targets["latency"] = share * job.table.dense_ms(job.space)  # in milliseconds of the table
+        aims = {**targets}
+        if "latency" in aims:
+            aims["latency"] *= 1 - self._margin()
+        budgets: list[Any] = list(job.budgets())  # frozen dataclasses, which their abstract base does not declare
+        return [
+            budget
+            if budget.dense <= targets[budget.name]
+            else dataclasses.replace(budget, target=aims[budget.name])
+            for budget in budgets
+        ]
 
-def search_on(run: RunDir, job: Job) -> bool:
-    """Return whether the search must continue after the last measured plan.
+    def combined(self, plan: ChannelPlan, ratio: Ratio) -> Ratio:
+        """Return what is known of a plan's ratio: this measurement, and earlier ones if it alone decides nothing."""
+        target, widths = self.target_share(self.quiet_dense_ms(ratio.dense_ms)), self._widths(plan)
+        if target is None:
+            return ratio
+        if self._dense(widths):  # the same network twice: there is nothing to measure
+            return dataclasses.replace(ratio, value=1.0, low=1.0, high=1.0)
+        if ratio.verdict(target) == "undecided":
+            for each in self._run.manifest.rounds:  # weights do not matter for time
+                if each.widths == widths and each.interval[1] is not None:
+                    ratio = ratio.together(each.ratio, each.low, each.high)
+        return ratio
 
-    It does if the plan misses its target, leaves too much of it unused, or is undecided though it is certainly slower
-    than the aim.
-    """
-    last = run.manifest["rounds"][-1]
-    if last["verdict"] == "undecided":
-        return bool(last["interval"][0] > (1 - margin(run, job)) * last["target_ratio"])
-    return last["verdict"] == "missed" or slack_left(run, job)
+    def judge(self, plan: ChannelPlan, ratio: Ratio) -> Measurement:
+        """Return a combined measurement of a plan with its verdict on the latency target."""
+        dense_ms, predicted = self.quiet_dense_ms(ratio.dense_ms), self.predicted_share(plan)
+        target = self.target_share(dense_ms)
+        assert target is not None
+        verdict = ratio.verdict(target)
+        return Measurement(
+            predicted_ms=predicted * dense_ms,
+            measured_ms=ratio.value * dense_ms,
+            target_ms=target * dense_ms,
+            dense_ms=dense_ms,
+            predicted_ratio=predicted,
+            ratio=ratio.value,
+            interval=interval_of(ratio),
+            target_ratio=target,
+            bursts=ratio.bursts,
+            seconds=round(ratio.seconds, 1),
+            verdict=verdict,
+            kept=None if verdict == "undecided" else verdict == "kept",
+            widths=self._widths(plan),
+        )
 
+    def remember(self, plan: ChannelPlan) -> None:
+        """Save the last measured plan, unless it misses the target."""
+        rounds = self._run.manifest.rounds
+        if rounds[-1].kept is not False:
+            write_atomic(self._file(len(rounds)), plan.to_json())
 
-def slack_left(run: RunDir, job: Job) -> bool:
-    """Return whether the last measured plan certainly leaves enough of its target unused to search again."""
-    *before, last = run.manifest["rounds"]
-    if last["verdict"] != "kept" or len(before) + 3 > job.recipe.contract.max_rounds:
-        return False
-    if _dense(job, last["widths"]):
-        return False
-    if any(each["widths"] == last["widths"] for each in before):  # the search has found nothing else
-        return False
-    high, predicted, share = last["interval"][1], last["predicted_ratio"], searched_share(run, job)
-    if high is None or share is None:
-        return False
-    aim, allowed = ((1 - margin(run, job)) * each for each in (last["target_ratio"], share))
-    return bool(
-        high < aim - UNUSED * last["target_ratio"]
-        and predicted > (1 - BINDING) * allowed
-        # the refitted table certainly allows the next search more time than the last one
-        and aim * predicted / high > (1 + UNUSED) * allowed
-    )
+    def continue_search(self) -> bool:
+        """Return to the search if the last measured plan misses its target, or leaves too much of it unused.
 
+        An undecided plan counts as a miss if it is certainly slower than the aim.
 
-def remember(run: RunDir, plan: ChannelPlan) -> None:
-    """Save the last measured plan, which does not miss the target."""
-    write_atomic(_file(run, len(run.manifest["rounds"])), plan.to_json())
+        Returns:
+            Whether the search continues; the table is then refitted.
+        """
+        last = self._run.manifest.rounds[-1]
+        if last.verdict == "undecided":
+            wanted = last.low > (1 - self._margin()) * last.target_ratio
+        else:
+            wanted = last.verdict == "missed" or self._slack_left()
+        return wanted and self._tighten()
 
+    def return_to_search(self, plan: ChannelPlan) -> bool:
+        """After fine-tuning, return to the search or to an earlier plan if the delivered network misses the target."""
+        rounds = self._run.manifest.rounds
+        if not rounds or rounds[-1].kept is not False:
+            return False
+        if self._tighten():
+            return True
+        if self.best_plan(plan).checksum == plan.checksum:
+            return False
+        self._run.reopen("finetune", "export", "measure")
+        return True
 
-def kept_plan(run: RunDir, plan: ChannelPlan) -> ChannelPlan:
-    """Return the plan to continue with: the one closest to the target among those that met it in every measurement.
+    def best_plan(self, plan: ChannelPlan) -> ChannelPlan:
+        """Return the plan to continue with: the one closest to the target among those that met it in every measurement.
 
-    If none met it, the plan furthest below the target among those that never missed it.
+        If none met it, the plan furthest below the target among those that never missed it; if all missed, `plan`, the
+        last one of the search.
+        """
+        used: dict[tuple[int, ...], float] = {}
+        verdicts: dict[tuple[int, ...], set[str | None]] = {}
+        files: dict[tuple[int, ...], Path] = {}
+        for number, each in enumerate(self._run.manifest.rounds, start=1):
+            widths = tuple(each.widths)
+            used[widths] = max(used.get(widths, 0.0), each.ratio / each.target_ratio)
+            verdicts.setdefault(widths, set()).add(each.verdict)
+            if self._file(number).exists():
+                files[widths] = self._file(number)
+        kept = [widths for widths in files if verdicts[widths] == {"kept"}]
+        not_missed = [widths for widths in files if "missed" not in verdicts[widths]]
+        if not not_missed:
+            return plan
+        best = max(kept, key=used.__getitem__) if kept else min(not_missed, key=used.__getitem__)
+        return ChannelPlan.from_json(files[best].read_text(encoding="utf-8"))
 
-    Args:
-        run: Run with the measurements so far.
-        plan: Last plan of the search, used if all plans missed.
-    """
-    used: dict[tuple[int, ...], float] = {}
-    verdicts: dict[tuple[int, ...], set[str]] = {}
-    files: dict[tuple[int, ...], Path] = {}
-    for number, each in enumerate(run.manifest["rounds"], start=1):
-        widths = tuple(each["widths"])
-        used[widths] = max(used.get(widths, 0.0), each["ratio"] / each["target_ratio"])
-        verdicts.setdefault(widths, set()).add(each["verdict"])
-        if _file(run, number).exists():
-            files[widths] = _file(run, number)
-    kept = [widths for widths in files if verdicts[widths] == {"kept"}]
-    not_missed = [widths for widths in files if "missed" not in verdicts[widths]]
-    if kept:
-        best = max(kept, key=lambda widths: used[widths])
-    elif not_missed:
-        best = min(not_missed, key=lambda widths: used[widths])
-    else:
-        return plan
-    return ChannelPlan.from_json(files[best].read_text(encoding="utf-8"))
+    def _margin(self) -> float:
+        """Return the safety margin below the target: the recipe's, plus half of it for each plan that missed.
 
+        Only the misses known when the search last continued count; nothing is searched between a miss and that moment.
+        """
+        if not self._job.measurable:
+            return 0.0
+        return min(WIDEST, self._job.recipe.contract.margin * (1 + WIDER * self._run.manifest.missed))
 
-def _file(run: RunDir, number: int) -> Path:
-    return run.file(KEPT_PLAN.format(round=number))
+    def _slack_left(self) -> bool:
+        """Return whether the last measured plan certainly leaves enough of its target unused to search again."""
+        *before, last = self._run.manifest.rounds
+        if last.verdict != "kept" or len(before) + 3 > self._job.recipe.contract.max_rounds:
+            return False
+        if self._dense(last.widths) or any(each.widths == last.widths for each in before):  # nothing else was found
+            return False
+        high, predicted, share = last.high, last.predicted_ratio, self.searched_share()
+        if share is None:
+            return False
+        aim, allowed = ((1 - self._margin()) * each for each in (last.target_ratio, share))
+        return bool(
+            high < aim - UNUSED * last.target_ratio
+            and predicted > (1 - BINDING) * allowed
+            # the refitted table certainly allows the next search more time than the last one
+            and aim * predicted / high > (1 + UNUSED) * allowed
+        )
+
+    def _tighten(self) -> bool:
+        """Refit the table with the last measurement, and return whether another search can help."""
+        run, job, rounds = self._run, self._job, self._run.manifest.rounds
+        if job.table is None or len(rounds) >= job.recipe.contract.max_rounds:
+            return False
+        # As shares of the dense network's time: milliseconds would bring the load of other processes into the table.
+        correction = (rounds[-1].predicted_ratio, rounds[-1].ratio)
+        table = job.table.refit([correction], lower=True)
+        try:
+            job.budgets(table)
+        except CompressorError as error:
+            say(f"The latency target cannot be met: {error.message}")
+            return False
+        job.table = table
+        manifest = run.manifest
+        manifest.corrections = [*manifest.corrections, list(correction)]
+        manifest.evaluations_before = manifest.search.evaluations or 0 if manifest.search is not None else 0
+        manifest.missed = sum(each.kept is False for each in rounds)
+        manifest.quiet_dense_ms = min(each.dense_ms for each in rounds)
+        # One write for all: after a kill between the correction and the reopened stages, it would be corrected twice.
+        run.reopen("search", "probe", "finetune", "export", "measure")
+        say("The table was refitted with the measurement; the search continues.")
+        return True
+
+    def _widths(self, plan: ChannelPlan) -> list[int]:
+        return [int(width) for width in self._job.space.widths(plan.widths)]
+
+    def _dense(self, widths: Sequence[int]) -> bool:
+        return bool(np.array_equal(widths, self._job.space.dense_widths))
+
+    def _file(self, number: int) -> Path:
+        return self._run.file(KEPT_PLAN.format(round=number))

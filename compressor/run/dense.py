@@ -1,4 +1,4 @@
-"""Sanity check of the dense network before the long stages start.
+"""Check that the accuracy of the dense network, and later of the slim one, is plausible.
 
 A network still runs when its images have another mean, channel order or class order; only its accuracy is low.
 """

@@ -10,13 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import replacing
+from compressor.core.manifest import Export, Parity
 from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.device import opset_of
-from compressor.run.folder import RunDir
-from compressor.run.inputs import load_images
-from compressor.run.onnx_files import COMPARED_IMAGES, MODEL, build_engine_of, drawn, metadata_of
-from compressor.run.precisions import record, write_precision
+from compressor.run.folder import RunFolder
+from compressor.run.job import load_images
+from compressor.run.onnx_files import (
+    COMPARED_IMAGES,
+    MODEL,
+    build_engine_of,
+    drawn,
+    metadata_of,
+    record,
+    scored,
+    write_precision,
+)
 from export.convert.batches import ONE, Batch
 from export.device.bundle import find_target
 from export.engine.engine import BuildSettings
@@ -66,7 +75,7 @@ class Request:
 class Finished:
     """A run that has exported its network, with what another export of it needs."""
 
-    def __init__(self, run: RunDir, factory: str | None = None) -> None:
+    def __init__(self, run: RunFolder, factory: str | None = None) -> None:
         self.run = run
         self._factory = factory
         self.recipe: Recipe = load_recipe(run.file(RECIPE))
@@ -84,7 +93,7 @@ class Finished:
         Raises:
             CompressorError: The folder holds no run, or the run has exported nothing yet.
         """
-        run = RunDir.open(folder)
+        run = RunFolder.open(folder)
         if not run.finished("export") or not run.file(MODEL).exists():
             run.close()
             raise CompressorError(
@@ -165,7 +174,6 @@ class Finished:
     def _write_fp32(self, path: Path, request: Request) -> Iterator[str]:
         import torch
 
-        from compressor.run.onnx_files import scored
         from export.convert.to_onnx import check_parity, export_onnx
 
         shape = (1 if request.batch.open else request.batch.most, *self.data.input_shape)
@@ -182,14 +190,14 @@ class Finished:
             )
             parity = check_parity(self.model, trial, self.images(), tolerance=self.recipe.export.tolerance)
             accuracy, images = scored(trial, self.data)
-        entry = {
-            "file": path.name,
-            "bytes": info.size,
-            "opset": opset,
-            "parity": parity.to_dict(),
-            "accuracy": accuracy,
-            "images": images,
-        }
+        entry = Export(
+            file=path.name,
+            bytes=info.size,
+            opset=opset,
+            parity=Parity.model_validate(parity.to_dict()),
+            accuracy=accuracy,
+            images=images,
+        )
         record(self.run, path.name.removeprefix("model.").removesuffix(".onnx"), entry, [])
         size = f"opset {opset}, {request.batch.label or 'batch of 1'}, {info.size / 1e6:.2f} MB"
         yield f"Wrote {path}: {size}; largest difference {parity.max_abs:.1e}."
@@ -261,8 +269,8 @@ def _engine(finished: Finished, request: Request) -> Generator[str, None, Path]:
     )
     yield note
     key = f"engine.{onnx.stem.partition('.')[2]}".rstrip(".")
-    record(finished.run, key, {"file": built[0]["file"], "bytes": built[0]["bytes"]}, built)
-    return finished.run.file(built[0]["file"])
+    record(finished.run, key, Export(file=built[0].file, bytes=built[0].bytes), built)
+    return finished.run.file(built[0].file)
 
 
 def _program(finished: Finished, request: Request) -> Generator[str, None, Path]:
@@ -275,7 +283,7 @@ def _program(finished: Finished, request: Request) -> Generator[str, None, Path]
     with replacing(path) as trial:
         info = export_program(model, example, trial, batch=batch, metadata=finished.metadata())
         parity = check_loaded(load_program(trial), model, finished.images(), path.name, batch=batch.usual)
-    entry = {"file": path.name, "bytes": info.size, "parity": parity.to_dict()}
+    entry = Export(file=path.name, bytes=info.size, parity=Parity.model_validate(parity.to_dict()))
     record(finished.run, path.name.removeprefix("model."), entry, [])
     yield f"Wrote {path}: {info.size / 1e6:.2f} MB; largest difference {parity.max_abs:.1e}."
     yield f"Load it with export.convert.program.load_program({path.name!r})."

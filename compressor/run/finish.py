@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from compressor.core.files import sha256_file
-from compressor.core.manifest import Manifest
+from compressor.core.manifest import Budget, Manifest
 from compressor.core.records import RECIPE
 from compressor.report.judgement import time_ratio, verdict_of
-from compressor.run.folder import RunDir
+from compressor.run.folder import RunFolder
 from compressor.run.job import Job
 from compressor.run.onnx_files import MODEL
 
@@ -25,7 +25,7 @@ measurement is undecided."""
 HARDLY_FASTER = 0.95  # of the dense network's time; pruning is expected to save more
 
 
-def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
+def finish(run: RunFolder, job: Job, plan: ChannelPlan) -> int:
     """Write the report, the checksums and the verdict.
 
     Returns:
@@ -33,21 +33,24 @@ def close(run: RunDir, job: Job, plan: ChannelPlan) -> int:
     """
     from compressor.report import write_report
 
-    code = exit_code(run.manifest["budgets"], job.recipe.contract.accept_predicted)
-    notes = [
-        *run.manifest["notes"],
-        *_closing_notes(run.manifest, job, plan),
-        *_on_the_device(run, job.recipe),
-    ]
-    run.save(status="finished", exit_code=code, notes=list(dict.fromkeys(notes)))
-    with run.stage("report"):
-        run.save(files=_checksums(run))
+    manifest = run.manifest
+    code = exit_code(manifest.budgets, job.recipe.contract.accept_predicted)
+    notes = [*manifest.notes, *_closing_notes(manifest, job, plan), *_on_the_device(run, job.recipe)]
+    manifest.status, manifest.exit_code, manifest.notes = "finished", code, list(dict.fromkeys(notes))
+    run.save()
+
+    def report() -> None:
+        manifest.files = _checksums(run)
+        run.save()
         write_report(run.path)
-    run.save(files=_checksums(run))  # including the report's
+
+    run.stage("report", report, again=True)
+    manifest.files = _checksums(run)  # including the report's
+    run.save()
     return code
 
 
-def exit_code(budgets: Iterable[Mapping[str, Any]], accept_predicted: bool = False) -> int:
+def exit_code(budgets: Iterable[Budget], accept_predicted: bool = False) -> int:
     """Return the exit code that follows from the manifest's budgets.
 
     Args:
@@ -57,7 +60,7 @@ def exit_code(budgets: Iterable[Mapping[str, Any]], accept_predicted: bool = Fal
     Returns:
         3 if a budget is missed; otherwise 4 if one is undecided, or only predicted and that is not accepted; else 0.
     """
-    found = {verdict_of(budget) for budget in Manifest.tolerant({"budgets": list(budgets)}).budgets}
+    found = {verdict_of(budget) for budget in budgets}
     if "missed" in found:
         return MISSED
     if "undecided" in found or ("predicted" in found and not accept_predicted):
@@ -65,27 +68,27 @@ def exit_code(budgets: Iterable[Mapping[str, Any]], accept_predicted: bool = Fal
     return KEPT
 
 
-def _closing_notes(manifest: Mapping[str, Any], job: Job, plan: ChannelPlan) -> Iterator[str]:
-    budgets = Manifest.tolerant(manifest).budgets
+def _closing_notes(manifest: Manifest, job: Job, plan: ChannelPlan) -> Iterator[str]:
+    budgets = manifest.budgets
     pruned = plan.widths != job.space.dense().widths
-    if any(verdict_of(entry) == "undecided" for entry in budgets):
-        low, high = manifest["latency"]["interval"]
+    if any(verdict_of(budget) == "undecided" for budget in budgets):
+        low, high = manifest.latency.interval or (0.0, None)
         reach = f"between {low:.3f} and {high:.3f}" if high is not None else "some unknown share"
         yield (
             "The measurement cannot decide whether the latency target is met: the slim network takes "
             f"{reach} of the dense one's time (95 % interval), and the target lies inside. Measure again on a quiet "
             "machine: compress measure RUN; or allow more time: --set contract.seconds=300."
         )
-    if any(verdict_of(entry) == "predicted" for entry in budgets):
+    if any(verdict_of(budget) == "predicted" for budget in budgets):
         how = "estimated" if job.table is not None and job.table.estimated else "predicted"
         yield f"{job.recipe.device} is not this machine: its latency is {how}, not measured."
     if budgets and not pruned:
         yield "The dense network already meets every budget: nothing was pruned."
-    if pruned and all(entry.name != "latency" for entry in budgets):
+    if pruned and all(budget.name != "latency" for budget in budgets):
         yield from _hardly_faster(manifest)
 
 
-def _on_the_device(run: RunDir, recipe: Recipe) -> Iterator[str]:
+def _on_the_device(run: RunFolder, recipe: Recipe) -> Iterator[str]:
     """Yield the command that brings the network to a board that this run could not reach."""
     from export.device.bundle import TARGETS
 
@@ -96,19 +99,19 @@ def _on_the_device(run: RunDir, recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _hardly_faster(manifest: Mapping[str, Any]) -> Iterator[str]:
+def _hardly_faster(manifest: Manifest) -> Iterator[str]:
     """Yield a warning if fewer multiply-adds or weights have saved hardly any measured time."""
-    found, latency = time_ratio(Manifest.tolerant(manifest)), manifest["latency"]
+    found, latency = time_ratio(manifest), manifest.latency
     if found is not None and found[1] == "measured" and found[0] >= HARDLY_FASTER:
         yield (
             f"The slim network takes {found[0]:.0%} of the dense one's measured time "
-            f"({latency['measured_ms']:.3g} of {latency['dense_ms']:.3g} ms): there was no latency budget, and some "
+            f"({latency.measured_ms:.3g} of {latency.dense_ms:.3g} ms): there was no latency budget, and some "
             "channel counts may suit the device badly. Add --latency, or use --granularity measured; "
             "compress measure RUN --explain shows where the time goes."
         )
 
 
-def _checksums(run: RunDir) -> dict[str, str]:
+def _checksums(run: RunFolder) -> dict[str, str]:
     names = [RECIPE, "channels.json", "model.safetensors", MODEL, "report.html"]
     for pattern in ("model.*.onnx", "engines/*"):
         names += sorted(str(path.relative_to(run.path)) for path in run.path.glob(pattern) if path.is_file())

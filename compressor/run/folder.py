@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from compressor.core.errors import CompressorError
-from compressor.core.files import disk_error, now, read_json, write_atomic
-from compressor.core.manifest import MANIFEST
+from compressor.core.files import disk_error, now, write_atomic
+from compressor.core.manifest import MANIFEST, Manifest, Stage
+from compressor.core.progress import say
 from compressor.core.records import RECIPE, Checkpoint, EpisodeLog
 from export.files import is_temporary_of, remove_temporaries
 
 LOCK = ".lock"
+Result = TypeVar("Result")
 
 
-class RunDir:
+class RunFolder:
     """One run's folder: its recipe, its manifest, and the lock of the process that works on it.
 
-    `manifest` is a dict that `save` writes as a whole; stages record there when they started and finished.
+    It is a context that ends with `close`. `save` writes the whole manifest; stages record there when they started and
+    finished.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest: dict[str, Any] = {}
+        self.manifest = Manifest()
+        self.begun_before: frozenset[str] = frozenset()  # stages that an earlier process had begun
         self._lock: Any = None
 
     @classmethod
-    def create(cls, path: Path, recipe_yaml: str) -> RunDir:
+    def create(cls, path: Path, recipe_yaml: str) -> RunFolder:
         """Create a new folder with its recipe, and lock it.
 
         Raises:
@@ -63,7 +66,7 @@ class RunDir:
         raise CompressorError(f"{path} exists and is not an empty folder.", "Choose another --out DIR.")
 
     @classmethod
-    def open(cls, path: Path) -> RunDir:
+    def open(cls, path: Path) -> RunFolder:
         """Open an earlier run's folder and lock it.
 
         Raises:
@@ -76,23 +79,18 @@ class RunDir:
         run = cls(path)
         run.lock()
         remove_temporaries(path)
-        run.read()
+        if (path / MANIFEST).exists():  # a run that was killed before its first write has none
+            run.manifest = Manifest.read(path / MANIFEST)
+            run.begun_before = frozenset(run.manifest.stages)
         return run
 
     @staticmethod
     def tidy(path: Path) -> None:
         """Remove the temporary files of killed processes from a run's folder, unless a process works on it now."""
         if (path / RECIPE).is_file():
-            with suppress(CompressorError), closing(RunDir(path)) as run:
+            with suppress(CompressorError), RunFolder(path) as run:
                 run.lock()
                 remove_temporaries(path)
-
-    def read(self) -> None:
-        """Read the manifest from the folder; a run that was killed before its first write has none."""
-        manifest = self.path / MANIFEST
-        self.manifest = read_json(manifest) if manifest.exists() else {}
-        if not isinstance(self.manifest, dict):
-            raise CompressorError(f"{manifest} holds {type(self.manifest).__name__}, expected an object.")
 
     def lock(self) -> None:
         """Lock the folder until `close`; the system releases the lock when the process dies."""
@@ -109,7 +107,14 @@ class RunDir:
         except OSError as error:
             raise disk_error(self.path, error) from error
 
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -129,36 +134,57 @@ class RunDir:
     def episodes(self) -> EpisodeLog:
         return EpisodeLog(self.path / "search" / "episodes.jsonl")
 
-    def save(self, **fields: Any) -> None:
-        """Set `fields` of the manifest and write it."""
-        self.manifest.update(fields)
-        write_atomic(self.path / MANIFEST, json.dumps(self.manifest, indent=2, allow_nan=False) + "\n")
+    def save(self) -> None:
+        """Write the manifest."""
+        self.manifest.write(self.path / MANIFEST)
+
+    def note(self, text: str) -> None:
+        """Print a sentence and add it to the run's notes, once."""
+        if text not in self.manifest.notes:
+            say(text)
+            self.manifest.notes = [*self.manifest.notes, text]
+            self.save()
+
+    def note_accuracy(self, **values: Any) -> None:
+        """Set fields of the manifest's accuracy and write it."""
+        self.manifest.accuracy = self.manifest.accuracy.model_copy(update=values)
+        self.save()
 
     def finished(self, stage: str) -> bool:
-        return bool(self.manifest.get("stages", {}).get(stage, {}).get("finished"))
+        return self.manifest.finished(stage)
 
-    def reopen(self, *stages: str, **fields: Any) -> None:
-        """Mark these stages as unfinished and set `fields`, in one write: the stages will run again."""
-        for stage in stages:
-            if stage in self.manifest.get("stages", {}):
-                self.manifest["stages"][stage]["finished"] = None
-        self.save(**fields)
+    def reopen(self, *stages: str) -> None:
+        """Mark these stages as unfinished, and write the manifest with what else has changed: they will run again."""
+        for name in stages:
+            if name in self.manifest.stages:
+                self._record(name, finished=None)
+        self.save()
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Record in the manifest when a stage starts and finishes, and its seconds over all attempts."""
-        stages = self.manifest.setdefault("stages", {})
-        spent = stages.get(name, {}).get("seconds", 0.0)
-        begun = time.monotonic()
-        stages[name] = {
-            "started": stages.get(name, {}).get("started") or now(),
-            "finished": None,
-            "seconds": spent,
-        }
+    def stage(
+        self, name: str, work: Callable[[], Result], saved: Callable[[], Result] | None = None, *, again: bool = False
+    ) -> Result:
+        """Run a stage, or skip it if it has finished; the manifest records when it starts and finishes.
+
+        Args:
+            name: Name of the stage.
+            work: The stage. What it changes in the manifest is written at its end, if it is not saved before.
+            saved: Reads the result of the finished stage from the folder; None for a stage without a result.
+            again: Whether to run a finished stage again.
+        """
+        if self.finished(name) and not again:
+            return saved() if saved is not None else cast(Result, None)
+        before = self.manifest.stages.get(name, Stage())
+        spent, begun = before.seconds or 0.0, time.monotonic()
+        self._record(name, started=before.started or now(), finished=None, seconds=spent)
         self.save()
-        yield
-        stages[name] |= {"finished": now(), "seconds": round(spent + time.monotonic() - begun, 3)}
+        result = work()
+        self._record(name, finished=now(), seconds=round(spent + time.monotonic() - begun, 3))
         self.save()
+        return result
+
+    def _record(self, name: str, **fields: Any) -> None:
+        stage = self.manifest.stages.get(name, Stage()).model_copy(update=fields)
+        self.manifest.stages = {**self.manifest.stages, name: stage}
 
 
 def _before_the_recipe(path: Path) -> bool:

@@ -11,10 +11,11 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_text
+from compressor.core.manifest import ExplainedLine, Explanation, Layer
 from compressor.latency.explain import Line, Profile, explain, profile_onnx
 from compressor.latency.networks import file_nodes
 from compressor.latency.peaks import Machine, calibrate
-from compressor.run.folder import RunDir
+from compressor.run.folder import RunFolder
 from compressor.run.onnx_files import DENSE, MODEL
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def predicted_pairs(table: LatencyTable, space: PruningSpace, widths: Any) -> Pa
 
 
 def explain_run(
-    run: RunDir,
+    run: RunFolder,
     *,
     threads: int,
     predicted: Pairs | None,
@@ -67,43 +68,42 @@ def explain_run(
     dense, slim = profiles
     names = _names(run)
     lines = explain(dense, slim, names, machine, predicted)
-    run.save(
-        layers=_with_times(run.manifest.get("layers", []), lines),
-        explanation={
-            "where": where,
-            "peaks": machine.how,
-            "dense_ms": dense.whole_ms,
-            "slim_ms": slim.whole_ms,
-            "lines": [asdict(line) for line in lines],
-        },
+    run.manifest.layers = _with_times(run.manifest.layers, lines)
+    run.manifest.explanation = Explanation(
+        where=where,
+        peaks=machine.how,
+        dense_ms=dense.whole_ms,
+        slim_ms=slim.whole_ms,
+        lines=[ExplainedLine(**asdict(line)) for line in lines],
     )
+    run.save()
     return lines
 
 
-def _profiled_here(run: RunDir, threads: int) -> tuple[Profile, Profile]:
+def _profiled_here(run: RunFolder, threads: int) -> tuple[Profile, Profile]:
     dense, slim = profile_onnx([run.file(DENSE), run.file(MODEL)], threads=threads)
     return dense, slim
 
 
-def _names(run: RunDir) -> list[str]:
+def _names(run: RunFolder) -> list[str]:
     """Return names of the weight-bearing operators: the layers' own if the counts match, else the ONNX file's."""
     found = [node.name for node in file_nodes(run.file(MODEL)) if node.operator >= 0]
-    layers = [str(layer.get("name")) for layer in run.manifest.get("layers", [])]
+    layers = [layer.name for layer in run.manifest.layers]
     return layers if len(layers) == len(found) else found
 
 
-def _with_times(layers: Sequence[dict[str, Any]], lines: Sequence[Line]) -> list[dict[str, Any]]:
+def _with_times(layers: Sequence[Layer], lines: Sequence[Line]) -> list[Layer]:
     by_layer = {line.layer: line for line in lines if line.layer is not None}
     if len(by_layer) != len(layers):
         return list(layers)
     keys = ("dense_ms", "slim_ms", "predicted_dense_ms", "predicted_slim_ms", "bound", "padding")
     return [
-        {**layer, **{key: getattr(by_layer[place], key) for key in keys}} if place in by_layer else layer
+        layer.model_copy(update={key: getattr(by_layer[place], key) for key in keys}) if place in by_layer else layer
         for place, layer in enumerate(layers)
     ]
 
 
-def run_space(run: RunDir, table: LatencyTable | None, factory: str | None = None) -> PruningSpace:
+def run_space(run: RunFolder, table: LatencyTable | None, factory: str | None = None) -> PruningSpace:
     """Return the pruning space of a run's network as its table knows it, without its data and weights.
 
     Args:
@@ -151,9 +151,9 @@ def run_space(run: RunDir, table: LatencyTable | None, factory: str | None = Non
     return traced(steps)
 
 
-def kept_widths(run: RunDir, space: PruningSpace) -> Any:
+def kept_widths(run: RunFolder, space: PruningSpace) -> Any:
     """Return the widths that a run chose, in the order of the space's groups."""
-    kept = {str(group["name"]): int(group["kept"]) for group in run.manifest.get("groups", [])}
+    kept = {group.name: group.kept for group in run.manifest.groups}
     if set(kept) != {group.name for group in space.groups}:
         raise CompressorError(
             "The run's groups are not those of its network.", "Check whether its code has changed since the run."
@@ -162,7 +162,7 @@ def kept_widths(run: RunDir, space: PruningSpace) -> Any:
 
 
 def read_profiles(
-    dense: Path, slim: Path, run: RunDir, *, element_bytes: int, block: int
+    dense: Path, slim: Path, run: RunFolder, *, element_bytes: int, block: int
 ) -> tuple[Profile, Profile]:
     """Read the layer profiles that trtexec wrote on a device for the engines of a run's dense and slim ONNX files.
 

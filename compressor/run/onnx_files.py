@@ -1,4 +1,7 @@
-"""Operations on a run's ONNX files: scoring on real images and building engines."""
+"""The slim network's ONNX files: exported, compared with PyTorch, scored on real images, and built as engines.
+
+A file in another precision is compared and scored as well before it is kept.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,116 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.core.files import cache_folder
-from compressor.core.progress import bar
-from compressor.run.folder import RunDir
+from compressor.core.errors import CompressorError
+from compressor.core.files import cache_folder, replacing, sha256_file
+from compressor.core.manifest import Checks, Cost, Engine, Export, Layer, NetworkCost, OtherMacs, Parity
+from compressor.core.progress import bar, say
+from compressor.run.device import opset_of
+from compressor.run.folder import RunFolder
+from export.device.here import CPU
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from compressor.data import DataBundle, Split
+    from compressor.pruning.plan import ChannelPlan
     from compressor.recipe import Recipe
+    from compressor.run.job import Job
     from export.engine.engine import BuildSettings
 
 MODEL = "model.onnx"
 DENSE = "checkpoints/dense.onnx"
 PROBE = "checkpoints/probe.onnx"
 COMPARED_IMAGES = 64  # number of images for comparing an exported file with the network
+CALIBRATION_IMAGES = 256
+JUDGING_IMAGES = 2000
+
+
+def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
+    """Write the ONNX file, compare it with PyTorch on test images, score it, and build an engine."""
+    from compressor.pruning.checks import checks
+    from export.convert.to_onnx import check_parity
+
+    recipe, space, manifest = job.recipe, job.space, run.manifest
+    manifest.checks = Checks.model_validate(checks(space, plan, slim))
+    run.save()
+    metadata = metadata_of(recipe, job.data, run, plan.checksum)
+    info = write_onnx(job, slim, run.file(MODEL), metadata=metadata)
+    images, _ = drawn(job.data.test, COMPARED_IMAGES, recipe.seed)
+    parity = check_parity(slim, run.file(MODEL), images, tolerance=recipe.export.tolerance)
+    exported, count = scored(run.file(MODEL), job.data)
+    manifest.parity = Parity(
+        max_abs=parity.max_abs,
+        mean_abs=parity.mean_abs,
+        top1_agreement=parity.top1_agreement,
+        tolerance=recipe.export.tolerance,
+        images=len(images),
+    )
+    dense_widths, widths = space.dense_widths, space.widths(plan.widths)
+    manifest.cost = Cost(
+        dense=NetworkCost(
+            macs=int(space.macs(dense_widths)),
+            params=int(space.params(dense_widths)),
+            onnx_bytes=run.file(DENSE).stat().st_size,
+        ),
+        slim=NetworkCost(
+            macs=int(space.macs(widths)),
+            params=sum(parameter.numel() for parameter in slim.parameters()),
+            onnx_bytes=info.size,
+            safetensors_bytes=run.file("model.safetensors").stat().st_size,
+        ),
+    )
+    both = np.stack([dense_widths, widths])
+    manifest.layers = _layers(job, both)
+    manifest.other_macs = [
+        OtherMacs(name=name, dense_macs=int(dense), slim_macs=int(slim))
+        for name, (dense, slim) in space.other_macs(both).items()
+    ]
+    run.note_accuracy(exported=exported, exported_images=count)
+    local = recipe.device == "local"
+    manifest.engines = []
+    if recipe.export.engine and not local:
+        manifest.engine_note = f"An engine for {recipe.device} is built there, not on this machine."
+    elif recipe.export.engine:
+        manifest.engines, note = build_engine_of(run, run.file(MODEL))
+        say(note)
+        manifest.engine_note = None if manifest.engines else note
+    else:
+        manifest.engine_note = "The recipe asks for none."
+    run.save()
+    if recipe.precision != "fp32":  # on this machine's CPU it always is
+        for line in write_precision(
+            run, job.data, recipe.precision, recipe.export.max_drop, rest="fp16", engine=local
+        ):
+            say(line)
+
+
+def write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any] | None = None) -> Any:
+    """Export a network of the job to ONNX, for a batch of one."""
+    import torch
+
+    from export.convert.to_onnx import export_onnx
+
+    example = torch.zeros(1, *job.data.input_shape)
+    return export_onnx(model, example, path, opset=opset_of(job.recipe), metadata=metadata)
+
+
+def _layers(job: Job, both: Any) -> list[Layer]:
+    """Return channels and multiply-adds of every layer, for the widths (2, G) of the dense and the slim network."""
+    records = []
+    for layer, macs in zip(job.space.layers, job.space.layer_macs(both).T, strict=True):
+        inputs, outputs = layer.in_channels(both), layer.out_channels(both)
+        records.append(
+            Layer(
+                name=layer.name,
+                kind=layer.kind,
+                dense_macs=int(macs[0]),
+                slim_macs=int(macs[1]),
+                dense_channels=[int(inputs[0]), int(outputs[0])],
+                slim_channels=[int(inputs[1]), int(outputs[1])],
+            )
+        )
+    return records
 
 
 def drawn(split: Split, images: int, seed: int) -> tuple[Any, Any]:
@@ -51,7 +151,7 @@ def scored(path: Path, data: DataBundle) -> tuple[float, int]:
     return accuracy_onnx(path, batches(), threads=torch.get_num_threads()), seen
 
 
-def metadata_of(recipe: Recipe, data: DataBundle, run: RunDir, plan_checksum: str) -> dict[str, Any]:
+def metadata_of(recipe: Recipe, data: DataBundle, run: RunFolder, plan_checksum: str) -> dict[str, Any]:
     """Return the metadata of an exported file: model, classes, normalization, run and plan."""
     return {
         "model": recipe.model,
@@ -64,14 +164,14 @@ def metadata_of(recipe: Recipe, data: DataBundle, run: RunDir, plan_checksum: st
 
 
 def build_engine_of(
-    run: RunDir,
+    run: RunFolder,
     onnx: Path,
     *,
     module: str | None = None,
     compute_capability: Sequence[str] = (),
     settings: BuildSettings | None = None,
     must: bool = False,
-) -> tuple[list[dict[str, Any]], str]:
+) -> tuple[list[Engine], str]:
     """Build the engine of one of the run's ONNX files if a builder is installed, or take it from the cache.
 
     Args:
@@ -108,14 +208,166 @@ def build_engine_of(
         if must:
             raise
         return [], f"There is no engine of {onnx.name}: {error}"
-    entry = {
-        "file": str(path.relative_to(run.path)),
-        "builder": f"{info.module} {info.version}",
-        "precision": info.precision,
-        "compute_capability": ", ".join(info.compute_capabilities),
-        "bytes": info.size,
-    }
+    engine = Engine(
+        file=str(path.relative_to(run.path)),
+        builder=f"{info.module} {info.version}",
+        precision=info.precision,
+        compute_capability=", ".join(info.compute_capabilities),
+        bytes=info.size,
+    )
     done = "Found in the cache:" if found else "Built"
-    return [
-        entry
-    ], f"{done} {path.name} for compute capability {entry['compute_capability']} with {info.module}."
+    return [engine], f"{done} {path.name} for compute capability {engine.compute_capability} with {info.module}."
+
+
+def write_precision(
+    run: RunFolder,
+    data: DataBundle,
+    precision: str,
+    max_drop_points: float,
+    *,
+    method: str = "minmax",
+    rest: str | None = None,
+    source: Path | None = None,
+    path: Path | None = None,
+    engine: bool = True,
+) -> Iterator[str]:
+    """Write the run's network in another precision, check it on the test split, and build its engine.
+
+    INT8 keeps the most sensitive layers in floating point until the accuracy on the search split is within the allowed
+    drop. The test split selects nothing: a file that loses more there is rejected.
+
+    Args:
+        run: Run whose FP32 file is exported.
+        data: Data of the run.
+        precision: "fp16" or "int8".
+        max_drop_points: Percentage points of accuracy that the file may lose.
+        method: How INT8 ranges are calibrated: "minmax", "entropy" or "percentile".
+        rest: Precision of the layers that INT8 leaves out: "fp32" or "fp16"; None for fp16, but fp32 on this CPU.
+        source: FP32 file; None for the run's.
+        path: Path of the new file; None for `model.PRECISION.onnx`.
+        engine: Whether to build its engine.
+
+    Yields:
+        Lines for the user.
+
+    Raises:
+        CompressorError, ExportError: The precision is unknown, or the drop is larger than allowed; nothing is written.
+    """
+    if precision not in ("fp16", "int8"):
+        raise CompressorError(
+            f"--precision {precision} is not exported.",
+            "Choose fp16 or int8; the run has model.onnx in fp32.",
+        )
+    given, goal = source or run.file(MODEL), path or run.file(f"model.{precision}.onnx")
+    if rest is None:
+        latency = run.manifest.latency
+        here = (latency.device or "local") == "local"
+        rest = "fp32" if here and (latency.runtime or CPU).startswith(CPU) else "fp16"
+    exact = run.manifest.accuracy.exported
+    if source or exact is None:
+        exact = scored(given, data)[0]
+    with replacing(goal) as trial:
+        seed = int(run.manifest.seed or 0)
+        if precision == "fp16":
+            facts = _half(given, trial, data, seed)
+        else:
+            facts = _int8(given, trial, data, seed, max_drop_points, method, rest)
+        if problem := _problem(given, trial, data, seed, precision, exact, max_drop_points, facts):
+            raise CompressorError(
+                f"{goal.name}: {problem}", "Allow more with --max-drop (a recipe: export.max_drop)."
+            )
+    yield f"Wrote {goal}: {facts.pop('words')}."
+    yield f"Accuracy on {facts['images']} test images: {facts['accuracy']:.2%} (FP32 {exact:.2%})."
+    entry = Export(file=goal.name, bytes=goal.stat().st_size, **facts)
+    built: list[Engine] = []
+    if engine:
+        built, note = build_engine_of(run, goal)
+        yield note
+    record(run, goal.name.removeprefix("model.").removesuffix(".onnx"), entry, built)
+
+
+def record(run: RunFolder, key: str, entry: Export, engines: list[Engine]) -> None:
+    """Record an exported file, its engines and their checksums in the manifest."""
+    manifest = run.manifest
+    names = [entry.file] if run.file(entry.file).is_file() else []
+    names += [name for each in engines for name in (each.file, f"{each.file.removesuffix('engine')}json")]
+    built = {each.file for each in engines}
+    manifest.exports = {**manifest.exports, key: entry}
+    manifest.engines = [each for each in manifest.engines if each.file not in built] + engines
+    manifest.files = {**manifest.files, **{name: sha256_file(run.file(name)) for name in names}}
+    run.save()
+
+
+def _half(given: Path, trial: Path, data: DataBundle, seed: int) -> dict[str, Any]:
+    from export.convert.half import convert_half
+
+    half = convert_half(given, trial, inputs=drawn(data.search, CALIBRATION_IMAGES, seed)[0])
+    return {
+        "kept_fp32": [kept.node for kept in half.kept],
+        "words": f"{half.converted} nodes in half precision, {len(half.kept)} kept in FP32",
+    }
+
+
+def _int8(
+    given: Path, trial: Path, data: DataBundle, seed: int, max_drop_points: float, method: str, rest: str
+) -> dict[str, Any]:
+    import torch
+
+    from export.convert.ort import accuracy_onnx
+    from export.convert.quantize import quantize_within
+
+    calibration, labels = drawn(data.train, CALIBRATION_IMAGES, seed)
+    judging, threads = [drawn(data.search, JUDGING_IMAGES, seed)], torch.get_num_threads()
+    counts = np.bincount(labels, minlength=data.num_classes).tolist()
+    within = quantize_within(
+        given,
+        trial,
+        calibration,
+        lambda file: accuracy_onnx(file, judging, threads=threads),
+        max_drop=max_drop_points / 100,
+        method=method,
+        rest=rest,
+    )
+    kept = list(within.quant.kept)
+    return {
+        "kept_float": kept,
+        "calibration": method,
+        "calibration_images": len(calibration),
+        "calibration_classes": dict(zip(data.classes, counts, strict=True)),
+        "rest": rest,
+        "words": f"{len(within.quant.quantised)} nodes in INT8, {len(kept)} kept in floats, calibrated on "
+        f"{len(calibration)} training images, {min(counts)} to {max(counts)} of each class",
+    }
+
+
+def _problem(
+    given: Path,
+    trial: Path,
+    data: DataBundle,
+    seed: int,
+    precision: str,
+    exact: float,
+    max_drop_points: float,
+    facts: dict[str, Any],
+) -> str:
+    """Describe what is wrong with a file compared with the FP32 one, or return ""; fill `facts` with its scores."""
+    from export.convert.ort import onnx_outputs
+    from export.convert.parity import AGREEMENTS, TOLERANCES, compare_outputs, require
+    from export.errors import ExportError
+
+    images, _ = drawn(data.test, COMPARED_IMAGES, seed)
+    right, judged = (onnx_outputs(file, images)[0] for file in (given, trial))
+    parity = compare_outputs(right, judged, tolerance=TOLERANCES[precision])
+    facts["parity"] = parity.to_dict()
+    facts["accuracy"], facts["images"] = scored(trial, data)
+    drop = 100 * (exact - facts["accuracy"])
+    if drop > max_drop_points + 1e-9:
+        return (
+            f"it loses {drop:.2f} points of accuracy on {facts['images']} test images ({exact:.2%} in FP32, "
+            f"{facts['accuracy']:.2%}); at most {max_drop_points:g} is allowed."
+        )
+    try:
+        require(parity, precision.upper(), min_agreement=min(AGREEMENTS[precision], 1 - 1 / len(images)))
+    except ExportError as error:
+        return error.message
+    return ""

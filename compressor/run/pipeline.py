@@ -1,19 +1,20 @@
-"""The stages of a run, in their order.
+"""The main path of a run.
 
-    recipe -> prepare -> [search -> probe -> tighten]* -> fine-tune -> export -> measure -> report
+    recipe -> prepare -> [search -> probe]* -> fine-tune -> export -> measure -> report
 
 Latency does not depend on the weights, so a plan is measured right after the search, before fine-tuning. If it misses
 the target, or is faster than necessary, the table is refitted with that measurement and the search continues.
 
-Every stage stores what later stages need in the run's folder. A resumed run goes through the same stages and skips
-those that had finished.
+Every stage stores what later stages need in the run's folder. A resumed run takes the same path and skips the stages
+that have finished.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,19 +25,19 @@ from compressor.core.progress import say
 from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
 from compressor.recipe.validation import validated
-from compressor.run.delivery import export, measure, probe
+from compressor.run.contract import Contract
 from compressor.run.device import device_precision, provider_of, request_of
-from compressor.run.finish import close
-from compressor.run.folder import RunDir, new_run_path
-from compressor.run.job import Job, prepare
-from compressor.run.onnx_files import DENSE
-from compressor.run.stages import TABLE, begin, fall_back, finetune, search, settle, tighten
+from compressor.run.finish import finish
+from compressor.run.folder import RunFolder, new_run_path
+from compressor.run.job import Job
+from compressor.run.measure import measure, probe
+from compressor.run.onnx_files import DENSE, export
+from compressor.run.stages import TABLE, begin, choose, finetune, finetuned_network, search
 
 if TYPE_CHECKING:
     from torch import nn
 
     from compressor.latency.table import LatencyTable
-    from compressor.pruning.plan import ChannelPlan
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,13 @@ def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
     Raises:
         CompressorError: Something in the recipe is not available; nothing was written.
     """
-    from compressor.models.names import remember_factory
-
     recipe = recipe.resolved()
     path = out or new_run_path(Path("runs"), f"{recipe.model}-{recipe.data_kind}")
-    RunDir.refuse_taken(path)
-    job = prepare(recipe)
-    remember_factory(recipe.model)
-    with closing(RunDir.create(path, job.recipe.to_yaml())) as run, _stopped_in(path):
+    RunFolder.refuse_taken(path)
+    job = Job.prepare(recipe)
+    with RunFolder.create(path, job.recipe.to_yaml()) as run, _stopped_in(path):
         say(f"The run's folder is {run.path}")
-        return _walk(run, job)
+        return _all_stages(run, job)
 
 
 def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResult:
@@ -95,25 +93,60 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
     Raises:
         CompressorError: The run was started with another recipe, or another process is working on the folder.
     """
-    from compressor.models.names import remember_factory
-
-    with closing(RunDir.open(folder)) as run, _stopped_in(folder):
-        expected = load_recipe(run.file(RECIPE)).changed(overrides or {})
-        changed = _changed_since(run, expected)
-        if refused := [said for name, said in changed.items() if name not in _FREE]:
-            raise CompressorError(
-                f"The run in {folder} was started with another recipe: {'; '.join(refused)}.",
-                f"Resume it without these options and with its original {RECIPE}, or start a new run with --out DIR.",
-            )
-        job = prepare(expected, _table_of(run, expected), values=_function_values(run), dense=run.file(DENSE))
-        remember_factory(expected.model)
+    with RunFolder.open(folder) as run, _stopped_in(folder):
+        recipe = load_recipe(run.file(RECIPE)).changed(overrides or {})
+        changed = _changed_since(run, recipe)
+        table, values = _table_of(run, recipe), _function_values(run)
+        job = Job.prepare(recipe, table, values=values, dense=run.file(DENSE))
         if changed:
-            note = f"Resumed with other settings: {'; '.join(changed.values())}."
-            write_atomic(run.file(RECIPE), expected.to_yaml())
-            if run.manifest:
-                run.save(recipe=_plain(expected), notes=[*run.manifest.get("notes", []), note])
+            note = f"Resumed with other settings: {'; '.join(changed)}."
+            write_atomic(run.file(RECIPE), recipe.to_yaml())
+            if run.manifest.stages:
+                run.manifest.recipe = recipe.model_dump(mode="json")
+                run.manifest.notes = [*run.manifest.notes, note]
+                run.save()
             say(note)
-        return _walk(run, job)
+        return _all_stages(run, job)
+
+
+def _all_stages(run: RunFolder, job: Job) -> RunResult:
+    """Take the main path; each stage is skipped if it has finished."""
+    from compressor.models.names import remember_factory
+    from compressor.pruning.artefact import read_plan
+
+    remember_factory(job.recipe.model)
+    job.dense_file.put(run.file(DENSE))
+    contract = Contract(run, job)
+    run.stage("begin", partial(begin, run, job))
+    while True:
+        if run.finished("finetune"):  # nothing is decided again, and nothing of the search is needed
+            plan = read_plan(run.path)
+        else:
+            find = partial(search, run, job, contract)
+            plan = run.stage("search", find, saved=find)
+            if contract.measurable:
+                run.stage("probe", partial(probe, run, job, contract, plan))
+                if contract.continue_search():
+                    continue
+            plan = choose(run, job, contract, plan)
+        slim = run.stage(
+            "finetune", partial(finetune, run, job, plan), saved=partial(finetuned_network, run, job)
+        )
+        run.stage("export", partial(export, run, job, plan, slim))
+        run.stage("measure", partial(measure, run, job, contract, plan))
+        if not contract.return_to_search(plan):
+            break
+    code = finish(run, job, plan)
+    return RunResult(run.path, run.manifest.plain(), code)
+
+
+@contextmanager
+def _stopped_in(folder: Path) -> Iterator[None]:
+    """Add the run's folder to an interrupt."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Stopped(folder) from stop
 
 
 _FREE = (
@@ -127,19 +160,25 @@ _FREE = (
 """Fields that may change when a run is resumed."""
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json")
+def _changed_since(run: RunFolder, recipe: Recipe) -> list[str]:
+    """Describe the fields in which a recipe differs from the one that the run was started with.
 
-
-def _changed_since(run: RunDir, recipe: Recipe) -> dict[str, str]:
-    """Describe, by name, the fields in which a recipe differs from the one that the run was started with."""
-    if "recipe" in run.manifest:
-        begun = validated(Recipe, run.manifest["recipe"], f"the recipe in {run.file(MANIFEST)}")
+    Raises:
+        CompressorError: A field differs that may not.
+    """
+    if run.manifest.recipe:
+        begun = validated(Recipe, run.manifest.recipe, f"the recipe in {run.file(MANIFEST)}")
     else:  # killed before its first stage, or started by an earlier version
         begun = load_recipe(run.file(RECIPE))
-    before, now = dict(_fields(_plain(begun))), dict(_fields(_plain(recipe)))
+    before, now = (dict(_fields(each.model_dump(mode="json"))) for each in (begun, recipe))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return {name: f"{name} is {before.get(name)}, not {now.get(name)}" for name in names}
+    changed = {name: f"{name} is {before.get(name)}, not {now.get(name)}" for name in names}
+    if refused := [said for name, said in changed.items() if name not in _FREE]:
+        raise CompressorError(
+            f"The run in {run.path} was started with another recipe: {'; '.join(refused)}.",
+            f"Resume it without these options and with its original {RECIPE}, or start a new run with --out DIR.",
+        )
+    return list(changed.values())
 
 
 def _fields(plain: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
@@ -151,43 +190,7 @@ def _fields(plain: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, A
             yield within + name, value
 
 
-def _walk(run: RunDir, job: Job) -> RunResult:
-    """Go through all stages of a run; each skips itself if it had finished."""
-    begin(run, job)
-    while True:
-        plan = _plan_that_keeps_its_latency(run, job)
-        slim = finetune(run, job, plan)
-        export(run, job, plan, slim)
-        if measure(run, job, plan) or not (tighten(run, job) or fall_back(run, plan)):
-            break
-    return RunResult(run.path, run.manifest, close(run, job, plan))
-
-
-@contextmanager
-def _stopped_in(folder: Path) -> Iterator[None]:
-    """Add the run's folder to an interrupt."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        raise Stopped(folder) from stop
-
-
-def _plan_that_keeps_its_latency(run: RunDir, job: Job) -> ChannelPlan:
-    from compressor.pruning.artefact import read_plan
-
-    if run.finished("measure"):  # nothing of the search is needed any more, such as its checkpoint
-        return read_plan(run.path)
-    while True:
-        plan = search(run, job)
-        if run.finished(
-            "finetune"
-        ):  # stopped after a plan was chosen and trained: nothing is decided again
-            return read_plan(run.path)
-        if probe(run, job, plan) or not tighten(run, job):
-            return settle(run, job, plan)
-
-
-def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
+def _table_of(run: RunFolder, recipe: Recipe) -> LatencyTable | None:
     """Return the latency table of the running search, corrected by the measurements since.
 
     Raises:
@@ -204,12 +207,12 @@ def _table_of(run: RunDir, recipe: Recipe) -> LatencyTable | None:
         table = table.at(device_precision(recipe), device=recipe.device)
     elif not run.finished("measure"):
         provider_of(recipe).require_same(table, request_of(recipe))
-    for predicted, measured in run.manifest.get("corrections", []):
+    for predicted, measured in run.manifest.corrections:
         table = table.refit([(predicted, measured)], lower=True)
     return table
 
 
-def _function_values(run: RunDir) -> dict[str, dict[tuple[int, ...], float]]:
+def _function_values(run: RunFolder) -> dict[str, dict[tuple[int, ...], float]]:
     """Return the values of the user's functions in the search so far, by budget and widths."""
     from compressor.search.records import FORMAT
 

@@ -31,11 +31,11 @@ def profile_here(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]
             accurate enough is measured again.
     """
     from compressor.latency.measured import duration_s
-    from compressor.run.job import prepare
+    from compressor.run.job import Job
 
     seconds = None if time_limit is None else duration_s(time_limit)
     recipe = _for_latency(recipe)
-    job = prepare(recipe, profile_limit_s=seconds)
+    job = Job.prepare(recipe, profile_limit_s=seconds)
     table = job.table
     assert table is not None  # needed by the latency budget above
     shape = "x".join(str(size) for size in job.data.input_shape)
@@ -143,8 +143,7 @@ def _traced(recipe: Recipe) -> tuple[PruningSpace, Tensor]:
     """Trace the network with random weights; latency does not depend on the weights."""
     import torch
 
-    from compressor.run.inputs import load
-    from compressor.run.job import trace
+    from compressor.run.job import load, trace
 
     loaded = load(recipe, weights="none")
     example = torch.zeros(1, *loaded.data.input_shape)

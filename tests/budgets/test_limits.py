@@ -16,7 +16,7 @@ from compressor.core.errors import CompressorError
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import Recipe
-from compressor.run.job import prepare
+from compressor.run.job import Job
 
 
 class Pair(nn.Module):
@@ -63,7 +63,7 @@ def test_memory_by_hand(space: PruningSpace) -> None:
 def test_memory_is_counted_in_the_precision_of_the_device() -> None:
     fields = {"model": "cifar_resnet20", "data": "digits", "budgets": {"memory": "50%"}}
     for device, width in (("local", 4), ("jetson-orin-nano-8gb", 2)):
-        job = prepare(Recipe.model_validate({**fields, "device": device}).resolved())
+        job = Job.prepare(Recipe.model_validate({**fields, "device": device}).resolved())
         (memory,) = job.budgets()
         parameters = sum(each.numel() for each in job.model.parameters())
         activations = int(job.space.activations(job.space.dense_widths[None])[0])

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from compressor.cli.app import app
-from compressor.run.folder import RunDir
+from compressor.run.folder import RunFolder
 
 TINY = ["--model", "tests.nets:tiny", "--flops", "60%", "--epochs", "2"]
 
@@ -142,7 +142,7 @@ def test_run_folders_that_are_taken(tmp_path: Path) -> None:
     (taken / "notes.txt").write_text("mine")
     assert "not an empty folder" in refused(*TINY, "--out", str(taken))
     assert (taken / "notes.txt").read_text() == "mine"
-    run = RunDir.create(tmp_path / "run", "model: tests.nets:tiny\nbudgets: {flops: 60%}\nepochs: 2\n")
+    run = RunFolder.create(tmp_path / "run", "model: tests.nets:tiny\nbudgets: {flops: 60%}\nepochs: 2\n")
     assert "Another process" in refused("--resume", str(tmp_path / "run"))
     run.close()
     assert "--resume" in refused(*TINY, "--out", str(tmp_path / "run"))

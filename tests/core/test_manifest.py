@@ -44,7 +44,7 @@ def test_a_run_refuses_a_damaged_manifest_with_one_message(
     (tmp_path / "manifest.json").write_text(json.dumps(wrong))
     with pytest.raises(CompressorError, match=rf"manifest\.json: .*{words}") as refused:
         Manifest.read(tmp_path / "manifest.json")
-    assert "restore it from a copy" in refused.value.hint
+    assert "restore it, or start a new run" in refused.value.hint
     Manifest.tolerant(wrong)
 
 

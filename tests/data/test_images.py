@@ -16,7 +16,7 @@ from compressor.data import load_data
 from compressor.data.images import decode
 from compressor.data.preprocessing import Preprocessing
 from compressor.models import create_model, input_channels
-from compressor.run.inputs import load
+from compressor.run.job import load
 
 RAMP = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
 

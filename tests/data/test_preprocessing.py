@@ -17,7 +17,7 @@ from compressor.data.augment import Augmentation, augmentation_for
 from compressor.data.images import ImageFile
 from compressor.models import create_model, published
 from compressor.recipe import load_recipe
-from compressor.run.inputs import described, load
+from compressor.run.job import described, load
 
 MINIMAL = "timm:tf_mobilenetv3_small_minimal_100"
 

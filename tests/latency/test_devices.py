@@ -19,7 +19,7 @@ from compressor.latency.table import LatencyTable, check_known, find_table
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe, shipped
-from compressor.run.folder import RunDir
+from compressor.run.folder import RunFolder
 from compressor.run.pipeline import resume
 from compressor.run.stages import TABLE
 
@@ -139,7 +139,7 @@ def test_narrow_groups_get_finer_steps() -> None:
 
 def test_a_run_goes_on_only_with_a_table_of_its_device(tmp_path: Path) -> None:
     fields = {"model": "resnet18", "device": "jetson-tx2", "precision": "fp16", "budgets": {"latency": "50%"}}
-    run = RunDir.create(tmp_path / "run", parse_recipe(fields, "here").resolved().to_yaml())
+    run = RunFolder.create(tmp_path / "run", parse_recipe(fields, "here").resolved().to_yaml())
     write_atomic(run.file(TABLE), LatencyTable.load("jetson-nano", "fp16").to_json())
     run.close()
     with pytest.raises(CompressorError, match="device is jetson-nano, not jetson-tx2"):

@@ -242,9 +242,9 @@ def test_layers_whose_time_stayed_are_named() -> None:
     ]
     hot = hottest(Manifest.tolerant({"layers": layers, "latency": {"predicted_ms": 4.0}}), most=2)
     assert hot is not None
-    assert [(layer.name, layer.number, layer.share) for layer in hot.layers] == [
-        ("slowed", 3, "31.4%"),
-        ("kept whole", 4, "28.6%"),
+    assert [(layer["name"], layer["number"], layer["share"]) for layer in hot.layers] == [
+        ("slowed", "3", "31.4%"),
+        ("kept whole", "4", "28.6%"),
     ]
     assert "add up to 3.50 ms of the network's 4.00 ms. The other 0.500 ms (12.5%)" in hot.remark
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from compressor import compress
 from compressor.core.errors import CompressorError
+from compressor.core.manifest import Manifest, Measurement
+from compressor.latency.local import LocalCpu
 from compressor.latency.networks import tag
 from compressor.latency.paired import Timing
 from compressor.pruning.plan import ChannelPlan
-from compressor.run.contract import kept_plan, remember
-from compressor.run.folder import RunDir
+from compressor.run.contract import Contract
 from compressor.run.pipeline import resume
 from tests.other_device import OtherDevice, Proportional, timing
 from tests.runs import manifest_of, recipe
@@ -28,6 +31,24 @@ FINE = {"granularity": 4, "min_share": 0.1}
 def by_table(finished: Path) -> float:
     """What the made-up device's table says that the dense network takes, in milliseconds."""
     return Proportional().measure(tag(finished / "checkpoints/dense.onnx"), 1.0).median_ms
+
+
+@dataclass
+class Restless(Proportional):
+    """Takes a third longer with each network that it is given."""
+
+    def whole(self, total: np.ndarray) -> np.ndarray:
+        return np.asarray(super().whole(total) * 1.3**self.measured)
+
+
+def test_a_device_that_is_too_noisy_for_a_table_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(LocalCpu, "table", partialmethod(LocalCpu.measured, device=Restless()))
+    with pytest.raises(CompressorError, match=r"too noisy to measure a latency table: .* at most 50% is accepted"):
+        compress(recipe(budgets={"latency": "80%"}, pruning=FINE), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("factor", "offset", "noise"), [(1.5, 0.0, 0.0), (1.0, 0.5, 0.0), (1.0, 0.0, 0.02)])
@@ -134,7 +155,7 @@ def test_a_correction_survives_a_stop_once(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("compressor.run.stages.say", stop_after_the_refit)
+        patched.setattr("compressor.run.contract.say", stop_after_the_refit)
         with pytest.raises(KeyboardInterrupt):
             compress(wanted, out=tmp_path / "two")
     disturbed = resume(tmp_path / "two").manifest
@@ -159,6 +180,7 @@ def test_a_device_that_cannot_reach_the_target_ends_with_3_and_everything_writte
         assert (tmp_path / "run" / name).exists()
 
 
+@pytest.mark.usefixtures("busy_machine")
 def test_a_budget_that_is_met_already_prunes_nothing(tmp_path: Path) -> None:
     result = compress(recipe(budgets={"latency": "10s"}), out=tmp_path / "run")
     assert result.exit_code == 0
@@ -214,23 +236,31 @@ def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(
     assert [group["kept"] for group in result.manifest["groups"]] == rounds[-1]["widths"]
 
 
-def measured_plans(folder: Path, shares: list[tuple[int, float]]) -> tuple[RunDir, dict[int, ChannelPlan]]:
-    """A run's folder after these measurements: (channels of the plan, share of the target)."""
-    run = cast(RunDir, SimpleNamespace(manifest={"rounds": []}, file=folder.joinpath))
+def measured_plans(folder: Path, shares: list[tuple[int, float]]) -> tuple[Contract, dict[int, ChannelPlan]]:
+    """A run's contract after these measurements: (channels of the plan, share of the target)."""
+    run: Any = SimpleNamespace(manifest=Manifest(), file=folder.joinpath)
+    contract = Contract(run, cast(Any, None))
     (folder / "search").mkdir()
     plans = {width: ChannelPlan({"conv": tuple(range(width))}) for width, _ in shares}
     for width, share in shares:
-        run.manifest["rounds"].append(
-            {
-                "widths": [width],
-                "ratio": 0.5 * share,
-                "target_ratio": 0.5,
-                "verdict": "kept" if share <= 1 else "missed",
-            }
-        )
-        if share <= 1:
-            remember(run, plans[width])
-    return run, plans
+        run.manifest.rounds = [
+            *run.manifest.rounds,
+            Measurement(
+                predicted_ms=0.5,
+                measured_ms=0.5 * share,
+                target_ms=0.5,
+                dense_ms=1.0,
+                predicted_ratio=0.5,
+                ratio=0.5 * share,
+                interval=[0.5 * share, 0.5 * share],
+                target_ratio=0.5,
+                verdict="kept" if share <= 1 else "missed",
+                kept=share <= 1,
+                widths=[width],
+            ),
+        ]
+        contract.remember(plans[width])
+    return contract, plans
 
 
 @pytest.mark.parametrize(
@@ -247,9 +277,9 @@ def measured_plans(folder: Path, shares: list[tuple[int, float]]) -> tuple[RunDi
 def test_of_the_plans_that_keep_the_target_the_closest_is_taken(
     tmp_path: Path, shares: list[tuple[int, float]], taken: int
 ) -> None:
-    run, plans = measured_plans(tmp_path, shares)
+    contract, plans = measured_plans(tmp_path, shares)
     last = ChannelPlan({"conv": tuple(range(99))})
-    assert kept_plan(run, last) == {**plans, 99: last}[taken]
+    assert contract.best_plan(last) == {**plans, 99: last}[taken]
 
 
 def test_a_trained_plan_that_misses_gives_way_to_one_that_does_not(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import torch
 from compressor import CompressorError, compress
 from compressor.models import create_model
 from compressor.run.dense import doubt, lost_in_finetuning
-from compressor.run.folder import RunDir
-from compressor.run.job import prepare
+from compressor.run.folder import RunFolder
+from compressor.run.job import Job
 from compressor.run.stages import begin
 from tests.runs import manifest_of, recipe
 
@@ -71,9 +72,9 @@ def test_weights_that_guess_stop_the_run_unless_they_are_accepted(tmp_path: Path
         compress(wanted, out=tmp_path / "run")
     for word in ("--mean", "data.channel_order", "classes are in another order", "--accept-dense"):
         assert word in caught.value.hint
-    accepted = prepare(wanted.changed({"accept_dense": True}).resolved())
-    with closing(RunDir.open(tmp_path / "run")) as run:
-        begin(run, accepted)
+    accepted = Job.prepare(wanted.changed({"accept_dense": True}).resolved())
+    with closing(RunFolder.open(tmp_path / "run")) as run:
+        run.stage("begin", partial(begin, run, accepted))
     found = manifest_of(tmp_path / "run")
     assert any("The recipe accepts that." in note for note in found["notes"])
     assert any("does not say how its images were prepared" in note for note in found["notes"])

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compressor.cli.app import app
+from compressor.core.manifest import Manifest
 from compressor.run.finish import exit_code
 
 KEPT, MISSED = {"kept": True, "verdict": "kept"}, {"kept": False, "verdict": "missed"}
@@ -33,8 +34,9 @@ PREDICTED, UNDECIDED = {"kept": None, "verdict": "predicted"}, {"kept": None, "v
     ],
 )
 def test_exit_codes_follow_the_budgets(budgets: list[dict[str, Any]], code: int, accepting: int) -> None:
-    assert exit_code(budgets) == code
-    assert exit_code(budgets, accept_predicted=True) == accepting
+    judged = Manifest.tolerant({"budgets": budgets}).budgets
+    assert exit_code(judged) == code
+    assert exit_code(judged, accept_predicted=True) == accepting
 
 
 def test_what_is_only_predicted_ends_with_4_unless_that_is_accepted(tmp_path: Path) -> None:

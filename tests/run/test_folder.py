@@ -16,7 +16,7 @@ import torch
 from compressor.core.errors import CompressorError
 from compressor.core.files import replacing, sha256_file, write_atomic
 from compressor.core.records import EpisodeLog
-from compressor.run.folder import RunDir, new_run_path
+from compressor.run.folder import RunFolder, new_run_path
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> 
 
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    RunDir.create(folder, "model: a\n").close()
+    RunFolder.create(folder, "model: a\n").close()
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom compressor.core.files import replacing\n"
         "with replacing(Path(sys.argv[1])) as temporary:\n    temporary.write_text('half')\n    os._exit(9)\n"
@@ -47,7 +47,7 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
     for name in own:
         (folder / name).write_text("mine")
     assert len(list(folder.rglob("*"))) == len(own) + 5
-    RunDir.open(folder).close()
+    RunFolder.open(folder).close()
     left = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     assert left == {*own, "recipe.yaml", ".lock", "search"}
 
@@ -61,14 +61,14 @@ def test_sha256_of_known_bytes(tmp_path: Path) -> None:
 def test_a_folder_with_something_in_it_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(CompressorError, match="not an empty folder"):
-        RunDir.create(tmp_path, "model: a\n")
+        RunFolder.create(tmp_path, "model: a\n")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_an_earlier_run_is_offered_for_resuming(tmp_path: Path) -> None:
-    RunDir.create(tmp_path / "run", "model: a\n").close()
+    RunFolder.create(tmp_path / "run", "model: a\n").close()
     with pytest.raises(CompressorError, match="--resume"):
-        RunDir.create(tmp_path / "run", "model: a\n")
+        RunFolder.create(tmp_path / "run", "model: a\n")
 
 
 def test_a_run_that_was_killed_before_it_had_a_recipe_may_be_begun_again(tmp_path: Path) -> None:
@@ -76,18 +76,18 @@ def test_a_run_that_was_killed_before_it_had_a_recipe_may_be_begun_again(tmp_pat
     folder.mkdir()
     for name in (".lock", ".recipe.yaml.ab3_xyz9.yaml"):
         (folder / name).touch()
-    RunDir.create(folder, "model: a\n").close()
+    RunFolder.create(folder, "model: a\n").close()
     assert {path.name for path in folder.iterdir()} == {".lock", "recipe.yaml"}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / ".notes.txt.ab3_xyz9.txt").touch()
     with pytest.raises(CompressorError, match="not an empty folder"):
-        RunDir.create(tmp_path / "other", "model: a\n")
+        RunFolder.create(tmp_path / "other", "model: a\n")
 
 
 def test_a_live_run_holds_its_folder(tmp_path: Path) -> None:
-    script = "import sys; from pathlib import Path; from compressor.run.folder import RunDir\n"
+    script = "import sys; from pathlib import Path; from compressor.run.folder import RunFolder\n"
     script += (
-        "run = RunDir.create(Path(sys.argv[1]), 'model: a'); print('locked', flush=True); sys.stdin.read()"
+        "run = RunFolder.create(Path(sys.argv[1]), 'model: a'); print('locked', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path / "run")],
@@ -96,33 +96,47 @@ def test_a_live_run_holds_its_folder(tmp_path: Path) -> None:
     assert holder.stdout is not None
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(CompressorError, match="Another process"):
-        RunDir.open(tmp_path / "run")
+        RunFolder.open(tmp_path / "run")
     holder.kill()
     holder.communicate()
-    RunDir.open(tmp_path / "run").close()
+    RunFolder.open(tmp_path / "run").close()
 
 
 def test_stages_are_recorded_and_survive_an_interruption(tmp_path: Path) -> None:
-    run = RunDir.create(tmp_path / "run", "model: a\n")
-    with run.stage("search"):
-        run.save(note=1)
-    with pytest.raises(KeyboardInterrupt), run.stage("finetune"):
+    run = RunFolder.create(tmp_path / "run", "model: a\n")
+
+
+    def work(result: str) -> str:
+        run.manifest.seed = 1
+        return result
+
+    def stopped() -> str:
         raise KeyboardInterrupt
+
+    assert run.stage("search", lambda: work("done"), lambda: "saved") == "done"
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("finetune", stopped)
     run.close()
-    again = RunDir.open(tmp_path / "run")
+    again = RunFolder.open(tmp_path / "run")
     assert again.finished("search")
     assert not again.finished("finetune")
-    assert again.manifest["note"] == 1
+    assert again.manifest.seed == 1
+    started = again.manifest.stages
+    assert again.stage("search", stopped, lambda: "saved") == "saved"
+    assert again.manifest.stages == started
+    again.reopen("search")
+    assert again.stage("search", lambda: "done again", lambda: "saved") == "done again"
+    assert again.manifest.stages["search"].started == started["search"].started
     again.close()
 
 
 def test_no_run_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(CompressorError, match=r"not a run's folder"):
-        RunDir.open(tmp_path)
+        RunFolder.open(tmp_path)
 
 
 def test_checkpoints_round_trip_and_refuse_code(tmp_path: Path) -> None:
-    run = RunDir.create(tmp_path / "run", "model: a\n")
+    run = RunFolder.create(tmp_path / "run", "model: a\n")
     checkpoint = run.checkpoint("search")
     assert checkpoint.load() is None
     checkpoint.save({"epoch": 3, "weights": {"w": torch.arange(4.0)}, "rng": [1, None, True, "x"]})

@@ -10,7 +10,7 @@ from PIL import Image
 
 from compressor import compress
 from compressor.recipe import load_recipe, shipped_recipes
-from compressor.run.job import prepare
+from compressor.run.job import Job
 
 CLASSES = ("cat", "dog")
 SHORT = {
@@ -46,7 +46,7 @@ def test_the_budget_of_a_shipped_recipe_can_be_reached_at_its_own_size(name: str
         .resolved()
     )
     assert recipe.image_size == 224
-    job = prepare(recipe)
+    job = Job.prepare(recipe)
     (budget,) = job.budgets()
     least = float(budget.predict(job.space.min_widths[None])[0])
     assert least <= budget.target < budget.dense

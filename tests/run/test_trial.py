@@ -15,10 +15,9 @@ from compressor.cli.app import app
 from compressor.core.errors import CompressorError
 from compressor.latency.networks import with_distinct_weights
 from compressor.models import create_model
-from compressor.run.job import prepare
+from compressor.run.job import DenseFile, Job
 from compressor.run.onnx_files import DENSE
 from compressor.run.pipeline import resume
-from compressor.run.trial import DenseFile
 from export.convert.to_onnx import check_parity
 from tests.runs import recipe
 
@@ -68,4 +67,4 @@ def test_a_run_that_goes_on_exports_nothing_again(finished: Path, monkeypatch: p
     assert resume(finished).exit_code == 0
     assert (finished / DENSE).read_bytes() == written
     with pytest.raises(AssertionError, match="exported again"):
-        prepare(recipe(budgets={"flops": "60%"}).resolved())
+        Job.prepare(recipe(budgets={"flops": "60%"}).resolved())

@@ -17,8 +17,8 @@ from compressor.latency.backends.gpu import OrtGpu, TensorRt, Trtexec, device_of
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
+from compressor.run.measure import timed_on_device
 from compressor.run.onnx_files import DENSE
-from compressor.run.timing import timed_on_device
 from export.device import here
 from export.device.here import Backend, available_backends, gpu_backend
 from export.engine.cuda import Device
@@ -188,7 +188,7 @@ def test_a_gpu_times_what_is_delivered(
     data = SimpleNamespace(input_shape=(3, 16, 16))
     job: Any = SimpleNamespace(recipe=recipe, data=data, space=space, table=None)
     run: Any = SimpleNamespace(file=lambda name: tmp_path / name)
-    found = timed_on_device(run, job, tmp_path / "model.onnx", space.smallest())
+    found = timed_on_device(run, job, tmp_path / "model.onnx", None)
     dense, slim = found.dense, found.slim
     assert timed == [delivered, b"as delivered"]
     assert (dense.median_ms, slim.median_ms, slim.version) == (1.0, 2.0, "10.3.0")

@@ -1,0 +1,153 @@
+"""Measure the slim network in turns with the dense one on the run's device, and judge every budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.core.manifest import Budget, Latency, Measurement
+from compressor.core.progress import say
+from compressor.latency.networks import with_distinct_weights
+from compressor.latency.paired import in_words
+from compressor.latency.provider import Turns
+from compressor.run.contract import Contract, interval_of
+from compressor.run.device import provider_of, request_of
+from compressor.run.folder import RunFolder
+from compressor.run.job import Job
+from compressor.run.onnx_files import DENSE, MODEL, PROBE, write_onnx
+from export.device.here import CPU
+
+if TYPE_CHECKING:
+    from compressor.latency.paired import Ratio, Timing
+    from compressor.pruning.plan import ChannelPlan
+
+
+def probe(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> None:
+    """Measure a plan's latency before fine-tuning; latency does not depend on the weights."""
+    write_onnx(job, with_distinct_weights(job.space.apply(plan)), run.file(PROBE))
+    timing = timed_on_device(run, job, run.file(PROBE), contract.timed_share(plan))
+    _add_round(run, contract.judge(plan, contract.combined(plan, timing.ratio)))
+    contract.remember(plan)
+
+
+def measure(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> None:
+    """Measure the exported network beside the dense one and judge every budget."""
+    manifest = run.manifest
+    timing = ratio = found = None
+    if job.measurable:
+        timing = timed_on_device(run, job, run.file(MODEL), contract.timed_share(plan))
+        ratio = contract.combined(plan, timing.ratio)
+        found = contract.judge(plan, ratio) if contract.measurable else None
+    # All is written together with the end of the stage: after a kill in between, the plan would count as two rounds.
+    manifest.budgets = list(_judged_budgets(run, job, plan, found))
+    manifest.latency = _latency(job, contract, plan, timing, ratio)
+    if timing is not None and (note := timing.noise):
+        say(note)
+        manifest.notes = list(dict.fromkeys([*manifest.notes, note]))
+    if found is not None:
+        _add_round(run, found)
+
+
+def _add_round(run: RunFolder, found: Measurement) -> None:
+    """Add a measurement to the manifest, which is written when the stage ends, and describe it on the terminal."""
+    run.manifest.rounds = [*run.manifest.rounds, found]
+    reach = f"{found.low:.3f}-{found.high:.3f}" if found.interval[1] is not None else "not known"
+    say(
+        f"The plan takes {found.ratio:.3f} of dense, 95 % interval {reach}, after {found.bursts} bursts in "
+        f"{found.seconds:.0f} s; target {found.target_ratio:.3f}: {in_words(found.verdict or 'undecided')}. In quiet "
+        f"milliseconds {found.measured_ms:.3f} of {found.dense_ms:.3f}, target {found.target_ms:.3f}."
+    )
+
+
+def _judged_budgets(
+    run: RunFolder, job: Job, plan: ChannelPlan, found: Measurement | None
+) -> Iterator[Budget]:
+    """Yield the manifest's budgets with their costs: measured or counted, or only predicted for a latency."""
+    widths, counts = job.space.widths(plan.widths), run.manifest.cost.slim.model_dump()
+    for entry, budget in zip(run.manifest.budgets, job.budgets(), strict=True):
+        if entry.name == "latency" and found is not None:
+            yield entry.model_copy(
+                update={
+                    "target": found.target_ms,
+                    "dense": found.dense_ms,
+                    "predicted": found.predicted_ms,
+                    "measured": found.measured_ms,
+                    "verdict": found.verdict,
+                    "kept": found.kept,
+                }
+            )
+            continue
+        predicted = float(budget.predict(widths[None])[0])
+        cost: float | None = None
+        if entry.name in job.callers:
+            cost = job.callers[entry.name].measure(tuple(widths.tolist()))
+        elif entry.name != "latency":
+            counted = counts.get(entry.name)
+            cost = predicted if counted is None else float(counted)
+        kept = None if cost is None else cost <= entry.target
+        verdict = "predicted" if kept is None else "kept" if kept else "missed"
+        yield entry.model_copy(
+            update={"predicted": predicted, "measured": cost, "verdict": verdict, "kept": kept}
+        )
+
+
+def _latency(
+    job: Job, contract: Contract, plan: ChannelPlan, timing: Timing | None, ratio: Ratio | None
+) -> Latency:
+    """Return the manifest's latency record; without a measurement it holds the table's predictions."""
+    table = job.table
+    dense_ms = None if ratio is None else contract.quiet_dense_ms(ratio.dense_ms)
+    by_table = table.dense_ms(job.space) if table else None
+    quiet_ms = by_table if dense_ms is None else dense_ms
+    latency = Latency(
+        device=job.recipe.device,
+        runtime=table.fields.runtime.name if table else None,
+        precision=job.recipe.precision,
+        batch=1,
+        percentile=50,
+        estimated=bool(table and table.estimated),
+        predicted_ms=contract.predicted_share(plan) * quiet_ms if table and quiet_ms else None,
+        predicted_dense_ms=quiet_ms if table else None,
+        measured_ms=None,
+        dense_ms=None,
+    )
+    if timing is None or ratio is None or dense_ms is None:
+        return latency
+    dense, slim = timing.dense, timing.slim
+    return latency.model_copy(
+        update={
+            "runtime": f"{CPU if slim.runtime == 'onnxruntime' else slim.runtime} {slim.version}",
+            "threads": slim.threads,
+            "measured_ms": ratio.value * dense_ms,
+            "dense_ms": dense_ms,
+            "ratio": ratio.value,
+            "interval": interval_of(ratio),
+            "bursts": ratio.bursts,
+            "sittings": ratio.sessions,
+            "seconds": round(ratio.seconds, 1),
+            "median_ms": slim.median_ms,
+            "p90_ms": slim.p90_ms,
+            "p99_ms": slim.p99_ms,
+            "dense_median_ms": dense.median_ms,
+            "dense_p90_ms": dense.p90_ms,
+            "dense_p99_ms": dense.p99_ms,
+            "runs": slim.runs,
+        }
+    )
+
+
+def timed_on_device(run: RunFolder, job: Job, slim: Path, target: float | None) -> Timing:
+    """Time the run's dense file and a slim one in turns, until a target is decided.
+
+    Args:
+        run, job: Run and job that name the device.
+        slim: FP32 ONNX file. A file of the run's precision beside it is timed in its place.
+        target: Share of the dense network's time that the slim one may take; None to measure without a target.
+
+    Raises:
+        CompressorError: The device cannot be reached, or its state differs from that of its table.
+    """
+    recipe = job.recipe
+    turns = Turns(recipe.contract.repeats, target, recipe.contract.seconds)
+    return provider_of(recipe).time(run.file(DENSE), slim, request_of(recipe), turns, job.table)
