@@ -9,16 +9,26 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.core.manifest import DeviceRecord
 from compressor.core.progress import say
+from compressor.latency.paired import Ratio
+from compressor.report import write_report
+from compressor.run.device import device_precision
 from compressor.run.exports import Finished, Request, check
+from compressor.run.finish import checksums, exit_code, not_measured
 from compressor.run.folder import RunFolder
+from compressor.run.job import budget_specs
 from compressor.run.onnx_files import MODEL, drawn
 from export.device.bundle import find_target
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
+    from export.device.results import DeviceResults
 
 REFERENCE_IMAGES = 8
 
@@ -113,6 +123,8 @@ def export_over_ssh(
 def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
     """Import a board's measurements into a run's manifest, after checking that they belong to the bundle and the run.
 
+    If the board is the run's device and its latency budget is in milliseconds, the budget is judged by them.
+
     Raises:
         CompressorError, ExportError: They do not, or a network failed on the board; the manifest then has the results
             of the other networks.
@@ -129,12 +141,58 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
         yield f"{found.board.model or found.target}, TensorRT {found.board.tensorrt}:"
         for network in found.networks.values():
             yield f"  {network.describe()}"
+        yield from _judge(run, finished.recipe, found)
         failed = [name for name, network in found.networks.items() if network.status != "ok"]
         if failed:
             raise CompressorError(
                 f"{len(failed)} of {len(found.networks)} networks failed on the board: {', '.join(failed)}.",
                 "The lines above say why. The results of the other networks are in the manifest.",
             )
+
+
+def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults) -> Iterator[str]:
+    """Judge the run's latency budget by the times of the board that the budget is for, and write the report again.
+
+    Only a budget in milliseconds can be judged: a bundle does not time the dense network.
+    """
+    specs = [spec for spec in budget_specs(recipe) if spec.name == "latency"]
+    precision = device_precision(recipe)
+    network = next((each for each in found.networks.values() if each.precision == precision), None)
+    if not specs or recipe.device != found.target:
+        return
+    if network is None or network.latency is None or network.status != "ok":
+        yield f"The latency budget is for {precision}, which was not measured: its result stays predicted."
+        return
+    if specs[0].relative:
+        yield (
+            "The latency budget is a share of the dense network's time, which a bundle does not measure: its result "
+            "stays predicted. A budget in milliseconds is judged by the board's times."
+        )
+        return
+    medians = sorted(float(np.median(turn.times_ms)) for turn in network.turns)
+    target, stats, manifest = specs[0].value, network.latency, run.manifest
+    verdict = Ratio(stats.median_ms, medians[0], medians[-1], dense_ms=1.0).verdict(target)  # in milliseconds
+    kept = None if verdict == "undecided" else verdict == "kept"
+    result = {"measured": stats.median_ms, "verdict": verdict, "kept": kept}
+    manifest.budgets = [
+        each.model_copy(update=result) if each.name == "latency" else each for each in manifest.budgets
+    ]
+    manifest.latency = manifest.latency.model_copy(
+        update={
+            "runtime": f"TensorRT {found.board.tensorrt}", "precision": precision, "measured_ms": stats.median_ms,
+            "median_ms": stats.median_ms, "p90_ms": stats.p90_ms, "p99_ms": stats.p99_ms, "runs": stats.runs,
+        }
+    )  # fmt: skip
+    manifest.notes = [note for note in manifest.notes if note != not_measured(recipe, manifest.latency.estimated)]
+    manifest.exit_code = exit_code(manifest.budgets, recipe.contract.accept_predicted)
+    run.save()
+    write_report(run.path)
+    manifest.files = checksums(run)
+    run.save()
+    yield (
+        f"The slim network takes {stats.median_ms:.3f} ms on the board (medians of {len(medians)} turns: "
+        f"{medians[0]:.3f}-{medians[-1]:.3f}), target {target:.3f} ms: {verdict}."
+    )
 
 
 def _precisions(run: RunFolder, wanted: Request | None) -> list[str]:

@@ -40,12 +40,12 @@ def finish(run: RunFolder, job: Job, plan: ChannelPlan) -> int:
     run.save()
 
     def report() -> None:
-        manifest.files = _checksums(run)
+        manifest.files = checksums(run)
         run.save()
         write_report(run.path)
 
     run.stage("report", report, again=True)
-    manifest.files = _checksums(run)  # including the report's
+    manifest.files = checksums(run)  # including the report's
     run.save()
     return code
 
@@ -80,12 +80,17 @@ def _closing_notes(manifest: Manifest, job: Job, plan: ChannelPlan) -> Iterator[
             "machine: compress measure RUN; or allow more time: --set contract.seconds=300."
         )
     if any(verdict_of(budget) == "predicted" for budget in budgets):
-        how = "estimated" if job.table is not None and job.table.estimated else "predicted"
-        yield f"{job.recipe.device} is not this machine: its latency is {how}, not measured."
+        yield not_measured(job.recipe, job.table is not None and job.table.estimated)
     if budgets and not pruned:
         yield "The dense network already meets every budget: nothing was pruned."
     if pruned and all(budget.name != "latency" for budget in budgets):
         yield from _hardly_faster(manifest)
+
+
+def not_measured(recipe: Recipe, estimated: bool) -> str:
+    """Return the note that a latency is the table's."""
+    how = "estimated" if estimated else "predicted"
+    return f"{recipe.device} is not this machine: its latency is {how}, not measured."
 
 
 def _on_the_device(run: RunFolder, recipe: Recipe) -> Iterator[str]:
@@ -111,7 +116,8 @@ def _hardly_faster(manifest: Manifest) -> Iterator[str]:
         )
 
 
-def _checksums(run: RunFolder) -> dict[str, str]:
+def checksums(run: RunFolder) -> dict[str, str]:
+    """Return the SHA-256 checksums of the run's delivered files, by name."""
     names = [RECIPE, "channels.json", "model.safetensors", MODEL, "report.html"]
     for pattern in ("model.*.onnx", "engines/*"):
         names += sorted(str(path.relative_to(run.path)) for path in run.path.glob(pattern) if path.is_file())

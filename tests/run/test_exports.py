@@ -240,6 +240,41 @@ def test_a_network_that_failed_on_the_board_is_no_success(
 
 
 @pytest.mark.parametrize(
+    ("turns_ms", "verdict", "code"),
+    [((1.8, 1.9, 1.95), "kept", 0), ((2.1, 2.2, 2.4), "missed", 3), ((1.9, 1.98, 2.1), "undecided", 4)],
+)
+def test_a_board_decides_a_budget_in_milliseconds(
+    turns_ms: tuple[float, ...], verdict: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressor.run.boards import import_results
+    from export.device.results import Board, DeviceResults, NetworkResult, Turn
+    from export.engine.bench import summarise
+
+    target, folder = "jetson-orin-nano-8gb", tmp_path / "run"
+    recipe = {
+        "model": "tests.nets:tiny", "epochs": 1, "budgets": {"latency": "2ms"}, "agent": "uniform",
+        "device": target, "search": {"max_evaluations": 2, "batch_norm_batches": 2}, "export": {"engine": False},
+    }  # fmt: skip
+    assert compress(Recipe.model_validate(recipe), out=folder).exit_code == 4  # predicted only
+    assert "its latency is" in (folder / "report.html").read_text()
+    turns = tuple(Turn(place, 1, (each,) * 10, {}) for place, each in enumerate(turns_ms, start=1))
+    stats = summarise([each for each in turns_ms for _ in range(10)], runtime="tensorrt", version="10.3.0")
+    network = NetworkResult("model.fp16", "fp16", "ok", "", "", 1, "", turns, (), stats, None)
+    board = Board("10.3.0", "", "", "Orin", "", "", "", "", "7")
+    came = DeviceResults("b" * 64, target, board, {}, {"model.fp16": network}, "d" * 64, 3, 15, 2)
+    monkeypatch.setattr("export.device.results.read_results", lambda *_: came)
+    monkeypatch.setattr("compressor.run.boards._require_own", lambda *_: None)
+    (*_, line) = import_results(folder, tmp_path / "results.tar.gz", tmp_path / "orin.tar.gz")
+    assert line.endswith(f"target 2.000 ms: {verdict}.")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (budget,) = manifest["budgets"]
+    assert (budget["measured"], budget["verdict"], manifest["exit_code"]) == (turns_ms[1], verdict, code)
+    assert manifest["latency"]["measured_ms"] == turns_ms[1]
+    assert manifest["files"]["report.html"] == sha256_file(folder / "report.html")
+    assert "not measured" not in " ".join(manifest["notes"])
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
         (["--format", "coreml"], "Choose onnx, engine, pt2"),
