@@ -7,7 +7,7 @@ published measurement a row. Constants of all devices are fitted together: each 
 plus a deviation of the device's generation, plus one of the device, and deviations are drawn to zero, so that
 a device with three measurements borrows what it does not know from its relatives, and one with none takes its
 generation's. How strongly they are drawn, and whether a launch takes as many cycles or as long on relatives with
-another clock, cannot be told from so few measurements: all combinations of these assumptions are fitted, and their
+another clock, cannot be separated with so few measurements: all combinations of these assumptions are fitted, and their
 constants averaged, so that none is chosen by its error. Their levels were chosen from variants tried with all errors
 in view, and an average of seven of the eight was seen first: the errors hold some hindsight (docs/method/latency.md).
 Printed and stored for each device: the error of the fit, and the error on each measurement when it is left out

@@ -134,7 +134,8 @@ class Budget(ABC):
         unit: Unit of `target`, `dense` and every prediction; empty if there is none.
         target: Largest allowed cost.
         dense: Cost of the dense network.
-        units: Units of a limit's text in lower case -> their size in `unit`; the key "" allows a plain number.
+        units: Units of a limit's text, in which case is ignored -> their size in `unit`; the key "" allows a plain
+            number.
         example: Texts of limits, for messages.
     """
 
@@ -181,8 +182,9 @@ def register_budget(kind: _Class) -> _Class:
     A class that is defined anew in its own module (in a notebook, by a reload) replaces the older one.
 
     Raises:
-        CompressorError: It is not a frozen dataclass derived from `Budget`, its `name` is unusable, or another class
-            has the name.
+        CompressorError: It is not a frozen dataclass derived from `Budget` with the fields `target` and `dense` and a
+            method `predict`, its `name` is unusable, two of its `units` differ in case only, or another class has the
+            name.
     """
     called = getattr(kind, "__qualname__", repr(kind))
     if not (isinstance(kind, type) and issubclass(kind, Budget) and dataclasses.is_dataclass(kind)):
@@ -190,6 +192,7 @@ def register_budget(kind: _Class) -> _Class:
             f"{called} is not a dataclass derived from Budget.",
             "Write @register_budget above @dataclass(frozen=True), and derive it from compressor.budgets.base.Budget.",
         )
+    _require_complete(kind, called)
     name = getattr(kind, "name", None)
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _ALIASES:
         raise CompressorError(
@@ -205,6 +208,28 @@ def register_budget(kind: _Class) -> _Class:
         )
     _registered[name] = kind
     return kind
+
+
+def _require_complete(kind: type[Budget], called: str) -> None:
+    """Raise an error for a class whose budgets could not be created, tightened or read."""
+    if not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise CompressorError(f"The budget {called} is not frozen.", "Write @dataclass(frozen=True) above the class.")
+    fields = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if missing := [name for name in ("target", "dense") if name not in fields]:
+        raise CompressorError(
+            f"The budget {called} has no field {' and no field '.join(map(repr, missing))}.",
+            "Write `target: float` and `dense: float` in the class, for the limit and the dense network's cost.",
+        )
+    if kind.__abstractmethods__:
+        raise CompressorError(
+            f"The budget {called} has no method {' and no method '.join(map(repr, sorted(kind.__abstractmethods__)))}.",
+            "Write `def predict(self, widths)`, which returns the costs (N,) of widths (N, G).",
+        )
+    if len({unit.lower() for unit in kind.units}) < len(kind.units):
+        raise CompressorError(
+            f"The `units` of the budget {called} differ in case only: {', '.join(map(repr, kind.units))}.",
+            "Case is ignored in a limit's unit: remove one of the two.",
+        )
 
 
 def budget_class(name: str) -> type[Budget]:
@@ -277,6 +302,7 @@ def _read(text: str, units: Mapping[str, float], given: str, expected: str) -> t
     if match is None:
         raise CompressorError(f"{given} is not understood.", expected)
     number, unit = float(match[1]), match[2].lower()
+    units = {name.lower(): size for name, size in units.items()}
     if not math.isfinite(number):
         raise CompressorError(f"{given} is not a finite number.", expected)
     if unit not in (*units, "%", "x"):

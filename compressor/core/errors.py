@@ -14,7 +14,7 @@ class CompressorError(Exception):
         message: What was expected and what came instead, in one or two sentences.
         hint: How to fix it; empty if there is no advice.
 
-    Both may quote foreign text: control characters are removed and long words shortened (`export.text`).
+    Both may quote untrusted text: control characters are removed and long words shortened (`export.text`).
 
     The command line prints both and ends with `exit_code`, never with a traceback.
     """

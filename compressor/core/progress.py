@@ -15,7 +15,7 @@ class Bar(Protocol):
     """A running task on a display."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Advance by `steps`; a non-empty `note` replaces the short text behind the bar."""
+        """Advance by `steps`; a non-empty `note` replaces the short text after the bar."""
 
 
 class Display(Protocol):

@@ -112,7 +112,7 @@ def _class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     empty: list[str] = []
-    foreign: list[str] = []
+    without_images: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_dir() and not entry.name.startswith("."):
             files = [
@@ -125,12 +125,12 @@ def _class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
             if paths or not files:
                 found[entry.name] = paths
             if not paths:
-                (foreign if files else empty).append(entry.name)
+                (without_images if files else empty).append(entry.name)
     if any(found.values()):
         if empty:
             notes.append(f"{folder} has classes without images: {_some(empty)}. They keep their places.")
-        if foreign:
-            notes.append(f"{folder} has folders without images, which are not classes: {_some(foreign)}.")
+        if without_images:
+            notes.append(f"{folder} has folders without images, which are not classes: {_some(without_images)}.")
     return found
 
 

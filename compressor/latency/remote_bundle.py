@@ -107,7 +107,7 @@ def write_table_bundle(
     Raises:
         CompressorError, ExportError: The folder is in use, or a network cannot be exported.
     """
-    refuse_taken(folder)
+    require_empty(folder)
     target = target_of(device)
     rows = candidate_rows(space, seed)
     order = [DENSE, *(name for name in rows if name != DENSE), DENSE]
@@ -156,7 +156,7 @@ def write_table_bundle(
     return replace(written, path=folder)
 
 
-def refuse_taken(folder: Path) -> None:
+def require_empty(folder: Path) -> None:
     """Refuse a folder with content, which a bundle must not overwrite.
 
     Raises:

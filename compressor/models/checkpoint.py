@@ -85,7 +85,7 @@ def _read_torch(path: Path) -> Any:
     except Exception as error:  # torch's reader may raise anything for a damaged file
         text = str(error)
         if found := re.search(r"GLOBAL (\S+)", text):
-            raise _foreign(path, found.group(1).rstrip(".")) from error
+            raise _needs_code(path, found.group(1).rstrip(".")) from error
         if "TorchScript" in text:
             raise CompressorError(
                 f"{path} is a TorchScript archive, which holds code.",
@@ -116,7 +116,7 @@ def _check_archive(path: Path) -> None:
         raise CompressorError(f"{path} is a zip archive, but not one that torch.save writes.", SAVE)
 
 
-def _foreign(path: Path, name: str) -> CompressorError:
+def _needs_code(path: Path, name: str) -> CompressorError:
     """Return the error for a file with an object that would have to be built by its own code."""
     try:
         every = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {known for _, known in _BYSTANDERS}

@@ -26,7 +26,7 @@ from compressor.pruning.facts import MEETS_FIXED, Call, Facts, Key, Labels, Sett
 from compressor.pruning.groups import Resolved, resolve
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 from compressor.pruning.slicer import Slicer, cut, cut_meta
-from compressor.pruning.trace import Tracer
+from compressor.pruning.trace import RuleFailed, Tracer
 
 _ROUNDS = 60
 
@@ -45,7 +45,8 @@ def build(model: nn.Module, args: tuple[Any, ...]) -> Built:
     """Trace `model` on `args` and check the result.
 
     Raises:
-        CompressorError: The forward pass fails, or depends on data; or a plugin cannot be imported.
+        CompressorError: The forward pass or a rule of the user's fails, the pass depends on data, or a plugin cannot be
+            imported.
     """
     load_plugins()
     settings = Settings()
@@ -98,6 +99,10 @@ def _trace(model: nn.Module, args: tuple[Any, ...], settings: Settings) -> tuple
             return _run(model, args, settings, meta=False), False
         except CompressorError:
             raise
+        except RuleFailed as error:
+            raise CompressorError(
+                str(error), "Correct the rule; docs/architecture.md says what a rule uses, and has one as an example."
+            ) from error
         except Exception as error:  # user code may raise anything; the cause is reported
             shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors_in(args)) or "no tensor"
             where = getattr(error, "_module_path", "")

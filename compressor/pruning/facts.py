@@ -136,13 +136,13 @@ class Call:
     out: Any
     key: Key
 
-    def arg(self, place: int, name: str, default: Any = None) -> Any:
-        """Return the argument at `place`, or by `name`, or `default`."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """Return the argument at `index`, or by `name`, or `default`."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
 
-    def axis(self, place: int, name: str = "dim", default: Any = None) -> int:
+    def axis(self, index: int, name: str = "dim", default: Any = None) -> int:
         """Return an argument that is an axis of the first argument, counted from the front."""
-        return positive(int(self.arg(place, name, default)), self.args[0].dim())
+        return positive(int(self.arg(index, name, default)), self.args[0].dim())
 
     def ints(self, first: int) -> list[int]:
         """Return the integers among the arguments from index `first` on, with tuples and lists flattened."""

@@ -81,6 +81,8 @@ class Tracer(TorchFunctionMode):
         self._names: dict[int, str] = {id(tensor): name for name, tensor in tensors.items()}
         self._keep = list(tensors.values())
         self.stack: list[Frame] = [Frame("", None)]
+        #: Whether a rule of the user's runs.
+        self._users_rule = False
         #: The innermost module whose forward pass ended with an error.
         self.failed: Frame | None = None
 
@@ -117,18 +119,29 @@ class Tracer(TorchFunctionMode):
             tensor: The result.
             axes: Its labels; None for an axis whose size stays.
             active: Whether it was computed from the network's input.
+
+        Raises:
+            ValueError: The numbers of labels are not those of channels; the rule is reported with it.
         """
-        self._marks[id(tensor)] = (tensor, tuple(axes), active)
+        axes = tuple(axes)
+        if self._users_rule:
+            _check_labels(tensor, axes)
+        self._marks[id(tensor)] = (tensor, axes, active)
 
     def merge(self, a: Labels | None, b: Labels | None) -> Labels | None:
         """Tie two axes of the same size index by index: their channels are kept or removed together.
 
         Returns:
             The labels of the result's axis. None if one of the two axes has a fixed size; the other is then fixed too.
+
+        Raises:
+            ValueError: The axes differ in size; the rule is reported with it.
         """
         if a is None or b is None:
             self.fix(a if b is None else b, MEETS_FIXED)
             return None
+        if self._users_rule and a.shape != b.shape:
+            raise ValueError(f"merge needs two axes of one size, and got labels of {a.size} and {b.size} channels")
         self.atoms.unify(a, b)
         return a
 
@@ -269,7 +282,10 @@ class Tracer(TorchFunctionMode):
             return out
         inputs = call.tensors
         live = any(self.active(tensor) for tensor in inputs)
-        rule(self, call)
+        if is_own(rule):
+            rule(self, call)
+        else:
+            self._call_users_rule(rule, call, results)
         for tensor in results:
             if id(tensor) not in self._marks or not self._marks[id(tensor)][2]:
                 self.mark(tensor, self.axes(tensor), live)
@@ -284,6 +300,19 @@ class Tracer(TorchFunctionMode):
             Step(name, key, frame.path, [(tuple(t.shape), self.axes(t)) for t in results], labelled)
         )
         return out
+
+    def _call_users_rule(self, rule: Callable[[Any, Call], None], call: Call, results: Iterable[Tensor]) -> None:
+        self._users_rule = True
+        try:
+            rule(self, call)
+        except CompressorError:
+            raise
+        except Exception as error:  # user code may raise anything
+            raise RuleFailed(rule, call.name, error) from error
+        finally:
+            self._users_rule = False
+        if not any(id(tensor) in self._marks for tensor in results):
+            self.fix_all(call, f"the operation {call.name!r}: its rule did not mark the result")
 
     def record_traffic(self, rule: str, inputs: Iterable[Tensor], results: Iterable[Tensor]) -> None:
         """Add a step to `facts.traffic`; tensors that do not depend on the network's input are ignored.
@@ -320,6 +349,40 @@ class Tracer(TorchFunctionMode):
             if self._check is None:
                 _remember(path, module)
             module.__dict__["forward"] = _Watched(self, path, module, type(module).forward)
+
+
+class RuleFailed(Exception):
+    """A rule of the user's raised an exception.
+
+    Args:
+        rule: The rule.
+        operation: Name of the operation that was called.
+        error: What it raised.
+    """
+
+    def __init__(self, rule: Callable[..., Any], operation: str, error: Exception) -> None:
+        line, trace = rule.__code__.co_firstlineno if hasattr(rule, "__code__") else 0, error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_globals.get("__name__") == rule.__module__:
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        super().__init__(
+            f"The rule of {operation!r} ({rule.__module__}, line {line}) raised {type(error).__name__}: {error}"
+        )
+
+
+def _check_labels(tensor: Tensor, axes: Axes) -> None:
+    if len(axes) != tensor.dim():
+        raise ValueError(
+            f"mark needs an entry for each of the result's {tensor.dim()} axes {tuple(tensor.shape)}, and "
+            f"got {len(axes)}"
+        )
+    for axis, (labels, size) in enumerate(zip(axes, tensor.shape, strict=True)):
+        if labels is not None and labels.shape != (size,):
+            raise ValueError(
+                f"mark needs a label for each of the {size} channels of the result's axis {axis}, and got "
+                f"{' x '.join(map(str, labels.shape))}"
+            )
 
 
 def factored(constant: int, sizes: Iterable[int | Labels]) -> tuple[int, list[Labels]]:

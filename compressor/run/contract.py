@@ -73,8 +73,8 @@ class Contract:
         Args:
             dense_ms: Latency of the dense network on the quiet device.
         """
-        asked = self._job.latency_budget
-        return None if asked is None else asked.share(dense_ms)
+        budget = self._job.latency_budget
+        return None if budget is None else budget.share(dense_ms)
 
     def searched_share(self) -> float | None:
         """Return the target of the search as a share of the dense network's time, before the margin is subtracted.
@@ -99,8 +99,8 @@ class Contract:
         Returns:
             For a target in milliseconds, the lowest time that this run has seen; otherwise `now_ms`.
         """
-        asked = self._job.latency_budget
-        if asked is None or asked.relative:
+        budget = self._job.latency_budget
+        if budget is None or budget.relative:
             return now_ms
         return min([now_ms, *(float(each.dense_ms) for each in self._run.manifest.rounds)])
 

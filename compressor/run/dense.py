@@ -23,7 +23,7 @@ _CERTAIN = 0.01
 _IMAGENET_CLASSES = 1000
 
 
-def doubt(predicted: Tensor, labels: Tensor, promised: float | None = None) -> str:
+def problem(predicted: Tensor, labels: Tensor, promised: float | None = None) -> str:
     """Describe what is wrong with a network's predictions, as a clause; empty if nothing is, or too few images show it.
 
     Chance is the agreement expected of independent predictions and labels with the same class frequencies:
@@ -54,7 +54,7 @@ def check_dense(job: Job, predicted: Tensor, labels: Tensor, folder: str) -> str
     Raises:
         CompressorError: They are implausible and the recipe does not accept that; the message names likely causes.
     """
-    wrong = doubt(predicted, labels, _promised(job))
+    wrong = problem(predicted, labels, _promised(job))
     if not wrong:
         return None
     share = float((predicted == labels).double().mean())

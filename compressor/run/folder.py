@@ -42,7 +42,7 @@ class RunFolder:
         Raises:
             CompressorError: The folder exists and is not empty; its content is not changed.
         """
-        cls.refuse_taken(path)
+        cls.require_empty(path)
         run = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ class RunFolder:
         return run
 
     @staticmethod
-    def refuse_taken(path: Path) -> None:
+    def require_empty(path: Path) -> None:
         """Raise an error if a path exists and is not an empty folder, before anything is computed for it."""
         if not path.exists() or (path.is_dir() and all(_before_the_recipe(each) for each in path.iterdir())):
             return

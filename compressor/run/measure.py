@@ -55,8 +55,8 @@ def _add_round(run: RunFolder, found: Measurement) -> None:
     reach = f"{found.low:.3f}-{found.high:.3f}" if found.interval[1] is not None else "not known"
     say(
         f"The plan takes {found.ratio:.3f} of dense, 95 % interval {reach}, after {found.bursts} bursts in "
-        f"{found.seconds:.0f} s; target {found.target_ratio:.3f}: {in_words(found.verdict or 'undecided')}. In quiet "
-        f"milliseconds {found.measured_ms:.3f} of {found.dense_ms:.3f}, target {found.target_ms:.3f}."
+        f"{found.seconds:.0f} s; target {found.target_ratio:.3f}: {in_words(found.verdict or 'undecided')}. Without "
+        f"other load: {found.measured_ms:.3f} ms, dense {found.dense_ms:.3f} ms, target {found.target_ms:.3f} ms."
     )
 
 

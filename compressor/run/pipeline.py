@@ -74,7 +74,7 @@ def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
     """
     recipe = recipe.resolved()
     path = out or new_run_path(Path("runs"), f"{recipe.model}-{recipe.data_kind}")
-    RunFolder.refuse_taken(path)
+    RunFolder.require_empty(path)
     job = Job.prepare(recipe)
     with RunFolder.create(path, job.recipe.to_yaml()) as run, _stopped_in(path):
         say(f"The run's folder is {run.path}")

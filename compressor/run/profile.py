@@ -54,14 +54,14 @@ def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
         CompressorError, ExportError: The device has no plain name, the folder is not empty, or the network cannot be
             exported.
     """
-    from compressor.latency.remote_bundle import refuse_taken, write_table_bundle
+    from compressor.latency.remote_bundle import require_empty, write_table_bundle
     from compressor.latency.table import check_name
     from compressor.run.device import device_precision
 
     if recipe.device.startswith("ssh:"):
         raise CompressorError("A device that ssh reaches needs no bundle.", "Leave out --bundle.")
     check_name(recipe.device)
-    refuse_taken(folder)
+    require_empty(folder)
     recipe = _for_latency(recipe)
     space, example = _traced(recipe)
     written = write_table_bundle(

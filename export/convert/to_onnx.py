@@ -407,7 +407,7 @@ def _exporter_silenced() -> Iterator[list[str]]:
     # the exporter tests this function itself, not its result, and so always prints the graph of a network that it
     # cannot write
     switch = "_jit_is_onnx_log_enabled"
-    asked = getattr(torch._C, switch, None)
+    before = getattr(torch._C, switch, None)
     with warnings.catch_warnings():
         for message in (
             "You are using the legacy TorchScript-based ONNX export",
@@ -429,12 +429,12 @@ def _exporter_silenced() -> Iterator[list[str]]:
         warnings.showwarning = noted  # type: ignore[assignment]  # restored with the filters
         warnings.filterwarnings("always", category=TracerWarning)
         try:
-            if asked is not None:
+            if before is not None:
                 setattr(torch._C, switch, _Off())
             yield places
         finally:
-            if asked is not None:
-                setattr(torch._C, switch, asked)
+            if before is not None:
+                setattr(torch._C, switch, before)
 
 
 def _trace(

@@ -69,18 +69,18 @@ def target_capabilities(flavour: Flavour, wanted: Capabilities, device: Device |
     Raises:
         ExportError: TensorRT finds no GPU, or the requested one is not the GPU of this machine.
     """
-    asked = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
+    targets = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
     if flavour.rtx:
-        return asked or RTX_DEFAULT
+        return targets or RTX_DEFAULT
     if device is None:
         raise ExportError(
             f"{flavour.title} builds an engine on the GPU that the engine is for, and no GPU was found.",
             "Build on the device itself (python -m export build FILE.onnx, or a bundle).",
         )
-    if asked and asked != (device.compute_capability,):
+    if targets and targets != (device.compute_capability,):
         raise ExportError(
             f"{flavour.title} builds for the GPU of this machine ({device.name}, compute capability "
-            f"{device.compute_capability}), not for {', '.join(asked)}.",
+            f"{device.compute_capability}), not for {', '.join(targets)}.",
             "Build on the device itself.",
         )
     return (device.compute_capability,)

@@ -186,8 +186,8 @@ class Messages:
     def errors(self) -> list[str]:
         """Errors since this object was created, without those about a missing GPU."""
         wrong = [text.strip() for severity, text in self._kept if severity <= self._error]
-        told = [text for text in wrong if "cudaError 35" not in text]
-        return told or wrong
+        others = [text for text in wrong if "cudaError 35" not in text]
+        return others or wrong
 
     def last_error(self) -> str:
         """The last error, on one line."""

@@ -6,10 +6,10 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -41,6 +41,8 @@ def registered_meanwhile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Plain(Budget):
+    target: float
+    dense: float
     name: str = "plain"
     unit: str = "things"
 
@@ -95,6 +97,17 @@ def test_a_run_keeps_a_registered_budget(tmp_path: Path) -> None:
     assert "Budget channels: at most" in done.stdout
 
 
+def test_the_case_of_a_unit_is_ignored() -> None:
+    @register_budget
+    @dataclass(frozen=True)
+    class Power(Plain):
+        name: str = "power"
+        units: ClassVar[Mapping[str, float]] = {"W": 1.0, "mW": 1e-3}
+
+    for text, value in (("9mW", 0.009), ("9mw", 0.009), ("2W", 2.0), ("2w", 2.0)):
+        assert parse_named_budget(f"power<={text}").value == pytest.approx(value)
+
+
 def test_what_is_no_budget_is_refused() -> None:
     class NoDataclass(Budget):
         name = "x"
@@ -107,6 +120,28 @@ def test_what_is_no_budget_is_refused() -> None:
     class Nameless(Plain):
         name: str = "a b"
 
+    @dataclass
+    class Thawed(Budget):
+        target: float
+        dense: float
+        name: str = "thawed"
+
+    @dataclass(frozen=True)
+    class Untargeted(Budget):
+        dense: float
+        name: str = "untargeted"
+
+    @dataclass(frozen=True)
+    class Speechless(Budget):
+        target: float
+        dense: float
+        name: str = "speechless"
+
+    @dataclass(frozen=True)
+    class Ambiguous(Plain):
+        name: str = "ambiguous"
+        units: ClassVar[Mapping[str, float]] = {"mW": 1e-3, "MW": 1e6}
+
     assert register_budget(Plain) is Plain
     register_budget(Plain)  # the same class once more, as after a reload
     for kind, says in (
@@ -114,6 +149,10 @@ def test_what_is_no_budget_is_refused() -> None:
         (NoDataclass, "not a dataclass"),
         (Taken, "is used by compressor.budgets.latency:LatencyBudget"),
         (Nameless, "has the name 'a b'"),
+        (Thawed, "Thawed is not frozen"),
+        (Untargeted, "Untargeted has no field 'target'"),
+        (Speechless, "Speechless has no method 'predict'"),
+        (Ambiguous, "differ in case only: 'mW', 'MW'"),
     ):
         with pytest.raises(CompressorError, match=says):
             register_budget(kind)  # type: ignore[type-var]

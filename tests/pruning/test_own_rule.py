@@ -172,6 +172,52 @@ def test_sizes_that_a_rule_gets_wrong_leave_its_channels_dense(nets: object, exa
     assert [group.name for group in space.groups] == ["second"]
 
 
+def short_mark(tracer: Tracer, call: Call) -> None:
+    axes = list(tracer.axes(call.args[0]))
+    axes[1] = axes[1][:5]  # type: ignore[index]
+    tracer.mark(call.out, axes, True)
+
+
+def three_axes(tracer: Tracer, call: Call) -> None:
+    tracer.mark(call.out, tracer.axes(call.args[0])[:3], True)
+
+
+def short_merge(tracer: Tracer, call: Call) -> None:
+    axis = tracer.axes(call.args[0])[1]
+    tracer.merge(axis, axis[:5])  # type: ignore[index]
+
+
+def wrong_key(tracer: Tracer, call: Call) -> None:
+    call.kwargs["scale"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (short_mark, "ValueError: mark needs a label for each of the 12 channels of the result's axis 1, and got 5"),
+        (three_axes, "ValueError: mark needs an entry for each of the result's 4 axes"),
+        (short_merge, "ValueError: merge needs two axes of one size, and got labels of 12 and 5 channels"),
+        (wrong_key, "KeyError: 'scale'"),
+    ],
+)
+def test_an_error_in_a_rule_names_the_rule(
+    nets: object, example: Tensor, rule: Callable[[Tracer, Call], None], says: str
+) -> None:
+    register_rule("mylib::scale_channels")(rule)
+    with pytest.raises(CompressorError) as caught:
+        PruningSpace(filled(nets.Scaled()), example)  # type: ignore[attr-defined]
+    last = max(line for *_, line in rule.__code__.co_lines() if line)
+    where = f"The rule of 'mylib::scale_channels' ({__name__}, line {last}) raised "
+    assert caught.value.message.startswith(where + says)
+
+
+def test_a_rule_that_marks_nothing_is_the_reason(nets: object, example: Tensor) -> None:
+    register_rule("mylib::scale_channels")(lambda tracer, call: None)
+    space = PruningSpace(filled(nets.Scaled()), example)  # type: ignore[attr-defined]
+    (reason,) = [part.reason for part in space.skipped if part.name == "first"]
+    assert "'mylib::scale_channels': its rule did not mark the result" in reason
+
+
 def test_other_processes_have_the_rules(
     nets: object, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from compressor import CompressorError, compress
 from compressor.models import create_model
-from compressor.run.dense import doubt, lost_in_finetuning
+from compressor.run.dense import lost_in_finetuning, problem
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job
 from compressor.run.stages import begin
@@ -40,19 +40,19 @@ def answers(labels: torch.Tensor, right: int) -> torch.Tensor:
 def test_guessing_is_told_from_noise(classes: int, images: int, right: int, wrong: bool) -> None:
     labels = torch.arange(images) % classes
     shuffled = labels[torch.randperm(images, generator=torch.Generator().manual_seed(0))]
-    assert ("no better than guessing" in doubt(answers(shuffled, right), shuffled)) is wrong
+    assert ("no better than guessing" in problem(answers(shuffled, right), shuffled)) is wrong
 
 
 def test_one_answer_for_all_is_guessing_and_a_rare_class_found_is_not() -> None:
     labels = (torch.arange(1000) % 10 == 0).long()  # nine tenths are class 0
-    assert "guessing (90.00%)" in doubt(torch.zeros_like(labels), labels)
-    assert doubt(answers(labels, 950), labels) == ""
+    assert "guessing (90.00%)" in problem(torch.zeros_like(labels), labels)
+    assert problem(answers(labels, 950), labels) == ""
 
 
 def test_published_accuracy_is_a_promise() -> None:
     labels = torch.arange(1000)
-    assert doubt(answers(labels, 749), labels, 0.755) == ""
-    assert "far below the published 80.86%" in doubt(answers(labels, 630), labels, 0.8086)
+    assert problem(answers(labels, 749), labels, 0.755) == ""
+    assert "far below the published 80.86%" in problem(answers(labels, 630), labels, 0.8086)
 
 
 def test_fine_tuning_that_loses_is_said() -> None:
