@@ -67,7 +67,10 @@ def test_estimates_are_called_so(manifest: dict[str, Any]) -> None:
     assert explained(Manifest.tolerant(manifest)) is None
 
 
-def test_a_run_without_networks_and_half_a_pair_of_profiles_are_refused(run_folder: Path) -> None:
+def test_a_run_without_networks_and_half_a_pair_of_profiles_are_refused(
+    tmp_path: Path, manifest: dict[str, Any]
+) -> None:
+    run_folder = write_run(tmp_path / "run", {**manifest, "rounds": []}, [])
     for arguments, words in (
         (["--explain"], "has no checkpoints/dense.onnx yet"),
         (["--explain", "--dense-profile", "a.json"], "two networks together"),

@@ -159,7 +159,11 @@ def test_workers_end_with_a_search_that_is_interrupted() -> None:
         "Workers(site, {'evaluator': {}}, {}).score([Plan(to_json=str, widths={})] * 2)\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert parent.stdout is not None
     with parent.stdout as lines:
