@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Self
 
+    from compressor.core.manifest import How
     from compressor.latency.table import LatencyTable
     from compressor.pruning.space import PruningSpace
 
@@ -134,6 +135,8 @@ class Budget(ABC):
         unit: Unit of `target`, `dense` and every prediction; empty if there is none.
         target: Largest allowed cost.
         dense: Cost of the dense network.
+        how: How the cost of the finished network is found, for the report: "measured" on the device or by calling a
+            function, "counted" in the built network, or "computed" by `predict`.
         units: Units of a limit's text, in which case is ignored -> their size in `unit`; the key "" allows a plain
             number.
         example: Texts of limits, for messages.
@@ -143,6 +146,7 @@ class Budget(ABC):
     unit: str
     target: float
     dense: float
+    how: ClassVar[How] = "computed"
     units: ClassVar[Mapping[str, float]] = {"": 1.0}
     example: ClassVar[str] = "3.5 or 50%"
 

@@ -49,6 +49,7 @@ class MacsBudget(_Count):
 
     name: str = "macs"
     unit: str = "MACs"
+    how = "counted"
     suffix = "MACs"
     example = "2G, 300M, 50% or 0.5x"
 
@@ -64,6 +65,7 @@ class ParamsBudget(_Count):
 
     name: str = "params"
     unit: str = "params"
+    how = "counted"
     example = "8M, 500K, 30% or 0.3x"
 
     def predict(self, widths: npt.NDArray[Any]) -> Floats:

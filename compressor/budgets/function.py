@@ -141,6 +141,7 @@ class FunctionBudget(Budget):
     dense: float
     name: str
     unit: str = ""
+    how = "measured"
 
     @classmethod
     def create(cls, spec: BudgetSpec, sources: CostSources) -> FunctionBudget:

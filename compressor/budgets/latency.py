@@ -34,6 +34,7 @@ class LatencyBudget(Budget):
     estimated: bool = False
     name: str = "latency"
     unit: str = "ms"
+    how = "measured"
     units: ClassVar[Mapping[str, float]] = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
     example = "5ms, 800us, 50% or 0.5x"
 

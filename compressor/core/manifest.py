@@ -38,6 +38,7 @@ LARGEST = 1e30
 
 _TOLERANT = {"tolerant": True}
 
+How = Literal["measured", "counted", "computed"]
 Verdict = Literal["kept", "missed", "undecided", "predicted"]
 
 
@@ -89,7 +90,10 @@ class Stage(Record):
 
 
 class Budget(Record):
-    """A budget and how the network meets it; `target` and the costs are in `unit`."""
+    """A budget and how the network meets it; `target` and the costs are in `unit`.
+
+    `how` says how `measured` is found: it may also be counted or computed.
+    """
 
     essential = ("name", "unit", "target", "dense")
     name: str = ""
@@ -100,6 +104,7 @@ class Budget(Record):
     measured: Number | None = None
     kept: bool | None = None
     verdict: Verdict | None = None
+    how: How | None = None
 
 
 class Measurement(Record):

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from compressor.core.manifest import Budget, Manifest, Measurement
+from compressor.core.manifest import Budget, How, Manifest, Measurement
 from compressor.core.manifest import Verdict as BudgetVerdict
 from compressor.report.formats import ABSENT, cost, count, number, percent, ratio, significant
 
 State = Literal["kept", "slower", "missed", "predicted", "undecided", "unfinished", "none"]
 
 NAMES = {"latency": "latency", "flops": "MACs", "macs": "MACs", "params": "parameters", "memory": "memory"}
-COUNTED = ("MACs", "params")  # exact numbers of the built network: they are counted, not measured
+COUNTED = ("MACs", "params")  # exact numbers of the built network, whose unit is their name
 AFTERWARDS = ("report",)  # the report is written while its own stage is running
 SLOWER = 1.02  # of the dense network's time: two measurements of one network differ by as much
 
@@ -146,11 +146,17 @@ def _line(budget: Budget) -> BudgetLine:
         target=cost(budget.target, unit),
         dense=cost(budget.dense, unit),
         predicted=cost(budget.predicted, unit),
-        measured=cost(budget.measured, unit),
+        measured=cost(budget.measured, unit)
+        + (" (computed)" if budget.measured is not None and _how(budget) == "computed" else ""),
         margin=margin(budget.measured, budget.target),
         verdict=verdict_of(budget),
         phrase=_phrase(name, budget),
     )
+
+
+def _how(budget: Budget) -> How:
+    """Return how `measured` was found; earlier versions did not record it."""
+    return budget.how or ("counted" if budget.unit in COUNTED else "measured")
 
 
 def margin(value: float | None, target: float) -> str:
@@ -165,11 +171,9 @@ def margin(value: float | None, target: float) -> str:
 
 def _phrase(name: str, budget: Budget) -> str:
     unit, measured, target = budget.unit, budget.measured, budget.target
-    value, how = (measured, " measured") if measured is not None else (budget.predicted, "")
+    value, how = (measured, f" {_how(budget)}") if measured is not None else (budget.predicted, "")
     if value is None:
         return f"{name} has neither a measurement nor a prediction, target {cost(target, unit)}"
-    if unit in COUNTED and measured is not None:
-        how = " counted"
     # the name of a count is its unit: "MACs 1.2 G counted"
     shown, aim = (count(value), count(target)) if unit in COUNTED else (cost(value, unit), cost(target, unit))
     if number(target) is None:

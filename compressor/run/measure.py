@@ -63,7 +63,7 @@ def _add_round(run: RunFolder, found: Measurement) -> None:
 def _judged_budgets(
     run: RunFolder, job: Job, plan: ChannelPlan, found: Measurement | None
 ) -> Iterator[Budget]:
-    """Yield the manifest's budgets with their costs: measured or counted, or only predicted for a latency."""
+    """Yield the manifest's budgets with their costs: measured, counted or computed; a latency may be predicted only."""
     widths, counts = job.space.widths(plan.widths), run.manifest.cost.slim.model_dump()
     for entry, budget in zip(run.manifest.budgets, job.budgets(), strict=True):
         if entry.name == "latency" and found is not None:
@@ -83,7 +83,7 @@ def _judged_budgets(
         if entry.name in job.callers:
             cost = job.callers[entry.name].measure(tuple(widths.tolist()))
         elif entry.name != "latency":
-            counted = counts.get(entry.name)
+            counted = counts.get(entry.name) if budget.how == "counted" else None
             cost = predicted if counted is None else float(counted)
         kept = None if cost is None else cost <= entry.target
         verdict = "predicted" if kept is None else "kept" if kept else "missed"

@@ -71,6 +71,7 @@ def begin(run: RunFolder, job: Job) -> None:
             predicted=None,
             measured=None,
             kept=None,
+            how=each.how,
         )
         for each in job.budgets()
     ]

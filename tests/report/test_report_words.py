@@ -13,7 +13,7 @@ from compressor.data.preprocessing import Preprocessing
 from compressor.report import closing_table, explain, formats, judgement, verdict
 from compressor.report.comparison import comparison, tiles
 from compressor.report.explain import images
-from compressor.report.judgement import judge
+from compressor.report.judgement import budget_lines, judge
 from compressor.report.plots import chosen, thinned
 from compressor.report.records import hottest, rounds, sources, stubborn
 
@@ -82,6 +82,17 @@ def test_the_verdict_says_by_how_much() -> None:
     assert judge(missed).state == "missed"
     close = finished(budgets=[latency(measured=1.5004, kept=False)])
     assert verdict(close) == "Budget missed: latency 1.50 ms measured, <0.1% over the target of 1.50 ms."
+
+
+def test_a_computed_cost_is_not_called_measured() -> None:
+    channels = {"name": "onnx_bytes", "unit": "channels", "target": 20, "dense": 40, "measured": 10, "kept": True}
+    computed = finished(budgets=[{**channels, "how": "computed"}])
+    assert verdict(computed) == (
+        "Budget kept: onnx_bytes 10.0 channels computed, 50.0% under the target of 20.0 channels."
+    )
+    (line,) = budget_lines(Manifest.tolerant(computed))
+    assert line.measured == "10.0 channels (computed)"
+    assert "10.0 channels measured" in verdict(finished(budgets=[channels]))  # of an earlier version
 
 
 def test_without_a_measurement_there_is_no_verdict() -> None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from compressor import compress
+from compressor.budgets.base import Budget
+from compressor.budgets.counts import ParamsBudget
+from compressor.core.manifest import Budget as BudgetRecord
+from compressor.core.manifest import Cost, NetworkCost
 from compressor.latency.networks import tag
+from compressor.run.measure import _judged_budgets
 from tests.other_device import OtherDevice, Proportional
 from tests.runs import recipe
 
@@ -22,3 +31,30 @@ def test_a_network_that_saves_multiply_adds_and_no_time_says_so(
     assert result.exit_code == 0
     assert any("110% of the dense one's measured time" in note for note in result.manifest["notes"]) == told
     assert ("there was no latency budget" in (tmp_path / "run/report.html").read_text()) == told
+
+
+@dataclass(frozen=True)
+class Channels(Budget):
+    target: float
+    dense: float
+    name: str = "onnx_bytes"  # as a count of the manifest
+    unit: str = "channels"
+
+    def predict(self, widths: Any) -> Any:
+        return np.atleast_2d(widths).sum(axis=1).astype(np.float64)
+
+
+def test_only_a_counted_budget_is_judged_by_the_files_counts() -> None:
+    params = ParamsBudget(SimpleNamespace(params=lambda rows: rows.sum(axis=1)), 10.0, 40.0)  # type: ignore[arg-type]
+    budgets = [Channels(20.0, 40.0), params]
+    records = [
+        BudgetRecord(name=each.name, unit=each.unit, target=each.target, dense=each.dense, how=each.how)
+        for each in budgets
+    ]
+    cost = Cost(slim=NetworkCost(params=9, onnx_bytes=12_345))
+    run: Any = SimpleNamespace(manifest=SimpleNamespace(budgets=records, cost=cost))
+    space = SimpleNamespace(widths=np.asarray)
+    job: Any = SimpleNamespace(space=space, budgets=lambda: budgets, callers={})
+    plan: Any = SimpleNamespace(widths=[4, 8])
+    found = list(_judged_budgets(run, job, plan, None))
+    assert [(each.measured, each.how, each.kept) for each in found] == [(12, "computed", True), (9, "counted", True)]
