@@ -137,9 +137,8 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     before = accuracy(slim, job.data.test, device=job.torch_device)
     started = time.perf_counter()
     if options.epochs:
-        training = trainer(
-            job, slim, options.epochs, rate=job.recipe.training.finetune_learning_rate, teach=True
-        )
+        rate, teacher = job.recipe.training.finetune_learning_rate, job.teacher or job.model
+        training = trainer(job, slim, options.epochs, rate=rate, teacher=teacher)
         for _ in range(options.epochs):
             training.run_epoch()
     slim.eval()

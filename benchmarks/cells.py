@@ -182,7 +182,7 @@ def fine_tune(job: Job, network: nn.Module, epochs: int, *, distilled: bool) -> 
 
     started = time.perf_counter()
     rate = job.recipe.training.finetune_learning_rate
-    training = trainer(job, network, epochs, rate=rate, teach=distilled)
+    training = trainer(job, network, epochs, rate=rate, teacher=(job.teacher or job.model) if distilled else None)
     for _ in range(epochs):
         training.run_epoch()
     network.eval()

@@ -195,6 +195,13 @@ class Job:
         return job
 
     @property
+    def trained(self) -> bool:
+        """Whether the dense network is trained as loaded: its weights are given, and its last layer is theirs."""
+        from compressor.models.weights import FRESH_HEAD
+
+        return self.teacher is not None and not getattr(self.teacher, FRESH_HEAD, False)
+
+    @property
     def measurable(self) -> bool:
         """Whether the device can be measured from here: this machine, or reachable over ssh."""
         return provider_of(self.recipe).measures

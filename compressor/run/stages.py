@@ -22,7 +22,7 @@ from compressor.core.manifest import (
 from compressor.core.progress import bar, say
 from compressor.core.versions import machine, versions
 from compressor.run.contract import Contract
-from compressor.run.dense import check_dense, lost_in_finetuning
+from compressor.run.dense import check_dense, lost_in_finetuning, problem
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job, described, reward_weights
 
@@ -44,7 +44,6 @@ TABLE = "latency_table.json"
 
 def begin(run: RunFolder, job: Job) -> None:
     """Record recipe, data, budgets and device of the run, and the accuracy of the dense network."""
-    from compressor.models.weights import FRESH_HEAD
     from compressor.search.evaluate import predictions
 
     recipe, manifest = job.recipe, run.manifest
@@ -86,8 +85,7 @@ def begin(run: RunFolder, job: Job) -> None:
         dense = float((answers == labels).double().mean())
         run.note_accuracy(dense=dense, dense_note="The dense network has its given weights.")
         say(f"The dense network's test accuracy is {dense:.2%}.")
-        fresh = getattr(job.teacher, FRESH_HEAD, False)  # an untrained head only guesses
-        if not fresh and (note := check_dense(job, answers, labels, str(run.path))):
+        if job.trained and (note := check_dense(job, answers, labels, str(run.path))):
             run.note(note)
 
 
@@ -159,9 +157,16 @@ def _record_search(
     from compressor.search.evaluate import accuracy
 
     done, planned = len(result.training), search_epochs(job)  # fewer than planned if the time limit was reached
-    if job.teacher is None:
+    run.manifest.training = [Epoch(**each) for each in result.training]
+    if not job.trained:
         dense = accuracy(job.model, job.data.test, device=job.torch_device)
-        note = f"The dense network was trained for the {done} epochs of the search, the slim one for all epochs."
+        if dense_teacher(run, job) is None:
+            note = f"The dense network{' has an untrained last layer' if job.teacher else ' is untrained'}."
+            run.note(f"{note} {_effect_of_no_training(job)}")
+        elif done:
+            note = f"The dense network was trained for the {done} epochs of the search, the slim one for all epochs."
+        else:
+            note = f"The dense network has the weights that {job.recipe.model} gives it."
         run.note_accuracy(dense=dense, dense_note=note)
     _note_plan(run, job, result.best)
     if done < planned:
@@ -176,8 +181,28 @@ def _record_search(
         method=method,
         candidates=[_candidate(each, each.widths == uniform) for each in result.candidates],
     )
-    run.manifest.training = [Epoch(**each) for each in result.training]
     run.save()
+
+
+def _effect_of_no_training(job: Job) -> str:
+    """Return what follows for the run from an untrained dense network, and how to have it trained."""
+    from compressor.search.schedule import fewest_epochs
+
+    search = job.recipe.search
+    effect = "Fine-tuning has no teacher"
+    if not search.brief_iterations:  # else candidates are trained for some steps before they are scored
+        effect = (
+            "Candidates were scored on an untrained network, so that their accuracy did not guide the search, and "
+            "fine-tuning has no teacher"
+        )
+    fewest = fewest_epochs(float(search.epochs_share or 0))
+    if fewest is None:
+        fix = "Give the search a share of the epochs: --set search.epochs_share=0.6"
+    elif search_epochs(job):
+        fix = "Allow the search more time: search.max_seconds"
+    else:
+        fix = f"The search trains from {fewest} epochs on: --epochs {fewest} or more"
+    return f"{effect}. {fix}."
 
 
 def _candidate(found: ScoredPlan, uniform: bool) -> Candidate:
@@ -272,7 +297,7 @@ def _note_plan(run: RunFolder, job: Job, plan: ChannelPlan) -> None:
 
 
 def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
-    """Train the slim network with the dense one as teacher, and write it as the run's artifact."""
+    """Train the slim network with the dense one as teacher if that is trained, and write it as the run's artifact."""
     from compressor.pruning.artefact import save
     from compressor.search.evaluate import accuracy
 
@@ -281,7 +306,8 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
     checkpoint = run.checkpoint("finetune")
     if "finetune" in run.begun_before and not checkpoint.path.exists():
         say(f"{checkpoint.path} is missing: fine-tuning starts again.")
-    training = trainer(job, slim, epochs, rate=job.recipe.training.finetune_learning_rate, teach=True)
+    rate, teacher = job.recipe.training.finetune_learning_rate, dense_teacher(run, job)
+    training = trainer(job, slim, epochs, rate=rate, teacher=teacher)
     state = checkpoint.load()
     if state is not None and state["plan"] == plan.checksum:
         training.restore(state["trainer"])
@@ -313,6 +339,21 @@ def finetuned_network(run: RunFolder, job: Job) -> nn.Module:
     from compressor.pruning.artefact import load
 
     return load(run.path, factory=job.recipe.model, device=job.torch_device)
+
+
+def dense_teacher(run: RunFolder, job: Job) -> nn.Module | None:
+    """Return the trained dense network: as loaded, or as the search trained it; None if it only guesses.
+
+    A user's own network may have trained weights that the recipe does not name: without training it is tested.
+    """
+    from compressor.search.evaluate import predictions
+
+    if job.trained:
+        return job.teacher
+    searched = any(each.phase != "finetune" for each in run.manifest.training)
+    if not searched and problem(*predictions(job.model, job.data.test, device=job.torch_device)):
+        return None
+    return job.model
 
 
 def search_epochs(job: Job) -> int:
@@ -358,7 +399,7 @@ def train_settings(job: Job, rate: float | None = None) -> TrainSettings:
 
 
 def trainer(
-    job: Job, model: nn.Module, epochs: int, *, rate: float | None = None, teach: bool = False
+    job: Job, model: nn.Module, epochs: int, *, rate: float | None = None, teacher: nn.Module | None = None
 ) -> Trainer:
     """Create the trainer of `model` on the job's data, as its recipe says.
 
@@ -367,12 +408,11 @@ def trainer(
         model: Network, trained in place.
         epochs: Number of epochs over which the learning rate falls.
         rate: Highest learning rate of fine-tuning; None during the search, for the recipe's own.
-        teach: Whether the dense network is the teacher, weighted by the recipe's `distill_weight`.
+        teacher: Trained dense network to distill from, weighted by the recipe's `distill_weight`; None for none.
     """
     from compressor.training.loop import Trainer
 
     training, settings = job.recipe.training, train_settings(job, rate)
-    teacher = (job.teacher or job.model) if teach and training.distill_weight else None
     return Trainer(
         model,
         job.data,

@@ -41,6 +41,17 @@ def epochs_in_search(epochs: int, share: float) -> int:
     return min(round(epochs * share), epochs - 1)
 
 
+def fewest_epochs(share: float) -> int | None:
+    """Return the fewest epochs of which a search trains one; None if it never does.
+
+    >>> fewest_epochs(0.6), fewest_epochs(1 / 3), fewest_epochs(0.0)
+    (2, 2, None)
+    """
+    if share <= 0:
+        return None
+    return next(epochs for epochs in range(1, int(1 / share) + 3) if epochs_in_search(epochs, share))
+
+
 def epochs_until(joint: int, share: float, *, pretrained: bool) -> int | None:
     """Return the fewest epochs, search and fine-tuning together, with this many joint ones; None if there is none.
 
@@ -70,7 +81,7 @@ def share_epochs(epochs: int, *, pretrained: bool) -> Schedule:
     >>> share_epochs(140, pretrained=False)
     Schedule(warmup=10, joint=70, aligned=60)
     >>> share_epochs(18, pretrained=False)
-    Schedule(warmup=3, joint=8, aligned=7)
+    Schedule(warmup=3, joint=9, aligned=6)
     >>> share_epochs(1, pretrained=True)
     Schedule(warmup=0, joint=1, aligned=0)
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from compressor.cli.app import app
 from compressor.core.records import Checkpoint
 from compressor.recipe import load_recipe
+from compressor.training.loop import Trainer
 
 TINY = ["--model", "tests.nets:tiny", "--flops", "60%", "--epochs", "4"]
 FAST = [
@@ -48,9 +49,33 @@ def test_a_time_limit_cuts_the_training_of_the_search_and_says_so(tmp_path: Path
     manifest = manifest_of(tmp_path / "run")
     assert note in manifest["notes"]
     assert [entry["phase"] for entry in manifest["training"]] == ["finetune"] * 2
-    assert manifest["accuracy"]["dense_note"].startswith(
-        "The dense network was trained for the 0 epochs of the search"
+    assert manifest["accuracy"]["dense_note"] == "The dense network is untrained."
+    assert any("Allow the search more time: search.max_seconds." in note for note in manifest["notes"])
+
+
+def test_an_untrained_network_teaches_nothing_and_the_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers: list[Any] = []
+
+    def recording(*arguments: Any, **options: Any) -> Trainer:
+        teachers.append(options["teacher"])
+        return Trainer(*arguments, **options)
+
+    monkeypatch.setattr("compressor.training.loop.Trainer", recording)
+    folder = tmp_path / "run"
+    code, output = invoked(*TINY[:-1], "1", *FAST, "--out", str(folder))
+    assert code == 0
+    assert teachers == [None]
+    note = (
+        "The dense network is untrained. Candidates were scored on an untrained network, so that their accuracy did "
+        "not guide the search, and fine-tuning has no teacher. The search trains from 2 epochs on: --epochs 2 or more."
     )
+    assert note in output
+    manifest = manifest_of(folder)
+    assert note in manifest["notes"]
+    assert manifest["accuracy"]["dense_note"] == "The dense network is untrained."
+    assert manifest["training"][0]["loss"] < 2.5
 
 
 def spoilt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
