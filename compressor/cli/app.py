@@ -215,9 +215,10 @@ def _described(recipe: Recipe) -> Iterator[Any]:
     import numpy as np
     from rich.table import Table
 
+    from compressor.run.device import resolved
     from compressor.run.job import Job
 
-    recipe = recipe.resolved()
+    recipe = resolved(recipe)
     yield recipe.to_yaml()
     job = Job.prepare(recipe)
     space = job.space

@@ -35,7 +35,7 @@ def measure(
         typer.Option(help="With --explain: module:factory of the network, if it was not run from here."),
     ] = None,
 ) -> None:
-    """Measure a run's dense and slim networks again on this machine."""
+    """Measure a run's dense and slim networks again: on its device, or on this machine's CPU if it is not reached."""
     with friendly():
         from compressor.run.again import explain_again, measure_again
 

@@ -33,8 +33,8 @@ def profile(
     time_limit: Annotated[
         str | None,
         typer.Option(
-            help="Time limit for measuring this machine, such as 90s or 5min; by default 75s for its CPU and 10min for "
-            "a GPU."
+            help="Time limit for measuring this machine or a registered device, such as 90s or 5min; by default 75s "
+            "for this machine's CPU and 10min otherwise."
         ),
     ] = None,
 ) -> None:
@@ -43,9 +43,12 @@ def profile(
         from compressor.latency.provider import TableProvider
         from compressor.run.profile import import_results, profile_here, profile_remote, write_bundle
 
-        if time_limit is not None and (results or bundle or device not in (None, "local")):
+        if time_limit is not None and (
+            results or bundle or TableProvider.for_device(device or "local").time_limit_s is None
+        ):
             raise CompressorError(
-                "--time-limit is for this machine; a device measures all networks of its bundle.",
+                "--time-limit is for this machine and for registered devices; another device measures all networks of "
+                "its bundle.",
                 "Leave it out. On the device, run.sh takes --duration SECONDS and --processes N.",
             )
         if results is not None:

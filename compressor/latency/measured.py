@@ -69,7 +69,6 @@ class MeasuredDevice(TableProvider):
 
     Attributes:
         version: Version of the runtime.
-        time_limit_s: Default time limit of a table, in seconds.
         through: Name of what runs networks, where it is another than the runtime.
         too_noisy: What to do where the device is too noisy; empty for the default.
     """

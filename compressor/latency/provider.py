@@ -109,12 +109,14 @@ class TableProvider(ABC):
         runtime: Name of its runtime, as in latency tables.
         precisions: Precisions in which networks run on it.
         measures: Whether networks can be timed on it from here.
+        time_limit_s: Default time limit of a table, in seconds; None where its measurement cannot be limited from here.
     """
 
     name: ClassVar[str] = ""
     runtime: str = "tensorrt"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     measures: ClassVar[bool] = True
+    time_limit_s: ClassVar[float | None] = None
 
     def __init__(self, device: str) -> None:
         self.device = device

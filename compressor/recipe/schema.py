@@ -55,7 +55,8 @@ class Recipe(Part):
     )
     device: str = Field("local", description="local, the name of a latency table, or ssh://user@host.")
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
-        "auto", description="Precision on the device; auto is fp32 on a CPU and fp16 elsewhere."
+        "auto", description="Precision on the device; auto is fp16, or the device's first precision if it "
+        "does not run fp16, as on a CPU."
     )
     threads: Positive = Field(1, description="Threads of the runtime where the device is this machine's CPU.")
     agent: AgentName = Field(

@@ -49,18 +49,27 @@ def report_again(folder: Path) -> tuple[Path, str]:
 
 
 def measure_again(folder: Path) -> Iterator[str]:
-    """Time a run's dense and slim ONNX files again on this machine's CPU; the manifest does not change."""
-    from compressor.latency.backends.cpu import measured
+    """Time a run's dense and slim networks again on its device; the manifest does not change.
+
+    A device that is not measured from here is replaced by this machine's CPU, with a sentence that says so.
+    """
+    from compressor.latency.local import LocalCpu
     from compressor.latency.paired import in_words
+    from compressor.latency.provider import Turns
+    from compressor.run.device import provider_of, request_of
 
     with _exported(folder) as run:
         recipe = load_recipe(run.file(RECIPE))
         before = run.manifest.latency
         target = run.manifest.rounds[-1].target_ratio if run.manifest.rounds else None
-        contract = recipe.contract
-        timing = measured(
-            run.file(DENSE), run.file(MODEL), recipe.threads, contract.repeats, target, contract.seconds
-        )
+        provider = provider_of(recipe)
+        runtime = before.runtime or provider.runtime
+        if not (provider.measures and runtime.startswith(provider.runtime)):
+            provider = LocalCpu()
+            if recipe.device != "local" or not runtime.startswith(CPU):
+                yield _from_here(recipe)
+        turns = Turns(recipe.contract.repeats, target, recipe.contract.seconds)
+        timing = provider.time(run.file(DENSE), run.file(MODEL), request_of(recipe), turns, _table(run))
         for name, stats in (("dense", timing.dense), ("slim", timing.slim)):
             yield (
                 f"{name}: median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, p99 {stats.p99_ms:.3f} ms "
@@ -100,10 +109,11 @@ def explain_again(
     from compressor.report import write_report
     from compressor.report.explain import gap
     from compressor.report.page import REPORT
+    from compressor.run.device import resolved
     from compressor.run.layer_times import explain_run, read_profiles
 
     with _exported(folder) as run:
-        recipe = load_recipe(run.file(RECIPE)).resolved()
+        recipe = resolved(load_recipe(run.file(RECIPE)))
         table = _table(run)
         here = recipe.device == "local" and (table is None or table.fields.runtime.name == CPU)
         predicted, note = _predicted(run, recipe, table, factory) if here or profiles else (None, "")
@@ -140,13 +150,17 @@ def _header(explanation: Explanation, recipe: Recipe, on_device: bool) -> Iterat
         f"Peaks: {explanation.peaks}."
     )
     if not on_device:
-        whose = "this machine's GPU" if recipe.device == "local" else recipe.device
-        yield f"The run is for {whose}; these times are from this machine's CPU."
+        yield _from_here(recipe)
         if recipe.device != "local":
             yield (
                 "For the device's own times, profile both engines there (trtexec --exportProfile) and add "
                 "--dense-profile FILE --slim-profile FILE."
             )
+
+
+def _from_here(recipe: Recipe) -> str:
+    whose = "this machine's GPU" if recipe.device == "local" else recipe.device
+    return f"The run is for {whose}; these times are from this machine's CPU."
 
 
 def _table(run: RunFolder) -> LatencyTable | None:

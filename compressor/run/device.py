@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from compressor.recipe import Recipe
 
 
+def resolved(recipe: Recipe) -> Recipe:
+    """Return a recipe with every field filled in; `auto` is the first precision of a device that does not run FP16."""
+    if recipe.precision == "auto":
+        precisions = provider_of(recipe).precisions
+        if "fp16" not in precisions:
+            recipe = recipe.changed({"precision": precisions[0]})
+    return recipe.resolved()
+
+
 def provider_of(recipe: Recipe) -> TableProvider:
     """Return the provider of a recipe's device."""
     return TableProvider.for_device(recipe.device)

@@ -26,7 +26,7 @@ from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
 from compressor.recipe.validation import validated
 from compressor.run.contract import Contract
-from compressor.run.device import device_precision, provider_of, request_of
+from compressor.run.device import device_precision, provider_of, request_of, resolved
 from compressor.run.finish import finish
 from compressor.run.folder import RunFolder, new_run_path
 from compressor.run.job import Job
@@ -72,7 +72,7 @@ def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
     Raises:
         CompressorError: Something in the recipe is not available; nothing was written.
     """
-    recipe = recipe.resolved()
+    recipe = resolved(recipe)
     path = out or new_run_path(Path("runs"), f"{recipe.model}-{recipe.data_kind}")
     RunFolder.require_empty(path)
     job = Job.prepare(recipe)

@@ -136,7 +136,9 @@ def _described(table: LatencyTable) -> Iterator[str]:
 
 def _for_latency(recipe: Recipe) -> Recipe:
     """Return the recipe as a run with a latency budget would resolve it: same channel steps, same precision."""
-    return recipe.changed({"budgets": {"latency": "100%"}}).resolved()
+    from compressor.run.device import resolved
+
+    return resolved(recipe.changed({"budgets": {"latency": "100%"}}))
 
 
 def _traced(recipe: Recipe) -> tuple[PruningSpace, Tensor]:

@@ -36,7 +36,7 @@ def refused(*arguments: str) -> str:
     "where", [["--device", "ssh://me@orin"], ["--bundle", "carry"], ["--import", "carry"]]
 )
 def test_a_time_limit_is_for_this_machine_only(where: list[str]) -> None:
-    assert "--time-limit is for this machine; a device measures all" in refused(
+    assert "--time-limit is for this machine and for registered devices; another device measures all" in refused(
         "profile", "--time-limit", "5min", *where
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -10,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from torch import Tensor
+from typer.testing import CliRunner
 
 from compressor import register_device
+from compressor.cli.app import app
 from compressor.core import plugins
 from compressor.core.errors import CompressorError
 from compressor.latency import provider
@@ -21,8 +25,12 @@ from compressor.latency.networks import NetworkTimes, TaggedNetwork
 from compressor.latency.over_ssh import SshDevice
 from compressor.latency.provider import Request, StoredTables, TableProvider, Turns, known_devices
 from compressor.pruning.space import PruningSpace
+from compressor.recipe import Recipe, load_recipe
+from compressor.run.again import measure_again
+from compressor.run.device import resolved
 from export.errors import ExportError
 from tests.architecture import code_of, installed
+from tests.other_device import timing
 
 TOOL = """#!{python}
 import sys
@@ -98,6 +106,47 @@ def test_the_pages_device(
     tool.write_text(f"#!{sys.executable}\nraise SystemExit('no licence')\n")
     with pytest.raises(ExportError, match="cannot run the network: no licence"):
         device.measure(TaggedNetwork(b"", (), ()), 0.1)
+
+
+def test_auto_is_a_precision_that_the_device_runs() -> None:
+    register_device(Plain)
+    found = {"plain": "fp32", "local": "fp32", "jetson-nano": "fp16", "ssh://me@orin.local": "fp16"}
+    for device, precision in found.items():
+        assert resolved(Recipe(model="resnet18", device=device)).precision == precision
+    assert resolved(Recipe(model="resnet18", device="plain", precision="int8")).precision == "int8"
+
+
+def test_a_time_limit_is_for_registered_devices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_device(Plain)
+    limits: list[object] = []
+    monkeypatch.setattr("compressor.run.profile.profile_here", lambda recipe, limit: limits.append(limit) or ["done"])
+    result = CliRunner().invoke(app, ["profile", "--model", "resnet18", "--device", "plain", "--time-limit", "5s"])
+    assert (result.exit_code, limits) == (0, ["5s"]), result.output
+
+
+def test_a_run_is_measured_again_on_its_device(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_device(Plain)
+    monkeypatch.setattr("compressor.latency.local.measured", lambda *_: timing([2.0] * 9, [1.0] * 9))
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+
+    def again(device: str, runtime: str) -> list[str]:
+        (folder / "recipe.yaml").write_text(load_recipe(finished / "recipe.yaml").changed({"device": device}).to_yaml())
+        manifest = json.loads((finished / "manifest.json").read_text())
+        manifest["latency"].update(device=device, runtime=runtime)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return list(measure_again(folder))
+
+    here = "these times are from this machine's CPU."
+    assert not any(here in line for line in again("local", "onnxruntime-cpu 1"))
+    assert again("local", "tensorrt 10.3")[0] == f"The run is for this machine's GPU; {here}"
+    assert again("jetson-nano", "tensorrt")[0] == f"The run is for jetson-nano; {here}"
+    lines = again("plain", "nothing 1")
+    assert "median 1.000 ms" in lines[0]
+    assert "(nothing " in lines[0]
+    assert not any(here in line for line in lines)
 
 
 class Plain(MeasuredDevice):
