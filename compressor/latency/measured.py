@@ -312,9 +312,7 @@ def _resume(journal: Journal, space: PruningSpace, example: Tensor, device: Devi
     if first is not None:
         now = measure_candidate(space, space.rank(), example, dense, device).times.median_ms
         if abs(now / first.sample.times.median_ms - 1) <= NOISY:
-            say(
-                f"Resuming a latency table with {len(journal.records)} earlier measurements."
-            )
+            say(f"Resuming a latency table with {len(journal.records)} earlier measurements.")
             return
     say("This machine's speed has changed since the measurement was interrupted: it starts again.")
     journal.restart()

@@ -61,9 +61,8 @@ def epochs_until(joint: int, share: float, *, pretrained: bool) -> int | None:
     """
     if share <= 0:
         return None
-    most = (
-        int(4 * (joint + 2) / share) + 4
-    )  # at least 4 in 10 of the search's epochs are joint, except for the first few
+    # at least 4 in 10 of the search's epochs are joint, except for the first few
+    most = int(4 * (joint + 2) / share) + 4
     for epochs in range(1, most + 1):
         if share_epochs(epochs_in_search(epochs, share), pretrained=pretrained).joint >= joint:
             return epochs

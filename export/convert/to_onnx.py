@@ -291,9 +291,7 @@ class _Trace:
         graph = self.plain()
         own = (len(self._sample),)
         if (wrong := self._wrong(graph, own)) is not None:
-            raise ExportError(
-                f"The exported file differs from the network: {wrong}.", self._hint()
-            )
+            raise ExportError(f"The exported file differs from the network: {wrong}.", self._hint())
         if not self._batches or self._wrong(graph, self._batches) is None:
             return graph
         try:

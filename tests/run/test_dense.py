@@ -5,16 +5,20 @@ from __future__ import annotations
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from compressor import CompressorError, compress
+from compressor.core.manifest import Epoch
 from compressor.models import create_model
+from compressor.models.weights import FRESH_HEAD
 from compressor.run.dense import lost_in_finetuning, problem
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job
-from compressor.run.stages import begin
+from compressor.run.stages import begin, dense_teacher
 from tests.runs import manifest_of, recipe
 
 
@@ -80,3 +84,22 @@ def test_weights_that_guess_stop_the_run_unless_they_are_accepted(tmp_path: Path
     assert any("does not say how its images were prepared" in note for note in found["notes"])
     assert found["preprocessing"]["origin"] == "assumed: usual for ImageNet"
     assert found["stages"]["begin"]["finished"]
+
+
+def test_a_network_with_a_fresh_head_teaches_once_the_search_has_trained_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.arange(1000) % 10
+    guesses = labels[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
+    monkeypatch.setattr("compressor.search.evaluate.predictions", lambda *_, **__: (guesses, labels))
+    loaded, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    def teacher(*phases: str) -> Any:
+        job: Any = Job.__new__(Job)
+        job.teacher, job.model, job.torch_device, job.data = loaded, model, "cpu", SimpleNamespace(test=None)
+        run: Any = SimpleNamespace(manifest=SimpleNamespace(training=[Epoch(phase=phase) for phase in phases]))
+        return dense_teacher(run, job)
+
+    assert teacher() is loaded
+    setattr(loaded, FRESH_HEAD, True)
+    assert teacher() is None
+    assert teacher("finetune") is None
+    assert teacher("joint", "finetune") is model
