@@ -11,7 +11,7 @@ folder is compared with the run that was left alone: file by file, and the manif
 What is not compared, as it differs between any two runs: times of day and durations, TensorBoard's curves, and the
 contents (not the presence) of report.html and of checkpoints/*.pt, which hold such times. Networks are really timed, in
 their own processes; the numbers are then replaced by the sizes of the files, as noise would decide otherwise, and the
-table that was measured at the start is not doubted later.
+table that was measured at the start is not checked again later.
 
 Stopped instants are saved as they come; a second call goes on.
 """

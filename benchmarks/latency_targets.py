@@ -106,7 +106,7 @@ def measure_tables(options: argparse.Namespace) -> None:
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """Print all rows so far, and what they come to."""
-    table = Table(title="Latency asked for, predicted and measured")
+    table = Table(title="Latency requested, predicted and measured")
     for name in ("run", "target ms", "predicted ms", "measured ms", "measured/target", "kept", "rounds", "s"):
         table.add_column(name, justify="left" if name == "run" else "right")
     for row in rows:

@@ -220,11 +220,11 @@ class LayerCall(LayerShape):
 
 @dataclass
 class Tie:
-    """A module attribute that is a channel count: `attribute` (at `place` of a tuple or list) is len(labels)."""
+    """A module attribute that is a channel count: `attribute` (at `index` of a tuple or list) is len(labels)."""
 
     path: str
     attribute: str
-    place: int | None
+    index: int | None
     labels: Labels
     #: The attribute counts blocks of this many labels.
     block: int = 1

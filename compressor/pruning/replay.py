@@ -40,9 +40,9 @@ class Call:
     #: Values that no later call reads.
     last: list[int] = field(default_factory=list)
 
-    def arg(self, place: int, name: str, default: Any = None) -> Any:
-        """Return the argument at `place`, or by `name`, or `default`."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """Return the argument at `index`, or by `name`, or `default`."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
 
 
 @dataclass

@@ -87,7 +87,7 @@ class Slicer:
         for tie in facts.ties:
             count = resolved.affine(tie.labels)
             if not count.is_constant:
-                edits.setdefault((tie.path, tie.attribute, tie.place), (tie, count))
+                edits.setdefault((tie.path, tie.attribute, tie.index), (tie, count))
         #: Attributes of modules that are channel counts, with these counts.
         self.edits = tuple(edits.values())
         touched = {name.rpartition(".")[0] for name in self.axes}
@@ -145,9 +145,9 @@ def _set(module: nn.Module, tie: Tie, value: int, edits: list[list[Any]]) -> Non
     """Set an attribute that is a channel count, or an item of one, and record it."""
     before = getattr(module, tie.attribute)
     after: Any = value
-    if tie.place is not None:
+    if tie.index is not None:
         items = list(before)
-        items[tie.place] = value
+        items[tie.index] = value
         after = type(before)(items)
     if after != before:
         setattr(module, tie.attribute, after)

@@ -228,28 +228,28 @@ class Tracer(TorchFunctionMode):
         if not isinstance(size, Attribute):
             return False
         tied = False
-        for path, attribute, place, value in size.origins:
+        for path, attribute, index, value in size.origins:
             if not size.derived:
-                self._tie(Tie(path, attribute, place, labels, block))
+                self._tie(Tie(path, attribute, index, labels, block))
                 tied = True
                 continue
             for axis in (labels, *others):
                 if axis is not None and axis.size == value:
-                    self._tie(Tie(path, attribute, place, axis))
+                    self._tie(Tie(path, attribute, index, axis))
                     tied = True
                     break
         return tied
 
-    def tie_attribute(self, attribute: str, labels: Labels, place: int | None = None, block: int = 1) -> None:
+    def tie_attribute(self, attribute: str, labels: Labels, index: int | None = None, block: int = 1) -> None:
         """Tie the running module's `attribute` to the number of these channels (in blocks of `block`)."""
-        self._tie(Tie(self.stack[-1].path, attribute, place, labels, block))
+        self._tie(Tie(self.stack[-1].path, attribute, index, labels, block))
 
     def _tie(self, tie: Tie) -> None:
-        for other in self._ties.setdefault((tie.path, tie.attribute, tie.place), []):
+        for other in self._ties.setdefault((tie.path, tie.attribute, tie.index), []):
             if other.block == tie.block and other.labels.size == tie.labels.size:
                 # One attribute is the size of both, so that both must shrink equally.
                 self.atoms.unify(other.labels, tie.labels)
-        self._ties[tie.path, tie.attribute, tie.place].append(tie)
+        self._ties[tie.path, tie.attribute, tie.index].append(tie)
         self.facts.ties.append(tie)
 
     # ---------------------------------------------------------------- the mode
@@ -480,7 +480,7 @@ def _remember(path: str, module: nn.Module) -> None:
             held[name] = Attribute(value, ((path, name, None, value),))
         elif type(value) in (list, tuple) and value and all(type(item) is int for item in value):
             held[name] = type(value)(
-                Attribute(item, ((path, name, place, item),)) if item > 0 else item for place, item in enumerate(value)
+                Attribute(item, ((path, name, index, item),)) if item > 0 else item for index, item in enumerate(value)
             )
 
 

@@ -52,7 +52,7 @@ def test_every_episode_keeps_every_budget(data: st.DataObject) -> None:
     generator = np.random.default_rng(data.draw(st.integers(0, 10_000)))
     some = np.array([[generator.choice(space.choices(i)) for i in range(size)] for _ in range(20)])
     table, macs = random_table(space, generator), macs_budget(space, 1.0)
-    # A known network sets the targets, so that they can be met; it may be dear, cheap, or the only one.
+    # A known network sets the targets, so that they can be met; it may be expensive, cheap, or the only one.
     known = some[data.draw(st.integers(0, 19))][None]
     table.target = float(table.predict(known)[0]) * data.draw(st.floats(1.0, 1.3))
     macs.target = float(macs.predict(known)[0]) * data.draw(st.floats(1.0, 1.3))

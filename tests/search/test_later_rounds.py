@@ -36,7 +36,7 @@ class Rugged(FakeEvaluator):
 
 
 class Clock:
-    """Time that passes only where it is told to."""
+    """Time that passes only where a test says so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -210,11 +210,11 @@ def test_stepwise_is_not_paid_for_budgets_that_ask_for_nothing(
     rewards: list[float] = []
     remember = DoubleDqn.remember
 
-    def told(self: DoubleDqn, state: Any, action: int, reward: float, following: Any, last: bool) -> None:
+    def recorded(self: DoubleDqn, state: Any, action: int, reward: float, following: Any, last: bool) -> None:
         rewards.append(reward)
         remember(self, state, action, reward, following, last)
 
-    monkeypatch.setattr(DoubleDqn, "remember", told)
+    monkeypatch.setattr(DoubleDqn, "remember", recorded)
     result = create_agent("stepwise").search(
         PruningEnv(space, [macs_budget(space, 0.5), odd], evaluator),
         evaluator,

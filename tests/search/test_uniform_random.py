@@ -27,7 +27,7 @@ def test_uniform_by_hand() -> None:
 
 
 def test_uniform_where_costs_rise_and_fall() -> None:
-    # Dear below 4 and above 6 channels: bisection between dear and dear finds nothing, the scan does.
+    # Expensive below 4 and above 6 channels: bisection between two such widths finds nothing, the scan does.
     space = FakeSpace([8, 8])
     budget = FakeBudget("latency", 8.0, lambda w: np.where((w < 4) | (w > 6), 9.0, 1.0).sum(axis=1))
     env = PruningEnv(space, [budget], FakeEvaluator(space, [1, 1]))

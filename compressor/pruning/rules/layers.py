@@ -268,9 +268,9 @@ def einsum(tracer: Tracer, call: Call) -> None:
         return
     for letters, operand in terms:
         if tracer.name_of(operand) and not tracer.active(operand):
-            for place, letter in enumerate(letters):
+            for axis, letter in enumerate(letters):
                 if letter in right and left.count(letter) == 1:
-                    tracer.producer(operand, place)
+                    tracer.producer(operand, axis)
     sizes.update({letter: labels for letter, labels in axes.items() if labels is not None})
     # fvcore counts two forms exactly; for the others it reads numpy's estimate, printed with four digits.
     order = dict.fromkeys(filter(str.isalpha, equation))

@@ -68,8 +68,8 @@ def _regroup(tracer: Tracer, call: Call, axes: Axes, before: tuple[int, ...], af
         else:
             # Attention with one head can only lose channels of that head.
             heads = right[-1] == len(after) - 1 and after[right[-1] - 1] != 1
-            place, labels = _split_axis(tracer, call, flat.reshape([after[i] for i in right]), heads)
-            new_axes[right[place]] = labels
+            axis, labels = _split_axis(tracer, call, flat.reshape([after[i] for i in right]), heads)
+            new_axes[right[axis]] = labels
     return tuple(new_axes)
 
 
@@ -80,13 +80,13 @@ def _split_axis(tracer: Tracer, call: Call, block: Labels, heads: bool) -> tuple
     others are tied: the second to last axis if the split is at the end of the tensor (attention: batch, tokens, heads,
     head size), else the last (channel shuffle: batch, groups, channels per group, space).
     """
-    for place in range(block.ndim):
-        lines = np.moveaxis(block, place, 0).reshape(block.shape[place], -1)
+    for axis in range(block.ndim):
+        lines = np.moveaxis(block, axis, 0).reshape(block.shape[axis], -1)
         if (lines == lines[:, :1]).all():
-            return place, np.ascontiguousarray(lines[:, 0])
+            return axis, np.ascontiguousarray(lines[:, 0])
     default = block.ndim - 2 if heads else block.ndim - 1
-    place = min(int(tracer.decide(call, str(default), block)), block.ndim - 1)
-    return place, tracer.fold(block, place)
+    axis = min(int(tracer.decide(call, str(default), block)), block.ndim - 1)
+    return axis, tracer.fold(block, axis)
 
 
 def _lock(tracer: Tracer, new_axes: Axes) -> None:
@@ -371,8 +371,8 @@ def index_select(tracer: Tracer, call: Call, axes: Line) -> Line:
 
 @maps_axes("gather take_along_dim topk sort argsort")
 def along(tracer: Tracer, call: Call, axes: Line) -> Line | None:
-    place = 2 if call.name == "topk" else 1
-    dim = call.axis(place, default=-1) if isinstance(call.arg(place, "dim", -1), int) else len(axes) - 1
+    index = 2 if call.name == "topk" else 1
+    dim = call.axis(index, default=-1) if isinstance(call.arg(index, "dim", -1), int) else len(axes) - 1
     tracer.fix(axes[dim], f"its channels are ordered or picked by value ({call.name})")
     axes[dim] = None
     if call.name in ("gather", "take_along_dim"):

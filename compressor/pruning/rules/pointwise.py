@@ -138,9 +138,9 @@ def layer_norm(tracer: Tracer, call: Call, axes: Line) -> Line:
     """layer_norm and rms_norm over the last axes; `normalized_shape` follows the kept channels."""
     start = len(axes) - len(call.arg(1, "normalized_shape"))
     _merge_affine(tracer, call, axes, start, bias=call.name == "layer_norm")
-    for place, labels in enumerate(axes[start:]):
+    for index, labels in enumerate(axes[start:]):
         if labels is not None and hasattr(tracer.stack[-1].module, "normalized_shape"):
-            tracer.tie_attribute("normalized_shape", labels, place)
+            tracer.tie_attribute("normalized_shape", labels, index)
     if call.name == "layer_norm":
         _count_norm(tracer, call)
     return axes
@@ -164,8 +164,8 @@ def _merge_affine(tracer: Tracer, call: Call, axes: Line, start: int, bias: bool
     """Tie weight and bias of a normalisation to the axes from `start` on."""
     for vector in (call.arg(2, "weight"), call.arg(3, "bias") if bias else None):
         if vector is not None:
-            for place, labels in enumerate(tracer.axes(vector), start):
-                axes[place] = tracer.merge(axes[place], labels)
+            for axis, labels in enumerate(tracer.axes(vector), start):
+                axes[axis] = tracer.merge(axes[axis], labels)
 
 
 def _count_norm(tracer: Tracer, call: Call) -> None:

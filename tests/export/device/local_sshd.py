@@ -19,7 +19,7 @@ SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 
 
 class Board:
-    """An sshd on this machine whose sessions live in a folder of their own, and which drops when told to."""
+    """An sshd on this machine whose sessions live in a folder of their own, and which drops on request."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home = folder, folder / "home"
