@@ -125,11 +125,11 @@ class Watch:
 
         plain, watch = RunFolder.stage, self
 
-        def stage(run: RunFolder, name: str, *rest: Any, again: bool = False) -> Any:
+        def stage(run: RunFolder, name: str, *rest: Any, again: bool = False, **options: Any) -> Any:
             if again or not run.finished(name):
                 watch._visits[name] += 1
                 watch._stage, watch._number = name, 0  # what comes after a stage counts as its own
-            return plain(run, name, *rest, again=again)
+            return plain(run, name, *rest, again=again, **options)
 
         RunFolder.stage = stage  # type: ignore[method-assign, assignment]
         sys.addaudithook(self._event)
