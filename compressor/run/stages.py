@@ -164,7 +164,8 @@ def _record_search(
             note = f"The dense network{' has an untrained last layer' if job.teacher else ' is untrained'}."
             run.note(f"{note} {_effect_of_no_training(job)}")
         elif done:
-            note = f"The dense network was trained for the {done} epochs of the search, the slim one for all epochs."
+            epochs = "one epoch" if done == 1 else f"{done} epochs"
+            note = f"The dense network was trained for the {epochs} of the search, the slim one for all epochs."
         else:
             note = f"The dense network has the weights that {job.recipe.model} gives it."
         run.note_accuracy(dense=dense, dense_note=note)

@@ -141,6 +141,16 @@ def test_identifiers_are_unique_and_references_resolve(run_folder: Path) -> None
     assert set(re.findall(r"url\(#([^)]*)\)", page.source)) <= set(names)
 
 
+def test_cells_are_not_drawn_as_the_banner(run_folder: Path) -> None:
+    page = write_report(run_folder).read_text(encoding="utf-8")
+    style = page[page.index("<style>") : page.index("</style>")]
+    blocks = set(re.findall(r'<(?:div|section|header) class="(\w+)', page))
+    cells = set(re.findall(r'<t[dh][^>]* class="(\w+)', page))
+    assert "banner" in blocks
+    assert {"verdict", "num"} <= cells
+    assert [name for name in cells - {"num"} if f"section, .{name} " in style or f".{name} {{ border" in style] == []
+
+
 def test_every_figure_has_words(run_folder: Path) -> None:
     page = page_of(run_folder)
     charts = [attributes for _, attributes in page.elements if attributes.get("role") == "img"]
