@@ -22,7 +22,7 @@ from compressor.run.device import device_precision
 from compressor.run.exports import Finished, Request, check
 from compressor.run.finish import checksums, exit_code, not_measured
 from compressor.run.folder import RunFolder
-from compressor.run.job import budget_specs
+from compressor.run.job import latency_budget
 from compressor.run.onnx_files import MODEL, drawn
 from export.device.bundle import find_target
 
@@ -155,22 +155,21 @@ def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults) -> Iterator[str
 
     Only a budget in milliseconds can be judged: a bundle does not time the dense network.
     """
-    specs = [spec for spec in budget_specs(recipe) if spec.name == "latency"]
-    precision = device_precision(recipe)
-    network = next((each for each in found.networks.values() if each.precision == precision), None)
-    if not specs or recipe.device != found.target:
+    budget, precision = latency_budget(recipe), device_precision(recipe)
+    if budget is None or recipe.device != found.target:
         return
+    network = next((each for each in found.networks.values() if each.precision == precision), None)
     if network is None or network.latency is None or network.status != "ok":
         yield f"The latency budget is for {precision}, which was not measured: its result stays predicted."
         return
-    if specs[0].relative:
+    if budget.relative:
         yield (
             "The latency budget is a share of the dense network's time, which a bundle does not measure: its result "
             "stays predicted. A budget in milliseconds is judged by the board's times."
         )
         return
     medians = sorted(float(np.median(turn.times_ms)) for turn in network.turns)
-    target, stats, manifest = specs[0].value, network.latency, run.manifest
+    target, stats, manifest = budget.value, network.latency, run.manifest
     verdict = Ratio(stats.median_ms, medians[0], medians[-1], dense_ms=1.0).verdict(target)  # in milliseconds
     kept = None if verdict == "undecided" else verdict == "kept"
     result = {"measured": stats.median_ms, "verdict": verdict, "kept": kept}

@@ -223,7 +223,12 @@ class Job:
     @property
     def latency_budget(self) -> BudgetSpec | None:
         """The latency budget as requested; None without one."""
-        return next((each for each in budget_specs(self.recipe) if each.name == "latency"), None)
+        return latency_budget(self.recipe)
+
+
+def latency_budget(recipe: Recipe) -> BudgetSpec | None:
+    """Return a recipe's latency budget; None if it has none."""
+    return next((each for each in budget_specs(recipe) if each.name == "latency"), None)
 
 
 def budget_specs(recipe: Recipe) -> Sequence[BudgetSpec]:
