@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from compressor.core.errors import CompressorError
-from compressor.data import DataBundle, FileSplit, MemorySplit, Split, load_data
+from compressor.data import FileSplit, MemorySplit, load_data
 from tests.archives import SAFELY
+from tests.data.decoding import images_of
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (16, 16)) -> None:
@@ -34,17 +35,6 @@ def folder(tmp_path: Path) -> Path:
                     1000 * label + index + 500 * (split == "test"),
                 )
     return tmp_path
-
-
-def images_of(bundle: DataBundle) -> list[set[bytes]]:
-    splits = (bundle.train, bundle.search, bundle.test)
-    return [{image.numpy().tobytes() for image in decoded(split).images} for split in splits]
-
-
-def decoded(split: Split) -> MemorySplit:
-    found = split.in_memory()
-    assert isinstance(found, MemorySplit)
-    return found
 
 
 def test_batches_are_normalised(folder: Path) -> None:

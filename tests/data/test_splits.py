@@ -10,20 +10,10 @@ import pytest
 import torch
 
 from compressor.core.errors import CompressorError
-from compressor.data import DataBundle, MemorySplit, Split, load_data
+from compressor.data import MemorySplit, load_data
 from compressor.data.augment import Augmentation
 from compressor.data.splits import hold_out
-
-
-def images_of(bundle: DataBundle) -> list[set[bytes]]:
-    splits = (bundle.train, bundle.search, bundle.test)
-    return [{image.numpy().tobytes() for image in decoded(split).images} for split in splits]
-
-
-def decoded(split: Split) -> MemorySplit:
-    found = split.in_memory()
-    assert isinstance(found, MemorySplit)
-    return found
+from tests.data.decoding import images_of
 
 
 def test_digits_are_split_into_three_disjoint_parts() -> None:
