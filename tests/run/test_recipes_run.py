@@ -71,7 +71,7 @@ def test_a_shipped_recipe_runs(name: str, images: Path, tmp_path: Path) -> None:
     else:
         assert result.manifest["latency"]["estimated"]
         assert budget["measured"] is None
-        assert "verdict predicted" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+        assert 'class="banner predicted"' in (tmp_path / "run/report.html").read_text(encoding="utf-8")
         assert "model.fp16.onnx" in result.manifest["files"]
         assert any("not measured" in note for note in result.manifest["notes"])
     slim = result.load()
