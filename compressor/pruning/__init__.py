@@ -15,6 +15,8 @@ and used for many plans:
     plan        `ChannelPlan`: which units each group keeps
     importance  scores of the units
     slicer      kept indices of each tensor; `skeleton` copies the modules, `attention` replaces those of fixed width
+    compensate  refits the layers of a slim network (`moments`: for many plans; `least_squares`, `refit`: a layer;
+                `replay`, `sites`: what a pass computes; `calibration`, `verdict`: images, and what is returned)
     artefact    saves and loads a slim network; `blueprint` sends a space to another process
     checks      verifies a slim network by fvcore and torch-pruning (`torch_pruning_cut`)
 """

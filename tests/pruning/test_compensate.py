@@ -11,8 +11,9 @@ import torchvision
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
-from compressor.pruning import compensate as module
-from compressor.pruning.compensate import DenseMoments, compensate, difference
+from compressor.pruning import calibration
+from compressor.pruning.calibration import difference
+from compressor.pruning.compensate import DenseMoments, compensate
 from compressor.pruning.least_squares import Gram, Ridge
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.replay import Recording
@@ -183,6 +184,7 @@ def test_moments_are_shared_by_plans() -> None:
     batches = [images(48, 3, 16, 16)]
     moments = DenseMoments(space, batches)
     assert moments.bytes > 0
+    assert moments.judged(space.uniform(0.5)).refitted
     for ratio in (0.5, 0.75):
         plan = space.uniform(ratio)
         own, shared = space.compensate(plan, batches, "moments"), moments.apply(plan)
@@ -191,8 +193,8 @@ def test_moments_are_shared_by_plans() -> None:
 
 @pytest.mark.parametrize("method", ["layers", "moments"])
 def test_large_patches_fall_back_to_channels(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("compressor.pruning.compensate.LARGEST",):
-        monkeypatch.setattr(place, 50)
+    for place in ("compensate", "moments", "refit"):
+        monkeypatch.setattr(f"compressor.pruning.{place}.LARGEST", 50)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 10, 3), nn.Conv2d(10, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 20), nn.Linear(20, 4)
@@ -263,7 +265,7 @@ def test_memory_limits_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     space = PruningSpace(filled(UNet()), torch.zeros(1, 3, 16, 16))
     plan = space.uniform(0.5)
     each = 4 * (space.activations(space.dense_widths) + space.activations(space.widths(plan.widths)))
-    monkeypatch.setattr(module, "MEMORY", 12 * each)
+    monkeypatch.setattr(calibration, "MEMORY", 12 * each)
     assert compensate(space, plan, [images(48, 3, 16, 16)]).images == 12
 
 

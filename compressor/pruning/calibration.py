@@ -1,0 +1,151 @@
+"""Calibration images of a compensation, and what their outputs say about a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compressor.core.errors import CompressorError
+from compressor.models.computed import evaluated
+from compressor.pruning.counts import Layer
+from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.replay import Recording, outputs
+from compressor.pruning.sites import Geometry, Site
+from compressor.pruning.skeleton import copy_structure, walk
+from compressor.pruning.slicer import Slicer, swap
+
+CHUNK = 32
+"""Images that run through the networks at once."""
+LEFT_OUT = 0.25
+"""Share of the images that choose the strengths, and whether a fit is kept."""
+MEMORY = 4 * 2**30
+"""Bytes of activations that are held at most; of more images only the first of a random order are used."""
+SAMPLES, SAMPLES_OF_GROUPS, SAMPLES_PER_INPUT = 20_000, 4_000, 20
+"""Output positions that a layer is fitted to, at least; of one with groups; and for each of its inputs."""
+SAMPLE_BYTES = 256 * 2**20
+"""Bytes of the inputs of these positions, at most."""
+
+
+class Space(Protocol):
+    """What is used of a `PruningSpace`."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def example_input(self) -> tuple[Any, ...]: ...
+
+    @property
+    def slicer(self) -> Slicer: ...
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+
+    def apply(self, plan: ChannelPlan) -> nn.Module: ...
+
+    def dense(self) -> ChannelPlan: ...
+
+    def widths(self, x: Any) -> Any: ...
+
+    def activations(self, widths: Any) -> Any: ...
+
+    def indices(self, plan: ChannelPlan) -> dict[str, dict[int, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Images:
+    """Chunks of calibration images of equal size, in random order; the last `held` are left out of fits."""
+
+    chunks: list[tuple[Any, ...]]
+    held: int
+    seed: int
+
+    @classmethod
+    def of(cls, space: Space, batches: Iterable[Any], seed: int, plan: ChannelPlan | None = None) -> Images:
+        """Collect inputs, within the memory that activations may take."""
+        rows = [
+            ((batch,) if isinstance(batch, Tensor) else tuple(batch))[: len(space.example_input)] for batch in batches
+        ]
+        images = sum(len(row[0]) for row in rows)
+        if images < 2:
+            raise CompressorError(f"Compensation needs at least two images, not {images}.", "Pass batches of inputs.")
+        parameter = next(space.model.parameters())
+        order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+        plans = [space.dense()] if plan is None else [space.dense(), plan]
+        each = sum(space.activations(space.widths(each.widths)) for each in plans) * parameter.element_size()
+        order = order[: max(2, min(images, MEMORY // max(1, each)))]
+        size = max(1, min(CHUNK, len(order) // 4))
+        whole = [
+            torch.cat([row[place] for row in rows])[order].to(parameter.device) if isinstance(first, Tensor) else first
+            for place, first in enumerate(rows[0])
+        ]
+        chunks = [
+            tuple(each[start : start + size] if isinstance(each, Tensor) else each for each in whole)
+            for start in range(0, len(order) - size + 1, size)
+        ]
+        return cls(chunks, max(1, round(len(chunks) * LEFT_OUT)), seed)
+
+    def __len__(self) -> int:
+        return sum(len(chunk[0]) for chunk in self.chunks)
+
+    def left_out(self, index: int) -> bool:
+        """Whether a chunk is left out of fits."""
+        return index >= len(self.chunks) - self.held
+
+    def error(self, network: nn.Module, exact: Sequence[Sequence[Tensor]]) -> float:
+        """Return the squared error of a network's outputs on the images left out, as a share of the exact ones'."""
+        chunks = [chunk for index, chunk in enumerate(self.chunks) if self.left_out(index)]
+        with evaluated(network):
+            return difference(exact, [outputs(network(*chunk)) for chunk in chunks])
+
+    def places(
+        self, site: Site, geometry: Geometry | None, x: Tensor, y: Tensor, index: int, width: int
+    ) -> Tensor | None:
+        """Return the random output positions at which a layer is fitted; None for all.
+
+        Args:
+            geometry: Of the layer; None if x and y are rows.
+            x, y: Its input and output for chunk `index`.
+            width: Inputs of one output.
+        """
+        groups = 1 if geometry is None else geometry.groups
+        wanted = max(SAMPLES if groups == 1 else SAMPLES_OF_GROUPS, SAMPLES_PER_INPUT * width)
+        wanted = min(wanted, SAMPLE_BYTES // (4 * groups * width))
+        positions = len(y) if geometry is None else geometry.positions(y)
+        alike = len(x) if geometry is not None and geometry.rank else 1
+        each = math.ceil(wanted / (len(self.chunks) * alike))
+        if each >= positions:
+            return None
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + site.number * 1_009 + index)
+        return torch.randperm(positions, generator=random)[:each].sort().values.to(x.device)
+
+
+def recorded(network: nn.Module, images: Images) -> Recording:
+    recording = Recording(network, images.chunks[0])
+    if not recording.repeats(images.chunks[0]):
+        raise CompressorError(
+            "The network cannot be compensated: replaying the calls of its forward pass gives other outputs.",
+            "Does its forward compute outside of torch, or mix the images of a batch?",
+        )
+    return recording
+
+
+def dense_copy(space: Space) -> nn.Module:
+    """Return the dense network over the same memory, with the classes that slim networks have."""
+    dense = copy_structure(space.model, lambda tensor: tensor.detach()).eval()
+    by_path = dict(walk(dense))
+    for path, name in space.slicer.swaps.items():
+        swap(by_path[path], name)
+    return dense
+
+
+def difference(exact: Sequence[Sequence[Tensor]], other: Sequence[Sequence[Tensor]]) -> float:
+    """Return the squared error of outputs, as a share of the squares of the exact ones."""
+    pairs = [(a, b) for x, y in zip(exact, other, strict=True) for a, b in zip(x, y, strict=True)]
+    total = sum(float((a - b).double().square().sum()) for a, b in pairs)
+    return total / max(1e-300, sum(float(a.double().square().sum()) for a, _ in pairs))
