@@ -32,6 +32,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["COMPRESSOR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_bursts() -> Iterator[None]:
+    """Time two networks for a moment: what the tests assert of real times holds after the fewest pairs of bursts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for limit in ("SHORTEST_S", "LONGEST_S"):
+            patch.setattr(f"compressor.latency.paired.{limit}", 0.1)
+        yield
+
+
 @pytest.fixture
 def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a busy machine measure its tables all the same."""
@@ -65,12 +74,12 @@ def cifar_jpegs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run within two counted budgets."""
+    """A finished run within two counted budgets, with an engine where one can be built."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     from compressor import compress
     from tests.runs import recipe
 
-    result = compress(recipe(budgets={"flops": "60%", "params": "70%"}), out=folder)
+    result = compress(recipe(budgets={"flops": "60%", "params": "70%"}, export={}), out=folder)
     assert result.exit_code == 0
     return folder
 

@@ -1,18 +1,22 @@
-"""Provenance-up devices that take this machine's place where a test is about time."""
+"""Made-up devices that take this machine's place where a test is about time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from compressor.latency.local import LocalCpu
 from compressor.latency.networks import tag
+from compressor.latency.operators import network_signature
 from compressor.latency.paired import PairSessions, Timing, burst_of
+from compressor.latency.provider import Request
+from compressor.latency.table import LatencyTable
+from compressor.pruning.space import PruningSpace
 from export.engine.bench import summarise
 from tests.latency.conftest import MadeUpDevice
 
@@ -30,6 +34,17 @@ class Proportional(MadeUpDevice):
         return float(0.002 + 1e-5 * np.prod(shape))
 
 
+_TABLES: dict[tuple[str, str, Request], LatencyTable] = {}
+
+
+def proportional_table(here: LocalCpu, space: PruningSpace, example: Tensor, request: Request) -> LatencyTable:
+    """The table of `Proportional`, in place of `LocalCpu.table`: measured once for the same channels and request."""
+    key = (network_signature(space), str([space.choices(group.index).tolist() for group in space.groups]), request)
+    if key not in _TABLES:
+        _TABLES[key] = here.measured(space, example, request, device=Proportional())
+    return _TABLES[key]
+
+
 @dataclass
 class OtherDevice:
     """Takes the place of this machine: the table is made on a made-up device, the contract measured on a slower one."""
@@ -39,7 +54,7 @@ class OtherDevice:
     offset_ms: float = 0.0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(LocalCpu, "table", partialmethod(LocalCpu.measured, device=Proportional()))
+        monkeypatch.setattr(LocalCpu, "table", proportional_table)
         monkeypatch.setattr("compressor.latency.local.measured", self.measured)
 
     def install_measuring(self, monkeypatch: pytest.MonkeyPatch, slim_ms: list[float]) -> None:

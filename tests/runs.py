@@ -8,12 +8,16 @@ from typing import Any
 
 from compressor import Recipe
 
+IMAGE_SIZE = 16  # the digits have 8 x 8 pixels
 FAST = {"max_evaluations": 6, "batch_norm_batches": 2}
 
 
 def recipe(**fields: Any) -> Recipe:
     """A recipe of a tiny network on tiny images."""
-    base = {"model": "tests.nets:tiny", "epochs": 3, "search": FAST, "contract": {"repeats": 1, "seconds": 5.0}}
+    base = {
+        "model": "tests.nets:tiny", "image_size": IMAGE_SIZE, "epochs": 3, "search": FAST,
+        "contract": {"repeats": 1, "seconds": 5.0}, "export": {"engine": False},
+    }  # fmt: skip
     return Recipe.model_validate({**base, **fields})
 
 

@@ -46,6 +46,7 @@ def test_a_device_that_is_too_noisy_for_a_table_is_refused_before_anything_is_wr
 ) -> None:
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(LocalCpu, "table", partialmethod(LocalCpu.measured, device=Restless()))
+    monkeypatch.setattr(LocalCpu, "time_limit_s", 0.0)  # the fewest networks show it
     with pytest.raises(CompressorError, match=r"too noisy to measure a latency table: .* at most 50% is accepted"):
         compress(recipe(budgets={"latency": "80%"}, pruning=FINE), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -181,7 +182,11 @@ def test_a_device_that_cannot_reach_the_target_ends_with_3_and_everything_writte
 
 
 @pytest.mark.usefixtures("busy_machine")
-def test_a_budget_that_is_met_already_prunes_nothing(tmp_path: Path) -> None:
+def test_a_budget_that_is_met_already_prunes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine itself, whose table is made of the fewest networks, each measured for a moment."""
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(LocalCpu, "time_limit_s", 0.0)
+    monkeypatch.setattr("compressor.latency.assemble.SECONDS_A_NETWORK", 0.04)
     result = compress(recipe(budgets={"latency": "10s"}), out=tmp_path / "run")
     assert result.exit_code == 0
     assert all(group["kept"] == group["width"] for group in result.manifest["groups"])

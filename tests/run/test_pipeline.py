@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ import torch
 from compressor import compress, load
 from compressor.core.files import sha256_file
 from compressor.run.pipeline import resume
-from tests.runs import FAST, manifest_of, recipe
+from tests.runs import FAST, IMAGE_SIZE, manifest_of, recipe
 
 
 def test_a_run_leaves_what_the_readme_lists(finished: Path) -> None:
@@ -55,7 +57,7 @@ def test_the_onnx_file_computes_what_the_slim_network_does(finished: Path) -> No
 
     manifest = manifest_of(finished)
     slim = load(finished, factory=manifest["model"])
-    images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(4, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
     session = onnxruntime.InferenceSession(finished / "model.onnx", providers=["CPUExecutionProvider"])
     outputs = np.concatenate([session.run(None, {"input": image[None]})[0] for image in images])
     with torch.no_grad():
@@ -126,7 +128,7 @@ def test_a_finished_run_resumes_to_itself(finished: Path) -> None:
 @pytest.mark.parametrize("agent", ["uniform", "random"])
 def test_other_agents_run_the_same_road(tmp_path: Path, agent: str) -> None:
     result = compress(
-        recipe(agent=agent, budgets={"flops": "60%"}, export={"engine": False}), out=tmp_path / "run"
+        recipe(agent=agent, budgets={"flops": "60%"}), out=tmp_path / "run"
     )
     assert result.exit_code == 0
     assert result.manifest["budgets"][0]["kept"]
@@ -136,37 +138,59 @@ def test_other_agents_run_the_same_road(tmp_path: Path, agent: str) -> None:
     assert ("of uniform pruning within the same budgets" in page) == (agent == "random")
 
 
+#: What a run imports as it goes, besides this project.
+IMPORTED = (
+    "fvcore.nn", "jinja2", "matplotlib.figure", "onnx", "onnxruntime", "sklearn.datasets", "tensorboard", "timm",
+    "torch._meta_registrations", "torch.onnx", "torch_pruning", "torchvision",
+)  # fmt: skip
+
+
+def _command(arguments: list[str], errors: Path) -> None:
+    """`compress ARGUMENTS`, with its errors in a file."""
+    from compressor.cli.app import main
+
+    with errors.open("w") as file, open(os.devnull, "w") as nowhere:
+        os.dup2(file.fileno(), 2)
+        os.dup2(nowhere.fileno(), 1)
+    sys.argv = ["compress", *arguments]
+    main()
+
+
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    command = [sys.executable, "-c", "from compressor.cli.app import main; main()"]
+    # The processes are forked from one that has imported what they need: that would take most of their time.
+    forks = multiprocessing.get_context("forkserver")
+    own = [name for name in sys.modules if name.partition(".")[0] in ("compressor", "export")]
+    forks.set_forkserver_preload([*own, "compressor.cli.app", *IMPORTED])
+    folder, errors = tmp_path / "run", tmp_path / "errors"
     start = [
-        *command, "--model", "tests.nets:tiny", "--epochs", "3", "--flops", "60%", "--params", "70%",
-        "--out", str(folder),
-        "--set", "search.max_evaluations=6", "--set", "search.batch_norm_batches=2", "--set", "contract.repeats=1",
+        "--model", "tests.nets:tiny", "--epochs", "3", "--flops", "60%", "--params", "70%", "--out", str(folder),
+        "--set", f"image_size={IMAGE_SIZE}", "--set", "search.max_evaluations=6",
+        "--set", "search.batch_norm_batches=2", "--set", "contract.repeats=1",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     # Each kill waits for another stage to leave its mark, so that all stages are met whatever the machine's speed.
     marks = ["checkpoints/search.pt", "search/plan.json", "checkpoints/finetune.pt", "model.onnx"]
     for turn, mark in enumerate(marks):
-        arguments = start if turn == 0 else [*command, "--resume", str(folder)]
-        process = subprocess.Popen(
-            arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        process = forks.Process(
+            target=_command, args=(start if turn == 0 else ["--resume", str(folder)], errors)
         )
+        process.start()
         deadline = time.monotonic() + 120
-        while not (folder / mark).exists() and process.poll() is None and time.monotonic() < deadline:
+        while not (folder / mark).exists() and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         gently = {1: signal.SIGINT, 2: signal.SIGTERM}.get(turn)  # these must end with a message
-        process.send_signal(gently or signal.SIGKILL)
-        _, errors = process.communicate()
+        with suppress(ProcessLookupError):
+            os.kill(cast(int, process.pid), gently or signal.SIGKILL)
+        process.join()
         assert (folder / "recipe.yaml").exists()
-        if gently and process.returncode != 0:  # it may have been too fast for us
-            assert process.returncode == 128 + gently
-            assert f"continue with: compress --resume {folder}" in errors
-            assert "Traceback" not in errors
-    last = subprocess.run(
-        [*command, "--resume", str(folder)], env=environment, capture_output=True, text=True
-    )
-    assert last.returncode == 0, last.stderr
+        if gently and process.exitcode != 0:  # it may have been too fast for us
+            said = errors.read_text()
+            assert process.exitcode == 128 + gently
+            assert f"continue with: compress --resume {folder}" in said
+            assert "Traceback" not in said
+    last = forks.Process(target=_command, args=(["--resume", str(folder)], errors))
+    last.start()
+    last.join()
+    assert last.exitcode == 0, errors.read_text()
     disturbed, undisturbed = manifest_of(folder), manifest_of(finished)
     assert disturbed["groups"] == undisturbed["groups"]
     assert disturbed["accuracy"] == undisturbed["accuracy"]
