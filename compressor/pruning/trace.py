@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,6 +31,7 @@ from compressor.pruning.facts import (
     tensors_in,
 )
 from compressor.pruning.registry import is_own, rule_of, works_in_place
+from compressor.pruning.shapes import shape_only
 
 _DATA_DEPENDENT = frozenset({"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"})
 _VIEWS = """
@@ -268,7 +268,7 @@ class Tracer(TorchFunctionMode):
         frame = self.stack[-1]
         key = (frame.pattern, frame.calls)
         frame.calls += 1
-        out = _shape_only(name, works_in_place(func), args, kwargs) if self._quick else None
+        out = shape_only(name, works_in_place(func), args, kwargs) if self._quick else None
         if out is None:
             out = func(*args, **kwargs)
         if name == "setitem":
@@ -482,47 +482,3 @@ def _remember(path: str, module: nn.Module) -> None:
             held[name] = type(value)(
                 Attribute(item, ((path, name, index, item),)) if item > 0 else item for index, item in enumerate(value)
             )
-
-
-# ---------------------------------------------------------------- shapes without computation
-_SAME_SHAPE = """
-    hardtanh relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid leaky_relu elu mish softplus dropout dropout2d
-    dropout3d
-"""
-_UNARY = frozenset(_SAME_SHAPE.split())
-
-
-def _shape_only(name: str, inplace: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return a result of the right shape on the meta device (in place: the input itself), or None to run the call.
-
-    torch computes shapes on the meta device by Python decompositions, which take a millisecond for a batch-norm. If the
-    result has the shape of an input, an empty tensor of that shape is sufficient.
-    """
-    first = args[0] if args else None
-    if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
-        return None
-    if name in _UNARY:
-        return (
-            first
-            if inplace or kwargs.get("inplace", False) or any(value is True for value in args[1:])
-            else torch.empty_like(first)
-        )
-    if name in ("add", "sub", "mul") and len(args) == 2 and not kwargs:
-        return _joined(first, args[1], inplace)
-    if name == "batch_norm" and first.dim() > 1:
-        training = args[5] if len(args) > 5 else kwargs.get("training", False)
-        vectors = [value for value in (*args[1:5], *kwargs.values()) if isinstance(value, Tensor)]
-        if not training and vectors and all(value.shape == first.shape[1:2] for value in vectors):
-            return torch.empty_like(first)
-    return None
-
-
-def _joined(a: Tensor, b: Any, inplace: bool) -> Tensor | None:
-    """Return the result of a sum or product if one operand has the result's shape, else None."""
-    if not isinstance(b, Tensor) or not b.is_meta or a.dtype != b.dtype or a.dim() != b.dim():
-        return None
-    if all(y in (1, x) for x, y in zip(a.shape, b.shape, strict=True)):
-        return a if inplace else torch.empty_like(a)
-    if not inplace and all(x in (1, y) for x, y in zip(a.shape, b.shape, strict=True)):
-        return torch.empty_like(b)
-    return None
