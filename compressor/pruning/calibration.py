@@ -20,9 +20,9 @@ from compressor.pruning.skeleton import copy_structure, walk
 from compressor.pruning.slicer import Slicer, swap
 
 CHUNK = 32
-"""Images that run through the networks at once."""
-LEFT_OUT = 0.25
-"""Share of the images that choose the strengths, and whether a fit is kept."""
+"""Images that run through the networks at once, at most."""
+CHOOSE, JUDGE = 0.25, 0.125
+"""Shares of the images that choose between fits, and that judge the network that comes out. Fits have the others."""
 MEMORY = 4 * 2**30
 """Bytes of activations that are held at most; of more images only the first of a random order are used."""
 SAMPLES, SAMPLES_OF_GROUPS, SAMPLES_PER_INPUT = 20_000, 4_000, 20
@@ -59,10 +59,16 @@ class Space(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """Chunks of calibration images of equal size, in random order; the last `held` are left out of fits."""
+    """Chunks of calibration images of equal size, in random order.
+
+    The chunks in `fit` are those that layers are fitted to; those in `choose` choose the strength of a fit and whether
+    it is kept, after which the layer is fitted to both. Those in `judge` are seen by neither.
+    """
 
     chunks: list[tuple[Any, ...]]
-    held: int
+    fit: range
+    choose: range
+    judge: range
     seed: int
 
     @classmethod
@@ -72,14 +78,17 @@ class Images:
             ((batch,) if isinstance(batch, Tensor) else tuple(batch))[: len(space.example_input)] for batch in batches
         ]
         images = sum(len(row[0]) for row in rows)
-        if images < 2:
-            raise CompressorError(f"Compensation needs at least two images, not {images}.", "Pass batches of inputs.")
+        if images < 3:
+            raise CompressorError(
+                f"Compensation needs at least three images, not {images}.",
+                "Pass batches of inputs: for each layer one to fit, one to choose and one to judge; better hundreds.",
+            )
         parameter = next(space.model.parameters())
         order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
         plans = [space.dense()] if plan is None else [space.dense(), plan]
         each = sum(space.activations(space.widths(each.widths)) for each in plans) * parameter.element_size()
-        order = order[: max(2, min(images, MEMORY // max(1, each)))]
-        size = max(1, min(CHUNK, len(order) // 4))
+        order = order[: max(3, min(images, MEMORY // max(1, each)))]
+        size = max(1, min(CHUNK, len(order) // 8))
         whole = [
             torch.cat([row[place] for row in rows])[order].to(parameter.device) if isinstance(first, Tensor) else first
             for place, first in enumerate(rows[0])
@@ -88,20 +97,22 @@ class Images:
             tuple(each[start : start + size] if isinstance(each, Tensor) else each for each in whole)
             for start in range(0, len(order) - size + 1, size)
         ]
-        return cls(chunks, max(1, round(len(chunks) * LEFT_OUT)), seed)
+        count = len(chunks)
+        judge = count - max(1, round(count * JUDGE))
+        choose = judge - max(1, round(count * CHOOSE))
+        return cls(chunks, range(choose), range(choose, judge), range(judge, count), seed)
 
     def __len__(self) -> int:
         return sum(len(chunk[0]) for chunk in self.chunks)
 
-    def left_out(self, index: int) -> bool:
-        """Whether a chunk is left out of fits."""
-        return index >= len(self.chunks) - self.held
+    def run(self, network: nn.Module, which: range) -> list[list[Tensor]]:
+        """Return a network's outputs for some of the chunks, in the memory format in which convolutions are fast."""
+        return [outputs(network(*(_channels_last(each) for each in self.chunks[index]))) for index in which]
 
-    def error(self, network: nn.Module, exact: Sequence[Sequence[Tensor]]) -> float:
-        """Return the squared error of a network's outputs on the images left out, as a share of the exact ones'."""
-        chunks = [chunk for index, chunk in enumerate(self.chunks) if self.left_out(index)]
-        with evaluated(network):
-            return difference(exact, [outputs(network(*chunk)) for chunk in chunks])
+    def outputs(self, network: nn.Module, which: range) -> list[list[Tensor]]:
+        """As `run`, in eval mode and without gradients."""
+        with evaluated(network), torch.no_grad():
+            return self.run(network, which)
 
     def places(
         self, site: Site, geometry: Geometry | None, x: Tensor, y: Tensor, index: int, width: int
@@ -118,11 +129,16 @@ class Images:
         wanted = min(wanted, SAMPLE_BYTES // (4 * groups * width))
         positions = len(y) if geometry is None else geometry.positions(y)
         alike = len(x) if geometry is not None and geometry.rank else 1
-        each = math.ceil(wanted / (len(self.chunks) * alike))
+        each = math.ceil(wanted / (self.judge.start * alike))
         if each >= positions:
             return None
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + site.number * 1_009 + index)
         return torch.randperm(positions, generator=random)[:each].sort().values.to(x.device)
+
+
+def _channels_last(value: Any) -> Any:
+    image = isinstance(value, Tensor) and value.dim() == 4
+    return value.contiguous(memory_format=torch.channels_last) if image else value
 
 
 def recorded(network: nn.Module, images: Images) -> Recording:
@@ -142,10 +158,3 @@ def dense_copy(space: Space) -> nn.Module:
     for path, name in space.slicer.swaps.items():
         swap(by_path[path], name)
     return dense
-
-
-def difference(exact: Sequence[Sequence[Tensor]], other: Sequence[Sequence[Tensor]]) -> float:
-    """Return the squared error of outputs, as a share of the squares of the exact ones."""
-    pairs = [(a, b) for x, y in zip(exact, other, strict=True) for a, b in zip(x, y, strict=True)]
-    total = sum(float((a - b).double().square().sum()) for a, b in pairs)
-    return total / max(1e-300, sum(float(a.double().square().sum()) for a, _ in pairs))

@@ -23,7 +23,7 @@ from compressor.pruning.refit import TOO_LARGE, Refit, along
 from compressor.pruning.replay import State
 from compressor.pruning.sites import Site, find_sites, shortcuts_first
 from compressor.pruning.skeleton import named_tensors
-from compressor.pruning.verdict import Compensation, judged
+from compressor.pruning.verdict import Compensation, Exact, judged
 
 METHODS = ("layers", "moments")
 
@@ -38,8 +38,8 @@ def compensate(
 ) -> Compensation:
     """Slice the space's network, and refit the layers whose inputs changed.
 
-    If the outputs on the images left out are not closer to the dense network's than those of the network that is only
-    sliced, that network is returned.
+    An eighth of the images judges the network that comes out: if its outputs on them are not closer to the dense
+    network's than those of the network that is only sliced, that network is returned.
 
     Args:
         plan: A plan of the space.
@@ -47,10 +47,10 @@ def compensate(
             also `DenseMoments`, which several plans can share.
         method: "layers" fits each layer to what the slim network feeds it, in order of execution. "moments" solves
             from second moments of the dense network's inputs, without running the slim network.
-        seed: Seed of the images left out and of the sampled positions.
+        seed: Seed of the roles of the images and of the sampled positions.
 
     Raises:
-        CompressorError: The method is unknown, there are fewer than two images, or the network cannot be replayed.
+        CompressorError: The method is unknown, there are fewer than three images, or the network cannot be replayed.
     """
     if method not in METHODS:
         raise CompressorError(f"There is no method '{method}' of compensation.", f"Choose one of {', '.join(METHODS)}.")
@@ -69,7 +69,8 @@ class _Walk:
     def __init__(self, space: Space, plan: ChannelPlan, images: Images) -> None:
         self.space, self.plan, self.images = space, plan, images
         self.small = space.apply(plan)
-        self.dense = recorded(dense_copy(space), images)
+        self._network = dense_copy(space)
+        self.dense = recorded(self._network, images)
         with evaluated(self.small):
             self.slim = recorded(self.small, images)
         if [call.name for call in self.dense.calls] != [call.name for call in self.slim.calls]:
@@ -78,7 +79,9 @@ class _Walk:
                 "Use the network that `apply` returns.",
             )
         self.slim.order(shortcuts_first(self.dense))
-        self.states = [(self.dense.start(chunk), self.slim.start(chunk)) for chunk in images.chunks]
+        self.states = [
+            (self.dense.start(chunk), self.slim.start(chunk)) for chunk in images.chunks[: images.judge.start]
+        ]
         sites, self.left = find_sites(self.dense)
         dense, slim, kept = named_tensors(space.model), named_tensors(self.small), space.indices(plan)
         layers = {
@@ -111,9 +114,7 @@ class _Walk:
             found = refit(site, self.layers[site.number])
             if found is not None:
                 self.refitted[site.layer] = found.error / max(found.before, 1e-300)
-        exact = [
-            self.dense.finish(dense) for i, (dense, _) in enumerate(self.states) if self.images.left_out(i)
-        ]
+        exact = Exact.of(self.images, self._network)
         return judged(
             self.space, self.plan, self.small, self.sites, self.refitted, self.left, exact, self.images
         )
@@ -124,7 +125,7 @@ class _Walk:
             goal, offset = self._advance(site, layer, index)
             geometry, x = layer.geometry, slim.values[site.source]
             places = self.images.places(site, geometry, x, goal, index, layer.width)
-            samples = left_out if self.images.left_out(index) else seen
+            samples = left_out if index in self.images.choose else seen
             samples.x.append(geometry.patches(x, places))
             samples.goal.append(geometry.rows(goal - offset, places))
             samples.offset.append(
@@ -144,7 +145,7 @@ class _Walk:
             x, goal = slim.values[site.source], self.inputs.pop((index, site.number))
             rows = [layer.channels(each) for each in (x, goal)]
             places = self.images.places(site, None, rows[0], rows[1], index, rows[0].shape[-1])
-            samples = left_out if self.images.left_out(index) else seen
+            samples = left_out if index in self.images.choose else seen
             samples.x.append(rows[0][None] if places is None else rows[0][places][None])
             samples.goal.append(rows[1][None] if places is None else rows[1][places][None])
             samples.offset.append(rows[1].new_zeros(1, 1, 1))
@@ -161,10 +162,10 @@ class _Walk:
         return None
 
     def _output_error(self, site: Site, layer: Refit, ends: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """Return the squared error of a layer's output on the images left out."""
+        """Return the squared error of a layer's output on the images that choose."""
         total = 0.0
         for index, (goal, offset) in enumerate(ends):
-            if self.images.left_out(index):
+            if index in self.images.choose:
                 found = layer.scaled(self.slim.result(self.states[index][1], site.number)) + offset
                 if site.limits is not None:
                     found, goal = found.clamp(*site.limits), goal.clamp(*site.limits)

@@ -63,36 +63,39 @@ class Gram:
         a, b = self.count / n, other.count / n
         return Gram(n, a * self.mean + b * other.mean, a * self.square + b * other.square)
 
-    def chosen(self, index: Tensor) -> Gram:
-        """Return the moments of some of the inputs."""
-        return Gram(self.count, self.mean[:, index], self.square[:, index][:, :, index])
-
 
 class Ridge:
     """Solver of (Cxx + strength * s * I) (W - W_old) = Cxy - Cxx W_old, s the mean variance of the inputs.
 
-    C are second moments, about the means if there is a constant.
+    C are second moments, about the means if there is a constant. `set` a strength before solving.
     """
 
-    def __init__(self, gram: Gram, strength: float, constant: bool) -> None:
-        self.mean, self.constant, self.strength = gram.mean, constant, strength
+    def __init__(self, gram: Gram, constant: bool) -> None:
+        self.mean, self.constant, self.strength = gram.mean, constant, math.inf
         self.xx = gram.square
         if constant:
             self.xx = self.xx - gram.mean[:, :, None] * gram.mean[:, None, :]
-        self.singular = False
-        if strength != math.inf:
-            variance = self.xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-            ridge = self.xx + torch.diag_embed((strength * variance)[:, None].expand(-1, self.xx.shape[1]))
-            self.factor, info = torch.linalg.cholesky_ex(ridge)
-            self.singular = bool(int(info.abs().max()))
+        self.variance = self.xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
 
-    def solve(self, xy: Tensor, y: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weight, (g, p, o), and constant, (g, o), from the means of x y', (g, p, o), and of y, (g, o)."""
-        weight = old
-        if self.strength != math.inf:
-            if self.constant:
-                xy = xy - self.mean[:, :, None] * y[:, None, :]
-            weight = old + torch.cholesky_solve(xy - self.xx @ old, self.factor)
+    def set(self, strength: float) -> bool:
+        """Factorise the matrix with a strength; returns whether it is regular."""
+        self.strength = strength
+        if strength == math.inf:
+            return True
+        matrix = self.xx.clone()
+        matrix.diagonal(dim1=1, dim2=2).add_((strength * self.variance)[:, None])
+        self.factor, info = torch.linalg.cholesky_ex(matrix)
+        return not int(info.abs().max())
+
+    def gap(self, xy: Tensor, y: Tensor, old: Tensor) -> Tensor:
+        """Return the right hand side, (g, p, o), from the means of x y', (g, p, o), and of y, (g, o)."""
+        if self.constant:
+            xy = xy - self.mean[:, :, None] * y[:, None, :]
+        return xy - self.xx @ old
+
+    def solve(self, gap: Tensor, y: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight, (g, p, o), and constant, (g, o), from the right hand side and the mean of y, (g, o)."""
+        weight = old if self.strength == math.inf else old + torch.cholesky_solve(gap, self.factor)
         if not self.constant:
             return weight, torch.zeros_like(y)
         return weight, y - (weight * self.mean[:, :, None]).sum(1)
@@ -145,9 +148,11 @@ class Regression:
         """
         before = self._error(old, torch.zeros_like(old[:, 0]))
         best = (before, -1.0)
+        ridge = Ridge(self.gram, self.constant)
+        xy, y = self.products
+        gap = ridge.gap(xy, y, old)
         for strength in STRENGTHS:
-            ridge = Ridge(self.gram, strength, self.constant)
-            error = math.inf if ridge.singular else self._error(*ridge.solve(*self.products, old))
+            error = self._error(*ridge.solve(gap, y, old)) if ridge.set(strength) else math.inf
             if error < best[0]:
                 best = (error, strength)
         error, strength = best
@@ -155,25 +160,26 @@ class Regression:
             return None
         steps = 0
         if self.limits is not None and strength != math.inf:
-            ridge = Ridge(self.gram, strength, self.constant)
-            stepped = self._error(*self._stepped(ridge, [self.seen], self.products, old))
+            ridge.set(strength)
+            stepped = self._error(*self._stepped(ridge, [self.seen], self.products, old, STEPS))
             if stepped < error:
                 error, steps = stepped, STEPS
-        everything = Ridge(self.gram + self.left_out_gram, strength, self.constant)
-        if everything.singular:
+        everything = Ridge(self.gram + self.left_out_gram, self.constant)
+        if not everything.set(strength):
             return None
         both = [self.seen, self.left_out]
         products = _products(both, [goal for _, goal, _ in both])
-        found = self._stepped(everything, both, products, old) if steps else everything.solve(*products, old)
-        return Fit(*found, strength, error, before)
+        return Fit(*self._stepped(everything, both, products, old, steps), strength, error, before)
 
     def _stepped(
-        self, ridge: Ridge, parts: Sequence[Part], products: tuple[Tensor, Tensor], old: Tensor
+        self, ridge: Ridge, parts: Sequence[Part], products: tuple[Tensor, Tensor], old: Tensor, steps: int
     ) -> tuple[Tensor, Tensor]:
-        found = ridge.solve(*products, old)
-        for _ in range(STEPS):
+        xy, y = products
+        found = ridge.solve(ridge.gap(xy, y, old), y, old)
+        for _ in range(steps):
             goals = [self._one_sided(part, *found) for part in parts]
-            found = ridge.solve(*_products(parts, goals, precise=False), old)
+            xy, y = _products(parts, goals, precise=False)
+            found = ridge.solve(ridge.gap(xy, y, old), y, old)
         return found
 
     def _one_sided(self, part: Part, weight: Tensor, constant: Tensor) -> Tensor:
@@ -202,37 +208,72 @@ def _products(parts: Sequence[Part], goals: Sequence[Tensor], precise: bool = Tr
     return xy / count, torch.stack([goal.double().sum(1) for _, goal in pairs]).sum(0) / count
 
 
-def fit_moments(
-    seen: Gram, left_out: Gram, kept: Tensor, full: Tensor, old: Tensor, constant: bool
-) -> Fit | None:
-    """Fit a layer that reads only some of its inputs to the layer that reads all, from moments of all inputs.
+@dataclass
+class Moments:
+    """Second moments of a layer's inputs, and what they say of its scaled outputs y = W'x, without its constant.
 
     Args:
-        seen, left_out: Moments of the inputs of the full layer, and those that choose the strength.
-        kept: Numbers of the inputs that are left, (p,).
-        full, old: Weights of the full layer, (g, all inputs, o), and of the layer before, (g, p, o), float64.
+        gram: Of the inputs.
+        xy: Mean of x y', (g, p, o).
+        y, yy: Means of y and of its square, (g, o).
+    """
+
+    gram: Gram
+    xy: Tensor
+    y: Tensor
+    yy: Tensor
+
+    @classmethod
+    def of(cls, gram: Gram, weight: Tensor | None) -> Moments:
+        """Return the moments of a layer with scaled weights, (g, p, o), float64; of its inputs themselves if None."""
+        if weight is None:
+            return cls(gram, gram.square, gram.mean, gram.square.diagonal(dim1=1, dim2=2))
+        xy = gram.square @ weight
+        return cls(gram, xy, (gram.mean[:, None] @ weight)[:, 0], (weight * xy).sum(1))
+
+    def __add__(self, other: Moments) -> Moments:
+        n = self.gram.count + other.gram.count
+        a, b = self.gram.count / n, other.gram.count / n
+        return Moments(
+            self.gram + other.gram, a * self.xy + b * other.xy, a * self.y + b * other.y, a * self.yy + b * other.yy
+        )
+
+    def chosen(self, inputs: Tensor, outputs: Tensor | None) -> Moments:
+        """Return the moments of some of the inputs, (p,), and outputs, (g, o), or all if None."""
+        gram = Gram(self.gram.count, self.gram.mean[:, inputs], self.gram.square[:, inputs[:, None], inputs])
+        xy, y, yy = self.xy[:, inputs], self.y, self.yy
+        if outputs is not None:
+            xy = xy.take_along_dim(outputs[:, None], 2)
+            y, yy = (each.take_along_dim(outputs, 1) for each in (y, yy))
+        return Moments(gram, xy, y, yy)
+
+    def error(self, weight: Tensor, constant: Tensor) -> float:
+        """Return the mean squared error of outputs with these weights, (g, p, o), and constant, (g, o)."""
+        square = (weight * (self.gram.square @ weight - 2 * self.xy)).sum(1) + self.yy
+        mean = (self.gram.mean[:, None] @ weight)[:, 0] - self.y
+        return float((square + constant * (2 * mean + constant)).sum())
+
+
+def fit_moments(seen: Moments, left_out: Moments, old: Tensor, constant: bool) -> Fit | None:
+    """Fit a layer to outputs of which moments are known.
+
+    Args:
+        seen, left_out: Moments of the inputs that it has, and those that choose the strength.
+        old: Scaled weights before, (g, p, o), float64.
 
     Returns:
         None if no strength has a lower error than the old weights.
     """
-
-    def error(weight: Tensor, shift: Tensor) -> float:
-        change = -full
-        change[:, kept] += weight
-        square = (change * (left_out.square @ change)).sum(1)
-        return float((square + 2 * shift * (left_out.mean[:, None] @ change)[:, 0] + shift.square()).sum())
-
-    def solved(gram: Gram, strength: float) -> tuple[Tensor, Tensor] | None:
-        ridge = Ridge(gram.chosen(kept), strength, constant)
-        if ridge.singular:
-            return None
-        return ridge.solve(gram.square[:, kept] @ full, (gram.mean[:, None] @ full)[:, 0], old)
-
-    before = error(old, torch.zeros_like(old[:, 0]))
+    before = left_out.error(old, torch.zeros_like(seen.y))
     best = (before, -1.0)
+    ridge = Ridge(seen.gram, constant)
+    gap = ridge.gap(seen.xy, seen.y, old)
     for strength in COARSE:
-        found = solved(seen, strength)
-        if found is not None and (now := error(*found)) < best[0]:
+        if ridge.set(strength) and (now := left_out.error(*ridge.solve(gap, seen.y, old))) < best[0]:
             best = (now, strength)
-    final = None if best[1] < 0 else solved(seen + left_out, best[1])
-    return None if final is None else Fit(*final, best[1], best[0], before)
+    both = seen + left_out
+    everything = Ridge(both.gram, constant)
+    if best[1] < 0 or not everything.set(best[1]):
+        return None
+    found = everything.solve(everything.gap(both.xy, both.y, old), both.y, old)
+    return Fit(*found, best[1], best[0], before)

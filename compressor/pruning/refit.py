@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressor.pruning.calibration import Space
-from compressor.pruning.least_squares import LARGEST, Fit, Gram, fit_moments
+from compressor.pruning.least_squares import LARGEST, Fit, Moments, fit_moments
 from compressor.pruning.sites import Site
 
 TOO_LARGE = f"its patches have more than {LARGEST} values"
@@ -99,26 +99,37 @@ class Refit:
             weight = weight.index_select(1 - self.in_axis, self.kept_out.to(weight.device))
         return self.geometry.matrix(weight).double() * self.scale
 
-    def from_moments(self, seen: Gram, left_out: Gram) -> Fit | None:
+    def from_moments(self, seen: Moments, left_out: Moments) -> Fit | None:
         """Refit the layer from moments of the dense network's patches, or of its channels if there are fewer."""
-        constant = self.site.constant is not None
-        full, kept = self.full(), self.kept_in
+        constant, kept = self.site.constant is not None, self.kept_in
         assert kept is not None
-        kept = kept.to(full.device)
-        if seen.mean.shape[1] == full.shape[1]:
-            taps = torch.arange(self.geometry.taps, device=kept.device)
-            kept = (kept[:, None] * len(taps) + taps).flatten()
-            found = fit_moments(seen, left_out, kept, full, self.old, constant)
+        device = self.weight.device
+        if seen.y is not seen.gram.mean:
+            taps = torch.arange(self.geometry.taps)
+            inputs, outputs = (kept[:, None] * len(taps) + taps).flatten().to(device), self._outputs()
+            chosen = [each.chosen(inputs, outputs) for each in (seen, left_out)]
+            found = fit_moments(chosen[0], chosen[1], self.old, constant)
             if found is not None:
                 self.write(found.weight, found.constant)
             return found
         mixing = self.mixing
         assert mixing is not None
-        whole = torch.eye(mixing.shape[2], dtype=torch.float64, device=full.device)[None]
-        found = fit_moments(seen, left_out, kept[:: self.run] // self.run, whole, mixing, constant)
+        channels = (kept[:: self.run] // self.run).to(device)
+        found = fit_moments(seen.chosen(channels, None), left_out.chosen(channels, None), mixing, constant)
         if found is not None:
             self.write(*self.folded(found.weight, found.constant))
         return found
+
+    def _outputs(self) -> Tensor | None:
+        """Return the outputs that are left, numbered within each group, (g, o)."""
+        if self.kept_out is None:
+            return None
+        groups = self.geometry.groups
+        outs = self.dense_weight.shape[1 - self.in_axis] // (1 if self.site.geometry.transposed else groups)
+        kept = self.kept_out.to(self.weight.device)
+        if self.site.geometry.transposed:
+            return kept.expand(groups, -1)
+        return kept.reshape(groups, -1) - outs * torch.arange(groups, device=kept.device)[:, None]
 
     def scaled(self, output: Tensor) -> Tensor:
         """Return the scaled product of weights and inputs from the layer's output."""

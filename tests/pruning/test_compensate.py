@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.pruning import calibration
-from compressor.pruning.calibration import difference
 from compressor.pruning.compensate import DenseMoments, compensate
 from compressor.pruning.least_squares import Gram, Ridge
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.replay import Recording
 from compressor.pruning.sites import Geometry
 from compressor.pruning.space import PruningSpace
+from compressor.pruning.verdict import difference
 from tests.pruning.networks import Attentive, UNet, Zoo, filled
 
 
@@ -131,9 +131,10 @@ def test_patches_times_matrix_is_the_layer(name: str) -> None:
 def test_ridge_by_hand() -> None:
     # x is -1 or 1, y is 3x + 1: with variance 1 and strength 1, the weight goes half of the way from 1 to 3.
     x = torch.tensor([[[-1.0], [1.0]]])
-    ridge = Ridge(Gram.of(x), 1.0, constant=True)
+    ridge = Ridge(Gram.of(x), constant=True)
+    assert ridge.set(1.0)
     xy, y, old = (torch.tensor(value, dtype=torch.float64) for value in ([[[3.0]]], [[1.0]], [[[1.0]]]))
-    weight, constant = ridge.solve(xy, y, old)
+    weight, constant = ridge.solve(ridge.gap(xy, y, old), y, old)
     assert weight.item() == pytest.approx(2.0)
     assert constant.item() == pytest.approx(1.0)
 
@@ -255,7 +256,7 @@ def test_what_is_refused() -> None:
     plan = space.uniform(0.5)
     with pytest.raises(CompressorError, match="no method 'magic'"):
         compensate(space, plan, [images(8, 3, 16, 16)], "magic")
-    with pytest.raises(CompressorError, match="at least two images, not 0"):
+    with pytest.raises(CompressorError, match="at least three images, not 0"):
         compensate(space, plan, [])
     with pytest.raises(CompressorError, match="Moments do not hold the images"):
         compensate(space, plan, DenseMoments(space, [images(8, 3, 16, 16)]))
