@@ -40,7 +40,9 @@ class Writable(TorchFunctionMode):
         self._opset = opset
         held = [*model.parameters(), *model.buffers()]
         self._held = {id(tensor) for tensor in held}
-        self._constant = {id(tensor): tensor for tensor in held}  # a reference, so that no other tensor gets its id
+        self._constant: dict[int, Tensor] = {}  # a reference, so that no other tensor gets its id
+        self._sharing: dict[int, list[int]] = {}  # memory -> ids of the constants in it
+        self._hold(held)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -57,11 +59,17 @@ class Writable(TorchFunctionMode):
         if result is NotImplemented:
             result = func(*args, **kwargs)
         if constant:
-            self._constant.update((id(tensor), tensor) for tensor in _tensors((result,)))
+            self._hold(_tensors((result,)))
         elif args and isinstance(args[0], Tensor) and _writes(func):
-            written = _storage(args[0])  # also of its views, and of the tensor that it is a view of
-            self._constant = {key: each for key, each in self._constant.items() if _storage(each) != written}
+            for key in self._sharing.pop(_storage(args[0]), ()):  # its views, and the tensor that it is a view of
+                self._constant.pop(key, None)
         return result
+
+    def _hold(self, tensors: Iterable[Tensor]) -> None:
+        """Add tensors that were computed only from parameters."""
+        for tensor in tensors:
+            self._constant[id(tensor)] = tensor
+            self._sharing.setdefault(_storage(tensor), []).append(id(tensor))
 
     def _number(self, value: Any) -> Any:
         """Turn a tensor that was computed only from parameters into a constant of the file."""
