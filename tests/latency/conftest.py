@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.latency import remote_bundle
+from compressor.latency import assemble, remote_bundle
+from compressor.latency import measured as measured_devices
+from compressor.latency.assemble import export_candidate
 from compressor.latency.local import LocalCpu
 from compressor.latency.machine import channel_block
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
@@ -111,6 +113,28 @@ class MadeUpDevice:
     def whole(self, total: np.ndarray) -> np.ndarray:
         """The network's time from the sum of its operators'."""
         return np.asarray(self.factor * (0.05 + 0.9 * total))
+
+
+_EXPORTED: dict[tuple[Any, ...], tuple[PruningSpace, TaggedNetwork]] = {}
+
+
+def _exported_once(
+    space: PruningSpace, ranking: Any, example: Tensor, widths: np.ndarray, **options: Any
+) -> TaggedNetwork:
+    """`export_candidate`, once for each sub-network of a space, which is kept with its network."""
+    key = (id(space), tuple(widths.tolist()), tuple(example.shape), *options.items())
+    if key not in _EXPORTED:
+        _EXPORTED[key] = space, export_candidate(space, ranking, example, widths, **options)
+    return _EXPORTED[key][1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exports_are_kept() -> Iterator[None]:
+    """Most of the time of a table goes into exports, and most tables of these tests have the same sub-networks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (assemble, measured_devices, remote_bundle):
+            patch.setattr(module, "export_candidate", _exported_once)
+        yield
 
 
 @pytest.fixture(scope="session")
