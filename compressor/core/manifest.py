@@ -185,9 +185,34 @@ class Accuracy(Record):
     dense: Number | None = None
     dense_note: str = ""
     pruned: Number | None = None
+    compensated: Number | None = None
     finetuned: Number | None = None
     exported: Number | None = None
     exported_images: int | None = None
+
+
+class Compensated(Record):
+    """What compensation did to the slim network before fine-tuning; see `compressor.pruning.compensate`.
+
+    Attributes:
+        method: "moments" or "layers".
+        images: Images that it used, without labels.
+        refitted: Layer -> its squared error on images left out, as a share of the sliced layer's.
+        left: Layer that lost inputs and stays as sliced -> the reason.
+        error, error_cut: Squared error of the network's outputs relative to the dense network's, and that of the
+            network that is only sliced.
+        statistics: Of its batch norms: "dense" or "own".
+        seconds: Its time.
+    """
+
+    method: str = ""
+    images: int | None = None
+    refitted: dict[str, Number] = {}
+    left: dict[str, str] = {}
+    error: Number | None = None
+    error_cut: Number | None = None
+    statistics: str = ""
+    seconds: Number | None = None
 
 
 class Episode(Record):
@@ -433,6 +458,7 @@ class Manifest(Record):
     missed: int = 0
     quiet_dense_ms: Number | None = None
     search: Search | None = None
+    compensation: Compensated | None = None
     training: list[Epoch] = []
     groups: list[Group] = []
     layers: list[Layer] = []

@@ -136,6 +136,15 @@ class Pruning(Part):
     importance: Literal["l1", "l2", "bn", "taylor", "fpgm", "random"] = Field(
         "l1", description="How the channels of a group are ranked."
     )
+    compensate: Literal["auto", "off", "moments", "layers"] = Field(
+        "auto",
+        description="How the layers of a slim network are refitted to the dense one's outputs before any training: "
+        "moments from second moments of the dense network, cheap; layers layer by layer, closer; auto scores "
+        "candidates from moments and delivers layer by layer, where the network allows it.",
+    )
+    compensation_images: Annotated[int, Field(ge=8)] = Field(
+        256, description="Training images that this takes; their labels are not used."
+    )
 
 
 class RewardWeights(Part):

@@ -69,8 +69,10 @@ class Recipe(Part):
         description="Whether to continue with given weights that are no better than guessing, or far below their "
         "published accuracy.",
     )
-    epochs: Positive | None = Field(
-        None, description="Total number of training epochs, search and fine-tuning together; by default: by the data."
+    epochs: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Total number of training epochs, search and fine-tuning together; by default: by the data. 0 "
+        "trains nothing: a network with weights is only pruned and compensated.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of all random numbers.")
     budgets: Budgets = Field(Budgets(), description="Limits of the slim network.")
@@ -120,7 +122,9 @@ class Recipe(Part):
                 "weights": weights,
                 "image_size": self.image_size or (32 if small else None),
                 "precision": precision,
-                "epochs": self.epochs or (scratch_epochs // 3 if pretrained else scratch_epochs),
+                "epochs": (scratch_epochs // 3 if pretrained else scratch_epochs)
+                if self.epochs is None
+                else self.epochs,
                 "search": {
                     "epochs_share": share,
                     "batch_norm_batches": self.search.batch_norm_batches or (3 if digits else 10),

@@ -80,7 +80,8 @@ def _accuracy_rows(accuracy: Accuracy) -> list[Row]:
         Row(label, accuracy_percent(before), accuracy_percent(slim), points(_difference(slim, dense)))
         for label, before, slim in (
             (split, dense, accuracy.finetuned),
-            ("Accuracy, before fine-tuning", None, accuracy.pruned),
+            ("Accuracy, only cut", None, accuracy.pruned),
+            ("Accuracy, compensated, before training", None, accuracy.compensated),
             (f"Accuracy, of the exported ONNX{fewer}", None, accuracy.exported),
         )
     ]

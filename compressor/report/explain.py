@@ -28,6 +28,40 @@ def accuracy_resolution(manifest: Manifest) -> str:
     return f"{images:,} images were tested, so one image more or less is {points(1 / images).lstrip('+')}."
 
 
+def compensation(manifest: Manifest) -> str:
+    """Say what compensation did to the network before any training, and which layers it could not refit."""
+    found = manifest.compensation
+    if found is None or not found.refitted:
+        return ""
+    how = {"layers": "layer by layer", "moments": "from the moments of its inputs"}.get(found.method, found.method)
+    parts = [
+        f"Before any training, {_layers(len(found.refitted))} refitted to the dense network's outputs {how}, on "
+        f"{found.images or 0:,} images without their labels"
+    ]
+    if found.error is not None and found.error_cut is not None:
+        parts.append(
+            f": the squared error of the network's outputs on images left out fell from {percent(found.error_cut)} to "
+            f"{percent(found.error)} of the dense outputs'"
+        )
+    parts.append(". ")
+    if found.statistics == "own":
+        parts.append("Batch-norm statistics were estimated again. ")
+    if found.left:
+        reasons: dict[str, list[str]] = {}
+        for layer, reason in found.left.items():
+            reasons.setdefault(reason, []).append(layer)
+        named = "; ".join(
+            f"{', '.join(layers[:3])}{f' and {len(layers) - 3} more' if len(layers) > 3 else ''} ({reason})"
+            for reason, layers in reasons.items()
+        )
+        parts.append(f"As sliced: {named}.")
+    return "".join(parts).strip()
+
+
+def _layers(number: int) -> str:
+    return "one layer was" if number == 1 else f"{number} layers were"
+
+
 def measurement(manifest: Manifest) -> str:
     """Describe the device, runtime and settings of the latency measurement."""
     latency = manifest.latency

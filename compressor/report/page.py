@@ -164,6 +164,7 @@ def context(run: Collected) -> dict[str, Any]:
         **records.sources(manifest),
         "method": records.method(manifest),
         "images": explain.images(manifest),
+        "compensation": explain.compensation(manifest),
         "training_charts": _charts(
             plots.training_curve(manifest, key, f"training-{key}") for key in ("loss", "accuracy")
         ),

@@ -18,6 +18,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import replacing
 from compressor.core.progress import say
 from compressor.latency.networks import with_distinct_weights
+from compressor.run.compensation import Methods, methods
 from compressor.run.device import latency_table, opset_of, provider_of, request_of
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Job:
         torch_device: Device for training, "cpu" or "cuda".
         notes: Sentences that the user must see beside the numbers.
         dense_file: ONNX file of the dense network, until the run has it.
+        compensation: How candidates and the delivered network are compensated.
         callers: Callers of function and energy budgets, by name.
     """
 
@@ -106,6 +108,7 @@ class Job:
     torch_device: str
     notes: list[str]
     dense_file: DenseFile
+    compensation: Methods = field(default_factory=Methods)
     callers: dict[str, CachedValues] = field(default_factory=dict)
 
     @classmethod
@@ -147,6 +150,7 @@ class Job:
         notes: list[str] = []
         provider_of(recipe).check(recipe.precision)
         check_workers(recipe.search.workers, recipe.search.brief_iterations)
+        _check_epochs(recipe)
         agent_class(recipe.agent)  # refuses an unknown one
         counters = find_counters(recipe.device) if recipe.budgets.energy else None
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,6 +171,9 @@ class Job:
             table = latency_table(recipe, space, example, profile_limit_s)
         if not specs:
             notes.append("No budget was given: nothing is pruned. Give --latency, --flops, --params or --memory.")
+        compensation = methods(recipe, space, example)
+        if compensation.note:
+            notes.append(compensation.note)
         model.to(torch_device)
         job = cls(
             recipe=recipe,
@@ -179,6 +186,7 @@ class Job:
             torch_device=torch_device,
             notes=notes,
             dense_file=dense_file,
+            compensation=compensation,
             callers={
                 spec.name: FunctionCaller(
                     spec.name, space, recipe.budgets.function_seconds, recipe.budgets.function_repeats
@@ -224,6 +232,16 @@ class Job:
     def latency_budget(self) -> BudgetSpec | None:
         """The latency budget as requested; None without one."""
         return latency_budget(self.recipe)
+
+
+def _check_epochs(recipe: Recipe) -> None:
+    """Refuse to train nothing if nothing is trained."""
+    own = ":" in recipe.model and not recipe.model.startswith("timm:")  # may have weights of its own
+    if recipe.epochs == 0 and not recipe.pretrained and not own:
+        raise CompressorError(
+            f"With 0 epochs nothing is trained, and {recipe.model} has no weights.",
+            "Give a state dict with --weights FILE, or --epochs 1 or more.",
+        )
 
 
 def latency_budget(recipe: Recipe) -> BudgetSpec | None:

@@ -21,6 +21,7 @@ from compressor.core.manifest import (
 )
 from compressor.core.progress import bar, say
 from compressor.core.versions import machine, versions
+from compressor.run.compensation import network_before_finetuning
 from compressor.run.contract import Contract
 from compressor.run.dense import check_dense, lost_in_finetuning, problem
 from compressor.run.folder import RunFolder
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressor.budgets.base import Budget as LimitedCost
+    from compressor.core.records import Checkpoint
     from compressor.pruning.plan import ChannelPlan
     from compressor.search.environment import PruningEnv
     from compressor.search.evaluate import Evaluator
@@ -245,6 +247,8 @@ def environment(
         site=open_site(settings.workers, settings.threads, settings.evaluation_seconds, job.torch_device),
         brief=_brief_training(job),
         brief_steps=settings.brief_iterations,
+        compensate=job.compensation.scored,
+        fit_images=recipe.pruning.compensation_images,
     )
     stream = job.data.train.batches(128, shuffle_seed=recipe.seed, device=job.torch_device)
     env = PruningEnv(
@@ -283,7 +287,7 @@ def choose(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> C
 
 
 def _note_plan(run: RunFolder, job: Job, plan: ChannelPlan) -> None:
-    """Record a plan as the run's, with the accuracy of the network before fine-tuning."""
+    """Record a plan as the run's, with the accuracy of the network that is only sliced."""
     from compressor.search.evaluate import accuracy, reestimate_batch_norm
 
     pruned = job.space.apply(plan)
@@ -298,21 +302,57 @@ def _note_plan(run: RunFolder, job: Job, plan: ChannelPlan) -> None:
 
 
 def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
-    """Train the slim network with the dense one as teacher if that is trained, and write it as the run's artifact."""
+    """Compensate and train the slim network, and write it as the run's artifact.
+
+    The dense network is goal and teacher if it is trained.
+    """
     from compressor.pruning.artefact import save
     from compressor.search.evaluate import accuracy
 
     epochs = int(job.recipe.epochs or 0) - search_epochs(job)
-    slim = job.space.apply(plan)
     checkpoint = run.checkpoint("finetune")
-    if "finetune" in run.begun_before and not checkpoint.path.exists():
+    if epochs and "finetune" in run.begun_before and not checkpoint.path.exists():
         say(f"{checkpoint.path} is missing: fine-tuning starts again.")
-    rate, teacher = job.recipe.training.finetune_learning_rate, dense_teacher(run, job)
-    training = trainer(job, slim, epochs, rate=rate, teacher=teacher)
+    teacher = dense_teacher(run, job)
     state = checkpoint.load()
-    if state is not None and state["plan"] == plan.checksum:
+    if state is not None and state["plan"] != plan.checksum:
+        state = None
+    if state is None:
+        slim = network_before_finetuning(run, job, plan, trained=teacher is not None)
+    else:
+        slim = job.space.apply(plan)
+    history = _trained(job, slim, plan, epochs, teacher, checkpoint, state) if epochs else []
+    slim.eval()
+    finetuned = accuracy(slim, job.data.test, device=job.torch_device)
+    run.note_accuracy(finetuned=finetuned)
+    known = run.manifest.accuracy
+    before = known.pruned if known.compensated is None else known.compensated
+    if epochs and (note := lost_in_finetuning(finetuned, before, known.dense, len(job.data.test))):
+        run.note(note)
+    save(slim, plan, run.path, factory=job.factory, extra=job.data.facts())
+    earlier = [entry for entry in run.manifest.training if entry.phase != "finetune"]
+    run.manifest.training = [*earlier, *(Epoch(**entry) for entry in history)]
+    run.save()
+    say(f"The slim network's test accuracy is {finetuned:.2%}.")
+    # what is exported is what the files hold, in this process as in one that resumes here
+    return finetuned_network(run, job)
+
+
+def _trained(
+    job: Job,
+    slim: nn.Module,
+    plan: ChannelPlan,
+    epochs: int,
+    teacher: nn.Module | None,
+    checkpoint: Checkpoint,
+    state: dict[str, Any] | None,
+) -> list[dict[str, Any]]:
+    """Fine-tune in place, from a checkpoint's state if there is one; returns the record of each epoch."""
+    training = trainer(job, slim, epochs, rate=job.recipe.training.finetune_learning_rate, teacher=teacher)
+    history: list[dict[str, Any]] = []
+    if state is not None:
         training.restore(state["trainer"])
-    history = list((state or {}).get("history", [])) if training.epoch else []
+        history = list(state["history"])
     with bar("Fine-tuning the slim network", epochs * training.steps_per_epoch) as progress:
         progress.advance(training.epoch * training.steps_per_epoch)
         while training.epoch < epochs:
@@ -320,19 +360,7 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
             history.append(epoch_record("finetune", training.epoch, stats))
             checkpoint.save({"plan": plan.checksum, "trainer": training.state(), "history": history})
             progress.advance(0, note=f"loss {stats.loss:.3f}")
-    slim.eval()
-    finetuned = accuracy(slim, job.data.test, device=job.torch_device)
-    run.note_accuracy(finetuned=finetuned)
-    known = run.manifest.accuracy
-    if note := lost_in_finetuning(finetuned, known.pruned, known.dense, len(job.data.test)):
-        run.note(note)
-    save(slim, plan, run.path, factory=job.factory, extra=job.data.facts())
-    before = [entry for entry in run.manifest.training if entry.phase != "finetune"]
-    run.manifest.training = [*before, *(Epoch(**entry) for entry in history)]
-    run.save()
-    say(f"The slim network's test accuracy is {finetuned:.2%}.")
-    # what is exported is what the files hold, in this process as in one that resumes here
-    return finetuned_network(run, job)
+    return history
 
 
 def finetuned_network(run: RunFolder, job: Job) -> nn.Module:

@@ -189,7 +189,7 @@ class _ConstrainedSearch:
         steps = self.settings.finetune_iterations[-1]
 
         def measure(plan: ChannelPlan) -> float:
-            return self.run.evaluator.score(self.env.space.apply(plan), steps=steps)
+            return self.run.evaluator.scored(plan, steps=steps)
 
         widths = (each.tolist() for each in [*self._of_masks(plans), *self._of_candidates()])
         more = itertools.chain([self._more()], self._last_near_plans()) if self.run.limits.use_all else ()
@@ -290,11 +290,10 @@ class _ConstrainedSearch:
             return self.run.score(walk.widths, "policy")
 
         def measure() -> float:
+            steps = training or None
             if self._channels:
-                network = self.env.space.soften(walk.masks)
-            else:
-                network = self.env.space.apply(self.env.plan(walk.widths))
-            return self.run.evaluator.score(network, steps=training or None)
+                return self.run.evaluator.score(self.env.space.soften(walk.masks), steps=steps)
+            return self.run.evaluator.scored(self.env.plan(walk.widths), steps=steps)
 
         candidate = self.run.score_by(walk.widths, measure, "policy")
         if self._channels:

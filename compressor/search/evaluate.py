@@ -1,4 +1,4 @@
-"""Scoring: accuracy on a split, batch-norm statistics for pruned networks, and both together for plans."""
+"""Scoring: accuracy on a split, batch-norm statistics for sliced networks, and the accuracy of plans."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from compressor.data import Split
 from compressor.models.computed import evaluated
+from compressor.search.networks import Networks
 from compressor.search.workers import Site, Workers, described
 
 if TYPE_CHECKING:
@@ -141,9 +142,10 @@ class Splits(Protocol):
 
 
 class Evaluator:
-    """Scores plans: the accuracy of the slim network on the search split, with re-estimated batch norm.
+    """Scores plans: the accuracy of the slim network on the search split.
 
-    A plan is scored once while the weights stay the same; call `weights_moved` after they change.
+    The network is compensated, or it is only sliced and its batch norm is re-estimated. A plan is scored once while
+    the weights stay the same; call `weights_moved` after they change.
 
     Args:
         space: Applies plans to its model's current weights.
@@ -159,6 +161,8 @@ class Evaluator:
             accuracies are bit-identical if a worker has as many threads as this process would.
         brief: Trains a candidate's network in place for a number of steps; None trains none.
         brief_steps: Number of these steps for every candidate without another number; only in this process.
+        compensate: How candidates are compensated before they are scored: "off", "moments" or "layers".
+        fit_images: Number of training images that compensation fits to.
 
     Attributes:
         evaluations: Number of networks scored so far; answers from the cache do not count.
@@ -180,6 +184,8 @@ class Evaluator:
         site: Site | None = None,
         brief: Callable[[nn.Module, int], None] | None = None,
         brief_steps: int = 0,
+        compensate: str = "off",
+        fit_images: int = 256,
     ) -> None:
         if site is not None and brief_steps:
             raise ValueError("workers do not train candidates: brief_steps needs site=None")
@@ -190,9 +196,16 @@ class Evaluator:
         self._bf16 = mixed_precision == "bf16"
         self._bn_batches, self._batch_size, self._seed = bn_batches, batch_size, seed
         # Decoded once: a search reads the same images for every candidate.
-        self._train = data.train.sample(bn_batches * batch_size, seed).in_memory()
+        most = bn_batches * batch_size if compensate == "off" else max(fit_images, bn_batches * batch_size)
+        # A worker receives this sample, and must not draw from it in another order.
+        few = len(data.train) <= most
+        self._train = (data.train if few else data.train.sample(most, seed)).in_memory()
         whole = search_images is None or search_images >= len(data.search)
         self._search = (data.search if whole else data.search.sample(search_images or 0, seed)).in_memory()
+        self._networks = Networks(
+            space, self._train, compensate if site is None else "off", images=fit_images, seed=seed, device=device
+        )
+        self._compensate, self._fit_images = compensate, fit_images
         self._scores: dict[str, float] = {}
         self._threads, self._site = threads, site
         self._brief, self._brief_steps = brief, brief_steps
@@ -242,10 +255,7 @@ class Evaluator:
                 new.setdefault(plan.checksum, (plan, floor))
         started = time.perf_counter()
         if self._site is None:
-            scores = [
-                self.score(self.space.apply(plan).to(self.device), floor=floor)
-                for plan, floor in new.values()
-            ]
+            scores = [self.scored(plan, floor=floor) for plan, floor in new.values()]
         else:
             scores = self._started(self._site).score(*zip(*new.values(), strict=True)) if new else []
         found = dict(zip(new, scores, strict=True))
@@ -268,6 +278,8 @@ class Evaluator:
                 "batch_size": self._batch_size,
                 "seed": self._seed,
                 "mixed_precision": "bf16" if self._bf16 else "no",
+                "compensate": self._compensate,
+                "fit_images": self._fit_images,
             }
             self._workers = Workers(site, *described(self.space, self._train, self._search, options))
         if self._moved:
@@ -283,29 +295,45 @@ class Evaluator:
             self._site.stop()
             self._site.close()
 
-    def score(self, model: nn.Module, *, floor: float | None = None, steps: int | None = None) -> float:
+    def scored(self, plan: ChannelPlan, *, floor: float | None = None, steps: int | None = None) -> float:
+        """Score the network of a plan in this process, without remembering it; `steps` as for `score`."""
+        with _threads(self._threads):
+            network = self._networks.build(plan)
+        return self.score(network, floor=floor, steps=steps, compensated=self._networks.compensated)
+
+    def score(
+        self,
+        model: nn.Module,
+        *,
+        floor: float | None = None,
+        steps: int | None = None,
+        compensated: bool = False,
+    ) -> float:
         """Return the accuracy of any network on the same images.
 
         Its weights are trained for `steps` (None for those of every candidate), and its batch-norm statistics are
-        replaced.
+        replaced, except for those of a compensated network that is not trained.
         """
         kind = torch.device(self.device).type
         with _threads(self._threads):
-            if self._brief is not None and (number := self._brief_steps if steps is None else steps):
+            number = self._brief_steps if steps is None else steps
+            if self._brief is not None and number:
                 self._brief(model, number)
             with torch.autocast(kind, dtype=torch.bfloat16, enabled=self._bf16):
                 size, device = self._batch_size, self.device
-                reestimate_batch_norm(
-                    model,
-                    self._train,
-                    batches=self._bn_batches,
-                    batch_size=size,
-                    device=device,
-                    seed=self._seed,
-                )
+                if not compensated or number:
+                    reestimate_batch_norm(
+                        model,
+                        self._train,
+                        batches=self._bn_batches,
+                        batch_size=size,
+                        device=device,
+                        seed=self._seed,
+                    )
                 return accuracy(model, self._search, device=device, batch_size=size, floor=floor)
 
     def weights_moved(self) -> None:
         """Forget all scores after the space's model was trained."""
         self._scores.clear()
+        self._networks.weights_moved()
         self._moved = True

@@ -37,8 +37,9 @@ JOINT_EPOCHS_TO_LEARN = 2
 
 
 def epochs_in_search(epochs: int, share: float) -> int:
-    """Return the epochs of the dense weights out of all; the slim network has the remaining ones, at least one."""
-    return min(round(epochs * share), epochs - 1)
+    """Return the epochs of the dense weights out of all; the slim network has the remaining ones, at least one
+    of any."""
+    return max(0, min(round(epochs * share), epochs - 1))
 
 
 def fewest_epochs(share: float) -> int | None:

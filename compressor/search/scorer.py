@@ -36,19 +36,19 @@ class Scorer:
             torch.set_num_threads(threads)
         device = str(plain["evaluator"]["device"])
         self._space: PruningSpace = rebuild(plain["network"], read_tensors(weights), device)
-        self.reweigh(weights, plain["channels_last"])
         tensors = read_tensors(images)
         data = Images(*(split_of(name, plain[name], tensors) for name in ("train", "search")))
         self._evaluator = Evaluator(self._space, data, **plain["evaluator"])
+        self.reweigh(weights, plain["channels_last"])
 
     def reweigh(self, weights: bytes | str, channels_last: bool) -> None:
         """Score with these weights from now on."""
         reweigh(self._space, read_tensors(weights), channels_last)
+        self._evaluator.weights_moved()
 
     def score(self, plan: str, floor: float | None) -> float:
         """Return the accuracy of a plan's network (the plan as JSON), 0..1; see `Evaluator`."""
-        model = self._space.apply(ChannelPlan.from_json(plan)).to(self._evaluator.device)
-        return self._evaluator.score(model, floor=floor)
+        return self._evaluator.scored(ChannelPlan.from_json(plan), floor=floor)
 
 
 def main() -> None:

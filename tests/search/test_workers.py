@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
 from compressor.search.evaluate import Evaluator
 from compressor.search.sites import _room, check_workers, open_site
-from compressor.search.workers import ThisMachine
+from compressor.search.workers import Images, ThisMachine
 from tests.nets import Tiny
 
 
@@ -109,6 +110,32 @@ def test_the_same_accuracies_as_in_one_process(space: PruningSpace, digits: Data
     assert all(gone(pid) for pid in [*first, *last])
 
 
+def test_a_worker_reads_its_sample_in_the_same_order(space: PruningSpace, digits: DataBundle) -> None:
+    """Else the batches differ, and with them the batch-norm statistics."""
+    ours = Evaluator(space, digits, bn_batches=3, batch_size=100)
+    theirs = Evaluator(space, Images(ours._train, ours._search), bn_batches=3, batch_size=100)
+    assert len(ours._train) < len(digits.train)
+    assert torch.equal(ours._train.images, theirs._train.images)
+
+
+def test_compensated_candidates_have_the_same_accuracies_in_a_worker(
+    space: PruningSpace, digits: DataBundle
+) -> None:
+    plans = plans_of(space, 3)
+    options: dict[str, Any] = {"bn_batches": 1, "compensate": "moments", "fit_images": 64, "threads": 1}
+    several, alone = Evaluator(space, digits, site=open_site(1, 1, 60), **options), Evaluator(space, digits, **options)
+    try:
+        assert several.many(plans) == alone.many(plans)
+        with torch.no_grad():
+            for parameter in space.model.parameters():
+                parameter.mul_(0.9)
+        for each in (several, alone):
+            each.weights_moved()
+        assert several.many(plans) == alone.many(plans)
+    finally:
+        several.close()
+
+
 def test_a_candidate_that_ends_every_worker_is_named(digits: DataBundle) -> None:
     model = create_model("tests.search.test_workers:Fragile", 10)
     space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
@@ -150,7 +177,7 @@ def test_workers_end_with_a_process_that_is_killed() -> None:
 def test_workers_end_with_a_search_that_is_interrupted() -> None:
     script = (
         "import threading, time\nfrom types import SimpleNamespace as Plan\n"
-        "from compressor.search.workers import ThisMachine, Workers\n"
+        "from compressor.search.workers import Images, ThisMachine, Workers\n"
         "site = ThisMachine(2, 1, 600)\n"
         "def tell():\n"
         "    while len(site.pids) < 2:\n        time.sleep(0.01)\n"

@@ -1,0 +1,102 @@
+"""Compensation in a run: which method candidates and the delivered network get, and the network before fine-tuning."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compressor.core.errors import CompressorError
+from compressor.core.manifest import Compensated
+from compressor.core.progress import say
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from compressor.pruning.plan import ChannelPlan
+    from compressor.pruning.space import PruningSpace
+    from compressor.recipe import Recipe
+    from compressor.run.folder import RunFolder
+    from compressor.run.job import Job
+
+
+@dataclass(frozen=True)
+class Methods:
+    """How networks are compensated: each is "off", "moments" or "layers".
+
+    Attributes:
+        scored: Candidates of the search.
+        delivered: The network that is fine-tuned and delivered.
+        note: Why nothing is compensated although the recipe leaves it to the network; empty if it is.
+    """
+
+    scored: str = "off"
+    delivered: str = "off"
+    note: str = ""
+
+
+def methods(recipe: Recipe, space: PruningSpace, example: Tensor) -> Methods:
+    """Return the methods of a recipe's `pruning.compensate`.
+
+    Raises:
+        CompressorError: The recipe names a method, and the network cannot be compensated.
+    """
+    from compressor.pruning.compensate import compensate
+
+    wanted = recipe.pruning.compensate
+    if wanted == "off":
+        return Methods()
+    try:
+        compensate(space, space.dense(), [example.new_zeros(2, *example.shape[1:])])
+    except CompressorError as error:
+        if wanted == "auto":
+            return Methods(note=f"Networks are not compensated. {error.message}")
+        raise CompressorError(error.message, "Omit pruning.compensate, or set it to off.") from error
+    return Methods("moments", "layers") if wanted == "auto" else Methods(wanted, wanted)
+
+
+def network_before_finetuning(run: RunFolder, job: Job, plan: ChannelPlan, *, trained: bool) -> nn.Module:
+    """Return the slim network with the weights that fine-tuning starts from; its accuracy and errors are recorded.
+
+    Args:
+        run: The run.
+        job: Its network, data and space.
+        plan: Channels that are kept.
+        trained: Whether the dense network is trained; the outputs of an untrained one are no goal.
+    """
+    from compressor.search.evaluate import accuracy, reestimate_batch_norm
+    from compressor.search.networks import Networks
+
+    method = job.compensation.delivered
+    if method == "off" or not trained:
+        slim = job.space.apply(plan)
+        if not job.recipe.epochs:  # no training will adapt the statistics
+            reestimate_batch_norm(slim, job.data.train, batches=10, device=job.torch_device)
+        return slim
+    settings, started = job.recipe.pruning, time.perf_counter()
+    networks = Networks(
+        job.space,
+        job.data.train,
+        method,
+        images=settings.compensation_images,
+        seed=job.recipe.seed,
+        device=job.torch_device,
+    )
+    found = networks.compensation(plan)
+    seconds = time.perf_counter() - started
+    share = accuracy(found.network, job.data.test, device=job.torch_device)
+    run.note_accuracy(compensated=share)
+    run.manifest.compensation = Compensated(
+        method=method,
+        images=found.images,
+        refitted=dict(found.refitted),
+        left=dict(found.left),
+        error=found.error,
+        error_cut=found.error_cut,
+        statistics=found.statistics,
+        seconds=round(seconds, 3),
+    )
+    run.save()
+    if found.refitted:
+        say(f"The compensated network's test accuracy is {share:.2%}, without training.")
+    return found.network

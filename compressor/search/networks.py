@@ -1,0 +1,82 @@
+"""The networks of plans, as they are scored and delivered: only sliced, or compensated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from compressor.pruning.compensate import DenseMoments, compensate
+
+if TYPE_CHECKING:
+    import torch
+
+    from compressor.data import Split
+    from compressor.pruning.compensate import Compensation
+    from compressor.pruning.plan import ChannelPlan
+    from compressor.pruning.space import PruningSpace
+
+FIT_BATCH = 64
+"""Images that are prepared for the network at once."""
+
+
+def fit_images(split: Split, images: int, seed: int, device: str | torch.device) -> list[Tensor]:
+    """Return batches of the images that compensation fits to, without labels: a seeded sample over all classes."""
+    sample = split.sample(images, seed)
+    return [batch for batch, _ in sample.batches(FIT_BATCH, device=device)]
+
+
+class Networks:
+    """Builds the networks of plans with the current weights of the space's model.
+
+    What all plans share, the moments of the dense network, is gathered with the first plan, and again after
+    `weights_moved`.
+
+    Args:
+        space: Pruning space of the dense network.
+        split: Images to fit to; their labels are not used.
+        method: "off" for networks that are only sliced, or a method of `compensate`.
+        images: Number of images of the split.
+        seed: Seed that chooses them.
+        device: Device of the dense network.
+    """
+
+    def __init__(
+        self,
+        space: PruningSpace,
+        split: Split,
+        method: str = "off",
+        *,
+        images: int = 256,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.space, self.method = space, method
+        self._seed = seed
+        self._batches = fit_images(split, images, seed, device) if method != "off" else []
+        self._moments: DenseMoments | None = None
+
+    @property
+    def compensated(self) -> bool:
+        """Whether the networks are compensated; they then have the batch-norm statistics that suit them best."""
+        return self.method != "off"
+
+    def build(self, plan: ChannelPlan) -> nn.Module:
+        """Return the network of a plan."""
+        return self.compensation(plan).network if self.compensated else self.space.apply(plan)
+
+    def compensation(self, plan: ChannelPlan) -> Compensation:
+        """Return the compensated network of a plan, and what was done to it.
+
+        Raises:
+            CompressorError: The network cannot be compensated.
+        """
+        if self.method != "moments":
+            return compensate(self.space, plan, self._batches, self.method, seed=self._seed)
+        if self._moments is None:
+            self._moments = DenseMoments(self.space, self._batches, seed=self._seed)
+        return compensate(self.space, plan, self._moments, "moments", seed=self._seed)
+
+    def weights_moved(self) -> None:
+        """Gather the moments again after the model was trained."""
+        self._moments = None
