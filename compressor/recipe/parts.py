@@ -197,6 +197,11 @@ class Search(Part):
     search_images: Positive | None = Field(
         2000, description="Maximum number of images of the search split that score a network; null for all."
     )
+    measure: Literal["accuracy", "closeness"] = Field(
+        "accuracy",
+        description="Score of a candidate on the search split: its accuracy, or its closeness to the dense network's "
+        "outputs, exp(-d) with the mean Kullback-Leibler divergence d in nats, for which labels are not used.",
+    )
     brief_iterations: Annotated[int, Field(ge=0)] = Field(
         0,
         description="Training steps on each candidate before it is scored, from the dense weights each time; for "

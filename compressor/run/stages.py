@@ -249,6 +249,7 @@ def environment(
         brief_steps=settings.brief_iterations,
         compensate=job.compensation.scored,
         fit_images=recipe.pruning.compensation_images,
+        measure=settings.measure,
     )
     stream = job.data.train.batches(128, shuffle_seed=recipe.seed, device=job.torch_device)
     env = PruningEnv(

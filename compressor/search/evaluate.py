@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,50 @@ def predictions(
     return torch.cat([classes for classes, _ in found]), torch.cat([labels for _, labels in found])
 
 
+def log_probabilities(
+    model: nn.Module, split: Split, *, device: str | torch.device = "cpu", batch_size: int = 256
+) -> torch.Tensor:
+    """Return a model's log-probabilities of the classes for a split's images, float32 (N, classes), on the CPU."""
+    found = []
+    with evaluated(model), torch.no_grad():
+        for images, _ in split.batches(batch_size, device=device):
+            logits = model(images.contiguous(memory_format=torch.channels_last))
+            found.append(logits.float().log_softmax(dim=1).cpu())
+    return torch.cat(found)
+
+
+def closeness(
+    model: nn.Module,
+    split: Split,
+    goals: torch.Tensor,
+    *,
+    device: str | torch.device = "cpu",
+    batch_size: int = 256,
+    floor: float | None = None,
+) -> float:
+    """Return how close a model's outputs are to the dense network's, 0..1; labels are not used.
+
+    It is exp(-d), d the mean over the images of the Kullback-Leibler divergence of the model's class probabilities from
+    the dense network's, in nats: 1 for equal outputs.
+
+    Args:
+        model, split, device, batch_size: As for `accuracy`.
+        goals: Log-probabilities of the dense network for the same images, (N, classes).
+        floor: Stop as soon as this value cannot be reached, and return the value of the images seen, which is below it.
+    """
+    total, seen, divergence = len(split), 0, 0.0
+    with evaluated(model), torch.no_grad():
+        for images, labels in split.batches(batch_size, device=device):
+            logits = model(images.contiguous(memory_format=torch.channels_last))
+            found = logits.float().log_softmax(dim=1).cpu()
+            goal = goals[seen : seen + len(labels)]
+            divergence += float(nn.functional.kl_div(found, goal, reduction="sum", log_target=True))
+            seen += len(labels)
+            if floor is not None and math.exp(-max(0.0, divergence) / total) < floor:
+                break
+    return math.exp(-max(0.0, divergence) / max(1, seen))
+
+
 def standard_error(share: float, images: int) -> float:
     """Return the standard error of an accuracy (0..1) on this number of images."""
     return float((max(share * (1 - share), 0.0) / max(1, images)) ** 0.5)
@@ -142,7 +187,7 @@ class Splits(Protocol):
 
 
 class Evaluator:
-    """Scores plans: the accuracy of the slim network on the search split.
+    """Scores plans: the accuracy of the slim network on the search split, or its closeness to the dense one there.
 
     The network is compensated, or it is only sliced and its batch norm is re-estimated. A plan is scored once while
     the weights stay the same; call `weights_moved` after they change.
@@ -163,6 +208,7 @@ class Evaluator:
         brief_steps: Number of these steps for every candidate without another number; only in this process.
         compensate: How candidates are compensated before they are scored: "off", "moments" or "layers".
         fit_images: Number of training images that compensation fits to.
+        measure: "accuracy", or "closeness" to the dense network's outputs, for which labels are not used.
 
     Attributes:
         evaluations: Number of networks scored so far; answers from the cache do not count.
@@ -186,6 +232,7 @@ class Evaluator:
         brief_steps: int = 0,
         compensate: str = "off",
         fit_images: int = 256,
+        measure: str = "accuracy",
     ) -> None:
         if site is not None and brief_steps:
             raise ValueError("workers do not train candidates: brief_steps needs site=None")
@@ -206,6 +253,8 @@ class Evaluator:
             space, self._train, compensate if site is None else "off", images=fit_images, seed=seed, device=device
         )
         self._compensate, self._fit_images = compensate, fit_images
+        self._measure = measure
+        self._goals: torch.Tensor | None = None
         self._scores: dict[str, float] = {}
         self._threads, self._site = threads, site
         self._brief, self._brief_steps = brief, brief_steps
@@ -223,12 +272,12 @@ class Evaluator:
         return len(self._search)
 
     def __call__(self, plan: ChannelPlan, *, floor: float | None = None) -> float:
-        """Return the accuracy of the plan's network on the search split, 0..1.
+        """Return the score of the plan's network on the search split, 0..1.
 
         Args:
             plan: Channels that are kept.
-            floor: Stop as soon as this accuracy cannot be reached; the result is then an estimate below it, which is
-                not remembered.
+            floor: Stop as soon as this score cannot be reached; the result is then an estimate below it, which is not
+                remembered.
         """
         return self.many([plan], floors=[floor])[0]
 
@@ -239,7 +288,7 @@ class Evaluator:
         floors: Sequence[float | None] | None = None,
         remember: bool = True,
     ) -> list[float]:
-        """Return the accuracy of each plan, in order; several workers score them in parallel.
+        """Return the score of each plan, in order; several workers score them in parallel.
 
         Args:
             plans: Channels that are kept; of equal plans the first is scored.
@@ -280,6 +329,7 @@ class Evaluator:
                 "mixed_precision": "bf16" if self._bf16 else "no",
                 "compensate": self._compensate,
                 "fit_images": self._fit_images,
+                "measure": self._measure,
             }
             self._workers = Workers(site, *described(self.space, self._train, self._search, options))
         if self._moved:
@@ -309,7 +359,7 @@ class Evaluator:
         steps: int | None = None,
         compensated: bool = False,
     ) -> float:
-        """Return the accuracy of any network on the same images.
+        """Return the measure of any network on the same images.
 
         Its weights are trained for `steps` (None for those of every candidate), and its batch-norm statistics are
         replaced, except for those of a compensated network that is not trained.
@@ -330,10 +380,17 @@ class Evaluator:
                         device=device,
                         seed=self._seed,
                     )
-                return accuracy(model, self._search, device=device, batch_size=size, floor=floor)
+                if self._measure == "accuracy":
+                    return accuracy(model, self._search, device=device, batch_size=size, floor=floor)
+                if self._goals is None:
+                    self._goals = log_probabilities(self.space.model, self._search, device=device, batch_size=size)
+                return closeness(
+                    model, self._search, self._goals, device=device, batch_size=size, floor=floor
+                )
 
     def weights_moved(self) -> None:
         """Forget all scores after the space's model was trained."""
         self._scores.clear()
         self._networks.weights_moved()
+        self._goals = None
         self._moved = True

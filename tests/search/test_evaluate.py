@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,14 @@ from torch import nn
 from compressor.data import DataBundle, MemorySplit, Preprocessing, load_data
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
-from compressor.search.evaluate import Evaluator, accuracy, reestimate_batch_norm, standard_error
+from compressor.search.evaluate import (
+    Evaluator,
+    accuracy,
+    closeness,
+    log_probabilities,
+    reestimate_batch_norm,
+    standard_error,
+)
 
 
 class Brightness(nn.Module):
@@ -47,6 +56,26 @@ def test_modes_are_put_back() -> None:
     model[0].eval()
     accuracy(model, split_of([0, 255], [0, 1]))
     assert (model.training, model[0].training, model[1].training) == (True, False, True)
+
+
+def test_closeness_by_hand() -> None:
+    """Two classes: the dense network is sure of neither, the other one is as sure of both as its brightness says."""
+    split = split_of([0, 255], [0, 1])
+    goals = torch.full((2, 2), 0.5).log()
+    sure = torch.tensor([1.0, -1.0]).softmax(0)  # of both images, the classes exchanged
+    divergence = float((0.5 * (0.5 / sure).log()).sum())
+    assert closeness(Brightness(), split, goals) == pytest.approx(math.exp(-divergence))
+    own = log_probabilities(Brightness(), split, batch_size=1)
+    assert own.exp().sum(1).tolist() == pytest.approx([1.0, 1.0])
+    assert closeness(Brightness(), split, own, batch_size=1) == 1.0
+
+
+def test_a_hopeless_closeness_is_below_its_floor() -> None:
+    split = split_of([0] * 4 + [255] * 4, [0] * 8)
+    goals = torch.tensor([[-30.0, 0.0]] * 4 + [[0.0, -30.0]] * 4)  # the opposite
+    full = closeness(Brightness(), split, goals)
+    assert closeness(Brightness(), split, goals, batch_size=2, floor=full - 1e-6) == pytest.approx(full)
+    assert closeness(Brightness(), split, goals, batch_size=2, floor=0.9) < 0.9
 
 
 def test_standard_error() -> None:
@@ -132,3 +161,16 @@ def test_scores_in_bf16_are_close_to_those_in_fp32(digits: DataBundle) -> None:
         for precision in ("no", "bf16")
     )
     assert half == pytest.approx(full, abs=0.1)
+
+
+def test_the_dense_network_is_closest_to_itself(digits: DataBundle) -> None:
+    torch.manual_seed(0)
+    space = PruningSpace(create_model("tests.nets:tiny", 10).eval(), torch.zeros(1, 3, 32, 32))
+    evaluate = Evaluator(space, digits, compensate="moments", measure="closeness")
+    dense, half = evaluate.many([space.dense(), space.uniform(0.5)])
+    assert dense == pytest.approx(1.0)
+    assert 0 < half < 1
+    with torch.no_grad():
+        space.model.linear.bias.add_(1.0 * torch.arange(10))
+    evaluate.weights_moved()
+    assert evaluate(space.dense()) == pytest.approx(1.0)
