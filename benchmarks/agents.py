@@ -2,11 +2,13 @@
 
     python -m benchmarks.agents --data folder:/data/cifar10-jpeg --weights resnet20.pt
     python -m benchmarks.agents --data folder:/data/cifar10-jpeg --weights resnet20.pt --measure
+    python -m benchmarks.agents --data folder:/data/cifar10-jpeg --weights resnet20.pt --epochs 0 --budgets flops:50%
 
 Each agent searches on the same pretrained weights, which stay as they are, with the same number of evaluations
 (uniform pruning needs one; what a search really used is in the column "evaluations"); the slim network is then
 fine-tuned for the same epochs. With the same seed all agents score on the same images. `--brief 8` trains each
-candidate for 8 steps before it is scored. Test accuracy is on images that neither training nor the search has seen.
+candidate for 8 steps before it is scored. Candidates are compensated from moments, and the slim network layer by layer,
+unless `--compensate off`; `--epochs 0` compares what is delivered without training. Test accuracy is on images that neither training nor the search has seen.
 Every cell is kept as a file, a search that was stopped goes on where it stood, several of these commands may run side
 by side, and docs/results/agents.md is written again after each cell: all there are, of whatever network, and which are
 missing; the same command fills them. Other weights for the same network are refused.
@@ -38,6 +40,7 @@ from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.latency.backends.cpu import measured
 from compressor.latency.table import LatencyTable
 from compressor.recipe import Recipe
+from compressor.run.compensation import compensation_of
 from compressor.run.device import provider_of, request_of
 from compressor.run.job import Job
 from compressor.run.stages import environment, trainer
@@ -86,6 +89,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning; 0 leaves it out")
     parser.add_argument("--search-images", type=int, default=2000)
     parser.add_argument("--batch-norm-batches", type=int, default=10)
+    parser.add_argument("--compensate", choices=["off", "auto"], default="auto")
+    parser.add_argument("--score", choices=["accuracy", "closeness"], default="accuracy", help="of candidates")
+    parser.add_argument("--image-size", type=int)
     parser.add_argument(
         "--brief",
         nargs="+",
@@ -94,12 +100,18 @@ def parsed() -> argparse.Namespace:
         help="steps of training on each candidate before it is scored",
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after this time")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/agents"))
+    parser.add_argument("--results", type=Path, help="default: by --compensate, --score and --epochs")
     parser.add_argument("--work", type=Path, default=Path("runs/agents"), help="where the searches lie")
     parser.add_argument("--measure", action="store_true", help="measure the latencies that are missing")
-    parser.add_argument("--page", type=Path, default=Path("docs/results/agents.md"))
+    parser.add_argument("--page", type=Path, help="default: by --compensate, --score and --epochs")
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
-    return parser.parse_args()
+    options = parser.parse_args()
+    name = "agents" if options.compensate == "off" else "agents-compensated"
+    name += f"-{options.score}" if options.score != "accuracy" else ""
+    name += "-untrained" if not options.epochs else ""
+    options.results = options.results or Path("benchmarks/results", name)
+    options.page = options.page or Path("docs/results", f"{name}.md")
+    return options
 
 
 def cells(options: argparse.Namespace, model: str) -> list[Cell]:
@@ -132,8 +144,12 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         log=EpisodeLog(folder / "episodes.jsonl"),
         checkpoint=Checkpoint(folder / "state.pt"),
     )
-    slim = job.space.apply(result.best)
-    reestimate_batch_norm(slim, job.data.train, batches=10, device=job.torch_device)
+    compensation = compensation_of(job, result.best)
+    if compensation is None:
+        slim = job.space.apply(result.best)
+        reestimate_batch_norm(slim, job.data.train, batches=10, device=job.torch_device)
+    else:
+        slim = compensation.network
     before = accuracy(slim, job.data.test, device=job.torch_device)
     started = time.perf_counter()
     if options.epochs:
@@ -149,7 +165,7 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         **store.settings(options),
         "search_accuracy": result.accuracy,
         "before": before,
-        "after": accuracy(slim, job.data.test, device=job.torch_device),
+        "after": accuracy(slim, job.data.test, device=job.torch_device) if options.epochs else before,
         "kept": all(float(np.asarray(each.predict(widths[None]))[0]) <= each.target for each in budgets),
         "share": costs[kind if kind != "flops" else "macs"],
         "target_share": next(each.target / each.dense for each in budgets),
@@ -177,11 +193,16 @@ def recipe_of(options: argparse.Namespace, cell: Cell) -> Recipe:
             "epochs": max(1, options.epochs),
             "budgets": {kind: limit},
             # a count is compared over all widths; a latency over those that suit the device
-            "pruning": {"granularity": "auto" if kind == "latency" else 1},
+            "pruning": {
+                "granularity": "auto" if kind == "latency" else 1,
+                "compensate": options.compensate,
+            },
+            "image_size": options.image_size,
             "search": {
                 "search_images": options.search_images,
                 "batch_norm_batches": options.batch_norm_batches,
                 "brief_iterations": cell.brief,
+                "measure": options.score,
             },
         }
     ).resolved()
@@ -277,6 +298,8 @@ def command(options: argparse.Namespace) -> str:
     parts += ["--evaluations", *map(str, options.evaluations), "--budgets", *options.budgets]
     parts += ["--epochs", str(options.epochs), "--search-images", str(options.search_images)]
     parts += ["--agents", *options.agents, "--brief", *map(str, options.brief)]
+    parts += ["--compensate", options.compensate, "--score", options.score]
+    parts += ["--image-size", str(options.image_size)] if options.image_size else []
     return shlex.join([*parts, "--batch-norm-batches", str(options.batch_norm_batches)])
 
 

@@ -23,8 +23,10 @@ from compressor.core.files import sha256_file, write_atomic
 if TYPE_CHECKING:
     from compressor.run.job import Job
 
-SETTINGS = ("epochs", "search_images", "batch_norm_batches")
+SETTINGS = ("epochs", "search_images", "batch_norm_batches", "compensate", "score", "image_size")
 """What all cells must have in common to be compared."""
+EARLIER = {"compensate": "off", "score": "accuracy", "image_size": None}
+"""Values of cells from before these settings existed."""
 
 
 def cell_path(options: argparse.Namespace, cell: Cell) -> Path:
@@ -92,11 +94,11 @@ def check(options: argparse.Namespace) -> None:
         raise SystemExit(f"There are no weights at {options.weights}.")
     for cell in stored(options):
         for name, value in settings(options).items():
-            if cell["agent"] == "uniform" and name != "epochs":
+            if cell["agent"] == "uniform" and name not in ("epochs", "compensate", "image_size"):
                 continue  # its plan does not depend on the images
-            if cell.get(name) != value:
+            if (made := cell.get(name, EARLIER.get(name))) != value:
                 raise SystemExit(
-                    f"A {cell['agent']} cell in {options.results} was made with {name} {cell.get(name)}, not {value}: "
+                    f"A {cell['agent']} cell in {options.results} was made with {name} {made}, not {value}: "
                     "give another --results, or that value."
                 )
     path = network_path(options, options.model)

@@ -60,6 +60,12 @@ def load_folder(
             notes.append(f"{path}: test/ is the test split; val/ is not used.")
         found, tested = (_class_folders(splits[part], notes) for part in ("train", other))
         classes = _same_classes(found, tested, splits["train"], splits[other])
+        if untrained := _untrained(found, tested):
+            name = untrained[0]
+            raise CompressorError(
+                f"{splits['train'] / name} holds no images, but {splits[other] / name} has {len(tested[name])}.",
+                "Add images to train on, or empty both.",
+            )
         train, test = _files(found, classes), _files(tested, classes)
     elif splits:
         raise CompressorError(
@@ -99,6 +105,11 @@ def load_imagenet(
     classes = _same_classes(found["train"], found["val"], path / "train", path / "val")
     if invalid := [name for name in classes if not re.fullmatch(r"n\d{8}", name)]:
         raise CompressorError(f"{path} has folders that are no WordNet ids, such as {invalid[0]!r}.", hint)
+    if untrained := _untrained(found["train"], found["val"]):
+        notes.append(
+            f"{path / 'train'} has no images of {len(untrained)} classes that {path / 'val'} has: published weights "
+            "know them, but training here would forget them."
+        )
     kept, held = _divided(_files(found["train"], classes), search_fraction, search_limit, seed, notes)
     size = wanted.image_size or wanted.usual.size
     return _bundle(name, classes, (kept, held, _files(found["val"], classes)), size, wanted, notes, workers)
@@ -163,13 +174,12 @@ def _same_classes(train: Classes, test: Classes, train_path: Path, test_path: Pa
                 f"The classes differ: {', '.join(missing[:3])}{more} in {here}, but not in {there}.",
                 "Every class needs a folder in both.",
             )
-    if untrained := [name for name in classes if test[name] and not train[name]]:
-        name = untrained[0]
-        raise CompressorError(
-            f"{train_path / name} holds no images, but {test_path / name} has {len(test[name])}.",
-            "Add images to train on, or empty both.",
-        )
     return classes
+
+
+def _untrained(train: Classes, test: Classes) -> list[str]:
+    """Return the classes that only the test split has images of."""
+    return [name for name, paths in test.items() if paths and not train[name]]
 
 
 def _files(found: Classes, classes: Sequence[str]) -> list[ImageFile]:

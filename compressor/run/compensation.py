@@ -13,6 +13,7 @@ from compressor.core.progress import say
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from compressor.pruning.compensate import Compensation
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
@@ -55,6 +56,23 @@ def methods(recipe: Recipe, space: PruningSpace, example: Tensor) -> Methods:
     return Methods("moments", "layers") if wanted == "auto" else Methods(wanted, wanted)
 
 
+def compensation_of(job: Job, plan: ChannelPlan) -> Compensation | None:
+    """Return the compensated network of a plan as it is delivered, and what was done; None if nothing is compensated."""
+    from compressor.search.networks import Networks
+
+    if job.compensation.delivered == "off":
+        return None
+    networks = Networks(
+        job.space,
+        job.data.train,
+        job.compensation.delivered,
+        images=job.recipe.pruning.compensation_images,
+        seed=job.recipe.seed,
+        device=job.torch_device,
+    )
+    return networks.compensation(plan)
+
+
 def network_before_finetuning(run: RunFolder, job: Job, plan: ChannelPlan, *, trained: bool) -> nn.Module:
     """Return the slim network with the weights that fine-tuning starts from; its accuracy and errors are recorded.
 
@@ -65,7 +83,6 @@ def network_before_finetuning(run: RunFolder, job: Job, plan: ChannelPlan, *, tr
         trained: Whether the dense network is trained; the outputs of an untrained one are no goal.
     """
     from compressor.search.evaluate import accuracy, reestimate_batch_norm
-    from compressor.search.networks import Networks
 
     method = job.compensation.delivered
     if method == "off" or not trained:
@@ -73,16 +90,9 @@ def network_before_finetuning(run: RunFolder, job: Job, plan: ChannelPlan, *, tr
         if not job.recipe.epochs:  # no training will adapt the statistics
             reestimate_batch_norm(slim, job.data.train, batches=10, device=job.torch_device)
         return slim
-    settings, started = job.recipe.pruning, time.perf_counter()
-    networks = Networks(
-        job.space,
-        job.data.train,
-        method,
-        images=settings.compensation_images,
-        seed=job.recipe.seed,
-        device=job.torch_device,
-    )
-    found = networks.compensation(plan)
+    started = time.perf_counter()
+    found = compensation_of(job, plan)
+    assert found is not None
     seconds = time.perf_counter() - started
     share = accuracy(found.network, job.data.test, device=job.torch_device)
     run.note_accuracy(compensated=share)

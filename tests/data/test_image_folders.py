@@ -195,6 +195,18 @@ def test_imagenet_orders_classes_by_wordnet_id(tmp_path: Path) -> None:
         load_data(f"imagenet:{tmp_path}", seed=0)
 
 
+def test_classes_that_only_the_test_has_are_noted(tmp_path: Path) -> None:
+    """A few photographs are enough to compensate on, and they need not be of every class."""
+    for split, names in (("train", ("n01440764", "n02119789")), ("val", ("n01440764", "n02119789", "n03000000"))):
+        for name in names:
+            for index in range(4):
+                write_image(tmp_path / split / name / f"{index}.jpg", index, (60, 50))
+    (tmp_path / "train/n03000000").mkdir()
+    data = load_data(f"imagenet:{tmp_path}", seed=0, image_size=32)
+    assert data.test.labels.unique().tolist() == [0, 1, 2]
+    assert any("train has no images of 1 classes that" in note for note in data.notes)
+
+
 def test_photographs(shared_data: Path, tmp_path: Path) -> None:
     """Real photographs of many shapes and one image a class, as they come out of an archive."""
     import tarfile
