@@ -150,13 +150,15 @@ def _protocol(cells: Cells) -> str:
         if compensated
         else f"Candidates are only cut, after {said['batch_norm_batches']} batches for batch norm."
     )
-    seen = "closeness to the dense network (no labels)" if cells and cells[0].get("score") == "closeness" else "accuracy"
+    by_closeness = any(cell.get("score") == "closeness" for cell in cells)
+    seen = "closeness to the dense network (no labels)" if by_closeness else "accuracy"
     text = f"""
         Written by `python -m benchmarks.agents` from its cells. Every agent searches on the same given weights, which
         do not change, with the same number of evaluations (uniform pruning needs one; *evaluations* is the number
         used). Every slim network is then fine-tuned in the same way, epochs on all training images:
         {said["epochs"]}. *Search
-        split* is the {seen} as the search sees it, on at most {said["search_images"]} images. {scored} *Before* and *after* fine-tuning are on the
+        split* is the {seen} as the search sees it, on at most {said["search_images"]} images. {scored}
+        *Before* and *after* fine-tuning are on the
         {said["test_images"]} test images, which neither training nor search has seen. *Predicted* and *measured* are
         shares of the dense network's cost; latency is measured in alternation with the dense network. A budget is
         *kept* by prediction only where the measurement is above it: a run of `compress` would refit its table and

@@ -57,7 +57,7 @@ def methods(recipe: Recipe, space: PruningSpace, example: Tensor) -> Methods:
 
 
 def compensation_of(job: Job, plan: ChannelPlan) -> Compensation | None:
-    """Return the compensated network of a plan as it is delivered, and what was done; None if nothing is compensated."""
+    """Return the network of a plan as it is delivered without training; None if nothing is compensated."""
     from compressor.search.networks import Networks
 
     if job.compensation.delivered == "off":
