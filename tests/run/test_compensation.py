@@ -1,0 +1,98 @@
+"""Runs whose network is compensated: what is recorded, delivered and said; and runs that train nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from compressor import CompressorError, compress
+from compressor.data import load_data
+from compressor.models import create_model
+from compressor.pruning.space import PruningSpace
+from compressor.run.compensation import methods
+from compressor.run.job import Job
+from compressor.run.pipeline import resume
+from compressor.search.evaluate import accuracy
+from tests.nets import Tiny
+from tests.runs import manifest_of, recipe
+
+
+class Noisy(Tiny):
+    """Its outputs change from call to call, so that no replay repeats them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = super().forward(x)
+        return out + torch.rand_like(out)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained weights of the tiny network, as a file."""
+    data = load_data("digits", seed=0)
+    torch.manual_seed(0)
+    model = create_model("tests.nets:tiny", 10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+    for epoch in range(6):
+        for images, labels in data.train.batches(128, shuffle_seed=epoch):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            rate.step()
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def test_without_training_the_compensated_network_is_delivered(weights: Path, tmp_path: Path) -> None:
+    fields = {"agent": "knapsack", "epochs": 0, "weights": str(weights), "budgets": {"params": "50%"}}
+    result = compress(recipe(**fields), out=tmp_path / "run")
+    assert result.exit_code == 0
+    manifest = manifest_of(tmp_path / "run")
+    found, scores = manifest["compensation"], manifest["accuracy"]
+    assert (found["method"], found["images"]) == ("layers", 256)
+    assert found["error"] < found["error_cut"]
+    assert set(found["refitted"]) | set(found["left"]) <= {layer["name"] for layer in manifest["layers"]}
+    assert manifest["training"] == []
+    assert scores["pruned"] + 0.02 < scores["compensated"] == scores["finetuned"] == scores["exported"]
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "refitted to the dense network&#39;s outputs layer by layer, on 256 images" in page
+    assert "Accuracy, compensated" in page
+    delivered = accuracy(result.load(), load_data("digits", seed=0).test)
+    assert delivered == pytest.approx(scores["compensated"])
+
+
+def test_a_run_that_is_resumed_before_fine_tuning_delivers_the_same(weights: Path, tmp_path: Path) -> None:
+    fields = {"agent": "uniform", "epochs": 1, "weights": str(weights), "budgets": {"params": "50%"}}
+    whole = compress(recipe(**fields), out=tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compressor.run.stages._trained", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(recipe(**fields), out=tmp_path / "stopped")
+    assert manifest_of(tmp_path / "stopped")["compensation"]["refitted"]
+    again = resume(tmp_path / "stopped")
+    ours, theirs = whole.load().state_dict(), again.load().state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_network_that_cannot_be_replayed() -> None:
+    example = torch.zeros(1, 3, 32, 32)
+    space = PruningSpace(Noisy(), example)
+    found = methods(recipe(), space, example)
+    assert (found.scored, found.delivered) == ("off", "off")
+    assert found.note.startswith("Networks are not compensated. The network cannot be compensated: replaying")
+    with pytest.raises(CompressorError, match="replaying") as refused:
+        methods(recipe(pruning={"compensate": "layers"}), space, example)
+    assert refused.value.hint == "Omit pruning.compensate, or set it to off."
+
+
+def test_nothing_is_trained_only_with_weights() -> None:
+    with pytest.raises(CompressorError, match=r"With 0 epochs nothing is trained, and cifar_resnet20 has no weights"):
+        Job.prepare(recipe(model="cifar_resnet20", epochs=0).resolved())
