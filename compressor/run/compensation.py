@@ -13,9 +13,9 @@ from compressor.core.progress import say
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from compressor.pruning.compensate import Compensation
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
+    from compressor.pruning.verdict import Compensation
     from compressor.recipe import Recipe
     from compressor.run.folder import RunFolder
     from compressor.run.job import Job
@@ -42,13 +42,16 @@ def methods(recipe: Recipe, space: PruningSpace, example: Tensor) -> Methods:
     Raises:
         CompressorError: The recipe names a method, and the network cannot be compensated.
     """
+    import torch
+
     from compressor.pruning.compensate import compensate
 
     wanted = recipe.pruning.compensate
     if wanted == "off":
         return Methods()
     try:
-        compensate(space, space.dense(), [example.new_zeros(2, *example.shape[1:])])
+        noise = torch.randn(4, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+        compensate(space, space.dense(), [noise])
     except CompressorError as error:
         if wanted == "auto":
             return Methods(note=f"Networks are not compensated. {error.message}")

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from compressor.pruning.compensate import DenseMoments, compensate
+from compressor.pruning.compensate import compensate
+from compressor.pruning.moments import DenseMoments
 
 if TYPE_CHECKING:
     import torch
 
     from compressor.data import Split
-    from compressor.pruning.compensate import Compensation
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
+    from compressor.pruning.verdict import Compensation
 
 FIT_BATCH = 64
 """Images that are prepared for the network at once."""

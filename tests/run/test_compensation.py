@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from compressor import CompressorError, compress
 from compressor.data import load_data
-from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
 from compressor.run.compensation import methods
 from compressor.run.job import Job
 from compressor.run.pipeline import resume
 from compressor.search.evaluate import accuracy
-from tests.nets import Tiny
+from tests.nets import Tiny, trained_tiny
 from tests.runs import manifest_of, recipe
 
 
@@ -31,17 +29,7 @@ class Noisy(Tiny):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained weights of the tiny network, as a file."""
-    data = load_data("digits", seed=0)
-    torch.manual_seed(0)
-    model = create_model("tests.nets:tiny", 10)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
-    for epoch in range(6):
-        for images, labels in data.train.batches(128, shuffle_seed=epoch):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            rate.step()
+    model = trained_tiny(load_data("digits", seed=0))
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
     torch.save(model.state_dict(), path)
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from compressor.data import DataBundle, load_data
 from compressor.models import create_model
@@ -12,6 +11,7 @@ from compressor.pruning.compensate import compensate
 from compressor.pruning.space import PruningSpace
 from compressor.search.evaluate import Evaluator
 from compressor.search.networks import Networks, fit_images
+from tests.nets import trained_tiny
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +21,7 @@ def digits() -> DataBundle:
 
 @pytest.fixture(scope="module")
 def space(digits: DataBundle) -> PruningSpace:
-    torch.manual_seed(0)
-    model = create_model("tests.nets:tiny", 10)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)  # at rest, the running statistics are right
-    for epoch in range(6):
-        for images, labels in digits.train.batches(128, shuffle_seed=epoch):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            rate.step()
-    return PruningSpace(model, torch.zeros(1, 3, 32, 32))
+    return PruningSpace(trained_tiny(digits), torch.zeros(1, 3, 32, 32))
 
 
 def test_the_images_are_spread_over_the_classes(digits: DataBundle) -> None:
