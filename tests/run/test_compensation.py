@@ -36,7 +36,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_without_training_the_compensated_network_is_delivered(weights: Path, tmp_path: Path) -> None:
-    fields = {"agent": "knapsack", "epochs": 0, "weights": str(weights), "budgets": {"params": "50%"}}
+    fields = {"agent": "knapsack", "epochs": 0, "weights": str(weights), "budgets": {"params": "50%"}, "image_size": 32}
     result = compress(recipe(**fields), out=tmp_path / "run")
     assert result.exit_code == 0
     manifest = manifest_of(tmp_path / "run")
@@ -54,7 +54,7 @@ def test_without_training_the_compensated_network_is_delivered(weights: Path, tm
 
 
 def test_a_run_that_is_resumed_before_fine_tuning_delivers_the_same(weights: Path, tmp_path: Path) -> None:
-    fields = {"agent": "uniform", "epochs": 1, "weights": str(weights), "budgets": {"params": "50%"}}
+    fields = {"agent": "uniform", "epochs": 1, "weights": str(weights), "budgets": {"params": "50%"}, "image_size": 32}
     whole = compress(recipe(**fields), out=tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compressor.run.stages._trained", _stop)
