@@ -33,6 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = {
         "model": "tests.nets:tiny", "epochs": 4, "budgets": {"flops": "60%"}, "agent": "uniform",
         "search": {"max_evaluations": 4, "batch_norm_batches": 2}, "export": {"engine": False},
+        "contract": {"repeats": 1},
     }  # fmt: skip
     assert compress(Recipe.model_validate(recipe), out=folder).exit_code == 0
     return folder

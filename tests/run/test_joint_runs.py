@@ -16,6 +16,7 @@ from compressor.cli.app import app
 from compressor.core.records import Checkpoint
 from compressor.recipe import load_recipe
 from compressor.training.loop import Trainer
+from tests.runs import IMAGE_SIZE
 
 TINY = ["--model", "tests.nets:tiny", "--flops", "60%", "--epochs", "4"]
 FAST = [
@@ -26,7 +27,7 @@ FAST = [
     "--set",
     "contract.repeats=1",
 ]
-FAST += ["--set", "export.engine=false"]
+FAST += ["--set", "export.engine=false", "--set", f"image_size={IMAGE_SIZE}"]
 
 
 def invoked(*arguments: str) -> tuple[int, str]:
