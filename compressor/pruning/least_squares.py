@@ -68,21 +68,26 @@ class Ridge:
     """Solver of (Cxx + strength * s * I) (W - W_old) = Cxy - Cxx W_old, s the mean variance of the inputs.
 
     C are second moments, about the means if there is a constant. `set` a strength before solving.
+
+    Of fewer samples than inputs, an orthonormal basis of the inputs' differences from their mean, (g, p, n), makes
+    the matrix to factorise n by n: the change of the weights lies in the space that they span.
     """
 
-    def __init__(self, gram: Gram, constant: bool) -> None:
+    def __init__(self, gram: Gram, constant: bool, basis: Tensor | None = None) -> None:
         self.mean, self.constant, self.strength = gram.mean, constant, math.inf
         self.xx = gram.square
         if constant:
             self.xx = self.xx - gram.mean[:, :, None] * gram.mean[:, None, :]
         self.variance = self.xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+        self.basis = basis
+        self.inner = self.xx if basis is None else basis.mT @ self.xx @ basis
 
     def set(self, strength: float) -> bool:
         """Factorise the matrix with a strength; returns whether it is regular."""
         self.strength = strength
         if strength == math.inf:
             return True
-        matrix = self.xx.clone()
+        matrix = self.inner.clone()
         matrix.diagonal(dim1=1, dim2=2).add_((strength * self.variance)[:, None])
         self.factor, info = torch.linalg.cholesky_ex(matrix)
         return not int(info.abs().max())
@@ -95,7 +100,11 @@ class Ridge:
 
     def solve(self, gap: Tensor, y: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight, (g, p, o), and constant, (g, o), from the right hand side and the mean of y, (g, o)."""
-        weight = old if self.strength == math.inf else old + torch.cholesky_solve(gap, self.factor)
+        weight = old
+        if self.strength != math.inf and self.basis is None:
+            weight = old + torch.cholesky_solve(gap, self.factor)
+        elif self.strength != math.inf and self.basis is not None:
+            weight = old + self.basis @ torch.cholesky_solve(self.basis.mT @ gap, self.factor)
         if not self.constant:
             return weight, torch.zeros_like(y)
         return weight, y - (weight * self.mean[:, :, None]).sum(1)
@@ -148,7 +157,7 @@ class Regression:
         """
         before = self._error(old, torch.zeros_like(old[:, 0]))
         best = (before, -1.0)
-        ridge = Ridge(self.gram, self.constant)
+        ridge = Ridge(self.gram, self.constant, self._basis())
         xy, y = self.products
         gap = ridge.gap(xy, y, old)
         for strength in STRENGTHS:
@@ -170,6 +179,15 @@ class Regression:
         both = [self.seen, self.left_out]
         products = _products(both, [goal for _, goal, _ in both])
         return Fit(*self._stepped(everything, both, products, old, steps), strength, error, before)
+
+    def _basis(self) -> Tensor | None:
+        """Return a basis for `Ridge` if there are far fewer samples than inputs."""
+        x = self.seen[0]
+        if x.shape[1] > x.shape[2] // 2:
+            return None
+        wide = x.double()
+        basis: Tensor = torch.linalg.qr((wide - wide.mean(1, keepdim=True) if self.constant else wide).mT)[0]
+        return basis
 
     def _stepped(
         self, ridge: Ridge, parts: Sequence[Part], products: tuple[Tensor, Tensor], old: Tensor, steps: int

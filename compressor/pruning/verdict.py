@@ -16,7 +16,9 @@ from compressor.pruning.skeleton import copy_structure
 
 NO_BETTER = "no fit has a lower error on the images that choose"
 COMPUTED = "its weights are computed while the network runs"
-NOT_CLOSER = "the outputs on the images that judge are no closer to the dense network's with compensation"
+NOT_CLOSER = "the outputs on the images that judge are not surely closer to the dense network's with compensation"
+SURE = 1.0
+"""Standard errors by which the outputs' error must fall; a fall at a single image is one."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,17 @@ def judged(
     """Return the compensated network, or the one that is only sliced, and the report.
 
     The images that choose decide whether the batch norms have statistics of their own. Those that judge decide one
-    thing only: whether the compensated network is returned. It is if its outputs are closer to the dense network's.
+    thing only: whether the compensated network is returned. Both need outputs that are `closer` to the dense network's.
     """
     widths = [space.widths(each.widths)[None] for each in (space.dense(), plan)]
     lost = [each.name for each in space.layers if each.in_channels(widths[1])[0] < each.in_channels(widths[0])[0]]
     statistics, cut = "dense", space.apply(plan)
     own = own_statistics(small, images, range(images.judge.start))
-    if own is not None:
-        errors = [difference(exact.choose, images.outputs(each, images.choose)) for each in (small, own)]
-        if errors[1] < errors[0]:
-            small, statistics = own, "own"
-    error, error_cut = (difference(exact.judge, images.outputs(each, images.judge)) for each in (small, cut))
-    if not error < error_cut:
+    if own is not None and closer(exact.choose, *(images.outputs(each, images.choose) for each in (own, small))):
+        small, statistics = own, "own"
+    found, found_cut = (images.outputs(each, images.judge) for each in (small, cut))
+    error, error_cut = (difference(exact.judge, each) for each in (found, found_cut))
+    if not closer(exact.judge, found, found_cut):
         return Compensation(cut, {}, dict.fromkeys(lost, NOT_CLOSER), error_cut, error_cut, len(images), "dense")
     names = {site.layer for site in sites}
     named = {
@@ -106,8 +107,27 @@ def own_statistics(network: nn.Module, images: Images, which: range) -> nn.Modul
     return network if norms else None
 
 
+def closer(exact: Sequence[Sequence[Tensor]], new: Sequence[Sequence[Tensor]], old: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether new outputs are surely closer to the exact ones than old ones.
+
+    The mean over images of the fall of the squared error must be above `SURE` of its standard errors, so that a single
+    image with large outputs does not decide. With one image there is no standard error, and any fall counts.
+    """
+    fall = _squares(exact, old) - _squares(exact, new)
+    error = float(fall.std()) / len(fall) ** 0.5 if len(fall) > 1 else 0.0
+    return float(fall.mean()) > SURE * error
+
+
 def difference(exact: Sequence[Sequence[Tensor]], other: Sequence[Sequence[Tensor]]) -> float:
     """Return the squared error of outputs, as a share of the squares of the exact ones."""
-    pairs = [(a, b) for x, y in zip(exact, other, strict=True) for a, b in zip(x, y, strict=True)]
-    total = sum(float((a - b).double().square().sum()) for a, b in pairs)
-    return total / max(1e-300, sum(float(a.double().square().sum()) for a, _ in pairs))
+    zero = [[torch.zeros_like(each) for each in chunk] for chunk in exact]
+    return float(_squares(exact, other).sum()) / max(1e-300, float(_squares(exact, zero).sum()))
+
+
+def _squares(exact: Sequence[Sequence[Tensor]], other: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return the squared difference of the outputs for each image, (images,), float64."""
+    chunks = []
+    for x, y in zip(exact, other, strict=True):
+        rows = [(a - b).double().square().reshape(len(a), -1).sum(1) for a, b in zip(x, y, strict=True)]
+        chunks.append(torch.stack(rows).sum(0))
+    return torch.cat(chunks)

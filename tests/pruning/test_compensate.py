@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from compressor.core.errors import CompressorError
 from compressor.pruning import calibration
 from compressor.pruning.compensate import DenseMoments, compensate
-from compressor.pruning.least_squares import Gram, Ridge
+from compressor.pruning.least_squares import Gram, Regression, Ridge, Samples
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.replay import Recording
 from compressor.pruning.sites import Geometry
 from compressor.pruning.space import PruningSpace
-from compressor.pruning.verdict import difference
+from compressor.pruning.verdict import closer, difference
 from tests.pruning.networks import Attentive, UNet, Zoo, filled
 
 
@@ -139,6 +139,32 @@ def test_ridge_by_hand() -> None:
     assert constant.item() == pytest.approx(1.0)
 
 
+def test_one_image_does_not_decide() -> None:
+    exact, old = [[torch.zeros(8, 3)]], [[torch.ones(8, 3)]]
+    new = [[torch.ones(8, 3)]]
+    new[0][0][2] = 0.1
+    assert not closer(exact, new, old)
+    new[0][0][5] = 0.2
+    assert closer(exact, new, old)
+    assert not closer(exact, old, new)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_basis_of_few_samples_changes_nothing(constant: bool) -> None:
+    x, goal = images(1, 10, 40), images(1, 10, 3, seed=1)
+    old = images(1, 40, 3, seed=2).double()
+    samples = [Samples([x[:, rows]], [goal[:, rows]], [torch.zeros(1, 1, 1)]) for rows in (slice(0, 8), slice(8, 10))]
+    regression = Regression(samples[0], samples[1], None, constant)
+    xy, y = regression.products
+    found = []
+    for basis in (regression._basis(), None):
+        ridge = Ridge(regression.gram, constant, basis)
+        assert ridge.set(0.1)
+        found.append(ridge.solve(ridge.gap(xy, y, old), y, old))
+    for with_basis, without in zip(*found, strict=True):
+        torch.testing.assert_close(with_basis, without)
+
+
 @pytest.mark.parametrize(
     ("model", "shape"),
     [(Zoo(), (3, 32, 32)), (UNet(), (3, 16, 16)), (Attentive(), (10, 24))],
@@ -149,7 +175,7 @@ def test_every_kind_of_layer_is_refitted_or_named(model: nn.Module, shape: tuple
     model = filled(model)
     space = PruningSpace(model, torch.zeros(1, *shape))
     plan = space.uniform(0.6)
-    found = compensate(space, plan, [(images(160, *shape), torch.zeros(160))], method)
+    found = compensate(space, plan, [(images(320, *shape), torch.zeros(320))], method)
     widths = space.widths(plan.widths)
     lost = {
         layer.name
@@ -159,7 +185,7 @@ def test_every_kind_of_layer_is_refitted_or_named(model: nn.Module, shape: tuple
     assert lost <= {*found.refitted, *found.left}
     assert not {*found.refitted} & {*found.left}
     assert found.error <= found.error_cut
-    assert found.images == 160
+    assert found.images == 320
     x = images(16, *shape, seed=1)
     exact = [[outputs(model, x)]]
     cut, small = ([[outputs(network, x)]] for network in (space.apply(plan), found.network))
