@@ -43,7 +43,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "convnext_tiny": {"layer_scale": 0.3},  # its 1e-6 would make every block vanish
     "swin_t": {},
 }
-SIZE = 64
+SIZE = 32
 """Pixels of an image."""
 CALIBRATION, FRESH = 128, 64
 """Images that compensation has, and those on which both networks are compared."""

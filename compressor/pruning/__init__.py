@@ -13,7 +13,7 @@ A space is made once for a network, in this order:
 and used for many plans:
 
     plan        `ChannelPlan`: which units each group keeps
-    importance  scores of the units
+    importance  scores of the units (`reconstruction`: by what compensation cannot replace)
     slicer      kept indices of each tensor; `skeleton` copies the modules, `attention` replaces those of fixed width
     compensate  refits the layers of a slim network (`moments`: for many plans; `least_squares`, `refit`: a layer;
                 `replay`, `sites`: what a pass computes; `calibration`, `verdict`: images, and what is returned)

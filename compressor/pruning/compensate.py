@@ -20,7 +20,7 @@ from compressor.pruning.least_squares import LARGEST, Fit, Regression, Samples
 from compressor.pruning.moments import DenseMoments
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.refit import TOO_LARGE, Refit, along
-from compressor.pruning.replay import State
+from compressor.pruning.replay import State, counterpart
 from compressor.pruning.sites import Site, find_sites, shortcuts_first
 from compressor.pruning.skeleton import named_tensors
 from compressor.pruning.verdict import Compensation, Exact, judged
@@ -123,7 +123,7 @@ class _Walk:
         seen, left_out = Samples(), Samples()
         for index, (_, slim) in enumerate(self.states):
             goal, offset = self._advance(site, layer, index)
-            geometry, x = layer.geometry, slim.values[site.source]
+            geometry, x = layer.geometry, slim.values[self._slim_value(site.number, site.source)]
             places = self.images.places(site, geometry, x, goal, index, layer.width)
             samples = left_out if index in self.images.choose else seen
             samples.x.append(geometry.patches(x, places))
@@ -142,7 +142,7 @@ class _Walk:
         ends = []
         for index, (_, slim) in enumerate(self.states):
             ends.append(self._advance(site, layer, index))
-            x, goal = slim.values[site.source], self.inputs.pop((index, site.number))
+            x, goal = slim.values[self._slim_value(site.number, site.source)], self.inputs.pop((index, site.number))
             rows = [layer.channels(each) for each in (x, goal)]
             places = self.images.places(site, None, rows[0], rows[1], index, rows[0].shape[-1])
             samples = left_out if index in self.images.choose else seen
@@ -179,7 +179,13 @@ class _Walk:
         self.slim.advance(slim, site.number)
         goal = self.goals.pop((index, site.end))
         offset = along(layer.shift, goal, site.axis)
-        return goal, offset if site.shortcut is None else offset + slim.values[site.shortcut]
+        if site.shortcut is None:
+            return goal, offset
+        return goal, offset + slim.values[self._slim_value(site.end, site.shortcut)]
+
+    def _slim_value(self, number: int, value: int) -> int:
+        """Return the number in the slim network of a value that a call of the dense one reads."""
+        return counterpart(self.dense.calls[number], self.slim.calls[number], value)
 
     def _catch(self, index: int, number: int, state: State) -> None:
         """Keep the dense network's outputs that the slim one's are fitted to."""

@@ -12,30 +12,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
+from compressor.pruning import reconstruction
+from compressor.pruning.calibration import Space
 from compressor.pruning.groups import Group
+from compressor.pruning.moments import DenseMoments
 from compressor.pruning.skeleton import copy_structure, named_tensors
-from compressor.pruning.slicer import Slicer
 
 Scores = NDArray[np.float64]
 UserFunction = Callable[[Group, Mapping[str, Tensor]], Any]
 Importance = str | UserFunction
-METHODS = ("l1", "l2", "bn", "taylor", "fpgm", "random")
+METHODS = ("l1", "l2", "bn", "taylor", "fpgm", "random", "reconstruction")
 
 
-class Rankable(Protocol):
+class Rankable(Space, Protocol):
     """Protocol of objects whose channels can be scored, such as a `PruningSpace`."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The network."""
 
     @property
     def groups(self) -> Sequence[Group]:
         """Its groups, in order."""
-
-    @property
-    def slicer(self) -> Slicer:
-        """Maps axes of tensors to the groups of their channels."""
 
     @property
     def makers(self) -> Sequence[Sequence[tuple[str, int]]]:
@@ -44,11 +38,15 @@ class Rankable(Protocol):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Scores of all units, (width,) for each group; units with higher scores are kept, ties by lower index."""
+    """Scores of all units, (width,) for each group; units with higher scores are kept, ties by lower index.
+
+    `by_l1` are the names of groups that the method could not score, and that have L1 scores instead.
+    """
 
     method: str
     scores: tuple[Scores, ...]
     order: tuple[NDArray[np.int64], ...]
+    by_l1: tuple[str, ...] = ()
 
     def kept(self, group: int, width: int) -> tuple[int, ...]:
         """Return the `width` best units of a group, in their original order."""
@@ -66,11 +64,20 @@ def rank(space: Rankable, importance: Importance, data: Any = None, seed: int = 
         taylor: |sum of weight * gradient| over all elements that are removed with the channel (Molchanov et al.,
             CVPR 2019).
         random: Uniform, by `seed`.
+        reconstruction: The step at which a channel goes if each time that goes which costs least after the layers
+            that read the group are refitted (`reconstruction`). L1 where no such layer has moments.
+
+    Args:
+        data: For "taylor" pairs of (inputs, labels), or a function of the model that returns a loss; for
+            "reconstruction" batches as for `space.compensate`, or their `DenseMoments`.
+        seed: Of "random", and of the positions at which "reconstruction" takes moments.
 
     Raises:
-        CompressorError: The method is unknown, "taylor" has no data, or scores have a wrong size or are not finite.
+        CompressorError: The method is unknown, it needs data and has none, or scores have a wrong size or are not
+            finite.
     """
     tensors = {name: tensor.detach() for name, tensor in named_tensors(space.model).items()}
+    by_l1: list[str] = []
     if callable(importance):
         name = getattr(importance, "__name__", "function")
         scores = [_from_user(importance, group, tensors) for group in space.groups]
@@ -85,6 +92,8 @@ def rank(space: Rankable, importance: Importance, data: Any = None, seed: int = 
             scores = [random.random(group.width) for group in space.groups]
         elif importance == "taylor":
             scores = _taylor(space, data)
+        elif importance == "reconstruction":
+            scores = _reconstruction(space, data, seed, tensors, by_l1)
         else:
             scores = [_magnitude(space, group, importance, tensors) for group in space.groups]
     for group, values in zip(space.groups, scores, strict=True):
@@ -93,7 +102,7 @@ def rank(space: Rankable, importance: Importance, data: Any = None, seed: int = 
                 f"Scores of group '{group.name}' are not finite.", "Are the weights (or the loss) NaN?"
             )
     order = tuple(np.argsort(-values, kind="stable") for values in scores)
-    return Ranking(name, tuple(scores), order)
+    return Ranking(name, tuple(scores), order, tuple(by_l1))
 
 
 def _from_user(function: UserFunction, group: Group, tensors: Mapping[str, Tensor]) -> Scores:
@@ -159,6 +168,25 @@ def _is_norm_scale(model: nn.Module, name: str) -> bool:
     return leaf == "weight" and isinstance(
         model.get_submodule(path), (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     )
+
+
+def _reconstruction(
+    space: Rankable, data: Any, seed: int, tensors: Mapping[str, Tensor], by_l1: list[str]
+) -> list[Scores]:
+    """Score all groups, and name those that have L1 scores in `by_l1`."""
+    if data is None:
+        raise CompressorError(
+            "Reconstruction importance needs data.", "Pass data=batches of inputs; labels are ignored."
+        )
+    moments = data if isinstance(data, DenseMoments) else DenseMoments(space, data, seed=seed)
+    scores = []
+    for group in space.groups:
+        found = reconstruction.scores(moments, group)
+        if found is None:
+            by_l1.append(group.name)
+            found = _magnitude(space, group, "l1", tensors)
+        scores.append(found)
+    return scores
 
 
 def _taylor(space: Rankable, data: Any) -> list[Scores]:

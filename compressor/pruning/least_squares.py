@@ -250,11 +250,16 @@ class Moments:
         return cls(gram, xy, (gram.mean[:, None] @ weight)[:, 0], (weight * xy).sum(1))
 
     def __add__(self, other: Moments) -> Moments:
-        n = self.gram.count + other.gram.count
-        a, b = self.gram.count / n, other.gram.count / n
-        return Moments(
-            self.gram + other.gram, a * self.xy + b * other.xy, a * self.y + b * other.y, a * self.yy + b * other.yy
-        )
+        gram = self.gram + other.gram
+        if self.of_inputs:
+            return Moments.of(gram, None)
+        a, b = self.gram.count / gram.count, other.gram.count / gram.count
+        return Moments(gram, a * self.xy + b * other.xy, a * self.y + b * other.y, a * self.yy + b * other.yy)
+
+    @property
+    def of_inputs(self) -> bool:
+        """Whether the outputs are the inputs themselves."""
+        return self.y is self.gram.mean
 
     def chosen(self, inputs: Tensor, outputs: Tensor | None) -> Moments:
         """Return the moments of some of the inputs, (p,), and outputs, (g, o), or all if None."""

@@ -39,7 +39,8 @@ class DenseMoments:
             self._dense = named_tensors(dense)
             recording = recorded(dense, images)
             self.sites, self.left = find_sites(recording)
-            readers = {
+            #: Number of the call -> layer that reads channels of a group.
+            self.readers = readers = {
                 site.number: Refit(space, site, self._dense, self._dense, {})
                 for site in self.sites
                 if self._reads_groups(site)
@@ -56,6 +57,11 @@ class DenseMoments:
         """Memory of the moments."""
         held = [each for pair in self._moments.values() for part in pair for each in (part.gram.square, part.xy)]
         return sum({each.data_ptr(): each.nbytes for each in held}.values())
+
+    def total(self, number: int) -> Moments | None:
+        """Return the moments of a reader on the images that fit and choose; None if they were too large to form."""
+        pair = self._moments.get(number)
+        return None if pair is None else pair[0] + pair[1]
 
     def _reads_groups(self, site: Site) -> bool:
         """Whether channels that a layer reads can be removed, other than whole groups."""

@@ -104,7 +104,7 @@ class Refit:
         constant, kept = self.site.constant is not None, self.kept_in
         assert kept is not None
         device = self.weight.device
-        if seen.y is not seen.gram.mean:
+        if not seen.of_inputs:
             taps = torch.arange(self.geometry.taps)
             inputs, outputs = (kept[:, None] * len(taps) + taps).flatten().to(device), self._outputs()
             chosen = [each.chosen(inputs, outputs) for each in (seen, left_out)]

@@ -218,6 +218,16 @@ def outputs(out: Any) -> list[Tensor]:
     return [tensor for tensor in tensors_in(out if plain else dict(vars(out))) if tensor.is_floating_point()]
 
 
+def counterpart(call: Call, other: Call, value: int) -> int:
+    """Return what the same call of another network reads where `call` reads `value`.
+
+    Numbers of values differ: `contiguous` makes a copy of one network's tensor, and returns the other's as it is.
+    """
+    pairs = zip(*(_values_in([each.args, dict(each.kwargs)]) for each in (call, other)), strict=True)
+    found: int = next(theirs.index for ours, theirs in pairs if ours.index == value)
+    return found
+
+
 def _mapped(value: Any, tensor: Callable[[Tensor], Any]) -> Any:
     """Replace all tensors in nested lists, tuples and dictionaries."""
     if isinstance(value, Tensor):

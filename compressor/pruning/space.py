@@ -180,10 +180,11 @@ class PruningSpace:
 
         Args:
             widths: Units to keep, by name (omitted groups stay dense) or in the order of `groups`.
-            importance: "l1", "l2", "bn", "taylor", "fpgm", "random", a function (group, weights) -> scores,
-                or a Ranking.
+            importance: "l1", "l2", "bn", "taylor", "fpgm", "random", "reconstruction", a function
+                (group, weights) -> scores, or a Ranking.
             data: Batches for "taylor": pairs of (inputs, labels), or a function of the model that returns a loss.
-            seed: Seed of "random".
+                For "reconstruction" batches as for `compensate`, or their `DenseMoments`.
+            seed: Seed of "random", and of the positions at which "reconstruction" takes moments.
         """
         checked = self.widths(widths)
         ranking = importance if isinstance(importance, Ranking) else self.rank(importance, data, seed)

@@ -133,7 +133,7 @@ class Pruning(Part):
     frozen: tuple[str, ...] = Field(
         (), description="Patterns (as in a shell) of layers that stay as they are."
     )
-    importance: Literal["l1", "l2", "bn", "taylor", "fpgm", "random"] = Field(
+    importance: Literal["l1", "l2", "bn", "taylor", "fpgm", "random", "reconstruction"] = Field(
         "l1", description="How the channels of a group are ranked."
     )
     compensate: Literal["auto", "off", "moments", "layers"] = Field(

@@ -277,6 +277,25 @@ def test_the_layer_that_ends_a_branch_is_fitted_to_the_sum() -> None:
     assert found.error < 0.5 * found.error_cut
 
 
+class Turned(nn.Module):
+    """Channels become the last axis: with a single channel left that needs no copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first, self.second = nn.Conv1d(3, 4, 1), nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(self.conv(x).transpose(1, 2).contiguous()))
+
+
+def test_a_copy_that_the_slim_network_does_not_make() -> None:
+    torch.manual_seed(0)
+    space = PruningSpace(Turned().eval(), torch.zeros(1, 3, 7))
+    found = compensate(space, space.plan([1, 6]), [images(64, 3, 7)])
+    assert set(found.refitted) == {"first"}
+    assert found.error < found.error_cut
+
+
 def test_what_is_refused() -> None:
     space = PruningSpace(filled(UNet()), torch.zeros(1, 3, 16, 16))
     plan = space.uniform(0.5)

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.pruning.groups import Group
+from compressor.pruning.moments import DenseMoments
+from compressor.pruning.reconstruction import STRENGTH, Reader
 from compressor.pruning.space import PruningSpace
+from tests.pruning.networks import Attentive, UNet, Zoo, filled
 
 
 class Three(nn.Module):
@@ -110,9 +113,84 @@ def test_bad_importance(space: PruningSpace) -> None:
         space.rank("taylor", [])
     with pytest.raises(CompressorError, match="pairs of inputs"):
         space.rank("taylor", [torch.randn(2)])
+    with pytest.raises(CompressorError, match="needs data"):
+        space.rank("reconstruction")
     with pytest.raises(CompressorError, match=r"gave shape \(2,\).*3 units"):
         space.rank(lambda group, weights: [1, 2])
     with torch.no_grad():
         space.model.conv.weight[0] = float("nan")
     with pytest.raises(CompressorError, match="not finite"):
         space.rank("l1")
+
+
+class Doubled(nn.Module):
+    """Channels 0 to 2 are the input's, channel 3 is channel 0 again; one output reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 1, 1)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]])[..., None, None])
+            self.b.weight.copy_(torch.tensor([1.0, 2.0, 0.5, 0.1])[None, :, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def test_reconstruction_by_hand() -> None:
+    space = PruningSpace(Doubled().eval(), torch.zeros(1, 3, 8, 8))
+    data = [torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))]
+    ranking = space.rank("reconstruction", data)
+    # Channel 0 replaces channel 3 at no cost; then squared weights are 1.21, 4 and 0.25, and all variances 1.
+    assert ranking.scores[0].tolist() == [2, 3, 1, 0]
+    assert not ranking.by_l1
+    shared = space.rank("reconstruction", DenseMoments(space, data))
+    assert shared.scores[0].tolist() == [2, 3, 1, 0]
+
+
+def test_losses_of_a_reader_are_those_of_least_squares() -> None:
+    random = torch.Generator().manual_seed(0)
+    root, weight = (torch.randn(*shape, generator=random, dtype=torch.float64) for shape in ((10, 30), (10, 3)))
+    moments = root @ root.T / 30
+    matrix = moments + STRENGTH * moments.diagonal().mean() * torch.eye(10, dtype=torch.float64)
+    inputs = torch.arange(8).reshape(4, 2)  # of four units; the last two inputs are of another group
+
+    def error(gone: list[int]) -> float:
+        """Least squared error of outputs without some inputs."""
+        kept = [each for each in range(10) if each not in gone]
+        refitted = torch.zeros_like(weight)
+        refitted[kept] = torch.linalg.solve(matrix[kept][:, kept], matrix[kept] @ weight)
+        return float(((weight - refitted) * (matrix @ (weight - refitted))).sum())
+
+    reader = Reader(moments, weight, inputs)
+    torch.testing.assert_close(
+        reader.losses(), torch.tensor([error(pair.tolist()) for pair in inputs], dtype=torch.float64)
+    )
+    reader.remove(1)
+    assert float(reader.losses()[3]) == pytest.approx(error([2, 3, 6, 7]) - error([2, 3]))
+    reader.remove(3)
+    assert float(reader.losses()[0]) == pytest.approx(error([0, 1, 2, 3, 6, 7]) - error([2, 3, 6, 7]))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(Zoo(), (3, 32, 32)), (UNet(), (3, 16, 16)), (Attentive(), (10, 24))],
+    ids=["zoo", "unet", "attention"],
+)
+def test_reconstruction_ranks_every_group_or_names_it(model: nn.Module, shape: tuple[int, ...]) -> None:
+    space = PruningSpace(filled(model), torch.zeros(1, *shape))
+    ranking = space.rank("reconstruction", [torch.randn(24, *shape)])
+    by_l1 = [group.index for group in space.groups if group.name in ranking.by_l1]
+    assert len(by_l1) <= len(space.groups) // 2
+    l1 = space.rank("l1")
+    for group, scores in enumerate(ranking.scores):
+        assert sorted(scores) == list(range(len(scores))) if group not in by_l1 else (scores == l1.scores[group]).all()
+
+
+def test_reconstruction_through_a_flattened_input() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 5)).eval()
+    space = PruningSpace(model, torch.zeros(1, 3, 8, 8))
+    with torch.no_grad():
+        model[3].weight[:, 72:108] *= 0.01  # channel 2
+    assert space.rank("reconstruction", [torch.randn(64, 3, 8, 8)]).scores[0][2] == 0
