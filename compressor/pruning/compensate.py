@@ -18,6 +18,7 @@ from compressor.models.computed import evaluated
 from compressor.pruning.calibration import Images, Space, dense_copy, recorded
 from compressor.pruning.least_squares import LARGEST, Fit, Regression, Samples
 from compressor.pruning.moments import DenseMoments
+from compressor.pruning.moves import moved_back
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.refit import TOO_LARGE, Refit, along
 from compressor.pruning.replay import State, counterpart
@@ -181,7 +182,8 @@ class _Walk:
         offset = along(layer.shift, goal, site.axis)
         if site.shortcut is None:
             return goal, offset
-        return goal, offset + slim.values[self._slim_value(site.end, site.shortcut)]
+        shortcut = slim.values[self._slim_value(site.end, site.shortcut)]
+        return goal, offset + moved_back(self.slim, site.path, shortcut, self.slim.calls[site.number].shapes[0])
 
     def _slim_value(self, number: int, value: int) -> int:
         """Return the number in the slim network of a value that a call of the dense one reads."""
@@ -191,6 +193,7 @@ class _Walk:
         """Keep the dense network's outputs that the slim one's are fitted to."""
         for site in self.ends.get(number, ()):
             value = state.values[self.dense.calls[number].outs[0]]
+            value = moved_back(self.dense, site.path, value, self.dense.calls[site.number].shapes[0])
             kept = self.layers[site.number].kept_out
             self.goals[index, number] = (
                 value.clone() if kept is None else value.index_select(site.axis, kept.to(value.device))

@@ -53,6 +53,9 @@ class Refit:
             scale, shift = site.norm.affine(slim)
         if site.bias is not None:
             shift = shift + slim[site.bias].double() * scale
+        if site.gain is not None:
+            gain = slim[site.gain].detach().double().flatten()
+            scale, shift = scale * gain, shift * gain
         self.scale, self.shift = scale.reshape(groups, 1, outs), shift
 
     @property

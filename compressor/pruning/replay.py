@@ -37,6 +37,7 @@ class Call:
     kwargs: Mapping[str, Any]
     reads: tuple[int, ...]
     outs: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
     #: Values that no later call reads.
     last: list[int] = field(default_factory=list)
 
@@ -133,7 +134,7 @@ class Recording:
         """Begin a replay on other inputs of the same shapes."""
         values: dict[int, Tensor] = {}
         for stored, given in zip(self._args, inputs, strict=True):
-            for place, tensor in zip(_values_in(stored), tensors_in([given]), strict=True):
+            for place, tensor in zip(values_in(stored), tensors_in([given]), strict=True):
                 values[place.index] = tensor
         return State(values)
 
@@ -142,7 +143,7 @@ class Recording:
         values = state.values
         while state.at < until:
             call = self.calls[state.at]
-            out = call.func(*_filled(call.args, values), **_filled(call.kwargs, values))
+            out = call.func(*filled(call.args, values), **filled(call.kwargs, values))
             for index, tensor in zip(call.outs, tensors_in([out]), strict=True):
                 values[index] = tensor
             if watch is not None:
@@ -155,7 +156,7 @@ class Recording:
         """Run the next call alone, without changing the state, and return its result."""
         assert state.at == number
         call = self.calls[number]
-        found: Tensor = call.func(*_filled(call.args, state.values), **_filled(call.kwargs, state.values))
+        found: Tensor = call.func(*filled(call.args, state.values), **filled(call.kwargs, state.values))
         return found
 
     def finish(self, state: State, watch: Callable[[int, State], None] | None = None) -> list[Tensor]:
@@ -206,9 +207,10 @@ class _Recorder(TorchFunctionMode):
         out = func(*args, **kwargs)
         results = list(tensors_in([out]))
         if results or name == "setitem":
-            reads = tuple(dict.fromkeys(each.index for each in _values_in([stored_args, stored_kwargs])))
+            reads = tuple(dict.fromkeys(each.index for each in values_in([stored_args, stored_kwargs])))
             outs = tuple(self._new(tensor).index for tensor in results)
-            self.recording.calls.append(Call(name, func, stored_args, stored_kwargs, reads, outs))
+            shapes = tuple(tuple(tensor.shape) for tensor in results)
+            self.recording.calls.append(Call(name, func, stored_args, stored_kwargs, reads, outs, shapes))
         return out
 
 
@@ -223,7 +225,7 @@ def counterpart(call: Call, other: Call, value: int) -> int:
 
     Numbers of values differ: `contiguous` makes a copy of one network's tensor, and returns the other's as it is.
     """
-    pairs = zip(*(_values_in([each.args, dict(each.kwargs)]) for each in (call, other)), strict=True)
+    pairs = zip(*(values_in([each.args, dict(each.kwargs)]) for each in (call, other)), strict=True)
     found: int = next(theirs.index for ours, theirs in pairs if ours.index == value)
     return found
 
@@ -240,20 +242,22 @@ def _mapped(value: Any, tensor: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-def _values_in(value: Any) -> list[Value]:
+def values_in(value: Any) -> list[Value]:
+    """Return the recorded values in the arguments of a call."""
     if isinstance(value, Value):
         return [value]
     if isinstance(value, (list, tuple)):
-        return [each for item in value for each in _values_in(item)]
-    return [each for item in value.values() for each in _values_in(item)] if isinstance(value, dict) else []
+        return [each for item in value for each in values_in(item)]
+    return [each for item in value.values() for each in values_in(item)] if isinstance(value, dict) else []
 
 
-def _filled(value: Any, values: Mapping[int, Tensor]) -> Any:
+def filled(value: Any, values: Mapping[int, Tensor]) -> Any:
+    """Put tensors in the place of recorded values."""
     if isinstance(value, Value):
         return values[value.index]
     if isinstance(value, (list, tuple)):
-        items = [_filled(item, values) for item in value]
+        items = [filled(item, values) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if type(value) is dict:
-        return {key: _filled(item, values) for key, item in value.items()}
+        return {key: filled(item, values) for key, item in value.items()}
     return value

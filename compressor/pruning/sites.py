@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor.pruning.moves import Moves
 from compressor.pruning.replay import Call, Recording, Value
 
 CONVOLUTIONS = {f"conv{rank}d": rank for rank in (1, 2, 3)}
+DROPOUT = ("dropout", "dropout2d", "dropout3d")
 TRANSPOSED = {f"conv_transpose{rank}d": rank for rank in (1, 2, 3)}
 
 
@@ -163,6 +165,8 @@ class Site:
         constant: Name of the tensor that holds the fitted constant: the bias, or the mean of the batch norm.
         end: Number of the call whose result is fitted: the layer, its batch norm or the addition.
         shortcut: The other operand of the addition that ends its residual branch.
+        path: Numbers of the calls before this addition that move the elements of the output, see `moves`.
+        gain: Name of the parameter that scales the channels there (layer scale).
         limits: Values at which the activation after it cuts.
     """
 
@@ -175,6 +179,8 @@ class Site:
     constant: str | None
     end: int
     shortcut: int | None
+    path: tuple[int, ...]
+    gain: str | None
     limits: tuple[float, float] | None
 
     @property
@@ -199,12 +205,12 @@ def shortcuts_first(recording: Recording) -> list[int]:
     additions: list[Call] = []
     for layer in [call for call in recording.calls if _is_layer(call)]:
         number = recording.calls.index(layer)
-        _, end, shortcut, _ = _after(recording, number)
-        if shortcut is None or recording.calls[end] in additions:
+        after = _after(recording, number)
+        if after.shortcut is None or recording.calls[after.end] in additions:
             continue
-        additions.append(recording.calls[end])
-        if recording.maker.get(shortcut, -1) > number:
-            moved = recording.hoisted(shortcut, number)
+        additions.append(recording.calls[after.end])
+        if recording.maker.get(after.shortcut, -1) > number:
+            moved = recording.hoisted(after.shortcut, number)
             if moved is not None:
                 recording.order(moved)
                 order = [order[each] for each in moved]
@@ -226,14 +232,15 @@ def find_sites(recording: Recording) -> tuple[list[Site], dict[str, str]]:
         if names and names[0] is not None and any(name is None or uses[name] > 1 for name in names):
             left[layer_of(names[0])] = "several calls share its parameters"
         elif names and names[0] is not None and isinstance(source, Value) and not isinstance(bias, Value):
-            norm, end, shortcut, limits = _after(recording, number)
-            if shortcut is not None and recording.maker.get(shortcut, -1) > number:
-                norm, end, shortcut, limits = _after(recording, number, additions=False)
+            after = _after(recording, number)
+            if after.shortcut is not None and recording.maker.get(after.shortcut, -1) > number:
+                after = _after(recording, number, additions=False)
             own = names[1] if len(names) > 1 else None
+            norm = after.norm
             held = norm.mean if norm is not None and uses[norm.mean] == 1 else None
-            geometry = Geometry.of(call, weight)
+            found = (names[0], own, source.index, Geometry.of(call, weight), norm, own or held)
             sites.append(
-                Site(number, names[0], own, source.index, geometry, norm, own or held, end, shortcut, limits)
+                Site(number, *found, after.end, after.shortcut, after.path, after.gain, after.limits)
             )
     return sites, left
 
@@ -247,28 +254,44 @@ def _parameters(recording: Recording, call: Call) -> list[str]:
     return [recording.names[id(each)] for each in given if isinstance(each, Tensor) and id(each) in recording.names]
 
 
-def _after(
-    recording: Recording, number: int, additions: bool = True
-) -> tuple[Norm | None, int, int | None, tuple[float, float] | None]:
-    """Follow a layer's output: its batch norm, the last call that is part of the fit, shortcut, activation's limits."""
+@dataclass(frozen=True)
+class _After:
+    """What follows a layer; the names are those of `Site`."""
+
     norm: Norm | None = None
+    end: int = 0
     shortcut: int | None = None
-    value, end = recording.calls[number].outs[0], number
-    while (following := recording.only_reader(value, end)) is not None:
+    path: tuple[int, ...] = ()
+    gain: str | None = None
+    limits: tuple[float, float] | None = None
+
+
+def _after(recording: Recording, number: int, additions: bool = True) -> _After:
+    """Follow a layer's output: its batch norm, what moves it, the addition, and the activation's limits.
+
+    What moves and scales the output belongs to the fit only if an addition follows.
+    """
+    found, moved = _After(end=number), Moves(recording, number)
+    value, at = recording.calls[number].outs[0], number
+    while (following := recording.only_reader(value, at)) is not None:
         call = recording.calls[following]
-        if call.name == "batch_norm" and norm is None and shortcut is None:
+        if call.name == "batch_norm" and found.norm is None and found.shortcut is None and not moved.path:
             norm = _norm(recording, call)
             if norm is None:
                 break
-        elif call.name == "add" and additions and shortcut is None and len(call.args) == 2 and not call.kwargs:
+            found = replace(found, norm=norm, end=following)
+        elif call.name == "add" and additions and found.shortcut is None and len(call.args) == 2 and not call.kwargs:
             others = [each.index for each in call.args if isinstance(each, Value) and each.index != value]
-            if len(others) != 1:
+            if len(others) != 1 or not moved.whole or moved.shape != call.shapes[0]:
                 break
-            shortcut = others[0]
-        elif call.name not in ("dropout", "dropout2d", "dropout3d"):
-            return norm, end, shortcut, _limits(call)
-        value, end = call.outs[0], following
-    return norm, end, shortcut, None
+            found = replace(found, end=following, shortcut=others[0], path=tuple(moved.path), gain=moved.gain)
+        elif call.name in DROPOUT:
+            if not moved.path:
+                found = replace(found, end=following)
+        elif found.shortcut is not None or not moved.follow(following, value):
+            return found if moved.path and found.shortcut is None else replace(found, limits=_limits(call))
+        value, at = call.outs[0], following
+    return found
 
 
 def _limits(call: Call) -> tuple[float, float] | None:

@@ -9,14 +9,16 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformerBlock
 
 from compressor.core.errors import CompressorError
 from compressor.pruning import calibration
 from compressor.pruning.compensate import DenseMoments, compensate
 from compressor.pruning.least_squares import Gram, Regression, Ridge, Samples
+from compressor.pruning.moves import moved_back
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.replay import Recording
-from compressor.pruning.sites import Geometry
+from compressor.pruning.sites import Geometry, find_sites, shortcuts_first
 from compressor.pruning.space import PruningSpace
 from compressor.pruning.verdict import closer, difference
 from tests.pruning.networks import Attentive, UNet, Zoo, filled
@@ -258,8 +260,6 @@ class InPlace(nn.Module):
 
 
 def test_the_layer_that_ends_a_branch_is_fitted_to_the_sum() -> None:
-    from compressor.pruning.sites import find_sites, shortcuts_first
-
     model = filled(InPlace())
     recording = Recording(model, (images(4, 3, 8, 8),))
     shortcuts_first(recording)
@@ -274,6 +274,60 @@ def test_the_layer_that_ends_a_branch_is_fitted_to_the_sum() -> None:
     space = PruningSpace(model, torch.zeros(1, 3, 8, 8))
     found = compensate(space, space.uniform(0.5), [images(64, 3, 8, 8)])
     assert set(found.refitted) == {"first", "down", "second", "head"}
+    assert found.error < 0.5 * found.error_cut
+
+
+class Scaled(nn.Module):
+    """A ConvNeXt block as timm writes it: the layer scale is reshaped, and multiplied after the permutation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.first, self.second = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.gamma = nn.Parameter(torch.linspace(0.2, 1.6, 8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.second(self.first(self.depthwise(x).permute(0, 2, 3, 1)).relu())
+        x = x + y.permute(0, 3, 1, 2).mul(self.gamma.reshape(1, -1, 1, 1))
+        return self.head(x.relu().mean((2, 3)))
+
+
+BRANCHES: dict[str, tuple[nn.Module, tuple[int, ...], str, str | None]] = {
+    "timm": (Scaled(), (3, 6, 6), "second", "gamma"),
+    "convnext": (torchvision.models.convnext.CNBlock(8, 0.5, 0.0), (8, 6, 6), "block.5", "layer_scale"),
+    "swin": (SwinTransformerBlock(8, 2, [4, 4], [2, 2]), (8, 12, 8), "attn.proj", None),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_branch_is_followed_to_its_sum(name: str) -> None:
+    model, shape, layer, gain = BRANCHES[name]
+    x = images(3, *shape)
+    recording = Recording(filled(model.eval()), (x,))
+    assert shortcuts_first(recording) == list(range(len(recording.calls)))
+    site = next(site for site in find_sites(recording)[0] if site.layer == layer)
+    assert site.shortcut is not None
+    assert site.gain == gain
+    assert site.limits == ((0.0, float("inf")) if name == "timm" else None)
+    with torch.no_grad():
+        state = recording.start((x,))
+        recording.advance(state, site.number)
+        output, shortcut = recording.result(state, site.number), state.values[site.shortcut]
+        sums: list[Tensor] = []
+        end = recording.calls[site.end].outs[0]
+        recording.advance(state, site.end + 1, lambda number, now: sums.append(now.values.get(end, output)))
+        scale = 1.0 if gain is None else dict(model.named_parameters())[gain].flatten()
+        back = [moved_back(recording, site.path, each, output.shape) for each in (sums[-1], shortcut)]
+    torch.testing.assert_close(back[0] - back[1], output * scale, rtol=1e-4, atol=1e-5)
+
+
+def test_a_branch_with_a_layer_scale_is_fitted_to_the_sum() -> None:
+    model = filled(Scaled())
+    space = PruningSpace(model, torch.zeros(1, 3, 8, 8))
+    found = compensate(space, space.uniform(0.6), [images(128, 3, 8, 8)])
+    assert {"first", "second", "head"} <= set(found.refitted)
     assert found.error < 0.5 * found.error_cut
 
 
