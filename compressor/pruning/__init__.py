@@ -16,7 +16,7 @@ and used for many plans:
     importance  scores of the units (`reconstruction`: by what compensation cannot replace)
     slicer      kept indices of each tensor; `skeleton` copies the modules, `attention` replaces those of fixed width
     compensate  refits the layers of a slim network (`moments`: for many plans; `least_squares`, `refit`: a layer;
-                `replay`, `sites`, `moves`: what a pass computes; `calibration`, `verdict`: images, and what is returned)
+                `replay`, `sites`, `moves`: what a pass computes; `calibration`, `verdict`: images, what is returned)
     artefact    saves and loads a slim network; `blueprint` sends a space to another process
     checks      verifies a slim network by fvcore and torch-pruning (`torch_pruning_cut`)
 """
