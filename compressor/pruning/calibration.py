@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressor.core.errors import CompressorError
 from compressor.models.computed import evaluated
 from compressor.pruning.counts import Layer
+from compressor.pruning.least_squares import COARSE, STRENGTHS
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.replay import Recording, outputs
 from compressor.pruning.sites import Geometry, Site
@@ -25,10 +26,30 @@ CHOOSE, JUDGE = 0.25, 0.125
 """Shares of the images that choose between fits, and that judge the network that comes out. Fits have the others."""
 MEMORY = 4 * 2**30
 """Bytes of activations that are held at most; of more images only the first of a random order are used."""
-SAMPLES, SAMPLES_OF_GROUPS, SAMPLES_PER_INPUT = 20_000, 4_000, 20
-"""Output positions that a layer is fitted to, at least; of one with groups; and for each of its inputs."""
 SAMPLE_BYTES = 256 * 2**20
 """Bytes of the inputs of these positions, at most."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How thoroughly a layer is fitted.
+
+    Args:
+        samples, samples_of_groups, samples_per_input: Output positions that a layer is fitted to, at least; of one with
+            groups; and for each of its inputs.
+        strengths: Ridge strengths that are tried.
+        steps: Steps in which the activation after the layer is taken into account.
+    """
+
+    samples: int
+    samples_of_groups: int
+    samples_per_input: int
+    strengths: tuple[float, ...]
+    steps: int
+
+
+THOROUGH = Effort(20_000, 4_000, 20, STRENGTHS, 6)
+QUICK = Effort(6_000, 1_500, 8, COARSE, 2)
 
 
 class Space(Protocol):
@@ -70,9 +91,17 @@ class Images:
     choose: range
     judge: range
     seed: int
+    effort: Effort = THOROUGH
 
     @classmethod
-    def of(cls, space: Space, batches: Iterable[Any], seed: int, plan: ChannelPlan | None = None) -> Images:
+    def of(
+        cls,
+        space: Space,
+        batches: Iterable[Any],
+        seed: int,
+        plan: ChannelPlan | None = None,
+        effort: Effort = THOROUGH,
+    ) -> Images:
         """Collect inputs, within the memory that activations may take."""
         rows = [
             ((batch,) if isinstance(batch, Tensor) else tuple(batch))[: len(space.example_input)] for batch in batches
@@ -100,7 +129,7 @@ class Images:
         count = len(chunks)
         judge = count - max(1, round(count * JUDGE))
         choose = judge - max(1, round(count * CHOOSE))
-        return cls(chunks, range(choose), range(choose, judge), range(judge, count), seed)
+        return cls(chunks, range(choose), range(choose, judge), range(judge, count), seed, effort)
 
     def __len__(self) -> int:
         return sum(len(chunk[0]) for chunk in self.chunks)
@@ -125,7 +154,9 @@ class Images:
             width: Inputs of one output.
         """
         groups = 1 if geometry is None else geometry.groups
-        wanted = max(SAMPLES if groups == 1 else SAMPLES_OF_GROUPS, SAMPLES_PER_INPUT * width)
+        effort = self.effort
+        least = effort.samples if groups == 1 else effort.samples_of_groups
+        wanted = max(least, effort.samples_per_input * width)
         wanted = min(wanted, SAMPLE_BYTES // (4 * groups * width))
         positions = len(y) if geometry is None else geometry.positions(y)
         alike = len(x) if geometry is not None and geometry.rank else 1

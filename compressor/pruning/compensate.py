@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.models.computed import evaluated
-from compressor.pruning.calibration import Images, Space, dense_copy, recorded
+from compressor.pruning.calibration import QUICK, THOROUGH, Images, Space, dense_copy, recorded
 from compressor.pruning.least_squares import LARGEST, Fit, Regression, Samples
 from compressor.pruning.moments import DenseMoments
 from compressor.pruning.moves import moved_back
@@ -26,7 +26,7 @@ from compressor.pruning.sites import Site, find_sites, shortcuts_first
 from compressor.pruning.skeleton import named_tensors
 from compressor.pruning.verdict import Compensation, Exact, judged
 
-METHODS = ("layers", "moments")
+METHODS = ("layers", "quick", "moments")
 
 
 def compensate(
@@ -46,8 +46,9 @@ def compensate(
         plan: A plan of the space.
         batches: Inputs: tensors, or tuples that begin with the network's inputs (labels are ignored). For "moments"
             also `DenseMoments`, which several plans can share.
-        method: "layers" fits each layer to what the slim network feeds it, in order of execution. "moments" solves
-            from second moments of the dense network's inputs, without running the slim network.
+        method: "layers" fits each layer to what the slim network feeds it, in order of execution. "quick" does so with
+            fewer positions, strengths and steps. "moments" solves from second moments of the dense network's inputs,
+            without running the slim network.
         seed: Seed of the roles of the images and of the sampled positions.
 
     Raises:
@@ -61,7 +62,8 @@ def compensate(
             return moments.judged(plan)
         if isinstance(batches, DenseMoments):
             raise CompressorError("Moments do not hold the images.", "Pass batches, or method='moments'.")
-        return _Walk(space, plan, Images.of(space, batches, seed, plan)).run()
+        effort = QUICK if method == "quick" else THOROUGH
+        return _Walk(space, plan, Images.of(space, batches, seed, plan, effort)).run()
 
 
 class _Walk:
@@ -132,7 +134,9 @@ class _Walk:
             samples.offset.append(
                 offset.reshape(geometry.groups, 1, -1) if site.shortcut is None else geometry.rows(offset, places)
             )
-        found = Regression(seen, left_out, site.limits, site.constant is not None).fit(layer.old)
+        effort = self.images.effort
+        regression = Regression(seen, left_out, site.limits, site.constant is not None)
+        found = regression.fit(layer.old, effort.strengths, effort.steps)
         if found is not None:
             layer.write(found.weight, found.constant)
         return found
@@ -151,7 +155,9 @@ class _Walk:
             samples.goal.append(rows[1][None] if places is None else rows[1][places][None])
             samples.offset.append(rows[1].new_zeros(1, 1, 1))
         mixing = layer.mixing
-        mixed = None if mixing is None else Regression(seen, left_out, None, site.constant is not None).fit(mixing)
+        if mixing is None:
+            return None
+        mixed = Regression(seen, left_out, None, site.constant is not None).fit(mixing, self.images.effort.strengths)
         if mixed is None:
             return None
         before, stored = self._output_error(site, layer, ends), layer.stored()

@@ -20,10 +20,7 @@ LARGEST = 2400
 """Inputs of one output up to which second moments are formed (46 MB)."""
 
 COARSE = (1e-6, 1e-3, 1e-2, 0.1, 1.0, math.inf)
-"""Strengths for fits from moments, of which a search makes many."""
-
-STEPS = 6
-"""Steps in which the regression takes the activation after the layer into account."""
+"""Strengths for fits of which a search makes many."""
 
 @dataclass(frozen=True)
 class Fit:
@@ -146,11 +143,13 @@ class Regression:
         self.gram, self.left_out_gram = Gram.of(self.seen[0]), Gram.of(self.left_out[0])
         self.products = _products([self.seen], [self.seen[1]])
 
-    def fit(self, old: Tensor) -> Fit | None:
+    def fit(self, old: Tensor, strengths: Sequence[float] = STRENGTHS, most_steps: int = 6) -> Fit | None:
         """Choose the strength by the error on the samples left out, then fit to all samples with it.
 
         Args:
             old: Scaled weights before, (g, p, o), float64.
+            strengths: Strengths that are tried.
+            most_steps: Steps in which the activation after the layer is taken into account, where that helps.
 
         Returns:
             Scaled weight and constant; None if no strength has a lower error than the old weights.
@@ -160,7 +159,7 @@ class Regression:
         ridge = Ridge(self.gram, self.constant, self._basis())
         xy, y = self.products
         gap = ridge.gap(xy, y, old)
-        for strength in STRENGTHS:
+        for strength in strengths:
             error = self._error(*ridge.solve(gap, y, old)) if ridge.set(strength) else math.inf
             if error < best[0]:
                 best = (error, strength)
@@ -168,11 +167,11 @@ class Regression:
         if strength < 0:
             return None
         steps = 0
-        if self.limits is not None and strength != math.inf:
+        if self.limits is not None and strength != math.inf and most_steps:
             ridge.set(strength)
-            stepped = self._error(*self._stepped(ridge, [self.seen], self.products, old, STEPS))
+            stepped = self._error(*self._stepped(ridge, [self.seen], self.products, old, most_steps))
             if stepped < error:
-                error, steps = stepped, STEPS
+                error, steps = stepped, most_steps
         everything = Ridge(self.gram + self.left_out_gram, self.constant)
         if not everything.set(strength):
             return None

@@ -245,7 +245,7 @@ class PruningSpace:
         return small
 
     def compensate(
-        self, plan: ChannelPlan, batches: Any, method: Literal["layers", "moments"] = "layers", seed: int = 0
+        self, plan: ChannelPlan, batches: Any, method: Literal["layers", "quick", "moments"] = "layers", seed: int = 0
     ) -> nn.Module:
         """As `apply`, and refit the layers whose inputs changed to the dense network's outputs on `batches`.
 

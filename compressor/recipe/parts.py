@@ -138,12 +138,13 @@ class Pruning(Part):
     )
     compensate: Literal["auto", "off", "moments", "layers"] = Field(
         "auto",
-        description="How the layers of a slim network are refitted to the dense one's outputs before any training: "
-        "moments from second moments of the dense network, cheap; layers layer by layer, closer; auto scores "
-        "candidates from moments and delivers layer by layer, where the network allows it.",
+        description="How a slim network's layers are refitted to the dense one's outputs before any training: layer by "
+        "layer, or from second moments of the dense network, cheaper and less exact; auto delivers layer by layer, and "
+        "scores candidates so from fewer images, where the network allows it.",
     )
     compensation_images: Annotated[int, Field(ge=8)] = Field(
-        256, description="Training images that this takes; their labels are not used."
+        512,
+        description="Training images that this takes, and candidates a quarter of them; their labels are not used.",
     )
 
 

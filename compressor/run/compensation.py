@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Methods:
-    """How networks are compensated: each is "off", "moments" or "layers".
+    """How networks are compensated: each is "off" or a method of `compensate`.
 
     Attributes:
         scored: Candidates of the search.
@@ -56,7 +56,7 @@ def methods(recipe: Recipe, space: PruningSpace, example: Tensor) -> Methods:
         if wanted == "auto":
             return Methods(note=f"Networks are not compensated. {error.message}")
         raise CompressorError(error.message, "Omit pruning.compensate, or set it to off.") from error
-    return Methods("moments", "layers") if wanted == "auto" else Methods(wanted, wanted)
+    return Methods("quick", "layers") if wanted == "auto" else Methods(wanted, wanted)
 
 
 def compensation_of(job: Job, plan: ChannelPlan) -> Compensation | None:

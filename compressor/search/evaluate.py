@@ -206,7 +206,7 @@ class Evaluator:
             accuracies are bit-identical if a worker has as many threads as this process would.
         brief: Trains a candidate's network in place for a number of steps; None trains none.
         brief_steps: Number of these steps for every candidate without another number; only in this process.
-        compensate: How candidates are compensated before they are scored: "off", "moments" or "layers".
+        compensate: How candidates are compensated before they are scored: "off", or a method of `compensate`.
         fit_images: Number of training images that compensation fits to.
         measure: "accuracy", or "closeness" to the dense network's outputs, for which labels are not used.
 
@@ -231,7 +231,7 @@ class Evaluator:
         brief: Callable[[nn.Module, int], None] | None = None,
         brief_steps: int = 0,
         compensate: str = "off",
-        fit_images: int = 256,
+        fit_images: int = 512,
         measure: str = "accuracy",
     ) -> None:
         if site is not None and brief_steps:

@@ -41,13 +41,13 @@ def test_without_training_the_compensated_network_is_delivered(weights: Path, tm
     assert result.exit_code == 0
     manifest = manifest_of(tmp_path / "run")
     found, scores = manifest["compensation"], manifest["accuracy"]
-    assert (found["method"], found["images"]) == ("layers", 256)
+    assert (found["method"], found["images"]) == ("layers", 512)
     assert found["error"] < found["error_cut"]
     assert set(found["refitted"]) | set(found["left"]) <= {layer["name"] for layer in manifest["layers"]}
     assert manifest["training"] == []
     assert scores["pruned"] + 0.02 < scores["compensated"] == scores["finetuned"] == scores["exported"]
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
-    assert "refitted to the dense network&#39;s outputs layer by layer, on 256 images" in page
+    assert "refitted to the dense network&#39;s outputs layer by layer, on 512 images" in page
     assert "Accuracy, compensated" in page
     delivered = accuracy(result.load(), load_data("digits", seed=0).test)
     assert delivered == pytest.approx(scores["compensated"])

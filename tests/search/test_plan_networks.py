@@ -32,11 +32,11 @@ def test_the_images_are_spread_over_the_classes(digits: DataBundle) -> None:
     assert not torch.equal(batches[0], fit_images(digits.train, 100, 1, "cpu")[0])
 
 
-@pytest.mark.parametrize("method", ["moments", "layers"])
+@pytest.mark.parametrize("method", ["moments", "quick", "layers"])
 def test_networks_are_those_of_compensate(space: PruningSpace, digits: DataBundle, method: str) -> None:
     plan = space.uniform(0.5)
     networks = Networks(space, digits.train, method, images=64, seed=3)
-    batches = fit_images(digits.train, 64, 3, "cpu")
+    batches = fit_images(digits.train, 16 if method == "quick" else 64, 3, "cpu")
     expected = compensate(space, plan, batches, method, seed=3).network.state_dict()
     for _ in range(2):  # the second from the moments of the first
         found = networks.build(plan).state_dict()
