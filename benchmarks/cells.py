@@ -21,16 +21,14 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from compressor.core.files import sha256_file
-from compressor.recipe import Pruning, Recipe
+from compressor.recipe import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from compressor.latency.table import LatencyTable
     from compressor.run.job import Job
 
-CAN_COMPENSATE = "compensate" in Pruning.model_fields
-"""Whether this version refits the layers that lost inputs."""
 
 
 class Lines:
@@ -95,7 +93,7 @@ def common_options(
     parser.add_argument("--epochs", type=int, default=epochs, help="of fine-tuning")
     parser.add_argument("--search-images", type=int, default=2000, help="that score a candidate")
     parser.add_argument("--batch-norm-batches", type=int, default=10, help="of 128 images")
-    parser.add_argument("--fit-images", type=int, default=256, help="unlabeled ones, for compensation")
+    parser.add_argument("--fit-images", type=int, default=512, help="unlabeled ones, for compensation")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of cells, as in a shell")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no cell after this time")
     parser.add_argument("--list", action="store_true", help="print the cells to run and their times, and stop")
@@ -165,15 +163,18 @@ def changed(job: Job, **parts: Any) -> Job:
     return dataclasses.replace(job, recipe=job.recipe.changed(parts))
 
 
+def compensating(job: Job, compensate: str, images: int) -> Job:
+    """Return the job with another `pruning.compensate`, on this number of images."""
+    from compressor.run.compensation import methods
+
+    recipe = job.recipe.changed({"pruning": {"compensate": compensate, "compensation_images": images}})
+    example = job.space.example_input[0]
+    return dataclasses.replace(job, recipe=recipe, compensation=methods(recipe, job.space, example))
+
+
 def with_seed(job: Job, seed: int) -> Job:
     """Return the job with another seed of its training; the splits stay as they are."""
     return changed(job, seed=seed)
-
-
-def unlabelled(job: Job, images: int) -> list[Tensor]:
-    """Return batches of training images for compensation."""
-    batches = job.data.train.sample(images, job.recipe.seed).batches(128, device=job.torch_device)
-    return [part for part, _ in batches]
 
 
 def fine_tune(job: Job, network: nn.Module, epochs: int, *, distilled: bool) -> float:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from benchmarks import cells
-from benchmarks.cells import CAN_COMPENSATE, Lines, Speed
+from benchmarks.cells import Lines, Speed
 from benchmarks.compared import compared
 from compressor.core.errors import CompressorError
 from compressor.core.files import sha256_file, write_atomic
@@ -52,7 +52,7 @@ AGENTS = ("knapsack", "joint")
 COMPENSATED = "-compensated"
 OURS = {
     **{agent: f"ours, {agent}" for agent in AGENTS},
-    **({f"{agent}{COMPENSATED}": f"ours, {agent}, compensated" for agent in AGENTS} if CAN_COMPENSATE else {}),
+    **{f"{agent}{COMPENSATED}": f"ours, {agent}, compensated" for agent in AGENTS},
 }
 METHODS = {**PEERS, **OURS}
 TRAININGS = ("plain", "distilled")
@@ -147,8 +147,8 @@ def planned(options: argparse.Namespace, done: dict[str, Any]) -> Iterator[str]:
 
 
 def main_methods() -> list[str]:
-    """Return our methods that are run with every seed: the compensated ones where there are some."""
-    return [method for method in OURS if method.endswith(COMPENSATED) or not CAN_COMPENSATE]
+    """Return our methods that are run with every seed: the compensated ones."""
+    return [method for method in OURS if method.endswith(COMPENSATED)]
 
 
 def best_peer(done: dict[str, Any], row: str, seed: int) -> str | None:
@@ -445,16 +445,14 @@ def our_search(
 ) -> tuple[nn.Module, ChannelPlan, dict[str, Any]]:
     """Search with one of our agents, on the given weights; a search that was stopped continues from its folder."""
     from compressor.core.records import Checkpoint, EpisodeLog
+    from compressor.run.compensation import compensation_of
     from compressor.run.stages import environment
     from compressor.search.base import create_agent
     from compressor.search.records import Limits
     from compressor.search.schedule import Schedule
 
     agent_name, compensated, _ = method.partition(COMPENSATED)
-    fields: dict[str, Any] = {"agent": agent_name}
-    if CAN_COMPENSATE:
-        fields["pruning"] = {"compensate": "auto" if compensated else "off"}
-    job = cells.changed(job, **fields)
+    job = cells.compensating(job, "auto" if compensated else "off", options.fit_images)
     env, evaluator = environment(job, job.budgets())
     agent = create_agent(agent_name, seed=job.recipe.seed, schedule=Schedule())
     folder.mkdir(parents=True, exist_ok=True)
@@ -468,11 +466,8 @@ def our_search(
     evaluator.close()
     shutil.rmtree(folder)
     started = time.perf_counter()
-    if compensated:
-        space: Any = job.space
-        network = space.compensate(result.best, cells.unlabelled(job, options.fit_images), method="layers")
-    else:
-        network = job.space.apply(result.best)
+    found = compensation_of(job, result.best)
+    network = job.space.apply(result.best) if found is None else found.network
     extra = {
         "seconds": result.seconds + time.perf_counter() - started,  # with the time before a stop
         "evaluations": result.evaluations,

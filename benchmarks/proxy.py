@@ -34,7 +34,6 @@ from benchmarks import cells
 from benchmarks.cells import Lines, Speed
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
-from compressor.pruning.space import PruningSpace
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,7 +44,7 @@ BUDGETS = {
     "cifar_resnet20": ("latency:50%", "latency:30%", "params:50%", "params:30%"),
     "cifar_resnet56": ("flops:50%", "params:50%"),
 }
-NETWORKS = ("cut", "moments", "layers") if hasattr(PruningSpace, "compensate") else ("cut",)
+NETWORKS = ("cut", "moments", "quick", "layers")
 """How a candidate is built before it is scored; each is a cell of a plan."""
 
 SCORES = ("accuracy", "cross_entropy", "divergence")
@@ -55,6 +54,7 @@ LABELS = {
     "divergence": "divergence from dense",
     "cut": "cut, batch norm re-estimated",
     "moments": "compensated from moments",
+    "quick": "compensated layer by layer, quickly, from a quarter of the images",
     "layers": "compensated layer by layer",
 }
 RESAMPLES = 2000
@@ -279,34 +279,28 @@ class Scorer:
     """
 
     def __init__(self, options: argparse.Namespace, job: Job) -> None:
+        from compressor.search.networks import Networks
+
         self.job = job
-        self.images = cells.unlabelled(job, options.fit_images)
+        self.networks = {
+            kind: Networks(job.space, job.data.train, kind, images=options.fit_images, device=job.torch_device)
+            for kind in NETWORKS
+            if kind != "cut"
+        }
         self.batches = options.batch_norm_batches
         self.statistics = job.data.train.sample(128 * self.batches, 0).in_memory()
         self.search = list(job.data.search.sample(options.search_images, 0).batches(128, device=job.torch_device))
         self.dense = [self._outputs(job.model, images) for images, _ in self.search]
         self._warm: set[str] = set()
-        self._moments: Any = None
-
-    def _inputs(self, kind: str) -> Any:
-        """Return the images that compensation needs, or the moments of the dense network, which all plans share."""
-        if kind != "moments":
-            return self.images
-        if self._moments is None:
-            from compressor.pruning.compensate import DenseMoments
-
-            self._moments = DenseMoments(self.job.space, self.images)
-        return self._moments
 
     def build(self, widths: Sequence[int], kind: str) -> nn.Module:
         """Return the network of a plan: cut, with batch norm re-estimated, or compensated."""
         from compressor.search.evaluate import reestimate_batch_norm
 
-        space: Any = self.job.space
-        plan = space.plan(list(widths))
+        plan = self.job.space.plan(list(widths))
         if kind != "cut":
-            return space.compensate(plan, self._inputs(kind), method=kind).eval()
-        network = space.apply(plan).eval()
+            return self.networks[kind].build(plan).eval()
+        network = self.job.space.apply(plan).eval()
         reestimate_batch_norm(network, self.statistics, batches=self.batches, device=self.job.torch_device)
         return network
 
