@@ -180,8 +180,7 @@ def _reconstruction(
         )
     moments = data if isinstance(data, DenseMoments) else DenseMoments(space, data, seed=seed)
     scores = []
-    for group in space.groups:
-        found = reconstruction.scores(moments, group)
+    for group, found in zip(space.groups, reconstruction.scores(moments, space.groups), strict=True):
         if found is None:
             by_l1.append(group.name)
             found = _magnitude(space, group, "l1", tensors)

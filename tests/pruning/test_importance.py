@@ -162,13 +162,15 @@ def test_losses_of_a_reader_are_those_of_least_squares() -> None:
         refitted[kept] = torch.linalg.solve(matrix[kept][:, kept], matrix[kept] @ weight)
         return float(((weight - refitted) * (matrix @ (weight - refitted))).sum())
 
-    reader = Reader(moments, weight, inputs)
+    first = inputs.flatten()
+    reader = Reader(torch.linalg.inv(matrix)[first][:, first], weight[first], 4)
     torch.testing.assert_close(
         reader.losses(), torch.tensor([error(pair.tolist()) for pair in inputs], dtype=torch.float64)
     )
     reader.remove(1)
     assert float(reader.losses()[3]) == pytest.approx(error([2, 3, 6, 7]) - error([2, 3]))
     reader.remove(3)
+    reader.keep(torch.tensor([0, 2]))
     assert float(reader.losses()[0]) == pytest.approx(error([0, 1, 2, 3, 6, 7]) - error([2, 3, 6, 7]))
 
 
