@@ -135,7 +135,7 @@ class _Walk:
                 offset.reshape(geometry.groups, 1, -1) if site.shortcut is None else geometry.rows(offset, places)
             )
         effort = self.images.effort
-        regression = Regression(seen, left_out, site.limits, site.constant is not None)
+        regression = Regression(seen.joined(), left_out.joined(), site.limits, site.constant is not None)
         found = regression.fit(layer.old, effort.strengths, effort.steps)
         if found is not None:
             layer.write(found.weight, found.constant)
@@ -157,7 +157,8 @@ class _Walk:
         mixing = layer.mixing
         if mixing is None:
             return None
-        mixed = Regression(seen, left_out, None, site.constant is not None).fit(mixing, self.images.effort.strengths)
+        regression = Regression(seen.joined(), left_out.joined(), None, site.constant is not None)
+        mixed = regression.fit(mixing, self.images.effort.strengths)
         if mixed is None:
             return None
         before, stored = self._output_error(site, layer, ends), layer.stored()

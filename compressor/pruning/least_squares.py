@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -66,25 +66,26 @@ class Ridge:
 
     C are second moments, about the means if there is a constant. `set` a strength before solving.
 
-    Of fewer samples than inputs, an orthonormal basis of the inputs' differences from their mean, (g, p, n), makes
-    the matrix to factorise n by n: the change of the weights lies in the space that they span.
+    Args:
+        gram: Moments of the inputs.
+        constant: Whether a constant is fitted.
+        inputs: Number over which the variance is averaged, if `gram` is of other coordinates than the inputs'.
     """
 
-    def __init__(self, gram: Gram, constant: bool, basis: Tensor | None = None) -> None:
+    def __init__(self, gram: Gram, constant: bool, inputs: int | None = None) -> None:
         self.mean, self.constant, self.strength = gram.mean, constant, math.inf
         self.xx = gram.square
         if constant:
             self.xx = self.xx - gram.mean[:, :, None] * gram.mean[:, None, :]
-        self.variance = self.xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-        self.basis = basis
-        self.inner = self.xx if basis is None else basis.mT @ self.xx @ basis
+        total = self.xx.diagonal(dim1=1, dim2=2).sum(1)
+        self.variance = (total / (inputs or self.xx.shape[1])).clamp(min=1e-30)
 
     def set(self, strength: float) -> bool:
         """Factorise the matrix with a strength; returns whether it is regular."""
         self.strength = strength
         if strength == math.inf:
             return True
-        matrix = self.inner.clone()
+        matrix = self.xx.clone()
         matrix.diagonal(dim1=1, dim2=2).add_((strength * self.variance)[:, None])
         self.factor, info = torch.linalg.cholesky_ex(matrix)
         return not int(info.abs().max())
@@ -98,10 +99,8 @@ class Ridge:
     def solve(self, gap: Tensor, y: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight, (g, p, o), and constant, (g, o), from the right hand side and the mean of y, (g, o)."""
         weight = old
-        if self.strength != math.inf and self.basis is None:
+        if self.strength != math.inf:
             weight = old + torch.cholesky_solve(gap, self.factor)
-        elif self.strength != math.inf and self.basis is not None:
-            weight = old + self.basis @ torch.cholesky_solve(self.basis.mT @ gap, self.factor)
         if not self.constant:
             return weight, torch.zeros_like(y)
         return weight, y - (weight * self.mean[:, :, None]).sum(1)
@@ -135,13 +134,24 @@ class Regression:
     error if the output does so too. The squared error with such one-sided goals is minimised step by step: each step
     is a ridge regression to the goals, in which one-sided goals that are met are replaced by the present output.
     Nothing but the right hand side changes from step to step.
+
+    Args:
+        seen, left_out: Samples that are fitted, and those that choose; all are fitted in the end.
+        limits: Values at which the activation cuts.
+        constant: Whether a constant is fitted.
+        inputs: Number of inputs, if the samples are in other coordinates.
     """
 
-    def __init__(self, seen: Samples, left_out: Samples, limits: tuple[float, float] | None, constant: bool) -> None:
-        self.seen, self.left_out = seen.joined(), left_out.joined()
-        self.limits, self.constant = limits, constant
-        self.gram, self.left_out_gram = Gram.of(self.seen[0]), Gram.of(self.left_out[0])
-        self.products = _products([self.seen], [self.seen[1]])
+    def __init__(
+        self,
+        seen: Part,
+        left_out: Part,
+        limits: tuple[float, float] | None,
+        constant: bool,
+        inputs: int | None = None,
+    ) -> None:
+        self.seen, self.left_out = seen, left_out
+        self.limits, self.constant, self.inputs = limits, constant, inputs
 
     def fit(self, old: Tensor, strengths: Sequence[float] = STRENGTHS, most_steps: int = 6) -> Fit | None:
         """Choose the strength by the error on the samples left out, then fit to all samples with it.
@@ -154,10 +164,33 @@ class Regression:
         Returns:
             Scaled weight and constant; None if no strength has a lower error than the old weights.
         """
+        if 2 * (self.seen[0].shape[1] + self.left_out[0].shape[1]) <= old.shape[1]:
+            return self._in_span(old, strengths, most_steps)
+        return self._fit(old, strengths, most_steps)
+
+    def _in_span(self, old: Tensor, strengths: Sequence[float], most_steps: int) -> Fit | None:
+        """Fit in coordinates of the space that the samples span: the change of the weights lies in it."""
+        x = torch.cat([self.seen[0], self.left_out[0]], 1)
+        basis = torch.linalg.qr(x.double().mT)[0]  # (g, p, n)
+
+        def within(part: Part) -> Part:
+            x, goal, offset = part
+            now = (x.double() @ old).to(x.dtype)
+            return (x.double() @ basis).to(x.dtype), goal - now, offset + now
+
+        inner = Regression(
+            within(self.seen), within(self.left_out), self.limits, self.constant, self.inputs or old.shape[1]
+        )
+        found = inner._fit(old.new_zeros(len(old), basis.shape[2], old.shape[2]), strengths, most_steps)
+        return None if found is None else replace(found, weight=old + basis @ found.weight)
+
+    def _fit(self, old: Tensor, strengths: Sequence[float], most_steps: int) -> Fit | None:
+        gram, left_out_gram = Gram.of(self.seen[0]), Gram.of(self.left_out[0])
+        seen_products = _products([self.seen], [self.seen[1]])
         before = self._error(old, torch.zeros_like(old[:, 0]))
         best = (before, -1.0)
-        ridge = Ridge(self.gram, self.constant, self._basis())
-        xy, y = self.products
+        ridge = Ridge(gram, self.constant, self.inputs)
+        xy, y = seen_products
         gap = ridge.gap(xy, y, old)
         for strength in strengths:
             error = self._error(*ridge.solve(gap, y, old)) if ridge.set(strength) else math.inf
@@ -169,24 +202,15 @@ class Regression:
         steps = 0
         if self.limits is not None and strength != math.inf and most_steps:
             ridge.set(strength)
-            stepped = self._error(*self._stepped(ridge, [self.seen], self.products, old, most_steps))
+            stepped = self._error(*self._stepped(ridge, [self.seen], seen_products, old, most_steps))
             if stepped < error:
                 error, steps = stepped, most_steps
-        everything = Ridge(self.gram + self.left_out_gram, self.constant)
+        everything = Ridge(gram + left_out_gram, self.constant, self.inputs)
         if not everything.set(strength):
             return None
         both = [self.seen, self.left_out]
         products = _products(both, [goal for _, goal, _ in both])
         return Fit(*self._stepped(everything, both, products, old, steps), strength, error, before)
-
-    def _basis(self) -> Tensor | None:
-        """Return a basis for `Ridge` if there are far fewer samples than inputs."""
-        x = self.seen[0]
-        if x.shape[1] > x.shape[2] // 2:
-            return None
-        wide = x.double()
-        basis: Tensor = torch.linalg.qr((wide - wide.mean(1, keepdim=True) if self.constant else wide).mT)[0]
-        return basis
 
     def _stepped(
         self, ridge: Ridge, parts: Sequence[Part], products: tuple[Tensor, Tensor], old: Tensor, steps: int

@@ -140,7 +140,7 @@ class Pruning(Part):
         "auto",
         description="How a slim network's layers are refitted to the dense one's outputs before any training: layer by "
         "layer, or from second moments of the dense network, cheaper and less exact; auto delivers layer by layer, and "
-        "scores candidates so from fewer images, where the network allows it.",
+        "scores candidates of given weights so from fewer images, where the network allows it.",
     )
     compensation_images: Annotated[int, Field(ge=8)] = Field(
         512,

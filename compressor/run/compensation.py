@@ -39,6 +39,10 @@ class Methods:
 def methods(recipe: Recipe, space: PruningSpace, example: Tensor) -> Methods:
     """Return the methods of a recipe's `pruning.compensate`.
 
+    By default candidates are compensated only where the network has trained weights from the beginning: weights that
+    train during the search are a moving goal, with statistics that lag behind, and the data may be so small that
+    fitting takes longer than scoring.
+
     Raises:
         CompressorError: The recipe names a method, and the network cannot be compensated.
     """
@@ -56,7 +60,9 @@ def methods(recipe: Recipe, space: PruningSpace, example: Tensor) -> Methods:
         if wanted == "auto":
             return Methods(note=f"Networks are not compensated. {error.message}")
         raise CompressorError(error.message, "Omit pruning.compensate, or set it to off.") from error
-    return Methods("quick", "layers") if wanted == "auto" else Methods(wanted, wanted)
+    if wanted == "auto":
+        return Methods("quick" if recipe.pretrained or not recipe.epochs else "off", "layers")
+    return Methods(wanted, wanted)
 
 
 def compensation_of(job: Job, plan: ChannelPlan) -> Compensation | None:

@@ -249,6 +249,8 @@ class Evaluator:
         self._train = (data.train if few else data.train.sample(most, seed)).in_memory()
         whole = search_images is None or search_images >= len(data.search)
         self._search = (data.search if whole else data.search.sample(search_images or 0, seed)).in_memory()
+        # A fit is not to take much longer than the images that batch norm and score take without it.
+        fit_images = min(fit_images, (bn_batches * batch_size + len(self._search)) // 4)
         self._networks = Networks(
             space, self._train, compensate if site is None else "off", images=fit_images, seed=seed, device=device
         )

@@ -14,7 +14,7 @@ from torchvision.models.swin_transformer import SwinTransformerBlock
 from compressor.core.errors import CompressorError
 from compressor.pruning import calibration
 from compressor.pruning.compensate import DenseMoments, compensate
-from compressor.pruning.least_squares import Gram, Regression, Ridge, Samples
+from compressor.pruning.least_squares import Gram, Regression, Ridge
 from compressor.pruning.moves import moved_back
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.replay import Recording
@@ -151,20 +151,21 @@ def test_one_image_does_not_decide() -> None:
     assert not closer(exact, old, new)
 
 
+@pytest.mark.parametrize("limits", [None, (0.0, 6.0)])
 @pytest.mark.parametrize("constant", [True, False])
-def test_a_basis_of_few_samples_changes_nothing(constant: bool) -> None:
-    x, goal = images(1, 10, 40), images(1, 10, 3, seed=1)
-    old = images(1, 40, 3, seed=2).double()
-    samples = [Samples([x[:, rows]], [goal[:, rows]], [torch.zeros(1, 1, 1)]) for rows in (slice(0, 8), slice(8, 10))]
-    regression = Regression(samples[0], samples[1], None, constant)
-    xy, y = regression.products
-    found = []
-    for basis in (regression._basis(), None):
-        ridge = Ridge(regression.gram, constant, basis)
-        assert ridge.set(0.1)
-        found.append(ridge.solve(ridge.gap(xy, y, old), y, old))
-    for with_basis, without in zip(*found, strict=True):
-        torch.testing.assert_close(with_basis, without)
+def test_the_span_of_few_samples_changes_nothing(constant: bool, limits: tuple[float, float] | None) -> None:
+    x, old = images(1, 10, 40), images(1, 40, 3, seed=2).double()
+    goal = x @ (old + 0.1 * x.mT[:, :, :3]).float() + 0.01 * images(1, 10, 3, seed=1)
+    offset = torch.full((1, 1, 3), 0.1) * float(constant)
+    parts = [(x[:, rows], goal[:, rows], offset) for rows in (slice(0, 8), slice(8, 10))]
+    regression = Regression(parts[0], parts[1], limits, constant)
+    found, expected = regression._in_span(old, (0.1,), 2), regression._fit(old, (0.1,), 2)
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found.weight, expected.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.constant, expected.constant, rtol=1e-4, atol=1e-5)
+    assert found.error == pytest.approx(expected.error, rel=1e-4)
+    assert found.before == pytest.approx(expected.before, rel=1e-4)
 
 
 @pytest.mark.parametrize(
