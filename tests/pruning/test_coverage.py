@@ -15,13 +15,13 @@ from tests.pruning.networks import Attentive, Tied, UNet, Zoo
 
 #: Left to the benchmark for their size; each has a smaller sibling here.
 LARGE = """
-    convnext_base convnext_large convnext_small densenet161 densenet169 densenet201 efficientnet_b2 efficientnet_b3
-    efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7 efficientnet_v2_l efficientnet_v2_m mnasnet0_75
-    mnasnet1_0 regnet_x_16gf regnet_x_32gf regnet_x_3_2gf regnet_x_8gf regnet_y_16gf regnet_y_32gf regnet_y_3_2gf
-    regnet_y_8gf resnet101 resnet152
-    resnext101_32x8d resnext101_64x4d shufflenet_v2_x1_5 shufflenet_v2_x2_0 swin_b
-    swin_s swin_v2_b swin_v2_s vgg13 vgg16 vgg16_bn vgg19 vgg11_bn vgg13_bn vgg19_bn
-    vit_b_16 wide_resnet101_2 wide_resnet50_2
+    cifar_resnet56 convnext_base convnext_large convnext_small densenet161 densenet169 densenet201
+    efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_b5 efficientnet_b6
+    efficientnet_b7 efficientnet_v2_l efficientnet_v2_m mnasnet0_75 mnasnet1_0 mnasnet1_3 regnet_x_16gf
+    regnet_x_1_6gf regnet_x_32gf regnet_x_3_2gf regnet_x_800mf regnet_x_8gf regnet_y_16gf regnet_y_1_6gf
+    regnet_y_32gf regnet_y_3_2gf regnet_y_800mf regnet_y_8gf resnet101 resnet152 resnet34 resnext101_32x8d
+    resnext101_64x4d shufflenet_v2_x1_0 shufflenet_v2_x1_5 shufflenet_v2_x2_0 swin_b swin_s swin_v2_b swin_v2_s
+    vgg11 vgg11_bn vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn vit_b_16 wide_resnet101_2 wide_resnet50_2
 """
 TIMM = """
     skresnet18 resnest14d res2net50_26w_4s mixnet_s ghostnet_100 cspresnet50 nfnet_l0 tresnet_m
@@ -38,8 +38,10 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore")
-def test_network(name: str) -> None:
+def test_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, shape = CASES[name]
+    for fill in ("normal_", "uniform_"):  # shapes and counts do not depend on the weights, which take long to draw
+        monkeypatch.setattr(Tensor, fill, lambda self, *_args, **_kwargs: self.zero_())
     # fvcore takes most of the time; the property tests compare with it on small networks, the benchmark on all.
     row = examine(name, build, shape, count=False)
     assert row.error == ""
@@ -77,13 +79,15 @@ def test_same_widths_as_torch_pruning() -> None:
 
     from benchmarks.pruning_speed import prune_with_torch_pruning
 
-    for name in ("resnet18", "mobilenet_v2", "densenet121"):
-        model = torchvision.models.get_model(name, weights=None).eval()
+    models = torchvision.models
+    dense_blocks = models.DenseNet(growth_rate=16, block_config=(2, 4, 4, 2), num_init_features=32)
+    for model in (models.resnet18(), models.mobilenet_v2(), dense_blocks):
+        model.eval()
         example = torch.randn(1, 3, 64, 64)
         space = PruningSpace(model, example, min_width=1)
         theirs = prune_with_torch_pruning(model, example, 0.5)
         widths = space.widths(space.uniform(0.5).widths)
-        assert space.params(widths) == sum(parameter.numel() for parameter in theirs.parameters()), name
+        assert space.params(widths) == sum(parameter.numel() for parameter in theirs.parameters()), type(model)
 
 
 def test_auxiliary_heads_fit_in_training() -> None:
