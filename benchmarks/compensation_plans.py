@@ -24,7 +24,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from compressor.pruning.compensate import METHODS, DenseMoments, compensate
+from compressor.pruning.compensate import DenseMoments, compensate
 from compressor.pruning.space import PruningSpace
 from compressor.pruning.verdict import difference
 
@@ -43,6 +43,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "convnext_tiny": {"layer_scale": 0.3},  # its 1e-6 would make every block vanish
     "swin_t": {},
 }
+METHODS = ("layers", "moments")
 SIZE = 32
 """Pixels of an image."""
 CALIBRATION, FRESH = 128, 64
@@ -131,8 +132,11 @@ def page(results: dict[str, list[dict[str, Any]]]) -> str:
         "",
     ]
     for method in METHODS:
-        worse = [row for row in every if row[method]["fresh"] > row["cut"]]
-        lines.append(f"By {method}, {len(worse)} of {len(every)} are worse on fresh images.")
+        ratios = [row[method]["fresh"] / row["cut"] for row in every]
+        worse = [ratio - 1 for ratio in ratios if ratio > 1]
+        counts = [sum(ratio < 1 for ratio in ratios), sum(ratio == 1 for ratio in ratios), len(worse)]
+        lines.append(f"By {method}: closer to the dense network on fresh images {counts[0]}, as cut {counts[1]},")
+        lines.append(f"worse {counts[2]}{f' (by {max(worse):.1%} at most)' if worse else ''}.")
     lines += [
         "",
         "| network | MACs | error, cut | method | error | worst | worse | as cut | reported | seconds |",
@@ -141,11 +145,11 @@ def page(results: dict[str, list[dict[str, Any]]]) -> str:
     for name, rows in results.items():
         for method in METHODS:
             ratios = [row[method]["fresh"] / row["cut"] for row in rows]
-            start = f"| {name} | {median(row['macs'] for row in rows):.0%} | {median(row['cut'] for row in rows):.2g} "
+            start = f"| {name} | {median(row['macs'] for row in rows):.0%} | {median(row['cut'] for row in rows):.2f} "
             judged = median(row[method]["judged"] / row[method]["fresh"] for row in rows)
             lines.append(
                 f"{start if method == METHODS[0] else '| | | '}| {method} "
-                f"| {median(row[method]['fresh'] for row in rows):.2g} | {max(ratios):.3f} "
+                f"| {median(row[method]['fresh'] for row in rows):.2f} | {max(ratios):.3f} "
                 f"| {sum(ratio > 1 for ratio in ratios)} "
                 f"| {sum(not row[method]['refitted'] for row in rows)} | {judged:.2f} "
                 f"| {median(row[method]['seconds'] for row in rows):.1f} |"
