@@ -29,7 +29,7 @@ def shape_only(name: str, inplace: bool, args: tuple[Any, ...], kwargs: Mapping[
         return (
             first
             if inplace or kwargs.get("inplace", False) or any(value is True for value in args[1:])
-            else torch.empty_like(first)
+            else _like(first)
         )
     if name in ("add", "sub", "mul") and len(args) == 2 and not kwargs:
         return _joined(first, args[1], inplace)
@@ -37,12 +37,19 @@ def shape_only(name: str, inplace: bool, args: tuple[Any, ...], kwargs: Mapping[
         return _reduced(first, args[1], bool(kwargs.get("keepdim", False)))
     if name == "linear" and len(args) > 1:
         return _linear(first, args[1], args[2] if len(args) > 2 else kwargs.get("bias"))
+    if name == "conv2d" and len(args) == 7 and not kwargs:
+        return _conv2d(*args)
     if name == "batch_norm" and first.dim() > 1:
         training = args[5] if len(args) > 5 else kwargs.get("training", False)
         vectors = [value for value in (*args[1:5], *kwargs.values()) if isinstance(value, Tensor)]
         if not training and vectors and all(value.shape == first.shape[1:2] for value in vectors):
-            return torch.empty_like(first)
+            return _like(first)
     return None
+
+
+def _like(x: Tensor) -> Tensor:
+    """Return an empty tensor like `x`; torch's own function imports sympy, which takes half a second."""
+    return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
 
 
 def _reduced(a: Tensor, dims: Any, keepdim: bool) -> Tensor | None:
@@ -69,12 +76,35 @@ def _linear(x: Tensor, weight: Any, bias: Any) -> Tensor | None:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _conv2d(
+    x: Tensor, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor | None:
+    """Return the result of a convolution of contiguous tensors if its parameters fit its input, else None."""
+    parameters = [weight] if bias is None else [weight, bias]
+    if not all(isinstance(each, Tensor) and each.is_meta and each.dtype == x.dtype for each in parameters):
+        return None
+    if x.dim() != 4 or weight.dim() != 4 or not (x.is_contiguous() and weight.is_contiguous()):
+        return None
+    if weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None
+    pairs = [(each, each) if type(each) is int else each for each in (stride, padding, dilation)]
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        return None
+    sizes = [
+        (size + 2 * pad - gap * (taps - 1) - 1) // step + 1
+        for size, taps, step, pad, gap in zip(x.shape[2:], weight.shape[2:], *pairs, strict=True)
+    ]
+    return x.new_empty((x.shape[0], weight.shape[0], *sizes)) if min(sizes) > 0 else None
+
+
 def _joined(a: Tensor, b: Any, inplace: bool) -> Tensor | None:
     """Return the result of a sum or product if one operand has the result's shape, else None."""
     if not isinstance(b, Tensor) or not b.is_meta or a.dtype != b.dtype or a.dim() != b.dim():
         return None
     if all(y in (1, x) for x, y in zip(a.shape, b.shape, strict=True)):
-        return a if inplace else torch.empty_like(a)
+        return a if inplace else _like(a)
     if not inplace and all(x in (1, y) for x, y in zip(a.shape, b.shape, strict=True)):
-        return torch.empty_like(b)
+        return _like(b)
     return None
