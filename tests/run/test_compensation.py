@@ -54,7 +54,10 @@ def test_without_training_the_compensated_network_is_delivered(weights: Path, tm
 
 
 def test_a_run_that_is_resumed_before_fine_tuning_delivers_the_same(weights: Path, tmp_path: Path) -> None:
-    fields = {"agent": "uniform", "epochs": 1, "weights": str(weights), "budgets": {"params": "50%"}, "image_size": 32}
+    fields = {
+        "agent": "uniform", "epochs": 1, "weights": str(weights), "budgets": {"params": "50%"}, "image_size": 32,
+        "pruning": {"compensation_images": 64},
+    }  # fmt: skip
     whole = compress(recipe(**fields), out=tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compressor.run.stages._trained", _stop)

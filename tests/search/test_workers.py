@@ -50,16 +50,25 @@ def digits() -> DataBundle:
     return load_data("digits", seed=0)
 
 
-@pytest.fixture
-def space(digits: DataBundle) -> PruningSpace:
+@pytest.fixture(scope="module")
+def trained(digits: DataBundle) -> dict[str, torch.Tensor]:
+    """Weights by which widths tell accuracies apart."""
     torch.manual_seed(0)
     model = create_model("tests.nets:tiny", 10)
     images, labels = next(digits.train.batches(512, shuffle_seed=0))
     optimiser = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
-    for _ in range(12):  # enough that widths tell accuracies apart
+    for _ in range(12):
         optimiser.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimiser.step()
+    return model.state_dict()
+
+
+@pytest.fixture
+def space(trained: dict[str, torch.Tensor]) -> PruningSpace:
+    """A network of its own for each test, because some change its weights."""
+    model = create_model("tests.nets:tiny", 10)
+    model.load_state_dict(trained)
     return PruningSpace(model, torch.zeros(1, 3, 32, 32))
 
 
