@@ -133,8 +133,10 @@ class Pruning(Part):
     frozen: tuple[str, ...] = Field(
         (), description="Patterns (as in a shell) of layers that stay as they are."
     )
-    importance: Literal["l1", "l2", "bn", "taylor", "fpgm", "random", "reconstruction"] = Field(
-        "l1", description="How the channels of a group are ranked."
+    importance: Literal["auto", "l1", "l2", "bn", "taylor", "fpgm", "random", "reconstruction"] = Field(
+        "auto",
+        description="How the channels of a group are ranked; auto is reconstruction, what compensation can replace "
+        "least, where candidates are compensated, else l1.",
     )
     compensate: Literal["auto", "off", "moments", "layers"] = Field(
         "auto",

@@ -174,6 +174,9 @@ class Job:
         compensation = methods(recipe, space, example)
         if compensation.note:
             notes.append(compensation.note)
+        if recipe.pruning.importance == "auto":
+            importance = "l1" if compensation.scored == "off" else "reconstruction"
+            recipe = recipe.changed({"pruning": {"importance": importance}})
         model.to(torch_device)
         job = cls(
             recipe=recipe,
