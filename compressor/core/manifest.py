@@ -197,7 +197,7 @@ class Compensated(Record):
     Attributes:
         method: "moments" or "layers".
         images: Images that it used, without labels.
-        refitted: Layer -> its squared error on images left out, as a share of the sliced layer's.
+        refitted: Layer -> its squared error on the images that chose its fit, as a share of the sliced layer's.
         left: Layer that lost inputs and stays as sliced -> the reason.
         error, error_cut: Squared error of the network's outputs relative to the dense network's, and that of the
             network that is only sliced.

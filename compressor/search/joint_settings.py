@@ -155,7 +155,13 @@ PUBLISHED = (
     Published("update of the target critics", "tau", 0.005),
     Published("transitions in an update", "batch", 64),
     Published("transitions kept", "replay", 10_000),
-    Published("ranking of the channels", "pruning.importance", "l1"),
+    Published(
+        "ranking of the channels",
+        "pruning.importance",
+        "l1",
+        default="reconstruction",
+        why="where candidates are compensated, those channels go that the others can replace",
+    ),
     Published(
         "groups that are pruned",
         "pruning.scope",

@@ -147,5 +147,6 @@ def _value(each: Published, agent: Agent, recipe: Recipe) -> tuple[Any, Any]:
         for step in path:
             part = getattr(part, step)
         default = each.default if each.default is not None else type(part).model_fields[name].default
-        return getattr(part, name), default
+        value = getattr(part, name)
+        return (default if value == "auto" else value), default
     return getattr(agent.settings, each.setting), agent.Settings.model_fields[each.setting].default
