@@ -40,8 +40,8 @@ def compensation(manifest: Manifest) -> str:
     ]
     if found.error is not None and found.error_cut is not None:
         parts.append(
-            f": the squared error of the network's outputs on images that no fit saw fell from {percent(found.error_cut)} to "
-            f"{percent(found.error)} of the dense outputs'"
+            f": the squared error of the network's outputs on images that no fit saw fell from "
+            f"{percent(found.error_cut)} to {percent(found.error)} of the dense outputs'"
         )
     parts.append(". ")
     if found.statistics == "own":
