@@ -29,7 +29,7 @@ class Noisy(Tiny):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained weights of the tiny network, as a file."""
-    model = trained_tiny(load_data("digits", seed=0))
+    model = trained_tiny()
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
     torch.save(model.state_dict(), path)
     return path

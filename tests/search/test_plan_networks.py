@@ -20,8 +20,8 @@ def digits() -> DataBundle:
 
 
 @pytest.fixture(scope="module")
-def space(digits: DataBundle) -> PruningSpace:
-    return PruningSpace(trained_tiny(digits), torch.zeros(1, 3, 32, 32))
+def space() -> PruningSpace:
+    return PruningSpace(trained_tiny(), torch.zeros(1, 3, 32, 32))
 
 
 def test_the_images_are_spread_over_the_classes(digits: DataBundle) -> None:
