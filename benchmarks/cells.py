@@ -167,7 +167,9 @@ def compensating(job: Job, compensate: str, images: int) -> Job:
     """Return the job with another `pruning.compensate`, on this number of images."""
     from compressor.run.compensation import methods
 
-    recipe = job.recipe.changed({"pruning": {"compensate": compensate, "compensation_images": images}})
+    importance = "l1" if compensate == "off" else "reconstruction"  # as `Job.prepare` chooses
+    fields = {"compensate": compensate, "compensation_images": images, "importance": importance}
+    recipe = job.recipe.changed({"pruning": fields})
     example = job.space.example_input[0]
     return dataclasses.replace(job, recipe=recipe, compensation=methods(recipe, job.space, example))
 

@@ -287,6 +287,9 @@ class Scorer:
             for kind in NETWORKS
             if kind != "cut"
         }
+        ranked = job.data.train.batches(128, shuffle_seed=job.recipe.seed, device=job.torch_device)
+        data = [batch for _, batch in zip(range(2), ranked, strict=False)]
+        self.ranking = job.space.rank(job.recipe.pruning.importance, data)
         self.batches = options.batch_norm_batches
         self.statistics = job.data.train.sample(128 * self.batches, 0).in_memory()
         self.search = list(job.data.search.sample(options.search_images, 0).batches(128, device=job.torch_device))
@@ -297,7 +300,7 @@ class Scorer:
         """Return the network of a plan: cut, with batch norm re-estimated, or compensated."""
         from compressor.search.evaluate import reestimate_batch_norm
 
-        plan = self.job.space.plan(list(widths))
+        plan = self.job.space.plan(list(widths), self.ranking)
         if kind != "cut":
             return self.networks[kind].build(plan).eval()
         network = self.job.space.apply(plan).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,17 @@ def test_a_network_that_cannot_be_replayed() -> None:
     with pytest.raises(CompressorError, match="replaying") as refused:
         methods(recipe(pruning={"compensate": "layers"}), space, example)
     assert refused.value.hint == "Omit pruning.compensate, or set it to off."
+
+
+@pytest.mark.parametrize(
+    ("fields", "scored", "importance"),
+    [({"epochs": 0}, "quick", "reconstruction"), ({"epochs": 2}, "off", "l1")],
+    ids=["not trained", "from scratch"],
+)
+def test_candidates_are_compensated_and_ranked_for_it(fields: dict[str, Any], scored: str, importance: str) -> None:
+    job = Job.prepare(recipe(**fields, budgets={"params": "50%"}).resolved())
+    assert (job.compensation.scored, job.compensation.delivered) == (scored, "layers")
+    assert job.recipe.pruning.importance == importance
 
 
 def test_nothing_is_trained_only_with_weights() -> None:
