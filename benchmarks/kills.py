@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -414,6 +414,28 @@ def warm_up() -> None:
     torch.set_num_threads(1)
 
 
+def _work(
+    places: range,
+    cases: Sequence[tuple[Instant, int]],
+    files: Sequence[Path],
+    base: Path,
+    alone: dict[str, tuple[dict[str, Any], int]],
+    out: Path,
+) -> NoReturn:
+    """Run cases in a forked process, and end it without the handlers that wait for the parent's threads."""
+    try:
+        for place in places:
+            if not files[place].exists():
+                instant, number = cases[place]
+                of = None if instant.command == "run" else base
+                row = one(instant, number, of, alone[instant.command], out / f"case-{place:03d}")
+                files[place].write_text(json.dumps(row))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -448,16 +470,11 @@ def main() -> None:
     for worker in range(options.workers):
         pid = os.fork()
         if not pid:
-            for place in range(worker, len(cases), options.workers):
-                if not files[place].exists():
-                    instant, number = cases[place]
-                    of = None if instant.command == "run" else base
-                    row = one(instant, number, of, alone[instant.command], out / f"case-{place:03d}")
-                    files[place].write_text(json.dumps(row))
-            raise SystemExit
+            _work(range(worker, len(cases), options.workers), cases, files, base, alone, out)
         workers.append(pid)
-    for pid in workers:
-        os.waitpid(pid, 0)
+    failed = [pid for pid in workers if os.waitpid(pid, 0)[1]]
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(workers)} workers failed; the cases they finished are saved.")
     rows = [json.loads(file.read_text()) for file in files if file.exists()]
     path = out / "table.json"
     path.write_text(json.dumps(rows, indent=1) + "\n")
