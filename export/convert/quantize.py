@@ -24,7 +24,7 @@ from export.convert.onnx_header import OnnxHeader
 from export.convert.ort import first_line, onnx_outputs, ort_errors
 from export.convert.tidy import write_metadata
 from export.errors import ExportError
-from export.files import sha256_bytes, write_bytes
+from export.files import replacing, sha256_bytes, write_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -322,25 +322,20 @@ def quantize_within(
     if not 0 <= max_drop < 1:
         raise ExportError(f"The maximum drop must be from 0 to below 1, got {max_drop}.")
     goal = Path(target)
-    trial = goal.with_name(f".{goal.name}.trial")
     before = score(Path(source))
+    with replacing(goal) as trial:
 
-    def attempt(keep: list[str]) -> tuple[QuantInfo, float]:
-        info = quantize_onnx(
-            source, trial, calibration, method=method, percentile=percentile, keep=keep, rest=rest
-        )
-        return info, score(trial)
+        def attempt(keep: list[str]) -> tuple[QuantInfo, float]:
+            info = quantize_onnx(
+                source, trial, calibration, method=method, percentile=percentile, keep=keep, rest=rest
+            )
+            return info, score(trial)
 
-    try:
         info, all_int8 = attempt([])
         after = all_int8
         if before - after > max_drop:
             ranked = sensitivities(source, calibration, method=method, percentile=percentile)
             info, after = _fewest([name for name, _ in ranked], attempt, before - max_drop)
-        write_bytes(goal, trial.read_bytes())
-    finally:
-        if trial.exists():
-            trial.unlink()
     return WithinInfo(quant=replace(info, path=goal), before=before, after=after, all_int8=all_int8)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from export.convert.to_onnx import export_onnx
 from export.engine.engine import build_engine
 from export.engine.trt import RTX
 from export.errors import ExportError
+from export.files import remove_temporaries
 from tests.export.nets import SmallNet, chain_of
 
 IMAGES = np.random.default_rng(3).standard_normal((32, 3, 16, 16)).astype(np.float32)
@@ -207,6 +209,21 @@ def test_sensitive_nodes_are_found_and_kept(tmp_path: Path, net: Path) -> None:
     assert found.quant.kept == ("/branch/Conv",)
     assert found.quant.path == tmp_path / "int8.onnx"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int8.onnx", "net.onnx"]
+
+
+def test_what_a_kill_leaves_of_an_attempt_is_removed(net: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def killed(path: Path) -> float:
+        if path != net:
+            shutil.copytree(folder, tmp_path / "left")  # what lies there when the process is killed now
+        return 0.9
+
+    quantize_within(net, folder / "int8.onnx", IMAGES, killed, max_drop=0.0)
+    assert list((tmp_path / "left").iterdir())
+    remove_temporaries(tmp_path / "left")
+    assert not list((tmp_path / "left").iterdir())
+    assert [path.name for path in folder.iterdir()] == ["int8.onnx"]
 
 
 def test_nothing_is_kept_where_nothing_need_be(tmp_path: Path, net: Path) -> None:
