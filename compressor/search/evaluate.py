@@ -243,14 +243,14 @@ class Evaluator:
         self._bf16 = mixed_precision == "bf16"
         self._bn_batches, self._batch_size, self._seed = bn_batches, batch_size, seed
         # Decoded once: a search reads the same images for every candidate.
-        most = bn_batches * batch_size if compensate == "off" else max(fit_images, bn_batches * batch_size)
-        # A worker receives this sample, and must not draw from it in another order.
-        few = len(data.train) <= most
-        self._train = (data.train if few else data.train.sample(most, seed)).in_memory()
         whole = search_images is None or search_images >= len(data.search)
         self._search = (data.search if whole else data.search.sample(search_images or 0, seed)).in_memory()
         # A fit is not to take much longer than the images that batch norm and score take without it.
         fit_images = min(fit_images, (bn_batches * batch_size + len(self._search)) // 4)
+        most = bn_batches * batch_size if compensate == "off" else max(fit_images, bn_batches * batch_size)
+        # A worker receives this sample, and must not draw from it in another order.
+        few = len(data.train) <= most
+        self._train = (data.train if few else data.train.sample(most, seed)).in_memory()
         self._networks = Networks(
             space, self._train, compensate if site is None else "off", images=fit_images, seed=seed, device=device
         )

@@ -127,12 +127,15 @@ def test_a_worker_reads_its_sample_in_the_same_order(space: PruningSpace, digits
     assert torch.equal(ours._train.images, theirs._train.images)
 
 
+@pytest.mark.parametrize("fit_images", [64, 512])  # 512 are more than batch norm reads, and than a fit may have
 def test_compensated_candidates_have_the_same_accuracies_in_a_worker(
-    space: PruningSpace, digits: DataBundle
+    space: PruningSpace, digits: DataBundle, fit_images: int
 ) -> None:
     plans = plans_of(space, 3)
-    options: dict[str, Any] = {"bn_batches": 1, "compensate": "moments", "fit_images": 64, "threads": 1}
+    options: dict[str, Any] = {"bn_batches": 1, "compensate": "moments", "fit_images": fit_images, "threads": 1}
     several, alone = Evaluator(space, digits, site=open_site(1, 1, 60), **options), Evaluator(space, digits, **options)
+    theirs = Evaluator(space, Images(alone._train, alone._search), **{**options, "fit_images": alone._fit_images})
+    assert torch.equal(alone._train.images, theirs._train.images)
     try:
         assert several.many(plans) == alone.many(plans)
         with torch.no_grad():
