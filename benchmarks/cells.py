@@ -165,7 +165,7 @@ def changed(job: Job, **parts: Any) -> Job:
 
 def compensating(job: Job, compensate: str, images: int) -> Job:
     """Return the job with another `pruning.compensate`, on this number of images."""
-    from compressor.run.compensation import methods
+    from compressor.search.networks import methods
 
     importance = "l1" if compensate == "off" else "reconstruction"  # as `Job.prepare` chooses
     fields = {"compensate": compensate, "compensation_images": images, "importance": importance}

@@ -94,9 +94,14 @@ class Recipe(Part):
         return self.data.source.partition(":")[0]
 
     @property
+    def own_network(self) -> bool:
+        """Whether a function of the user's builds the network, which may give it trained weights."""
+        return ":" in self.model and not self.model.startswith("timm:")
+
+    @property
     def pretrained(self) -> bool:
         """Whether the run starts from trained weights."""
-        unpublished = self.model.startswith("cifar_") or (":" in self.model and not self.model.startswith("timm:"))
+        unpublished = self.model.startswith("cifar_") or self.own_network
         return self.weights != "none" and not (
             self.weights == "default" and (self.data_kind == "digits" or unpublished)
         )

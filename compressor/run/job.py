@@ -18,7 +18,6 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import replacing
 from compressor.core.progress import say
 from compressor.latency.networks import with_distinct_weights
-from compressor.run.compensation import Methods, methods
 from compressor.run.device import latency_table, opset_of, provider_of, request_of
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from compressor.models import Published
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
+    from compressor.search.networks import Methods
 
 
 class DenseFile:
@@ -108,7 +108,7 @@ class Job:
     torch_device: str
     notes: list[str]
     dense_file: DenseFile
-    compensation: Methods = field(default_factory=Methods)
+    compensation: Methods
     callers: dict[str, CachedValues] = field(default_factory=dict)
 
     @classmethod
@@ -142,6 +142,7 @@ class Job:
         from compressor.core.agents import agent_class
         from compressor.core.plugins import load_plugins
         from compressor.models import factory_of
+        from compressor.search.networks import methods
         from compressor.search.reward import soft_reward
         from compressor.search.sites import check_workers
 
@@ -239,8 +240,7 @@ class Job:
 
 def _check_epochs(recipe: Recipe) -> None:
     """Refuse to train nothing if nothing is trained."""
-    own = ":" in recipe.model and not recipe.model.startswith("timm:")  # may have weights of its own
-    if recipe.epochs == 0 and not recipe.pretrained and not own:
+    if recipe.epochs == 0 and not recipe.pretrained and not recipe.own_network:
         raise CompressorError(
             f"With 0 epochs nothing is trained, and {recipe.model} has no weights.",
             "Give a state dict with --weights FILE, or --epochs 1 or more.",
@@ -426,9 +426,8 @@ def _assumed(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[str]:
     The note depends on the numbers alone, not on their origin: a resumed run, whose recipe has them all, gets the same.
     """
     usual = _usual(recipe)
-    own = ":" in recipe.model and not recipe.model.startswith("timm:")  # may have weights of its own
     given = recipe.weights not in ("none", "default")
-    if not given and (usual is not None or not own or recipe.data_kind == "digits"):
+    if not given and (usual is not None or not recipe.own_network or recipe.data_kind == "digits"):
         return
     expected = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.size)
     if (preprocessing.mean, preprocessing.std) != (expected.mean, expected.std):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
+from compressor.core.errors import CompressorError
+from compressor.pruning.calibration import Images, dense_copy, recorded
 from compressor.pruning.compensate import compensate
 from compressor.pruning.moments import DenseMoments
 
 if TYPE_CHECKING:
-    import torch
-
     from compressor.data import Split
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
     from compressor.pruning.verdict import Compensation
+    from compressor.recipe import Recipe
 
 FIT_BATCH = 64
 """Images that are prepared for the network at once."""
@@ -25,6 +28,47 @@ def fit_images(split: Split, images: int, seed: int, device: str | torch.device)
     """Return batches of the images that compensation fits to, without labels: a seeded sample over all classes."""
     sample = split.sample(images, seed)
     return [batch for batch, _ in sample.batches(FIT_BATCH, device=device)]
+
+
+@dataclass(frozen=True)
+class Methods:
+    """How networks are compensated: each is "off" or a method of `compensate`.
+
+    Attributes:
+        scored: Candidates of the search.
+        delivered: The network that is fine-tuned and delivered.
+        note: Why nothing is compensated although the recipe leaves it to the network; empty if it is.
+    """
+
+    scored: str = "off"
+    delivered: str = "off"
+    note: str = ""
+
+
+def methods(recipe: Recipe, space: PruningSpace, example: Tensor) -> Methods:
+    """Return the methods of a recipe's `pruning.compensate`.
+
+    By default candidates are compensated only where the network has trained weights from the beginning: weights that
+    train during the search are a moving goal, with statistics that lag behind, and the data may be so small that
+    fitting takes longer than scoring.
+
+    Raises:
+        CompressorError: The recipe names a method, and the network cannot be compensated.
+    """
+    wanted = recipe.pruning.compensate
+    if wanted == "off":
+        return Methods()
+    try:
+        # As many images as make chunks of two: of one alone a replay cannot tell whether forward mixes images.
+        noise = torch.randn(16, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+        recorded(dense_copy(space), Images.of(space, [noise], seed=0))
+    except CompressorError as error:
+        if wanted == "auto":
+            return Methods(note=f"Networks are not compensated. {error.message}")
+        raise CompressorError(error.message, "Omit pruning.compensate, or set it to off.") from error
+    if wanted == "auto":
+        return Methods("quick" if recipe.pretrained or not recipe.epochs else "off", "layers")
+    return Methods(wanted, wanted)
 
 
 class Networks:

@@ -11,10 +11,10 @@ import torch
 from compressor import CompressorError, compress
 from compressor.data import load_data
 from compressor.pruning.space import PruningSpace
-from compressor.run.compensation import methods
 from compressor.run.job import Job
 from compressor.run.pipeline import resume
 from compressor.search.evaluate import accuracy
+from compressor.search.networks import methods
 from tests.nets import Tiny, trained_tiny
 from tests.runs import manifest_of, recipe
 
@@ -25,6 +25,14 @@ class Noisy(Tiny):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = super().forward(x)
         return out + torch.rand_like(out)
+
+
+class Mixing(Tiny):
+    """Its outputs depend on the other images of the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = super().forward(x)
+        return out + out[:1]
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +82,10 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_network_that_cannot_be_replayed() -> None:
+@pytest.mark.parametrize("network", [Noisy, Mixing])
+def test_a_network_that_cannot_be_replayed(network: type[Tiny]) -> None:
     example = torch.zeros(1, 3, 32, 32)
-    space = PruningSpace(Noisy(), example)
+    space = PruningSpace(network(), example)
     found = methods(recipe(), space, example)
     assert (found.scored, found.delivered) == ("off", "off")
     assert found.note.startswith("Networks are not compensated. The network cannot be compensated: replaying")
