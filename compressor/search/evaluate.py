@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,21 @@ if TYPE_CHECKING:
 
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _scored_batches(
+    model: nn.Module,
+    split: Split,
+    device: str | torch.device,
+    batch_size: int,
+    max_batches: int | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield logits and labels of a split's batches, in stored order; the training mode is restored at the end."""
+    with evaluated(model):
+        for images, labels in itertools.islice(split.batches(batch_size, device=device), max_batches):
+            with torch.no_grad():
+                logits = model(images.contiguous(memory_format=torch.channels_last))
+            yield logits, labels
 
 
 def accuracy(
@@ -46,15 +62,11 @@ def accuracy(
     """
     total = len(split) if max_batches is None else min(len(split), max_batches * batch_size)
     right = seen = 0
-    with evaluated(model), torch.no_grad():
-        for index, (images, labels) in enumerate(split.batches(batch_size, device=device)):
-            if index == max_batches:
-                break
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-            right += int((logits.argmax(dim=1) == labels).sum())
-            seen += len(labels)
-            if floor is not None and right + total - seen < floor * total:
-                break
+    for logits, labels in _scored_batches(model, split, device, batch_size, max_batches):
+        right += int((logits.argmax(dim=1) == labels).sum())
+        seen += len(labels)
+        if floor is not None and right + total - seen < floor * total:
+            break
     return right / max(1, seen)
 
 
@@ -68,10 +80,8 @@ def predictions(
         split: Split, read in its stored order.
     """
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with evaluated(model), torch.no_grad():
-        for images, labels in split.batches(batch_size, device=device):
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-            found.append((logits.argmax(dim=1).cpu(), labels.cpu()))
+    for logits, labels in _scored_batches(model, split, device, batch_size):
+        found.append((logits.argmax(dim=1).cpu(), labels.cpu()))
     return torch.cat([classes for classes, _ in found]), torch.cat([labels for _, labels in found])
 
 
@@ -80,10 +90,8 @@ def log_probabilities(
 ) -> torch.Tensor:
     """Return a model's log-probabilities of the classes for a split's images, float32 (N, classes), on the CPU."""
     found = []
-    with evaluated(model), torch.no_grad():
-        for images, _ in split.batches(batch_size, device=device):
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-            found.append(logits.float().log_softmax(dim=1).cpu())
+    for logits, _ in _scored_batches(model, split, device, batch_size):
+        found.append(logits.float().log_softmax(dim=1).cpu())
     return torch.cat(found)
 
 
@@ -107,15 +115,13 @@ def closeness(
         floor: Stop as soon as this value cannot be reached, and return the value of the images seen, which is below it.
     """
     total, seen, divergence = len(split), 0, 0.0
-    with evaluated(model), torch.no_grad():
-        for images, labels in split.batches(batch_size, device=device):
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-            found = logits.float().log_softmax(dim=1).cpu()
-            goal = goals[seen : seen + len(labels)]
-            divergence += float(nn.functional.kl_div(found, goal, reduction="sum", log_target=True))
-            seen += len(labels)
-            if floor is not None and math.exp(-max(0.0, divergence) / total) < floor:
-                break
+    for logits, labels in _scored_batches(model, split, device, batch_size):
+        found = logits.float().log_softmax(dim=1).cpu()
+        goal = goals[seen : seen + len(labels)]
+        divergence += float(nn.functional.kl_div(found, goal, reduction="sum", log_target=True))
+        seen += len(labels)
+        if floor is not None and math.exp(-max(0.0, divergence) / total) < floor:
+            break
     return math.exp(-max(0.0, divergence) / max(1, seen))
 
 
