@@ -34,11 +34,15 @@ Verdict = Literal["kept", "missed", "undecided"]
 ERROR = 0.05
 """Probability that any of the intervals misses the ratio, over all looks."""
 
-LOOKS = (3, 5, 8, 12, 18, 27, 40, 60)
+LOOKS = (4, 8, 12, 18, 27, 40, 60)
 """Numbers of sessions after which the interval is examined."""
 
 WITHIN = 0.01
 """Relative distance from the target within which an interval is precise enough."""
+
+PRECISE = 0.05
+"""Largest half width, as a share of the ratio, of an interval that ends a measurement beside the target: the ratio is
+reported, and the table is refitted with it."""
 
 TRIMMED = 0.2
 """Share of the sessions that is trimmed at either end."""
@@ -138,9 +142,10 @@ class Ratio:
         return "missed" if self.low > target else "undecided"
 
     def settled(self, target: float) -> bool:
-        """Whether measuring can stop: the target is outside the interval, or the whole interval is near it."""
+        """Whether measuring can stop: the whole interval is near the target, or it is decided and precise."""
         near = self.low >= (1 - WITHIN) * target and self.high <= (1 + WITHIN) * target
-        return near or self.verdict(target) != "undecided"
+        precise = self.high <= (1 + PRECISE) ** 2 * self.low
+        return near or (precise and self.verdict(target) != "undecided")
 
     def together(self, value: float, low: float, high: float) -> Ratio:
         """Combine with another measurement of the same networks; weights follow from the widths of the intervals."""
@@ -281,7 +286,7 @@ def in_turns(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.monotonic,
 ) -> Timing:
-    """Run sessions until the target is outside the ratio's interval, the interval is near it, or the time is up.
+    """Run sessions until the ratio is precise and its interval decides the target or is near it, or the time is up.
 
     Args:
         run_session: Runs one session with fresh processes.

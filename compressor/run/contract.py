@@ -5,7 +5,8 @@ do not (`latency.paired`). A target in milliseconds is converted to a share of t
 lowest time that this run and its table have seen.
 
 A plan measured well below its target has lost accuracy without need, because the table predicted it too slow. The
-search then continues with the table lowered to the measurement. Every plan that misses the target widens the margin for
+search then continues with the table lowered to the measurement, or to what lies between two measurements on both sides
+of the target. Every plan that misses the target widens the margin for
 the plans after it. Of the plans that meet the target, the one closest to it is chosen. A difference inside the
 confidence interval of a measurement does not count: it never causes another search. An undecided plan causes another
 search only if its whole interval lies above the aim of the search.
@@ -45,6 +46,28 @@ UNUSED = 0.01
 
 BINDING = 0.03
 """A plan predicted further below the aim than this share of it was limited by something other than latency."""
+
+
+def correction_at(aim: float, points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the (predicted, measured) shares of the dense network's time by which a table is refitted.
+
+    A factor between prediction and measurement holds for plans of a similar size only: refitting by the last plan alone
+    can jump from one side of the aim to the other. If plans on both sides of the aim have been measured, the closest
+    two are therefore interpolated at the aim; else the last plan counts.
+
+    Args:
+        aim: Share that the next plan is to take.
+        points: (predicted, measured) shares of the measured plans, by the present table; the last plan at the end.
+
+    >>> correction_at(0.45, [(0.6, 0.7), (0.3, 0.35)])  # 0.6 -> 0.7 and 0.3 -> 0.35
+    (0.38571428571428573, 0.45)
+    """
+    above = min((each for each in points if each[1] > aim), key=lambda each: each[1], default=None)
+    below = max((each for each in points if each[1] <= aim), key=lambda each: each[1], default=None)
+    if above is None or below is None or above[0] <= below[0]:
+        return points[-1]
+    part = (aim - below[1]) / (above[1] - below[1])
+    return below[0] + part * (above[0] - below[0]), aim
 
 
 def interval_of(ratio: Ratio) -> list[float | None]:
@@ -234,15 +257,16 @@ class Contract:
             return False
         if self._dense(last.widths) or any(each.widths == last.widths for each in before):  # nothing else was found
             return False
-        high, predicted, share = last.high, last.predicted_ratio, self.searched_share()
+        share = self.searched_share()
         if share is None:
             return False
         aim, allowed = ((1 - self._margin()) * each for each in (last.target_ratio, share))
+        predicted, measured = correction_at(aim, [*self._points(before), (last.predicted_ratio, last.high)])
         return bool(
-            high < aim - UNUSED * last.target_ratio
-            and predicted > (1 - BINDING) * allowed
+            last.high < aim - UNUSED * last.target_ratio
+            and last.predicted_ratio > (1 - BINDING) * allowed
             # the refitted table certainly allows the next search more time than the last one
-            and aim * predicted / high > (1 + UNUSED) * allowed
+            and aim * predicted / measured > (1 + UNUSED) * allowed
         )
 
     def _tighten(self) -> bool:
@@ -251,7 +275,8 @@ class Contract:
         if job.table is None or len(rounds) >= job.recipe.contract.max_rounds:
             return False
         # As shares of the dense network's time: milliseconds would bring the load of other processes into the table.
-        correction = (rounds[-1].predicted_ratio, rounds[-1].ratio)
+        aim = (1 - self._margin()) * rounds[-1].target_ratio
+        correction = correction_at(aim, self._points(rounds))
         table = job.table.refit([correction], lower=True)
         try:
             job.budgets(table)
@@ -268,6 +293,15 @@ class Contract:
         run.reopen("search", "probe", "finetune", "export", "measure")
         say("The table was refitted with the measurement; the search continues.")
         return True
+
+    def _points(self, rounds: Sequence[Measurement]) -> list[tuple[float, float]]:
+        """Return the (predicted, measured) share of each measured plan; predicted by the present table."""
+        table, space = self._job.table, self._job.space
+        assert table is not None
+        if not rounds:
+            return []
+        predicted = table.curve(space)(np.asarray([each.widths for each in rounds])) / table.dense_ms(space)
+        return [(float(share), each.ratio) for share, each in zip(predicted, rounds, strict=True)]
 
     def _widths(self, plan: ChannelPlan) -> list[int]:
         return [int(width) for width in self._job.space.widths(plan.widths)]

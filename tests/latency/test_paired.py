@@ -100,6 +100,14 @@ def test_the_interval_holds_the_ratio_whenever_it_is_looked_at() -> None:
     assert held >= 14
 
 
+def test_far_from_the_target_the_ratio_is_precise_as_well() -> None:
+    """A report shows it and a refit uses it: within 5 % at every stop, also where the verdict is clear at once."""
+    for seed in range(8):
+        ratio = Neighbours(0.5, seed, apart=0.02).measure(0.9).ratio
+        assert ratio.high <= 1.05**2 * ratio.low
+        assert ratio.value == pytest.approx(0.5, rel=0.03)
+
+
 def test_time_is_bounded_and_short_where_the_target_is_far() -> None:
     near, far = Neighbours(0.5, 1, apart=0.05).measure(0.501), Neighbours(0.5, 1).measure(0.9)
     assert near.ratio.seconds <= 90

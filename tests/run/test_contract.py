@@ -19,7 +19,7 @@ from compressor.latency.local import LocalCpu
 from compressor.latency.networks import tag
 from compressor.latency.paired import Timing
 from compressor.pruning.plan import ChannelPlan
-from compressor.run.contract import Contract
+from compressor.run.contract import Contract, correction_at
 from compressor.run.pipeline import resume
 from tests.other_device import OtherDevice, Proportional, timing
 from tests.runs import manifest_of, recipe
@@ -285,6 +285,22 @@ def test_of_the_plans_that_keep_the_target_the_closest_is_taken(
     contract, plans = measured_plans(tmp_path, shares)
     last = ChannelPlan({"conv": tuple(range(99))})
     assert contract.best_plan(last) == {**plans, 99: last}[taken]
+
+
+def test_plans_on_both_sides_of_the_aim_are_interpolated() -> None:
+    """ResNet-18 as measured: one factor took it from 0.71 to 0.37, and back to 0.48, for an aim of 0.455."""
+    first, second = (0.453, 0.714), (0.286, 0.368)
+    assert correction_at(0.455, [first]) == first
+    predicted, measured = correction_at(0.455, [first, second])
+    assert measured == 0.455
+    assert predicted == pytest.approx(0.286 + (0.455 - 0.368) / (0.714 - 0.368) * (0.453 - 0.286))
+    third = (0.351, 0.482)  # the closest on either side count
+    assert correction_at(0.455, [first, second, third])[0] == pytest.approx(0.286 + 0.065 * 0.087 / 0.114)
+
+
+def test_contradicting_plans_are_not_interpolated() -> None:
+    """The slower one was predicted to be the faster one."""
+    assert correction_at(0.5, [(0.4, 0.6), (0.45, 0.45)]) == (0.45, 0.45)
 
 
 def test_a_trained_plan_that_misses_gives_way_to_one_that_does_not(
