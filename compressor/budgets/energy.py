@@ -175,11 +175,14 @@ def find_counters(device: str, root: Path | None = None) -> Rapl:
     Raises:
         CompressorError: The device has no readable counters; the message gives the missing path and a remedy.
     """
-    from export.device.here import gpu_backend
+    from compressor.latency.provider import TableProvider
+    from export.device.here import CPU
 
-    if device != "local" or gpu_backend() is not None:
-        where = f"the device {device}" if device != "local" else "this machine's GPU"
-        raise CompressorError(f"--energy is measured on this machine's CPU only, not on {where}.", _ALTERNATIVE)
+    provider = TableProvider.for_device(device)
+    if not provider.is_here or provider.runtime != CPU:
+        raise CompressorError(
+            f"--energy is measured on this machine's CPU only, not on {provider.title}.", _ALTERNATIVE
+        )
     return Rapl(root or POWERCAP)
 
 

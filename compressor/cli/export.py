@@ -79,12 +79,13 @@ def export(
 ) -> None:
     """Write a run's network in other formats and precisions, bundle it for a board, or import its measurements."""
     with friendly():
+        from compressor.latency.table import is_address
         from compressor.run import boards
         from compressor.run.exports import Request, export_format
         from export.convert.batches import parse_batch
         from export.engine.engine import BuildSettings
 
-        over_ssh = target is not None and target.startswith("ssh://")
+        over_ssh = target is not None and is_address(target)
         wanted = Request(
             format=format,
             precision=precision,

@@ -37,7 +37,8 @@ def measure(
 ) -> None:
     """Measure a run's dense and slim networks again: on its device, or on this machine's CPU if it is not reached."""
     with friendly():
-        from compressor.run.again import explain_again, measure_again
+        from compressor.run.explain import explain_again
+        from compressor.run.measure import measure_again
 
         if (dense_profile is None) != (slim_profile is None) or (dense_profile is not None and not explain):
             raise CompressorError(
@@ -54,7 +55,7 @@ def _table(lines: Sequence[Line]) -> Table:
     from rich.table import Table
 
     from compressor.report.formats import ABSENT, count, percent, significant
-    from compressor.run.again import SHOWN_LINES
+    from compressor.run.explain import SHOWN_LINES
 
     known = any(line.predicted_slim_ms is not None for line in lines)
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))

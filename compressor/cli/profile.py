@@ -41,7 +41,7 @@ def profile(
     """Measure the latency table of a network: on this machine, over ssh, or with a folder copied to the device."""
     with friendly():
         from compressor.latency.provider import TableProvider
-        from compressor.run.profile import import_results, profile_here, profile_remote, write_bundle
+        from compressor.run.profile import import_results, measure_table, write_bundle
 
         if time_limit is not None and (
             results or bundle or TableProvider.for_device(device or "local").time_limit_s is None
@@ -72,13 +72,6 @@ def profile(
                         "For example: --device jetson-orin-nano-8gb, or a name of your own",
                     )
                 lines = write_bundle(recipe, bundle)
-            elif recipe.device.startswith("ssh:"):
-                lines = profile_remote(recipe)
-            elif TableProvider.for_device(recipe.device).measures:
-                lines = profile_here(recipe, time_limit)
             else:
-                raise CompressorError(
-                    f"{device} is not this machine.",
-                    "Give ssh://user@host, or write a folder to copy there: --bundle DIR",
-                )
+                lines = measure_table(recipe, time_limit)
         show(lines)

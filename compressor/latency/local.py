@@ -37,6 +37,8 @@ class LocalCpu(MeasuredDevice):
     """This machine's CPU."""
 
     name = LOCAL
+    title = "this machine's CPU"
+    is_here = True
     runtime = CPU
     time_limit_s = 75.0
 
@@ -120,6 +122,8 @@ class LocalGpu(MeasuredDevice):
     """This machine's GPU; tables take longer than for a CPU, as an engine takes seconds to a minute to build."""
 
     name = LOCAL
+    title = "this machine's GPU"
+    is_here = True
     precisions = ("fp32", "fp16", "int8")
     too_noisy = "Keep the GPU cool and free of other work, hold its clocks, and try again."
 

@@ -109,6 +109,8 @@ class TableProvider(ABC):
         runtime: Name of its runtime, as in latency tables.
         precisions: Precisions in which networks run on it.
         measures: Whether networks can be timed on it from here.
+        title: What messages call it; the value of --device by default.
+        is_here: Whether it is this machine, which runs the engines that are built here.
         time_limit_s: Default time limit of a table, in seconds; None where its measurement cannot be limited from here.
     """
 
@@ -116,10 +118,13 @@ class TableProvider(ABC):
     runtime: str = "tensorrt"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     measures: ClassVar[bool] = True
+    title: str = ""
+    is_here: ClassVar[bool] = False
     time_limit_s: ClassVar[float | None] = None
 
     def __init__(self, device: str) -> None:
         self.device = device
+        self.title = self.title or device
 
     @staticmethod
     def for_device(device: str) -> TableProvider:
@@ -134,6 +139,11 @@ class TableProvider(ABC):
     def create(cls, device: str) -> TableProvider:
         """Return the provider of one device of this kind."""
         return cls(device)
+
+    @property
+    def runs_tensorrt(self) -> bool:
+        """Whether networks run on it as TensorRT engines."""
+        return self.runtime.startswith("tensorrt")
 
     @classmethod
     def known(cls) -> list[KnownDevice]:
@@ -280,7 +290,7 @@ class StoredTables(TableProvider):
         return found
 
     def check(self, precision: str) -> None:
-        check_known(self.device)
+        check_known(self.device, sorted(set(_registered) - set(_OWN)))
 
     def table(self, space: PruningSpace, example: Tensor, request: Request) -> LatencyTable:
         table = LatencyTable.load(self.device, precision=request.precision, space=space)

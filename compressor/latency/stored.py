@@ -27,7 +27,14 @@ from compressor.latency.assemble import Sample
 from compressor.latency.machine import cpu_model
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
 from compressor.latency.operators import network_signature
-from compressor.latency.table import LatencyTable, check_name, shipped_table, tables_folder, user_tables
+from compressor.latency.table import (
+    LatencyTable,
+    check_name,
+    is_address,
+    shipped_table,
+    tables_folder,
+    user_tables,
+)
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
@@ -50,7 +57,7 @@ def keep(table: LatencyTable) -> Path:
                 f"These measurements are already stored as the device {other.device}.",
                 f"Use --device {other.device}, or delete {path} first.",
             )
-        if other.device == table.device and not table.device.startswith("ssh:"):  # which is checked before each use
+        if other.device == table.device and not is_address(table.device):  # which is checked before each use
             _require_same_device(table, other, path)
     _require_not_another_module(table)
     (network,) = table.fields.networks  # one file for each device, precision and network
@@ -82,7 +89,7 @@ def _require_same_device(table: LatencyTable, other: LatencyTable, path: Path) -
 
 def _require_not_another_module(table: LatencyTable) -> None:
     """Refuse the name of a shipped table for a measurement of another module."""
-    shipped = None if table.device.startswith("ssh:") else shipped_table(table.device)
+    shipped = None if is_address(table.device) else shipped_table(table.device)
     if shipped is None:
         return
     expected = shipped.fields.device.compute_capability
@@ -100,7 +107,7 @@ def _board(table: LatencyTable) -> str:
 
 
 def _stem(device: str) -> str:
-    if not device.startswith("ssh:"):
+    if not is_address(device):
         return device
     digest = hashlib.sha256(device.encode()).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', device)[:40]}-{digest}"

@@ -307,13 +307,22 @@ class LatencyTable:
 
 
 # ---------------------------------------------------------------- where tables are found
-def check_known(device: str) -> None:
+def is_address(device: str) -> bool:
+    """Whether a device is given by an address that ssh reaches, not by a name."""
+    return device.startswith("ssh:")
+
+
+def check_known(device: str, others: Sequence[str] = ()) -> None:
     """Refuse a device without a table that cannot be measured over ssh either.
+
+    Args:
+        device: Name or address of the device.
+        others: Names of devices that are measured on first use.
 
     Raises:
         CompressorError: The device is unknown (the message gives the nearest names), or its address is invalid.
     """
-    if device.startswith("ssh:"):
+    if is_address(device):
         return check_name(device)
     files = shipped_tables()
     if device == LOCAL or device in files:
@@ -321,7 +330,7 @@ def check_known(device: str) -> None:
     own = {table.device for _, table in user_tables()}
     if device in own:
         return
-    near = difflib.get_close_matches(device, [LOCAL, *files, *own], n=3, cutoff=0.4)
+    near = difflib.get_close_matches(device, [LOCAL, *others, *files, *own], n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise CompressorError(
         f"There is no latency table for the device {device!r}.", f"{hint}See all: compress devices"
@@ -373,7 +382,7 @@ def find_table(device: str, precision: str | None = None, space: PruningSpace | 
     raise CompressorError(
         f"There is no latency table of {device}{f' in {precision}' if precision else ''}.{measured}",
         f"Measure it: compress profile --model MODEL --device {device}"
-        + ("" if device.startswith("ssh:") else " --bundle DIR")
+        + ("" if is_address(device) else " --bundle DIR")
         + (f" --precision {precision}" if precision else ""),
     )
 
@@ -404,7 +413,7 @@ def check_name(device: str) -> None:
     Raises:
         CompressorError: The name has other characters, or is reserved.
     """
-    if device.startswith("ssh:"):
+    if is_address(device):
         try:
             parse_destination(device)
         except ExportError as error:

@@ -13,7 +13,7 @@ from compressor.core.files import replacing
 from compressor.core.manifest import Export, Parity
 from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
-from compressor.run.device import opset_of
+from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
 from compressor.run.job import load_images
 from compressor.run.onnx_files import (
@@ -22,12 +22,14 @@ from compressor.run.onnx_files import (
     build_engine_of,
     drawn,
     metadata_of,
+    open_exported,
     record,
     scored,
     write_precision,
 )
 from export.convert.batches import ONE, Batch
 from export.device.bundle import find_target
+from export.device.here import CPU
 from export.engine.engine import BuildSettings
 from export.files import read_bytes, write_bytes
 
@@ -93,13 +95,7 @@ class Finished:
         Raises:
             CompressorError: The folder holds no run, or the run has exported nothing yet.
         """
-        run = RunFolder.open(folder)
-        if not run.finished("export") or not run.file(MODEL).exists():
-            run.close()
-            raise CompressorError(
-                f"The run in {folder} has exported nothing yet.", f"Go on: compress --resume {folder}"
-            )
-        return cls(run, factory)
+        return cls(open_exported(folder), factory)
 
     def close(self) -> None:
         """Release the folder."""
@@ -141,19 +137,21 @@ class Finished:
         elif request.precision == "fp32":
             yield f"{fp32} is there, checked when the run wrote it."
         if request.precision != "fp32":
+            provider = provider_of(self.recipe)
+            runtime = "" if request.target else self.run.manifest.latency.runtime or provider.runtime
             yield from write_precision(
                 self.run,
                 self.data,
                 request.precision,
                 request.max_drop,
                 method=request.method,
-                rest=request.rest or ("fp16" if request.target else None),
+                rest=request.rest or ("fp32" if runtime.startswith(CPU) else "fp16"),
                 source=None if fp32 == self.run.file(MODEL) else fp32,
                 path=self.path_of(request),
                 engine=request.format == "onnx"
                 and not request.batch.open
                 and request.target is None
-                and self.recipe.device == "local",  # an engine built here does not fit another device
+                and provider.is_here,  # an engine built here does not fit another device
             )
 
     def path_of(self, request: Request, precision: str | None = None) -> Path:

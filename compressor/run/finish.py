@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.core.files import sha256_file
-from compressor.core.manifest import Budget, Manifest
+from compressor.core.manifest import MANIFEST, Budget, Manifest
 from compressor.core.records import RECIPE
 from compressor.report.judgement import time_ratio, verdict_of
 from compressor.run.folder import RunFolder
@@ -48,6 +49,14 @@ def finish(run: RunFolder, job: Job, plan: ChannelPlan) -> int:
     manifest.files = checksums(run)  # including the report's
     run.save()
     return code
+
+
+def report_again(folder: Path) -> tuple[Path, str]:
+    """Write a run's report again from its manifest; return its path and the run's verdict."""
+    from compressor.report import verdict, write_report
+
+    RunFolder.tidy(folder)
+    return write_report(folder), verdict(Manifest.read_tolerant(folder / MANIFEST))
 
 
 def exit_code(budgets: Iterable[Budget], accept_predicted: bool = False) -> int:

@@ -1,25 +1,34 @@
-"""Measure the slim network in turns with the dense one on the run's device, and judge every budget."""
+"""Measure the slim network in turns with the dense one on the run's device, and judge every budget.
+
+`probe` and `measure` are stages of a run; `measure_again` times a finished run's networks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.core.manifest import Budget, Latency, Measurement
 from compressor.core.progress import say
+from compressor.core.records import RECIPE
 from compressor.latency.networks import with_distinct_weights
 from compressor.latency.paired import in_words
 from compressor.latency.provider import Turns
+from compressor.recipe import load_recipe
 from compressor.run.contract import Contract, interval_of
 from compressor.run.device import provider_of, request_of
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job
-from compressor.run.onnx_files import DENSE, MODEL, PROBE, write_onnx
+from compressor.run.onnx_files import DENSE, MODEL, PROBE, open_exported, write_onnx
+from compressor.run.stages import TABLE
 from export.device.here import CPU
 
 if TYPE_CHECKING:
     from compressor.latency.paired import Ratio, Timing
+    from compressor.latency.provider import TableProvider
+    from compressor.latency.table import LatencyTable
     from compressor.pruning.plan import ChannelPlan
 
 
@@ -151,3 +160,62 @@ def timed_on_device(run: RunFolder, job: Job, slim: Path, target: float | None) 
     recipe = job.recipe
     turns = Turns(recipe.contract.repeats, target, recipe.contract.seconds)
     return provider_of(recipe).time(run.file(DENSE), slim, request_of(recipe), turns, job.table)
+
+
+def measure_again(folder: Path) -> Iterator[str]:
+    """Time a run's dense and slim networks again on its device; the manifest does not change.
+
+    A device that is not measured from here is replaced by this machine's CPU, with a sentence that says so.
+
+    Yields:
+        Lines for the user.
+
+    Raises:
+        CompressorError: The run has exported nothing yet, or the device cannot be measured.
+    """
+    from compressor.latency.local import LocalCpu
+
+    with closing(open_exported(folder, DENSE)) as run:
+        recipe, before = load_recipe(run.file(RECIPE)), run.manifest.latency
+        target = run.manifest.rounds[-1].target_ratio if run.manifest.rounds else None
+        provider = provider_of(recipe)
+        runtime = before.runtime or provider.runtime
+        if not provider.measures or (provider.is_here and not runtime.startswith(provider.runtime)):
+            if not (provider.is_here and runtime.startswith(CPU)):
+                yield from_here(provider)
+            provider = LocalCpu()
+        turns = Turns(recipe.contract.repeats, target, recipe.contract.seconds)
+        timing = provider.time(run.file(DENSE), run.file(MODEL), request_of(recipe), turns, stored_table(run))
+        for name, stats in (("dense", timing.dense), ("slim", timing.slim)):
+            yield (
+                f"{name}: median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, p99 {stats.p99_ms:.3f} ms "
+                f"({stats.runtime} {stats.version}, {stats.threads} threads, {stats.runs} runs)"
+            )
+        ratio = timing.ratio
+        yield (
+            f"slim takes {ratio.value:.1%} of the dense network's time, 95 % interval "
+            f"{ratio.low:.1%}-{ratio.high:.1%}, after {ratio.bursts} bursts in turns"
+        )
+        if target is not None:
+            yield f"target {target:.1%}: {in_words(ratio.verdict(target))}"
+        if timing.noise:
+            yield timing.noise
+        if before.measured_ms:
+            yield f"the run itself measured {before.measured_ms:.3f} ms on {before.device}, {before.runtime}"
+
+
+def from_here(device: TableProvider) -> str:
+    """Say that a run for a device which is not measured from here, or for this machine's GPU, was timed on the CPU."""
+    whose = "this machine's GPU" if device.is_here else device.title
+    return f"The run is for {whose}; these times are from this machine's CPU."
+
+
+def stored_table(run: RunFolder) -> LatencyTable | None:
+    """Return the latency table with which a run began; None if it has none.
+
+    Raises:
+        CompressorError: The table is damaged.
+    """
+    from compressor.latency.table import LatencyTable
+
+    return LatencyTable.read(run.file(TABLE)) if run.file(TABLE).exists() else None

@@ -15,14 +15,14 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, replacing, sha256_file
 from compressor.core.manifest import Checks, Cost, Engine, Export, Layer, NetworkCost, OtherMacs, Parity
 from compressor.core.progress import bar, say
-from compressor.run.device import opset_of
+from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
-from export.device.here import CPU
 
 if TYPE_CHECKING:
     from torch import nn
 
     from compressor.data import DataBundle, Split
+    from compressor.latency.provider import TableProvider
     from compressor.pruning.plan import ChannelPlan
     from compressor.recipe import Recipe
     from compressor.run.job import Job
@@ -34,6 +34,26 @@ PROBE = "checkpoints/probe.onnx"
 COMPARED_IMAGES = 64  # number of images for comparing an exported file with the network
 CALIBRATION_IMAGES = 256
 JUDGING_IMAGES = 2000
+
+
+def open_exported(folder: Path, *also: str) -> RunFolder:
+    """Open and lock a run that has exported its slim network.
+
+    Args:
+        folder: Folder of the run.
+        also: Further files that must exist.
+
+    Raises:
+        CompressorError: The folder holds no run, or the run has not exported them yet.
+    """
+    run = RunFolder.open(folder)
+    missing = next((name for name in (MODEL, *also) if not run.file(name).exists()), None)
+    if missing is None and run.finished("export"):
+        return run
+    run.close()
+    raise CompressorError(
+        f"The run in {folder} has exported no {missing or MODEL} yet.", f"Finish it first: compress --resume {folder}"
+    )
 
 
 def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:
@@ -77,22 +97,29 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
         for name, (dense, slim) in space.other_macs(both).items()
     ]
     run.note_accuracy(exported=exported, exported_images=count)
-    local = recipe.device == "local"
+    provider = provider_of(recipe)
     manifest.engines = []
-    if recipe.export.engine and not local:
-        manifest.engine_note = f"An engine for {recipe.device} is built there, not on this machine."
-    elif recipe.export.engine:
+    if not recipe.export.engine:
+        manifest.engine_note = "The recipe asks for none."
+    elif provider.is_here:
         manifest.engines, note = build_engine_of(run, run.file(MODEL))
         say(note)
         manifest.engine_note = None if manifest.engines else note
     else:
-        manifest.engine_note = "The recipe asks for none."
+        manifest.engine_note = engine_elsewhere(provider)
     run.save()
     if recipe.precision != "fp32":  # on this machine's CPU it always is
         for line in write_precision(
-            run, job.data, recipe.precision, recipe.export.max_drop, rest="fp16", engine=local
+            run, job.data, recipe.precision, recipe.export.max_drop, rest="fp16", engine=provider.is_here
         ):
             say(line)
+
+
+def engine_elsewhere(device: TableProvider) -> str:
+    """Say why no engine is built here for a device that is not this machine."""
+    if device.runs_tensorrt:
+        return f"An engine for {device.title} is built there, not on this machine."
+    return f"Networks run on {device.title} through {device.runtime}, without an engine."
 
 
 def write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any] | None = None) -> Any:
@@ -226,7 +253,7 @@ def write_precision(
     max_drop_points: float,
     *,
     method: str = "minmax",
-    rest: str | None = None,
+    rest: str,
     source: Path | None = None,
     path: Path | None = None,
     engine: bool = True,
@@ -242,7 +269,7 @@ def write_precision(
         precision: "fp16" or "int8".
         max_drop_points: Percentage points of accuracy that the file may lose.
         method: How INT8 ranges are calibrated: "minmax", "entropy" or "percentile".
-        rest: Precision of the layers that INT8 leaves out: "fp32" or "fp16"; None for fp16, but fp32 on this CPU.
+        rest: Precision of the layers that INT8 leaves out: "fp32" or "fp16".
         source: FP32 file; None for the run's.
         path: Path of the new file; None for `model.PRECISION.onnx`.
         engine: Whether to build its engine.
@@ -259,10 +286,6 @@ def write_precision(
             "Choose fp16 or int8; the run has model.onnx in fp32.",
         )
     given, goal = source or run.file(MODEL), path or run.file(f"model.{precision}.onnx")
-    if rest is None:
-        latency = run.manifest.latency
-        here = (latency.device or "local") == "local"
-        rest = "fp32" if here and (latency.runtime or CPU).startswith(CPU) else "fp16"
     exact = run.manifest.accuracy.exported
     if source or exact is None:
         exact = scored(given, data)[0]

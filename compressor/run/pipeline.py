@@ -26,13 +26,13 @@ from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
 from compressor.recipe.validation import validated
 from compressor.run.contract import Contract
-from compressor.run.device import device_precision, provider_of, request_of, resolved
+from compressor.run.device import provider_of, request_of, resolved
 from compressor.run.finish import finish
 from compressor.run.folder import RunFolder, new_run_path
 from compressor.run.job import Job
-from compressor.run.measure import measure, probe
+from compressor.run.measure import measure, probe, stored_table
 from compressor.run.onnx_files import DENSE, export
-from compressor.run.stages import TABLE, begin, choose, finetune, finetuned_network, search
+from compressor.run.stages import begin, choose, finetune, finetuned_network, search
 
 if TYPE_CHECKING:
     from torch import nn
@@ -194,18 +194,12 @@ def _table_of(run: RunFolder, recipe: Recipe) -> LatencyTable | None:
     """Return the latency table of the running search, corrected by the measurements since.
 
     Raises:
-        CompressorError: The table is damaged or of another device than the recipe's, or more must be measured and this
-            is not the machine that it was measured on.
+        CompressorError: The table is damaged, or more must be measured and it belongs to another device.
     """
-    from compressor.latency.table import LatencyTable
-
-    file = run.file(TABLE)
-    if not file.exists():
+    table = stored_table(run)
+    if table is None:
         return None
-    table = LatencyTable.read(file)
-    if recipe.device != "local":
-        table = table.at(device_precision(recipe), device=recipe.device)
-    elif not run.finished("measure"):
+    if not run.finished("measure"):
         provider_of(recipe).require_same(table, request_of(recipe))
     for predicted, measured in run.manifest.corrections:
         table = table.refit([(predicted, measured)], lower=True)

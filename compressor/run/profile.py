@@ -1,4 +1,4 @@
-"""Measure the latency table that a network needs: on this machine, over ssh, or with a folder copied to the device.
+"""Measure the latency table that a network needs: on the device, or with a folder that is copied to it.
 
 Each function yields lines for the user.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from compressor.core.errors import CompressorError
 from compressor.recipe import Recipe
+from compressor.run.device import device_precision, provider_of, request_of, resolved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,44 +23,49 @@ GOOD = 0.10
 """A warning is printed for a mean error on held-out networks above this."""
 
 
-def profile_here(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
-    """Measure (or read from the cache) the latency table that a network needs on a device of this machine.
+def measure_table(recipe: Recipe, time_limit: str | None = None) -> Iterator[str]:
+    """Measure the latency table that a network needs on its device, or read the stored one if it still fits.
 
     Args:
-        recipe: Network and data.
+        recipe: Network, data and device.
         time_limit: Time limit for measuring, such as `90s` or `5min`; a cached table that had less time and is not
             accurate enough is measured again.
+
+    Raises:
+        CompressorError: The device cannot be measured from here, or takes no time limit.
     """
     from compressor.latency.measured import duration_s
-    from compressor.run.job import Job
 
     seconds = None if time_limit is None else duration_s(time_limit)
     recipe = _for_latency(recipe)
-    job = Job.prepare(recipe, profile_limit_s=seconds)
-    table = job.table
-    assert table is not None  # needed by the latency budget above
-    shape = "x".join(str(size) for size in job.data.input_shape)
-    runtime = table.fields.runtime
+    provider = provider_of(recipe)
+    provider.check(recipe.precision)
+    if not provider.measures:
+        raise CompressorError(
+            f"{recipe.device} cannot be measured from here.",
+            "Give ssh://user@host, or write a folder to copy there: --bundle DIR",
+        )
+    space, example = _traced(recipe)
+    table = provider.table(space, example, request_of(recipe, seconds, renew=True))
+    shape, runtime = "x".join(str(size) for size in example.shape[1:]), table.fields.runtime
     threads = f", {runtime.threads} thread(s)" if runtime.threads else ""
-    where = "here" if recipe.device == "local" else f"on {recipe.device}"
-    yield f"{recipe.model} at {shape} {where}, {runtime.name}{threads}:"
-    yield f"  dense {table.predict(job.space):.3f} ms, smallest {table.predict(job.space, job.space.smallest()):.3f} ms"
-    yield f"  {table.describe()}"
+    yield f"{recipe.model} at {shape} {'here' if provider.is_here else f'on {recipe.device}'}, {runtime.name}{threads}:"
+    yield f"  dense {table.predict(space):.3f} ms, smallest {table.predict(space, space.smallest()):.3f} ms"
+    yield from _described(table)
 
 
 def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
     """Write the networks that a table of the recipe's device needs, and the script that times them there.
 
     Raises:
-        CompressorError, ExportError: The device has no plain name, the folder is not empty, or the network cannot be
-            exported.
+        CompressorError, ExportError: The device has no plain name or is measured from here, the folder is not empty, or
+            the network cannot be exported.
     """
     from compressor.latency.remote_bundle import require_empty, write_table_bundle
     from compressor.latency.table import check_name
-    from compressor.run.device import device_precision
 
-    if recipe.device.startswith("ssh:"):
-        raise CompressorError("A device that ssh reaches needs no bundle.", "Leave out --bundle.")
+    if provider_of(recipe).measures:
+        raise CompressorError(f"{recipe.device} is measured from here and needs no bundle.", "Leave out --bundle.")
     check_name(recipe.device)
     require_empty(folder)
     recipe = _for_latency(recipe)
@@ -85,33 +91,23 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
     """Build a table from a device's results, and store it.
 
     Raises:
-        CompressorError, ExportError: Something is missing or damaged, or does not belong together.
+        CompressorError, ExportError: Something is missing or damaged, does not belong together, or the name is that of
+            a device that is measured from here.
     """
+    from compressor.latency.provider import TableProvider
     from compressor.latency.remote_table import table_of_results
     from compressor.latency.stored import keep
     from compressor.latency.table import check_name
 
     if device is not None:
         check_name(device)
+        if TableProvider.for_device(device).measures:
+            raise CompressorError(f"{device} is measured from here.", "Give the results another --device NAME.")
     table = table_of_results(folder, device)
     path = keep(table)
     yield from _described(table)
     yield f"The table is stored in {path}"
     yield f"Use it: compress --model MODEL --device {table.device} --precision {table.precision} --latency 50%"
-
-
-def profile_remote(recipe: Recipe) -> Iterator[str]:
-    """Measure a device over ssh, or describe its stored table if nothing has changed there."""
-    from compressor.latency.table import check_name
-    from compressor.run.device import provider_of, request_of
-
-    check_name(recipe.device)
-    recipe = _for_latency(recipe)
-    space, example = _traced(recipe)
-    table = provider_of(recipe).table(space, example, request_of(recipe, renew=True))
-    smallest = table.predict(space, space.smallest())
-    yield from _described(table)
-    yield f"  dense {table.predict(space):.3f} ms, smallest {smallest:.3f} ms"
 
 
 def _described(table: LatencyTable) -> Iterator[str]:
@@ -122,22 +118,20 @@ def _described(table: LatencyTable) -> Iterator[str]:
         f"power mode {device.power_mode}" if device.power_mode else "power mode not known",
         device.clocks,
     ]
-    yield table.describe()
+    yield f"  {table.describe()}"
     yield f"  {', '.join(fact for fact in facts if fact)}"
     if "by a fit" in table.fields.protocol:
-        yield "  TensorRT's profile did not separate the operators: they were fitted to the times of whole networks."
+        yield "  The operators were not timed one by one: they were fitted to the times of whole networks."
     for network in table.fields.networks.values():
         if network.held_out is not None and network.held_out.mape > GOOD:
             yield (
                 f"  Its error on networks that it has not seen is {network.held_out.mape:.0%}: fix the device's clocks "
-                "(sudo jetson_clocks), run nothing else on it, and measure again."
+                "(on a Jetson: sudo jetson_clocks), run nothing else on it, and measure again."
             )
 
 
 def _for_latency(recipe: Recipe) -> Recipe:
     """Return the recipe as a run with a latency budget would resolve it: same channel steps, same precision."""
-    from compressor.run.device import resolved
-
     return resolved(recipe.changed({"budgets": {"latency": "100%"}}))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from compressor import register_device
+from compressor.budgets.energy import find_counters
 from compressor.cli.app import app
 from compressor.core import plugins
 from compressor.core.errors import CompressorError
@@ -26,8 +27,10 @@ from compressor.latency.over_ssh import SshDevice
 from compressor.latency.provider import Request, StoredTables, TableProvider, Turns, known_devices
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import Recipe, load_recipe
-from compressor.run.again import measure_again
 from compressor.run.device import resolved
+from compressor.run.measure import measure_again
+from compressor.run.onnx_files import engine_elsewhere
+from compressor.run.profile import import_results, measure_table, write_bundle
 from export.errors import ExportError
 from tests.architecture import code_of, installed
 from tests.other_device import timing
@@ -116,10 +119,28 @@ def test_auto_is_a_precision_that_the_device_runs() -> None:
     assert resolved(Recipe(model="resnet18", device="plain", precision="int8")).precision == "int8"
 
 
+def test_what_is_said_of_a_registered_device(tmp_path: Path) -> None:
+    register_device(Plain)
+    device = TableProvider.for_device("plain:second")
+    assert (device.title, device.is_here, device.runs_tensorrt, device.measures) == ("plain:second", False, False, True)
+    assert engine_elsewhere(device) == "Networks run on plain:second through nothing, without an engine."
+    with pytest.raises(CompressorError, match="this machine's CPU only, not on plain"):
+        find_counters("plain", tmp_path)
+    with pytest.raises(CompressorError) as caught:
+        TableProvider.for_device("plan").check("fp32")
+    assert "Did you mean plain or local?" in caught.value.hint
+    with pytest.raises(CompressorError, match="plain is measured from here and needs no bundle"):
+        list(write_bundle(Recipe(model="resnet18", device="plain"), tmp_path / "bundle"))
+    with pytest.raises(CompressorError, match="plain is measured from here"):
+        list(import_results(tmp_path, "plain"))
+    with pytest.raises(CompressorError, match="jetson-nano cannot be measured from here"):
+        list(measure_table(Recipe(model="resnet18", device="jetson-nano")))
+
+
 def test_a_time_limit_is_for_registered_devices_too(monkeypatch: pytest.MonkeyPatch) -> None:
     register_device(Plain)
     limits: list[object] = []
-    monkeypatch.setattr("compressor.run.profile.profile_here", lambda recipe, limit: limits.append(limit) or ["done"])
+    monkeypatch.setattr("compressor.run.profile.measure_table", lambda recipe, limit: limits.append(limit) or ["done"])
     result = CliRunner().invoke(app, ["profile", "--model", "resnet18", "--device", "plain", "--time-limit", "5s"])
     assert (result.exit_code, limits) == (0, ["5s"]), result.output
 

@@ -72,7 +72,7 @@ def test_a_run_without_networks_and_half_a_pair_of_profiles_are_refused(
 ) -> None:
     run_folder = write_run(tmp_path / "run", {**manifest, "rounds": []}, [])
     for arguments, words in (
-        (["--explain"], "has no checkpoints/dense.onnx yet"),
+        (["--explain"], "has exported no checkpoints/dense.onnx yet"),
         (["--explain", "--dense-profile", "a.json"], "two networks together"),
         (["--dense-profile", "a.json", "--slim-profile", "b.json"], "Give --explain"),
     ):

@@ -332,7 +332,7 @@ def test_a_full_disk_leaves_nothing_half_written(run: Path, tmp_path: Path) -> N
 def test_a_run_without_an_export(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: tests.nets:tiny\n")
     (tmp_path / ".lock").touch()
-    assert "has exported nothing yet" in refused(tmp_path)
+    assert "has exported no model.onnx yet" in refused(tmp_path)
 
 
 def test_there_and_back_over_ssh(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,267 @@
+"""Say operator by operator why a run's slim network is not faster: on the terminal, in its manifest and report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.core.errors import CompressorError
+from compressor.core.files import read_text, sha256_file
+from compressor.core.manifest import ExplainedLine, Explanation, Layer
+from compressor.core.records import RECIPE
+from compressor.latency.explain import Line, Profile, explain, profile_onnx, read_trt_profile
+from compressor.latency.networks import file_nodes
+from compressor.latency.peaks import Machine, calibrate
+from compressor.recipe import load_recipe
+from compressor.run.device import device_precision, provider_of, request_of, resolved
+from compressor.run.folder import RunFolder
+from compressor.run.measure import from_here, stored_table
+from compressor.run.onnx_files import DENSE, MODEL, open_exported
+from export.device.here import CPU
+
+if TYPE_CHECKING:
+    from compressor.latency.provider import TableProvider
+    from compressor.latency.schema import Precision
+    from compressor.latency.table import LatencyTable
+    from compressor.pruning.space import PruningSpace
+    from compressor.recipe import Recipe
+
+SHOWN_LINES = 25
+"""Number of operators that are shown; the manifest and the report have all."""
+
+SHOWN_SENTENCES = 8
+
+Pairs = list[tuple[float, float]]
+"""The table's milliseconds (dense, slim) of each weight-bearing operator."""
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """Profiles of a run's dense and slim networks.
+
+    Attributes:
+        dense, slim: The profiles.
+        machine: Peak rates of the device.
+        where: Description of the device and its runtime.
+    """
+
+    dense: Profile
+    slim: Profile
+    machine: Machine
+    where: str
+
+
+def explain_again(
+    folder: Path, profiles: tuple[Path, Path] | None = None, factory: str | None = None
+) -> Iterator[str | list[Line]]:
+    """Profile a run's dense and slim networks, say why the slim one is not faster, and rewrite the report.
+
+    Args:
+        folder: Folder of a finished run.
+        profiles: Layer profiles of the dense and the slim engine that trtexec wrote on the run's device; by default
+            both networks are profiled on this machine.
+        factory: Function that builds the run's network if it is the user's own code; see `models.names`.
+
+    Yields:
+        Lines for the user, and once all operators, the largest possible gains first.
+
+    Raises:
+        CompressorError: The run has exported nothing yet, or a profile does not belong to its networks.
+    """
+    from compressor.report import write_report
+    from compressor.report.explain import gap
+    from compressor.report.page import REPORT
+
+    with closing(open_exported(folder, DENSE)) as run:
+        recipe = resolved(load_recipe(run.file(RECIPE)))
+        table, provider = stored_table(run), provider_of(recipe)
+        if profiles is not None:
+            profiled = _profiled_there(run, provider, table, device_precision(recipe), profiles)
+        else:
+            profiled = _profiled_here(run, recipe.threads)
+        own = profiles is not None or (provider.is_here and (table is None or table.fields.runtime.name == CPU))
+        predicted, note = _predicted(run, recipe, table, factory) if own else (None, "")
+        names = _names(run)
+        lines = explain(profiled.dense, profiled.slim, names, profiled.machine, predicted)
+        explanation = Explanation(
+            where=profiled.where,
+            peaks=profiled.machine.how,
+            dense_ms=profiled.dense.whole_ms,
+            slim_ms=profiled.slim.whole_ms,
+            lines=[ExplainedLine(**asdict(line)) for line in lines],
+        )
+        run.manifest.explanation, run.manifest.layers = explanation, _with_times(run.manifest.layers, lines)
+        run.save()
+        yield (
+            f"On {explanation.where}: dense {explanation.dense_ms:.3f} ms, slim {explanation.slim_ms:.3f} ms. "
+            f"Peaks: {explanation.peaks}."
+        )
+        if not own:
+            yield from_here(provider)
+            if provider.runs_tensorrt and not provider.is_here:
+                yield (
+                    "For the device's own times, profile both engines there (trtexec --exportProfile) and add "
+                    "--dense-profile FILE --slim-profile FILE."
+                )
+        yield lines
+        if len(lines) > SHOWN_LINES:
+            yield f"and {len(lines) - SHOWN_LINES} more lines, in the report."
+        yield gap(run.manifest)
+        sentences = [line.sentence for line in lines if line.sentence]
+        yield from (f"- {sentence}" for sentence in sentences[:SHOWN_SENTENCES])
+        if table is not None and table.estimated and predicted:
+            yield "The predictions are estimated, not measured."
+        if note:
+            yield note
+        page = write_report(run.path)
+        run.manifest.files = {**run.manifest.files, REPORT: sha256_file(page)}
+        run.save()
+        yield f"Wrote {page}"
+
+
+def _profiled_here(run: RunFolder, threads: int) -> Profiled:
+    import onnxruntime
+
+    dense, slim = profile_onnx([run.file(DENSE), run.file(MODEL)], threads=threads)
+    where = f"this machine, onnxruntime-cpu {onnxruntime.__version__}, {threads} thread(s)"
+    return Profiled(dense, slim, calibrate(threads), where)
+
+
+def _profiled_there(
+    run: RunFolder, device: TableProvider, table: LatencyTable | None, precision: Precision, files: Sequence[Path]
+) -> Profiled:
+    """Read the layer profiles that trtexec wrote on a run's device for the engines of its dense and slim ONNX files.
+
+    Raises:
+        CompressorError: The run is for another kind of device, the device's peaks are unknown, or a file is missing, is
+            not a layer profile, or belongs to another network.
+    """
+    from compressor.latency.estimate import ELEMENT_BYTES
+    from compressor.latency.peaks import estimated_machine
+    from compressor.latency.table import shipped_table
+
+    if device.is_here or not device.runs_tensorrt:
+        raise CompressorError(
+            f"Layer profiles of TensorRT belong to a run for a TensorRT device; this one is for {device.title}.",
+            "Leave out --dense-profile and --slim-profile.",
+        )
+    known = (each.fields.roofline.get(precision) for each in (table, shipped_table(device.device)) if each)
+    fields = next((each for each in known if each is not None), None)
+    if fields is None:
+        raise CompressorError(
+            f"The peak rates of {device.title} in {precision} are not known: only shipped tables have them.",
+            "Leave out --dense-profile and --slim-profile: both networks are then explained on this machine.",
+        )
+    dense, slim = (
+        read_trt_profile(
+            read_text(path, "layer profile"),
+            str(path),
+            run.file(network),
+            element_bytes=ELEMENT_BYTES[precision],
+            block=fields.block,
+        )
+        for path, network in zip(files, (DENSE, MODEL), strict=True)
+    )
+    machine = estimated_machine(fields, device.device)
+    return Profiled(dense, slim, machine, f"{device.title}, TensorRT's layer profile")
+
+
+def _predicted(
+    run: RunFolder, recipe: Recipe, table: LatencyTable | None, factory: str | None
+) -> tuple[Pairs | None, str]:
+    """Return the table's prediction of every operator, or why there is none.
+
+    The predictions are scaled so that the operators add up to the whole network.
+    """
+    if table is None:
+        return None, "The run has no latency table, so nothing was predicted."
+    try:
+        provider = provider_of(recipe)
+        if provider.is_here:
+            provider.require_same(table, request_of(recipe))
+        space = _space(run, recipe, table, factory)
+        curve = table.curve(space)
+        both = np.stack([space.dense_widths, _kept_widths(run, space)])
+        operators = curve.operators(both)
+        scaled = operators * (curve(both) / operators.sum(axis=1))[:, None]
+        return [(float(dense), float(slim)) for dense, slim in scaled.T], ""
+    except CompressorError as error:
+        return None, f"Nothing was predicted: {error.message} {error.hint}".rstrip()
+
+
+def _names(run: RunFolder) -> list[str]:
+    """Return names of the weight-bearing operators: the layers' own if the counts match, else the ONNX file's."""
+    found = [node.name for node in file_nodes(run.file(MODEL)) if node.operator >= 0]
+    layers = [layer.name for layer in run.manifest.layers]
+    return layers if len(layers) == len(found) else found
+
+
+def _with_times(layers: Sequence[Layer], lines: Sequence[Line]) -> list[Layer]:
+    by_layer = {line.layer: line for line in lines if line.layer is not None}
+    if len(by_layer) != len(layers):
+        return list(layers)
+    keys = ("dense_ms", "slim_ms", "predicted_dense_ms", "predicted_slim_ms", "bound", "padding")
+    return [
+        layer.model_copy(update={key: getattr(by_layer[place], key) for key in keys}) if place in by_layer else layer
+        for place, layer in enumerate(layers)
+    ]
+
+
+def _space(run: RunFolder, recipe: Recipe, table: LatencyTable, factory: str | None) -> PruningSpace:
+    """Return the pruning space of a run's network as its table knows it, without its data and weights.
+
+    Args:
+        run, recipe: The run.
+        table: Table with its channel steps.
+        factory: Function that builds the network if it is the user's own code.
+
+    Raises:
+        CompressorError: The network cannot be rebuilt.
+    """
+    import onnx
+    import torch
+
+    from compressor.latency.operators import network_signature
+    from compressor.models import create_model
+    from compressor.models.names import allowed_factory
+    from compressor.pruning.space import PruningSpace
+
+    graph = onnx.load(str(run.file(DENSE)), load_external_data=False).graph
+    shape = tuple(dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim)[1:]
+    classes = graph.output[0].type.tensor_type.shape.dim[-1].dim_value
+    model = create_model(allowed_factory(recipe.model, factory, run.path), classes, "none", shape).eval()
+    pruning = recipe.pruning
+
+    def traced(steps: int | dict[str, int]) -> PruningSpace:
+        return PruningSpace(
+            model,
+            torch.zeros(1, *shape),
+            granularity=steps,
+            min_width=pruning.min_share,
+            frozen=pruning.frozen,
+            scope=pruning.scope,
+        )
+
+    space = traced(1)
+    network = table.fields.networks.get(network_signature(space))
+    if network is None or len(network.granularity) != len(space.groups):
+        return space
+    steps = {
+        group.name: step * group.unit for group, step in zip(space.groups, network.granularity, strict=True)
+    }
+    return traced(steps)
+
+
+def _kept_widths(run: RunFolder, space: PruningSpace) -> Any:
+    """Return the widths that a run chose, in the order of the space's groups."""
+    kept = {group.name: group.kept for group in run.manifest.groups}
+    if set(kept) != {group.name for group in space.groups}:
+        raise CompressorError(
+            "The run's groups are not those of its network.", "Check whether its code has changed since the run."
+        )
+    return np.asarray([kept[group.name] for group in space.groups], dtype=np.int64)
