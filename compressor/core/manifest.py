@@ -42,6 +42,11 @@ How = Literal["measured", "counted", "computed"]
 Verdict = Literal["kept", "missed", "undecided", "predicted"]
 
 
+def kept(verdict: Verdict) -> bool | None:
+    """Return whether a budget with this verdict is met; None if that is not known."""
+    return {"kept": True, "missed": False}.get(verdict)
+
+
 def _possible(value: float, info: ValidationInfo) -> float:
     if not abs(value) <= (LARGEST if info.context is _TOLERANT else sys.float_info.max):
         raise ValueError("expected a finite number")
@@ -105,6 +110,10 @@ class Budget(Record):
     kept: bool | None = None
     verdict: Verdict | None = None
     how: How | None = None
+
+    def judged(self, verdict: Verdict, **costs: float | None) -> Budget:
+        """Return the budget with its result; `costs` are fields that the result changes."""
+        return self.model_copy(update={**costs, "verdict": verdict, "kept": kept(verdict)})
 
 
 class Measurement(Record):

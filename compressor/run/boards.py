@@ -17,10 +17,9 @@ from compressor.core.errors import CompressorError
 from compressor.core.manifest import DeviceRecord
 from compressor.core.progress import say
 from compressor.latency.paired import Ratio
-from compressor.report import write_report
 from compressor.run.device import device_precision
 from compressor.run.exports import Finished, Request, check
-from compressor.run.finish import checksums, exit_code, not_measured
+from compressor.run.finish import exit_code, not_measured, write_page
 from compressor.run.folder import RunFolder
 from compressor.run.job import latency_budget
 from compressor.run.onnx_files import MODEL, drawn
@@ -171,10 +170,9 @@ def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults) -> Iterator[str
     medians = sorted(float(np.median(turn.times_ms)) for turn in network.turns)
     target, stats, manifest = budget.value, network.latency, run.manifest
     verdict = Ratio(stats.median_ms, medians[0], medians[-1], dense_ms=1.0).verdict(target)  # in milliseconds
-    kept = None if verdict == "undecided" else verdict == "kept"
-    result = {"measured": stats.median_ms, "verdict": verdict, "kept": kept}
     manifest.budgets = [
-        each.model_copy(update=result) if each.name == "latency" else each for each in manifest.budgets
+        each.judged(verdict, measured=stats.median_ms) if each.name == "latency" else each
+        for each in manifest.budgets
     ]
     manifest.latency = manifest.latency.model_copy(
         update={
@@ -184,10 +182,7 @@ def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults) -> Iterator[str
     )  # fmt: skip
     manifest.notes = [note for note in manifest.notes if note != not_measured(recipe, manifest.latency.estimated)]
     manifest.exit_code = exit_code(manifest.budgets, recipe.contract.accept_predicted)
-    run.save()
-    write_report(run.path)
-    manifest.files = checksums(run)
-    run.save()
+    write_page(run)
     yield (
         f"The slim network takes {stats.median_ms:.3f} ms on the board (medians of {len(medians)} turns: "
         f"{medians[0]:.3f}-{medians[-1]:.3f}), target {target:.3f} ms: {verdict}."

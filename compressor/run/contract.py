@@ -23,7 +23,7 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
-from compressor.core.manifest import Measurement
+from compressor.core.manifest import Measurement, kept
 from compressor.core.progress import say
 from compressor.pruning.plan import ChannelPlan
 
@@ -182,7 +182,7 @@ class Contract:
             bursts=ratio.bursts,
             seconds=round(ratio.seconds, 1),
             verdict=verdict,
-            kept=None if verdict == "undecided" else verdict == "kept",
+            kept=kept(verdict),
             widths=self._widths(plan),
         )
 
@@ -234,11 +234,11 @@ class Contract:
             verdicts.setdefault(widths, set()).add(each.verdict)
             if self._file(number).exists():
                 files[widths] = self._file(number)
-        kept = [widths for widths in files if verdicts[widths] == {"kept"}]
+        met = [widths for widths in files if verdicts[widths] == {"kept"}]
         not_missed = [widths for widths in files if "missed" not in verdicts[widths]]
         if not not_missed:
             return plan
-        best = max(kept, key=used.__getitem__) if kept else min(not_missed, key=used.__getitem__)
+        best = max(met, key=used.__getitem__) if met else min(not_missed, key=used.__getitem__)
         return ChannelPlan.from_json(files[best].read_text(encoding="utf-8"))
 
     def _margin(self) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.core.errors import CompressorError
-from compressor.core.files import read_text, sha256_file
+from compressor.core.files import read_text
 from compressor.core.manifest import ExplainedLine, Explanation, Layer
 from compressor.core.records import RECIPE
 from compressor.latency.explain import Line, Profile, explain, profile_onnx, read_trt_profile
@@ -19,6 +19,7 @@ from compressor.latency.networks import file_nodes
 from compressor.latency.peaks import Machine, calibrate
 from compressor.recipe import load_recipe
 from compressor.run.device import device_precision, provider_of, request_of, resolved
+from compressor.run.finish import write_page
 from compressor.run.folder import RunFolder
 from compressor.run.measure import from_here, stored_table
 from compressor.run.onnx_files import DENSE, MODEL, open_exported
@@ -73,9 +74,7 @@ def explain_again(
     Raises:
         CompressorError: The run has exported nothing yet, or a profile does not belong to its networks.
     """
-    from compressor.report import write_report
     from compressor.report.explain import gap
-    from compressor.report.page import REPORT
 
     with closing(open_exported(folder, DENSE)) as run:
         recipe = resolved(load_recipe(run.file(RECIPE)))
@@ -96,7 +95,7 @@ def explain_again(
             lines=[ExplainedLine(**asdict(line)) for line in lines],
         )
         run.manifest.explanation, run.manifest.layers = explanation, _with_times(run.manifest.layers, lines)
-        run.save()
+        page = write_page(run)
         yield (
             f"On {explanation.where}: dense {explanation.dense_ms:.3f} ms, slim {explanation.slim_ms:.3f} ms. "
             f"Peaks: {explanation.peaks}."
@@ -118,9 +117,6 @@ def explain_again(
             yield "The predictions are estimated, not measured."
         if note:
             yield note
-        page = write_report(run.path)
-        run.manifest.files = {**run.manifest.files, REPORT: sha256_file(page)}
-        run.save()
         yield f"Wrote {page}"
 
 

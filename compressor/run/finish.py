@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,23 +33,25 @@ def finish(run: RunFolder, job: Job, plan: ChannelPlan) -> int:
     Returns:
         The exit code.
     """
-    from compressor.report import write_report
-
     manifest = run.manifest
     code = exit_code(manifest.budgets, job.recipe.contract.accept_predicted)
     notes = [*manifest.notes, *_closing_notes(manifest, job, plan), *_on_the_device(run, job.recipe)]
     manifest.status, manifest.exit_code, manifest.notes = "finished", code, list(dict.fromkeys(notes))
     run.save()
-
-    def report() -> None:
-        manifest.files = checksums(run)
-        run.save()
-        write_report(run.path)
-
-    run.stage("report", report, again=True)
-    manifest.files = checksums(run)  # including the report's
-    run.save()
+    run.stage("report", partial(write_page, run), again=True)
     return code
+
+
+def write_page(run: RunFolder) -> Path:
+    """Write the report of the manifest as it is now, and the checksums of all delivered files; return its path."""
+    from compressor.report import write_report
+
+    run.manifest.files = checksums(run)
+    run.save()
+    page = write_report(run.path)
+    run.manifest.files = checksums(run)  # including the report's
+    run.save()
+    return page
 
 
 def report_again(folder: Path) -> tuple[Path, str]:
@@ -128,6 +131,6 @@ def _hardly_faster(manifest: Manifest) -> Iterator[str]:
 def checksums(run: RunFolder) -> dict[str, str]:
     """Return the SHA-256 checksums of the run's delivered files, by name."""
     names = [RECIPE, "channels.json", "model.safetensors", MODEL, "report.html"]
-    for pattern in ("model.*.onnx", "engines/*"):
+    for pattern in ("model.*.onnx", "model*.pt2", "engines/*"):
         names += sorted(str(path.relative_to(run.path)) for path in run.path.glob(pattern) if path.is_file())
     return {name: sha256_file(run.file(name)) for name in names if run.file(name).exists()}

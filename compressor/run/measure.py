@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressor.core.manifest import Budget, Latency, Measurement
+from compressor.core.manifest import Budget, Latency, Measurement, Verdict
 from compressor.core.progress import say
 from compressor.core.records import RECIPE
 from compressor.latency.networks import with_distinct_weights
@@ -76,15 +76,12 @@ def _judged_budgets(
     widths, counts = job.space.widths(plan.widths), run.manifest.cost.slim.model_dump()
     for entry, budget in zip(run.manifest.budgets, job.budgets(), strict=True):
         if entry.name == "latency" and found is not None:
-            yield entry.model_copy(
-                update={
-                    "target": found.target_ms,
-                    "dense": found.dense_ms,
-                    "predicted": found.predicted_ms,
-                    "measured": found.measured_ms,
-                    "verdict": found.verdict,
-                    "kept": found.kept,
-                }
+            yield entry.judged(
+                found.verdict or "undecided",
+                target=found.target_ms,
+                dense=found.dense_ms,
+                predicted=found.predicted_ms,
+                measured=found.measured_ms,
             )
             continue
         predicted = float(budget.predict(widths[None])[0])
@@ -94,11 +91,8 @@ def _judged_budgets(
         elif entry.name != "latency":
             counted = counts.get(entry.name) if budget.how == "counted" else None
             cost = predicted if counted is None else float(counted)
-        kept = None if cost is None else cost <= entry.target
-        verdict = "predicted" if kept is None else "kept" if kept else "missed"
-        yield entry.model_copy(
-            update={"predicted": predicted, "measured": cost, "verdict": verdict, "kept": kept}
-        )
+        verdict: Verdict = "predicted" if cost is None else "kept" if cost <= entry.target else "missed"
+        yield entry.judged(verdict, predicted=predicted, measured=cost)
 
 
 def _latency(

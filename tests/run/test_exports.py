@@ -240,23 +240,40 @@ def test_a_network_that_failed_on_the_board_is_no_success(
     assert json.loads((run / "manifest.json").read_text())["devices"][-1]["networks"][0]["status"] == "build-failed"
 
 
+BOARD = "jetson-orin-nano-8gb"
+
+
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run for a board, with a latency budget in milliseconds that is only predicted."""
+    folder = tmp_path_factory.mktemp("predicted") / "run"
+    recipe = {
+        "model": "tests.nets:tiny", "epochs": 1, "budgets": {"latency": "2ms"}, "agent": "uniform",
+        "device": BOARD, "search": {"max_evaluations": 2, "batch_norm_batches": 2}, "export": {"engine": False},
+    }  # fmt: skip
+    assert compress(Recipe.model_validate(recipe), out=folder).exit_code == 4  # predicted only
+    return folder
+
+
 @pytest.mark.parametrize(
     ("turns_ms", "verdict", "code"),
     [((1.8, 1.9, 1.95), "kept", 0), ((2.1, 2.2, 2.4), "missed", 3), ((1.9, 1.98, 2.1), "undecided", 4)],
 )
 def test_a_board_decides_a_budget_in_milliseconds(
-    turns_ms: tuple[float, ...], verdict: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predicted: Path,
+    turns_ms: tuple[float, ...],
+    verdict: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from compressor.run.boards import import_results
     from export.device.results import Board, DeviceResults, NetworkResult, Turn
     from export.engine.bench import summarise
 
-    target, folder = "jetson-orin-nano-8gb", tmp_path / "run"
-    recipe = {
-        "model": "tests.nets:tiny", "epochs": 1, "budgets": {"latency": "2ms"}, "agent": "uniform",
-        "device": target, "search": {"max_evaluations": 2, "batch_norm_batches": 2}, "export": {"engine": False},
-    }  # fmt: skip
-    assert compress(Recipe.model_validate(recipe), out=folder).exit_code == 4  # predicted only
+    target, folder = BOARD, tmp_path / "run"
+    shutil.copytree(predicted, folder)
+    (folder / "model.pt2").write_bytes(b"exported earlier")
     assert "its latency is" in (folder / "report.html").read_text()
     turns = tuple(Turn(place, 1, (each,) * 10, {}) for place, each in enumerate(turns_ms, start=1))
     stats = summarise([each for each in turns_ms for _ in range(10)], runtime="tensorrt", version="10.3.0")
@@ -271,7 +288,8 @@ def test_a_board_decides_a_budget_in_milliseconds(
     (budget,) = manifest["budgets"]
     assert (budget["measured"], budget["verdict"], manifest["exit_code"]) == (turns_ms[1], verdict, code)
     assert manifest["latency"]["measured_ms"] == turns_ms[1]
-    assert manifest["files"]["report.html"] == sha256_file(folder / "report.html")
+    for name in ("report.html", "model.pt2"):
+        assert manifest["files"][name] == sha256_file(folder / name)
     assert "not measured" not in " ".join(manifest["notes"])
 
 
