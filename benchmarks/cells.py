@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from rich.console import Console
 
-from compressor.core.files import sha256_file
+from compressor.core.files import sha256_file, write_atomic
 from compressor.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -82,10 +83,11 @@ class Lines:
             yield False
 
 
-def common_options(
-    parser: argparse.ArgumentParser, *, epochs: int, results: str, work: str, page: str
-) -> None:
-    """Add the options that both studies have."""
+def parser_of(study: str, description: str | None, *, epochs: int) -> argparse.ArgumentParser:
+    """Return a parser with the options that all studies have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="folder:PATH with train/ and test/, or as for compress")
     parser.add_argument(
         "--weights", required=True, nargs="+", metavar="NETWORK=FILE", help="state dict of each trained network"
@@ -97,10 +99,12 @@ def common_options(
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of cells, as in a shell")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no cell after this time")
     parser.add_argument("--list", action="store_true", help="print the cells to run and their times, and stop")
-    parser.add_argument("--results", type=Path, default=Path(results), help="file with a line for each cell")
-    parser.add_argument("--work", type=Path, default=Path(work), help="folder of searches and networks")
-    parser.add_argument("--page", type=Path, default=Path(page))
+    results, page = Path(f"benchmarks/results/{study}.jsonl"), Path(f"docs/results/{study}.md")
+    parser.add_argument("--results", type=Path, default=results, help="file with a line for each cell")
+    parser.add_argument("--work", type=Path, default=Path(f"runs/{study}"), help="folder of searches and networks")
+    parser.add_argument("--page", type=Path, default=page)
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
+    return parser
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
@@ -114,6 +118,39 @@ def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argp
     if options.epochs < 1:
         parser.error(f"--epochs {options.epochs}: expected 1 or more")
     return options
+
+
+def command(
+    options: argparse.Namespace, study: str, models: Iterable[str], own: Sequence[str], flags: str = ""
+) -> str:
+    """Return the command that fills a study's missing cells, without the caller's own paths.
+
+    Args:
+        options: Options of the study.
+        study: Its module.
+        models: Its networks.
+        own: Names of its own options with values.
+        flags: Its own options without values.
+    """
+    names = ("epochs", "search_images", "batch_norm_batches", "fit_images", *own)
+    weights = " ".join(f"{name}=FILE" for name in dict.fromkeys(models))
+    values = " ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
+    return (
+        f"python -m benchmarks.{study} --data {options.data.partition(':')[0]}:PATH --weights {weights} \\\n"
+        f"    {values}{flags} --seeds {' '.join(map(str, options.seeds))}"
+    )
+
+
+def finish(
+    options: argparse.Namespace, lines: Lines, page: Callable[[argparse.Namespace, Lines], str], console: Console
+) -> None:
+    """Write a study's page from its cells, unless they were only to be listed."""
+    if options.list:
+        return
+    if not lines.entries():
+        raise SystemExit(f"There are no cells in {options.results} yet: no page is written.")
+    write_atomic(options.page, page(options, lines))
+    console.print(f"Wrote {options.page}", highlight=False)
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -80,27 +80,11 @@ def main(arguments: list[str] | None = None) -> None:
     lines = Lines(options.results, {**cells.settings_of(options), **own})
     if not options.page_only:
         Study(options, lines, console).run()
-    if options.list:
-        return
-    if not lines.entries():
-        raise SystemExit(f"There are no cells in {options.results} yet: no page is written.")
-    text = page(options, lines)
-    console.print(text, highlight=False, markup=False)
-    write_atomic(options.page, text)
-    console.print(f"Wrote {options.page}", highlight=False)
+    cells.finish(options, lines, page, console)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cells.common_options(
-        parser,
-        epochs=1,
-        results="benchmarks/results/proxy.jsonl",
-        work="runs/proxy",
-        page="docs/results/proxy.md",
-    )
+    parser = cells.parser_of("proxy", __doc__, epochs=1)
     parser.add_argument("--plans", type=int, default=32, help="of each budget")
     parser.add_argument("--seeds", nargs=2, type=int, default=[0, 1], help="of fine-tuning")
     parser.add_argument(
@@ -363,7 +347,8 @@ def page(options: argparse.Namespace, lines: Lines) -> str:
                 parts += [f"## {model}, {budget}", "", *section(plans), ""]
     if missing:
         parts += [f"{missing} plans are not complete; the same command runs them.", ""]
-    return "\n".join([*parts, "```", command(options), "```", ""])
+    command = cells.command(options, "proxy", BUDGETS, ["plans", "start"], " --reuse" if options.reuse else "")
+    return "\n".join([*parts, "```", command, "```", ""])
 
 
 def complete(done: dict[str, Any], row: str, plans: int) -> list[dict[str, Any]]:
@@ -423,18 +408,6 @@ def standard_error(one: NDArray[np.float64], other: NDArray[np.float64]) -> floa
     generator = np.random.default_rng(0)
     draws = generator.integers(0, len(one), (RESAMPLES, len(one)))
     return float(np.std([spearman(one[draw], other[draw]) for draw in draws]))
-
-
-def command(options: argparse.Namespace) -> str:
-    """Return the command that fills the missing cells, without the caller's own paths."""
-    names = ("epochs", "search_images", "batch_norm_batches", "fit_images", "plans", "start")
-    weights = " ".join(f"{name}=FILE" for name in BUDGETS)
-    flags = " ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
-    flags += " --reuse" if options.reuse else ""
-    return (
-        f"python -m benchmarks.proxy --data {options.data.partition(':')[0]}:PATH --weights {weights} \\\n"
-        f"    {flags} --seeds {' '.join(map(str, options.seeds))}"
-    )
 
 
 if __name__ == "__main__":
