@@ -46,9 +46,9 @@ from compressor.run.device import provider_of, request_of
 from compressor.run.job import Job
 from compressor.run.stages import environment, trainer
 from compressor.search.base import create_agent
-from compressor.search.evaluate import accuracy, reestimate_batch_norm
 from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule
+from compressor.training.scoring import accuracy, reestimate_batch_norm
 from export.convert.to_onnx import export_onnx
 
 BUDGETS = ("latency:50%", "latency:30%", "params:50%", "params:30%")
@@ -148,10 +148,10 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     compensation = compensation_of(job, result.best)
     if compensation is None:
         slim = job.space.apply(result.best)
-        reestimate_batch_norm(slim, job.data.train, batches=10, device=job.torch_device)
+        reestimate_batch_norm(slim, job.task.train, batches=10, device=job.torch_device)
     else:
         slim = compensation.network
-    before = accuracy(slim, job.data.test, device=job.torch_device)
+    before = accuracy(slim, job.task.test, device=job.torch_device)
     started = time.perf_counter()
     if options.epochs:
         rate, teacher = job.recipe.training.finetune_learning_rate, job.teacher or job.model
@@ -166,11 +166,11 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         **store.settings(options),
         "search_accuracy": result.accuracy,
         "before": before,
-        "after": accuracy(slim, job.data.test, device=job.torch_device) if options.epochs else before,
+        "after": accuracy(slim, job.task.test, device=job.torch_device) if options.epochs else before,
         "kept": all(float(np.asarray(each.predict(widths[None]))[0]) <= each.target for each in budgets),
         "share": costs[kind if kind != "flops" else "macs"],
         "target_share": next(each.target / each.dense for each in budgets),
-        "test_images": len(job.data.test),
+        "test_images": len(job.task.test),
         "measured_share": None,
         "used": result.evaluations,
         "search_minutes": result.seconds / 60,
@@ -256,7 +256,7 @@ def measured_share(job: Job, slim: Any, folder: Path) -> float:
     """Time of the slim network over that of the dense one, measured in turn on this machine."""
     import torch
 
-    example = torch.zeros(1, *job.data.input_shape)
+    example = torch.zeros(1, *job.task.preprocessing.input_shape)
     dense_path, slim_path = folder / "dense.onnx", folder / "slim.onnx"
     export_onnx(job.model, example, dense_path)
     export_onnx(slim, example, slim_path)

@@ -110,12 +110,12 @@ def check(options: argparse.Namespace) -> None:
 
 def note_network(options: argparse.Namespace, job: Job) -> None:
     """Keep the accuracy of the given weights on the test images, beside which all cells stand."""
-    from compressor.search.evaluate import accuracy
+    from compressor.training.scoring import accuracy
 
     path = network_path(options, options.model)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        dense = accuracy(job.model, job.data.test, device=job.torch_device)
+        dense = accuracy(job.model, job.task.test, device=job.torch_device)
         found = {"weights_sha256": sha256_file(Path(options.weights)), "dense_accuracy": dense}
         write_atomic(path, json.dumps(found) + "\n")
 

@@ -231,9 +231,9 @@ def fine_tune(job: Job, network: nn.Module, epochs: int, *, distilled: bool) -> 
 
 def tested(job: Job, network: nn.Module) -> float:
     """Return the accuracy on the test images, 0..1."""
-    from compressor.search.evaluate import accuracy
+    from compressor.training.scoring import accuracy
 
-    return accuracy(network, job.data.test, device=job.torch_device)
+    return accuracy(network, job.task.test, device=job.torch_device)
 
 
 def count(job: Job, network: nn.Module) -> int:
@@ -242,7 +242,7 @@ def count(job: Job, network: nn.Module) -> int:
 
     from compressor.pruning.checks import count_macs
 
-    return count_macs(network, (torch.zeros(1, *job.data.input_shape),))[0]
+    return count_macs(network, (torch.zeros(1, *job.task.preprocessing.input_shape),))[0]
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Speed:
         from torch.nn import functional
 
         network = copy.deepcopy(job.model).train()
-        images, labels = next(iter(job.data.train.sample(128).batches(128)))
+        images, labels = next(iter(job.task.train.sample(128).batches(128)))
 
         def forward() -> None:
             with torch.no_grad():
@@ -286,7 +286,7 @@ class Speed:
 def fine_tuning_seconds(speed: Speed, job: Job, epochs: int, share: float, *, distilled: bool) -> float:
     """Estimate fine-tuning and the test of a network with this share of the dense multiply-adds."""
     trained = speed.trained * share + (speed.scored if distilled else 0.0)
-    return epochs * len(job.data.train) * trained + len(job.data.test) * speed.scored * share
+    return epochs * len(job.task.train) * trained + len(job.task.test) * speed.scored * share
 
 
 def weights_checksums(options: argparse.Namespace) -> dict[str, str]:

@@ -155,7 +155,7 @@ def list_cells(options: argparse.Namespace, lines: Lines, jobs: Jobs, console: C
 def estimate(options: argparse.Namespace, cell: str, job: Job, speed: Speed) -> float:
     """Return the seconds that a cell will take, from the time of an image and the number of images."""
     parts = cell.split("/")
-    test = len(job.data.test) * speed.scored
+    test = len(job.task.test) * speed.scored
     if parts[-1] == "dense":
         return test
     share, method = float(parts[1].rstrip("%")) / 100, parts[2]
@@ -186,8 +186,8 @@ def run(options: argparse.Namespace, cell: str, job: Job) -> dict[str, Any]:
         return {
             "after": cells.tested(job, job.model),
             "macs": cells.count(job, job.model),
-            "test_images": len(job.data.test),
-            "train_images": len(job.data.train),
+            "test_images": len(job.task.test),
+            "train_images": len(job.task.train),
             "weights_sha256": sha256_file(options.weights[model]),
         }
     share, method, seed, part = parts
@@ -204,7 +204,7 @@ def run(options: argparse.Namespace, cell: str, job: Job) -> dict[str, Any]:
 
 def search(options: argparse.Namespace, job: Job, method: str, target: int, path: Path) -> dict[str, Any]:
     """Search with one tool, verify its multiply-adds, and save the network for the fine-tunings."""
-    from compressor.search.evaluate import reestimate_batch_norm
+    from compressor.training.scoring import reestimate_batch_norm
 
     job.model.eval()
     plan = None
@@ -221,7 +221,7 @@ def search(options: argparse.Namespace, job: Job, method: str, target: int, path
         raise CompressorError(f"{method} has {macs:,} multiply-adds, more than the {target:,} of the budget.")
     as_found = cells.tested(job, network)
     if COMPENSATED not in method:  # compensation decides itself whether to re-estimate
-        reestimate_batch_norm(network, job.data.train, batches=10, device=job.torch_device)
+        reestimate_batch_norm(network, job.task.train, batches=10, device=job.torch_device)
     save_network(network, plan, path)
     return {
         "seconds": seconds,
@@ -253,7 +253,7 @@ def torch_pruning(job: Job, method: str, target: int) -> tuple[nn.Module, dict[s
     }[method]()
     source = copy.deepcopy(job.model)
     if method == "torch-pruning-taylor":
-        batches = job.data.train.sample(GRADIENT_BATCHES * 128, job.recipe.seed).batches(128)
+        batches = job.task.train.sample(GRADIENT_BATCHES * 128, job.recipe.seed).batches(128)
         for images, labels in batches:
             functional.cross_entropy(source(images), labels).backward()
     inner = {f"{group.name}" for group in inner_groups(job)}
@@ -269,7 +269,7 @@ def torch_pruning(job: Job, method: str, target: int) -> tuple[nn.Module, dict[s
         ]
         pruner = tp.pruner.BasePruner(
             network,
-            torch.zeros(1, *job.data.input_shape),
+            torch.zeros(1, *job.task.preprocessing.input_shape),
             importance=importance,
             global_pruning=method != "torch-pruning-l1",
             pruning_ratio=ratio,
@@ -313,11 +313,11 @@ def fast_nas(options: argparse.Namespace, job: Job, target: int) -> tuple[nn.Mod
     except ImportError as error:
         raise CompressorError(f"ModelOpt cannot be imported: {error}.", "pip install -e .[peers]") from None
 
-    from compressor.search.evaluate import accuracy
+    from compressor.training.scoring import accuracy
 
-    scored = job.data.search.sample(options.search_images, job.recipe.seed).in_memory()
+    scored = job.task.search.sample(options.search_images, job.recipe.seed).in_memory()
     calibration = list(
-        job.data.train.sample(128 * options.batch_norm_batches, job.recipe.seed).batches(128)
+        job.task.train.sample(128 * options.batch_norm_batches, job.recipe.seed).batches(128)
     )
     config = FastNASConfig()
     config["nn.Conv2d"]["*"]["channel_divisor"] = options.divisor
@@ -338,7 +338,7 @@ def fast_nas(options: argparse.Namespace, job: Job, target: int) -> tuple[nn.Mod
             copy.deepcopy(job.model).eval(),
             mode=[("fastnas", config)],
             constraints={"flops": limit},
-            dummy_input=torch.zeros(1, *job.data.input_shape),
+            dummy_input=torch.zeros(1, *job.task.preprocessing.input_shape),
             config={
                 "score_func": score,
                 "data_loader": calibration,

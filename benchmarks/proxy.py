@@ -157,7 +157,7 @@ def same_training(options: argparse.Namespace, job: Job, model: str) -> bool:
     entries = (json.loads(each.read_text()) for each in (options.recorded / "cells").glob(f"{model}-*.json"))
     weights = json.loads(path.read_text())["weights_sha256"]
     return weights == cells.weights_checksums(options)[model] and all(
-        entry["epochs"] == options.epochs and entry["test_images"] == len(job.data.test) for entry in entries
+        entry["epochs"] == options.epochs and entry["test_images"] == len(job.task.test) for entry in entries
     )
 
 
@@ -267,22 +267,22 @@ class Scorer:
 
         self.job = job
         self.networks = {
-            kind: Networks(job.space, job.data.train, kind, images=options.fit_images, device=job.torch_device)
+            kind: Networks(job.space, job.task.train, kind, images=options.fit_images, device=job.torch_device)
             for kind in NETWORKS
             if kind != "cut"
         }
-        ranked = job.data.train.batches(128, shuffle_seed=job.recipe.seed, device=job.torch_device)
+        ranked = job.task.train.batches(128, shuffle_seed=job.recipe.seed, device=job.torch_device)
         data = [batch for _, batch in zip(range(2), ranked, strict=False)]
         self.ranking = job.space.rank(job.recipe.pruning.importance, data)
         self.batches = options.batch_norm_batches
-        self.statistics = job.data.train.sample(128 * self.batches, 0).in_memory()
-        self.search = list(job.data.search.sample(options.search_images, 0).batches(128, device=job.torch_device))
+        self.statistics = job.task.train.sample(128 * self.batches, 0).in_memory()
+        self.search = list(job.task.search.sample(options.search_images, 0).batches(128, device=job.torch_device))
         self.dense = [self._outputs(job.model, images) for images, _ in self.search]
         self._warm: set[str] = set()
 
     def build(self, widths: Sequence[int], kind: str) -> nn.Module:
         """Return the network of a plan: cut, with batch norm re-estimated, or compensated."""
-        from compressor.search.evaluate import reestimate_batch_norm
+        from compressor.training.scoring import reestimate_batch_norm
 
         plan = self.job.space.plan(list(widths), self.ranking)
         if kind != "cut":

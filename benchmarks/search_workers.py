@@ -25,6 +25,7 @@ from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
 from compressor.search.evaluate import Evaluator
 from compressor.search.sites import open_site
+from compressor.training.classification import Classification
 
 
 def measure(
@@ -32,7 +33,9 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds for the plans, after one was scored on each worker."""
     site = open_site(workers, 1, 600)
-    evaluator = Evaluator(space, data, search_images=images, bn_batches=batches, site=site, threads=1)
+    evaluator = Evaluator(
+        space, Classification.of(data), search_images=images, bn_batches=batches, site=site, threads=1
+    )
     started = time.perf_counter()
     evaluator.many([space.uniform(0.9 - 0.1 * i) for i in range(evaluator.workers)])
     starting = time.perf_counter() - started

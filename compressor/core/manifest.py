@@ -30,6 +30,7 @@ from pydantic import (
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_json, write_atomic
+from compressor.core.metrics import ACCURACY
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -187,8 +188,10 @@ class Latency(Record):
 
 
 class Accuracy(Record):
-    """Top-1 shares of the networks on the test split."""
+    """Scores of the networks on the test split by one metric; see `core.metrics.Metric`."""
 
+    metric: str = ACCURACY
+    share: bool = True
     split: str = ""
     images: int | None = None
     dense: Number | None = None

@@ -71,6 +71,14 @@ class Split(ABC):
         """
         return self.chosen(torch.from_numpy(_spread(self.labels.numpy(), seed)[:images]))
 
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor]:
+        """Return the arguments of a network in a batch: its images."""
+        return (batch[0],)
+
+    def steps(self, batch_size: int) -> int:
+        """Return the number of whole batches, at least one."""
+        return max(1, len(self) // batch_size)
+
     def batches(
         self,
         batch_size: int,

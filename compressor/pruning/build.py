@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.core.plugins import load_plugins
+from compressor.core.trees import moved, tensors_in
 from compressor.pruning import rules as rules  # registers them
 from compressor.pruning.attention import swap_name
 from compressor.pruning.counts import Ints
-from compressor.pruning.facts import MEETS_FIXED, Call, Facts, Key, Labels, Settings, moved, tensors_in
+from compressor.pruning.facts import MEETS_FIXED, Call, Facts, Key, Labels, Settings
 from compressor.pruning.groups import Resolved, resolve
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 from compressor.pruning.slicer import Slicer, cut, cut_meta

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
+from compressor.core.trees import channels_last
 from compressor.models.computed import evaluated
 from compressor.pruning.counts import Layer
 from compressor.pruning.least_squares import COARSE, STRENGTHS
@@ -136,7 +137,7 @@ class Images:
 
     def run(self, network: nn.Module, which: range) -> list[list[Tensor]]:
         """Return a network's outputs for some of the chunks, in the memory format in which convolutions are fast."""
-        return [outputs(network(*(_channels_last(each) for each in self.chunks[index]))) for index in which]
+        return [outputs(network(*channels_last(self.chunks[index]))) for index in which]
 
     def outputs(self, network: nn.Module, which: range) -> list[list[Tensor]]:
         """As `run`, in eval mode and without gradients."""
@@ -165,11 +166,6 @@ class Images:
             return None
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + site.number * 1_009 + index)
         return torch.randperm(positions, generator=random)[:each].sort().values.to(x.device)
-
-
-def _channels_last(value: Any) -> Any:
-    image = isinstance(value, Tensor) and value.dim() == 4
-    return value.contiguous(memory_format=torch.channels_last) if image else value
 
 
 def recorded(network: nn.Module, images: Images) -> Recording:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from compressor.core.trees import tensors_in
 
 Labels = NDArray[np.int64]
 Axes = tuple["Labels | None", ...]
@@ -288,26 +289,3 @@ class Settings:
 def positive(dim: int, rank: int) -> int:
     """Return the number of an axis, counted from the front."""
     return dim + rank if dim < 0 else dim
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return all tensors in nested lists, tuples and dictionaries."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for item in value for tensor in tensors_in(item)]
-
-
-def moved(value: Any, device: torch.device | str) -> Any:
-    """Return `value` with all tensors in it moved to `device`."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device)
-    if isinstance(value, (list, tuple)):
-        items = [moved(item, device) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
-    return value

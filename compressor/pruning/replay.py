@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from compressor.pruning.facts import tensors_in
+from compressor.core.trees import tensors_in
 from compressor.pruning.registry import rule_of
 from compressor.pruning.skeleton import named_tensors
 

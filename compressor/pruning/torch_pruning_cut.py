@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.pruning.facts import moved
+from compressor.core.trees import moved
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import copy_structure, named_tensors
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.core.errors import CompressorError
+from compressor.core.trees import tensors_in
 from compressor.pruning.facts import (
     MEETS_FIXED,
     Atoms,
@@ -28,7 +29,6 @@ from compressor.pruning.facts import (
     Settings,
     Step,
     Tie,
-    tensors_in,
 )
 from compressor.pruning.registry import is_own, rule_of, works_in_place
 from compressor.pruning.shapes import shape_only

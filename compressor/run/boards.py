@@ -76,7 +76,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
                     f"compress export {folder} --precision int8 --rest {request.rest or 'fp16'}"
                 )
             networks.append(path)
-        images, _ = drawn(finished.data.test, REFERENCE_IMAGES, finished.recipe.seed)
+        images = drawn(finished.task.test, REFERENCE_IMAGES, finished.recipe.seed)
         session = open_session(run.file(MODEL), threads=1)
         name = session.get_inputs()[0].name
         outputs = np.concatenate([run_session(session, {name: image[None]})[0] for image in images])
@@ -85,7 +85,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
             networks,
             Reference(images, outputs),
             target=target,
-            facts={"run": run.name, **finished.data.facts()},
+            facts={"run": run.name, **finished.task.facts()},
         )
         yield f"Wrote {info.path} for {info.target.name}: {', '.join(info.networks)} ({info.size / 1e6:.1f} MB)."
         yield "On the board: unpack it, run run.sh in it, and bring results.tar.gz back."

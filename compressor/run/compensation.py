@@ -25,13 +25,21 @@ def compensation_of(job: Job, plan: ChannelPlan) -> Compensation | None:
         return None
     networks = Networks(
         job.space,
-        job.data.train,
+        job.task.calibration,
         job.compensation.delivered,
         images=job.recipe.pruning.compensation_images,
         seed=job.recipe.seed,
         device=job.torch_device,
     )
     return networks.compensation(plan)
+
+
+def own_statistics(job: Job, slim: nn.Module) -> None:
+    """Re-estimate a sliced network's batch-norm statistics in place, if there are inputs for it."""
+    from compressor.training.scoring import reestimate_batch_norm
+
+    if job.task.calibration is not None:
+        reestimate_batch_norm(slim, job.task.calibration, batches=10, device=job.torch_device)
 
 
 def network_before_finetuning(run: RunFolder, job: Job, plan: ChannelPlan, *, trained: bool) -> nn.Module:
@@ -43,19 +51,17 @@ def network_before_finetuning(run: RunFolder, job: Job, plan: ChannelPlan, *, tr
         plan: Channels that are kept.
         trained: Whether the dense network is trained; the outputs of an untrained one are no goal.
     """
-    from compressor.search.evaluate import accuracy, reestimate_batch_norm
-
     method = job.compensation.delivered
     if method == "off" or not trained:
         slim = job.space.apply(plan)
         if not job.recipe.epochs:  # no training will adapt the statistics
-            reestimate_batch_norm(slim, job.data.train, batches=10, device=job.torch_device)
+            own_statistics(job, slim)
         return slim
     started = time.perf_counter()
     found = compensation_of(job, plan)
     assert found is not None
     seconds = time.perf_counter() - started
-    share = accuracy(found.network, job.data.test, device=job.torch_device)
+    share = job.tested(found.network)
     run.note_accuracy(compensated=share)
     run.manifest.compensation = Compensated(
         method=method,
@@ -69,5 +75,5 @@ def network_before_finetuning(run: RunFolder, job: Job, plan: ChannelPlan, *, tr
     )
     run.save()
     if found.refitted:
-        say(f"The compensated network's test accuracy is {share:.2%}, without training.")
+        say(f"The compensated network's {job.metric} is {job.task.metric.text(share)}, without training.")
     return found.network

@@ -48,24 +48,32 @@ def problem(predicted: Tensor, labels: Tensor, promised: float | None = None) ->
     return ""
 
 
+def share_right(predicted: Tensor, labels: Tensor) -> float:
+    """Return the accuracy, 0..1."""
+    return float((predicted == labels).double().mean())
+
+
 def check_dense(job: Job, predicted: Tensor, labels: Tensor, folder: str) -> str | None:
-    """Return a note on the dense network's predictions on the test split; None if they are plausible.
+    """Return a note on the dense network's answers on the test split; None if they are plausible.
 
     Raises:
         CompressorError: They are implausible and the recipe does not accept that; the message names likely causes.
     """
+    from compressor.data import Preprocessing
+
     wrong = problem(predicted, labels, _promised(job))
     if not wrong:
         return None
-    share = float((predicted == labels).double().mean())
+    share, facts = share_right(predicted, labels), job.task.facts()
+    prepared = Preprocessing.from_dict(facts["preprocessing"])
     found = f"The dense network scores {share:.2%} on {len(labels)} test images, {wrong}."
     if job.recipe.accept_dense:
         return f"{found} The recipe accepts that."
     raise CompressorError(
         found,
         "Likely causes: the images are prepared differently than in its training (now "
-        f"{job.data.preprocessing.describe()}): set --mean, --std, data.channel_order or data.range; the "
-        f"classes are in another order than {', '.join(job.data.classes[:3])}, ...; or the weights are for another "
+        f"{prepared.describe()}): set --mean, --std, data.channel_order or data.range; the "
+        f"classes are in another order than {', '.join(facts['classes'][:3])}, ...; or the weights are for another "
         f"task. Start again with the right settings, or continue as it is: compress --resume {folder} --accept-dense",
     )
 
@@ -74,21 +82,25 @@ def _promised(job: Job) -> float | None:
     """Return the published accuracy if it applies to these weights, classes and input size, else None."""
     from compressor.models import published
 
-    recipe, classes = job.recipe, job.data.classes
+    recipe, facts = job.recipe, job.task.facts()
+    classes = facts["classes"]
     if recipe.weights != "default" or len(classes) != _IMAGENET_CLASSES:
         return None
     known = published(recipe.model)
-    if known is None or known.preprocessing["size"] != job.data.preprocessing.size:
+    if known is None or known.preprocessing["size"] != facts["preprocessing"]["size"]:
         return None
     return known.accuracy if all(re.fullmatch(r"n[0-9]{8}", name) for name in classes) else None
 
 
 def lost_in_finetuning(
-    finetuned: float, pruned: float | None, dense: float | None, images: int
+    finetuned: float, pruned: float | None, dense: float | None, images: int | None
 ) -> str | None:
     """Return a note if fine-tuning ends far below its start: by more than 2 points below the pruned network or 10 below
-    the dense one, and by more than noise."""
-    from compressor.search.evaluate import standard_error
+    the dense one, and by more than noise. Scores that are no shares of a number of images get none."""
+    from compressor.training.scoring import standard_error
+
+    if images is None:
+        return None
 
     def far(start: float | None, margin: float) -> bool:
         if start is None:

@@ -15,7 +15,7 @@ from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
-from compressor.run.job import load_images
+from compressor.run.load import load_images
 from compressor.run.onnx_files import (
     COMPARED_IMAGES,
     MODEL,
@@ -36,7 +36,7 @@ from export.files import read_bytes, write_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-    from compressor.data import DataBundle
+    from compressor.training.classification import Classification
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -81,7 +81,7 @@ class Finished:
         self.run = run
         self._factory = factory
         self.recipe: Recipe = load_recipe(run.file(RECIPE))
-        self._data: DataBundle | None = None
+        self._task: Classification | None = None
         self._model: nn.Module | None = None
 
     @classmethod
@@ -102,11 +102,20 @@ class Finished:
         self.run.close()
 
     @property
-    def data(self) -> DataBundle:
-        """The run's data, loaded on first use."""
-        if self._data is None:
-            self._data = load_images(self.recipe)
-        return self._data
+    def task(self) -> Classification:
+        """The run's task, with its images, loaded on first use."""
+        from compressor.training.classification import Classification
+
+        if self._task is None:
+            self._task = Classification.of(load_images(self.recipe))
+        return self._task
+
+    @property
+    def example(self) -> Any:
+        """The network's input, as in the run."""
+        import torch
+
+        return torch.zeros(1, *self.task.preprocessing.input_shape)
 
     @property
     def model(self) -> nn.Module:
@@ -123,11 +132,11 @@ class Finished:
         """Metadata of every exported file."""
         from compressor.pruning.artefact import read_plan
 
-        return metadata_of(self.recipe, self.data, self.run, read_plan(self.run.path).checksum)
+        return metadata_of(self.recipe, self.task, self.run, read_plan(self.run.path).checksum)
 
     def images(self) -> Any:
         """Test images (N, C, H, W) for comparing exported files with the network."""
-        return drawn(self.data.test, COMPARED_IMAGES, self.recipe.seed)[0]
+        return drawn(self.task.test, COMPARED_IMAGES, self.recipe.seed)
 
     def onnx(self, request: Request) -> Iterator[str]:
         """Write the ONNX file that `path_of` names, from the FP32 file of the same batch and opset."""
@@ -141,7 +150,7 @@ class Finished:
             runtime = "" if request.target else self.run.manifest.latency.runtime or provider.runtime
             yield from write_precision(
                 self.run,
-                self.data,
+                self.task,
                 request.precision,
                 request.max_drop,
                 method=request.method,
@@ -170,16 +179,14 @@ class Finished:
         return request.opset or opset_of(self.recipe, request.target)
 
     def _write_fp32(self, path: Path, request: Request) -> Iterator[str]:
-        import torch
-
         from export.convert.to_onnx import check_parity, export_onnx
 
-        shape = (1 if request.batch.open else request.batch.most, *self.data.input_shape)
+        inputs = 1 if request.batch.open else request.batch.most
         opset = self._opset(request)
         with replacing(path) as trial:  # a file that fails a check never replaces `path`
             info = export_onnx(
                 self.model,
-                torch.zeros(shape),
+                self.example.expand(inputs, *self.example.shape[1:]).contiguous(),
                 trial,
                 opset=opset,
                 metadata=self.metadata(),
@@ -187,7 +194,7 @@ class Finished:
                 batches=request.batch.tried,
             )
             parity = check_parity(self.model, trial, self.images(), tolerance=self.recipe.export.tolerance)
-            accuracy, images = scored(trial, self.data)
+            accuracy, images = scored(trial, self.task)
         entry = Export(
             file=path.name,
             bytes=info.size,
@@ -272,11 +279,9 @@ def _engine(finished: Finished, request: Request) -> Generator[str, None, Path]:
 
 
 def _program(finished: Finished, request: Request) -> Generator[str, None, Path]:
-    import torch
-
     from export.convert.program import check_loaded, export_program, load_program
 
-    example, model, batch = torch.zeros(1, *finished.data.input_shape), finished.model, request.batch
+    example, model, batch = finished.example, finished.model, request.batch
     path = finished.run.file(".".join(part for part in ("model", batch.label, "pt2") if part))
     with replacing(path) as trial:
         info = export_program(model, example, trial, batch=batch, metadata=finished.metadata())

@@ -1,4 +1,4 @@
-"""A recipe's objects on this machine: network, data, pruning space and budgets.
+"""A run's objects on this machine: network, task, pruning space and budgets.
 
 Every invalid request is rejected here, before the run's folder is created.
 """
@@ -9,29 +9,29 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import replacing
-from compressor.core.progress import say
+from compressor.core.metrics import ACCURACY
 from compressor.latency.networks import with_distinct_weights
 from compressor.run.device import latency_table, opset_of, provider_of, request_of
+from compressor.run.load import Loaded, load
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from compressor.budgets.base import Budget, BudgetSpec, CachedValues
-    from compressor.data import DataBundle, Preprocessing
     from compressor.latency.table import LatencyTable
-    from compressor.models import Published
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
     from compressor.search.networks import Methods
+    from compressor.training.task import Task
 
 
 class DenseFile:
@@ -41,13 +41,13 @@ class DenseFile:
 
     Args:
         known: File of a resumed run; nothing is exported if it exists.
-        recipe, model, example: Network and a batch of one input.
+        recipe, model, example: Network and its arguments for one input.
 
     Raises:
         CompressorError: The network cannot be exported, or the file's outputs differ from the network's.
     """
 
-    def __init__(self, known: Path | None, recipe: Recipe, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, known: Path | None, recipe: Recipe, model: nn.Module, example: tuple[Any, ...]) -> None:
         self._path: Path | None = None
         if known is None or not known.exists():
             folder = tempfile.mkdtemp(prefix="compressor-dense-")
@@ -66,12 +66,12 @@ class DenseFile:
         self._remove()
 
     @staticmethod
-    def _write(path: Path, recipe: Recipe, model: nn.Module, example: Tensor) -> None:
+    def _write(path: Path, recipe: Recipe, model: nn.Module, example: tuple[Any, ...]) -> None:
         from export.convert.to_onnx import export_onnx
         from export.errors import ExportError
 
         try:
-            export_onnx(with_distinct_weights(model), example, path, opset=opset_of(recipe))
+            export_onnx(with_distinct_weights(model), example[0], path, opset=opset_of(recipe))
         except ExportError as error:
             raise CompressorError(
                 f"{recipe.model} cannot be exported, and neither could a slim network of it: {error.message}",
@@ -81,14 +81,15 @@ class DenseFile:
 
 @dataclass
 class Job:
-    """A resolved recipe with everything loaded.
+    """A run's recipe with its objects, ready for the stages.
 
     Attributes:
         recipe: Resolved recipe, with measured channel steps as numbers, so that a resumed run has the same steps.
         model: Dense network on `torch_device`; agents that train change its weights.
         teacher: Dense network as loaded, if it is pretrained; else None.
-        factory: Function that rebuilds the network for the artifact.
-        data: Train, search and test splits.
+        factory: What rebuilds the network for its artifact; None if its user has to.
+        task: Batches, loss and scores.
+        preprocessing: How images become inputs, for the manifest.
         space: Prunable channels of `model`.
         table: Latency table of the device; None if no latency budget needs it.
         torch_device: Device for training, "cpu" or "cuda".
@@ -101,8 +102,9 @@ class Job:
     recipe: Recipe
     model: nn.Module
     teacher: nn.Module | None
-    factory: dict[str, Any]
-    data: DataBundle
+    factory: dict[str, Any] | None
+    task: Task
+    preprocessing: dict[str, Any]
     space: PruningSpace
     table: LatencyTable | None
     torch_device: str
@@ -110,6 +112,7 @@ class Job:
     dense_file: DenseFile
     compensation: Methods
     callers: dict[str, CachedValues] = field(default_factory=dict)
+    _goals: list[Any] = field(default_factory=list)
 
     @classmethod
     def prepare(
@@ -117,15 +120,17 @@ class Job:
         recipe: Recipe,
         table: LatencyTable | None = None,
         *,
+        loader: Callable[[Recipe], Loaded] = load,
         profile_limit_s: float | None = None,
         values: Mapping[str, Mapping[tuple[int, ...], float]] | None = None,
         dense: Path | None = None,
     ) -> Job:
-        """Load and trace everything that a resolved recipe names.
+        """Load a run's objects, trace the network, find the table, and refuse what cannot run here.
 
         Args:
             recipe: Resolved recipe.
             table: Latency table of the device, from the folder of a resumed run; None to measure or load it.
+            loader: Loads the objects: those that the recipe names, or those of the caller.
             profile_limit_s: Time limit for measuring this machine if its table is unknown, in seconds; None for the
                 default.
             values: Values that function budgets have returned in a resumed run, by budget and widths; the functions are
@@ -141,7 +146,6 @@ class Job:
         from compressor.budgets.function import FunctionCaller
         from compressor.core.agents import agent_class
         from compressor.core.plugins import load_plugins
-        from compressor.models import factory_of
         from compressor.search.networks import methods
         from compressor.search.reward import soft_reward
         from compressor.search.sites import check_workers
@@ -155,24 +159,21 @@ class Job:
         agent_class(recipe.agent)  # refuses an unknown one
         counters = find_counters(recipe.device) if recipe.budgets.energy else None
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = load(recipe)
-        recipe, data, model = loaded.recipe, loaded.data, loaded.model
+        loaded = loader(recipe)
+        recipe, model, example = loaded.recipe, loaded.model, loaded.example
         notes += loaded.notes
-        factory = factory_of(model)
-        assert factory is not None  # create_model leaves it on every network
         teacher = copy.deepcopy(model).eval() if recipe.weights != "none" else None
-        example = torch.zeros(1, *data.input_shape)
         space = trace(recipe, model, example)
         dense_file = DenseFile(dense, recipe, model, example)
         if recipe.pruning.granularity == "measured":
-            steps = provider_of(recipe).measured_steps(space, example, request_of(recipe))
+            steps = provider_of(recipe).measured_steps(space, example[0], request_of(recipe))
             recipe = recipe.changed({"pruning": {"granularity": steps}})
             space = trace(recipe, model, example)
         if table is None and any(spec.name == "latency" for spec in specs):
-            table = latency_table(recipe, space, example, profile_limit_s)
+            table = latency_table(recipe, space, example[0], profile_limit_s)
         if not specs:
             notes.append("No budget was given: nothing is pruned. Give --latency, --flops, --params or --memory.")
-        compensation = methods(recipe, space, example)
+        compensation = methods(recipe, space, example[0])
         if compensation.note:
             notes.append(compensation.note)
         if recipe.pruning.importance == "auto":
@@ -183,8 +184,9 @@ class Job:
             recipe=recipe,
             model=model,
             teacher=teacher.to(torch_device) if teacher is not None else None,
-            factory=factory,
-            data=data,
+            factory=loaded.factory,
+            task=loaded.task,
+            preprocessing=loaded.preprocessing,
             space=space,
             table=table,
             torch_device=torch_device,
@@ -217,6 +219,24 @@ class Job:
     def measurable(self) -> bool:
         """Whether the device can be measured from here: this machine, or reachable over ssh."""
         return provider_of(self.recipe).measures
+
+    @property
+    def metric(self) -> str:
+        """Name of the score on the test split, for sentences."""
+        name = self.task.metric.name
+        return f"test {name}" if name == ACCURACY else name
+
+    def tested(self, model: nn.Module) -> float:
+        """Return the score of a network on the test split, in the unit of the task's metric."""
+        return self.task.test_score(model, self.goals, self.torch_device)
+
+    @property
+    def goals(self) -> Any:
+        """What the test score compares with, if that is the dense network; computed once."""
+        if not self._goals:
+            dense = self.model if self.teacher is None else self.teacher
+            self._goals.append(self.task.test_goals(dense, self.torch_device))
+        return self._goals[0]
 
     def budgets(self, table: LatencyTable | None = None) -> list[Budget]:
         """Return the recipe's budgets in absolute numbers, by `table` or the job's own table.
@@ -272,7 +292,7 @@ def reward_weights(recipe: Recipe) -> dict[str, float]:
     }  # fmt: skip
 
 
-def trace(recipe: Recipe, model: nn.Module, example: Tensor) -> PruningSpace:
+def trace(recipe: Recipe, model: nn.Module, example: tuple[Any, ...]) -> PruningSpace:
     """Trace a recipe's network, with the channel steps that suit its device if the recipe gives none.
 
     Raises:
@@ -301,142 +321,3 @@ def trace(recipe: Recipe, model: nn.Module, example: Tensor) -> PruningSpace:
             f"Nothing in {recipe.model} can be pruned ({reasons}).", "See --dry-run for all parts."
         )
     return space
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Result of `load`.
-
-    Attributes:
-        recipe: Recipe with image size and preprocessing filled in.
-        data: Images, prepared for the network.
-        model: Network in training mode on the CPU.
-        notes: Notes for the user, such as an assumed preprocessing.
-    """
-
-    recipe: Recipe
-    data: DataBundle
-    model: nn.Module
-    notes: tuple[str, ...]
-
-
-def load(recipe: Recipe, weights: str | None = None) -> Loaded:
-    """Load the images and the network of a resolved recipe.
-
-    Args:
-        recipe: Resolved recipe.
-        weights: Weights used instead of the recipe's; the images are still prepared for the recipe's weights.
-
-    Raises:
-        CompressorError: A part is not available, or the network takes images with another number of channels.
-    """
-    import torch
-
-    from compressor.models import create_model, input_channels
-
-    data = load_images(recipe)
-    torch.manual_seed(recipe.seed)
-    said: list[str] = []
-    model = create_model(
-        recipe.model, data.num_classes, weights or recipe.weights, data.input_shape, said.append
-    )
-    for sentence in said:
-        say(sentence)
-    channels = input_channels(model, data.input_shape)
-    if channels != data.preprocessing.channels:
-        order = "grey" if channels == 1 else "rgb"
-        if recipe.data.channel_order is not None:
-            raise CompressorError(
-                f"{recipe.model} takes images of {channels} channel{'s' if channels > 1 else ''}, but "
-                f"data.channel_order is {recipe.data.channel_order}.",
-                f"Omit it, or set it to {order}.",
-            )
-        data = data.prepared(_wanted(recipe, order).at(data.preprocessing.size))
-    notes = (*data.notes, *said, *_assumed(recipe, data.preprocessing))
-    return Loaded(_completed(recipe, data.preprocessing), data, model, notes)
-
-
-def load_images(recipe: Recipe) -> DataBundle:
-    """Load the images of a resolved recipe, prepared as it says; in color unless it says that they are gray."""
-    from compressor.data import load_data
-
-    return load_data(recipe.data.source, seed=recipe.seed, wanted=_wanted(recipe, recipe.data.channel_order))
-
-
-def described(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return a preprocessing and its origin for the manifest."""
-    usual = _usual(recipe)
-    mine = preprocessing.to_dict()
-    theirs = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.size)
-    other = [
-        name for name, value in theirs.to_dict().items() if value != mine[name] and name != "resize_size"
-    ]
-    origin = "assumed: usual for ImageNet" if usual is None else usual.origin
-    if other:
-        origin += f"; {', '.join(other)} set by the recipe"
-    return {**mine, "origin": origin}
-
-
-_UNSAID = {"mean": None, "std": None, "crop_share": None, "interpolation": None, "range": 1}
-
-
-def _usual(recipe: Recipe) -> Published | None:
-    """Return what is published about a recipe's weights; None if the network is not from a library."""
-    from compressor.models import published
-
-    return published(recipe.model) if recipe.weights != "none" else None
-
-
-def _wanted(recipe: Recipe, channel_order: str | None) -> Any:
-    from compressor.data import Preprocessing, Wanted
-
-    usual, data = _usual(recipe), recipe.data
-    return Wanted(
-        usual=Preprocessing(**usual.preprocessing) if usual is not None else Preprocessing(),
-        image_size=recipe.image_size,
-        mean=data.mean,
-        std=data.std,
-        crop_share=data.crop_share,
-        interpolation=data.interpolation,
-        channel_order=channel_order,
-        range=data.range,
-    )
-
-
-def _completed(recipe: Recipe, preprocessing: Preprocessing) -> Recipe:
-    """Return the recipe with explicit preprocessing values, so that images are prepared alike on every machine."""
-    return recipe.changed(
-        {
-            "image_size": preprocessing.size,
-            "data": {
-                "mean": preprocessing.mean,
-                "std": preprocessing.std,
-                "crop_share": preprocessing.crop_share,
-                "interpolation": preprocessing.interpolation,
-                "channel_order": preprocessing.channel_order,
-                "range": preprocessing.range,
-            },
-        }
-    )
-
-
-def _assumed(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[str]:
-    """Yield a note if nothing says how the images for the weights were prepared.
-
-    The note depends on the numbers alone, not on their origin: a resumed run, whose recipe has them all, gets the same.
-    """
-    usual = _usual(recipe)
-    given = recipe.weights not in ("none", "default")
-    if not given and (usual is not None or not recipe.own_network or recipe.data_kind == "digits"):
-        return
-    expected = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.size)
-    if (preprocessing.mean, preprocessing.std) != (expected.mean, expected.std):
-        return
-    whose = recipe.weights if given else recipe.model
-    source = (
-        "the usual ImageNet values are assumed" if usual is None else f"the values of {usual.origin} are used"
-    )
-    yield (
-        f"{whose} does not say how its images were prepared: {source}, {preprocessing.describe()}. "
-        "Change it with --mean, --std, --set data.crop_share=... and data.interpolation=...."
-    )

@@ -17,15 +17,17 @@ from compressor.core.manifest import Checks, Cost, Engine, Export, Layer, Networ
 from compressor.core.progress import bar, say
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
+from compressor.training.task import inputs_in
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from compressor.data import DataBundle, Split
     from compressor.latency.provider import TableProvider
     from compressor.pruning.plan import ChannelPlan
     from compressor.recipe import Recipe
     from compressor.run.job import Job
+    from compressor.training.feeds import Feed
+    from compressor.training.task import Task
     from export.engine.engine import BuildSettings
 
 MODEL = "model.onnx"
@@ -64,11 +66,11 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
     recipe, space, manifest = job.recipe, job.space, run.manifest
     manifest.checks = Checks.model_validate(checks(space, plan, slim))
     run.save()
-    metadata = metadata_of(recipe, job.data, run, plan.checksum)
+    metadata = metadata_of(recipe, job.task, run, plan.checksum)
     info = write_onnx(job, slim, run.file(MODEL), metadata=metadata)
-    images, _ = drawn(job.data.test, COMPARED_IMAGES, recipe.seed)
+    images = drawn(job.task.test, COMPARED_IMAGES, recipe.seed)
     parity = check_parity(slim, run.file(MODEL), images, tolerance=recipe.export.tolerance)
-    exported, count = scored(run.file(MODEL), job.data)
+    exported, count = scored(run.file(MODEL), job.task, job.goals)
     manifest.parity = Parity(
         max_abs=parity.max_abs,
         mean_abs=parity.mean_abs,
@@ -110,7 +112,7 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
     run.save()
     if recipe.precision != "fp32":  # on this machine's CPU it always is
         for line in write_precision(
-            run, job.data, recipe.precision, recipe.export.max_drop, rest="fp16", engine=provider.is_here
+            run, job.task, recipe.precision, recipe.export.max_drop, rest="fp16", engine=provider.is_here
         ):
             say(line)
 
@@ -124,12 +126,9 @@ def engine_elsewhere(device: TableProvider) -> str:
 
 def write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any] | None = None) -> Any:
     """Export a network of the job to ONNX, for a batch of one."""
-    import torch
-
     from export.convert.to_onnx import export_onnx
 
-    example = torch.zeros(1, *job.data.input_shape)
-    return export_onnx(model, example, path, opset=opset_of(job.recipe), metadata=metadata)
+    return export_onnx(model, job.space.example_input[0], path, opset=opset_of(job.recipe), metadata=metadata)
 
 
 def _layers(job: Job, both: Any) -> list[Layer]:
@@ -150,41 +149,29 @@ def _layers(job: Job, both: Any) -> list[Layer]:
     return records
 
 
-def drawn(split: Split, images: int, seed: int) -> tuple[Any, Any]:
-    """Draw a sample of a split, spread over the classes: normalized images (N, C, H, W) and labels (N,), as arrays."""
-    batches = [(x.numpy(), y.numpy()) for x, y in split.sample(images, seed).batches(256, device="cpu")]
-    return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
+def drawn(feed: Feed | None, number: int, seed: int) -> Any:
+    """Draw a sample of a feed, spread over the classes if there are any: the network's inputs (N, ...), as an array."""
+    assert feed is not None
+    return np.concatenate([inputs[0].numpy() for inputs in inputs_in(feed, number, seed, 256, "cpu")])
 
 
-def scored(path: Path, data: DataBundle) -> tuple[float, int]:
-    """Return an ONNX file's top-1 share on the whole test split with ONNX Runtime, and the number of images.
+def scored(path: Path, task: Task, goals: Any = None) -> tuple[float | None, int | None]:
+    """Return an ONNX file's score on the whole test split with ONNX Runtime, and the number of inputs.
 
     It uses as many threads as PyTorch; this does not measure time.
     """
-    import torch
-
-    from export.convert.ort import accuracy_onnx
-
-    seen = 0
-
-    def batches() -> Iterator[tuple[Any, Any]]:
-        nonlocal seen
-        with bar("Scoring the exported network", len(data.test)) as progress:
-            for x, y in data.test.batches(256, device="cpu"):
-                yield x.numpy(), y.numpy()
-                seen += len(y)
-                progress.advance(len(y))
-
-    return accuracy_onnx(path, batches(), threads=torch.get_num_threads()), seen
+    with bar("Scoring the exported network", task.test_inputs or 1) as progress:
+        return task.file_score(path, goals, progress.advance), task.test_inputs
 
 
-def metadata_of(recipe: Recipe, data: DataBundle, run: RunFolder, plan_checksum: str) -> dict[str, Any]:
+def metadata_of(recipe: Recipe, task: Task, run: RunFolder, plan_checksum: str) -> dict[str, Any]:
     """Return the metadata of an exported file: model, classes, normalization, run and plan."""
+    facts = task.facts()
+    images = facts.get("preprocessing", {})
     return {
         "model": recipe.model,
-        **data.facts(),
-        "mean": list(data.preprocessing.mean),
-        "std": list(data.preprocessing.std),
+        **facts,
+        **{name: images[name] for name in ("mean", "std") if name in images},
         "run": run.name,
         "plan": plan_checksum,
     }
@@ -248,7 +235,7 @@ def build_engine_of(
 
 def write_precision(
     run: RunFolder,
-    data: DataBundle,
+    task: Task,
     precision: str,
     max_drop_points: float,
     *,
@@ -265,7 +252,7 @@ def write_precision(
 
     Args:
         run: Run whose FP32 file is exported.
-        data: Data of the run.
+        task: Task of the run.
         precision: "fp16" or "int8".
         max_drop_points: Percentage points of accuracy that the file may lose.
         method: How INT8 ranges are calibrated: "minmax", "entropy" or "percentile".
@@ -288,14 +275,15 @@ def write_precision(
     given, goal = source or run.file(MODEL), path or run.file(f"model.{precision}.onnx")
     exact = run.manifest.accuracy.exported
     if source or exact is None:
-        exact = scored(given, data)[0]
+        exact = scored(given, task)[0]
+    assert exact is not None  # only networks of images have other precisions
     with replacing(goal) as trial:
         seed = int(run.manifest.seed or 0)
         if precision == "fp16":
-            facts = _half(given, trial, data, seed)
+            facts = _half(given, trial, task, seed)
         else:
-            facts = _int8(given, trial, data, seed, max_drop_points, method, rest)
-        if problem := _problem(given, trial, data, seed, precision, exact, max_drop_points, facts):
+            facts = _int8(given, trial, task, seed, max_drop_points, method, rest)
+        if problem := _problem(given, trial, task, seed, precision, exact, max_drop_points, facts):
             raise CompressorError(
                 f"{goal.name}: {problem}", "Allow more with --max-drop (a recipe: export.max_drop)."
             )
@@ -321,10 +309,10 @@ def record(run: RunFolder, key: str, entry: Export, engines: list[Engine]) -> No
     run.save()
 
 
-def _half(given: Path, trial: Path, data: DataBundle, seed: int) -> dict[str, Any]:
+def _half(given: Path, trial: Path, task: Task, seed: int) -> dict[str, Any]:
     from export.convert.half import convert_half
 
-    half = convert_half(given, trial, inputs=drawn(data.search, CALIBRATION_IMAGES, seed)[0])
+    half = convert_half(given, trial, inputs=drawn(task.search, CALIBRATION_IMAGES, seed))
     return {
         "kept_fp32": [kept.node for kept in half.kept],
         "words": f"{half.converted} nodes in half precision, {len(half.kept)} kept in FP32",
@@ -332,41 +320,37 @@ def _half(given: Path, trial: Path, data: DataBundle, seed: int) -> dict[str, An
 
 
 def _int8(
-    given: Path, trial: Path, data: DataBundle, seed: int, max_drop_points: float, method: str, rest: str
+    given: Path, trial: Path, task: Task, seed: int, max_drop_points: float, method: str, rest: str
 ) -> dict[str, Any]:
-    import torch
-
-    from export.convert.ort import accuracy_onnx
     from export.convert.quantize import quantize_within
 
-    calibration, labels = drawn(data.train, CALIBRATION_IMAGES, seed)
-    judging, threads = [drawn(data.search, JUDGING_IMAGES, seed)], torch.get_num_threads()
-    counts = np.bincount(labels, minlength=data.num_classes).tolist()
+    calibration = drawn(task.calibration, CALIBRATION_IMAGES, seed)
     within = quantize_within(
         given,
         trial,
         calibration,
-        lambda file: accuracy_onnx(file, judging, threads=threads),
+        task.file_judge(JUDGING_IMAGES, seed),
         max_drop=max_drop_points / 100,
         method=method,
         rest=rest,
     )
-    kept = list(within.quant.kept)
+    kept, counts = list(within.quant.kept), task.spread(CALIBRATION_IMAGES, seed)
+    spread = f", {min(counts.values())} to {max(counts.values())} of each class" if counts else ""
     return {
         "kept_float": kept,
         "calibration": method,
         "calibration_images": len(calibration),
-        "calibration_classes": dict(zip(data.classes, counts, strict=True)),
+        "calibration_classes": counts,
         "rest": rest,
         "words": f"{len(within.quant.quantised)} nodes in INT8, {len(kept)} kept in floats, calibrated on "
-        f"{len(calibration)} training images, {min(counts)} to {max(counts)} of each class",
+        f"{len(calibration)} training images{spread}",
     }
 
 
 def _problem(
     given: Path,
     trial: Path,
-    data: DataBundle,
+    task: Task,
     seed: int,
     precision: str,
     exact: float,
@@ -378,11 +362,11 @@ def _problem(
     from export.convert.parity import AGREEMENTS, TOLERANCES, compare_outputs, require
     from export.errors import ExportError
 
-    images, _ = drawn(data.test, COMPARED_IMAGES, seed)
+    images = drawn(task.test, COMPARED_IMAGES, seed)
     right, judged = (onnx_outputs(file, images)[0] for file in (given, trial))
     parity = compare_outputs(right, judged, tolerance=TOLERANCES[precision])
     facts["parity"] = parity.to_dict()
-    facts["accuracy"], facts["images"] = scored(trial, data)
+    facts["accuracy"], facts["images"] = scored(trial, task)
     drop = 100 * (exact - facts["accuracy"])
     if drop > max_drop_points + 1e-9:
         return (

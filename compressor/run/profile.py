@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
 from compressor.recipe import Recipe
 from compressor.run.device import device_precision, provider_of, request_of, resolved
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from compressor.latency.table import LatencyTable
     from compressor.pruning.space import PruningSpace
 
@@ -135,12 +133,10 @@ def _for_latency(recipe: Recipe) -> Recipe:
     return resolved(recipe.changed({"budgets": {"latency": "100%"}}))
 
 
-def _traced(recipe: Recipe) -> tuple[PruningSpace, Tensor]:
+def _traced(recipe: Recipe) -> tuple[PruningSpace, Any]:
     """Trace the network with random weights; latency does not depend on the weights."""
-    import torch
-
-    from compressor.run.job import load, trace
+    from compressor.run.job import trace
+    from compressor.run.load import load
 
     loaded = load(recipe, weights="none")
-    example = torch.zeros(1, *loaded.data.input_shape)
-    return trace(loaded.recipe, loaded.model, example), example
+    return trace(loaded.recipe, loaded.model, loaded.example), loaded.example[0]

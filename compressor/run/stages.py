@@ -21,11 +21,11 @@ from compressor.core.manifest import (
 )
 from compressor.core.progress import bar, say
 from compressor.core.versions import machine, versions
-from compressor.run.compensation import network_before_finetuning
+from compressor.run.compensation import network_before_finetuning, own_statistics
 from compressor.run.contract import Contract
-from compressor.run.dense import check_dense, lost_in_finetuning, problem
+from compressor.run.dense import check_dense, lost_in_finetuning, problem, share_right
 from compressor.run.folder import RunFolder
-from compressor.run.job import Job, described, reward_weights
+from compressor.run.job import Job, reward_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,8 +46,6 @@ TABLE = "latency_table.json"
 
 def begin(run: RunFolder, job: Job) -> None:
     """Record recipe, data, budgets and device of the run, and the accuracy of the dense network."""
-    from compressor.search.evaluate import predictions
-
     recipe, manifest = job.recipe, run.manifest
     if job.table is not None:
         write_atomic(run.file(TABLE), job.table.to_json())
@@ -55,7 +53,7 @@ def begin(run: RunFolder, job: Job) -> None:
     manifest.status = "running"
     manifest.model = recipe.model
     manifest.data = recipe.data.source
-    manifest.preprocessing = described(recipe, job.data.preprocessing)
+    manifest.preprocessing = job.preprocessing
     manifest.seed = recipe.seed
     manifest.agent = recipe.agent
     manifest.weights = recipe.weights
@@ -76,18 +74,21 @@ def begin(run: RunFolder, job: Job) -> None:
         )
         for each in job.budgets()
     ]
-    manifest.accuracy = Accuracy(split="test", images=len(job.data.test))
+    metric = job.task.metric
+    manifest.accuracy = Accuracy(
+        split="test", images=job.task.test_inputs, metric=metric.name, share=metric.share
+    )
     manifest.skipped = [Skipped(name=part.name, reason=part.reason) for part in job.space.skipped]
     manifest.rounds = []
     manifest.training = []
     manifest.notes = job.notes
     run.save()
     if job.teacher is not None:
-        answers, labels = predictions(job.teacher, job.data.test, device=job.torch_device)
-        dense = float((answers == labels).double().mean())
+        answers = job.task.answers(job.teacher, job.torch_device)
+        dense = job.tested(job.teacher) if answers is None else share_right(*answers)
         run.note_accuracy(dense=dense, dense_note="The dense network has its given weights.")
-        say(f"The dense network's test accuracy is {dense:.2%}.")
-        if job.trained and (note := check_dense(job, answers, labels, str(run.path))):
+        say(f"The dense network's {job.metric} is {metric.text(dense)}.")
+        if job.trained and answers is not None and (note := check_dense(job, *answers, str(run.path))):
             run.note(note)
 
 
@@ -156,12 +157,10 @@ def _record_search(
     run: RunFolder, job: Job, result: SearchResult, uniform: tuple[int, ...] | None, method: Method | None
 ) -> None:
     """Record the result of a search, and the dense network that it trained."""
-    from compressor.search.evaluate import accuracy
-
     done, planned = len(result.training), search_epochs(job)  # fewer than planned if the time limit was reached
     run.manifest.training = [Epoch(**each) for each in result.training]
     if not job.trained:
-        dense = accuracy(job.model, job.data.test, device=job.torch_device)
+        dense = job.tested(job.model)
         if dense_teacher(run, job) is None:
             note = f"The dense network{' has an untrained last layer' if job.teacher else ' is untrained'}."
             run.note(f"{note} {_effect_of_no_training(job)}")
@@ -237,7 +236,7 @@ def environment(
     recipe, settings = job.recipe, job.recipe.search
     evaluator = Evaluator(
         job.space,
-        job.data,
+        job.task,
         device=job.torch_device,
         bn_batches=int(settings.batch_norm_batches or 10),
         search_images=settings.search_images,
@@ -249,9 +248,7 @@ def environment(
         brief_steps=settings.brief_iterations,
         compensate=job.compensation.scored,
         fit_images=recipe.pruning.compensation_images,
-        measure=settings.measure,
     )
-    stream = job.data.train.batches(128, shuffle_seed=recipe.seed, device=job.torch_device)
     env = PruningEnv(
         job.space,
         budgets,
@@ -259,18 +256,16 @@ def environment(
         reward=soft_reward(reward_weights(recipe), budgets),
         importance=recipe.pruning.importance,
         context_size=context_size,
-        # two batches, for criteria and values that need gradients
-        importance_data=[batch for _, batch in zip(range(2), stream, strict=False)],
+        importance_data=job.task.gradients(job.torch_device, recipe.seed),
     )
     return env, evaluator
 
 
-def too_few_images(images: int) -> str | None:
+def too_few_images(images: int | None) -> str | None:
     """Return a note if the search split is too small to compare networks: a standard error above 2 points."""
-    from compressor.search.evaluate import standard_error
+    from compressor.training.scoring import standard_error
 
-    error = standard_error(0.9, images)
-    if error <= 0.02:
+    if images is None or (error := standard_error(0.9, images)) <= 0.02:
         return None
     return (
         f"The search split has {images} images: an accuracy of 90 % is known to within {error:.1%} (standard error), "
@@ -289,11 +284,9 @@ def choose(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> C
 
 def _note_plan(run: RunFolder, job: Job, plan: ChannelPlan) -> None:
     """Record a plan as the run's, with the accuracy of the network that is only sliced."""
-    from compressor.search.evaluate import accuracy, reestimate_batch_norm
-
     pruned = job.space.apply(plan)
-    reestimate_batch_norm(pruned, job.data.train, batches=10, device=job.torch_device)
-    run.note_accuracy(pruned=accuracy(pruned, job.data.test, device=job.torch_device))
+    own_statistics(job, pruned)
+    run.note_accuracy(pruned=job.tested(pruned))
     write_atomic(run.file(PLAN), plan.to_json())
     run.manifest.groups = [
         Group(name=each.name, width=each.width, kept=plan.widths[each.name], coupled=each.coupled)
@@ -308,7 +301,6 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
     The dense network is goal and teacher if it is trained.
     """
     from compressor.pruning.artefact import save
-    from compressor.search.evaluate import accuracy
 
     epochs = int(job.recipe.epochs or 0) - search_epochs(job)
     checkpoint = run.checkpoint("finetune")
@@ -324,17 +316,17 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
         slim = job.space.apply(plan)
     history = _trained(job, slim, plan, epochs, teacher, checkpoint, state) if epochs else []
     slim.eval()
-    finetuned = accuracy(slim, job.data.test, device=job.torch_device)
+    finetuned = job.tested(slim)
     run.note_accuracy(finetuned=finetuned)
     known = run.manifest.accuracy
     before = known.pruned if known.compensated is None else known.compensated
-    if epochs and (note := lost_in_finetuning(finetuned, before, known.dense, len(job.data.test))):
+    if epochs and (note := lost_in_finetuning(finetuned, before, known.dense, known.images)):
         run.note(note)
-    save(slim, plan, run.path, factory=job.factory, extra=job.data.facts())
+    save(slim, plan, run.path, factory=job.factory, extra=job.task.facts())
     earlier = [entry for entry in run.manifest.training if entry.phase != "finetune"]
     run.manifest.training = [*earlier, *(Epoch(**entry) for entry in history)]
     run.save()
-    say(f"The slim network's test accuracy is {finetuned:.2%}.")
+    say(f"The slim network's {job.metric} is {job.task.metric.text(finetuned)}.")
     # what is exported is what the files hold, in this process as in one that resumes here
     return finetuned_network(run, job)
 
@@ -376,12 +368,10 @@ def dense_teacher(run: RunFolder, job: Job) -> nn.Module | None:
 
     A user's own network may have trained weights that the recipe does not name: without training it is tested.
     """
-    from compressor.search.evaluate import predictions
-
     if job.trained:
         return job.teacher
     searched = any(each.phase != "finetune" for each in run.manifest.training)
-    if not searched and problem(*predictions(job.model, job.data.test, device=job.torch_device)):
+    if not searched and ((found := job.task.answers(job.model, job.torch_device)) is None or problem(*found)):
         return None
     return job.model
 
@@ -393,13 +383,16 @@ def search_epochs(job: Job) -> int:
     return epochs_in_search(int(job.recipe.epochs or 0), float(job.recipe.search.epochs_share or 0))
 
 
-def _brief_training(job: Job) -> BriefTraining:
+def _brief_training(job: Job) -> BriefTraining | None:
     """Return a trainer of a few steps at fine-tuning's learning rate, for candidates before they are scored."""
     from compressor.training.loop import BriefTraining
 
+    if job.task.train is None:
+        return None
+
     settings = train_settings(job, job.recipe.training.finetune_learning_rate)
     return BriefTraining(
-        job.data,
+        job.task,
         settings,
         seed=job.recipe.seed,
         device=job.torch_device,
@@ -434,7 +427,7 @@ def trainer(
     """Create the trainer of `model` on the job's data, as its recipe says.
 
     Args:
-        job: Job with training split, batch size, precision and seed.
+        job: Job with task, batch size, precision and seed.
         model: Network, trained in place.
         epochs: Number of epochs over which the learning rate falls.
         rate: Highest learning rate of fine-tuning; None during the search, for the recipe's own.
@@ -445,7 +438,7 @@ def trainer(
     training, settings = job.recipe.training, train_settings(job, rate)
     return Trainer(
         model,
-        job.data,
+        job.task,
         settings,
         epochs=epochs,
         seed=job.recipe.seed,

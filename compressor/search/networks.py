@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,20 @@ from compressor.pruning.compensate import compensate
 from compressor.pruning.moments import DenseMoments
 
 if TYPE_CHECKING:
-    from compressor.data import Split
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
     from compressor.pruning.verdict import Compensation
     from compressor.recipe import Recipe
+    from compressor.training.feeds import Feed
 
 FIT_BATCH = 64
 """Images that are prepared for the network at once."""
 
 
-def fit_images(split: Split, images: int, seed: int, device: str | torch.device) -> list[Tensor]:
-    """Return batches of the images that compensation fits to, without labels: a seeded sample over all classes."""
-    sample = split.sample(images, seed)
-    return [batch for batch, _ in sample.batches(FIT_BATCH, device=device)]
+def fit_inputs(feed: Feed, number: int, seed: int, device: str | torch.device) -> list[tuple[Any, ...]]:
+    """Return batches of the inputs that compensation fits to, without labels: a seeded sample over all classes."""
+    sample = feed.sample(number, seed)
+    return [sample.inputs(batch) for batch in sample.batches(FIT_BATCH, device=device)]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Networks:
 
     Args:
         space: Pruning space of the dense network.
-        split: Images to fit to; their labels are not used.
+        feed: Inputs to fit to; their labels are not used. None if nothing is compensated.
         method: "off" for networks that are only sliced, or a method of `compensate`.
         images: Number of images of the split; "quick" takes a quarter of them.
         seed: Seed that chooses them.
@@ -89,7 +89,7 @@ class Networks:
     def __init__(
         self,
         space: PruningSpace,
-        split: Split,
+        feed: Feed | None,
         method: str = "off",
         *,
         images: int = 512,
@@ -99,7 +99,10 @@ class Networks:
         self.space, self.method = space, method
         self._seed = seed
         number = max(8, images // 4) if method == "quick" else images
-        self._batches = fit_images(split, number, seed, device) if method != "off" else []
+        self._batches: list[tuple[Any, ...]] = []
+        if method != "off":
+            assert feed is not None
+            self._batches = fit_inputs(feed, number, seed, device)
         self._moments: DenseMoments | None = None
 
     @property

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from compressor.pruning.blueprint import read_tensors, rebuild, reweigh
 from compressor.pruning.plan import ChannelPlan
 from compressor.search.evaluate import Evaluator
-from compressor.search.workers import Images, split_of
+from compressor.search.workers import split_of
+from compressor.training.classification import Classification
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
@@ -37,8 +38,9 @@ class Scorer:
         device = str(plain["evaluator"]["device"])
         self._space: PruningSpace = rebuild(plain["network"], read_tensors(weights), device)
         tensors = read_tensors(images)
-        data = Images(*(split_of(name, plain[name], tensors) for name in ("train", "search")))
-        self._evaluator = Evaluator(self._space, data, **plain["evaluator"])
+        train, search = (split_of(name, plain[name], tensors) for name in ("train", "search"))
+        task = Classification(train, search, measure=plain["measure"])
+        self._evaluator = Evaluator(self._space, task, **plain["evaluator"])
         self.reweigh(weights, plain["channels_last"])
 
     def reweigh(self, weights: bytes | str, channels_last: bool) -> None:

@@ -152,8 +152,8 @@ class SearchSession:
             self.place.epoch,
             {
                 f"training/loss_{phase}": stats.loss,
-                "training/accuracy": stats.accuracy,
                 "training/regulariser": stats.regulariser,
+                **({} if stats.accuracy is None else {"training/accuracy": stats.accuracy}),
             },
         )
 

@@ -8,7 +8,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +20,12 @@ from compressor.data.preprocessing import Preprocessing
 from compressor.data.splits import FileSplit, MemorySplit, Split
 from compressor.pruning.blueprint import blueprint
 from compressor.pruning.space import PruningSpace
+from compressor.training.classification import Classification
 
 if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
+    from compressor.training.feeds import Feed
+    from compressor.training.task import Task
 
 
 LOCAL_CLUSTER = "ray://local"
@@ -256,34 +258,29 @@ class ThisMachine(Site):
         self._folder.cleanup()
 
 
-@dataclass(frozen=True)
-class Images:
-    """The two splits that an evaluator reads, on the worker's side."""
-
-    train: Split
-    search: Split
-
-
 def described(
-    space: PruningSpace, train: Split, search: Split, options: Mapping[str, Any]
+    space: PruningSpace, task: Task, calibration: Feed | None, search: Feed | None, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the arguments of a `Scorer` without the weights: plain values, and the images of both splits as tensors.
 
     Args:
         space: Pruning space of the dense network.
-        train, search: As the evaluator reads them.
+        task: Task of the evaluator: that of classification.
+        calibration, search: Splits as the evaluator reads them.
         options: Arguments of the evaluator.
     """
-    plain: dict[str, Any] = {"network": blueprint(space), "evaluator": dict(options)}
+    assert isinstance(task, Classification)
+    plain: dict[str, Any] = {"network": blueprint(space), "evaluator": dict(options), "measure": task.measure}
     images: dict[str, Tensor] = {}
-    for name, split in (("train", train), ("search", search)):
+    for name, split in (("train", calibration), ("search", search)):
         plain[name], tensors = _plain(split)
         images |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
     return plain, images
 
 
-def _plain(split: Split) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _plain(split: Feed | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a split as plain values and, if it is in memory, tensors."""
+    assert isinstance(split, Split)
     plain: dict[str, Any] = {"preprocessing": split.preprocessing.to_dict()}
     if isinstance(split, FileSplit):
         files = [[str(Path(file.path).resolve()), file.label] for file in split.files]

@@ -8,18 +8,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from compressor.core.errors import CompressorError
-from compressor.data import DataBundle
-from compressor.training.losses import distillation_loss
 from compressor.training.placement import place
 from compressor.training.settings import TrainSettings
+from compressor.training.task import Task
 
 Regulariser = Callable[[nn.Module], torch.Tensor]
 _CHECK_EVERY = 10
@@ -32,13 +31,13 @@ class EpochStats:
 
     Attributes:
         loss: Mean loss per image, without the regularizer.
-        accuracy: Share of correctly classified images, 0..1.
+        accuracy: Share of correctly classified images, 0..1; None for tasks without classes.
         seconds: Wall time.
         regulariser: Mean of the regularizer over the steps; 0 without one.
     """
 
     loss: float
-    accuracy: float
+    accuracy: float | None
     seconds: float
     regulariser: float = 0.0
 
@@ -51,7 +50,7 @@ class Trainer:
 
     Args:
         model: Network, trained in place and moved to the device.
-        data: Data whose training split is used.
+        task: Task whose training batches and loss are used.
         settings: See `TrainSettings`.
         epochs: Number of epochs of the schedule.
         seed: Seed of all random numbers.
@@ -70,7 +69,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        data: DataBundle,
+        task: Task,
         settings: TrainSettings,
         *,
         epochs: int,
@@ -82,11 +81,14 @@ class Trainer:
         span: tuple[int, int] | None = None,
         rate_field: str = "training.learning_rate",
     ) -> None:
-        self.data, self.settings, self.epochs, self.seed = data, settings, epochs, seed
+        assert task.train is not None  # checked before the run begins
+        self.task, self.settings, self.epochs, self.seed = task, settings, epochs, seed
+        self._feed = task.train
         self.regulariser = regulariser
         self._start, self._whole = span or (0, epochs)
         self._rate_field = rate_field
         self.epoch = 0
+        self._counts = True
         self._place = place(device)
         self.device = self._place.device
         self.model = model.to(self.device)
@@ -96,7 +98,7 @@ class Trainer:
         self._optimizer = _optimizer(self.model, settings)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.mixed_precision == "fp16")
         self._average = averaged(self.model, settings.ema_decay) if settings.ema_decay else None
-        self.steps_per_epoch = max(1, len(data.train) // settings.batch_size)
+        self.steps_per_epoch = self._feed.steps(settings.batch_size)
 
     @property
     def learning_rate(self) -> float:
@@ -125,9 +127,9 @@ class Trainer:
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, images, regularizer
         done = 0
         with _own_randomness(self._epoch_seed() + self._place.rank, self.device):
-            for done, (images, labels) in enumerate(self._batches(), start=1):
+            for done, batch in enumerate(self._batches(), start=1):
                 rate = self._rate_at(self.epoch + (done - 0.5) / self.steps_per_epoch)
-                sums += self._step(images, labels, rate)
+                sums += self._step(batch, rate)
                 if done % _CHECK_EVERY == 0:
                     self._check(sums)
                 if on_step is not None:
@@ -141,11 +143,14 @@ class Trainer:
         steps = max(1, done) * self._place.world
         seconds = time.perf_counter() - started
         return EpochStats(
-            loss / max(1, images_seen), right / max(1, images_seen), seconds, regulariser / steps
+            loss / max(1, images_seen),
+            right / max(1, images_seen) if self._counts else None,
+            seconds,
+            regulariser / steps,
         )
 
-    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return self.data.train.batches(
+    def _batches(self) -> Iterator[Any]:
+        return self._feed.batches(
             self.settings.batch_size,
             shuffle_seed=self._epoch_seed(),
             augment=True,
@@ -154,22 +159,14 @@ class Trainer:
             shard=(self._place.rank, self._place.world),
         )
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor, learning_rate: float) -> torch.Tensor:
-        """Run one optimizer step; return (loss * images, correct, images, regularizer)."""
+    def _step(self, batch: Any, learning_rate: float) -> torch.Tensor:
+        """Run one optimizer step; return (loss * inputs, correct, inputs, regularizer)."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        # Convolutions are fastest in this layout on CPUs with vector units and GPUs with tensor cores.
-        images = images.contiguous(memory_format=torch.channels_last)
         dtype = _DTYPES.get(self.settings.mixed_precision)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = self._wrapped(images)
-        logits = logits.float()
-        loss = functional.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
-        if self._teacher is not None:
-            with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-                answers = self._teacher(images)
-            distilled = distillation_loss(logits, answers.float(), self.settings.temperature)
-            loss = (1 - self._distill_weight) * loss + self._distill_weight * distilled
+        precision = partial(torch.autocast, self.device.type, dtype=dtype, enabled=dtype is not None)
+        found = self.task.losses(self._wrapped, batch, self._teacher, self.settings, precision)
+        loss = found.together(self._distill_weight)
         extra = self.regulariser(self.model) if self.regulariser is not None else loss.new_zeros(())
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self._scaler.scale(loss + extra))
@@ -180,8 +177,9 @@ class Trainer:
         self._scaler.update()
         if self._average is not None:
             self._average.update_parameters(self.model)
-        right = (logits.argmax(dim=1) == labels).sum()
-        count = torch.tensor(float(len(labels)), device=self.device)
+        self._counts = found.right is not None
+        right = loss.new_zeros(()) if found.right is None else found.right
+        count = torch.tensor(float(found.inputs), device=self.device)
         return torch.stack([loss.detach() * count, right, count, extra.detach()]).double()
 
     def _check(self, sums: torch.Tensor) -> None:
@@ -244,7 +242,7 @@ class BriefTraining:
     """Trains networks in place for a few steps, each on the same images in the same order.
 
     Args:
-        data: Data whose training split is used.
+        task: Task whose training batches and loss are used.
         settings: As for any training; the learning rate is the same in all steps, and nothing is averaged.
         seed: Seed of order and augmentation.
         device: Device of the networks.
@@ -256,26 +254,26 @@ class BriefTraining:
 
     def __init__(
         self,
-        data: DataBundle,
+        task: Task,
         settings: TrainSettings,
         *,
         seed: int,
         device: str | torch.device = "cpu",
         rate_field: str = "training.finetune_learning_rate",
     ) -> None:
-        self._data, self._settings = data, dataclasses.replace(settings, ema_decay=0.0)
+        self._task, self._settings = task, dataclasses.replace(settings, ema_decay=0.0)
         self._seed, self._device, self._rate_field = seed, device, rate_field
 
     def __call__(self, model: nn.Module, steps: int) -> None:
         """Train `model` for `steps` minibatches."""
-        trainer = Trainer(model, self._data, self._settings, epochs=1, seed=self._seed, device=self._device)
+        trainer = Trainer(model, self._task, self._settings, epochs=1, seed=self._seed, device=self._device)
         trainer._wrapped.train()
         rate = self._settings.learning_rate
         sums = torch.zeros(4, dtype=torch.float64, device=trainer.device)
         with _own_randomness(trainer._epoch_seed(), trainer.device):
             batches = itertools.chain.from_iterable(trainer._batches() for _ in itertools.count())
-            for images, labels in itertools.islice(batches, steps):
-                sums += trainer._step(images, labels, rate)
+            for batch in itertools.islice(batches, steps):
+                sums += trainer._step(batch, rate)
         if not torch.isfinite(sums).all():
             raise CompressorError(
                 f"The loss of a candidate became NaN or infinite in its {steps} steps of training at a learning rate "

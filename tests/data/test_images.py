@@ -16,7 +16,7 @@ from compressor.data import load_data
 from compressor.data.images import decode
 from compressor.data.preprocessing import Preprocessing
 from compressor.models import create_model, input_channels
-from compressor.run.job import load
+from compressor.run.load import load
 
 RAMP = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
 
@@ -158,15 +158,15 @@ def test_a_grey_network_gets_grey_images(mode: str, tmp_path: Path) -> None:
     source = folder_of(tmp_path, mode)
     recipe = Recipe.model_validate({"model": f"{__name__}:Grey", "weights": "none", "data": source})
     loaded = load(recipe.resolved())
-    assert loaded.data.input_shape == (1, 16, 16)
+    assert loaded.task.preprocessing.input_shape == (1, 16, 16)
     assert loaded.recipe.data.channel_order == "grey"
     assert loaded.recipe.data.mean == pytest.approx((0.449,))
-    images, _ = next(iter(loaded.data.test.batches(2)))
+    images, _ = next(iter(loaded.task.test.batches(2)))
     pixels = np.asarray(Image.open(tmp_path / "test/a/0.png").convert("L"), dtype=np.float64)
     assert np.abs(images[0, 0].numpy() - (pixels / 255 - 0.449) / 0.226).max() <= 1 / 255 / 0.226 + 1e-6
     again = load(loaded.recipe)  # as a resumed run has it
     assert again.recipe == loaded.recipe
-    assert again.data.test.preprocessing == loaded.data.test.preprocessing
+    assert again.task.test.preprocessing == loaded.task.test.preprocessing
 
 
 def test_other_channels_are_said_to_be_that() -> None:

@@ -17,7 +17,7 @@ from compressor.data.augment import Augmentation, augmentation_for
 from compressor.data.images import ImageFile
 from compressor.models import create_model, published
 from compressor.recipe import load_recipe
-from compressor.run.job import described, load
+from compressor.run.load import described, load
 
 MINIMAL = "timm:tf_mobilenetv3_small_minimal_100"
 
@@ -74,9 +74,9 @@ def test_a_file_of_weights_is_fed_as_its_architecture_was(folder: str, tmp_path:
     assert data.mean == data.std == (0.5, 0.5, 0.5)
     assert (data.interpolation, data.crop_share, data.channel_order) == ("bilinear", 0.875, "rgb")
     assert any("net.pt does not say" in note and "mean 0.5, 0.5, 0.5" in note for note in loaded.notes)
-    images, _ = next(iter(loaded.data.search.batches(1)))
+    images, _ = next(iter(loaded.task.search.batches(1)))
     assert images[0, 2].mean() == pytest.approx((200 / 255 - 0.5) / 0.5, abs=1e-5)
-    assert described(loaded.recipe, loaded.data.preprocessing)["origin"].startswith("timm's pretrained_cfg")
+    assert described(loaded.recipe, loaded.task.preprocessing)["origin"].startswith("timm's pretrained_cfg")
     (tmp_path / "recipe.yaml").write_text(loaded.recipe.to_yaml())
     again = load(load_recipe(tmp_path / "recipe.yaml"))
     assert (again.recipe, again.notes) == (loaded.recipe, loaded.notes)
@@ -88,10 +88,10 @@ def test_the_user_has_the_last_word(folder: str, tmp_path: Path) -> None:
     given = overrides({**flags, "data": {"source": folder, "mean": "0.4,0.5,0.6", "std": None}})
     settings = ["data.std=0.25", "data.interpolation=bicubic", "data.crop_share=1", "data.channel_order=bgr"]
     loaded = load(recipe_of(None, with_settings(given, settings)).resolved())
-    mine = loaded.data.preprocessing
+    mine = loaded.task.preprocessing
     assert (mine.mean, mine.std, mine.resize_size) == ((0.4, 0.5, 0.6), (0.25, 0.25, 0.25), 128)
     assert not loaded.notes
-    images, _ = next(iter(loaded.data.test.batches(1)))
+    images, _ = next(iter(loaded.task.test.batches(1)))
     assert images[0, 0].mean() == pytest.approx((200 / 255 - 0.4) / 0.25, abs=1e-5)  # blue comes first
     origin = described(loaded.recipe, mine)["origin"]
     assert "mean, std, crop_share, interpolation" in origin
@@ -129,7 +129,7 @@ def test_ranges_and_orders_say_the_same_in_other_numbers() -> None:
 
 def test_digits_keep_what_they_have() -> None:
     loaded = load(Recipe.model_validate({"model": "tests.nets:tiny"}).resolved())
-    assert loaded.data.preprocessing == Preprocessing(size=32, crop_share=1.0)
+    assert loaded.task.preprocessing == Preprocessing(size=32, crop_share=1.0)
     assert not any("does not say" in note for note in loaded.notes)
     with pytest.raises(CompressorError, match="not cropped"):
         load(Recipe.model_validate({"model": "tests.nets:tiny", "data": {"crop_share": 0.5}}).resolved())

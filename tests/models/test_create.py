@@ -63,7 +63,7 @@ def test_given_checkpoints_reach_their_accuracy(
     name: str, accuracy: float, shared_data: Path, cifar_jpegs: Path
 ) -> None:
     """On 2,000 of the 10,000 test images, within three standard errors (0.7 %)."""
-    from compressor.search.evaluate import accuracy as measure
+    from compressor.training.scoring import accuracy as measure
 
     weights = shared_data / f"resnet{name}_cifar10jpeg.pt"
     model = create_model(f"cifar_resnet{name}", 10, weights)

@@ -410,7 +410,7 @@ def test_a_real_network_at_half_of_its_multiply_adds(shared_data: Path, cifar_jp
     from compressor.data.load import load_data
     from compressor.models.cifar import cifar_resnet20
     from compressor.models.weights import load_weights
-    from compressor.search.evaluate import accuracy
+    from compressor.training.scoring import accuracy
 
     model = cifar_resnet20().eval()
     load_weights(model, shared_data / "resnet20_cifar10jpeg.pt", 10)

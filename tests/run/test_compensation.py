@@ -13,8 +13,8 @@ from compressor.data import load_data
 from compressor.pruning.space import PruningSpace
 from compressor.run.job import Job
 from compressor.run.pipeline import resume
-from compressor.search.evaluate import accuracy
 from compressor.search.networks import methods
+from compressor.training.scoring import accuracy
 from tests.nets import Tiny, trained_tiny
 from tests.runs import manifest_of, recipe
 

@@ -86,15 +86,15 @@ def test_weights_that_guess_stop_the_run_unless_they_are_accepted(tmp_path: Path
     assert found["stages"]["begin"]["finished"]
 
 
-def test_a_network_with_a_fresh_head_teaches_once_the_search_has_trained_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_with_a_fresh_head_teaches_once_the_search_has_trained_it() -> None:
     labels = torch.arange(1000) % 10
     guesses = labels[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
-    monkeypatch.setattr("compressor.search.evaluate.predictions", lambda *_, **__: (guesses, labels))
+    task: Any = SimpleNamespace(answers=lambda *_: (guesses, labels))
     loaded, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
 
     def teacher(*phases: str) -> Any:
         job: Any = Job.__new__(Job)
-        job.teacher, job.model, job.torch_device, job.data = loaded, model, "cpu", SimpleNamespace(test=None)
+        job.teacher, job.model, job.torch_device, job.task = loaded, model, "cpu", task
         run: Any = SimpleNamespace(manifest=SimpleNamespace(training=[Epoch(phase=phase) for phase in phases]))
         return dense_teacher(run, job)
 

@@ -33,6 +33,7 @@ from compressor.search.lagrangian_ppo import (
     lagrangian_loss,
 )
 from compressor.search.records import Limits
+from compressor.training.classification import Classification
 from compressor.training.loop import BriefTraining, TrainSettings
 from tests.search.bench import Killed
 from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget
@@ -240,13 +241,13 @@ def test_on_a_real_network_with_training_of_each_candidate(tmp_path: Path, actio
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     budgets = resolve([parse_budget("macs", "50%"), parse_budget("params", "60%")], space)
     calls: list[int] = []
-    train = BriefTraining(digits, TrainSettings(batch_size=16, learning_rate=0.05), seed=0)
+    train = BriefTraining(Classification.of(digits), TrainSettings(batch_size=16, learning_rate=0.05), seed=0)
 
     def brief(network: Any, steps: int) -> None:
         calls.append(steps)
         train(network, steps)
 
-    evaluator = Evaluator(space, digits, bn_batches=1, batch_size=32, search_images=50, brief=brief)
+    evaluator = Evaluator(space, Classification.of(digits), bn_batches=1, batch_size=32, search_images=50, brief=brief)
     env = PruningEnv(space, budgets, evaluator)
     settings = {
         "action": action,

@@ -18,6 +18,7 @@ from compressor.search.joint_settings import ENVIRONMENT_MODEL, JointSettings
 from compressor.search.method import never_acted, without_effect
 from compressor.search.records import Candidate, Episode, Limits, Transition
 from compressor.search.schedule import Schedule, epochs_in_search, epochs_until, share_epochs
+from compressor.training.classification import Classification
 from tests.search.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
 BASE: dict[str, Any] = {
@@ -124,7 +125,13 @@ def test_alignment_pulls_what_the_favoured_plan_drops() -> None:
         model = Residual()
         space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
         plan = space.uniform(0.5)
-        trainer = Trainer(model, digits, TrainSettings(batch_size=64, learning_rate=0.1), epochs=1, seed=1)
+        trainer = Trainer(
+            model,
+            Classification.of(digits),
+            TrainSettings(batch_size=64, learning_rate=0.1),
+            epochs=1,
+            seed=1,
+        )
         trainer.regulariser = Alignment(space, plan, beta=beta) if beta else None
         stats = trainer.run_epoch()
         assert (stats.regulariser > 0) == bool(beta)

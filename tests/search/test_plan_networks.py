@@ -11,6 +11,7 @@ from compressor.pruning.compensate import compensate
 from compressor.pruning.space import PruningSpace
 from compressor.search.evaluate import Evaluator
 from compressor.search.networks import Networks, fit_images
+from compressor.training.classification import Classification
 from tests.nets import trained_tiny
 
 
@@ -72,7 +73,7 @@ def test_a_compensated_candidate_scores_better(space: PruningSpace, digits: Data
     """Half of the channels of a trained network, without training."""
     plan = space.uniform(0.5)
     cut, moments, layers = (
-        Evaluator(space, digits, compensate=method)(plan) for method in ("off", "moments", "layers")
+        Evaluator(space, Classification.of(digits), compensate=method)(plan) for method in ("off", "moments", "layers")
     )
     assert moments > cut + 0.02
     assert layers > cut + 0.02

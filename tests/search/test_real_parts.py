@@ -21,6 +21,7 @@ from compressor.search.environment import PruningEnv
 from compressor.search.evaluate import Evaluator
 from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule
+from compressor.training.classification import Classification
 from compressor.training.loop import Trainer, TrainSettings
 from compressor.training.losses import Alignment
 
@@ -69,13 +70,19 @@ def search(
     model = Residual()
     space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
     budgets = resolve([parse_budget("macs", share), parse_budget("params", "70%")], space)
-    evaluator = Evaluator(space, digits, bn_batches=2)
+    evaluator = Evaluator(space, Classification.of(digits), bn_batches=2)
     batch = next(iter(digits.train.batches(64)))
     env = PruningEnv(space, budgets, evaluator, context_size=context, importance_data=[batch])
     agent = create_agent(
         name,
         seed=1,
-        trainer=Trainer(model, digits, TrainSettings(batch_size=64, learning_rate=0.1), epochs=3, seed=1),
+        trainer=Trainer(
+            model,
+            Classification.of(digits),
+            TrainSettings(batch_size=64, learning_rate=0.1),
+            epochs=3,
+            seed=1,
+        ),
         schedule=Schedule(1, 1, 1),
         settings=SMALL if name == "joint" else {},
         alignment=partial(Alignment, space, beta=1e-3),

@@ -23,7 +23,8 @@ from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
 from compressor.search.evaluate import Evaluator
 from compressor.search.sites import _room, check_workers, open_site
-from compressor.search.workers import Images, ThisMachine
+from compressor.search.workers import ThisMachine
+from compressor.training.classification import Classification
 from tests.nets import Tiny
 
 
@@ -89,9 +90,9 @@ def gone(pid: int) -> bool:
 def test_the_same_accuracies_as_in_one_process(space: PruningSpace, digits: DataBundle) -> None:
     site = open_site(2, 1, 60)
     assert isinstance(site, ThisMachine)
-    several = Evaluator(space, digits, bn_batches=1, site=site)
+    several = Evaluator(space, Classification.of(digits), bn_batches=1, site=site)
     plans = plans_of(space, 6)
-    alone = Evaluator(space, digits, bn_batches=1).many(plans)
+    alone = Evaluator(space, Classification.of(digits), bn_batches=1).many(plans)
     assert len(set(alone)) > 2
     assert several.many(plans[:2]) == alone[:2]
     first = site.pids
@@ -105,12 +106,12 @@ def test_the_same_accuracies_as_in_one_process(space: PruningSpace, digits: Data
                 -1, *[1] * (parameter.dim() - 1)
             ))  # fmt: skip
     several.weights_moved()
-    again = Evaluator(space, digits, bn_batches=1).many(plans)
+    again = Evaluator(space, Classification.of(digits), bn_batches=1).many(plans)
     assert again != alone
     assert several.many(plans) == again
     several.weights_moved()
     floors = [None, 0.0, *[1.0] * 4]  # the last four are given up after the first batch
-    alone = Evaluator(space, digits, bn_batches=1).many(plans, floors=floors)
+    alone = Evaluator(space, Classification.of(digits), bn_batches=1).many(plans, floors=floors)
     assert alone[:2] == again[:2]
     assert alone[2:] != again[2:]
     assert several.many(plans, floors=floors) == alone
@@ -121,21 +122,36 @@ def test_the_same_accuracies_as_in_one_process(space: PruningSpace, digits: Data
 
 def test_a_worker_reads_its_sample_in_the_same_order(space: PruningSpace, digits: DataBundle) -> None:
     """Else the batches differ, and with them the batch-norm statistics."""
-    ours = Evaluator(space, digits, bn_batches=3, batch_size=100)
-    theirs = Evaluator(space, Images(ours._train, ours._search), bn_batches=3, batch_size=100)
-    assert len(ours._train) < len(digits.train)
-    assert torch.equal(ours._train.images, theirs._train.images)
+    ours = Evaluator(space, Classification.of(digits), bn_batches=3, batch_size=100)
+    theirs = Evaluator(space, Classification(ours._calibration, ours._search), bn_batches=3, batch_size=100)
+    assert len(ours._calibration) < len(digits.train)
+    assert torch.equal(ours._calibration.images, theirs._calibration.images)
 
 
-@pytest.mark.parametrize("fit_images", [64, 512])  # 512 are more than batch norm reads, and than a fit may have
+@pytest.mark.parametrize(
+    "fit_images", [64, 512]
+)  # 512 are more than batch norm reads, and than a fit may have
 def test_compensated_candidates_have_the_same_accuracies_in_a_worker(
     space: PruningSpace, digits: DataBundle, fit_images: int
 ) -> None:
     plans = plans_of(space, 3)
-    options: dict[str, Any] = {"bn_batches": 1, "compensate": "moments", "fit_images": fit_images, "threads": 1}
-    several, alone = Evaluator(space, digits, site=open_site(1, 1, 60), **options), Evaluator(space, digits, **options)
-    theirs = Evaluator(space, Images(alone._train, alone._search), **{**options, "fit_images": alone._fit_images})
-    assert torch.equal(alone._train.images, theirs._train.images)
+    options: dict[str, Any] = {
+        "bn_batches": 1,
+        "compensate": "moments",
+        "fit_images": fit_images,
+        "threads": 1,
+    }
+    task = Classification.of(digits)
+    several, alone = (
+        Evaluator(space, task, site=open_site(1, 1, 60), **options),
+        Evaluator(space, task, **options),
+    )
+    theirs = Evaluator(
+        space,
+        Classification(alone._calibration, alone._search),
+        **{**options, "fit_images": alone._fit_images},
+    )
+    assert torch.equal(alone._calibration.images, theirs._calibration.images)
     try:
         assert several.many(plans) == alone.many(plans)
         with torch.no_grad():
@@ -158,7 +174,7 @@ def test_a_candidate_that_ends_every_worker_is_named(digits: DataBundle) -> None
         for _ in range(2)
     ]
     site = open_site(2, 1, 60)
-    evaluator = Evaluator(space, SimpleNamespace(train=few[0], search=few[1]), bn_batches=1, site=site)
+    evaluator = Evaluator(space, Classification(few[0], few[1]), bn_batches=1, site=site)
     with pytest.raises(CompressorError, match=r"ended 3 workers.*killed by SIGKILL"):
         evaluator(space.smallest())
     assert site is not None
@@ -189,7 +205,7 @@ def test_workers_end_with_a_process_that_is_killed() -> None:
 def test_workers_end_with_a_search_that_is_interrupted() -> None:
     script = (
         "import threading, time\nfrom types import SimpleNamespace as Plan\n"
-        "from compressor.search.workers import Images, ThisMachine, Workers\n"
+        "from compressor.search.workers import ThisMachine, Workers\n"
         "site = ThisMachine(2, 1, 600)\n"
         "def tell():\n"
         "    while len(site.pids) < 2:\n        time.sleep(0.01)\n"
@@ -202,7 +218,9 @@ def test_workers_end_with_a_search_that_is_interrupted() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs ignore it
     )
     assert parent.stdout is not None
     with parent.stdout as lines:
@@ -261,10 +279,10 @@ def test_a_worker_on_ray_that_cannot_begin_says_why(space: PruningSpace, digits:
 def test_ray_gives_the_same_accuracies(space: PruningSpace, digits: DataBundle) -> None:
     pytest.importorskip("ray")
     site = open_site("ray://local", 1, 100)
-    evaluator = Evaluator(space, digits, bn_batches=1, site=site)
+    evaluator = Evaluator(space, Classification.of(digits), bn_batches=1, site=site)
     plans = plans_of(space, 4)
     try:
         assert evaluator.workers >= 1
-        assert evaluator.many(plans) == Evaluator(space, digits, bn_batches=1).many(plans)
+        assert evaluator.many(plans) == Evaluator(space, Classification.of(digits), bn_batches=1).many(plans)
     finally:
         evaluator.close()

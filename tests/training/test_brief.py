@@ -13,6 +13,7 @@ from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
 from compressor.search.evaluate import Evaluator
 from compressor.search.sites import check_workers
+from compressor.training.classification import Classification
 from compressor.training.loop import BriefTraining
 from compressor.training.settings import TrainSettings
 
@@ -32,8 +33,8 @@ def space() -> PruningSpace:
 
 def test_each_candidate_is_trained_from_the_same_weights(space: PruningSpace, digits: DataBundle) -> None:
     weights = {name: tensor.clone() for name, tensor in space.model.state_dict().items()}
-    train = BriefTraining(digits, SETTINGS, seed=3)
-    evaluate = Evaluator(space, digits, bn_batches=1, brief=train, brief_steps=25)
+    train = BriefTraining(Classification.of(digits), SETTINGS, seed=3)
+    evaluate = Evaluator(space, Classification.of(digits), bn_batches=1, brief=train, brief_steps=25)
     plans = [space.uniform(0.5), space.smallest(), space.uniform(0.5)]
     torch.manual_seed(4)
     expected = torch.rand(3)
@@ -45,7 +46,7 @@ def test_each_candidate_is_trained_from_the_same_weights(space: PruningSpace, di
     evaluate.weights_moved()
     assert evaluate.many(plans[::-1]) == scores[::-1]
 
-    plain = Evaluator(space, digits, bn_batches=1)
+    plain = Evaluator(space, Classification.of(digits), bn_batches=1)
     by_hand = space.apply(plans[0])
     train(by_hand, 25)
     assert scores[0] == plain.score(by_hand)
@@ -58,13 +59,13 @@ def test_more_steps_than_an_epoch_has(space: PruningSpace, digits: DataBundle) -
     small = dataclasses.replace(digits, train=digits.train.sample(40))
     network = space.apply(space.uniform(0.5))
     before = network.get_parameter("conv1.weight").detach().clone()
-    BriefTraining(small, SETTINGS, seed=0)(network, 3)
+    BriefTraining(Classification.of(small), SETTINGS, seed=0)(network, 3)
     assert not torch.equal(network.get_parameter("conv1.weight"), before)
     assert not network.training
 
 
 def test_a_loss_that_is_no_number(space: PruningSpace, digits: DataBundle) -> None:
-    train = BriefTraining(digits, TrainSettings(batch_size=32, learning_rate=1e30), seed=0)
+    train = BriefTraining(Classification.of(digits), TrainSettings(batch_size=32, learning_rate=1e30), seed=0)
     with pytest.raises(CompressorError, match="candidate became NaN or infinite in its 4 steps") as caught:
         train(space.apply(space.uniform(0.5)), 4)
     assert "training.finetune_learning_rate=2e+29" in caught.value.hint

@@ -16,8 +16,9 @@ from compressor.core.records import Checkpoint
 from compressor.data import DataBundle, MemorySplit, Preprocessing, load_data
 from compressor.data.augment import Augmentation
 from compressor.models import create_model
-from compressor.search.evaluate import accuracy
+from compressor.training.classification import Classification
 from compressor.training.loop import Trainer
+from compressor.training.scoring import accuracy
 from compressor.training.settings import TrainSettings
 
 
@@ -51,7 +52,9 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 def test_it_learns(digits: DataBundle) -> None:
     model = network()
-    trainer = Trainer(model, digits, TrainSettings(batch_size=32, learning_rate=0.1), epochs=12, seed=0)
+    trainer = Trainer(
+        model, Classification.of(digits), TrainSettings(batch_size=32, learning_rate=0.1), epochs=12, seed=0
+    )
     stats = [trainer.run_epoch() for _ in range(12)]
     assert stats[-1].loss < 0.5 * stats[0].loss
     assert stats[0].loss == pytest.approx(2.3, abs=0.3)  # ln 10 for a guess
@@ -76,7 +79,7 @@ def test_one_step_by_hand() -> None:
     loss = functional.cross_entropy(x @ weight.t() + bias, torch.arange(8) % 2)
     loss.backward()  # type: ignore[no-untyped-call]
     settings = TrainSettings(8, learning_rate=0.1, warmup_share=0, weight_decay=0.01, schedule="step")
-    stats = Trainer(model, data, settings, epochs=3, seed=0).run_epoch()
+    stats = Trainer(model, Classification.of(data), settings, epochs=3, seed=0).run_epoch()
     assert stats.loss == pytest.approx(loss.item(), abs=1e-6)
     assert weight.grad is not None
     assert bias.grad is not None
@@ -95,17 +98,17 @@ def test_going_on_is_bit_identical(digits: DataBundle, tmp_path: Path, precision
         label_smoothing=0.1,
         grad_clip=1.0,
     )
-    whole = Trainer(network(), digits, settings, epochs=4, seed=7)
+    whole = Trainer(network(), Classification.of(digits), settings, epochs=4, seed=7)
     undisturbed = [whole.run_epoch() for _ in range(4)]
 
-    first = Trainer(network(), digits, settings, epochs=4, seed=7)
+    first = Trainer(network(), Classification.of(digits), settings, epochs=4, seed=7)
     early = [first.run_epoch() for _ in range(2)]
     checkpoint = Checkpoint(tmp_path / "training.pt")
     checkpoint.save(first.state())
     first.run_epoch()  # what was not saved is lost
 
     torch.manual_seed(99)
-    second = Trainer(network(seed=5), digits, settings, epochs=4, seed=7)
+    second = Trainer(network(seed=5), Classification.of(digits), settings, epochs=4, seed=7)
     state = checkpoint.load()
     assert state is not None
     second.restore(state)
@@ -115,7 +118,7 @@ def test_going_on_is_bit_identical(digits: DataBundle, tmp_path: Path, precision
 
 
 def test_a_state_is_a_copy(digits: DataBundle) -> None:
-    trainer = Trainer(network(), digits, TrainSettings(batch_size=64), epochs=4, seed=0)
+    trainer = Trainer(network(), Classification.of(digits), TrainSettings(batch_size=64), epochs=4, seed=0)
     trainer.run_epoch()
     state = trainer.state()
     before = copy.deepcopy(state)
@@ -130,11 +133,13 @@ def test_a_state_is_a_copy(digits: DataBundle) -> None:
 
 
 def test_states_that_do_not_fit(digits: DataBundle) -> None:
-    state = Trainer(network(), digits, TrainSettings(), epochs=2, seed=0).state()
+    state = Trainer(network(), Classification.of(digits), TrainSettings(), epochs=2, seed=0).state()
     with pytest.raises(CompressorError, match="seed 0, this one has 1"):
-        Trainer(network(), digits, TrainSettings(), epochs=2, seed=1).restore(state)
+        Trainer(network(), Classification.of(digits), TrainSettings(), epochs=2, seed=1).restore(state)
     with pytest.raises(CompressorError, match="does not fit"):
-        Trainer(create_model("cifar_resnet20", 10), digits, TrainSettings(), epochs=2, seed=0).restore(state)
+        Trainer(
+            create_model("cifar_resnet20", 10), Classification.of(digits), TrainSettings(), epochs=2, seed=0
+        ).restore(state)
 
 
 def test_the_global_generator_is_left_alone(digits: DataBundle) -> None:
@@ -142,14 +147,16 @@ def test_the_global_generator_is_left_alone(digits: DataBundle) -> None:
     torch.manual_seed(4)
     expected = torch.rand(3)
     torch.manual_seed(4)
-    Trainer(model, digits, TrainSettings(), epochs=1, seed=0).run_epoch()
+    Trainer(model, Classification.of(digits), TrainSettings(), epochs=1, seed=0).run_epoch()
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops(digits: DataBundle, spoilt: float) -> None:
     model = network()
-    trainer = Trainer(model, digits, TrainSettings(learning_rate=0.3, batch_size=32), epochs=5, seed=0)
+    trainer = Trainer(
+        model, Classification.of(digits), TrainSettings(learning_rate=0.3, batch_size=32), epochs=5, seed=0
+    )
     trainer.run_epoch()
     with torch.no_grad():
         model.get_parameter("8.weight").fill_(spoilt)
@@ -163,7 +170,7 @@ def test_a_loss_that_is_no_number_stops(digits: DataBundle, spoilt: float) -> No
 def test_far_too_high_a_rate_is_noticed(digits: DataBundle) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 64), nn.Linear(64, 64), nn.Linear(64, 10))
     settings = TrainSettings(learning_rate=1e6, warmup_share=0, batch_size=16)
-    trainer = Trainer(model, digits, settings, epochs=2, seed=0)
+    trainer = Trainer(model, Classification.of(digits), settings, epochs=2, seed=0)
     with pytest.raises(CompressorError, match="NaN or infinite in epoch 1 of 2"):
         trainer.run_epoch()
 
@@ -192,7 +199,7 @@ def test_a_regulariser_pulls_and_may_be_replaced(digits: DataBundle) -> None:
     def run(weight: float) -> tuple[float, float]:
         model = network()
         settings = TrainSettings(batch_size=64, learning_rate=0.05, weight_decay=0)
-        trainer = Trainer(model, digits, settings, epochs=4, seed=0)
+        trainer = Trainer(model, Classification.of(digits), settings, epochs=4, seed=0)
         assert trainer.run_epoch().regulariser == 0
         trainer.regulariser = lambda module: weight * module.get_parameter("3.weight").square().sum()
         stats = [trainer.run_epoch() for _ in range(3)]
@@ -206,11 +213,13 @@ def test_a_regulariser_pulls_and_may_be_replaced(digits: DataBundle) -> None:
 
 def test_a_teacher_is_learnt_from_and_not_changed(digits: DataBundle) -> None:
     teacher = network(dropout=0)
-    Trainer(teacher, digits, TrainSettings(batch_size=32), epochs=15, seed=0)
+    Trainer(teacher, Classification.of(digits), TrainSettings(batch_size=32), epochs=15, seed=0)
     before = copy.deepcopy(teacher)
     student = network(seed=1, dropout=0)
     settings = TrainSettings(batch_size=32, learning_rate=0.05)
-    trainer = Trainer(student, digits, settings, epochs=8, seed=0, teacher=teacher, distill_weight=1.0)
+    trainer = Trainer(
+        student, Classification.of(digits), settings, epochs=8, seed=0, teacher=teacher, distill_weight=1.0
+    )
     losses = [trainer.run_epoch().loss for _ in range(8)]
     assert losses[-1] < 0.5 * losses[0]
     assert same(teacher, before)
@@ -237,7 +246,7 @@ def test_between_epochs_the_model_has_the_averaged_weights(digits: DataBundle) -
     def run(decay: float) -> tuple[list[float], torch.Tensor]:
         model = network(dropout=0)
         settings = TrainSettings(batch_size=32, learning_rate=0.05, ema_decay=decay)
-        trainer = Trainer(model, digits, settings, epochs=3, seed=0)
+        trainer = Trainer(model, Classification.of(digits), settings, epochs=3, seed=0)
         return [trainer.run_epoch().loss for _ in range(3)], model.get_parameter("0.weight").detach().clone()
 
     (plain, last), (averaged, mean) = run(0.0), run(0.95)
@@ -248,8 +257,8 @@ def test_between_epochs_the_model_has_the_averaged_weights(digits: DataBundle) -
 
 def test_a_part_of_a_longer_schedule(digits: DataBundle) -> None:
     settings = TrainSettings(learning_rate=0.1, schedule="step", warmup_share=0)
-    first = Trainer(network(), digits, settings, epochs=6, seed=0, span=(0, 10))
-    second = Trainer(network(), digits, settings, epochs=4, seed=0, span=(6, 10))
+    first = Trainer(network(), Classification.of(digits), settings, epochs=6, seed=0, span=(0, 10))
+    second = Trainer(network(), Classification.of(digits), settings, epochs=4, seed=0, span=(6, 10))
     rates = []
     for part in (first, second):
         for epoch in range(part.epochs):
@@ -260,15 +269,19 @@ def test_a_part_of_a_longer_schedule(digits: DataBundle) -> None:
 
 def test_unknown_device(digits: DataBundle) -> None:
     with pytest.raises(CompressorError, match="no device 'cuda:77'"):
-        Trainer(network(), digits, TrainSettings(), epochs=1, seed=0, device="cuda:77")
+        Trainer(network(), Classification.of(digits), TrainSettings(), epochs=1, seed=0, device="cuda:77")
 
 
 def test_several_trainings_in_one_process(digits: DataBundle) -> None:
     """Trainings of different precision take turns, and neither changes the other."""
-    alone = Trainer(network(), digits, TrainSettings(mixed_precision="bf16"), epochs=2, seed=0)
+    alone = Trainer(
+        network(), Classification.of(digits), TrainSettings(mixed_precision="bf16"), epochs=2, seed=0
+    )
     expected = [alone.run_epoch().loss for _ in range(2)]
-    one = Trainer(network(), digits, TrainSettings(mixed_precision="bf16"), epochs=2, seed=0)
-    other = Trainer(network(), digits, TrainSettings(), epochs=2, seed=0)
+    one = Trainer(
+        network(), Classification.of(digits), TrainSettings(mixed_precision="bf16"), epochs=2, seed=0
+    )
+    other = Trainer(network(), Classification.of(digits), TrainSettings(), epochs=2, seed=0)
     losses = []
     for _ in range(2):
         losses.append(one.run_epoch().loss)

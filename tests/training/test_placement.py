@@ -18,9 +18,10 @@ SCRIPT = """
 import json, sys
 import torch
 from compressor.data import DataBundle, load_data
-from compressor.search.evaluate import accuracy
+from compressor.training.scoring import accuracy
 from compressor.training.loop import Trainer
 from compressor.training.settings import TrainSettings
+from compressor.training.classification import Classification
 
 torch.set_num_threads(1)
 data = load_data("digits", seed=0, image_size=8)
@@ -28,7 +29,7 @@ torch.manual_seed(0)
 model = torch.nn.Sequential(
     torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 10)
 )
-trainer = Trainer(model, data, TrainSettings(batch_size=64, learning_rate=0.05), epochs=2, seed=0)
+trainer = Trainer(model, Classification.of(data), TrainSettings(batch_size=64, learning_rate=0.05), epochs=2, seed=0)
 stats = [trainer.run_epoch() for _ in range(2)]
 result = {
     "world": trainer._place.world,

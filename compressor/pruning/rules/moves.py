@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from compressor.pruning.facts import Axes, Call, Labels, positive, tensors_in
+from compressor.core.trees import tensors_in
+from compressor.pruning.facts import Axes, Call, Labels, positive
 from compressor.pruning.registry import maps_axes, register_rule
 from compressor.pruning.rules.pointwise import elementwise
 from compressor.pruning.trace import Tracer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compressor.pruning.facts import Call, Labels, tensors_in
+from compressor.core.trees import tensors_in
+from compressor.pruning.facts import Call, Labels
 from compressor.pruning.registry import UNKNOWN, maps_axes, register_rule
 from compressor.pruning.trace import Attribute, Tracer
 

@@ -1,0 +1,30 @@
+"""What a run's networks are scored by: its name, and how a value is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ACCURACY = "accuracy"
+AGREEMENT = "agreement with the dense network"
+SCORE = "score"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of a network of which more is better.
+
+    Attributes:
+        name: Its name in the manifest, on the page and on the terminal.
+        share: Whether it is a share from 0 to 1, written in per cent; any other number is written as it is.
+    """
+
+    name: str = ACCURACY
+    share: bool = True
+
+    def text(self, value: float) -> str:
+        """Write a value: 98.06%, or 31.4.
+
+        >>> Metric().text(0.98056), Metric(SCORE, share=False).text(31.41592)
+        ('98.06%', '31.42')
+        """
+        return f"{value:.2%}" if self.share else f"{value:.4g}"

@@ -1,0 +1,46 @@
+"""Tensors in nested tuples, lists and dictionaries: inputs and outputs of networks, and batches of any structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return all tensors in nested lists, tuples and dictionaries, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
+
+
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Return `value` with each tensor in it replaced by what a function returns for it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        items = [mapped(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        return {key: mapped(function, item) for key, item in value.items()}
+    return value
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """Return `value` with all tensors in it moved to `device`."""
+    return mapped(lambda tensor: tensor.detach().to(device), value)
+
+
+def channels_last(value: Any) -> Any:
+    """Return `value` with batches of images in the memory format in which convolutions are fast."""
+    return mapped(_fast, value)
+
+
+def _fast(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

@@ -1,0 +1,173 @@
+"""Load what a recipe names: the images with their preprocessing, and the network with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from compressor.core.errors import CompressorError
+from compressor.core.progress import say
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compressor.data import DataBundle, Preprocessing
+    from compressor.models import Published
+    from compressor.recipe import Recipe
+    from compressor.training.task import Task
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The objects of a run, before the network is traced.
+
+    Attributes:
+        recipe: Recipe with what follows from the objects filled in, such as image size and preprocessing.
+        task: Batches, loss and scores.
+        model: Network in training mode on the CPU.
+        example: Arguments of the network for one input; only shapes and types matter.
+        factory: What rebuilds the network for its artifact; None if its user has to.
+        notes: Notes for the user, such as an assumed preprocessing.
+        preprocessing: How images become inputs and why, for the manifest.
+    """
+
+    recipe: Recipe
+    task: Task
+    model: nn.Module
+    example: tuple[Any, ...]
+    factory: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+
+
+def load(recipe: Recipe, weights: str | None = None) -> Loaded:
+    """Load the images and the network of a resolved recipe.
+
+    Args:
+        recipe: Resolved recipe.
+        weights: Weights used instead of the recipe's; the images are still prepared for the recipe's weights.
+
+    Raises:
+        CompressorError: A part is not available, or the network takes images with another number of channels.
+    """
+    import torch
+
+    from compressor.models import create_model, factory_of, input_channels
+    from compressor.training.classification import Classification
+
+    data = load_images(recipe)
+    torch.manual_seed(recipe.seed)
+    said: list[str] = []
+    model = create_model(
+        recipe.model, data.num_classes, weights or recipe.weights, data.input_shape, said.append
+    )
+    for sentence in said:
+        say(sentence)
+    channels = input_channels(model, data.input_shape)
+    if channels != data.preprocessing.channels:
+        order = "grey" if channels == 1 else "rgb"
+        if recipe.data.channel_order is not None:
+            raise CompressorError(
+                f"{recipe.model} takes images of {channels} channel{'s' if channels > 1 else ''}, but "
+                f"data.channel_order is {recipe.data.channel_order}.",
+                f"Omit it, or set it to {order}.",
+            )
+        data = data.prepared(_wanted(recipe, order).at(data.preprocessing.size))
+    notes = (*data.notes, *said, *_assumed(recipe, data.preprocessing))
+    completed = _completed(recipe, data.preprocessing)
+    return Loaded(
+        completed,
+        Classification.of(data, completed.search.measure),
+        model,
+        (torch.zeros(1, *data.input_shape),),
+        factory_of(model),
+        notes,
+        described(completed, data.preprocessing),
+    )
+
+
+def load_images(recipe: Recipe) -> DataBundle:
+    """Load the images of a resolved recipe, prepared as it says; in color unless it says that they are gray."""
+    from compressor.data import load_data
+
+    return load_data(recipe.data.source, seed=recipe.seed, wanted=_wanted(recipe, recipe.data.channel_order))
+
+
+def described(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return a preprocessing and its origin for the manifest."""
+    usual = _usual(recipe)
+    mine = preprocessing.to_dict()
+    theirs = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.size)
+    other = [
+        name for name, value in theirs.to_dict().items() if value != mine[name] and name != "resize_size"
+    ]
+    origin = "assumed: usual for ImageNet" if usual is None else usual.origin
+    if other:
+        origin += f"; {', '.join(other)} set by the recipe"
+    return {**mine, "origin": origin}
+
+
+_UNSAID = {"mean": None, "std": None, "crop_share": None, "interpolation": None, "range": 1}
+
+
+def _usual(recipe: Recipe) -> Published | None:
+    """Return what is published about a recipe's weights; None if the network is not from a library."""
+    from compressor.models import published
+
+    return published(recipe.model) if recipe.weights != "none" else None
+
+
+def _wanted(recipe: Recipe, channel_order: str | None) -> Any:
+    from compressor.data import Preprocessing, Wanted
+
+    usual, data = _usual(recipe), recipe.data
+    return Wanted(
+        usual=Preprocessing(**usual.preprocessing) if usual is not None else Preprocessing(),
+        image_size=recipe.image_size,
+        mean=data.mean,
+        std=data.std,
+        crop_share=data.crop_share,
+        interpolation=data.interpolation,
+        channel_order=channel_order,
+        range=data.range,
+    )
+
+
+def _completed(recipe: Recipe, preprocessing: Preprocessing) -> Recipe:
+    """Return the recipe with explicit preprocessing values, so that images are prepared alike on every machine."""
+    return recipe.changed(
+        {
+            "image_size": preprocessing.size,
+            "data": {
+                "mean": preprocessing.mean,
+                "std": preprocessing.std,
+                "crop_share": preprocessing.crop_share,
+                "interpolation": preprocessing.interpolation,
+                "channel_order": preprocessing.channel_order,
+                "range": preprocessing.range,
+            },
+        }
+    )
+
+
+def _assumed(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[str]:
+    """Yield a note if nothing says how the images for the weights were prepared.
+
+    The note depends on the numbers alone, not on their origin: a resumed run, whose recipe has them all, gets the same.
+    """
+    usual = _usual(recipe)
+    given = recipe.weights not in ("none", "default")
+    if not given and (usual is not None or not recipe.own_network or recipe.data_kind == "digits"):
+        return
+    expected = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.size)
+    if (preprocessing.mean, preprocessing.std) != (expected.mean, expected.std):
+        return
+    whose = recipe.weights if given else recipe.model
+    source = (
+        "the usual ImageNet values are assumed" if usual is None else f"the values of {usual.origin} are used"
+    )
+    yield (
+        f"{whose} does not say how its images were prepared: {source}, {preprocessing.describe()}. "
+        "Change it with --mean, --std, --set data.crop_share=... and data.interpolation=...."
+    )

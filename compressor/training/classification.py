@@ -1,0 +1,152 @@
+"""The task of classifying images: top-1 accuracy, cross-entropy, and distillation of the classes' scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from compressor.core.trees import channels_last
+from compressor.data import DataBundle, Preprocessing, Split
+from compressor.training.losses import distillation_loss
+from compressor.training.scoring import accuracy, closeness, log_probabilities, predictions
+from compressor.training.task import Losses, Precision, Task
+
+if TYPE_CHECKING:
+    from compressor.training.feeds import Feed
+    from compressor.training.settings import TrainSettings
+
+
+class Classification(Task):
+    """Images by class.
+
+    Args:
+        train, search, test: Its splits; None for one that is not needed.
+        measure: What candidates are scored by: "accuracy", or "closeness" to the dense network's outputs, for which
+            labels are not used.
+        facts: Classes and preprocessing, for the network's files.
+    """
+
+    train: Split | None
+    search: Split | None
+    test: Split | None
+    calibration: Split | None
+    portable = True
+
+    def __init__(
+        self,
+        train: Split | None = None,
+        search: Split | None = None,
+        test: Split | None = None,
+        *,
+        measure: str = "accuracy",
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        self.train, self.search, self.test, self.calibration = train, search, test, train
+        self.measure = measure
+        self._facts = facts or {}
+        self.classes = len(self._facts.get("classes", ()))
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How its images become inputs; the same in all splits."""
+        assert self.train is not None
+        return self.train.preprocessing
+
+    @classmethod
+    def of(cls, data: DataBundle, measure: str = "accuracy") -> Classification:
+        """Return the task of a data set."""
+        return cls(data.train, data.search, data.test, measure=measure, facts=data.facts())
+
+    def losses(
+        self,
+        model: nn.Module,
+        batch: Any,
+        teacher: nn.Module | None,
+        settings: TrainSettings,
+        precision: Precision,
+    ) -> Losses:
+        images, labels = batch
+        # Convolutions are fastest in this layout on CPUs with vector units and GPUs with tensor cores.
+        images = channels_last(images)
+        with precision():
+            logits = model(images)
+        logits = logits.float()
+        loss = functional.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+        distilled = None
+        if teacher is not None:
+            with torch.no_grad(), precision():
+                answers = teacher(images)
+            distilled = distillation_loss(logits, answers.float(), settings.temperature)
+        return Losses(loss, distilled, len(labels), (logits.argmax(dim=1) == labels).sum())
+
+    def gradients(self, device: str | torch.device, seed: int) -> Any:
+        assert self.train is not None
+        stream = self.train.batches(128, shuffle_seed=seed, device=device)
+        return [batch for _, batch in zip(range(2), stream, strict=False)]
+
+    def search_goals(
+        self, dense: nn.Module, feed: Feed | None, *, device: str | torch.device, batch_size: int
+    ) -> torch.Tensor | None:
+        if self.measure == "accuracy":
+            return None
+        assert isinstance(feed, Split)
+        return log_probabilities(dense, feed, device=device, batch_size=batch_size)
+
+    def search_score(
+        self,
+        model: nn.Module,
+        feed: Feed | None,
+        goals: Any,
+        *,
+        device: str | torch.device,
+        batch_size: int,
+        floor: float | None = None,
+    ) -> float:
+        assert isinstance(feed, Split)
+        if self.measure == "accuracy":
+            return accuracy(model, feed, device=device, batch_size=batch_size, floor=floor)
+        return closeness(model, feed, goals, device=device, batch_size=batch_size, floor=floor)
+
+    def test_score(self, model: nn.Module, goals: Any, device: str | torch.device) -> float:
+        assert self.test is not None
+        return accuracy(model, self.test, device=device)
+
+    def answers(
+        self, model: nn.Module, device: str | torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.test is not None
+        return predictions(model, self.test, device=device)
+
+    def file_score(self, path: Path, goals: Any, advance: Callable[[int], None]) -> float:
+        from export.convert.ort import accuracy_onnx
+
+        split = self.test
+        assert split is not None
+
+        def batches() -> Iterator[tuple[Any, Any]]:
+            for x, y in split.batches(256, device="cpu"):
+                yield x.numpy(), y.numpy()
+                advance(len(y))
+
+        return accuracy_onnx(path, batches(), threads=torch.get_num_threads())
+
+    def file_judge(self, number: int, seed: int) -> Callable[[Path], float]:
+        from export.convert.ort import accuracy_onnx
+
+        assert self.search is not None
+        batches = [(x.numpy(), y.numpy()) for x, y in self.search.sample(number, seed).batches(256)]
+        threads = torch.get_num_threads()
+        return lambda file: accuracy_onnx(file, batches, threads=threads)
+
+    def spread(self, number: int, seed: int) -> dict[str, int]:
+        assert self.calibration is not None
+        labels = self.calibration.sample(number, seed).labels
+        return dict(zip(self._facts["classes"], labels.bincount(minlength=self.classes).tolist(), strict=True))
+
+    def facts(self) -> dict[str, Any]:
+        return self._facts

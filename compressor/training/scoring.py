@@ -1,0 +1,162 @@
+"""Scores of networks on a split, and the batch-norm statistics of sliced ones."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from compressor.core.trees import channels_last
+from compressor.data import Split
+from compressor.models.computed import evaluated
+from compressor.training.feeds import Feed
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _scored_batches(
+    model: nn.Module,
+    split: Split,
+    device: str | torch.device,
+    batch_size: int,
+    max_batches: int | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield logits and labels of a split's batches, in stored order; the training mode is restored at the end."""
+    with evaluated(model):
+        for images, labels in itertools.islice(split.batches(batch_size, device=device), max_batches):
+            with torch.no_grad():
+                logits = model(images.contiguous(memory_format=torch.channels_last))
+            yield logits, labels
+
+
+def accuracy(
+    model: nn.Module,
+    split: Split,
+    *,
+    device: str | torch.device = "cpu",
+    max_batches: int | None = None,
+    batch_size: int = 256,
+    floor: float | None = None,
+) -> float:
+    """Return the share of a split's images that the model classifies correctly, 0..1.
+
+    Args:
+        model: Network on `device`; its training mode is restored.
+        split: Split, read in its stored order.
+        device: Device of the batches.
+        max_batches: Stop after this number of batches, and return the share of the images seen.
+        batch_size: Images per batch.
+        floor: Stop as soon as this share cannot be reached, and return the share of the images seen, which is
+            below it.
+    """
+    total = len(split) if max_batches is None else min(len(split), max_batches * batch_size)
+    right = seen = 0
+    for logits, labels in _scored_batches(model, split, device, batch_size, max_batches):
+        right += int((logits.argmax(dim=1) == labels).sum())
+        seen += len(labels)
+        if floor is not None and right + total - seen < floor * total:
+            break
+    return right / max(1, seen)
+
+
+def predictions(
+    model: nn.Module, split: Split, *, device: str | torch.device = "cpu", batch_size: int = 256
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a model's predicted classes of a split's images, and their labels: int64 (N,) each, on the CPU.
+
+    Args:
+        model, device, batch_size: As for `accuracy`.
+        split: Split, read in its stored order.
+    """
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for logits, labels in _scored_batches(model, split, device, batch_size):
+        found.append((logits.argmax(dim=1).cpu(), labels.cpu()))
+    return torch.cat([classes for classes, _ in found]), torch.cat([labels for _, labels in found])
+
+
+def log_probabilities(
+    model: nn.Module, split: Split, *, device: str | torch.device = "cpu", batch_size: int = 256
+) -> torch.Tensor:
+    """Return a model's log-probabilities of the classes for a split's images, float32 (N, classes), on the CPU."""
+    found = []
+    for logits, _ in _scored_batches(model, split, device, batch_size):
+        found.append(logits.float().log_softmax(dim=1).cpu())
+    return torch.cat(found)
+
+
+def closeness(
+    model: nn.Module,
+    split: Split,
+    goals: torch.Tensor,
+    *,
+    device: str | torch.device = "cpu",
+    batch_size: int = 256,
+    floor: float | None = None,
+) -> float:
+    """Return how close a model's outputs are to the dense network's, 0..1; labels are not used.
+
+    It is exp(-d), d the mean over the images of the Kullback-Leibler divergence of the model's class probabilities from
+    the dense network's, in nats: 1 for equal outputs.
+
+    Args:
+        model, split, device, batch_size: As for `accuracy`.
+        goals: Log-probabilities of the dense network for the same images, (N, classes).
+        floor: Stop as soon as this value cannot be reached, and return the value of the images seen, which is below it.
+    """
+    total, seen, divergence = len(split), 0, 0.0
+    for logits, labels in _scored_batches(model, split, device, batch_size):
+        found = logits.float().log_softmax(dim=1).cpu()
+        goal = goals[seen : seen + len(labels)]
+        divergence += float(nn.functional.kl_div(found, goal, reduction="sum", log_target=True))
+        seen += len(labels)
+        if floor is not None and math.exp(-max(0.0, divergence) / total) < floor:
+            break
+    return math.exp(-max(0.0, divergence) / max(1, seen))
+
+
+def standard_error(share: float, images: int) -> float:
+    """Return the standard error of an accuracy (0..1) on this number of images."""
+    return float((max(share * (1 - share), 0.0) / max(1, images)) ** 0.5)
+
+
+def reestimate_batch_norm(
+    model: nn.Module,
+    feed: Feed,
+    *,
+    batches: int = 10,
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> None:
+    """Replace the running statistics by the plain mean over a few batches, in place.
+
+    A slim network's activations have other means and variances than the dense one's; without this step its
+    accuracy is not meaningful.
+
+    Args:
+        model: Network on `device`; without batch norm it is not changed.
+        feed: Inputs, used without augmentation.
+        batches: Number of batches to average.
+        batch_size: Images per batch.
+        device: Device of the batches.
+        seed: Seed that chooses the images.
+    """
+    norms = [
+        module for module in model.modules() if isinstance(module, _NORMS) and module.track_running_stats
+    ]
+    if not norms:
+        return
+    before = [norm.momentum for norm in norms]
+    with evaluated(model), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch then averages over all batches with equal weight
+            norm.train()
+        stream = feed.batches(batch_size, shuffle_seed=seed, device=device, drop_last=True)
+        for _, batch in zip(range(batches), stream, strict=False):
+            model(*channels_last(feed.inputs(batch)))
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum

@@ -1,0 +1,170 @@
+"""What a run optimizes: its batches, its loss, and the scores of its networks.
+
+Search, training, export and report know a `Task` only. `Classification` is that of images by class; `objects.OwnTask`
+is made of a user's own loaders and functions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from compressor.core.errors import CompressorError
+from compressor.core.metrics import Metric
+from compressor.training.feeds import Feed
+
+if TYPE_CHECKING:
+    from compressor.training.settings import TrainSettings
+
+Precision = Callable[[], AbstractContextManager[Any]]
+"""Opens the autocast of a training step."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Result of a forward pass in training.
+
+    Attributes:
+        loss: Loss on the batch's labels, a scalar; None without labels.
+        distilled: Distance from the teacher's outputs, a scalar; None without a teacher.
+        inputs: Number of inputs in the batch.
+        right: Number of them that are answered correctly; None where that has no meaning.
+    """
+
+    loss: torch.Tensor | None
+    distilled: torch.Tensor | None
+    inputs: int
+    right: torch.Tensor | None = None
+
+    def together(self, distill_weight: float) -> torch.Tensor:
+        """Return what is minimized: the teacher's share and that of the labels."""
+        if self.distilled is None or self.loss is None:
+            found = self.loss if self.distilled is None else self.distilled
+            assert found is not None  # a task without labels is only trained with a teacher
+            return found
+        return (1 - distill_weight) * self.loss + distill_weight * self.distilled
+
+
+class Task(ABC):
+    """What a run optimizes.
+
+    Attributes:
+        metric: What the test split is scored by.
+        train: Batches to train on; None if nothing can be trained.
+        search: Inputs on which candidates are scored, disjoint from `train`; None if a user's function scores them.
+        test: Inputs of the reported score, which nothing else reads; None if a user's function scores.
+        calibration: Inputs that batch norm, compensation and INT8 read, without labels; None if there are none.
+        labelled: Whether there is a loss of its own; else only a teacher trains.
+        classes: Number of outputs of a classifier; 0 for other networks.
+        portable: Whether other processes can score candidates.
+    """
+
+    metric = Metric()
+    train: Feed | None = None
+    search: Feed | None = None
+    test: Feed | None = None
+    calibration: Feed | None = None
+    labelled = True
+    classes = 0
+    portable = False
+
+    # ---------------------------------------------------------------- training
+    @abstractmethod
+    def losses(
+        self,
+        model: nn.Module,
+        batch: Any,
+        teacher: nn.Module | None,
+        settings: TrainSettings,
+        precision: Precision,
+    ) -> Losses:
+        """Run a training batch through a network and, if there is one, through its teacher."""
+
+    def gradients(self, device: str | torch.device, seed: int) -> Any:
+        """Return data for criteria that need gradients of the loss, as for `PruningSpace.rank`; None without a loss."""
+        return None
+
+    # ---------------------------------------------------------------- scores
+    def search_goals(
+        self, dense: nn.Module, feed: Feed | None, *, device: str | torch.device, batch_size: int
+    ) -> Any:
+        """Return what candidates are compared with, if that is the dense network; else None."""
+        return None
+
+    @abstractmethod
+    def search_score(
+        self,
+        model: nn.Module,
+        feed: Feed | None,
+        goals: Any,
+        *,
+        device: str | torch.device,
+        batch_size: int,
+        floor: float | None = None,
+    ) -> float:
+        """Return the score of a candidate, 0..1.
+
+        Args:
+            model: Network on `device`.
+            feed: The search inputs, or a sample of them.
+            goals: Result of `search_goals` on the same inputs.
+            device: Device of the batches.
+            batch_size: Inputs per batch.
+            floor: Stop as soon as this score cannot be reached, and return one below it.
+        """
+
+    def test_goals(self, dense: nn.Module, device: str | torch.device) -> Any:
+        """Return what the test score compares with, if that is the dense network; else None."""
+        return None
+
+    @abstractmethod
+    def test_score(self, model: nn.Module, goals: Any, device: str | torch.device) -> float:
+        """Return the reported score of a network, in the metric's unit."""
+
+    def answers(
+        self, model: nn.Module, device: str | torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return a classifier's answers and the labels on the test split, int64 (N,); None for tasks without both."""
+        return None
+
+    @abstractmethod
+    def file_score(self, path: Path, goals: Any, advance: Callable[[int], None]) -> float | None:
+        """Return the reported score of an ONNX file; None if it cannot be scored.
+
+        Args:
+            path: The file.
+            goals: Result of `test_goals`.
+            advance: Receives the number of inputs after each batch.
+        """
+
+    def file_judge(self, number: int, seed: int) -> Callable[[Path], float]:
+        """Return a function that scores an ONNX file on a sample of the search inputs, 0..1; see `search_score`."""
+        raise CompressorError("Only networks of images by class are quantized.", "Use fp32 or fp16.")
+
+    def spread(self, number: int, seed: int) -> dict[str, int]:
+        """Return how many of the calibration inputs each class has; empty without classes."""
+        return {}
+
+    @property
+    def test_inputs(self) -> int | None:
+        """Number of inputs of the reported score; None if it is not known."""
+        return None if self.test is None else len(self.test)
+
+    # ---------------------------------------------------------------- descriptions
+    def facts(self) -> dict[str, Any]:
+        """Return what a network's files say about its inputs and outputs; JSON's kinds only."""
+        return {}
+
+
+def inputs_in(feed: Feed, number: int, seed: int, batch_size: int, device: str | torch.device) -> Iterator[Any]:
+    """Yield the network's inputs in a seeded sample of a feed, batch by batch."""
+    sample = feed.sample(number, seed)
+    for batch in sample.batches(batch_size, device=device):
+        yield sample.inputs(batch)
