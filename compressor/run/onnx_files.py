@@ -17,7 +17,7 @@ from compressor.core.manifest import Checks, Cost, Engine, Export, Layer, Networ
 from compressor.core.progress import bar, say
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
-from compressor.training.task import inputs_in
+from compressor.training.feeds import inputs_in
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,22 +12,16 @@ from compressor.core.errors import CompressorError
 from compressor.pruning.calibration import Images, dense_copy, recorded
 from compressor.pruning.compensate import compensate
 from compressor.pruning.moments import DenseMoments
+from compressor.training.feeds import Feed, inputs_in
 
 if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
     from compressor.pruning.verdict import Compensation
     from compressor.recipe import Recipe
-    from compressor.training.feeds import Feed
 
 FIT_BATCH = 64
 """Images that are prepared for the network at once."""
-
-
-def fit_inputs(feed: Feed, number: int, seed: int, device: str | torch.device) -> list[tuple[Any, ...]]:
-    """Return batches of the inputs that compensation fits to, without labels: a seeded sample over all classes."""
-    sample = feed.sample(number, seed)
-    return [sample.inputs(batch) for batch in sample.batches(FIT_BATCH, device=device)]
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ class Networks:
         self._batches: list[tuple[Any, ...]] = []
         if method != "off":
             assert feed is not None
-            self._batches = fit_inputs(feed, number, seed, device)
+            self._batches = list(inputs_in(feed, number, seed, FIT_BATCH, device))
         self._moments: DenseMoments | None = None
 
     @property

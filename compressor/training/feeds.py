@@ -37,3 +37,10 @@ class Feed(Protocol):
 
     def in_memory(self) -> Feed:
         """Return the same inputs, decoded once if they fit into memory."""
+
+
+def inputs_in(feed: Feed, number: int, seed: int, batch_size: int, device: str | torch.device) -> Iterator[Any]:
+    """Yield the network's inputs in a seeded sample of a feed, batch by batch."""
+    sample = feed.sample(number, seed)
+    for batch in sample.batches(batch_size, device=device):
+        yield sample.inputs(batch)

@@ -7,7 +7,7 @@ is made of a user's own loaders and functions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,10 +161,3 @@ class Task(ABC):
     def facts(self) -> dict[str, Any]:
         """Return what a network's files say about its inputs and outputs; JSON's kinds only."""
         return {}
-
-
-def inputs_in(feed: Feed, number: int, seed: int, batch_size: int, device: str | torch.device) -> Iterator[Any]:
-    """Yield the network's inputs in a seeded sample of a feed, batch by batch."""
-    sample = feed.sample(number, seed)
-    for batch in sample.batches(batch_size, device=device):
-        yield sample.inputs(batch)

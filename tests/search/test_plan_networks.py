@@ -10,8 +10,9 @@ from compressor.models import create_model
 from compressor.pruning.compensate import compensate
 from compressor.pruning.space import PruningSpace
 from compressor.search.evaluate import Evaluator
-from compressor.search.networks import Networks, fit_images
+from compressor.search.networks import FIT_BATCH, Networks
 from compressor.training.classification import Classification
+from compressor.training.feeds import inputs_in
 from tests.nets import trained_tiny
 
 
@@ -26,18 +27,19 @@ def space() -> PruningSpace:
 
 
 def test_the_images_are_spread_over_the_classes(digits: DataBundle) -> None:
-    batches = fit_images(digits.train, 100, 0, "cpu")
+    batches, again, others = (
+        [images for (images,) in inputs_in(digits.train, 100, seed, FIT_BATCH, "cpu")] for seed in (0, 0, 1)
+    )
     assert [len(batch) for batch in batches] == [64, 36]
-    again = fit_images(digits.train, 100, 0, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
-    assert not torch.equal(batches[0], fit_images(digits.train, 100, 1, "cpu")[0])
+    assert not torch.equal(batches[0], others[0])
 
 
 @pytest.mark.parametrize("method", ["moments", "quick", "layers"])
 def test_networks_are_those_of_compensate(space: PruningSpace, digits: DataBundle, method: str) -> None:
     plan = space.uniform(0.5)
     networks = Networks(space, digits.train, method, images=64, seed=3)
-    batches = fit_images(digits.train, 16 if method == "quick" else 64, 3, "cpu")
+    batches = list(inputs_in(digits.train, 16 if method == "quick" else 64, 3, FIT_BATCH, "cpu"))
     expected = compensate(space, plan, batches, method, seed=3).network.state_dict()
     for _ in range(2):  # the second from the moments of the first
         found = networks.build(plan).state_dict()
