@@ -11,11 +11,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from compressor.core.errors import CompressorError
-from compressor.core.plugins import load_plugins
+from compressor.core.plugins import Registry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,16 +36,15 @@ BUDGETS: Mapping[str, str] = {
     "energy": "compressor.budgets.energy",
     "memory": "compressor.budgets.counts",
 }
-"""The toolkit's own budgets, each with a flag and a field of the recipe: name -> module, imported when it is used."""
+"""The toolkit's own budgets, each with a flag and a field of the recipe: name -> module."""
 
+_registry: Registry[Budget] = Registry("budget", BUDGETS, "(?!flops$)[A-Za-z][A-Za-z0-9_-]*")
 _ALIASES = {"flops": "macs"}
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _NUMBER = re.compile(
     r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|[+-]?inf(?:inity)?)\s*(\S*)",
     re.IGNORECASE | re.ASCII,  # digits of other scripts can be misread
 )
 _LIMIT = re.compile(r"\s*([A-Za-z_][\w.]*:[A-Za-z_]\w*|[A-Za-z][\w-]*)\s*<=\s*(\S.*?)\s*")
-_registered: dict[str, type[Budget]] = {}
 
 
 @dataclass(frozen=True)
@@ -197,20 +195,7 @@ def register_budget(kind: _Class) -> _Class:
             "Write @register_budget above @dataclass(frozen=True), and derive it from compressor.budgets.base.Budget.",
         )
     _require_complete(kind, called)
-    name = getattr(kind, "name", None)
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _ALIASES:
-        raise CompressorError(
-            f"The budget {called} has the name {name!r}.",
-            "Give the class a field such as `name: str = \"channels\"`, of letters, digits, _ and -.",
-        )
-    if name in BUDGETS and kind.__module__ != BUDGETS[name]:
-        import_module(BUDGETS[name])
-    if (other := _registered.get(name)) is not None and _place(other) != _place(kind):
-        raise CompressorError(
-            f"The budget name {name!r} of {_place(kind)} is used by {_place(other)}.",
-            f"Give the field `name` of {called} another value.",
-        )
-    _registered[name] = kind
+    _registry.add(kind, getattr(kind, "name", None))
     return kind
 
 
@@ -243,20 +228,13 @@ def budget_class(name: str) -> type[Budget]:
         CompressorError: There is none; the message gives the known names.
     """
     name = _ALIASES.get(name, name)
-    if name in BUDGETS:
-        import_module(BUDGETS[name])
-    elif name not in _registered:
-        load_plugins()
-    if name not in _registered:
-        known = ", ".join(dict.fromkeys(["flops", *BUDGETS, *sorted(_registered)]))
+    found = _registry.find(name)
+    if found is None:
+        known = ", ".join(["flops", *_registry.names()])
         raise CompressorError(
             f"{name!r} is not a budget.", f"Budgets are {known}, or package.module:function."
         )
-    return _registered[name]
-
-
-def _place(kind: type[Budget]) -> str:
-    return f"{kind.__module__}:{kind.__qualname__}"
+    return found
 
 
 def parse_budget(name: str, text: str | float) -> BudgetSpec:

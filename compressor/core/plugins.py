@@ -1,4 +1,4 @@
-"""Import the user's Python code: objects named `package.module:attribute`, and modules that packages declare.
+"""The user's Python code: objects named `package.module:attribute`, modules that packages declare, registered classes.
 
 A package whose module registers agents, budgets or layer rules declares it in the group `compressor.plugins`, in its
 own `pyproject.toml`:
@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from compressor.core.errors import CompressorError
 
@@ -135,3 +137,64 @@ def _load(entry: EntryPoint) -> None:
             f"raises {type(error).__name__}: {shown}{raised_at(error)}.",
             f"Fix {entry.module}, or remove the package: pip uninstall {package}",
         ) from error
+
+
+_Kind = TypeVar("_Kind")
+
+
+class Registry(Generic[_Kind]):
+    """Classes of one kind by name: the toolkit's own, and those that plugins and imported modules register.
+
+    Args:
+        what: The kind in messages, such as "agent".
+        own: Name -> module of the toolkit's own classes. A module is imported when its class is used; listing the names
+            costs nothing.
+        names: Pattern of allowed names.
+
+    Attributes:
+        classes: The classes that are registered so far, by name.
+    """
+
+    def __init__(self, what: str, own: Mapping[str, str], names: str = "[A-Za-z][A-Za-z0-9_.-]*") -> None:
+        self.what, self.own, self._allowed = what, own, re.compile(names)
+        self.classes: dict[str, type[_Kind]] = {}
+
+    def names(self) -> list[str]:
+        """Return all names: the toolkit's own, then the others in order."""
+        load_plugins()
+        return list(dict.fromkeys([*self.own, *sorted(self.classes)]))
+
+    def find(self, name: str) -> type[_Kind] | None:
+        """Return the class of a name; None if there is none."""
+        if name in self.own:
+            importlib.import_module(self.own[name])
+        elif name not in self.classes:
+            load_plugins()
+        return self.classes.get(name)
+
+    def add(self, kind: type[_Kind], name: object) -> None:
+        """Register a class.
+
+        A class that is defined anew in its own module (in a notebook, by a reload) replaces the earlier one.
+
+        Raises:
+            CompressorError: The name is unusable, or another class has it.
+        """
+        if not isinstance(name, str) or not self._allowed.fullmatch(name):
+            raise CompressorError(
+                f"The {self.what} {_place(kind)} has the name {name!r}.",
+                "Give the class an attribute `name`, such as \"mine\": a letter, then letters, digits, _ and -.",
+            )
+        if name in self.own and kind.__module__ != self.own[name]:
+            importlib.import_module(self.own[name])  # so that the message can name its class
+        other = self.classes.get(name)
+        if other is not None and _place(other) != _place(kind):
+            raise CompressorError(
+                f"The {self.what} name {name!r} of {_place(kind)} is taken by {_place(other)}.",
+                f"Give the attribute `name` of {kind.__qualname__} another value.",
+            )
+        self.classes[name] = kind
+
+
+def _place(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"

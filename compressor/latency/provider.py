@@ -10,16 +10,14 @@ CPU or GPU (`local`), a device that ssh reaches (`ssh`), and any other name, who
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from compressor.core.errors import CompressorError
-from compressor.core.plugins import load_plugins
+from compressor.core.plugins import Registry
 from compressor.core.progress import say
 from compressor.latency.schema import BLOCKS, Precision
 from compressor.latency.steps import refuse_table
@@ -33,11 +31,10 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 _Class = TypeVar("_Class", bound="type[TableProvider]")
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _OWN = {"local": "compressor.latency.local", "ssh": "compressor.latency.over_ssh"}
-"""The toolkit's own kinds of devices: name -> module, imported when such a device is used."""
+"""The toolkit's own kinds of devices: name -> module."""
 
-_registered: dict[str, type[TableProvider]] = {}
+_registry: Registry[TableProvider] = Registry("device", _OWN)
 
 
 @dataclass(frozen=True)
@@ -129,11 +126,7 @@ class TableProvider(ABC):
     @staticmethod
     def for_device(device: str) -> TableProvider:
         """Return the provider of a device; names that no kind of device has are those of stored tables."""
-        load_plugins()
-        name = device.partition(":")[0]
-        if name in _OWN:
-            import_module(_OWN[name])
-        return _registered.get(name, StoredTables).create(device)
+        return (_registry.find(device.partition(":")[0]) or StoredTables).create(device)
 
     @classmethod
     def create(cls, device: str) -> TableProvider:
@@ -234,21 +227,7 @@ def register_device(kind: _Class) -> _Class:
             f"{called} is no subclass of TableProvider.",
             "Derive it from compressor.latency.measured.MeasuredDevice or compressor.latency.provider.TableProvider.",
         )
-    if not _NAME.fullmatch(kind.name):
-        raise CompressorError(
-            f"The device {called} has the name {kind.name!r}.",
-            "Give the class an attribute `name` of letters, digits, _, . and -, beginning with a letter.",
-        )
-    other = _registered.get(kind.name)
-    there = f"{other.__module__}:{other.__qualname__}" if other is not None else called
-    if _OWN.get(kind.name, kind.__module__) != kind.__module__:
-        there = _OWN[kind.name]
-    if there != called:
-        raise CompressorError(
-            f"The device name {kind.name!r} of {called} is taken by {there}.",
-            "Give the attribute `name` another value.",
-        )
-    _registered[kind.name] = kind
+    _registry.add(kind, kind.name)
     return kind
 
 
@@ -258,13 +237,13 @@ def known_devices() -> list[KnownDevice]:
     Raises:
         CompressorError: A shipped table is damaged.
     """
-    load_plugins()
+    names = _registry.names()
     try:
         version = importlib.metadata.version("onnxruntime")
     except importlib.metadata.PackageNotFoundError:
         version = "(not installed)"
     here = KnownDevice("local", f"onnxruntime-cpu {version}", ("fp32",), "measured here on first use")
-    own = [kind for kind in _registered.values() if kind.name not in _OWN]
+    own = [_registry.classes[name] for name in names if name not in _OWN]
     return [here, *StoredTables.known(), *(device for kind in own for device in kind.known())]
 
 
@@ -290,7 +269,7 @@ class StoredTables(TableProvider):
         return found
 
     def check(self, precision: str) -> None:
-        check_known(self.device, sorted(set(_registered) - set(_OWN)))
+        check_known(self.device, [name for name in _registry.names() if name not in _OWN])
 
     def table(self, space: PruningSpace, example: Tensor, request: Request) -> LatencyTable:
         table = LatencyTable.load(self.device, precision=request.precision, space=space)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from compressor.core.agents import agent_class, agent_names
+from compressor.core.agents import agent_class, registry
 from compressor.recipe.parts import Budgets, Contract, Data, Export, Part, Positive, Pruning, Search, Training
 from compressor.recipe.validation import merged, validated
 from compressor.recipe.yaml_text import write_yaml
@@ -170,9 +170,9 @@ class Recipe(Part):
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe, with the settings of each agent under `search.settings`."""
     schema = Recipe.model_json_schema()
-    schema["properties"]["agent"]["examples"] = agent_names()
+    schema["properties"]["agent"]["examples"] = registry.names()
     schema["allOf"] = []
-    for name in agent_names():
+    for name in registry.names():
         schema["$defs"][f"{name}_settings"] = agent_class(name).Settings.model_json_schema()
         settings = {"properties": {"settings": {"$ref": f"#/$defs/{name}_settings"}}}
         chosen = {"properties": {"agent": {"const": name}}, "required": ["agent"]}

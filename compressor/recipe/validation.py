@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from compressor.core.agents import registered
+from compressor.core.agents import registry
 from compressor.core.errors import CompressorError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -69,7 +69,7 @@ def setting_error(kind: type[BaseModel], values: Mapping[str, Any], error: Valid
     problem = error.errors()[0]
     name, what, value = str(problem["loc"][0]), problem["type"], problem["input"]
     if what == "extra_forbidden":
-        agents = [agent for agent, registered_kind in registered.items() if registered_kind.Settings is kind]
+        agents = [name for name, agent in registry.classes.items() if agent.Settings is kind]
         which = f"The agent {agents[0]}" if len(agents) == 1 else "The agent"
         known = ", ".join(sorted(kind.model_fields)) or "none"
         return CompressorError(f"{which} has no setting {name!r}.", f"Its settings are: {known}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import Field
 
-from compressor.core.agents import AGENTS, agent_class, registered
+from compressor.core.agents import agent_class, registry
 from compressor.core.errors import CompressorError
 from compressor.recipe.parts import AgentSettings
 from compressor.search.records import Limits, SearchResult
@@ -180,7 +179,6 @@ class Agent(ABC):
         """
 
 
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _Class = TypeVar("_Class", bound=type[Agent])
 
 
@@ -196,12 +194,7 @@ def register_agent(kind: _Class) -> _Class:
     shown = getattr(kind, "__qualname__", repr(kind))
     if not (isinstance(kind, type) and issubclass(kind, Agent)):
         raise CompressorError(f"{shown} is no subclass of Agent.", "Derive it from compressor.search.base.Agent.")
-    name, settings = getattr(kind, "name", None), getattr(kind, "Settings", None)
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise CompressorError(
-            f"The agent {shown} has the name {name!r}.",
-            "Give the class an attribute `name` of letters, digits, _, . and -, beginning with a letter.",
-        )
+    settings = getattr(kind, "Settings", None)
     if not (isinstance(settings, type) and issubclass(settings, AgentSettings)):
         raise CompressorError(
             f"The agent {shown} has no settings.",
@@ -211,14 +204,7 @@ def register_agent(kind: _Class) -> _Class:
         raise CompressorError(
             f"The setting {missing[0]} of the agent {shown} has no default.", "Give every field of `Settings` one."
         )
-    if name in AGENTS and kind.__module__ != AGENTS[name]:
-        agent_class(name)  # imported now, so that the message can name it
-    if (other := registered.get(name)) is not None and _place(other) != _place(kind):
-        raise CompressorError(
-            f"The agent name {name!r} of {_place(kind)} is taken by {_place(other)}.",
-            f"Give the attribute `name` of {shown} another value.",
-        )
-    registered[name] = kind
+    registry.add(kind, getattr(kind, "name", None))
     return kind
 
 
@@ -230,7 +216,3 @@ def create_agent(name: str, **options: Any) -> Agent:
     """
     agent: Agent = agent_class(name)(**options)
     return agent
-
-
-def _place(kind: type[Agent]) -> str:
-    return f"{kind.__module__}:{kind.__qualname__}"

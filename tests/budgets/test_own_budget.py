@@ -32,7 +32,7 @@ def registered_meanwhile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers and imports is gone after it."""
     for name in BUDGETS:
         budget_class(name)
-    monkeypatch.setattr(base, "_registered", dict(base._registered))
+    monkeypatch.setattr(base._registry, "classes", dict(base._registry.classes))
     plugins.load_plugins.cache_clear()
     yield
     plugins.load_plugins.cache_clear()
@@ -147,7 +147,7 @@ def test_what_is_no_budget_is_refused() -> None:
     for kind, says in (
         (int, "not a dataclass derived from Budget"),
         (NoDataclass, "not a dataclass"),
-        (Taken, "is used by compressor.budgets.latency:LatencyBudget"),
+        (Taken, "is taken by compressor.budgets.latency:LatencyBudget"),
         (Nameless, "has the name 'a b'"),
         (Thawed, "Thawed is not frozen"),
         (Untargeted, "Untargeted has no field 'target'"),

@@ -48,7 +48,7 @@ print(*(0.05 + size / 2e5 for _ in range(11)))
 @pytest.fixture(autouse=True)
 def registered_meanwhile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """What a test registers and imports is gone after it."""
-    monkeypatch.setattr(provider, "_registered", dict(provider._registered))
+    monkeypatch.setattr(provider._registry, "classes", dict(provider._registry.classes))
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COMPRESSOR_BACKEND", "onnxruntime-cpu")
     plugins.load_plugins.cache_clear()

@@ -67,7 +67,7 @@ def test_a_run_for_this_machine(run: Path, profiled: Profiled, monkeypatch: pyte
 
 
 def test_a_run_for_another_device(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provider, "_registered", dict(provider._registered))
+    monkeypatch.setattr(provider._registry, "classes", dict(provider._registry.classes))
     register_device(Other)
     words = said_for(run, "other")
     assert f"The run is for other; {ELSEWHERE}" in words

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import pytest
 
 from compressor import register_agent
-from compressor.core import agents, plugins
-from compressor.core.agents import AGENTS, agent_class, agent_names
+from compressor.core import plugins
+from compressor.core.agents import AGENTS, agent_class, registry
 from compressor.core.errors import CompressorError
 from compressor.recipe import AgentSettings, NoSettings, Recipe, recipe_schema
 from compressor.search.base import Agent
@@ -30,12 +30,12 @@ def registered_meanwhile() -> Iterator[None]:
     """What a test registers and imports is gone after it."""
     for name in AGENTS:
         agent_class(name)
-    saved = dict(agents.registered)
+    saved = dict(registry.classes)
     modules = set(sys.modules)
     plugins.load_plugins.cache_clear()
     yield
-    agents.registered.clear()
-    agents.registered.update(saved)
+    registry.classes.clear()
+    registry.classes.update(saved)
     plugins.load_plugins.cache_clear()
     for name in set(sys.modules) - modules:
         if name.startswith(("mysloped", "mybroken")):
@@ -66,8 +66,8 @@ class Plain(Agent):
 
 def test_the_toolkits_agents_register_themselves() -> None:
     for name, module in AGENTS.items():
-        assert agents.registered[name].__module__ == module
-    assert agent_names() == list(AGENTS)
+        assert registry.classes[name].__module__ == module
+    assert registry.names() == list(AGENTS)
 
 
 def test_the_page_makes_an_agent_that_searches_and_resumes(
@@ -98,7 +98,7 @@ def test_an_installed_package_brings_an_agent(tmp_path: Path, monkeypatch: pytes
     installed(tmp_path, "mypackage", "mysloped", code_of("Add an agent"))
     monkeypatch.syspath_prepend(tmp_path)
     assert plugins.load_plugins() == ("mysloped",)
-    assert agent_names() == [*AGENTS, "sloped"]
+    assert registry.names() == [*AGENTS, "sloped"]
     assert agent_class("sloped").__module__ == "mysloped"
 
 
