@@ -1,4 +1,9 @@
-"""The constrained agent: PPO with a Lagrange multiplier for each budget (arXiv 2110.08558)."""
+"""The constrained agent: PPO with a Lagrange multiplier for each budget (arXiv 2110.08558).
+
+`_ConstrainedSearch.search` is the method, step by step. Its settings are in `constrained_settings`; actions, states and
+costs are in `constrained_episodes`; what it learns with (PPO, cost critics, multipliers) is in `constrained_learner`,
+which imports Stable-Baselines3.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +69,7 @@ class _ConstrainedSearch:
 
     def __init__(self, run: SearchSession, settings: ConstrainedSettings) -> None:
         from compressor.search.constrained_episodes import ChannelActions, Costs, LayerActions, States, Walker
-        from compressor.search.lagrangian_ppo import LagrangianPpo  # imports Stable-Baselines3
+        from compressor.search.constrained_learner import LagrangianPpo
 
         self.run, self.env, self.settings = run, run.env, settings
         self.groups = len(run.env.bounds.dense)

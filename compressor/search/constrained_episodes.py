@@ -14,8 +14,8 @@ from compressor.pruning.plan import ChannelPlan
 from compressor.search.bounds import LegalWidths, Widths
 
 if TYPE_CHECKING:
+    from compressor.search.constrained_learner import LagrangianPpo, Step
     from compressor.search.environment import PruningEnv
-    from compressor.search.lagrangian_ppo import LagrangianPpo, Step
     from compressor.search.randomness import OwnRandomness
     from compressor.search.records import Candidate
 

@@ -1,4 +1,8 @@
-"""The joint agent: SAC chooses widths while the weights train towards the favored structure (arXiv 2403.19490)."""
+"""The joint agent: SAC chooses widths while the weights train towards the favored structure (arXiv 2403.19490).
+
+`_JointSearch.search` is the method, step by step. Its settings are in `joint_settings`; what it learns with (networks,
+replay, environment model) is in `joint_learner`, which imports Stable-Baselines3.
+"""
 
 from __future__ import annotations
 

@@ -21,10 +21,7 @@ from compressor.pruning.space import PruningSpace
 from compressor.search.base import create_agent
 from compressor.search.constrained import best_feasible
 from compressor.search.constrained_episodes import LayerActions, plan_of_masks
-from compressor.search.constrained_settings import ConstrainedSettings
-from compressor.search.environment import PruningEnv
-from compressor.search.evaluate import Evaluator
-from compressor.search.lagrangian_ppo import (
+from compressor.search.constrained_learner import (
     CostRolloutBuffer,
     LagrangianPpo,
     Multipliers,
@@ -32,6 +29,9 @@ from compressor.search.lagrangian_ppo import (
     centred,
     lagrangian_loss,
 )
+from compressor.search.constrained_settings import ConstrainedSettings
+from compressor.search.environment import PruningEnv
+from compressor.search.evaluate import Evaluator
 from compressor.search.records import Limits
 from compressor.training.classification import Classification
 from compressor.training.loop import BriefTraining, TrainSettings

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.search.constrained_learner import LagrangianPpo, minibatch_size
 from compressor.search.constrained_settings import ConstrainedSettings
-from compressor.search.lagrangian_ppo import LagrangianPpo, minibatch_size
 from tests.search.fake_space import FakeSpace
 
 
