@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +29,6 @@ from compressor.latency.fit import held_out_error
 from compressor.latency.operators import Widths, channels
 from compressor.latency.stored import Journal, Record, Role
 from compressor.pruning.space import PruningSpace
-
-if TYPE_CHECKING:
-    from compressor.pruning.space import PruningSpace
-
 
 Floats = npt.NDArray[np.float64]
 

@@ -23,7 +23,7 @@ from compressor.run.finish import exit_code, not_measured, write_page
 from compressor.run.folder import RunFolder
 from compressor.run.job import latency_budget
 from compressor.run.onnx_files import MODEL, drawn
-from export.device.bundle import find_target
+from export.device.bundle import find_target, make_bundle, open_bundle
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
@@ -45,7 +45,6 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
     """
     from export.convert.ort import open_session, run_session
     from export.convert.parity import Reference
-    from export.device.bundle import make_bundle
 
     board = find_target(target)
     if wanted is not None:
@@ -205,8 +204,6 @@ def _rest_of(path: Path) -> str:
 
 def _require_own(bundle: Path, run: RunFolder) -> None:
     """Raise an error if a bundle belongs to another run."""
-    from export.device.bundle import open_bundle
-
     try:
         name = open_bundle(bundle, "network").manifest["facts"]["run"]
     except (KeyError, TypeError):

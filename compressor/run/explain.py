@@ -16,7 +16,7 @@ from compressor.core.manifest import ExplainedLine, Explanation, Layer
 from compressor.core.records import RECIPE
 from compressor.latency.explain import Line, Profile, explain, profile_onnx, read_trt_profile
 from compressor.latency.networks import file_nodes
-from compressor.latency.peaks import Machine, calibrate
+from compressor.latency.peaks import Machine, calibrate, estimated_machine
 from compressor.recipe import load_recipe
 from compressor.run.device import device_precision, provider_of, request_of, resolved
 from compressor.run.finish import write_page
@@ -138,7 +138,6 @@ def _profiled_there(
             not a layer profile, or belongs to another network.
     """
     from compressor.latency.estimate import ELEMENT_BYTES
-    from compressor.latency.peaks import estimated_machine
     from compressor.latency.table import shipped_table
 
     if device.is_here or not device.runs_tensorrt:

@@ -17,7 +17,6 @@ from compressor.search.proposals import scaled_widths, uniform_or_cheapest
 from compressor.search.records import MEASUREMENT
 
 if TYPE_CHECKING:
-    from compressor.search.bounds import Widths
     from compressor.search.session import SearchSession
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from compressor.core.processes import Child, ChildDied, Failed
+from compressor.core.processes import Child, ChildDied, Failed, serve
 from compressor.latency.machine import Floats, ProcessorSpeed, at_full_speed, timed, undisturbed
 from compressor.latency.networks import TAG, NetworkTimes, TaggedNetwork
 from compressor.latency.paired import (
@@ -288,7 +288,6 @@ def measured(
 
 
 def main() -> None:
-    from compressor.core.processes import serve
 
     devices: dict[int, OrtCpu] = {}
     opened: list[OnnxRunner] = []
