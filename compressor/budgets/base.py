@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 _Class = TypeVar("_Class", bound="type[Budget]")
 
 BUDGETS: Mapping[str, str] = {
-    "latency": "compressor.budgets.latency",
-    "macs": "compressor.budgets.counts",
-    "params": "compressor.budgets.counts",
+    "latency": "compressor.budgets.costs",
+    "macs": "compressor.budgets.costs",
+    "params": "compressor.budgets.costs",
     "energy": "compressor.budgets.energy",
-    "memory": "compressor.budgets.counts",
+    "memory": "compressor.budgets.costs",
 }
 """The toolkit's own budgets, each with a flag and a field of the recipe: name -> module."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.budgets.base import parse_budget
-from compressor.budgets.counts import MemoryBudget
+from compressor.budgets.costs import MemoryBudget
 from compressor.budgets.limits import reachable, resolve
 from compressor.core.errors import CompressorError
 from compressor.latency.table import LatencyTable

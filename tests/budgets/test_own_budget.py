@@ -147,7 +147,7 @@ def test_what_is_no_budget_is_refused() -> None:
     for kind, says in (
         (int, "not a dataclass derived from Budget"),
         (NoDataclass, "not a dataclass"),
-        (Taken, "is taken by compressor.budgets.latency:LatencyBudget"),
+        (Taken, "is taken by compressor.budgets.costs:LatencyBudget"),
         (Nameless, "has the name 'a b'"),
         (Thawed, "Thawed is not frozen"),
         (Untargeted, "Untargeted has no field 'target'"),

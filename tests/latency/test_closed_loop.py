@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compressor.budgets.base import parse_budget
-from compressor.budgets.latency import LatencyBudget
+from compressor.budgets.costs import LatencyBudget
 from compressor.budgets.limits import reachable, resolve
 from compressor.core.errors import CompressorError
 from compressor.latency.table import LatencyTable

@@ -12,7 +12,7 @@ import pytest
 
 from compressor import compress
 from compressor.budgets.base import Budget
-from compressor.budgets.counts import ParamsBudget
+from compressor.budgets.costs import ParamsBudget
 from compressor.core.manifest import Budget as BudgetRecord
 from compressor.core.manifest import Cost, NetworkCost
 from compressor.latency.networks import tag

@@ -288,7 +288,6 @@ def measured(
 
 
 def main() -> None:
-
     devices: dict[int, OrtCpu] = {}
     opened: list[OnnxRunner] = []
 
