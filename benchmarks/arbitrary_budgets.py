@@ -65,7 +65,7 @@ WAYS: dict[str, tuple[str, int, str, dict[str, Any]]] = {
 
 def run(name: str, given: Any, folder: Path) -> dict[str, Any]:
     """One run of the pipeline within one budget."""
-    from compressor import compress
+    from compressor import run_recipe
     from compressor.recipe import parse_recipe
 
     limit, repeats, agent, settings = WAYS[name]
@@ -89,7 +89,7 @@ def run(name: str, given: Any, folder: Path) -> dict[str, Any]:
         "export": {"engine": False},
     }
     started = time.perf_counter()
-    result = compress(parse_recipe(fields, "the benchmark"), out=folder / name)
+    result = run_recipe(parse_recipe(fields, "the benchmark"), out=folder / name)
     (budget,) = result.manifest["budgets"]
     return {
         "function": name,

@@ -144,7 +144,7 @@ def slim_row(
     """One whole run to half of the multiply-adds, and its exports in every precision."""
     from compressor.recipe import Recipe
     from compressor.run.exports import Request, export_format
-    from compressor.run.pipeline import compress, resume
+    from compressor.run.pipeline import resume, run_recipe
 
     recipe = Recipe.model_validate(
         {
@@ -153,7 +153,7 @@ def slim_row(
         }
     )  # fmt: skip
     run = folder / f"{name}-{agent}"
-    manifest = (resume(run) if (run / "recipe.yaml").exists() else compress(recipe, out=run)).manifest
+    manifest = (resume(run) if (run / "recipe.yaml").exists() else run_recipe(recipe, out=run)).manifest
     seconds = {"fp32": manifest["stages"]["export"]["seconds"]}
     for kind in PRECISIONS[1:]:
         started = time.perf_counter()

@@ -31,7 +31,7 @@ from compressor.core.files import write_atomic
 from compressor.core.progress import shown_on
 from compressor.recipe import Recipe
 from compressor.run.job import Job
-from compressor.run.pipeline import compress, resume
+from compressor.run.pipeline import resume, run_recipe
 
 MODELS = ("cifar_resnet20", "resnet18", "mobilenet_v2", "cifar_resnet32")
 LOWEST, HIGHEST = 0.30, 0.90
@@ -61,7 +61,7 @@ def one_run(options: argparse.Namespace, place: int, model: str, share: float) -
     folder = options.out / f"{place:02d}-{model}-{share:.3f}-{options.agent}"
     recipe = recipe_of(options, place, model, share)
     started = time.monotonic()
-    result = resume(folder) if (folder / "recipe.yaml").exists() else compress(recipe, out=folder)
+    result = resume(folder) if (folder / "recipe.yaml").exists() else run_recipe(recipe, out=folder)
     budget = result.manifest["budgets"][0]
     return {
         "run": folder.name, "model": model, "share": share, "dense_ms": budget["dense"],

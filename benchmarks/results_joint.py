@@ -27,7 +27,7 @@ from compressor.core.manifest import MANIFEST
 from compressor.core.progress import shown_on
 from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe, shipped
-from compressor.run.pipeline import compress, resume
+from compressor.run.pipeline import resume, run_recipe
 
 WHOLE = 200
 """Epochs of the longest recipes, to which `--epochs` is relative."""
@@ -176,7 +176,7 @@ def run(cell: Cell) -> None:
         expected = cell.recipe.model_dump(mode="json", include={"model", "weights", "epochs", "seed"})
         resume(cell.folder, {**expected, "data": cell.recipe.data.source})
     else:
-        compress(cell.recipe, out=cell.folder)
+        run_recipe(cell.recipe, out=cell.folder)
 
 
 def write(options: argparse.Namespace, setting: Setting, cells: list[Cell]) -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 from compressor.cli.display import RichDisplay
 from compressor.core.progress import shown_on
 from compressor.recipe import Recipe
-from compressor.run.pipeline import compress, resume
+from compressor.run.pipeline import resume, run_recipe
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def one_run(options: argparse.Namespace, agent: str, seed: int) -> dict[str, Any
             "search": {"max_evaluations": options.evaluations},
         }
     )
-    result = resume(folder) if (folder / "recipe.yaml").exists() else compress(recipe, out=folder)
+    result = resume(folder) if (folder / "recipe.yaml").exists() else run_recipe(recipe, out=folder)
     manifest = result.manifest
     stages = {name: stage["seconds"] for name, stage in manifest["stages"].items()}
     timing = manifest["search"]["timing"]

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from compressor.pruning.rules import register_rule
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
-    from compressor.run.pipeline import RunResult, compress
+    from compressor.run.own import compress
+    from compressor.run.pipeline import RunResult, run_recipe
     from compressor.search.base import register_agent
 
 _HOMES = {
@@ -30,12 +31,13 @@ _HOMES = {
     "PruningSpace": "compressor.pruning.space",
     "Recipe": "compressor.recipe",
     "RunResult": "compressor.run.pipeline",
-    "compress": "compressor.run.pipeline",
+    "compress": "compressor.run.own",
     "load": "compressor.pruning.artefact",
     "register_agent": "compressor.search.base",
     "register_budget": "compressor.budgets.base",
     "register_device": "compressor.latency.provider",
     "register_rule": "compressor.pruning.rules",
+    "run_recipe": "compressor.run.pipeline",
     "save": "compressor.pruning.artefact",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "register_budget",
     "register_device",
     "register_rule",
+    "run_recipe",
     "save",
 ]
 

@@ -76,10 +76,10 @@ def cifar_jpegs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run within two counted budgets, with an engine where one can be built."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    from compressor import compress
+    from compressor import run_recipe
     from tests.runs import recipe
 
-    result = compress(recipe(budgets={"flops": "60%", "params": "70%"}, export={}), out=folder)
+    result = run_recipe(recipe(budgets={"flops": "60%", "params": "70%"}, export={}), out=folder)
     assert result.exit_code == 0
     return folder
 

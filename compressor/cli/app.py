@@ -172,9 +172,9 @@ def compress_command(
         if dry_run:
             show(_described(wanted))
             raise typer.Exit
-        from compressor.run.pipeline import compress
+        from compressor.run.pipeline import run_recipe
 
-        _finish(compress(wanted, out=out_dir))
+        _finish(run_recipe(wanted, out_dir))
 
 
 def _resume(folder: Path, overrides: dict[str, Any], recipe: str | None, out_dir: Path | None) -> None:

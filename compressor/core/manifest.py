@@ -30,7 +30,7 @@ from pydantic import (
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_json, write_atomic
-from compressor.core.metrics import ACCURACY
+from compressor.core.metrics import ACCURACY, Metric
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -201,6 +201,11 @@ class Accuracy(Record):
     finetuned: Number | None = None
     exported: Number | None = None
     exported_images: int | None = None
+
+    @property
+    def by(self) -> Metric:
+        """The metric that the scores are values of."""
+        return Metric(self.metric, self.share)
 
 
 class Compensated(Record):

@@ -8,6 +8,9 @@ ACCURACY = "accuracy"
 AGREEMENT = "agreement with the dense network"
 SCORE = "score"
 
+PYTHON = "python"
+"""Source of the data and of the network of a run that `compressor.compress` started with its caller's objects."""
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,7 +34,6 @@ from export.convert.to_onnx import DEFAULT_OPSET, export_onnx
 from export.errors import ExportError
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from compressor.pruning.importance import Ranking
     from compressor.pruning.space import PruningSpace
@@ -82,7 +81,7 @@ class Sample:
 
 
 def measure_candidate(
-    space: PruningSpace, ranking: Ranking, example: Tensor, widths: Widths, device: Device
+    space: PruningSpace, ranking: Ranking, example: Any, widths: Widths, device: Device
 ) -> Sample:
     """Build, export and measure one sub-network."""
     network = export_candidate(space, ranking, example, widths)
@@ -95,14 +94,14 @@ def measure_candidate(
 
 
 def export_candidate(
-    space: PruningSpace, ranking: Ranking, example: Tensor, widths: Widths, *, opset: int = DEFAULT_OPSET
+    space: PruningSpace, ranking: Ranking, example: Any, widths: Widths, *, opset: int = DEFAULT_OPSET
 ) -> TaggedNetwork:
     """Export one sub-network to ONNX, in the form in which it is delivered, and map its nodes to operators.
 
     Args:
         space: The space that the sub-network belongs to.
         ranking: Decides which channels are removed first.
-        example: An input batch of size one.
+        example: The network's arguments for one input.
         widths: Width of each group, (G,).
         opset: ONNX opset of the file.
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
 from compressor.latency.assemble import SECONDS_A_NETWORK, Sample
@@ -25,7 +25,6 @@ from export.device import here
 from export.device.here import CPU, Backend
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from compressor.latency.paired import Timing
     from compressor.pruning.groups import Group
@@ -108,7 +107,7 @@ class LocalCpu(MeasuredDevice):
         eighths = {group.name: max(1, group.width * group.unit // 8) for group in groups}
         return {name: min(step, max(ALIGNMENT, 2 ** int(math.log2(count)))) for name, count in eighths.items()}
 
-    def measured_steps(self, space: PruningSpace, example: Tensor, request: Request) -> dict[str, int]:
+    def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:
         return measured_steps(
             space,
             example,
@@ -158,7 +157,7 @@ class LocalGpu(MeasuredDevice):
     def sources(self) -> tuple[str, ...]:
         return (f"driver for CUDA {self.backend.gpu.driver}",)
 
-    def measured_steps(self, space: PruningSpace, example: Tensor, request: Request) -> dict[str, int]:
+    def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:
         raise CompressorError(
             "Channel steps are measured on this machine's CPU only, and this run is for its GPU.",
             f"Use --granularity auto, or choose the CPU: export COMPRESSOR_BACKEND={CPU}",

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -35,9 +35,9 @@ from compressor.latency.sampling import Collector, Samples, TooNoisy
 from compressor.latency.schema import DeviceFields, RuntimeFields
 from compressor.latency.stored import Journal, cached_table, heading_of, measuring_alone, table_path
 from compressor.latency.table import LatencyTable
+from export.convert.trees import tensors_in
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from compressor.pruning.space import PruningSpace
 
@@ -135,10 +135,10 @@ class MeasuredDevice(TableProvider):
         return ()
 
     # ---------------------------------------------------------------- tables
-    def table(self, space: PruningSpace, example: Tensor, request: Request) -> LatencyTable:
-        if tuple(example.shape[:1]) != (1,):
+    def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
+        if len(first := tensors_in(example)[0]) != 1:
             raise CompressorError(
-                f"A latency table of this machine needs a batch of one input, got {tuple(example.shape)}."
+                f"A latency table of this machine needs a batch of one input, got {tuple(first.shape)}."
             )
         folder, network = cache_folder(self.cache_dir), network_signature(space)
         path = table_path(
@@ -170,7 +170,7 @@ class MeasuredDevice(TableProvider):
     def measured(
         self,
         space: PruningSpace,
-        example: Tensor,
+        example: Any,
         request: Request,
         *,
         device: Device | None = None,
@@ -270,7 +270,7 @@ class MeasuredDevice(TableProvider):
             )
 
 
-def still_valid(known: LatencyTable, space: PruningSpace, example: Tensor, device: Device) -> bool:
+def still_valid(known: LatencyTable, space: PruningSpace, example: Any, device: Device) -> bool:
     """Whether a cached table is still valid on this machine.
 
     It is valid where the dense network still takes the time in the table. Load from other users slows a machine for a
@@ -305,7 +305,7 @@ def _undisturbed_ms(device: Device, network: TaggedNetwork) -> float:
     return float(np.quantile(device.measure(network, SECONDS_A_NETWORK).whole_ms, 0.1))
 
 
-def _resume(journal: Journal, space: PruningSpace, example: Tensor, device: Device) -> None:
+def _resume(journal: Journal, space: PruningSpace, example: Any, device: Device) -> None:
     """Resume with the measurements of an interrupted attempt, unless this machine's speed has changed."""
     first = next((record for record in journal.records if record.role == "dense"), None)
     dense = np.asarray(space.dense_widths, dtype=np.int64)

@@ -46,7 +46,6 @@ from export.engine.bench import summarise
 from export.errors import ExportError
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from compressor.pruning.space import PruningSpace
 
@@ -63,7 +62,7 @@ _BUNDLE = "profile"
 def ssh_table(
     url: str,
     space: PruningSpace,
-    example: Tensor,
+    example: Any,
     *,
     model: str,
     precision: Precision,
@@ -94,7 +93,7 @@ def ssh_table(
 
 
 def profile_over_ssh(
-    url: str, space: PruningSpace, example: Tensor, *, model: str, precision: Precision, opset: int = 17
+    url: str, space: PruningSpace, example: Any, *, model: str, precision: Precision, opset: int = 17
 ) -> LatencyTable:
     """Copy the sub-networks to the device, measure them there, fetch the times, and store the table under its address.
 
@@ -271,7 +270,7 @@ class SshDevice(TableProvider):
     def check(self, precision: str) -> None:
         check_known(self.device)
 
-    def table(self, space: PruningSpace, example: Tensor, request: Request) -> LatencyTable:
+    def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
         return ssh_table(
             self.device,
             space,
@@ -287,7 +286,7 @@ class SshDevice(TableProvider):
     ) -> Timing:
         return measured_over_ssh(self.device, *in_precision_beside(dense, slim, request.precision), table)
 
-    def measured_steps(self, space: PruningSpace, example: Tensor, request: Request) -> dict[str, int]:
+    def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:
         raise CompressorError(
             f"Channel steps are measured on this machine only, not on {self.device}.",
             "Use --granularity auto, or a number such as 8.",

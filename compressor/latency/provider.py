@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from compressor.core.errors import CompressorError
 from compressor.core.plugins import Registry
@@ -24,7 +24,6 @@ from compressor.latency.steps import refuse_table
 from compressor.latency.table import LatencyTable, check_known, shipped_tables, user_tables
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from compressor.latency.paired import Timing
     from compressor.pruning.groups import Group
@@ -156,12 +155,12 @@ class TableProvider(ABC):
             )
 
     @abstractmethod
-    def table(self, space: PruningSpace, example: Tensor, request: Request) -> LatencyTable:
+    def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
         """Return the table for the networks of `space`: a stored one if it fits, else measured now.
 
         Args:
             space: The networks.
-            example: An input batch of size one.
+            example: The network's arguments for one input.
             request: What the table is needed for.
 
         Raises:
@@ -203,7 +202,7 @@ class TableProvider(ABC):
         """Return the recommended channel steps of groups, by name, for the argument `granularity` of `PruningSpace`."""
         return {group.name: self.block(precision) for group in groups}
 
-    def measured_steps(self, space: PruningSpace, example: Tensor, request: Request) -> dict[str, int]:
+    def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:
         """Measure the channel steps at which latency jumps, by group name.
 
         Raises:
@@ -271,13 +270,13 @@ class StoredTables(TableProvider):
     def check(self, precision: str) -> None:
         check_known(self.device, [name for name in _registry.names() if name not in _OWN])
 
-    def table(self, space: PruningSpace, example: Tensor, request: Request) -> LatencyTable:
+    def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
         table = LatencyTable.load(self.device, precision=request.precision, space=space)
         if table.estimated:
             say(f"The latency of {self.device} is estimated, not measured.")
         return table
 
-    def measured_steps(self, space: PruningSpace, example: Tensor, request: Request) -> dict[str, int]:
+    def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:
         raise refuse_table(self.table(space, example, request))
 
 

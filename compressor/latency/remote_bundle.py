@@ -27,11 +27,11 @@ from compressor.latency.sampling import LEVELS, anchor_widths, grid_widths, rand
 from compressor.latency.schema import Precision
 from export.convert.half import convert_half
 from export.convert.quantize import quantize_onnx
+from export.convert.trees import tensors_in
 from export.device.bundle import TARGETS, BundleInfo, Target, write_bundle
 from export.errors import ExportError
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from compressor.pruning.space import PruningSpace
 
@@ -84,7 +84,7 @@ def target_of(device: str) -> Target:
 
 def write_table_bundle(
     space: PruningSpace,
-    example: Tensor,
+    example: Any,
     folder: Path,
     *,
     device: str,
@@ -124,7 +124,7 @@ def write_table_bundle(
                     role=role, widths=tuple(int(width) for width in widths), owner=network.owner,
                     weighted=weighted_nodes(network),
                 )  # fmt: skip
-                yield name, in_precision(_repeating(network.model), precision, tuple(example.shape[1:]))
+                yield name, in_precision(_repeating(network.model), precision, tuple(tensors_in(example)[0].shape[1:]))
                 progress.advance(1, name)
 
     try:

@@ -24,7 +24,6 @@ from compressor.latency.assemble import export_candidate
 from compressor.latency.machine import middle
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from compressor.latency.networks import Device
     from compressor.latency.table import LatencyTable
@@ -115,14 +114,14 @@ def _fit(columns: Floats, y: Floats) -> tuple[float, Floats]:
 
 
 def scan(
-    space: PruningSpace, group: Group, example: Tensor, device: Device, *, least_stride: int = 1
+    space: PruningSpace, group: Group, example: Any, device: Device, *, least_stride: int = 1
 ) -> Scan:
     """Measure one group's latency over its width, all other groups dense.
 
     Args:
         space: A space with granularity 1.
         group: A group of the space.
-        example: An input batch of size one.
+        example: The network's arguments for one input.
         device: Runs the networks.
         least_stride: Fewest channels between scanned widths.
     """
@@ -162,7 +161,7 @@ def scan(
 
 def measured_steps(
     space: PruningSpace,
-    example: Tensor,
+    example: Any,
     device: Device,
     *,
     otherwise: Mapping[str, int],
@@ -176,7 +175,7 @@ def measured_steps(
 
     Args:
         space: A space with granularity 1.
-        example: An input batch of size one.
+        example: The network's arguments for one input.
         device: Runs the networks.
         otherwise: Steps of groups that are too narrow for a measured step, or whose kind was not scanned in time.
         least_stride: Fewest channels between scanned widths.

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.core.plugins import load_plugins
-from compressor.core.trees import moved, tensors_in
 from compressor.pruning import rules as rules  # registers them
 from compressor.pruning.attention import swap_name
 from compressor.pruning.counts import Ints
@@ -28,6 +27,7 @@ from compressor.pruning.groups import Resolved, resolve
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 from compressor.pruning.slicer import Slicer, cut, cut_meta
 from compressor.pruning.trace import RuleFailed, Tracer
+from export.convert.trees import moved, tensors_in
 
 _ROUNDS = 60
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
-from compressor.core.trees import channels_last
 from compressor.models.computed import evaluated
 from compressor.pruning.counts import Layer
 from compressor.pruning.least_squares import COARSE, STRENGTHS
@@ -20,6 +19,7 @@ from compressor.pruning.replay import Recording, outputs
 from compressor.pruning.sites import Geometry, Site
 from compressor.pruning.skeleton import copy_structure, walk
 from compressor.pruning.slicer import Slicer, swap
+from export.convert.trees import channels_last
 
 CHUNK = 32
 """Images that run through the networks at once, at most."""

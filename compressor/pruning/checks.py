@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.core.progress import say
-from compressor.core.trees import moved
 from compressor.models.computed import evaluated
 from compressor.pruning.counts import Ints, Layer
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import copy_structure, named_tensors
 from compressor.pruning.torch_pruning_cut import Cutter, Unable, first_line, is_numbered, numbered
+from export.convert.trees import moved
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace

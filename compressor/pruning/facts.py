@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compressor.core.trees import tensors_in
+from export.convert.trees import tensors_in
 
 Labels = NDArray[np.int64]
 Axes = tuple["Labels | None", ...]

@@ -20,8 +20,8 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 from compressor.core.errors import CompressorError
-from compressor.core.trees import tensors_in
 from compressor.pruning.facts import Call
+from export.convert.trees import tensors_in
 
 Rule = Callable[[Any, Call], None]
 """A rule: it is called with the `Tracer` and the call, after the call has run."""

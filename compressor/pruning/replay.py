@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from compressor.core.trees import tensors_in
 from compressor.pruning.registry import rule_of
 from compressor.pruning.skeleton import named_tensors
+from export.convert.trees import tensors_in
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.core.trees import moved
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.skeleton import copy_structure, named_tensors
+from export.convert.trees import moved
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.core.errors import CompressorError
-from compressor.core.trees import tensors_in
 from compressor.pruning.facts import (
     MEETS_FIXED,
     Atoms,
@@ -32,6 +31,7 @@ from compressor.pruning.facts import (
 )
 from compressor.pruning.registry import is_own, rule_of, works_in_place
 from compressor.pruning.shapes import shape_only
+from export.convert.trees import tensors_in
 
 _DATA_DEPENDENT = frozenset({"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "nonzero", "numpy"})
 _VIEWS = """

@@ -200,10 +200,11 @@ class Search(Part):
     search_images: Positive | None = Field(
         2000, description="Maximum number of images of the search split that score a network; null for all."
     )
-    measure: Literal["accuracy", "closeness"] = Field(
-        "accuracy",
+    measure: Literal["auto", "accuracy", "closeness"] = Field(
+        "auto",
         description="Score of a candidate on the search split: its accuracy, or its closeness to the dense network's "
-        "outputs, exp(-d) with the mean Kullback-Leibler divergence d in nats, for which labels are not used.",
+        "outputs, exp(-d) with the mean Kullback-Leibler divergence d in nats, for which labels are not used; auto is "
+        "accuracy if there are labels.",
     )
     brief_iterations: Annotated[int, Field(ge=0)] = Field(
         0,

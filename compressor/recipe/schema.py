@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from compressor.core.agents import agent_class, registry
+from compressor.core.metrics import PYTHON
 from compressor.recipe.parts import Budgets, Contract, Data, Export, Part, Positive, Pruning, Search, Training
 from compressor.recipe.validation import merged, validated
 from compressor.recipe.yaml_text import write_yaml
@@ -90,13 +91,23 @@ class Recipe(Part):
 
     @property
     def data_kind(self) -> str:
-        """The data without its path: digits, cifar10, cifar100, folder or imagenet."""
+        """The data without its path: digits, cifar10, cifar100, folder, imagenet, or python."""
         return self.data.source.partition(":")[0]
 
     @property
     def own_network(self) -> bool:
         """Whether a function of the user's builds the network, which may give it trained weights."""
         return ":" in self.model and not self.model.startswith("timm:")
+
+    @property
+    def from_python(self) -> bool:
+        """Whether network and data are objects of a Python program, which no file can name."""
+        return self.data_kind == PYTHON
+
+    @property
+    def label(self) -> str:
+        """Name of the run's folder without its time."""
+        return self.model.removeprefix(f"{PYTHON}:") if self.from_python else f"{self.model}-{self.data_kind}"
 
     @property
     def pretrained(self) -> bool:
@@ -134,6 +145,7 @@ class Recipe(Part):
                     "epochs_share": share,
                     "batch_norm_batches": self.search.batch_norm_batches or (3 if digits else 10),
                     "context_size": self._context_size(),
+                    "measure": self._measure(),
                 },
                 "training": {
                     "batch_size": self.training.batch_size or (32 if digits else 128),
@@ -145,6 +157,12 @@ class Recipe(Part):
                 },
             }
         )
+
+    def _measure(self) -> str:
+        """Return what scores candidates; what a Python program gives stays automatic."""
+        if self.search.measure == "auto" and not self.from_python:
+            return "accuracy"
+        return self.search.measure
 
     def _context_size(self) -> int | None:
         """Return the environment model's size; None for other agents, so that a joint one can set it later."""

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.manifest import Accuracy, Manifest
+from compressor.core.metrics import SCORE
 from compressor.report.formats import (
     ABSENT,
     MINUS,
     TIMES,
-    accuracy_percent,
     count,
     milliseconds,
     percent,
     percentile_name,
-    points,
     ratio,
+    score,
+    score_change,
     significant,
     size,
 )
@@ -75,14 +76,16 @@ def comparison(manifest: Manifest) -> list[Row]:
 def _accuracy_rows(accuracy: Accuracy) -> list[Row]:
     scored, dense = accuracy.exported_images, accuracy.dense
     fewer = f" on {scored:,.0f} images" if scored is not None and scored != accuracy.images else ""
-    split = f"Accuracy, {accuracy.split or 'unknown'} split"
+    metric = accuracy.by
+    name = metric.name.capitalize()
+    split = f"{name}, {accuracy.split or 'unknown'} split" if metric.name != SCORE else name
     return [
-        Row(label, accuracy_percent(before), accuracy_percent(slim), points(_difference(slim, dense)))
+        Row(label, score(before, metric), score(slim, metric), score_change(_difference(slim, dense), metric))
         for label, before, slim in (
             (split, dense, accuracy.finetuned),
-            ("Accuracy, only cut", None, accuracy.pruned),
-            ("Accuracy, compensated, before training", None, accuracy.compensated),
-            (f"Accuracy, of the exported ONNX{fewer}", None, accuracy.exported),
+            (f"{name}, only cut", None, accuracy.pruned),
+            (f"{name}, compensated, before training", None, accuracy.compensated),
+            (f"{name}, of the exported ONNX{fewer}", None, accuracy.exported),
         )
     ]
 
@@ -143,13 +146,13 @@ def _tile(label: str, slim: float | None, dense: float | None, shown: Any, bette
 def _accuracy_tile(accuracy: Accuracy) -> Tile | None:
     if accuracy.finetuned is None:
         return None
-    change = _difference(accuracy.finetuned, accuracy.dense)
+    change, metric = _difference(accuracy.finetuned, accuracy.dense), accuracy.by
     before = (
         "dense not known"
         if change is None
-        else f"{points(change)}, dense {accuracy_percent(accuracy.dense)}"
+        else f"{score_change(change, metric)}, dense {score(accuracy.dense, metric)}"
     )
-    return Tile("Accuracy", accuracy_percent(accuracy.finetuned), before)
+    return Tile(metric.name.capitalize(), score(accuracy.finetuned, metric), before)
 
 
 def _difference(left: float | None, right: float | None) -> float | None:

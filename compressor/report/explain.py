@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressor.core.manifest import ExplainedLine, Manifest
+from compressor.core.metrics import PYTHON, SCORE
 from compressor.report.formats import (
     ABSENT,
     count,
@@ -21,9 +22,9 @@ SAME = 0.02  # two ratios closer than this are called equal: repeated measuremen
 
 
 def accuracy_resolution(manifest: Manifest) -> str:
-    """Return the resolution of the accuracy: the step of one image of the test split."""
+    """Return the resolution of a share of the test split's images: the step of one image."""
     images = manifest.accuracy.images
-    if images is None or images < 1:
+    if images is None or images < 1 or not manifest.accuracy.share:
         return ""
     return f"{images:,} images were tested, so one image more or less is {points(1 / images).lstrip('+')}."
 
@@ -240,7 +241,7 @@ def parity(manifest: Manifest) -> str:
     if found.tolerance is not None:
         too_much = "" if found.max_abs <= found.tolerance else ", so this is too much"
         sentence += f" ({found.tolerance:.0e} allowed{too_much})"
-    if found.top1_agreement is not None:
+    if found.top1_agreement is not None and manifest.accuracy.metric != SCORE:
         inputs = "the inputs" if found.images is None else f"{found.images:,.0f} inputs"
         sentence += f"; the predicted class agrees on {percent(found.top1_agreement, 2)} of {inputs}"
     return f"{sentence}."
@@ -257,3 +258,12 @@ def images(manifest: Manifest) -> str:
     except (KeyError, TypeError, ValueError):  # a run of an earlier version, or a damaged manifest
         return ""
     return f"Images are {described}" + (f" ({origin})." if origin else ".")
+
+
+def source(manifest: Manifest) -> str:
+    """Describe the data that the run used."""
+    if manifest.data == PYTHON:
+        return "data and network given in Python"
+    if not manifest.data:
+        return "trained and tested on data not recorded"
+    return f"trained and tested on {manifest.data}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from compressor.core.metrics import Metric
+
 ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -71,13 +73,24 @@ def percent(fraction: Any, digits: int = 1) -> str:
     return f"{known * 100:.{digits}f}%".replace("-", MINUS)
 
 
-def accuracy_percent(fraction: Any) -> str:
-    """Format an accuracy as per cent with two decimals: 98.06%."""
-    return percent(fraction, digits=2)
+def score(value: Any, metric: Metric) -> str:
+    """Format a score: a share as per cent with two decimals, 98.06%, another number with four digits, 31.42."""
+    known = number(value)
+    if metric.share or known is None:
+        return percent(value, digits=2)
+    return significant(known, 4)
+
+
+def score_change(change: Any, metric: Metric) -> str:
+    """Format a difference of two scores: -0.28 points of shares, -0.31 of other numbers."""
+    known = number(change)
+    if metric.share or known is None:
+        return points(change)
+    return f"{'+' if known > 0 else ''}{significant(known)}"
 
 
 def points(change: Any) -> str:
-    """Format a difference of two accuracies (fractions) in percentage points: -0.28 points."""
+    """Format a difference of two shares in percentage points: -0.28 points."""
     known = number(change)
     if known is None:
         return ABSENT

@@ -15,6 +15,7 @@ from typing import Any
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.manifest import MANIFEST, Episode, Manifest, read_episode
+from compressor.core.metrics import PYTHON
 from compressor.core.records import RECIPE
 from compressor.report import explain, plots, records
 from compressor.report.comparison import comparison, tiles
@@ -136,6 +137,8 @@ def context(run: Collected) -> dict[str, Any]:
     return {
         "model": manifest.model or "model not recorded",
         "data": manifest.data or "data not recorded",
+        "source": explain.source(manifest),
+        "from_python": manifest.data == PYTHON,
         "finished": measured_to_the_end(manifest),
         "verdict": judge(manifest),
         "tiles": tiles(manifest),

@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from compressor.core.errors import CompressorError
+from compressor.core.metrics import ACCURACY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +94,7 @@ def _promised(job: Job) -> float | None:
 
 
 def lost_in_finetuning(
-    finetuned: float, pruned: float | None, dense: float | None, images: int | None
+    finetuned: float, pruned: float | None, dense: float | None, images: int | None, name: str = ACCURACY
 ) -> str | None:
     """Return a note if fine-tuning ends far below its start: by more than 2 points below the pruned network or 10 below
     the dense one, and by more than noise. Scores that are no shares of a number of images get none."""
@@ -110,12 +111,12 @@ def lost_in_finetuning(
 
     if far(pruned, 0.02):
         return (
-            f"Fine-tuning lowered the accuracy from {pruned:.2%} to {finetuned:.2%}: its learning rate is too high for "
+            f"Fine-tuning lowered the {name} from {pruned:.2%} to {finetuned:.2%}: its learning rate is too high for "
             "these weights, or it has too few epochs to recover (training.finetune_learning_rate, --epochs)."
         )
     if far(dense, 0.1):
         return (
             f"The fine-tuned network scores {finetuned:.2%}, {100 * ((dense or 0) - finetuned):.1f} points below the "
-            "dense one: a looser budget or more epochs would preserve more accuracy."
+            "dense one: a looser budget or more epochs would preserve more."
         )
     return None

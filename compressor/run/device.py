@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressor.latency.provider import Request, TableProvider
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from compressor.latency.schema import Precision
     from compressor.latency.table import LatencyTable
@@ -42,7 +41,7 @@ def request_of(recipe: Recipe, profile_limit_s: float | None = None, *, renew: b
 
 
 def latency_table(
-    recipe: Recipe, space: PruningSpace, example: Tensor, profile_limit_s: float | None = None
+    recipe: Recipe, space: PruningSpace, example: Any, profile_limit_s: float | None = None
 ) -> LatencyTable:
     """Return the device's latency table: measured (or cached) for this machine or over ssh, otherwise loaded."""
     return provider_of(recipe).table(space, example, request_of(recipe, profile_limit_s))

@@ -15,18 +15,20 @@ from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
-from compressor.run.load import load_images
+from compressor.run.load import load_images, refuse_python
 from compressor.run.onnx_files import (
     COMPARED_IMAGES,
     MODEL,
     build_engine_of,
     drawn,
     metadata_of,
+    one_array,
     open_exported,
     record,
     scored,
     write_precision,
 )
+from compressor.training.feeds import random_inputs
 from export.convert.batches import ONE, Batch
 from export.device.bundle import find_target
 from export.device.here import CPU
@@ -81,6 +83,7 @@ class Finished:
         self.run = run
         self._factory = factory
         self.recipe: Recipe = load_recipe(run.file(RECIPE))
+        refuse_python(self.recipe)
         self._task: Classification | None = None
         self._model: nn.Module | None = None
 
@@ -111,13 +114,6 @@ class Finished:
         return self._task
 
     @property
-    def example(self) -> Any:
-        """The network's input, as in the run."""
-        import torch
-
-        return torch.zeros(1, *self.task.preprocessing.input_shape)
-
-    @property
     def model(self) -> nn.Module:
         """The saved slim network."""
         from compressor.models.names import allowed_factory
@@ -136,7 +132,7 @@ class Finished:
 
     def images(self) -> Any:
         """Test images (N, C, H, W) for comparing exported files with the network."""
-        return drawn(self.task.test, COMPARED_IMAGES, self.recipe.seed)
+        return one_array(drawn(self.task, self.task.test, COMPARED_IMAGES, self.recipe.seed), "This export")
 
     def onnx(self, request: Request) -> Iterator[str]:
         """Write the ONNX file that `path_of` names, from the FP32 file of the same batch and opset."""
@@ -151,6 +147,7 @@ class Finished:
             yield from write_precision(
                 self.run,
                 self.task,
+                self.model,
                 request.precision,
                 request.max_drop,
                 method=request.method,
@@ -186,7 +183,7 @@ class Finished:
         with replacing(path) as trial:  # a file that fails a check never replaces `path`
             info = export_onnx(
                 self.model,
-                self.example.expand(inputs, *self.example.shape[1:]).contiguous(),
+                random_inputs(self.task.example, inputs, 0),
                 trial,
                 opset=opset,
                 metadata=self.metadata(),
@@ -194,7 +191,7 @@ class Finished:
                 batches=request.batch.tried,
             )
             parity = check_parity(self.model, trial, self.images(), tolerance=self.recipe.export.tolerance)
-            accuracy, images = scored(trial, self.task)
+            accuracy, images = scored(trial, self.task, self.model)
         entry = Export(
             file=path.name,
             bytes=info.size,
@@ -281,7 +278,7 @@ def _engine(finished: Finished, request: Request) -> Generator[str, None, Path]:
 def _program(finished: Finished, request: Request) -> Generator[str, None, Path]:
     from export.convert.program import check_loaded, export_program, load_program
 
-    example, model, batch = finished.example, finished.model, request.batch
+    example, model, batch = finished.task.example[0], finished.model, request.batch
     path = finished.run.file(".".join(part for part in ("model", batch.label, "pt2") if part))
     with replacing(path) as trial:
         info = export_program(model, example, trial, batch=batch, metadata=finished.metadata())

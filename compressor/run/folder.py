@@ -61,7 +61,7 @@ class RunFolder:
         if (path / RECIPE).exists():
             raise CompressorError(
                 f"{path} is the folder of an earlier run.",
-                f"Continue it: compress --resume {path}; or choose another --out DIR.",
+                f"Continue it: compress --resume {path}, or resume=True from Python; or choose another --out DIR.",
             )
         raise CompressorError(f"{path} exists and is not an empty folder.", "Choose another --out DIR.")
 

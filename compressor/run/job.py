@@ -19,7 +19,7 @@ from compressor.core.files import replacing
 from compressor.core.metrics import ACCURACY
 from compressor.latency.networks import with_distinct_weights
 from compressor.run.device import latency_table, opset_of, provider_of, request_of
-from compressor.run.load import Loaded, load
+from compressor.run.load import Loader, load
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ class DenseFile:
         from export.errors import ExportError
 
         try:
-            export_onnx(with_distinct_weights(model), example[0], path, opset=opset_of(recipe))
+            export_onnx(with_distinct_weights(model), example, path, opset=opset_of(recipe))
         except ExportError as error:
             raise CompressorError(
                 f"{recipe.model} cannot be exported, and neither could a slim network of it: {error.message}",
@@ -88,6 +88,7 @@ class Job:
         model: Dense network on `torch_device`; agents that train change its weights.
         teacher: Dense network as loaded, if it is pretrained; else None.
         factory: What rebuilds the network for its artifact; None if its user has to.
+        builder: What builds it here, for `pruning.artefact.load`.
         task: Batches, loss and scores.
         preprocessing: How images become inputs, for the manifest.
         space: Prunable channels of `model`.
@@ -103,6 +104,7 @@ class Job:
     model: nn.Module
     teacher: nn.Module | None
     factory: dict[str, Any] | None
+    builder: Callable[[], nn.Module] | str | None
     task: Task
     preprocessing: dict[str, Any]
     space: PruningSpace
@@ -120,7 +122,7 @@ class Job:
         recipe: Recipe,
         table: LatencyTable | None = None,
         *,
-        loader: Callable[[Recipe], Loaded] = load,
+        loader: Loader = load,
         profile_limit_s: float | None = None,
         values: Mapping[str, Mapping[tuple[int, ...], float]] | None = None,
         dense: Path | None = None,
@@ -160,31 +162,33 @@ class Job:
         counters = find_counters(recipe.device) if recipe.budgets.energy else None
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded = loader(recipe)
-        recipe, model, example = loaded.recipe, loaded.model, loaded.example
+        recipe, model, example = loaded.recipe, loaded.model, loaded.task.example
         notes += loaded.notes
         teacher = copy.deepcopy(model).eval() if recipe.weights != "none" else None
         space = trace(recipe, model, example)
         dense_file = DenseFile(dense, recipe, model, example)
         if recipe.pruning.granularity == "measured":
-            steps = provider_of(recipe).measured_steps(space, example[0], request_of(recipe))
+            steps = provider_of(recipe).measured_steps(space, example, request_of(recipe))
             recipe = recipe.changed({"pruning": {"granularity": steps}})
             space = trace(recipe, model, example)
         if table is None and any(spec.name == "latency" for spec in specs):
-            table = latency_table(recipe, space, example[0], profile_limit_s)
+            table = latency_table(recipe, space, example, profile_limit_s)
         if not specs:
             notes.append("No budget was given: nothing is pruned. Give --latency, --flops, --params or --memory.")
-        compensation = methods(recipe, space, example[0])
+        compensation = methods(recipe, space, loaded.task.calibration is not None)
         if compensation.note:
             notes.append(compensation.note)
         if recipe.pruning.importance == "auto":
             importance = "l1" if compensation.scored == "off" else "reconstruction"
             recipe = recipe.changed({"pruning": {"importance": importance}})
+        _check_importance(recipe, loaded.task)
         model.to(torch_device)
         job = cls(
             recipe=recipe,
             model=model,
             teacher=teacher.to(torch_device) if teacher is not None else None,
             factory=loaded.factory,
+            builder=loaded.builder,
             task=loaded.task,
             preprocessing=loaded.preprocessing,
             space=space,
@@ -265,6 +269,15 @@ def _check_epochs(recipe: Recipe) -> None:
             f"With 0 epochs nothing is trained, and {recipe.model} has no weights.",
             "Give a state dict with --weights FILE, or --epochs 1 or more.",
         )
+
+
+def _check_importance(recipe: Recipe, task: Task) -> None:
+    """Refuse a criterion whose data is missing."""
+    chosen = recipe.pruning.importance
+    if chosen == "taylor" and not task.labelled:
+        raise CompressorError("pruning.importance is taylor, which needs labels.", "Choose l1 or reconstruction.")
+    if chosen == "reconstruction" and task.calibration is None:
+        raise CompressorError("pruning.importance is reconstruction, which needs inputs.", "Choose l1.")
 
 
 def latency_budget(recipe: Recipe) -> BudgetSpec | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,8 @@ class Loaded:
         recipe: Recipe with what follows from the objects filled in, such as image size and preprocessing.
         task: Batches, loss and scores.
         model: Network in training mode on the CPU.
-        example: Arguments of the network for one input; only shapes and types matter.
         factory: What rebuilds the network for its artifact; None if its user has to.
+        builder: What `pruning.artefact.load` builds the network with: a name, or a function.
         notes: Notes for the user, such as an assumed preprocessing.
         preprocessing: How images become inputs and why, for the manifest.
     """
@@ -35,10 +35,14 @@ class Loaded:
     recipe: Recipe
     task: Task
     model: nn.Module
-    example: tuple[Any, ...]
     factory: dict[str, Any] | None = None
+    builder: Callable[[], nn.Module] | str | None = None
     notes: tuple[str, ...] = ()
     preprocessing: dict[str, Any] = field(default_factory=dict)
+
+
+Loader = Callable[["Recipe"], Loaded]
+"""Loads the objects of a run: those that its recipe names, or those of a caller."""
 
 
 def load(recipe: Recipe, weights: str | None = None) -> Loaded:
@@ -56,6 +60,7 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
     from compressor.models import create_model, factory_of, input_channels
     from compressor.training.classification import Classification
 
+    refuse_python(recipe)
     data = load_images(recipe)
     torch.manual_seed(recipe.seed)
     said: list[str] = []
@@ -80,11 +85,24 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
         completed,
         Classification.of(data, completed.search.measure),
         model,
-        (torch.zeros(1, *data.input_shape),),
         factory_of(model),
+        completed.model,
         notes,
         described(completed, data.preprocessing),
     )
+
+
+def refuse_python(recipe: Recipe) -> None:
+    """Refuse a recipe whose network and data are objects of a Python program.
+
+    Raises:
+        CompressorError: Says how to go on.
+    """
+    if recipe.from_python:
+        raise CompressorError(
+            "The network and the data of this run are objects of the Python program that started it.",
+            "Run that program again: compressor.compress(..., out=FOLDER, resume=True) continues the run in FOLDER.",
+        )
 
 
 def load_images(recipe: Recipe) -> DataBundle:

@@ -17,7 +17,8 @@ from compressor.core.manifest import Checks, Cost, Engine, Export, Layer, Networ
 from compressor.core.progress import bar, say
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
-from compressor.training.feeds import inputs_in
+from compressor.training.feeds import inputs_in, joined, random_inputs
+from export.convert.trees import tensors_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,15 +69,15 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
     run.save()
     metadata = metadata_of(recipe, job.task, run, plan.checksum)
     info = write_onnx(job, slim, run.file(MODEL), metadata=metadata)
-    images = drawn(job.task.test, COMPARED_IMAGES, recipe.seed)
-    parity = check_parity(slim, run.file(MODEL), images, tolerance=recipe.export.tolerance)
-    exported, count = scored(run.file(MODEL), job.task, job.goals)
+    inputs = drawn(job.task, job.task.real, COMPARED_IMAGES, recipe.seed)
+    parity = check_parity(slim, run.file(MODEL), inputs, tolerance=recipe.export.tolerance)
+    exported, count = scored(run.file(MODEL), job.task, slim, job.goals)
     manifest.parity = Parity(
         max_abs=parity.max_abs,
         mean_abs=parity.mean_abs,
         top1_agreement=parity.top1_agreement,
         tolerance=recipe.export.tolerance,
-        images=len(images),
+        images=len(tensors_in(inputs)[0]),
     )
     dense_widths, widths = space.dense_widths, space.widths(plan.widths)
     manifest.cost = Cost(
@@ -112,7 +113,7 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
     run.save()
     if recipe.precision != "fp32":  # on this machine's CPU it always is
         for line in write_precision(
-            run, job.task, recipe.precision, recipe.export.max_drop, rest="fp16", engine=provider.is_here
+            run, job.task, slim, recipe.precision, recipe.export.max_drop, rest="fp16", engine=provider.is_here
         ):
             say(line)
 
@@ -128,7 +129,7 @@ def write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any] 
     """Export a network of the job to ONNX, for a batch of one."""
     from export.convert.to_onnx import export_onnx
 
-    return export_onnx(model, job.space.example_input[0], path, opset=opset_of(job.recipe), metadata=metadata)
+    return export_onnx(model, job.space.example_input, path, opset=opset_of(job.recipe), metadata=metadata)
 
 
 def _layers(job: Job, both: Any) -> list[Layer]:
@@ -149,19 +150,38 @@ def _layers(job: Job, both: Any) -> list[Layer]:
     return records
 
 
-def drawn(feed: Feed | None, number: int, seed: int) -> Any:
-    """Draw a sample of a feed, spread over the classes if there are any: the network's inputs (N, ...), as an array."""
-    assert feed is not None
-    return np.concatenate([inputs[0].numpy() for inputs in inputs_in(feed, number, seed, 256, "cpu")])
+def drawn(task: Task, feed: Feed | None, number: int, seed: int) -> tuple[Any, ...]:
+    """Draw a sample of a task's feed, spread over the classes if there are any: the network's arguments, (N, ...) each.
+
+    Without a feed the numbers are random.
+    """
+    if feed is None:
+        return random_inputs(task.example, number, seed)
+    found: tuple[Any, ...] = joined(list(inputs_in(feed, number, seed, 256, "cpu")))
+    return found
 
 
-def scored(path: Path, task: Task, goals: Any = None) -> tuple[float | None, int | None]:
+def one_array(inputs: tuple[Any, ...], what: str) -> Any:
+    """Return the array of a network of one input.
+
+    Raises:
+        CompressorError: It has several.
+    """
+    tensors = tensors_in(inputs)
+    if len(tensors) != 1:
+        raise CompressorError(
+            f"{what} takes networks of one input, and this one has {len(tensors)}.", "Use --precision fp32."
+        )
+    return tensors[0].numpy()
+
+
+def scored(path: Path, task: Task, network: nn.Module, goals: Any = None) -> tuple[float | None, int | None]:
     """Return an ONNX file's score on the whole test split with ONNX Runtime, and the number of inputs.
 
     It uses as many threads as PyTorch; this does not measure time.
     """
     with bar("Scoring the exported network", task.test_inputs or 1) as progress:
-        return task.file_score(path, goals, progress.advance), task.test_inputs
+        return task.file_score(path, network, goals, progress.advance), task.test_inputs
 
 
 def metadata_of(recipe: Recipe, task: Task, run: RunFolder, plan_checksum: str) -> dict[str, Any]:
@@ -236,9 +256,11 @@ def build_engine_of(
 def write_precision(
     run: RunFolder,
     task: Task,
+    network: nn.Module,
     precision: str,
     max_drop_points: float,
     *,
+    goals: Any = None,
     method: str = "minmax",
     rest: str,
     source: Path | None = None,
@@ -253,8 +275,10 @@ def write_precision(
     Args:
         run: Run whose FP32 file is exported.
         task: Task of the run.
+        network: Network that the FP32 file was exported from.
         precision: "fp16" or "int8".
-        max_drop_points: Percentage points of accuracy that the file may lose.
+        max_drop_points: Percentage points of accuracy that the file may lose; of other scores, per cent of their value.
+        goals: What the test score compares with; see `Task.test_goals`.
         method: How INT8 ranges are calibrated: "minmax", "entropy" or "percentile".
         rest: Precision of the layers that INT8 leaves out: "fp32" or "fp16".
         source: FP32 file; None for the run's.
@@ -275,20 +299,24 @@ def write_precision(
     given, goal = source or run.file(MODEL), path or run.file(f"model.{precision}.onnx")
     exact = run.manifest.accuracy.exported
     if source or exact is None:
-        exact = scored(given, task)[0]
-    assert exact is not None  # only networks of images have other precisions
+        exact = scored(given, task, network, goals)[0]
     with replacing(goal) as trial:
         seed = int(run.manifest.seed or 0)
         if precision == "fp16":
-            facts = _half(given, trial, task, seed)
+            facts = _half(given, trial, task, network, seed)
         else:
-            facts = _int8(given, trial, task, seed, max_drop_points, method, rest)
-        if problem := _problem(given, trial, task, seed, precision, exact, max_drop_points, facts):
+            facts = _int8(given, trial, task, network, seed, max_drop_points, method, rest)
+        facts["accuracy"], facts["images"] = scored(trial, task, network, goals)
+        problem = _lost(task, facts, exact, max_drop_points)
+        if problem := problem or _differs(given, trial, task, network, seed, precision, facts):
             raise CompressorError(
                 f"{goal.name}: {problem}", "Allow more with --max-drop (a recipe: export.max_drop)."
             )
     yield f"Wrote {goal}: {facts.pop('words')}."
-    yield f"Accuracy on {facts['images']} test images: {facts['accuracy']:.2%} (FP32 {exact:.2%})."
+    if exact is not None and facts["accuracy"] is not None:
+        metric, images = task.metric, facts["images"]
+        of = "" if images is None else f" on {images} test images"
+        yield f"{metric.name.capitalize()}{of}: {metric.text(facts['accuracy'])} (FP32 {metric.text(exact)})."
     entry = Export(file=goal.name, bytes=goal.stat().st_size, **facts)
     built: list[Engine] = []
     if engine:
@@ -309,10 +337,11 @@ def record(run: RunFolder, key: str, entry: Export, engines: list[Engine]) -> No
     run.save()
 
 
-def _half(given: Path, trial: Path, task: Task, seed: int) -> dict[str, Any]:
+def _half(given: Path, trial: Path, task: Task, network: nn.Module, seed: int) -> dict[str, Any]:
     from export.convert.half import convert_half
 
-    half = convert_half(given, trial, inputs=drawn(task.search, CALIBRATION_IMAGES, seed))
+    inputs = drawn(task, task.search or task.calibration, CALIBRATION_IMAGES, seed)
+    half = convert_half(given, trial, inputs=tensors_in(inputs)[0].numpy() if len(tensors_in(inputs)) == 1 else None)
     return {
         "kept_fp32": [kept.node for kept in half.kept],
         "words": f"{half.converted} nodes in half precision, {len(half.kept)} kept in FP32",
@@ -320,16 +349,23 @@ def _half(given: Path, trial: Path, task: Task, seed: int) -> dict[str, Any]:
 
 
 def _int8(
-    given: Path, trial: Path, task: Task, seed: int, max_drop_points: float, method: str, rest: str
+    given: Path,
+    trial: Path,
+    task: Task,
+    network: nn.Module,
+    seed: int,
+    max_drop_points: float,
+    method: str,
+    rest: str,
 ) -> dict[str, Any]:
     from export.convert.quantize import quantize_within
 
-    calibration = drawn(task.calibration, CALIBRATION_IMAGES, seed)
+    calibration = one_array(drawn(task, task.calibration, CALIBRATION_IMAGES, seed), "INT8")
     within = quantize_within(
         given,
         trial,
         calibration,
-        task.file_judge(JUDGING_IMAGES, seed),
+        task.file_judge(JUDGING_IMAGES, seed, network),
         max_drop=max_drop_points / 100,
         method=method,
         rest=rest,
@@ -347,34 +383,36 @@ def _int8(
     }
 
 
-def _problem(
-    given: Path,
-    trial: Path,
-    task: Task,
-    seed: int,
-    precision: str,
-    exact: float,
-    max_drop_points: float,
-    facts: dict[str, Any],
+def _lost(task: Task, facts: dict[str, Any], exact: float | None, most: float) -> str:
+    """Describe how much of its score a file has lost compared with FP32, if that is more than allowed; else ""."""
+    if exact is None or facts["accuracy"] is None:
+        return ""
+    metric = task.metric
+    drop = 100 * (exact - facts["accuracy"]) / (1 if metric.share else max(abs(exact), 1e-12))
+    if drop <= most + 1e-9:
+        return ""
+    of = "" if facts["images"] is None else f" on {facts['images']} test images"
+    unit = "points" if metric.share else "per cent"
+    return (
+        f"it loses {drop:.2f} {unit} of {metric.name}{of} ({metric.text(exact)} in FP32, "
+        f"{metric.text(facts['accuracy'])}); at most {most:g} is allowed."
+    )
+
+
+def _differs(
+    given: Path, trial: Path, task: Task, network: nn.Module, seed: int, precision: str, facts: dict[str, Any]
 ) -> str:
-    """Describe what is wrong with a file compared with the FP32 one, or return ""; fill `facts` with its scores."""
+    """Describe how a file's outputs differ from those of the FP32 file, or return ""; fill in its parity."""
     from export.convert.ort import onnx_outputs
     from export.convert.parity import AGREEMENTS, TOLERANCES, compare_outputs, require
     from export.errors import ExportError
 
-    images = drawn(task.test, COMPARED_IMAGES, seed)
+    images = [tensor.numpy() for tensor in tensors_in(drawn(task, task.real, COMPARED_IMAGES, seed))]
     right, judged = (onnx_outputs(file, images)[0] for file in (given, trial))
     parity = compare_outputs(right, judged, tolerance=TOLERANCES[precision])
     facts["parity"] = parity.to_dict()
-    facts["accuracy"], facts["images"] = scored(trial, task)
-    drop = 100 * (exact - facts["accuracy"])
-    if drop > max_drop_points + 1e-9:
-        return (
-            f"it loses {drop:.2f} points of accuracy on {facts['images']} test images ({exact:.2%} in FP32, "
-            f"{facts['accuracy']:.2%}); at most {max_drop_points:g} is allowed."
-        )
     try:
-        require(parity, precision.upper(), min_agreement=min(AGREEMENTS[precision], 1 - 1 / len(images)))
+        require(parity, precision.upper(), min_agreement=min(AGREEMENTS[precision], 1 - 1 / len(images[0])))
     except ExportError as error:
         return error.message
     return ""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,9 @@ from compressor.run.device import provider_of, request_of, resolved
 from compressor.run.finish import finish
 from compressor.run.folder import RunFolder, new_run_path
 from compressor.run.job import Job
+from compressor.run.load import Loader, load
 from compressor.run.measure import measure, probe, stored_table
-from compressor.run.onnx_files import DENSE, export
+from compressor.run.onnx_files import DENSE, MODEL, export
 from compressor.run.stages import begin, choose, finetune, finetuned_network, search
 
 if TYPE_CHECKING:
@@ -49,21 +50,29 @@ class RunResult:
         manifest: Content of its `manifest.json`.
         exit_code: 0 if every budget is met as measured, 3 if the best plan found misses one, 4 if one is only
             predicted or undecided.
+        builder: What builds the dense network's structure; see `run.load.Loaded`.
     """
 
     directory: Path
     manifest: Mapping[str, Any]
     exit_code: int
+    builder: Any = field(repr=False, default=None)
 
-    def load(self) -> nn.Module:
-        """Load the slim network on the CPU."""
+    @cached_property
+    def model(self) -> nn.Module:
+        """The slim network on the CPU, in eval mode."""
         from compressor.pruning.artefact import load
 
-        return load(self.directory, factory=self.manifest["model"])
+        return load(self.directory, factory=self.builder)
+
+    @property
+    def onnx(self) -> Path:
+        """The slim network's ONNX file."""
+        return self.directory / MODEL
 
 
-def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
-    """Run a recipe from the beginning.
+def run_recipe(recipe: Recipe, out: str | Path | None = None) -> RunResult:
+    """Run a recipe from the beginning; the command line calls this.
 
     Args:
         recipe: Network, data, budgets and settings.
@@ -72,10 +81,15 @@ def compress(recipe: Recipe, *, out: Path | None = None) -> RunResult:
     Raises:
         CompressorError: Something in the recipe is not available; nothing was written.
     """
+    return started(recipe, None if out is None else Path(out))
+
+
+def started(recipe: Recipe, out: Path | None, loader: Loader = load) -> RunResult:
+    """Run a recipe from the beginning, with objects from a loader; see `Job.prepare`."""
     recipe = resolved(recipe)
-    path = out or new_run_path(Path("runs"), f"{recipe.model}-{recipe.data_kind}")
+    path = out or new_run_path(Path("runs"), recipe.label)
     RunFolder.require_empty(path)
-    job = Job.prepare(recipe)
+    job = Job.prepare(recipe, loader=loader)
     with RunFolder.create(path, job.recipe.to_yaml()) as run, _stopped_in(path):
         say(f"The run's folder is {run.path}")
         return _all_stages(run, job)
@@ -93,11 +107,16 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
     Raises:
         CompressorError: The run was started with another recipe, or another process is working on the folder.
     """
+    return continued(folder, overrides or {})
+
+
+def continued(folder: Path, overrides: Mapping[str, Any], loader: Loader = load) -> RunResult:
+    """Continue a stopped run, with objects from a loader; see `resume`."""
     with RunFolder.open(folder) as run, _stopped_in(folder):
-        recipe = load_recipe(run.file(RECIPE)).changed(overrides or {})
+        recipe = load_recipe(run.file(RECIPE)).changed(overrides)
         changed = _changed_since(run, recipe)
         table, values = _table_of(run, recipe), _function_values(run)
-        job = Job.prepare(recipe, table, values=values, dense=run.file(DENSE))
+        job = Job.prepare(recipe, table, loader=loader, values=values, dense=run.file(DENSE))
         if changed:
             note = f"Resumed with other settings: {'; '.join(changed)}."
             write_atomic(run.file(RECIPE), recipe.to_yaml())
@@ -114,7 +133,8 @@ def _all_stages(run: RunFolder, job: Job) -> RunResult:
     from compressor.models.names import remember_factory
     from compressor.pruning.artefact import read_plan
 
-    remember_factory(job.recipe.model)
+    if not job.recipe.from_python:
+        remember_factory(job.recipe.model)
     job.dense_file.put(run.file(DENSE))
     contract = Contract(run, job)
     run.stage("begin", partial(begin, run, job))
@@ -137,7 +157,7 @@ def _all_stages(run: RunFolder, job: Job) -> RunResult:
         if not contract.return_to_search(plan):
             break
     code = finish(run, job, plan)
-    return RunResult(run.path, run.manifest.plain(), code)
+    return RunResult(run.path, run.manifest.plain(), code, job.builder)
 
 
 @contextmanager

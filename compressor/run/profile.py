@@ -45,7 +45,7 @@ def measure_table(recipe: Recipe, time_limit: str | None = None) -> Iterator[str
         )
     space, example = _traced(recipe)
     table = provider.table(space, example, request_of(recipe, seconds, renew=True))
-    shape, runtime = "x".join(str(size) for size in example.shape[1:]), table.fields.runtime
+    shape, runtime = "x".join(str(size) for size in example[0].shape[1:]), table.fields.runtime
     threads = f", {runtime.threads} thread(s)" if runtime.threads else ""
     yield f"{recipe.model} at {shape} {'here' if provider.is_here else f'on {recipe.device}'}, {runtime.name}{threads}:"
     yield f"  dense {table.predict(space):.3f} ms, smallest {table.predict(space, space.smallest()):.3f} ms"
@@ -139,4 +139,4 @@ def _traced(recipe: Recipe) -> tuple[PruningSpace, Any]:
     from compressor.run.load import load
 
     loaded = load(recipe, weights="none")
-    return trace(loaded.recipe, loaded.model, loaded.example), loaded.example[0]
+    return trace(loaded.recipe, loaded.model, loaded.task.example), loaded.task.example

@@ -19,6 +19,7 @@ from compressor.core.manifest import (
     Search,
     Skipped,
 )
+from compressor.core.metrics import ACCURACY
 from compressor.core.progress import bar, say
 from compressor.core.versions import machine, versions
 from compressor.run.compensation import network_before_finetuning, own_statistics
@@ -118,7 +119,8 @@ def search(run: RunFolder, job: Job, contract: Contract) -> ChannelPlan:
         curves=run.file("search/curves"),
     )
     env, evaluator = environment(job, contract.search_budgets(), context_size=agent.context_size)
-    for note in (too_few_images(evaluator.images), *without_effect(agent, recipe)):
+    images = evaluator.images if job.task.metric.name == ACCURACY else None
+    for note in (too_few_images(images), *without_effect(agent, recipe)):
         if note:
             run.note(note)
     log, checkpoint = run.episodes(), run.checkpoint("search")
@@ -257,6 +259,9 @@ def environment(
         importance=recipe.pruning.importance,
         context_size=context_size,
         importance_data=job.task.gradients(job.torch_device, recipe.seed),
+        reconstruction_data=job.task.reconstruction(job.torch_device, recipe.seed)
+        if recipe.pruning.importance == "reconstruction"
+        else None,
     )
     return env, evaluator
 
@@ -320,7 +325,7 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
     run.note_accuracy(finetuned=finetuned)
     known = run.manifest.accuracy
     before = known.pruned if known.compensated is None else known.compensated
-    if epochs and (note := lost_in_finetuning(finetuned, before, known.dense, known.images)):
+    if epochs and (note := lost_in_finetuning(finetuned, before, known.dense, known.images, known.metric)):
         run.note(note)
     save(slim, plan, run.path, factory=job.factory, extra=job.task.facts())
     earlier = [entry for entry in run.manifest.training if entry.phase != "finetune"]
@@ -360,7 +365,7 @@ def finetuned_network(run: RunFolder, job: Job) -> nn.Module:
     """Read the slim network from the run's files."""
     from compressor.pruning.artefact import load
 
-    return load(run.path, factory=job.recipe.model, device=job.torch_device)
+    return load(run.path, factory=job.builder, device=job.torch_device)
 
 
 def dense_teacher(run: RunFolder, job: Job) -> nn.Module | None:

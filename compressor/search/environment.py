@@ -241,6 +241,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         reward: Maps accuracy and costs to the reward.
         importance: Criterion that ranks a group's channels, as for `space.rank`.
         importance_data: Batches of images and labels for criteria that need them, as for `space.rank`.
+        reconstruction_data: Batches of inputs for the criterion "reconstruction"; None for `importance_data`.
         context_size: Number of values appended to the observation.
 
     Raises:
@@ -258,6 +259,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         importance: Any = "l1",
         context_size: int = 0,
         importance_data: Any = None,
+        reconstruction_data: Any = None,
     ) -> None:
         if not len(space.groups):
             raise CompressorError(
@@ -269,6 +271,9 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self.bounds = ActionBounds(space, budgets)
         self.importance = importance
         self.importance_data = importance_data
+        self._ranking_data = importance_data
+        if importance == "reconstruction" and reconstruction_data is not None:
+            self._ranking_data = reconstruction_data
         self._accuracies = Accuracies(evaluator, self.plan)
         self._reward = reward
         self._observe = Observer(space)
@@ -412,7 +417,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def plan(self, widths: Widths | Sequence[int]) -> ChannelPlan:
         """Return the plan of these widths, by the importance of the current weights."""
         if self._ranking is None:
-            self._ranking = self.space.rank(self.importance, self.importance_data)
+            self._ranking = self.space.rank(self.importance, self._ranking_data)
         return self.space.plan([int(width) for width in widths], importance=self._ranking)
 
     def saliency(self) -> tuple[NDArray[np.float64], ...]:

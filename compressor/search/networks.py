@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.core.errors import CompressorError
 from compressor.pruning.calibration import Images, dense_copy, recorded
 from compressor.pruning.compensate import compensate
 from compressor.pruning.moments import DenseMoments
-from compressor.training.feeds import Feed, inputs_in
+from compressor.training.feeds import Feed, inputs_in, random_inputs
 
 if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
@@ -39,23 +39,31 @@ class Methods:
     note: str = ""
 
 
-def methods(recipe: Recipe, space: PruningSpace, example: Tensor) -> Methods:
+def methods(recipe: Recipe, space: PruningSpace, inputs: bool = True) -> Methods:
     """Return the methods of a recipe's `pruning.compensate`.
 
     By default candidates are compensated only where the network has trained weights from the beginning: weights that
     train during the search are a moving goal, with statistics that lag behind, and the data may be so small that
     fitting takes longer than scoring.
 
+    Args:
+        recipe, space: Recipe and traced network.
+        inputs: Whether there are inputs to fit to.
+
     Raises:
         CompressorError: The recipe names a method, and the network cannot be compensated.
     """
     wanted = recipe.pruning.compensate
-    if wanted == "off":
+    if wanted == "off" or (wanted == "auto" and not inputs):
         return Methods()
+    if not inputs:
+        raise CompressorError(
+            f"pruning.compensate is {wanted}, and there are no inputs to fit to.",
+            "Pass calibration=... or train=..., or leave it out.",
+        )
     try:
         # As many images as make chunks of two: of one alone a replay cannot tell whether forward mixes images.
-        noise = torch.randn(16, *example.shape[1:], generator=torch.Generator().manual_seed(0))
-        recorded(dense_copy(space), Images.of(space, [noise], seed=0))
+        recorded(dense_copy(space), Images.of(space, [random_inputs(space.example_input, 16, 0)], seed=0))
     except CompressorError as error:
         if wanted == "auto":
             return Methods(note=f"Networks are not compensated. {error.message}")

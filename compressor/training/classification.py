@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compressor.core.trees import channels_last
 from compressor.data import DataBundle, Preprocessing, Split
 from compressor.training.losses import distillation_loss
 from compressor.training.scoring import accuracy, closeness, log_probabilities, predictions
 from compressor.training.task import Losses, Precision, Task
+from export.convert.trees import channels_last
 
 if TYPE_CHECKING:
     from compressor.training.feeds import Feed
@@ -52,6 +52,10 @@ class Classification(Task):
         self.classes = len(self._facts.get("classes", ()))
 
     @property
+    def example(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return (torch.zeros(1, *self.preprocessing.input_shape),)
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """How its images become inputs; the same in all splits."""
         assert self.train is not None
@@ -83,6 +87,9 @@ class Classification(Task):
                 answers = teacher(images)
             distilled = distillation_loss(logits, answers.float(), settings.temperature)
         return Losses(loss, distilled, len(labels), (logits.argmax(dim=1) == labels).sum())
+
+    def reconstruction(self, device: str | torch.device, seed: int) -> Any:
+        return self.gradients(device, seed)
 
     def gradients(self, device: str | torch.device, seed: int) -> Any:
         assert self.train is not None
@@ -122,7 +129,9 @@ class Classification(Task):
         assert self.test is not None
         return predictions(model, self.test, device=device)
 
-    def file_score(self, path: Path, goals: Any, advance: Callable[[int], None]) -> float:
+    def file_score(
+        self, path: Path, network: nn.Module, goals: Any, advance: Callable[[int], None]
+    ) -> float:
         from export.convert.ort import accuracy_onnx
 
         split = self.test
@@ -135,7 +144,7 @@ class Classification(Task):
 
         return accuracy_onnx(path, batches(), threads=torch.get_num_threads())
 
-    def file_judge(self, number: int, seed: int) -> Callable[[Path], float]:
+    def file_judge(self, number: int, seed: int, network: nn.Module) -> Callable[[Path], float]:
         from export.convert.ort import accuracy_onnx
 
         assert self.search is not None

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from compressor.core.errors import CompressorError
 from compressor.training.placement import place
+from compressor.training.randomness import own_randomness
 from compressor.training.settings import TrainSettings
 from compressor.training.task import Task
 
@@ -126,7 +126,7 @@ class Trainer:
         self._wrapped.train()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, images, regularizer
         done = 0
-        with _own_randomness(self._epoch_seed() + self._place.rank, self.device):
+        with own_randomness(self._epoch_seed() + self._place.rank, self.device):
             for done, batch in enumerate(self._batches(), start=1):
                 rate = self._rate_at(self.epoch + (done - 0.5) / self.steps_per_epoch)
                 sums += self._step(batch, rate)
@@ -270,7 +270,7 @@ class BriefTraining:
         trainer._wrapped.train()
         rate = self._settings.learning_rate
         sums = torch.zeros(4, dtype=torch.float64, device=trainer.device)
-        with _own_randomness(trainer._epoch_seed(), trainer.device):
+        with own_randomness(trainer._epoch_seed(), trainer.device):
             batches = itertools.chain.from_iterable(trainer._batches() for _ in itertools.count())
             for batch in itertools.islice(batches, steps):
                 sums += trainer._step(batch, rate)
@@ -332,12 +332,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_copied(item) for item in value]
     return value
-
-
-@contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators (dropout draws from them) and restore them afterwards."""
-    devices = [device] if device.type not in ("cpu", "mps") else []
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
-        yield

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from compressor.core.trees import channels_last
 from compressor.data import Split
 from compressor.models.computed import evaluated
 from compressor.training.feeds import Feed
+from export.convert.trees import channels_last
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from compressor.core.errors import CompressorError
 from compressor.core.metrics import Metric
-from compressor.training.feeds import Feed
+from compressor.training.feeds import Batches, Feed, inputs_in
 
 if TYPE_CHECKING:
     from compressor.training.settings import TrainSettings
@@ -57,6 +56,7 @@ class Task(ABC):
 
     Attributes:
         metric: What the test split is scored by.
+        example: Arguments of the network for one input; only shapes and types matter.
         train: Batches to train on; None if nothing can be trained.
         search: Inputs on which candidates are scored, disjoint from `train`; None if a user's function scores them.
         test: Inputs of the reported score, which nothing else reads; None if a user's function scores.
@@ -67,7 +67,8 @@ class Task(ABC):
     """
 
     metric = Metric()
-    train: Feed | None = None
+    example: tuple[Any, ...] = ()
+    train: Batches | None = None
     search: Feed | None = None
     test: Feed | None = None
     calibration: Feed | None = None
@@ -86,6 +87,11 @@ class Task(ABC):
         precision: Precision,
     ) -> Losses:
         """Run a training batch through a network and, if there is one, through its teacher."""
+
+    def reconstruction(self, device: str | torch.device, seed: int) -> Any:
+        """Return batches for the criterion "reconstruction", as for `PruningSpace.rank`; None without inputs."""
+        feed = self.calibration
+        return None if feed is None else list(inputs_in(feed, 256, seed, 128, device))
 
     def gradients(self, device: str | torch.device, seed: int) -> Any:
         """Return data for criteria that need gradients of the loss, as for `PruningSpace.rank`; None without a loss."""
@@ -135,22 +141,30 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def file_score(self, path: Path, goals: Any, advance: Callable[[int], None]) -> float | None:
+    def file_score(
+        self, path: Path, network: nn.Module, goals: Any, advance: Callable[[int], None]
+    ) -> float | None:
         """Return the reported score of an ONNX file; None if it cannot be scored.
 
         Args:
             path: The file.
+            network: The network that it was exported from.
             goals: Result of `test_goals`.
             advance: Receives the number of inputs after each batch.
         """
 
-    def file_judge(self, number: int, seed: int) -> Callable[[Path], float]:
-        """Return a function that scores an ONNX file on a sample of the search inputs, 0..1; see `search_score`."""
-        raise CompressorError("Only networks of images by class are quantized.", "Use fp32 or fp16.")
+    @abstractmethod
+    def file_judge(self, number: int, seed: int, network: nn.Module) -> Callable[[Path], float]:
+        """Return a function that scores an ONNX file of a network on a sample of the search inputs, 0..1."""
 
     def spread(self, number: int, seed: int) -> dict[str, int]:
         """Return how many of the calibration inputs each class has; empty without classes."""
         return {}
+
+    @property
+    def real(self) -> Feed | None:
+        """Real inputs for comparing files with the network, those that nothing was chosen by if there are any."""
+        return self.test or self.search or self.calibration
 
     @property
     def test_inputs(self) -> int | None:

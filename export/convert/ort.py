@@ -113,6 +113,20 @@ def run_session(session: Any, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt
         raise ExportError(f"The network takes {wanted}, got {given}: {first_line(error)}.") from error
 
 
+def input_types(session: Any) -> dict[str, str]:
+    """Return the numpy type of each of the network's inputs, in order.
+
+    Raises:
+        ExportError: an input is not a tensor of numbers.
+    """
+    found = {}
+    for item in session.get_inputs():
+        if item.type not in _TYPES:
+            raise ExportError(f"Input {item.name} has type {item.type}; a tensor of numbers was expected.")
+        found[item.name] = _TYPES[item.type]
+    return found
+
+
 def random_feeds(session: Any, *, seed: int = 0, batch: int = 1) -> dict[str, npt.NDArray[Any]]:
     """Random inputs of the network's shapes and types: normally distributed floats, integers 0 and 1.
 
@@ -125,11 +139,10 @@ def random_feeds(session: Any, *, seed: int = 0, batch: int = 1) -> dict[str, np
 
     generator = np.random.default_rng(seed)
     feeds: dict[str, npt.NDArray[Any]] = {}
+    types = input_types(session)
     for item in session.get_inputs():
-        if item.type not in _TYPES:
-            raise ExportError(f"Input {item.name} has type {item.type}; a tensor of numbers was expected.")
         shape = [size if isinstance(size, int) and size > 0 else batch for size in item.shape]
-        dtype: np.dtype[Any] = np.dtype(_TYPES[item.type])
+        dtype: np.dtype[Any] = np.dtype(types[item.name])
         if dtype.kind == "f":
             feeds[item.name] = generator.standard_normal(shape).astype(dtype)
         else:
@@ -167,31 +180,40 @@ def padded(chunk: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
     return np.concatenate([chunk, np.repeat(chunk[-1:], size - len(chunk), axis=0)])
 
 
-def onnx_outputs(
-    path: str | Path | bytes, inputs: npt.NDArray[Any], *, threads: int = 1
-) -> list[npt.NDArray[np.float32]]:
-    """Compute the outputs of an ONNX file for `inputs` (N, C, H, W) with ONNX Runtime: one array for each output.
+def onnx_outputs(path: str | Path | bytes, inputs: Any, *, threads: int = 1) -> list[npt.NDArray[np.float32]]:
+    """Compute the outputs of an ONNX file for `inputs` (N, ...) with ONNX Runtime: one array for each output.
 
     A file with a fixed batch runs in batches of that size, the last one padded with its last input; a file with a
     dynamic batch runs as `portions` splits the inputs.
 
+    Args:
+        path: The file or its bytes.
+        inputs: An array, or a list with one for each input of the file.
+        threads: Threads of ONNX Runtime.
+
     Raises:
-        ExportError: ONNX Runtime cannot load the file, or the inputs have the wrong shape.
+        ExportError: ONNX Runtime cannot load the file, or the inputs have the wrong number or shape.
     """
     import numpy as np
 
     session = open_session(path, threads=threads)
-    wanted = session.get_inputs()
-    if len(wanted) != 1:
-        raise ExportError(f"{describe(path)} has {len(wanted)} inputs, expected one.")
-    if len(inputs) == 0:
+    types, arrays = input_types(session), list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
+    if len(types) != len(arrays):
+        raise ExportError(f"{describe(path)} has {len(types)} inputs, expected {len(arrays)}.")
+    count = len(arrays[0])
+    if count == 0:
         raise ExportError("Outputs need at least one input, got none.")
-    declared = wanted[0].shape[0]
+    declared = session.get_inputs()[0].shape
+    fixed = declared[0] if declared and isinstance(declared[0], int) else None
     parts: list[list[npt.NDArray[Any]]] = []
-    for start, size in portions(len(inputs), declared if isinstance(declared, int) else None):
-        chunk = np.ascontiguousarray(inputs[start : start + size], dtype=np.float32)
-        outputs = run_session(session, {wanted[0].name: padded(chunk, size)})
-        parts.append([value[: len(chunk)] for value in outputs])
+    for start, size in portions(count, fixed):
+        chunks = [array[start : start + size] if len(array) == count else array for array in arrays]
+        length = len(chunks[0])
+        feeds = {
+            name: np.ascontiguousarray(padded(chunk, size) if length < size else chunk, dtype=kind)
+            for (name, kind), chunk in zip(types.items(), chunks)
+        }
+        parts.append([np.atleast_1d(value)[:length] for value in run_session(session, feeds)])
     return [np.concatenate(column) for column in zip(*parts)]
 
 

@@ -86,7 +86,7 @@ def compare_outputs(
         if not np.isfinite(values).all():
             count = int(np.size(values) - np.isfinite(values).sum())
             raise ExportError(f"{count} of {values.size} outputs of the {name} are not finite.")
-    right = reference.astype(np.float64).reshape(len(reference), reference.shape[1], -1)
+    right = reference.astype(np.float64).reshape(len(reference), *(reference.shape[1:2] or (1,)), -1)
     judged = candidate.astype(np.float64).reshape(right.shape)
     difference = np.abs(right - judged)
     scale = float(np.abs(right).max())

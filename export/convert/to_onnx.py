@@ -1,6 +1,6 @@
 """Exports a torch module to an ONNX file that TensorRT 8.0 to 11 can read.
 
-This module, `rewrites` and `program` are the only ones of the package that import torch.
+This module, `module`, `program`, `rewrites` and `trees` are the only ones of the package that import torch.
 
 It uses the tracing exporter instead of the newer one based on `torch.export`. The newer one writes opset 18 or higher
 and lowers it with a converter that fails on the mean over axes of a global pooling, while TensorRT 8.0 and 8.2 read
@@ -41,6 +41,7 @@ from export.convert.parity import (
 )
 from export.convert.rewrites import Writable
 from export.convert.tidy import check, shapes, tidy, write_metadata
+from export.convert.trees import mapped, moved, names_in, rebuilt, tensors_in
 from export.errors import ExportError
 from export.files import sha256_bytes, write_bytes
 
@@ -82,7 +83,7 @@ class OnnxInfo:
 
 def export_onnx(
     model: nn.Module,
-    example_input: torch.Tensor,
+    example_input: Any,
     path: str | Path,
     *,
     opset: int = DEFAULT_OPSET,
@@ -98,16 +99,17 @@ def export_onnx(
     Equal networks give equal files. The model is not changed; it keeps its device and mode.
 
     Args:
-        model: Takes one float tensor and returns a tensor or a tuple of tensors.
-        example_input: A batch (N, C, H, W) with the input shape of the file; its values do not matter.
+        model: Takes tensors, also in tuples and dictionaries, and returns some.
+        example_input: A batch (N, ...) with the input shape of the file, or a tuple of the positional arguments;
+            values do not matter but for whole numbers.
         path: The file, written atomically.
         opset: 17 is supported from TensorRT 8.4 on; 13 is for JetPack 4.
         metadata: Facts to store in the file; values other than strings are written as JSON.
         dynamic_batch: Whether the batch is dynamic. An engine then needs a profile, and is usually slower.
         batches: Batch sizes with which a file with a dynamic batch is checked.
         compare: Whether to check the file on random inputs; False if only its latency matters.
-        input_name: Name of the input.
-        output_name: Name of the output; several outputs are numbered from 0.
+        input_name: Name of the input; several have their number or key added.
+        output_name: Name of the output; several have their number or key added.
 
     Raises:
         ExportError: the model cannot be traced, an operator has no ONNX form, its output is not finite, the file
@@ -118,8 +120,14 @@ def export_onnx(
             f"Opset {opset} cannot be written: expected {OPSETS[0]} to {OPSETS[-1]}.",
             f"Use {DEFAULT_OPSET}, or {JETPACK4_OPSET} for JetPack 4.",
         )
-    copied, sample = frozen_copy(model), example_input.detach().cpu().float()
-    trace = _Trace(copied, sample, opset, input_name, output_name, tuple(batches) if dynamic_batch else ())
+    trace = _Trace(
+        frozen_copy(model),
+        arguments(example_input),
+        opset,
+        input_name,
+        output_name,
+        tuple(batches) if dynamic_batch else (),
+    )
     proto = trace.checked() if compare else trace.plain()
     write_metadata(proto, metadata or {})
     check(proto, opset)
@@ -137,7 +145,7 @@ def export_onnx(
 
 
 def reference_outputs(
-    model: nn.Module, inputs: npt.NDArray[Any], *, runs: Sequence[tuple[int, int]] | None = None
+    model: nn.Module, inputs: Any, *, runs: Sequence[tuple[int, int]] | None = None
 ) -> list[npt.NDArray[np.float32]]:
     """Compute the outputs of a torch module in evaluation mode: one array for each output.
 
@@ -145,7 +153,7 @@ def reference_outputs(
 
     Args:
         model: The network.
-        inputs: An array of floats (N, C, H, W).
+        inputs: An array of floats (N, ...), or a tuple of the positional arguments, of tensors with N rows.
         runs: The first input and the number of inputs of each run; None for batches of 64.
     """
     import numpy as np
@@ -156,14 +164,40 @@ def reference_outputs(
     parts: list[tuple[torch.Tensor, ...]] = []
     try:
         with torch.no_grad():
-            for start, size in runs or [(start, 64) for start in range(0, len(inputs), 64)]:
-                chunk = np.ascontiguousarray(inputs[start : start + size], dtype=np.float32)
-                parts.append(as_tuple(model(torch.from_numpy(chunk).to(device))))
+            whole = arguments(inputs)
+            number = len(tensors_in(whole)[0])
+            for start, size in runs or [(start, 64) for start in range(0, number, 64)]:
+                parts.append(as_tuple(model(*moved(_rows(whole, number, start, size), device))))
     finally:
         for module, training in modes:
             module.training = training
     count = len(parts[0])
-    return [np.concatenate([part[index].float().cpu().numpy() for part in parts]) for index in range(count)]
+    return [
+        np.concatenate([np.atleast_1d(part[index].float().cpu().numpy()) for part in parts])
+        for index in range(count)
+    ]
+
+
+def arguments(inputs: Any) -> tuple[Any, ...]:
+    """Return inputs as positional arguments on the CPU: a tensor or array alone, or a tuple; numbers as float32."""
+    import numpy as np
+
+    if isinstance(inputs, np.ndarray):
+        inputs = torch.from_numpy(np.ascontiguousarray(inputs))
+
+    def plain(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach().cpu()
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    found: tuple[Any, ...] = mapped(plain, inputs if isinstance(inputs, tuple) else (inputs,))
+    return found
+
+
+def _rows(whole: Any, number: int, start: int, size: int) -> Any:
+    """Return some rows of all tensors that have `number` of them."""
+    return mapped(
+        lambda each: each[start : start + size] if each.dim() and len(each) == number else each, whole
+    )
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -188,7 +222,7 @@ def check_parity(
     Args:
         model: The module; run in evaluation mode, and its mode is restored.
         onnx_path: The file.
-        inputs: Real inputs (N, C, H, W), as an array or tensor of floats.
+        inputs: Real inputs (N, ...), as an array or a tensor, or a tuple of the positional arguments.
         tolerance: Maximum absolute difference for outputs of up to 1; scaled with larger outputs.
         min_agreement: Minimum top-1 agreement.
         threads: Threads of ONNX Runtime.
@@ -199,14 +233,14 @@ def check_parity(
     Raises:
         ExportError: the difference or the agreement misses its threshold, or the file cannot be run.
     """
-    import numpy as np
 
     from export.convert.onnx_header import read_header
 
-    array = np.asarray(inputs.detach().cpu() if hasattr(inputs, "detach") else inputs, dtype=np.float32)
-    exported = onnx_outputs(onnx_path, array, threads=threads)
-    (declared,) = (shape[0] for shape in read_header(onnx_path).shapes.values())
-    reference = reference_outputs(model, array, runs=portions(len(array), declared if declared > 0 else None))
+    whole = arguments(inputs)
+    arrays = [tensor.numpy() for tensor in tensors_in(whole)]
+    exported = onnx_outputs(onnx_path, arrays, threads=threads)
+    declared = next(iter(read_header(onnx_path).shapes.values()))[0]
+    reference = reference_outputs(model, whole, runs=portions(len(arrays[0]), declared if declared > 0 else None))
     if len(exported) != len(reference):
         raise ExportError(f"{onnx_path} has {len(exported)} outputs, the network has {len(reference)}.")
     found = [
@@ -216,33 +250,50 @@ def check_parity(
 
 
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
-    """The outputs of a model as a tuple of tensors.
+    """The outputs of a model as a tuple of tensors, from nested tuples, lists and dictionaries.
 
     Raises:
         ExportError: the model returned something else.
     """
-    values = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs) if _is_list(outputs) else ()
-    if not values or not all(isinstance(value, torch.Tensor) for value in values):
+    values = tuple(tensors_in(outputs))
+    if not values:
         raise ExportError(
-            f"The model returns a {type(outputs).__name__}; a tensor or a tuple of tensors was expected.",
+            f"The model returns a {type(outputs).__name__}; tensors were expected, also in tuples and dictionaries.",
             "Wrap it in a module that returns its tensors.",
         )
     return values
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (tuple, list))
+class _Flat(nn.Module):
+    """A network as a function of its tensors, one argument for each, that returns a tuple of tensors."""
+
+    def __init__(self, network: nn.Module, example: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.example = example
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return as_tuple(self.network(*rebuilt(self.example, list(tensors))))
 
 
-def _outputs(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _outputs(model: nn.Module, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     """Run the model; refuse it if it fails or its outputs are not finite."""
+    return _finite(_result(model, inputs))
+
+
+def _result(model: nn.Module, inputs: Sequence[Any]) -> Any:
+    """Run the model; refuse it if it fails."""
     try:
         with torch.no_grad():
-            outputs = as_tuple(model(inputs))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ExportError(
-            f"The model does not run on an input of shape {tuple(inputs.shape)}: {first_line(error)}."
-        ) from error
+            return model(*inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors_in(tuple(inputs)))
+        raise ExportError(f"The model does not run on an input of shape {shapes}: {first_line(error)}.") from error
+
+
+def _finite(result: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors of a model's result; refuse it if they are not finite."""
+    outputs = as_tuple(result)
     if not all(bool(torch.isfinite(value).all()) for value in outputs):
         raise ExportError(
             "The model's output on the example input is not finite.",
@@ -256,7 +307,7 @@ class _Trace:
 
     Args:
         model: A frozen copy.
-        sample: The example input (N, C, H, W).
+        example: The positional arguments, (N, ...) each.
         opset: Opset of the file.
         input_name, output_name: As in `export_onnx`.
         batches: Batch sizes for which the graph must be right; empty for a fixed batch.
@@ -265,17 +316,22 @@ class _Trace:
     def __init__(
         self,
         model: nn.Module,
-        sample: torch.Tensor,
+        example: tuple[Any, ...],
         opset: int,
         input_name: str,
         output_name: str,
         batches: tuple[int, ...],
     ) -> None:
-        self._model, self._sample, self._opset = model, sample, opset
-        self._input, self._batches = input_name, batches
-        outputs = _outputs(model, sample)
-        numbered = [f"{output_name}_{index}" for index in range(len(outputs))]
-        self._names = [output_name] if len(outputs) == 1 else numbered
+        self._sample, self._opset = tuple(tensors_in(example)), opset
+        result = _result(model, example)
+        _finite(result)
+        plain = len(example) == 1 and isinstance(example[0], torch.Tensor)
+        flat = isinstance(result, (tuple, list)) and all(isinstance(each, torch.Tensor) for each in result)
+        # a wrapper adds to the names of the nodes
+        self._model = model if plain and (flat or isinstance(result, torch.Tensor)) else _Flat(model, example)
+        self._inputs_names = names_in(example[0] if len(example) == 1 else example, input_name, plain=input_name)
+        self._batches = batches
+        self._names = names_in(result, output_name, plain=output_name)
         self._places: list[str] = []  # lines of forward that convert a tensor to a Python number
 
     def plain(self) -> Any:
@@ -289,7 +345,7 @@ class _Trace:
             ExportError: the outputs differ; the message names the cause.
         """
         graph = self.plain()
-        own = (len(self._sample),)
+        own = (len(self._sample[0]),)
         if (wrong := self._wrong(graph, own)) is not None:
             raise ExportError(f"The exported file differs from the network: {wrong}.", self._hint())
         if not self._batches or self._wrong(graph, self._batches) is None:
@@ -302,11 +358,11 @@ class _Trace:
             raise self._fixed(wrong)
         return graph
 
-    def _graph(self, sample: torch.Tensor) -> Any:
+    def _graph(self, sample: Sequence[torch.Tensor]) -> Any:
         import onnx
 
         axes = self._open_axes() if self._batches else None
-        raw, places = _trace(self._model, sample, self._opset, self._input, self._names, axes)
+        raw, places = _trace(self._model, sample, self._opset, self._inputs_names, self._names, axes)
         self._places = places or self._places
         graph = tidy(onnx.load_model_from_string(raw))
         if axes:
@@ -323,7 +379,10 @@ class _Trace:
     def _open_axes(self) -> dict[str, dict[int, str]]:
         """The axes of the outputs that depend on the batch size; those equal to it are named "batch"."""
         first, second = (_outputs(self._model, self._inputs(size)) for size in (2, 3))
-        axes: dict[str, dict[int, str]] = {self._input: {0: "batch"}}
+        batched = zip(self._inputs_names, self._sample, self._inputs(len(self._sample[0]) + 1))
+        axes: dict[str, dict[int, str]] = {
+            name: {0: "batch"} for name, one, other in batched if one.shape != other.shape
+        }
         for name, one, other in zip(self._names, first, second):
             sizes = list(enumerate(zip(one.shape, other.shape)))
             axes[name] = {
@@ -333,10 +392,17 @@ class _Trace:
             }
         return axes
 
-    def _inputs(self, size: int) -> torch.Tensor:
-        """A batch of random inputs, all different."""
-        generator = torch.Generator().manual_seed(size)
-        return torch.randn(size, *self._sample.shape[1:], generator=generator)
+    def _inputs(self, size: int) -> tuple[torch.Tensor, ...]:
+        """A batch of random inputs, all different; whole numbers are those of the example."""
+        generator, count = torch.Generator().manual_seed(size), len(self._sample[0])
+
+        def drawn(sample: torch.Tensor) -> torch.Tensor:
+            shape = (size, *sample.shape[1:]) if sample.dim() and len(sample) == count else sample.shape
+            if sample.is_floating_point():
+                return torch.randn(shape, generator=generator)
+            return sample[:1].expand(shape).contiguous() if sample.dim() else sample
+
+        return tuple(drawn(sample) for sample in self._sample)
 
     def _wrong(self, graph: Any, sizes: tuple[int, ...]) -> str | None:
         """Describe how a graph differs from the model for these batch sizes; None if it does not."""
@@ -344,7 +410,8 @@ class _Trace:
             session = open_session(graph.SerializeToString())
             for size in sizes:
                 inputs = self._inputs(size)
-                found = run_session(session, {self._input: inputs.numpy()})
+                feeds = {name: each.numpy() for name, each in zip(self._inputs_names, inputs)}
+                found = run_session(session, feeds)
                 right = [value.numpy() for value in _outputs(self._model, inputs)]
                 if (wrong := gross_difference(right, found, size)) is not None:
                     return wrong
@@ -361,7 +428,7 @@ class _Trace:
         )
 
     def _hint(self) -> str:
-        inputs = self._inputs(len(self._sample))
+        inputs = self._inputs(len(self._sample[0]))
         if any(not torch.equal(*pair) for pair in zip(*(_outputs(self._model, inputs) for _ in range(2)))):
             return "Two runs of the network on the same input differ: its forward is random even in evaluation mode."
         if self._places:
@@ -437,9 +504,9 @@ def _exporter_silenced() -> Iterator[list[str]]:
 
 def _trace(
     model: nn.Module,
-    sample: torch.Tensor,
+    sample: Sequence[torch.Tensor],
     opset: int,
-    input_name: str,
+    inputs: Sequence[str],
     names: Sequence[str],
     open_axes: dict[str, dict[int, str]] | None,
 ) -> tuple[bytes, list[str]]:
@@ -449,10 +516,10 @@ def _trace(
         with _exporter_silenced() as places, torch.no_grad(), Writable(opset, model):
             torch.onnx.export(
                 model,
-                (sample,),
+                tuple(sample),
                 buffer,  # type: ignore[arg-type]  # its annotation allows only paths
                 opset_version=opset,
-                input_names=[input_name],
+                input_names=list(inputs),
                 output_names=list(names),
                 dynamic_axes=open_axes,
                 dynamo=False,

@@ -140,7 +140,7 @@ def test_the_command_line_refuses_it_before_a_folder_appears(
 def test_a_run_keeps_it_and_measures_it_anew_at_the_end(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compressor import Recipe, compress
+    from compressor import Recipe, run_recipe
 
     def measured(meter: EnergyMeter, widths: tuple[int, ...]) -> float:
         meter.calls += 1
@@ -158,7 +158,7 @@ def test_a_run_keeps_it_and_measures_it_anew_at_the_end(
         "contract": {"repeats": 1},
         "export": {"engine": False},
     }
-    result = compress(Recipe.model_validate(fields), out=tmp_path / "run")
+    result = run_recipe(Recipe.model_validate(fields), out=tmp_path / "run")
     (entry,) = result.manifest["budgets"]
     assert (entry["name"], entry["unit"], entry["kept"]) == ("energy", "mJ", True)
     assert entry["dense"] == pytest.approx(9.001)

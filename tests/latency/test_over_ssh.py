@@ -194,7 +194,7 @@ def test_addresses_that_are_none(space: PruningSpace, example: Tensor) -> None:
 
 
 def test_a_whole_run(board: Board, tmp_path: Path) -> None:
-    from compressor import compress
+    from compressor import run_recipe
     from compressor.recipe import parse_recipe
 
     recipe = parse_recipe(
@@ -209,7 +209,7 @@ def test_a_whole_run(board: Board, tmp_path: Path) -> None:
         },
         "test",
     )
-    result = compress(recipe, out=tmp_path / "run")
+    result = run_recipe(recipe, out=tmp_path / "run")
     latency = result.manifest["latency"]
     assert (latency["device"], latency["runtime"], latency["precision"]) == (
         board.url,

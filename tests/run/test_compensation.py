@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from compressor import CompressorError, compress
+from compressor import CompressorError, run_recipe
 from compressor.data import load_data
 from compressor.pruning.space import PruningSpace
 from compressor.run.job import Job
@@ -46,7 +46,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_without_training_the_compensated_network_is_delivered(weights: Path, tmp_path: Path) -> None:
     fields = {"agent": "knapsack", "epochs": 0, "weights": str(weights), "budgets": {"params": "50%"}, "image_size": 32}
-    result = compress(recipe(**fields), out=tmp_path / "run")
+    result = run_recipe(recipe(**fields), out=tmp_path / "run")
     assert result.exit_code == 0
     manifest = manifest_of(tmp_path / "run")
     found, scores = manifest["compensation"], manifest["accuracy"]
@@ -58,7 +58,7 @@ def test_without_training_the_compensated_network_is_delivered(weights: Path, tm
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     assert "refitted to the dense network&#39;s outputs layer by layer, on 512 images" in page
     assert "Accuracy, compensated" in page
-    delivered = accuracy(result.load(), load_data("digits", seed=0).test)
+    delivered = accuracy(result.model, load_data("digits", seed=0).test)
     assert delivered == pytest.approx(scores["compensated"])
 
 
@@ -67,11 +67,11 @@ def test_a_run_that_is_resumed_before_fine_tuning_delivers_the_same(weights: Pat
         "agent": "uniform", "epochs": 1, "weights": str(weights), "budgets": {"params": "50%"}, "image_size": 32,
         "pruning": {"compensation_images": 64},
     }  # fmt: skip
-    whole = compress(recipe(**fields), out=tmp_path / "whole")
+    whole = run_recipe(recipe(**fields), out=tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compressor.run.stages._trained", _stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(recipe(**fields), out=tmp_path / "stopped")
+            run_recipe(recipe(**fields), out=tmp_path / "stopped")
     assert manifest_of(tmp_path / "stopped")["compensation"]["refitted"]
     again = resume(tmp_path / "stopped")
     ours, theirs = whole.load().state_dict(), again.load().state_dict()

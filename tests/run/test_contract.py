@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from compressor import compress
+from compressor import run_recipe
 from compressor.core.errors import CompressorError
 from compressor.core.manifest import Manifest, Measurement
 from compressor.latency.local import LocalCpu
@@ -48,7 +48,7 @@ def test_a_device_that_is_too_noisy_for_a_table_is_refused_before_anything_is_wr
     monkeypatch.setattr(LocalCpu, "table", partialmethod(LocalCpu.measured, device=Restless()))
     monkeypatch.setattr(LocalCpu, "time_limit_s", 0.0)  # the fewest networks show it
     with pytest.raises(CompressorError, match=r"too noisy to measure a latency table: .* at most 50% is accepted"):
-        compress(recipe(budgets={"latency": "80%"}, pruning=FINE), out=tmp_path / "run")
+        run_recipe(recipe(budgets={"latency": "80%"}, pruning=FINE), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -64,7 +64,7 @@ def test_a_device_that_differs_or_is_noisy_tightens_the_search_until_it_measures
     OtherDevice(factor, noise, offset * by_table).install(monkeypatch)
     asked = "80%" if offset else f"{0.8 * by_table}ms"
     wanted = recipe(budgets={"latency": asked}, pruning=FINE)
-    result = compress(wanted, out=tmp_path / "run")
+    result = run_recipe(wanted, out=tmp_path / "run")
     rounds = result.manifest["rounds"]
     assert rounds[-1]["kept"]
     assert result.exit_code == 0
@@ -84,7 +84,7 @@ def test_a_share_is_of_the_dense_network_at_the_same_time(
 ) -> None:
     """A machine that others slow down, or no longer do, since its table was made; milliseconds stay what they are."""
     OtherDevice(1.5).install(monkeypatch)
-    manifest = compress(recipe(budgets={"latency": "60%"}, pruning=FINE), out=tmp_path / "run").manifest
+    manifest = run_recipe(recipe(budgets={"latency": "60%"}, pruning=FINE), out=tmp_path / "run").manifest
     (budget,) = manifest["budgets"]
     assert manifest["exit_code"] == 0
     assert budget["dense"] == manifest["latency"]["dense_ms"] == pytest.approx(1.5 * by_table, rel=0.01)
@@ -112,7 +112,7 @@ def test_milliseconds_are_those_of_the_quiet_machine(
 
     monkeypatch.setattr("compressor.latency.local.measured", measured)
     wanted = recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE)
-    manifest = compress(wanted, out=tmp_path / "run").manifest
+    manifest = run_recipe(wanted, out=tmp_path / "run").manifest
     (budget,), latency = manifest["budgets"], manifest["latency"]
     assert (manifest["exit_code"], budget["verdict"]) == (0, "kept")
     assert turns == [0, 1]
@@ -134,7 +134,7 @@ def test_what_cannot_be_told_is_not_searched_again_and_ends_with_4(
         return replace(found, ratio=ratio)
 
     monkeypatch.setattr("compressor.latency.local.measured", wide)
-    result = compress(recipe(budgets={"latency": "60%"}, pruning=FINE), out=tmp_path / "run")
+    result = run_recipe(recipe(budgets={"latency": "60%"}, pruning=FINE), out=tmp_path / "run")
     (budget,) = result.manifest["budgets"]
     assert (result.exit_code, budget["verdict"], budget["kept"]) == (4, "undecided", None)
     assert len(result.manifest["rounds"]) == 2  # before the fine-tuning, and after it
@@ -147,7 +147,7 @@ def test_a_correction_survives_a_stop_once(
 ) -> None:
     OtherDevice(1.0, offset_ms=0.5 * by_table).install(monkeypatch)
     wanted = recipe(budgets={"latency": "80%"}, pruning=FINE)
-    undisturbed = compress(wanted, out=tmp_path / "one").manifest
+    undisturbed = run_recipe(wanted, out=tmp_path / "one").manifest
     said = []
 
     def stop_after_the_refit(text: str) -> None:
@@ -158,7 +158,7 @@ def test_a_correction_survives_a_stop_once(
     with monkeypatch.context() as patched:
         patched.setattr("compressor.run.contract.say", stop_after_the_refit)
         with pytest.raises(KeyboardInterrupt):
-            compress(wanted, out=tmp_path / "two")
+            run_recipe(wanted, out=tmp_path / "two")
     disturbed = resume(tmp_path / "two").manifest
     assert said
     for name in ("rounds", "corrections", "groups", "accuracy"):
@@ -169,7 +169,7 @@ def test_a_device_that_cannot_reach_the_target_ends_with_3_and_everything_writte
     by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     OtherDevice(1.0, offset_ms=50 * by_table).install(monkeypatch)
-    result = compress(
+    result = run_recipe(
         recipe(budgets={"latency": "80%"}, agent="uniform", pruning=FINE),
         out=tmp_path / "run",
     )
@@ -187,7 +187,7 @@ def test_a_budget_that_is_met_already_prunes_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(LocalCpu, "time_limit_s", 0.0)
     monkeypatch.setattr("compressor.latency.assemble.SECONDS_A_NETWORK", 0.04)
-    result = compress(recipe(budgets={"latency": "10s"}), out=tmp_path / "run")
+    result = run_recipe(recipe(budgets={"latency": "10s"}), out=tmp_path / "run")
     assert result.exit_code == 0
     assert all(group["kept"] == group["width"] for group in result.manifest["groups"])
     assert any("nothing was pruned" in note for note in result.manifest["notes"])
@@ -199,7 +199,7 @@ def test_latency_that_is_left_unused_sends_the_search_on(
     OtherDevice(1.0, offset_ms=-0.15 * by_table).install(
         monkeypatch
     )  # slim networks are faster than its table
-    result = compress(recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE), out=tmp_path / "run")
+    result = run_recipe(recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE), out=tmp_path / "run")
     first, *after, probed, last = result.manifest["rounds"]
     assert first["kept"]
     assert first["measured_ms"] < 0.92 * first["target_ms"]
@@ -229,7 +229,7 @@ def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(
 
     monkeypatch.setattr("compressor.latency.local.measured", moody)
     contract = {"repeats": 1, "max_rounds": 3}
-    result = compress(
+    result = run_recipe(
         recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract=contract),
         out=tmp_path / "run",
     )
@@ -312,7 +312,7 @@ def test_a_trained_plan_that_misses_gives_way_to_one_that_does_not(
     wanted = recipe(
         budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract={"repeats": 1, "max_rounds": 3}
     )
-    result = compress(wanted, out=tmp_path / "run")
+    result = run_recipe(wanted, out=tmp_path / "run")
     rounds = result.manifest["rounds"]
     assert [each["kept"] for each in rounds] == [True, True, False, True]
     kept = [group["kept"] for group in result.manifest["groups"]]
@@ -326,7 +326,7 @@ def finished_on_its_table(by_table: float, folder: Path, monkeypatch: pytest.Mon
     """A finished run on a device that is as its table says."""
     OtherDevice(1.0).install(monkeypatch)
     wanted = recipe(budgets={"latency": f"{0.8 * by_table}ms"}, pruning=FINE)
-    return compress(wanted, out=folder / "run").directory
+    return run_recipe(wanted, out=folder / "run").directory
 
 
 def test_a_finished_run_is_not_searched_again(
@@ -357,7 +357,7 @@ def test_a_run_that_ended_with_a_miss_is_not_searched_again(
     wanted = recipe(
         budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, contract={"repeats": 1, "max_rounds": 2}
     )
-    result = compress(wanted, out=tmp_path / "run")
+    result = run_recipe(wanted, out=tmp_path / "run")
     assert result.exit_code == 3
     episodes = (tmp_path / "run/search/episodes.jsonl").read_text()
     again = resume(tmp_path / "run")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from compressor import CompressorError, compress
+from compressor import CompressorError, run_recipe
 from compressor.core.manifest import Epoch
 from compressor.models import create_model
 from compressor.models.weights import FRESH_HEAD
@@ -73,7 +73,7 @@ def test_weights_that_guess_stop_the_run_unless_they_are_accepted(tmp_path: Path
         weights=str(tmp_path / "net.pt"), agent="uniform", epochs=1, budgets={"flops": "60%"}, image_size=16
     )
     with pytest.raises(CompressorError, match="no better than guessing") as caught:
-        compress(wanted, out=tmp_path / "run")
+        run_recipe(wanted, out=tmp_path / "run")
     for word in ("--mean", "data.channel_order", "classes are in another order", "--accept-dense"):
         assert word in caught.value.hint
     accepted = Job.prepare(wanted.changed({"accept_dense": True}).resolved())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from compressor import Recipe, compress, load
+from compressor import Recipe, load, run_recipe
 from compressor.cli.app import app
 from compressor.core.files import sha256_file
 from export.convert import quantize
@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "search": {"max_evaluations": 4, "batch_norm_batches": 2}, "export": {"engine": False},
         "contract": {"repeats": 1},
     }  # fmt: skip
-    assert compress(Recipe.model_validate(recipe), out=folder).exit_code == 0
+    assert run_recipe(Recipe.model_validate(recipe), out=folder).exit_code == 0
     return folder
 
 
@@ -142,7 +142,7 @@ def test_int8_with_halves_within_the_drop(run: Path) -> None:
 
 
 def test_a_drop_on_the_test_split_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.run.onnx_files.scored", lambda path, data: (0.1, 359))
+    monkeypatch.setattr("compressor.run.onnx_files.scored", lambda *_: (0.1, 359))
     made: list[float] = []
     original = quantize.quantize_within
 
@@ -251,7 +251,7 @@ def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": "tests.nets:tiny", "epochs": 1, "budgets": {"latency": "2ms"}, "agent": "uniform",
         "device": BOARD, "search": {"max_evaluations": 2, "batch_norm_batches": 2}, "export": {"engine": False},
     }  # fmt: skip
-    assert compress(Recipe.model_validate(recipe), out=folder).exit_code == 4  # predicted only
+    assert run_recipe(Recipe.model_validate(recipe), out=folder).exit_code == 4  # predicted only
     return folder
 
 

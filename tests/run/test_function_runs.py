@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor import CompressorError, compress, load
+from compressor import CompressorError, load, run_recipe
 from compressor.run.pipeline import resume
 from tests.runs import manifest_of, recipe
 
@@ -44,7 +44,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_noisy_function_is_kept_and_not_asked_again(log: Path, tmp_path: Path) -> None:
     asked = recipe(agent="random", budgets={"functions": ["noisycosts:noisy<=75%"]})
-    result = compress(asked, out=tmp_path / "run")
+    result = run_recipe(asked, out=tmp_path / "run")
     (budget,) = result.manifest["budgets"]
     slim = load(tmp_path / "run", factory=asked.model)
     channels = sum(each.out_channels for each in slim.modules() if hasattr(each, "out_channels"))
@@ -60,13 +60,13 @@ def test_a_noisy_function_is_kept_and_not_asked_again(log: Path, tmp_path: Path)
 
 def test_a_function_that_fails_in_the_middle_and_is_mended(log: Path, tmp_path: Path) -> None:
     asked = recipe(agent="knapsack", budgets={"functions": ["noisycosts:channels<=75%"]})
-    whole = compress(asked, out=tmp_path / "whole")
+    whole = run_recipe(asked, out=tmp_path / "whole")
     calls = len(log.read_text().splitlines())
     log.unlink()
     breaks = log.parent / "breaks"
     breaks.write_text(str(calls - 3))
     with pytest.raises(CompressorError, match="the meter is away") as raised:
-        compress(asked, out=tmp_path / "run")
+        run_recipe(asked, out=tmp_path / "run")
     assert "compress --resume RUN" in raised.value.hint
     assert manifest_of(tmp_path / "run")["status"] != "finished"
     breaks.unlink()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressor import compress
+from compressor import run_recipe
 from compressor.budgets.base import Budget
 from compressor.budgets.costs import ParamsBudget
 from compressor.core.manifest import Budget as BudgetRecord
@@ -27,7 +27,7 @@ def test_a_network_that_saves_multiply_adds_and_no_time_says_so(
 ) -> None:
     dense_ms = Proportional().measure(tag(finished / "checkpoints/dense.onnx"), 1.0).median_ms
     OtherDevice(1.0).install_measuring(monkeypatch, slim_ms=[share * dense_ms])
-    result = compress(recipe(budgets={"flops": "50%"}, agent="uniform"), out=tmp_path / "run")
+    result = run_recipe(recipe(budgets={"flops": "50%"}, agent="uniform"), out=tmp_path / "run")
     assert result.exit_code == 0
     assert any("110% of the dense one's measured time" in note for note in result.manifest["notes"]) == told
     assert ("there was no latency budget" in (tmp_path / "run/report.html").read_text()) == told

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from compressor import compress, load
+from compressor import load, run_recipe
 from compressor.core.files import sha256_file
 from compressor.run.pipeline import resume
 from tests.runs import FAST, IMAGE_SIZE, manifest_of, recipe
@@ -127,7 +127,7 @@ def test_a_finished_run_resumes_to_itself(finished: Path) -> None:
 
 @pytest.mark.parametrize("agent", ["uniform", "random"])
 def test_other_agents_run_the_same_road(tmp_path: Path, agent: str) -> None:
-    result = compress(
+    result = run_recipe(
         recipe(agent=agent, budgets={"flops": "60%"}), out=tmp_path / "run"
     )
     assert result.exit_code == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compressor import Recipe, compress
+from compressor import Recipe, run_recipe
 from compressor.recipe import load_recipe, shipped_recipes
 from compressor.run.contract import Contract
 from compressor.run.folder import RunFolder
@@ -99,7 +99,7 @@ def test_a_shipped_recipe_is_searched(name: str, images: Path, tmp_path: Path) -
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_shipped_recipe_runs(name: str, images: Path, tmp_path: Path) -> None:
     recipe = shortened(name, images)
-    result = compress(recipe, out=tmp_path / "run")
+    result = run_recipe(recipe, out=tmp_path / "run")
     assert result.exit_code == (0 if recipe.device == "local" else 4)  # there it is only predicted
     budget = result.manifest["budgets"][0]
     assert budget["predicted"] <= budget["target"]
@@ -111,6 +111,6 @@ def test_a_shipped_recipe_runs(name: str, images: Path, tmp_path: Path) -> None:
         assert 'class="banner predicted"' in (tmp_path / "run/report.html").read_text(encoding="utf-8")
         assert "model.fp16.onnx" in result.manifest["files"]
         assert any("not measured" in note for note in result.manifest["notes"])
-    slim = result.load()
+    slim = result.model
     dense_params = result.manifest["cost"]["dense"]["params"]
     assert sum(parameter.numel() for parameter in slim.parameters()) < dense_params

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from compressor import CompressorError, compress
+from compressor import CompressorError, run_recipe
 from compressor.core.records import EpisodeLog
 from compressor.run.pipeline import resume
 from tests.runs import manifest_of, recipe
@@ -28,7 +28,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EpisodeLog, "append", fragile)
         with pytest.raises(KeyboardInterrupt):
-            compress(recipe(agent="knapsack", budgets={"params": "50%"}), out=folder)
+            run_recipe(recipe(agent="knapsack", budgets={"params": "50%"}), out=folder)
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from compressor import compress
+from compressor import run_recipe
 from compressor.cli.app import app
 from compressor.core.errors import CompressorError
 from compressor.latency.networks import with_distinct_weights
@@ -31,7 +31,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_measured(
     monkeypatch.setattr("compressor.run.job.latency_table", measured)
     asked = recipe(model="tests.nets:no_onnx", budgets={"latency": "60%"})
     with pytest.raises(CompressorError, match=r"no_onnx cannot be exported, .*opset 17: .*aten::frac"):
-        compress(asked, out=tmp_path / "run")
+        run_recipe(asked, out=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
     words = ["--model", "tests.nets:no_onnx", "--flops", "60%", "--dry-run"]
     result = CliRunner().invoke(app, words)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from compressor.core.trees import tensors_in
 from compressor.pruning.facts import Axes, Call, Labels, positive
 from compressor.pruning.registry import maps_axes, register_rule
 from compressor.pruning.rules.pointwise import elementwise
 from compressor.pruning.trace import Tracer
+from export.convert.trees import tensors_in
 
 Line = list[Labels | None]
 """The labels of each axis of a tensor."""

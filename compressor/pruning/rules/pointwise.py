@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compressor.core.trees import tensors_in
 from compressor.pruning.facts import Call, Labels
 from compressor.pruning.registry import UNKNOWN, maps_axes, register_rule
 from compressor.pruning.trace import Attribute, Tracer
+from export.convert.trees import tensors_in
 
 Line = list[Labels | None]
 """The labels of each axis of a tensor."""

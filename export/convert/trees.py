@@ -32,6 +32,12 @@ def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def rebuilt(value: Any, tensors: list[Any]) -> Any:
+    """Return `value` with its tensors replaced by these, in the order of `tensors_in`."""
+    left = iter(tensors)
+    return mapped(lambda _: next(left), value)
+
+
 def moved(value: Any, device: torch.device | str) -> Any:
     """Return `value` with all tensors in it moved to `device`."""
     return mapped(lambda tensor: tensor.detach().to(device), value)
@@ -44,3 +50,24 @@ def channels_last(value: Any) -> Any:
 
 def _fast(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def names_in(value: Any, first: str, *, plain: str = "input") -> list[str]:
+    """Return a name for each tensor in `value`: its keys and places, or `plain` for a single tensor.
+
+    >>> names_in(({"image": torch.zeros(1)}, torch.zeros(1)), "input")
+    ['input_0_image', 'input_1']
+    """
+    found = [name for name, _ in _named(value, first)]
+    return [plain] if len(found) == 1 else found
+
+
+def _named(value: Any, name: str) -> list[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        return [(name, value)]
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    return [pair for key, item in items for pair in _named(item, f"{name}_{key}")]
