@@ -38,6 +38,7 @@ def _short_bursts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for limit in ("SHORTEST_S", "LONGEST_S"):
             patch.setattr(f"compressor.latency.paired.{limit}", 0.1)
+        patch.setattr("compressor.latency.backends.cpu.WARM_UP_S", 0.05)
         yield
 
 

@@ -212,7 +212,10 @@ class BurstProcess:
             ExportError: ONNX Runtime rejects the network, or the process has died.
         """
         self.once_ms = float(
-            _request(self._child, {"do": "open", "model": str(self.path), "threads": self.threads})
+            _request(
+                self._child,
+                {"do": "open", "model": str(self.path), "threads": self.threads, "warm_up_s": WARM_UP_S},
+            )
         )
 
     def burst(self, dropped: int, counted: int) -> Burst:
@@ -294,7 +297,7 @@ def main() -> None:
     def answer(request: dict[str, Any]) -> Any:
         if request["do"] == "open":
             opened[:] = [OnnxRunner(request["model"], threads=request["threads"])]
-            return opened[0].warm_up(WARM_UP_S)
+            return opened[0].warm_up(request["warm_up_s"])
         if request["do"] == "burst":
             return timed(opened[0], request["dropped"] + request["counted"])[request["dropped"] :].tolist()
         threads = request["threads"]
