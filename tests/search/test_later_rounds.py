@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,10 +83,31 @@ def search(
     return result, env
 
 
+First = Callable[..., SearchResult]
+
+
+@pytest.fixture(scope="module")
+def first_round(tmp_path_factory: pytest.TempPathFactory) -> First:
+    """A search within half of the cost by agent and seed; it is run once, and its folder is copied."""
+    known: dict[tuple[str, int], tuple[SearchResult, Path]] = {}
+
+    def run(name: str, folder: Path, seed: int = 0) -> SearchResult:
+        if (name, seed) not in known:
+            kept = tmp_path_factory.mktemp("first")
+            known[name, seed] = search(name, kept, 0.5, seed=seed)[0], kept
+        result, kept = known[name, seed]
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        return result
+
+    return run
+
+
 @pytest.mark.parametrize("name", SEARCHING)
 @pytest.mark.parametrize("share", [0.495, 0.47, 0.51])
-def test_a_changed_budget_does_not_cost_what_was_known(tmp_path: Path, name: str, share: float) -> None:
-    first, _ = search(name, tmp_path, 0.5)
+def test_a_changed_budget_does_not_cost_what_was_known(
+    first_round: First, tmp_path: Path, name: str, share: float
+) -> None:
+    first = first_round(name, tmp_path)
     second, env = search(name, tmp_path, share)
     old = np.array(list(first.widths.values()))
     scaled = env.score(scaled_widths(env, old / env.bounds.dense)).reward
@@ -95,9 +118,11 @@ def test_a_changed_budget_does_not_cost_what_was_known(tmp_path: Path, name: str
 
 @pytest.mark.parametrize("name", SEARCHING)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_budget_that_widens_again_does_not_either(tmp_path: Path, name: str, seed: int) -> None:
+def test_a_budget_that_widens_again_does_not_either(
+    first_round: First, tmp_path: Path, name: str, seed: int
+) -> None:
     """A miss, and then a plan that kept the budget by too much."""
-    search(name, tmp_path, 0.5, seed=seed)
+    first_round(name, tmp_path, seed)
     second, _ = search(name, tmp_path, 0.47, seed=seed)
     third, env = search(name, tmp_path, 0.475, seed=seed)
     assert env.bounds.feasible(np.array(list(second.widths.values())))[0]
@@ -105,9 +130,11 @@ def test_a_budget_that_widens_again_does_not_either(tmp_path: Path, name: str, s
 
 
 @pytest.mark.parametrize(("name", "unscored"), [*((name, False) for name in SEARCHING), ("joint", True)])
-def test_a_round_without_time_lives_on_what_was_known(tmp_path: Path, name: str, unscored: bool) -> None:
+def test_a_round_without_time_lives_on_what_was_known(
+    first_round: First, tmp_path: Path, name: str, unscored: bool
+) -> None:
     settings: dict[str, Any] = {"rescore": False} if unscored else {}
-    first, _ = search(name, tmp_path, 0.5, settings=settings)
+    first = search(name, tmp_path, 0.5, settings=settings)[0] if unscored else first_round(name, tmp_path)
     late = Limits(max_evaluations=60, max_seconds=1e-6)
     second, env = search(name, tmp_path, 0.47, limits=late, settings=settings)
     scaled = scaled_widths(env, np.array(list(first.widths.values())) / env.bounds.dense)
@@ -118,8 +145,8 @@ def test_a_round_without_time_lives_on_what_was_known(tmp_path: Path, name: str,
 
 
 @pytest.mark.parametrize("name", SEARCHING)
-def test_killed_in_a_later_round_it_ends_the_same(tmp_path: Path, name: str) -> None:
-    search(name, tmp_path, 0.5)
+def test_killed_in_a_later_round_it_ends_the_same(first_round: First, tmp_path: Path, name: str) -> None:
+    first_round(name, tmp_path)
     state = (tmp_path / "agent.pt").read_bytes()
     log = (tmp_path / "episodes.jsonl").read_bytes()
     whole, _ = search(name, tmp_path, 0.47)
