@@ -215,7 +215,9 @@ def test_training_ends_with_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         env = PruningEnv(space, [macs_budget(space, 0.5)], evaluator)
         folder = tmp_path / str(limit)
         folder.mkdir()
-        agent: Any = create_agent("joint", trainer=trainer, schedule=Schedule(2, 3, 4))
+        agent: Any = create_agent(
+            "joint", trainer=trainer, schedule=Schedule(2, 3, 4), settings={"updates_per_episode": 1}
+        )
         result = agent.search(
             env,
             evaluator,
