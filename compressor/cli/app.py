@@ -98,7 +98,8 @@ def compress_command(
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8 or auto.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime on this machine's CPU.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH.")
+        str | None,
+        typer.Option(help="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH, images:PATH."),
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
     mean: Annotated[

@@ -79,7 +79,7 @@ def load_folder(
             f"{path} has no train/ and test/: {len(test)} of its images form the test split."
         )
     kept, held = _divided(train, search_fraction, search_limit, seed, notes)
-    return _bundle(name, classes, (kept, held, test), wanted.image_size, wanted, notes, workers)
+    return bundle(name, classes, (kept, held, test), wanted.image_size, wanted, notes, workers)
 
 
 def load_imagenet(
@@ -112,7 +112,7 @@ def load_imagenet(
         )
     kept, held = _divided(_files(found["train"], classes), search_fraction, search_limit, seed, notes)
     size = wanted.image_size or wanted.usual.size
-    return _bundle(name, classes, (kept, held, _files(found["val"], classes)), size, wanted, notes, workers)
+    return bundle(name, classes, (kept, held, _files(found["val"], classes)), size, wanted, notes, workers)
 
 
 def _class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
@@ -199,7 +199,7 @@ def _divided(
     return stays, out
 
 
-def _bundle(
+def bundle(
     name: str,
     classes: tuple[str, ...],
     parts: tuple[list[ImageFile], list[ImageFile], list[ImageFile]],
@@ -208,6 +208,19 @@ def _bundle(
     notes: list[str],
     workers: int | None,
 ) -> DataBundle:
+    """Return files as a data set: in memory if they fit.
+
+    Args:
+        name, classes: As in `DataBundle`.
+        parts: Files of the train, search and test split.
+        size: Height and width of an input; None for the images' own if they are small and equal, else the usual one.
+        wanted: Preprocessing.
+        notes: Receives sentences about unreadable files.
+        workers: Processes that decode files on disk; None for a number that suits the machine.
+
+    Raises:
+        CompressorError: A split is empty, or too many files are unreadable.
+    """
     if empty := [part for part, files in zip(("train", "search", "test"), parts, strict=True) if not files]:
         raise CompressorError(f"{name} has too few images: its {empty[0]} split is empty.", "Add some.")
     preprocessing = wanted.at(size or _common_size(parts[0]) or wanted.usual.size)

@@ -1,4 +1,4 @@
-"""Load the splits of `--data`: scikit-learn's digits, CIFAR by torchvision, ImageNet and any folder of images."""
+"""Load the splits of `--data`: scikit-learn's digits, CIFAR by torchvision, ImageNet, and any folder of images."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from compressor.core.files import cache_folder
 from compressor.data.augment import Augmentation, augmentation_for
 from compressor.data.folder import load_folder, load_imagenet
 from compressor.data.images import fitted
+from compressor.data.pictures import load_pictures
 from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.data.splits import TEST_SEED, DataBundle, MemorySplit, hold_out
 
-KINDS = ("digits", "cifar10", "cifar100", "folder", "imagenet")
+KINDS = ("digits", "cifar10", "cifar100", "folder", "imagenet", "images")
 SEARCH_LIMIT = 5000
 """Maximum number of images of the search split: its standard error is then below 0.7 % at any accuracy."""
 
@@ -36,7 +37,8 @@ def load_data(
     """Load a data set as disjoint train, search and test splits.
 
     Args:
-        spec: "digits", "cifar10[:PATH]", "cifar100[:PATH]", "folder:PATH" or "imagenet:PATH".
+        spec: "digits", "cifar10[:PATH]", "cifar100[:PATH]", "folder:PATH", "imagenet:PATH", or "images:PATH" for
+            pictures without labels.
         seed: Seed that chooses the search split's images from the training images; the test split is fixed.
         image_size: Height and width in pixels; None for 32 (digits, CIFAR), the weights' usual one (ImageNet) and,
             for a folder, the images' own if they are small and of equal size, else the weights' usual one.
@@ -56,7 +58,7 @@ def load_data(
         raise CompressorError(
             f"There is no data set called {spec!r}.",
             f"{'Did you mean ' + ' or '.join(near) + '? ' if near else ''}"
-            "Choose digits, cifar10[:PATH], cifar100[:PATH], folder:PATH or imagenet:PATH.",
+            "Choose digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH or images:PATH.",
         )
     if not 0 < search_fraction < 1:
         raise CompressorError(f"The search split's share must lie between 0 and 1, got {search_fraction}.")
@@ -75,6 +77,8 @@ def load_data(
     if not path.is_dir():
         what = "is a file" if path.is_file() else "does not exist"
         raise CompressorError(f"The folder of images {path} {what}.", f"Write --data {kind}:PATH.")
+    if kind == "images":
+        return load_pictures(path, spec, seed, wanted, search_limit, workers)
     load = load_folder if kind == "folder" else load_imagenet
     return load(path, spec, seed, wanted, search_fraction, search_limit, workers)
 

@@ -301,7 +301,7 @@ class DataBundle:
 
     Attributes:
         name: Requested name, such as "digits" or "folder:/data/birds".
-        classes: Names of the classes, in the order of the labels.
+        classes: Names of the classes, in the order of the labels; empty without labels, which are then 0.
         input_shape: (channels, height, width) of one image.
         train: Images for training the weights.
         search: Held out from training; scores candidates, and is never reported.
@@ -323,7 +323,8 @@ class DataBundle:
 
     def facts(self) -> dict[str, Any]:
         """What a network's files say about the images that it takes and about its classes; JSON's kinds only."""
-        return {"classes": list(self.classes), "preprocessing": self.preprocessing.to_dict()}
+        classes = {"classes": list(self.classes)} if self.classes else {}
+        return {**classes, "preprocessing": self.preprocessing.to_dict()}
 
     @property
     def preprocessing(self) -> Preprocessing:

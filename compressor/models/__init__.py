@@ -9,6 +9,7 @@ from compressor.models.create import (
     factory_of,
     model_factory,
     published,
+    usual_classes,
 )
 from compressor.models.first_run import input_channels
 from compressor.models.weights import load_weights, read_weights
@@ -23,4 +24,5 @@ __all__ = [
     "model_factory",
     "published",
     "read_weights",
+    "usual_classes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,6 +81,35 @@ def create_model(
         )
     setattr(model, FACTORY_TAG, spec)
     return model.train()
+
+
+def usual_classes(name: str, input_shape: Shape = (3, 32, 32)) -> int:
+    """Return the number of outputs of a network if nobody asks for another: of its library, or its factory's default.
+
+    Args:
+        name, input_shape: As in `create_model`.
+
+    Raises:
+        CompressorError: As `create_model`.
+    """
+    source, inner = resolve(name)
+    if source == "cifar":
+        return 10
+    if source == "timm":
+        from timm.models import get_pretrained_cfg
+
+        found = get_pretrained_cfg(inner)
+        return 1000 if found is None else int(found.num_classes)
+    if source == "torchvision":
+        return 1000
+    what = f"The model {inner[:200]!r}"
+    factory = import_object(inner, what, "package.module:factory")
+    known = inspect.signature(factory).parameters.get("num_classes") if callable(factory) else None
+    if known is not None and isinstance(known.default, int):
+        return known.default
+    model = call_factory(factory, what, 1000)
+    out, _ = run_first(model, name, (input_channels(model, input_shape), *input_shape[1:]))
+    return int(out.shape[1])
 
 
 def _checked_head(model: nn.Module, name: str, head: str, num_classes: int, shape: Shape) -> Makers:

@@ -244,7 +244,7 @@ def fit_state(
     fitting = {key: value for key, value in given.items() if key not in left}
     _check_finite(fitting, origin)
     if fresh:
-        setattr(model, FRESH_HEAD, True)
+        setattr(model, FRESH_HEAD, int(given[min(left)].shape[0]))
     for name, keys in fresh.items():
         say(f"{origin} is for {given[keys[0]].shape[0]} classes: {name} starts fresh with {num_classes}.")
     model.load_state_dict(fitting, strict=False)

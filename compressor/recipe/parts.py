@@ -57,7 +57,9 @@ class Data(Part):
     as published by timm or torchvision, else the usual one for ImageNet."""
 
     source: str = Field(
-        "digits", description="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH or imagenet:PATH."
+        "digits",
+        description="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH; or images:PATH, any tree of "
+        "pictures without labels."
     )
     mean: Numbers | None = Field(
         None, description="Mean of each channel, as in 0.485,0.456,0.406; one number for all channels alike."

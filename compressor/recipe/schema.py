@@ -91,7 +91,7 @@ class Recipe(Part):
 
     @property
     def data_kind(self) -> str:
-        """The data without its path: digits, cifar10, cifar100, folder, imagenet, or python."""
+        """The data without its path: digits, cifar10, cifar100, folder, imagenet, images, or python."""
         return self.data.source.partition(":")[0]
 
     @property
@@ -103,6 +103,11 @@ class Recipe(Part):
     def from_python(self) -> bool:
         """Whether network and data are objects of a Python program, which no file can name."""
         return self.data_kind == PYTHON
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the data that the recipe names has labels."""
+        return self.data_kind != "images"
 
     @property
     def label(self) -> str:
@@ -126,6 +131,8 @@ class Recipe(Part):
         weights = self.weights if pretrained else "none"
         digits = self.data_kind == "digits"
         share = self.search.epochs_share
+        if not self.labelled and share is None:
+            share = 0.0
         if share is None:
             share = 0.6 if not pretrained else 1 / 3 if self.agent == "joint" else 0.0
         precision = self.precision
@@ -161,7 +168,7 @@ class Recipe(Part):
     def _measure(self) -> str:
         """Return what scores candidates; what a Python program gives stays automatic."""
         if self.search.measure == "auto" and not self.from_python:
-            return "accuracy"
+            return "accuracy" if self.labelled else "closeness"
         return self.search.measure
 
     def _context_size(self) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressor.core.manifest import ExplainedLine, Manifest
-from compressor.core.metrics import PYTHON, SCORE
+from compressor.core.metrics import AGREEMENT, PYTHON, SCORE
 from compressor.report.formats import (
     ABSENT,
     count,
@@ -266,4 +266,6 @@ def source(manifest: Manifest) -> str:
         return "data and network given in Python"
     if not manifest.data:
         return "trained and tested on data not recorded"
+    if manifest.accuracy.metric == AGREEMENT:
+        return f"compared with the dense network on {manifest.data}, without labels"
     return f"trained and tested on {manifest.data}"

@@ -12,10 +12,11 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import replacing
 from compressor.core.manifest import Export, Parity
 from compressor.core.records import RECIPE
+from compressor.models.names import allowed_factory
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
-from compressor.run.load import load_images, refuse_python
+from compressor.run.load import load, load_images, refuse_python
 from compressor.run.onnx_files import (
     COMPARED_IMAGES,
     MODEL,
@@ -86,6 +87,7 @@ class Finished:
         refuse_python(self.recipe)
         self._task: Classification | None = None
         self._model: nn.Module | None = None
+        self._goals: Any = None
 
     @classmethod
     def open(cls, folder: Path, factory: str | None = None) -> Finished:
@@ -114,14 +116,23 @@ class Finished:
         return self._task
 
     @property
+    def goals(self) -> Any:
+        """What scores compare with: the dense network's answers if there are no labels."""
+        if self.task.labelled:
+            return None
+        if self._goals is None:
+            allowed_factory(self.recipe.model, self._factory, self.run.path)
+            self._goals = self.task.test_goals(load(self.recipe).model, "cpu")
+        return self._goals
+
+    @property
     def model(self) -> nn.Module:
         """The saved slim network."""
-        from compressor.models.names import allowed_factory
-        from compressor.pruning.artefact import load
+        from compressor.pruning.artefact import load as load_network
 
         if self._model is None:
             factory = allowed_factory(self.recipe.model, self._factory, self.run.path)
-            self._model = load(self.run.path, factory=factory)
+            self._model = load_network(self.run.path, factory=factory)
         return self._model
 
     def metadata(self) -> dict[str, Any]:
@@ -150,6 +161,7 @@ class Finished:
                 self.model,
                 request.precision,
                 request.max_drop,
+                goals=self.goals,
                 method=request.method,
                 rest=request.rest or ("fp32" if runtime.startswith(CPU) else "fp16"),
                 source=None if fp32 == self.run.file(MODEL) else fp32,
@@ -191,7 +203,7 @@ class Finished:
                 batches=request.batch.tried,
             )
             parity = check_parity(self.model, trial, self.images(), tolerance=self.recipe.export.tolerance)
-            accuracy, images = scored(trial, self.task, self.model)
+            accuracy, images = scored(trial, self.task, self.model, self.goals)
         entry = Export(
             file=path.name,
             bytes=info.size,

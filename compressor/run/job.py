@@ -158,13 +158,15 @@ class Job:
         provider_of(recipe).check(recipe.precision)
         check_workers(recipe.search.workers, recipe.search.brief_iterations)
         _check_epochs(recipe)
+        _check_unlabelled(recipe)
         agent_class(recipe.agent)  # refuses an unknown one
         counters = find_counters(recipe.device) if recipe.budgets.energy else None
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded = loader(recipe)
         recipe, model, example = loaded.recipe, loaded.model, loaded.task.example
         notes += loaded.notes
-        teacher = copy.deepcopy(model).eval() if recipe.weights != "none" else None
+        given = recipe.weights != "none" or not loaded.task.labelled
+        teacher = copy.deepcopy(model).eval() if given else None
         space = trace(recipe, model, example)
         dense_file = DenseFile(dense, recipe, model, example)
         if recipe.pruning.granularity == "measured":
@@ -269,6 +271,26 @@ def _check_epochs(recipe: Recipe) -> None:
             f"With 0 epochs nothing is trained, and {recipe.model} has no weights.",
             "Give a state dict with --weights FILE, or --epochs 1 or more.",
         )
+
+
+def _check_unlabelled(recipe: Recipe) -> None:
+    """Refuse what needs labels if the recipe's data has none."""
+    if recipe.labelled:
+        return
+    if not recipe.pretrained and not recipe.own_network:
+        raise CompressorError(
+            f"{recipe.data.source} has no labels, and {recipe.model} has no trained weights to learn from.",
+            "Give a state dict with --weights FILE.",
+        )
+    training = recipe.training.distill_weight == 0 and recipe.epochs
+    for name, value in (
+        ("search.measure: accuracy", recipe.search.measure == "accuracy"),
+        ("search.epochs_share", recipe.search.epochs_share),
+        ("search.brief_iterations", recipe.search.brief_iterations),
+        ("training.distill_weight: 0", training),
+    ):
+        if value:
+            raise CompressorError(f"{name} needs labels, and {recipe.data.source} has none.", "Leave it out.")
 
 
 def _check_importance(recipe: Recipe, task: Task) -> None:

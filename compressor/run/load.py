@@ -55,18 +55,14 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
     Raises:
         CompressorError: A part is not available, or the network takes images with another number of channels.
     """
-    import torch
 
-    from compressor.models import create_model, factory_of, input_channels
+    from compressor.models import factory_of, input_channels
     from compressor.training.classification import Classification
 
     refuse_python(recipe)
     data = load_images(recipe)
-    torch.manual_seed(recipe.seed)
     said: list[str] = []
-    model = create_model(
-        recipe.model, data.num_classes, weights or recipe.weights, data.input_shape, said.append
-    )
+    model = _created(recipe, data, weights or recipe.weights, said)
     for sentence in said:
         say(sentence)
     channels = input_channels(model, data.input_shape)
@@ -90,6 +86,25 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
         notes,
         described(completed, data.preprocessing),
     )
+
+
+def _created(recipe: Recipe, data: DataBundle, weights: str, said: list[str]) -> nn.Module:
+    """Create a recipe's network for the classes of its data; without labels, for those of its weights."""
+    import torch
+
+    from compressor.models import create_model, usual_classes
+    from compressor.models.weights import FRESH_HEAD
+
+    classes = data.num_classes or usual_classes(recipe.model, data.input_shape)
+    for _ in range(2):
+        torch.manual_seed(recipe.seed)
+        model = create_model(recipe.model, classes, weights, data.input_shape, said.append)
+        others = getattr(model, FRESH_HEAD, 0)
+        if data.num_classes or not others:
+            break
+        classes = int(others)
+        said.clear()
+    return model
 
 
 def refuse_python(recipe: Recipe) -> None:

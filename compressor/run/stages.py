@@ -19,7 +19,7 @@ from compressor.core.manifest import (
     Search,
     Skipped,
 )
-from compressor.core.metrics import ACCURACY
+from compressor.core.metrics import ACCURACY, AGREEMENT
 from compressor.core.progress import bar, say
 from compressor.core.versions import machine, versions
 from compressor.run.compensation import network_before_finetuning, own_statistics
@@ -88,7 +88,8 @@ def begin(run: RunFolder, job: Job) -> None:
         answers = job.task.answers(job.teacher, job.torch_device)
         dense = job.tested(job.teacher) if answers is None else share_right(*answers)
         run.note_accuracy(dense=dense, dense_note="The dense network has its given weights.")
-        say(f"The dense network's {job.metric} is {metric.text(dense)}.")
+        if metric.name != AGREEMENT:
+            say(f"The dense network's {job.metric} is {metric.text(dense)}.")
         if job.trained and answers is not None and (note := check_dense(job, *answers, str(run.path))):
             run.note(note)
 

@@ -1,4 +1,8 @@
-"""The task of classifying images: top-1 accuracy, cross-entropy, and distillation of the classes' scores."""
+"""The task of classifying images: top-1 accuracy, cross-entropy, and distillation of the classes' scores.
+
+Without labels the dense network's answers take their place: networks are scored by their agreement with them, and are
+trained by distillation alone.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compressor.core.metrics import AGREEMENT, Metric
 from compressor.data import DataBundle, Preprocessing, Split
 from compressor.training.losses import distillation_loss
 from compressor.training.scoring import accuracy, closeness, log_probabilities, predictions
@@ -29,6 +34,7 @@ class Classification(Task):
         measure: What candidates are scored by: "accuracy", or "closeness" to the dense network's outputs, for which
             labels are not used.
         facts: Classes and preprocessing, for the network's files.
+        labelled: Whether the labels mean anything.
     """
 
     train: Split | None
@@ -45,9 +51,11 @@ class Classification(Task):
         *,
         measure: str = "accuracy",
         facts: dict[str, Any] | None = None,
+        labelled: bool = True,
     ) -> None:
         self.train, self.search, self.test, self.calibration = train, search, test, train
-        self.measure = measure
+        self.measure, self.labelled = measure, labelled
+        self.metric = Metric() if labelled else Metric(AGREEMENT)
         self._facts = facts or {}
         self.classes = len(self._facts.get("classes", ()))
 
@@ -64,7 +72,7 @@ class Classification(Task):
     @classmethod
     def of(cls, data: DataBundle, measure: str = "accuracy") -> Classification:
         """Return the task of a data set."""
-        return cls(data.train, data.search, data.test, measure=measure, facts=data.facts())
+        return cls(data.train, data.search, data.test, measure=measure, facts=data.facts(), labelled=bool(data.classes))
 
     def losses(
         self,
@@ -80,18 +88,21 @@ class Classification(Task):
         with precision():
             logits = model(images)
         logits = logits.float()
-        loss = functional.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+        loss = None
+        if self.labelled:
+            loss = functional.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
         distilled = None
         if teacher is not None:
             with torch.no_grad(), precision():
                 answers = teacher(images)
             distilled = distillation_loss(logits, answers.float(), settings.temperature)
-        return Losses(loss, distilled, len(labels), (logits.argmax(dim=1) == labels).sum())
-
-    def reconstruction(self, device: str | torch.device, seed: int) -> Any:
-        return self.gradients(device, seed)
+        right = (logits.argmax(dim=1) == labels).sum() if self.labelled else None
+        return Losses(loss, distilled, len(labels), right)
 
     def gradients(self, device: str | torch.device, seed: int) -> Any:
+        return self.reconstruction(device, seed) if self.labelled else None
+
+    def reconstruction(self, device: str | torch.device, seed: int) -> Any:
         assert self.train is not None
         stream = self.train.batches(128, shuffle_seed=seed, device=device)
         return [batch for _, batch in zip(range(2), stream, strict=False)]
@@ -119,15 +130,21 @@ class Classification(Task):
             return accuracy(model, feed, device=device, batch_size=batch_size, floor=floor)
         return closeness(model, feed, goals, device=device, batch_size=batch_size, floor=floor)
 
+    def test_goals(self, dense: nn.Module, device: str | torch.device) -> torch.Tensor | None:
+        assert self.test is not None
+        return None if self.labelled else predictions(dense, self.test, device=device)[0]
+
     def test_score(self, model: nn.Module, goals: Any, device: str | torch.device) -> float:
         assert self.test is not None
-        return accuracy(model, self.test, device=device)
+        if self.labelled:
+            return accuracy(model, self.test, device=device)
+        return float((predictions(model, self.test, device=device)[0] == goals).double().mean())
 
     def answers(
         self, model: nn.Module, device: str | torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         assert self.test is not None
-        return predictions(model, self.test, device=device)
+        return None if not self.labelled else predictions(model, self.test, device=device)
 
     def file_score(
         self, path: Path, network: nn.Module, goals: Any, advance: Callable[[int], None]
@@ -138,8 +155,11 @@ class Classification(Task):
         assert split is not None
 
         def batches() -> Iterator[tuple[Any, Any]]:
+            seen = 0
             for x, y in split.batches(256, device="cpu"):
-                yield x.numpy(), y.numpy()
+                labels = y if self.labelled else goals[seen : seen + len(y)]
+                yield x.numpy(), labels.numpy()
+                seen += len(y)
                 advance(len(y))
 
         return accuracy_onnx(path, batches(), threads=torch.get_num_threads())
@@ -148,12 +168,18 @@ class Classification(Task):
         from export.convert.ort import accuracy_onnx
 
         assert self.search is not None
-        batches = [(x.numpy(), y.numpy()) for x, y in self.search.sample(number, seed).batches(256)]
+        sample = self.search.sample(number, seed)
+        batches = [(x.numpy(), y.numpy()) for x, y in sample.batches(256)]
+        if not self.labelled:  # what the file loses is measured against the network that it was exported from
+            answers = torch.split(predictions(network, sample)[0], 256)
+            batches = [(x, y.numpy()) for (x, _), y in zip(batches, answers, strict=True)]
         threads = torch.get_num_threads()
         return lambda file: accuracy_onnx(file, batches, threads=threads)
 
     def spread(self, number: int, seed: int) -> dict[str, int]:
         assert self.calibration is not None
+        if not self.labelled:
+            return {}
         labels = self.calibration.sample(number, seed).labels
         return dict(zip(self._facts["classes"], labels.bincount(minlength=self.classes).tolist(), strict=True))
 
