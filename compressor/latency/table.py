@@ -183,6 +183,14 @@ class LatencyTable:
             return network.dense_ms
         return float(self.curve(space)(np.asarray(space.dense_widths)[None])[0])
 
+    def fitted_dense_ms(self, space: PruningSpace) -> float:
+        """Return the dense network's milliseconds by the curve, without refits: the whole of predicted shares.
+
+        The curve errs alike for dense and slim networks, while the dense network's own time is one measurement, which
+        may have met a busy machine.
+        """
+        return float(self.curve(space)(np.asarray(space.dense_widths)[None])[0]) / self.fields.raised
+
     def curve(self, space: PruningSpace) -> LatencyCurve:
         """Return the latency of all candidates of `space` as a function of their widths.
 

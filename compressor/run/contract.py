@@ -131,24 +131,24 @@ class Contract:
         """Return the slim network's time as a share of the dense one's, predicted by the table."""
         table, space = self._job.table, self._job.space
         assert table is not None
-        return table.predict(space, plan) / table.dense_ms(space)
+        return table.predict(space, plan) / table.fitted_dense_ms(space)
 
     def search_budgets(self) -> list[Budget]:
         """Return the budgets of the search: the run's targets, with the margin subtracted from the latency."""
         job = self._job
         targets = {entry.name: entry.target for entry in self._run.manifest.budgets}
-        share = self.searched_share()
-        if share is not None and job.table is not None:
-            targets["latency"] = share * job.table.dense_ms(job.space)  # in milliseconds of the table
-        aims = {**targets}
-        if "latency" in aims:
-            aims["latency"] *= 1 - self._margin()
         budgets: list[Any] = list(job.budgets())  # frozen dataclasses, which their abstract base does not declare
+        dense = {budget.name: budget.dense for budget in budgets}
+        share = self.searched_share()
+        if share is not None and job.table is not None:  # in milliseconds of the table
+            dense["latency"] = job.table.fitted_dense_ms(job.space)
+            targets["latency"] = share * dense["latency"]
+        margins = {"latency": self._margin()}
         return [
-            budget
-            if budget.dense <= targets[budget.name]
-            else dataclasses.replace(budget, target=aims[budget.name])
+            dataclasses.replace(budget, target=target if met else target * (1 - margins.get(budget.name, 0.0)))
             for budget in budgets
+            for target in (targets[budget.name],)
+            for met in (dense[budget.name] <= target,)
         ]
 
     def combined(self, plan: ChannelPlan, ratio: Ratio) -> Ratio:
@@ -300,7 +300,7 @@ class Contract:
         assert table is not None
         if not rounds:
             return []
-        predicted = table.curve(space)(np.asarray([each.widths for each in rounds])) / table.dense_ms(space)
+        predicted = table.curve(space)(np.asarray([each.widths for each in rounds])) / table.fitted_dense_ms(space)
         return [(float(share), each.ratio) for share, each in zip(predicted, rounds, strict=True)]
 
     def _widths(self, plan: ChannelPlan) -> list[int]:

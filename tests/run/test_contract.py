@@ -18,6 +18,7 @@ from compressor.core.manifest import Manifest, Measurement
 from compressor.latency.local import LocalCpu
 from compressor.latency.networks import tag
 from compressor.latency.paired import Timing
+from compressor.latency.table import LatencyTable
 from compressor.pruning.plan import ChannelPlan
 from compressor.run.contract import Contract, correction_at
 from compressor.run.pipeline import resume
@@ -285,6 +286,20 @@ def test_of_the_plans_that_keep_the_target_the_closest_is_taken(
     contract, plans = measured_plans(tmp_path, shares)
     last = ChannelPlan({"conv": tuple(range(99))})
     assert contract.best_plan(last) == {**plans, 99: last}[taken]
+
+
+def test_a_dense_network_that_met_a_busy_machine_does_not_shift_the_shares(
+    by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own time in the table is 30 % too high. Shares of it would let a plan of 78 % pass for one of 60 %."""
+    OtherDevice(1.0).install(monkeypatch)
+    install = LatencyTable.dense_ms
+    monkeypatch.setattr(LatencyTable, "dense_ms", lambda table, space: 1.3 * install(table, space))
+    manifest = run_recipe(recipe(budgets={"latency": "60%"}, pruning=FINE), out=tmp_path / "run").manifest
+    first = manifest["rounds"][0]
+    assert first["predicted_ratio"] == pytest.approx(first["ratio"], rel=0.02)
+    assert len(manifest["rounds"]) == 2
+    assert manifest["exit_code"] == 0
 
 
 def test_plans_on_both_sides_of_the_aim_are_interpolated() -> None:
