@@ -19,6 +19,10 @@ SEARCH_RATES = {True: 0.01, False: 0.05}
 
 FINETUNE_RATE = 0.02
 
+OWN_RATES = {True: 0.002, False: 0.01}
+"""The same for a loss of the user's own, whose scale is not known; by whether the weights are given. The first is also
+fine-tuning's."""
+
 CONTEXT_SIZE = 128
 """State size of the joint agent's environment model, as published."""
 
@@ -130,6 +134,8 @@ class Recipe(Part):
         pretrained = self.pretrained
         weights = self.weights if pretrained else "none"
         digits = self.data_kind == "digits"
+        rates = OWN_RATES if self.from_python else SEARCH_RATES
+        finetune_rate = OWN_RATES[True] if self.from_python else FINETUNE_RATE
         share = self.search.epochs_share
         if not self.labelled and share is None:
             share = 0.0
@@ -159,8 +165,8 @@ class Recipe(Part):
                     "mixed_precision": _own_precision()
                     if self.training.mixed_precision == "auto"
                     else self.training.mixed_precision,
-                    "learning_rate": self.training.learning_rate or SEARCH_RATES[pretrained],
-                    "finetune_learning_rate": self.training.finetune_learning_rate or FINETUNE_RATE,
+                    "learning_rate": self.training.learning_rate or rates[pretrained],
+                    "finetune_learning_rate": self.training.finetune_learning_rate or finetune_rate,
                 },
             }
         )

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from compressor.training.loop import BriefTraining, Trainer
     from compressor.training.settings import TrainSettings
 
+OWN_CLIP = 1.0
+"""Maximum norm of the gradients of a loss of the user's own, whose scale is not known."""
+
 PLAN = "search/plan.json"
 TABLE = "latency_table.json"
 
@@ -423,6 +426,7 @@ def train_settings(job: Job, rate: float | None = None) -> TrainSettings:
         weight_decay=training.weight_decay,
         schedule=training.schedule,
         ema_decay=training.ema_decay,
+        grad_clip=OWN_CLIP if job.recipe.from_python else 0.0,
         mixed_precision="no" if training.mixed_precision == "auto" else training.mixed_precision,
     )
 

@@ -189,7 +189,8 @@ class Trainer:
                 f"The training loss became NaN or infinite in epoch {self.epoch + 1} of {self.epochs}, "
                 f"at a learning rate of {rate:g} (highest: {self.settings.learning_rate:g}).",
                 "The checkpoint from before this epoch is intact. Continue from it at a lower rate: compress --resume "
-                f"RUN --set {self._rate_field}={self.settings.learning_rate / 5:g}",
+                f"RUN --set {self._rate_field}={self.settings.learning_rate / 5:g} (from Python: resume=True and that "
+                "field).",
             )
 
     def _agree(self) -> None:
