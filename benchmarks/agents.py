@@ -6,8 +6,8 @@
 
 Each agent searches on the same pretrained weights, which stay as they are, with the same number of evaluations
 (uniform pruning needs one; what a search really used is in the column "evaluations"); the slim network is then
-fine-tuned for the same epochs. With the same seed all agents score on the same images. Candidates are compensated from
-moments, and the slim network layer by layer, unless `--compensate off`; `--epochs 0` compares what is delivered without
+fine-tuned for the same epochs. With the same seed all agents score on the same images. Candidates are compensated by
+quick fits, and the slim network thoroughly, unless `--compensate off`; `--epochs 0` compares what is delivered without
 training. `--brief 8` trains each candidate for 8 steps before it is scored. Test accuracy is on images that neither
 training nor the search has seen.
 Every cell is kept as a file, a search that was stopped goes on where it stood, several of these commands may run side

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -14,10 +15,11 @@ from compressor.core.errors import CompressorError
 from compressor.models.computed import evaluated
 from compressor.pruning.counts import Layer
 from compressor.pruning.least_squares import COARSE, STRENGTHS
+from compressor.pruning.moves import moved_back
 from compressor.pruning.plan import ChannelPlan
-from compressor.pruning.replay import Recording, outputs
-from compressor.pruning.sites import Geometry, Site
-from compressor.pruning.skeleton import copy_structure, walk
+from compressor.pruning.replay import Recording, State, outputs
+from compressor.pruning.sites import Geometry, Site, find_sites, shortcuts_first
+from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 from compressor.pruning.slicer import Slicer, swap
 from export.convert.trees import channels_last
 
@@ -26,7 +28,9 @@ CHUNK = 32
 CHOOSE, JUDGE = 0.25, 0.125
 """Shares of the images that choose between fits, and that judge the network that comes out. Fits have the others."""
 MEMORY = 4 * 2**30
-"""Bytes of activations that are held at most; of more images only the first of a random order are used."""
+"""Bytes of activations that are held at once, at most; of more images only the first of a random order are used."""
+GOAL_BYTES = 2**30
+"""Bytes of the dense network's goals that are kept for the next plans, at most; else they are computed again."""
 SAMPLE_BYTES = 256 * 2**20
 """Bytes of the inputs of these positions, at most."""
 
@@ -74,8 +78,6 @@ class Space(Protocol):
 
     def widths(self, x: Any) -> Any: ...
 
-    def activations(self, widths: Any) -> Any: ...
-
     def indices(self, plan: ChannelPlan) -> dict[str, dict[int, Tensor]]: ...
 
 
@@ -100,7 +102,6 @@ class Images:
         space: Space,
         batches: Iterable[Any],
         seed: int,
-        plan: ChannelPlan | None = None,
         effort: Effort = THOROUGH,
     ) -> Images:
         """Collect inputs, within the memory that activations may take."""
@@ -115,8 +116,8 @@ class Images:
             )
         parameter = next(space.model.parameters())
         order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
-        plans = [space.dense()] if plan is None else [space.dense(), plan]
-        each = sum(space.activations(space.widths(each.widths)) for each in plans) * parameter.element_size()
+        one = [each[:1] if isinstance(each, Tensor) else each for each in rows[0]]
+        each = 2 * Recording(dense_copy(space), one).most_elements() * parameter.element_size()  # of both networks
         order = order[: max(3, min(images, MEMORY // max(1, each)))]
         size = max(1, min(CHUNK, len(order) // 8))
         whole = [
@@ -166,6 +167,69 @@ class Images:
             return None
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + site.number * 1_009 + index)
         return torch.randperm(positions, generator=random)[:each].sort().values.to(x.device)
+
+
+class Reference:
+    """The dense network and the calibration images: what the compensations of all plans share.
+
+    Args:
+        space: The space; its network's present weights are used.
+        batches, seed: As for `compensate`.
+        effort: How thoroughly layers are fitted.
+
+    Attributes:
+        images: The images, with their roles.
+        recording: The network's calls; each shortcut is computed before the last layer of its branch.
+        names: Names of the calls in the order of the forward pass.
+        order: Numbers in that order of the calls of `recording`.
+        sites, left: Layers that can be refitted, and others, as `find_sites` returns them.
+    """
+
+    def __init__(self, space: Space, batches: Iterable[Any], *, seed: int = 0, effort: Effort = THOROUGH) -> None:
+        self.space = space
+        with torch.no_grad():
+            self.images = Images.of(space, batches, seed, effort)
+            self._network = dense_copy(space)
+            self.tensors = named_tensors(self._network)
+            self.recording = recorded(self._network, self.images)
+            self.names = [call.name for call in self.recording.calls]
+            self.order = shortcuts_first(self.recording)
+            self.sites, self.left = find_sites(self.recording)
+
+    @cached_property
+    def choosing(self) -> list[list[Tensor]]:
+        """Outputs for the images that choose."""
+        return self.images.outputs(self._network, self.images.choose)
+
+    @cached_property
+    def judging(self) -> list[list[Tensor]]:
+        """Outputs for the images that judge."""
+        return self.images.outputs(self._network, self.images.judge)
+
+    @cached_property
+    def goals(self) -> dict[tuple[int, int], Tensor] | None:
+        """Goal of each layer by chunk and number of the site, of all channels; None if they take too much memory."""
+        chunks = range(self.images.judge.start)
+        numbers = sum(math.prod(self.recording.calls[site.number].shapes[0]) for site in self.sites)
+        if len(chunks) * numbers * next(self._network.parameters()).element_size() > GOAL_BYTES:
+            return None
+        found: dict[tuple[int, int], Tensor] = {}
+        ends: dict[int, list[Site]] = {}
+        for site in self.sites:
+            ends.setdefault(site.end, []).append(site)
+
+        def keep(index: int, number: int, state: State) -> None:
+            for site in ends.get(number, ()):
+                found[index, site.number] = self.goal(site, state)
+
+        for index in chunks:
+            self.recording.finish(self.recording.start(self.images.chunks[index]), partial(keep, index))
+        return found
+
+    def goal(self, site: Site, state: State) -> Tensor:
+        """Return what a layer is fitted to, from a replay that has just run the call at the layer's end."""
+        value = state.values[self.recording.calls[site.end].outs[0]]
+        return moved_back(self.recording, site.path, value, self.recording.calls[site.number].shapes[0]).clone()
 
 
 def recorded(network: nn.Module, images: Images) -> Recording:

@@ -15,24 +15,26 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.models.computed import evaluated
-from compressor.pruning.calibration import QUICK, THOROUGH, Images, Space, dense_copy, recorded
+from compressor.pruning.calibration import QUICK, THOROUGH, Reference, Space, recorded
 from compressor.pruning.least_squares import LARGEST, Fit, Regression, Samples
 from compressor.pruning.moments import DenseMoments
 from compressor.pruning.moves import moved_back
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.refit import TOO_LARGE, Refit, along
 from compressor.pruning.replay import State, counterpart
-from compressor.pruning.sites import Site, find_sites, shortcuts_first
+from compressor.pruning.sites import Site
 from compressor.pruning.skeleton import named_tensors
-from compressor.pruning.verdict import Compensation, Exact, judged
+from compressor.pruning.verdict import Compensation, judged
 
 METHODS = ("layers", "quick", "moments")
+EFFORTS = {"layers": THOROUGH, "quick": QUICK}
+"""How thoroughly the methods fit that run the slim network."""
 
 
 def compensate(
     space: Space,
     plan: ChannelPlan,
-    batches: Iterable[Any] | DenseMoments,
+    batches: Iterable[Any] | Reference | DenseMoments,
     method: str = "layers",
     *,
     seed: int = 0,
@@ -44,8 +46,8 @@ def compensate(
 
     Args:
         plan: A plan of the space.
-        batches: Inputs: tensors, or tuples that begin with the network's inputs (labels are ignored). For "moments"
-            also `DenseMoments`, which several plans can share.
+        batches: Inputs: tensors, or tuples that begin with the network's inputs (labels are ignored). Several plans can
+            share a `Reference`, which has the method's effort, or for "moments" `DenseMoments`.
         method: "layers" fits each layer to what the slim network feeds it, in order of execution. "quick" does so with
             fewer positions, strengths and steps. "moments" solves from second moments of the dense network's inputs,
             without running the slim network.
@@ -57,35 +59,36 @@ def compensate(
     if method not in METHODS:
         raise CompressorError(f"There is no method '{method}' of compensation.", f"Choose one of {', '.join(METHODS)}.")
     with torch.no_grad():
-        if method == "moments":
-            moments = batches if isinstance(batches, DenseMoments) else DenseMoments(space, batches, seed=seed)
-            return moments.judged(plan)
         if isinstance(batches, DenseMoments):
-            raise CompressorError("Moments do not hold the images.", "Pass batches, or method='moments'.")
-        effort = QUICK if method == "quick" else THOROUGH
-        return _Walk(space, plan, Images.of(space, batches, seed, plan, effort)).run()
+            if method != "moments":
+                raise CompressorError("Moments do not hold the images.", "Pass batches, or method='moments'.")
+            return batches.judged(plan)
+        if isinstance(batches, Reference):
+            return _Walk(batches, plan).run()
+        if method == "moments":
+            return DenseMoments(space, batches, seed=seed).judged(plan)
+        return _Walk(Reference(space, batches, seed=seed, effort=EFFORTS[method]), plan).run()
 
 
 class _Walk:
     """Runs both networks side by side on all chunks, and refits each layer of the slim one before it runs."""
 
-    def __init__(self, space: Space, plan: ChannelPlan, images: Images) -> None:
-        self.space, self.plan, self.images = space, plan, images
+    def __init__(self, reference: Reference, plan: ChannelPlan) -> None:
+        self.reference, self.plan, self.images = reference, plan, reference.images
+        space, images, self.dense = reference.space, reference.images, reference.recording
         self.small = space.apply(plan)
-        self._network = dense_copy(space)
-        self.dense = recorded(self._network, images)
         with evaluated(self.small):
             self.slim = recorded(self.small, images)
-        if [call.name for call in self.dense.calls] != [call.name for call in self.slim.calls]:
+        if [call.name for call in self.slim.calls] != reference.names:
             raise CompressorError(
                 "The slim network runs other operations than the dense one and cannot be compensated.",
                 "Use the network that `apply` returns.",
             )
-        self.slim.order(shortcuts_first(self.dense))
+        self.slim.order(reference.order)
         self.states = [
             (self.dense.start(chunk), self.slim.start(chunk)) for chunk in images.chunks[: images.judge.start]
         ]
-        sites, self.left = find_sites(self.dense)
+        sites, self.left = reference.sites, dict(reference.left)
         dense, slim, kept = named_tensors(space.model), named_tensors(self.small), space.indices(plan)
         layers = {
             site.number: Refit(space, site, dense, slim, kept.get(site.weight, {})) for site in sites
@@ -117,10 +120,7 @@ class _Walk:
             found = refit(site, self.layers[site.number])
             if found is not None:
                 self.refitted[site.layer] = found.error / max(found.before, 1e-300)
-        exact = Exact.of(self.images, self._network)
-        return judged(
-            self.space, self.plan, self.small, self.sites, self.refitted, self.left, exact, self.images
-        )
+        return judged(self.reference, self.plan, self.small, self.refitted, self.left)
 
     def _refit(self, site: Site, layer: Refit) -> Fit | None:
         seen, left_out = Samples(), Samples()
@@ -182,10 +182,11 @@ class _Walk:
 
     def _advance(self, site: Site, layer: Refit, index: int) -> tuple[Tensor, Tensor]:
         """Run both networks up to a layer; returns the goal, and what is added to the layer's scaled product."""
-        dense, slim = self.states[index]
-        self.dense.advance(dense, site.end + 1, partial(self._catch, index))
+        slim = self.states[index][1]
         self.slim.advance(slim, site.number)
-        goal = self.goals.pop((index, site.end))
+        goal = self._goal(site, index)
+        if layer.kept_out is not None:
+            goal = goal.index_select(site.axis, layer.kept_out.to(goal.device))
         offset = along(layer.shift, goal, site.axis)
         if site.shortcut is None:
             return goal, offset
@@ -196,14 +197,16 @@ class _Walk:
         """Return the number in the slim network of a value that a call of the dense one reads."""
         return counterpart(self.dense.calls[number], self.slim.calls[number], value)
 
+    def _goal(self, site: Site, index: int) -> Tensor:
+        """Return the dense network's outputs that a layer is fitted to, of all its channels."""
+        if self.reference.goals is not None and not self.large:
+            return self.reference.goals[index, site.number]
+        self.dense.advance(self.states[index][0], site.end + 1, partial(self._catch, index))
+        return self.goals.pop((index, site.number))
+
     def _catch(self, index: int, number: int, state: State) -> None:
         """Keep the dense network's outputs that the slim one's are fitted to."""
         for site in self.ends.get(number, ()):
-            value = state.values[self.dense.calls[number].outs[0]]
-            value = moved_back(self.dense, site.path, value, self.dense.calls[site.number].shapes[0])
-            kept = self.layers[site.number].kept_out
-            self.goals[index, number] = (
-                value.clone() if kept is None else value.index_select(site.axis, kept.to(value.device))
-            )
+            self.goals[index, site.number] = self.reference.goal(site, state)
         if (large := self.large.get(number)) is not None:
             self.inputs[index, number] = state.values[large.source].clone()

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor.pruning.calibration import Images, Space, dense_copy, recorded
+from compressor.pruning.calibration import Reference, Space
 from compressor.pruning.least_squares import LARGEST, Gram, Moments
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.refit import TOO_LARGE, Refit
 from compressor.pruning.replay import Recording, State
-from compressor.pruning.sites import Site, find_sites
+from compressor.pruning.sites import Site
 from compressor.pruning.skeleton import named_tensors
-from compressor.pruning.verdict import Compensation, Exact, judged
+from compressor.pruning.verdict import Compensation, judged
 
 
 class DenseMoments:
@@ -32,17 +32,14 @@ class DenseMoments:
 
     def __init__(self, space: Space, batches: Iterable[Any], *, seed: int = 0) -> None:
         self.space = space
-        self.images = images = Images.of(space, batches, seed)
+        self.reference = Reference(space, batches, seed=seed)
+        self.images = images = self.reference.images
+        self._dense, recording = self.reference.tensors, self.reference.recording
         with torch.no_grad():
-            dense = dense_copy(space)
-            self.exact = Exact.of(images, dense)
-            self._dense = named_tensors(dense)
-            recording = recorded(dense, images)
-            self.sites, self.left = find_sites(recording)
             #: Number of the call -> layer that reads channels of a group.
             self.readers = readers = {
                 site.number: Refit(space, site, self._dense, self._dense, {})
-                for site in self.sites
+                for site in self.reference.sites
                 if self._reads_groups(site)
             }
             #: Number of the call -> moments for fits, and those that choose.
@@ -102,13 +99,13 @@ class DenseMoments:
         """Compensate a plan as `apply`, and compare outputs on the images that judge; see `compensate`."""
         with torch.no_grad():
             small, refitted, left = self._applied(plan)
-            return judged(self.space, plan, small, self.sites, refitted, left, self.exact, self.images)
+            return judged(self.reference, plan, small, refitted, left)
 
     def _applied(self, plan: ChannelPlan) -> tuple[nn.Module, dict[str, float], dict[str, str]]:
         small = self.space.apply(plan)
         slim, kept = named_tensors(small), self.space.indices(plan)
-        refitted, left = {}, dict(self.left)
-        for site in self.sites:
+        refitted, left = {}, dict(self.reference.left)
+        for site in self.reference.sites:
             layer = Refit(self.space, site, self._dense, slim, kept.get(site.weight, {}))
             if not layer.lost:
                 continue

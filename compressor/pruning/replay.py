@@ -6,6 +6,7 @@ weights of a layer may change just before it runs. A recording also shows which 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,7 @@ class Recording:
         self._model = model
         self._recorder = _Recorder(self)
         self._args = tuple(self._recorder.stored(each) for each in inputs)
+        self._shapes = [[tuple(tensor.shape) for tensor in tensors_in([each])] for each in inputs]
         with torch.no_grad(), self._recorder:
             out = model(*inputs)
         results = outputs(out)
@@ -129,6 +131,19 @@ class Recording:
                 if each not in seen:
                     seen.add(each)
                     call.last.append(each)
+
+    def most_elements(self) -> int:
+        """Return the number of elements that the values of a replay have at once, at most."""
+        sizes: dict[int, int] = {}
+        for stored, given in zip(self._args, self._shapes, strict=True):
+            sizes |= {place.index: math.prod(shape) for place, shape in zip(values_in(stored), given, strict=True)}
+        most = sum(sizes.values())
+        for call in self.calls:
+            sizes |= {index: math.prod(shape) for index, shape in zip(call.outs, call.shapes, strict=True)}
+            most = max(most, sum(sizes.values()))
+            for index in call.last:
+                sizes.pop(index, None)
+        return most
 
     def start(self, inputs: Sequence[Any]) -> State:
         """Begin a replay on other inputs of the same shapes."""

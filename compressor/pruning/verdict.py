@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compressor.models.computed import evaluated
-from compressor.pruning.calibration import Images, Space
+from compressor.pruning.calibration import Images, Reference
 from compressor.pruning.plan import ChannelPlan
-from compressor.pruning.sites import Site
 from compressor.pruning.skeleton import copy_structure
 
 NO_BETTER = "no fit has a lower error on the images that choose"
@@ -44,45 +43,35 @@ class Compensation:
     statistics: str
 
 
-@dataclass(frozen=True)
-class Exact:
-    """Outputs of the dense network on the images that choose, and on those that judge."""
-
-    choose: list[list[Tensor]]
-    judge: list[list[Tensor]]
-
-    @classmethod
-    def of(cls, images: Images, dense: nn.Module) -> Exact:
-        """Run the dense network."""
-        return cls(images.outputs(dense, images.choose), images.outputs(dense, images.judge))
-
-
 def judged(
-    space: Space,
-    plan: ChannelPlan,
-    small: nn.Module,
-    sites: Iterable[Site],
-    refitted: Mapping[str, float],
-    left: Mapping[str, str],
-    exact: Exact,
-    images: Images,
+    reference: Reference, plan: ChannelPlan, small: nn.Module, refitted: Mapping[str, float], left: Mapping[str, str]
 ) -> Compensation:
     """Return the compensated network, or the one that is only sliced, and the report.
 
     The images that choose decide whether the batch norms have statistics of their own. Those that judge decide one
     thing only: whether the compensated network is returned. Both need outputs that are `closer` to the dense network's.
+
+    Args:
+        reference: The dense network and the images.
+        plan: The plan.
+        small: Its compensated network.
+        refitted, left: Layers that were refitted -> their error, and others -> the reason.
     """
+    space, images = reference.space, reference.images
     widths = [space.widths(each.widths)[None] for each in (space.dense(), plan)]
     lost = [each.name for each in space.layers if each.in_channels(widths[1])[0] < each.in_channels(widths[0])[0]]
     statistics, cut = "dense", space.apply(plan)
     own = own_statistics(small, images, range(images.judge.start))
-    if own is not None and closer(exact.choose, *(images.outputs(each, images.choose) for each in (own, small))):
-        small, statistics = own, "own"
+    if own is not None:
+        choosing = [images.outputs(each, images.choose) for each in (own, small)]
+        if closer(reference.choosing, *choosing):
+            small, statistics = own, "own"
+    exact = reference.judging
     found, found_cut = (images.outputs(each, images.judge) for each in (small, cut))
-    error, error_cut = (difference(exact.judge, each) for each in (found, found_cut))
-    if not closer(exact.judge, found, found_cut):
+    error, error_cut = (difference(exact, each) for each in (found, found_cut))
+    if not closer(exact, found, found_cut):
         return Compensation(cut, {}, dict.fromkeys(lost, NOT_CLOSER), error_cut, error_cut, len(images), "dense")
-    names = {site.layer for site in sites}
+    names = {site.layer for site in reference.sites}
     named = {
         name: left.get(name, NO_BETTER if name in names else COMPUTED) for name in lost if name not in refitted
     }

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from compressor.core.errors import CompressorError
-from compressor.pruning.calibration import Images, dense_copy, recorded
-from compressor.pruning.compensate import compensate
+from compressor.pruning.calibration import Images, Reference, dense_copy, recorded
+from compressor.pruning.compensate import EFFORTS, compensate
 from compressor.pruning.moments import DenseMoments
 from compressor.training.feeds import Feed, inputs_in, random_inputs
 
@@ -76,7 +76,7 @@ def methods(recipe: Recipe, space: PruningSpace, inputs: bool = True) -> Methods
 class Networks:
     """Builds the networks of plans with the current weights of the space's model.
 
-    What all plans share, the moments of the dense network, is gathered with the first plan, and again after
+    What all plans share, the dense network's values or their moments, is computed with the first plan, and again after
     `weights_moved`.
 
     Args:
@@ -105,7 +105,7 @@ class Networks:
         if method != "off":
             assert feed is not None
             self._batches = list(inputs_in(feed, number, seed, FIT_BATCH, device))
-        self._moments: DenseMoments | None = None
+        self._shared: Reference | DenseMoments | None = None
 
     @property
     def compensated(self) -> bool:
@@ -122,12 +122,14 @@ class Networks:
         Raises:
             CompressorError: The network cannot be compensated.
         """
-        if self.method != "moments":
-            return compensate(self.space, plan, self._batches, self.method, seed=self._seed)
-        if self._moments is None:
-            self._moments = DenseMoments(self.space, self._batches, seed=self._seed)
-        return compensate(self.space, plan, self._moments, "moments", seed=self._seed)
+        if self._shared is None:
+            if self.method == "moments":
+                self._shared = DenseMoments(self.space, self._batches, seed=self._seed)
+            else:
+                effort = EFFORTS[self.method]
+                self._shared = Reference(self.space, self._batches, seed=self._seed, effort=effort)
+        return compensate(self.space, plan, self._shared, self.method)
 
     def weights_moved(self) -> None:
-        """Gather the moments again after the model was trained."""
-        self._moments = None
+        """Run the dense network again with the next plan, after it was trained."""
+        self._shared = None

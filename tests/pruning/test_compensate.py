@@ -13,6 +13,7 @@ from torchvision.models.swin_transformer import SwinTransformerBlock
 
 from compressor.core.errors import CompressorError
 from compressor.pruning import calibration
+from compressor.pruning.calibration import Reference
 from compressor.pruning.compensate import DenseMoments, compensate
 from compressor.pruning.least_squares import Gram, Regression, Ridge
 from compressor.pruning.moves import moved_back
@@ -365,9 +366,25 @@ def test_what_is_refused() -> None:
 def test_memory_limits_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     space = PruningSpace(filled(UNet()), torch.zeros(1, 3, 16, 16))
     plan = space.uniform(0.5)
-    each = 4 * (space.activations(space.dense_widths) + space.activations(space.widths(plan.widths)))
+    each = 2 * 4 * Recording(space.model, [torch.zeros(1, 3, 16, 16)]).most_elements()
     monkeypatch.setattr(calibration, "MEMORY", 12 * each)
     assert compensate(space, plan, [images(48, 3, 16, 16)]).images == 12
+
+
+@pytest.mark.parametrize("goal_bytes", [0, 2**30])
+def test_plans_share_the_dense_network(monkeypatch: pytest.MonkeyPatch, goal_bytes: int) -> None:
+    """Each gets the network that it gets alone, whether the dense network's values are kept or computed again."""
+    space = PruningSpace(filled(UNet()), torch.zeros(1, 3, 16, 16))
+    batches, plans = [images(24, 3, 16, 16)], [space.uniform(0.5), space.uniform(0.75)]
+    alone = [compensate(space, plan, batches) for plan in plans]
+    monkeypatch.setattr(calibration, "GOAL_BYTES", goal_bytes)
+    shared = Reference(space, batches)
+    assert (shared.goals is None) == (goal_bytes == 0)
+    for plan, one in zip(plans, alone, strict=True):
+        other = compensate(space, plan, shared)
+        assert (other.refitted, other.error) == (one.refitted, one.error)
+        state = other.network.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in one.network.state_dict().items())
 
 
 TEN = {
