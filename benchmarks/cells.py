@@ -207,8 +207,7 @@ def compensating(job: Job, compensate: str, images: int) -> Job:
     importance = "l1" if compensate == "off" else "reconstruction"  # as `Job.prepare` chooses
     fields = {"compensate": compensate, "compensation_images": images, "importance": importance}
     recipe = job.recipe.changed({"pruning": fields})
-    example = job.space.example_input[0]
-    return dataclasses.replace(job, recipe=recipe, compensation=methods(recipe, job.space, example))
+    return dataclasses.replace(job, recipe=recipe, compensation=methods(recipe, job.space))
 
 
 def with_seed(job: Job, seed: int) -> Job:

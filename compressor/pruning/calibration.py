@@ -116,7 +116,7 @@ class Images:
             )
         parameter = next(space.model.parameters())
         order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
-        one = [each[:1] if isinstance(each, Tensor) else each for each in rows[0]]
+        one = [each[:1].to(parameter.device) if isinstance(each, Tensor) else each for each in rows[0]]
         each = 2 * Recording(dense_copy(space), one).most_elements() * parameter.element_size()  # of both networks
         order = order[: max(3, min(images, MEMORY // max(1, each)))]
         size = max(1, min(CHUNK, len(order) // 8))

@@ -74,7 +74,7 @@ def test_a_run_that_is_resumed_before_fine_tuning_delivers_the_same(weights: Pat
             run_recipe(recipe(**fields), out=tmp_path / "stopped")
     assert manifest_of(tmp_path / "stopped")["compensation"]["refitted"]
     again = resume(tmp_path / "stopped")
-    ours, theirs = whole.load().state_dict(), again.load().state_dict()
+    ours, theirs = whole.model.state_dict(), again.model.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
@@ -84,13 +84,12 @@ def _stop(*_: object) -> None:
 
 @pytest.mark.parametrize("network", [Noisy, Mixing])
 def test_a_network_that_cannot_be_replayed(network: type[Tiny]) -> None:
-    example = torch.zeros(1, 3, 32, 32)
-    space = PruningSpace(network(), example)
-    found = methods(recipe(), space, example)
+    space = PruningSpace(network(), torch.zeros(1, 3, 32, 32))
+    found = methods(recipe(), space)
     assert (found.scored, found.delivered) == ("off", "off")
     assert found.note.startswith("Networks are not compensated. The network cannot be compensated: replaying")
     with pytest.raises(CompressorError, match="replaying") as refused:
-        methods(recipe(pruning={"compensate": "layers"}), space, example)
+        methods(recipe(pruning={"compensate": "layers"}), space)
     assert refused.value.hint == "Omit pruning.compensate, or set it to off."
 
 
