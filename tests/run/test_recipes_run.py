@@ -12,7 +12,7 @@ from compressor import Recipe, run_recipe
 from compressor.recipe import load_recipe, shipped_recipes
 from compressor.run.contract import Contract
 from compressor.run.folder import RunFolder
-from compressor.run.job import Job, budget_specs
+from compressor.run.job import DenseFile, Job, budget_specs
 from compressor.run.stages import begin, search
 
 CLASSES = ("cat", "dog")
@@ -45,6 +45,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense network's file is left out: exporting it takes most of the time, and the whole road below has it."""
+    monkeypatch.setattr(DenseFile, "_write", lambda *_: None)
+
+
+@pytest.mark.usefixtures("not_exported")
 @pytest.mark.parametrize("name", [name for name in PLAIN if name.endswith("_jetson")])
 def test_the_budget_of_a_shipped_recipe_can_be_reached_at_its_own_size(name: str, images: Path) -> None:
     recipe = (
@@ -80,6 +87,7 @@ def test_a_shipped_recipe_asks_for_a_share_of_the_latency_of_its_device(name: st
     assert 0.5 <= budget.value < 1
 
 
+@pytest.mark.usefixtures("not_exported")
 @pytest.mark.parametrize("name", [name for name in PLAIN if name not in WHOLE])
 def test_a_shipped_recipe_is_searched(name: str, images: Path, tmp_path: Path) -> None:
     # Compensating these networks takes most of the time; the whole road below and the tests of it do so.
