@@ -14,6 +14,11 @@ from tests.search.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_
 WORTH = [5.0, 1.0, 1.0, 4.0]
 
 
+def brief(name: str) -> dict[str, Any]:
+    """Settings of an agent whose learning does not matter to a test: the joint one updates its policy seldom."""
+    return {"updates_per_episode": 1} if name == "joint" else {}
+
+
 class Killed(Exception):
     """Stands for a kill: nothing of the search goes on after it."""
 

@@ -16,6 +16,7 @@ from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
 from compressor.search.records import Limits, SearchResult
 from compressor.search.session import SearchSession
+from tests.search.bench import brief
 from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 
@@ -54,7 +55,7 @@ def search(
     space = FakeSpace([16, 24, 16, 32], granularity=2)
     evaluator = evaluator_kind(space, [5.0, 1.0, 1.0, 4.0])
     env = PruningEnv(space, [macs_budget(space, 0.5)], evaluator)  # type: ignore[arg-type]
-    result = create_agent(name, seed=3).search(
+    result = create_agent(name, seed=3, settings=brief(name)).search(
         env,
         evaluator,
         Limits(max_evaluations=most, use_all=True),  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
 from compressor.search.records import Limits
+from tests.search.bench import brief
 from tests.search.fake_space import FakeEvaluator, FakePlan, FakeSpace, macs_budget
 
 ONE_GROUP = (16, 24, 16, 8)
@@ -37,7 +38,7 @@ def test_the_measurement_of_a_group_is_the_result_where_it_is_best_and_keeps_the
     space = FakeSpace([16, 24, 16, 32], granularity=2)
     evaluator: Any = OneGroupAlone(space, [1.0, 1.0, 1.0, 1.0])
     env = PruningEnv(space, [macs_budget(space, share)], evaluator)
-    result = create_agent(name).search(
+    result = create_agent(name, settings=brief(name)).search(
         env,
         evaluator,
         Limits(max_evaluations=60),

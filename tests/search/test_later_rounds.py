@@ -20,7 +20,7 @@ from compressor.search.proposals import scaled_widths
 from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule
 from compressor.search.stepwise import DoubleDqn
-from tests.search.bench import FragileCheckpoint, Killed
+from tests.search.bench import FragileCheckpoint, Killed, brief
 from tests.search.fake_space import FakeBudget, FakeEvaluator, FakePlan, FakeSpace, FakeTrainer, macs_budget
 
 SEARCHING = sorted(set(AGENTS) - {"uniform"})
@@ -72,7 +72,7 @@ def search(
     space = FakeSpace([16, 24, 16, 32, 32, 16], granularity=2)
     evaluator = Rugged(space, list(np.linspace(1, 3, 6)))
     env = PruningEnv(space, [macs_budget(space, share)], evaluator)
-    agent = create_agent(name, seed=seed, settings=settings)
+    agent = create_agent(name, seed=seed, settings=brief(name) | (settings or {}))
     result = agent.search(
         env,
         evaluator,
@@ -187,7 +187,7 @@ def test_no_candidate_is_begun_after_the_time_limit(
         env = PruningEnv(space, [macs_budget(space, 0.5)], evaluator)
         folder = tmp_path / str(limit)
         folder.mkdir()
-        result = create_agent(name).search(
+        result = create_agent(name, settings=brief(name)).search(
             env,
             evaluator,
             Limits(max_evaluations=200, max_seconds=limit),
@@ -216,7 +216,7 @@ def test_training_ends_with_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         folder = tmp_path / str(limit)
         folder.mkdir()
         agent: Any = create_agent(
-            "joint", trainer=trainer, schedule=Schedule(2, 3, 4), settings={"updates_per_episode": 1}
+            "joint", trainer=trainer, schedule=Schedule(2, 3, 4), settings=brief("joint")
         )
         result = agent.search(
             env,

@@ -14,7 +14,7 @@ from compressor.search.environment import PruningEnv
 from compressor.search.proposals import random_widths, uniform_or_cheapest, uniform_widths
 from compressor.search.records import Limits
 from compressor.search.schedule import Schedule
-from tests.search.bench import Bench, Killed
+from tests.search.bench import Bench, Killed, brief
 from tests.search.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
 
 
@@ -92,7 +92,7 @@ def test_limits_are_kept(new_bench: Any) -> None:
 )
 def test_comparisons_are_at_equal_evaluations(bench: Bench, name: str, left: int) -> None:
     """Where all are to be used, plans that are known already leave none over; stepwise plays whole episodes."""
-    result = bench.search(name, limits=Limits(max_evaluations=70, use_all=True))
+    result = bench.search(name, limits=Limits(max_evaluations=70, use_all=True), settings=brief(name))
     assert 70 - left <= result.evaluations <= 70
 
 
