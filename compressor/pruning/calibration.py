@@ -21,7 +21,7 @@ from compressor.pruning.replay import Recording, State, outputs
 from compressor.pruning.sites import Geometry, Site, find_sites, shortcuts_first
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 from compressor.pruning.slicer import Slicer, swap
-from export.convert.trees import channels_last
+from export.convert.trees import channels_last, rebuilt, tensors_in
 
 CHUNK = 32
 """Images that run through the networks at once, at most."""
@@ -105,10 +105,12 @@ class Images:
         effort: Effort = THOROUGH,
     ) -> Images:
         """Collect inputs, within the memory that activations may take."""
+        form = tuple(space.example_input)
         rows = [
-            ((batch,) if isinstance(batch, Tensor) else tuple(batch))[: len(space.example_input)] for batch in batches
+            ((batch,) if isinstance(batch, Tensor) else tuple(batch))[: len(form)] for batch in batches
         ]
-        images = sum(len(row[0]) for row in rows)
+        leaves = [tensors_in(row) for row in rows]
+        images = sum(len(row[0]) for row in leaves)
         if images < 3:
             raise CompressorError(
                 f"Compensation needs at least three images, not {images}.",
@@ -120,12 +122,20 @@ class Images:
         each = 2 * Recording(dense_copy(space), one).most_elements() * parameter.element_size()  # of both networks
         order = order[: max(3, min(images, MEMORY // max(1, each)))]
         size = max(1, min(CHUNK, len(order) // 8))
+        # a tensor without a row for each image belongs to all of them
+        shared = [not one.dim() or len(one) != len(leaves[0][0]) for one in leaves[0]]
         whole = [
-            torch.cat([row[place] for row in rows])[order].to(parameter.device) if isinstance(first, Tensor) else first
-            for place, first in enumerate(rows[0])
+            column[0].to(parameter.device) if alone else torch.cat(column)[order].to(parameter.device)
+            for column, alone in zip(zip(*leaves, strict=True), shared, strict=True)
         ]
         chunks = [
-            tuple(each[start : start + size] if isinstance(each, Tensor) else each for each in whole)
+            rebuilt(
+                rows[0],
+                [
+                    one if alone else one[start : start + size]
+                    for one, alone in zip(whole, shared, strict=True)
+                ],
+            )
             for start in range(0, len(order) - size + 1, size)
         ]
         count = len(chunks)
@@ -134,7 +144,7 @@ class Images:
         return cls(chunks, range(choose), range(choose, judge), range(judge, count), seed, effort)
 
     def __len__(self) -> int:
-        return sum(len(chunk[0]) for chunk in self.chunks)
+        return sum(len(tensors_in(chunk)[0]) for chunk in self.chunks)
 
     def run(self, network: nn.Module, which: range) -> list[list[Tensor]]:
         """Return a network's outputs for some of the chunks, in the memory format in which convolutions are fast."""

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from compressor.pruning.registry import rule_of
 from compressor.pruning.skeleton import named_tensors
-from export.convert.trees import tensors_in
+from export.convert.trees import mapped, tensors_in
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Recording:
         """Whether a replay computes what the network does, on the recorded `inputs` in another order of images."""
         if -1 in self.results:
             return False
-        turned = [each.roll(1, 0) if isinstance(each, Tensor) and each.dim() else each for each in inputs]
+        turned = mapped(lambda each: each.roll(1, 0) if each.dim() else each, list(inputs))
         found = self.finish(self.start(turned))
         return all(
             a.shape == b.shape

@@ -113,7 +113,14 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
     run.save()
     if recipe.precision != "fp32":  # on this machine's CPU it always is
         for line in write_precision(
-            run, job.task, slim, recipe.precision, recipe.export.max_drop, rest="fp16", engine=provider.is_here
+            run,
+            job.task,
+            slim,
+            recipe.precision,
+            recipe.export.max_drop,
+            goals=job.goals,
+            rest="fp16",
+            engine=provider.is_here,
         ):
             say(line)
 

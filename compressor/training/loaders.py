@@ -41,7 +41,7 @@ class InputsOfBatch:
         """
         for found in self._candidates(batch):
             if self._fits(found):
-                return found
+                return tuple(map(_like, found, self.example))
         raise CompressorError(
             f"A batch does not fit the network: it has {_described(batch)}, and the network takes "
             f"{_described(self.example)}.",
@@ -83,6 +83,16 @@ def _alike(found: Any, example: Any) -> bool:
     if isinstance(example, list | tuple):
         return isinstance(found, list | tuple) and len(found) == len(example) and all(map(_alike, found, example))
     return True
+
+
+def _like(found: Any, example: Any) -> Any:
+    """Return a value without the keys of dictionaries that the example lacks."""
+    if isinstance(example, Mapping):
+        return {name: _like(found[name], value) for name, value in example.items()}
+    if isinstance(example, list | tuple):
+        items = [_like(*pair) for pair in zip(found, example, strict=True)]
+        return type(example)(*items) if hasattr(example, "_fields") else type(example)(items)
+    return found
 
 
 def _described(value: Any) -> str:

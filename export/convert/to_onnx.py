@@ -271,6 +271,7 @@ class _Flat(nn.Module):
         super().__init__()
         self.network = network
         self.example = example
+        self.eval()  # the exporter restores the mode of the outermost module in all of them
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return as_tuple(self.network(*rebuilt(self.example, list(tensors))))

@@ -19,7 +19,7 @@ class TwoInputs(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
+        self.conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
         self.table = nn.Embedding(5, 4)
 
     def forward(self, image: torch.Tensor, other: dict[str, torch.Tensor]) -> dict[str, Any]:
