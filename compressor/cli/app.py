@@ -101,7 +101,9 @@ def compress_command(
         str | None,
         typer.Option(help="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH, images:PATH."),
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Height and width of an input in pixels: 224, or 96x128.")
+    ] = None,
     mean: Annotated[
         str | None, typer.Option(help="Mean of each channel, as 0.5,0.5,0.5; by default that of the weights.")
     ] = None,

@@ -25,6 +25,8 @@ def overrides(flags: dict[str, Any]) -> dict[str, Any]:
     granularity = given.get("pruning", {}).get("granularity")
     if isinstance(granularity, str):
         given["pruning"]["granularity"] = number_or_text(granularity)
+    if isinstance(size := given.get("image_size"), str):
+        given["image_size"] = number_or_text(size)
     return given
 
 

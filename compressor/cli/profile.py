@@ -15,7 +15,9 @@ from compressor.core.errors import CompressorError
 def profile(
     model: Annotated[str | None, typer.Option(help="The network, as for compress.")] = None,
     data: Annotated[str, typer.Option(help="Determines the input size and the number of classes.")] = "digits",
-    image_size: Annotated[int | None, typer.Option(help="Height and width of an input in pixels.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Height and width of an input in pixels: 224, or 96x128.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of the runtime on this machine's CPU.")] = 1,
     device: Annotated[
         str | None, typer.Option(help="ssh://user@host; with --bundle or --import the device's name.")

@@ -40,7 +40,7 @@ class Augmentation:
 
 def augmentation_for(preprocessing: Preprocessing) -> Augmentation:
     """Return the usual augmentation for photographs: shifts by an eighth if small, random crops if large."""
-    size, interpolation = preprocessing.size, preprocessing.interpolation
+    size, interpolation = min(preprocessing.sides), preprocessing.interpolation
     if size <= SMALL:
         return Augmentation(shift=max(1, size // 8), flip=True)
     crops = "bicubic" if interpolation == "lanczos" else interpolation  # torch has no lanczos

@@ -203,7 +203,7 @@ def bundle(
     name: str,
     classes: tuple[str, ...],
     parts: tuple[list[ImageFile], list[ImageFile], list[ImageFile]],
-    size: int | None,
+    size: int | str | None,
     wanted: Wanted,
     notes: list[str],
     workers: int | None,

@@ -67,7 +67,7 @@ def _unreadable() -> tuple[type[Exception], ...]:
 
 
 def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
-    """Decode one image before normalization: uint8 (channels, size, size), or None if the file cannot be read.
+    """Decode one image before normalization: uint8 (channels, height, width), or None if the file cannot be read.
 
     Args:
         path: Image file.
@@ -77,11 +77,12 @@ def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
         CompressorError: It has values of unknown range; see `eight_bit`.
     """
     preprocessing = Wanted().at(wanted) if isinstance(wanted, int) else wanted
-    needed = 2 * preprocessing.resize_size
+    covered = max(preprocessing.covered)
+    needed = 2 * covered
     try:
         with open_regular(path) as file, pillow.open(file) as image:
             short, long = sorted(image.size)
-            if long * preprocessing.resize_size**2 > short * _MOST_PIXELS:
+            if long * covered**2 > short * _MOST_PIXELS:
                 return None  # a line of pixels would become gigabytes when its short side is scaled
             # JPEG decodes to a half, a quarter or an eighth at once; twice the pixels that are needed lose nothing.
             image.draft("RGB", (needed, needed))
@@ -92,14 +93,19 @@ def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
 
 
 def fitted(image: Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """Scale and crop as torchvision and timm do, so that published accuracies hold: uint8 (channels, size, size)."""
+    """Scale and crop as torchvision and timm do, so that published accuracies hold: uint8 (channels, height, width)."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import center_crop, resize
 
-    size, scaled = preprocessing.size, preprocessing.resize_size
-    if scaled != size or image.size != (size, size):
-        sides = [scaled, scaled] if preprocessing.resize == "squash" else [scaled]
-        image = center_crop(resize(image, sides, InterpolationMode(preprocessing.interpolation)), [size, size])
+    high, wide = preprocessing.covered
+    sides = preprocessing.sides
+    if (high, wide) != sides or image.size != sides[::-1]:
+        scaled = [high, wide]
+        if preprocessing.resize != "squash":  # the aspect ratio is kept
+            factor = max(high / image.height, wide / image.width)
+            scaled = [max(high, round(factor * image.height)), max(wide, round(factor * image.width))]
+            scaled = [high] if high == wide else scaled
+        image = center_crop(resize(image, scaled, InterpolationMode(preprocessing.interpolation)), list(sides))
     pixels = np.array(image)
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1).contiguous()
 

@@ -16,7 +16,7 @@ from compressor.data.augment import Augmentation, augmentation_for
 from compressor.data.folder import load_folder, load_imagenet
 from compressor.data.images import fitted
 from compressor.data.pictures import load_pictures
-from compressor.data.preprocessing import Preprocessing, Wanted
+from compressor.data.preprocessing import Preprocessing, Wanted, sides_of
 from compressor.data.splits import TEST_SEED, DataBundle, MemorySplit, hold_out
 
 KINDS = ("digits", "cifar10", "cifar100", "folder", "imagenet", "images")
@@ -28,7 +28,7 @@ def load_data(
     spec: str,
     *,
     seed: int,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     wanted: Wanted | None = None,
     search_fraction: float = 0.1,
     search_limit: int = SEARCH_LIMIT,
@@ -40,8 +40,9 @@ def load_data(
         spec: "digits", "cifar10[:PATH]", "cifar100[:PATH]", "folder:PATH", "imagenet:PATH", or "images:PATH" for
             pictures without labels.
         seed: Seed that chooses the search split's images from the training images; the test split is fixed.
-        image_size: Height and width in pixels; None for 32 (digits, CIFAR), the weights' usual one (ImageNet) and,
-            for a folder, the images' own if they are small and of equal size, else the weights' usual one.
+        image_size: Height and width in pixels, or "HEIGHTxWIDTH"; None for 32 (digits, CIFAR), the weights' usual
+            one (ImageNet) and, for a folder, the images' own if they are small and of equal size, else the weights'
+            usual one.
         wanted: Preprocessing; None for the usual one. `image_size` has precedence over its own.
         search_fraction: Share of the training images held out, equal in every class.
         search_limit: Maximum number of images held out.
@@ -62,7 +63,7 @@ def load_data(
         )
     if not 0 < search_fraction < 1:
         raise CompressorError(f"The search split's share must lie between 0 and 1, got {search_fraction}.")
-    if image_size is not None and image_size < 8:
+    if image_size is not None and min(sides_of(image_size)) < 8:
         raise CompressorError(f"Images need at least 8 pixels a side, got {image_size}.")
     wanted = replace(wanted or Wanted(), image_size=image_size or (wanted.image_size if wanted else None))
     if kind == "digits":
@@ -99,15 +100,15 @@ def _load_digits(seed: int, wanted: Wanted, search_fraction: float, search_limit
             "Leave out data.crop_share and data.interpolation.",
         )
     preprocessing = replace(wanted, crop_share=1.0, interpolation="bilinear").at(wanted.image_size or 32)
-    raw, size = load_digits(), preprocessing.size
+    raw, sides = load_digits(), preprocessing.sides
     grey = torch.from_numpy(np.asarray(raw.images, dtype=np.float32))[:, None] * (255 / 16)
-    scaled = functional.interpolate(grey, size=(size, size), mode="bilinear", align_corners=False)
+    scaled = functional.interpolate(grey, size=sides, mode="bilinear", align_corners=False)
     images = scaled.round().clamp(0, 255).to(torch.uint8)
     images = images.expand(-1, preprocessing.channels, -1, -1).contiguous()
     labels = torch.from_numpy(np.asarray(raw.target, dtype=np.int64))
     rest, test = hold_out(labels.numpy(), 0.2, None, TEST_SEED)
     kept, held = hold_out(labels.numpy()[rest], search_fraction, search_limit, seed)
-    small_shifts = Augmentation(shift=max(1, size // 16))
+    small_shifts = Augmentation(shift=max(1, min(sides) // 16))
     return DataBundle(
         name="digits",
         classes=tuple(str(digit) for digit in range(10)),
@@ -164,10 +165,10 @@ def _load_cifar(
 
 
 def _stacked(images: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> torch.Tensor:
-    """Convert uint8 (N, 32, 32, 3) to uint8 (N, channels, size, size)."""
+    """Convert uint8 (N, 32, 32, 3) to uint8 (N, channels, height, width)."""
     from PIL import Image
 
-    if preprocessing.resize_size == images.shape[1] and preprocessing.channels == 3:
+    if preprocessing.covered == images.shape[1:3] and preprocessing.channels == 3:
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     mode = "L" if preprocessing.channels == 1 else "RGB"
     return torch.stack([fitted(Image.fromarray(image).convert(mode), preprocessing) for image in images])

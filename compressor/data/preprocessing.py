@@ -27,6 +27,14 @@ SMALL = 96
 """Images with fewer pixels per side are not cropped: 32 pixels have no margin to lose."""
 
 
+def sides_of(size: int | str) -> tuple[int, int]:
+    """Return height and width of "96x128", or of a square."""
+    if isinstance(size, int):
+        return size, size
+    high, _, wide = size.partition("x")
+    return int(high), int(wide or high)
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes a network's input.
@@ -35,7 +43,8 @@ class Preprocessing:
     0..`range`, `mean` is subtracted and the result divided by `std`.
 
     Attributes:
-        size: Height and width of the input in pixels.
+        size: Height of the input in pixels.
+        width: Its width; None for that of a square.
         mean, std: Per channel, in the network's order, on the scale 0..`range`.
         crop_share: `size` over the side that the image is scaled to, above 0 and at most 1.
         interpolation: One of `INTERPOLATIONS`, with antialiasing.
@@ -52,6 +61,7 @@ class Preprocessing:
     resize: str = "short"
     channel_order: str = "rgb"
     range: int = 1
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if not len(self.mean) == len(self.std) == self.channels:
@@ -67,12 +77,28 @@ class Preprocessing:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one input."""
-        return self.channels, self.size, self.size
+        return self.channels, *self.sides
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return self.size, self.width or self.size
+
+    @property
+    def image_size(self) -> int | str:
+        """The sides as a recipe has them: 224, or "96x128"."""
+        return self.size if self.width is None else f"{self.size}x{self.width}"
 
     @property
     def resize_size(self) -> int:
         """Pixels of the scaled short side, rounded down like timm; torchvision's 232 results from 224/232."""
-        return max(self.size, math.floor(self.size / self.crop_share + 1e-6))
+        return self.covered[0]
+
+    @property
+    def covered(self) -> tuple[int, int]:
+        """Height and width that the scaled image covers, before it is cut."""
+        high, wide = (max(side, math.floor(side / self.crop_share + 1e-6)) for side in self.sides)
+        return high, wide
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
         """Convert uint8 (N, C, H, W) in RGB order to float32 in the network's order and scale."""
@@ -106,12 +132,10 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-compatible dict, including the derived size that images are scaled to."""
-        return {
-            **asdict(self),
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "resize_size": self.resize_size,
-        }
+        fields = {**asdict(self), "mean": list(self.mean), "std": list(self.std), "resize_size": self.resize_size}
+        if self.width is None:
+            del fields["width"]
+        return fields
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Preprocessing:
@@ -122,7 +146,9 @@ class Preprocessing:
     def describe(self) -> str:
         """Describe the values in words, for the user."""
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        scaled = f"{self.resize_size} pixels ({self.interpolation}) and cut to {self.size}"
+        high, wide = self.covered
+        covered = f"{high}" if self.width is None else f"cover {high}x{wide}"
+        scaled = f"{covered} pixels ({self.interpolation}) and cut to {self.image_size}"
         order = "" if self.channel_order == "rgb" else f", channels {self.channel_order}"
         return f"scaled to {scaled}, 0..{self.range}, mean {mean}, std {std}{order}"
 
@@ -137,14 +163,15 @@ class Wanted:
 
     Attributes:
         usual: Preprocessing of the weights, or `USUAL`; it fills in everything below that is None.
-        image_size: Height and width in pixels; None for the images' own, or that of `usual` for larger ones.
+        image_size: Height and width in pixels, or "HEIGHTxWIDTH"; None for the images' own, or that of `usual` for
+            larger ones.
         mean, std: Per channel in the network's order; a single number applies to every channel.
         crop_share: If None, images below `SMALL` pixels of another size than the usual one are not cropped.
         interpolation, channel_order, range: As in `Preprocessing`.
     """
 
     usual: Preprocessing = USUAL
-    image_size: int | None = None
+    image_size: int | str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_share: float | None = None
@@ -152,15 +179,17 @@ class Wanted:
     channel_order: str | None = None
     range: int | None = None
 
-    def at(self, size: int) -> Preprocessing:
-        """Return the preprocessing of inputs of `size` x `size` pixels.
+    def at(self, size: int | str) -> Preprocessing:
+        """Return the preprocessing of inputs of `size` x `size` pixels, or of "HEIGHTxWIDTH".
 
         Raises:
             CompressorError: There are more or fewer means than channels.
         """
         usual, order = self.usual, self.channel_order or self.usual.channel_order
-        found = replace(usual.ordered(order).scaled(self.range or usual.range), size=size)
-        if self.crop_share is None and size < SMALL and size != usual.size:
+        high, wide = sides_of(size)
+        width = None if high == wide else wide
+        found = replace(usual.ordered(order).scaled(self.range or usual.range), size=high, width=width)
+        if self.crop_share is None and min(high, wide) < SMALL and high != usual.size:
             found = replace(found, crop_share=1.0)
         return replace(
             found,

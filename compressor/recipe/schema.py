@@ -26,6 +26,9 @@ fine-tuning's."""
 CONTEXT_SIZE = 128
 """State size of the joint agent's environment model, as published."""
 
+ImageSize = Positive | Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]
+"""A square's side, or "HEIGHTxWIDTH"."""
+
 AgentName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,99}$")]
 """Which agents there are is known where agents are: a name that none has is refused before a run begins."""
 
@@ -53,10 +56,11 @@ class Recipe(Part):
     data: Annotated[Data, BeforeValidator(_with_source)] = Field(
         Data(), description="Images and how they are prepared; text alone is the source, such as folder:PATH."
     )
-    image_size: Positive | None = Field(
+    image_size: ImageSize | None = Field(
         None,
-        description="Height and width of an input in pixels; by default: 32 for digits, CIFAR and cifar_* networks; "
-        "for a folder its images' own if they are small and equal; else that of the weights' training, or 224.",
+        description="Height and width of an input in pixels, 224 or 96x128; by default: 32 for digits, CIFAR and "
+        "cifar_* networks; for a folder its images' own if they are small and equal; else that of the weights' "
+        "training, or 224.",
     )
     device: str = Field("local", description="local, the name of a latency table, or ssh://user@host.")
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(

@@ -88,7 +88,8 @@ def _promised(job: Job) -> float | None:
     if recipe.weights != "default" or len(classes) != _IMAGENET_CLASSES:
         return None
     known = published(recipe.model)
-    if known is None or known.preprocessing["size"] != facts["preprocessing"]["size"]:
+    images = facts["preprocessing"]
+    if known is None or known.preprocessing["size"] != images["size"] or "width" in images:
         return None
     return known.accuracy if all(re.fullmatch(r"n[0-9]{8}", name) for name in classes) else None
 

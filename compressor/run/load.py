@@ -74,7 +74,7 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
                 f"data.channel_order is {recipe.data.channel_order}.",
                 f"Omit it, or set it to {order}.",
             )
-        data = data.prepared(_wanted(recipe, order).at(data.preprocessing.size))
+        data = data.prepared(_wanted(recipe, order).at(data.preprocessing.image_size))
     notes = (*data.notes, *said, *_assumed(recipe, data.preprocessing))
     completed = _completed(recipe, data.preprocessing)
     return Loaded(
@@ -131,7 +131,7 @@ def described(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
     """Return a preprocessing and its origin for the manifest."""
     usual = _usual(recipe)
     mine = preprocessing.to_dict()
-    theirs = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.size)
+    theirs = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.image_size)
     other = [
         name for name, value in theirs.to_dict().items() if value != mine[name] and name != "resize_size"
     ]
@@ -171,7 +171,7 @@ def _completed(recipe: Recipe, preprocessing: Preprocessing) -> Recipe:
     """Return the recipe with explicit preprocessing values, so that images are prepared alike on every machine."""
     return recipe.changed(
         {
-            "image_size": preprocessing.size,
+            "image_size": preprocessing.image_size,
             "data": {
                 "mean": preprocessing.mean,
                 "std": preprocessing.std,
@@ -193,7 +193,7 @@ def _assumed(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[str]:
     given = recipe.weights not in ("none", "default")
     if not given and (usual is not None or not recipe.own_network or recipe.data_kind == "digits"):
         return
-    expected = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.size)
+    expected = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.image_size)
     if (preprocessing.mean, preprocessing.std) != (expected.mean, expected.std):
         return
     whose = recipe.weights if given else recipe.model

@@ -170,8 +170,9 @@ class Classification(Task):
         assert self.search is not None
         sample = self.search.sample(number, seed)
         batches = [(x.numpy(), y.numpy()) for x, y in sample.batches(256)]
+        device = next(network.parameters()).device
         if not self.labelled:  # what the file loses is measured against the network that it was exported from
-            answers = torch.split(predictions(network, sample)[0], 256)
+            answers = torch.split(predictions(network, sample, device=device)[0], 256)
             batches = [(x, y.numpy()) for (x, _), y in zip(batches, answers, strict=True)]
         threads = torch.get_num_threads()
         return lambda file: accuracy_onnx(file, batches, threads=threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from compressor.training.likeness import Likeness, Recorded, outputs_of, same_sh
 from compressor.training.loaders import InputsOfBatch, Loader, Memory
 from compressor.training.randomness import own_randomness
 from compressor.training.task import Losses, Precision, Task
-from export.convert.trees import channels_last, tensors_in
+from export.convert.trees import channels_last, moved, tensors_in
 
 if TYPE_CHECKING:
     from compressor.training.settings import TrainSettings
@@ -191,7 +192,8 @@ class OwnTask(Task):
         from export.convert.module import OnnxModule
 
         feed = None if self.search is None else self.search.sample(number, seed)
-        goals = self.search_goals(network, feed, device="cpu", batch_size=64)
+        device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+        goals = self.search_goals(network, feed, device=device, batch_size=64)
 
         def judged(path: Path) -> float:
             module = OnnxModule(path, network, self.example)
@@ -206,7 +208,8 @@ class OwnTask(Task):
             CompressorError: It raises, or returns something else than a number.
         """
         try:
-            with evaluated(model), torch.no_grad(), own_randomness(self._seed, torch.device(device)):
+            randomness = own_randomness(self._seed, torch.device(device))
+            with evaluated(model), torch.no_grad(), randomness, at_home(model):
                 found: Any = function(model)
         except CompressorError:
             raise
@@ -247,6 +250,32 @@ class OwnTask(Task):
         with evaluated(model), torch.no_grad():
             for batch in feed.batches(batch_size, device=device):
                 yield [each.cpu() for each in outputs_of(model(*channels_last(feed.inputs(batch))))]
+
+
+@contextmanager
+def at_home(model: nn.Module) -> Iterator[None]:
+    """Let a network on an accelerator take inputs from the CPU, and return its outputs there."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    homes: list[torch.device] = []
+
+    def leave(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        homes.append(next((tensor.device for tensor in tensors_in([args, kwargs])), device))
+        return moved(args, device), moved(kwargs, device)
+
+    def come_back(_: nn.Module, args: Any, output: Any) -> Any:
+        return moved(output, homes.pop())
+
+    if device.type == "cpu":
+        yield
+        return
+    hooks = [
+        model.register_forward_pre_hook(leave, with_kwargs=True), model.register_forward_hook(come_back)
+    ]  # fmt: skip
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def counted(batches: Iterable[Any]) -> int:

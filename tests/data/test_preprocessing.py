@@ -12,9 +12,9 @@ from PIL import Image
 
 from compressor import CompressorError, Recipe
 from compressor.cli.flags import overrides, recipe_of, with_settings
-from compressor.data import FileSplit, MemorySplit, Preprocessing, Wanted
+from compressor.data import FileSplit, MemorySplit, Preprocessing, Wanted, load_data
 from compressor.data.augment import Augmentation, augmentation_for
-from compressor.data.images import ImageFile
+from compressor.data.images import ImageFile, decode
 from compressor.models import create_model, published
 from compressor.recipe import load_recipe
 from compressor.run.load import described, load
@@ -171,3 +171,21 @@ def test_a_sample_keeps_the_shares_of_classes_and_draws_each_image_once() -> Non
     split = MemorySplit(images, labels, Preprocessing())
     assert split.sample(100).labels.bincount().tolist() == [90, 10]
     assert split.sample(1000).images.flatten().bincount().equal(images.flatten().bincount())
+
+
+def test_inputs_that_are_not_square(tmp_path: Path) -> None:
+    prepared = Wanted().at("96x128")
+    assert (prepared.input_shape, prepared.image_size) == ((3, 96, 128), "96x128")
+    assert Preprocessing.from_dict(prepared.to_dict()) == prepared
+    assert "cover 109x146 pixels (bilinear) and cut to 96x128" in prepared.describe()
+    Image.linear_gradient("L").resize((400, 200)).save(tmp_path / "wide.png")  # dark above, bright below
+    wide = decode(str(tmp_path / "wide.png"), prepared)
+    assert wide is not None
+    assert wide.shape == (3, 96, 128)
+    assert int(wide[0, 0].float().mean()) == pytest.approx(255 * (1 - 96 / 109) / 2, abs=4)  # what is cut above
+    Image.linear_gradient("L").resize((100, 300)).save(tmp_path / "high.png")
+    high = decode(str(tmp_path / "high.png"), prepared)
+    assert high is not None
+    assert high.shape == (3, 96, 128)
+    assert "width" not in Wanted().at(96).to_dict()
+    assert load_data("digits", seed=0, image_size="16x24").input_shape == (3, 16, 24)

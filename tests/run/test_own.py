@@ -251,3 +251,17 @@ def test_the_recipe_of_an_own_run(finished_own: Any) -> None:
     manifest = json.loads((finished_own[0].directory / "manifest.json").read_text())
     assert (manifest["model"], manifest["data"]) == ("python:Own", "python")
     assert manifest["weights"].startswith("given:")
+
+
+@pytest.mark.parametrize("functions", [{}, {"train": batches(), "loss": loss, "evaluate": share(1)}])
+def test_int8_is_calibrated_and_judged_by_the_same_task(
+    trained: nn.Module, tmp_path: Path, functions: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {
+        **FAST, "device": "jetson-orin-nano-8gb", "precision": "int8", "pruning": {"granularity": 1},
+        **(functions or {"calibration": [pictures(128)[0]]}),
+    }  # fmt: skip
+    result = compressor.compress(trained, X, epochs=0, out=tmp_path / "run", **options)
+    (entry,) = result.manifest["exports"].values()
+    assert entry["accuracy"] > 0.8
+    assert (tmp_path / "run" / entry["file"]).name == "model.int8.onnx"
