@@ -118,6 +118,13 @@ class Recipe(Part):
         return self.data_kind != "images"
 
     @property
+    def usual_rates(self) -> tuple[float, float]:
+        """Highest learning rates of the search and of fine-tuning where the recipe gives none."""
+        if self.from_python:
+            return OWN_RATES[self.pretrained], OWN_RATES[True]
+        return SEARCH_RATES[self.pretrained], FINETUNE_RATE
+
+    @property
     def label(self) -> str:
         """Name of the run's folder without its time."""
         return self.model.removeprefix(f"{PYTHON}:") if self.from_python else f"{self.model}-{self.data_kind}"
@@ -138,8 +145,7 @@ class Recipe(Part):
         pretrained = self.pretrained
         weights = self.weights if pretrained else "none"
         digits = self.data_kind == "digits"
-        rates = OWN_RATES if self.from_python else SEARCH_RATES
-        finetune_rate = OWN_RATES[True] if self.from_python else FINETUNE_RATE
+        search_rate, finetune_rate = self.usual_rates
         share = self.search.epochs_share
         if not self.labelled and share is None:
             share = 0.0
@@ -169,7 +175,7 @@ class Recipe(Part):
                     "mixed_precision": _own_precision()
                     if self.training.mixed_precision == "auto"
                     else self.training.mixed_precision,
-                    "learning_rate": self.training.learning_rate or rates[pretrained],
+                    "learning_rate": self.training.learning_rate or search_rate,
                     "finetune_learning_rate": self.training.finetune_learning_rate or finetune_rate,
                 },
             }

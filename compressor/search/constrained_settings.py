@@ -102,7 +102,7 @@ class ConstrainedSettings(LearningSettings):
 
 
 _FEW = "a search on one machine has a hundred evaluations instead of thousands"
-_SCALES = "a multiplier near 1 then weighs accuracy and cost alike from the first update on"
+_SCALES = "a multiplier near 1 then weighs score and cost alike from the first update on"
 _WORDS = {
     "evaluations": ("plans scored", _FEW),
     "episodes_per_update": ("episodes in an update", _FEW),

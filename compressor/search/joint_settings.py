@@ -127,7 +127,7 @@ PUBLISHED = (
         "scale_rewards",
         False,
         mentioned=False,
-        why="against accuracies between 0 and 1 the entropy would outweigh differences between plans",
+        why="against scores between 0 and 1 the entropy would outweigh differences between plans",
     ),
     Published(
         "actions stored as requested, too",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from compressor.recipe.schema import FINETUNE_RATE, SEARCH_RATES
 from compressor.search.base import IDLE, Agent, Published
 from compressor.search.joint_settings import ENVIRONMENT_MODEL
 from compressor.search.records import SearchResult
@@ -61,11 +60,11 @@ def _unread(agent: Agent, recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield f"search.{name}", f"only the joint agent reads it, and this one is {agent.name}"
     elif recipe.search.align != "tensor" and not recipe.search.align_weight:
         yield "search.align", "search.align_weight is 0"
-    rates = recipe.training
+    rates, (search_rate, finetune_rate) = recipe.training, recipe.usual_rates
     if rates.one_schedule:
-        if rates.finetune_learning_rate not in (None, FINETUNE_RATE):
+        if rates.finetune_learning_rate not in (None, finetune_rate):
             yield "training.finetune_learning_rate", "training.one_schedule has learning_rate for both"
-    elif not agent.schedule.total and rates.learning_rate not in (None, SEARCH_RATES[recipe.pretrained]):
+    elif not agent.schedule.total and rates.learning_rate not in (None, search_rate):
         reason = "the search trains no epochs; fine-tuning has training.finetune_learning_rate"
         yield "training.learning_rate", reason
     reasons = agent.unread_settings()
