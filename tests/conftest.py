@@ -48,6 +48,16 @@ def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressor.latency.sampling.MAX_SPREAD", 5.0)
 
 
+FIGURES = ("layer_bars", "reward_curve", "candidate_scatter", "training_curve")
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write reports without figures, which take a sixth of a small run's time."""
+    for name in FIGURES:
+        monkeypatch.setattr(f"compressor.report.plots.{name}", lambda *_: None)
+
+
 NOISE_GUARDED = ("test_sampling.py", "test_contract.py")
 """Files whose tests keep the noise guard: those of the guard, and of the main path on made-up devices, whose times
 do not depend on the load of this machine."""

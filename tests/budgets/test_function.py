@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.budgets.base import parse_budget, parse_named_budget
+from compressor.budgets.base import CachedValues, parse_budget, parse_named_budget
 from compressor.budgets.function import FunctionCaller, checked, load_function, wants_plan
 from compressor.budgets.limits import keeping_widths, reachable, resolve
 from compressor.core.errors import CompressorError
@@ -51,8 +51,6 @@ def wrong(module, turns=[broken, leaves, text, crashes]):
     return turns.pop(0)(module)
 def two(module, other):
     return 1
-def zero(module):
-    return 0
 number = 3
 """
 
@@ -186,8 +184,13 @@ def test_budgets_that_contradict_each_other_are_named(space: PruningSpace) -> No
 
 
 def test_a_share_of_nothing_is_refused(space: PruningSpace) -> None:
+    class Zero(CachedValues):
+        def measure(self, widths: tuple[int, ...]) -> float:
+            return 0.0
+
+    callers: dict[str, CachedValues] = {"own_costs:zero": Zero("own_costs:zero")}
     with pytest.raises(CompressorError, match="dense network's value is 0"):
-        resolve([parse_named_budget("own_costs:zero<=50%")], space)
+        resolve([parse_named_budget("own_costs:zero<=50%")], space, callers=callers)
 
 
 def test_a_network_that_no_other_process_can_build_is_refused() -> None:
