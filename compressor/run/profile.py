@@ -110,12 +110,9 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
 
 def _described(table: LatencyTable) -> Iterator[str]:
     device = table.fields.device
-    facts = [
-        device.sku,
-        f"compute capability {device.compute_capability}" if device.compute_capability else "",
-        f"power mode {device.power_mode}" if device.power_mode else "power mode not known",
-        device.clocks,
-    ]
+    gpu = f"compute capability {device.compute_capability}" if device.compute_capability else ""
+    mode = f"power mode {device.power_mode}" if device.power_mode else "power mode not known" if gpu else ""
+    facts = (device.sku, gpu, mode, device.clocks)
     yield f"  {table.describe()}"
     yield f"  {', '.join(fact for fact in facts if fact)}"
     if "by a fit" in table.fields.protocol:
