@@ -89,7 +89,7 @@ def spoilt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         loss = functional.cross_entropy(*arguments, **options)
         return loss * float("nan") if taken > steps else loss
 
-    monkeypatch.setattr("compressor.training.loop.functional", SimpleNamespace(cross_entropy=cross_entropy))
+    monkeypatch.setattr("compressor.training.classification.functional", SimpleNamespace(cross_entropy=cross_entropy))
 
 
 @pytest.mark.parametrize(
