@@ -65,6 +65,24 @@ def no_channels(num_classes: int = 10) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))
 
 
+class Segmenter(nn.Module):
+    """Two convolutions and class maps of half the size, as `out` of a dictionary."""
+
+    def __init__(self, num_classes: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(16, 24, 3, 1, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+        self.maps = nn.Conv2d(24, num_classes, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": self.maps(self.body(self.stem(x)))}
+
+
+def segmenter(num_classes: int = 4) -> nn.Module:
+    """`Segmenter` as a factory."""
+    return Segmenter(num_classes)
+
+
 class NoOnnx(Tiny):
     """It can be pruned, but an operation on its classes has no form in ONNX."""
 

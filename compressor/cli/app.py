@@ -99,7 +99,10 @@ def compress_command(
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime on this machine's CPU.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH, images:PATH."),
+        typer.Option(help="digits, shapes, cifar10[:PATH], cifar100[:PATH], or folder, imagenet, images, masks and :PATH."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="classification or segmentation; by default that of the data.")
     ] = None,
     image_size: Annotated[
         str | None, typer.Option(help="Height and width of an input in pixels: 224, or 96x128.")
@@ -154,7 +157,7 @@ def compress_command(
             "model": model, "device": device, "precision": precision, "threads": threads,
             "accept_dense": accept_dense or None,
             "data": {"source": data, "mean": mean, "std": std},
-            "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,
+            "task": task, "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,
             "budgets": {
                 "latency": latency, "flops": flops, "params": params, "memory": memory,
                 "energy": energy, "functions": budget or None,

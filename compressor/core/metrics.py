@@ -7,6 +7,8 @@ from dataclasses import dataclass
 ACCURACY = "accuracy"
 AGREEMENT = "agreement with the dense network"
 SCORE = "score"
+MEAN_IOU = "mean IoU"
+MEAN_AP = "mAP"
 
 PYTHON = "python"
 """Source of the data and of the network of a run that `compressor.compress` started with its caller's objects."""
@@ -23,6 +25,11 @@ class Metric:
 
     name: str = ACCURACY
     share: bool = True
+
+    @property
+    def title(self) -> str:
+        """Its name at the beginning of a sentence."""
+        return self.name if self.name == MEAN_AP else self.name[:1].upper() + self.name[1:]
 
     def text(self, value: float) -> str:
         """Write a value: 98.06%, or 31.4.

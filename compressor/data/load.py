@@ -15,11 +15,15 @@ from compressor.core.files import cache_folder
 from compressor.data.augment import Augmentation, augmentation_for
 from compressor.data.folder import load_folder, load_imagenet
 from compressor.data.images import fitted
+from compressor.data.masks import load_masks
 from compressor.data.pictures import load_pictures
 from compressor.data.preprocessing import Preprocessing, Wanted, sides_of
+from compressor.data.shapes import load_shapes
 from compressor.data.splits import TEST_SEED, DataBundle, MemorySplit, hold_out
 
-KINDS = ("digits", "cifar10", "cifar100", "folder", "imagenet", "images")
+SCENES = {"masks": "segmentation"}
+"""Sources of pictures with a target that is no class, and their task."""
+KINDS = ("digits", "cifar10", "cifar100", "folder", "imagenet", "images", "shapes", *SCENES)
 SEARCH_LIMIT = 5000
 """Maximum number of images of the search split: its standard error is then below 0.7 % at any accuracy."""
 
@@ -33,12 +37,13 @@ def load_data(
     search_fraction: float = 0.1,
     search_limit: int = SEARCH_LIMIT,
     workers: int | None = None,
+    task: str = "classification",
 ) -> DataBundle:
     """Load a data set as disjoint train, search and test splits.
 
     Args:
         spec: "digits", "cifar10[:PATH]", "cifar100[:PATH]", "folder:PATH", "imagenet:PATH", or "images:PATH" for
-            pictures without labels.
+            pictures without labels, "masks:PATH", or "shapes[:NUMBER]".
         seed: Seed that chooses the search split's images from the training images; the test split is fixed.
         image_size: Height and width in pixels, or "HEIGHTxWIDTH"; None for 32 (digits, CIFAR), the weights' usual
             one (ImageNet) and, for a folder, the images' own if they are small and of equal size, else the weights'
@@ -47,6 +52,7 @@ def load_data(
         search_fraction: Share of the training images held out, equal in every class.
         search_limit: Maximum number of images held out.
         workers: Threads or processes that decode files; None for a number that suits the machine.
+        task: "classification", "segmentation" or "detection".
 
     Raises:
         CompressorError: The name is unknown, or the data is missing, damaged or not a classification problem.
@@ -59,8 +65,10 @@ def load_data(
         raise CompressorError(
             f"There is no data set called {spec!r}.",
             f"{'Did you mean ' + ' or '.join(near) + '? ' if near else ''}"
-            "Choose digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH or images:PATH.",
+            "Choose digits, cifar10[:PATH], cifar100[:PATH], shapes, or folder, imagenet, images or "
+            f"{' or '.join(SCENES)} with :PATH.",
         )
+    _check_task(spec, kind, task)
     if not 0 < search_fraction < 1:
         raise CompressorError(f"The search split's share must lie between 0 and 1, got {search_fraction}.")
     if image_size is not None and min(sides_of(image_size)) < 8:
@@ -70,6 +78,8 @@ def load_data(
         if where:
             raise CompressorError(f"digits takes no path, got {where!r}.", "It ships with scikit-learn.")
         return _load_digits(seed, wanted, search_fraction, search_limit)
+    if kind == "shapes":
+        return load_shapes(where, spec, seed, wanted, search_limit, task)
     path = Path(where).expanduser() if where else None
     if kind in ("cifar10", "cifar100"):
         return _load_cifar(kind, path, seed, wanted.at(wanted.image_size or 32), search_fraction, search_limit)
@@ -78,10 +88,23 @@ def load_data(
     if not path.is_dir():
         what = "is a file" if path.is_file() else "does not exist"
         raise CompressorError(f"The folder of images {path} {what}.", f"Write --data {kind}:PATH.")
+    if kind == "masks":
+        return load_masks(path, spec, seed, wanted, search_limit, workers)
     if kind == "images":
         return load_pictures(path, spec, seed, wanted, search_limit, workers)
     load = load_folder if kind == "folder" else load_imagenet
     return load(path, spec, seed, wanted, search_fraction, search_limit, workers)
+
+
+def _check_task(spec: str, kind: str, task: str) -> None:
+    """Refuse data that cannot be used for a task; `shapes` says so itself."""
+    expected = SCENES.get(kind, "classification")
+    if kind != "shapes" and task != expected:
+        what = {"classification": "images by class, or without labels", "segmentation": "masks", "detection": "boxes"}
+        raise CompressorError(
+            f"{spec} has {what[expected]}, and --task is {task}.",
+            f"Leave out --task for {expected}, or give data with {what[task]}.",
+        )
 
 
 def _load_digits(seed: int, wanted: Wanted, search_fraction: float, search_limit: int | None) -> DataBundle:

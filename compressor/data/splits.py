@@ -17,7 +17,8 @@ from compressor.data.augment import Augmentation
 from compressor.data.images import ImageFile, decode, load_files
 from compressor.data.preprocessing import Preprocessing
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, Any]
+"""Images, and their labels: a tensor, or a list of one for each image."""
 Indices = npt.NDArray[np.int64]
 MEMORY_LIMIT = 2 * 1024**3
 """Maximum bytes of decoded images for which a split is held in memory."""
@@ -121,7 +122,10 @@ class Split(ABC):
             generator.manual_seed(((shuffle_seed or 0) * world + rank) ^ 0x5EED)
         for images, labels in self._raw(order, batch_size, generator if augment else None):
             normalised = self.preprocessing.normalised(images.to(device, non_blocking=True))
-            yield normalised, labels.to(device, non_blocking=True)
+            if isinstance(labels, list):  # boxes, of which every image has another number
+                yield normalised, [each.to(device, non_blocking=True) for each in labels]
+            else:
+                yield normalised, labels.to(device, non_blocking=True)
 
 
 def _spread(labels: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:

@@ -20,7 +20,7 @@ from compressor.core.plugins import import_object
 from compressor.models import cifar
 from compressor.models.computed import fix_weights
 from compressor.models.first_run import Makers, Shape, input_channels, replace_head, run_first, single_head
-from compressor.models.names import call_factory, resolve
+from compressor.models.names import call_factory, resolve, torchvision_names
 from compressor.models.weights import Say, fit_state, load_weights, some
 
 FACTORY_TAG = "compressor_factory"
@@ -30,10 +30,17 @@ Factory = Callable[..., Any] | str
 """A function or class that builds a network, or its reference `package.module:name`."""
 
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+_AUXILIARY_MAPS = ("aux_classifier.",)
+"""The auxiliary head of torchvision's segmentation networks, which their weights may have and no network here has."""
 
 
 def create_model(
-    name: str, num_classes: int, weights: str | Path = "none", input_shape: Shape = (3, 32, 32), say: Say = progress.say
+    name: str,
+    num_classes: int,
+    weights: str | Path = "none",
+    input_shape: Shape = (3, 32, 32),
+    say: Say = progress.say,
+    task: str = "classification",
 ) -> nn.Module:
     """Build a network and give it weights.
 
@@ -49,6 +56,7 @@ def create_model(
         input_shape: (channels, height, width) of one image, for a trial run; a network for 1 channel is tried on 1
             if the image has 3, and vice versa.
         say: Receives a sentence about each replaced or chosen part.
+        task: "classification", or "segmentation" for a network of class maps.
 
     Returns:
         The network in training mode on the CPU.
@@ -59,11 +67,17 @@ def create_model(
     """
     if num_classes < 2:
         raise CompressorError(f"A classifier needs at least 2 classes, got {num_classes}.")
+    resolve(name, task)
     spec = model_factory(name, num_classes, weights=str(weights))
     model = _built(spec).cpu()
     shape = (input_channels(model, input_shape), *input_shape[1:])
-    out, makers = run_first(model, name, shape)
+    out, makers = run_first(model, name, shape, task)
     if (outputs := out.shape[1]) != num_classes:
+        if task != "classification":
+            raise CompressorError(
+                f"{name} gives maps of {outputs} classes, and the data has {num_classes}.",
+                "Have the factory accept num_classes and build the network for them.",
+            )
         head = single_head(name, makers, outputs, num_classes)
         replace_head(model, head, num_classes)
         makers = _checked_head(model, name, head, num_classes, shape)
@@ -73,7 +87,8 @@ def create_model(
     if str(weights) == "default":
         _load_default(model, name, num_classes, heads, say)
     elif str(weights) != "none":
-        load_weights(model, Path(weights), num_classes, lambda: heads, say)
+        without = _auxiliary(name) if task != "classification" else ()
+        load_weights(model, Path(weights), num_classes, lambda: heads, say, without)
     if fixed := fix_weights(model):
         say(
             f"{len(fixed)} weights of {name} are computed from others before each forward ({some(fixed)}); they are "
@@ -184,7 +199,7 @@ def _built(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module
 
 
 def _by_name(name: str, num_classes: int, transform_input: bool) -> nn.Module:
-    source, inner = resolve(name)
+    source, inner = resolve(name, None)
     if source == "cifar":
         return cifar.BUILDERS[inner](num_classes)
     if source == "torchvision":
@@ -208,7 +223,9 @@ def _torchvision(name: str, num_classes: int, transform_input: bool) -> nn.Modul
     from torchvision.models import get_model
 
     extra: dict[str, Any] = {}
-    if name in _AUXILIARY:
+    if name in torchvision_names("segmentation"):
+        extra = {"weights_backbone": None}  # by default it is downloaded
+    elif name in _AUXILIARY:
         # The auxiliary heads are for a special training recipe, and change what forward returns.
         extra = {"aux_logits": False, "init_weights": True, "transform_input": transform_input}
     elif name.startswith(("resnet", "resnext", "wide_resnet")):
@@ -220,7 +237,7 @@ def _torchvision(name: str, num_classes: int, transform_input: bool) -> nn.Modul
 
 
 def _load_default(model: nn.Module, name: str, num_classes: int, heads: Sequence[str], say: Say) -> None:
-    source, inner = resolve(name)
+    source, inner = resolve(name, None)
     hint = "Use --weights none to train from scratch, or --weights FILE with a state dict that you have."
     if source not in ("torchvision", "timm"):
         raise CompressorError(f"There are no default weights for {name}.", hint)
@@ -230,8 +247,14 @@ def _load_default(model: nn.Module, name: str, num_classes: int, heads: Sequence
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CompressorError(f"The default weights of {name} cannot be fetched: {reason}", hint) from error
-    state = {key: value for key, value in state.items() if not key.startswith(_AUXILIARY.get(inner, ("\0",)))}
+    state = {key: value for key, value in state.items() if not key.startswith(_auxiliary(inner))}
     fit_state(model, state, f"the default weights of {name}", num_classes, lambda: heads, say)
+
+
+def _auxiliary(name: str) -> tuple[str, ...]:
+    """Return the beginnings of the names of the weights that the networks here do not have."""
+    maps = name in torchvision_names("segmentation")
+    return _AUXILIARY_MAPS if maps else _AUXILIARY.get(name, ())
 
 
 def _torchvision_state(name: str) -> dict[str, torch.Tensor]:
@@ -282,7 +305,7 @@ def published(name: str) -> Published | None:
     Raises:
         CompressorError: There is no such network.
     """
-    source, inner = resolve(name)
+    source, inner = resolve(name, None)
     if source == "timm":
         return _of_timm(inner)
     return _of_torchvision(inner) if source == "torchvision" else None
@@ -319,6 +342,8 @@ def _of_torchvision(name: str) -> Published | None:
     if default is None:
         return None
     transforms = default.transforms()
+    if not hasattr(transforms, "crop_size"):
+        return _of_maps(default, transforms)
     (size,), (scaled,) = transforms.crop_size, transforms.resize_size
     share = default.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1", math.nan)
     return Published(
@@ -331,4 +356,18 @@ def _of_torchvision(name: str) -> Published | None:
             "interpolation": transforms.interpolation.value,
         },
         accuracy=None if math.isnan(share) else share / 100,
+    )
+
+
+def _of_maps(weights: Any, transforms: Any) -> Published:
+    """Return what is published about a segmentation network's weights; the whole picture is scaled."""
+    return Published(
+        origin=f"torchvision's {weights}",
+        preprocessing={
+            "size": transforms.resize_size[0],
+            "mean": tuple(transforms.mean),
+            "std": tuple(transforms.std),
+            "crop_share": 1.0,
+            "interpolation": transforms.interpolation.value,
+        },
     )

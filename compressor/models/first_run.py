@@ -55,10 +55,12 @@ class Makers:
         return [name for name, channels in self.layers.items() if channels == outputs]
 
 
-def run_first(model: nn.Module, name: str, shape: Shape) -> tuple[Tensor, Makers]:
-    """Return the output (1, classes) of a network for one blank image, and the layers that compute it.
+def run_first(
+    model: nn.Module, name: str, shape: Shape, task: str = "classification"
+) -> tuple[Tensor, Makers]:
+    """Return the output of a network for one blank image, and the layers that compute it.
 
-    The network runs in evaluation mode.
+    The network runs in evaluation mode. Its output is (1, classes), or (1, classes, H, W) for segmentation.
 
     Raises:
         CompressorError: The network does not run on such an image, or returns something else; the message names the
@@ -73,7 +75,10 @@ def run_first(model: nn.Module, name: str, shape: Shape) -> tuple[Tensor, Makers
                 out = model(torch.zeros(1, *shape))
         except Exception as error:  # the network's code may raise anything
             raise _cause(model, name, shape, error, recorder) from error
-    _check_output(out, name)
+    if task == "segmentation":
+        out = _class_maps(out, name)
+    else:
+        _check_output(out, name)
     return out, recorder.makers(out)
 
 
@@ -374,6 +379,27 @@ def _runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
     except Exception:  # the network's code may raise anything: it does not run on this input
         return False
     return True
+
+
+MAPS = "out"
+"""Key of the class maps in what torchvision's segmentation networks return."""
+
+
+def class_maps(out: Any) -> Any:
+    """Return the class maps in a segmentation network's output: the tensor itself, or what is under `MAPS`."""
+    return out[MAPS] if isinstance(out, Mapping) and MAPS in out else out
+
+
+def _class_maps(out: Any, name: str) -> Tensor:
+    maps = class_maps(out)
+    if isinstance(maps, Tensor) and maps.dim() == 4 and maps.shape[0] == 1 and maps.is_floating_point():
+        return maps
+    given = f"a tensor of shape {tuple(maps.shape)}" if isinstance(maps, Tensor) else f"a {type(maps).__name__}"
+    raise CompressorError(
+        f"{name} gives {given} for one image; a segmentation network should give (1, classes, height, width), alone or "
+        f"as {MAPS!r} of a dictionary.",
+        "Have the factory return the logits of each pixel.",
+    )
 
 
 def _check_output(out: Any, name: str) -> None:

@@ -30,6 +30,7 @@ TIMM = "timm:"
 _RUN_BEFORE = "factories.json"
 """File in the cache folder: reference of each factory that was run -> files of its module."""
 
+TASKS = ("classification", "segmentation", "detection")
 _OTHER_TASKS = {
     "detection": "a detection network",
     "segmentation": "a segmentation network",
@@ -40,25 +41,31 @@ _OTHER_TASKS = {
 """Modules of torchvision.models besides its classifiers, and the kind of their networks."""
 
 
-def resolve(name: str) -> tuple[str, str]:
+def resolve(name: str, task: str | None = "classification") -> tuple[str, str]:
     """Return the source of a name and the name within it: ("cifar" | "torchvision" | "timm" | "class" | "user", name).
 
     "class" is a class of torchvision's own (`torchvision.models.googlenet:GoogLeNet`), "user" any other
     `package.module:factory`. Neither is imported.
 
+    Args:
+        name: Name of a network.
+        task: One of `TASKS` that it must be for; None for any of them.
+
     Raises:
-        CompressorError: The name is unknown (the nearest ones are listed), it is no classifier, or timm is missing.
+        CompressorError: The name is unknown (the nearest ones are listed), it is for another task, or timm is missing.
     """
+    if task not in (None, "classification"):
+        _refuse_classifiers(name, str(task))
     if name.startswith(TIMM):
         return "timm", _timm_name(name.removeprefix(TIMM))
     if ":" in name:
         return ("class" if _is_torchvision_class(name) else "user"), name
     if name in cifar.BUILDERS:
         return "cifar", name
-    ours, theirs = list(cifar.BUILDERS), torchvision_names()
+    ours, theirs = list(cifar.BUILDERS), torchvision_names(task)
     if name in theirs:
         return "torchvision", name
-    _refuse_other_tasks(name)
+    _refuse_other_tasks(name, task)
     near = _nearest(name, [*ours, *theirs])
     raise CompressorError(
         f"There is no model called {name[:200]!r}.",
@@ -85,23 +92,48 @@ def _is_torchvision_class(name: str) -> bool:
     return inspect.isclass(found) and issubclass(found, nn.Module) and found.__module__ == module
 
 
-def _refuse_other_tasks(name: str) -> None:
+def _refuse_classifiers(name: str, task: str) -> None:
+    if name in cifar.BUILDERS or name.startswith(TIMM) or name in torchvision_names():
+        raise CompressorError(
+            f"{name} is a classifier of images, and the task is {task}.",
+            f"The networks for it: {', '.join(torchvision_names(task))}; or package.module:factory.",
+        )
+
+
+def _refuse_other_tasks(name: str, task: str | None) -> None:
     import torchvision
 
-    for task, what in _OTHER_TASKS.items():
-        if name in torchvision.models.list_models(module=getattr(torchvision.models, task)):
-            plain = _nearest(name.removeprefix("quantized_"), torchvision_names())
+    for other, what in _OTHER_TASKS.items():
+        if name not in torchvision.models.list_models(module=getattr(torchvision.models, other)):
+            continue
+        if name in (names := torchvision_names(other)):
             raise CompressorError(
-                f"{name} is {what}; only classifiers of images can be compressed.",
-                f"{plain} The classifiers are those of torchvision.models.".strip(),
+                f"{name} is {what}, and the task is {task}.", f"Give --task {other}, and data for it."
             )
+        if names:
+            raise CompressorError(
+                f"{name} is {what} whose outputs have no fixed size before its post-processing.",
+                f"Those that can be compressed: {', '.join(names)}.",
+            )
+        plain = _nearest(name.removeprefix("quantized_"), torchvision_names())
+        raise CompressorError(
+            f"{name} is {what}; only classifiers, segmentation and detection networks of images can be compressed.",
+            f"{plain} The classifiers are those of torchvision.models.".strip(),
+        )
 
 
-def torchvision_names() -> list[str]:
-    """Return the classifiers of torchvision."""
+def torchvision_names(task: str | None = "classification") -> list[str]:
+    """Return the networks of torchvision for a task, or for all; of detectors those without a stage of proposals."""
     import torchvision
 
-    return list(torchvision.models.list_models(module=torchvision.models))
+    models = torchvision.models
+    if task is None:
+        return [name for each in TASKS for name in torchvision_names(each)]
+    if task == "segmentation":
+        return list(models.list_models(module=models.segmentation))
+    if task == "detection":
+        return []
+    return list(models.list_models(module=models)) if task == "classification" else []
 
 
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:

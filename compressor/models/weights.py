@@ -30,7 +30,12 @@ Say = Callable[[str], None]
 
 
 def load_weights(
-    model: nn.Module, path: Path, num_classes: int, heads: Heads | None = None, say: Say = progress.say
+    model: nn.Module,
+    path: Path,
+    num_classes: int,
+    heads: Heads | None = None,
+    say: Say = progress.say,
+    without: tuple[str, ...] = (),
 ) -> None:
     """Load a file of weights into `model`, in place.
 
@@ -44,6 +49,7 @@ def load_weights(
         heads: Returns the names of the layers that compute the output, which may be of other classes and then stay
             untrained; called only if shapes differ. None allows no difference.
         say: Receives a sentence about what was used.
+        without: Beginnings of the names of weights that are not loaded, such as those of an auxiliary head.
 
     Raises:
         CompressorError: The file cannot be read, holds something else, or does not fit; the model is then unchanged.
@@ -53,7 +59,8 @@ def load_weights(
     state, notes = _choose(found)
     for note in notes:
         say(f"{path}: {note}")
-    fit_state(model, state, str(path), num_classes, heads, say)
+    kept = {key: value for key, value in state.items() if not key.startswith(without)}
+    fit_state(model, kept, str(path), num_classes, heads, say)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

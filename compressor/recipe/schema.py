@@ -56,6 +56,11 @@ class Recipe(Part):
     data: Annotated[Data, BeforeValidator(_with_source)] = Field(
         Data(), description="Images and how they are prepared; text alone is the source, such as folder:PATH."
     )
+    task: Literal["classification", "segmentation"] | None = Field(
+        None,
+        description="What the network does; by default that of the data: segmentation for masks:PATH, else "
+        "classification. shapes is for other tasks than that, so that one has to be given.",
+    )
     image_size: ImageSize | None = Field(
         None,
         description="Height and width of an input in pixels, 224 or 96x128; by default: 32 for digits, CIFAR and "
@@ -99,8 +104,18 @@ class Recipe(Part):
 
     @property
     def data_kind(self) -> str:
-        """The data without its path: digits, cifar10, cifar100, folder, imagenet, images, or python."""
+        """The data without its path: digits, cifar10, folder, masks, coco, shapes and so on, or python."""
         return self.data.source.partition(":")[0]
+
+    @property
+    def small_data(self) -> bool:
+        """Whether the data comes with the toolkit: small pictures, on which networks are trained from scratch."""
+        return self.data_kind in ("digits", "shapes")
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the network tells classes of whole images, and nothing else."""
+        return self.task in (None, "classification")
 
     @property
     def own_network(self) -> bool:
@@ -134,17 +149,18 @@ class Recipe(Part):
         """Whether the run starts from trained weights."""
         unpublished = self.model.startswith("cifar_") or self.own_network
         return self.weights != "none" and not (
-            self.weights == "default" and (self.data_kind == "digits" or unpublished)
+            self.weights == "default" and (self.small_data or unpublished)
         )
 
     def resolved(self) -> Recipe:
         """Return the same recipe with every field filled in that follows from others."""
         own = self.model.startswith("cifar_")
         small = self.data_kind in ("digits", "cifar10", "cifar100") or own
-        scratch_epochs = {"digits": 20, "imagenet": 90}.get(self.data_kind, 60)
+        scratch_epochs = {"digits": 20, "shapes": 20, "imagenet": 90}.get(self.data_kind, 60)
         pretrained = self.pretrained
         weights = self.weights if pretrained else "none"
-        digits = self.data_kind == "digits"
+        embedded = self.small_data
+        batch_size = 32 if embedded else 128 if self._task() == "classification" else 16
         search_rate, finetune_rate = self.usual_rates
         share = self.search.epochs_share
         if not self.labelled and share is None:
@@ -159,6 +175,7 @@ class Recipe(Part):
         return self.changed(
             {
                 "weights": weights,
+                "task": self._task(),
                 "image_size": self.image_size or (32 if small else None),
                 "precision": precision,
                 "epochs": (scratch_epochs // 3 if pretrained else scratch_epochs)
@@ -166,12 +183,12 @@ class Recipe(Part):
                 else self.epochs,
                 "search": {
                     "epochs_share": share,
-                    "batch_norm_batches": self.search.batch_norm_batches or (3 if digits else 10),
+                    "batch_norm_batches": self.search.batch_norm_batches or (3 if embedded else 10),
                     "context_size": self._context_size(),
                     "measure": self._measure(),
                 },
                 "training": {
-                    "batch_size": self.training.batch_size or (32 if digits else 128),
+                    "batch_size": self.training.batch_size or batch_size,
                     "mixed_precision": _own_precision()
                     if self.training.mixed_precision == "auto"
                     else self.training.mixed_precision,
@@ -181,9 +198,13 @@ class Recipe(Part):
             }
         )
 
+    def _task(self) -> str:
+        """Return the task: as given, or that of the data."""
+        return self.task or {"masks": "segmentation"}.get(self.data_kind, "classification")
+
     def _measure(self) -> str:
         """Return what scores candidates; what a Python program gives stays automatic."""
-        if self.search.measure == "auto" and not self.from_python:
+        if self.search.measure == "auto" and not self.from_python and self._task() == "classification":
             return "accuracy" if self.labelled else "closeness"
         return self.search.measure
 

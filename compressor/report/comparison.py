@@ -77,7 +77,7 @@ def _accuracy_rows(accuracy: Accuracy) -> list[Row]:
     scored, dense = accuracy.exported_images, accuracy.dense
     fewer = f" on {scored:,.0f} images" if scored is not None and scored != accuracy.images else ""
     metric = accuracy.by
-    name = metric.name.capitalize()
+    name = metric.title
     split = f"{name}, {accuracy.split or 'unknown'} split" if metric.name != SCORE else name
     return [
         Row(label, score(before, metric), score(slim, metric), score_change(_difference(slim, dense), metric))
@@ -152,7 +152,7 @@ def _accuracy_tile(accuracy: Accuracy) -> Tile | None:
         if change is None
         else f"{score_change(change, metric)}, dense {score(accuracy.dense, metric)}"
     )
-    return Tile(metric.name.capitalize(), score(accuracy.finetuned, metric), before)
+    return Tile(metric.title, score(accuracy.finetuned, metric), before)
 
 
 def _difference(left: float | None, right: float | None) -> float | None:

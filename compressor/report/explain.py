@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressor.core.manifest import ExplainedLine, Manifest
-from compressor.core.metrics import AGREEMENT, PYTHON, SCORE
+from compressor.core.metrics import ACCURACY, AGREEMENT, PYTHON, SCORE
 from compressor.report.formats import (
     ABSENT,
     count,
@@ -24,7 +24,7 @@ SAME = 0.02  # two ratios closer than this are called equal: repeated measuremen
 def accuracy_resolution(manifest: Manifest) -> str:
     """Return the resolution of a share of the test split's images: the step of one image."""
     images = manifest.accuracy.images
-    if images is None or images < 1 or not manifest.accuracy.share:
+    if images is None or images < 1 or manifest.accuracy.metric not in (ACCURACY, AGREEMENT):
         return ""
     return f"{images:,} images were tested, so one image more or less is {points(1 / images).lstrip('+')}."
 

@@ -228,8 +228,10 @@ def _space(run: RunFolder, recipe: Recipe, table: LatencyTable, factory: str | N
 
     graph = onnx.load(str(run.file(DENSE)), load_external_data=False).graph
     shape = tuple(dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim)[1:]
-    classes = graph.output[0].type.tensor_type.shape.dim[-1].dim_value
-    model = create_model(allowed_factory(recipe.model, factory, run.path), classes, "none", shape).eval()
+    maps = recipe.task == "segmentation"
+    classes = graph.output[0].type.tensor_type.shape.dim[1 if maps else -1].dim_value
+    name = allowed_factory(recipe.model, factory, run.path)
+    model = create_model(name, classes, "none", shape, task=recipe.task or "classification").eval()
     pruning = recipe.pruning
 
     def traced(steps: int | dict[str, int]) -> PruningSpace:

@@ -16,7 +16,7 @@ from compressor.models.names import allowed_factory
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
-from compressor.run.load import load, load_images, refuse_python
+from compressor.run.load import load, load_images, refuse_python, task_of
 from compressor.run.onnx_files import (
     COMPARED_IMAGES,
     MODEL,
@@ -39,7 +39,7 @@ from export.files import read_bytes, write_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-    from compressor.training.classification import Classification
+    from compressor.training.task import Task
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -85,7 +85,7 @@ class Finished:
         self._factory = factory
         self.recipe: Recipe = load_recipe(run.file(RECIPE))
         refuse_python(self.recipe)
-        self._task: Classification | None = None
+        self._task: Task | None = None
         self._model: nn.Module | None = None
         self._goals: Any = None
 
@@ -107,12 +107,10 @@ class Finished:
         self.run.close()
 
     @property
-    def task(self) -> Classification:
+    def task(self) -> Task:
         """The run's task, with its images, loaded on first use."""
-        from compressor.training.classification import Classification
-
         if self._task is None:
-            self._task = Classification.of(load_images(self.recipe))
+            self._task = task_of(self.recipe, load_images(self.recipe))
         return self._task
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
@@ -57,7 +57,6 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
     """
 
     from compressor.models import factory_of, input_channels
-    from compressor.training.classification import Classification
 
     refuse_python(recipe)
     data = load_images(recipe)
@@ -79,7 +78,7 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
     completed = _completed(recipe, data.preprocessing)
     return Loaded(
         completed,
-        Classification.of(data, completed.search.measure),
+        task_of(completed, data),
         model,
         factory_of(model),
         completed.model,
@@ -95,16 +94,37 @@ def _created(recipe: Recipe, data: DataBundle, weights: str, said: list[str]) ->
     from compressor.models import create_model, usual_classes
     from compressor.models.weights import FRESH_HEAD
 
+    task = recipe.task or "classification"
     classes = data.num_classes or usual_classes(recipe.model, data.input_shape)
     for _ in range(2):
         torch.manual_seed(recipe.seed)
-        model = create_model(recipe.model, classes, weights, data.input_shape, said.append)
+        model = create_model(recipe.model, classes, weights, data.input_shape, said.append, task)
         others = getattr(model, FRESH_HEAD, 0)
         if data.num_classes or not others:
             break
         classes = int(others)
         said.clear()
     return model
+
+
+def task_of(recipe: Recipe, data: DataBundle) -> Task:
+    """Return the task of a resolved recipe on its data.
+
+    Raises:
+        CompressorError: Candidates cannot be scored as the recipe asks.
+    """
+    from compressor.training.classification import Classification
+    from compressor.training.segmentation import Segmentation
+
+    if recipe.classifies:
+        return Classification.of(data, recipe.search.measure)
+    for name, value, usual in (
+        ("search.measure", recipe.search.measure, "auto"),
+        ("search.workers", str(recipe.search.workers), "1"),
+    ):
+        if value != usual:
+            raise CompressorError(f"{name} is {value}, which is for images by class only.", "Leave it out.")
+    return Segmentation(data)
 
 
 def refuse_python(recipe: Recipe) -> None:
@@ -124,7 +144,12 @@ def load_images(recipe: Recipe) -> DataBundle:
     """Load the images of a resolved recipe, prepared as it says; in color unless it says that they are gray."""
     from compressor.data import load_data
 
-    return load_data(recipe.data.source, seed=recipe.seed, wanted=_wanted(recipe, recipe.data.channel_order))
+    return load_data(
+        recipe.data.source,
+        seed=recipe.seed,
+        wanted=_wanted(recipe, recipe.data.channel_order),
+        task=recipe.task or "classification",
+    )
 
 
 def described(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
@@ -154,9 +179,12 @@ def _usual(recipe: Recipe) -> Published | None:
 def _wanted(recipe: Recipe, channel_order: str | None) -> Any:
     from compressor.data import Preprocessing, Wanted
 
-    usual, data = _usual(recipe), recipe.data
+    published, data = _usual(recipe), recipe.data
+    usual = Preprocessing(**published.preprocessing) if published is not None else Preprocessing()
+    if not recipe.classifies:  # nothing of a picture is cut off: what is there may be at its edges
+        usual = replace(usual, resize="squash", crop_share=1.0)
     return Wanted(
-        usual=Preprocessing(**usual.preprocessing) if usual is not None else Preprocessing(),
+        usual=usual,
         image_size=recipe.image_size,
         mean=data.mean,
         std=data.std,
@@ -191,7 +219,7 @@ def _assumed(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[str]:
     """
     usual = _usual(recipe)
     given = recipe.weights not in ("none", "default")
-    if not given and (usual is not None or not recipe.own_network or recipe.data_kind == "digits"):
+    if not given and (usual is not None or not recipe.own_network or recipe.small_data):
         return
     expected = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.image_size)
     if (preprocessing.mean, preprocessing.std) != (expected.mean, expected.std):

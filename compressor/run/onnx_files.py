@@ -323,7 +323,7 @@ def write_precision(
     if exact is not None and facts["accuracy"] is not None:
         metric, images = task.metric, facts["images"]
         of = "" if images is None else f" on {images} test images"
-        yield f"{metric.name.capitalize()}{of}: {metric.text(facts['accuracy'])} (FP32 {metric.text(exact)})."
+        yield f"{metric.title}{of}: {metric.text(facts['accuracy'])} (FP32 {metric.text(exact)})."
     entry = Export(file=goal.name, bytes=goal.stat().st_size, **facts)
     built: list[Engine] = []
     if engine:

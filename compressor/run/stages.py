@@ -200,8 +200,8 @@ def _effect_of_no_training(job: Job) -> str:
     effect = "Fine-tuning has no teacher"
     if not search.brief_iterations:  # else candidates are trained for some steps before they are scored
         effect = (
-            "Candidates were scored on an untrained network, so that their accuracy did not guide the search, and "
-            "fine-tuning has no teacher"
+            f"Candidates were scored on an untrained network, so that their {job.task.metric.name} did not guide the "
+            "search, and fine-tuning has no teacher"
         )
     fewest = fewest_epochs(float(search.epochs_share or 0))
     if fewest is None:
@@ -245,6 +245,7 @@ def environment(
         job.task,
         device=job.torch_device,
         bn_batches=int(settings.batch_norm_batches or 10),
+        batch_size=job.task.batch_size,
         search_images=settings.search_images,
         mixed_precision=recipe.training.mixed_precision,
         seed=recipe.seed,

@@ -1,7 +1,7 @@
 """What a run optimizes: its batches, its loss, and the scores of its networks.
 
-Search, training, export and report know a `Task` only. `Classification` is that of images by class; `objects.OwnTask`
-is made of a user's own loaders and functions.
+Search, training, export and report know a `Task` only. `Classification` is that of images by class,
+`Segmentation` that of pixels; `OwnTask` is made of a user's own loaders and functions.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Task(ABC):
         labelled: Whether there is a loss of its own; else only a teacher trains.
         classes: Number of outputs of a classifier; 0 for other networks.
         portable: Whether other processes can score candidates.
+        batch_size: Inputs per batch where nothing is trained.
     """
 
     metric = Metric()
@@ -75,6 +76,7 @@ class Task(ABC):
     labelled = True
     classes = 0
     portable = False
+    batch_size = 128
 
     # ---------------------------------------------------------------- training
     @abstractmethod
@@ -91,7 +93,7 @@ class Task(ABC):
     def reconstruction(self, device: str | torch.device, seed: int) -> Any:
         """Return batches for the criterion "reconstruction", as for `PruningSpace.rank`; None without inputs."""
         feed = self.calibration
-        return None if feed is None else list(inputs_in(feed, 256, seed, 128, device))
+        return None if feed is None else list(inputs_in(feed, 2 * self.batch_size, seed, self.batch_size, device))
 
     def gradients(self, device: str | torch.device, seed: int) -> Any:
         """Return data for criteria that need gradients of the loss, as for `PruningSpace.rank`; None without a loss."""

@@ -1,0 +1,196 @@
+"""Pictures with masks: PATH/train/images/NAME.jpg and PATH/train/masks/NAME.png, a class number for every pixel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image as pillow
+from torch import Tensor
+
+from compressor.core import progress
+from compressor.core.errors import CompressorError
+from compressor.data.folder import SUFFIXES
+from compressor.data.images import decode, fitted, upright
+from compressor.data.preprocessing import Preprocessing, Wanted
+from compressor.data.scenes import IGNORED, bundle_of
+from compressor.data.splits import DataBundle
+from export.files import open_regular
+
+NAMES = "classes.txt"
+"""File beside train/ with the name of each class in a line, the first that of class 0; it may be left out."""
+
+_LAYOUT = "Expected PATH/train/images/NAME.jpg and PATH/train/masks/NAME.png, and test/ (or val/) likewise."
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class MaskedFile:
+    """A picture and its mask on disk."""
+
+    image: str
+    mask: str
+
+    def read(self, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+        image = decode(self.image, preprocessing)
+        if image is None:
+            raise CompressorError(
+                f"{self.image} cannot be read.", "Copy it again, or delete it and its mask."
+            )
+        classes = pillow.fromarray(read_mask(self.mask))
+        return image, fitted(classes, replace(preprocessing, interpolation="nearest"))[0]
+
+    def checked(self) -> set[int]:
+        """Return the classes in the mask.
+
+        Raises:
+            CompressorError: It cannot be read, or has another size than its picture.
+        """
+        classes = read_mask(self.mask)
+        if (size := _size(self.image)) != classes.shape[::-1]:
+            raise CompressorError(
+                f"{self.mask} has {classes.shape[1]}x{classes.shape[0]} pixels, its picture {size[0]}x{size[1]}.",
+                "A mask needs the size of its picture: a class for every pixel.",
+            )
+        return set(np.unique(classes).tolist()) - {IGNORED}
+
+
+def load_masks(
+    path: Path, name: str, seed: int, wanted: Wanted, search_limit: int | None, workers: int | None = None
+) -> DataBundle:
+    """Load pictures with masks; every mask is read once, so that a wrong one is refused before the run begins.
+
+    Raises:
+        CompressorError: A picture has no mask, a mask has another size than its picture or a class that there is not,
+            or the layout is another one.
+    """
+    parts = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
+    other = "test" if "test" in parts else "val"
+    if "train" not in parts or other not in parts:
+        raise CompressorError(
+            f"{path} has no {'train' if 'train' not in parts else 'test'}/ folder.", _LAYOUT
+        )
+    notes: list[str] = []
+    train, test = (_pairs(parts[part], notes) for part in ("train", other))
+    highest, where = _highest([*train, *test])
+    names = _names(path)
+    if names is not None and highest >= len(names):
+        raise CompressorError(
+            f"{where} holds the class {highest}, but {path / NAMES} names {len(names)}: 0 to {len(names) - 1}.",
+            f"Correct the mask, or name the class. Pixels of no class are {IGNORED}.",
+        )
+    classes = names or tuple(str(number) for number in range(highest + 1))
+    if len(classes) < 2:
+        raise CompressorError(f"The masks in {path} hold class 0 only; two classes are needed.", _LAYOUT)
+    return bundle_of(
+        name,
+        classes,
+        train,
+        test,
+        wanted,
+        wanted.image_size or wanted.usual.size,
+        seed=seed,
+        search_limit=search_limit,
+        notes=notes,
+        workers=workers,
+    )
+
+
+def read_mask(path: str) -> npt.NDArray[np.uint8]:
+    """Return a mask's class numbers, uint8 (H, W): gray values, or places in a palette.
+
+    Raises:
+        CompressorError: It cannot be read, or has several channels or numbers beyond 255.
+    """
+    try:
+        with open_regular(path) as file, pillow.open(file) as image:
+            values: npt.NDArray[Any] = np.array(image)
+    except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
+        raise CompressorError(f"The mask {path} cannot be read: {error}.", "Save it again as PNG.") from error
+    if values.ndim != 2:
+        raise CompressorError(
+            f"The mask {path} has {values.shape[-1]} channels, expected the number of a class for every pixel.",
+            "Save it as a gray or palette PNG: 0, 1, 2, ..., and 255 where no class is known.",
+        )
+    if values.min() < 0 or values.max() > IGNORED:
+        raise CompressorError(
+            f"The mask {path} holds the class {values.max()}; the largest possible is {IGNORED - 1}.",
+            f"Number the classes from 0 on; {IGNORED} is ignored.",
+        )
+    return values.astype(np.uint8)
+
+
+def _size(path: str) -> tuple[int, int]:
+    """Return (width, height) of a picture as a viewer shows it."""
+    try:
+        with open_regular(path) as file, pillow.open(file) as image:
+            small = pillow.new("L", image.size)
+            small.getexif().update(image.getexif())
+            return upright(small).size
+    except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
+        raise CompressorError(
+            f"{path} cannot be read: {error}.", "Copy it again, or delete it and its mask."
+        ) from error
+
+
+def _by_stem(folder: Path) -> dict[str, str]:
+    """Return the image files in a folder by name without suffix, in order."""
+    if not folder.is_dir():
+        raise CompressorError(f"{folder} does not exist.", _LAYOUT)
+    found: dict[str, str] = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        stem, suffix = os.path.splitext(entry.name)
+        if entry.name.startswith(".") or suffix.lower() not in SUFFIXES:
+            continue
+        if stem in found:
+            raise CompressorError(
+                f"{folder} holds {stem} twice: {found[stem]} and {entry.path}.", "Rename one."
+            )
+        found[stem] = entry.path
+    return found
+
+
+def _pairs(folder: Path, notes: list[str]) -> list[MaskedFile]:
+    images, masks = _by_stem(folder / "images"), _by_stem(folder / "masks")
+    if missing := [stem for stem in images if stem not in masks]:
+        raise CompressorError(
+            f"{folder / 'masks'} has no mask of {_some(missing)}.",
+            "Every picture needs one: the same name, as PNG.",
+        )
+    if unused := [stem for stem in masks if stem not in images]:
+        notes.append(f"{folder / 'masks'} has masks without a picture, which are not used: {_some(unused)}.")
+    return [MaskedFile(path, masks[stem]) for stem, path in images.items()]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _highest(files: list[MaskedFile]) -> tuple[int, str]:
+    """Return the highest class in all masks, and the first mask that has it."""
+    found: Mapping[int, str] = {}
+    with progress.bar("Checking masks", total=len(files)) as bar, ThreadPoolExecutor(4) as pool:
+        for file, classes in zip(files, pool.map(MaskedFile.checked, files), strict=True):
+            found = {**dict.fromkeys(classes, file.mask), **found}
+            bar.advance(1)
+    highest = max(found, default=0)
+    return highest, found.get(highest, "")
+
+
+def _names(path: Path) -> tuple[str, ...] | None:
+    try:
+        text = (path / NAMES).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CompressorError(
+            f"{path / NAMES} cannot be read: {error}.", "Write the name of a class in each line."
+        ) from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -1,0 +1,242 @@
+"""Pictures with a target each: the class of every pixel, or boxes; drawn in memory, or read from files.
+
+A target is a tensor: a mask is uint8 (H, W) with `IGNORED` where no class is known; boxes are float32 (n, 5), each its
+left, top, right and bottom edge in pixels of the input and the number of its class, from 1 on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compressor.core import progress
+from compressor.core.errors import CompressorError
+from compressor.data.preprocessing import Preprocessing, Wanted
+from compressor.data.splits import MEMORY_LIMIT, DataBundle, Split, hold_out
+
+IGNORED = 255
+"""Class of pixels that neither the loss nor the score counts."""
+SMALLEST_CROP = 0.5
+"""Smallest share of a training picture's area that a random crop keeps."""
+SEARCH_SHARE = 0.1
+Batch = tuple[Tensor, Any]
+
+
+class Scene(Protocol):
+    """A picture with its target."""
+
+    def read(self, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+        """Return the picture, uint8 (channels, height, width), and its target.
+
+        Raises:
+            CompressorError: A file cannot be read, or the target does not fit the picture.
+        """
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture in memory, uint8 (3 or 1, H, W), with its target."""
+
+    image: Tensor
+    target: Tensor
+
+    def read(self, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+        from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+        image = self.image
+        if preprocessing.channels < len(image):
+            image = rgb_to_grayscale(image)
+        return image.expand(preprocessing.channels, -1, -1), self.target
+
+
+class SceneSplit(Split):
+    """Pictures with targets, in batches: masks are stacked, boxes are a list of tensors.
+
+    Args:
+        scenes: The pictures.
+        preprocessing: How a picture becomes an input.
+        augment: Whether training pictures are mirrored and cropped at random.
+        workers: Processes that read files; 0 for this one.
+    """
+
+    def __init__(
+        self, scenes: Sequence[Scene], preprocessing: Preprocessing, augment: bool = False, workers: int = 0
+    ) -> None:
+        super().__init__(preprocessing)
+        self.scenes, self.augment, self.workers = tuple(scenes), augment, workers
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    @property
+    def labels(self) -> Tensor:
+        """Zeros: a picture as a whole has no class."""
+        return torch.zeros(len(self), dtype=torch.int64)
+
+    def in_memory(self) -> SceneSplit:
+        if len(self) * _bytes(self.preprocessing) > MEMORY_LIMIT:
+            return self
+        return SceneSplit(_read(self.scenes, self.preprocessing), self.preprocessing, self.augment)
+
+    def chosen(self, indices: Tensor) -> SceneSplit:
+        scenes = [self.scenes[index] for index in indices.tolist()]
+        return SceneSplit(scenes, self.preprocessing, self.augment, self.workers)
+
+    def prepared(self, preprocessing: Preprocessing) -> SceneSplit:
+        return SceneSplit(self.scenes, preprocessing, self.augment, self.workers)
+
+    def _raw(self, order: Tensor, batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
+        seed = None if generator is None or not self.augment else generator.initial_seed()
+        items = _Items([self.scenes[index] for index in order.tolist()], self.preprocessing, seed)
+        if not self.workers:
+            for places in torch.split(torch.arange(len(items)), batch_size):
+                yield _collate([items[place] for place in places.tolist()])
+            return
+        from torch.utils.data import DataLoader
+
+        for batch in DataLoader(items, batch_size=batch_size, num_workers=self.workers, collate_fn=_collate):
+            if isinstance(batch, CompressorError):
+                raise batch
+            yield batch
+
+
+class _Items(torch.utils.data.Dataset[Any]):
+    """Scenes in the order of an epoch."""
+
+    def __init__(self, scenes: Sequence[Scene], preprocessing: Preprocessing, seed: int | None) -> None:
+        self.scenes, self.preprocessing, self.seed = scenes, preprocessing, seed
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | CompressorError:
+        try:
+            image, target = self.scenes[index].read(self.preprocessing)
+        except CompressorError as refused:  # raised in a worker, it would come with the worker's traceback
+            return refused
+        if self.seed is None:
+            return image, target
+        return augmented(image, target, (self.seed * 1_000_003 + index) % 2**63)
+
+
+def _collate(items: Sequence[Any]) -> Any:
+    for item in items:
+        if isinstance(item, CompressorError):
+            if torch.utils.data.get_worker_info() is None:
+                raise item
+            return item
+    targets = [target for _, target in items]
+    return torch.stack([image for image, _ in items]), torch.stack(targets) if is_mask(
+        targets[0]
+    ) else targets
+
+
+def is_mask(target: Tensor) -> bool:
+    """Return whether a target is a mask; else it is boxes."""
+    return target.dtype == torch.uint8
+
+
+def augmented(image: Tensor, target: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Mirror every second picture, and crop and scale it back, together with its target.
+
+    Args:
+        image: uint8 (C, H, W).
+        target: Its mask, or boxes; of these, what is less than a pixel wide after the crop is left out.
+        seed: Seed of the changes.
+    """
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
+    height, width = image.shape[-2:]
+    changes = v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            v2.RandomResizedCrop((height, width), scale=(SMALLEST_CROP, 1.0), antialias=True),
+        ]
+    )
+    mask = is_mask(target)
+    told: Any = (
+        tv_tensors.Mask(target)
+        if mask
+        else tv_tensors.BoundingBoxes(target[:, :4], format="XYXY", canvas_size=(height, width))
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        changed, told = changes(tv_tensors.Image(image), told)
+    pixels, moved = changed.as_subclass(Tensor), told.as_subclass(Tensor)
+    if mask:
+        return pixels, moved
+    found = torch.cat([moved, target[:, 4:]], dim=1)
+    return pixels, found[((moved[:, 2:] - moved[:, :2]) >= 1).all(dim=1)]
+
+
+def bundle_of(
+    name: str,
+    classes: tuple[str, ...],
+    train: Sequence[Scene],
+    test: Sequence[Scene],
+    wanted: Wanted,
+    size: int | str,
+    *,
+    seed: int,
+    search_limit: int | None,
+    search_share: float = SEARCH_SHARE,
+    notes: Sequence[str] = (),
+    workers: int | None = None,
+) -> DataBundle:
+    """Return scenes as a data set, read into memory if they fit; the search split comes out of the training scenes.
+
+    Args:
+        name, classes, notes: As in `DataBundle`.
+        train, test: Scenes to train on and to report.
+        wanted, size: Preprocessing, and height and width of an input, or "HEIGHTxWIDTH".
+        seed: Chooses the search split.
+        search_limit, search_share: Largest number and share of scenes in the search split.
+        workers: Processes that read files; None for a number that suits the machine.
+
+    Raises:
+        CompressorError: There are too few scenes, or one cannot be read.
+    """
+    if len(train) < 2 or not test:
+        raise CompressorError(
+            f"{name} has {len(train)} pictures to train on and {len(test)} to test on; two and one are needed.",
+            "Add some.",
+        )
+    preprocessing = wanted.at(size)
+    stays, held = hold_out([0] * len(train), search_share, search_limit, seed)
+    if fits := (len(train) + len(test)) * _bytes(preprocessing) <= MEMORY_LIMIT:
+        train, test = _read(train, preprocessing), _read(test, preprocessing)
+    processes = 0 if fits else min(8, os.cpu_count() or 1) if workers is None else workers
+    kept, scored = ([train[index] for index in part.tolist()] for part in (stays, held))
+    return DataBundle(
+        name,
+        classes,
+        preprocessing.input_shape,
+        SceneSplit(kept, preprocessing, augment=True, workers=processes),
+        SceneSplit(scored, preprocessing, workers=processes),
+        SceneSplit(test, preprocessing, workers=processes),
+        tuple(notes),
+    )
+
+
+def _bytes(preprocessing: Preprocessing) -> int:
+    channels, height, width = preprocessing.input_shape
+    return (channels + 1) * height * width
+
+
+def _read(scenes: Sequence[Scene], preprocessing: Preprocessing) -> list[Scene]:
+    """Return scenes in memory; their files are read by a few threads."""
+    if all(isinstance(scene, Drawn) for scene in scenes):
+        return list(scenes)
+    with progress.bar("Reading pictures", total=len(scenes)) as bar, ThreadPoolExecutor(4) as pool:
+        found: list[Scene] = []
+        for pair in pool.map(lambda scene: scene.read(preprocessing), scenes):
+            found.append(Drawn(*pair))
+            bar.advance(1)
+    return found
