@@ -99,7 +99,7 @@ def compress_command(
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime on this machine's CPU.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="digits, shapes, cifar10[:PATH], cifar100[:PATH], or folder, imagenet, images, masks and :PATH."),
+        typer.Option(help="digits, shapes, cifar10[:PATH], cifar100[:PATH]; folder, imagenet, images, masks:PATH."),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="classification or segmentation; by default that of the data.")
