@@ -20,6 +20,7 @@ from compressor.core.metrics import ACCURACY
 from compressor.latency.networks import with_distinct_weights
 from compressor.run.device import latency_table, opset_of, provider_of, request_of
 from compressor.run.load import Loader, load
+from export.convert.trees import tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -167,6 +168,7 @@ class Job:
         notes += loaded.notes
         given = recipe.weights != "none" or not loaded.task.labelled
         teacher = copy.deepcopy(model).eval() if given else None
+        _check_inputs(recipe, loaded.task)
         space = trace(recipe, model, example)
         dense_file = DenseFile(dense, recipe, model, example)
         if recipe.pruning.granularity == "measured":
@@ -291,6 +293,23 @@ def _check_unlabelled(recipe: Recipe) -> None:
     ):
         if value:
             raise CompressorError(f"{name} needs labels, and {recipe.data.source} has none.", "Leave it out.")
+
+
+def _check_inputs(recipe: Recipe, task: Task) -> None:
+    """Refuse what cannot be done with a network of several inputs."""
+    if (count := len(tensors_in(task.example))) == 1:
+        return
+    provider = provider_of(recipe)
+    for what, wanted in (
+        ("INT8", recipe.precision == "int8"),
+        ("A device over a network", provider.measures and not provider.is_here),
+        ("An energy budget", recipe.budgets.energy is not None),
+    ):
+        if wanted:
+            raise CompressorError(
+                f"{what} takes networks of one input, and this one has {count}.",
+                "Use fp32 or fp16, this machine or the table of a device, and other budgets.",
+            )
 
 
 def _check_importance(recipe: Recipe, task: Task) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import compressor
+from compressor import CompressorError
 from export.convert.onnx_header import read_header
 from tests.run.test_own import FAST
 
@@ -112,6 +113,29 @@ def test_inputs_of_other_kinds(tmp_path: Path, network: Any, example: Any, batch
     assert manifest["parity"]["max_abs"] < 1e-4
     assert read_header(result.onnx).shapes == inputs
     assert manifest["latency"]["measured_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"precision": "int8", "device": "jetson-orin-nano-8gb"}, "INT8"),
+        ({"budgets": {"energy": "50%"}}, "An energy budget|energy"),
+    ],
+)
+def test_what_takes_one_input_only_is_refused(tmp_path: Path, options: dict[str, Any], what: str) -> None:
+    with pytest.raises(CompressorError, match=what):
+        compressor.compress(
+            PictureAndFacts(), without_target(1), calibration=[both(30)], epochs=0, out=tmp_path / "run", **options
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp16_of_several_inputs(tmp_path: Path) -> None:
+    result = compressor.compress(
+        PictureAndFacts().eval(), without_target(1), calibration=[both(30)], epochs=0, out=tmp_path / "run",
+        precision="fp16", device="jetson-orin-nano-8gb", pruning={"granularity": 1}, **{**FAST, "params": "80%"},
+    )  # fmt: skip
+    assert result.manifest["exports"]["fp16"]["parity"]["max_abs"] > 0
 
 
 def test_a_loss_on_several_inputs(tmp_path: Path) -> None:
