@@ -135,7 +135,7 @@ def context(run: Collected) -> dict[str, Any]:
     )
     unread = f"{run.damaged} lines of the episode log could not be read and are left out."
     return {
-        "model": manifest.model or "model not recorded",
+        "model": manifest.model.removeprefix(f"{PYTHON}:") or "model not recorded",
         "data": manifest.data or "data not recorded",
         "source": explain.source(manifest),
         "from_python": manifest.data == PYTHON,

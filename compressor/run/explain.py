@@ -21,6 +21,7 @@ from compressor.recipe import load_recipe
 from compressor.run.device import device_precision, provider_of, request_of, resolved
 from compressor.run.finish import write_page
 from compressor.run.folder import RunFolder
+from compressor.run.load import refuse_python
 from compressor.run.measure import from_here, stored_table
 from compressor.run.onnx_files import DENSE, MODEL, open_exported
 from export.device.here import CPU
@@ -226,6 +227,7 @@ def _space(run: RunFolder, recipe: Recipe, table: LatencyTable, factory: str | N
     from compressor.models.names import allowed_factory
     from compressor.pruning.space import PruningSpace
 
+    refuse_python(recipe)
     graph = onnx.load(str(run.file(DENSE)), load_external_data=False).graph
     shape = tuple(dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim)[1:]
     maps = recipe.task == "segmentation"

@@ -30,7 +30,13 @@ def outputs_of(value: Any) -> list[Tensor]:
 
 
 class Likeness(ABC):
-    """A comparison of outputs with those of the dense network on the same inputs."""
+    """A comparison of outputs with those of the dense network on the same inputs.
+
+    Attributes:
+        counts: Whether the agreement is the share of a number of inputs.
+    """
+
+    counts = False
 
     @abstractmethod
     def distance(self, found: Outputs, goals: Outputs, temperature: float) -> Tensor:
@@ -47,6 +53,8 @@ class Likeness(ABC):
 
 class ScoresOfClasses(Likeness):
     """Compares the scores of classes (N, C): divergence of the class probabilities, and equal first classes."""
+
+    counts = True
 
     def distance(self, found: Outputs, goals: Outputs, temperature: float) -> Tensor:
         return distillation_loss(found[0].float(), goals[0].float(), temperature)

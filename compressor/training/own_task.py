@@ -161,6 +161,11 @@ class OwnTask(Task):
         difference = (value - self._dense) / max(abs(self._dense) / 10, 1e-12)
         return 0.5 * math.exp(difference) if difference < 0 else 1 - 0.5 * math.exp(-difference)
 
+    @property
+    def test_inputs(self) -> int | None:
+        """Number of inputs of which a share is reported; other agreements are no shares of a number."""
+        return None if self.test is None or not self._likeness.counts else len(self.test)
+
     def test_goals(self, dense: nn.Module, device: str | torch.device) -> list[list[Tensor]] | None:
         if self._score is not None or self.test is None:
             return None
