@@ -24,6 +24,9 @@ CALIBRATION = 2560
 SCORED_SHARE = 0.2
 """Share of the calibration inputs on which candidates are compared, and as many for the report."""
 
+LEAST = 3
+"""Inputs that compensation needs: one to fit, one to choose and one to judge."""
+
 FEWEST = 20
 """With fewer calibration inputs all of them serve every purpose."""
 
@@ -172,6 +175,7 @@ class Checked:
         batch = self._first("train", self.given.train)
         self._try_loss(self.given.loss or cross_entropy, batch)
         steps = counted(self.given.train)
+        self._first("train", self.given.train)  # counting may have read them all
         return Loader(self.given.train, steps), self.given.loss or cross_entropy
 
     def _first(self, name: str, batches: Iterable[Any]) -> Any:
@@ -229,25 +233,23 @@ class Checked:
         """Read the inputs for statistics and compensation, for candidates, and for the report."""
         import torch
 
-        from compressor.training.loaders import Memory
-        from compressor.training.randomness import own_randomness
-
         given, seed = self.given, self.recipe.seed
-        name = "train" if given.calibration is None else "calibration"
-        batches = given.train if given.calibration is None else given.calibration
-        if batches is None:
+        whole = None
+        if given.calibration is not None:
+            whole = self._inputs_in("calibration", given.calibration)
+        elif given.train is not None:
+            try:
+                whole = self._inputs_in("train", given.train, alike=True)
+            except CompressorError as error:
+                if given.evaluate is None:
+                    raise
+                self.notes.append(f"{error.message} Pass calibration=... for networks that are compensated.")
+        if whole is None:
             self.notes.append(
-                "There are no calibration batches: slim networks are not compensated, and keep the dense network's "
+                "There are no calibration inputs: slim networks are not compensated, and keep the dense network's "
                 "batch-norm statistics."
             )
             return None, None, None
-        self._first(name, batches)
-        try:
-            with own_randomness(seed, torch.device("cpu")):
-                whole = Memory.of(batches, self.inputs, CALIBRATION)
-        except CompressorError as error:
-            raise CompressorError(f"{name}: {error.message}", error.hint) from None
-        self._run(name, whole)
         if given.evaluate is not None:
             return whole, None, None
         if len(whole) < FEWEST:
@@ -259,6 +261,27 @@ class Checked:
         held = max(1, round(SCORED_SHARE * len(whole)))
         parts = [whole.chosen(part) for part in (order[2 * held :], order[:held], order[held : 2 * held])]
         return parts[0], parts[1], parts[2] if given.test is None else None
+
+    def _inputs_in(self, name: str, batches: Iterable[Any], alike: bool = False) -> Memory:
+        """Return the inputs in some batches, after the network has run on some of them."""
+        import torch
+
+        from compressor.training.loaders import Memory
+        from compressor.training.randomness import own_randomness
+
+        self._first(name, batches)
+        try:
+            with own_randomness(self.recipe.seed, torch.device("cpu")):
+                found = Memory.of(batches, self.inputs, CALIBRATION, alike=alike)
+        except CompressorError as error:
+            raise CompressorError(f"{name}: {error.message}", error.hint) from None
+        if len(found) < LEAST:
+            raise CompressorError(
+                f"{name} holds {len(found)} input{'s' if len(found) > 1 else ''}; at least {LEAST} are needed.",
+                "Better hundreds: networks are fitted to them and compared on them.",
+            )
+        self._run(name, found)
+        return found
 
     def _run(self, name: str, inputs: Memory) -> None:
         """Refuse inputs that the network does not run on."""

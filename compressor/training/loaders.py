@@ -145,8 +145,16 @@ class Memory:
         self._inputs, self._count = inputs, count
 
     @classmethod
-    def of(cls, batches: Iterable[Any], inputs: Callable[[Any], Inputs], most: int) -> Memory:
+    def of(
+        cls, batches: Iterable[Any], inputs: Callable[[Any], Inputs], most: int, *, alike: bool = False
+    ) -> Memory:
         """Read up to `most` inputs, as many as `MEMORY_LIMIT` holds.
+
+        Args:
+            batches: The user's batches.
+            inputs: Finds the network's arguments in a batch.
+            most: Number of inputs after which no further batch is read.
+            alike: Whether to leave out batches whose inputs have other shapes than those of the first.
 
         Raises:
             CompressorError: There are none, a batch does not fit the network, or the inputs differ in shape.
@@ -156,6 +164,8 @@ class Memory:
         for batch in batches:
             found = mapped(lambda tensor: tensor.detach().cpu(), inputs(batch))
             length = len(tensors_in(found)[0])
+            if alike and rows and _shapes(found) != _shapes(rows[0]):
+                continue
             rows.append(_rows(found, length, slice(0, most - count)))
             count += min(length, most - count)
             size += sum(tensor.nbytes for tensor in tensors_in(found))
@@ -167,7 +177,7 @@ class Memory:
             return cls(joined(rows), count)
         except (RuntimeError, TypeError, ValueError) as error:
             raise CompressorError(
-                f"The batches' inputs cannot be put together: {str(error).splitlines()[0]}.",
+                f"The batches' inputs cannot be put together: {str(error).splitlines()[0].rstrip('.')}.",
                 "Inputs for calibration should have one shape: crop or pad them.",
             ) from error
 
@@ -210,6 +220,10 @@ class Memory:
         order = order[: len(order) - len(order) % world][rank::world]
         for indices in torch.split(order, max(1, batch_size // world)):
             yield mapped(lambda tensor: tensor.to(device), _rows(self._inputs, self._count, indices))
+
+
+def _shapes(inputs: Any) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape[1:]) for tensor in tensors_in(inputs)]
 
 
 def _rows(inputs: Any, count: int, which: Any) -> Any:

@@ -198,6 +198,7 @@ X = pictures(8)[0]
         ({"calibration": []}, "calibration has no batches"),
         ({"calibration": [torch.zeros(4, 3, 8, 8)]}, r"does not fit the network: .*\[4, 3, 8, 8\].*\[1, 1, 8, 8\]"),
         ({"calibration": [X, torch.zeros(4, 1, 9, 9)]}, "calibration: The batches' inputs cannot be put together"),
+        ({"calibration": [X[:1]]}, "calibration holds 1 input; at least 3"),
         ({"train": [X], "evaluate": share(1)}, r"cross-entropy of a batch of \(inputs, labels\) raises"),
         ({"train": batches(), "loss": lambda m, b: m(b["picture"]), "evaluate": share(1)}, r"shape \[32, 4\]"),
         ({"train": batches(), "loss": lambda m, b: torch.zeros(()), "evaluate": share(1)}, "has no gradient"),

@@ -70,6 +70,13 @@ def test_memory_holds_inputs_in_their_order_up_to_a_number() -> None:
     assert torch.equal(torch.stack(parts, 1).flatten(0, 1), next(memory.batches(4, shuffle_seed=0))[0])
 
 
+def test_inputs_of_other_shapes_are_left_out_or_refused() -> None:
+    sizes = [X, torch.rand(2, 3, 7), X + 1]
+    assert len(Memory.of(sizes, ONE, 99, alike=True)) == 8
+    with pytest.raises(CompressorError, match="cannot be put together"):
+        Memory.of(sizes, ONE, 99)
+
+
 def test_a_loader_gives_each_process_its_batches() -> None:
     loader = Loader([0, 1, 2, 3, 4], 5)
     assert list(loader.batches(99)) == [0, 1, 2, 3, 4]
