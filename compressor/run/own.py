@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
 from compressor.core.metrics import PYTHON
+from compressor.core.records import RECIPE
 from compressor.recipe import Recipe
 from compressor.recipe.validation import merged, validated
 from compressor.run.load import Loaded
@@ -45,9 +46,9 @@ def compress(
 ) -> RunResult:
     """Compress a network until it meets its budgets on a device, with the caller's own data and metric.
 
-    Folder, stages, contract and report are those of the command line. Networks are compared with the dense one's
-    outputs on `calibration`, or on inputs of `train`, where there is no `evaluate` or `test`. Without `train` there are
-    no labels: fine-tuning is distillation alone.
+    Folder, stages, contract and report are those of the command line. Without `evaluate` candidates are compared with
+    the dense network's outputs on `calibration`, or on inputs of `train`. Without `train` there are no labels:
+    fine-tuning is distillation alone. docs/guide/own-network.md has a complete example.
 
     Args:
         model: Any network, with trained weights (`weights="none"` says that they are not); it is never changed.
@@ -89,13 +90,11 @@ def compress(
     )
     loader = partial(_load, objects)
     folder = None if out is None else Path(out)
-    if not resume:
-        return started(validated(Recipe, wanted, "compress"), folder, loader)
-    if folder is None:
+    if resume and folder is None:
         raise CompressorError("A run that is resumed needs its folder.", "Give it as out=...")
-    if not (folder / "recipe.yaml").exists():
-        return started(validated(Recipe, wanted, "compress"), folder, loader)
-    return continued(folder, wanted, loader)
+    if resume and folder is not None and (folder / RECIPE).exists():
+        return continued(folder, wanted, loader)
+    return started(validated(Recipe, wanted, "compress"), folder, loader)
 
 
 def _check_kinds(model: Any, **given: Any) -> None:

@@ -189,3 +189,10 @@ def test_inputs_that_are_not_square(tmp_path: Path) -> None:
     assert high.shape == (3, 96, 128)
     assert "width" not in Wanted().at(96).to_dict()
     assert load_data("digits", seed=0, image_size="16x24").input_shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize(("text", "size"), [("96x128", "96x128"), ("96", 96)])
+def test_the_size_as_a_flag(text: str, size: int | str) -> None:
+    assert recipe_of(None, overrides({"model": "resnet18", "image_size": text})).image_size == size
+    with pytest.raises(CompressorError, match="image_size"):
+        recipe_of(None, overrides({"model": "resnet18", "image_size": "96x"}))
