@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -81,6 +83,31 @@ class Segmenter(nn.Module):
 def segmenter(num_classes: int = 4) -> nn.Module:
     """`Segmenter` as a factory."""
     return Segmenter(num_classes)
+
+
+class _Levels(nn.Module):
+    """Features of an eighth and a sixteenth of the input's size."""
+
+    out_channels: ClassVar[list[int]] = [32, 24]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 16, 3, 4, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.third = nn.Sequential(nn.Conv2d(32, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        second = self.second(self.first(x))
+        return OrderedDict([("0", second), ("1", self.third(second))])
+
+
+def detector(num_classes: int = 4) -> nn.Module:
+    """A small detector of torchvision's kind."""
+    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+    from torchvision.models.detection.ssd import SSD
+
+    anchors = DefaultBoxGenerator([[2], [2]], scales=[0.3, 0.5, 0.7])
+    return SSD(_Levels(), anchors, (32, 32), num_classes)
 
 
 class NoOnnx(Tiny):

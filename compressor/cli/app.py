@@ -99,10 +99,10 @@ def compress_command(
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime on this machine's CPU.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="digits, shapes, cifar10[:PATH], cifar100[:PATH]; folder, imagenet, images, masks:PATH."),
+        typer.Option(help="digits, shapes, cifar10[:PATH], cifar100[:PATH]; folder, imagenet, images, masks, coco:PATH."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="classification or segmentation; by default that of the data.")
+        str | None, typer.Option(help="classification, segmentation or detection; by default that of the data.")
     ] = None,
     image_size: Annotated[
         str | None, typer.Option(help="Height and width of an input in pixels: 224, or 96x128.")

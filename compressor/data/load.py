@@ -13,6 +13,7 @@ from torch.nn import functional
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder
 from compressor.data.augment import Augmentation, augmentation_for
+from compressor.data.boxes import load_coco
 from compressor.data.folder import load_folder, load_imagenet
 from compressor.data.images import fitted
 from compressor.data.masks import load_masks
@@ -21,7 +22,7 @@ from compressor.data.preprocessing import Preprocessing, Wanted, sides_of
 from compressor.data.shapes import load_shapes
 from compressor.data.splits import TEST_SEED, DataBundle, MemorySplit, hold_out
 
-SCENES = {"masks": "segmentation"}
+SCENES = {"masks": "segmentation", "coco": "detection"}
 """Sources of pictures with a target that is no class, and their task."""
 KINDS = ("digits", "cifar10", "cifar100", "folder", "imagenet", "images", "shapes", *SCENES)
 SEARCH_LIMIT = 5000
@@ -43,7 +44,7 @@ def load_data(
 
     Args:
         spec: "digits", "cifar10[:PATH]", "cifar100[:PATH]", "folder:PATH", "imagenet:PATH", or "images:PATH" for
-            pictures without labels, "masks:PATH", or "shapes[:NUMBER]".
+            pictures without labels, "masks:PATH", "coco:PATH", or "shapes[:NUMBER]".
         seed: Seed that chooses the search split's images from the training images; the test split is fixed.
         image_size: Height and width in pixels, or "HEIGHTxWIDTH"; None for 32 (digits, CIFAR), the weights' usual
             one (ImageNet) and, for a folder, the images' own if they are small and of equal size, else the weights'
@@ -88,8 +89,9 @@ def load_data(
     if not path.is_dir():
         what = "is a file" if path.is_file() else "does not exist"
         raise CompressorError(f"The folder of images {path} {what}.", f"Write --data {kind}:PATH.")
-    if kind == "masks":
-        return load_masks(path, spec, seed, wanted, search_limit, workers)
+    if kind in SCENES:
+        read = load_masks if kind == "masks" else load_coco
+        return read(path, spec, seed, wanted, search_limit, workers)
     if kind == "images":
         return load_pictures(path, spec, seed, wanted, search_limit, workers)
     load = load_folder if kind == "folder" else load_imagenet

@@ -53,7 +53,7 @@ class MaskedFile:
             CompressorError: It cannot be read, or has another size than its picture.
         """
         classes = read_mask(self.mask)
-        if (size := _size(self.image)) != classes.shape[::-1]:
+        if (size := picture_size(self.image)) != classes.shape[::-1]:
             raise CompressorError(
                 f"{self.mask} has {classes.shape[1]}x{classes.shape[0]} pixels, its picture {size[0]}x{size[1]}.",
                 "A mask needs the size of its picture: a class for every pixel.",
@@ -126,7 +126,7 @@ def read_mask(path: str) -> npt.NDArray[np.uint8]:
     return values.astype(np.uint8)
 
 
-def _size(path: str) -> tuple[int, int]:
+def picture_size(path: str) -> tuple[int, int]:
     """Return (width, height) of a picture as a viewer shows it."""
     try:
         with open_regular(path) as file, pillow.open(file) as image:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from compressor.core import progress
 from compressor.core.errors import CompressorError
 from compressor.core.plugins import import_object
 from compressor.models import cifar
+from compressor.models.checkpoint import State
 from compressor.models.computed import fix_weights
+from compressor.models.detectors import CLASS_HEAD, PREPARED, check_detector, wrapped
 from compressor.models.first_run import Makers, Shape, input_channels, replace_head, run_first, single_head
 from compressor.models.names import call_factory, resolve, torchvision_names
-from compressor.models.weights import Say, fit_state, load_weights, some
+from compressor.models.weights import FRESH_HEAD, Say, fit_state, load_weights, some
 
 FACTORY_TAG = "compressor_factory"
 """Attribute of a created model: the spec from which `build_from_factory` rebuilds it."""
@@ -56,7 +59,8 @@ def create_model(
         input_shape: (channels, height, width) of one image, for a trial run; a network for 1 channel is tried on 1
             if the image has 3, and vice versa.
         say: Receives a sentence about each replaced or chosen part.
-        task: "classification", or "segmentation" for a network of class maps.
+        task: "classification", "segmentation" for a network of class maps, or "detection" for a `RawDetector`, whose
+            `num_classes` include the background.
 
     Returns:
         The network in training mode on the CPU.
@@ -71,6 +75,8 @@ def create_model(
     spec = model_factory(name, num_classes, weights=str(weights))
     model = _built(spec).cpu()
     shape = (input_channels(model, input_shape), *input_shape[1:])
+    if task == "detection":
+        return _loaded_detector(model, spec, name, num_classes, str(weights), shape, say)
     out, makers = run_first(model, name, shape, task)
     if (outputs := out.shape[1]) != num_classes:
         if task != "classification":
@@ -87,8 +93,8 @@ def create_model(
     if str(weights) == "default":
         _load_default(model, name, num_classes, heads, say)
     elif str(weights) != "none":
-        without = _auxiliary(name) if task != "classification" else ()
-        load_weights(model, Path(weights), num_classes, lambda: heads, say, without)
+        adapted = partial(_without, beginnings=_auxiliary(name) if task != "classification" else ())
+        load_weights(model, Path(weights), num_classes, lambda: heads, say, adapted)
     if fixed := fix_weights(model):
         say(
             f"{len(fixed)} weights of {name} are computed from others before each forward ({some(fixed)}); they are "
@@ -191,6 +197,7 @@ def _built(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module
         raise CompressorError("A factory needs a name and keyword arguments, got none.")
     else:
         model = _by_name(name, num_classes, bool(kwargs.get("transform_input", False)))
+    model = wrapped(model)
     if head is not None:
         if not isinstance(head, str):
             raise CompressorError(f"A factory's head is the name of a layer, not {head!r}.")
@@ -223,7 +230,7 @@ def _torchvision(name: str, num_classes: int, transform_input: bool) -> nn.Modul
     from torchvision.models import get_model
 
     extra: dict[str, Any] = {}
-    if name in torchvision_names("segmentation"):
+    if name in (*torchvision_names("segmentation"), *PREPARED):
         extra = {"weights_backbone": None}  # by default it is downloaded
     elif name in _AUXILIARY:
         # The auxiliary heads are for a special training recipe, and change what forward returns.
@@ -236,7 +243,14 @@ def _torchvision(name: str, num_classes: int, transform_input: bool) -> nn.Modul
     return model
 
 
-def _load_default(model: nn.Module, name: str, num_classes: int, heads: Sequence[str], say: Say) -> None:
+def _load_default(
+    model: nn.Module,
+    name: str,
+    num_classes: int,
+    heads: Sequence[str],
+    say: Say,
+    adapted: Callable[[State], State] = lambda state: state,
+) -> None:
     source, inner = resolve(name, None)
     hint = "Use --weights none to train from scratch, or --weights FILE with a state dict that you have."
     if source not in ("torchvision", "timm"):
@@ -247,8 +261,40 @@ def _load_default(model: nn.Module, name: str, num_classes: int, heads: Sequence
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CompressorError(f"The default weights of {name} cannot be fetched: {reason}", hint) from error
-    state = {key: value for key, value in state.items() if not key.startswith(_auxiliary(inner))}
+    state = adapted(_without(state, _auxiliary(inner)))
     fit_state(model, state, f"the default weights of {name}", num_classes, lambda: heads, say)
+
+
+def _without(state: State, beginnings: tuple[str, ...]) -> State:
+    """Return weights without those whose names begin so."""
+    return {key: value for key, value in state.items() if not key.startswith(beginnings)}
+
+
+def _loaded_detector(
+    model: nn.Module, spec: dict[str, Any], name: str, num_classes: int, weights: str, shape: Shape, say: Say
+) -> nn.Module:
+    """Check a new detector and give it weights; its class scores start fresh where these are for other classes."""
+    detector = check_detector(model, name, num_classes, shape).detector
+    own = detector.state_dict()
+
+    def adapted(state: State) -> State:
+        fresh = [
+            key
+            for key, value in state.items()
+            if key.startswith(CLASS_HEAD) and key in own and own[key].shape != getattr(value, "shape", None)
+        ]
+        if fresh:
+            setattr(model, FRESH_HEAD, len(fresh))
+            say(f"The weights of {name} are for other classes: {some(fresh)} start fresh.")
+        return {**state, **{key: own[key].clone() for key in fresh}}
+
+    if weights == "default":
+        _load_default(detector, name, num_classes, (), say, adapted)
+    elif weights != "none":
+        load_weights(detector, Path(weights), num_classes, None, say, adapted)
+    fix_weights(model)
+    setattr(model, FACTORY_TAG, spec)
+    return model.train()
 
 
 def _auxiliary(name: str) -> tuple[str, ...]:
@@ -337,6 +383,11 @@ def _of_timm(name: str) -> Published | None:
 
 def _of_torchvision(name: str) -> Published | None:
     from torchvision.models import get_model_weights
+
+    if name in PREPARED:
+        size, mean, std = PREPARED[name]
+        prepared = {"size": size, "mean": mean, "std": std, "crop_share": 1.0, "interpolation": "bilinear"}
+        return Published(f"torchvision's {name}", prepared)
 
     default: Any = getattr(get_model_weights(name), "DEFAULT", None)
     if default is None:

@@ -24,6 +24,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, write_atomic
 from compressor.core.plugins import raised_at
 from compressor.models import cifar
+from compressor.models.detectors import PREPARED
 
 TIMM = "timm:"
 
@@ -132,7 +133,7 @@ def torchvision_names(task: str | None = "classification") -> list[str]:
     if task == "segmentation":
         return list(models.list_models(module=models.segmentation))
     if task == "detection":
-        return []
+        return list(PREPARED)
     return list(models.list_models(module=models)) if task == "classification" else []
 
 

@@ -35,7 +35,7 @@ def load_weights(
     num_classes: int,
     heads: Heads | None = None,
     say: Say = progress.say,
-    without: tuple[str, ...] = (),
+    adapted: Callable[[State], State] = lambda state: state,
 ) -> None:
     """Load a file of weights into `model`, in place.
 
@@ -49,7 +49,7 @@ def load_weights(
         heads: Returns the names of the layers that compute the output, which may be of other classes and then stay
             untrained; called only if shapes differ. None allows no difference.
         say: Receives a sentence about what was used.
-        without: Beginnings of the names of weights that are not loaded, such as those of an auxiliary head.
+        adapted: Changes the weights that were found before they are loaded; it may leave out an auxiliary head.
 
     Raises:
         CompressorError: The file cannot be read, holds something else, or does not fit; the model is then unchanged.
@@ -59,8 +59,7 @@ def load_weights(
     state, notes = _choose(found)
     for note in notes:
         say(f"{path}: {note}")
-    kept = {key: value for key, value in state.items() if not key.startswith(without)}
-    fit_state(model, kept, str(path), num_classes, heads, say)
+    fit_state(model, adapted(state), str(path), num_classes, heads, say)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

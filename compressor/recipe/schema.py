@@ -56,10 +56,10 @@ class Recipe(Part):
     data: Annotated[Data, BeforeValidator(_with_source)] = Field(
         Data(), description="Images and how they are prepared; text alone is the source, such as folder:PATH."
     )
-    task: Literal["classification", "segmentation"] | None = Field(
+    task: Literal["classification", "segmentation", "detection"] | None = Field(
         None,
-        description="What the network does; by default that of the data: segmentation for masks:PATH, else "
-        "classification. shapes is for other tasks than that, so that one has to be given.",
+        description="What the network does; by default that of the data: segmentation for masks:PATH, detection for "
+        "coco:PATH, else classification. shapes has masks and boxes, so that the task has to be given.",
     )
     image_size: ImageSize | None = Field(
         None,
@@ -200,7 +200,7 @@ class Recipe(Part):
 
     def _task(self) -> str:
         """Return the task: as given, or that of the data."""
-        return self.task or {"masks": "segmentation"}.get(self.data_kind, "classification")
+        return self.task or {"masks": "segmentation", "coco": "detection"}.get(self.data_kind, "classification")
 
     def _measure(self) -> str:
         """Return what scores candidates; what a Python program gives stays automatic."""

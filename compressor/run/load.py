@@ -78,7 +78,7 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
     completed = _completed(recipe, data.preprocessing)
     return Loaded(
         completed,
-        task_of(completed, data),
+        task_of(completed, data, model),
         model,
         factory_of(model),
         completed.model,
@@ -95,7 +95,8 @@ def _created(recipe: Recipe, data: DataBundle, weights: str, said: list[str]) ->
     from compressor.models.weights import FRESH_HEAD
 
     task = recipe.task or "classification"
-    classes = data.num_classes or usual_classes(recipe.model, data.input_shape)
+    background = task == "detection"  # one of a detector's classes, but none of the data's
+    classes = (data.num_classes or usual_classes(recipe.model, data.input_shape)) + background
     for _ in range(2):
         torch.manual_seed(recipe.seed)
         model = create_model(recipe.model, classes, weights, data.input_shape, said.append, task)
@@ -107,13 +108,19 @@ def _created(recipe: Recipe, data: DataBundle, weights: str, said: list[str]) ->
     return model
 
 
-def task_of(recipe: Recipe, data: DataBundle) -> Task:
+def task_of(recipe: Recipe, data: DataBundle, model: nn.Module | None = None) -> Task:
     """Return the task of a resolved recipe on its data.
+
+    Args:
+        recipe: Resolved recipe.
+        data: Its data.
+        model: Its network with any weights; built if it is needed and left out.
 
     Raises:
         CompressorError: Candidates cannot be scored as the recipe asks.
     """
     from compressor.training.classification import Classification
+    from compressor.training.detection import Detection
     from compressor.training.segmentation import Segmentation
 
     if recipe.classifies:
@@ -121,9 +128,13 @@ def task_of(recipe: Recipe, data: DataBundle) -> Task:
     for name, value, usual in (
         ("search.measure", recipe.search.measure, "auto"),
         ("search.workers", str(recipe.search.workers), "1"),
+        ("data.crop_share", str(recipe.data.crop_share or 1.0), "1.0"),
     ):
         if value != usual:
             raise CompressorError(f"{name} is {value}, which is for images by class only.", "Leave it out.")
+    if recipe.task == "detection":
+        raw: Any = model or _created(recipe, data, "none", [])
+        return Detection(data, raw)
     return Segmentation(data)
 
 

@@ -1,7 +1,7 @@
 """What a run optimizes: its batches, its loss, and the scores of its networks.
 
 Search, training, export and report know a `Task` only. `Classification` is that of images by class,
-`Segmentation` that of pixels; `OwnTask` is made of a user's own loaders and functions.
+`Segmentation` that of pixels, `Detection` that of boxes; `OwnTask` is made of a user's own loaders and functions.
 """
 
 from __future__ import annotations
