@@ -99,7 +99,10 @@ def compress_command(
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime on this machine's CPU.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="digits, shapes, cifar10[:PATH], cifar100[:PATH]; folder, imagenet, images, masks, coco:PATH."),
+        typer.Option(
+            help="digits, shapes, cifar10[:PATH], cifar100[:PATH], or one of folder, imagenet, images, masks and coco "
+            "with :PATH."
+        ),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="classification, segmentation or detection; by default that of the data.")

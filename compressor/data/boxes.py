@@ -57,22 +57,29 @@ def load_coco(
         CompressorError: The layout is another one, a picture is missing or has another size than the file says, or a
             box is empty or of an unknown category.
     """
-    files = {part: sorted((path / "annotations").glob(f"instances_{part}*.json")) for part in ("train", "test", "val")}
+    files = {
+        part: sorted((path / "annotations").glob(f"instances_{part}*.json"))
+        for part in ("train", "test", "val")
+    }
     other = "test" if files["test"] else "val"
     for part in ("train", other):
         if len(files[part]) != 1:
             raise CompressorError(
-                f"{path / 'annotations'} holds {len(files[part])} files instances_{part}*.json, expected one.", _LAYOUT
+                f"{path / 'annotations'} holds {len(files[part])} files instances_{part}*.json, expected one.",
+                _LAYOUT,
             )
     (train_file,), (test_file,) = files["train"], files[other]
     train, test = (_content(file) for file in (train_file, test_file))
     names = _categories(train, train_file)
     if _categories(test, test_file) != names:
         raise CompressorError(
-            f"{test_file} has other categories than {train_file}.", "Both need the same numbers with the same names."
+            f"{test_file} has other categories than {train_file}.",
+            "Both need the same numbers with the same names.",
         )
     numbers = {key: place for place, key in enumerate(names, 1)}
-    scenes = [_pictures(content, file, path, numbers) for content, file in ((train, train_file), (test, test_file))]
+    scenes = [
+        _pictures(content, file, path, numbers) for content, file in ((train, train_file), (test, test_file))
+    ]
     return bundle_of(
         name,
         tuple(names.values()),
@@ -131,7 +138,7 @@ def _pictures(
             left, top = max(left, 0.0), max(top, 0.0)
             if not (right > left and bottom > top):
                 raise CompressorError(
-                    f"{file}: annotation {each['id']} has an empty box: {each['bbox']} in a picture of {width}x{height}.",
+                    f"{file}: annotation {each['id']} has an empty box: {each['bbox']} in {width}x{height}.",
                     "A box is [left, top, width, height] in pixels, with an area inside the picture.",
                 )
             boxes[each["image_id"]].append((left, top, right, bottom, numbers[each["category_id"]]))

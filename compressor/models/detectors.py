@@ -77,7 +77,7 @@ class Boxes:
         self._detector.head = self._outputs
 
     def loss(self, outputs: Mapping[str, Tensor], images: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        """Return the sum of the detector's losses on a batch, a scalar; targets have "boxes" (n, 4) and "labels" (n,)."""
+        """Return the sum of the detector's losses on a batch; targets have "boxes" (n, 4) and "labels" (n,)."""
         found = self._called(True, outputs, images, targets)
         return torch.stack(list(found.values())).sum()
 
@@ -117,7 +117,9 @@ class _Shapes(nn.Module):
         self._sizes = sizes
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        return OrderedDict((str(level), images.new_zeros(1, 1, *size)) for level, size in enumerate(self._sizes))
+        return OrderedDict(
+            (str(level), images.new_zeros(1, 1, *size)) for level, size in enumerate(self._sizes)
+        )
 
 
 class _Outputs(nn.Module):
@@ -140,7 +142,7 @@ def check_detector(model: nn.Module, name: str, classes: int, shape: tuple[int, 
     """
     if not isinstance(model, RawDetector):
         raise CompressorError(
-            f"{name} gives a {type(model).__name__}; a detection network should be a torchvision detector of one stage.",
+            f"{name} gives a {type(model).__name__}; a one-stage detector of torchvision was expected.",
             f"Have the factory return an SSD, RetinaNet or FCOS. By name: {', '.join(PREPARED)}.",
         )
     try:

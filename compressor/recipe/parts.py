@@ -59,8 +59,7 @@ class Data(Part):
     source: str = Field(
         "digits",
         description="digits, cifar10[:PATH], cifar100[:PATH], folder:PATH, imagenet:PATH; images:PATH, any tree of "
-        "pictures without labels; masks:PATH, the class of every pixel; coco:PATH, boxes; or shapes[:NUMBER], generated "
-        "pictures."
+        "pictures without labels; masks:PATH, classes of pixels; coco:PATH, boxes; or shapes[:NUMBER], drawn ones."
     )
     mean: Numbers | None = Field(
         None, description="Mean of each channel, as in 0.485,0.456,0.406; one number for all channels alike."
