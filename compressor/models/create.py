@@ -261,8 +261,8 @@ def _load_default(
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CompressorError(f"The default weights of {name} cannot be fetched: {reason}", hint) from error
-    state = adapted(_without(state, _auxiliary(inner)))
-    fit_state(model, state, f"the default weights of {name}", num_classes, lambda: heads, say)
+    kept = adapted(_without(state, _auxiliary(inner)))
+    fit_state(model, kept, f"the default weights of {name}", num_classes, lambda: heads, say)
 
 
 def _without(state: State, beginnings: tuple[str, ...]) -> State:
@@ -274,7 +274,7 @@ def _loaded_detector(
     model: nn.Module, spec: dict[str, Any], name: str, num_classes: int, weights: str, shape: Shape, say: Say
 ) -> nn.Module:
     """Check a new detector and give it weights; its class scores start fresh where these are for other classes."""
-    detector = check_detector(model, name, num_classes, shape).detector
+    detector: nn.Module = check_detector(model, name, num_classes, shape).detector
     own = detector.state_dict()
 
     def adapted(state: State) -> State:

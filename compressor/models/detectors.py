@@ -40,6 +40,8 @@ class RawDetector(nn.Module):
             without another normalization or scaling: `raw.detector(images)` gives boxes in pixels of the input.
     """
 
+    detector: Any
+
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
