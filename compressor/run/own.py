@@ -63,7 +63,7 @@ def compress(
         latency, flops, params, memory: Budgets, as on the command line: "5ms", "50%", "0.5x", "2G".
         device, agent: As on the command line.
         epochs: Passes over `train` (or `calibration`), search and fine-tuning together; 0 trains nothing. By default
-            20, or 0 without both.
+            20, 60 for untrained weights, or 0 without both.
         out: Folder of the run, new or empty; None for a new one under `runs/`.
         seed: Seed of all random numbers; loaders and functions find the global generators seeded.
         resume: Whether to continue the run in `out` with the same objects; it begins if it is not there yet.
@@ -76,6 +76,7 @@ def compress(
     for name in _OWN_FIELDS:
         if name in fields:
             raise CompressorError(f"{name} is no field of a run with an own network.", "Leave it out.")
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     objects = Objects(model, example_input, train, evaluate, test, loss, calibration)
     wanted = _fields(
         objects,

@@ -81,6 +81,12 @@ def one_input(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], tuple[st
     return arguments, names
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Return whether a module has forward hooks besides those of torch.nn.utils, such as weight norm's."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not type(hook).__module__.startswith("torch.nn.utils") for hook in hooks)
+
+
 class Checked:
     """Tries everything that the caller passed once, on a copy of the network.
 
@@ -118,6 +124,8 @@ class Checked:
 
         given = self.given
         outputs = self._outputs()
+        if hooked := [name or "the network" for name, each in given.model.named_modules() if _has_hooks(each)]:
+            self.notes.append(f"Forward hooks are not copied: the run's networks have none of {', '.join(hooked[:3])}.")
         likeness = likeness_of(outputs) if given.loss is None else RawOutputs()
         train, loss = self._training()
         calibration, search, test = self._calibration()

@@ -233,6 +233,18 @@ def test_what_is_no_network_or_no_input_is_refused() -> None:
             compressor.compress(model, example, evaluate=share(1))  # type: ignore[arg-type]
 
 
+def test_a_compiled_network_is_unwrapped() -> None:
+    with pytest.raises(CompressorError, match="evaluate returns nan for the dense network"):  # it has run
+        compressor.compress(torch.compile(Own()), X, evaluate=lambda _: float("nan"))  # type: ignore[arg-type]
+
+
+def test_hooks_that_are_not_copied_are_named(trained: nn.Module, tmp_path: Path) -> None:
+    hooked = copy.deepcopy(trained)
+    hooked.get_submodule("head").register_forward_hook(lambda *_: None)
+    result = compressor.compress(hooked, X, evaluate=share(1), out=tmp_path / "run", **FAST)
+    assert any("Forward hooks are not copied" in note and "head" in note for note in result.manifest["notes"])
+
+
 def test_examples_become_arguments_for_one_input() -> None:
     class Two(nn.Module):
         def forward(self, a: torch.Tensor, b: torch.Tensor, c: int = 0) -> None: ...
