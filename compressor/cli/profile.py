@@ -15,6 +15,9 @@ from compressor.core.errors import CompressorError
 def profile(
     model: Annotated[str | None, typer.Option(help="The network, as for compress.")] = None,
     data: Annotated[str, typer.Option(help="Determines the input size and the number of classes.")] = "digits",
+    task: Annotated[
+        str | None, typer.Option(help="classification, segmentation or detection; by default that of the data.")
+    ] = None,
     image_size: Annotated[
         str | None, typer.Option(help="Height and width of an input in pixels: 224, or 96x128.")
     ] = None,
@@ -63,7 +66,7 @@ def profile(
         else:
             if model is None:
                 raise CompressorError("No network was given.", "For example: --model resnet50")
-            fields = {"model": model, "data": data, "image_size": image_size, "threads": threads}
+            fields = {"model": model, "data": data, "task": task, "image_size": image_size, "threads": threads}
             recipe = recipe_of(
                 None, overrides({**fields, "device": device, "precision": precision}) | {"weights": "none"}
             )

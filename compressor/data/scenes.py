@@ -25,6 +25,8 @@ IGNORED = 255
 SMALLEST_CROP = 0.5
 """Smallest share of a training picture's area that a random crop keeps."""
 SEARCH_SHARE = 0.1
+FEWEST = 4
+"""Pictures to train on; some networks cannot be trained on a batch of one."""
 Batch = tuple[Tensor, Any]
 
 
@@ -203,9 +205,9 @@ def bundle_of(
     Raises:
         CompressorError: There are too few scenes, or one cannot be read.
     """
-    if len(train) < 2 or not test:
+    if len(train) < FEWEST or not test:
         raise CompressorError(
-            f"{name} has {len(train)} pictures to train on and {len(test)} to test on; two and one are needed.",
+            f"{name} has {len(train)} pictures to train on and {len(test)} to test on; {FEWEST} and one are needed.",
             "Add some.",
         )
     preprocessing = wanted.at(size)

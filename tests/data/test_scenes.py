@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,16 @@ def test_a_picture_without_a_mask_is_refused(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
-def test_a_mask_without_a_picture_is_noted(tmp_path: Path) -> None:
+def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
     (masks(tmp_path) / "train/images/2.jpg").unlink()
-    assert "masks without a picture, which are not used: 2" in loaded(tmp_path).notes[0]
+    with pytest.raises(CompressorError, match="has 3 pictures to train on and 1 to test on; 4 and one are needed"):
+        loaded(tmp_path)
+
+
+def test_a_mask_without_a_picture_is_noted(tmp_path: Path) -> None:
+    masks(tmp_path)
+    shutil.copy(tmp_path / "train/masks/2.png", tmp_path / "train/masks/7.png")
+    assert "masks without a picture, which are not used: 7" in loaded(tmp_path).notes[0]
 
 
 def test_files_on_disk_and_in_memory_are_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
