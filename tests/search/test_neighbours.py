@@ -180,7 +180,7 @@ def found(name: str, seed: int, proposals: int, folder: Path) -> SearchResult:
     return create_agent(name, seed=seed, settings=settings).search(
         env,
         evaluator,  # type: ignore[arg-type]
-        Limits(max_evaluations=90, use_all=True),
+        Limits(max_evaluations=60, use_all=True),
         log=EpisodeLog(folder / "log.jsonl"),
         checkpoint=Checkpoint(folder / "state.pt"),
     )
