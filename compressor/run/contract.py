@@ -137,19 +137,12 @@ class Contract:
         """Return the budgets of the search: the run's targets, with the margin subtracted from the latency."""
         job = self._job
         targets = {entry.name: entry.target for entry in self._run.manifest.budgets}
-        budgets: list[Any] = list(job.budgets())  # frozen dataclasses, which their abstract base does not declare
-        dense = {budget.name: budget.dense for budget in budgets}
         share = self.searched_share()
-        if share is not None and job.table is not None:  # in milliseconds of the table
-            dense["latency"] = job.table.fitted_dense_ms(job.space)
-            targets["latency"] = share * dense["latency"]
-        margins = {"latency": self._margin()}
-        return [
-            dataclasses.replace(budget, target=target if met else target * (1 - margins.get(budget.name, 0.0)))
-            for budget in budgets
-            for target in (targets[budget.name],)
-            for met in (dense[budget.name] <= target,)
-        ]
+        if share is not None and job.table is not None:
+            aim = share if share >= 1 else share * (1 - self._margin())  # the dense network keeps a share of 1
+            targets["latency"] = aim * job.table.fitted_dense_ms(job.space)  # in milliseconds of the table
+        budgets: list[Any] = list(job.budgets())  # frozen dataclasses, which their abstract base does not declare
+        return [dataclasses.replace(budget, target=targets[budget.name]) for budget in budgets]
 
     def combined(self, plan: ChannelPlan, ratio: Ratio) -> Ratio:
         """Return what is known of a plan's ratio: this measurement, and earlier ones if it alone decides nothing."""
