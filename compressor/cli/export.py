@@ -15,7 +15,9 @@ ENGINES, BOARDS = "Engines", "Boards"
 
 def export(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
-    format: Annotated[str, typer.Option("--format", help="onnx, engine or pt2 (torch.export).")] = "onnx",
+    format: Annotated[
+        str, typer.Option("--format", help="onnx, boxes (a detector's, with NMS), engine or pt2 (torch.export).")
+    ] = "onnx",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8, written into the file.")] = "fp32",
     batch: Annotated[
         str, typer.Option(help="Inputs per batch: 4; or a range: 1..8, tuned for 8; 1..4..8.")

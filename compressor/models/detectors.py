@@ -17,6 +17,9 @@ LOGITS = "cls_logits"
 OUTPUTS = (LOGITS, "bbox_regression", "bbox_ctrness")
 """Raw outputs by torchvision's names, in the order of the ONNX file's; only FCOS has the last."""
 
+FOUND = ("boxes", "scores", "labels")
+"""What is found in a picture, by torchvision's names."""
+
 CLASS_HEAD = "head.classification_head."
 """Beginning of the names of the weights that depend on the number of classes."""
 
@@ -58,6 +61,25 @@ class RawDetector(nn.Module):
 def wrapped(model: nn.Module) -> nn.Module:
     """Return a detector as its raw network; any other network is returned as it is."""
     return RawDetector(model) if all(hasattr(model, part) for part in _PARTS) else model
+
+
+class WithBoxes(nn.Module):
+    """A detector with its post-processing as a network of one picture; its results are named as `FOUND` says.
+
+    Args:
+        raw: The network; it is not copied.
+        example: A batch of inputs of the right size.
+    """
+
+    def __init__(self, raw: RawDetector, example: Tensor) -> None:
+        super().__init__()
+        self.raw = raw
+        self._boxes = Boxes(raw, example)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the boxes (n, 4) in pixels of the input, their scores (n,) and labels (n,)."""
+        (found,) = self._boxes.found(self.raw(images), images)
+        return {name: found[name] for name in FOUND}
 
 
 class Boxes:

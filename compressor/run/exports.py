@@ -14,6 +14,7 @@ from compressor.core.manifest import Export, Parity
 from compressor.core.records import RECIPE
 from compressor.models.names import allowed_factory
 from compressor.recipe import Recipe, load_recipe
+from compressor.run.boxes import check_detection, write_boxes
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
 from compressor.run.load import load, load_images, refuse_python, task_of
@@ -171,10 +172,14 @@ class Finished:
             )
 
     def path_of(self, request: Request, precision: str | None = None) -> Path:
-        """Return the path of a request's ONNX file: `model[.PRECISION][.BATCH][.OPSET].onnx`; plain: the run's own."""
-        chosen, opset = precision or request.precision, self._opset(request)
+        """Return the path of a request's ONNX file; plain: the run's own.
+
+        It is `model[.boxes][.PRECISION][.BATCH][.OPSET].onnx`.
+        """
+        chosen, opset = precision or request.precision, self.opset(request)
         parts = [
             "model",
+            "boxes" if request.format == "boxes" else "",
             "" if chosen == "fp32" else chosen,
             request.batch.label,
             "" if opset == opset_of(self.recipe) else f"opset{opset}",
@@ -182,14 +187,15 @@ class Finished:
         ]
         return self.run.file(".".join(part for part in parts if part))
 
-    def _opset(self, request: Request) -> int:
+    def opset(self, request: Request) -> int:
+        """Return the opset of a request's ONNX file."""
         return request.opset or opset_of(self.recipe, request.target)
 
     def _write_fp32(self, path: Path, request: Request) -> Iterator[str]:
         from export.convert.to_onnx import check_parity, export_onnx
 
         inputs = 1 if request.batch.open else request.batch.most
-        opset = self._opset(request)
+        opset = self.opset(request)
         with replacing(path) as trial:  # a file that fails a check never replaces `path`
             info = export_onnx(
                 self.model,
@@ -263,6 +269,22 @@ def _onnx(finished: Finished, request: Request) -> Generator[str, None, Path]:
     return finished.path_of(request)
 
 
+def _boxes(finished: Finished, request: Request) -> Generator[str, None, Path]:
+    check_detection(finished.recipe)
+    path = finished.path_of(request)
+    yield from write_boxes(
+        finished.run,
+        finished.task,
+        finished.model,
+        path,
+        finished.images(),
+        opset=finished.opset(request),
+        tolerance=finished.recipe.export.tolerance,
+        metadata=finished.metadata(),
+    )
+    return path
+
+
 def _engine(finished: Finished, request: Request) -> Generator[str, None, Path]:
     from export.convert.onnx_header import read_header
 
@@ -313,16 +335,17 @@ class Format:
     takes: tuple[str, ...] = ()
 
 
-_COMMON = ("format", "batch", "out", "factory")
-_GRAPH = ("precision", "target", "opset", "max_drop", "method", "rest")
+_COMMON = ("format", "out", "factory")
+_GRAPH = ("batch", "precision", "target", "opset", "max_drop", "method", "rest")
 _OPTIONS = {
     "method": "--calibration", "max_drop": "--max-drop", "module": "--builder",
     "compute_capability": "--compute-capability", "settings": "settings of engines",
 }  # fmt: skip
 FORMATS = {
     "onnx": Format(_onnx, _GRAPH),
+    "boxes": Format(_boxes, ("opset",)),
     "engine": Format(_engine, (*_GRAPH, "module", "compute_capability", "settings")),
-    "pt2": Format(_program),
+    "pt2": Format(_program, ("batch",)),
 }
 """The export formats by name."""
 

@@ -60,12 +60,23 @@ class Detection(SceneTask):
         device: str | torch.device,
         advance: Callable[[int], None] = lambda _: None,
     ) -> float:
-        metric = mean_ap()
         with evaluated(model), torch.no_grad():
-            for images, targets in split.batches(self.batch_size, device=device):
-                found = self._boxes.found(model(channels_last(images)), images)
-                metric.update(_on_cpu(found), _on_cpu([_target(boxes) for boxes in targets]))
-                advance(len(images))
+            return self.found_score(
+                lambda images: self._boxes.found(model(channels_last(images)), images), split, device, advance
+            )
+
+    def found_score(
+        self,
+        find: Callable[[Tensor], list[dict[str, Tensor]]],
+        split: Split,
+        device: str | torch.device,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> float:
+        """Return the mAP of what a function finds in the pictures of a split; see `score`."""
+        metric = mean_ap()
+        for images, targets in split.batches(self.batch_size, device=device):
+            metric.update(_on_cpu(find(images)), _on_cpu([_target(boxes) for boxes in targets]))
+            advance(len(images))
         return max(0.0, float(metric.compute()["map"]))  # -1 if there are no boxes at all
 
 

@@ -7,7 +7,7 @@ depend only on the graph, so that equal networks give equal files.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from export.convert.ort import first_line
@@ -71,8 +71,9 @@ def _remove_identities(graph: Any) -> None:
     source: dict[str, str] = {}
     kept = []
     for node in graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = source.get(name, name)
+        for user in _with_branches(node):
+            for index, name in enumerate(user.input):
+                user.input[index] = source.get(name, name)
         if node.op_type == "Identity" and node.output[0] not in outputs:
             source[node.output[0]] = node.input[0]
         else:
@@ -94,15 +95,16 @@ def _name_nodes(graph: Any) -> None:
 
 def _name_initialisers(graph: Any) -> None:
     stored = {tensor.name: tensor for tensor in graph.initializer}
-    taken = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    taken = {name for node in graph.node for each in _with_branches(node) for name in each.output}
+    taken |= {value.name for value in graph.input}
     renamed: dict[str, str] = {}
-    for node in graph.node:
+    for node in (each for outer in graph.node for each in _with_branches(outer)):
         for index, name in enumerate(node.input):
             if name in stored and name not in renamed:
                 if node.op_type in _WITH_WEIGHTS:
                     own = ("input", "weight", "bias")[index]
                 else:
-                    own = f"{node.name.rsplit('/', 1)[-1]}.{index}"
+                    own = f"{(node.name or node.op_type).rsplit('/', 1)[-1]}.{index}"
                 renamed[name] = _free(f"{module_path(node.name)}.{own}".strip("."), taken)
             node.input[index] = renamed.get(name, name)
     ordered = [stored[name] for name in renamed]
@@ -111,6 +113,14 @@ def _name_initialisers(graph: Any) -> None:
     copies = [type(tensor).FromString(tensor.SerializeToString()) for tensor in ordered]
     del graph.initializer[:]
     graph.initializer.extend(copies)
+
+
+def _with_branches(node: Any) -> Iterator[Any]:
+    """Yield a node and those of its branches (If, Loop), which use the names of the graph around them."""
+    yield node
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _with_branches(inner)
 
 
 def _free(name: str, taken: set[str]) -> str:

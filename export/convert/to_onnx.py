@@ -91,6 +91,7 @@ def export_onnx(
     dynamic_batch: bool = False,
     batches: Sequence[int] = OPEN_BATCHES,
     compare: bool = True,
+    open_outputs: str | None = None,
     input_name: str = "input",
     output_name: str = "output",
 ) -> OnnxInfo:
@@ -107,7 +108,10 @@ def export_onnx(
         metadata: Facts to store in the file; values other than strings are written as JSON.
         dynamic_batch: Whether the batch is dynamic. An engine then needs a profile, and is usually slower.
         batches: Batch sizes with which a file with a dynamic batch is checked.
-        compare: Whether to check the file on random inputs; False if only its latency matters.
+        compare: Whether to check the file on random inputs; False if only its latency matters, or
+            if the caller compares it on real ones.
+        open_outputs: Name of the first axis of all outputs if the values of the input determine its size, as the number
+            of boxes that a detector finds; None for outputs of fixed size.
         input_name: Name of the input; several have their number or key added.
         output_name: Name of the output; several have their number or key added.
 
@@ -127,6 +131,7 @@ def export_onnx(
         input_name,
         output_name,
         tuple(batches) if dynamic_batch else (),
+        open_outputs,
     )
     proto = trace.checked() if compare else trace.plain()
     write_metadata(proto, metadata or {})
@@ -312,6 +317,7 @@ class _Trace:
         opset: Opset of the file.
         input_name, output_name: As in `export_onnx`.
         batches: Batch sizes for which the graph must be right; empty for a fixed batch.
+        open_outputs: As in `export_onnx`.
     """
 
     def __init__(
@@ -322,6 +328,7 @@ class _Trace:
         input_name: str,
         output_name: str,
         batches: tuple[int, ...],
+        open_outputs: str | None,
     ) -> None:
         self._sample, self._opset = tuple(tensors_in(example)), opset
         result = _result(model, example)
@@ -331,7 +338,7 @@ class _Trace:
         # a wrapper adds to the names of the nodes
         self._model = model if plain and (flat or isinstance(result, torch.Tensor)) else _Flat(model, example)
         self._inputs_names = names_in(example[0] if len(example) == 1 else example, input_name, plain=input_name)
-        self._batches = batches
+        self._batches, self._open_outputs = batches, open_outputs
         self._names = names_in(result, output_name, plain=output_name)
         self._places: list[str] = []  # lines of forward that convert a tensor to a Python number
 
@@ -362,7 +369,7 @@ class _Trace:
     def _graph(self, sample: Sequence[torch.Tensor]) -> Any:
         import onnx
 
-        axes = self._open_axes() if self._batches else None
+        axes = self._open_axes()
         raw, places = _trace(self._model, sample, self._opset, self._inputs_names, self._names, axes)
         self._places = places or self._places
         graph = tidy(onnx.load_model_from_string(raw))
@@ -378,7 +385,11 @@ class _Trace:
                     dim.dim_value = output.shape[axis]
 
     def _open_axes(self) -> dict[str, dict[int, str]]:
-        """The axes of the outputs that depend on the batch size; those equal to it are named "batch"."""
+        """The axes of inputs and outputs whose size is not fixed; those equal to the batch size are named "batch"."""
+        if self._open_outputs is not None:
+            return {name: {0: self._open_outputs} for name in self._names}
+        if not self._batches:
+            return {}
         first, second = (_outputs(self._model, self._inputs(size)) for size in (2, 3))
         batched = zip(self._inputs_names, self._sample, self._inputs(len(self._sample[0]) + 1))
         axes: dict[str, dict[int, str]] = {
@@ -478,6 +489,7 @@ def _exporter_silenced() -> Iterator[list[str]]:
         for message in (
             "You are using the legacy TorchScript-based ONNX export",
             "The feature will be removed",
+            "`torch.jit.script` is deprecated",
             ".*Constant folding",
             "Exporting a model to ONNX with a batch_size other than 1",
             "ONNX export mode is set to TrainingMode.EVAL",
@@ -509,7 +521,7 @@ def _trace(
     opset: int,
     inputs: Sequence[str],
     names: Sequence[str],
-    open_axes: dict[str, dict[int, str]] | None,
+    open_axes: dict[str, dict[int, str]],
 ) -> tuple[bytes, list[str]]:
     """Trace a model; return the file's bytes and the lines of forward in which tensors became Python numbers."""
     buffer = io.BytesIO()
@@ -522,7 +534,7 @@ def _trace(
                 opset_version=opset,
                 input_names=list(inputs),
                 output_names=list(names),
-                dynamic_axes=open_axes,
+                dynamic_axes=open_axes or None,
                 dynamo=False,
             )
     except (RuntimeError, TypeError, ValueError, IndexError) as error:  # OnnxExporterError is a RuntimeError

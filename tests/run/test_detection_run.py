@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from compressor.recipe import load_recipe, shipped_recipes
 from compressor.run.exports import Request, export_format
 from compressor.run.job import DenseFile, Job
 from compressor.training.detection import Detection
+from export.convert.onnx_header import read_header
+from export.convert.ort import open_session, run_session
 from tests.runs import recipe
 
 
@@ -61,6 +64,34 @@ def test_the_page_speaks_of_map(detected: RunResult) -> None:
 def test_half_precision_is_judged_by_map(detected: RunResult) -> None:
     lines = list(export_format(detected.directory, Request(precision="fp16", max_drop=90.0)))
     assert any(line.startswith("mAP on 12 test images: ") for line in lines)
+
+
+def test_a_file_with_post_processing_gives_the_same_boxes(detected: RunResult) -> None:
+    lines = list(export_format(detected.directory, Request(format="boxes")))
+    assert lines[0].startswith(f"Wrote {detected.directory / 'model.boxes.onnx'}: opset 17, ")
+    model: Any = detected.model
+    session = open_session(detected.directory / "model.boxes.onnx")
+    assert [(each.name, each.shape) for each in session.get_outputs()] == [
+        ("output_boxes", ["boxes", 4]), ("output_scores", ["boxes"]), ("output_labels", ["boxes"])
+    ]  # fmt: skip
+    data = load_data("shapes:60", seed=0, image_size=32, task="detection")
+    images = next(iter(data.search.batches(8)))[0]
+    with torch.no_grad():
+        for image in images.split(1):
+            (expected,) = model.eval().detector(image)
+            found = run_session(session, {"input": image.numpy()})
+            assert len(found[1]) == len(expected["scores"]) > 0
+            assert found[1] == pytest.approx(expected["scores"].numpy(), abs=1e-5)
+    entry = json.loads((detected.directory / "manifest.json").read_text())["exports"]["boxes"]
+    assert entry["parity"]["max_abs"] < 1e-4
+    assert entry["parity"]["top1_agreement"] > 0.9
+    assert entry["accuracy"] == pytest.approx(detected.manifest["accuracy"]["finetuned"], abs=1e-3)
+    assert entry["images"] == 12
+    written = (detected.directory / "model.boxes.onnx").read_bytes()
+    list(export_format(detected.directory, Request(format="boxes")))
+    assert (detected.directory / "model.boxes.onnx").read_bytes() == written
+    header = [read_header(detected.directory / name) for name in ("model.boxes.onnx", "model.onnx")]
+    assert header[0].metadata == header[1].metadata
 
 
 @pytest.mark.parametrize(

@@ -296,10 +296,13 @@ def test_a_board_decides_a_budget_in_milliseconds(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--format", "coreml"], "Choose onnx, engine, pt2"),
-        (["--format", "torchscript"], "Choose onnx, engine, pt2"),
+        (["--format", "coreml"], "Choose onnx, boxes, engine, pt2"),
+        (["--format", "torchscript"], "Choose onnx, boxes, engine, pt2"),
         (["--precision", "int4"], "Choose fp32, fp16, int8"),
         (["--format", "pt2", "--precision", "fp16"], "--format pt2 is written in fp32"),
+        (["--format", "boxes"], "--format boxes is for runs of detection, and the task of this one is classification"),
+        (["--format", "boxes", "--batch", "4"], "--format boxes does not take --batch. Leave it out, or choose"),
+        (["--format", "boxes", "--precision", "int8"], "--format boxes is written in fp32"),
         (["--format", "pt2", "--opset", "13"], "--format pt2 does not take --opset"),
         (["--builder", "tensorrt"], "--format onnx does not take --builder. Leave it out, or choose --format engine"),
         (["--batch", "8..1"], "Write 8, 1..8 or 1..4..8"),

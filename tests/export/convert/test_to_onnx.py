@@ -13,6 +13,7 @@ import torchvision
 from torch import nn
 
 from export.convert.onnx_header import read_header
+from export.convert.ort import open_session, run_session
 from export.convert.tidy import module_path
 from export.convert.to_onnx import check_parity, export_onnx, reference_outputs
 from export.errors import ExportError
@@ -119,6 +120,32 @@ def test_pools_of_any_size(tmp_path: Path, given: int, wanted: int) -> None:
     net(images)
     export_onnx(net, images[:1], tmp_path / "net.onnx")
     assert check_parity(net, tmp_path / "net.onnx", images).max_abs < 1e-6
+
+
+class Kept(nn.Module):
+    """The best of boxes that overlap, if their score is positive; the threshold is used in a branch alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = nn.Parameter(torch.tensor([0, 0, 1]), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        boxes, scores = x[0, :, :4], x[0, :, 4]
+        sure = scores > 0
+        boxes, scores, labels = boxes[sure], scores[sure], self.labels[sure]
+        return boxes[torchvision.ops.batched_nms(boxes, scores, labels, 0.5)]
+
+
+@pytest.mark.parametrize(("second", "kept"), [([0.0, 0, 4, 4, 0.5], [2, 0]), ([5.0, 5, 9, 9, 0.5], [2, 0, 1])])
+def test_outputs_of_any_size_and_what_only_a_branch_uses(
+    tmp_path: Path, second: list[float], kept: list[int]
+) -> None:
+    path, first, third = tmp_path / "a.onnx", [0.0, 0, 4, 4, 0.8], [0.0, 0, 4, 4, 0.9]
+    boxes = np.array([[first, second, third]], dtype=np.float32)
+    info = export_onnx(Kept(), torch.ones(1, 3, 5), path, open_outputs="kept")
+    assert info.outputs == {"output": ("kept", 4)}
+    (found,) = run_session(open_session(path), {"input": boxes})
+    assert found.tolist() == boxes[0, kept, :4].tolist()
 
 
 def test_module_paths() -> None:
