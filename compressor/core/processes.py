@@ -174,6 +174,7 @@ SIGNALLED = 128
 SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 _received: list[int] = []
+_postponed = False
 
 
 def stopped() -> bool:
@@ -205,11 +206,30 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, _at_once)
 
 
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Context of work that asks `stopped()` itself, where it can stop: a first signal raises nothing in it.
+
+    A signal that it has not seen raises `KeyboardInterrupt` at its end. Without `stoppable` nothing changes.
+    """
+    global _postponed
+    _postponed = True
+    try:
+        yield
+    finally:
+        _postponed = False
+    if _received:
+        raise KeyboardInterrupt
+
+
 def _first(number: int, _frame: Any) -> None:
     _received.append(number)
     for other in SIGNALS:
         signal.signal(other, _at_once)
-    raise KeyboardInterrupt
+    if not _postponed:
+        raise KeyboardInterrupt
+    if number == signal.SIGINT:
+        os.write(2, b"\nStopping after this step; Ctrl-C again stops at once.\n")
 
 
 def _at_once(number: int, _frame: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from compressor.data.files import FileSplit
 from compressor.data.load import load_data
 from compressor.data.preprocessing import Preprocessing, Wanted
-from compressor.data.splits import DataBundle, FileSplit, MemorySplit, Split
+from compressor.data.splits import DataBundle, MemorySplit, Split
 
 __all__ = ["DataBundle", "FileSplit", "MemorySplit", "Preprocessing", "Split", "Wanted", "load_data"]

@@ -1,13 +1,30 @@
-"""Augmentation of whole batches as tensor operations, with a generator of its own."""
+"""Augmentation of training images: random changes that follow from seeds alone."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
+from compressor.data.images import pixels
 from compressor.data.preprocessing import SMALL, Preprocessing
+from compressor.data.reader import place_seed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SMALLEST_CROP = 0.08
+"""Smallest share of a photograph's area that a random crop keeps, as timm and torchvision train on ImageNet."""
+RATIOS = (3 / 4, 4 / 3)
+"""Aspect ratios of random crops, width over height."""
+RAND_AUGMENT_OPERATIONS = 2
+RAND_AUGMENT_MAGNITUDES = 31
 
 
 @dataclass(frozen=True)
@@ -17,19 +34,27 @@ class Augmentation:
     Attributes:
         shift: Maximum shift in pixels, in each direction; the new border is black.
         flip: Whether to mirror every second image horizontally.
-        smallest_crop: Minimum share of the area that a random crop keeps before scaling back; 1 for no crop.
-        interpolation: How crops are scaled: "nearest", "bilinear" or "bicubic".
+        smallest_crop: Minimum share of the area of the whole picture that a random crop keeps before it is scaled to
+            the input's size; 1 for no crop.
+        interpolation: How crops are scaled: one of `preprocessing.INTERPOLATIONS`.
+        rand_augment: Magnitude of RandAugment's two operations, below 31; 0 for none.
+        random_erasing: Probability that a rectangle of the input is replaced by the mean color.
     """
 
     shift: int = 0
     flip: bool = False
     smallest_crop: float = 1.0
     interpolation: str = "bilinear"
+    rand_augment: int = 0
+    random_erasing: float = 0.0
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Augment uint8 (N, C, H, W) on the CPU; the input is unchanged."""
-        if self.smallest_crop < 1:
-            images = _random_crops(images, self.smallest_crop, self.interpolation, generator)
+    @property
+    def crops(self) -> bool:
+        """Whether inputs are crops of whole pictures, so that the scaled and cut ones are not enough."""
+        return self.smallest_crop < 1
+
+    def moved(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Shift and mirror uint8 (N, C, H, W) on the CPU; the input is unchanged."""
         if self.shift:
             images = _random_shifts(images, self.shift, generator)
         if self.flip:
@@ -37,14 +62,88 @@ class Augmentation:
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return images
 
+    def cropped(self, images: torch.Tensor, seed: int) -> torch.Tensor:
+        """Return random crops of images in memory, scaled back to their size: uint8 (N, C, H, W)."""
+        if not self.crops:
+            return images
+        from torchvision.transforms.v2.functional import to_pil_image
+
+        high, wide = images.shape[-2:]
+        whole = [to_pil_image(each) for each in images]
+        return torch.stack([self.crop(each, (high, wide), place_seed(seed, place)) for place, each in enumerate(whole)])
+
+    def crop(self, picture: Image, sides: tuple[int, int], seed: int) -> torch.Tensor:
+        """Return a random crop of a whole picture, scaled to height and width: uint8 (C, H, W)."""
+        with _drawing(seed, 0):
+            return pixels(_crop(sides, self.smallest_crop, self.interpolation)(picture))
+
+    def varied(self, images: torch.Tensor, seed: int) -> torch.Tensor:
+        """Apply RandAugment to uint8 (N, C, H, W)."""
+        if not self.rand_augment:
+            return images
+        with _drawing(seed, 1):
+            return torch.stack([_rand_augment(self.rand_augment)(image) for image in images])
+
+    def erase(self, inputs: torch.Tensor, seed: int) -> None:
+        """Erase rectangles of normalized inputs (N, C, H, W) in place; 0 is the mean color."""
+        if self.random_erasing:
+            with _drawing(seed, 2):
+                for each in inputs:
+                    _erasing(self.random_erasing)(each)
+
+    def largest_needed(self, side: int) -> int:
+        """Return the pixels of a picture's short side beyond which more are lost on inputs of this side.
+
+        The smallest crop then still has twice the pixels of the input in each direction.
+        """
+        return math.ceil(2 * side / math.sqrt(self.smallest_crop * RATIOS[0]))
+
 
 def augmentation_for(preprocessing: Preprocessing) -> Augmentation:
     """Return the usual augmentation for photographs: shifts by an eighth if small, random crops if large."""
-    size, interpolation = min(preprocessing.sides), preprocessing.interpolation
+    size = min(preprocessing.sides)
     if size <= SMALL:
         return Augmentation(shift=max(1, size // 8), flip=True)
-    crops = "bicubic" if interpolation == "lanczos" else interpolation  # torch has no lanczos
-    return Augmentation(flip=True, smallest_crop=0.35, interpolation=crops)
+    return Augmentation(flip=True, smallest_crop=SMALLEST_CROP, interpolation=preprocessing.interpolation)
+
+
+@contextmanager
+def _drawing(seed: int, change: int) -> Iterator[None]:
+    """Seed torch's global generator of the CPU, which torchvision's transforms draw from, and restore it afterwards.
+
+    Args:
+        seed: Seed of an image or a batch.
+        change: Number of the change, so that it does not follow from the draws of another one.
+    """
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed((4 * seed + change) % 2**63)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
+@cache
+def _crop(sides: tuple[int, int], smallest: float, interpolation: str) -> Any:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import RandomResizedCrop
+
+    scaling = InterpolationMode(interpolation)
+    return RandomResizedCrop(sides, scale=(smallest, 1.0), ratio=RATIOS, interpolation=scaling, antialias=True)
+
+
+@cache
+def _rand_augment(magnitude: int) -> Any:
+    from torchvision.transforms.v2 import RandAugment
+
+    return RandAugment(RAND_AUGMENT_OPERATIONS, magnitude, RAND_AUGMENT_MAGNITUDES)
+
+
+@cache
+def _erasing(probability: float) -> Any:
+    from torchvision.transforms.v2 import RandomErasing
+
+    return RandomErasing(probability, inplace=True)
 
 
 def _random_shifts(images: torch.Tensor, reach: int, generator: torch.Generator) -> torch.Tensor:
@@ -56,23 +155,3 @@ def _random_shifts(images: torch.Tensor, reach: int, generator: torch.Generator)
     for index, (top, left) in enumerate(offsets):
         out[index] = padded[index, :, top : top + height, left : left + width]
     return out
-
-
-def _random_crops(
-    images: torch.Tensor, smallest: float, interpolation: str, generator: torch.Generator
-) -> torch.Tensor:
-    """Crop random areas with an aspect ratio between 3:4 and 4:3, and scale them back."""
-    count = len(images)
-    area = smallest + (1 - smallest) * torch.rand(count, generator=generator)
-    ratio = torch.exp((2 * torch.rand(count, generator=generator) - 1) * torch.tensor(4 / 3).log())
-    width = (area * ratio).sqrt().clamp(max=1)
-    height = (area / ratio).sqrt().clamp(max=1)
-    centre = 2 * torch.rand(count, 2, generator=generator) - 1
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = width, height
-    theta[:, 0, 2], theta[:, 1, 2] = centre[:, 0] * (1 - width), centre[:, 1] * (1 - height)
-    grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
-    sampled = functional.grid_sample(
-        images.float(), grid, mode=interpolation, padding_mode="border", align_corners=False
-    )
-    return sampled.round_().clamp_(0, 255).to(torch.uint8)  # bicubic overshoots

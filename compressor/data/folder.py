@@ -12,13 +12,13 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.data.augment import Augmentation, augmentation_for
+from compressor.data.files import FileSplit
 from compressor.data.images import ImageFile, decode, image_size, load_files, refuse_unreadable
 from compressor.data.preprocessing import Wanted
 from compressor.data.splits import (
     MEMORY_LIMIT,
     TEST_SEED,
     DataBundle,
-    FileSplit,
     MemorySplit,
     Split,
     hold_out,
@@ -208,7 +208,7 @@ def bundle(
     notes: list[str],
     workers: int | None,
 ) -> DataBundle:
-    """Return files as a data set: in memory if they fit.
+    """Return files as a data set: in memory if they fit, except for the random crops of training.
 
     Args:
         name, classes: As in `DataBundle`.
@@ -224,18 +224,23 @@ def bundle(
     if empty := [part for part, files in zip(("train", "search", "test"), parts, strict=True) if not files]:
         raise CompressorError(f"{name} has too few images: its {empty[0]} split is empty.", "Add some.")
     preprocessing = wanted.at(size or _common_size(parts[0]) or wanted.usual.size)
+    processes = min(8, os.cpu_count() or 1) if workers is None else workers
     in_memory = sum(map(len, parts)) * math.prod(preprocessing.input_shape) <= MEMORY_LIMIT
 
     def read(part: str, files: list[ImageFile], augmentation: Augmentation | None = None) -> Split:
         if in_memory:
             decoded, seen = load_files(files, preprocessing, f"Reading {part} images", workers), files
             unreadable: Sequence[str] = decoded.unreadable
-            split: Split = MemorySplit(decoded.images, decoded.labels, preprocessing, augmentation)
+            held = MemorySplit(decoded.images, decoded.labels, preprocessing, augmentation)
+            split: Split = held
+            if augmentation is not None and augmentation.crops:  # of whole pictures: these are read in each epoch
+                lost = set(unreadable)
+                readable = [file for file in files if file.path not in lost]
+                split = FileSplit(readable, preprocessing, augmentation, processes, held)
         else:  # opening a million files would take longer than many a run: only a sample is decoded beforehand
             part, seen = f"sampled {part}", _sample(files)
             unreadable = [file.path for file in seen if decode(file.path, preprocessing) is None]
             refuse_unreadable(unreadable, len(seen))
-            processes = min(8, os.cpu_count() or 1) if workers is None else workers
             split = FileSplit(files, preprocessing, augmentation, processes)
         if unreadable:
             share = f"{len(unreadable)} of {len(seen)} {part} images"

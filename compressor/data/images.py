@@ -77,19 +77,28 @@ def decode(path: str, wanted: Preprocessing | int) -> torch.Tensor | None:
         CompressorError: It has values of unknown range; see `eight_bit`.
     """
     preprocessing = Wanted().at(wanted) if isinstance(wanted, int) else wanted
+    picture = whole_picture(path, preprocessing, 2 * max(preprocessing.covered))  # twice what is needed loses nothing
+    return None if picture is None else fitted(picture, preprocessing)
+
+
+def whole_picture(path: str, preprocessing: Preprocessing, needed: int) -> Image | None:
+    """Read a whole picture, upright and in 8 bits (see `eight_bit`), or None if the file cannot be read.
+
+    Args:
+        path: Image file.
+        preprocessing: Says the channels, and how large the picture becomes if all of it is scaled.
+        needed: Pixels of its sides that are enough: a larger JPEG decodes to a half, a quarter or an eighth at once.
+    """
     covered = max(preprocessing.covered)
-    needed = 2 * covered
     try:
         with open_regular(path) as file, pillow.open(file) as image:
             short, long = sorted(image.size)
             if long * covered**2 > short * _MOST_PIXELS:
                 return None  # a line of pixels would become gigabytes when its short side is scaled
-            # JPEG decodes to a half, a quarter or an eighth at once; twice the pixels that are needed lose nothing.
             image.draft("RGB", (needed, needed))
-            pixels = eight_bit(image, preprocessing.channels, path)
+            return eight_bit(image, preprocessing.channels, path)
     except _unreadable():
         return None
-    return fitted(pixels, preprocessing)
 
 
 def fitted(image: Image, preprocessing: Preprocessing) -> torch.Tensor:
@@ -106,8 +115,13 @@ def fitted(image: Image, preprocessing: Preprocessing) -> torch.Tensor:
             scaled = [max(high, round(factor * image.height)), max(wide, round(factor * image.width))]
             scaled = [high] if high == wide else scaled
         image = center_crop(resize(image, scaled, InterpolationMode(preprocessing.interpolation)), list(sides))
-    pixels = np.array(image)
-    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1).contiguous()
+    return pixels(image)
+
+
+def pixels(image: Image) -> torch.Tensor:
+    """Return an image as uint8 (channels, height, width)."""
+    values = np.array(image)
+    return torch.from_numpy(values if values.ndim == 3 else values[:, :, None]).permute(2, 0, 1).contiguous()
 
 
 def eight_bit(image: Image, channels: int, name: str) -> Image:

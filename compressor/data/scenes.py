@@ -18,6 +18,7 @@ from torch import Tensor
 from compressor.core import progress
 from compressor.core.errors import CompressorError
 from compressor.data.preprocessing import Preprocessing, Wanted
+from compressor.data.reader import Key, Reader, keys_of
 from compressor.data.splits import MEMORY_LIMIT, DataBundle, Split, hold_out
 
 IGNORED = 255
@@ -93,38 +94,38 @@ class SceneSplit(Split):
     def prepared(self, preprocessing: Preprocessing) -> SceneSplit:
         return SceneSplit(self.scenes, preprocessing, self.augment, self.workers)
 
-    def _raw(self, order: Tensor, batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
+    def _raw(
+        self, order: Tensor, batch_size: int, generator: torch.Generator | None, *, skip: int, pinned: bool
+    ) -> Iterator[Batch]:
         seed = None if generator is None or not self.augment else generator.initial_seed()
-        items = _Items([self.scenes[index] for index in order.tolist()], self.preprocessing, seed)
+        items = _Items(self.scenes, self.preprocessing)
+        keys = keys_of(order, batch_size, seed, skip)
         if not self.workers:
-            for places in torch.split(torch.arange(len(items)), batch_size):
-                yield _collate([items[place] for place in places.tolist()])
+            for batch in keys:
+                yield _collate([items[key] for key in batch])
             return
-        from torch.utils.data import DataLoader
-
-        for batch in DataLoader(items, batch_size=batch_size, num_workers=self.workers, collate_fn=_collate):
+        for batch in Reader(items, _collate, self.workers, pinned=pinned)(keys):
             if isinstance(batch, CompressorError):
                 raise batch
             yield batch
 
 
 class _Items(torch.utils.data.Dataset[Any]):
-    """Scenes in the order of an epoch."""
+    """Scenes by their number, augmented if there is a seed."""
 
-    def __init__(self, scenes: Sequence[Scene], preprocessing: Preprocessing, seed: int | None) -> None:
-        self.scenes, self.preprocessing, self.seed = scenes, preprocessing, seed
+    def __init__(self, scenes: Sequence[Scene], preprocessing: Preprocessing) -> None:
+        self.scenes, self.preprocessing = scenes, preprocessing
 
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | CompressorError:
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor] | CompressorError:
+        number, seed = key
         try:
-            image, target = self.scenes[index].read(self.preprocessing)
+            image, target = self.scenes[number].read(self.preprocessing)
         except CompressorError as refused:  # raised in a worker, it would come with the worker's traceback
             return refused
-        if self.seed is None:
-            return image, target
-        return augmented(image, target, (self.seed * 1_000_003 + index) % 2**63)
+        return (image, target) if seed is None else augmented(image, target, seed)
 
 
 def _collate(items: Sequence[Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.core.errors import CompressorError
 from compressor.data.augment import Augmentation
-from compressor.data.images import ImageFile, decode, load_files
 from compressor.data.preprocessing import Preprocessing
+from compressor.data.reader import place_seed
 
 Batch = tuple[torch.Tensor, Any]
 """Images, and their labels: a tensor, or a list of one for each image."""
@@ -43,9 +41,17 @@ class Split(ABC):
 
     @abstractmethod
     def _raw(
-        self, order: torch.Tensor, batch_size: int, generator: torch.Generator | None
+        self, order: torch.Tensor, batch_size: int, generator: torch.Generator | None, *, skip: int, pinned: bool
     ) -> Iterator[Batch]:
-        """Yield uint8 images and labels in the given order; augmented if there is a generator."""
+        """Yield uint8 images and labels in the given order; see `batches`.
+
+        Args:
+            order: Numbers of the images, int64 (N,).
+            batch_size: Images per batch.
+            generator: What augmentation draws from; None for none.
+            skip: Batches at the beginning that are not yielded, and not read if they need not be.
+            pinned: Whether the batches should be in page-locked memory.
+        """
 
     @abstractmethod
     def in_memory(self) -> Split:
@@ -80,6 +86,9 @@ class Split(ABC):
         """Return the number of whole batches, at least one."""
         return max(1, len(self) // batch_size)
 
+    def release(self) -> None:  # noqa: B027  (most splits keep nothing)
+        """Free what is only kept for further epochs."""
+
     def batches(
         self,
         batch_size: int,
@@ -89,6 +98,7 @@ class Split(ABC):
         device: str | torch.device = "cpu",
         drop_last: bool = False,
         shard: tuple[int, int] = (0, 1),
+        skip: int = 0,
     ) -> Iterator[Batch]:
         """Iterate over the split once.
 
@@ -99,6 +109,7 @@ class Split(ABC):
             device: Device of the batches.
             drop_last: Whether to drop an incomplete last batch (unless it is the only one).
             shard: (rank, world size): every process gets its share of each of the common batches.
+            skip: Batches at the beginning that are left out; the others are as without it.
 
         Yields:
             (normalized float32 (N, C, H, W), int64 (N,)).
@@ -120,8 +131,13 @@ class Split(ABC):
             batch_size = max(1, batch_size // world)
         if generator is not None:
             generator.manual_seed(((shuffle_seed or 0) * world + rank) ^ 0x5EED)
-        for images, labels in self._raw(order, batch_size, generator if augment else None):
+        drawn = generator if augment else None
+        pinned = torch.device(device).type == "cuda"
+        stream = self._raw(order, batch_size, drawn, skip=skip, pinned=pinned)
+        for number, (images, labels) in enumerate(stream, start=skip):
             normalised = self.preprocessing.normalised(images.to(device, non_blocking=True))
+            if drawn is not None:
+                self.augmentation.erase(normalised, place_seed(drawn.initial_seed(), number))
             if isinstance(labels, list):  # boxes, of which every image has another number
                 yield normalised, [each.to(device, non_blocking=True) for each in labels]
             else:
@@ -188,115 +204,18 @@ class MemorySplit(Split):
         return MemorySplit(images, self._labels, preprocessing, self.augmentation)
 
     def _raw(
-        self, order: torch.Tensor, batch_size: int, generator: torch.Generator | None
+        self, order: torch.Tensor, batch_size: int, generator: torch.Generator | None, *, skip: int, pinned: bool
     ) -> Iterator[Batch]:
-        for chosen in torch.split(order, batch_size):
+        for number, chosen in enumerate(torch.split(order, batch_size)):
             images = self.images[chosen]
+            if generator is not None:  # batches that are skipped draw, too
+                images = self.augmentation.moved(images, generator)
+            if number < skip:
+                continue
             if generator is not None:
-                images = self.augmentation(images, generator)
+                seed = place_seed(generator.initial_seed(), number)
+                images = self.augmentation.varied(self.augmentation.cropped(images, seed), seed)
             yield images, self._labels[chosen]
-
-
-class FileSplit(Split):
-    """Images on disk, decoded by worker processes when they are needed.
-
-    Unreadable files are left out of their batch and counted in `.unreadable`.
-
-    Args:
-        files: Path and label of each image.
-        preprocessing, augmentation: As for any split.
-        workers: Number of worker processes; 0 decodes in this one.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[ImageFile],
-        preprocessing: Preprocessing,
-        augmentation: Augmentation | None = None,
-        workers: int = 0,
-    ) -> None:
-        super().__init__(preprocessing, augmentation)
-        self.files = tuple(files)
-        self.workers = workers
-        self.unreadable = 0
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    @property
-    def labels(self) -> torch.Tensor:
-        return torch.tensor([file.label for file in self.files])
-
-    def in_memory(self) -> Split:
-        if len(self) * math.prod(self.preprocessing.input_shape) > MEMORY_LIMIT:
-            return self
-        decoded = load_files(self.files, self.preprocessing, "Reading images")
-        return MemorySplit(decoded.images, decoded.labels, self.preprocessing, self.augmentation)
-
-    def chosen(self, indices: torch.Tensor) -> FileSplit:
-        files = [self.files[index] for index in indices.tolist()]
-        return FileSplit(files, self.preprocessing, self.augmentation, self.workers)
-
-    def prepared(self, preprocessing: Preprocessing) -> FileSplit:
-        return FileSplit(self.files, preprocessing, self.augmentation, self.workers)
-
-    def _raw(
-        self, order: torch.Tensor, batch_size: int, generator: torch.Generator | None
-    ) -> Iterator[Batch]:
-        from torch.utils.data import DataLoader
-
-        seed = None if generator is None else generator.initial_seed()
-        items = _Items([self.files[i] for i in order.tolist()], self.preprocessing, self.augmentation, seed)
-        loader = DataLoader(items, batch_size=batch_size, num_workers=self.workers, collate_fn=_collate)
-        for images, labels, missing, refused in loader:
-            if refused is not None:
-                raise refused
-            self.unreadable += missing
-            if len(labels):
-                yield images, labels
-
-
-_Item = tuple[torch.Tensor, int] | CompressorError | None
-"""An image with its label, the reason why it is rejected, or None if it cannot be read."""
-
-
-class _Items(torch.utils.data.Dataset[_Item]):
-    def __init__(
-        self,
-        files: Sequence[ImageFile],
-        preprocessing: Preprocessing,
-        augmentation: Augmentation,
-        seed: int | None,
-    ) -> None:
-        self.files = files
-        self.preprocessing = preprocessing
-        self.augmentation = augmentation
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> _Item:
-        file = self.files[index]
-        try:
-            image = decode(file.path, self.preprocessing)
-        except CompressorError as refused:  # raised through the loader, it would include the worker's traceback
-            return refused
-        if image is None:
-            return None
-        if self.seed is not None:  # one generator per image, so that the number of workers changes nothing
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
-            image = self.augmentation(image[None], generator)[0]
-        return image, file.label
-
-
-def _collate(
-    items: Sequence[_Item],
-) -> tuple[torch.Tensor, torch.Tensor, int, CompressorError | None]:
-    refused = next((item for item in items if isinstance(item, CompressorError)), None)
-    whole = [item for item in items if isinstance(item, tuple)]
-    images = torch.stack([image for image, _ in whole]) if whole else torch.empty(0, dtype=torch.uint8)
-    return images, torch.tensor([label for _, label in whole]), len(items) - len(whole), refused
 
 
 @dataclass(frozen=True)

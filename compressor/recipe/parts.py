@@ -239,13 +239,55 @@ class Training(Part):
     finetune_learning_rate: float | None = Field(
         None, gt=0, description="Highest learning rate of fine-tuning."
     )
-    weight_decay: float = Field(1e-4, ge=0, description="L2 penalty on the weights.")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum 0.9, or AdamW.")
+    weight_decay: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="L2 penalty on the weights, for adamw apart from the gradient; by default: 1e-4, for adamw 0.05.",
+    )
     schedule: Literal["cosine", "step"] = Field(
         "cosine", description="How the learning rate falls: cosine, or a tenth at 50 % and again at 75 %."
+    )
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="Share of the schedule in which the learning rate rises from zero."
     )
     one_schedule: bool = Field(
         False,
         description="Whether search and fine-tuning share one schedule of learning_rate; else fine-tuning has its own.",
+    )
+    accumulation: Positive = Field(
+        1,
+        description="Parts in which a batch goes through the network one after another, for less memory; their "
+        "gradients are added before the step.",
+    )
+    grad_clip: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Largest norm of the gradient, 0 for no limit; by default: none, and 1 for a loss of your own.",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of the target that is spread over all classes, such as 0.1."
+    )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Alpha of mixup, such as 0.2: weighted means of two images and of their labels; 0 for none.",
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Alpha of cutmix, such as 1: a rectangle of another image, and the labels by area; 0 for none. "
+        "With mixup too, each batch has either.",
+    )
+    rand_augment: Annotated[int, Field(ge=0, le=30)] = Field(
+        0, description="Magnitude of RandAugment's two operations on each training image, such as 9; 0 for none."
+    )
+    random_erasing: Share = Field(
+        0.0, description="Probability that a rectangle of a training image is replaced by the mean color, such as 0.25."
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Exponential moving average of the weights, such as 0.99; 0 turns it off."
@@ -258,6 +300,23 @@ class Training(Part):
         description="Precision of the training steps; auto is bf16 on CPUs with AMX units (amx_bf16), else no: "
         "with avx512_bf16 alone it is no faster than float32.",
     )
+    channels_last: bool = Field(
+        False,
+        description="Whether weights are held channels last while they train, as images always are; faster on GPUs "
+        "with tensor cores.",
+    )
+    compile: bool = Field(
+        False, description="Whether torch.compile compiles the network for training; its first steps take minutes."
+    )
+
+    @model_validator(mode="after")
+    def _parts_of_two(self) -> Training:
+        if self.accumulation > 1 and self.batch_size is not None and self.batch_size < 2 * self.accumulation:
+            raise ValueError(
+                f"training.accumulation is {self.accumulation} and training.batch_size {self.batch_size}; each part "
+                "needs two images for batch norm"
+            )
+        return self
 
 
 class Contract(Part):

@@ -26,6 +26,11 @@ fine-tuning's."""
 CONTEXT_SIZE = 128
 """State size of the joint agent's environment model, as published."""
 
+ADAMW_RATES = {True: 0.0001, False: 0.001}
+"""The same for AdamW, whose steps do not grow with the gradient."""
+
+WEIGHT_DECAYS = {"sgd": 1e-4, "adamw": 0.05}
+
 ImageSize = Positive | Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]
 """A square's side, or "HEIGHTxWIDTH"."""
 
@@ -135,6 +140,8 @@ class Recipe(Part):
     @property
     def usual_rates(self) -> tuple[float, float]:
         """Highest learning rates of the search and of fine-tuning where the recipe gives none."""
+        if self.training.optimizer == "adamw":
+            return ADAMW_RATES[self.pretrained], ADAMW_RATES[True]
         if self.from_python:
             return OWN_RATES[self.pretrained], OWN_RATES[True]
         return SEARCH_RATES[self.pretrained], FINETUNE_RATE
@@ -194,6 +201,9 @@ class Recipe(Part):
                     else self.training.mixed_precision,
                     "learning_rate": self.training.learning_rate or search_rate,
                     "finetune_learning_rate": self.training.finetune_learning_rate or finetune_rate,
+                    "weight_decay": WEIGHT_DECAYS[self.training.optimizer]
+                    if self.training.weight_decay is None
+                    else self.training.weight_decay,
                 },
             }
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -19,6 +20,8 @@ from compressor.core.records import RECIPE, Checkpoint, EpisodeLog
 from export.files import is_temporary_of, remove_temporaries
 
 LOCK = ".lock"
+_locks: weakref.WeakSet[RunFolder] = weakref.WeakSet()
+"""Folders that this process has locked."""
 Result = TypeVar("Result")
 
 
@@ -99,6 +102,7 @@ class RunFolder:
             flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
             self._lock = os.fdopen(os.open(self.path / LOCK, flags, 0o644), "r+b", buffering=0)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locks.add(self)
         except BlockingIOError:
             raise CompressorError(
                 f"Another process is working on {self.path}.",
@@ -185,6 +189,15 @@ class RunFolder:
     def _record(self, name: str, **fields: Any) -> None:
         stage = self.manifest.stages.get(name, Stage()).model_copy(update=fields)
         self.manifest.stages = {**self.manifest.stages, name: stage}
+
+
+def _leave_to_the_parent() -> None:
+    """Close the locks in a forked child, such as one that reads images: it may outlive a killed parent for seconds."""
+    for run in list(_locks):
+        run.close()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def _before_the_recipe(path: Path) -> bool:

@@ -289,6 +289,7 @@ def _check_unlabelled(recipe: Recipe) -> None:
         ("search.measure: accuracy", recipe.search.measure == "accuracy"),
         ("search.epochs_share", recipe.search.epochs_share),
         ("search.brief_iterations", recipe.search.brief_iterations),
+        ("training.label_smoothing", recipe.training.label_smoothing),
         ("training.distill_weight: 0", training),
     ):
         if value:

@@ -41,6 +41,9 @@ class Loaded:
     preprocessing: dict[str, Any] = field(default_factory=dict)
 
 
+BY_CLASS = ("mixup", "cutmix", "rand_augment", "random_erasing")
+"""Training settings that are defined for images by class only."""
+
 Loader = Callable[["Recipe"], Loaded]
 """Loads the objects of a run: those that its recipe names, or those of a caller."""
 
@@ -60,6 +63,10 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
 
     refuse_python(recipe)
     data = load_images(recipe)
+    training, augmentation = recipe.training, data.train.augmentation
+    data.train.augmentation = replace(
+        augmentation, rand_augment=training.rand_augment, random_erasing=training.random_erasing
+    )
     said: list[str] = []
     model = _created(recipe, data, weights or recipe.weights, said)
     for sentence in said:
@@ -129,10 +136,13 @@ def task_of(recipe: Recipe, data: DataBundle, model: nn.Module | None = None) ->
         ("search.measure", recipe.search.measure, "auto"),
         ("search.workers", str(recipe.search.workers), "1"),
         ("data.crop_share", str(recipe.data.crop_share or 1.0), "1.0"),
+        *((f"training.{name}", getattr(recipe.training, name), 0) for name in BY_CLASS),
     ):
         if value != usual:
             raise CompressorError(f"{name} is {value}, which is for images by class only.", "Leave it out.")
     if recipe.task == "detection":
+        if recipe.training.label_smoothing:
+            raise CompressorError("training.label_smoothing has no effect on a detector's loss.", "Leave it out.")
         raw: Any = model or _created(recipe, data, "none", [])
         return Detection(data, raw)
     return Segmentation(data)

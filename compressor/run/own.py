@@ -13,7 +13,7 @@ from compressor.core.metrics import PYTHON
 from compressor.core.records import RECIPE
 from compressor.recipe import Recipe
 from compressor.recipe.validation import merged, validated
-from compressor.run.load import Loaded
+from compressor.run.load import BY_CLASS, Loaded
 from compressor.run.own_checks import Checked, Objects, one_input
 from compressor.run.pipeline import RunResult, continued, started
 
@@ -156,6 +156,11 @@ def _fields(objects: Objects, usual: dict[str, Any], more: Mapping[str, Any]) ->
             "search.measure is for images by class.",
             "Leave it out: evaluate scores candidates, or their closeness to the dense network.",
         )
+    for name in (*BY_CLASS, "label_smoothing"):
+        if fields.get("training", {}).get(name):
+            raise CompressorError(
+                f"training.{name} is for images by class.", "Leave it out: batches and loss are your own here."
+            )
     if objects.train is None:
         _check_untrained(objects, fields)
         fields["search"] = {**fields.get("search", {}), "epochs_share": 0.0}

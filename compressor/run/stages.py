@@ -113,7 +113,9 @@ def search(run: RunFolder, job: Job, contract: Contract) -> ChannelPlan:
     agent = create_agent(
         recipe.agent,
         seed=recipe.seed,
-        trainer=trainer(job, job.model, schedule.total) if schedule.total else None,
+        trainer=trainer(job, job.model, schedule.total, within=run.checkpoint("search-epoch"))
+        if schedule.total
+        else None,
         schedule=schedule,
         settings=settings.settings,
         alignment=partial(Alignment, job.space, form=settings.align, beta=settings.align_weight)
@@ -324,7 +326,7 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
         slim = network_before_finetuning(run, job, plan, trained=teacher is not None)
     else:
         slim = job.space.apply(plan)
-    history = _trained(job, slim, plan, epochs, teacher, checkpoint, state) if epochs else []
+    history = _trained(run, job, slim, plan, epochs, teacher, state) if epochs else []
     slim.eval()
     finetuned = job.tested(slim)
     run.note_accuracy(finetuned=finetuned)
@@ -342,24 +344,40 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
 
 
 def _trained(
+    run: RunFolder,
     job: Job,
     slim: nn.Module,
     plan: ChannelPlan,
     epochs: int,
     teacher: nn.Module | None,
-    checkpoint: Checkpoint,
     state: dict[str, Any] | None,
 ) -> list[dict[str, Any]]:
     """Fine-tune in place, from a checkpoint's state if there is one; returns the record of each epoch."""
-    training = trainer(job, slim, epochs, rate=job.recipe.training.finetune_learning_rate, teacher=teacher)
+    training = trainer(
+        job,
+        slim,
+        epochs,
+        rate=job.recipe.training.finetune_learning_rate,
+        teacher=teacher,
+        within=run.checkpoint("finetune-epoch"),
+        of=plan.checksum,
+    )
+    checkpoint = run.checkpoint("finetune")
     history: list[dict[str, Any]] = []
     if state is not None:
         training.restore(state["trainer"])
         history = list(state["history"])
     with bar("Fine-tuning the slim network", epochs * training.steps_per_epoch) as progress:
-        progress.advance(training.epoch * training.steps_per_epoch)
+        steps = training.epoch * training.steps_per_epoch
+        progress.advance(steps)
+
+        def on_step(done: int) -> None:
+            nonlocal steps
+            before, steps = steps, training.epoch * training.steps_per_epoch + done
+            progress.advance(steps - before)
+
         while training.epoch < epochs:
-            stats = training.run_epoch(on_step=lambda _: progress.advance())
+            stats = training.run_epoch(on_step)
             history.append(epoch_record("finetune", training.epoch, stats))
             checkpoint.save({"plan": plan.checksum, "trainer": training.state(), "history": history})
             progress.advance(0, note=f"loss {stats.loss:.3f}")
@@ -424,16 +442,31 @@ def train_settings(job: Job, rate: float | None = None) -> TrainSettings:
     return TrainSettings(
         batch_size=int(training.batch_size or 0),
         learning_rate=float((None if training.one_schedule else rate) or training.learning_rate or 0),
-        weight_decay=training.weight_decay,
+        weight_decay=float(training.weight_decay or 0),
         schedule=training.schedule,
+        warmup_share=training.warmup_share,
+        label_smoothing=training.label_smoothing,
         ema_decay=training.ema_decay,
-        grad_clip=OWN_CLIP if job.recipe.from_python else 0.0,
+        grad_clip=(OWN_CLIP if job.recipe.from_python else 0.0) if training.grad_clip is None else training.grad_clip,
+        optimizer=training.optimizer,
+        accumulation=training.accumulation,
+        mixup=training.mixup,
+        cutmix=training.cutmix,
+        channels_last=training.channels_last,
+        compile=training.compile,
         mixed_precision="no" if training.mixed_precision == "auto" else training.mixed_precision,
     )
 
 
 def trainer(
-    job: Job, model: nn.Module, epochs: int, *, rate: float | None = None, teacher: nn.Module | None = None
+    job: Job,
+    model: nn.Module,
+    epochs: int,
+    *,
+    rate: float | None = None,
+    teacher: nn.Module | None = None,
+    within: Checkpoint | None = None,
+    of: str = "",
 ) -> Trainer:
     """Create the trainer of `model` on the job's data, as its recipe says.
 
@@ -443,8 +476,11 @@ def trainer(
         epochs: Number of epochs over which the learning rate falls.
         rate: Highest learning rate of fine-tuning; None during the search, for the recipe's own.
         teacher: Trained dense network to distill from, weighted by the recipe's `distill_weight`; None for none.
+        within: Where the state in the middle of an epoch is kept; None for nowhere.
+        of: What is trained, if that can be different things.
     """
     from compressor.training.loop import Trainer
+    from compressor.training.within import WithinEpoch
 
     training, settings = job.recipe.training, train_settings(job, rate)
     return Trainer(
@@ -460,6 +496,7 @@ def trainer(
         if training.one_schedule
         else None,
         rate_field=_rate_field(job, finetuning=rate is not None),
+        within=None if within is None else WithinEpoch(within, of),
     )
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.core.processes import Child, ChildDied, ChildLate, Failed
+from compressor.data.files import FileSplit
 from compressor.data.images import ImageFile
 from compressor.data.preprocessing import Preprocessing
-from compressor.data.splits import FileSplit, MemorySplit, Split
+from compressor.data.splits import MemorySplit, Split
 from compressor.pruning.blueprint import blueprint
 from compressor.pruning.space import PruningSpace
 from compressor.training.classification import Classification

@@ -17,6 +17,7 @@ from torch.nn import functional
 from compressor.core.metrics import AGREEMENT, Metric
 from compressor.data import DataBundle, Preprocessing, Split
 from compressor.training.losses import distillation_loss
+from compressor.training.mixing import mixed
 from compressor.training.scoring import accuracy, closeness, log_probabilities, predictions
 from compressor.training.task import Losses, Precision, Task
 from export.convert.trees import channels_last
@@ -83,6 +84,9 @@ class Classification(Task):
         precision: Precision,
     ) -> Losses:
         images, labels = batch
+        targets = labels
+        if mixes := settings.mixup > 0 or settings.cutmix > 0:
+            images, targets = mixed(images, labels, max(1, self.classes), settings.mixup, settings.cutmix)
         # Convolutions are fastest in this layout on CPUs with vector units and GPUs with tensor cores.
         images = channels_last(images)
         with precision():
@@ -90,13 +94,15 @@ class Classification(Task):
         logits = logits.float()
         loss = None
         if self.labelled:
-            loss = functional.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+            loss = functional.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
         distilled = None
         if teacher is not None:
             with torch.no_grad(), precision():
                 answers = teacher(images)
             distilled = distillation_loss(logits, answers.float(), settings.temperature)
-        right = (logits.argmax(dim=1) == labels).sum() if self.labelled else None
+        right = None
+        if self.labelled and not mixes:  # an image of two classes has no right answer
+            right = (logits.argmax(dim=1) == labels).sum()
         return Losses(loss, distilled, len(labels), right)
 
     def gradients(self, device: str | torch.device, seed: int) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from export.convert.trees import mapped
+from export.convert.trees import mapped, tensors_in
 
 
 class Batches(Protocol):
@@ -23,11 +24,18 @@ class Batches(Protocol):
         device: str | torch.device = "cpu",
         drop_last: bool = False,
         shard: tuple[int, int] = (0, 1),
+        skip: int = 0,
     ) -> Iterator[Any]:
-        """Iterate once; see `data.Split.batches`. Batches of a user's loader have the loader's own size and order."""
+        """Iterate once; see `data.Split.batches`. Batches of a user's loader have the loader's own size and order.
+
+        Skipped batches have drawn from the global generators when this returns, if they draw from them at all.
+        """
 
     def steps(self, batch_size: int) -> int:
         """Number of whole batches, at least one."""
+
+    def release(self) -> None:
+        """Free what is only kept for further epochs."""
 
 
 class Feed(Batches, Protocol):
@@ -64,6 +72,34 @@ def joined(rows: list[Any]) -> Any:
         items = [joined(list(part)) for part in zip(*rows, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     return first
+
+
+def parts_of(batch: Any, number: int) -> list[tuple[Any, float]]:
+    """Return a batch in up to `number` equal parts, each with its share of the inputs.
+
+    Tensors are divided that have as many rows as the first, and lists within the batch that have as many items.
+    """
+    if number == 1:
+        return [(batch, 1.0)]
+    count = len(tensors_in(batch)[0])
+    size = math.ceil(count / number)
+    if size >= count:
+        return [(batch, 1.0)]
+
+    def part(value: Any, rows: slice, depth: int = 0) -> Any:
+        if isinstance(value, Tensor):
+            return value[rows] if value.dim() and len(value) == count else value
+        if isinstance(value, Mapping):
+            return {key: part(item, rows, depth + 1) for key, item in value.items()}
+        if isinstance(value, list) and depth and len(value) == count:
+            return value[rows]
+        if isinstance(value, list | tuple):
+            items = [part(item, rows, depth + 1) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+    starts = range(0, count, size)
+    return [(part(batch, slice(start, start + size)), min(size, count - start) / count) for start in starts]
 
 
 def random_inputs(example: tuple[Any, ...], number: int, seed: int) -> tuple[Any, ...]:

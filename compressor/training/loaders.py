@@ -118,6 +118,9 @@ class Loader:
     def steps(self, batch_size: int) -> int:
         return self._steps
 
+    def release(self) -> None:
+        """Keeps nothing."""
+
     def batches(
         self,
         batch_size: int,
@@ -127,10 +130,14 @@ class Loader:
         device: str | torch.device = "cpu",
         drop_last: bool = False,
         shard: tuple[int, int] = (0, 1),
+        skip: int = 0,
     ) -> Iterator[Any]:
         rank, world = shard
-        for batch in itertools.islice(self._batches, rank, None, world):
-            yield mapped(lambda tensor: tensor.to(device, non_blocking=True), batch)
+        source = iter(self._batches)
+        for _ in itertools.islice(source, skip * world):
+            pass
+        mine = itertools.islice(source, rank, None, world)
+        return (mapped(lambda tensor: tensor.to(device, non_blocking=True), batch) for batch in mine)
 
 
 class Memory:
@@ -187,6 +194,9 @@ class Memory:
     def steps(self, batch_size: int) -> int:
         return max(1, self._count // batch_size)
 
+    def release(self) -> None:
+        """Keeps nothing for epochs alone."""
+
     def inputs(self, batch: Inputs) -> Inputs:
         return batch
 
@@ -210,6 +220,7 @@ class Memory:
         device: str | torch.device = "cpu",
         drop_last: bool = False,
         shard: tuple[int, int] = (0, 1),
+        skip: int = 0,
     ) -> Iterator[Inputs]:
         order = torch.arange(self._count)
         if shuffle_seed is not None:
@@ -218,7 +229,7 @@ class Memory:
             order = order[: self._count - self._count % batch_size]
         rank, world = shard
         order = order[: len(order) - len(order) % world][rank::world]
-        for indices in torch.split(order, max(1, batch_size // world)):
+        for indices in torch.split(order, max(1, batch_size // world))[skip:]:
             yield mapped(lambda tensor: tensor.to(device), _rows(self._inputs, self._count, indices))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,10 +16,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from compressor.core.errors import CompressorError
+from compressor.core.processes import postponed
+from compressor.core.progress import say
+from compressor.training.feeds import parts_of
 from compressor.training.placement import place
-from compressor.training.randomness import own_randomness
+from compressor.training.randomness import generator_states, own_randomness, restore_generators
 from compressor.training.settings import TrainSettings
-from compressor.training.task import Task
+from compressor.training.task import Losses, Task
+from compressor.training.within import WithinEpoch
 
 Regulariser = Callable[[nn.Module], torch.Tensor]
 _CHECK_EVERY = 10
@@ -61,6 +66,7 @@ class Trainer:
         span: First epoch and total number of epochs of the learning-rate schedule, if this training is a part of a
             longer one; None for a schedule of its own.
         rate_field: Recipe field with which the user can lower the learning rate, for the message of a non-finite loss.
+        within: Where the state in the middle of an epoch is kept; None for nowhere.
 
     If the settings ask for an average of the weights, the model has the averaged weights between epochs: these are
     scored, sliced and delivered. The optimizer's own weights are restored for each epoch.
@@ -80,6 +86,7 @@ class Trainer:
         regulariser: Regulariser | None = None,
         span: tuple[int, int] | None = None,
         rate_field: str = "training.learning_rate",
+        within: WithinEpoch | None = None,
     ) -> None:
         assert task.train is not None  # checked before the run begins
         self.task, self.settings, self.epochs, self.seed = task, settings, epochs, seed
@@ -93,6 +100,9 @@ class Trainer:
         self.device = self._place.device
         self.model = model.to(self.device)
         self._wrapped = self._place.wrap(self.model)
+        if settings.compile:
+            self._wrapped = torch.compile(self._wrapped)  # type: ignore[assignment]
+        self._within = within if within is None or self._place.world == 1 else within.of_rank(self._place.rank)
         self._teacher = None if teacher is None or not distill_weight else teacher.to(self.device).eval()
         self._distill_weight = distill_weight
         self._optimizer = _optimizer(self.model, settings)
@@ -123,22 +133,44 @@ class Trainer:
         started = time.perf_counter()
         if self._average is not None:
             _swap(self._average.module, self.model)
+        if self.settings.channels_last:
+            self.model.to(memory_format=torch.channels_last)
         self._wrapped.train()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, images, regularizer
-        done = 0
-        with own_randomness(self._epoch_seed() + self._place.rank, self.device):
-            for done, batch in enumerate(self._batches(), start=1):
+        done = skipped = 0
+        random = own_randomness(self._epoch_seed() + self._place.rank, self.device)
+        with random, nullcontext() if self._within is None else postponed():
+            if (middle := self._middle()) is not None:
+                self.restore(middle)
+                done = skipped = middle["done"]
+                self._counts = middle["counts"]
+                sums += middle["sums"].to(self.device)
+                started -= middle["seconds"]
+            batches = self._batches(skipped)
+            if middle is not None:
+                restore_generators(middle["random"], self.device)
+                say(f"Epoch {self.epoch + 1} of {self.epochs} continues after {done} of {self.steps_per_epoch} steps.")
+                if on_step is not None:
+                    on_step(done)
+            for done, batch in enumerate(batches, start=skipped + 1):
                 rate = self._rate_at(self.epoch + (done - 0.5) / self.steps_per_epoch)
                 sums += self._step(batch, rate)
                 if done % _CHECK_EVERY == 0:
                     self._check(sums)
                 if on_step is not None:
                     on_step(done)
+                self._save_middle(done, sums, time.perf_counter() - started)
         self._check(sums)
         self._agree()
+        if self.settings.channels_last:
+            self.model.to(memory_format=torch.contiguous_format)
         if self._average is not None:
             _swap(self._average.module, self.model)
         self.epoch += 1
+        if self.epoch == self.epochs:
+            self._feed.release()
+        if self._within is not None:
+            self._within.end()
         loss, right, images_seen, regulariser = self._place.total(sums).tolist()
         steps = max(1, done) * self._place.world
         seconds = time.perf_counter() - started
@@ -149,7 +181,23 @@ class Trainer:
             regulariser / steps,
         )
 
-    def _batches(self) -> Iterator[Any]:
+    def _middle(self) -> dict[str, Any] | None:
+        """Return the state from which this epoch continues; None if it begins."""
+        if self._within is None:
+            return None
+        rate = self.settings.learning_rate
+        same = {"epoch": self.epoch, "seed": self.seed, "epochs": self.epochs, "rate": rate}
+        return self._within.begin(same, self._place)
+
+    def _save_middle(self, done: int, sums: torch.Tensor, seconds: float) -> None:
+        """Save the state after a step if it is time to."""
+        if self._within is not None and self._within.due(done, self._place):
+            self._check(sums)
+            random = generator_states(self.device)
+            state = {"done": done, "counts": self._counts, "sums": sums, "seconds": seconds, "random": random}
+            self._within.save({**self.state(), **state})
+
+    def _batches(self, skip: int = 0) -> Iterator[Any]:
         return self._feed.batches(
             self.settings.batch_size,
             shuffle_seed=self._epoch_seed(),
@@ -157,19 +205,27 @@ class Trainer:
             device=self.device,
             drop_last=True,  # batch norm cannot train on a last batch of one image
             shard=(self._place.rank, self._place.world),
+            skip=skip,
         )
 
     def _step(self, batch: Any, learning_rate: float) -> torch.Tensor:
         """Run one optimizer step; return (loss * inputs, correct, inputs, regularizer)."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        dtype = _DTYPES.get(self.settings.mixed_precision)
-        precision = partial(torch.autocast, self.device.type, dtype=dtype, enabled=dtype is not None)
-        found = self.task.losses(self._wrapped, batch, self._teacher, self.settings, precision)
-        loss = found.together(self._distill_weight)
-        extra = self.regulariser(self.model) if self.regulariser is not None else loss.new_zeros(())
         self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(self._scaler.scale(loss + extra))
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        parts = parts_of(batch, self.settings.accumulation)
+        for number, (part, share) in enumerate(parts, start=1):
+            found = self._losses(part)
+            loss = found.together(self._distill_weight)
+            extra = loss.new_zeros(())
+            if self.regulariser is not None and number == len(parts):
+                extra = self.regulariser(self.model)
+            torch.autograd.backward(self._scaler.scale((loss if share == 1 else loss * share) + extra))
+            self._counts = found.right is not None
+            right = loss.new_zeros(()) if found.right is None else found.right
+            count = torch.tensor(float(found.inputs), device=self.device)
+            sums += torch.stack([loss.detach() * count, right, count, extra.detach()]).double()
         if self.settings.grad_clip:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
@@ -177,10 +233,21 @@ class Trainer:
         self._scaler.update()
         if self._average is not None:
             self._average.update_parameters(self.model)
-        self._counts = found.right is not None
-        right = loss.new_zeros(()) if found.right is None else found.right
-        count = torch.tensor(float(found.inputs), device=self.device)
-        return torch.stack([loss.detach() * count, right, count, extra.detach()]).double()
+        return sums
+
+    def _losses(self, batch: Any) -> Losses:
+        dtype = _DTYPES.get(self.settings.mixed_precision)
+        precision = partial(torch.autocast, self.device.type, dtype=dtype, enabled=dtype is not None)
+        try:
+            return self.task.losses(self._wrapped, batch, self._teacher, self.settings, precision)
+        except Exception as error:
+            if not (self.settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CompressorError(
+                f"torch.compile cannot compile the network: {type(error).__name__}: {reason}",
+                "It needs a C++ compiler on a CPU and Triton on a GPU. Or leave out training.compile.",
+            ) from error
 
     def _check(self, sums: torch.Tensor) -> None:
         rate = self._optimizer.param_groups[0]["lr"]
@@ -244,7 +311,7 @@ class BriefTraining:
 
     Args:
         task: Task whose training batches and loss are used.
-        settings: As for any training; the learning rate is the same in all steps, and nothing is averaged.
+        settings: As for any training; the learning rate is the same in all steps, and nothing is averaged or compiled.
         seed: Seed of order and augmentation.
         device: Device of the networks.
         rate_field: Recipe field with which the user can lower the learning rate.
@@ -262,7 +329,8 @@ class BriefTraining:
         device: str | torch.device = "cpu",
         rate_field: str = "training.finetune_learning_rate",
     ) -> None:
-        self._task, self._settings = task, dataclasses.replace(settings, ema_decay=0.0)
+        self._task = task
+        self._settings = dataclasses.replace(settings, ema_decay=0.0, channels_last=False, compile=False)
         self._seed, self._device, self._rate_field = seed, device, rate_field
 
     def __call__(self, model: nn.Module, steps: int) -> None:
@@ -315,13 +383,11 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate)
     momentum = settings.momentum
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        momentum=momentum,
-        nesterov=momentum > 0,
-    )
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=momentum, nesterov=momentum > 0)
 
 
 def _copied(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -76,6 +77,51 @@ def test_a_wrong_recipe_names_file_and_field(tmp_path: Path, text: str, expected
     assert "wrong.yaml" in caught.value.message
     for part in expected:
         assert part in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("optimizer", "lamb", "'sgd' or 'adamw'"),
+        ("accumulation", 0, "greater than 0"),
+        ("grad_clip", -1, "greater than or equal to 0"),
+        ("mixup", float("inf"), "finite"),
+        ("cutmix", -0.1, "greater than or equal to 0"),
+        ("rand_augment", 31, "less than or equal to 30"),
+        ("random_erasing", 1.5, "less than or equal to 1"),
+        ("label_smoothing", 1, "less than 1"),
+        ("warmup_share", 1, "less than 1"),
+    ],
+)
+def test_training_settings_that_are_refused(field: str, value: Any, said: str) -> None:
+    with pytest.raises(CompressorError, match=f"'training.{field}' is {value!r}.*{said}"):
+        parse_recipe({"model": "resnet50", "training": {field: value}}, "here")
+
+
+def test_parts_of_a_batch_have_two_images() -> None:
+    fields = {"batch_size": 4, "accumulation": 3}
+    with pytest.raises(CompressorError, match=r"training\.accumulation is 3 and training\.batch_size 4"):
+        parse_recipe({"model": "resnet50", "training": fields}, "here")
+
+
+def test_the_optimizer_has_its_own_rates() -> None:
+    sgd, adamw = (
+        Recipe(model="resnet50", weights="none", training={"optimizer": name}).resolved().training
+        for name in ("sgd", "adamw")
+    )
+    assert (sgd.learning_rate, sgd.finetune_learning_rate, sgd.weight_decay) == (0.05, 0.02, 1e-4)
+    assert (adamw.learning_rate, adamw.finetune_learning_rate, adamw.weight_decay) == (0.001, 0.0001, 0.05)
+
+
+@pytest.mark.parametrize("name", ["imagenet/resnet50", "imagenet/efficientnet_lite0"])
+def test_the_recipes_for_imagenet_train_from_scratch(name: str) -> None:
+    recipe = load_recipe(shipped_recipes()[name]).resolved()
+    assert (recipe.weights, recipe.data_kind, recipe.image_size) == ("none", "imagenet", 224)
+    training = recipe.training
+    assert training.label_smoothing == 0.1
+    assert training.rand_augment == 9
+    assert training.ema_decay == 0.9999
+    assert training.batch_size == 1024
 
 
 def test_overrides_are_merged_field_by_field() -> None:
