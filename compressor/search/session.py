@@ -206,6 +206,10 @@ class SearchSession:
         is the result. In a later round the best result of the earlier ones follows the shortlist. Scoring stops early
         for a plan that cannot beat the best so far.
 
+        A plan that is contained in the earlier result at its present size is left out: both keep the most important
+        channels, so that the smaller one scores higher on a few hundred images by chance only, and keeping it would
+        leave a loosened budget unused.
+
         Args:
             shortlist: Widths (G,); no more are drawn once a limit is reached.
             more: Further shortlists, each started after all before it are scored.
@@ -217,8 +221,13 @@ class SearchSession:
             CompressorError: None meets the budgets.
         """
         own = {**self._kept(), **(plans or {})}
-        earlier = (widths.tolist() for widths in from_earlier_rounds(self))
-        lists = itertools.chain([itertools.chain(shortlist, earlier)], more)
+        earlier = list(from_earlier_rounds(self))
+        lists: Iterable[Iterable[Sequence[int]]] = itertools.chain(
+            [itertools.chain(shortlist, (widths.tolist() for widths in earlier))], more
+        )
+        if earlier:
+            wider = np.stack(earlier)[self.env.bounds.feasible(np.stack(earlier))]
+            lists = (_not_contained(each, wider, own) for each in lists)
         scored = _score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
         if not scored:
             raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")
@@ -464,6 +473,17 @@ def _feasible(run: SearchSession, plans: Iterable[Sequence[int]], seen: set[_Key
         if widths not in seen and run.env.bounds.feasible(np.array(widths, dtype=np.int64))[0]:
             seen.add(widths)
             yield widths
+
+
+def _not_contained(
+    plans: Iterable[Sequence[int]], wider: Widths, own: Mapping[_Key, ChannelPlan]
+) -> Iterator[Sequence[int]]:
+    """Yield the plans that no row of `wider` (N, G) contains, and those with channels of their own (`own`)."""
+    for each in plans:
+        widths = np.asarray(each, dtype=np.int64)
+        contained = (wider >= widths).all(axis=1) & (wider > widths).any(axis=1)
+        if tuple(widths.tolist()) in own or not contained.any():
+            yield each
 
 
 class Curves:

@@ -42,9 +42,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(
-            "compressor.search.session.time", SimpleNamespace(perf_counter=lambda: self.now)
-        )
+        monkeypatch.setattr("compressor.search.session.time", SimpleNamespace(perf_counter=lambda: self.now))
 
 
 class Timed(FakeEvaluator):
@@ -110,9 +108,9 @@ def test_a_changed_budget_does_not_cost_what_was_known(
     first = first_round(name, tmp_path)
     second, env = search(name, tmp_path, share)
     old = np.array(list(first.widths.values()))
-    scaled = env.score(scaled_widths(env, old / env.bounds.dense)).reward
-    still = first.reward if env.bounds.feasible(old)[0] else 0.0
-    assert second.reward >= max(scaled, still)
+    scaled = scaled_widths(env, old / env.bounds.dense)
+    still = first.reward if env.bounds.feasible(old)[0] and not (scaled >= old).all() else 0.0
+    assert second.reward >= max(env.score(scaled).reward, still)
     assert env.bounds.feasible(np.array(list(second.widths.values())))[0]
 
 
@@ -125,8 +123,27 @@ def test_a_budget_that_widens_again_does_not_either(
     first_round(name, tmp_path, seed)
     second, _ = search(name, tmp_path, 0.47, seed=seed)
     third, env = search(name, tmp_path, 0.475, seed=seed)
+    old = np.array(list(second.widths.values()))
+    scaled = scaled_widths(env, old / env.bounds.dense)
+    assert env.bounds.feasible(old)[0]
+    assert third.reward >= (env.score(scaled) if (scaled >= old).all() else second).reward
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_a_loosened_budget_is_used_although_wider_plans_score_a_little_lower(
+    monkeypatch: pytest.MonkeyPatch, first_round: First, tmp_path: Path, name: str
+) -> None:
+    """On few images a wider plan can score lower by chance: the plan that it contains is not chosen again."""
+    first = first_round(name, tmp_path)
+    narrow = tuple(first.widths.values())
+
+    def noisy(self: FakeEvaluator, plan: FakePlan, *, floor: float | None = None) -> float:
+        return 0.8 if tuple(plan.widths.values()) == narrow else 0.79
+
+    monkeypatch.setattr(Rugged, "__call__", noisy)
+    second, env = search(name, tmp_path, 0.7)
+    assert tuple(second.widths.values()) != narrow
     assert env.bounds.feasible(np.array(list(second.widths.values())))[0]
-    assert third.reward >= second.reward
 
 
 @pytest.mark.parametrize(("name", "unscored"), [*((name, False) for name in SEARCHING), ("joint", True)])
