@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from compressor.cli.devices import devices
 from compressor.cli.export import export
-from compressor.cli.flags import number_or_text, recipe_of, with_settings
+from compressor.cli.flags import ImageSizeOption, TaskOption, number_or_text, recipe_of, with_settings
 from compressor.cli.flags import overrides as overrides_of
 from compressor.cli.measure import measure
 from compressor.cli.profile import profile
@@ -104,12 +104,8 @@ def compress_command(
             "with :PATH."
         ),
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="classification, segmentation or detection; by default that of the data.")
-    ] = None,
-    image_size: Annotated[
-        str | None, typer.Option(help="Height and width of an input in pixels: 224, or 96x128.")
-    ] = None,
+    task: TaskOption = None,
+    image_size: ImageSizeOption = None,
     mean: Annotated[
         str | None, typer.Option(help="Mean of each channel, as 0.5,0.5,0.5; by default that of the weights.")
     ] = None,

@@ -1,15 +1,23 @@
-"""Convert the command line's flags to a recipe."""
+"""Options of several commands, and the conversion of flags to a recipe."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
 
+TaskOption = Annotated[
+    str | None, typer.Option(help="classification, segmentation or detection; by default that of the data.")
+]
+ImageSizeOption = Annotated[
+    str | None, typer.Option(help="Height and width of an input in pixels: 224, or 96x128.")
+]
 
 _DEEPEST = 8
 """Maximum number of parts in a field's dotted name; no recipe has as many levels."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compressor.cli.flags import overrides, recipe_of
+from compressor.cli.flags import ImageSizeOption, TaskOption, overrides, recipe_of
 from compressor.cli.terminal import friendly, show
 from compressor.core.errors import CompressorError
 
@@ -15,12 +15,8 @@ from compressor.core.errors import CompressorError
 def profile(
     model: Annotated[str | None, typer.Option(help="The network, as for compress.")] = None,
     data: Annotated[str, typer.Option(help="Determines the input size and the number of classes.")] = "digits",
-    task: Annotated[
-        str | None, typer.Option(help="classification, segmentation or detection; by default that of the data.")
-    ] = None,
-    image_size: Annotated[
-        str | None, typer.Option(help="Height and width of an input in pixels: 224, or 96x128.")
-    ] = None,
+    task: TaskOption = None,
+    image_size: ImageSizeOption = None,
     threads: Annotated[int, typer.Option(help="Threads of the runtime on this machine's CPU.")] = 1,
     device: Annotated[
         str | None, typer.Option(help="ssh://user@host; with --bundle or --import the device's name.")

@@ -280,6 +280,8 @@ class Search(Record):
     timing: dict[str, Number] = {}
     best_reward: Number | None = None
     method: Method | None = None
+    #: Limit of each cost in the units of the candidates' costs; that of latency is in milliseconds of the table.
+    targets: dict[str, Number] = {}
     candidates: list[Candidate] = []
 
 

@@ -1,4 +1,4 @@
-"""What a run's networks are scored by: its name, and how a value is written."""
+"""What a run's networks are scored by: the task of a data source, the metric's name, and how a value is written."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ AGREEMENT = "agreement with the dense network"
 SCORE = "score"
 MEAN_IOU = "mean IoU"
 MEAN_AP = "mAP"
+
+SCENES = {"masks": "segmentation", "coco": "detection"}
+"""Sources of pictures with a target that is no class, and their task."""
 
 PYTHON = "python"
 """Source of the data and of the network of a run that `compressor.compress` started with its caller's objects."""

@@ -95,11 +95,15 @@ def _import_error(name: str, what: str, form: str, error: BaseException, here: s
             f"{what} cannot be imported: there is no module {error.name!r} in {here}, and none is installed.",
             f"Write it as {form}, and call it from the folder in which the module lies or install its package.",
         )
-    shown = " ".join(str(error).split())[:300]
     return CompressorError(
-        f"{what} cannot be imported: {name} raises {type(error).__name__}: {shown}{raised_at(error)}.",
+        f"{what} cannot be imported: {name} raises {shown(error)}{raised_at(error)}.",
         f"Import it in Python to see the whole error: import {name}",
     )
+
+
+def shown(error: BaseException) -> str:
+    """Return an error of the user's code for a message: "TYPE: text", in one line of at most 300 characters of text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def raised_at(error: BaseException) -> str:
@@ -131,10 +135,9 @@ def _load(entry: EntryPoint) -> None:
         importlib.import_module(entry.module)
     except (Exception, SystemExit) as error:  # the package's code runs now, and may raise anything
         package = entry.dist.name if entry.dist is not None else entry.name
-        shown = " ".join(str(error).split())[:300]
         raise CompressorError(
             f"The package {package} names the module {entry.module} in its entry points ({GROUP}), and importing it "
-            f"raises {type(error).__name__}: {shown}{raised_at(error)}.",
+            f"raises {shown(error)}{raised_at(error)}.",
             f"Fix {entry.module}, or remove the package: pip uninstall {package}",
         ) from error
 

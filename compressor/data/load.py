@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder
+from compressor.core.metrics import SCENES
 from compressor.data.augment import Augmentation, augmentation_for
 from compressor.data.boxes import load_coco
 from compressor.data.folder import load_folder, load_imagenet
@@ -22,8 +23,6 @@ from compressor.data.preprocessing import Preprocessing, Wanted, sides_of
 from compressor.data.shapes import load_shapes
 from compressor.data.splits import TEST_SEED, DataBundle, MemorySplit, hold_out
 
-SCENES = {"masks": "segmentation", "coco": "detection"}
-"""Sources of pictures with a target that is no class, and their task."""
 KINDS = ("digits", "cifar10", "cifar100", "folder", "imagenet", "images", "shapes", *SCENES)
 SEARCH_LIMIT = 5000
 """Maximum number of images of the search split: its standard error is then below 0.7 % at any accuracy."""

@@ -22,7 +22,7 @@ from torch import nn
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, write_atomic
-from compressor.core.plugins import raised_at
+from compressor.core.plugins import raised_at, shown
 from compressor.models import cifar
 from compressor.models.detectors import PREPARED
 
@@ -213,9 +213,8 @@ def call_factory(factory: Callable[..., Any], what: str, num_classes: int) -> nn
         raise
     except (Exception, SystemExit) as error:  # the factory's code may raise anything
         given = f"num_classes={num_classes}" if takes else ""
-        shown = " ".join(str(error).split())[:300]
         raise CompressorError(
-            f"{what}, called with ({given}), fails: {type(error).__name__}: {shown}{raised_at(error)}.",
+            f"{what}, called with ({given}), fails: {shown(error)}{raised_at(error)}.",
             "The factory must build the network from num_classes at most.",
         ) from error
     if not isinstance(model, nn.Module):

@@ -17,11 +17,11 @@ from compressor.pruning.counts import Layer
 from compressor.pruning.least_squares import COARSE, STRENGTHS
 from compressor.pruning.moves import moved_back
 from compressor.pruning.plan import ChannelPlan
-from compressor.pruning.replay import Recording, State, outputs
+from compressor.pruning.replay import Recording, State
 from compressor.pruning.sites import Geometry, Site, find_sites, shortcuts_first
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 from compressor.pruning.slicer import Slicer, swap
-from export.convert.trees import channels_last, rebuilt, tensors_in
+from export.convert.trees import channels_last, outputs_of, rebuilt, tensors_in
 
 CHUNK = 32
 """Images that run through the networks at once, at most."""
@@ -148,7 +148,7 @@ class Images:
 
     def run(self, network: nn.Module, which: range) -> list[list[Tensor]]:
         """Return a network's outputs for some of the chunks, in the memory format in which convolutions are fast."""
-        return [outputs(network(*channels_last(self.chunks[index]))) for index in which]
+        return [outputs_of(network(*channels_last(self.chunks[index]))) for index in which]
 
     def outputs(self, network: nn.Module, which: range) -> list[list[Tensor]]:
         """As `run`, in eval mode and without gradients."""

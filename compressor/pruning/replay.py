@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from compressor.pruning.registry import rule_of
 from compressor.pruning.skeleton import named_tensors
-from export.convert.trees import mapped, tensors_in
+from export.convert.trees import mapped, outputs_of, tensors_in
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Recording:
         self._shapes = [[tuple(tensor.shape) for tensor in tensors_in([each])] for each in inputs]
         with torch.no_grad(), self._recorder:
             out = model(*inputs)
-        results = outputs(out)
+        results = outputs_of(out)
         self.results: tuple[int, ...] = tuple(self._recorder.known.get(each, -1) for each in results)
         self.first_outputs = [each.detach().clone() for each in results]
         self._recorder.known.clear()
@@ -227,12 +227,6 @@ class _Recorder(TorchFunctionMode):
             shapes = tuple(tuple(tensor.shape) for tensor in results)
             self.recording.calls.append(Call(name, func, stored_args, stored_kwargs, reads, outs, shapes))
         return out
-
-
-def outputs(out: Any) -> list[Tensor]:
-    """Return all tensors of a network's output, of any class."""
-    plain = isinstance(out, (Tensor, list, tuple, dict)) or not hasattr(out, "__dict__")
-    return [tensor for tensor in tensors_in(out if plain else dict(vars(out))) if tensor.is_floating_point()]
 
 
 def counterpart(call: Call, other: Call, value: int) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from compressor.core.agents import agent_class, registry
-from compressor.core.metrics import PYTHON
+from compressor.core.metrics import PYTHON, SCENES
 from compressor.recipe.parts import Budgets, Contract, Data, Export, Part, Positive, Pruning, Search, Training
 from compressor.recipe.validation import merged, validated
 from compressor.recipe.yaml_text import write_yaml
@@ -210,7 +210,7 @@ class Recipe(Part):
 
     def _task(self) -> str:
         """Return the task: as given, or that of the data."""
-        return self.task or {"masks": "segmentation", "coco": "detection"}.get(self.data_kind, "classification")
+        return self.task or SCENES.get(self.data_kind, "classification")
 
     def _measure(self) -> str:
         """Return what scores candidates; what a Python program gives stays automatic."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -26,7 +27,10 @@ def validated(kind: type[Model], fields: Mapping[str, Any], source: str) -> Mode
     except CompressorError as error:  # of the agent's settings
         raise CompressorError(f"{source}: {error.message}", error.hint) from None
     except ValidationError as error:
-        problems = "; ".join(_explained(kind, problem) for problem in error.errors())
+        found: dict[tuple[Any, ...], list[Any]] = {}
+        for problem in error.errors():
+            found.setdefault(_place(kind, problem["loc"]), []).append(problem)
+        problems = "; ".join(_explained(kind, place, each) for place, each in found.items())
         raise CompressorError(
             f"{source}: {problems}.", "The fields are listed by: compress recipes --schema"
         ) from None
@@ -43,8 +47,23 @@ def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     return fields
 
 
-def _explained(kind: type[BaseModel], problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a problem's location without pydantic's name for one of the types that a field may have."""
+    part = kind
+    for depth, name in enumerate(location, start=1):
+        annotation = part.model_fields[str(name)].annotation if str(name) in part.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            part = annotation
+        else:
+            kinds = [each for each in get_args(annotation) if each is not type(None)]
+            several = get_origin(annotation) in (Union, UnionType) and len(kinds) > 1
+            return location[:depth] if several else location
+    return location
+
+
+def _explained(kind: type[BaseModel], place: tuple[Any, ...], problems: list[Any]) -> str:
+    """Describe what is wrong at a place; a field of several types has a problem with each of them."""
+    where, problem = ".".join(map(str, place)), problems[0]
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(
             str(problem["loc"][-1]), _field_names(kind, problem["loc"][:-1]), n=3, cutoff=0.5
@@ -52,7 +71,8 @@ def _explained(kind: type[BaseModel], problem: Any) -> str:
         return f"unknown field {where!r}" + (f" (did you mean {' or '.join(near)}?)" if near else "")
     if problem["type"] == "missing":
         return f"field {where!r} is missing"
-    return f"field {where!r} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    messages = dict.fromkeys(f"{each['msg'][0].lower()}{each['msg'][1:]}" for each in problems)
+    return f"field {where!r} is {problem['input']!r}: {'; or '.join(messages)}"
 
 
 def _field_names(part: type[BaseModel], location: Iterable[Any]) -> list[str]:

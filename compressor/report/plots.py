@@ -109,10 +109,10 @@ def candidate_scatter(manifest: Manifest, episodes: Sequence[Episode], prefix: s
     candidates = scored_candidates(manifest)
     name = scatter_cost(manifest, candidates, episodes)
     points = [
-        (candidate, place) for candidate in candidates if (place := _place(candidate, name)) is not None
+        (candidate, place) for candidate in candidates if (place := _place(manifest, candidate, name)) is not None
     ]
     known = {place for _, place in points}  # a search may also list every episode as a candidate
-    visited = [place for episode in episodes if (place := _place(episode, name)) and place not in known]
+    visited = [place for episode in episodes if (place := _place(manifest, episode, name)) and place not in known]
     if not name or len(points) + len(visited) < 2:
         return None
     groups = _by_source(points)
@@ -123,7 +123,7 @@ def candidate_scatter(manifest: Manifest, episodes: Sequence[Episode], prefix: s
             _dots(axes, visited, "during the search", "muted", ".", crowded=True)
         for index, (source, members) in enumerate(groups):
             _dots(axes, members, source, f"c{index + 1}", MARKERS[index], crowded=len(members) > CROWD)
-        place = _place(pick, name) if pick is not None else None
+        place = _place(manifest, pick, name) if pick is not None else None
         if place is not None:
             ring: dict[str, Any] = {
                 "markerfacecolor": "none",
@@ -210,8 +210,20 @@ def scatter_cost(manifest: Manifest, candidates: Sequence[Episode], episodes: Se
 
 def within_budgets(manifest: Manifest, record: Episode) -> bool:
     """Return whether no recorded cost of a candidate or an episode is above its budget's target."""
-    budgets = [budget for budget in manifest.budgets if budget.name in record.costs]
-    return not any(record.costs[budget.name] > budget.target * (1 + 1e-9) for budget in budgets)
+    prices = [(price(manifest, record, budget.name), budget.target) for budget in manifest.budgets]
+    return not any(found is not None and found > target * (1 + 1e-9) for found, target in prices)
+
+
+def price(manifest: Manifest, record: Episode, name: str) -> float | None:
+    """Return a recorded cost in the unit in which the run's target is shown; None if it was not recorded.
+
+    The search counts in milliseconds of its table, the page in those of the last measurement; the targets in both
+    convert them.
+    """
+    found = record.costs.get(name)
+    searched = manifest.search.targets.get(name) if manifest.search is not None else None
+    shown = next((budget.target for budget in manifest.budgets if budget.name == name), None)
+    return found if found is None or not searched or shown is None else found * shown / searched
 
 
 def cost_unit(manifest: Manifest, name: str) -> tuple[str, float | None]:
@@ -229,9 +241,9 @@ def thinned(length: int, most: int = MOST_POINTS) -> list[int]:
     return [round(i * (length - 1) / (most - 1)) for i in range(most)]
 
 
-def _place(record: Episode, name: str) -> tuple[float, float] | None:
-    price = record.costs.get(name)
-    return None if price is None or record.reward is None else (price, record.reward)
+def _place(manifest: Manifest, record: Episode, name: str) -> tuple[float, float] | None:
+    found = price(manifest, record, name)
+    return None if found is None or record.reward is None else (found, record.reward)
 
 
 def _by_source(

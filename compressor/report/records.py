@@ -199,7 +199,8 @@ def sources(manifest: Manifest) -> dict[str, Any]:
                 "source": source,
                 "count": len(groups[source]),
                 "reward": significant(_reward(best[source]), 4),
-                "cost": cost(best[source].costs.get(name), unit) + ("" if kept[source] else ", over a budget"),
+                "cost": cost(plots.price(manifest, best[source], name), unit)
+                + ("" if kept[source] else ", over a budget"),
                 "chosen": any(row is pick for row in groups[source]),
             }
             for source in order

@@ -133,14 +133,19 @@ class Contract:
         assert table is not None
         return table.predict(space, plan) / table.fitted_dense_ms(space)
 
-    def search_budgets(self) -> list[Budget]:
-        """Return the budgets of the search: the run's targets, with the margin subtracted from the latency."""
+    def search_targets(self, margin: float = 0.0) -> dict[str, float]:
+        """Return the run's targets by name; that of latency in milliseconds of the table, less a share `margin`."""
         job = self._job
-        targets = {entry.name: entry.target for entry in self._run.manifest.budgets}
+        targets = {entry.name: float(entry.target) for entry in self._run.manifest.budgets}
         share = self.searched_share()
         if share is not None and job.table is not None:
-            aim = share if share >= 1 else share * (1 - self._margin())  # the dense network keeps a share of 1
-            targets["latency"] = aim * job.table.fitted_dense_ms(job.space)  # in milliseconds of the table
+            aim = share if share >= 1 else share * (1 - margin)  # the dense network keeps a share of 1
+            targets["latency"] = aim * job.table.fitted_dense_ms(job.space)
+        return targets
+
+    def search_budgets(self) -> list[Budget]:
+        """Return the budgets of the search: the run's targets, with the margin subtracted from the latency."""
+        job, targets = self._job, self.search_targets(self._margin())
         budgets: list[Any] = list(job.budgets())  # frozen dataclasses, which their abstract base does not declare
         return [dataclasses.replace(budget, target=targets[budget.name]) for budget in budgets]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from compressor.recipe import Recipe, load_recipe
 from compressor.run.boxes import check_detection, write_boxes
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
-from compressor.run.load import load, load_images, refuse_python, task_of
+from compressor.run.load import load_images, network_of, refuse_python, task_of
 from compressor.run.onnx_files import (
     COMPARED_IMAGES,
     MODEL,
@@ -40,6 +41,7 @@ from export.files import read_bytes, write_bytes
 if TYPE_CHECKING:
     from torch import nn
 
+    from compressor.data import DataBundle
     from compressor.training.task import Task
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -86,9 +88,6 @@ class Finished:
         self._factory = factory
         self.recipe: Recipe = load_recipe(run.file(RECIPE))
         refuse_python(self.recipe)
-        self._task: Task | None = None
-        self._model: nn.Module | None = None
-        self._goals: Any = None
 
     @classmethod
     def open(cls, folder: Path, factory: str | None = None) -> Finished:
@@ -107,32 +106,30 @@ class Finished:
         """Release the folder."""
         self.run.close()
 
-    @property
-    def task(self) -> Task:
-        """The run's task, with its images, loaded on first use."""
-        if self._task is None:
-            self._task = task_of(self.recipe, load_images(self.recipe))
-        return self._task
+    @cached_property
+    def data(self) -> DataBundle:
+        """The run's images."""
+        return load_images(self.recipe)
 
-    @property
+    @cached_property
+    def task(self) -> Task:
+        """The run's task, with its images."""
+        return task_of(self.recipe, self.data)
+
+    @cached_property
     def goals(self) -> Any:
         """What scores compare with: the dense network's answers if there are no labels."""
         if self.task.labelled:
             return None
-        if self._goals is None:
-            allowed_factory(self.recipe.model, self._factory, self.run.path)
-            self._goals = self.task.test_goals(load(self.recipe).model, "cpu")
-        return self._goals
+        allowed_factory(self.recipe.model, self._factory, self.run.path)
+        return self.task.test_goals(network_of(self.recipe, self.data, self.recipe.weights, []), "cpu")
 
-    @property
+    @cached_property
     def model(self) -> nn.Module:
         """The saved slim network."""
-        from compressor.pruning.artefact import load as load_network
+        from compressor.pruning.artefact import load
 
-        if self._model is None:
-            factory = allowed_factory(self.recipe.model, self._factory, self.run.path)
-            self._model = load_network(self.run.path, factory=factory)
-        return self._model
+        return load(self.run.path, factory=allowed_factory(self.recipe.model, self._factory, self.run.path))
 
     def metadata(self) -> dict[str, Any]:
         """Metadata of every exported file."""

@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,6 @@ class Job:
     dense_file: DenseFile
     compensation: Methods
     callers: dict[str, CachedValues] = field(default_factory=dict)
-    _goals: list[Any] = field(default_factory=list)
 
     @classmethod
     def prepare(
@@ -238,13 +238,10 @@ class Job:
         """Return the score of a network on the test split, in the unit of the task's metric."""
         return self.task.test_score(model, self.goals, self.torch_device)
 
-    @property
+    @cached_property
     def goals(self) -> Any:
         """What the test score compares with, if that is the dense network; computed once."""
-        if not self._goals:
-            dense = self.model if self.teacher is None else self.teacher
-            self._goals.append(self.task.test_goals(dense, self.torch_device))
-        return self._goals[0]
+        return self.task.test_goals(self.model if self.teacher is None else self.teacher, self.torch_device)
 
     def budgets(self, table: LatencyTable | None = None) -> list[Budget]:
         """Return the recipe's budgets in absolute numbers, by `table` or the job's own table.

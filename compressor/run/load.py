@@ -68,7 +68,7 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
         augmentation, rand_augment=training.rand_augment, random_erasing=training.random_erasing
     )
     said: list[str] = []
-    model = _created(recipe, data, weights or recipe.weights, said)
+    model = network_of(recipe, data, weights or recipe.weights, said)
     for sentence in said:
         say(sentence)
     channels = input_channels(model, data.input_shape)
@@ -94,8 +94,14 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
     )
 
 
-def _created(recipe: Recipe, data: DataBundle, weights: str, said: list[str]) -> nn.Module:
-    """Create a recipe's network for the classes of its data; without labels, for those of its weights."""
+def network_of(recipe: Recipe, data: DataBundle, weights: str, said: list[str]) -> nn.Module:
+    """Create a recipe's network for the classes of its data; without labels, for those of its weights.
+
+    Args:
+        recipe, data: Resolved recipe and its images.
+        weights: Weights as in a recipe.
+        said: Receives sentences for the user.
+    """
     import torch
 
     from compressor.models import create_model, usual_classes
@@ -143,7 +149,7 @@ def task_of(recipe: Recipe, data: DataBundle, model: nn.Module | None = None) ->
     if recipe.task == "detection":
         if recipe.training.label_smoothing:
             raise CompressorError("training.label_smoothing has no effect on a detector's loss.", "Leave it out.")
-        raw: Any = model or _created(recipe, data, "none", [])
+        raw: Any = model or network_of(recipe, data, "none", [])
         return Detection(data, raw)
     return Segmentation(data)
 

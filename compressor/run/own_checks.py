@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
-from compressor.core.plugins import raised_at
+from compressor.core.plugins import raised_at, shown
 from compressor.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def one_input(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], tuple[st
     Raises:
         CompressorError: There is no tensor in it, or the names leave out a parameter that comes before.
     """
-    from export.convert.trees import mapped, moved, tensors_in
+    from export.convert.trees import moved, rows, tensors_in
 
     if not tensors_in(example):
         raise CompressorError(
@@ -77,7 +77,7 @@ def one_input(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], tuple[st
     first = tensors_in(arguments)[0]
     count = len(first) if first.dim() else 0
     if count > 1:
-        arguments = mapped(lambda each: each[:1] if each.dim() and len(each) == count else each, arguments)
+        arguments = rows(arguments, count, slice(1))
     return arguments, names
 
 
@@ -155,16 +155,14 @@ class Checked:
     def _outputs(self) -> list[Tensor]:
         import torch
 
-        from compressor.training.likeness import outputs_of
-        from export.convert.trees import moved
+        from export.convert.trees import moved, outputs_of
 
         try:
             with torch.no_grad():
                 found = outputs_of(self.model(*moved(self.example, self.device)))
         except Exception as error:  # a user's network may raise anything
-            shown = " ".join(str(error).split())[:300]
             raise CompressorError(
-                f"The network does not run on the example input: {type(error).__name__}: {shown}{raised_at(error)}.",
+                f"The network does not run on the example input: {shown(error)}{raised_at(error)}.",
                 "Pass what forward takes: a tensor, a tuple of arguments, or a dictionary of them.",
             ) from error
         if not found:
@@ -201,9 +199,8 @@ class Checked:
                     f"{name} has no batches.", "Pass at least one, and batches that can be read again."
                 ) from None
             except Exception as error:  # a user's loader may raise anything
-                shown = " ".join(str(error).split())[:300]
                 raise CompressorError(
-                    f"{name} cannot be read: {type(error).__name__}: {shown}{raised_at(error)}."
+                    f"{name} cannot be read: {shown(error)}{raised_at(error)}."
                 ) from error
         return batch
 
@@ -222,9 +219,8 @@ class Checked:
             with own_randomness(self.recipe.seed, torch.device(self.device)):
                 found = loss(network, placed)
         except Exception as error:  # a user's function may raise anything
-            shown = " ".join(str(error).split())[:300]
             raise CompressorError(
-                f"On the first batch of train, {name} raises {type(error).__name__}: {shown}{raised_at(error)}.", hint
+                f"On the first batch of train, {name} raises {shown(error)}{raised_at(error)}.", hint
             ) from error
         if not isinstance(found, torch.Tensor) or found.numel() != 1:
             what = f"of shape {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
@@ -295,15 +291,14 @@ class Checked:
         """Refuse inputs that the network does not run on."""
         import torch
 
-        from compressor.training.likeness import outputs_of
+        from export.convert.trees import outputs_of
 
         try:
             with torch.no_grad():
                 found = outputs_of(self.model(*next(inputs.batches(2, device=self.device))))
         except Exception as error:  # a user's network may raise anything
-            shown = " ".join(str(error).split())[:300]
             raise CompressorError(
-                f"The network does not run on the inputs in {name}: {type(error).__name__}: {shown}.",
+                f"The network does not run on the inputs in {name}: {shown(error)}.",
                 "They should have the form of the example input.",
             ) from error
         if not all(bool(torch.isfinite(each).all()) for each in found):

@@ -147,7 +147,8 @@ def search(run: RunFolder, job: Job, contract: Contract) -> ChannelPlan:
         run.note(note)
     if not run.finished("search"):
         found = method(agent, recipe, agent.effects(result))
-        _record_search(run, job, result, _uniform_widths(env), None if found is None else Method(**found))
+        used = None if found is None else Method(**found)
+        _record_search(run, job, result, contract.search_targets(), _uniform_widths(env), used)
     return result.best
 
 
@@ -162,9 +163,20 @@ def _uniform_widths(env: PruningEnv) -> tuple[int, ...] | None:
 
 
 def _record_search(
-    run: RunFolder, job: Job, result: SearchResult, uniform: tuple[int, ...] | None, method: Method | None
+    run: RunFolder,
+    job: Job,
+    result: SearchResult,
+    targets: dict[str, float],
+    uniform: tuple[int, ...] | None,
+    method: Method | None,
 ) -> None:
-    """Record the result of a search, and the dense network that it trained."""
+    """Record the result of a search, and the dense network that it trained.
+
+    Args:
+        targets: The run's targets in the units of the candidates' costs.
+        uniform: Widths of uniform pruning within the budgets.
+        method: Parts of the agent's method that were used.
+    """
     done, planned = len(result.training), search_epochs(job)  # fewer than planned if the time limit was reached
     run.manifest.training = [Epoch(**each) for each in result.training]
     if not job.trained:
@@ -189,6 +201,7 @@ def _record_search(
         timing={name: round(seconds, 3) for name, seconds in result.timing.items()},
         best_reward=result.reward,
         method=method,
+        targets=targets,
         candidates=[_candidate(each, each.widths == uniform) for each in result.candidates],
     )
     run.save()

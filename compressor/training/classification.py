@@ -106,9 +106,12 @@ class Classification(Task):
         return Losses(loss, distilled, len(labels), right)
 
     def gradients(self, device: str | torch.device, seed: int) -> Any:
-        return self.reconstruction(device, seed) if self.labelled else None
+        return self._batches(device, seed) if self.labelled else None
 
     def reconstruction(self, device: str | torch.device, seed: int) -> Any:
+        return None if self.labelled else self._batches(device, seed)  # those of the gradients serve as well
+
+    def _batches(self, device: str | torch.device, seed: int) -> list[Any]:
         assert self.train is not None
         stream = self.train.batches(128, shuffle_seed=seed, device=device)
         return [batch for _, batch in zip(range(2), stream, strict=False)]

@@ -12,11 +12,11 @@ from compressor.core.metrics import MEAN_AP, Metric
 from compressor.data import DataBundle, Split
 from compressor.models.computed import evaluated
 from compressor.models.detectors import Boxes, RawDetector
-from compressor.training.likeness import RawOutputs, outputs_of
+from compressor.training.likeness import RawOutputs
 from compressor.training.scenes import SceneTask
 from compressor.training.settings import TrainSettings
 from compressor.training.task import Losses, Precision
-from export.convert.trees import channels_last
+from export.convert.trees import channels_last, outputs_of
 
 
 class Detection(SceneTask):

@@ -13,20 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from compressor.training.losses import distillation_loss
-from export.convert.trees import tensors_in
+from compressor.training.losses import closeness_at, distillation_loss, divergence
 
 Outputs = Sequence[Tensor]
 """The floating-point tensors of a network's output, (N, ...) each."""
-
-
-def outputs_of(value: Any) -> list[Tensor]:
-    """Return the floating-point tensors of a network's output, of any structure."""
-    if not isinstance(value, Tensor | list | tuple | dict) and hasattr(value, "__dict__"):
-        value = dict(vars(value))
-    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
 class Likeness(ABC):
@@ -60,12 +51,12 @@ class ScoresOfClasses(Likeness):
         return distillation_loss(found[0].float(), goals[0].float(), temperature)
 
     def closeness(self, pairs: Iterable[tuple[Outputs, Outputs]]) -> float:
-        divergence, seen = 0.0, 0
+        total, seen = 0.0, 0
         for found, goals in pairs:
             mine, theirs = (each[0].float().log_softmax(dim=1) for each in (found, goals))
-            divergence += float(functional.kl_div(mine, theirs, reduction="sum", log_target=True))
+            total += divergence(mine, theirs)
             seen += len(mine)
-        return math.exp(-max(0.0, divergence) / max(1, seen))
+        return closeness_at(total, seen)
 
     def agreement(self, pairs: Iterable[tuple[Outputs, Outputs]]) -> float:
         equal = seen = 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.training.feeds import joined
-from export.convert.trees import mapped, tensors_in
+from export.convert.trees import mapped, rows, tensors_in
 
 Inputs = tuple[Any, ...]
 MEMORY_LIMIT = 2**30
@@ -166,14 +166,14 @@ class Memory:
         Raises:
             CompressorError: There are none, a batch does not fit the network, or the inputs differ in shape.
         """
-        rows: list[Inputs] = []
+        read: list[Inputs] = []
         count = size = 0
         for batch in batches:
             found = mapped(lambda tensor: tensor.detach().cpu(), inputs(batch))
             length = len(tensors_in(found)[0])
-            if alike and rows and _shapes(found) != _shapes(rows[0]):
+            if alike and read and _shapes(found) != _shapes(read[0]):
                 continue
-            rows.append(_rows(found, length, slice(0, most - count)))
+            read.append(rows(found, length, slice(0, most - count)))
             count += min(length, most - count)
             size += sum(tensor.nbytes for tensor in tensors_in(found))
             if count >= most or size >= MEMORY_LIMIT:
@@ -181,7 +181,7 @@ class Memory:
         if not count:
             raise CompressorError("There are no inputs in the batches: they are empty.", "Pass at least one batch.")
         try:
-            return cls(joined(rows), count)
+            return cls(joined(read), count)
         except (RuntimeError, TypeError, ValueError) as error:
             raise CompressorError(
                 f"The batches' inputs cannot be put together: {str(error).splitlines()[0].rstrip('.')}.",
@@ -202,7 +202,7 @@ class Memory:
 
     def chosen(self, indices: Tensor) -> Memory:
         """Return the inputs at these indices, in their order."""
-        return Memory(_rows(self._inputs, self._count, indices), len(indices))
+        return Memory(rows(self._inputs, self._count, indices), len(indices))
 
     def sample(self, number: int, seed: int = 0) -> Memory:
         order = torch.randperm(self._count, generator=torch.Generator().manual_seed(seed))
@@ -230,13 +230,8 @@ class Memory:
         rank, world = shard
         order = order[: len(order) - len(order) % world][rank::world]
         for indices in torch.split(order, max(1, batch_size // world))[skip:]:
-            yield mapped(lambda tensor: tensor.to(device), _rows(self._inputs, self._count, indices))
+            yield mapped(lambda tensor: tensor.to(device), rows(self._inputs, self._count, indices))
 
 
 def _shapes(inputs: Any) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape[1:]) for tensor in tensors_in(inputs)]
-
-
-def _rows(inputs: Any, count: int, which: Any) -> Any:
-    """Return some rows of all tensors that have `count` of them."""
-    return mapped(lambda tensor: tensor[which] if tensor.dim() and len(tensor) == count else tensor, inputs)

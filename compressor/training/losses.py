@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,6 +31,20 @@ def distillation_loss(
     student = functional.log_softmax(student_logits / temperature, dim=1)
     teacher = functional.log_softmax(teacher_logits.detach() / temperature, dim=1)
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def divergence(found: torch.Tensor, goals: torch.Tensor) -> float:
+    """Return the Kullback-Leibler divergence from the goals, summed over the inputs, in nats.
+
+    Args:
+        found, goals: Log-probabilities, (N, classes).
+    """
+    return float(functional.kl_div(found, goals, reduction="sum", log_target=True))
+
+
+def closeness_at(total: float, inputs: int) -> float:
+    """Return exp(-d), d the mean of a summed divergence over the inputs: 1 for equal outputs."""
+    return math.exp(-max(0.0, total) / max(1, inputs))
 
 
 class Alignment:

@@ -15,14 +15,14 @@ from torch.nn import functional
 
 from compressor.core.errors import CompressorError
 from compressor.core.metrics import AGREEMENT, SCORE, Metric
-from compressor.core.plugins import raised_at
+from compressor.core.plugins import raised_at, shown
 from compressor.models.computed import evaluated
 from compressor.training.feeds import Feed
-from compressor.training.likeness import Likeness, Recorded, outputs_of, same_shapes
+from compressor.training.likeness import Likeness, Recorded, same_shapes
 from compressor.training.loaders import InputsOfBatch, Loader, Memory
 from compressor.training.randomness import own_randomness
 from compressor.training.task import Losses, Precision, Task
-from export.convert.trees import channels_last, moved, tensors_in
+from export.convert.trees import channels_last, moved, outputs_of, tensors_in
 
 if TYPE_CHECKING:
     from compressor.training.settings import TrainSettings
@@ -219,9 +219,8 @@ class OwnTask(Task):
         except CompressorError:
             raise
         except Exception as error:  # a user's function may raise anything
-            shown = " ".join(str(error).split())[:300]
             raise CompressorError(
-                f"{name} raises {type(error).__name__}: {shown}{raised_at(error)}.",
+                f"{name} raises {shown(error)}{raised_at(error)}.",
                 f"{name}(model) is called with a network in evaluation mode on {device} and returns a number.",
             ) from error
         if isinstance(found, Tensor) and found.numel() == 1:

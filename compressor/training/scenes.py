@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,6 @@ from compressor.training.settings import TrainSettings
 from compressor.training.task import Task
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from compressor.training.feeds import Feed
 
 _PIXELS = 128 * 64 * 64
@@ -67,7 +66,7 @@ class SceneTask(Task):
 
         def loss(model: nn.Module) -> torch.Tensor:
             with own_randomness(seed, torch.device(device)):
-                found = [self.losses(model, batch, None, TrainSettings(), _plain).loss for batch in batches]
+                found = [self.losses(model, batch, None, TrainSettings(), nullcontext).loss for batch in batches]
             return torch.stack([each for each in found if each is not None]).mean()
 
         return loss
@@ -104,10 +103,3 @@ class SceneTask(Task):
 
     def facts(self) -> dict[str, Any]:
         return self._facts
-
-
-def _plain() -> AbstractContextManager[Any]:
-    """Open no autocast."""
-    from contextlib import nullcontext
-
-    return nullcontext()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from compressor.data import Split
 from compressor.models.computed import evaluated
 from compressor.training.feeds import Feed
+from compressor.training.losses import closeness_at, divergence
 from export.convert.trees import channels_last
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -98,23 +98,22 @@ def closeness(
 ) -> float:
     """Return how close a model's outputs are to the dense network's, 0..1; labels are not used.
 
-    It is exp(-d), d the mean over the images of the Kullback-Leibler divergence of the model's class probabilities from
-    the dense network's, in nats: 1 for equal outputs.
+    See `losses.closeness_at`; the divergence is that of the model's class probabilities from the dense network's.
 
     Args:
         model, split, device, batch_size: As for `accuracy`.
         goals: Log-probabilities of the dense network for the same images, (N, classes).
         floor: Stop as soon as this value cannot be reached, and return the value of the images seen, which is below it.
     """
-    total, seen, divergence = len(split), 0, 0.0
+    total, seen, far = len(split), 0, 0.0
     for logits, labels in _scored_batches(model, split, device, batch_size):
         found = logits.float().log_softmax(dim=1).cpu()
         goal = goals[seen : seen + len(labels)]
-        divergence += float(nn.functional.kl_div(found, goal, reduction="sum", log_target=True))
+        far += divergence(found, goal)
         seen += len(labels)
-        if floor is not None and math.exp(-max(0.0, divergence) / total) < floor:
+        if floor is not None and closeness_at(far, total) < floor:
             break
-    return math.exp(-max(0.0, divergence) / max(1, seen))
+    return closeness_at(far, seen)
 
 
 def standard_error(share: float, images: int) -> float:

@@ -91,7 +91,11 @@ class Task(ABC):
         """Run a training batch through a network and, if there is one, through its teacher."""
 
     def reconstruction(self, device: str | torch.device, seed: int) -> Any:
-        """Return batches for the criterion "reconstruction", as for `PruningSpace.rank`; None without inputs."""
+        """Return batches for the criterion "reconstruction", as for `PruningSpace.rank`.
+
+        Returns:
+            None without inputs, and if what `gradients` returns serves as well.
+        """
         feed = self.calibration
         return None if feed is None else list(inputs_in(feed, 2 * self.batch_size, seed, self.batch_size, device))
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from export.convert.ort import input_types, open_session, run_session
-from export.convert.trees import moved, rebuilt, tensors_in
+from export.convert.trees import moved, rebuilt, rows, tensors_in
 from export.errors import ExportError
 
 
@@ -46,12 +46,10 @@ class OnnxModule(nn.Module):
         size = self._batch or count
         if count % size:
             raise ExportError(f"The file takes batches of {size}, got {count} inputs.")
-        rows = []
+        results = []
         for start in range(0, count, size):
-            feeds = {
-                name: (each[start : start + size] if each.dim() and len(each) == count else each).numpy().astype(kind)
-                for (name, kind), each in zip(self._types.items(), tensors)
-            }
-            rows.append([torch.from_numpy(value) for value in run_session(self._session, feeds)])
-        whole = [torch.cat(column) if column[0].dim() else column[0] for column in zip(*rows)]
+            part = rows(tensors, count, slice(start, start + size))
+            feeds = {name: each.numpy().astype(kind) for (name, kind), each in zip(self._types.items(), part)}
+            results.append([torch.from_numpy(value) for value in run_session(self._session, feeds)])
+        whole = [torch.cat(column) if column[0].dim() else column[0] for column in zip(*results)]
         return rebuilt(self._result, whole)

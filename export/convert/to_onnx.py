@@ -41,7 +41,7 @@ from export.convert.parity import (
 )
 from export.convert.rewrites import Writable
 from export.convert.tidy import check, shapes, tidy, write_metadata
-from export.convert.trees import mapped, moved, names_in, rebuilt, tensors_in
+from export.convert.trees import mapped, moved, names_in, rebuilt, rows, tensors_in
 from export.errors import ExportError
 from export.files import sha256_bytes, write_bytes
 
@@ -172,7 +172,7 @@ def reference_outputs(
             whole = arguments(inputs)
             number = len(tensors_in(whole)[0])
             for start, size in runs or [(start, 64) for start in range(0, number, 64)]:
-                parts.append(as_tuple(model(*moved(_rows(whole, number, start, size), device))))
+                parts.append(as_tuple(model(*moved(rows(whole, number, slice(start, start + size)), device))))
     finally:
         for module, training in modes:
             module.training = training
@@ -196,13 +196,6 @@ def arguments(inputs: Any) -> tuple[Any, ...]:
 
     found: tuple[Any, ...] = mapped(plain, inputs if isinstance(inputs, tuple) else (inputs,))
     return found
-
-
-def _rows(whole: Any, number: int, start: int, size: int) -> Any:
-    """Return some rows of all tensors that have `number` of them."""
-    return mapped(
-        lambda each: each[start : start + size] if each.dim() and len(each) == number else each, whole
-    )
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

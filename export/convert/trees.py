@@ -20,6 +20,13 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in tensors_in(item)]
 
 
+def outputs_of(value: Any) -> list[Tensor]:
+    """Return the floating-point tensors of a network's output, of any structure or class."""
+    if not isinstance(value, (Tensor, list, tuple, Mapping)) and hasattr(value, "__dict__"):
+        value = dict(vars(value))
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
+
+
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Return `value` with each tensor in it replaced by what a function returns for it."""
     if isinstance(value, Tensor):
@@ -36,6 +43,17 @@ def rebuilt(value: Any, tensors: list[Any]) -> Any:
     """Return `value` with its tensors replaced by these, in the order of `tensors_in`."""
     left = iter(tensors)
     return mapped(lambda _: next(left), value)
+
+
+def rows(value: Any, count: int, which: Any) -> Any:
+    """Return `value` with some rows of the tensors that have `count` of them; other tensors belong to all rows.
+
+    Args:
+        value: Inputs of a network, for `count` inputs.
+        count: Number of rows.
+        which: A slice or indices.
+    """
+    return mapped(lambda each: each[which] if each.dim() and len(each) == count else each, value)
 
 
 def moved(value: Any, device: torch.device | str) -> Any:

@@ -123,6 +123,21 @@ def test_the_recipes_for_imagenet_train_from_scratch(name: str) -> None:
     assert training.ema_decay == 0.9999
     assert training.batch_size == 1024
 
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"image_size": "96x"}, "image_size"),
+        ({"pruning": {"granularity": "some"}}, "pruning.granularity"),
+        ({"search": {"workers": "x"}}, "search.workers"),
+    ],
+)
+def test_a_field_of_several_types_is_named_as_the_user_wrote_it(fields: dict[str, Any], place: str) -> None:
+    """Pydantic adds the name of each type that it tried, and reports each."""
+    with pytest.raises(CompressorError) as caught:
+        parse_recipe({"model": "resnet18", **fields}, "here")
+    assert caught.value.message.count("field ") == 1
+    assert f"field {place!r} is " in caught.value.message
+
 
 def test_overrides_are_merged_field_by_field() -> None:
     recipe = parse_recipe({"model": "resnet50", "training": {"batch_size": 32}}, "here")

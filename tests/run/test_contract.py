@@ -20,6 +20,8 @@ from compressor.latency.networks import tag
 from compressor.latency.paired import Timing
 from compressor.latency.table import LatencyTable
 from compressor.pruning.plan import ChannelPlan
+from compressor.report import plots
+from compressor.report.records import sources
 from compressor.run.contract import Contract, correction_at
 from compressor.run.pipeline import resume
 from tests.other_device import OtherDevice, Proportional, timing
@@ -97,6 +99,16 @@ def test_a_share_is_of_the_dense_network_at_the_same_time(
     assert all(
         row["kept"] and row["target_ms"] == pytest.approx(budget["target"]) for row in manifest["rounds"]
     )
+
+    # The page compares predictions with the target of the same machine: the table's dense network is faster here.
+    recorded = Manifest.model_validate(manifest_of(tmp_path / "run"))
+    assert recorded.search is not None
+    pick = plots.chosen(recorded)
+    assert pick is not None
+    assert plots.within_budgets(recorded, pick)
+    assert recorded.search.targets["latency"] == pytest.approx(0.6 * by_table, rel=0.01)
+    assert plots.price(recorded, pick, "latency") == pytest.approx(1.5 * pick.costs["latency"], rel=0.01)
+    assert not any(", over a budget" in row["cost"] for row in sources(recorded)["sources"])
 
 
 def test_milliseconds_are_those_of_the_quiet_machine(

@@ -13,9 +13,9 @@ from compressor.training.likeness import (
     Recorded,
     ScoresOfClasses,
     likeness_of,
-    outputs_of,
     same_shapes,
 )
+from export.convert.trees import outputs_of
 
 
 def test_scores_of_classes() -> None:
