@@ -18,6 +18,7 @@ from compressor.cli.export import export
 from compressor.cli.flags import ImageSizeOption, TaskOption, number_or_text, recipe_of, with_settings
 from compressor.cli.flags import overrides as overrides_of
 from compressor.cli.measure import measure
+from compressor.cli.processes import in_first_process
 from compressor.cli.profile import profile
 from compressor.cli.recipes import recipes
 from compressor.cli.report import report
@@ -257,4 +258,4 @@ for _command in (profile, export, measure, report, devices, recipes):
 def main() -> None:
     """Entry point of the `compress` command."""
     with stoppable(), written_out():
-        app()
+        in_first_process(app)

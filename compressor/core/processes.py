@@ -174,7 +174,7 @@ SIGNALLED = 128
 SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 _received: list[int] = []
-_postponed = False
+_postponed: str | None = None  # what Ctrl-C prints while a signal raises nothing
 
 
 def stopped() -> bool:
@@ -207,17 +207,20 @@ def stoppable() -> Iterator[None]:
 
 
 @contextmanager
-def postponed() -> Iterator[None]:
+def postponed(note: str = "Stopping after this step; Ctrl-C again stops at once.") -> Iterator[None]:
     """Context of work that asks `stopped()` itself, where it can stop: a first signal raises nothing in it.
 
     A signal that it has not seen raises `KeyboardInterrupt` at its end. Without `stoppable` nothing changes.
+
+    Args:
+        note: What Ctrl-C prints meanwhile.
     """
     global _postponed
-    _postponed = True
+    before, _postponed = _postponed, note
     try:
         yield
     finally:
-        _postponed = False
+        _postponed = before
     if _received:
         raise KeyboardInterrupt
 
@@ -226,10 +229,10 @@ def _first(number: int, _frame: Any) -> None:
     _received.append(number)
     for other in SIGNALS:
         signal.signal(other, _at_once)
-    if not _postponed:
+    if _postponed is None:
         raise KeyboardInterrupt
-    if number == signal.SIGINT:
-        os.write(2, b"\nStopping after this step; Ctrl-C again stops at once.\n")
+    if _postponed and number == signal.SIGINT:
+        os.write(2, f"\n{_postponed}\n".encode())
 
 
 def _at_once(number: int, _frame: Any) -> None:

@@ -82,8 +82,8 @@ class Split(ABC):
         """Return the arguments of a network in a batch: its images."""
         return (batch[0],)
 
-    def steps(self, batch_size: int) -> int:
-        """Return the number of whole batches, at least one."""
+    def steps(self, batch_size: int, world: int = 1) -> int:
+        """Return the number of whole batches, at least one; `world` processes share each."""
         return max(1, len(self) // batch_size)
 
     def release(self) -> None:  # noqa: B027  (most splits keep nothing)

@@ -21,6 +21,7 @@ from compressor.core.metrics import ACCURACY
 from compressor.latency.networks import with_distinct_weights
 from compressor.run.device import latency_table, opset_of, provider_of, request_of
 from compressor.run.load import Loader, load
+from compressor.run.together import check_batch
 from export.convert.trees import tensors_in
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ class Job:
         given = recipe.weights != "none" or not loaded.task.labelled
         teacher = copy.deepcopy(model).eval() if given else None
         _check_inputs(recipe, loaded.task)
+        check_batch(recipe, loaded.task)
         space = trace(recipe, model, example)
         dense_file = DenseFile(dense, recipe, model, example)
         if recipe.pruning.granularity == "measured":

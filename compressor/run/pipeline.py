@@ -7,6 +7,8 @@ the target, or is faster than necessary, the table is refitted with that measure
 
 Every stage stores what later stages need in the run's folder. A resumed run takes the same path and skips the stages
 that have finished.
+
+If a launcher started several processes, the first one takes this path, and the others only train (`run.together`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.core.errors import CompressorError, Stopped
 from compressor.core.files import write_atomic
 from compressor.core.manifest import MANIFEST
+from compressor.core.processes import stopped
 from compressor.core.progress import say
 from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
@@ -29,11 +32,13 @@ from compressor.run.contract import Contract
 from compressor.run.device import provider_of, request_of, resolved
 from compressor.run.finish import finish
 from compressor.run.folder import RunFolder, new_run_path
+from compressor.run.follower import follow, follows
 from compressor.run.job import Job
 from compressor.run.load import Loader, load
 from compressor.run.measure import measure, probe, stored_table
 from compressor.run.onnx_files import DENSE, MODEL, export
 from compressor.run.stages import begin, choose, finetune, finetuned_network, search
+from compressor.run.together import gather, leading, processes, send_result
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,13 +91,17 @@ def run_recipe(recipe: Recipe, out: str | Path | None = None) -> RunResult:
 
 def started(recipe: Recipe, out: Path | None, loader: Loader = load) -> RunResult:
     """Run a recipe from the beginning, with objects from a loader; see `Job.prepare`."""
-    recipe = resolved(recipe)
-    path = out or new_run_path(Path("runs"), recipe.label)
-    RunFolder.require_empty(path)
-    job = Job.prepare(recipe, loader=loader)
-    with RunFolder.create(path, job.recipe.to_yaml()) as run, _stopped_in(path):
-        say(f"The run's folder is {run.path}")
-        return _all_stages(run, job)
+    if follows():
+        return _followed(loader)
+    with leading():
+        recipe = resolved(recipe)
+        path = out or new_run_path(Path("runs"), recipe.label)
+        RunFolder.require_empty(path)
+        job = Job.prepare(recipe, loader=loader)
+        gather(job.recipe, job.task)
+        with RunFolder.create(path, job.recipe.to_yaml()) as run, _stopped_in(path):
+            say(f"The run's folder is {run.path}")
+            return _all_stages(run, job)
 
 
 def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResult:
@@ -112,11 +121,16 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
 
 def continued(folder: Path, overrides: Mapping[str, Any], loader: Loader = load) -> RunResult:
     """Continue a stopped run, with objects from a loader; see `resume`."""
-    with RunFolder.open(folder) as run, _stopped_in(folder):
+    if follows():
+        return _followed(loader)
+    with leading(), RunFolder.open(folder) as run, _stopped_in(folder):
         recipe = load_recipe(run.file(RECIPE)).changed(overrides)
         changed = _changed_since(run, recipe)
         table, values = _table_of(run, recipe), _function_values(run)
         job = Job.prepare(recipe, table, loader=loader, values=values, dense=run.file(DENSE))
+        gather(job.recipe, job.task)
+        if run.manifest.stages and (before := run.manifest.machine.get("processes", 1)) != processes():
+            run.note(f"Resumed with {processes()} processes instead of {before}.")
         if changed:
             note = f"Resumed with other settings: {'; '.join(changed)}."
             write_atomic(run.file(RECIPE), recipe.to_yaml())
@@ -126,6 +140,12 @@ def continued(folder: Path, overrides: Mapping[str, Any], loader: Loader = load)
                 run.save()
             say(note)
         return _all_stages(run, job)
+
+
+def _followed(loader: Loader) -> RunResult:
+    """Take part in the run of another process, and return its result."""
+    end = follow(loader)
+    return RunResult(Path(end["directory"]), end["manifest"], end["exit_code"], end["builder"])
 
 
 def _all_stages(run: RunFolder, job: Job) -> RunResult:
@@ -157,16 +177,22 @@ def _all_stages(run: RunFolder, job: Job) -> RunResult:
         if not contract.return_to_search(plan):
             break
     code = finish(run, job, plan)
-    return RunResult(run.path, run.manifest.plain(), code, job.builder)
+    result = RunResult(run.path, run.manifest.plain(), code, job.builder)
+    send_result(result.directory, result.manifest, code)
+    return result
 
 
 @contextmanager
 def _stopped_in(folder: Path) -> Iterator[None]:
-    """Add the run's folder to an interrupt."""
+    """Add the run's folder to an interrupt, also to one that a library or a lost process turned into another error."""
     try:
         yield
     except KeyboardInterrupt as stop:
         raise Stopped(folder) from stop
+    except Exception as error:
+        if stopped():
+            raise Stopped(folder) from error
+        raise
 
 
 _FREE = (

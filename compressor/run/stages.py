@@ -27,6 +27,7 @@ from compressor.run.contract import Contract
 from compressor.run.dense import check_dense, lost_in_finetuning, problem, share_right
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job, reward_weights
+from compressor.run.together import joining, processes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +65,7 @@ def begin(run: RunFolder, job: Job) -> None:
     manifest.epochs = recipe.epochs
     manifest.recipe = recipe.model_dump(mode="json")
     manifest.versions = versions()
-    manifest.machine = machine()
+    manifest.machine = machine() | ({"processes": processes()} if processes() > 1 else {})
     manifest.budgets = [
         Budget(
             name=each.name,
@@ -374,6 +375,7 @@ def _trained(
         teacher=teacher,
         within=run.checkpoint("finetune-epoch"),
         of=plan.checksum,
+        plan=plan,
     )
     checkpoint = run.checkpoint("finetune")
     history: list[dict[str, Any]] = []
@@ -480,6 +482,7 @@ def trainer(
     teacher: nn.Module | None = None,
     within: Checkpoint | None = None,
     of: str = "",
+    plan: ChannelPlan | None = None,
 ) -> Trainer:
     """Create the trainer of `model` on the job's data, as its recipe says.
 
@@ -491,6 +494,7 @@ def trainer(
         teacher: Trained dense network to distill from, weighted by the recipe's `distill_weight`; None for none.
         within: Where the state in the middle of an epoch is kept; None for nowhere.
         of: What is trained, if that can be different things.
+        plan: Plan of `model`; None for the dense network.
     """
     from compressor.training.loop import Trainer
     from compressor.training.within import WithinEpoch
@@ -510,6 +514,7 @@ def trainer(
         else None,
         rate_field=_rate_field(job, finetuning=rate is not None),
         within=None if within is None else WithinEpoch(within, of),
+        join=joining(plan),
     )
 
 

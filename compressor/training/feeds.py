@@ -31,8 +31,8 @@ class Batches(Protocol):
         Skipped batches have drawn from the global generators when this returns, if they draw from them at all.
         """
 
-    def steps(self, batch_size: int) -> int:
-        """Number of whole batches, at least one."""
+    def steps(self, batch_size: int, world: int = 1) -> int:
+        """Number of steps in which `world` processes go through all whole batches, at least one."""
 
     def release(self) -> None:
         """Free what is only kept for further epochs."""

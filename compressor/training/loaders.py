@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.training.feeds import joined
+from compressor.training.randomness import own_randomness
 from export.convert.trees import mapped, rows, tensors_in
 
 Inputs = tuple[Any, ...]
@@ -107,6 +108,8 @@ def _described(value: Any) -> str:
 class Loader:
     """A user's re-iterable batches; their size, order and augmentation are the loader's own.
 
+    Several processes take its batches in turn; those that do not make up a whole round are left out.
+
     Args:
         batches: The user's object.
         steps: Number of batches in it.
@@ -115,8 +118,8 @@ class Loader:
     def __init__(self, batches: Iterable[Any], steps: int) -> None:
         self._batches, self._steps = batches, steps
 
-    def steps(self, batch_size: int) -> int:
-        return self._steps
+    def steps(self, batch_size: int, world: int = 1) -> int:
+        return self._steps // world
 
     def release(self) -> None:
         """Keeps nothing."""
@@ -134,10 +137,14 @@ class Loader:
     ) -> Iterator[Any]:
         rank, world = shard
         source = iter(self._batches)
-        for _ in itertools.islice(source, skip * world):
+        rounds = iter(lambda: list(itertools.islice(source, world)), [])
+        if world > 1:  # loaders shuffle with the global generators when they are first read: alike in all processes
+            with own_randomness(shuffle_seed or 0, torch.device("cpu")):
+                rounds = itertools.chain(list(itertools.islice(rounds, 1)), rounds)
+        for _ in itertools.islice(rounds, skip):
             pass
-        mine = itertools.islice(source, rank, None, world)
-        return (mapped(lambda tensor: tensor.to(device, non_blocking=True), batch) for batch in mine)
+        whole = itertools.takewhile(lambda batches: len(batches) == world, rounds)
+        return (mapped(lambda tensor: tensor.to(device, non_blocking=True), batches[rank]) for batches in whole)
 
 
 class Memory:
@@ -191,7 +198,7 @@ class Memory:
     def __len__(self) -> int:
         return self._count
 
-    def steps(self, batch_size: int) -> int:
+    def steps(self, batch_size: int, world: int = 1) -> int:
         return max(1, self._count // batch_size)
 
     def release(self) -> None:

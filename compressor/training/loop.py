@@ -19,13 +19,14 @@ from compressor.core.errors import CompressorError
 from compressor.core.processes import postponed
 from compressor.core.progress import say
 from compressor.training.feeds import parts_of
-from compressor.training.placement import place
+from compressor.training.placement import place, place_together
 from compressor.training.randomness import generator_states, own_randomness, restore_generators
 from compressor.training.settings import TrainSettings
 from compressor.training.task import Losses, Task
 from compressor.training.within import WithinEpoch
 
 Regulariser = Callable[[nn.Module], torch.Tensor]
+Join = Callable[["Trainer", dict[str, Any] | None], dict[str, Any] | None]
 _CHECK_EVERY = 10
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,6 +68,9 @@ class Trainer:
             longer one; None for a schedule of its own.
         rate_field: Recipe field with which the user can lower the learning rate, for the message of a non-finite loss.
         within: Where the state in the middle of an epoch is kept; None for nowhere.
+        join: Called before each epoch in a training of several processes, which all call `run_epoch`, with this trainer
+            and the state in the middle of the epoch; returns that from which all continue. None to train in this
+            process alone.
 
     If the settings ask for an average of the weights, the model has the averaged weights between epochs: these are
     scored, sliced and delivered. The optimizer's own weights are restored for each epoch.
@@ -87,28 +91,31 @@ class Trainer:
         span: tuple[int, int] | None = None,
         rate_field: str = "training.learning_rate",
         within: WithinEpoch | None = None,
+        join: Join | None = None,
     ) -> None:
         assert task.train is not None  # checked before the run begins
         self.task, self.settings, self.epochs, self.seed = task, settings, epochs, seed
         self._feed = task.train
         self.regulariser = regulariser
+        self._span = span
         self._start, self._whole = span or (0, epochs)
         self._rate_field = rate_field
         self.epoch = 0
         self._counts = True
-        self._place = place(device)
+        self._join = join
+        self._place = place(device) if join is None else place_together(device)
         self.device = self._place.device
         self.model = model.to(self.device)
-        self._wrapped = self._place.wrap(self.model)
-        if settings.compile:
-            self._wrapped = torch.compile(self._wrapped)  # type: ignore[assignment]
-        self._within = within if within is None or self._place.world == 1 else within.of_rank(self._place.rank)
+        self._within = within
+        self._wrapped: Any = self.model
+        if join is None:  # else all processes do so in the first epoch
+            self._wrap()
         self._teacher = None if teacher is None or not distill_weight else teacher.to(self.device).eval()
         self._distill_weight = distill_weight
         self._optimizer = _optimizer(self.model, settings)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.mixed_precision == "fp16")
         self._average = averaged(self.model, settings.ema_decay) if settings.ema_decay else None
-        self.steps_per_epoch = self._feed.steps(settings.batch_size)
+        self.steps_per_epoch = self._feed.steps(settings.batch_size, self._place.world)
 
     @property
     def learning_rate(self) -> float:
@@ -131,16 +138,21 @@ class Trainer:
         if self.epoch >= self.epochs:
             raise ValueError(f"all {self.epochs} epochs of the schedule have been run")
         started = time.perf_counter()
+        middle = self._middle()
+        if self._join is not None:
+            middle = self._join(self, middle)
         if self._average is not None:
             _swap(self._average.module, self.model)
         if self.settings.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        if self._join is not None and self._wrapped is self.model:
+            self._wrap()
         self._wrapped.train()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, images, regularizer
         done = skipped = 0
         random = own_randomness(self._epoch_seed() + self._place.rank, self.device)
         with random, nullcontext() if self._within is None else postponed():
-            if (middle := self._middle()) is not None:
+            if middle is not None:
                 self.restore(middle)
                 done = skipped = middle["done"]
                 self._counts = middle["counts"]
@@ -148,7 +160,8 @@ class Trainer:
                 started -= middle["seconds"]
             batches = self._batches(skipped)
             if middle is not None:
-                restore_generators(middle["random"], self.device)
+                if middle["random"] is not None:
+                    restore_generators(middle["random"], self.device)
                 say(f"Epoch {self.epoch + 1} of {self.epochs} continues after {done} of {self.steps_per_epoch} steps.")
                 if on_step is not None:
                     on_step(done)
@@ -160,6 +173,7 @@ class Trainer:
                 if on_step is not None:
                     on_step(done)
                 self._save_middle(done, sums, time.perf_counter() - started)
+        sums = self._place.total(sums)
         self._check(sums)
         self._agree()
         if self.settings.channels_last:
@@ -171,7 +185,7 @@ class Trainer:
             self._feed.release()
         if self._within is not None:
             self._within.end()
-        loss, right, images_seen, regulariser = self._place.total(sums).tolist()
+        loss, right, images_seen, regulariser = sums.tolist()
         steps = max(1, done) * self._place.world
         seconds = time.perf_counter() - started
         return EpochStats(
@@ -181,17 +195,22 @@ class Trainer:
             regulariser / steps,
         )
 
+    def _wrap(self) -> None:
+        self._wrapped = self._place.wrap(self.model)
+        if self.settings.compile:
+            self._wrapped = torch.compile(self._wrapped)
+
     def _middle(self) -> dict[str, Any] | None:
         """Return the state from which this epoch continues; None if it begins."""
         if self._within is None:
             return None
         rate = self.settings.learning_rate
         same = {"epoch": self.epoch, "seed": self.seed, "epochs": self.epochs, "rate": rate}
-        return self._within.begin(same, self._place)
+        return self._within.begin(same)
 
     def _save_middle(self, done: int, sums: torch.Tensor, seconds: float) -> None:
         """Save the state after a step if it is time to."""
-        if self._within is not None and self._within.due(done, self._place):
+        if self._within is not None and self._within.due():
             self._check(sums)
             random = generator_states(self.device)
             state = {"done": done, "counts": self._counts, "sums": sums, "seconds": seconds, "random": random}
@@ -216,12 +235,15 @@ class Trainer:
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         parts = parts_of(batch, self.settings.accumulation)
         for number, (part, share) in enumerate(parts, start=1):
-            found = self._losses(part)
-            loss = found.together(self._distill_weight)
-            extra = loss.new_zeros(())
-            if self.regulariser is not None and number == len(parts):
-                extra = self.regulariser(self.model)
-            torch.autograd.backward(self._scaler.scale((loss if share == 1 else loss * share) + extra))
+            last = number == len(parts)
+            apart = self._place.world > 1 and not last
+            with self._wrapped.no_sync() if apart else nullcontext():  # averaged once, with the last part
+                found = self._losses(part)
+                loss = found.together(self._distill_weight)
+                extra = loss.new_zeros(())
+                if self.regulariser is not None and last:  # only the first process has one, and gradients are averaged
+                    extra = self.regulariser(self.model) * self._place.world
+                torch.autograd.backward(self._scaler.scale((loss if share == 1 else loss * share) + extra))
             self._counts = found.right is not None
             right = loss.new_zeros(()) if found.right is None else found.right
             count = torch.tensor(float(found.inputs), device=self.device)
@@ -251,7 +273,7 @@ class Trainer:
 
     def _check(self, sums: torch.Tensor) -> None:
         rate = self._optimizer.param_groups[0]["lr"]
-        if not torch.isfinite(sums).all():
+        if self._place.rank == 0 and not torch.isfinite(sums).all():  # averaged gradients spread it to all
             raise CompressorError(
                 f"The training loss became NaN or infinite in epoch {self.epoch + 1} of {self.epochs}, "
                 f"at a learning rate of {rate:g} (highest: {self.settings.learning_rate:g}).",
@@ -269,6 +291,22 @@ class Trainer:
 
     def _epoch_seed(self) -> int:
         return self.seed * 100_003 + self.epoch
+
+    def described(self) -> dict[str, Any]:
+        """Return the arguments of an equal trainer in another process as plain values, but for the networks."""
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            "epochs": self.epochs,
+            "seed": self.seed,
+            "distill_weight": self._distill_weight,
+            "span": None if self._span is None else list(self._span),
+            "rate_field": self._rate_field,
+        }
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The network to distill from; None without one."""
+        return self._teacher
 
     def state(self) -> dict[str, Any]:
         """Return the complete training state, as nested dicts and lists of copied tensors and plain values."""

@@ -1,8 +1,8 @@
-"""Device placement of training: one device, or one of several processes launched by Accelerate."""
+"""Device placement of a training: in this process alone, or together with the others that a launcher started."""
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,17 +23,19 @@ class Placement:
         wrap: Wraps a module so that its gradients are averaged over all processes; returns the module itself
             in a single process.
         total: Sums a tensor over all processes.
+        spread: Returns the first process's tensor in all processes; the others pass one of the same shape.
     """
 
     device: torch.device
-    rank: int
-    world: int
-    wrap: Callable[[nn.Module], nn.Module]
-    total: Callable[[torch.Tensor], torch.Tensor]
+    rank: int = 0
+    world: int = 1
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    spread: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
 
 def place(device: str | torch.device) -> Placement:
-    """Find the device, and the other processes if `accelerate launch` or `torchrun` started several.
+    """Find the device of a training in this process alone.
 
     Args:
         device: "auto" for this machine's accelerator or else its CPU, or a name such as "cpu" or "cuda:1".
@@ -41,8 +43,6 @@ def place(device: str | torch.device) -> Placement:
     Raises:
         CompressorError: There is no such device.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _among_several(torch.device(device).type == "cpu" if device != "auto" else False)
     if device == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         chosen = found or torch.device("cpu")
@@ -55,23 +55,40 @@ def place(device: str | torch.device) -> Placement:
             raise CompressorError(
                 f"There is no device {device!r} here: {reason}.", "Use cpu or auto."
             ) from error
-    return Placement(chosen, 0, 1, lambda module: module, lambda tensor: tensor)
+    return Placement(chosen)
 
 
-def _among_several(cpu: bool) -> Placement:
-    """Query Accelerate, which is not used in single processes.
+def place_together(device: str | torch.device) -> Placement:
+    """Find the device of this process's share of a training, and connect all processes; each has to call it.
 
-    All its instances share their state, so it does not handle precision here: two trainings of different precision in
-    one process would conflict, and preparing a module would replace its `forward` by one that a copy of the module
+    All Accelerate objects share their state, so it does not handle precision here: two trainings of different precision
+    in one process would conflict, and preparing a module would replace its `forward` by one that a copy of the module
     still shares with the original.
-    """
-    from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+    Args:
+        device: "cpu", or "cuda" for the GPU of the process's local rank.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import broadcast
+
+    accelerator = Accelerator(
+        cpu=torch.device(device).type == "cpu",
+        mixed_precision="no",
+        # each process has the batch-norm statistics of its own share; the trainer averages them after an epoch
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+    def wrap(module: nn.Module) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers
+            wrapped: nn.Module = accelerator.prepare_model(module)
+        return wrapped
+
     return Placement(
         accelerator.device,
         accelerator.process_index,
         accelerator.num_processes,
-        lambda module: accelerator.prepare_model(module),
+        wrap,
         lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+        lambda tensor: broadcast(tensor.to(accelerator.device), from_process=0),
     )

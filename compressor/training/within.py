@@ -6,17 +6,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from compressor.core.errors import CompressorError
 from compressor.core.processes import stopped
 from compressor.core.records import Checkpoint
-from compressor.training.placement import Placement
 
 SAVE_EVERY_S = 600.0
 """Seconds of training after which the state is saved."""
-_ASK_EVERY = 10
-"""Steps after which several processes ask each other whether one of them wants to save."""
 
 
 class WithinEpoch:
@@ -31,17 +26,11 @@ class WithinEpoch:
         self._checkpoint, self._of = checkpoint, of
         self._saved = time.monotonic()
 
-    def of_rank(self, rank: int) -> WithinEpoch:
-        """Return that of one of several processes, in a file of its own: their random numbers differ."""
-        path = self._checkpoint.path
-        return WithinEpoch(Checkpoint(path.with_name(f"{path.stem}-{rank}{path.suffix}")), self._of)
-
-    def begin(self, same: Mapping[str, Any], place: Placement) -> dict[str, Any] | None:
+    def begin(self, same: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the state from which an epoch continues; None if it begins.
 
         Args:
             same: What a state must have been saved with to be continued, such as the number of the epoch.
-            place: This process among others, which must all have a state after the same step.
         """
         self._saved = time.monotonic()
         self._same = {**same, "of": self._of}
@@ -51,20 +40,11 @@ class WithinEpoch:
             state = None
         if state is not None and any(state.get(name) != value for name, value in self._same.items()):
             state = None
-        done = 0 if state is None else int(state["done"])
-        if place.world > 1:
-            found = torch.tensor([done, done**2], device=place.device)
-            total, squares = place.total(found).tolist()
-            if total**2 != squares * place.world:  # killed while they saved
-                return None
         return state
 
-    def due(self, done: int, place: Placement) -> bool:
-        """Return whether the state should be saved after this number of steps; the same in all processes."""
-        wanted = stopped() or time.monotonic() - self._saved >= SAVE_EVERY_S
-        if place.world == 1:
-            return wanted
-        return done % _ASK_EVERY == 0 and bool(place.total(torch.tensor(float(wanted), device=place.device)) > 0)
+    def due(self) -> bool:
+        """Return whether it is time to save the state."""
+        return stopped() or time.monotonic() - self._saved >= SAVE_EVERY_S
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Save the state after a step.

@@ -80,5 +80,6 @@ def test_inputs_of_other_shapes_are_left_out_or_refused() -> None:
 def test_a_loader_gives_each_process_its_batches() -> None:
     loader = Loader([0, 1, 2, 3, 4], 5)
     assert list(loader.batches(99)) == [0, 1, 2, 3, 4]
-    assert [list(loader.batches(99, shard=(rank, 2))) for rank in range(2)] == [[0, 2, 4], [1, 3]]
-    assert loader.steps(99) == 5
+    shares = [list(loader.batches(99, shard=(rank, 2))) for rank in range(2)]
+    assert shares == [[0, 2], [1, 3]]  # as many for each: they take their steps together
+    assert [loader.steps(99), loader.steps(99, 2)] == [5, 2]
