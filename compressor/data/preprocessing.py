@@ -149,6 +149,8 @@ class Preprocessing:
         high, wide = self.covered
         covered = f"{high}" if self.width is None else f"cover {high}x{wide}"
         scaled = f"{covered} pixels ({self.interpolation}) and cut to {self.image_size}"
+        if self.resize == "squash" and self.covered == self.sides:  # nothing is cut off
+            scaled = f"{high}x{wide} pixels as a whole ({self.interpolation})"
         order = "" if self.channel_order == "rgb" else f", channels {self.channel_order}"
         return f"scaled to {scaled}, 0..{self.range}, mean {mean}, std {std}{order}"
 

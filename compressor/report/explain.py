@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressor.core.manifest import ExplainedLine, Manifest
-from compressor.core.metrics import ACCURACY, AGREEMENT, PYTHON, SCORE
+from compressor.core.metrics import ACCURACY, AGREEMENT, MEAN_AP, MEAN_IOU, PYTHON, SCORE
 from compressor.report.formats import (
     ABSENT,
     count,
@@ -241,9 +241,10 @@ def parity(manifest: Manifest) -> str:
     if found.tolerance is not None:
         too_much = "" if found.max_abs <= found.tolerance else ", so this is too much"
         sentence += f" ({found.tolerance:.0e} allowed{too_much})"
-    if found.top1_agreement is not None and manifest.accuracy.metric != SCORE:
+    if found.top1_agreement is not None and manifest.accuracy.metric not in (SCORE, MEAN_AP):
         inputs = "the inputs" if found.images is None else f"{found.images:,.0f} inputs"
-        sentence += f"; the predicted class agrees on {percent(found.top1_agreement, 2)} of {inputs}"
+        of = f"the pixels of {inputs}" if manifest.accuracy.metric == MEAN_IOU else inputs
+        sentence += f"; the predicted class agrees on {percent(found.top1_agreement, 2)} of {of}"
     return f"{sentence}."
 
 

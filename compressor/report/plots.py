@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.core.manifest import Candidate, Episode, Manifest
 from compressor.report.formats import cost, count, milliseconds, number, significant
-from compressor.report.judgement import NAMES
+from compressor.report.judgement import COUNTED, NAMES
 from compressor.report.svg import COLOURS, Chart, drawing, to_svg
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def candidate_scatter(manifest: Manifest, episodes: Sequence[Episode], prefix: s
             axes.plot(*place, linestyle="none", marker="o", markersize=11, label="chosen", **ring)
         if target is not None:
             axes.axvline(target, color=COLOURS["bad"], linewidth=1, linestyle="--", label="target")
-        axes.set_xlabel(f"{NAMES.get(name, name)} ({unit})" if unit else name)
+        label = NAMES.get(name, name)
+        axes.set_xlabel(f"{label} ({unit})" if unit and unit not in COUNTED else label)
         axes.set_ylabel("reward")
         _cost_ticks(axes, unit)
         axes.grid(axis="x")

@@ -12,7 +12,7 @@ from compressor.core.manifest import Manifest
 from compressor.data.preprocessing import Preprocessing
 from compressor.report import closing_table, explain, formats, judgement, verdict
 from compressor.report.comparison import comparison, tiles
-from compressor.report.explain import images
+from compressor.report.explain import images, parity
 from compressor.report.judgement import budget_lines, judge
 from compressor.report.plots import chosen, thinned
 from compressor.report.records import hottest, rounds, sources, stubborn
@@ -166,7 +166,25 @@ def test_the_page_says_how_images_were_prepared() -> None:
         "Images are scaled to 36 pixels (bilinear) and cut to 32, 0..1, mean 0.485, 0.456, 0.406, std 0.229, 0.224, "
         "0.225 (assumed: usual for ImageNet)."
     )
+    whole = Preprocessing(size=96, width=128, crop_share=1.0, resize="squash").to_dict()
+    assert "Images are scaled to 96x128 pixels as a whole (bilinear), 0..1," in images(
+        Manifest.tolerant({"preprocessing": whole})
+    )
     assert images(Manifest()) == images(Manifest.tolerant({"preprocessing": {"mean": 3}})) == ""
+
+
+@pytest.mark.parametrize(
+    ("metric", "end"),
+    [
+        ("accuracy", "on average; the predicted class agrees on 100.00% of 64 inputs."),
+        ("mean IoU", "on average; the predicted class agrees on 100.00% of the pixels of 64 inputs."),
+        ("mAP", "on average."),
+    ],
+)
+def test_the_parity_speaks_of_classes_where_there_are_some(metric: str, end: str) -> None:
+    found = {"max_abs": 2e-6, "mean_abs": 1e-7, "top1_agreement": 1.0, "images": 64}
+    run = Manifest.tolerant({"parity": found, "accuracy": {"metric": metric}})
+    assert parity(run) == f"Exported ONNX against torch: outputs differ by at most 2.0e-06, 1.0e-07 {end}"
 
 
 def test_a_run_on_its_way_says_where_it_stands() -> None:
