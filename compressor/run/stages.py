@@ -47,6 +47,8 @@ OWN_CLIP = 1.0
 
 PLAN = "search/plan.json"
 TABLE = "latency_table.json"
+FINETUNE_EPOCH = "finetune-epoch"
+"""Checkpoint of the epoch of fine-tuning that was stopped."""
 
 
 def begin(run: RunFolder, job: Job) -> None:
@@ -330,7 +332,8 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
 
     epochs = int(job.recipe.epochs or 0) - search_epochs(job)
     checkpoint = run.checkpoint("finetune")
-    if epochs and "finetune" in run.begun_before and not checkpoint.path.exists():
+    started = checkpoint.path.exists() or run.checkpoint(FINETUNE_EPOCH).path.exists()
+    if epochs and "finetune" in run.begun_before and not started:
         say(f"{checkpoint.path} is missing: fine-tuning starts again.")
     teacher = dense_teacher(run, job)
     state = checkpoint.load()
@@ -373,7 +376,7 @@ def _trained(
         epochs,
         rate=job.recipe.training.finetune_learning_rate,
         teacher=teacher,
-        within=run.checkpoint("finetune-epoch"),
+        within=run.checkpoint(FINETUNE_EPOCH),
         of=plan.checksum,
         plan=plan,
     )
