@@ -24,6 +24,7 @@ from compressor.models.computed import fix_weights
 from compressor.models.detectors import CLASS_HEAD, PREPARED, check_detector, wrapped
 from compressor.models.first_run import Makers, Shape, input_channels, replace_head, run_first, single_head
 from compressor.models.names import call_factory, resolve, torchvision_names
+from compressor.models.sizes import cannot_build, interpolated, size_argument, usual_size
 from compressor.models.weights import FRESH_HEAD, Say, fit_state, load_weights, some
 
 FACTORY_TAG = "compressor_factory"
@@ -72,7 +73,7 @@ def create_model(
     if num_classes < 2:
         raise CompressorError(f"A classifier needs at least 2 classes, got {num_classes}.")
     resolve(name, task)
-    spec = model_factory(name, num_classes, weights=str(weights))
+    spec = model_factory(name, num_classes, weights=str(weights), image_size=input_shape[1:])
     model = _built(spec).cpu()
     shape = (input_channels(model, input_shape), *input_shape[1:])
     if task == "detection":
@@ -91,7 +92,7 @@ def create_model(
         say(f"{name} has {outputs} outputs: its last layer {head} is replaced by one of {num_classes}.")
     heads = makers.heads(num_classes)
     if str(weights) == "default":
-        _load_default(model, name, num_classes, heads, say)
+        _load_default(model, spec, num_classes, heads, say)
     elif str(weights) != "none":
         adapted = partial(_without, beginnings=_auxiliary(name) if task != "classification" else ())
         load_weights(model, Path(weights), num_classes, lambda: heads, say, adapted)
@@ -150,16 +151,24 @@ def _checked_head(model: nn.Module, name: str, head: str, num_classes: int, shap
     return makers
 
 
-def model_factory(name: str, num_classes: int, weights: str = "none") -> dict[str, Any]:
-    """Return what rebuilds the architecture of `create_model`: {"factory": name, "kwargs": JSON scalars}, if no layer
+def model_factory(
+    name: str, num_classes: int, weights: str = "none", image_size: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """Return what rebuilds the architecture of `create_model`: {"factory": name, "kwargs": JSON values}, if no layer
     was replaced; `factory_of` returns the complete spec of a created model.
 
-    `weights` matters for torchvision's GoogLeNet and Inception-V3 only, whose weights expect their inputs on another
-    scale and make the network convert them.
+    Args:
+        name, num_classes: As for `create_model`.
+        weights: Matters for torchvision's GoogLeNet and Inception-V3 only, whose weights expect their inputs on another
+            scale and make the network convert them.
+        image_size: (height, width) of the images; matters for networks that are built for one size.
     """
     kwargs: dict[str, Any] = {"num_classes": num_classes}
     if name in _AUXILIARY and weights != "none":
         kwargs["transform_input"] = True
+    usual = usual_size(*resolve(name, None))
+    if usual is not None and image_size is not None and image_size != usual:
+        kwargs["image_size"] = list(image_size)
     return {"factory": name, "kwargs": kwargs}
 
 
@@ -187,8 +196,11 @@ def _built(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module
     if not isinstance(kwargs, Mapping) or not (name is None or isinstance(name, str)):
         raise CompressorError(f"A factory needs a name and keyword arguments, got {dict(spec)!r}.")
     num_classes = kwargs.get("num_classes")
-    if type(num_classes) is not int or set(kwargs) - {"num_classes", "transform_input"}:
+    if type(num_classes) is not int or set(kwargs) - {"num_classes", "transform_input", "image_size"}:
         raise CompressorError(f"The factory {name!r} takes num_classes as an integer, got {dict(kwargs)!r}.")
+    size = kwargs.get("image_size")
+    if size is not None and (type(size) is not list or [type(each) for each in size] != [int, int]):
+        raise CompressorError(f"The factory {name!r} takes image_size as height and width, got {size!r}.")
     if isinstance(factory, str):
         return _built({**spec, "factory": factory})
     if factory is not None:
@@ -196,7 +208,7 @@ def _built(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module
     elif name is None:
         raise CompressorError("A factory needs a name and keyword arguments, got none.")
     else:
-        model = _by_name(name, num_classes, bool(kwargs.get("transform_input", False)))
+        model = _by_name(name, num_classes, bool(kwargs.get("transform_input", False)), size)
     model = wrapped(model)
     if head is not None:
         if not isinstance(head, str):
@@ -205,17 +217,23 @@ def _built(spec: Mapping[str, Any], factory: Factory | None = None) -> nn.Module
     return model
 
 
-def _by_name(name: str, num_classes: int, transform_input: bool) -> nn.Module:
+def _by_name(name: str, num_classes: int, transform_input: bool, size: Sequence[int] | None) -> nn.Module:
     source, inner = resolve(name, None)
     if source == "cifar":
         return cifar.BUILDERS[inner](num_classes)
-    if source == "torchvision":
-        return _torchvision(inner, num_classes, transform_input)
-    if source == "timm":
-        import timm
+    if source in ("torchvision", "timm"):
+        sized = size_argument(source, size)
+        try:
+            if source == "torchvision":
+                return _torchvision(inner, num_classes, transform_input, sized)
+            import timm
 
-        model: nn.Module = timm.create_model(inner, pretrained=False, num_classes=num_classes)
-        return model
+            model: nn.Module = timm.create_model(inner, pretrained=False, num_classes=num_classes, **sized)
+            return model
+        except Exception as error:  # a library's code may raise anything
+            if size is None:
+                raise
+            raise cannot_build(source, inner, size, error) from error
     what = f"The model {inner[:200]!r}"
     return call_factory(import_object(inner, what, "package.module:factory"), what, num_classes)
 
@@ -226,10 +244,10 @@ def factory_of(model: nn.Module) -> dict[str, Any] | None:
     return spec if isinstance(spec, dict) else None
 
 
-def _torchvision(name: str, num_classes: int, transform_input: bool) -> nn.Module:
+def _torchvision(name: str, num_classes: int, transform_input: bool, sized: Mapping[str, Any]) -> nn.Module:
     from torchvision.models import get_model
 
-    extra: dict[str, Any] = {}
+    extra = dict(sized)
     if name in (*torchvision_names("segmentation"), *PREPARED):
         extra = {"weights_backbone": None}  # by default it is downloaded
     elif name in _AUXILIARY:
@@ -245,19 +263,23 @@ def _torchvision(name: str, num_classes: int, transform_input: bool) -> nn.Modul
 
 def _load_default(
     model: nn.Module,
-    name: str,
+    spec: Mapping[str, Any],
     num_classes: int,
     heads: Sequence[str],
     say: Say,
     adapted: Callable[[State], State] = lambda state: state,
 ) -> None:
+    name = str(spec["factory"])
     source, inner = resolve(name, None)
     hint = "Use --weights none to train from scratch, or --weights FILE with a state dict that you have."
     if source not in ("torchvision", "timm"):
         raise CompressorError(f"There are no default weights for {name}.", hint)
     try:  # urllib and the hub raise OSErrors, timm a RuntimeError for a model without weights
         with _quiet("huggingface_hub"), torch.random.fork_rng(devices=[]):
-            state = _torchvision_state(inner) if source == "torchvision" else _timm_state(inner)
+            if source == "torchvision":
+                state = interpolated(model, _torchvision_state(inner))
+            else:
+                state = _timm_state(inner, size_argument(source, spec["kwargs"].get("image_size")))
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CompressorError(f"The default weights of {name} cannot be fetched: {reason}", hint) from error
@@ -289,7 +311,7 @@ def _loaded_detector(
         return {**state, **{key: own[key].clone() for key in fresh}}
 
     if weights == "default":
-        _load_default(detector, name, num_classes, (), say, adapted)
+        _load_default(detector, spec, num_classes, (), say, adapted)
     elif weights != "none":
         load_weights(detector, Path(weights), num_classes, None, say, adapted)
     fix_weights(model)
@@ -310,10 +332,10 @@ def _torchvision_state(name: str) -> dict[str, torch.Tensor]:
     return dict(default.DEFAULT.get_state_dict(progress=False, check_hash=True))
 
 
-def _timm_state(name: str) -> dict[str, torch.Tensor]:
+def _timm_state(name: str, sized: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     import timm
 
-    pretrained: nn.Module = timm.create_model(name, pretrained=True)
+    pretrained: nn.Module = timm.create_model(name, pretrained=True, **sized)
     return pretrained.state_dict()
 
 

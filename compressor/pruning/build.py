@@ -242,6 +242,9 @@ def _lockstep(
 ) -> None:
     """Run a pruned copy of `model` and compare the sizes of all results with those that the trace predicts.
 
+    A network that keeps tensors for the shape of its last input, such as the anchors of a detector, may compute them
+    again at other widths. If its copy differs, another one with real tensors runs once before it is compared.
+
     Raises:
         Mismatch: At the first operation that returns other sizes, or fails.
     """
@@ -250,9 +253,6 @@ def _lockstep(
     for index, mask in enumerate(masks):
         here = resolved.group == index
         kept[here] = mask[resolved.unit[here]]
-    small = slicer.build(model, masks, widths, cut_meta if on_meta else cut).eval()
-    if on_meta:
-        args = moved(args, "meta")
     opaque = tuple(slicer.swaps)
     steps = [i for i, step in enumerate(facts.steps) if not _inside(step.path, opaque)]
     sizes: dict[int, int] = {}
@@ -279,15 +279,37 @@ def _lockstep(
             raise Mismatch(steps[seen], f"{call.name} in {path}")
         seen += 1
 
-    tracer = Tracer(named_tensors(small), Settings(), check, quick=on_meta)
-    tracer.watch(walk(small))
+    def compare(small: nn.Module, args: tuple[Any, ...], quick: bool) -> None:
+        nonlocal seen
+        seen = 0
+        tracer = Tracer(named_tensors(small), Settings(), check, quick=quick)
+        tracer.watch(walk(small))
+        try:
+            with torch.no_grad(), tracer:
+                small(*args)
+        except Mismatch:
+            raise
+        except Exception as error:  # user code may raise anything on wrong sizes
+            raise Mismatch(steps[min(seen, len(steps) - 1)], str(error)) from error
+
+    small = slicer.build(model, masks, widths, cut_meta if on_meta else cut).eval()
     try:
-        with torch.no_grad(), tracer:
-            small(*args)
-    except Mismatch:
-        raise
-    except Exception as error:  # user code may raise anything on wrong sizes
-        raise Mismatch(steps[min(seen, len(steps) - 1)], str(error)) from error
+        compare(small, moved(args, "meta") if on_meta else args, on_meta)
+    except Mismatch as found:
+        if not _keeps_tensors(model):
+            raise
+        small = slicer.build(model, masks, widths, cut).eval()
+        try:
+            with torch.no_grad():
+                small(*args)
+        except Exception:  # user code may raise anything on wrong sizes
+            raise found from None
+        compare(small, args, quick=False)
+
+
+def _keeps_tensors(model: nn.Module) -> bool:
+    """Whether some attributes are tensors beside parameters and buffers."""
+    return any(isinstance(value, Tensor) for _, module in walk(model) for value in vars(module).values())
 
 
 def _inside(path: str, opaque: tuple[str, ...]) -> bool:

@@ -243,6 +243,15 @@ class Reference:
 
 
 def recorded(network: nn.Module, images: Images) -> Recording:
+    """Record a network on a chunk of images, after it has run on them once.
+
+    What a network keeps for the shape of its input, such as the anchors of a detector, is then kept by all networks.
+
+    Raises:
+        CompressorError: It cannot be replayed.
+    """
+    with torch.no_grad():
+        network(*images.chunks[0])
     recording = Recording(network, images.chunks[0])
     if not recording.repeats(images.chunks[0]):
         raise CompressorError(

@@ -129,6 +129,8 @@ class Checked:
         likeness = likeness_of(outputs) if given.loss is None else RawOutputs()
         train, loss = self._training()
         calibration, search, test = self._calibration()
+        if train is None and calibration is not None and self.recipe.epochs:
+            self._try_distillation(calibration)
         needed = given.evaluate is None
         if needed and search is None:
             raise CompressorError(
@@ -304,6 +306,34 @@ class Checked:
         if not all(bool(torch.isfinite(each).all()) for each in found):
             raise CompressorError(
                 f"The network's outputs on {name} are not finite.", "Are its weights, or the inputs, NaN?"
+            )
+
+    def _try_distillation(self, inputs: Memory) -> None:
+        """Refuse to train without labels if the network returns other tensors in training than in evaluation."""
+        import torch
+
+        from compressor.pruning.space import fixed_copy
+        from compressor.training.likeness import outputs_of, same_shapes
+        from compressor.training.randomness import own_randomness
+
+        batch = next(inputs.batches(2, device=self.device))
+        hint = "Pass epochs=0, which trains nothing, or train=... and loss=..."
+        try:
+            with torch.no_grad(), own_randomness(self.recipe.seed, torch.device(self.device)):
+                goals, found = outputs_of(self.model(*batch)), outputs_of(fixed_copy(self.model).train()(*batch))
+        except Exception as error:  # a user's network may raise anything
+            shown = " ".join(str(error).split())[:300]
+            raise CompressorError(
+                f"In training mode the network does not run on inputs alone: {type(error).__name__}: "
+                f"{shown}{raised_at(error)}.",
+                hint,
+            ) from error
+        if not same_shapes(found, goals):
+            shapes = [", ".join(str(list(each.shape[1:])) for each in part) or "nothing" for part in (goals, found)]
+            raise CompressorError(
+                f"Without labels a network learns from the dense one's outputs ({shapes[0]}), but in training mode it "
+                f"returns others ({shapes[1]}).",
+                hint,
             )
 
     def _scored(self, task: OwnTask, name: str, function: Callable[[nn.Module], float] | None) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 from compressor.core.errors import CompressorError
 from compressor.data import load_data
 from compressor.models import build_from_factory, create_model, factory_of, model_factory
+from compressor.models.sizes import interpolated
 
 
 def count(model: nn.Module) -> int:
@@ -96,6 +97,39 @@ def test_factory_rebuilds_the_architecture(name: str) -> None:
     }
     assert next(again.parameters()).is_meta
     assert model(torch.zeros(2, *shape)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (224, 224)])
+def test_a_vision_transformer_is_built_for_the_size_of_the_images(size: tuple[int, int]) -> None:
+    pytest.importorskip("timm")
+    name = "timm:deit_tiny_patch16_224"
+    model = create_model(name, 7, input_shape=(3, *size)).eval()
+    spec = factory_of(model)
+    assert spec is not None
+    assert spec["kwargs"] == {"num_classes": 7, **({"image_size": [32, 48]} if size == (32, 48) else {})}
+    assert model.get_parameter("pos_embed").shape == (1, 1 + size[0] * size[1] // 256, 192)
+    with torch.device("meta"):
+        again = build_from_factory(spec)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert model(torch.zeros(2, 3, *size)).shape == (2, 7)
+
+
+def test_torchvisions_transformers_are_built_for_square_images() -> None:
+    from torchvision.models import VisionTransformer
+
+    spec = model_factory("vit_b_16", 7, image_size=(32, 32))
+    assert spec["kwargs"]["image_size"] == [32, 32]
+    with torch.device("meta"):
+        assert build_from_factory(spec).get_parameter("encoder.pos_embedding").shape == (1, 5, 768)
+    for size, words in (((32, 48), "square"), ((40, 40), r"built for images of 40x40: AssertionError: .*indivisible")):
+        with pytest.raises(CompressorError, match=words):
+            create_model("vit_b_16", 7, input_shape=(3, *size))
+    with pytest.raises(CompressorError, match="height and width"):
+        build_from_factory({"factory": "vit_b_16", "kwargs": {"num_classes": 7, "image_size": 32}})
+    published, wanted = (VisionTransformer(size, 16, 1, 1, 8, 8) for size in (64, 32))
+    state = interpolated(wanted, published.state_dict())
+    assert state["encoder.pos_embedding"].shape == (1, 5, 8)
+    wanted.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
