@@ -68,4 +68,4 @@ def interpolated(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, 
 
     if not isinstance(model, VisionTransformer):
         return state
-    return dict(interpolate_embeddings(model.image_size, model.patch_size, dict(state)))  # type: ignore[arg-type]
+    return dict(interpolate_embeddings(model.image_size, model.patch_size, dict(state)))

@@ -88,7 +88,7 @@ def open_session(
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
-    options.log_severity_level = 3  # errors only: warnings are about fallbacks of ONNX Runtime
+    options.log_severity_level = 4  # fatal ones only: errors are raised, and warnings are about its fallbacks
     source = model if isinstance(model, bytes) else str(model)
     try:
         return onnxruntime.InferenceSession(source, options, providers=list(providers))
