@@ -313,8 +313,9 @@ class Checked:
         import torch
 
         from compressor.pruning.space import fixed_copy
-        from compressor.training.likeness import outputs_of, same_shapes
+        from compressor.training.likeness import same_shapes
         from compressor.training.randomness import own_randomness
+        from export.convert.trees import outputs_of
 
         batch = next(inputs.batches(2, device=self.device))
         hint = "Pass epochs=0, which trains nothing, or train=... and loss=..."
