@@ -278,6 +278,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._reward = reward
         self._observe = Observer(space)
         self._ranking: Any = None
+        self._saliency: tuple[NDArray[np.float64], ...] | None = None
         self.evaluations = 0
         self.evaluation_seconds = 0.0
         self.context_size = context_size
@@ -426,14 +427,16 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         First-order Taylor scores if there is data for them; else L1 norms, which are less comparable between
         groups.
         """
-        method = "l1" if self.importance_data is None else "taylor"
-        ranking = self.space.rank(method, self.importance_data)
-        return tuple(np.asarray(scores, dtype=np.float64) for scores in ranking.scores)
+        if self._saliency is None:
+            method = "l1" if self.importance_data is None else "taylor"
+            ranking = self.space.rank(method, self.importance_data)
+            self._saliency = tuple(np.asarray(scores, dtype=np.float64) for scores in ranking.scores)
+        return self._saliency
 
     def weights_moved(self) -> None:
         """Forget accuracies and rankings after the model's weights changed. Notify the evaluator as well."""
         self._accuracies.forget()
-        self._ranking = None
+        self._ranking = self._saliency = None
 
     def state(self) -> dict[str, Any]:
         """Return what was evaluated on the current weights, as plain values."""

@@ -98,6 +98,16 @@ def test_known_widths_are_not_evaluated_twice(space: FakeSpace) -> None:
     assert space.ranked == 2  # once for each state of the weights
 
 
+def test_saliency_is_computed_once_for_each_state_of_the_weights(space: FakeSpace) -> None:
+    env = make(space)
+    first = env.saliency()
+    assert env.saliency() is first
+    assert space.ranked == 1
+    env.weights_moved()
+    env.saliency()
+    assert space.ranked == 2
+
+
 def test_state_brings_back_what_is_known(space: FakeSpace) -> None:
     env = make(space)
     accuracy = env.score([8, 16, 8]).accuracy
