@@ -121,3 +121,10 @@ class NoOnnx(Tiny):
 def no_onnx(num_classes: int = 10) -> nn.Module:
     """`NoOnnx` as a factory."""
     return NoOnnx(num_classes)
+
+
+def transformer(num_classes: int = 10) -> nn.Module:
+    """A vision transformer of timm for images of 16x16 pixels: two blocks of four heads."""
+    from timm.models import VisionTransformer
+
+    return VisionTransformer(16, 4, num_classes=num_classes, embed_dim=32, depth=2, num_heads=4)
