@@ -276,13 +276,19 @@ def test_a_worker_on_ray_that_cannot_begin_says_why(space: PruningSpace, digits:
         site.close()
 
 
-def test_ray_gives_the_same_accuracies(space: PruningSpace, digits: DataBundle) -> None:
+@pytest.mark.parametrize("compensate", ["off", "quick"])
+def test_ray_gives_the_same_accuracies(space: PruningSpace, digits: DataBundle, compensate: str) -> None:
     pytest.importorskip("ray")
-    site = open_site("ray://local", 1, 100)
-    evaluator = Evaluator(space, Classification.of(digits), bn_batches=1, site=site)
+    task, options = Classification.of(digits), {"bn_batches": 1, "compensate": compensate}
+    evaluator = Evaluator(space, task, site=open_site("ray://local", 1, 100), **options)
     plans = plans_of(space, 4)
     try:
         assert evaluator.workers >= 1
-        assert evaluator.many(plans) == Evaluator(space, Classification.of(digits), bn_batches=1).many(plans)
+        assert evaluator.many(plans) == Evaluator(space, task, threads=1, **options).many(plans)
+        with torch.no_grad():
+            for parameter in space.model.parameters():
+                parameter.mul_(0.9)
+        evaluator.weights_moved()
+        assert evaluator.many(plans) == Evaluator(space, task, threads=1, **options).many(plans)
     finally:
         evaluator.close()
