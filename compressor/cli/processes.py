@@ -9,6 +9,7 @@ import typer
 
 from compressor.cli.terminal import friendly
 from compressor.core.processes import stop_code, stopped
+from compressor.core.progress import Quiet, shown_on
 from compressor.training.team import launched
 
 
@@ -43,7 +44,7 @@ def _follow() -> None:
     from compressor.run.follower import FirstEnded, follow
     from compressor.run.load import load
 
-    with _exiting():
+    with _exiting(), shown_on(Quiet()):
         try:
             follow(load)
         except FirstEnded:

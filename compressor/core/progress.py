@@ -28,7 +28,9 @@ class Display(Protocol):
         """Show one line to the user."""
 
 
-class _Quiet:
+class Quiet:
+    """A display that shows nothing."""
+
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Show nothing."""
 
@@ -40,7 +42,7 @@ class _Quiet:
         """Show nothing."""
 
 
-_display: Display = _Quiet()
+_display: Display = Quiet()
 
 
 @contextmanager

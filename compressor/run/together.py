@@ -47,7 +47,7 @@ def leading() -> Iterator[None]:
                 else f"{who} ended in the middle of an epoch; its own message says why."
             )
             raise CompressorError(
-                message, "Finished epochs are saved; continue with: compress --resume RUN"
+                message, "What was saved last is intact; continue with: compress --resume RUN"
             ) from error
         raise
 

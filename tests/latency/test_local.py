@@ -85,9 +85,9 @@ class _Lines:
         self.lines.append(text)
 
     def bar(self, label: str, total: int):  # type: ignore[no-untyped-def]
-        from compressor.core.progress import _Quiet
+        from compressor.core.progress import Quiet
 
-        return _Quiet().bar(label, total)
+        return Quiet().bar(label, total)
 
 
 @pytest.fixture
