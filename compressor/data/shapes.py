@@ -16,7 +16,8 @@ PICTURES = 480
 SIZE = 64
 TEST_SHARE = 0.2
 SEARCH_SHARE = 0.2
-_MOST_SHAPES = 3
+_MOST_TRIES = 12
+"""Places tried for a shape; where one would touch another, none is drawn, so that about two shapes are."""
 _FEWEST_PICTURES = 20
 _MOST_PICTURES = 100_000
 
@@ -67,13 +68,13 @@ def load_shapes(
 
 
 def _picture(index: int, size: tuple[int, int], masked: bool) -> Drawn:
-    """Draw one to three shapes that do not touch, in colors unlike that of the background."""
+    """Draw one or more shapes that do not touch, in colors unlike that of the background."""
     random = np.random.default_rng((TEST_SEED, index))
     back = random.uniform(40, 215, 3)
     image = np.broadcast_to(back, (*size, 3)).copy()
     mask: npt.NDArray[np.uint8] = np.zeros(size, dtype=np.uint8)
     boxes: list[list[float]] = []
-    for _ in range(int(random.integers(1, _MOST_SHAPES + 1))):
+    for _ in range(int(random.integers(1, _MOST_TRIES + 1))):
         kind = int(random.integers(len(SHAPES)))
         inside = _inside(kind, size, random)
         rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))

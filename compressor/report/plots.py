@@ -48,9 +48,15 @@ def training_curve(manifest: Manifest, key: str, prefix: str) -> Chart | None:
         + (f" (phases: {phases})" if phases else "")
         + f": {significant(values[0])}{unit} in the first, {significant(values[-1])}{unit} in the last."
     )
-    return Chart(
-        svg, f"Training {key}", alt, "On the training images, as the weights moved within each epoch."
-    )
+    caption = "On the training images, as the weights moved within each epoch."
+    if key == "loss" and len({phase == "finetune" for phase, _ in records}) == 2 and _distills(manifest):
+        caption += " With a trained dense network as the teacher, fine-tuning has a loss of another scale."
+    return Chart(svg, f"Training {key}", alt, caption)
+
+
+def _distills(manifest: Manifest) -> bool:
+    training = manifest.recipe.get("training")
+    return isinstance(training, dict) and bool(training.get("distill_weight"))
 
 
 def reward_curve(manifest: Manifest, episodes: Sequence[Episode], prefix: str) -> Chart | None:

@@ -14,7 +14,7 @@ from compressor.report import closing_table, explain, formats, judgement, verdic
 from compressor.report.comparison import comparison, tiles
 from compressor.report.explain import images, parity
 from compressor.report.judgement import budget_lines, judge
-from compressor.report.plots import chosen, thinned
+from compressor.report.plots import chosen, thinned, training_curve
 from compressor.report.records import hottest, rounds, sources, stubborn
 
 
@@ -185,6 +185,15 @@ def test_the_parity_speaks_of_classes_where_there_are_some(metric: str, end: str
     found = {"max_abs": 2e-6, "mean_abs": 1e-7, "top1_agreement": 1.0, "images": 64}
     run = Manifest.tolerant({"parity": found, "accuracy": {"metric": metric}})
     assert parity(run) == f"Exported ONNX against torch: outputs differ by at most 2.0e-06, 1.0e-07 {end}"
+
+
+@pytest.mark.parametrize(("weight", "noted"), [(0.5, True), (0.0, False)])
+def test_a_loss_with_distillation_is_on_another_scale(weight: float, noted: bool) -> None:
+    training = [{"phase": phase, "loss": 2.0} for phase in ("warmup", "finetune")]
+    run = Manifest.tolerant({"training": training, "recipe": {"training": {"distill_weight": weight}}})
+    chart = training_curve(run, "loss", "loss")
+    assert chart is not None
+    assert ("a loss of another scale" in chart.caption) == noted
 
 
 def test_a_run_on_its_way_says_where_it_stands() -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from compressor.data import load_data
 from compressor.models import create_model
-from compressor.models.detectors import Boxes, RawDetector
+from compressor.models.detectors import Boxes, RawDetector, WithBoxes
 from compressor.training.detection import Detection, mean_ap
 from compressor.training.settings import TrainSettings
+from export.convert.detections import compare_found
+from export.convert.module import OnnxModule
+from export.convert.to_onnx import export_onnx
 from tests.nets import detector
 
 TARGETS = [
@@ -83,10 +91,8 @@ def test_distillation_compares_the_raw_outputs() -> None:
     assert differs > same
 
 
-def test_weights_for_other_classes_start_fresh_in_the_class_head_alone(tmp_path: object) -> None:
-    from pathlib import Path
-
-    path = Path(str(tmp_path)) / "weights.pt"
+def test_weights_for_other_classes_start_fresh_in_the_class_head_alone(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
     given = detector(num_classes=7)
     torch.save(given.state_dict(), path)
     said: list[str] = []
@@ -96,3 +102,30 @@ def test_weights_for_other_classes_start_fresh_in_the_class_head_alone(tmp_path:
     assert state["detector.head.classification_head.module_list.0.weight"].shape[0] == 4 * 4
     assert len(said) == 1
     assert "are for other classes: head.classification_head" in said[0]
+
+
+class Stem(nn.Sequential):
+    """Features of a quarter of the input's size, for detectors that take one level."""
+
+    out_channels = 32
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 32, 5, 4, 2), nn.ReLU())
+
+
+@pytest.mark.parametrize(("kind", "ratios"), [(RetinaNet, (0.5, 1.0)), (FCOS, (1.0,))])
+def test_post_processing_survives_the_export(kind: Any, ratios: tuple[float, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    anchors = AnchorGenerator(((8,),), (ratios,))
+    raw = RawDetector(kind(Stem(), 4, anchor_generator=anchors, score_thresh=1e-3))
+    for module in raw.modules():  # torchvision's first weights give all boxes nearly the same score
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    network = WithBoxes(raw, torch.zeros(1, 3, 32, 32))
+    images = torch.rand(3, 3, 32, 32).split(1)
+    export_onnx(network, images[0], tmp_path / "a.onnx", compare=False, open_outputs="boxes")
+    file = OnnxModule(tmp_path / "a.onnx", network.eval(), (images[0],))
+    with torch.no_grad():
+        pairs = [(network(image), file(image)) for image in images]
+    assert all(len(found["scores"]) for found, _ in pairs)
+    assert compare_found(*zip(*pairs, strict=True), "a.onnx", side=32).max_abs < 1e-4
