@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compressor.core.errors import CompressorError
-from compressor.core.plugins import raised_at
+from compressor.core.plugins import raised_at, shown
 
 _TORCHVISION = "vit_"
 _TORCHVISION_SIZE = (224, 224)
@@ -55,9 +55,8 @@ def size_argument(source: str, size: Sequence[int] | None) -> dict[str, Any]:
 def cannot_build(source: str, name: str, size: Sequence[int], error: Exception) -> CompressorError:
     """Return the error for a network that cannot be built for an image size."""
     height, width = usual_size(source, name) or size
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{raised_at(error)}"
     return CompressorError(
-        f"{name} cannot be built for images of {size[0]}x{size[1]}: {reason}.",
+        f"{name} cannot be built for images of {size[0]}x{size[1]}: {shown(error)}{raised_at(error)}.",
         f"By default it is built for {height}x{width}: --image-size {height}",
     )
 

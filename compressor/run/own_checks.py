@@ -323,11 +323,8 @@ class Checked:
             with torch.no_grad(), own_randomness(self.recipe.seed, torch.device(self.device)):
                 goals, found = outputs_of(self.model(*batch)), outputs_of(fixed_copy(self.model).train()(*batch))
         except Exception as error:  # a user's network may raise anything
-            shown = " ".join(str(error).split())[:300]
             raise CompressorError(
-                f"In training mode the network does not run on inputs alone: {type(error).__name__}: "
-                f"{shown}{raised_at(error)}.",
-                hint,
+                f"In training mode the network does not run on inputs alone: {shown(error)}{raised_at(error)}.", hint
             ) from error
         if not same_shapes(found, goals):
             shapes = [", ".join(str(list(each.shape[1:])) for each in part) or "nothing" for part in (goals, found)]
