@@ -6,8 +6,8 @@ one of the two. Boxes are therefore compared as a set, and one picture may diffe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Mapping
 
 from export.convert.parity import AGREEMENTS, TOLERANCES, Parity
 from export.errors import ExportError
