@@ -21,6 +21,7 @@ from compressor.core.progress import say
 from compressor.training.feeds import parts_of
 from compressor.training.placement import place, place_together
 from compressor.training.randomness import generator_states, own_randomness, restore_generators
+from compressor.training.scoring import recent_statistics
 from compressor.training.settings import TrainSettings
 from compressor.training.task import Losses, Task
 from compressor.training.within import WithinEpoch
@@ -151,7 +152,8 @@ class Trainer:
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, images, regularizer
         done = skipped = 0
         random = own_randomness(self._epoch_seed() + self._place.rank, self.device)
-        with random, nullcontext() if self._within is None else postponed():
+        recent = recent_statistics(self.model, self.epochs * self.steps_per_epoch)
+        with random, recent, nullcontext() if self._within is None else postponed():
             if middle is not None:
                 self.restore(middle)
                 done = skipped = middle["done"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -119,6 +120,29 @@ def closeness(
 def standard_error(share: float, images: int) -> float:
     """Return the standard error of an accuracy (0..1) on this number of images."""
     return float((max(share * (1 - share), 0.0) / max(1, images)) ** 0.5)
+
+
+@contextmanager
+def recent_statistics(model: nn.Module, steps: int) -> Iterator[None]:
+    """Keep running statistics of batch norm from being older than a tenth of a training, within the context.
+
+    Mobile networks of torchvision have a momentum of 0.01, for trainings of many thousand steps: after a few hundred,
+    their statistics are still those of weights that are gone. A momentum is raised to 10 / steps, but not above 0.1,
+    and never lowered; trainings of 1,000 steps and more keep one of 0.01.
+
+    Args:
+        model: Network that is trained.
+        steps: Steps of the whole training.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _NORMS) and module.momentum is not None]
+    before = [float(norm.momentum or 0) for norm in norms]
+    try:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = max(momentum, min(0.1, 10 / max(1, steps)))
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
 
 
 def reestimate_batch_norm(

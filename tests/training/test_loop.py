@@ -18,7 +18,7 @@ from compressor.data.augment import Augmentation
 from compressor.models import create_model
 from compressor.training.classification import Classification
 from compressor.training.loop import Trainer
-from compressor.training.scoring import accuracy
+from compressor.training.scoring import accuracy, recent_statistics
 from compressor.training.settings import TrainSettings
 
 
@@ -288,3 +288,26 @@ def test_several_trainings_in_one_process(digits: DataBundle) -> None:
         other.run_epoch()
     assert losses == expected
     assert type(copy.deepcopy(one.model).forward(torch.zeros(2, 3, 16, 16))) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "expected"), [(0.01, 400, 0.025), (0.01, 50, 0.1), (0.01, 5000, 0.01), (0.1, 400, 0.1)]
+)
+def test_statistics_are_those_of_the_last_tenth(given: float, steps: int, expected: float) -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3, momentum=given), nn.BatchNorm2d(3, momentum=None))
+    with recent_statistics(network, steps):
+        assert [norm.momentum for norm in network] == [pytest.approx(expected), None]
+    assert [norm.momentum for norm in network] == [given, None]
+
+
+def test_a_short_training_raises_small_momenta(digits: DataBundle) -> None:
+    model = create_model("tests.nets:tiny", 10)
+    norm, seen = model.get_submodule("stem.1"), set()
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.momentum = 0.01
+    norm.register_forward_hook(lambda *_: seen.add(norm.momentum))
+    trained = Trainer(model, Classification.of(digits), TrainSettings(batch_size=256), epochs=3, seed=0)
+    trained.run_epoch()
+    assert trained.steps_per_epoch * 3 < 100
+    assert seen == {0.1}
+    assert norm.momentum == 0.01
