@@ -116,22 +116,11 @@ class Split(ABC):
         """
         if augment and shuffle_seed is None:
             raise ValueError("augmentation is drawn from shuffle_seed, which is None")
-        count = len(self)
-        generator = None
-        if shuffle_seed is None:
-            order = torch.arange(count)
-        else:
-            generator = torch.Generator().manual_seed(shuffle_seed)
-            order = torch.randperm(count, generator=generator)
-        if drop_last and count > batch_size:
-            order = order[: count - count % batch_size]
-        rank, world = shard
-        if world > 1:
-            order = order[: len(order) - len(order) % world][rank::world]
-            batch_size = max(1, batch_size // world)
-        if generator is not None:
-            generator.manual_seed(((shuffle_seed or 0) * world + rank) ^ 0x5EED)
-        drawn = generator if augment else None
+        order, batch_size = epoch_order(len(self), batch_size, shuffle_seed, drop_last, shard)
+        drawn = None
+        if augment:
+            rank, world = shard
+            drawn = torch.Generator().manual_seed(((shuffle_seed or 0) * world + rank) ^ 0x5EED)
         pinned = torch.device(device).type == "cuda"
         stream = self._raw(order, batch_size, drawn, skip=skip, pinned=pinned)
         for number, (images, labels) in enumerate(stream, start=skip):
@@ -142,6 +131,19 @@ class Split(ABC):
                 yield normalised, [each.to(device, non_blocking=True) for each in labels]
             else:
                 yield normalised, labels.to(device, non_blocking=True)
+
+
+def epoch_order(
+    count: int, batch_size: int, shuffle_seed: int | None, drop_last: bool, shard: tuple[int, int]
+) -> tuple[torch.Tensor, int]:
+    """Return the inputs of an epoch in order, int64 (N,), and the size of a process's batches; see `Split.batches`."""
+    order = torch.arange(count)
+    if shuffle_seed is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(shuffle_seed))
+    if drop_last and count > batch_size:
+        order = order[: count - count % batch_size]
+    rank, world = shard
+    return order[: len(order) - len(order) % world][rank::world], max(1, batch_size // world)
 
 
 def _spread(labels: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.core.errors import CompressorError
+from compressor.data.splits import epoch_order
 from compressor.training.feeds import joined
 from compressor.training.randomness import own_randomness
 from export.convert.trees import mapped, rows, tensors_in
@@ -229,14 +230,8 @@ class Memory:
         shard: tuple[int, int] = (0, 1),
         skip: int = 0,
     ) -> Iterator[Inputs]:
-        order = torch.arange(self._count)
-        if shuffle_seed is not None:
-            order = torch.randperm(self._count, generator=torch.Generator().manual_seed(shuffle_seed))
-        if drop_last and self._count > batch_size:
-            order = order[: self._count - self._count % batch_size]
-        rank, world = shard
-        order = order[: len(order) - len(order) % world][rank::world]
-        for indices in torch.split(order, max(1, batch_size // world))[skip:]:
+        order, size = epoch_order(self._count, batch_size, shuffle_seed, drop_last, shard)
+        for indices in torch.split(order, size)[skip:]:
             yield mapped(lambda tensor: tensor.to(device), rows(self._inputs, self._count, indices))
 
 
