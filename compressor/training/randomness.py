@@ -27,25 +27,48 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
         np.random.set_state(arrays)
 
 
-def generator_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of the global generators, as a checkpoint can hold them."""
-    version, words, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    assert not isinstance(keys, str)
+def global_state() -> dict[str, Any]:
+    """Return the states of the global generators on the CPU, as the generators give them."""
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+
+
+def set_global_state(state: Mapping[str, Any]) -> None:
+    """Set the global generators to the result of `global_state`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+
+
+def packed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the result of `global_state` as a checkpoint can hold it: tensors and plain values."""
+    version, words, gauss = state["python"]
+    kind, keys, position, has_gauss, cached = state["numpy"]
     return {
-        "torch": torch.get_rng_state(),
-        "device": torch.get_device_module(device).get_rng_state(device) if device.type == "cuda" else None,
         "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": state["torch"].clone(),
     }
+
+
+def unpacked(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `packed` was given."""
+    version, words, gauss = state["python"]
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    return {
+        "python": (version, tuple(words), gauss),
+        "numpy": (kind, keys.numpy().astype(np.uint32), position, has_gauss, cached),
+        "torch": state["torch"].clone(),
+    }
+
+
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of the global generators, those of a device included, as a checkpoint can hold them."""
+    own = torch.get_device_module(device).get_rng_state(device) if device.type == "cuda" else None
+    return {**packed(global_state()), "device": own}
 
 
 def restore_generators(states: Mapping[str, Any], device: torch.device) -> None:
     """Set the global generators to the result of `generator_states`."""
-    torch.set_rng_state(states["torch"])
+    set_global_state(unpacked(states))
     if states["device"] is not None and device.type == "cuda":
         torch.get_device_module(device).set_rng_state(states["device"], device)
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
