@@ -93,7 +93,7 @@ def write_boxes(
         accuracy=score,
         images=task.test_inputs,
     )
-    record(run, path.name.removeprefix("model.").removesuffix(".onnx"), entry, [])
+    record(run, entry)
     yield f"Wrote {path}: opset {opset}, {info.size / 1e6:.2f} MB."
     yield (
         f"It finds the network's boxes in {parity.top1_agreement:.0%} of {parity.samples} test images, to within "

@@ -213,7 +213,7 @@ class Finished:
             accuracy=accuracy,
             images=images,
         )
-        record(self.run, path.name.removeprefix("model.").removesuffix(".onnx"), entry, [])
+        record(self.run, entry)
         size = f"opset {opset}, {request.batch.label or 'batch of 1'}, {info.size / 1e6:.2f} MB"
         yield f"Wrote {path}: {size}; largest difference {parity.max_abs:.1e}."
 
@@ -300,7 +300,7 @@ def _engine(finished: Finished, request: Request) -> Generator[str, None, Path]:
     )
     yield note
     key = f"engine.{onnx.stem.partition('.')[2]}".rstrip(".")
-    record(finished.run, key, Export(file=built[0].file, bytes=built[0].bytes), built)
+    record(finished.run, Export(file=built[0].file, bytes=built[0].bytes), built, key)
     return finished.run.file(built[0].file)
 
 
@@ -313,7 +313,7 @@ def _program(finished: Finished, request: Request) -> Generator[str, None, Path]
         info = export_program(model, example, trial, batch=batch, metadata=finished.metadata())
         parity = check_loaded(load_program(trial), model, finished.images(), path.name, batch=batch.usual)
     entry = Export(file=path.name, bytes=info.size, parity=Parity.model_validate(parity.to_dict()))
-    record(finished.run, path.name.removeprefix("model."), entry, [])
+    record(finished.run, entry)
     yield f"Wrote {path}: {info.size / 1e6:.2f} MB; largest difference {parity.max_abs:.1e}."
     yield f"Load it with export.convert.program.load_program({path.name!r})."
     return path

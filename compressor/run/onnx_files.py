@@ -329,17 +329,25 @@ def write_precision(
     if engine:
         built, note = build_engine_of(run, goal)
         yield note
-    record(run, goal.name.removeprefix("model.").removesuffix(".onnx"), entry, built)
+    record(run, entry, built)
 
 
-def record(run: RunFolder, key: str, entry: Export, engines: list[Engine]) -> None:
-    """Record an exported file, its engines and their checksums in the manifest."""
+def record(run: RunFolder, entry: Export, engines: Sequence[Engine] = (), key: str | None = None) -> None:
+    """Record an exported file, its engines and their checksums in the manifest.
+
+    Args:
+        run: Run that has the files.
+        entry: The exported file.
+        engines: Engines that were built from it.
+        key: Its name among the exports; None for what its file's name says, such as "int8" of model.int8.onnx.
+    """
     manifest = run.manifest
+    key = key or entry.file.removeprefix("model.").removesuffix(".onnx")
     names = [entry.file] if run.file(entry.file).is_file() else []
     names += [name for each in engines for name in (each.file, f"{each.file.removesuffix('engine')}json")]
     built = {each.file for each in engines}
     manifest.exports = {**manifest.exports, key: entry}
-    manifest.engines = [each for each in manifest.engines if each.file not in built] + engines
+    manifest.engines = [each for each in manifest.engines if each.file not in built] + list(engines)
     manifest.files = {**manifest.files, **{name: sha256_file(run.file(name)) for name in names}}
     run.save()
 
