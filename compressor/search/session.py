@@ -226,7 +226,8 @@ class SearchSession:
             [itertools.chain(shortlist, (widths.tolist() for widths in earlier))], more
         )
         if earlier:
-            wider = np.stack(earlier)[self.env.bounds.feasible(np.stack(earlier))]
+            known = np.stack(earlier)
+            wider = known[self.env.bounds.feasible(known)]
             lists = (_not_contained(each, wider, own) for each in lists)
         scored = _score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
         if not scored:

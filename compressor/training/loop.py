@@ -98,7 +98,6 @@ class Trainer:
         self.task, self.settings, self.epochs, self.seed = task, settings, epochs, seed
         self._feed = task.train
         self.regulariser = regulariser
-        self._span = span
         self._start, self._whole = span or (0, epochs)
         self._rate_field = rate_field
         self.epoch = 0
@@ -301,7 +300,7 @@ class Trainer:
             "epochs": self.epochs,
             "seed": self.seed,
             "distill_weight": self._distill_weight,
-            "span": None if self._span is None else list(self._span),
+            "span": [self._start, self._whole],
             "rate_field": self._rate_field,
         }
 
