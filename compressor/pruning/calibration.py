@@ -190,7 +190,6 @@ class Reference:
     Attributes:
         images: The images, with their roles.
         recording: The network's calls; each shortcut is computed before the last layer of its branch.
-        names: Names of the calls in the order of the forward pass.
         order: Numbers in that order of the calls of `recording`.
         sites, left: Layers that can be refitted, and others, as `find_sites` returns them.
     """
@@ -202,9 +201,13 @@ class Reference:
             self._network = dense_copy(space)
             self.tensors = named_tensors(self._network)
             self.recording = recorded(self._network, self.images)
-            self.names = [call.name for call in self.recording.calls]
+            self._names = [call.name for call in self.recording.calls]
             self.order = shortcuts_first(self.recording)
             self.sites, self.left = find_sites(self.recording)
+
+    def same_calls(self, slim: Recording) -> bool:
+        """Whether a slim network's forward pass has the calls of the dense one's, so that its replay is right too."""
+        return [call.name for call in slim.calls] == self._names
 
     @cached_property
     def choosing(self) -> list[list[Tensor]]:

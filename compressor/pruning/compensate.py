@@ -15,13 +15,13 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.models.computed import evaluated
-from compressor.pruning.calibration import QUICK, THOROUGH, Reference, Space, recorded
+from compressor.pruning.calibration import QUICK, THOROUGH, Reference, Space
 from compressor.pruning.least_squares import LARGEST, Fit, Regression, Samples
 from compressor.pruning.moments import DenseMoments
 from compressor.pruning.moves import moved_back
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.refit import TOO_LARGE, Refit, along
-from compressor.pruning.replay import State, counterpart
+from compressor.pruning.replay import Recording, State, counterpart
 from compressor.pruning.sites import Site
 from compressor.pruning.skeleton import named_tensors
 from compressor.pruning.verdict import Compensation, judged
@@ -78,8 +78,10 @@ class _Walk:
         space, images, self.dense = reference.space, reference.images, reference.recording
         self.small = space.apply(plan)
         with evaluated(self.small):
-            self.slim = recorded(self.small, images)
-        if [call.name for call in self.slim.calls] != reference.names:
+            self.slim = Recording(self.small, images.chunks[0])
+            if not reference.same_calls(self.slim):  # it has kept now what it computes once for a shape of inputs
+                self.slim = Recording(self.small, images.chunks[0])
+        if not reference.same_calls(self.slim):
             raise CompressorError(
                 "The slim network runs other operations than the dense one and cannot be compensated.",
                 "Use the network that `apply` returns.",
