@@ -15,17 +15,26 @@ from typer.core import TyperGroup
 
 from compressor.cli.devices import devices
 from compressor.cli.export import export
-from compressor.cli.flags import ImageSizeOption, TaskOption, number_or_text, recipe_of, with_settings
+from compressor.cli.flags import (
+    ImageSizeOption,
+    JsonOption,
+    TaskOption,
+    number_or_text,
+    recipe_of,
+    with_settings,
+)
 from compressor.cli.flags import overrides as overrides_of
 from compressor.cli.measure import measure
+from compressor.cli.predict import predict
 from compressor.cli.processes import in_first_process
 from compressor.cli.profile import profile
 from compressor.cli.recipes import recipes
 from compressor.cli.report import report
-from compressor.cli.terminal import BAD_INPUT, friendly, out, show, written_out
+from compressor.cli.terminal import BAD_INPUT, friendly, out, show, show_json, written_out
 from compressor.core.agents import AGENTS
 from compressor.core.errors import CompressorError
 from compressor.core.processes import stoppable
+from compressor.core.tables import Cell, Table
 from export.text import message_text
 
 if TYPE_CHECKING:
@@ -145,6 +154,7 @@ def compress_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the recipe, the groups and the costs; run nothing.")
     ] = False,
+    json: JsonOption = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -170,38 +180,50 @@ def compress_command(
     with friendly():
         overrides = with_settings(overrides, settings or [])
         if resume is not None:
-            _resume(resume, overrides, recipe, out_dir)
+            _resume(resume, overrides, recipe, out_dir, json)
         if not overrides and recipe is None:
             out.print(context.get_help())
             raise typer.Exit(BAD_INPUT)
         wanted = recipe_of(recipe, overrides)
         if dry_run:
-            show(_described(wanted))
+            parts = _described(wanted)
+            if json:
+                found = list(parts)
+                groups = [row for part in found if isinstance(part, Table) for row in part.records()]
+                show_json({"groups": groups, "lines": [part for part in found if isinstance(part, str)]})
+            else:
+                show(parts)
             raise typer.Exit
         from compressor.run.pipeline import run_recipe
 
-        _finish(run_recipe(wanted, out_dir))
+        _finish(run_recipe(wanted, out_dir), json)
 
 
-def _resume(folder: Path, overrides: dict[str, Any], recipe: str | None, out_dir: Path | None) -> None:
+def _resume(folder: Path, overrides: dict[str, Any], recipe: str | None, out_dir: Path | None, json: bool) -> None:
     from compressor.run.pipeline import resume
 
     if recipe is not None or out_dir is not None:
         raise CompressorError(
             "--resume uses the recipe and the folder of its run.", "Leave out --recipe and --out."
         )
-    _finish(resume(folder, overrides))
+    _finish(resume(folder, overrides), json)
 
 
 VERDICT_COLOURS = {"kept": "green", "none": "", "missed": "red"}  # any other verdict is amber, as in the report
 
 
-def _finish(result: RunResult) -> None:
+def _finish(result: RunResult, json: bool) -> None:
     """Print the result of a run and end with its exit code."""
     from compressor.report import checks, closing_table, judge, verdict
     from compressor.run.finish import OPEN
 
     manifest = result.manifest
+    if json:
+        parts = ("budgets", "accuracy", "latency", "cost", "notes")
+        known = {name: manifest[name] for name in parts if name in manifest}
+        summary = {"directory": str(result.directory), "exit_code": result.exit_code, "verdict": verdict(manifest)}
+        show_json({**summary, **known})
+        raise typer.Exit(result.exit_code)
     show([closing_table(manifest), *checks(manifest)])
     show(f"Note: {note}" for note in manifest.get("notes", []))
     show([verdict(manifest)], style=VERDICT_COLOURS.get(judge(manifest).state, "yellow"))
@@ -216,10 +238,9 @@ def _finish(result: RunResult) -> None:
     raise typer.Exit(result.exit_code)
 
 
-def _described(recipe: Recipe) -> Iterator[Any]:
+def _described(recipe: Recipe) -> Iterator[str | Table]:
     """Yield what a recipe would do: the resolved recipe, the groups, the dense costs, and the budgets' targets."""
     import numpy as np
-    from rich.table import Table
 
     from compressor.run.device import resolved
     from compressor.run.job import Job
@@ -228,10 +249,11 @@ def _described(recipe: Recipe) -> Iterator[Any]:
     yield recipe.to_yaml()
     job = Job.prepare(recipe)
     space = job.space
-    table = Table("group", "channels", "smallest", "step", "coupled", box=None, header_style="bold")
+    numbers = ("channels", "smallest", "step")
+    table = Table("group", *numbers, "coupled", right=numbers)
     for group in space.groups:
-        coupled = "yes" if group.coupled else ""
-        table.add_row(group.name, str(group.width), str(group.min_width), str(group.granularity), coupled)
+        coupled = Cell(group.coupled, "yes" if group.coupled else "")
+        table.add(group.name, group.width, group.min_width, group.granularity, coupled)
     yield table
     for part in space.skipped:
         yield f"left dense: {part.name} ({part.reason})"
@@ -251,7 +273,7 @@ def _described(recipe: Recipe) -> Iterator[Any]:
         yield f"Note: {note}"
 
 
-for _command in (profile, export, measure, report, devices, recipes):
+for _command in (profile, export, predict, measure, report, devices, recipes):
     app.command()(_command)
 
 

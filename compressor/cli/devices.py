@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from compressor.cli.terminal import friendly, show
+from compressor.cli.flags import JsonOption
+from compressor.cli.terminal import friendly, show, show_json
 
 
-def devices() -> None:
+def devices(json: JsonOption = False) -> None:
     """List the devices with known latency, and how it is known."""
     with friendly():
-        from rich.table import Table
-
+        from compressor.core.tables import Cell, Table
         from compressor.latency.provider import known_devices
 
-        table = Table(box=None, header_style="bold")
-        for column in ("device", "runtime", "precision", "how known"):
-            table.add_column(column, overflow="fold")
+        table = Table("device", "runtime", "precision", "how known")
         for entry in known_devices():
-            table.add_row(entry.name, entry.runtime, ", ".join(entry.precisions), entry.how)
-        show([table])
+            precisions = Cell(list(entry.precisions), ", ".join(entry.precisions))
+            table.add(entry.name, entry.runtime, precisions, entry.how)
+        if json:
+            show_json(table.records())
+        else:
+            show([table])

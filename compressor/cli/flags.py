@@ -19,6 +19,8 @@ ImageSizeOption = Annotated[
     str | None, typer.Option(help="Height and width of an input in pixels: 224, or 96x128.")
 ]
 
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
 _DEEPEST = 8
 """Maximum number of parts in a field's dotted name; no recipe has as many levels."""
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compressor.cli.terminal import friendly, show
+from compressor.cli.flags import JsonOption
+from compressor.cli.terminal import friendly, show, show_json
 from compressor.core.errors import CompressorError
+from compressor.core.tables import Cell, Table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from compressor.latency.explain import Line
 
 
@@ -34,6 +34,7 @@ def measure(
         str | None,
         typer.Option(help="With --explain: module:factory of the network, if it was not run from here."),
     ] = None,
+    json: JsonOption = False,
 ) -> None:
     """Measure a run's dense and slim networks again: on its device, or on this machine's CPU if it is not reached."""
     with friendly():
@@ -47,41 +48,47 @@ def measure(
             )
         profiles = (dense_profile, slim_profile) if dense_profile and slim_profile else None
         lines = explain_again(run, profiles, factory) if explain else measure_again(run)
-        show(part if isinstance(part, str) else _table(part) for part in lines)
+        parts = (part if isinstance(part, str) else _table(part) for part in lines)
+        if not json:
+            show(parts)
+            return
+        found = list(parts)
+        operators = [row for part in found if isinstance(part, Table) for row in part.records()]
+        show_json({"lines": [part for part in found if isinstance(part, str)], "operators": operators})
 
 
 def _table(lines: Sequence[Line]) -> Table:
     """Return the table of the first operators."""
-    from rich.table import Table
-
     from compressor.report.formats import ABSENT, count, percent, significant
     from compressor.run.explain import SHOWN_LINES
 
     known = any(line.predicted_slim_ms is not None for line in lines)
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-    table.add_column("operator", overflow="fold")
     before, after = ("MACs", "of dense", "dense ms", "slim ms"), ("share", "bound by", "of peak", "padding", "gap ms")
-    for name in (*before, *(["predicted"] if known else []), *after):
-        table.add_column(name, justify="left" if name == "bound by" else "right")
+    numbers = (*before, *(["predicted"] if known else []), *after)
+    table = Table("operator", *numbers, right=tuple(name for name in numbers if name != "bound by"))
     total = sum(line.slim_ms or 0.0 for line in lines)
     guessed = sum(line.predicted_slim_ms or 0.0 for line in lines)
 
-    def ms(value: float | None) -> str:
-        return ABSENT if value is None else significant(value)
+    def ms(value: float | None) -> Cell:
+        return Cell(value, ABSENT if value is None else significant(value))
+
+    def share(value: float | None) -> Cell:
+        return Cell(value, percent(value, 0))
 
     for line in lines[:SHOWN_LINES]:
         guess = line.predicted_slim_ms
-        table.add_row(
+        of_all = "" if guess is None or not guessed else f" ({percent(guess / guessed, 0)})"
+        table.add(
             line.name,
-            count(line.slim_macs) if line.slim_macs else ABSENT,
-            percent(line.slim_macs / line.dense_macs, 0) if line.dense_macs else ABSENT,
+            Cell(line.slim_macs, count(line.slim_macs) if line.slim_macs else ABSENT),
+            share(line.slim_macs / line.dense_macs if line.dense_macs else None),
             ms(line.dense_ms),
             ms(line.slim_ms),
-            *([ABSENT if guess is None else f"{ms(guess)} ({percent(guess / guessed, 0)})"] if known else []),
-            percent((line.slim_ms or 0.0) / total, 0) if total else ABSENT,
-            line.bound or ABSENT,
-            percent(line.peak_share, 0),
-            percent(line.padding, 0) if line.padding else ABSENT,
-            f"{line.gap_ms:+.4f}",
+            *([Cell(guess, f"{ms(guess).text}{of_all}")] if known else []),
+            share((line.slim_ms or 0.0) / total if total else None),
+            Cell(line.bound, line.bound or ABSENT),
+            share(line.peak_share),
+            Cell(line.padding, percent(line.padding, 0) if line.padding else ABSENT),
+            Cell(line.gap_ms, f"{line.gap_ms:+.4f}"),
         )
     return table

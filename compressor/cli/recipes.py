@@ -6,30 +6,32 @@ from typing import Annotated
 
 import typer
 
-from compressor.cli.terminal import friendly, show, stdout
+from compressor.cli.flags import JsonOption
+from compressor.cli.terminal import friendly, show, show_json
 
 
 def recipes(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema with which editors check recipes.")
     ] = False,
+    json: JsonOption = False,
 ) -> None:
     """List the recipes that are shipped with the toolkit."""
     with friendly():
-        import json
-
-        from rich.table import Table
-
+        from compressor.core.agents import AGENTS
+        from compressor.core.tables import Table
         from compressor.recipe import load_recipe, recipe_schema, shipped_recipes
 
         if schema:
-            stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
-            raise typer.Exit
-        table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-        for column in ("recipe", "model", "data", "device", "budget", "agent"):
-            table.add_column(column, overflow="fold", no_wrap=column == "recipe")
+            show_json(recipe_schema())
+            return
+        columns = ("recipe", "model", "data", "device", "budget", "agent")
+        tables = {False: Table(*columns), True: Table(*columns)}
         for name, path in shipped_recipes().items():
-            entry = load_recipe(path)
+            entry, study = load_recipe(path), name.partition("/")[0] in AGENTS
             limits = ", ".join(f"{kind} {text}" for kind, text in entry.budgets.given().items())
-            table.add_row(name, entry.model, entry.data_kind, entry.device, limits, entry.agent)
-        show([table])
+            tables[study].add(name, entry.model, entry.data_kind, entry.device, limits, entry.agent)
+        if json:
+            show_json([{**each, "study": study} for study, table in tables.items() for each in table.records()])
+            return
+        show([tables[False], "", "Studies of the agents, which repeat published results (docs/results):", tables[True]])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, TextIO, cast
+from dataclasses import asdict, is_dataclass
+from typing import IO, Any, TextIO, cast
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -16,6 +18,7 @@ from rich.segment import Segment
 
 from compressor.core.errors import CompressorError, Stopped
 from compressor.core.processes import stop_code, stopped
+from compressor.core.tables import Table
 from export.text import message_text, plain
 
 
@@ -100,11 +103,23 @@ out = _Plain(file=cast("IO[str]", stdout), emoji=False, markup=False)
 err = _Plain(file=cast("IO[str]", stderr), stderr=True, emoji=False, markup=False)
 
 
-
-def show(parts: Iterable[RenderableType], style: str = "") -> None:
-    """Print lines of text, which are not wrapped, and tables, each as soon as it comes."""
+def show(parts: Iterable[str | Table], style: str = "") -> None:
+    """Print lines of text and tables, each as soon as it comes; no line is wrapped and no name broken."""
     for part in parts:
-        out.print(part, style=style or None, highlight=False, soft_wrap=isinstance(part, str))
+        for place, line in enumerate(part.lines() if isinstance(part, Table) else [part]):
+            heading = isinstance(part, Table) and place == 0
+            out.print(line, style="bold" if heading else style or None, highlight=False, soft_wrap=True)
+
+
+def show_json(content: Any) -> None:
+    """Print a result for programs; dataclasses are objects with their fields."""
+
+    def plain_value(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            return asdict(value)
+        raise TypeError(f"{type(value).__name__} has no JSON form")
+
+    stdout.write(json.dumps(content, indent=2, default=plain_value) + "\n")
 
 
 BAD_INPUT = 2  # exit code: something that the user can fix

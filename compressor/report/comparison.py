@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressor.core.manifest import Accuracy, Manifest
 from compressor.core.metrics import SCORE
+from compressor.core.tables import Table
 from compressor.report.formats import (
     ABSENT,
     MINUS,
@@ -23,10 +24,7 @@ from compressor.report.formats import (
     size,
 )
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-# Rich draws its own frame in ASCII if the terminal supports no more; these are the other signs that are printed.
+# Signs that a terminal may not have.
 _PLAIN = str.maketrans({ABSENT: "-", MINUS: "-"})
 
 
@@ -50,20 +48,10 @@ class Tile:
 
 
 def closing_table(manifest: Manifest | Mapping[str, Any]) -> Table:
-    """Return dense and slim side by side as a Rich table; print `verdict(manifest)` below it.
-
-    Names from the manifest are inserted as plain text, so that square brackets in them are no Rich markup.
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("")
-    for heading in ("dense", "slim", "of dense"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    """Return dense and slim side by side; print `verdict(manifest)` below it."""
+    table = Table("", "dense", "slim", "of dense", right=("dense", "slim", "of dense"))
     for row in comparison(Manifest.tolerant(manifest)):
-        cells = (row.label, row.dense, row.slim, row.change)
-        table.add_row(*(Text(cell.translate(_PLAIN)) for cell in cells))
+        table.add(*(cell.translate(_PLAIN) for cell in (row.label, row.dense, row.slim, row.change)))
     return table
 
 

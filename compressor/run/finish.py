@@ -12,6 +12,7 @@ from compressor.core.files import sha256_file
 from compressor.core.manifest import MANIFEST, Budget, Manifest
 from compressor.core.records import RECIPE
 from compressor.report.judgement import time_ratio, verdict_of
+from compressor.run.deployable import DEPLOYED, write_deployable
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job
 from compressor.run.onnx_files import MODEL
@@ -28,7 +29,7 @@ HARDLY_FASTER = 0.95  # of the dense network's time; pruning is expected to save
 
 
 def finish(run: RunFolder, job: Job, plan: ChannelPlan) -> int:
-    """Write the report, the checksums and the verdict.
+    """Write the files for use elsewhere, the report, the checksums and the verdict.
 
     Returns:
         The exit code.
@@ -38,6 +39,7 @@ def finish(run: RunFolder, job: Job, plan: ChannelPlan) -> int:
     notes = [*manifest.notes, *_closing_notes(manifest, job, plan), *_on_the_device(run, job.recipe)]
     manifest.status, manifest.exit_code, manifest.notes = "finished", code, list(dict.fromkeys(notes))
     run.save()
+    write_deployable(run, job.recipe, job.task)
     run.stage("report", partial(write_page, run), again=True)
     return code
 
@@ -130,7 +132,7 @@ def _hardly_faster(manifest: Manifest) -> Iterator[str]:
 
 def checksums(run: RunFolder) -> dict[str, str]:
     """Return the SHA-256 checksums of the run's delivered files, by name."""
-    names = [RECIPE, "channels.json", "model.safetensors", MODEL, "report.html"]
+    names = [RECIPE, "channels.json", "model.safetensors", MODEL, *DEPLOYED, "report.html"]
     for pattern in ("model.*.onnx", "model*.pt2", "engines/*"):
         names += sorted(str(path.relative_to(run.path)) for path in run.path.glob(pattern) if path.is_file())
     return {name: sha256_file(run.file(name)) for name in names if run.file(name).exists()}

@@ -33,6 +33,9 @@ MANIFEST = "bundle.json"
 KINDS = {"network": "compress export --bundle", "timing": "compress profile --bundle"}
 """Kind -> the command that writes it."""
 
+INFER = Path(__file__).parent / "infer.py"
+"""The program that runs a classifier's file beside it; a run's folder and a bundle have a copy."""
+
 REFERENCE = "reference/output-{:02d}.txt"
 _REFERENCE = re.compile(r"reference/output-\d{2,}\.txt")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import re
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from compressor.core.manifest import Manifest
 from compressor.data.preprocessing import Preprocessing
@@ -212,14 +212,9 @@ def test_the_example_in_the_documentation_holds() -> None:
 
 
 def test_the_closing_table_shows_both_networks(manifest: dict[str, Any]) -> None:
-    console = Console(width=100, record=True, force_terminal=False)
     manifest["accuracy"]["split"] = "[red]test[/nothing]"
-    with console.capture() as shown:
-        console.print(closing_table(manifest))
-    lines = {
-        line.split("│")[0].strip(): [cell.strip() for cell in line.split("│")[1:]]
-        for line in shown.get().splitlines()
-    }
+    split = (re.split(r" {2,}", line) for line in closing_table(manifest).lines())
+    lines = {label: cells for label, *cells in split}
     assert lines["Accuracy, [red]test[/nothing] split"] == ["98.33%", "98.06%", "-0.28 points"]
     assert lines["Latency, predicted"] == ["2.97 ms", "1.40 ms", "47.1%"]
     assert lines["Latency, measured (median)"] == ["3.00 ms", "1.45 ms", "48.3%"]

@@ -1,0 +1,107 @@
+"""The files with which a run's network is used elsewhere: the names of its classes, how a picture becomes an input, and
+a program that needs neither torch nor this package."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from compressor.core.files import replacing, write_atomic
+from compressor.core.metrics import PYTHON
+from compressor.run.folder import RunFolder
+from compressor.run.onnx_files import MODEL
+from export.convert.ort import open_session
+from export.device.bundle import INFER
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
+    from compressor.training.task import Task
+
+LABELS = "labels.txt"
+PREPROCESS = "preprocess.json"
+INFER_PY = "infer.py"
+DEPLOYED = (LABELS, PREPROCESS, INFER_PY)
+"""The files, by name. A network of a Python program has the second one only, and `INFER_PY` is for classifiers."""
+
+_ANSWERS = {
+    "classification": "a score for each line of labels.txt; the highest one is the answer",
+    "segmentation": "a score for each line of labels.txt at every pixel; the highest one is the answer",
+    "detection": "raw outputs; compress export RUN --format boxes writes a file that gives boxes, whose label 1 is the "
+    "first line of labels.txt",
+    PYTHON: "what the network of the Python program gives",
+}
+
+
+def write_deployable(run: RunFolder, recipe: Recipe, task: Task) -> None:
+    """Write the files that say how `model.onnx` is used, as far as the run knows it.
+
+    Args:
+        run: Run that has exported its network.
+        recipe, task: Resolved recipe of the run and its task.
+    """
+    kind = PYTHON if recipe.from_python else recipe.task or "classification"
+    facts, network = task.facts(), open_session(run.file(MODEL))
+    how = {
+        "answer": _ANSWERS[kind],
+        "task": kind,
+        "inputs": [_tensor(each) for each in network.get_inputs()],
+        "outputs": [_tensor(each) for each in network.get_outputs()],
+        **_of_a_picture(run),
+        "scored": _scored(run, recipe),
+    }
+    write_atomic(run.file(PREPROCESS), json.dumps(how, indent=2, allow_nan=False) + "\n")
+    names = facts.get("classes")
+    if kind == "classification" and not names:  # pictures without labels: classes are known by number
+        names = [str(number) for number in range(how["outputs"][0]["shape"][-1])]
+    if names:
+        write_atomic(run.file(LABELS), "".join(f"{_one_line(name)}\n" for name in names))
+    if kind == "classification":
+        with replacing(run.file(INFER_PY)) as temporary:
+            shutil.copyfile(INFER, temporary)
+
+
+def _tensor(described: Any) -> dict[str, Any]:
+    """Return what a file says about one of its inputs or outputs."""
+    kind = described.type.removeprefix("tensor(").removesuffix(")")
+    return {"name": described.name, "shape": described.shape, "type": "float32" if kind == "float" else kind}
+
+
+def _of_a_picture(run: RunFolder) -> dict[str, Any]:
+    """Return the steps from a picture to an input; nothing for inputs that are no pictures."""
+    from compressor.data import Preprocessing
+
+    if not (known := dict(run.manifest.preprocessing)):
+        return {}
+    origin = known.pop("origin", "")
+    preprocessing = Preprocessing.from_dict(known)
+    kept = ("interpolation", "resize", "channel_order", "range", "mean", "std")
+    return {
+        "in_words": preprocessing.describe(),
+        "origin": origin,
+        "resize_to": list(preprocessing.covered),
+        "crop": list(preprocessing.sides),
+        **{name: known[name] for name in kept},
+        "layout": "NCHW",
+    }
+
+
+def _scored(run: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
+    """Return the score of `model.onnx` and what it is a score of; None if it has none."""
+    accuracy = run.manifest.accuracy
+    if accuracy.exported is None:
+        return None
+    return {
+        "file": MODEL,
+        "metric": accuracy.metric,
+        "value": accuracy.exported,
+        "data": recipe.data.source,
+        "split": accuracy.split,
+        "inputs": accuracy.exported_images,
+    }
+
+
+def _one_line(name: str) -> str:
+    """Return a name without line breaks: a file has a line for each."""
+    return " ".join(str(name).split("\n")).replace("\r", " ")
+
