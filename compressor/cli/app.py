@@ -30,6 +30,7 @@ from compressor.cli.processes import in_first_process
 from compressor.cli.profile import profile
 from compressor.cli.recipes import recipes
 from compressor.cli.report import report
+from compressor.cli.runs import clean, compare, list_runs
 from compressor.cli.terminal import BAD_INPUT, friendly, out, show, show_json, written_out
 from compressor.core.agents import AGENTS
 from compressor.core.errors import CompressorError
@@ -273,8 +274,9 @@ def _described(recipe: Recipe) -> Iterator[str | Table]:
         yield f"Note: {note}"
 
 
-for _command in (profile, export, predict, measure, report, devices, recipes):
+for _command in (profile, export, predict, measure, report, compare, clean, devices, recipes):
     app.command()(_command)
+app.command("list")(list_runs)
 
 
 def main() -> None:

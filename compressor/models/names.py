@@ -247,6 +247,7 @@ def allowed_factory(name: str, given: str | None, folder: Path) -> str:
     """
     if given is not None:
         return given
+    find_again(name)
     if not is_users(name) or _module_file(name) in _run_before().get(name, []):
         return name
     raise CompressorError(
@@ -254,6 +255,16 @@ def allowed_factory(name: str, given: str | None, folder: Path) -> str:
         "is named only in a file is not imported.",
         f"If you trust it, name it, in the folder of its module: --factory {name[:200]}",
     )
+
+
+def find_again(name: str) -> None:
+    """Let a factory be imported from where this user ran it before, if it is not found from here."""
+    if not is_users(name) or _module_file(name) is not None:
+        return
+    places = [path for path in map(Path, _run_before().get(name, [])) if path.is_file()]
+    if len(places) == 1:  # several: the folder of the call decides
+        module = places[0].parent if places[0].name == "__init__.py" else places[0]
+        sys.path.append(str(module.parent))
 
 
 def _module_file(name: str) -> str | None:

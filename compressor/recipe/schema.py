@@ -234,6 +234,16 @@ class Recipe(Part):
             plain["data"] = _with_source(plain["data"])
         return validated(Recipe, merged(self.model_dump(mode="json"), plain), source)
 
+    def placed(self, base: Path) -> Recipe:
+        """Return the recipe with whole paths, so that it is the same from any folder; relative ones begin at `base`."""
+        changes: dict[str, Any] = {}
+        kind, _, where = self.data.source.partition(":")
+        if kind in _PLACED and where:
+            changes["data"] = {"source": f"{kind}:{_whole(where, base)}"}
+        if not self.from_python and self.weights not in ("default", "none"):
+            changes["weights"] = _whole(self.weights, base)
+        return self.changed(changes) if changes else self
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML that `load_recipe` reads back as the same recipe."""
         return write_yaml(self.model_dump(mode="json"))
@@ -252,6 +262,14 @@ def recipe_schema() -> dict[str, Any]:
             del chosen["required"]
         schema["allOf"].append({"if": chosen, "then": {"properties": {"search": settings}}})
     return schema
+
+
+_PLACED = ("cifar10", "cifar100", "folder", "imagenet", "images", "masks", "coco")
+"""Kinds of data that lie at a path."""
+
+
+def _whole(path: str, base: Path) -> str:
+    return str(base / Path(path).expanduser())
 
 
 CPU_INFO = Path("/proc/cpuinfo")

@@ -22,7 +22,7 @@ from compressor.run.exports import Finished, Request, check
 from compressor.run.finish import exit_code, not_measured, write_page
 from compressor.run.folder import RunFolder
 from compressor.run.job import latency_budget
-from compressor.run.onnx_files import MODEL, drawn, one_array
+from compressor.run.onnx_files import MODEL
 from export.device.bundle import find_target, make_bundle, open_bundle
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
                     f"compress export {folder} --precision int8 --rest {request.rest or 'fp16'}"
                 )
             networks.append(path)
-        images = one_array(
-            drawn(finished.task, finished.task.test, REFERENCE_IMAGES, finished.recipe.seed), "A bundle"
-        )
+        images = finished.images(REFERENCE_IMAGES)
         session = open_session(run.file(MODEL), threads=1)
         name = session.get_inputs()[0].name
         outputs = np.concatenate([run_session(session, {name: image[None]})[0] for image in images])
@@ -86,7 +84,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
             networks,
             Reference(images, outputs),
             target=target,
-            facts={"run": run.name, **finished.task.facts()},
+            facts={"run": run.name, **finished.facts()},
         )
         yield f"Wrote {info.path} for {info.target.name}: {', '.join(info.networks)} ({info.size / 1e6:.1f} MB)."
         yield "On the board: unpack it, run run.sh in it, and bring results.tar.gz back."

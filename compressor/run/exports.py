@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
-from compressor.core.files import replacing
+from compressor.core.files import parse_json, replacing
 from compressor.core.manifest import Export, Parity
+from compressor.core.progress import say
 from compressor.core.records import RECIPE
 from compressor.models.names import allowed_factory
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.boxes import check_detection, write_boxes
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
-from compressor.run.load import load_images, network_of, refuse_python, task_of
+from compressor.run.load import load_images, missing_data, network_of, refuse_python, task_of
 from compressor.run.onnx_files import (
     COMPARED_IMAGES,
     MODEL,
     build_engine_of,
     drawn,
-    metadata_of,
     one_array,
     open_exported,
     record,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from compressor.data import DataBundle
     from compressor.training.task import Task
+    from export.convert.onnx_header import OnnxHeader
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -131,15 +132,40 @@ class Finished:
 
         return load(self.run.path, factory=allowed_factory(self.recipe.model, self._factory, self.run.path))
 
+    @cached_property
+    def header(self) -> OnnxHeader:
+        """What the run's own file says about the network."""
+        from export.convert.onnx_header import read_header
+
+        return read_header(self.run.file(MODEL))
+
+    @cached_property
+    def example(self) -> tuple[Any, ...]:
+        """Arguments of the network for one input."""
+        import torch
+
+        return tuple(torch.zeros(shape) for shape in self.header.shapes.values())
+
     def metadata(self) -> dict[str, Any]:
-        """Metadata of every exported file."""
-        from compressor.pruning.artefact import read_plan
+        """Metadata of every exported file: that of the run's own."""
+        return {**self.header.metadata, "run": self.run.name}
 
-        return metadata_of(self.recipe, self.task, self.run, read_plan(self.run.path).checksum)
+    def facts(self) -> dict[str, Any]:
+        """Classes and preprocessing, as the run's own file has them."""
+        known = self.header.metadata
+        names = [name for name in ("classes", "preprocessing") if name in known]
+        return {name: parse_json(known[name], f"'{name}' in {self.run.file(MODEL)}") for name in names}
 
-    def images(self) -> Any:
-        """Test images (N, C, H, W) for comparing exported files with the network."""
-        return one_array(drawn(self.task, self.task.test, COMPARED_IMAGES, self.recipe.seed), "This export")
+    def images(self, number: int = COMPARED_IMAGES) -> Any:
+        """Test images (N, C, H, W) for comparing files with the network; random numbers if the data is not here."""
+        if missing := missing_data(self.recipe):
+            say(f"{missing} is not here: files are compared on random inputs, and not scored.")
+            return one_array(random_inputs(self.example, number, self.recipe.seed), "This export")
+        return one_array(drawn(self.task, self.task.test, number, self.recipe.seed), "This export")
+
+    def scored(self, path: Path) -> tuple[float | None, int | None]:
+        """Return an FP32 file's score on the test split and the number of inputs; None if the data is not here."""
+        return (None, None) if missing_data(self.recipe) else scored(path, self.task, self.model, self.goals)
 
     def onnx(self, request: Request) -> Iterator[str]:
         """Write the ONNX file that `path_of` names, from the FP32 file of the same batch and opset."""
@@ -196,7 +222,7 @@ class Finished:
         with replacing(path) as trial:  # a file that fails a check never replaces `path`
             info = export_onnx(
                 self.model,
-                random_inputs(self.task.example, inputs, 0),
+                random_inputs(self.example, inputs, 0),
                 trial,
                 opset=opset,
                 metadata=self.metadata(),
@@ -204,7 +230,7 @@ class Finished:
                 batches=request.batch.tried,
             )
             parity = check_parity(self.model, trial, self.images(), tolerance=self.recipe.export.tolerance)
-            accuracy, images = scored(trial, self.task, self.model, self.goals)
+            accuracy, images = self.scored(trial)
         entry = Export(
             file=path.name,
             bytes=info.size,
@@ -307,7 +333,7 @@ def _engine(finished: Finished, request: Request) -> Generator[str, None, Path]:
 def _program(finished: Finished, request: Request) -> Generator[str, None, Path]:
     from export.convert.program import check_loaded, export_program, load_program
 
-    example, model, batch = finished.task.example[0], finished.model, request.batch
+    example, model, batch = finished.example[0], finished.model, request.batch
     path = finished.run.file(".".join(part for part in ("model", batch.label, "pt2") if part))
     with replacing(path) as trial:
         info = export_program(model, example, trial, batch=batch, metadata=finished.metadata())

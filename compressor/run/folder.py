@@ -205,6 +205,12 @@ def _before_the_recipe(path: Path) -> bool:
     return path.name == LOCK or is_temporary_of(path, RECIPE)
 
 
+def runs_folder() -> Path:
+    """Return where new runs go: `runs/`, or in a run's own folder beside it, so that none lies within another."""
+    here = Path.cwd()
+    return here.parent if (here / RECIPE).is_file() and (here / MANIFEST).is_file() else Path("runs")
+
+
 def new_run_path(parent: Path, label: str) -> Path:
     """Return a folder under `parent` that does not exist yet, named after the time and `label`."""
     stem = (

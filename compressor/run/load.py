@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
@@ -60,8 +61,10 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
     """
 
     from compressor.models import factory_of, input_channels
+    from compressor.models.names import find_again
 
     refuse_python(recipe)
+    find_again(recipe.model)
     data = load_images(recipe)
     training, augmentation = recipe.training, data.train.augmentation
     data.train.augmentation = replace(
@@ -165,6 +168,13 @@ def refuse_python(recipe: Recipe) -> None:
             "The network and the data of this run are objects of the Python program that started it.",
             "Run that program again: compressor.compress(..., out=FOLDER, resume=True) continues the run in FOLDER.",
         )
+
+
+def missing_data(recipe: Recipe) -> Path | None:
+    """Return the folder of a recipe's data if it does not exist, as on another machine; None if it does."""
+    kind, _, where = recipe.data.source.partition(":")
+    path = Path(where).expanduser()
+    return path if where and kind != "shapes" and not path.is_dir() else None
 
 
 def load_images(recipe: Recipe) -> DataBundle:

@@ -31,7 +31,7 @@ from compressor.recipe.validation import validated
 from compressor.run.contract import Contract
 from compressor.run.device import provider_of, request_of, resolved
 from compressor.run.finish import finish
-from compressor.run.folder import RunFolder, new_run_path
+from compressor.run.folder import RunFolder, new_run_path, runs_folder
 from compressor.run.follower import follow, follows
 from compressor.run.job import Job
 from compressor.run.load import Loader, load
@@ -94,8 +94,8 @@ def started(recipe: Recipe, out: Path | None, loader: Loader = load) -> RunResul
     if follows():
         return _followed(loader)
     with leading():
-        recipe = resolved(recipe)
-        path = out or new_run_path(Path("runs"), recipe.label)
+        recipe = resolved(recipe).placed(Path.cwd())
+        path = out or new_run_path(runs_folder(), recipe.label)
         RunFolder.require_empty(path)
         job = Job.prepare(recipe, loader=loader)
         gather(job.recipe, job.task)
@@ -124,7 +124,7 @@ def continued(folder: Path, overrides: Mapping[str, Any], loader: Loader = load)
     if follows():
         return _followed(loader)
     with leading(), RunFolder.open(folder) as run, _stopped_in(folder):
-        recipe = load_recipe(run.file(RECIPE)).changed(overrides)
+        recipe = load_recipe(run.file(RECIPE)).changed(overrides).placed(Path.cwd())
         changed = _changed_since(run, recipe)
         table, values = _table_of(run, recipe), _function_values(run)
         job = Job.prepare(recipe, table, loader=loader, values=values, dense=run.file(DENSE))
@@ -216,6 +216,7 @@ def _changed_since(run: RunFolder, recipe: Recipe) -> list[str]:
         begun = validated(Recipe, run.manifest.recipe, f"the recipe in {run.file(MANIFEST)}")
     else:  # killed before its first stage, or started by an earlier version
         begun = load_recipe(run.file(RECIPE))
+    begun = begun.placed(Path.cwd())  # runs of earlier versions hold relative paths
     before, now = (dict(_fields(each.model_dump(mode="json"))) for each in (begun, recipe))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     changed = {name: f"{name} is {before.get(name)}, not {now.get(name)}" for name in names}

@@ -1,0 +1,65 @@
+"""`compress list`, `compress compare` and `compress clean`: the runs in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli.flags import JsonOption
+from compressor.cli.terminal import friendly, show, show_json
+
+Runs = Annotated[
+    list[Path] | None, typer.Argument(help="Folders of runs, or folders that hold some; by default runs/.")
+]
+
+
+def list_runs(folders: Runs = None, json: JsonOption = False) -> None:
+    """List runs: how each ended, and its slim network beside the dense one."""
+    with friendly():
+        from compressor.run.runs import find_runs, listed
+
+        table = listed(find_runs(folders or []))
+        if json:
+            show_json(table.records())
+        else:
+            show([table])
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of two or more runs.", metavar="RUN RUN...")],
+    json: JsonOption = False,
+) -> None:
+    """Compare runs: their results, and the fields in which their recipes differ."""
+    with friendly():
+        from compressor.run.runs import compared, find_runs
+
+        table = compared(find_runs(folders))
+        if json:
+            show_json(table.records())
+        else:
+            show([table])
+
+
+def clean(
+    folders: Runs = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Remove the checkpoints of finished runs, which only a resume needs; results and unfinished runs stay."""
+    with friendly():
+        from compressor.core.tables import Cell, Table
+        from compressor.report.formats import size
+        from compressor.run.runs import clean as cleaned
+        from compressor.run.runs import find_runs
+
+        table, total = Table("run", "freed", "files", right=("freed",)), 0
+        for each in cleaned(find_runs(folders or []), remove=not dry_run):
+            files = Cell(list(each.files), each.kept or ", ".join(each.files) or "nothing to remove")
+            table.add(str(each.run), Cell(each.freed_bytes, size(each.freed_bytes)), files)
+            total += each.freed_bytes
+        if json:
+            show_json(table.records())
+        else:
+            show([table, f"{'Would free' if dry_run else 'Freed'} {size(total)}."])

@@ -1,0 +1,85 @@
+"""Runs in a folder: listed, compared and cleaned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from compressor.cli.app import app
+from compressor.core.files import sha256_file
+from compressor.run.folder import RunFolder
+from tests.runs import manifest_of
+
+
+@pytest.fixture
+def runs(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder `runs` with a finished run, another one with another seed, and one that was stopped at once."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    manifest = manifest_of(tmp_path / "runs" / "two")
+    manifest["recipe"]["seed"] = 7
+    manifest["accuracy"]["exported"] = 0.25
+    (tmp_path / "runs" / "two" / "manifest.json").write_text(json.dumps(manifest))
+    RunFolder.create(tmp_path / "runs" / "three", "model: resnet18\n").close()
+    return tmp_path / "runs"
+
+
+def command(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else " ".join(result.output.split())
+
+
+def test_runs_are_listed(runs: Path) -> None:
+    listed = {Path(each["run"]).name: each for each in json.loads(command("list", "--json"))}
+    assert list(listed) == ["three", "one", "two"]
+    one, accuracy = listed["one"], manifest_of(runs / "one")["accuracy"]
+    assert (one["model"], one["data"], one["state"]) == ("tests.nets:tiny", "digits", "kept")
+    assert one["score"] == accuracy["exported"]
+    assert one["change"] == accuracy["exported"] - accuracy["dense"]
+    assert one["size"] == sum(path.stat().st_size for path in (runs / "one").rglob("*") if path.is_file())
+    assert (listed["two"]["score"], listed["three"]["state"]) == (0.25, "unfinished")
+    lines = command("list").splitlines()
+    assert lines[0].split()[:3] == ["run", "model", "data"]
+    assert len(lines) == 4
+    assert json.loads(command("list", runs / "one", "--json")) == [{**one, "run": str(runs / "one")}]
+
+
+def test_runs_are_compared(runs: Path) -> None:
+    rows = {each[""]: each for each in json.loads(command("compare", "runs/one", "runs/two", "--json"))}
+    assert (rows["seed"]["one"], rows["seed"]["two"]) == (0, 7)
+    assert "epochs" not in rows  # the same in both
+    assert rows["Parameters"]["one"] == rows["Parameters"]["two"]
+    assert rows["Accuracy, of the exported ONNX"]["two"] == "25.00%"
+    assert rows["Budget, parameters"]["one"].endswith(": kept")
+    assert "Two runs are needed" in command("compare", "runs/one", code=2)
+
+
+def test_a_finished_run_is_cleaned_and_stays_whole(runs: Path) -> None:
+    folder, results = runs / "one", manifest_of(runs / "one")["files"]
+    spare = sorted(path.name for path in (folder / "checkpoints").glob("*.pt"))
+    assert spare
+    would = {Path(each["run"]).name: each for each in json.loads(command("clean", "--dry-run", "--json"))}
+    assert [Path(name).name for name in would["one"]["files"]] == spare
+    assert (folder / "checkpoints" / spare[0]).exists()
+    said = command("clean", folder, runs / "three")
+    assert "not finished; continue with: compress --resume" in said
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["dense.onnx"]
+    assert (runs / "three" / "recipe.yaml").exists()
+    for name, checksum in results.items():
+        assert sha256_file(folder / name) == checksum
+    assert "nothing to remove" in command("clean", folder)
+    result = CliRunner().invoke(app, ["--resume", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert manifest_of(folder)["files"]["model.onnx"] == results["model.onnx"]
+
+
+def test_folders_without_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "There is no run in runs" in command("list", code=2)
+    assert "/no/such is not a folder" in command("clean", "/no/such", code=2)
