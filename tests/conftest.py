@@ -107,6 +107,9 @@ class _Listener:
     def say(self, text: str) -> None:
         self.lines.append(text)
 
+    def stage(self, text: str) -> None:
+        """Stages are not recorded."""
+
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[_Silent]:
         yield _Silent()

@@ -5,15 +5,15 @@ No module imports torch before a command needs it, so that `compress --help` res
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
+from compressor.cli import completion
+from compressor.cli.commands import Commands, LogOption, QuietOption, markup, with_output
 from compressor.cli.devices import devices
+from compressor.cli.doctor import doctor
 from compressor.cli.export import export
 from compressor.cli.flags import (
     ImageSizeOption,
@@ -31,43 +31,20 @@ from compressor.cli.profile import profile
 from compressor.cli.recipes import recipes
 from compressor.cli.report import report
 from compressor.cli.runs import clean, compare, list_runs
-from compressor.cli.terminal import BAD_INPUT, friendly, out, show, show_json, written_out
+from compressor.cli.terminal import BAD_INPUT, friendly, out, output_as, show, show_json, written_out
 from compressor.core.agents import AGENTS
 from compressor.core.errors import CompressorError
 from compressor.core.processes import stoppable
-from compressor.core.tables import Cell, Table
-from export.text import message_text
+from compressor.core.tables import Table
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
     from compressor.run.pipeline import RunResult
 
 
-class _Commands(TyperGroup):
-    """The command group; usage errors quote the command line as plain, short text."""
-
-    def make_context(self, *args: Any, **more: Any) -> Any:
-        with _short_quotes():
-            return super().make_context(*args, **more)
-
-    def invoke(self, *args: Any, **more: Any) -> Any:
-        with _short_quotes():
-            return super().invoke(*args, **more)
-
-
-@contextmanager
-def _short_quotes() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # click's class; newer versions of typer bundle their own copy
-        if isinstance(message := getattr(error, "message", None), str):
-            error.message = message_text(message)  # type: ignore[attr-defined]
-        raise
-
-
 app = typer.Typer(
     name="compress",
-    cls=_Commands,
+    cls=Commands,
     help="Compress a CNN until it meets a device's budget, as measured.\n\n"
     "Example: compress --model resnet50 --latency 50%\n\n"
     "Exit codes: 0 every budget is met as measured; 3 the best plan found misses one; 4 none is missed, but one is "
@@ -75,7 +52,7 @@ app = typer.Typer(
     "continue the run with --resume.",
     no_args_is_help=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=markup(),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -92,9 +69,15 @@ def _version(wanted: bool) -> None:
 def compress_command(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Option(help="torchvision name, timm:NAME, cifar_resnet20, or module:factory.")
+        str | None,
+        typer.Option(
+            help="torchvision name, timm:NAME, cifar_resnet20, or module:factory.", autocompletion=completion.models
+        ),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="A recipe: YAML file or shipped name.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe: YAML file or shipped name.", autocompletion=completion.recipes),
+    ] = None,
     latency: Annotated[str | None, typer.Option(help="Latency budget: 5ms, 50% or 0.5x.")] = None,
     flops: Annotated[str | None, typer.Option(help="Multiply-add budget: 50%, 0.5x or 2G.")] = None,
     params: Annotated[str | None, typer.Option(help="Parameter budget: 30%, 0.3x or 8M.")] = None,
@@ -105,7 +88,10 @@ def compress_command(
     budget: Annotated[
         list[str] | None, typer.Option(help="package.module:function<=VALUE; may be repeated.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="local, or a name from: compress devices.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="local, or a name from: compress devices.", autocompletion=completion.devices),
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8 or auto.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime on this machine's CPU.")] = None,
     data: Annotated[
@@ -127,7 +113,10 @@ def compress_command(
         typer.Option("--accept-dense", help="Continue with a dense network that is no better than guessing."),
     ] = False,
     agent: Annotated[
-        str | None, typer.Option(help=f"{', '.join(AGENTS)}, or one of an installed package.")
+        str | None,
+        typer.Option(
+            help=f"{', '.join(AGENTS)}, or one of an installed package.", autocompletion=completion.agents
+        ),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Total number of training epochs, search and fine-tuning together.")
@@ -156,11 +145,14 @@ def compress_command(
         bool, typer.Option("--dry-run", help="Show the recipe, the groups and the costs; run nothing.")
     ] = False,
     json: JsonOption = False,
+    quiet: QuietOption = False,
+    log: LogOption = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Compress a network until it meets its budgets on the device."""
+    context.with_resource(output_as(quiet, log))
     if context.invoked_subcommand is not None:
         return
     overrides = overrides_of(
@@ -187,13 +179,7 @@ def compress_command(
             raise typer.Exit(BAD_INPUT)
         wanted = recipe_of(recipe, overrides)
         if dry_run:
-            parts = _described(wanted)
-            if json:
-                found = list(parts)
-                groups = [row for part in found if isinstance(part, Table) for row in part.records()]
-                show_json({"groups": groups, "lines": [part for part in found if isinstance(part, str)]})
-            else:
-                show(parts)
+            _dry_run(wanted, json)
             raise typer.Exit
         from compressor.run.pipeline import run_recipe
 
@@ -208,6 +194,22 @@ def _resume(folder: Path, overrides: dict[str, Any], recipe: str | None, out_dir
             "--resume uses the recipe and the folder of its run.", "Leave out --recipe and --out."
         )
     _finish(resume(folder, overrides), json)
+
+
+def _dry_run(recipe: Recipe, json: bool) -> None:
+    """Print what a recipe would do; as JSON, texts and rows by the names of their parts."""
+    from compressor.cli.dry_run import described
+
+    if not json:
+        show(part for _, part in described(recipe))
+        return
+    found: dict[str, Any] = {"lines": []}
+    for name, part in described(recipe):
+        if name == "lines":
+            found["lines"].append(part)
+        else:
+            found[name] = part.records() if isinstance(part, Table) else part
+    show_json(found)
 
 
 VERDICT_COLOURS = {"kept": "green", "none": "", "missed": "red"}  # any other verdict is amber, as in the report
@@ -239,44 +241,9 @@ def _finish(result: RunResult, json: bool) -> None:
     raise typer.Exit(result.exit_code)
 
 
-def _described(recipe: Recipe) -> Iterator[str | Table]:
-    """Yield what a recipe would do: the resolved recipe, the groups, the dense costs, and the budgets' targets."""
-    import numpy as np
-
-    from compressor.run.device import resolved
-    from compressor.run.job import Job
-
-    recipe = resolved(recipe)
-    yield recipe.to_yaml()
-    job = Job.prepare(recipe)
-    space = job.space
-    numbers = ("channels", "smallest", "step")
-    table = Table("group", *numbers, "coupled", right=numbers)
-    for group in space.groups:
-        coupled = Cell(group.coupled, "yes" if group.coupled else "")
-        table.add(group.name, group.width, group.min_width, group.granularity, coupled)
-    yield table
-    for part in space.skipped:
-        yield f"left dense: {part.name} ({part.reason})"
-    dense, least = space.dense_widths, space.min_widths
-    macs, params = (int(np.asarray(count(dense))) for count in (space.macs, space.params))
-    least_macs, least_params = (int(np.asarray(count(least))) for count in (space.macs, space.params))
-    yield f"Dense network: {macs:,} MACs (one multiply-add is one, as fvcore counts), {params:,} parameters."
-    yield f"Smallest reachable: {least_macs:,} MACs, {least_params:,} parameters."
-    for budget in job.budgets():
-        reached = float(budget.predict(least[None])[0])
-        how = ", estimated" if getattr(budget, "estimated", False) else ""
-        yield (
-            f"Budget {budget.name}{how}: at most {budget.format(budget.target)}, dense {budget.format(budget.dense)} "
-            f"({budget.target / budget.dense:.1%} of it), smallest reachable {budget.format(reached)}."
-        )
-    for note in job.notes:
-        yield f"Note: {note}"
-
-
-for _command in (profile, export, predict, measure, report, compare, clean, devices, recipes):
-    app.command()(_command)
-app.command("list")(list_runs)
+for _command in (profile, export, predict, measure, report, compare, clean, devices, recipes, doctor):
+    app.command()(with_output(_command))
+app.command("list")(with_output(list_runs))
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 import typer
@@ -18,6 +20,7 @@ from rich.segment import Segment
 
 from compressor.core.errors import CompressorError, Stopped
 from compressor.core.processes import stop_code, stopped
+from compressor.core.progress import Display
 from compressor.core.tables import Table
 from export.text import message_text, plain
 
@@ -103,12 +106,93 @@ out = _Plain(file=cast("IO[str]", stdout), emoji=False, markup=False)
 err = _Plain(file=cast("IO[str]", stderr), stderr=True, emoji=False, markup=False)
 
 
+class _Log:
+    """A file that receives a command's lines; each is written with its time as soon as it comes."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise CompressorError(
+                f"--log {path} cannot be written: {error.strerror or error}.", "Give a file in a folder that exists."
+            ) from error
+
+    def write(self, text: str) -> None:
+        now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        with suppress(OSError, ValueError):  # a full disk must not end the work
+            self._file.write("".join(f"{now} {plain(line)}\n" for line in text.splitlines()))
+            self._file.flush()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._file.close()
+
+
+@dataclass
+class _Wanted:
+    """Where the output of the running command goes besides the terminal, as its options say."""
+
+    quiet: bool = False
+    path: Path | None = None
+    log: _Log | None = None
+
+
+_wanted = _Wanted()
+
+
+@contextmanager
+def output_as(quiet: bool, log: Path | None) -> Iterator[None]:
+    """Run a command with `--quiet` and `--log`; those of the whole command line hold for a subcommand, too."""
+    global _wanted
+    before = _wanted
+    _wanted = _Wanted(quiet or before.quiet, log or before.path, before.log if log is None else None)
+    try:
+        yield
+    finally:
+        if _wanted.log is not None and _wanted.log is not before.log:
+            _wanted.log.close()
+        _wanted = before
+
+
+def _logged(text: str) -> None:
+    if _wanted.log is not None:
+        _wanted.log.write(text)
+
+
+@contextmanager
+def _display() -> Iterator[Display]:
+    """Open what shows the progress of the running command."""
+    from compressor.cli.display import LineDisplay, RichDisplay
+    from compressor.core.progress import Both, Quiet
+
+    if _wanted.path is not None and _wanted.log is None:
+        _wanted.log = _Log(_wanted.path)
+    lines: list[LineDisplay] = []
+    shown: Display
+    if _wanted.quiet:
+        shown = Quiet()
+    elif err.is_terminal:
+        shown = RichDisplay(err)
+    else:
+        shown = LineDisplay(_print)
+        lines.append(shown)
+    if _wanted.log is not None:
+        lines.append(LineDisplay(_wanted.log.write))
+        shown = Both(shown, lines[-1])
+    try:
+        yield shown
+    finally:
+        for each in lines:
+            each.close()
+
+
 def show(parts: Iterable[str | Table], style: str = "") -> None:
     """Print lines of text and tables, each as soon as it comes; no line is wrapped and no name broken."""
     for part in parts:
         for place, line in enumerate(part.lines() if isinstance(part, Table) else [part]):
             heading = isinstance(part, Table) and place == 0
             out.print(line, style="bold" if heading else style or None, highlight=False, soft_wrap=True)
+            _logged(line)
 
 
 def show_json(content: Any) -> None:
@@ -157,12 +241,11 @@ def friendly() -> Iterator[None]:
 
     A command that a signal stops ends with 130 or 143, and prints how to continue.
     """
-    from compressor.cli.display import RichDisplay
     from compressor.core.progress import shown_on
     from export.errors import ExportError
 
     try:
-        with shown_on(RichDisplay(err)):
+        with _display() as display, shown_on(display):
             yield
     except OSError as error:
         if error.filename is None or error.errno not in _OF_A_PATH:
@@ -179,16 +262,19 @@ def friendly() -> Iterator[None]:
 def fail(message: str, hint: str = "") -> None:
     err.print("Error:", style="bold red", end=" ")
     _print(message_text(message))
+    _logged(f"Error: {message_text(message)}")
     if hint:
         _print(message_text(hint))
+        _logged(message_text(hint))
     raise typer.Exit(BAD_INPUT)
 
 
 def _say_stopped(stop: KeyboardInterrupt | None) -> None:
+    text = "Stopped. No file is incomplete; run the command again."
     if isinstance(stop, Stopped):
-        _print(f"Stopped. Finished stages are saved; continue with: compress --resume {stop.folder}")
-    else:
-        _print("Stopped. No file is incomplete; run the command again.")
+        text = f"Stopped. Finished stages are saved; continue with: compress --resume {stop.folder}"
+    _print(text)
+    _logged(text)
     raise typer.Exit(stop_code())
 
 

@@ -27,6 +27,9 @@ class Display(Protocol):
     def say(self, text: str) -> None:
         """Show one line to the user."""
 
+    def stage(self, text: str) -> None:
+        """Show that a stage begins, which lasts until the next one."""
+
 
 class Quiet:
     """A display that shows nothing."""
@@ -40,6 +43,38 @@ class Quiet:
 
     def say(self, text: str) -> None:
         """Show nothing."""
+
+    stage = say
+
+
+class Both:
+    """Two displays that show the same."""
+
+    def __init__(self, first: Display, second: Display) -> None:
+        self._displays = first, second
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Bar]:
+        first, second = self._displays
+        with first.bar(label, total) as one, second.bar(label, total) as other:
+            yield _BothBars(one, other)
+
+    def say(self, text: str) -> None:
+        for each in self._displays:
+            each.say(text)
+
+    def stage(self, text: str) -> None:
+        for each in self._displays:
+            each.stage(text)
+
+
+class _BothBars:
+    def __init__(self, *bars: Bar) -> None:
+        self._bars = bars
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        for each in self._bars:
+            each.advance(steps, note)
 
 
 _display: Display = Quiet()
@@ -64,3 +99,8 @@ def bar(label: str, total: int) -> AbstractContextManager[Bar]:
 def say(text: str) -> None:
     """Show one line to the user on the installed display."""
     _display.say(text)
+
+
+def stage(text: str) -> None:
+    """Show on the installed display that a stage begins."""
+    _display.stage(text)

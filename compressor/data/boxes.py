@@ -49,7 +49,13 @@ class BoxedFile:
 
 
 def load_coco(
-    path: Path, name: str, seed: int, wanted: Wanted, search_limit: int | None, workers: int | None = None
+    path: Path,
+    name: str,
+    seed: int,
+    wanted: Wanted,
+    search_limit: int | None,
+    workers: int | None = None,
+    decode_files: bool = True,
 ) -> DataBundle:
     """Load pictures with boxes; crowds are left out, and pictures without boxes are kept.
 
@@ -90,6 +96,7 @@ def load_coco(
         seed=seed,
         search_limit=search_limit,
         workers=workers,
+        decode_files=decode_files,
     )
 
 

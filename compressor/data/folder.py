@@ -42,6 +42,7 @@ def load_folder(
     search_fraction: float,
     search_limit: int | None,
     workers: int | None = None,
+    decode_files: bool = True,
 ) -> DataBundle:
     """Load images in folders by class, with train/ and test/ or val/ above them, or split here.
 
@@ -79,7 +80,7 @@ def load_folder(
             f"{path} has no train/ and test/: {len(test)} of its images form the test split."
         )
     kept, held = _divided(train, search_fraction, search_limit, seed, notes)
-    return bundle(name, classes, (kept, held, test), wanted.image_size, wanted, notes, workers)
+    return bundle(name, classes, (kept, held, test), wanted.image_size, wanted, notes, workers, decode_files)
 
 
 def load_imagenet(
@@ -90,6 +91,7 @@ def load_imagenet(
     search_fraction: float,
     search_limit: int | None,
     workers: int | None = None,
+    decode_files: bool = True,
 ) -> DataBundle:
     """Load ImageNet with train/ and val/ by WordNet id; the label is the id's rank, as for published weights.
 
@@ -112,7 +114,8 @@ def load_imagenet(
         )
     kept, held = _divided(_files(found["train"], classes), search_fraction, search_limit, seed, notes)
     size = wanted.image_size or wanted.usual.size
-    return bundle(name, classes, (kept, held, _files(found["val"], classes)), size, wanted, notes, workers)
+    parts = (kept, held, _files(found["val"], classes))
+    return bundle(name, classes, parts, size, wanted, notes, workers, decode_files)
 
 
 def _class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
@@ -207,6 +210,7 @@ def bundle(
     wanted: Wanted,
     notes: list[str],
     workers: int | None,
+    decode_files: bool = True,
 ) -> DataBundle:
     """Return files as a data set: in memory if they fit, except for the random crops of training.
 
@@ -217,6 +221,7 @@ def bundle(
         wanted: Preprocessing.
         notes: Receives sentences about unreadable files.
         workers: Processes that decode files on disk; None for a number that suits the machine.
+        decode_files: Whether to decode them now; else each is when it is used, and unreadable ones are not known.
 
     Raises:
         CompressorError: A split is empty, or too many files are unreadable.
@@ -228,6 +233,8 @@ def bundle(
     in_memory = sum(map(len, parts)) * math.prod(preprocessing.input_shape) <= MEMORY_LIMIT
 
     def read(part: str, files: list[ImageFile], augmentation: Augmentation | None = None) -> Split:
+        if not decode_files:
+            return FileSplit(files, preprocessing, augmentation, processes)
         if in_memory:
             decoded, seen = load_files(files, preprocessing, f"Reading {part} images", workers), files
             unreadable: Sequence[str] = decoded.unreadable

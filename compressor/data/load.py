@@ -38,6 +38,7 @@ def load_data(
     search_limit: int = SEARCH_LIMIT,
     workers: int | None = None,
     task: str = "classification",
+    decode_files: bool = True,
 ) -> DataBundle:
     """Load a data set as disjoint train, search and test splits.
 
@@ -53,6 +54,7 @@ def load_data(
         search_limit: Maximum number of images held out.
         workers: Threads or processes that decode files; None for a number that suits the machine.
         task: "classification", "segmentation" or "detection".
+        decode_files: Whether files are decoded now as far as they fit into memory; else each is when it is used.
 
     Raises:
         CompressorError: The name is unknown, or the data is missing, damaged or not a classification problem.
@@ -90,11 +92,11 @@ def load_data(
         raise CompressorError(f"The folder of images {path} {what}.", f"Write --data {kind}:PATH.")
     if kind in SCENES:
         read = load_masks if kind == "masks" else load_coco
-        return read(path, spec, seed, wanted, search_limit, workers)
+        return read(path, spec, seed, wanted, search_limit, workers, decode_files)
     if kind == "images":
-        return load_pictures(path, spec, seed, wanted, search_limit, workers)
+        return load_pictures(path, spec, seed, wanted, search_limit, workers, decode_files)
     load = load_folder if kind == "folder" else load_imagenet
-    return load(path, spec, seed, wanted, search_fraction, search_limit, workers)
+    return load(path, spec, seed, wanted, search_fraction, search_limit, workers, decode_files)
 
 
 def _check_task(spec: str, kind: str, task: str) -> None:

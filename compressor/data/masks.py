@@ -62,7 +62,13 @@ class MaskedFile:
 
 
 def load_masks(
-    path: Path, name: str, seed: int, wanted: Wanted, search_limit: int | None, workers: int | None = None
+    path: Path,
+    name: str,
+    seed: int,
+    wanted: Wanted,
+    search_limit: int | None,
+    workers: int | None = None,
+    decode_files: bool = True,
 ) -> DataBundle:
     """Load pictures with masks; every mask is read once, so that a wrong one is refused before the run begins.
 
@@ -99,6 +105,7 @@ def load_masks(
         search_limit=search_limit,
         notes=notes,
         workers=workers,
+        decode_files=decode_files,
     )
 
 

@@ -18,7 +18,13 @@ FEWEST = 10
 
 
 def load_pictures(
-    path: Path, name: str, seed: int, wanted: Wanted, search_limit: int | None, workers: int | None = None
+    path: Path,
+    name: str,
+    seed: int,
+    wanted: Wanted,
+    search_limit: int | None,
+    workers: int | None = None,
+    decode_files: bool = True,
 ) -> DataBundle:
     """Load all pictures below a folder, in splits but without labels: every label is 0, and there are no classes.
 
@@ -41,7 +47,7 @@ def load_pictures(
     _require(len(train), path)
     stays, held = hold_out([0] * len(train), SCORED_SHARE, search_limit, seed)
     kept, scored = ([train[index] for index in part.tolist()] for part in (stays, held))
-    return bundle(name, (), (kept, scored, test), wanted.image_size, wanted, notes, workers)
+    return bundle(name, (), (kept, scored, test), wanted.image_size, wanted, notes, workers, decode_files)
 
 
 def _pictures(folder: Path) -> list[ImageFile]:

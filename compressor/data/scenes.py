@@ -192,6 +192,7 @@ def bundle_of(
     search_share: float = SEARCH_SHARE,
     notes: Sequence[str] = (),
     workers: int | None = None,
+    decode_files: bool = True,
 ) -> DataBundle:
     """Return scenes as a data set, read into memory if they fit; the search split comes out of the training scenes.
 
@@ -202,6 +203,7 @@ def bundle_of(
         seed: Chooses the search split.
         search_limit, search_share: Largest number and share of scenes in the search split.
         workers: Processes that read files; None for a number that suits the machine.
+        decode_files: Whether to read them now; else each is when it is used.
 
     Raises:
         CompressorError: There are too few scenes, or one cannot be read.
@@ -213,7 +215,7 @@ def bundle_of(
         )
     preprocessing = wanted.at(size)
     stays, held = hold_out([0] * len(train), search_share, search_limit, seed)
-    if fits := (len(train) + len(test)) * _bytes(preprocessing) <= MEMORY_LIMIT:
+    if fits := decode_files and (len(train) + len(test)) * _bytes(preprocessing) <= MEMORY_LIMIT:
         train, test = _read(train, preprocessing), _read(test, preprocessing)
     processes = 0 if fits else min(8, os.cpu_count() or 1) if workers is None else workers
     kept, scored = ([train[index] for index in part.tolist()] for part in (stays, held))

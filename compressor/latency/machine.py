@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +97,34 @@ class ProcessorSpeed:
             self._best[place] = min(self._best[place], now)
             slowest = max(slowest, now / self._best[place] - 1.0)
         return slowest
+
+
+class Noise(NamedTuple):
+    """How far times of one network on this machine differ by what else it does.
+
+    Attributes:
+        spread: Distance of the quartiles of the medians of bursts, as a share of their median.
+        interrupted: Share of the runs that another process interrupted.
+        seconds: How long it was observed.
+    """
+
+    spread: float
+    interrupted: float
+    seconds: float
+
+
+def noise(seconds: float = 3.0) -> Noise:
+    """Time a small fixed network in bursts for some seconds, with one thread."""
+    runner = OnnxRunner(convolution(64, 64, 16), threads=1)
+    runner.warm_up(0.1)
+    began, bursts = time.monotonic(), [timed(runner, 20)]
+    while len(bursts) < 10 or time.monotonic() < began + seconds:
+        bursts.append(timed(runner, 20))
+    medians = np.asarray([np.median(burst[:, 0]) for burst in bursts])
+    low, half, high = np.quantile(medians, [0.25, 0.5, 0.75])
+    every = np.concatenate(bursts)
+    interrupted = np.mean(every[:, 0] > every[:, 1] * (1 + INTERRUPTED))
+    return Noise(float((high - low) / half), float(interrupted), time.monotonic() - began)
 
 
 def convolution(channels_in: int, channels_out: int, pixels: int) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 from compressor.core.errors import CompressorError
 from compressor.core.files import disk_error, now, write_atomic
 from compressor.core.manifest import MANIFEST, Manifest, Stage
-from compressor.core.progress import say
+from compressor.core.progress import say, stage
 from compressor.core.records import RECIPE, Checkpoint, EpisodeLog
 from export.files import is_temporary_of, remove_temporaries
 
@@ -23,6 +23,17 @@ LOCK = ".lock"
 _locks: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 """Folders that this process has locked."""
 Result = TypeVar("Result")
+
+STAGES = {
+    "begin": "Recording the dense network",
+    "search": "Searching for the widths",
+    "probe": "Measuring the plan",
+    "finetune": "Building and training the slim network",
+    "export": "Exporting the slim network",
+    "measure": "Measuring the slim network",
+    "report": "Writing the report",
+}
+"""Stage -> what it does, in the order of the main path; those of a search and its probe may come again."""
 
 
 class RunFolder:
@@ -181,6 +192,8 @@ class RunFolder:
         spent, begun = before.seconds or 0.0, time.monotonic()
         self._record(name, started=before.started or now(), finished=None, seconds=spent)
         self.save()
+        if name in STAGES:
+            stage(f"{STAGES[name]} (stage {list(STAGES).index(name) + 1} of {len(STAGES)})")
         result = work()
         self._record(name, finished=now(), seconds=round(spent + time.monotonic() - begun, 3))
         self.save()

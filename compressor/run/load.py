@@ -49,12 +49,13 @@ Loader = Callable[["Recipe"], Loaded]
 """Loads the objects of a run: those that its recipe names, or those of a caller."""
 
 
-def load(recipe: Recipe, weights: str | None = None) -> Loaded:
+def load(recipe: Recipe, weights: str | None = None, *, decode_files: bool = True) -> Loaded:
     """Load the images and the network of a resolved recipe.
 
     Args:
         recipe: Resolved recipe.
         weights: Weights used instead of the recipe's; the images are still prepared for the recipe's weights.
+        decode_files: Whether images are decoded now; else each is when it is used.
 
     Raises:
         CompressorError: A part is not available, or the network takes images with another number of channels.
@@ -65,7 +66,7 @@ def load(recipe: Recipe, weights: str | None = None) -> Loaded:
 
     refuse_python(recipe)
     find_again(recipe.model)
-    data = load_images(recipe)
+    data = load_images(recipe, decode_files=decode_files)
     training, augmentation = recipe.training, data.train.augmentation
     data.train.augmentation = replace(
         augmentation, rand_augment=training.rand_augment, random_erasing=training.random_erasing
@@ -177,7 +178,7 @@ def missing_data(recipe: Recipe) -> Path | None:
     return path if where and kind != "shapes" and not path.is_dir() else None
 
 
-def load_images(recipe: Recipe) -> DataBundle:
+def load_images(recipe: Recipe, *, decode_files: bool = True) -> DataBundle:
     """Load the images of a resolved recipe, prepared as it says; in color unless it says that they are gray."""
     from compressor.data import load_data
 
@@ -186,6 +187,7 @@ def load_images(recipe: Recipe) -> DataBundle:
         seed=recipe.seed,
         wanted=_wanted(recipe, recipe.data.channel_order),
         task=recipe.task or "classification",
+        decode_files=decode_files,
     )
 
 

@@ -135,5 +135,5 @@ def _traced(recipe: Recipe) -> tuple[PruningSpace, Any]:
     from compressor.run.job import trace
     from compressor.run.load import load
 
-    loaded = load(recipe, weights="none")
+    loaded = load(recipe, weights="none", decode_files=False)
     return trace(loaded.recipe, loaded.model, loaded.task.example), loaded.task.example

@@ -1,0 +1,77 @@
+"""`--dry-run`: what a recipe would do and how long it would take. No image is read, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.core.tables import Cell, Table
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
+    from compressor.run.job import Job
+
+
+def described(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of the description, each with its name in JSON: texts, and tables."""
+    from compressor.run.device import resolved
+    from compressor.run.job import Job
+    from compressor.run.load import load
+
+    recipe = resolved(recipe).placed(Path.cwd())
+    yield "recipe", recipe.to_yaml()
+    job = Job.prepare(recipe, loader=partial(load, decode_files=False))
+    numbers = ("channels", "smallest", "step")
+    table = Table("group", *numbers, "coupled", right=numbers)
+    for group in job.space.groups:
+        coupled = Cell(group.coupled, "yes" if group.coupled else "")
+        table.add(group.name, group.width, group.min_width, group.granularity, coupled)
+    yield "groups", table
+    for part in job.space.skipped:
+        yield "lines", f"left dense: {part.name} ({part.reason})"
+    for line in _costs(job):
+        yield "lines", line
+    for note in job.notes:
+        yield "lines", f"Note: {note}"
+    yield from times(job)
+
+
+def _costs(job: Job) -> Iterator[str]:
+    """Yield the counts of the dense and of the smallest network, and each budget."""
+    import numpy as np
+
+    space = job.space
+    dense, least = space.dense_widths, space.min_widths
+    macs, params = (int(np.asarray(count(dense))) for count in (space.macs, space.params))
+    least_macs, least_params = (int(np.asarray(count(least))) for count in (space.macs, space.params))
+    yield f"Dense network: {macs:,} MACs (one multiply-add is one, as fvcore counts), {params:,} parameters."
+    yield f"Smallest reachable: {least_macs:,} MACs, {least_params:,} parameters."
+    for budget in job.budgets():
+        reached = float(budget.predict(least[None])[0])
+        how = ", estimated" if getattr(budget, "estimated", False) else ""
+        already = "; already kept by the dense network" if budget.dense <= budget.target else ""
+        yield (
+            f"Budget {budget.name}{how}: at most {budget.format(budget.target)}, dense {budget.format(budget.dense)} "
+            f"({budget.target / budget.dense:.1%} of it), smallest reachable {budget.format(reached)}{already}."
+        )
+
+
+def times(job: Job) -> Iterator[tuple[str, Any]]:
+    """Yield how long a run takes here: a table of its parts, and the sum in words."""
+    from compressor.report.formats import duration
+    from compressor.run.estimate import estimated
+
+    parts = estimated(job)
+    table = Table("time of", "at least", "at most", "for", right=("at least", "at most"))
+    for part in parts:
+        low, high = (Cell(round(seconds, 3), duration(seconds)) for seconds in (part.low_s, part.high_s))
+        table.add(part.name, low, high, part.how)
+    yield "times", table
+    low, high = (sum(getattr(part, name) for part in parts) for name in ("low_s", "high_s"))
+    yield (
+        "lines",
+        f"Estimated time on this machine: {duration(low)} to {duration(high)}, from a few steps that were timed now; "
+        "reading pictures, and further rounds after a missed measurement, come on top.",
+    )
