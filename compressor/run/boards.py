@@ -5,56 +5,69 @@ Each function yields lines for the user.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.core.manifest import DeviceRecord
 from compressor.core.progress import say
+from compressor.latency.networks import with_distinct_weights
 from compressor.latency.paired import Ratio
+from compressor.run.deployable import LABELS, PREPROCESS
 from compressor.run.device import device_precision
-from compressor.run.exports import Finished, Request, check
+from compressor.run.exports import PRECISIONS, Finished, Request, check
 from compressor.run.finish import exit_code, not_measured, write_page
 from compressor.run.folder import RunFolder
 from compressor.run.job import latency_budget
+from compressor.run.onnx_files import DENSE as DENSE_FILE
 from compressor.run.onnx_files import MODEL
-from export.device.bundle import find_target, make_bundle, open_bundle
+from export.device.bundle import DENSE, INFER, find_target, folder_of, make_bundle, open_bundle
+from export.errors import ExportError
+from export.files import read_bytes
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
-    from export.device.results import DeviceResults
+    from export.device.results import DeviceResults, NetworkResult
 
 REFERENCE_IMAGES = 8
 
 
 def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | None = None) -> Iterator[str]:
-    """Write everything that a board needs to build, measure and verify a run's networks.
+    """Write everything that a board needs to build, measure and verify a run's networks, and to use them.
 
-    The bundle has the FP32 network and every other precision of the run, in the opset that the board reads.
+    The bundle has the dense and the slim network side by side in every precision that the board and the run allow, in
+    the opset that the board reads.
 
     Args:
         folder: Folder of a finished run.
         target: Name of a board, as listed by `compress export --help`.
         bundle: NAME.tar.gz.
-        wanted: Request whose precision is exported first if the run lacks it.
+        wanted: Request whose precision must be possible; the others are left out where they are not.
     """
-    from export.convert.ort import open_session, run_session
     from export.convert.parity import Reference
 
     board = find_target(target)
+    folder_of(bundle)  # refuses a name that no board can handle
     if wanted is not None:
         check(replace(wanted, target=target))
     if bundle.exists():
         raise CompressorError(f"{bundle} exists already.", "Choose another --bundle FILE, or delete it.")
-    with closing(Finished.open(folder, wanted.factory if wanted else None)) as finished:
+    with (
+        closing(Finished.open(folder, wanted.factory if wanted else None)) as finished,
+        tempfile.TemporaryDirectory(prefix="compressor-bundle-") as scratch,
+    ):
         run = finished.run
-        networks = []
-        for precision in _precisions(run, wanted):
+        images = finished.images(REFERENCE_IMAGES)
+        networks: list[Path] = []
+        dense: dict[str, Path] = {}
+        for precision in PRECISIONS:
             if precision == "int8" and not board.int8:
                 yield f"The {board.title} has no INT8 units: the int8 network is left out."
                 continue
@@ -65,30 +78,90 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
                 method=wanted.method if wanted else "minmax",
                 rest=wanted.rest if wanted else None,
             )
-            path = finished.path_of(request)
-            rest_given = wanted is not None and wanted.precision == precision == "int8" and wanted.rest
-            if not path.exists() or (rest_given and _rest_of(path) != request.rest):
-                yield from finished.onnx(request)
-            elif precision == "int8" and _rest_of(path) != (request.rest or "fp16"):
-                yield (
-                    f"{path.name} computes the rest in {_rest_of(path)}; export another one with: "
-                    f"compress export {folder} --precision int8 --rest {request.rest or 'fp16'}"
-                )
-            networks.append(path)
-        images = finished.images(REFERENCE_IMAGES)
-        session = open_session(run.file(MODEL), threads=1)
-        name = session.get_inputs()[0].name
-        outputs = np.concatenate([run_session(session, {name: image[None]})[0] for image in images])
+            must = precision == "fp32" or (wanted is not None and wanted.precision == precision)
+            try:
+                path = yield from _slim(finished, request, must)
+                dense[precision] = _dense(finished, request, dense, Path(scratch), images)
+            except (CompressorError, ExportError) as error:
+                if must:
+                    raise
+                yield f"{precision} is left out: {error.message}"
+                continue
+            networks += [dense[precision], path]
         info = make_bundle(
             bundle,
             networks,
-            Reference(images, outputs),
+            Reference(images, _outputs(run.file(MODEL), images)),
             target=target,
             facts={"run": run.name, **finished.facts()},
+            dense=Reference(images, _outputs(dense["fp32"], images)),
+            more=_for_use(run),
         )
         yield f"Wrote {info.path} for {info.target.name}: {', '.join(info.networks)} ({info.size / 1e6:.1f} MB)."
-        yield "On the board: unpack it, run run.sh in it, and bring results.tar.gz back."
+        yield "On the board: unpack it, run run.sh in it, and bring results.tar.gz back. Its README.txt has each step."
         yield f"Then: compress export {folder} --bundle {bundle} --import results.tar.gz"
+
+
+def _slim(finished: Finished, request: Request, must: bool) -> Generator[str, None, Path]:
+    """Return the slim network's file of a request, which is written if the run lacks it.
+
+    Args:
+        finished: The run.
+        request: Precision and board.
+        must: Whether an INT8 file with another precision of the rest than was asked for is replaced.
+    """
+    path = finished.path_of(request)
+    if not path.exists() or (must and request.rest and _rest_of(path) != request.rest):
+        yield from finished.onnx(request)
+    elif request.precision == "int8" and _rest_of(path) != (request.rest or "fp16"):
+        yield (
+            f"{path.name} computes the rest in {_rest_of(path)}; export another one with: "
+            f"compress export {finished.run.path} --precision int8 --rest {request.rest or 'fp16'}"
+        )
+    return path
+
+
+def _dense(finished: Finished, request: Request, known: Mapping[str, Path], scratch: Path, images: Any) -> Path:
+    """Write the dense network in the precision and opset of a slim one; its weights do not matter for its time.
+
+    Args:
+        finished, request: The run, and the slim network's request.
+        known: Files of the dense network by precision.
+        scratch: Folder for the file.
+        images: Inputs on which overflows are found and ranges calibrated.
+    """
+    from export.convert.half import convert_half
+    from export.convert.onnx_header import read_header
+    from export.convert.quantize import quantize_onnx
+    from export.convert.to_onnx import export_onnx
+
+    path = scratch / finished.path_of(request).name.replace("model", DENSE, 1)
+    if request.precision == "fp16":
+        convert_half(known["fp32"], path, inputs=images)
+        return path
+    if request.precision == "int8":
+        quantize_onnx(known["fp32"], path, images, method=request.method, rest=request.rest or "fp16")
+        return path
+    own, opset = finished.run.file(DENSE_FILE), finished.opset(request)
+    if own.is_file() and read_header(own).opset == opset:
+        shutil.copyfile(own, path)
+    else:
+        export_onnx(with_distinct_weights(finished.dense("none")), finished.example, path, opset=opset)
+    return path
+
+
+def _outputs(path: Path, images: Any) -> Any:
+    from export.convert.ort import onnx_outputs
+
+    return onnx_outputs(path, images)[0]
+
+
+def _for_use(run: RunFolder) -> dict[str, bytes]:
+    """Return the files with which a network is used, as far as the run has them."""
+    found = {name: read_bytes(run.file(name), "file") for name in (LABELS, PREPROCESS) if run.file(name).is_file()}
+    if run.file(INFER.name).is_file():  # of a classifier
+        found[INFER.name] = INFER.read_bytes()
+    return found
 
 
 def export_over_ssh(
@@ -151,48 +224,68 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
 def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults) -> Iterator[str]:
     """Judge the run's latency budget by the times of the board that the budget is for, and write the report again.
 
-    Only a budget in milliseconds can be judged: a bundle does not time the dense network.
+    A share is one of the dense network's time in the same precision, by the medians of the turns.
     """
     budget, precision = latency_budget(recipe), device_precision(recipe)
     if budget is None or recipe.device != found.target:
         return
-    network = next((each for each in found.networks.values() if each.precision == precision), None)
-    if network is None or network.latency is None or network.status != "ok":
+    slim, dense = _measured(found, precision, dense=False), _measured(found, precision, dense=True)
+    if slim is None or slim.latency is None:
         yield f"The latency budget is for {precision}, which was not measured: its result stays predicted."
         return
-    if budget.relative:
+    if budget.relative and (dense is None or dense.latency is None):
         yield (
-            "The latency budget is a share of the dense network's time, which a bundle does not measure: its result "
-            "stays predicted. A budget in milliseconds is judged by the board's times."
+            "The latency budget is a share of the dense network's time, which the board did not measure: its result "
+            "stays predicted."
         )
         return
-    medians = sorted(float(np.median(turn.times_ms)) for turn in network.turns)
-    target, stats, manifest = budget.value, network.latency, run.manifest
-    verdict = Ratio(stats.median_ms, medians[0], medians[-1], dense_ms=1.0).verdict(target)  # in milliseconds
+    stats, manifest = slim.latency, run.manifest
+    medians, dense_ms = _medians(slim), dense.latency.median_ms if dense is not None and dense.latency else None
+    if budget.relative and dense is not None and dense_ms is not None:
+        shares = sorted(mine / theirs for mine, theirs in zip(medians, _medians(dense), strict=True))
+        ratio, target = Ratio(float(np.median(shares)), shares[0], shares[-1], dense_ms), budget.value
+        words = (
+            f"{ratio.value:.1%} of the dense network's time on the board ({len(shares)} turns: {shares[0]:.1%}-"
+            f"{shares[-1]:.1%}), target {target:.1%}"
+        )
+        target_ms = target * dense_ms
+    else:
+        low, high = min(medians), max(medians)
+        ratio, target = Ratio(stats.median_ms, low, high, dense_ms=1.0), budget.value  # in milliseconds
+        words = (
+            f"{stats.median_ms:.3f} ms on the board (medians of {len(medians)} turns: {low:.3f}-{high:.3f}), "
+            f"target {target:.3f} ms"
+        )
+        target_ms = target
+    verdict = ratio.verdict(target)
+    costs = {"measured": stats.median_ms, "target": target_ms, **({"dense": dense_ms} if dense_ms is not None else {})}
     manifest.budgets = [
-        each.judged(verdict, measured=stats.median_ms) if each.name == "latency" else each
-        for each in manifest.budgets
+        each.judged(verdict, **costs) if each.name == "latency" else each for each in manifest.budgets
     ]
     manifest.latency = manifest.latency.model_copy(
         update={
             "runtime": f"TensorRT {found.board.tensorrt}", "precision": precision, "measured_ms": stats.median_ms,
             "median_ms": stats.median_ms, "p90_ms": stats.p90_ms, "p99_ms": stats.p99_ms, "runs": stats.runs,
+            **({"dense_ms": dense_ms} if dense_ms is not None else {}),
         }
     )  # fmt: skip
     manifest.notes = [note for note in manifest.notes if note != not_measured(recipe, manifest.latency.estimated)]
     manifest.exit_code = exit_code(manifest.budgets, recipe.contract.accept_predicted)
     write_page(run)
-    yield (
-        f"The slim network takes {stats.median_ms:.3f} ms on the board (medians of {len(medians)} turns: "
-        f"{medians[0]:.3f}-{medians[-1]:.3f}), target {target:.3f} ms: {verdict}."
-    )
+    yield f"The slim network takes {words}: {verdict}."
 
 
-def _precisions(run: RunFolder, wanted: Request | None) -> list[str]:
-    """Return FP32, the precisions that the run has been exported in, and the requested one."""
-    requested = wanted.precision if wanted else "fp32"
-    others = [each for each in ("fp16", "int8") if each == requested or run.file(f"model.{each}.onnx").exists()]
-    return ["fp32", *others]
+def _measured(found: DeviceResults, precision: str, *, dense: bool) -> NetworkResult | None:
+    """Return the result of the dense or the slim network in a precision, if it was measured and verified."""
+    for each in found.networks.values():
+        if each.name.startswith(DENSE) == dense and each.precision == precision and each.status == "ok":
+            return each
+    return None
+
+
+def _medians(network: NetworkResult) -> list[float]:
+    """Return the median of each turn in milliseconds."""
+    return [float(np.median(turn.times_ms)) for turn in network.turns]
 
 
 def _rest_of(path: Path) -> str:

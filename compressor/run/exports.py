@@ -122,8 +122,7 @@ class Finished:
         """What scores compare with: the dense network's answers if there are no labels."""
         if self.task.labelled:
             return None
-        allowed_factory(self.recipe.model, self._factory, self.run.path)
-        return self.task.test_goals(network_of(self.recipe, self.data, self.recipe.weights, []), "cpu")
+        return self.task.test_goals(self.dense(self.recipe.weights), "cpu")
 
     @cached_property
     def model(self) -> nn.Module:
@@ -145,6 +144,14 @@ class Finished:
         import torch
 
         return tuple(torch.zeros(shape) for shape in self.header.shapes.values())
+
+    def dense(self, weights: str) -> nn.Module:
+        """Create the dense network with weights as a recipe names them."""
+        name = allowed_factory(self.recipe.model, self._factory, self.run.path)
+        (shape,) = self.header.shapes.values()
+        recipe, classes = self.recipe.changed({"model": name}), len(self.facts().get("classes", ()))
+        channels, height, width = shape[1:]
+        return network_of(recipe, classes, (channels, height, width), weights, []).eval()
 
     def metadata(self) -> dict[str, Any]:
         """Metadata of every exported file: that of the run's own."""

@@ -72,7 +72,7 @@ def load(recipe: Recipe, weights: str | None = None, *, decode_files: bool = Tru
         augmentation, rand_augment=training.rand_augment, random_erasing=training.random_erasing
     )
     said: list[str] = []
-    model = network_of(recipe, data, weights or recipe.weights, said)
+    model = network_of(recipe, data.num_classes, data.input_shape, weights or recipe.weights, said)
     for sentence in said:
         say(sentence)
     channels = input_channels(model, data.input_shape)
@@ -98,11 +98,15 @@ def load(recipe: Recipe, weights: str | None = None, *, decode_files: bool = Tru
     )
 
 
-def network_of(recipe: Recipe, data: DataBundle, weights: str, said: list[str]) -> nn.Module:
+def network_of(
+    recipe: Recipe, num_classes: int, input_shape: tuple[int, int, int], weights: str, said: list[str]
+) -> nn.Module:
     """Create a recipe's network for the classes of its data; without labels, for those of its weights.
 
     Args:
-        recipe, data: Resolved recipe and its images.
+        recipe: Resolved recipe.
+        num_classes: Classes of its data; 0 without labels.
+        input_shape: (channels, height, width) of an input.
         weights: Weights as in a recipe.
         said: Receives sentences for the user.
     """
@@ -113,12 +117,12 @@ def network_of(recipe: Recipe, data: DataBundle, weights: str, said: list[str]) 
 
     task = recipe.task or "classification"
     background = task == "detection"  # one of a detector's classes, but none of the data's
-    classes = (data.num_classes or usual_classes(recipe.model, data.input_shape)) + background
+    classes = (num_classes or usual_classes(recipe.model, input_shape)) + background
     for _ in range(2):
         torch.manual_seed(recipe.seed)
-        model = create_model(recipe.model, classes, weights, data.input_shape, said.append, task)
+        model = create_model(recipe.model, classes, weights, input_shape, said.append, task)
         others = getattr(model, FRESH_HEAD, 0)
-        if data.num_classes or not others:
+        if num_classes or not others:
             break
         classes = int(others)
         said.clear()
@@ -153,7 +157,7 @@ def task_of(recipe: Recipe, data: DataBundle, model: nn.Module | None = None) ->
     if recipe.task == "detection":
         if recipe.training.label_smoothing:
             raise CompressorError("training.label_smoothing has no effect on a detector's loss.", "Leave it out.")
-        raw: Any = model or network_of(recipe, data, "none", [])
+        raw: Any = model or network_of(recipe, data.num_classes, data.input_shape, "none", [])
         return Detection(data, raw)
     return Segmentation(data)
 

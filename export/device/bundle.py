@@ -1,8 +1,8 @@
 """Writes bundles: networks, a script, a manifest and checksums, which a device with trtexec builds and measures.
 
-There are two kinds. A "network" bundle has one network in several precisions and reference outputs, with which the
-device verifies its engines; it is a single archive. A "timing" bundle has many networks to time for a latency table; it
-is a folder. Their weights are random, so that nothing is verified.
+There are two kinds. A "network" bundle has one network in several precisions, the dense network that it was made of if
+given, and reference outputs, with which the device verifies its engines; it is a single archive. A "timing" bundle has
+many networks to time for a latency table; it is a folder. Their weights are random, so that nothing is verified.
 
     make_bundle("slim.tar.gz", [Path("model.onnx"), Path("model.fp16.onnx")], reference, target="jetson-nano")
     write_bundle(Path("bundle"), networks, target=TARGETS["jetson-nano"], order=["dense", "n01", "n02", "dense"])
@@ -25,10 +25,11 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 from export.convert.onnx_header import OnnxHeader, parse_header
 from export.convert.parity import AGREEMENTS, DEVICE_TOLERANCES, Reference
 from export.device.archive import CHECKSUMS, PLAIN, json_object, pack, require_checksums, unpack
+from export.device.readme import network_readme, timing_readme
 from export.errors import ExportError
 from export.files import disk_error, read_bytes, sha256_bytes, write_bytes
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "bundle.json"
 KINDS = {"network": "compress export --bundle", "timing": "compress profile --bundle"}
 """Kind -> the command that writes it."""
@@ -36,8 +37,12 @@ KINDS = {"network": "compress export --bundle", "timing": "compress profile --bu
 INFER = Path(__file__).parent / "infer.py"
 """The program that runs a classifier's file beside it; a run's folder and a bundle have a copy."""
 
-REFERENCE = "reference/output-{:02d}.txt"
-_REFERENCE = re.compile(r"reference/output-\d{2,}\.txt")
+DENSE = "dense"
+"""Beginning of the names of dense networks. The slim network that one is compared with is called alike otherwise."""
+
+OUTPUT, DENSE_OUTPUT = "output", "dense-output"
+REFERENCE = "reference/{}-{:02d}.txt"
+_REFERENCE = re.compile(r"reference/(dense-)?output-\d{2,}\.txt")
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,20 @@ class BundleInfo:
     networks: Mapping[str, str]
 
 
+def folder_of(path: Path) -> str:
+    """The folder that a bundle of this name unpacks to.
+
+    Raises:
+        ExportError: the name is not NAME.tar.gz, or has other characters than letters, digits, dots and dashes.
+    """
+    folder = re.sub(r"\.(tar\.gz|tgz)$", "", path.name)
+    if not path.name.endswith((".tar.gz", ".tgz")) or not PLAIN.fullmatch(folder):
+        raise ExportError(
+            f"Expected a bundle named NAME.tar.gz, of letters, digits, dots and dashes; got {path.name!r}."
+        )
+    return folder
+
+
 def make_bundle(
     path: str | Path,
     networks: Sequence[str | Path],
@@ -122,26 +141,26 @@ def make_bundle(
     *,
     target: str,
     facts: Mapping[str, Any] | None = None,
+    dense: Reference | None = None,
+    more: Mapping[str, bytes] | None = None,
 ) -> BundleInfo:
     """Write a network bundle as one archive; the same networks and reference give the same bytes.
 
     Args:
         path: The archive, such as `slim.tar.gz`; it unpacks to a folder of the same name.
-        networks: ONNX files with batch size 1; their precisions may differ.
+        networks: ONNX files with batch size 1; their precisions may differ. Names of dense ones begin with `DENSE`.
         reference: Inputs (N, C, H, W) and the FP32 network's outputs (N, ...); a few are enough.
         target: A key of `TARGETS`.
         facts: More entries for the manifest, such as the run's id.
+        dense: The same inputs and the dense network's outputs, if it is in the bundle.
+        more: Further files by name, such as the program that runs a network.
 
     Raises:
         ExportError: the target is unknown or cannot run a network, a network is damaged or has another batch size or
             shape than the reference, or a name has other characters than letters, digits, dots and dashes.
     """
     goal, module = Path(path), find_target(target)
-    folder = re.sub(r"\.(tar\.gz|tgz)$", "", goal.name)
-    if not goal.name.endswith((".tar.gz", ".tgz")) or not PLAIN.fullmatch(folder):
-        raise ExportError(
-            f"Expected a bundle named NAME.tar.gz, of letters, digits, dots and dashes; got {goal.name!r}."
-        )
+    folder = folder_of(goal)
     if not networks:
         raise ExportError("A bundle needs at least one network, got none.")
     contents = (
@@ -149,7 +168,13 @@ def make_bundle(
     )
     with tempfile.TemporaryDirectory(prefix="bundle.") as temporary:
         written = write_bundle(
-            Path(temporary) / folder, contents, target=module, reference=reference, facts=lambda: facts or {}
+            Path(temporary) / folder,
+            contents,
+            target=module,
+            reference=reference,
+            dense=dense,
+            facts=lambda: facts or {},
+            more=more,
         )
         size = pack_bundle(written.path, goal)
     return BundleInfo(goal, size, module, written.networks)
@@ -176,8 +201,10 @@ def write_bundle(
     target: Target,
     order: Sequence[str] | None = None,
     reference: Reference | None = None,
+    dense: Reference | None = None,
     facts: Callable[[], Mapping[str, Any]] = dict,
     profile: bool = True,
+    more: Mapping[str, bytes] | None = None,
 ) -> BundleInfo:
     """Write a bundle to an empty or new folder; the networks are consumed one at a time.
 
@@ -188,8 +215,10 @@ def write_bundle(
         order: Names in the order of measurement; None is that of the networks. A repeated name is measured again in
             each turn: the same network first and last shows the drift of the device.
         reference: Inputs and outputs of a network bundle; None writes a timing bundle.
+        dense: The same inputs and the dense network's outputs; None without it.
         facts: Returns more entries for the manifest; called after all networks are written.
         profile: Whether to measure the time of each layer as well.
+        more: Further files by name.
 
     Raises:
         ExportError: a name or a network is not supported, or the folder cannot be written.
@@ -212,11 +241,17 @@ def write_bundle(
             raise ExportError(f"Two networks have the name {name}.")
         _check(name, header, target, reference)
         put(f"models/{name}.onnx", content)
-        lines.append(f"{name} {header.precision}{_limits(header, reference)}\n")
         described[name] = {
             "name": name, "precision": header.precision, "sha256": hashes[f"models/{name}.onnx"],
-            "opset": header.opset,
+            "opset": header.opset, "limits": _limits(name, header, reference, dense),
         }  # fmt: skip
+    for name, entry in described.items():
+        limits = entry.pop("limits")
+        if reference is not None:
+            entry["reference"] = DENSE_OUTPUT if name.startswith(DENSE) else OUTPUT
+            entry["beside"] = _beside(name, described)
+            limits += f" {entry['reference']} {entry['beside'] or '-'}"
+        lines.append(f"{name} {entry['precision']}{limits}\n")
     turns = list(order or described)
     unknown = sorted(set(turns) ^ set(described))
     if unknown:
@@ -226,7 +261,7 @@ def write_bundle(
         "profile": profile, "facts": dict(facts()),
     }  # fmt: skip
     if reference is not None:
-        for name, content in _reference_files(reference):
+        for name, content in _reference_files(reference, dense):
             put(name, content)
         manifest.update(samples=len(reference.inputs), output_shape=list(reference.outputs.shape[1:]))
     put("kind.txt", f"{kind}\n".encode())
@@ -235,8 +270,16 @@ def write_bundle(
     put("workspace.txt", f"{target.workspace_mib}\n".encode())
     if profile:
         put("profile.txt", b"yes\n")
+    for name, content in (more or {}).items():
+        put(name, content)
     put("run.sh", device_script())
-    put("README.txt", _readme(kind, folder.name, target, described).encode())
+    precisions = {name: str(entry["precision"]) for name, entry in described.items()}
+    if reference is None:
+        text = timing_readme(folder.name, target.title, len(precisions))
+    else:
+        dense_names = [name for name in precisions if name.startswith(DENSE)]
+        text = network_readme(folder.name, target.title, precisions, dense_names, INFER.name in (more or {}))
+    put("README.txt", text.encode())
     put(MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     write_bytes(folder / CHECKSUMS, "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode())
     try:
@@ -279,58 +322,47 @@ def _check(name: str, header: OnnxHeader, target: Target, reference: Reference |
         raise ExportError(f"The {target.title} has no INT8 units.", "Use FP16.")
 
 
-def _limits(header: OnnxHeader, reference: Reference | None) -> str:
-    """For a network's line: input, allowed difference in millionths, number of samples that must agree."""
+def _beside(name: str, networks: Iterable[str]) -> str | None:
+    """Return the dense network that a slim one is compared with: of the same name but for its beginning."""
+    if name.startswith(DENSE):
+        return None
+    wanted = f"{DENSE}{name[len(name.split('.')[0]):]}"
+    return wanted if wanted in networks else None
+
+
+def _limits(name: str, header: OnnxHeader, reference: Reference | None, dense: Reference | None) -> str:
+    """For a network's line: input, allowed difference in millionths, number of samples that must agree.
+
+    The dense network may be untrained; it is there to be timed, and the order of its outputs means nothing.
+    """
     import numpy as np
 
     if reference is None:
         return ""
-    count = len(reference.inputs)
-    allowed = DEVICE_TOLERANCES[header.precision] * max(1.0, float(np.abs(reference.outputs).max()))
-    least = math.floor(min(AGREEMENTS[header.precision], 1 - 1 / count) * count)
+    is_dense = name.startswith(DENSE)
+    if is_dense and dense is None:
+        raise ExportError(f"{name}.onnx is a dense network, and the bundle has no outputs of it.")
+    right = dense if is_dense and dense is not None else reference
+    count = len(right.inputs)
+    allowed = DEVICE_TOLERANCES[header.precision] * max(1.0, float(np.abs(right.outputs).max()))
+    least = 0 if is_dense else math.floor(min(AGREEMENTS[header.precision], 1 - 1 / count) * count)
     return f" {header.inputs[0]} {round(allowed * 1e6)} {least}"
 
 
-def _reference_files(reference: Reference) -> Iterator[tuple[str, bytes]]:
+def _reference_files(reference: Reference, dense: Reference | None) -> Iterator[tuple[str, bytes]]:
     """Inputs in trtexec's format, and outputs in millionths, which a shell can compare."""
     import numpy as np
 
-    if not np.isfinite(reference.outputs).all() or float(np.abs(reference.outputs).max()) >= 1e12:
-        raise ExportError("The reference's outputs must be finite and below 10^12.")
-    for index, (given, right) in enumerate(zip(reference.inputs, reference.outputs)):
-        numbers = np.trunc(right.astype(np.float64).reshape(-1) * 1e6).astype(np.int64)
+    for index, given in enumerate(reference.inputs):
         yield f"reference/input-{index:02d}.bin", np.ascontiguousarray(given, dtype="<f4").tobytes()
-        yield REFERENCE.format(index), "".join(f"{number}\n" for number in numbers).encode()
-
-
-def _readme(kind: str, folder: str, target: Target, networks: Mapping[str, Mapping[str, Any]]) -> str:
-    listed = "".join(f"  {name}.onnx ({entry['precision']})\n" for name, entry in networks.items())
-    if kind == "network":
-        what = f"A network for the {target.title}, to build and measure on the board itself.\n\n{listed}"
-        does = "builds one engine for each network with trtexec, compares its outputs with the reference"
-        back = "Copy results.tar.gz back to the machine that wrote the bundle."
-        unpacked = f"  tar -xzf {folder}.tar.gz\n"
-    else:
-        what = f"{len(networks)} small networks for the {target.title}, to time on the device itself.\n"
-        does = "builds one engine for each network with trtexec, removes the engines at the end"
-        back = f"Copy results.tar.gz back into {folder}, and import it with:\n\n  compress profile --import {folder}"
-        unpacked = ""
-    return f"""{what}
-On the device (JetPack 4.6 or newer, or anything else with trtexec):
-
-{unpacked}  sudo nvpmodel -q                 # shows the power mode; select the one that the network will run in
-  sudo jetson_clocks               # fixes the clocks; otherwise latencies vary
-  sh {folder}/run.sh
-
-It {does}, measures all in turns, three times, and writes the folder
-results and results.tar.gz beside run.sh. A build takes minutes. Run it again after an interruption: it resumes where it
-stopped. Do not use the device in the meantime. {back}
-
-An engine works only on this kind of device and with this TensorRT: do not copy engines.
-
-  sh run.sh --help                 # options
-  TRTEXEC=/path/to/trtexec sh run.sh
-"""
+    for name, each in ((OUTPUT, reference), (DENSE_OUTPUT, dense)):
+        if each is None:
+            continue
+        if not np.isfinite(each.outputs).all() or float(np.abs(each.outputs).max()) >= 1e12:
+            raise ExportError("The reference's outputs must be finite and below 10^12.")
+        for index, right in enumerate(each.outputs):
+            numbers = np.trunc(right.astype(np.float64).reshape(-1) * 1e6).astype(np.int64)
+            yield REFERENCE.format(name, index), "".join(f"{number}\n" for number in numbers).encode()
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,7 @@ class _Reader:
         manifest = self.bundle.manifest
         right, judged = [], []
         for index in range(int(manifest["samples"])):
-            wanted = self.bundle.files[REFERENCE.format(index)].split()
+            wanted = self.bundle.files[REFERENCE.format(self.known[name]["reference"], index)].split()
             right.append(np.array([int(value) for value in wanted], dtype=np.float64) / 1e6)
             file = f"{name}/output-{index:02d}.json"
             judged.append(np.array(output_values(self.files[file], file)))

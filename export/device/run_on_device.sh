@@ -332,6 +332,8 @@ describe() { # name precision status
         printf '"median_ms": %s, "p90_ms": %s, "p99_ms": %s, "runs": %s, ' "$median" "$p90" "$p99" "$runs"
         printf '"largest_difference": %s, "agreed": %s, "samples": %s}\n' "$(milli "$largest")" "$agreed" "$samples"
     } >"$out/$1/result.part" && mv "$out/$1/result.part" "$out/$1/result.json" || full
+    [ "$kind" = network ] || return 0
+    printf '%s %s %s %s %s %s\n' "$3" "$median" "$p90" "$p99" "$size" "$(milli "$largest")" >"$out/$1/row.txt" || full
 }
 
 fail() { # name precision status
@@ -413,7 +415,7 @@ compare() { # trtexec's output file, reference file -> $worst (millionths), $sam
     [ "$best_place" -ne "$want_place" ] || same=1
 }
 
-verify() { # name input-name allowed (millionths) least (number of samples that must agree)
+verify() { # name input-name allowed (millionths) least (number of samples that must agree) reference
     largest=0 agreed=0 samples=0
     for input in reference/input-*.bin; do
         index=${input#reference/input-} index=${index%.bin}
@@ -424,7 +426,7 @@ verify() { # name input-name allowed (millionths) least (number of samples that 
             fail_with "$out/$1/verify-$index.log"
             return 1
         fi
-        if ! compare "$out/$1/output-$index.json" "reference/output-$index.txt"; then
+        if ! compare "$out/$1/output-$index.json" "reference/$5-$index.txt"; then
             reason="output $index does not have as many numbers as the reference"
             return 1
         fi
@@ -489,19 +491,49 @@ while [ "$pass" -le "$processes" ]; do
     pass=$((pass + 1))
 done
 
-while read -r name precision input allowed least; do
+while read -r name precision input allowed least reference beside; do
     chosen "$name" && [ -f "engines/$name.engine" ] || continue
     case $broken in *" $name "*) continue ;; esac
     [ ! -f profile.txt ] || [ -f "$out/$name/profile.json" ] || profile "$name" </dev/null
     [ "$kind" = network ] || continue
     summarise "$out/$name"/*-*[0-9].txt
     say "$name: median $median ms, p90 $p90 ms, p99 $p99 ms, $runs runs"
-    if verify "$name" "$input" "$allowed" "$least" </dev/null; then
+    if verify "$name" "$input" "$allowed" "$least" "$reference" </dev/null; then
         reason='' && describe "$name" "$precision" ok
     else
         fail "$name" "$precision" verify-failed
     fi
 done <networks.txt
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+share_of() { # median, median of the dense network -> tenths of a per cent as 41.5%
+    to_micro "$1" && mine=$micro && to_micro "$2" && [ "$micro" -gt 0 ] || return 1
+    tenths=$(((mine * 1000 + micro / 2) / micro))
+    say "$((tenths / 10)).$((tenths % 10))%"
+}
+
+row() { # cells of a line
+    printf "%-${wide}s  %-9s  %9s  %9s  %9s  %8s  %9s  %10s  %s\n" "$@"
+}
+
+if [ "$kind" = network ]; then
+    wide=7
+    for name in $names; do [ ${#name} -le "$wide" ] || wide=${#name}; done
+    say ''
+    row network precision 'median ms' 'p90 ms' 'p99 ms' 'of dense' 'engine MB' difference state
+    while read -r name precision input allowed least reference beside; do
+        chosen "$name" && read -r state median p90 p99 size largest <"$out/$name/row.txt" || continue
+        of=''
+        if [ "$beside" != - ] && [ -f "$out/$beside/row.txt" ] && [ "$state" != build-failed ]; then
+            read -r other dense rest <"$out/$beside/row.txt" && of=$(share_of "$median" "$dense")
+        fi
+        hundredths=$(((size + 5000) / 10000))
+        rest=$((hundredths % 100)) && [ "$rest" -ge 10 ] || rest=0$rest
+        row "$name" "$precision" "$median" "$p90" "$p99" "$of" "$((hundredths / 100)).$rest" "$largest" "$state"
+    done <networks.txt
+    say ''
+fi
 
 # --- the results ----------------------------------------------------------------------------------------------------
 
@@ -522,7 +554,7 @@ for name in $names; do
 done
 
 {
-    printf '{"format": 2, "kind": "%s", "bundle": "%s", ' "$kind" "$(sha256sum SHA256SUMS | cut -c 1-64)"
+    printf '{"format": 3, "kind": "%s", "bundle": "%s", ' "$kind" "$(sha256sum SHA256SUMS | cut -c 1-64)"
     printf '"tensorrt": "%s", "l4t": "%s", "jetpack": "%s", ' "$version" "$l4t" "$jetpack"
     printf '"model": "%s", "power_mode": "%s", "board": "%s", ' "$model_name" "$power_mode" "$board"
     printf '"gpu": "%s", "compute_capability": "%s", "clock": "%s", ' "$gpu" "$capability" "$clock"

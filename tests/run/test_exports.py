@@ -202,7 +202,14 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
     assert "The Jetson Nano has no INT8 units: the int8 network is left out" in words
     files = unpack(tmp_path / "nano.tar.gz")
     names = sorted(name for name in files if name.startswith("models/"))
-    assert names == ["models/model.fp16.opset13.onnx", "models/model.opset13.onnx"]
+    assert names == [
+        f"models/{name}.opset13.onnx" for name in ("dense.fp16", "dense", "model.fp16", "model")
+    ]
+    assert [each["beside"] for each in json.loads(files["bundle.json"])["networks"]] == [
+        None, "dense.opset13", None, "dense.fp16.opset13"
+    ]  # fmt: skip
+    assert files["infer.py"] == (run / "infer.py").read_bytes()
+    assert files["labels.txt"] == b"0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n"
     described = json.loads(files["bundle.json"])
     assert {entry["opset"] for entry in described["networks"]} == {13}
     assert described["facts"]["run"] == "run"
@@ -210,7 +217,9 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
     words = export(run, "--target", "jetson-orin-nano-8gb", "--bundle", tmp_path / "orin.tar.gz")
     assert "model.int8.onnx computes the rest in fp32; export another one with" in words
     names = sorted(name for name in unpack(tmp_path / "orin.tar.gz") if name.startswith("models/"))
-    assert names == ["models/model.int8.onnx", "models/model.onnx"]
+    kinds = ("", ".fp16", ".int8")
+    assert names == sorted(f"models/{name}{kind}.onnx" for name in ("dense", "model") for kind in kinds)
+    assert unpack(tmp_path / "orin.tar.gz")["models/dense.onnx"] == (run / "checkpoints/dense.onnx").read_bytes()
     other = Path(shutil.copytree(run, tmp_path / "other"))
     ours = ["--bundle", tmp_path / "orin.tar.gz"]
     assert "belongs to the run 'run', not to 'other'" in refused(
@@ -294,6 +303,52 @@ def test_a_board_decides_a_budget_in_milliseconds(
 
 
 @pytest.mark.parametrize(
+    ("dense_ms", "verdict", "code"),
+    [((4.0, 4.2, 4.1), "kept", 0), ((3.0, 3.2, 3.1), "missed", 3), ((), "predicted", 4)],
+)
+def test_a_board_decides_a_budget_that_is_a_share(
+    predicted: Path,
+    dense_ms: tuple[float, ...],
+    verdict: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from compressor.run.boards import import_results
+    from export.device.results import Board, DeviceResults, NetworkResult, Turn
+    from export.engine.bench import summarise
+
+    folder = Path(shutil.copytree(predicted, tmp_path / "run"))
+    text = (folder / "recipe.yaml").read_text()
+    assert "latency: 2ms" in text
+    (folder / "recipe.yaml").write_text(text.replace("latency: 2ms", "latency: 50%"))
+
+    def measured(name: str, times: tuple[float, ...]) -> NetworkResult:
+        turns = tuple(Turn(place, 1, (each,) * 10, {}) for place, each in enumerate(times, start=1))
+        stats = summarise([each for each in times for _ in range(10)], runtime="tensorrt", version="10.3.0")
+        return NetworkResult(name, "fp16", "ok", "", "", 1, "", turns, (), stats, None)
+
+    times = {"dense.fp16": dense_ms, "model.fp16": (1.9, 2.0, 1.95)}
+    networks = {name: measured(name, each) for name, each in times.items() if each}
+    board = Board("10.3.0", "", "", "Orin", "", "", "", "", "7")
+    came = DeviceResults("b" * 64, BOARD, board, {}, networks, "d" * 64, 3, 15, 2)
+    monkeypatch.setattr("export.device.results.read_results", lambda *_: came)
+    monkeypatch.setattr("compressor.run.boards._require_own", lambda *_: None)
+    (*_, line) = import_results(folder, tmp_path / "results.tar.gz", tmp_path / "orin.tar.gz")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (budget,) = manifest["budgets"]
+    if not dense_ms:
+        assert "which the board did not measure" in line
+        assert budget["measured"] is None
+        return
+    assert line.endswith(f"target 50.0%: {verdict}.")
+    assert (budget["verdict"], manifest["exit_code"]) == (verdict, code)
+    median = sorted(dense_ms)[1]
+    assert (budget["measured"], budget["dense"], budget["target"]) == (1.95, median, median / 2)
+    assert manifest["latency"]["dense_ms"] == median
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
         (["--format", "coreml"], "Choose onnx, boxes, engine, pt2"),
@@ -341,6 +396,7 @@ def test_no_space_is_one_message(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_full_disk_leaves_nothing_half_written(run: Path, tmp_path: Path) -> None:
+    export(run, "--target", BOARD, "--bundle", tmp_path / "b.tar.gz")  # the run has all precisions then
     with tiny_disk(tmp_path / "disk", 16) as disk:
         for options in (
             ["--out", disk / "copy.onnx"],

@@ -131,6 +131,40 @@ def test_every_version_builds_measures_and_verifies(tmp_path: Path, networks: Pa
     assert memory in calls.read_text()
 
 
+def test_dense_and_slim_are_timed_side_by_side_and_shown_in_one_table(tmp_path: Path, networks: Path) -> None:
+    files = []
+    for name in ("dense", "model"):
+        for kind in ("", ".fp16"):
+            files.append(tmp_path / f"{name}{kind}.onnx")
+            shutil.copy(networks / f"slim{kind}.onnx", files[-1])
+    path, wrong = tmp_path / "both.tar.gz", Reference(IMAGES, reference(networks).outputs + 7)
+    make_bundle(path, files, reference(networks), target="jetson-orin-nano-8gb", dense=reference(networks),
+                more={"infer.py": b"print()", "labels.txt": b"a\nb\n"})  # fmt: skip
+    folder = carry(path, tmp_path / "board")
+    assert (folder / "labels.txt").read_text() == "a\nb\n"
+    told = (folder / "README.txt").read_text()
+    assert "models/dense.fp16.onnx  fp16, before compression" in told
+    assert "python3 infer.py --model engines/model.fp16.engine PHOTO.jpg" in told
+    done = run(folder, make_trtexec(tmp_path / "bin", "10.3.0"), "--processes", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    heading, *rows = done.stdout.partition("\n\n")[2].partition("\n\n")[0].splitlines()
+    assert " ".join(heading.split()) == "network precision median ms p90 ms p99 ms of dense engine MB difference state"
+    table = {row.split()[0]: row.split()[1:] for row in rows}
+    assert list(table) == ["dense", "dense.fp16", "model", "model.fp16"]
+    assert table["model"][:5] == ["fp32", "1.600000", "1.680000", "1.698000", "100.0%"]
+    assert len(table["dense"]) == len(table["model"]) - 1  # it is compared with nothing
+    assert {cells[-1] for cells in table.values()} == {"ok"}
+    assert {each.status for each in read_results(folder / "results", path).networks.values()} == {"ok"}
+    other = tmp_path / "wrong.tar.gz"  # each network has outputs of its own
+    make_bundle(other, files, reference(networks), target="jetson-orin-nano-8gb", dense=wrong)
+    folder = carry(other, tmp_path / "board")
+    done = run(folder, make_trtexec(tmp_path / "bin2", "10.3.0"), "--processes", "1", "--only", "fp32")
+    states = by_name(read_results(folder / "results", other))
+    assert states == {"dense": "verify-failed", "model": "ok"}
+    with pytest.raises(ExportError, match="has no outputs of it"):
+        make_bundle(tmp_path / "c.tar.gz", files, reference(networks), target="jetson-orin-nano-8gb")
+
+
 def test_script_and_program_agree_on_the_numbers(tmp_path: Path, bundle: Path) -> None:
     folder = carry(bundle, tmp_path / "board")
     run(folder, make_trtexec(tmp_path / "bin", "10.3.0"), "--processes", "1", "--only", "fp16")
@@ -288,7 +322,7 @@ def test_results_are_checked(tmp_path: Path, bundle: Path, networks: Path) -> No
     refused("has no results.json", lambda files: files.pop("results.json"), renew=False)
     refused("without a checksum: extra.txt", lambda files: files.update({"extra.txt": b""}), renew=False)
     refused("has no results.json", lambda files: files.pop("results.json"))
-    refused("another version of the program", edit("results.json", '"format": 2', '"format": 1'))
+    refused("another version of the program", edit("results.json", '"format": 3', '"format": 1'))
     refused("names other", edit("results.json", '"slim.fp16"', '"other"'))
     refused("cannot be parsed", edit("results.json", '"engine_bytes"', '"bytes"'))
     refused("is not a list of times", edit(times, "1500000", "1.5"))
