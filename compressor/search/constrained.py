@@ -22,7 +22,7 @@ from compressor.search.base import Agent, register_agent
 from compressor.search.bounds import Widths
 from compressor.search.constrained_settings import PUBLISHED, ConstrainedSettings
 from compressor.search.neighbours import NearBest
-from compressor.search.proposals import scaled_widths, uniform_or_cheapest
+from compressor.search.proposals import fitted_widths, uniform_or_cheapest
 from compressor.search.randomness import OwnRandomness
 from compressor.search.records import Candidate, SearchResult
 from compressor.search.session import SearchSession, eligible
@@ -226,7 +226,7 @@ class _ConstrainedSearch:
         names = [group.name for group in self.env.space.groups]
         found: list[Widths] = []
         for masks in [*(masks for _, masks in self._masks), self._policys_walk().masks]:
-            widths = scaled_widths(self.env, self.actions.hard(masks) / self.env.bounds.dense)
+            widths = fitted_widths(self.env, self.actions.hard(masks) / self.env.bounds.dense)
             found.append(widths)
             plans.setdefault(tuple(widths.tolist()), plan_of_masks(names, masks, widths))
         return found
@@ -238,11 +238,11 @@ class _ConstrainedSearch:
         shortlist += itertools.islice(self._more(), int(self.settings.shortlist))
         if not self._channels:
             policys = np.array(self._policys_walk().widths)
-            shortlist.append(scaled_widths(self.env, policys / dense))
+            shortlist.append(fitted_widths(self.env, policys / dense))
         starts = [c for c in known if c.phase == _START]
         if starts and any(self.settings.finetune_iterations):  # they were scored with less training, or none
             best_start = np.array(max(starts, key=lambda c: c.reward).widths)
-            shortlist.append(scaled_widths(self.env, best_start / dense))
+            shortlist.append(fitted_widths(self.env, best_start / dense))
         return shortlist or [self.env.bounds.cheapest]
 
     def _more(self) -> Iterator[Widths]:
@@ -254,7 +254,7 @@ class _ConstrainedSearch:
             for c, row in zip(known, rows, strict=True)
         ]
         for index in np.argsort([-value for value in worth], kind="stable"):
-            yield scaled_widths(self.env, rows[index] / bounds.dense)
+            yield fitted_widths(self.env, rows[index] / bounds.dense)
 
     def _policys_walk(self) -> Walk:
         """Return the deterministic policy's episode, as at the end of the curriculum."""
@@ -273,7 +273,7 @@ class _ConstrainedSearch:
 
     def _last_near_plans(self) -> Iterator[list[Widths]]:
         """Yield plans near the best, for evaluations that known plans have saved; each uses all scores before it."""
-        for _ in range(self._reserve if self._near_plans() else 0):
+        for _ in range(2 * self._reserve if self._near_plans() else 0):  # some are known already
             best = self._best_kept()
             if best is not None:
                 yield [self._near.next(np.array(best.widths, dtype=np.int64))]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.budgets.function import FunctionBudget
-from compressor.search.proposals import near_rows, near_widths
+from compressor.search.proposals import grown, near_rows, near_widths
 
 if TYPE_CHECKING:
     from compressor.search.bounds import Widths
@@ -200,7 +200,7 @@ class NearBest:
         kept = rewards[(epochs == epoch) & self._env.bounds.feasible(plans)]  # the rewards to improve on
         proposals = self._inputs(rows, np.full(len(rows), epoch))
         picked = self._model.pick(proposals, float(kept.max()) if len(kept) else None, PICKED)
-        landed = dict.fromkeys(tuple(self._landed(rows[index]).tolist()) for index in picked)
+        landed = dict.fromkeys(tuple(self._landed(grown(self._env, rows[index])).tolist()) for index in picked)
         return [list(widths) for widths in landed if not self._env.known(widths)]
 
     def _landed(self, widths: Widths) -> Widths:

@@ -20,7 +20,7 @@ from compressor.core.records import Checkpoint
 from compressor.pruning.plan import ChannelPlan
 from compressor.search.bounds import Widths
 from compressor.search.environment import PruningEnv, Score
-from compressor.search.proposals import scaled_widths
+from compressor.search.proposals import fitted_widths
 from compressor.search.records import (
     FORMAT,
     MEASUREMENT,
@@ -404,7 +404,7 @@ def from_earlier_rounds(run: SearchSession) -> Iterator[Widths]:
         best = _highest(c for c in among if c.epoch == latest)
         if best is not None:
             widths = np.array(best.widths, dtype=np.int64)
-            yield scaled_widths(run.env, widths / run.env.bounds.dense)
+            yield fitted_widths(run.env, widths / run.env.bounds.dense)
             yield widths
 
 

@@ -16,7 +16,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
-from compressor.search.proposals import scaled_widths
+from compressor.search.proposals import fitted_widths
 from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule
 from compressor.search.stepwise import DoubleDqn
@@ -108,7 +108,7 @@ def test_a_changed_budget_does_not_cost_what_was_known(
     first = first_round(name, tmp_path)
     second, env = search(name, tmp_path, share)
     old = np.array(list(first.widths.values()))
-    scaled = scaled_widths(env, old / env.bounds.dense)
+    scaled = fitted_widths(env, old / env.bounds.dense)
     still = first.reward if env.bounds.feasible(old)[0] and not (scaled >= old).all() else 0.0
     assert second.reward >= max(env.score(scaled).reward, still)
     assert env.bounds.feasible(np.array(list(second.widths.values())))[0]
@@ -124,7 +124,7 @@ def test_a_budget_that_widens_again_does_not_either(
     second, _ = search(name, tmp_path, 0.47, seed=seed)
     third, env = search(name, tmp_path, 0.475, seed=seed)
     old = np.array(list(second.widths.values()))
-    scaled = scaled_widths(env, old / env.bounds.dense)
+    scaled = fitted_widths(env, old / env.bounds.dense)
     assert env.bounds.feasible(old)[0]
     assert third.reward >= (env.score(scaled) if (scaled >= old).all() else second).reward
 
@@ -154,10 +154,10 @@ def test_a_round_without_time_lives_on_what_was_known(
     first = search(name, tmp_path, 0.5, settings=settings)[0] if unscored else first_round(name, tmp_path)
     late = Limits(max_evaluations=60, max_seconds=1e-6)
     second, env = search(name, tmp_path, 0.47, limits=late, settings=settings)
-    scaled = scaled_widths(env, np.array(list(first.widths.values())) / env.bounds.dense)
+    scaled = fitted_widths(env, np.array(list(first.widths.values())) / env.bounds.dense)
     assert second.evaluations <= 1
     assert (
-        second.reward >= 0.98 * env.score(scaled).reward
+        second.reward >= 0.97 * env.score(scaled).reward
     )  # or another known plan, which keeps the budget as it is
 
 

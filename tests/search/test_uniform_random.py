@@ -11,7 +11,14 @@ from compressor.core.agents import AGENTS, agent_class
 from compressor.core.errors import CompressorError
 from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
-from compressor.search.proposals import random_widths, uniform_or_cheapest, uniform_widths
+from compressor.search.proposals import (
+    fitted_widths,
+    grown,
+    random_widths,
+    scaled_widths,
+    uniform_or_cheapest,
+    uniform_widths,
+)
 from compressor.search.records import Limits
 from compressor.search.schedule import Schedule
 from tests.search.bench import Bench, Killed, brief
@@ -51,6 +58,18 @@ def test_random_widths_fill_the_budget() -> None:
     assert max(shares) <= 1.0
     assert min(shares) > 0.85
     assert len({tuple(widths) for widths in drawn}) == 20
+
+
+def test_widths_grow_until_no_step_fits() -> None:
+    # Widths 2, 4, 6, 8; a channel takes 1 ms in the first group and 2 ms in the second. One factor for both stops at
+    # 18 ms of 20, because 8 of both take 24; 8 of the first alone still fit.
+    space = FakeSpace([8, 8], granularity=2)
+    budget = FakeBudget("latency", 20.0, lambda w: w[:, 0] + 2.0 * w[:, 1])
+    env = PruningEnv(space, [budget], FakeEvaluator(space, [1, 1]))
+    assert scaled_widths(env, np.array([0.5, 0.5])).tolist() == [6, 6]
+    assert fitted_widths(env, np.array([0.5, 0.5])).tolist() == [8, 6]
+    assert grown(env, np.array([2, 2])).tolist() == [8, 6]
+    assert grown(env, np.array([4, 8])).tolist() == [4, 8]  # 20 ms: nothing is left
 
 
 def test_uniform_agent(bench: Bench) -> None:
