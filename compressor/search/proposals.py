@@ -104,7 +104,8 @@ def grown(env: PruningEnv, widths: Widths) -> Widths:
             place = np.searchsorted(choices, max(found[group] + 1, found[group] + _GROWN * env.bounds.dense[group]))
             rows[group, group] = choices[min(int(place), len(choices) - 1)]
         wider = rows[groups, groups]
-        growth = np.where((wider > found) & env.bounds.feasible(rows), wider / widths, np.inf)
+        growth = np.divide(wider, widths, out=np.full(len(groups), np.inf), where=widths > 0)
+        growth[(wider <= found) | ~env.bounds.feasible(rows)] = np.inf
         if not np.isfinite(growth).any():
             break
         found = rows[int(growth.argmin())]
