@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from compressor.core.conditions import MEDIAN, Conditions
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_json, write_atomic
 from compressor.core.metrics import ACCURACY, Metric
@@ -160,7 +161,12 @@ class Measurement(Record):
 
 
 class Latency(Record):
-    """The final latency; without a measurement it holds the table's predictions."""
+    """The final latency; without a measurement it holds the table's predictions.
+
+    `batch`, `percentile` and `streams` are what `measured_ms` and `dense_ms` are of (`core.conditions`); with another
+    percentile than the median, `tail` is that percentile over the median of the same runs. `inputs_per_s` is the
+    throughput of all streams at the mean time of these runs.
+    """
 
     device: str = ""
     runtime: str | None = None
@@ -173,6 +179,7 @@ class Latency(Record):
     measured_ms: Number | None = None
     dense_ms: Number | None = None
     threads: Number | None = None
+    streams: Number | None = None
     ratio: Number | None = None
     interval: Interval | None = None
     bursts: int | None = None
@@ -184,6 +191,10 @@ class Latency(Record):
     dense_median_ms: Number | None = None
     dense_p90_ms: Number | None = None
     dense_p99_ms: Number | None = None
+    tail: Number | None = None
+    dense_tail: Number | None = None
+    inputs_per_s: Number | None = None
+    dense_inputs_per_s: Number | None = None
     runs: Number | None = None
 
 
@@ -476,6 +487,7 @@ class Manifest(Record):
     evaluations_before: int = 0
     missed: int = 0
     quiet_dense_ms: Number | None = None
+    noise: Number | None = None
     search: Search | None = None
     compensation: Compensated | None = None
     training: list[Epoch] = []
@@ -533,6 +545,18 @@ class Manifest(Record):
 
     def _needed(self) -> tuple[str, ...]:
         return self.essential if self.finished("begin") else ()
+
+    @property
+    def conditions(self) -> Conditions:
+        """The conditions of the latency: as measured, else as the recipe asks."""
+        found = self.latency
+        known = {"batch": found.batch, "percentile": found.percentile, "streams": found.streams}
+        if found.batch is None:
+            known = {name: self.recipe.get(name) for name in known}
+        numbers = {name: value for name, value in known.items() if isinstance(value, int | float) and value > 0}
+        return Conditions(
+            int(numbers.get("batch", 1)), float(numbers.get("percentile", MEDIAN)), int(numbers.get("streams", 1))
+        )
 
     def finished(self, stage: str) -> bool:
         """Return whether a stage has finished."""

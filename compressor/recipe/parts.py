@@ -94,12 +94,12 @@ class Data(Part):
 class Budgets(Part):
     """Limits of the slim network; all given ones must be met. Percentages are relative to the dense network."""
 
-    latency: str | None = Field(None, description="One input's latency on the device: 5ms, 50% or 0.5x.")
+    latency: str | None = Field(None, description="Latency of one run (of a batch) on the device: 5ms, 50% or 0.5x.")
     flops: str | None = Field(None, description="Multiply-adds as fvcore counts them: 50%, 0.5x or 2G.")
     params: str | None = Field(None, description="Parameters: 30%, 0.3x or 8M.")
     memory: str | None = Field(None, description="Weights and peak activations: 50%, 0.5x or 20MB.")
     energy: str | None = Field(
-        None, description="Energy of one input, where this machine's CPU reports it: 5mJ, 50% or 0.5x."
+        None, description="Energy of one input, where the device counts it: 5mJ, 50% or 0.5x."
     )
     functions: tuple[str, ...] = Field(
         (),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from compressor.core.agents import agent_class, registry
+from compressor.core.conditions import Conditions
 from compressor.core.metrics import PYTHON, SCENES
 from compressor.recipe.parts import Budgets, Contract, Data, Export, Part, Positive, Pruning, Search, Training
 from compressor.recipe.validation import merged, validated
@@ -77,7 +78,20 @@ class Recipe(Part):
         "auto", description="Precision on the device; auto is fp16, or the device's first precision if it "
         "does not run fp16, as on a CPU."
     )
-    threads: Positive = Field(1, description="Threads of the runtime where the device is this machine's CPU.")
+    threads: Positive = Field(
+        1, description="Threads inside one operator where the device is this machine's CPU (ONNX Runtime's intra-op)."
+    )
+    batch: Annotated[int, Field(ge=1, le=4096)] = Field(
+        1, description="Inputs of one run: the latency is that of the whole batch, and the ONNX files take this batch."
+    )
+    percentile: Annotated[float, Field(ge=50, le=99)] = Field(
+        50,
+        description="Percentile of single runs that is the latency: 50 for the median of an undisturbed device, as in "
+        "99 for a time that one run in a hundred exceeds, other load included.",
+    )
+    streams: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="Copies of the network that run at the same time; the latency is that of a run under this load."
+    )
     agent: AgentName = Field(
         "joint",
         description="What decides the widths: the name of an agent of the toolkit (docs/agents.md), or of one that an "
@@ -145,6 +159,11 @@ class Recipe(Part):
         if self.from_python:
             return OWN_RATES[self.pretrained], OWN_RATES[True]
         return SEARCH_RATES[self.pretrained], FINETUNE_RATE
+
+    @property
+    def conditions(self) -> Conditions:
+        """The conditions under which networks are timed."""
+        return Conditions(self.batch, self.percentile, self.streams)
 
     @property
     def label(self) -> str:
