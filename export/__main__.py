@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from export.convert.batches import parse_batch
 from export.convert.onnx_header import read_header
 from export.device.here import board_lines, board_state, describe_board
-from export.engine.bench import LatencyStats, summarise
+from export.engine.bench import LatencyStats, percentile, summarise
 from export.engine.cuda import find_device
 from export.engine.engine import DEFAULT_WORKSPACE, BuildSettings, build_engine
 from export.engine.engine_info import sidecar_path
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="build|measure|verify")
     made = {
         "build": (_build, "build an engine for this machine's GPU, or for RTX GPUs"),
-        "measure": (_measure, "measure the latency for one input"),
+        "measure": (_measure, "measure the latency of one run, and the throughput"),
         "verify": (_verify, "compare the outputs with the reference outputs"),
     }
     for name, (command, text) in made.items():
@@ -77,13 +77,41 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--timing-cache", metavar="FOLDER", help="folder of the kernel timing cache")
     for runs in (measure, verify):
         runs.add_argument("--runtime", choices=("engine", ORT), help="default: the engine if there is a GPU")
-        runs.add_argument("--threads", type=int, default=1, help="threads for ONNX Runtime")
+        runs.add_argument("--threads", type=_count, default=1, help="threads inside one operator for ONNX Runtime")
+    measure.add_argument("--batch", type=_count, metavar="N", help="inputs of one run, of a file with an open batch")
+    measure.add_argument(
+        "--streams", type=_count, default=1, metavar="N", help="copies of the network that run at the same time"
+    )
+    measure.add_argument(
+        "--percentile", type=_percentile, metavar="P", help="one more percentile of the runs to print, such as 95"
+    )
     measure.add_argument("--warmup", type=float, default=2.0, metavar="SECONDS")
     measure.add_argument("--duration", type=float, default=15.0, metavar="SECONDS")
-    measure.add_argument("--processes", type=int, default=3, help="number of processes to measure in")
+    measure.add_argument("--processes", type=_count, default=3, help="number of processes to measure in")
     verify.add_argument("--reference", metavar="FILE.npz", help="default: reference.npz beside the network")
     verify.add_argument("--tolerance", type=float, help="maximum difference for outputs of up to 1")
     return parser
+
+
+def _count(text: str) -> int:
+    """A whole number above zero; argparse reports anything else with the name of the option."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+_count.__name__ = "whole number"  # in argparse's messages
+
+
+def _percentile(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 100, got {text}")
+    return value
+
+
+_percentile.__name__ = "percentile"
 
 
 def _engine_path(options: argparse.Namespace) -> Path:
@@ -141,11 +169,21 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "latency": stats.to_dict(),
         "times_ms": times,
     }
+    shown = [("median", stats.median_ms), ("p90", stats.p90_ms), ("p99", stats.p99_ms)]
+    if options.percentile is not None:
+        found["percentile"] = options.percentile
+        found["percentile_ms"] = percentile(times, options.percentile / 100)
+        shown.append((f"p{options.percentile:g}", found["percentile_ms"]))
     print(
-        f"{options.onnx}: median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, "
-        f"p99 {stats.p99_ms:.3f} ms ({stats.runs} runs, {stats.runtime} {stats.version}"
+        f"{options.onnx}: {', '.join(f'{name} {value:.3f} ms' for name, value in shown)} "
+        f"({stats.runs} runs, {stats.runtime} {stats.version}"
         + ("" if stats.steady else f", drift {stats.drift:+.0%}")
         + ")"
+    )
+    print(
+        f"  batch {stats.batch}, {stats.streams} stream{'s' if stats.streams > 1 else ''}"
+        + (f", {stats.threads} thread{'s' if stats.threads > 1 else ''}" if stats.threads else "")
+        + f": {stats.inputs_per_s:.1f} inputs a second"
     )
     for line in board_lines(found["board"], before, found["state_after"]):
         print(line)
@@ -154,17 +192,25 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def _times(options: argparse.Namespace) -> tuple[list[float], LatencyStats]:
     if _runtime(options) == ORT:
-        from export.engine.bench import OnnxRunner, run_for
+        from export.engine.bench import OnnxRunner, merged, run_for, together
 
-        runner = OnnxRunner(options.onnx, threads=options.threads)
-        runner.warm_up(options.warmup)
-        times = run_for(runner, options.duration)
-        return times, runner.summarise(times)
+        runners = [
+            OnnxRunner(options.onnx, threads=options.threads, batch=options.batch or 1)
+            for _ in range(options.streams)
+        ]
+        if options.batch not in (None, runners[0].batch):
+            raise ExportError(
+                f"{options.onnx} takes batches of {runners[0].batch}, not of {options.batch}.",
+                "Leave --batch out, or export the network with that batch.",
+            )
+        together(runners, lambda runner: runner.warm_up(options.warmup))
+        times = merged(together(runners, lambda runner: run_for(runner, options.duration)))
+        return times, runners[0].summarise(times, options.streams)
     from export.engine.runner import EngineRunner
 
-    with EngineRunner(_engine_path(options)) as engine:
+    with EngineRunner(_engine_path(options), streams=options.streams, batch=options.batch) as engine:
         times = engine.times_ms(warmup_s=options.warmup, duration_s=options.duration)
-        return times, summarise(times, runtime=engine.info.module, version=engine.info.version)
+        return times, engine.summarise(times)
 
 
 def _in_processes(options: argparse.Namespace) -> tuple[list[float], LatencyStats]:
@@ -178,6 +224,8 @@ def _in_processes(options: argparse.Namespace) -> tuple[list[float], LatencyStat
         command = [sys.executable, "-m", "export", "measure", str(options.onnx), "--processes", "1"]
         command += ["--json", str(part), "--threads", str(options.threads)]
         command += ["--warmup", str(options.warmup), "--duration", str(options.duration)]
+        command += ["--streams", str(options.streams)]
+        command += ["--batch", str(options.batch)] if options.batch is not None else []
         command += ["--engine", str(_engine_path(options)), "--runtime", _runtime(options)]
         for _ in range(options.processes):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -187,7 +235,8 @@ def _in_processes(options: argparse.Namespace) -> tuple[list[float], LatencyStat
             facts = json.loads(part.read_text(encoding="utf-8"))
             times += facts["times_ms"]
     last = facts["latency"]
-    return times, summarise(times, runtime=last["runtime"], version=last["version"], threads=last["threads"])
+    same = {name: last[name] for name in ("runtime", "version", "threads", "batch", "streams")}
+    return times, summarise(times, **same)
 
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:

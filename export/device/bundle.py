@@ -143,17 +143,19 @@ def make_bundle(
     facts: Mapping[str, Any] | None = None,
     dense: Reference | None = None,
     more: Mapping[str, bytes] | None = None,
+    streams: int = 1,
 ) -> BundleInfo:
     """Write a network bundle as one archive; the same networks and reference give the same bytes.
 
     Args:
         path: The archive, such as `slim.tar.gz`; it unpacks to a folder of the same name.
-        networks: ONNX files with batch size 1; their precisions may differ. Names of dense ones begin with `DENSE`.
-        reference: Inputs (N, C, H, W) and the FP32 network's outputs (N, ...); a few are enough.
+        networks: ONNX files of one batch size; their precisions may differ. Names of dense ones begin with `DENSE`.
+        reference: Inputs (N, C, H, W) and the FP32 network's outputs (N, ...), for a few batches.
         target: A key of `TARGETS`.
         facts: More entries for the manifest, such as the run's id.
         dense: The same inputs and the dense network's outputs, if it is in the bundle.
         more: Further files by name, such as the program that runs a network.
+        streams: Copies of a network that run at the same time while it is measured.
 
     Raises:
         ExportError: the target is unknown or cannot run a network, a network is damaged or has another batch size or
@@ -175,6 +177,7 @@ def make_bundle(
             dense=dense,
             facts=lambda: facts or {},
             more=more,
+            streams=streams,
         )
         size = pack_bundle(written.path, goal)
     return BundleInfo(goal, size, module, written.networks)
@@ -205,12 +208,14 @@ def write_bundle(
     facts: Callable[[], Mapping[str, Any]] = dict,
     profile: bool = True,
     more: Mapping[str, bytes] | None = None,
+    streams: int = 1,
+    energy: bool = False,
 ) -> BundleInfo:
     """Write a bundle to an empty or new folder; the networks are consumed one at a time.
 
     Args:
         folder: The folder; its name must be safe in a shell.
-        networks: (name, ONNX file with batch size 1); names are unique.
+        networks: (name, ONNX file with a fixed batch size); names are unique.
         target: The device; it determines the opset, INT8 support and workspace.
         order: Names in the order of measurement; None is that of the networks. A repeated name is measured again in
             each turn: the same network first and last shows the drift of the device.
@@ -219,6 +224,8 @@ def write_bundle(
         facts: Returns more entries for the manifest; called after all networks are written.
         profile: Whether to measure the time of each layer as well.
         more: Further files by name.
+        streams: Copies of a network that run at the same time while it is measured.
+        energy: Whether to record the module's power while a network is measured; the device is then a Jetson.
 
     Raises:
         ExportError: a name or a network is not supported, or the folder cannot be written.
@@ -227,7 +234,7 @@ def write_bundle(
     described: dict[str, dict[str, Any]] = {}
     hashes: dict[str, str] = {}
     lines: list[str] = []
-    size = 0
+    size, batch = 0, 1
 
     def put(name: str, content: bytes) -> None:
         nonlocal size
@@ -239,11 +246,11 @@ def write_bundle(
         header = parse_header(content, f"{name}.onnx")
         if name in described:
             raise ExportError(f"Two networks have the name {name}.")
-        _check(name, header, target, reference)
+        batch = _check(name, header, target, reference)
         put(f"models/{name}.onnx", content)
         described[name] = {
             "name": name, "precision": header.precision, "sha256": hashes[f"models/{name}.onnx"],
-            "opset": header.opset, "limits": _limits(name, header, reference, dense),
+            "opset": header.opset, "limits": _limits(name, header, reference, dense, batch),
         }  # fmt: skip
     for name, entry in described.items():
         limits = entry.pop("limits")
@@ -260,10 +267,17 @@ def write_bundle(
         "format": FORMAT, "kind": kind, "target": target.name, "networks": list(described.values()), "order": turns,
         "profile": profile, "facts": dict(facts()),
     }  # fmt: skip
+    if streams > 1:
+        manifest["streams"] = streams
+        put("streams.txt", f"{streams}\n".encode())
+    if energy:
+        manifest["energy"] = True
+        put("energy.txt", b"yes\n")
     if reference is not None:
-        for name, content in _reference_files(reference, dense):
+        for name, content in _reference_files(reference, dense, batch):
             put(name, content)
-        manifest.update(samples=len(reference.inputs), output_shape=list(reference.outputs.shape[1:]))
+        manifest.update(samples=len(reference.inputs) // batch, output_shape=list(reference.outputs.shape[1:]))
+        manifest.update({"batch": batch} if batch > 1 else {})
     put("kind.txt", f"{kind}\n".encode())
     put("networks.txt", "".join(lines).encode())
     put("order.txt", "".join(f"{name}\n" for name in turns).encode())
@@ -294,8 +308,9 @@ def device_script() -> bytes:
     return (Path(__file__).parent / "run_on_device.sh").read_bytes()
 
 
-def _check(name: str, header: OnnxHeader, target: Target, reference: Reference | None) -> None:
-    """Refuse a network that the script or the device cannot handle."""
+def _check(name: str, header: OnnxHeader, target: Target, reference: Reference | None) -> int:
+    """Refuse a network that the script or the device cannot handle; return its batch."""
+    batch = 1
     file = f"{name}.onnx"
     if not PLAIN.fullmatch(name):
         raise ExportError(f"{file!r} cannot go into a bundle: use letters, digits, dots and dashes in its name.")
@@ -306,11 +321,13 @@ def _check(name: str, header: OnnxHeader, target: Target, reference: Reference |
             raise ExportError(
                 f"{file} needs one input with a name of letters, digits, dots and dashes; got {list(header.inputs)}."
             )
-        shape = header.shapes[header.inputs[0]]
-        if shape != (1, *reference.inputs.shape[1:]):
+        shape, count = header.shapes[header.inputs[0]], len(reference.inputs)
+        batch = shape[0] if shape else 0
+        if shape[1:] != reference.inputs.shape[1:] or batch < 1 or count % batch:
+            wanted = ", ".join(map(str, reference.inputs.shape[1:]))
             raise ExportError(
-                f"{file} takes {list(shape)}; a bundle needs [1, {', '.join(map(str, reference.inputs.shape[1:]))}], "
-                "one input of the reference.",
+                f"{file} takes {list(shape)}; a bundle needs [N, {wanted}], with a fixed batch N that divides the "
+                f"{count} inputs of the reference.",
                 "Export it with a batch of 1.",
             )
     if header.opset > target.opset:
@@ -320,6 +337,7 @@ def _check(name: str, header: OnnxHeader, target: Target, reference: Reference |
         )
     if header.precision == "int8" and not target.int8:
         raise ExportError(f"The {target.title} has no INT8 units.", "Use FP16.")
+    return batch
 
 
 def _beside(name: str, networks: Iterable[str]) -> str | None:
@@ -330,7 +348,9 @@ def _beside(name: str, networks: Iterable[str]) -> str | None:
     return wanted if wanted in networks else None
 
 
-def _limits(name: str, header: OnnxHeader, reference: Reference | None, dense: Reference | None) -> str:
+def _limits(
+    name: str, header: OnnxHeader, reference: Reference | None, dense: Reference | None, batch: int
+) -> str:
     """For a network's line: input, allowed difference in millionths, number of samples that must agree.
 
     The dense network may be untrained; it is there to be timed, and the order of its outputs means nothing.
@@ -343,24 +363,27 @@ def _limits(name: str, header: OnnxHeader, reference: Reference | None, dense: R
     if is_dense and dense is None:
         raise ExportError(f"{name}.onnx is a dense network, and the bundle has no outputs of it.")
     right = dense if is_dense and dense is not None else reference
-    count = len(right.inputs)
+    count = len(right.inputs) // batch
     allowed = DEVICE_TOLERANCES[header.precision] * max(1.0, float(np.abs(right.outputs).max()))
     least = 0 if is_dense else math.floor(min(AGREEMENTS[header.precision], 1 - 1 / count) * count)
     return f" {header.inputs[0]} {round(allowed * 1e6)} {least}"
 
 
-def _reference_files(reference: Reference, dense: Reference | None) -> Iterator[tuple[str, bytes]]:
-    """Inputs in trtexec's format, and outputs in millionths, which a shell can compare."""
+def _reference_files(reference: Reference, dense: Reference | None, batch: int) -> Iterator[tuple[str, bytes]]:
+    """Inputs of each batch in trtexec's format, and outputs in millionths, which a shell can compare."""
     import numpy as np
 
-    for index, given in enumerate(reference.inputs):
+    starts = range(0, len(reference.inputs), batch)
+    for index, start in enumerate(starts):
+        given = reference.inputs[start : start + batch]
         yield f"reference/input-{index:02d}.bin", np.ascontiguousarray(given, dtype="<f4").tobytes()
     for name, each in ((OUTPUT, reference), (DENSE_OUTPUT, dense)):
         if each is None:
             continue
         if not np.isfinite(each.outputs).all() or float(np.abs(each.outputs).max()) >= 1e12:
             raise ExportError("The reference's outputs must be finite and below 10^12.")
-        for index, right in enumerate(each.outputs):
+        for index, start in enumerate(starts):
+            right = each.outputs[start : start + batch]
             numbers = np.trunc(right.astype(np.float64).reshape(-1) * 1e6).astype(np.int64)
             yield REFERENCE.format(name, index), "".join(f"{number}\n" for number in numbers).encode()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Mapping
@@ -15,6 +16,7 @@ from typing import Any, Mapping
 from export.convert.parity import DEVICE_TOLERANCES, Parity, compare_outputs
 from export.device.archive import CHECKSUMS, json_object, printable, require_checksums, unpack
 from export.device.bundle import REFERENCE, Bundle, open_bundle, require_format
+from export.device.tegrastats import typical_mw
 from export.engine.bench import LatencyStats, summarise
 from export.errors import ExportError
 from export.files import sha256_bytes
@@ -66,12 +68,14 @@ class Turn:
         turn, slot: The turn, and the position in the bundle's order, both counted from 1.
         times_ms: Time of each run, in order.
         clocks: Name -> MHz after the measurement.
+        power_mw: Power of the whole module meanwhile; None if it was not recorded.
     """
 
     turn: int
     slot: int
     times_ms: tuple[float, ...]
     clocks: Mapping[str, int]
+    power_mw: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class NetworkResult:
         flags: Flags of trtexec.
         turns: Its measurements in order; empty if it could not be built or measured.
         layers: (name, milliseconds) of TensorRT's layers; empty if there is no profile.
-        latency: GPU time of one input over all turns; None if it was not measured.
+        latency: GPU time of one run (of a batch) over all turns; None if it was not measured.
         parity: Outputs against the FP32 reference; None if they were not verified.
     """
 
@@ -108,12 +112,26 @@ class NetworkResult:
         """Times of all runs of all turns."""
         return [time for turn in self.turns for time in turn.times_ms]
 
+    @property
+    def run_mj(self) -> float | None:
+        """Energy of one run of the whole module, idle power included: the median of the turns; None if not recorded.
+
+        Runs follow one another without a gap, so that a run has the power for its mean time.
+        """
+        found = [turn.power_mw * statistics.fmean(turn.times_ms) / 1e3 for turn in self.turns if turn.power_mw]
+        return statistics.median(found) if found else None
+
     def describe(self) -> str:
         """One line for display."""
         text = f"{self.name} ({self.precision}): {self.status}" + (f", {self.reason}" if self.reason else "")
         if self.latency is not None:
             stats = self.latency
             text += f"; median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, p99 {stats.p99_ms:.3f} ms"
+            if (stats.batch, stats.streams) != (1, 1):
+                text += (
+                    f" for a batch of {stats.batch} in {stats.streams} stream{'s' if stats.streams > 1 else ''}, "
+                    f"{stats.inputs_per_s:.1f} inputs a second"
+                )
         if self.parity is not None:
             text += f"; largest difference {self.parity.max_abs:.2g} (allowed {self.parity.allowed:.2g})"
         return text
@@ -137,6 +155,7 @@ class DeviceResults:
         networks: Name -> result, for each network that was tried.
         digest: Checksum of the results' list of checksums, which identifies the results.
         turns, duration_s, warmup_s: Number of turns, and the seconds of measurement and warm-up in each.
+        batch, streams: Inputs of one run, and copies of a network that ran at the same time.
     """
 
     bundle: str
@@ -148,6 +167,8 @@ class DeviceResults:
     turns: int
     duration_s: int
     warmup_s: int
+    batch: int = 1
+    streams: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The facts of the device and of each network as plain values for a JSON file."""
@@ -186,6 +207,9 @@ def read_results(results: str | Path, bundle: str | Path, kind: str = "network")
         turns = int(found["processes"])
         if not 1 <= turns <= MOST_TURNS:
             raise ValueError(f"{turns} turns")
+        streams = int(given.manifest.get("streams", 1))
+        if int(found.get("streams", 1)) != streams:
+            raise ExportError(f"{results} was measured with another number of streams than the bundle's.", _AGAIN)
         _require_names([str(entry["name"]) for entry in found["networks"]], given, kind, results)
         reader = _Reader(given, files, board, turns, results)
         return DeviceResults(
@@ -198,6 +222,8 @@ def read_results(results: str | Path, bundle: str | Path, kind: str = "network")
             turns=turns,
             duration_s=int(found["duration_s"]),
             warmup_s=int(found["warmup_s"]),
+            batch=reader.batch,
+            streams=streams,
         )
     except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise ExportError(f"{results} cannot be parsed: {error!r}.", _AGAIN) from error
@@ -224,6 +250,7 @@ class _Reader:
     ) -> None:
         self.bundle, self.files, self.board, self.turns, self.results = bundle, files, board, turns, results
         self.known = {str(entry["name"]): entry for entry in bundle.manifest["networks"]}
+        self.batch, self.streams = (int(bundle.manifest.get(name, 1)) for name in ("batch", "streams"))
 
     def network(self, entry: Mapping[str, Any]) -> NetworkResult:
         """Check and convert one entry of `results.json`."""
@@ -245,7 +272,11 @@ class _Reader:
             flags=printable(entry.get("flags", ""), 300),
             turns=turns,
             layers=_layers(self.files[profile]) if measured and profile in self.files else (),
-            latency=summarise(times, runtime="trtexec", version=self.board.tensorrt) if measured else None,
+            latency=summarise(
+                times, runtime="trtexec", version=self.board.tensorrt, batch=self.batch, streams=self.streams
+            )
+            if measured
+            else None,
             parity=self._parity(name) if status == "ok" and "samples" in self.bundle.manifest else None,
         )
 
@@ -263,7 +294,8 @@ class _Reader:
                 str(key): int(value) for key, value in state["after"].items() if _CLOCK.fullmatch(str(key))
             }
             place = (int(match["turn"]), int(match["slot"]))
-            found[place] = Turn(*place, run_times(self.files[file], f"{self.results}: {file}"), clocks)
+            times = run_times(self.files[file], f"{self.results}: {file}")
+            found[place] = Turn(*place, times, clocks, self._power(name, *place))
         slots = [slot for slot, each in enumerate(self.bundle.manifest["order"], start=1) if each == name]
         missing = [
             turn for turn in range(1, self.turns + 1) for slot in slots if (turn, slot) not in found
@@ -275,6 +307,15 @@ class _Reader:
                 _AGAIN,
             )
         return tuple(found[place] for place in sorted(found))
+
+    def _power(self, name: str, turn: int, slot: int) -> float | None:
+        """The module's power during a measurement, if the bundle asks for it."""
+        file = f"{name}/power-{turn}-{slot}.log"
+        if not self.bundle.manifest.get("energy"):
+            return None
+        if file not in self.files:
+            raise ExportError(f"{self.results} lacks {file}, the power during a measurement.", _AGAIN)
+        return typical_mw(self.files[file].decode("ascii", errors="replace"), f"{self.results}: {file}")
 
     def _require_same(self, state: Mapping[str, Any], file: str) -> None:
         """Refuse a measurement with another device, power mode or version than the results state."""

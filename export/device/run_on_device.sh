@@ -14,7 +14,7 @@ set -u
 LC_ALL=C
 export LC_ALL
 
-duration='' warmup=2 processes=3 only='' out=results workspace='' dla='' check=yes keep=no identify=no
+duration='' warmup=2 processes=3 only='' out=results workspace='' dla='' check=yes keep=no identify=no streams=1
 
 # --- messages and options -------------------------------------------------------------------------------------
 
@@ -144,6 +144,9 @@ build_flags() { # precision
 
 measure_flags() { # these are the defaults of TensorRT 11
     [ "$release" -lt 1100 ] && printf ' --useCudaGraph --useSpinWait --noDataTransfers'
+    if [ "$streams" -gt 1 ]; then
+        if [ "$release" -ge 1000 ]; then printf ' --infStreams=%s' "$streams"; else printf ' --streams=%s' "$streams"; fi
+    fi
     [ -n "$dla" ] && printf ' --useDLACore=%s' "$dla"
     return 0
 }
@@ -272,7 +275,14 @@ if [ "$check" = yes ]; then
     sha256sum -c --quiet SHA256SUMS || die 'files are damaged or missing: copy the bundle again'
 fi
 kind=$(cat kind.txt)
+if [ -f energy.txt ]; then
+    command -v tegrastats >/dev/null 2>&1 || die 'tegrastats was not found: energy is measured on Jetson modules only'
+fi
 [ -n "$workspace" ] || workspace=$(cat workspace.txt)
+if [ -f streams.txt ]; then # networks that run at the same time
+    streams=$(cat streams.txt)
+    number streams.txt "$streams"
+fi
 # a timing bundle has many networks: its times are cut to what a shell reads quickly, its engines do not stay
 case $kind in
     network) most=1000000000 keep=yes duration=${duration:-15} ;;
@@ -353,10 +363,21 @@ summarise() { # files of times -> $median $p90 $p99 $runs
 
 measure() { # name pass slot -> a file of times in millionths, and one of the state of the board
     times=$out/$1/times.part goal=$out/$1/$2-$3
-    before=$(readings)
+    before=$(readings) watcher=''
+    if [ -f energy.txt ]; then # the power of the module, ten times a second; not for ever if this script is killed
+        timeout $((warmup + duration + 600)) tegrastats --interval 100 >"$out/$1/power.part" 2>/dev/null </dev/null &
+        watcher=$!
+    fi
     # shellcheck disable=SC2046
-    if ! "$trtexec" "--loadEngine=engines/$1.engine" "--warmUp=$((warmup * 1000))" "--duration=$duration" \
-        "--exportTimes=$times" $(measure_flags) >"$out/$1/measure.log" 2>&1 || [ ! -s "$times" ]; then
+    "$trtexec" "--loadEngine=engines/$1.engine" "--warmUp=$((warmup * 1000))" "--duration=$duration" \
+        "--exportTimes=$times" $(measure_flags) >"$out/$1/measure.log" 2>&1
+    status=$?
+    if [ -n "$watcher" ]; then
+        kill "$watcher" 2>/dev/null
+        wait "$watcher" 2>/dev/null
+        tail -c 1000000 "$out/$1/power.part" | tr -cd '[:print:]\n' >"$out/$1/power-$2-$3.log" || full
+    fi
+    if [ "$status" -ne 0 ] || [ ! -s "$times" ]; then
         fail_with "$out/$1/measure.log"
         rm -f "$times"
         return 1
@@ -559,7 +580,7 @@ done
     printf '"model": "%s", "power_mode": "%s", "board": "%s", ' "$model_name" "$power_mode" "$board"
     printf '"gpu": "%s", "compute_capability": "%s", "clock": "%s", ' "$gpu" "$capability" "$clock"
     printf '"duration_s": %s, "warmup_s": %s, "processes": %s, ' "$duration" "$warmup" "$processes"
-    printf '"dla": "%s", "networks": [' "$dla"
+    printf '"dla": "%s", "streams": %s, "networks": [' "$dla" "$streams"
     between=''
     for name in $names; do
         printf '%s\n' "$between" && cat "$out/$name/result.json"

@@ -9,10 +9,14 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import zip_longest
+from typing import Any, Callable, TypeVar
 
 from export.convert.ort import (
     CPU,
@@ -26,6 +30,8 @@ from export.convert.ort import (
 )
 from export.errors import ExportError
 
+T = TypeVar("T")
+
 MIN_RUNS = 7
 STEADY_DRIFT = 0.10
 """Maximum relative difference between the last and the first third of a steady measurement."""
@@ -33,7 +39,7 @@ STEADY_DRIFT = 0.10
 
 @dataclass(frozen=True)
 class LatencyStats:
-    """Latency of one network on one runtime, for one input of the file's batch size.
+    """Latency of one network on one runtime, for one run of the file's batch size.
 
     Attributes:
         median_ms, p90_ms, p99_ms: Percentiles of the run times in milliseconds.
@@ -42,6 +48,8 @@ class LatencyStats:
         runtime, version: The runtime, such as "onnxruntime" "1.23.0".
         threads: Threads of the runtime; 0 if it has no such setting.
         drift: Median of the last third of the runs divided by that of the first third, minus one.
+        batch: Inputs of one run.
+        streams: Copies of the network that ran at the same time; each run met the load of the others.
     """
 
     median_ms: float
@@ -55,6 +63,13 @@ class LatencyStats:
     version: str
     threads: int
     drift: float
+    batch: int = 1
+    streams: int = 1
+
+    @property
+    def inputs_per_s(self) -> float:
+        """Throughput: inputs that all copies complete in a second, run after run."""
+        return 1e3 * self.batch * self.streams / self.mean_ms
 
     @property
     def steady(self) -> bool:
@@ -87,7 +102,9 @@ def drift_of(times_ms: Sequence[float]) -> float:
     return statistics.median(times_ms[-third:]) / statistics.median(times_ms[:third]) - 1.0
 
 
-def summarise(times_ms: Sequence[float], *, runtime: str, version: str, threads: int = 0) -> LatencyStats:
+def summarise(
+    times_ms: Sequence[float], *, runtime: str, version: str, threads: int = 0, batch: int = 1, streams: int = 1
+) -> LatencyStats:
     """Summarise run times in milliseconds, in the order of the runs.
 
     Raises:
@@ -111,6 +128,8 @@ def summarise(times_ms: Sequence[float], *, runtime: str, version: str, threads:
         version=version,
         threads=threads,
         drift=drift_of(times),
+        batch=batch,
+        streams=streams,
     )
 
 
@@ -120,21 +139,34 @@ class OnnxRunner:
     Inputs and outputs are bound once; converting them for each run would dominate the time of a small operator.
 
     Args:
-        model: The ONNX file or its bytes; dynamic dimensions become 1.
+        model: The ONNX file or its bytes.
         threads: Intra-op threads.
         providers: ONNX Runtime's execution providers.
         seed: Seed of the random input.
+        batch: Size of dynamic dimensions.
+
+    Attributes:
+        batch: Inputs of one run: the first dimension of the first input.
     """
 
     def __init__(
-        self, model: ModelSource, *, threads: int = 1, providers: Sequence[str] = CPU, seed: int = 0
+        self,
+        model: ModelSource,
+        *,
+        threads: int = 1,
+        providers: Sequence[str] = CPU,
+        seed: int = 0,
+        batch: int = 1,
     ) -> None:
         self.name = describe(model)
         self.threads = threads
         self.session = open_session(model, threads=threads, providers=providers)
         self._binding = self.session.io_binding()
-        for name, value in random_feeds(self.session, seed=seed).items():
+        feeds = random_feeds(self.session, seed=seed, batch=batch)
+        for name, value in feeds.items():
             self._binding.bind_cpu_input(name, value)
+        first = next(iter(feeds.values()), None)
+        self.batch = 1 if first is None or not first.ndim else len(first)
         for output in self.session.get_outputs():
             self._binding.bind_output(output.name)
         self._errors = ort_errors()
@@ -175,11 +207,64 @@ class OnnxRunner:
             fastest = min(fastest, *self.time(1))
         return fastest
 
-    def summarise(self, times_ms: Sequence[float]) -> LatencyStats:
-        """Summarise run times of this network."""
+    def summarise(self, times_ms: Sequence[float], streams: int = 1) -> LatencyStats:
+        """Summarise run times of this network, of which `streams` copies ran at the same time."""
         return summarise(
-            times_ms, runtime="onnxruntime", version=str(runtime().__version__), threads=self.threads
+            times_ms,
+            runtime="onnxruntime",
+            version=str(runtime().__version__),
+            threads=self.threads,
+            batch=self.batch,
+            streams=streams,
         )
+
+
+def together(runners: Sequence[OnnxRunner], work: Callable[[OnnxRunner], T]) -> list[T]:
+    """Call `work` for several loaded networks at the same time, each in a thread of its own; return its results.
+
+    A network whose work is done goes on running until the last one has done its own: every run of `work` meets the
+    load of all others.
+    """
+    if len(runners) == 1:
+        return [work(runners[0])]
+    ready, done = threading.Barrier(len(runners)), [False] * len(runners)
+
+    def loaded(place: int) -> T:
+        ready.wait()
+        try:
+            result = work(runners[place])
+        finally:
+            done[place] = True
+        while not all(done):
+            runners[place].run()
+        return result
+
+    with ThreadPoolExecutor(len(runners)) as pool:
+        return list(pool.map(loaded, range(len(runners))))
+
+
+@contextmanager
+def running(runners: Sequence[OnnxRunner]) -> Iterator[None]:
+    """Run networks without a pause, each in a thread of its own, while the block runs."""
+    stop = threading.Event()
+
+    def loop(runner: OnnxRunner) -> None:
+        while not stop.is_set():
+            runner.run()
+
+    with ThreadPoolExecutor(max(1, len(runners))) as pool:
+        loops = [pool.submit(loop, runner) for runner in runners]
+        try:
+            yield
+        finally:
+            stop.set()
+        for each in loops:
+            each.result()
+
+
+def merged(times_ms: Sequence[Sequence[float]]) -> list[float]:
+    """Return the runs of several networks in about the order in which they ended."""
+    return [each for row in zip_longest(*times_ms) for each in row if each is not None]
 
 
 def run_for(runner: OnnxRunner, seconds: float) -> list[float]:

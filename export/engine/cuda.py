@@ -14,6 +14,7 @@ from export.errors import ExportError
 
 _LIBRARIES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
 _MAJOR, _MINOR, _CLOCK_KHZ = 75, 76, 13
+_NOT_READY = 600
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,12 @@ class Driver:
         self._held.append((free, int(handle.value or 0)))
         return self._held[-1][1]
 
-    def _call(self, name: str, *arguments: Any) -> None:
-        result = getattr(self._library, name)(*arguments)
-        if result:
+    def _call(self, name: str, *arguments: Any, also: int = 0) -> int:
+        """Call a function that returns 0, or `also`."""
+        result = int(getattr(self._library, name)(*arguments))
+        if result not in (0, also):
             raise ExportError(f"The GPU's driver refused {name}: error {result}{self._error_name(result)}.")
+        return result
 
     def _error_name(self, result: int) -> str:
         text = ctypes.c_char_p()
@@ -107,6 +110,12 @@ class Driver:
             clock_mhz=self._attribute(_CLOCK_KHZ) // 1000,
             driver=f"{version.value // 1000}.{version.value % 1000 // 10}",
         )
+
+    def pci_bus_id(self) -> str:
+        """The GPU's address on the PCI bus, by which NVML knows it."""
+        text = ctypes.create_string_buffer(64)
+        self._call("cuDeviceGetPCIBusId", text, 64, self._device)
+        return text.value.decode()
 
     def _attribute(self, number: int) -> int:
         value = ctypes.c_int()
@@ -156,6 +165,10 @@ class Driver:
     def record(self, event: int, stream: int) -> None:
         """Record the event in the stream."""
         self._call("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+
+    def reached(self, event: int) -> bool:
+        """Whether the stream has reached a recorded event."""
+        return self._call("cuEventQuery", ctypes.c_void_p(event), also=_NOT_READY) == 0
 
     def elapsed_ms(self, start: int, end: int) -> float:
         """Milliseconds between two completed events."""

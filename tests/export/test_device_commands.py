@@ -67,6 +67,29 @@ def test_measure_in_processes(net: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "median" in capsys.readouterr().out
 
 
+def test_measure_batches_in_streams_at_a_percentile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, target = tmp_path / "open.onnx", tmp_path / "latency.json"
+    export_onnx(SmallNet(), torch.zeros(1, 3, 16, 16), path, dynamic_batch=True)
+    load = ["--batch", "4", "--streams", "2", "--percentile", "75"]
+    assert main(["measure", str(path), *QUICK, "--processes", "1", *load, "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert (found["latency"]["batch"], found["latency"]["streams"]) == (4, 2)
+    assert found["percentile_ms"] == pytest.approx(float(np.quantile(found["times_ms"], 0.75)))
+    printed = capsys.readouterr().out
+    assert f"p75 {found['percentile_ms']:.3f} ms" in printed
+    assert f"batch 4, 2 streams, 1 thread: {8e3 / found['latency']['mean_ms']:.1f} inputs a second" in printed
+
+
+def test_another_batch_than_the_files_is_refused(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", str(net), *QUICK, "--processes", "1", "--batch", "4"]) == 2
+    assert "takes batches of 1, not of 4" in capsys.readouterr().err
+    for wrong in (["--streams", "0"], ["--percentile", "100"], ["--threads", "two"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["measure", str(net), *wrong])
+        assert ended.value.code == 2
+    assert "argument --streams: expected 1 or more, got 0" in capsys.readouterr().err
+
+
 def test_verify(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(net), "--runtime", "onnxruntime"]) == 0
     assert "same first class for 100.0% of 4 inputs" in capsys.readouterr().out

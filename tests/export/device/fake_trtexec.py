@@ -39,6 +39,7 @@ def flags_of(version: str) -> set[str]:
         flags |= {"memPoolSize", "profilingVerbosity"}
     if number >= (8, 6):
         flags |= {"skipInference"}
+    flags |= {"infStreams"} if number >= (10, 0) else {"streams"}
     if number < (11, 0):
         flags |= {"fp16", "int8", "best", "calib", "layerPrecisions"}
     if number >= (10, 0):
@@ -159,7 +160,8 @@ def run(options: dict[str, str], behaviour: dict[str, object]) -> int:
             middle = float(behaviour.get("factor", 1)) * (
                 0.05 + 0.9 * sum(time for _, time in json.loads(content))
             )
-        write_times(Path(options["exportTimes"]), middle)
+        streams = int(options.get("infStreams") or options.get("streams") or 1)
+        write_times(Path(options["exportTimes"]), streams * middle)
     if "exportOutput" in options:
         if behaviour.get("fail") == "verify":
             return error("Cuda failure: an illegal memory access was encountered")

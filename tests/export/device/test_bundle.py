@@ -21,7 +21,7 @@ from export.convert.parity import Reference
 from export.convert.quantize import quantize_onnx
 from export.convert.to_onnx import export_onnx
 from export.device.archive import CHECKSUMS, pack, unpack
-from export.device.bundle import device_script, make_bundle
+from export.device.bundle import TARGETS, device_script, make_bundle, write_bundle
 from export.device.results import DeviceResults, read_results
 from export.errors import ExportError
 from tests.archives import SAFELY, checksums
@@ -99,6 +99,61 @@ def test_bundles_repeat_and_hold_what_they_say(bundle: Path, networks: Path, tmp
     assert len(held["reference/input-01.bin"]) == 4 * 3 * 16 * 16
     assert held[CHECKSUMS].count(b"\n") == len(held) - 1
     assert b"Jetson Orin Nano 8GB" in held["README.txt"]
+
+
+@pytest.mark.parametrize(("version", "flag"), [("8.5.2", "--streams=2"), ("11.4.1", "--infStreams=2")])
+def test_batches_in_streams(tmp_path: Path, version: str, flag: str) -> None:
+    """Inputs of the reference go to the board in batches, and their outputs are compared one by one here."""
+    net, path, images = tmp_path / "slim.onnx", tmp_path / "b.tar.gz", np.concatenate([IMAGES, -IMAGES])
+    export_onnx(SmallNet(), torch.zeros(2, 3, 16, 16), net)
+    make_bundle(
+        path, [net], Reference(images, onnx_outputs(net, images)[0]), target="jetson-orin-nano-8gb", streams=2
+    )
+    held = unpack(path)
+    assert held["streams.txt"] == b"2\n"
+    assert len(held["reference/input-01.bin"]) == 4 * 2 * 3 * 16 * 16
+    folder, calls = carry(path, tmp_path / "board"), tmp_path / "calls.txt"
+    done = run(folder, make_trtexec(tmp_path / "bin", version, calls=str(calls)), "--processes", "1")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert all((flag in call) == ("exportTimes" in call) for call in calls.read_text().splitlines())
+    results = read_results(folder / "results", path)
+    assert (results.batch, results.streams) == (2, 2)
+    network = results.networks["slim"]
+    assert network.parity is not None
+    assert network.latency is not None
+    assert (network.status, network.parity.samples) == ("ok", 4)
+    assert network.latency.median_ms == pytest.approx(3.2, rel=1e-3)
+    assert network.latency.inputs_per_s == pytest.approx(4 / 3.2e-3, rel=1e-2)
+    assert "for a batch of 2 in 2 streams, 1250.0 inputs a second" in network.describe()
+    with pytest.raises(ExportError, match=r"a fixed batch N that divides the 3 inputs"):
+        make_bundle(path, [net], Reference(images[:3], images[:3]), target="jetson-orin-nano-8gb")
+
+
+def test_the_power_of_a_jetson_is_recorded_while_a_network_runs(tmp_path: Path, networks: Path) -> None:
+    folder, content = tmp_path / "board", (networks / "slim.onnx").read_bytes()
+    write_bundle(folder, [("slim", content)], target=TARGETS["jetson-orin-nano-8gb"], profile=False, energy=True)
+    trtexec = make_trtexec(tmp_path / "bin", "10.3.0")
+    options = ("--processes", "2", "--duration", "1")
+    done = run(folder, trtexec, *options)
+    assert (done.returncode, "tegrastats was not found" in done.stderr) == (2, True)
+    tools = tmp_path / "tools"
+    for name in ("sleep", "timeout"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    lines = "\n".join(["VDD_IN 3000mW/3000mW", *["VDD_IN 9832mW/9433mW"] * 12])
+    (tools / "tegrastats").write_text(f"#!/bin/sh\nprintf '{lines}\\n'\nexec sleep 30\n")
+    (tools / "tegrastats").chmod(0o755)
+    (tools / "sh").symlink_to(str(shutil.which("sh")))
+    done = run(folder, trtexec, *options)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    network = read_results(folder / "results", folder, "timing").networks["slim"]
+    assert [turn.power_mw for turn in network.turns] == [9832.0, 9832.0]
+    assert network.run_mj == pytest.approx(9832 * 1.6 / 1e3, rel=1e-3)  # the stand-in's runs take 1.6 ms
+    back = folder / "results"
+    (back / "slim" / "power-1-1.log").write_text("VDD_IN 9832mW/9433mW\n")
+    held = {str(path.relative_to(back)): path.read_bytes() for path in back.rglob("*.*") if path.is_file()}
+    (back / CHECKSUMS).write_bytes(checksums(held))
+    with pytest.raises(ExportError, match=r"power-1-1\.log has 1 readings"):
+        read_results(back, folder, "timing")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -389,6 +444,6 @@ def test_what_cannot_go_into_a_bundle(tmp_path: Path, networks: Path) -> None:
     shutil.copy(networks / "slim.onnx", hostile)
     refused("cannot go into a bundle", hostile.name)
     hostile.unlink()
-    export_onnx(SmallNet(), torch.zeros(2, 3, 16, 16), networks / "two.onnx")
-    refused(r"takes \[2, 3, 16, 16\]; a bundle needs \[1, 3, 16, 16\]", "two.onnx")
+    export_onnx(SmallNet(), torch.zeros(3, 3, 16, 16), networks / "three.onnx")
+    refused(r"takes \[3, 3, 16, 16\]; a bundle needs \[N, 3, 16, 16\], with a fixed batch N that", "three.onnx")
     assert not list(tmp_path.glob("*.tar.gz"))

@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.engine.bench import MIN_RUNS, LatencyStats, OnnxRunner, drift_of, percentile, run_for, summarise
+from export.engine.bench import (
+    MIN_RUNS,
+    LatencyStats,
+    OnnxRunner,
+    drift_of,
+    merged,
+    percentile,
+    run_for,
+    running,
+    summarise,
+    together,
+)
 from export.errors import ExportError
 from tests.export.nets import matmul_chain
 
@@ -84,3 +95,57 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     foreign.write_bytes(b"not a protobuf at all")
     with pytest.raises(ExportError, match=r"cannot load .*foreign\.onnx"):
         OnnxRunner(foreign)
+
+
+def test_throughput_is_that_of_all_copies() -> None:
+    stats = summarise([2.0, 6.0], runtime="r", version="v", batch=8, streams=2)
+    assert stats.inputs_per_s == pytest.approx(8 * 2 / 4e-3)
+    assert LatencyStats(**stats.to_dict()) == stats
+
+
+def test_every_run_of_networks_at_once_meets_the_others() -> None:
+    """A network whose work is short goes on until the others have done theirs."""
+    runners = [OnnxRunner(matmul_chain(64, 2)) for _ in range(3)]
+    counted = [0, 0, 0]
+
+    class Counted:
+        def __init__(self, place: int) -> None:
+            self.place = place
+
+        def run(self) -> None:
+            counted[self.place] += 1
+            runners[self.place].run()
+
+    def work(each: Counted) -> int:
+        runs = 200 if each.place == 0 else 1
+        for _ in range(runs):
+            runners[each.place].run()
+        return runs
+
+    assert together([Counted(place) for place in range(3)], work) == [200, 1, 1]  # type: ignore[arg-type]
+    assert counted[0] <= 1
+    assert min(counted[1:]) > 1
+    assert merged([[1.0, 2.0], [3.0]]) == [1.0, 3.0, 2.0]
+
+
+def test_an_error_of_one_network_ends_all_of_them() -> None:
+    def work(runner: OnnxRunner) -> None:
+        if runner is runners[1]:
+            raise ExportError("it failed.")
+
+    runners = [OnnxRunner(matmul_chain(16, 1)) for _ in range(2)]
+    with pytest.raises(ExportError, match="it failed"):
+        together(runners, work)
+
+
+def test_networks_run_beside_a_block() -> None:
+    runner = OnnxRunner(matmul_chain(64, 2))
+    with running([OnnxRunner(matmul_chain(64, 2))]):
+        assert len(runner.time(20)) == 20
+    with running([]):
+        assert len(runner.time(3)) == 3
+
+
+def test_an_open_batch_is_chosen() -> None:
+    model = matmul_chain(16, 1, batch="batch")
+    assert (OnnxRunner(model).batch, OnnxRunner(model, batch=4).batch) == (1, 4)

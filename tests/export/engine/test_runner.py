@@ -76,6 +76,9 @@ class FakeDriver:
     def record(self, event: int, stream: int) -> None:
         self.recorded[event] = self.clock
 
+    def reached(self, event: int) -> bool:
+        return True
+
     def elapsed_ms(self, start: int, end: int) -> float:
         return self.recorded[end] - self.recorded[start]
 
@@ -178,6 +181,22 @@ def test_runs_and_measures(built: tuple[Path, Any]) -> None:
     assert (driver.memory, driver.handles, LIVE, driver.closed) == ({}, set(), set(), 1)
 
 
+def test_several_contexts_run_at_the_same_time(built: tuple[Path, Any]) -> None:
+    """Each has a stream and memory of its own, and starts again when its run has ended."""
+    net, module = built
+    driver = FakeDriver()
+    with_runtime(module, driver, net)
+    with EngineRunner(net.with_suffix(".engine"), driver=driver, streams=2) as runner:
+        stats = runner.measure(warmup_s=0.0, duration_s=0.0)
+        assert (stats.median_ms, stats.runs, stats.batch, stats.streams) == (2.0, 10, 1, 2)
+        assert stats.inputs_per_s == pytest.approx(1000.0)
+        assert (len(driver.memory), len(driver.handles)) == (4, 6)
+        assert np.array_equal(runner.run_batches(INPUTS), onnx_outputs(net, INPUTS)[0])
+    assert (driver.memory, LIVE) == ({}, set())
+    with pytest.raises(ExportError, match="takes batches of 1, not of 2"):
+        EngineRunner(net.with_suffix(".engine"), driver=driver, batch=2)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -254,6 +273,15 @@ def test_the_driver_describes_its_device() -> None:
     assert Driver(FakeLibrary()).device() == ORIN
     with pytest.raises(ExportError, match=r"refused cuInit: error 100 \(CUDA_ERROR_NO_DEVICE\)"):
         Driver(FakeLibrary(fails="cuInit"))
+
+
+def test_an_event_is_reached_or_not_yet() -> None:
+    for result, reached in ((0, True), (600, False)):
+        library = FakeLibrary()
+        library.cuEventQuery = lambda *_, result=result: result
+        assert Driver(library).reached(1) is reached
+    with pytest.raises(ExportError, match="refused cuEventQuery: error 100"):
+        Driver(FakeLibrary(fails="cuEventQuery")).reached(1)
 
 
 def test_the_driver_frees_what_it_allocated() -> None:
