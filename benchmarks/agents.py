@@ -39,6 +39,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.latency.backends.cpu import measured
+from compressor.latency.provider import Request, Turns
 from compressor.latency.table import LatencyTable
 from compressor.recipe import Recipe
 from compressor.run.compensation import compensation_of
@@ -260,7 +261,8 @@ def measured_share(job: Job, slim: Any, folder: Path) -> float:
     dense_path, slim_path = folder / "dense.onnx", folder / "slim.onnx"
     export_onnx(job.model, example, dense_path)
     export_onnx(slim, example, slim_path)
-    return measured(dense_path, slim_path, job.recipe.threads, job.recipe.contract.repeats).ratio.value
+    request, turns = Request(threads=job.recipe.threads), Turns(job.recipe.contract.repeats)
+    return measured(dense_path, slim_path, request, turns).ratio.value
 
 
 def found(result: SearchResult, feasible: Any) -> list[list[float]]:

@@ -164,6 +164,11 @@ class Budget(ABC):
     def predict(self, widths: npt.NDArray[Any]) -> Floats:
         """Return the cost of each candidate, (N,) from widths (N, G)."""
 
+    @property
+    def title(self) -> str:
+        """What messages call the cost."""
+        return self.name
+
     def kept(self, widths: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Return whether each candidate is within the limit, (N,) from (N, G)."""
         return self.predict(widths) <= self.target
@@ -175,7 +180,7 @@ class Budget(ABC):
 
     def __str__(self) -> str:
         share = self.target / self.dense if self.dense else float("nan")
-        return f"{self.name} <= {self.format(self.target)} ({share:.0%} of {self.format(self.dense)})"
+        return f"{self.title} <= {self.format(self.target)} ({share:.0%} of {self.format(self.dense)})"
 
 
 def register_budget(kind: _Class) -> _Class:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from compressor.budgets.base import Budget, BudgetSpec, CostSources, register_budget
+from compressor.core.conditions import UNLOADED, Conditions
 from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
@@ -110,17 +111,19 @@ class MemoryBudget(_Count):
 @register_budget
 @dataclass(frozen=True)
 class LatencyBudget(Budget):
-    """Milliseconds for one input, predicted by the device's table.
+    """Milliseconds of one run, of a batch, predicted by the device's table.
 
     Attributes:
         curve: The table's prediction for this space.
         estimated: Whether the table is an estimate; the number must then be labelled as such.
+        conditions: Batch and streams of the table; it predicts medians.
     """
 
     curve: LatencyCurve
     target: float
     dense: float
     estimated: bool = False
+    conditions: Conditions = UNLOADED
     name: str = "latency"
     unit: str = "ms"
     how = "measured"
@@ -136,7 +139,12 @@ class LatencyBudget(Budget):
                 "A latency budget needs a latency table.", "Give --device, or use --flops instead."
             )
         dense = table.dense_ms(sources.space)
-        return cls(table.curve(sources.space), spec.limit(dense), dense, table.estimated)
+        conditions = Conditions(table.fields.batch, streams=table.fields.streams)
+        return cls(table.curve(sources.space), spec.limit(dense), dense, table.estimated, conditions)
+
+    @property
+    def title(self) -> str:
+        return self.conditions.title
 
     def predict(self, widths: npt.NDArray[Any]) -> Floats:
         """Return the predicted milliseconds, (N,) from widths (N, G)."""

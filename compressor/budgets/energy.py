@@ -1,150 +1,152 @@
-"""Energy budget in millijoules for one input, measured by Intel RAPL counters through Linux' powercap.
+"""Energy budget in millijoules for one input: of this machine's CPU or GPU, or of a Jetson that ssh reaches.
 
-The counters cover the whole processor package. Idle energy is not subtracted: a faster network saves it too, and it
-cannot be separated from that of other processes. Other load on the machine raises the numbers.
+Energy is always the total of its source, idle power included: a faster network saves that too, and it cannot be
+separated from that of other processes. Other load on the device raises the numbers.
+
+    device         counted by                                   of
+    CPU            Intel RAPL                                   all processor packages
+    GPU            NVML                                         the GPU's board
+    ssh://...      tegrastats there, while trtexec runs         the Jetson module
 """
 
 from __future__ import annotations
 
-import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from compressor.budgets.base import BudgetSpec, CachedValues, CostSources, register_budget
+from compressor.budgets.counters import ALTERNATIVE, POWERCAP, Counter, Nvml, Rapl
 from compressor.budgets.function import FunctionBudget
 from compressor.core.errors import CompressorError
+from compressor.latency.provider import Request, TableProvider
 
 if TYPE_CHECKING:
     from torch import nn
 
     from compressor.pruning.space import PruningSpace
 
-POWERCAP = Path("/sys/class/powercap")
-_PACKAGE = re.compile(r"intel-rapl:\d+")
-_ALTERNATIVE = (
-    "Limit --latency or --flops instead, or measure energy by your own function: "
-    "--budget module:function<=VALUE."
-)
-
 Runs = Callable[[], object]
+"""Runs a network once."""
 
-
-class Rapl:
-    """The energy counters of this machine's processor packages.
-
-    Args:
-        root: The powercap folder.
-
-    Raises:
-        CompressorError: There is no counter, or reading it is not permitted.
-    """
-
-    def __init__(self, root: Path = POWERCAP) -> None:
-        folders = sorted(root.iterdir()) if root.is_dir() else []
-        # Zones such as intel-rapl:0:1 are parts of a package, and psys includes the packages: both would count twice.
-        zones = [folder for folder in folders if _PACKAGE.fullmatch(folder.name)]
-        self._zones = [zone for zone in zones if _name(zone) != "psys"]
-        if not self._zones:
-            raise CompressorError(
-                f"--energy: this machine reports no energy: there is no {root}/intel-rapl:*/energy_uj "
-                "(Intel RAPL; virtual machines seldom have it).",
-                f"Load the kernel module intel_rapl_common on a real Intel or AMD machine. {_ALTERNATIVE}",
-            )
-        self._ranges = [self._number(zone / "max_energy_range_uj") for zone in self._zones]
-        self.reading()
-
-    def reading(self) -> list[int]:
-        """Return each package's counter, in microjoules."""
-        return [self._number(zone / "energy_uj") for zone in self._zones]
-
-    def spent(self, before: list[int], after: list[int]) -> float:
-        """Return the microjoules between two readings; a counter that is smaller than before has wrapped to 0."""
-        pairs = zip(before, after, self._ranges, strict=True)
-        return float(sum(new - old if new >= old else new - old + most for old, new, most in pairs))
-
-    @staticmethod
-    def _number(path: Path) -> int:
-        try:
-            return int(path.read_text(encoding="ascii"))
-        except PermissionError:
-            raise CompressorError(
-                f"--energy: no permission to read {path}.",
-                f"As root: chmod a+r {path.parent.parent}/intel-rapl:*/energy_uj (Linux restricts it "
-                "because it can leak secrets), or run as root.",
-            ) from None
-        except (OSError, ValueError) as error:
-            raise CompressorError(f"--energy: {path} cannot be read: {error}.", _ALTERNATIVE) from None
+Loads = Callable[[bytes], AbstractContextManager[Runs]]
+"""Loads an ONNX file."""
 
 
 class EnergyMeter(CachedValues):
-    """Measures the energy of one input in ONNX Runtime on the CPU.
+    """Measures the energy of one input.
 
     Args:
         space: Builds the networks; their weights do not matter.
-        rapl: The counters.
-        threads: Threads of the runtime.
-        opset: ONNX opset of the exported network.
-        repeats: Measurements per network; the median counts.
-        seconds: Duration of one measurement; the counters are updated about once per millisecond.
-        runner: Maps a network to a function that runs it once; ONNX Runtime by default.
+        request: Batch, opset and precision.
+        source: What counts, for notes.
     """
 
-    def __init__(
-        self,
-        space: PruningSpace,
-        rapl: Rapl,
-        threads: int = 1,
-        opset: int = 17,
-        repeats: int = 5,
-        seconds: float = 0.2,
-        runner: Callable[[nn.Module], Runs] | None = None,
-    ) -> None:
+    def __init__(self, space: PruningSpace, request: Request, source: str) -> None:
         super().__init__("energy")
-        self._space, self._rapl, self._threads, self._opset = space, rapl, threads, opset
-        self._repeats, self._seconds, self._runner = repeats, seconds, runner or self._session
+        self._space, self._request = space, request
+        self.source = f"{source}, idle power included"
 
     def measure(self, widths: tuple[int, ...]) -> float:
         """Measure the millijoules for one input of the network with widths (G,).
 
         Raises:
-            CompressorError: The counters do not change.
+            CompressorError: There is no measurement.
         """
         names = [group.name for group in self._space.groups]
         plan = self._space.plan(dict(zip(names, widths, strict=True)), importance="l1")
-        run = self._runner(self._space.apply(plan).cpu().eval())
-        for _ in range(10):
-            run()
         self.calls += 1
-        found = statistics.median(self._once(run) for _ in range(self._repeats))
-        if found <= 0:
-            raise CompressorError("--energy: the machine's energy counters do not change.", _ALTERNATIVE)
-        return found
+        return self.run_mj(self._space.apply(plan).cpu().eval()) / self._request.batch
 
-    def _once(self, run: Runs) -> float:
-        before, started, count = self._rapl.reading(), time.perf_counter(), 0
-        while time.perf_counter() - started < self._seconds or count < 10:
-            run()
-            count += 1
-        return self._rapl.spent(before, self._rapl.reading()) / count / 1e3
+    def run_mj(self, network: nn.Module) -> float:
+        """Measure the millijoules of one run, of a batch."""
+        raise NotImplementedError
 
-    def _session(self, network: nn.Module) -> Runs:
+    def exported(self, network: nn.Module) -> bytes:
+        """Return a network's ONNX file."""
         import torch
 
-        from export.convert.ort import open_session
+        from compressor.latency.assemble import with_batch
         from export.convert.to_onnx import export_onnx
 
         example = torch.zeros(1, *self._space.example_input[0].shape[1:])
         with tempfile.TemporaryDirectory(prefix="compressor-energy-") as folder:
             path = Path(folder) / "network.onnx"
-            export_onnx(network, example, path, opset=self._opset, compare=False)
-            session = open_session(path, threads=self._threads)
-        feed = {session.get_inputs()[0].name: example.numpy()}
-        return lambda: session.run(None, feed)
+            batched = with_batch(example, self._request.batch)
+            export_onnx(network, batched, path, opset=self._request.opset, compare=False)
+            return path.read_bytes()
+
+
+class CountedEnergy(EnergyMeter):
+    """Energy by a counter of this machine.
+
+    Args:
+        space, request: As for `EnergyMeter`.
+        counter: The counter.
+        load: Loads an ONNX file on the device of the counter.
+        repeats: Measurements per network; the median counts.
+        seconds: Duration of one measurement; None for the counter's own.
+    """
+
+    def __init__(
+        self,
+        space: PruningSpace,
+        request: Request,
+        counter: Counter,
+        load: Loads,
+        repeats: int = 5,
+        seconds: float | None = None,
+    ) -> None:
+        super().__init__(space, request, counter.source)
+        self._counter, self._load, self._repeats = counter, load, repeats
+        self._seconds = counter.seconds if seconds is None else seconds
+
+    def run_mj(self, network: nn.Module) -> float:
+        """Measure the millijoules of one run.
+
+        Raises:
+            CompressorError: The counter does not change.
+        """
+        with self._load(self.exported(network)) as run:
+            for _ in range(10):
+                run()
+            found = statistics.median(self._once(run) for _ in range(self._repeats))
+        if found <= 0:
+            raise CompressorError("--energy: the machine's energy counters do not change.", ALTERNATIVE)
+        return found
+
+    def _once(self, run: Runs) -> float:
+        before, started, count = self._counter.reading(), time.perf_counter(), 0
+        while time.perf_counter() - started < self._seconds or count < 10:
+            run()
+            count += 1
+        return self._counter.spent(before, self._counter.reading()) / count / 1e3
+
+
+class JetsonEnergy(EnergyMeter):
+    """Energy of a Jetson module that ssh reaches: its power by tegrastats while trtexec runs the network.
+
+    Args:
+        space, request: As for `EnergyMeter`.
+        url: Address of the device.
+    """
+
+    def __init__(self, space: PruningSpace, request: Request, url: str) -> None:
+        super().__init__(space, request, f"tegrastats of {url}, the whole module")
+        self._url = url
+
+    def run_mj(self, network: nn.Module) -> float:
+        """Measure the millijoules of one run there."""
+        from compressor.latency.over_ssh import energy_over_ssh
+        from compressor.latency.remote_bundle import in_precision
+
+        shape = tuple(self._space.example_input[0].shape[1:])
+        return energy_over_ssh(self._url, in_precision(self.exported(network), self._request.precision, shape))
 
 
 @register_budget
@@ -160,7 +162,7 @@ class EnergyBudget(FunctionBudget):
     @classmethod
     def create(cls, spec: BudgetSpec, sources: CostSources) -> EnergyBudget:
         """Return the budget; the dense network is measured unless its value is known."""
-        meter = sources.cached.get(cls.name) or EnergyMeter(sources.space, find_counters("local"))
+        meter = sources.cached.get(cls.name) or find_meter("local", Request())(sources.space)
         dense = meter.value(tuple(sources.space.dense_widths.tolist()))
         return cls(meter, spec.limit(dense), dense)
 
@@ -169,25 +171,62 @@ class EnergyBudget(FunctionBudget):
         return f"{value:.3g} mJ" if value < 1e3 else f"{value / 1e3:.3g} J"
 
 
-def find_counters(device: str, root: Path | None = None) -> Rapl:
-    """Return the energy counters of a device.
+def find_meter(device: str, request: Request, root: Path | None = None) -> Callable[[PruningSpace], EnergyMeter]:
+    """Return what makes the energy meter of a device for a space; nothing is loaded before.
 
     Raises:
-        CompressorError: The device has no readable counters; the message gives the missing path and a remedy.
+        CompressorError: Nothing counts the device's energy; the message names what is missing and a remedy.
     """
-    from compressor.latency.provider import TableProvider
     from export.device.here import CPU
 
     provider = TableProvider.for_device(device)
-    if not provider.is_here or provider.runtime != CPU:
-        raise CompressorError(
-            f"--energy is measured on this machine's CPU only, not on {provider.title}.", _ALTERNATIVE
+    if provider.is_here and provider.runtime == CPU:
+        rapl = Rapl(root or POWERCAP)
+        return lambda space: CountedEnergy(space, request, rapl, _on_cpu(request.threads))
+    if provider.is_here:
+        from compressor.latency.backends.gpu import loaded
+        from export.device.here import gpu_backend
+
+        counter, backend = counter_here(), gpu_backend()
+        assert backend is not None
+        return lambda space: CountedEnergy(
+            space, request, counter, lambda model: loaded(backend, request.precision, model), repeats=3
         )
-    return Rapl(root or POWERCAP)
+    if provider.measures and device.startswith("ssh:"):
+        return lambda space: JetsonEnergy(space, request, device)
+    raise CompressorError(
+        "--energy is measured on this machine's CPU or GPU, and on Jetson modules over ssh, not on "
+        f"{provider.title}.",
+        ALTERNATIVE,
+    )
 
 
-def _name(zone: Path) -> str:
-    try:
-        return (zone / "name").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+def counter_here() -> Counter:
+    """Return the energy counter of what `--device local` runs networks on: this machine's CPU or GPU.
+
+    Raises:
+        CompressorError: There is none; the message names what is missing and a remedy.
+    """
+    from export.device.here import CPU, TRTEXEC, gpu_backend
+    from export.engine.cuda import Driver
+
+    backend = gpu_backend()
+    if backend is None:
+        return Rapl()
+    if backend.kind == TRTEXEC:
+        raise CompressorError(
+            "--energy: trtexec starts a process for each network, whose energy cannot be told from the network's.",
+            f"Install TensorRT's Python module, or use the CPU: export COMPRESSOR_BACKEND={CPU}",
+        )
+    with Driver() as driver:
+        return Nvml(driver.pci_bus_id())
+
+
+def _on_cpu(threads: int) -> Loads:
+    @contextmanager
+    def load(model: bytes) -> Iterator[Runs]:
+        from export.engine.bench import OnnxRunner
+
+        yield OnnxRunner(model, threads=threads).run
+
+    return load

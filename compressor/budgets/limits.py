@@ -69,7 +69,7 @@ def reachable(budgets: Sequence[Budget], space: PruningSpace) -> None:
             keeping_widths(choices_for(space, budgets), np.asarray(space.dense_widths), budgets)
         return
     problems = "; ".join(
-        f"{budget.name} <= {budget.format(budget.target)} was requested, the smallest network of this space needs "
+        f"{budget.title} <= {budget.format(budget.target)} was requested, the smallest network of this space needs "
         f"{budget.format(least)} ({least / budget.dense:.0%} of the dense {budget.format(budget.dense)})"
         for budget, least in missed
     )

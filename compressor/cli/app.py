@@ -16,9 +16,12 @@ from compressor.cli.devices import devices
 from compressor.cli.doctor import doctor
 from compressor.cli.export import export
 from compressor.cli.flags import (
+    BatchOption,
     ImageSizeOption,
     JsonOption,
+    StreamsOption,
     TaskOption,
+    ThreadsOption,
     number_or_text,
     recipe_of,
     with_settings,
@@ -78,12 +81,14 @@ def compress_command(
         str | None,
         typer.Option(help="A recipe: YAML file or shipped name.", autocompletion=completion.recipes),
     ] = None,
-    latency: Annotated[str | None, typer.Option(help="Latency budget: 5ms, 50% or 0.5x.")] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="Latency budget, of one batch: 5ms, 50% or 0.5x.")
+    ] = None,
     flops: Annotated[str | None, typer.Option(help="Multiply-add budget: 50%, 0.5x or 2G.")] = None,
     params: Annotated[str | None, typer.Option(help="Parameter budget: 30%, 0.3x or 8M.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget: 50%, 0.5x or 20MB.")] = None,
     energy: Annotated[
-        str | None, typer.Option(help="Energy budget of one input on this machine's CPU: 5mJ, 50% or 0.5x.")
+        str | None, typer.Option(help="Energy budget of one input, where the device counts it: 5mJ, 50% or 0.5x.")
     ] = None,
     budget: Annotated[
         list[str] | None, typer.Option(help="package.module:function<=VALUE; may be repeated.")
@@ -93,7 +98,13 @@ def compress_command(
         typer.Option(help="local, or a name from: compress devices.", autocompletion=completion.devices),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8 or auto.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the runtime on this machine's CPU.")] = None,
+    threads: ThreadsOption = None,
+    batch: BatchOption = None,
+    percentile: Annotated[
+        float | None,
+        typer.Option(help="Percentile of single runs that the latency is: 99; by default 50, the median."),
+    ] = None,
+    streams: StreamsOption = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -157,7 +168,8 @@ def compress_command(
         return
     overrides = overrides_of(
         {
-            "model": model, "device": device, "precision": precision, "threads": threads,
+            "model": model, "device": device, "precision": precision, "threads": threads, "batch": batch,
+            "percentile": percentile, "streams": streams,
             "accept_dense": accept_dense or None,
             "data": {"source": data, "mean": mean, "std": std},
             "task": task, "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,

@@ -52,8 +52,9 @@ def _costs(job: Job) -> Iterator[str]:
         reached = float(budget.predict(least[None])[0])
         how = ", estimated" if getattr(budget, "estimated", False) else ""
         already = "; already kept by the dense network" if budget.dense <= budget.target else ""
+        title = job.recipe.conditions.title if budget.name == "latency" else budget.name
         yield (
-            f"Budget {budget.name}{how}: at most {budget.format(budget.target)}, dense {budget.format(budget.dense)} "
+            f"Budget {title}{how}: at most {budget.format(budget.target)}, dense {budget.format(budget.dense)} "
             f"({budget.target / budget.dense:.1%} of it), smallest reachable {budget.format(reached)}{already}."
         )
 

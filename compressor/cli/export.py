@@ -20,8 +20,9 @@ def export(
     ] = "onnx",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8, written into the file.")] = "fp32",
     batch: Annotated[
-        str, typer.Option(help="Inputs per batch: 4; or a range: 1..8, tuned for 8; 1..4..8.")
-    ] = "1",
+        str | None,
+        typer.Option(help="Inputs per batch: 4; or a range: 1..8, tuned for 8; 1..4..8. By default the run's."),
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; by default the one that the target reads.")] = None,
     max_drop: Annotated[float, typer.Option(help="Percentage points that fp16 or int8 may lose.")] = 1.0,
     calibration: Annotated[
@@ -91,7 +92,7 @@ def export(
         wanted = Request(
             format=format,
             precision=precision,
-            batch=parse_batch(batch),
+            batch=None if batch is None else parse_batch(batch),
             target=None if over_ssh else target,
             opset=opset,
             max_drop=max_drop,
@@ -120,9 +121,9 @@ def export(
                 raise CompressorError(
                     "A bundle is for a board.", "Add --target BOARD, or --import RESULTS to import its results."
                 )
-            if format != "onnx" or batch != "1" or opset is not None or file is not None:
+            if format != "onnx" or batch is not None or opset is not None or file is not None:
                 raise CompressorError(
-                    "A bundle holds ONNX files for one input at a time, in the opset that its board reads.",
+                    "A bundle holds ONNX files for the run's batch, in the opset that its board reads.",
                     "Leave out --format, --batch, --opset and --out.",
                 )
             if over_ssh:

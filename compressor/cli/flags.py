@@ -18,6 +18,15 @@ TaskOption = Annotated[
 ImageSizeOption = Annotated[
     str | None, typer.Option(help="Height and width of an input in pixels: 224, or 96x128.")
 ]
+ThreadsOption = Annotated[
+    int | None, typer.Option(help="Threads inside one operator on this machine's CPU; by default 1.")
+]
+BatchOption = Annotated[
+    int | None, typer.Option(help="Inputs of one run: the latency is that of the whole batch; by default 1.")
+]
+StreamsOption = Annotated[
+    int | None, typer.Option(help="Copies of the network that run at the same time on the device; by default 1.")
+]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from compressor.cli.flags import ImageSizeOption, TaskOption, overrides, recipe_of
+from compressor.cli.flags import (
+    BatchOption,
+    ImageSizeOption,
+    StreamsOption,
+    TaskOption,
+    ThreadsOption,
+    overrides,
+    recipe_of,
+)
 from compressor.cli.terminal import friendly, show
 from compressor.core.errors import CompressorError
 
@@ -17,7 +25,9 @@ def profile(
     data: Annotated[str, typer.Option(help="Determines the input size and the number of classes.")] = "digits",
     task: TaskOption = None,
     image_size: ImageSizeOption = None,
-    threads: Annotated[int, typer.Option(help="Threads of the runtime on this machine's CPU.")] = 1,
+    threads: ThreadsOption = None,
+    batch: BatchOption = None,
+    streams: StreamsOption = None,
     device: Annotated[
         str | None, typer.Option(help="ssh://user@host; with --bundle or --import the device's name.")
     ] = None,
@@ -62,7 +72,10 @@ def profile(
         else:
             if model is None:
                 raise CompressorError("No network was given.", "For example: --model resnet50")
-            fields = {"model": model, "data": data, "task": task, "image_size": image_size, "threads": threads}
+            fields = {
+                "model": model, "data": data, "task": task, "image_size": image_size, "threads": threads,
+                "batch": batch, "streams": streams,
+            }  # fmt: skip
             recipe = recipe_of(
                 None, overrides({**fields, "device": device, "precision": precision}) | {"weights": "none"}
             )

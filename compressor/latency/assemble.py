@@ -31,6 +31,7 @@ from compressor.latency.schema import (
 )
 from compressor.latency.table import LatencyTable
 from export.convert.to_onnx import DEFAULT_OPSET, export_onnx
+from export.convert.trees import rows
 from export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Provenance:
 
     Attributes:
         device, runtime, precision: The measured device, its runtime and precision.
+        batch, streams: Inputs of one run, and copies of a network that ran at the same time.
         block: Channels per kernel block.
         protocol, sources: Description of the measurement; identifiers of its data.
     """
@@ -62,6 +64,8 @@ class Provenance:
     block: int
     protocol: str
     sources: tuple[str, ...] = ()
+    batch: int = 1
+    streams: int = 1
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,19 @@ def measure_candidate(
     return Sample(c_in, c_out, network, times)
 
 
+def load_words(batch: int, streams: int) -> str:
+    """Return what a protocol adds for a batch or for several streams; empty for one of each."""
+    words = f"; each run is of a batch of {batch}" if batch > 1 else ""
+    if streams > 1:
+        words += f"; {streams} copies of each network ran at the same time, and all their runs count"
+    return words
+
+
+def with_batch(example: Any, batch: int) -> Any:
+    """Return a network's arguments for one input, repeated for a batch."""
+    return example if batch == 1 else rows(example, 1, [0] * batch)
+
+
 def export_candidate(
     space: PruningSpace, ranking: Ranking, example: Any, widths: Widths, *, opset: int = DEFAULT_OPSET
 ) -> TaggedNetwork:
@@ -101,7 +118,7 @@ def export_candidate(
     Args:
         space: The space that the sub-network belongs to.
         ranking: Decides which channels are removed first.
-        example: The network's arguments for one input.
+        example: The network's arguments for one batch.
         widths: Width of each group, (G,).
         opset: ONNX opset of the file.
 
@@ -187,6 +204,8 @@ def table_from(
             device=provenance.device,
             runtime=provenance.runtime,
             precision=provenance.precision,
+            batch=provenance.batch,
+            streams=provenance.streams,
             date=datetime.now(timezone.utc).date().isoformat(),
             how="measured",
             protocol=provenance.protocol,

@@ -23,11 +23,11 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.latency.backends.cpu import profiled_runs, tag_of
-from compressor.latency.machine import middle, timed, undisturbed
+from compressor.latency.machine import middle, timed_together, undisturbed
 from compressor.latency.networks import FileNode, file_nodes, macs_of, tag
 from compressor.latency.operators import padded
 from compressor.latency.peaks import Machine
-from export.engine.bench import OnnxRunner
+from export.engine.bench import OnnxRunner, together
 
 ROUNDS = 2
 """Profiling rounds per network. Networks take turns, so that background load does not affect one of them alone."""
@@ -50,8 +50,8 @@ class Kernel:
         op: The runtime's name, such as Conv or ReorderOutput.
         place: Index among kernels with the same `operator` and `op`.
         weighted: Whether it computes that operator; False for steps without weights.
-        ms: Time for one input, without the profiler's overhead.
-        macs: Multiply-adds of the network.
+        ms: Time in one run, without the profiler's overhead.
+        macs: Multiply-adds of the network for one run, of the file's batch.
         computed_macs: Multiply-adds that the runtime computes, padding included.
         channels: Input and output channels; None without weights.
         weight_bytes, moved_bytes: Bytes of weights read; bytes of activations read and written.
@@ -84,24 +84,28 @@ class Profile:
     whole_ms: float
 
 
-def profile_onnx(paths: Sequence[Path], *, threads: int = 1, seconds: float = 1.0) -> list[Profile]:
+def profile_onnx(
+    paths: Sequence[Path], *, threads: int = 1, streams: int = 1, seconds: float = 1.0
+) -> list[Profile]:
     """Profile ONNX files on this machine's CPU in turns.
 
     Args:
         paths: Files of one structure.
         threads: Threads of ONNX Runtime.
+        streams: Copies of a network that run at the same time, of which one is profiled.
         seconds: Approximate run time per file.
     """
-    runners = [OnnxRunner(str(path), threads=threads) for path in paths]
+    copies = [[OnnxRunner(str(path), threads=threads) for _ in range(streams)] for path in paths]
     tagged = [tag(path) for path in paths]
-    once = [runner.warm_up(0.05) for runner in runners]
+    once = [max(together(runners, lambda runner: runner.warm_up(0.05))) for runners in copies]
     runs = [int(np.clip(seconds * 1e3 / ROUNDS / 3 / each, 4, 60)) for each in once]
     whole: list[list[float]] = [[] for _ in paths]
     profiled: list[list[list[dict[str, Any]]]] = [[] for _ in paths]
     for _ in range(ROUNDS):
-        for place, runner in enumerate(runners):
-            whole[place] += undisturbed(timed(runner, 2 * runs[place])).tolist()
-            profiled[place] += profiled_runs(tagged[place].model, threads, runs[place])
+        for place, runners in enumerate(copies):
+            times = timed_together(runners, 2 * runs[place])
+            whole[place] += (undisturbed(times) if streams == 1 else times[:, 0]).tolist()
+            profiled[place] += profiled_runs(tagged[place].model, threads, runs[place], runners[1:])
     return [
         _without_profiler(_kernels(file_nodes(path), each.owner, traces), float(np.median(times)))
         for path, each, traces, times in zip(paths, tagged, profiled, whole, strict=True)

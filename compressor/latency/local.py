@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
-from compressor.latency.assemble import SECONDS_A_NETWORK, Sample
+from compressor.core.progress import say
+from compressor.latency.assemble import SECONDS_A_NETWORK, Sample, with_batch
 from compressor.latency.backends.cpu import OrtProcess, measured
 from compressor.latency.backends.gpu import device_of
 from compressor.latency.fit import ALIGNMENT
@@ -38,6 +40,7 @@ class LocalCpu(MeasuredDevice):
     name = LOCAL
     title = "this machine's CPU"
     is_here = True
+    concurrent = True
     runtime = CPU
     time_limit_s = 75.0
 
@@ -64,8 +67,16 @@ class LocalCpu(MeasuredDevice):
                 "Omit --precision, name a --device, or export it afterwards: compress export RUN --precision fp16",
             )
 
+    def check_load(self, request: Request) -> None:
+        wanted, cores = request.threads * request.streams, os.cpu_count() or 1
+        if wanted > cores:
+            say(
+                f"{request.streams} stream(s) of {request.threads} thread(s) need {wanted} cores, and this machine has "
+                f"{cores}: they wait for one another."
+            )
+
     def runner(self, request: Request) -> Device:
-        return OrtProcess(request.threads)
+        return OrtProcess(request.threads, request.streams)
 
     def block(self, precision: str) -> int:
         return channel_block()
@@ -94,7 +105,7 @@ class LocalCpu(MeasuredDevice):
     def time(
         self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None
     ) -> Timing:
-        return measured(dense, slim, request.threads, turns.repeats, turns.target, turns.seconds)
+        return measured(dense, slim, request, turns)
 
     def steps(self, groups: Iterable[Group], precision: str) -> dict[str, int]:
         """Return the block, finer where a group is narrow.
@@ -110,7 +121,7 @@ class LocalCpu(MeasuredDevice):
     def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:
         return measured_steps(
             space,
-            example,
+            with_batch(example, request.batch),
             OrtProcess(request.threads),
             otherwise=self.steps(space.groups, request.precision),
             least_stride=ALIGNMENT,
@@ -123,6 +134,7 @@ class LocalGpu(MeasuredDevice):
     name = LOCAL
     title = "this machine's GPU"
     is_here = True
+    concurrent = True
     precisions = ("fp32", "fp16", "int8")
     too_noisy = "Keep the GPU cool and free of other work, hold its clocks, and try again."
 
@@ -132,7 +144,7 @@ class LocalGpu(MeasuredDevice):
         self.through = backend.kind
 
     def runner(self, request: Request) -> Device:
-        return device_of(self.backend, request.precision)
+        return device_of(self.backend, request.precision, request.streams)
 
     def describe(self) -> DeviceFields:
         gpu = self.backend.gpu

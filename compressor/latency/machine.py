@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from compressor.core.versions import cpu_name
 from export.convert.ort import CPU, runtime
-from export.engine.bench import OnnxRunner
+from export.engine.bench import OnnxRunner, together
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,6 +34,11 @@ def timed(runner: OnnxRunner, runs: int) -> Floats:
         runner.run()
         times[run] = time.perf_counter_ns() - wall, time.thread_time_ns() - own
     return times / 1e6
+
+
+def timed_together(runners: Sequence[OnnxRunner], runs: int) -> Floats:
+    """Time `runs` runs of each of several networks that run at the same time; (networks * runs, 2) as `timed`."""
+    return np.concatenate(together(runners, lambda runner: timed(runner, runs)))
 
 
 def undisturbed(times: Floats) -> Floats:

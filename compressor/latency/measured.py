@@ -23,8 +23,10 @@ from compressor.latency.assemble import (
     Provenance,
     Sample,
     export_candidate,
+    load_words,
     measure_candidate,
     table_from,
+    with_batch,
 )
 from compressor.latency.backends.gpu import fitted_shares
 from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork
@@ -140,6 +142,7 @@ class MeasuredDevice(TableProvider):
             raise CompressorError(
                 f"A latency table of this machine needs a batch of one input, got {tuple(first.shape)}."
             )
+        batched = with_batch(example, request.batch)
         folder, network = cache_folder(self.cache_dir), network_signature(space)
         path = table_path(
             folder,
@@ -147,10 +150,12 @@ class MeasuredDevice(TableProvider):
             version=self.version,
             threads=self.threads(request),
             network=network,
+            batch=request.batch,
+            streams=request.streams,
         )
         known = cached_table(path)
         if known is not None and self._sufficient(known, space, request):
-            if still_valid(known, space, example, self.runner(request)):
+            if still_valid(known, space, batched, self.runner(request)):
                 return known
             path.unlink(missing_ok=True)
         with measuring_alone(folder):
@@ -182,18 +187,19 @@ class MeasuredDevice(TableProvider):
         Measurements of a device whose speed is not stable are discarded.
 
         Args:
-            space, example, request: As in `table`.
+            space, example, request: As in `table`; the example is of one input.
             device: Runs the networks in place of this device.
             journal_path: Journal of the measurement; None writes none.
         """
         device, ranking, block = device or self.runner(request), space.rank(), self.block(request.precision)
+        example = with_batch(example, request.batch)
         journal = Journal(journal_path, heading_of(space, request.seed, **self.identity(request)))
 
         def measure(widths: Widths) -> Sample:
             return measure_candidate(space, ranking, example, widths, device)
 
         def ready(samples: Sequence[Sample]) -> Sequence[Sample]:
-            return samples if _operators_timed(samples) else _fitted(space, samples, block)
+            return samples if _operators_timed(samples) else _fitted(space, samples, block, request.batch)
 
         if journal.records:
             _resume(journal, space, example, device)
@@ -213,8 +219,10 @@ class MeasuredDevice(TableProvider):
             runtime=RuntimeFields(name=self.runtime, version=self.version, threads=self.threads(request)),
             precision=request.precision,
             block=block,
-            protocol=self.protocol(fitted, len(unseen)),
+            protocol=self.protocol(fitted, len(unseen)) + load_words(request.batch, request.streams),
             sources=self.sources(),
+            batch=request.batch,
+            streams=request.streams,
         )
         table = table_from(space, ready(fitted), unseen, samples.drift, samples.seconds, provenance)
         journal.close()
@@ -225,7 +233,7 @@ class MeasuredDevice(TableProvider):
 
     def _sufficient(self, known: LatencyTable, space: PruningSpace, request: Request) -> bool:
         """Whether a table covers the space, and meets the goal or was given as much time as is available now."""
-        if not known.covers(space):
+        if not known.covers(space) or (known.fields.batch, known.fields.streams) != (request.batch, request.streams):
             return False
         network, limit_s = known.fields.networks[network_signature(space)], self._limit_s(request)
         return (
@@ -240,7 +248,8 @@ class MeasuredDevice(TableProvider):
     ) -> Timing:
         """Time bursts in turns; each one rebuilds its network, like a new process on the CPU."""
         files = in_precision_beside(dense, slim, request.precision)
-        device = self.runner(Request(threads=request.threads))  # the files are converted already
+        # the files are converted already, and have their batch
+        device = self.runner(Request(threads=request.threads, batch=request.batch, streams=request.streams))
         networks = [TaggedNetwork(content, (), ()) for content in files]
         sessions = 0
 
@@ -253,12 +262,20 @@ class MeasuredDevice(TableProvider):
             }
             return [(found[0], found[1])]
 
-        return in_turns(run_session, self.runtime, self.version, **vars(turns))
+        return in_turns(
+            run_session, self.runtime, self.version, batch=request.batch, streams=request.streams, **vars(turns)
+        )
 
     def require_same(self, table: LatencyTable, request: Request) -> None:
         fields = table.fields
-        here = (self.describe().sku, f"{self.runtime} {self.version}", f"{self.threads(request)} thread(s)")
-        stored = (fields.device.sku, table.runtime, f"{fields.runtime.threads} thread(s)")
+        here = (
+            self.describe().sku, f"{self.runtime} {self.version}", f"{self.threads(request)} thread(s)",
+            f"batch {request.batch}", f"{request.streams} stream(s)",
+        )  # fmt: skip
+        stored = (
+            fields.device.sku, table.runtime, f"{fields.runtime.threads} thread(s)", f"batch {fields.batch}",
+            f"{fields.streams} stream(s)",
+        )  # fmt: skip
         differs = "; ".join(
             f"{then}, and this is {now}" for then, now in zip(stored, here, strict=True) if then != now
         )
@@ -337,11 +354,11 @@ def _operators_timed(samples: Sequence[Sample]) -> bool:
     return all(len(sample.times.operators_ms) for sample in samples)
 
 
-def _fitted(space: PruningSpace, samples: Sequence[Sample], block: int) -> list[Sample]:
+def _fitted(space: PruningSpace, samples: Sequence[Sample], block: int, batch: int) -> list[Sample]:
     """Return the samples with operator times fitted to their end-to-end times."""
     c_in, c_out = np.stack([each.c_in for each in samples]), np.stack([each.c_out for each in samples])
     whole = np.asarray([each.times.median_ms for each in samples])
-    shares = fitted_shares(space.layers, c_in, c_out, whole, block)
+    shares = fitted_shares(space.layers, c_in, c_out, whole, block, batch)
     return [
         Sample(each.c_in, each.c_out, each.network, NetworkTimes(each.times.whole_ms, share[None]))
         for each, share in zip(samples, shares, strict=True)

@@ -141,7 +141,7 @@ def _is_next(
 
 @dataclass(frozen=True)
 class FileNode:
-    """Costs of one node of the file, for one input.
+    """Costs of one node of the file, for one run of its batch.
 
     Attributes:
         name: Name in the file.
@@ -197,14 +197,16 @@ def file_nodes(path: Path) -> list[FileNode]:
 
 
 def macs_of(op: str, weight: tuple[int, ...], data: tuple[int, ...], output: tuple[int, ...]) -> int:
-    """Return an operator's multiply-adds from the shapes of its weight, input and output."""
+    """Return an operator's multiply-adds for a batch from the shapes of its weight, input and output."""
     from compressor.pruning.counts import (
         positions_of,  # it imports torch, which a process that times networks must not
     )
 
     kind = "conv_transpose" if "Transpose" in op else "conv"
-    out = output[2:] if len(weight) > 2 else output[:-1]  # a matrix product has one position for each row
-    return math.prod(weight) * max(positions_of(kind, data[2:], out), 1)
+    if len(weight) == 2:  # a matrix product has one position for each row, those of the batch included
+        return math.prod(weight) * max(positions_of(kind, data[2:], output[:-1]), 1)
+    batch = max(output[0], 1) if output else 1
+    return batch * math.prod(weight) * max(positions_of(kind, data[2:], output[2:]), 1)
 
 
 def _channels(node: Any, weight: tuple[int, ...]) -> tuple[int, int]:

@@ -42,7 +42,6 @@ from export.device.archive import CHECKSUMS
 from export.device.bundle import FORMAT, MANIFEST, pack_bundle, write_bundle
 from export.device.remote import identify, place_of, run_remote
 from export.device.results import DeviceResults, read_results
-from export.engine.bench import summarise
 from export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -67,6 +66,8 @@ def ssh_table(
     model: str,
     precision: Precision,
     opset: int = 17,
+    batch: int = 1,
+    streams: int = 1,
     renew: bool = False,
 ) -> LatencyTable:
     """Return the device's table for a network: the stored one if the device is unchanged, else a new measurement.
@@ -75,12 +76,13 @@ def ssh_table(
         url: Address of the device.
         space, example, model: The network, an input batch of size one, and its name in messages.
         precision, opset: Precision and opset of the ONNX files.
+        batch, streams: Inputs of one run, and copies of a network that run there at the same time.
         renew: Whether a device that has changed since its table was measured is measured again, not refused.
 
     Raises:
         CompressorError: The device cannot be reached, has no trtexec, or has changed since its table was measured.
     """
-    table = find_user_table(url, precision, space)
+    table = find_user_table(url, precision, space, batch=batch, streams=streams)
     if table is not None and table.covers(space):
         now = _identified(url)
         if not renew:
@@ -89,11 +91,21 @@ def ssh_table(
         if not differs:
             return table
         say(f"{url} has changed since its table was measured: {differs}. It is measured again.")
-    return profile_over_ssh(url, space, example, model=model, precision=precision, opset=opset)
+    return profile_over_ssh(
+        url, space, example, model=model, precision=precision, opset=opset, batch=batch, streams=streams
+    )
 
 
 def profile_over_ssh(
-    url: str, space: PruningSpace, example: Any, *, model: str, precision: Precision, opset: int = 17
+    url: str,
+    space: PruningSpace,
+    example: Any,
+    *,
+    model: str,
+    precision: Precision,
+    opset: int = 17,
+    batch: int = 1,
+    streams: int = 1,
 ) -> LatencyTable:
     """Copy the sub-networks to the device, measure them there, fetch the times, and store the table under its address.
 
@@ -104,14 +116,23 @@ def profile_over_ssh(
     before = _identified(url)
     say(f"Measuring {model} in {precision} on {_device_title(before)}, TensorRT {before['tensorrt']}.")
     steps = [[group.name, group.width, group.granularity, group.min_width] for group in space.groups]
-    key = json.dumps([FORMAT, url, signature(space), precision, opset, steps])
+    load = [batch, streams] if (batch, streams) != (1, 1) else []
+    key = json.dumps([FORMAT, url, signature(space), precision, opset, steps, *load])
     work = cache_folder() / "profiles" / hashlib.sha256(key.encode()).hexdigest()[:20]
     with measuring_alone(cache_folder()):
         packed = work / f"{_BUNDLE}.tar.gz"
         if not packed.is_file():
             shutil.rmtree(work, ignore_errors=True)
             written = write_table_bundle(
-                space, example, work / _BUNDLE, device=url, model=model, precision=precision, opset=opset
+                space,
+                example,
+                work / _BUNDLE,
+                device=url,
+                model=model,
+                precision=precision,
+                opset=opset,
+                batch=batch,
+                streams=streams,
             )
             for name in (MANIFEST, CHECKSUMS):
                 write_atomic(work / name, (written.path / name).read_bytes())
@@ -133,24 +154,36 @@ def profile_over_ssh(
     return table
 
 
-def measured_over_ssh(url: str, dense: bytes, slim: bytes, table: LatencyTable | None) -> Timing:
+def measured_over_ssh(
+    url: str,
+    dense: bytes,
+    slim: bytes,
+    table: LatencyTable | None,
+    request: Request | None = None,
+    turns: Turns | None = None,
+) -> Timing:
     """Time two ONNX files on the device in turns, dense first and last; each turn gives one ratio.
 
     Args:
         url: Address of the device.
-        dense, slim: Content of the files, in the requested precision.
+        dense, slim: Content of the files, in the requested precision and batch.
         table: Table whose device state is required; None requires none.
+        request: Batch and streams.
+        turns: What is compared; the number of turns is fixed.
 
     Raises:
         CompressorError: As `profile_over_ssh`, or the device has another version, power mode or board than its table.
     """
+    request, turns = request or Request(), turns or Turns()
     if table is not None:
         _require_same(table, _identified(url))
     with tempfile.TemporaryDirectory(prefix="compressor-ssh-") as name:
         work = Path(name)
         folder = work / _BUNDLE
         networks, order = [(DENSE, dense), (SLIM, slim)], [DENSE, SLIM, DENSE]
-        write_bundle(folder, networks, target=target_of(url), order=order, profile=False)
+        write_bundle(
+            folder, networks, target=target_of(url), order=order, profile=False, streams=request.streams
+        )
         packed, results, sums = work / f"{_BUNDLE}.tar.gz", work / "results.tar.gz", (folder / CHECKSUMS).read_bytes()
         pack_bundle(folder, packed)
         _run(url, packed, results, sums, 2 + 3 * PROTOCOL["processes"])
@@ -158,10 +191,31 @@ def measured_over_ssh(url: str, dense: bytes, slim: bytes, table: LatencyTable |
             timings = read_results(results, folder, "timing")
     if table is not None:
         _require_same(table, vars(timings.board))
-    return _in_turns(timings)
+    return _in_turns(timings, request, turns)
 
 
-def _in_turns(timings: DeviceResults) -> Timing:
+def energy_over_ssh(url: str, content: bytes) -> float:
+    """Run one ONNX file on a Jetson while tegrastats reads its power; return the millijoules of one run.
+
+    Raises:
+        CompressorError: As `profile_over_ssh`, or the device has no tegrastats or no reading of its whole module.
+    """
+    with tempfile.TemporaryDirectory(prefix="compressor-ssh-") as name:
+        work = Path(name)
+        folder = work / _BUNDLE
+        write_bundle(folder, [(SLIM, content)], target=target_of(url), profile=False, energy=True)
+        packed, results, sums = work / f"{_BUNDLE}.tar.gz", work / "results.tar.gz", (folder / CHECKSUMS).read_bytes()
+        pack_bundle(folder, packed)
+        _run(url, packed, results, sums, 1 + PROTOCOL["processes"])
+        with _with_resume_hint(url, sums):
+            found = read_results(results, folder, "timing").networks[SLIM]
+    if found.reason or found.run_mj is None:
+        reason = found.reason.rstrip(".") or "there is no reading of its power"
+        raise CompressorError(f"The network's energy could not be measured on {url}: {reason}.")
+    return found.run_mj
+
+
+def _in_turns(timings: DeviceResults, request: Request, asked: Turns) -> Timing:
     """Convert the device's turns to sessions: in each, the slim process runs between two dense ones."""
     bursts: dict[str, dict[int, list[float]]] = {DENSE: {}, SLIM: {}}
     for name, turns in bursts.items():
@@ -175,11 +229,15 @@ def _in_turns(timings: DeviceResults) -> Timing:
     sessions: list[PairSession] = [
         [(burst_of(bursts[DENSE][turn]), burst_of(bursts[SLIM][turn]))] for turn in sorted(bursts[DENSE])
     ]
-    dense, slim = (
-        summarise(timings.networks[name].times_ms, runtime=RUNTIME, version=timings.board.tensorrt)
-        for name in (DENSE, SLIM)
+    found = PairSessions(sessions)
+    return found.timing(
+        found.ratio(percentile=asked.percentile, absolute=asked.limit_ms is not None),
+        asked.percentile,
+        runtime=RUNTIME,
+        version=timings.board.tensorrt,
+        batch=request.batch,
+        streams=request.streams,
     )
-    return Timing(dense, slim, PairSessions(sessions).ratio())
 
 
 def _run(url: str, packed: Path, results: Path, checksums: bytes, steps: int) -> None:
@@ -262,6 +320,7 @@ class SshDevice(TableProvider):
 
     name = "ssh"
     runtime = RUNTIME
+    concurrent = True
 
     @classmethod
     def known(cls) -> list[KnownDevice]:
@@ -278,13 +337,16 @@ class SshDevice(TableProvider):
             model=request.model,
             precision=request.precision,
             opset=request.opset,
+            batch=request.batch,
+            streams=request.streams,
             renew=request.renew,
         )
 
     def time(
         self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None
     ) -> Timing:
-        return measured_over_ssh(self.device, *in_precision_beside(dense, slim, request.precision), table)
+        networks = in_precision_beside(dense, slim, request.precision)
+        return measured_over_ssh(self.device, *networks, table, request, turns)
 
     def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:
         raise CompressorError(

@@ -13,6 +13,8 @@ interval but does not shift the estimate. The interval is examined several times
 turn an error of 5 % into one of 15 or 20 %. The error is therefore divided among the looks in proportion to their
 sessions (alpha spending, Lan and DeMets 1983, combined by Bonferroni's inequality, which needs no distribution). All
 intervals together have a confidence of 95 %.
+
+With another percentile than the median, the ratio is that of the percentiles of all single runs (`latency.tails`).
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from compressor.core.conditions import MEDIAN
 from compressor.core.progress import bar
 from compressor.latency.machine import Floats
+from compressor.latency.tails import percentile_interval, percentile_ms
 from export.engine.bench import LatencyStats, summarise
 
 Verdict = Literal["kept", "missed", "undecided"]
@@ -115,7 +119,7 @@ class Ratio:
     Attributes:
         value: The estimate.
         low, high: Its interval, with a confidence of 95 % over all looks; 0 and infinity where nothing is known yet.
-        dense_ms: Quiet level of the dense network during the measurement.
+        dense_ms: Quiet level of the dense network during the measurement, or the percentile of its runs.
         bursts: Number of bursts of both networks.
         sessions: Number of sessions (pairs of processes).
         undisturbed: Share of the pairs that counted as undisturbed.
@@ -198,13 +202,19 @@ class PairSessions:
 
     all: list[PairSession] = field(default_factory=list)
 
-    def ratio(self, error: float = ERROR, seconds: float = 0.0) -> Ratio:
+    def ratio(
+        self, error: float = ERROR, seconds: float = 0.0, percentile: float = MEDIAN, absolute: bool = False
+    ) -> Ratio:
         """Estimate the ratio from all sessions so far.
 
         Args:
             error: Probability that the interval misses.
             seconds: Duration of the measurement, for the record.
+            percentile: Percentile of single runs that is compared; at the median, undisturbed runs are.
+            absolute: Whether a percentile's interval is that of the slim network's time; see `latency.tails`.
         """
+        if percentile != MEDIAN:
+            return self._percentiles(error, seconds, percentile, absolute)
         fast = [self._levels(session, "fast_ms") for session in self.all]
         quiet = np.quantile(np.concatenate(fast), QUIET, axis=0)
         logarithms, counted = [], 0
@@ -231,6 +241,36 @@ class PairSessions:
             seconds=seconds,
         )
 
+    def _percentiles(self, error: float, seconds: float, percentile: float, absolute: bool) -> Ratio:
+        """Estimate the ratio of a percentile of all single runs."""
+        dense, slim = (
+            [np.asarray([time for pair in session for time in pair[network].wall_ms]) for session in self.all]
+            for network in (0, 1)
+        )
+        centre, half = percentile_interval(dense, slim, percentile, error, absolute=absolute)
+        return Ratio(
+            value=math.exp(centre),
+            low=math.exp(centre - half),
+            high=math.exp(centre + half) if math.isfinite(half) else math.inf,
+            dense_ms=percentile_ms(dense, percentile),
+            bursts=2 * sum(map(len, self.all)),
+            sessions=len(self.all),
+            seconds=seconds,
+        )
+
+    def timing(self, ratio: Ratio, percentile: float, **runtime: Any) -> Timing:
+        """Return the result: statistics of all runs, and how far the percentile lies above their median.
+
+        Args:
+            ratio: The estimate.
+            percentile: Percentile that was compared.
+            runtime: As for `summarise`.
+        """
+        times = [self.wall_ms(network) for network in (0, 1)]
+        dense, slim = (summarise(each, **runtime) for each in times)
+        above = [float(np.quantile(each, percentile / 100) / np.median(each)) for each in times]
+        return Timing(dense, slim, ratio, (above[0], above[1]))
+
     def wall_ms(self, network: int) -> list[float]:
         """Return the wall-clock time of each run of the dense (0) or the slim (1) network."""
         return [time for session in self.all for pair in session for time in pair[network].wall_ms]
@@ -247,12 +287,14 @@ class Timing:
 
     Attributes:
         dense, slim: Wall-clock times of all counted runs, including the effect of other load.
-        ratio: Slim time as a share of dense time, on an unloaded machine.
+        ratio: Slim time as a share of dense time: on an unloaded machine, or that of a percentile of all runs.
+        tails: That percentile over the median of the same runs, of the dense and of the slim network.
     """
 
     dense: LatencyStats
     slim: LatencyStats
     ratio: Ratio
+    tails: tuple[float, float] = (1.0, 1.0)
 
     @property
     def noise(self) -> str:
@@ -284,6 +326,10 @@ def in_turns(
     repeats: int = REPEATS,
     target: float | None = None,
     seconds: float = SECONDS,
+    percentile: float = MEDIAN,
+    limit_ms: float | None = None,
+    batch: int = 1,
+    streams: int = 1,
     clock: Callable[[], float] = time.monotonic,
 ) -> Timing:
     """Run sessions until the ratio is precise and its interval decides the target or is near it, or the time is up.
@@ -291,10 +337,11 @@ def in_turns(
     Args:
         run_session: Runs one session with fresh processes.
         name, version, threads: Name, version and thread count of the runtime.
-        repeats, target, seconds: As in `measured`.
+        repeats, target, seconds, percentile, limit_ms: As in `provider.Turns`.
+        batch, streams: Inputs of one run, and copies of a network that run at the same time, for the record.
         clock: Monotonic clock in seconds.
     """
-    found, begun = PairSessions(), clock()
+    found, begun, absolute = PairSessions(), clock(), limit_ms is not None
     looks = {count: error_at(place) for place, count in enumerate(LOOKS)}
     most = repeats if target is None else LOOKS[-1]
     ratio = None
@@ -306,18 +353,15 @@ def in_turns(
             if target is not None and (count in looks or late):
                 # when time runs out between looks, spend the error of the next look, which will not take place
                 error = looks.get(count) or error_at(min(i for i, look in enumerate(LOOKS) if look > count))
-                ratio = found.ratio(error, spent)
-                if ratio.settled(target) or late:
+                ratio = found.ratio(error, spent, percentile, absolute)
+                if ratio.settled(target if limit_ms is None else limit_ms / ratio.dense_ms) or late:
                     break
             elif late:
                 break
             progress.advance(1, note="" if ratio is None else f"{ratio.low:.3f}-{ratio.high:.3f} of dense")
     if target is None or ratio is None:
-        ratio = found.ratio(ERROR, clock() - begun)
-    dense, slim = (
-        summarise(found.wall_ms(place), runtime=name, version=version, threads=threads) for place in (0, 1)
-    )
-    return Timing(dense, slim, ratio)
+        ratio = found.ratio(ERROR, clock() - begun, percentile, absolute)
+    return found.timing(ratio, percentile, runtime=name, version=version, threads=threads, batch=batch, streams=streams)
 
 
 def pair_session(

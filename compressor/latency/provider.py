@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from compressor.core.conditions import MEDIAN
 from compressor.core.errors import CompressorError
 from compressor.core.plugins import Registry
 from compressor.core.progress import say
@@ -45,6 +46,8 @@ class Request:
         precision: Precision in which networks run.
         opset: ONNX opset of files that leave this machine.
         threads: Threads of ONNX Runtime on a CPU.
+        batch: Inputs of one run.
+        streams: Copies of a network that run at the same time.
         time_limit_s: No further sub-network is started after this many seconds; a dozen are always measured. None for
             the device's own limit.
         goal: Mean error on held-out sub-networks, as a share, at which measuring stops early.
@@ -56,6 +59,8 @@ class Request:
     precision: Precision = "fp32"
     opset: int = 17
     threads: int = 1
+    batch: int = 1
+    streams: int = 1
     time_limit_s: float | None = None
     goal: float = 0.03
     seed: int = 0
@@ -70,11 +75,16 @@ class Turns:
         repeats: Number of sessions if there is no target.
         target: Share of the dense network's time that the slim one may take.
         seconds: Time limit.
+        percentile: Percentile of single runs that is compared; at the median, undisturbed runs are.
+        limit_ms: Largest time of the slim network at another percentile, if the target is in milliseconds; it then
+            takes the place of `target`.
     """
 
     repeats: int = 5
     target: float | None = None
     seconds: float = 90.0
+    percentile: float = MEDIAN
+    limit_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ class TableProvider(ABC):
         runtime: Name of its runtime, as in latency tables.
         precisions: Precisions in which networks run on it.
         measures: Whether networks can be timed on it from here.
+        concurrent: Whether several copies of a network can be timed on it at the same time.
         title: What messages call it; the value of --device by default.
         is_here: Whether it is this machine, which runs the engines that are built here.
         time_limit_s: Default time limit of a table, in seconds; None where its measurement cannot be limited from here.
@@ -114,6 +125,7 @@ class TableProvider(ABC):
     runtime: str = "tensorrt"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     measures: ClassVar[bool] = True
+    concurrent: ClassVar[bool] = False
     title: str = ""
     is_here: ClassVar[bool] = False
     time_limit_s: ClassVar[float | None] = None
@@ -154,6 +166,18 @@ class TableProvider(ABC):
                 f"Use --precision {self.precisions[0]}.",
             )
 
+    def check_load(self, request: Request) -> None:
+        """Refuse several copies of a network at the same time on a device that runs one.
+
+        Raises:
+            CompressorError: The device runs one network at a time.
+        """
+        if request.streams > 1 and not self.concurrent:
+            raise CompressorError(
+                f"{self.title} runs one network at a time, and {request.streams} streams were requested.",
+                "Leave --streams out.",
+            )
+
     @abstractmethod
     def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
         """Return the table for the networks of `space`: a stored one if it fits, else measured now.
@@ -174,7 +198,7 @@ class TableProvider(ABC):
 
         Args:
             dense, slim: The files. A file of the requested precision beside `slim` is timed in its place.
-            request: Precision and threads.
+            request: Precision, threads, batch and streams; the files take this batch.
             turns: When timing ends.
             table: The device's table; a remote device in another state is refused.
 
@@ -189,7 +213,7 @@ class TableProvider(ABC):
         Raises:
             CompressorError: Something differs; the message names it.
         """
-        table.at(request.precision, device=self.device)
+        table.at(request.precision, batch=request.batch, streams=request.streams, device=self.device)
 
     def block(self, precision: str) -> int:
         """Return the number of which channel counts should be multiples, so that no time is spent on padding.
@@ -250,6 +274,7 @@ class StoredTables(TableProvider):
     """A device that is not reached from here: its table is shipped, or was imported or measured earlier."""
 
     measures = False
+    concurrent = True
 
     @classmethod
     def known(cls) -> list[KnownDevice]:
@@ -271,7 +296,9 @@ class StoredTables(TableProvider):
         check_known(self.device, [name for name in _registry.names() if name not in _OWN])
 
     def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
-        table = LatencyTable.load(self.device, precision=request.precision, space=space)
+        table = LatencyTable.load(
+            self.device, request.precision, batch=request.batch, streams=request.streams, space=space
+        )
         if table.estimated:
             say(f"The latency of {self.device} is estimated, not measured.")
         return table

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compressor.core.errors import CompressorError
 from compressor.core.files import disk_error
 from compressor.core.progress import bar
-from compressor.latency.assemble import export_candidate
+from compressor.latency.assemble import export_candidate, with_batch
 from compressor.latency.layout import LayoutFields, layout_fields, signature
 from compressor.latency.networks import WEIGHTED, TaggedNetwork
 from compressor.latency.operators import Widths
@@ -71,6 +71,8 @@ class TableFacts(BaseModel):
     device: Annotated[str, Field(max_length=200)]
     model: Annotated[str, Field(max_length=400)]
     precision: Precision
+    batch: Annotated[int, Field(ge=1, le=4096)] = 1
+    streams: Annotated[int, Field(ge=1, le=64)] = 1
     network: Annotated[str, Field(max_length=64)]
     layout: LayoutFields
     epilogues: tuple[Annotated[str, Field(max_length=2000)], ...]
@@ -91,6 +93,8 @@ def write_table_bundle(
     model: str,
     precision: Precision,
     opset: int = 17,
+    batch: int = 1,
+    streams: int = 1,
     seed: int = 0,
 ) -> BundleInfo:
     """Write the bundle's folder; it appears completely or not at all.
@@ -102,13 +106,14 @@ def write_table_bundle(
         model: The network's name, for display.
         precision: Precision of the networks.
         opset: ONNX opset of the files, lowered to what the device supports.
+        batch, streams: Inputs of one run, and copies of a network that run there at the same time.
         seed: Seed for the choice of sub-networks.
 
     Raises:
         CompressorError, ExportError: The folder is in use, or a network cannot be exported.
     """
     require_empty(folder)
-    target = target_of(device)
+    target, example = target_of(device), with_batch(example, batch)
     rows = candidate_rows(space, seed)
     order = [DENSE, *(name for name in rows if name != DENSE), DENSE]
     first: list[TaggedNetwork] = []
@@ -140,13 +145,15 @@ def write_table_bundle(
                 device=device,
                 model=model,
                 precision=precision,
+                batch=batch,
+                streams=streams,
                 network=signature(space),
                 layout=layout_fields(space),
                 epilogues=first[0].epilogues,
                 candidates=candidates,
             ).model_dump(mode="json")
 
-        written = write_bundle(part, networks(), target=target, order=order, facts=facts)
+        written = write_bundle(part, networks(), target=target, order=order, facts=facts, streams=streams)
         try:
             if folder.is_dir():
                 folder.rmdir()

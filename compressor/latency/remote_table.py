@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from compressor.core.errors import CompressorError
 from compressor.core.progress import say
-from compressor.latency.assemble import Provenance, Sample, table_from
+from compressor.latency.assemble import Provenance, Sample, load_words, table_from
 from compressor.latency.backends.gpu import fitted_shares, shares_of_layers
 from compressor.latency.layout import as_space, layout_of, signature
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
@@ -81,8 +81,11 @@ def table_of_results(given: Path, device: str | None = None) -> LatencyTable:
             f"{facts.model}: {len(fitted) + 1} sub-networks measured by trtexec there in {timings.turns} turns, "
             f"every other one backwards, each for {timings.duration_s} s after {timings.warmup_s} s of warm-up; "
             f"{len(unseen)} more were held out; the dense network first and last in each turn; {how}"
+            + load_words(facts.batch, facts.streams)
         ),
         sources=(f"bundle {timings.bundle}", f"results {timings.digest}", f"board {board.board}"),
+        batch=facts.batch,
+        streams=facts.streams,
     )
     return table_from(as_space(layout), [dense, *fitted, dense], unseen, drift, seconds, provenance)
 
@@ -158,7 +161,7 @@ def _samples(facts: TableFacts, timings: DeviceResults) -> tuple[dict[str, Sampl
     operators: Sequence[Floats] = (
         [each.operators_ms for each in found]
         if mapped
-        else list(fitted_shares(layout.layers, c_in, c_out, whole, BLOCKS.get(facts.precision, 1)))
+        else list(fitted_shares(layout.layers, c_in, c_out, whole, BLOCKS.get(facts.precision, 1), facts.batch))
     )
     network = TaggedNetwork(b"", (), facts.epilogues)
     return {
@@ -203,7 +206,8 @@ def require_steady(drift: float, hint: str) -> None:
 
 
 def _require_plausible(facts: TableFacts, dense: Sample) -> None:
-    macs = float(Operators(layout_of(facts.layout).layers).cost(dense.c_in, dense.c_out).macs.sum())
+    counted = Operators(layout_of(facts.layout).layers).cost(dense.c_in, dense.c_out)
+    macs = facts.batch * float(counted.macs.sum())
     if macs / (dense.times.median_ms / 1e3) > FASTEST_MACS:
         raise CompressorError(
             f"The dense network's time is given as {dense.times.median_ms:.3g} ms for {macs:.3g} multiply-adds: no "

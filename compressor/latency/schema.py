@@ -191,7 +191,10 @@ class TableFields(_Part):
     device: DeviceFields
     runtime: RuntimeFields
     precision: Precision
-    batch: int = Field(default=1, ge=1)
+    batch: int = Field(default=1, ge=1, description="Inputs of one run; all times are of the whole batch.")
+    streams: int = Field(
+        default=1, ge=1, description="Copies of a network that ran at the same time; times are of one run."
+    )
     date: str
     how: Literal["measured", "estimated"]
     protocol: str = Field(description="How the numbers were measured or estimated.")
@@ -228,7 +231,7 @@ class TableFields(_Part):
     def _require_plausible(self, key: str, entry: Entry) -> None:
         """Refuse times that imply an impossible speed: they are in another unit."""
         c_in, c_out = np.asarray(entry.c_in)[:, None], np.asarray(entry.c_out)[:, None]
-        counted = Operators.of_keys([key]).cost(c_in, c_out).macs
+        counted = self.batch * Operators.of_keys([key]).cost(c_in, c_out).macs
         threads = max(1, self.runtime.threads)
         fastest = (
             FASTEST_MACS_A_MS[self.runtime.name] * threads

@@ -60,8 +60,9 @@ def keep(table: LatencyTable) -> Path:
         if other.device == table.device and not is_address(table.device):  # which is checked before each use
             _require_same_device(table, other, path)
     _require_not_another_module(table)
-    (network,) = table.fields.networks  # one file for each device, precision and network
-    path = tables_folder() / f"{_stem(table.device)}.{table.precision}.{network}.json"
+    (network,) = table.fields.networks  # one file for each device, precision, load and network
+    load = load_label(table.fields.batch, table.fields.streams)
+    path = tables_folder() / f"{_stem(table.device)}.{table.precision}{load}.{network}.json"
     table.write(path)
     return path
 
@@ -78,6 +79,7 @@ def _require_same_device(table: LatencyTable, other: LatencyTable, path: Path) -
     if not differs:
         return
     same_network = set(new.networks) == set(old.networks) and table.precision == other.precision
+    same_network = same_network and (new.batch, new.streams) == (old.batch, old.streams)
     if same_network and _board(table) == _board(other):
         say(f"The earlier table of {table.device} is replaced: {'; '.join(differs)}.")
         return
@@ -113,10 +115,18 @@ def _stem(device: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', device)[:40]}-{digest}"
 
 
-def table_path(folder: Path, *, runtime: str, version: str, threads: int, network: str) -> Path:
-    """Return the file of a network's table; it depends on processor, runtime version and thread count."""
+def load_label(batch: int, streams: int) -> str:
+    """Return the part of a table's file name for its batch and streams; empty for one of each."""
+    return (f".batch{batch}" if batch > 1 else "") + (f".streams{streams}" if streams > 1 else "")
+
+
+def table_path(
+    folder: Path, *, runtime: str, version: str, threads: int, network: str, batch: int = 1, streams: int = 1
+) -> Path:
+    """Return the file of a network's table; it depends on processor, runtime version, threads, batch and streams."""
     key = "|".join([cpu_model(), runtime, version, str(threads), network])
-    return folder / "latency" / f"{runtime}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+    name = f"{runtime}-{hashlib.sha256(key.encode()).hexdigest()[:20]}{load_label(batch, streams)}.json"
+    return folder / "latency" / name
 
 
 def cached_table(path: Path, *, quiet: bool = False) -> LatencyTable | None:

@@ -38,11 +38,11 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,60}", re.IGNORECASE)
 
 
 class LatencyTable:
-    """The latency table of one device, runtime, precision and batch.
+    """The latency table of one device, runtime, precision, batch and number of streams.
 
     A measured table predicts the networks that it was measured for, and others whose operators it contains. An
-    estimated table predicts any network. Neither extrapolates: other widths, operators, devices and precisions
-    are refused.
+    estimated table predicts any network. Neither extrapolates: other widths, operators, devices, precisions, batches
+    and streams are refused.
 
     Args:
         fields: The validated contents of a table's file.
@@ -59,21 +59,23 @@ class LatencyTable:
         precision: str = "fp32",
         *,
         batch: int = 1,
+        streams: int = 1,
         runtime: str | None = None,
         space: PruningSpace | None = None,
     ) -> LatencyTable:
         """Load the table of a device: the user's measurement if there is one, else the shipped table.
 
         Args:
-            device, precision, batch, runtime: Required properties of the table.
+            device, precision, batch, streams, runtime: Required properties of the table.
             space: The network to predict. A user's table of other networks that lacks its operators does not replace
                 the shipped table.
 
         Raises:
             CompressorError: There is no such device (the message gives the nearest names), or its table is for
-                another precision, batch or runtime.
+                another precision, batch, number of streams or runtime.
         """
-        return find_table(device, precision, space).at(precision, batch=batch, runtime=runtime)
+        found = find_table(device, precision, space, batch=batch, streams=streams)
+        return found.at(precision, batch=batch, streams=streams, runtime=runtime)
 
     @classmethod
     def read(cls, path: str | Path) -> LatencyTable:
@@ -121,7 +123,8 @@ class LatencyTable:
     def describe(self) -> str:
         """Return a one-line summary: device, runtime, precision, and whether it is measured, with its error."""
         fields = self.fields
-        line = f"{self.device}, {self.runtime}, {fields.precision}, batch {fields.batch}: {fields.how} on {fields.date}"
+        load = f"batch {fields.batch}" + (f", {fields.streams} streams" if fields.streams > 1 else "")
+        line = f"{self.device}, {self.runtime}, {fields.precision}, {load}: {fields.how} on {fields.date}"
         errors = fields.roofline[fields.precision].errors if self.estimated else None
         if errors is not None and errors.left_out_mape is not None:
             line += f", {errors.left_out_mape:.0%} from published latencies that it was not fitted to"
@@ -137,19 +140,26 @@ class LatencyTable:
         precision: str,
         *,
         batch: int = 1,
+        streams: int = 1,
         runtime: str | None = None,
         device: str | None = None,
     ) -> LatencyTable:
-        """Return this table for a precision, batch, runtime and device; None accepts any.
+        """Return this table for a precision, batch, number of streams, runtime and device; None accepts any.
 
         Raises:
             CompressorError: The table is for others; the message names the differences.
         """
         fields = self.fields
-        requested = {"precision": precision, "batch": str(batch), "runtime": runtime or fields.runtime.name}
+        requested = {
+            "precision": precision,
+            "batch": str(batch),
+            "number of streams": str(streams),
+            "runtime": runtime or fields.runtime.name,
+        }
         offered = {
             "precision": ", ".join(self.precisions),
             "batch": str(fields.batch),
+            "number of streams": str(fields.streams),
             "runtime": fields.runtime.name,
         }
         if device is not None:
@@ -157,7 +167,7 @@ class LatencyTable:
         wrong = [name for name in requested if requested[name] not in offered[name].split(", ")]
         if wrong:
             differs = "; ".join(f"{name} is {offered[name]}, not {requested[name]}" for name in wrong)
-            fix = "Measure the device again: compress profile"
+            fix = f"Measure the device so: compress profile --model MODEL{load_flags(batch, streams)}"
             if wrong == ["precision"]:
                 fix = f"Use --precision {self.precisions[0]}, or measure the device: compress profile"
             raise CompressorError(
@@ -167,7 +177,7 @@ class LatencyTable:
 
     # ---------------------------------------------------------------- prediction
     def predict(self, space: PruningSpace, plan: ChannelPlan | None = None) -> float:
-        """Return milliseconds for one input; without a plan those of the dense network, measured if available.
+        """Return milliseconds for one batch; without a plan those of the dense network, measured if available.
 
         Raises:
             CompressorError: The table does not cover this network.
@@ -315,6 +325,11 @@ class LatencyTable:
 
 
 # ---------------------------------------------------------------- where tables are found
+def load_flags(batch: int, streams: int) -> str:
+    """Return the flags of `compress profile` for a batch and a number of streams; empty for one of each."""
+    return (f" --batch {batch}" if batch > 1 else "") + (f" --streams {streams}" if streams > 1 else "")
+
+
 def is_address(device: str) -> bool:
     """Whether a device is given by an address that ssh reaches, not by a name."""
     return device.startswith("ssh:")
@@ -345,12 +360,19 @@ def check_known(device: str, others: Sequence[str] = ()) -> None:
     )
 
 
-def find_table(device: str, precision: str | None = None, space: PruningSpace | None = None) -> LatencyTable:
+def find_table(
+    device: str,
+    precision: str | None = None,
+    space: PruningSpace | None = None,
+    *,
+    batch: int = 1,
+    streams: int = 1,
+) -> LatencyTable:
     """Find the table of a device: the user's own if there is one, else the shipped one.
 
     Args:
         device: Name of the device.
-        precision: Precision of the user's table.
+        precision, batch, streams: What the user's table must be for.
         space: The network to predict. A user's table that lacks its operators does not replace the shipped one. It is
             returned if there is no shipped one; its `lacks` then names what is missing.
 
@@ -363,7 +385,8 @@ def find_table(device: str, precision: str | None = None, space: PruningSpace | 
             'Measure it: TableProvider.for_device("local").table(space, input, Request())',
         )
     check_known(device)
-    own, shipped_file = find_user_table(device, precision, space), shipped_tables().get(device)
+    own = find_user_table(device, precision, space, batch=batch, streams=streams)
+    shipped_file = shipped_tables().get(device)
     if own is not None and space is not None and network_signature(space) not in own.fields.networks:
         lacks = own.lacks(space)
         if not lacks:
@@ -385,14 +408,24 @@ def find_table(device: str, precision: str | None = None, space: PruningSpace | 
         return own
     if shipped_file is not None:
         return LatencyTable.read(shipped_file)
-    others = find_user_table(device)
-    measured = f" It was measured in {others.precision}." if others is not None else ""
+    others = sorted({_measured_in(table) for _, table in user_tables(device)})
+    measured = f" It was measured in {' and in '.join(others)}." if others else ""
+    wanted = f" in {precision}" if precision else ""
+    wanted += f" for batches of {batch}" if batch > 1 else ""
+    wanted += f" with {streams} streams" if streams > 1 else ""
     raise CompressorError(
-        f"There is no latency table of {device}{f' in {precision}' if precision else ''}.{measured}",
+        f"There is no latency table of {device}{wanted}.{measured}",
         f"Measure it: compress profile --model MODEL --device {device}"
         + ("" if is_address(device) else " --bundle DIR")
-        + (f" --precision {precision}" if precision else ""),
+        + (f" --precision {precision}" if precision else "")
+        + load_flags(batch, streams),
     )
+
+
+def _measured_in(table: LatencyTable) -> str:
+    fields = table.fields
+    words = f" for batches of {fields.batch}" if fields.batch > 1 else ""
+    return f"{table.precision}{words}" + (f" with {fields.streams} streams" if fields.streams > 1 else "")
 
 
 def shipped_table(device: str) -> LatencyTable | None:
@@ -448,18 +481,26 @@ def user_tables(device: str | None = None) -> list[tuple[Path, LatencyTable]]:
 
 
 def find_user_table(
-    device: str, precision: str | None = None, space: PruningSpace | None = None
+    device: str,
+    precision: str | None = None,
+    space: PruningSpace | None = None,
+    *,
+    batch: int = 1,
+    streams: int = 1,
 ) -> LatencyTable | None:
     """Find the user's table of a device; None if there is none.
 
     Args:
         device: Name of the device.
-        precision: Required precision.
+        precision, batch, streams: Required properties.
         space: The network to predict: tables with this network are preferred, then tables with its operators, then the
             newest.
     """
     fitting = [
-        table for _, table in user_tables(device) if precision is None or precision in table.precisions
+        table
+        for _, table in user_tables(device)
+        if (precision is None or precision in table.precisions)
+        and (table.fields.batch, table.fields.streams) == (batch, streams)
     ]
     if space is not None:
         network = network_signature(space)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from compressor.core.conditions import MEDIAN, UNLOADED
 from compressor.core.manifest import Accuracy, Manifest
 from compressor.core.metrics import SCORE
 from compressor.core.tables import Table
@@ -81,17 +82,25 @@ def _accuracy_rows(accuracy: Accuracy) -> list[Row]:
 def _latency_rows(manifest: Manifest) -> list[Row]:
     latency = manifest.latency
     measured = percentile_name(latency.percentile)
+    conditions = manifest.conditions
+    title = replace(conditions, percentile=MEDIAN).title.capitalize()
     rows = (
         ("predicted", latency.predicted_dense_ms, latency.predicted_ms),
         (f"measured ({measured})", latency.dense_ms, latency.measured_ms),
+        *([] if conditions.at_median else [("measured (median)", latency.dense_median_ms, latency.median_ms)]),
         ("measured (p90)", latency.dense_p90_ms, latency.p90_ms),
         ("measured (p99)", latency.dense_p99_ms, latency.p99_ms),
     )
-    return [
-        Row(f"Latency, {label}", milliseconds(dense), milliseconds(slim), percent(ratio(slim, dense)))
+    found = [
+        Row(f"{title}, {label}", milliseconds(dense), milliseconds(slim), percent(ratio(slim, dense)))
         for place, (label, dense, slim) in enumerate(rows)
         if place < 2 or label != f"measured ({measured})"
     ]
+    before, after = latency.dense_inputs_per_s, latency.inputs_per_s
+    if conditions != UNLOADED and after is not None:
+        dense, slim = (ABSENT if value is None else significant(value) for value in (before, after))
+        found.append(Row("Throughput, inputs a second", dense, slim, percent(ratio(after, before))))
+    return found
 
 
 def _cost_rows(manifest: Manifest) -> list[Row]:
@@ -110,8 +119,9 @@ def _cost_rows(manifest: Manifest) -> list[Row]:
 def tiles(manifest: Manifest) -> list[Tile]:
     """Return the four most important numbers; unknown ones are left out."""
     latency, dense, slim = manifest.latency, manifest.cost.dense, manifest.cost.slim
+    title = manifest.conditions.title.capitalize()
     found = [
-        _tile("Latency, measured", latency.measured_ms, latency.dense_ms, milliseconds, "faster"),
+        _tile(f"{title}, measured", latency.measured_ms, latency.dense_ms, milliseconds, "faster"),
         _accuracy_tile(manifest.accuracy),
         _tile("MACs", slim.macs, dense.macs, count, "fewer"),
         _tile("ONNX file", slim.onnx_bytes, dense.onnx_bytes, size, "smaller"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compressor.core.manifest import ExplainedLine, Manifest
+from compressor.core.manifest import ExplainedLine, Latency, Manifest
 from compressor.core.metrics import ACCURACY, AGREEMENT, MEAN_AP, MEAN_IOU, PYTHON, SCORE
 from compressor.report.formats import (
     ABSENT,
@@ -16,6 +16,7 @@ from compressor.report.formats import (
     percentile_name,
     points,
     ratio,
+    significant,
 )
 
 SAME = 0.02  # two ratios closer than this are called equal: repeated measurements differ by as much
@@ -75,8 +76,20 @@ def measurement(manifest: Manifest) -> str:
         for name, value in (("batch", latency.batch), ("threads", latency.threads))
         if value is not None
     ]
+    streams = manifest.conditions.streams
+    parts += [f"{streams} networks at once, each run under the load of the others"] if streams > 1 else []
     many = "runs" if latency.runs is None else f"{latency.runs:,.0f} runs"
-    return f"Latency is the {percentile_name(latency.percentile)} of {many}: {', '.join(parts)}."
+    return f"Latency is the {percentile_name(latency.percentile)} of {many}: {', '.join(parts)}.{_tail(latency)}"
+
+
+def _tail(latency: Latency) -> str:
+    """Say how far another percentile than the median lies above it."""
+    if latency.tail is None or latency.dense_tail is None:
+        return ""
+    return (
+        f" It is {significant(latency.tail)} times the median of these runs, and {significant(latency.dense_tail)} "
+        "times for the dense network; runs that other programs slowed down count."
+    )
 
 
 def prediction_error(manifest: Manifest) -> str:

@@ -135,12 +135,13 @@ def measured_to_the_end(manifest: Manifest) -> bool:
 
 def budget_lines(manifest: Manifest) -> list[BudgetLine]:
     """Return the manifest's budgets, in its order."""
-    return [_line(budget) for budget in manifest.budgets]
+    title = manifest.conditions.title
+    return [_line(budget, title if budget.name == "latency" else "") for budget in manifest.budgets]
 
 
-def _line(budget: Budget) -> BudgetLine:
+def _line(budget: Budget, title: str) -> BudgetLine:
     unit = budget.unit
-    name = NAMES.get(budget.name, budget.name or "unnamed")
+    name = title or NAMES.get(budget.name, budget.name or "unnamed")
     return BudgetLine(
         name=name,
         target=cost(budget.target, unit),

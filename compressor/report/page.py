@@ -157,6 +157,7 @@ def context(run: Collected) -> dict[str, Any]:
         "hot": records.hottest(manifest),
         "stubborn": records.stubborn(manifest),
         "explained": explain.explained(manifest),
+        "batch": "input" if manifest.conditions.batch == 1 else f"batch of {manifest.conditions.batch}",
         "effort": explain.effort(manifest),
         "search_charts": _charts(
             (

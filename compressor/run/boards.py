@@ -18,6 +18,7 @@ import numpy as np
 from compressor.core.errors import CompressorError
 from compressor.core.manifest import DeviceRecord
 from compressor.core.progress import say
+from compressor.latency.assemble import with_batch
 from compressor.latency.networks import with_distinct_weights
 from compressor.latency.paired import Ratio
 from compressor.run.deployable import LABELS, PREPROCESS
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from export.device.results import DeviceResults, NetworkResult
 
 REFERENCE_IMAGES = 8
+LEAST_BATCHES = 2
+"""Number of images with which a board verifies its engines, and the fewest batches."""
 
 
 def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | None = None) -> Iterator[str]:
@@ -64,7 +67,13 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
         tempfile.TemporaryDirectory(prefix="compressor-bundle-") as scratch,
     ):
         run = finished.run
-        images = finished.images(REFERENCE_IMAGES)
+        recipe = finished.recipe
+        number = recipe.batch * max(LEAST_BATCHES, -(-REFERENCE_IMAGES // recipe.batch))  # of whole batches
+        images = finished.images(number)
+        if len(images) % recipe.batch:
+            raise CompressorError(
+                f"A bundle for batches of {recipe.batch} needs {number} test images, and there are {len(images)}."
+            )
         networks: list[Path] = []
         dense: dict[str, Path] = {}
         for precision in PRECISIONS:
@@ -96,6 +105,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
             facts={"run": run.name, **finished.facts()},
             dense=Reference(images, _outputs(dense["fp32"], images)),
             more=_for_use(run),
+            streams=recipe.streams,
         )
         yield f"Wrote {info.path} for {info.target.name}: {', '.join(info.networks)} ({info.size / 1e6:.1f} MB)."
         yield "On the board: unpack it, run run.sh in it, and bring results.tar.gz back. Its README.txt has each step."
@@ -146,7 +156,8 @@ def _dense(finished: Finished, request: Request, known: Mapping[str, Path], scra
     if own.is_file() and read_header(own).opset == opset:
         shutil.copyfile(own, path)
     else:
-        export_onnx(with_distinct_weights(finished.dense("none")), finished.example, path, opset=opset)
+        example = with_batch(finished.example, finished.recipe.batch)
+        export_onnx(with_distinct_weights(finished.dense("none")), example, path, opset=opset)
     return path
 
 
@@ -224,7 +235,7 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
 def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults) -> Iterator[str]:
     """Judge the run's latency budget by the times of the board that the budget is for, and write the report again.
 
-    A share is one of the dense network's time in the same precision, by the medians of the turns.
+    A share is one of the dense network's time in the same precision; the turns show how far it varies.
     """
     budget, precision = latency_budget(recipe), device_precision(recipe)
     if budget is None or recipe.device != found.target:
@@ -239,34 +250,35 @@ def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults) -> Iterator[str
             "stays predicted."
         )
         return
-    stats, manifest = slim.latency, run.manifest
-    medians, dense_ms = _medians(slim), dense.latency.median_ms if dense is not None and dense.latency else None
+    stats, manifest, share = slim.latency, run.manifest, recipe.percentile / 100
+    turns, slim_ms = _by_turns(slim, share), float(np.quantile(slim.times_ms, share))
+    dense_ms = None if dense is None or dense.latency is None else float(np.quantile(dense.times_ms, share))
     if budget.relative and dense is not None and dense_ms is not None:
-        shares = sorted(mine / theirs for mine, theirs in zip(medians, _medians(dense), strict=True))
+        shares = sorted(mine / theirs for mine, theirs in zip(turns, _by_turns(dense, share), strict=True))
         ratio, target = Ratio(float(np.median(shares)), shares[0], shares[-1], dense_ms), budget.value
         words = (
-            f"{ratio.value:.1%} of the dense network's time on the board ({len(shares)} turns: {shares[0]:.1%}-"
-            f"{shares[-1]:.1%}), target {target:.1%}"
+            f"{ratio.value:.1%} of the dense network's time on the board ({recipe.conditions.title}; {len(shares)} "
+            f"turns: {shares[0]:.1%}-{shares[-1]:.1%}), target {target:.1%}"
         )
         target_ms = target * dense_ms
     else:
-        low, high = min(medians), max(medians)
-        ratio, target = Ratio(stats.median_ms, low, high, dense_ms=1.0), budget.value  # in milliseconds
+        low, high = min(turns), max(turns)
+        ratio, target = Ratio(slim_ms, low, high, dense_ms=1.0), budget.value  # in milliseconds
         words = (
-            f"{stats.median_ms:.3f} ms on the board (medians of {len(medians)} turns: {low:.3f}-{high:.3f}), "
+            f"{slim_ms:.3f} ms on the board ({recipe.conditions.title}; {len(turns)} turns: {low:.3f}-{high:.3f}), "
             f"target {target:.3f} ms"
         )
         target_ms = target
     verdict = ratio.verdict(target)
-    costs = {"measured": stats.median_ms, "target": target_ms, **({"dense": dense_ms} if dense_ms is not None else {})}
+    costs = {"measured": slim_ms, "target": target_ms, **({"dense": dense_ms} if dense_ms is not None else {})}
     manifest.budgets = [
         each.judged(verdict, **costs) if each.name == "latency" else each for each in manifest.budgets
     ]
     manifest.latency = manifest.latency.model_copy(
         update={
-            "runtime": f"TensorRT {found.board.tensorrt}", "precision": precision, "measured_ms": stats.median_ms,
+            "runtime": f"TensorRT {found.board.tensorrt}", "precision": precision, "measured_ms": slim_ms,
             "median_ms": stats.median_ms, "p90_ms": stats.p90_ms, "p99_ms": stats.p99_ms, "runs": stats.runs,
-            **({"dense_ms": dense_ms} if dense_ms is not None else {}),
+            "inputs_per_s": stats.inputs_per_s, **({"dense_ms": dense_ms} if dense_ms is not None else {}),
         }
     )  # fmt: skip
     manifest.notes = [note for note in manifest.notes if note != not_measured(recipe, manifest.latency.estimated)]
@@ -283,9 +295,9 @@ def _measured(found: DeviceResults, precision: str, *, dense: bool) -> NetworkRe
     return None
 
 
-def _medians(network: NetworkResult) -> list[float]:
-    """Return the median of each turn in milliseconds."""
-    return [float(np.median(turn.times_ms)) for turn in network.turns]
+def _by_turns(network: NetworkResult, share: float) -> list[float]:
+    """Return a quantile of the runs of each turn in milliseconds."""
+    return [float(np.quantile(turn.times_ms, share)) for turn in network.turns]
 
 
 def _rest_of(path: Path) -> str:

@@ -10,6 +10,13 @@ of the target. Every plan that misses the target widens the margin for
 the plans after it. Of the plans that meet the target, the one closest to it is chosen. A difference inside the
 confidence interval of a measurement does not count: it never causes another search. An undecided plan causes another
 search only if its whole interval lies above the aim of the search.
+
+A recipe may ask for another percentile than the median, such as the time that one run in a hundred exceeds. The table
+predicts medians. How far the slim network's percentile lies above its median, compared with the dense one's, is
+therefore learned as any other error of the table: predictions are refitted to the ratio of the percentiles. Such a
+ratio is known to some per cent only. Once it has been measured, the search aims lower by that noise, so that the whole
+interval can lie below the target, and a plan that is undecided for its noise sends the search on. A target in
+milliseconds is compared with the slim network's percentile itself, which includes the load of the moment.
 """
 
 from __future__ import annotations
@@ -25,11 +32,13 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.manifest import Measurement, kept
 from compressor.core.progress import say
+from compressor.latency.provider import Turns
 from compressor.pruning.plan import ChannelPlan
 
 if TYPE_CHECKING:
-    from compressor.budgets.base import Budget
+    from compressor.budgets.base import Budget, BudgetSpec
     from compressor.latency.paired import Ratio
+    from compressor.recipe import Recipe
     from compressor.run.folder import RunFolder
     from compressor.run.job import Job
 
@@ -75,6 +84,13 @@ def interval_of(ratio: Ratio) -> list[float | None]:
     return [ratio.low, ratio.high if ratio.high < float("inf") else None]
 
 
+def limit_ms(recipe: Recipe, budget: BudgetSpec | None) -> float | None:
+    """Return the target of another percentile than the median if it is in milliseconds; else None."""
+    if budget is None or budget.relative or recipe.conditions.at_median:
+        return None
+    return budget.value
+
+
 class Contract:
     """The latency target of a run, judged by the measurements in its manifest.
 
@@ -109,9 +125,18 @@ class Contract:
         quiet_ms = self._run.manifest.quiet_dense_ms
         return self.target_share(self._job.table.dense_ms(self._job.space) if quiet_ms is None else quiet_ms)
 
-    def timed_share(self, plan: ChannelPlan) -> float | None:
-        """Return the target that a measurement has to decide; None if the plan prunes nothing."""
-        return None if self._dense(self._widths(plan)) else self.searched_share()
+    def turns(self, plan: ChannelPlan) -> Turns:
+        """Return how long a plan is timed: until its target is decided, or without a target if it prunes nothing."""
+        job = self._job
+        target = None if self._dense(self._widths(plan)) else self.searched_share()
+        contract = job.recipe.contract
+        return Turns(
+            contract.repeats,
+            target,
+            contract.seconds,
+            job.recipe.percentile,
+            None if target is None else limit_ms(job.recipe, job.latency_budget),
+        )
 
     def quiet_dense_ms(self, now_ms: float) -> float:
         """Return the dense network's time on the quiet device, the reference for targets in milliseconds.
@@ -120,10 +145,11 @@ class Contract:
             now_ms: Quiet level of the dense network during the current measurement, in milliseconds.
 
         Returns:
-            For a target in milliseconds, the lowest time that this run has seen; otherwise `now_ms`.
+            For a target in milliseconds, the lowest time that this run has seen; otherwise `now_ms`. A percentile is
+            that of this measurement in any case.
         """
         budget = self._job.latency_budget
-        if budget is None or budget.relative:
+        if budget is None or budget.relative or self._by_percentile:
             return now_ms
         return min([now_ms, *(float(each.dense_ms) for each in self._run.manifest.rounds)])
 
@@ -157,9 +183,11 @@ class Contract:
         if self._dense(widths):  # the same network twice: there is nothing to measure
             return dataclasses.replace(ratio, value=1.0, low=1.0, high=1.0)
         if ratio.verdict(target) == "undecided":
+            own = limit_ms(self._job.recipe, self._job.latency_budget) is not None
             for each in self._run.manifest.rounds:  # weights do not matter for time
                 if each.widths == widths and each.interval[1] is not None:
-                    ratio = ratio.together(each.ratio, each.low, each.high)
+                    unit = each.dense_ms / ratio.dense_ms if own else 1.0
+                    ratio = ratio.together(each.ratio * unit, each.low * unit, each.high * unit)
         return ratio
 
     def judge(self, plan: ChannelPlan, ratio: Ratio) -> Measurement:
@@ -193,13 +221,16 @@ class Contract:
     def continue_search(self) -> bool:
         """Return to the search if the last measured plan misses its target, or leaves too much of it unused.
 
-        An undecided plan counts as a miss if it is certainly slower than the aim.
+        An undecided plan counts as a miss if it is certainly slower than the aim, or if a narrower one can be decided
+        in spite of the noise of a percentile.
 
         Returns:
             Whether the search continues; the table is then refitted.
         """
         last = self._run.manifest.rounds[-1]
-        if last.verdict == "undecided":
+        if last.verdict == "undecided" and self._by_percentile:
+            wanted = last.interval[1] is not None
+        elif last.verdict == "undecided":
             wanted = last.low > (1 - self._margin()) * last.target_ratio
         else:
             wanted = last.verdict == "missed" or self._slack_left()
@@ -243,10 +274,18 @@ class Contract:
         """Return the safety margin below the target: the recipe's, plus half of it for each plan that missed.
 
         Only the misses known when the search last continued count; nothing is searched between a miss and that moment.
+        The noise of a percentile, as known then, is added.
         """
         if not self._job.measurable:
             return 0.0
-        return min(WIDEST, self._job.recipe.contract.margin * (1 + WIDER * self._run.manifest.missed))
+        manifest = self._run.manifest
+        margin = self._job.recipe.contract.margin * (1 + WIDER * manifest.missed)
+        return min(WIDEST, margin + float(manifest.noise or 0.0))
+
+    @property
+    def _by_percentile(self) -> bool:
+        """Whether another percentile than the median is judged."""
+        return not self._job.recipe.conditions.at_median
 
     def _slack_left(self) -> bool:
         """Return whether the last measured plan certainly leaves enough of its target unused to search again."""
@@ -272,8 +311,11 @@ class Contract:
         run, job, rounds = self._run, self._job, self._run.manifest.rounds
         if job.table is None or len(rounds) >= job.recipe.contract.max_rounds:
             return False
+        manifest, last = run.manifest, rounds[-1]
+        if self._by_percentile and last.interval[1] is not None:
+            manifest.noise = last.high / last.ratio - 1
         # As shares of the dense network's time: milliseconds would bring the load of other processes into the table.
-        aim = (1 - self._margin()) * rounds[-1].target_ratio
+        aim = (1 - self._margin()) * last.target_ratio
         correction = correction_at(aim, self._points(rounds))
         table = job.table.refit([correction], lower=True)
         try:
@@ -282,11 +324,10 @@ class Contract:
             say(f"The latency target cannot be met: {error.message}")
             return False
         job.table = table
-        manifest = run.manifest
         manifest.corrections = [*manifest.corrections, list(correction)]
         manifest.evaluations_before = manifest.search.evaluations or 0 if manifest.search is not None else 0
         manifest.missed = sum(each.kept is False for each in rounds)
-        manifest.quiet_dense_ms = min(each.dense_ms for each in rounds)
+        manifest.quiet_dense_ms = last.dense_ms if self._by_percentile else min(each.dense_ms for each in rounds)
         # One write for all: after a kill between the correction and the reopened stages, it would be corrected twice.
         run.reopen("search", "probe", "finetune", "export", "measure")
         say("The table was refitted with the measurement; the search continues.")

@@ -35,6 +35,8 @@ def request_of(recipe: Recipe, profile_limit_s: float | None = None, *, renew: b
         precision=device_precision(recipe),
         opset=recipe.export.opset,
         threads=recipe.threads,
+        batch=recipe.batch,
+        streams=recipe.streams,
         time_limit_s=profile_limit_s,
         renew=renew,
     )

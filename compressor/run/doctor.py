@@ -114,7 +114,7 @@ def _runtimes() -> Iterator[Finding]:
 
 def _measurable() -> Iterator[Finding]:
     """Yield what `--device local` times, whether energy is counted, and whether engines are built."""
-    from compressor.budgets.energy import find_counters
+    from compressor.budgets.energy import counter_here
     from compressor.latency.provider import TableProvider, known_devices
 
     try:
@@ -123,8 +123,7 @@ def _measurable() -> Iterator[Finding]:
     except (ExportError, CompressorError) as error:
         yield Finding("latency here", "warning", error.message, error.hint)
     try:
-        find_counters("local")
-        yield Finding("energy here", "ok", "counted by the CPU")
+        yield Finding("energy here", "ok", counter_here().source)
     except (ExportError, CompressorError) as error:
         yield Finding("energy here", "missing", error.message, error.hint)
     names = {entry.name for entry in known_devices()} - {"local"}

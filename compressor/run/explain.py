@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ def explain_again(
         if profiles is not None:
             profiled = _profiled_there(run, provider, table, device_precision(recipe), profiles)
         else:
-            profiled = _profiled_here(run, recipe.threads)
+            profiled = _profiled_here(run, recipe)
         own = profiles is not None or (provider.is_here and (table is None or table.fields.runtime.name == CPU))
         predicted, note = _predicted(run, recipe, table, factory) if own else (None, "")
         names = _names(run)
@@ -121,12 +121,22 @@ def explain_again(
         yield f"Wrote {page}"
 
 
-def _profiled_here(run: RunFolder, threads: int) -> Profiled:
+def _profiled_here(run: RunFolder, recipe: Recipe) -> Profiled:
     import onnxruntime
 
-    dense, slim = profile_onnx([run.file(DENSE), run.file(MODEL)], threads=threads)
-    where = f"this machine, onnxruntime-cpu {onnxruntime.__version__}, {threads} thread(s)"
-    return Profiled(dense, slim, calibrate(threads), where)
+    threads, streams = recipe.threads, recipe.streams
+    dense, slim = profile_onnx([run.file(DENSE), run.file(MODEL)], threads=threads, streams=streams)
+    where = f"this machine, onnxruntime-cpu {onnxruntime.__version__}, {threads} thread(s){_load(recipe)}"
+    machine = calibrate(threads)
+    if streams > 1:
+        machine = replace(machine, how=f"{machine.how}; with nothing beside them, while the networks share the machine")
+    return Profiled(dense, slim, machine, where)
+
+
+def _load(recipe: Recipe) -> str:
+    """Return the batch and the streams of a run in words; empty for one of each."""
+    batch = f", a batch of {recipe.batch}" if recipe.batch > 1 else ""
+    return batch + (f", {recipe.streams} copies at once, of which one was profiled" if recipe.streams > 1 else "")
 
 
 def _profiled_there(

@@ -32,7 +32,7 @@ from compressor.run.onnx_files import (
     write_precision,
 )
 from compressor.training.feeds import random_inputs
-from export.convert.batches import ONE, Batch
+from export.convert.batches import Batch
 from export.device.bundle import find_target
 from export.device.here import CPU
 from export.engine.engine import BuildSettings
@@ -55,7 +55,7 @@ class Request:
     Attributes:
         format: A key of `FORMATS`.
         precision: One of `PRECISIONS`.
-        batch: Number of inputs per batch.
+        batch: Number of inputs per batch; None for the run's.
         target: Name of a board; determines the opset and whether INT8 is useful.
         opset: Opset of the ONNX file; None for the target's or the recipe's.
         max_drop: Accuracy that FP16 or INT8 may lose, in percentage points.
@@ -68,7 +68,7 @@ class Request:
 
     format: str = "onnx"
     precision: str = "fp32"
-    batch: Batch = ONE
+    batch: Batch | None = None
     target: str | None = None
     opset: int | None = None
     max_drop: float = 1.0
@@ -143,7 +143,7 @@ class Finished:
         """Arguments of the network for one input."""
         import torch
 
-        return tuple(torch.zeros(shape) for shape in self.header.shapes.values())
+        return tuple(torch.zeros(1, *shape[1:]) for shape in self.header.shapes.values())
 
     def dense(self, weights: str) -> nn.Module:
         """Create the dense network with weights as a recipe names them."""
@@ -196,7 +196,7 @@ class Finished:
                 source=None if fp32 == self.run.file(MODEL) else fp32,
                 path=self.path_of(request),
                 engine=request.format == "onnx"
-                and not request.batch.open
+                and not self.batch(request).open
                 and request.target is None
                 and provider.is_here,  # an engine built here does not fit another device
             )
@@ -211,11 +211,21 @@ class Finished:
             "model",
             "boxes" if request.format == "boxes" else "",
             "" if chosen == "fp32" else chosen,
-            request.batch.label,
+            self.label(request),
             "" if opset == opset_of(self.recipe) else f"opset{opset}",
             "onnx",
         ]
         return self.run.file(".".join(part for part in parts if part))
+
+    def batch(self, request: Request) -> Batch:
+        """Return the batch of a request: as given, or the run's."""
+        own = self.recipe.batch
+        return Batch(own, own, own) if request.batch is None else request.batch
+
+    def label(self, request: Request) -> str:
+        """Return the batch in a file's name; empty for the run's own."""
+        batch, own = self.batch(request), self.recipe.batch
+        return "" if (batch.least, batch.most) == (own, own) else batch.label or "batch1"
 
     def opset(self, request: Request) -> int:
         """Return the opset of a request's ONNX file."""
@@ -224,7 +234,8 @@ class Finished:
     def _write_fp32(self, path: Path, request: Request) -> Iterator[str]:
         from export.convert.to_onnx import check_parity, export_onnx
 
-        inputs = 1 if request.batch.open else request.batch.most
+        batch = self.batch(request)
+        inputs = 1 if batch.open else batch.most
         opset = self.opset(request)
         with replacing(path) as trial:  # a file that fails a check never replaces `path`
             info = export_onnx(
@@ -233,8 +244,8 @@ class Finished:
                 trial,
                 opset=opset,
                 metadata=self.metadata(),
-                dynamic_batch=request.batch.open,
-                batches=request.batch.tried,
+                dynamic_batch=batch.open,
+                batches=batch.tried,
             )
             parity = check_parity(self.model, trial, self.images(), tolerance=self.recipe.export.tolerance)
             accuracy, images = self.scored(trial)
@@ -247,7 +258,7 @@ class Finished:
             images=images,
         )
         record(self.run, entry)
-        size = f"opset {opset}, {request.batch.label or 'batch of 1'}, {info.size / 1e6:.2f} MB"
+        size = f"opset {opset}, {batch.label or 'batch of 1'}, {info.size / 1e6:.2f} MB"
         yield f"Wrote {path}: {size}; largest difference {parity.max_abs:.1e}."
 
 
@@ -319,7 +330,7 @@ def _engine(finished: Finished, request: Request) -> Generator[str, None, Path]:
     from export.convert.onnx_header import read_header
 
     onnx = yield from _onnx(finished, request)
-    profile = request.batch.profile(read_header(onnx).shapes)
+    profile = finished.batch(request).profile(read_header(onnx).shapes)
     capability = request.compute_capability or (
         (find_target(request.target).compute_capability,) if request.target else ()
     )
@@ -340,8 +351,8 @@ def _engine(finished: Finished, request: Request) -> Generator[str, None, Path]:
 def _program(finished: Finished, request: Request) -> Generator[str, None, Path]:
     from export.convert.program import check_loaded, export_program, load_program
 
-    example, model, batch = finished.example[0], finished.model, request.batch
-    path = finished.run.file(".".join(part for part in ("model", batch.label, "pt2") if part))
+    example, model, batch = finished.example[0], finished.model, finished.batch(request)
+    path = finished.run.file(".".join(part for part in ("model", finished.label(request), "pt2") if part))
     with replacing(path) as trial:
         info = export_program(model, example, trial, batch=batch, metadata=finished.metadata())
         parity = check_loaded(load_program(trial), model, finished.images(), path.name, batch=batch.usual)

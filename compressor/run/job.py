@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.core.errors import CompressorError
 from compressor.core.files import replacing
 from compressor.core.metrics import ACCURACY
+from compressor.latency.assemble import with_batch
 from compressor.latency.networks import with_distinct_weights
 from compressor.run.device import latency_table, opset_of, provider_of, request_of
 from compressor.run.load import Loader, load
@@ -44,7 +45,7 @@ class DenseFile:
 
     Args:
         known: File of a resumed run; nothing is exported if it exists.
-        recipe, model, example: Network and its arguments for one input.
+        recipe, model, example: Network and its arguments for one input; the file takes the recipe's batch.
 
     Raises:
         CompressorError: The network cannot be exported, or the file's outputs differ from the network's.
@@ -74,7 +75,8 @@ class DenseFile:
         from export.errors import ExportError
 
         try:
-            export_onnx(with_distinct_weights(model), example, path, opset=opset_of(recipe))
+            batched = with_batch(example, recipe.batch)
+            export_onnx(with_distinct_weights(model), batched, path, opset=opset_of(recipe))
         except ExportError as error:
             raise CompressorError(
                 f"{recipe.model} cannot be exported, and neither could a slim network of it: {error.message}",
@@ -146,7 +148,7 @@ class Job:
         """
         import torch
 
-        from compressor.budgets.energy import EnergyMeter, find_counters
+        from compressor.budgets.energy import find_meter
         from compressor.budgets.function import FunctionCaller
         from compressor.core.agents import agent_class
         from compressor.core.plugins import load_plugins
@@ -158,11 +160,12 @@ class Job:
         specs = budget_specs(recipe)
         notes: list[str] = []
         provider_of(recipe).check(recipe.precision)
+        provider_of(recipe).check_load(request_of(recipe))
         check_workers(recipe.search.workers, recipe.search.brief_iterations)
         _check_epochs(recipe)
         _check_unlabelled(recipe)
         agent_class(recipe.agent)  # refuses an unknown one
-        counters = find_counters(recipe.device) if recipe.budgets.energy else None
+        meter_of = find_meter(recipe.device, request_of(recipe)) if recipe.budgets.energy else None
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded = loader(recipe)
         recipe, model, example = loaded.recipe, loaded.model, loaded.task.example
@@ -211,8 +214,10 @@ class Job:
                 if spec.is_function
             },
         )
-        if counters is not None:
-            job.callers["energy"] = EnergyMeter(space, counters, recipe.threads, recipe.export.opset)
+        if meter_of is not None:
+            meter = meter_of(space)
+            job.callers["energy"] = meter
+            notes.append(f"Energy is that of one input, in total: {meter.source}.")
         for name, caller in job.callers.items():
             caller.known.update((values or {}).get(name, {}))
         soft_reward(reward_weights(recipe), job.budgets())

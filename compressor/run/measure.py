@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.core.conditions import UNLOADED, Conditions
 from compressor.core.manifest import Budget, Latency, Measurement, Verdict
 from compressor.core.progress import say
 from compressor.core.records import RECIPE
@@ -17,10 +18,10 @@ from compressor.latency.networks import with_distinct_weights
 from compressor.latency.paired import in_words
 from compressor.latency.provider import Turns
 from compressor.recipe import load_recipe
-from compressor.run.contract import Contract, interval_of
+from compressor.run.contract import Contract, interval_of, limit_ms
 from compressor.run.device import provider_of, request_of
 from compressor.run.folder import RunFolder
-from compressor.run.job import Job
+from compressor.run.job import Job, latency_budget
 from compressor.run.onnx_files import DENSE, MODEL, PROBE, open_exported, write_onnx
 from compressor.run.stages import TABLE
 from export.device.here import CPU
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 def probe(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> None:
     """Measure a plan's latency before fine-tuning; latency does not depend on the weights."""
     write_onnx(job, with_distinct_weights(job.space.apply(plan)), run.file(PROBE))
-    timing = timed_on_device(run, job, run.file(PROBE), contract.timed_share(plan))
-    _add_round(run, contract.judge(plan, contract.combined(plan, timing.ratio)))
+    timing = timed_on_device(run, job, run.file(PROBE), contract.turns(plan))
+    _add_round(run, contract.judge(plan, contract.combined(plan, timing.ratio)), job.recipe.conditions)
     contract.remember(plan)
 
 
@@ -45,7 +46,7 @@ def measure(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> 
     manifest = run.manifest
     timing = ratio = found = None
     if job.measurable:
-        timing = timed_on_device(run, job, run.file(MODEL), contract.timed_share(plan))
+        timing = timed_on_device(run, job, run.file(MODEL), contract.turns(plan))
         ratio = contract.combined(plan, timing.ratio)
         found = contract.judge(plan, ratio) if contract.measurable else None
     # All is written together with the end of the stage: after a kill in between, the plan would count as two rounds.
@@ -55,17 +56,20 @@ def measure(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> 
         say(note)
         manifest.notes = list(dict.fromkeys([*manifest.notes, note]))
     if found is not None:
-        _add_round(run, found)
+        _add_round(run, found, job.recipe.conditions)
 
 
-def _add_round(run: RunFolder, found: Measurement) -> None:
+def _add_round(run: RunFolder, found: Measurement, conditions: Conditions) -> None:
     """Add a measurement to the manifest, which is written when the stage ends, and describe it on the terminal."""
     run.manifest.rounds = [*run.manifest.rounds, found]
     reach = f"{found.low:.3f}-{found.high:.3f}" if found.interval[1] is not None else "not known"
+    usual = conditions == UNLOADED
+    how = "Without other load" if conditions.at_median else "In milliseconds"
     say(
-        f"The plan takes {found.ratio:.3f} of dense, 95 % interval {reach}, after {found.bursts} bursts in "
-        f"{found.seconds:.0f} s; target {found.target_ratio:.3f}: {in_words(found.verdict or 'undecided')}. Without "
-        f"other load: {found.measured_ms:.3f} ms, dense {found.dense_ms:.3f} ms, target {found.target_ms:.3f} ms."
+        f"The plan takes {found.ratio:.3f} of dense{'' if usual else f' ({conditions.title})'}, 95 % interval {reach}, "
+        f"after {found.bursts} bursts in {found.seconds:.0f} s; target {found.target_ratio:.3f}: "
+        f"{in_words(found.verdict or 'undecided')}. {how}: {found.measured_ms:.3f} ms, dense {found.dense_ms:.3f} ms, "
+        f"target {found.target_ms:.3f} ms."
     )
 
 
@@ -107,8 +111,9 @@ def _latency(
         device=job.recipe.device,
         runtime=table.fields.runtime.name if table else None,
         precision=job.recipe.precision,
-        batch=1,
-        percentile=50,
+        batch=job.recipe.batch,
+        percentile=job.recipe.percentile,
+        streams=job.recipe.streams,
         estimated=bool(table and table.estimated),
         predicted_ms=contract.predicted_share(plan) * quiet_ms if table and quiet_ms else None,
         predicted_dense_ms=quiet_ms if table else None,
@@ -136,23 +141,25 @@ def _latency(
             "dense_p90_ms": dense.p90_ms,
             "dense_p99_ms": dense.p99_ms,
             "runs": slim.runs,
+            "inputs_per_s": slim.inputs_per_s,
+            "dense_inputs_per_s": dense.inputs_per_s,
+            **({} if job.recipe.conditions.at_median else {"dense_tail": timing.tails[0], "tail": timing.tails[1]}),
         }
     )
 
 
-def timed_on_device(run: RunFolder, job: Job, slim: Path, target: float | None) -> Timing:
+def timed_on_device(run: RunFolder, job: Job, slim: Path, turns: Turns) -> Timing:
     """Time the run's dense file and a slim one in turns, until a target is decided.
 
     Args:
         run, job: Run and job that name the device.
         slim: FP32 ONNX file. A file of the run's precision beside it is timed in its place.
-        target: Share of the dense network's time that the slim one may take; None to measure without a target.
+        turns: When timing ends, and what is compared.
 
     Raises:
         CompressorError: The device cannot be reached, or its state differs from that of its table.
     """
     recipe = job.recipe
-    turns = Turns(recipe.contract.repeats, target, recipe.contract.seconds)
     return provider_of(recipe).time(run.file(DENSE), slim, request_of(recipe), turns, job.table)
 
 
@@ -172,25 +179,38 @@ def measure_again(folder: Path) -> Iterator[str]:
     with closing(open_exported(folder, DENSE)) as run:
         recipe, before = load_recipe(run.file(RECIPE)), run.manifest.latency
         target = run.manifest.rounds[-1].target_ratio if run.manifest.rounds else None
+        conditions, most_ms = recipe.conditions, limit_ms(recipe, latency_budget(recipe))
         provider = provider_of(recipe)
         runtime = before.runtime or provider.runtime
         if not provider.measures or (provider.is_here and not runtime.startswith(provider.runtime)):
             if not (provider.is_here and runtime.startswith(CPU)):
                 yield from_here(provider)
             provider = LocalCpu()
-        turns = Turns(recipe.contract.repeats, target, recipe.contract.seconds)
+        contract = recipe.contract
+        turns = Turns(
+            contract.repeats, target, contract.seconds, recipe.percentile, most_ms if target is not None else None
+        )
         timing = provider.time(run.file(DENSE), run.file(MODEL), request_of(recipe), turns, stored_table(run))
         for name, stats in (("dense", timing.dense), ("slim", timing.slim)):
             yield (
                 f"{name}: median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, p99 {stats.p99_ms:.3f} ms "
-                f"({stats.runtime} {stats.version}, {stats.threads} threads, {stats.runs} runs)"
+                f"({stats.runtime} {stats.version}, {stats.threads} threads, {stats.runs} runs), "
+                f"{stats.inputs_per_s:.1f} inputs a second"
             )
         ratio = timing.ratio
+        if conditions != UNLOADED:
+            yield f"The {conditions.title} is compared."
+        if not conditions.at_median:
+            yield (
+                f"p{conditions.percentile:g}: slim {ratio.value * ratio.dense_ms:.3f} ms, {timing.tails[1]:.2f} times "
+                f"its median; dense {ratio.dense_ms:.3f} ms, {timing.tails[0]:.2f} times its median"
+            )
         yield (
             f"slim takes {ratio.value:.1%} of the dense network's time, 95 % interval "
             f"{ratio.low:.1%}-{ratio.high:.1%}, after {ratio.bursts} bursts in turns"
         )
         if target is not None:
+            target = target if most_ms is None else most_ms / ratio.dense_ms
             yield f"target {target:.1%}: {in_words(ratio.verdict(target))}"
         if timing.noise:
             yield timing.noise

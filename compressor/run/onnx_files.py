@@ -133,10 +133,12 @@ def engine_elsewhere(device: TableProvider) -> str:
 
 
 def write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any] | None = None) -> Any:
-    """Export a network of the job to ONNX, for a batch of one."""
+    """Export a network of the job to ONNX, for the recipe's batch."""
+    from compressor.latency.assemble import with_batch
     from export.convert.to_onnx import export_onnx
 
-    return export_onnx(model, job.space.example_input, path, opset=opset_of(job.recipe), metadata=metadata)
+    example = with_batch(job.space.example_input, job.recipe.batch)
+    return export_onnx(model, example, path, opset=opset_of(job.recipe), metadata=metadata)
 
 
 def _layers(job: Job, both: Any) -> list[Layer]:

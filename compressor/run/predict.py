@@ -138,7 +138,7 @@ def _network(folder: Path, recipe: Recipe, runtime: str, precision: str, factory
         path = folder / "engines" / (_file(precision).removesuffix("onnx") + "engine")
         _require(path, f"compress export {folder} --format engine --precision {precision}")
         runner = EngineRunner(path)
-        return lambda image: runner.run({runner.inputs[0]: image})
+        return lambda image: [runner.run_batches(image)]
     return _onnx(folder, _file(precision), f"compress export {folder} --precision {precision}")
 
 
@@ -189,8 +189,9 @@ def _onnx(folder: Path, name: str, write: str) -> Network:
 
     _require(folder / name, write)
     session = open_session(folder / name)
-    given = session.get_inputs()[0].name
-    return lambda image: run_session(session, {given: image})
+    given = session.get_inputs()[0]
+    batch = given.shape[0] if isinstance(given.shape[0], int) else 1  # that of the run
+    return lambda image: run_session(session, {given.name: np.repeat(image, batch, 0)})
 
 
 def _require(path: Path, write: str) -> None:
@@ -200,7 +201,7 @@ def _require(path: Path, write: str) -> None:
 
 def _classes_of(outputs: Sequence[Any], names: list[str], *_: Any) -> Iterator[Answer]:
     """Yield the classes of a photograph with their probabilities, the likeliest first."""
-    scores = np.asarray(outputs[0]).reshape(-1).astype(np.float64)
+    scores = np.asarray(outputs[0])[0].reshape(-1).astype(np.float64)
     shares = np.exp(scores - scores.max())
     for place in np.argsort(-shares, kind="stable").tolist():
         yield Answer(_name(names, place), float(shares[place] / shares.sum()))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.core.conditions import UNLOADED
 from compressor.core.errors import CompressorError
 from compressor.recipe import Recipe
 from compressor.run.device import device_precision, provider_of, request_of, resolved
@@ -38,6 +39,7 @@ def measure_table(recipe: Recipe, time_limit: str | None = None) -> Iterator[str
     recipe = _for_latency(recipe)
     provider = provider_of(recipe)
     provider.check(recipe.precision)
+    provider.check_load(request_of(recipe))
     if not provider.measures:
         raise CompressorError(
             f"{recipe.device} cannot be measured from here.",
@@ -48,7 +50,8 @@ def measure_table(recipe: Recipe, time_limit: str | None = None) -> Iterator[str
     shape, runtime = "x".join(str(size) for size in example[0].shape[1:]), table.fields.runtime
     threads = f", {runtime.threads} thread(s)" if runtime.threads else ""
     yield f"{recipe.model} at {shape} {'here' if provider.is_here else f'on {recipe.device}'}, {runtime.name}{threads}:"
-    yield f"  dense {table.predict(space):.3f} ms, smallest {table.predict(space, space.smallest()):.3f} ms"
+    of = "" if recipe.conditions == UNLOADED else f" ({recipe.conditions.title})"
+    yield f"  dense {table.predict(space):.3f} ms, smallest {table.predict(space, space.smallest()):.3f} ms{of}"
     yield from _described(table)
 
 
@@ -76,6 +79,8 @@ def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
         model=recipe.model,
         precision=device_precision(recipe),
         opset=recipe.export.opset,
+        batch=recipe.batch,
+        streams=recipe.streams,
     )
     yield (
         f"Wrote {len(written.networks)} networks of {recipe.model} in {recipe.precision} to {folder} "
@@ -95,7 +100,7 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
     from compressor.latency.provider import TableProvider
     from compressor.latency.remote_table import table_of_results
     from compressor.latency.stored import keep
-    from compressor.latency.table import check_name
+    from compressor.latency.table import check_name, load_flags
 
     if device is not None:
         check_name(device)
@@ -105,7 +110,8 @@ def import_results(folder: Path, device: str | None) -> Iterator[str]:
     path = keep(table)
     yield from _described(table)
     yield f"The table is stored in {path}"
-    yield f"Use it: compress --model MODEL --device {table.device} --precision {table.precision} --latency 50%"
+    load = load_flags(table.fields.batch, table.fields.streams)
+    yield f"Use it: compress --model MODEL --device {table.device} --precision {table.precision} --latency 50%{load}"
 
 
 def _described(table: LatencyTable) -> Iterator[str]:

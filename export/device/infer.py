@@ -52,8 +52,9 @@ def onnx(path: str) -> Callable[[Any], Any]:
     known = onnxruntime.get_available_providers()
     wanted = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in known]
     session = onnxruntime.InferenceSession(path, providers=wanted)
-    name = session.get_inputs()[0].name
-    return lambda image: session.run(None, {name: image})[0][0]
+    given = session.get_inputs()[0]
+    batch = given.shape[0] if isinstance(given.shape[0], int) else 1
+    return lambda image: session.run(None, {given.name: np.repeat(image, batch, 0)})[0][0]
 
 
 def engine(path: str, how: Dict[str, Any]) -> Callable[[Any], Any]:
@@ -86,6 +87,7 @@ def engine(path: str, how: Dict[str, Any]) -> Callable[[Any], Any]:
             order[loaded.get_binding_index(tensor["name"])] = place.value or 0
 
     def scores(image: Any) -> Any:
+        image = np.ascontiguousarray(np.repeat(image, how["inputs"][0]["shape"][0], 0))
         found = np.empty(how["outputs"][0]["shape"], dtype=np.float32)
         call("cuMemcpyHtoD_v2", places[0], c_void_p(image.ctypes.data), c_size_t(image.nbytes))
         if not (run.execute_async_v3(0) if named else run.execute_v2(order)):

@@ -104,7 +104,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: type) -> list[int]:
         made.append(request.threads)
         return measure(here, space, example, request, **named)
 
-    monkeypatch.setattr(local, "OrtProcess", lambda threads=1: device(noise=0.05, seed=len(made)))
+    monkeypatch.setattr(local, "OrtProcess", lambda threads=1, streams=1: device(noise=0.05, seed=len(made)))
     monkeypatch.setattr(LocalCpu, "measured", counting)
     return made
 
@@ -131,7 +131,7 @@ def seen_later(
 
     def twice(device: Any) -> tuple[LatencyTable, LatencyTable, list[str]]:
         before = local_table(space, example, cache_dir=tmp_path)
-        monkeypatch.setattr(local, "OrtProcess", lambda threads=1: device(before))
+        monkeypatch.setattr(local, "OrtProcess", lambda threads=1, streams=1: device(before))
         lines = _Lines()
         with shown_on(lines):
             return before, local_table(space, example, cache_dir=tmp_path), lines.lines

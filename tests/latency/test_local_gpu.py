@@ -63,7 +63,7 @@ def plugged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
 
     def plug(device: Gpu) -> Gpu:
-        monkeypatch.setattr(local, "device_of", lambda backend, precision: device)
+        monkeypatch.setattr(local, "device_of", lambda backend, precision, streams: device)
         return device
 
     return plug

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from compressor.budgets.energy import find_meter
 from compressor.core.errors import CompressorError
 from compressor.latency import over_ssh, remote_bundle
-from compressor.latency.over_ssh import measured_over_ssh, ssh_table
+from compressor.latency.over_ssh import energy_over_ssh, measured_over_ssh, ssh_table
+from compressor.latency.provider import Request
 from compressor.latency.table import LatencyTable, find_user_table
 from compressor.pruning.space import PruningSpace
 from export.errors import ExportError
@@ -121,6 +123,26 @@ def test_single_networks(board: Board, space: PruningSpace, example: Tensor) -> 
     assert 0 < stats[1].median_ms < stats[0].median_ms
     assert (stats[0].runs, stats[1].runs) == (42, 21)  # dense first and last
     assert left(board) == []
+
+
+def test_energy_is_the_modules_power_for_the_time_of_a_run(
+    board: Board, space: PruningSpace, example: Tensor
+) -> None:
+    """The stand-in for tegrastats prints twelve readings of 9.832 W and one of an idle module."""
+    program = board.folder / "bin" / "tegrastats"
+    program.parent.mkdir(exist_ok=True)
+    lines = "\n".join(["VDD_IN 3000mW/3000mW", *["VDD_IN 9832mW/9433mW"] * 12])
+    program.write_text(f"#!/bin/sh\nprintf '{lines}\\n'\nexec sleep 30\n")
+    program.chmod(0o755)
+    network = remote_bundle.export_candidate(space, space.rank(), example, space.min_widths).model
+    times = measured_over_ssh(board.url, network, network, None).slim
+    assert energy_over_ssh(board.url, network) == pytest.approx(9832 * times.mean_ms / 1e3, rel=1e-6)
+    program.unlink()
+    with pytest.raises(CompressorError, match="tegrastats was not found: energy is measured on Jetson modules only"):
+        energy_over_ssh(board.url, network)
+    assert find_meter(board.url, Request())(space).source == (
+        f"tegrastats of {board.url}, the whole module, idle power included"
+    )
 
 
 @pytest.mark.usefixtures("quickly")

@@ -15,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from compressor import register_device
-from compressor.budgets.energy import find_counters
+from compressor.budgets.energy import find_meter
 from compressor.cli.app import app
 from compressor.core import plugins
 from compressor.core.errors import CompressorError
@@ -124,8 +124,8 @@ def test_what_is_said_of_a_registered_device(tmp_path: Path) -> None:
     device = TableProvider.for_device("plain:second")
     assert (device.title, device.is_here, device.runs_tensorrt, device.measures) == ("plain:second", False, False, True)
     assert engine_elsewhere(device) == "Networks run on plain:second through nothing, without an engine."
-    with pytest.raises(CompressorError, match="this machine's CPU only, not on plain"):
-        find_counters("plain", tmp_path)
+    with pytest.raises(CompressorError, match="over ssh, not on plain"):
+        find_meter("plain", Request(), tmp_path)
     with pytest.raises(CompressorError) as caught:
         TableProvider.for_device("plan").check("fp32")
     assert "Did you mean plain or local?" in caught.value.hint

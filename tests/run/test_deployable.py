@@ -58,7 +58,7 @@ def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deployed") / "run"
     wanted = recipe(
         data={"source": f"folder:{photos}", "crop_share": 0.8, "interpolation": "bicubic", "channel_order": "bgr"},
-        budgets={"flops": "70%"}, agent="uniform", epochs=6, training={"batch_size": 16},
+        budgets={"flops": "70%"}, agent="uniform", epochs=6, batch=2, training={"batch_size": 16},
         search={"max_evaluations": 2, "batch_norm_batches": 2},
     )  # fmt: skip
     assert run_recipe(wanted, folder).exit_code == 0
@@ -87,8 +87,8 @@ def test_the_program_reproduces_the_accuracy_to_the_digit(finished: Path, photos
 def test_the_files_say_how_a_picture_becomes_an_answer(finished: Path, photos: Path) -> None:
     assert (finished / "labels.txt").read_text() == "digit 0\ndigit 1\ndigit 2\ndigit 3\n"
     how, manifest = json.loads((finished / "preprocess.json").read_text()), manifest_of(finished)
-    assert how["inputs"] == [{"name": "input", "shape": [1, 3, 16, 16], "type": "float32"}]
-    assert how["outputs"] == [{"name": "output", "shape": [1, 4], "type": "float32"}]
+    assert how["inputs"] == [{"name": "input", "shape": [2, 3, 16, 16], "type": "float32"}]
+    assert how["outputs"] == [{"name": "output", "shape": [2, 4], "type": "float32"}]
     assert (how["task"], how["resize_to"], how["crop"]) == ("classification", [20, 20], [16, 16])
     assert (how["interpolation"], how["channel_order"], how["range"]) == ("bicubic", "bgr", 1)
     assert how["mean"] == manifest["preprocessing"]["mean"]

@@ -16,26 +16,27 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compressor.core.processes import Child, ChildDied, Failed, serve
-from compressor.latency.machine import Floats, ProcessorSpeed, at_full_speed, timed, undisturbed
-from compressor.latency.networks import TAG, NetworkTimes, TaggedNetwork
-from compressor.latency.paired import (
-    REPEATS,
-    SECONDS,
-    Burst,
-    PairSession,
-    Timing,
-    burst_of,
-    in_turns,
-    pair_session,
+from compressor.latency.machine import (
+    Floats,
+    ProcessorSpeed,
+    at_full_speed,
+    timed,
+    timed_together,
+    undisturbed,
 )
+from compressor.latency.networks import TAG, NetworkTimes, TaggedNetwork
+from compressor.latency.paired import Burst, PairSession, Timing, burst_of, in_turns, pair_session
 from export.convert.ort import CPU, random_feeds, runtime
-from export.engine.bench import OnnxRunner
+from export.engine.bench import OnnxRunner, running, together
 from export.errors import ExportError
+
+if TYPE_CHECKING:
+    from compressor.latency.provider import Request, Turns
 
 MOST_RUNS = 200
 MAX_PROFILED_RUNS = 60
@@ -56,42 +57,58 @@ class OrtCpu:
 
     Args:
         threads: Threads inside one operator.
+        streams: Sessions that run a network at the same time.
     """
 
-    def __init__(self, threads: int = 1) -> None:
-        self.threads = threads
+    def __init__(self, threads: int = 1, streams: int = 1) -> None:
+        self.threads, self.streams = threads, streams
         self._pace = ProcessorSpeed(threads)
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
-        """Measure end to end, under the profiler, and end to end again, so that drift affects both equally."""
-        runner = OnnxRunner(network.model, threads=self.threads)
-        once = runner.warm_up(seconds / 10)
+        """Measure end to end, under the profiler, and end to end again, so that drift affects both equally.
+
+        Several streams wait for one another, so that no run of theirs is undisturbed: all count.
+        """
+        runners = [OnnxRunner(network.model, threads=self.threads) for _ in range(self.streams)]
+        once = max(together(runners, lambda runner: runner.warm_up(seconds / 10)))
         runs = min(MOST_RUNS, max(LEAST_RUNS, int(seconds / 4 / (once / 1e3))))
         slow = self._pace.slowdown()
-        before = timed(runner, runs)
+        before = timed_together(runners, runs)
         operators = np.zeros((0, 0))
         if network.operators:
-            operators = self._profile(network, min(2 * runs, MAX_PROFILED_RUNS))
-        after = timed(runner, runs)
+            operators = self._profile(network, min(2 * runs, MAX_PROFILED_RUNS), runners[1:])
+        after = timed_together(runners, runs)
         slow = max(slow, self._pace.slowdown())
-        return NetworkTimes(undisturbed(np.concatenate([before, after])), operators, slow)
+        times = np.concatenate([before, after])
+        return NetworkTimes(undisturbed(times) if self.streams == 1 else times[:, 0], operators, slow)
 
-    def _profile(self, network: TaggedNetwork, runs: int) -> Floats:
+    def _profile(self, network: TaggedNetwork, runs: int, beside: Sequence[OnnxRunner]) -> Floats:
         """Return operator times in milliseconds, (runs, operators), of the profiled runs at full speed."""
-        times = _by_operator(_events(network.model, self.threads, runs + WARM_UP), network)[WARM_UP:]
-        return np.asarray(times[at_full_speed(times.sum(axis=1))])
+        events = _events(network.model, self.threads, runs + WARM_UP, beside)
+        times = _by_operator(events, network)[WARM_UP:]
+        return np.asarray(times if beside else times[at_full_speed(times.sum(axis=1))])
 
 
-def profiled_runs(model: bytes, threads: int, runs: int) -> list[list[dict[str, Any]]]:
+def profiled_runs(
+    model: bytes, threads: int, runs: int, beside: Sequence[OnnxRunner] = ()
+) -> list[list[dict[str, Any]]]:
     """Profile `runs` runs with ONNX Runtime after a warm-up; returns the kernels of each run in execution order.
 
     A kernel has its `name`, its duration `dur` in microseconds, and in `args` its `op_name` and the shapes and bytes
     that it read and wrote.
+
+    Args:
+        model: The ONNX file's bytes.
+        threads: Threads inside one operator.
+        runs: Number of runs.
+        beside: Networks that run at the same time.
     """
-    return _runs(_events(model, threads, runs + WARM_UP))[WARM_UP:]
+    return _runs(_events(model, threads, runs + WARM_UP, beside))[WARM_UP:]
 
 
-def _events(model: bytes, threads: int, runs: int) -> list[dict[str, Any]]:
+def _events(
+    model: bytes, threads: int, runs: int, beside: Sequence[OnnxRunner] = ()
+) -> list[dict[str, Any]]:
     onnxruntime = runtime()
     with tempfile.TemporaryDirectory(prefix="compressor-profile-") as folder:
         options = onnxruntime.SessionOptions()
@@ -102,8 +119,9 @@ def _events(model: bytes, threads: int, runs: int) -> list[dict[str, Any]]:
         options.profile_file_prefix = str(Path(folder) / "ort")
         session = onnxruntime.InferenceSession(model, options, providers=list(CPU))
         feeds = random_feeds(session)
-        for _ in range(runs):
-            session.run(None, feeds)
+        with running(beside):
+            for _ in range(runs):
+                session.run(None, feeds)
         return list(json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")))
 
 
@@ -149,10 +167,11 @@ class OrtProcess:
 
     Args:
         threads: Threads inside one operator.
+        streams: Sessions that run a network at the same time.
     """
 
-    def __init__(self, threads: int = 1) -> None:
-        self.threads = threads
+    def __init__(self, threads: int = 1, streams: int = 1) -> None:
+        self.threads, self.streams = threads, streams
         self._child: Child | None = None
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
@@ -184,7 +203,7 @@ class OrtProcess:
         if self._child is None:
             self._child = Child(__name__, self.threads)
         try:
-            return _request(self._child, {**request, "threads": self.threads})
+            return _request(self._child, {**request, "threads": self.threads, "streams": self.streams})
         except _ProcessDied as error:
             self._child = None
             raise error from None
@@ -196,13 +215,14 @@ class BurstProcess:
     Args:
         path: The file.
         threads: Threads inside one operator.
+        streams: Sessions that run it at the same time; a burst has the counted runs of each.
 
     Attributes:
         once_ms: Approximate time of one run; valid after `ready`.
     """
 
-    def __init__(self, path: Path, threads: int = 1) -> None:
-        self.path, self.threads, self.once_ms = path, threads, 0.0
+    def __init__(self, path: Path, threads: int = 1, streams: int = 1) -> None:
+        self.path, self.threads, self.streams, self.once_ms = path, threads, streams, 0.0
         self._child = Child(__name__, threads)
 
     def ready(self) -> None:
@@ -214,7 +234,10 @@ class BurstProcess:
         self.once_ms = float(
             _request(
                 self._child,
-                {"do": "open", "model": str(self.path), "threads": self.threads, "warm_up_s": WARM_UP_S},
+                {
+                    "do": "open", "model": str(self.path), "threads": self.threads, "streams": self.streams,
+                    "warm_up_s": WARM_UP_S,
+                },
             )
         )
 
@@ -226,7 +249,7 @@ class BurstProcess:
         """
         times = _request(self._child, {"do": "burst", "dropped": dropped, "counted": counted})
         wall, own = zip(*times, strict=True)
-        return burst_of(wall, own if self.threads == 1 else None)
+        return burst_of(wall, own if self.threads == self.streams == 1 else None)
 
     def close(self) -> None:
         """End the process."""
@@ -248,32 +271,24 @@ def _request(child: Child, request: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def measured(
-    dense: Path,
-    slim: Path,
-    threads: int = 1,
-    repeats: int = REPEATS,
-    target: float | None = None,
-    seconds: float = SECONDS,
-) -> Timing:
+def measured(dense: Path, slim: Path, request: Request, turns: Turns) -> Timing:
     """Time two ONNX files through ONNX Runtime on this machine's CPU.
 
     Args:
         dense, slim: The files.
-        threads: Threads inside one operator.
-        repeats: Number of sessions if there is no target.
-        target: Share of the dense network's time that the slim one may take.
-        seconds: Time limit.
+        request: Threads, streams and batch.
+        turns: When timing ends, and what is compared.
 
     Raises:
         ExportError: ONNX Runtime rejects one of them, or its process has died.
     """
+    threads, streams = request.threads, request.streams
 
     def run_session() -> PairSession:
         begun = time.monotonic()
         with ExitStack() as stack:
             first, second = (
-                stack.enter_context(closing(BurstProcess(path, threads))) for path in (dense, slim)
+                stack.enter_context(closing(BurstProcess(path, threads, streams))) for path in (dense, slim)
             )
             for child in (first, second):
                 child.ready()
@@ -284,28 +299,30 @@ def measured(
         "onnxruntime",
         str(runtime().__version__),
         threads,
-        repeats=repeats,
-        target=target,
-        seconds=seconds,
+        batch=request.batch,
+        streams=streams,
+        **vars(turns),
     )
 
 
 def main() -> None:
-    devices: dict[int, OrtCpu] = {}
+    devices: dict[tuple[int, int], OrtCpu] = {}
     opened: list[OnnxRunner] = []
 
     def answer(request: dict[str, Any]) -> Any:
-        if request["do"] == "open":
-            opened[:] = [OnnxRunner(request["model"], threads=request["threads"])]
-            return opened[0].warm_up(request["warm_up_s"])
         if request["do"] == "burst":
-            return timed(opened[0], request["dropped"] + request["counted"])[request["dropped"] :].tolist()
-        threads = request["threads"]
-        if threads not in devices:
-            devices[threads] = OrtCpu(threads)
+            dropped, counted = request["dropped"], request["counted"]
+            runs = together(opened, lambda runner: timed(runner, dropped + counted)[dropped:])
+            return np.concatenate(runs).tolist()
+        threads, streams = request["threads"], request["streams"]
+        if request["do"] == "open":
+            opened[:] = [OnnxRunner(request["model"], threads=threads) for _ in range(streams)]
+            return max(together(opened, lambda runner: runner.warm_up(request["warm_up_s"])))
+        if (threads, streams) not in devices:
+            devices[threads, streams] = OrtCpu(threads, streams)
         content = Path(request["model"]).read_bytes()
         network = TaggedNetwork(content, tuple(request["owner"]), tuple(request["epilogues"]))
-        times = devices[threads].measure(network, request["seconds"])
+        times = devices[threads, streams].measure(network, request["seconds"])
         return {
             "whole_ms": times.whole_ms.tolist(), "operators_ms": times.operators_ms.tolist(),
             "slowdown": times.slowdown,

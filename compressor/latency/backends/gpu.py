@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,13 +27,14 @@ from export.convert.onnx_header import parse_header
 from export.device.bundle import Target, write_bundle
 from export.device.here import CPU, PROVIDERS, TRTEXEC, USUAL, Backend, find_trtexec
 from export.device.results import read_results
-from export.engine.bench import OnnxRunner
+from export.engine.bench import OnnxRunner, merged, together
 from export.engine.cuda import find_device
 from export.engine.trt import RTX
 from export.errors import ExportError
 
 if TYPE_CHECKING:
     from compressor.pruning.counts import Layer
+    from export.engine.runner import EngineRunner
 
 
 _ONE = "network"
@@ -41,13 +43,13 @@ UNSURE = 0.10
 """Largest share of the time without a known operator at which a profile is used."""
 
 
-def device_of(backend: Backend, precision: Precision) -> Device:
-    """Return the device that measures networks with this backend in this precision."""
+def device_of(backend: Backend, precision: Precision, streams: int = 1) -> Device:
+    """Return the device that measures networks with this backend in this precision, `streams` of them at a time."""
     if backend.kind == TRTEXEC:
-        return Trtexec(find_trtexec() or USUAL, precision)
+        return Trtexec(find_trtexec() or USUAL, precision, streams)
     if backend.kind in PROVIDERS:
-        return OrtGpu(PROVIDERS[backend.kind], precision)
-    return TensorRt(backend.kind, precision)
+        return OrtGpu(PROVIDERS[backend.kind], precision, streams)
+    return TensorRt(backend.kind, precision, streams)
 
 
 class TensorRt:
@@ -56,13 +58,22 @@ class TensorRt:
     Args:
         module: `tensorrt` or `tensorrt_rtx_bindings`.
         precision: Precision to run in; networks are given in FP32 and converted.
+        streams: Execution contexts of an engine that run at the same time.
     """
 
-    def __init__(self, module: str, precision: Precision) -> None:
-        self.module, self.precision = module, precision
+    def __init__(self, module: str, precision: Precision, streams: int = 1) -> None:
+        self.module, self.precision, self.streams = module, precision, streams
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
         """Build an engine, time it with GPU events, then profile its layers."""
+        with self.opened(network) as runner:
+            times = runner.times_ms(warmup_s=seconds / 4, duration_s=seconds)
+            layers = runner.layer_times() if network.operators else []
+        return NetworkTimes(np.asarray(times), _operators(layers, network))
+
+    @contextmanager
+    def opened(self, network: TaggedNetwork) -> Iterator[EngineRunner]:
+        """Build the engine of a network and load it."""
         from export.engine.engine import build_engine
         from export.engine.runner import EngineRunner
 
@@ -73,10 +84,8 @@ class TensorRt:
             if self.module == RTX and (gpu := find_device()) is not None:
                 capability = gpu.compute_capability
             build_engine(path, engine, module=self.module, compute_capability=capability)
-            with EngineRunner(engine) as runner:
-                times = runner.times_ms(warmup_s=seconds / 4, duration_s=seconds)
-                layers = runner.layer_times() if network.operators else []
-        return NetworkTimes(np.asarray(times), _operators(layers, network))
+            with EngineRunner(engine, streams=self.streams) as runner:
+                yield runner
 
 
 class Trtexec:
@@ -85,10 +94,11 @@ class Trtexec:
     Args:
         program: Path of trtexec.
         precision: Precision to run in; networks are given in FP32 and converted.
+        streams: Execution contexts of an engine that run at the same time.
     """
 
-    def __init__(self, program: Path, precision: Precision) -> None:
-        self.program, self.precision = program, precision
+    def __init__(self, program: Path, precision: Precision, streams: int = 1) -> None:
+        self.program, self.precision, self.streams = program, precision, streams
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
         """Write a bundle with this one network and run it on this machine."""
@@ -97,7 +107,7 @@ class Trtexec:
             content = in_precision(network.model, self.precision, _shape(network))
             target = Target("", "GPU", "", 8, 20, True, 0)
             profile = network.operators > 0
-            write_bundle(folder, [(_ONE, content)], target=target, profile=profile)
+            write_bundle(folder, [(_ONE, content)], target=target, profile=profile, streams=self.streams)
             duration = str(max(1, round(seconds)))
             done = subprocess.run(
                 ["sh", str(folder / "run.sh"), "--duration", duration, "--warmup", "1", "--processes", "1"],
@@ -124,28 +134,55 @@ class OrtGpu:
     Args:
         provider: ONNX Runtime's name of the provider.
         precision: Precision to run in; networks are given in FP32 and converted.
+        streams: Sessions that run a network at the same time.
     """
 
-    def __init__(self, provider: str, precision: Precision) -> None:
-        self.provider, self.precision = provider, precision
+    def __init__(self, provider: str, precision: Precision, streams: int = 1) -> None:
+        self.provider, self.precision, self.streams = provider, precision, streams
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
-        """Time the network end to end.
+        """Time the network end to end."""
+        runners = self.opened(network)
+        once = max(together(runners, lambda runner: runner.warm_up(seconds / 4)))
+        runs = max(7, min(2000, int(seconds * 1e3 / once)))
+        times = merged(together(runners, lambda runner: runner.time(runs)))
+        return NetworkTimes(np.asarray(times), np.zeros((0, network.operators)))
+
+    def opened(self, network: TaggedNetwork) -> list[OnnxRunner]:
+        """Load the network, once for each stream.
 
         Raises:
             ExportError: The provider is installed but unusable, so that ONNX Runtime would fall back to the CPU.
         """
         content = in_precision(network.model, self.precision, _shape(network))
-        runner = OnnxRunner(content, providers=(self.provider, "CPUExecutionProvider"))
-        active = list(runner.session.get_providers())
+        providers = (self.provider, "CPUExecutionProvider")
+        runners = [OnnxRunner(content, providers=providers) for _ in range(self.streams)]
+        active = list(runners[0].session.get_providers())
         if active[:1] != [self.provider]:
             raise ExportError(
                 f"ONNX Runtime has {self.provider}, but cannot use it here.",
                 f"Install its dependencies, or use the CPU: export COMPRESSOR_BACKEND={CPU}",
             )
-        once = runner.warm_up(seconds / 4)
-        times = runner.time(max(7, min(2000, int(seconds * 1e3 / once))))
-        return NetworkTimes(np.asarray(times), np.zeros((0, network.operators)))
+        return runners
+
+
+@contextmanager
+def loaded(backend: Backend, precision: Precision, model: bytes) -> Iterator[Callable[[], object]]:
+    """Load an FP32 ONNX file with a backend in a precision; yields what runs it once, and waits for its end.
+
+    Raises:
+        ExportError: The backend runs networks in processes of their own, or cannot run this one.
+    """
+    network = TaggedNetwork(model, (), ())
+    device = device_of(backend, precision)
+    if isinstance(device, TensorRt):
+        with device.opened(network) as runner:
+            runner.load_noise()
+            yield runner.run_once
+    elif isinstance(device, OrtGpu):
+        yield device.opened(network)[0].run
+    else:
+        raise ExportError(f"{backend.kind} runs networks in processes of their own.")
 
 
 def _operators(layers: Sequence[tuple[str, float]], network: TaggedNetwork) -> Floats:
@@ -206,7 +243,7 @@ def shares_of_layers(
 
 
 def fitted_shares(
-    layers: Sequence[Layer], c_in: Widths, c_out: Widths, whole_ms: Floats, block: int
+    layers: Sequence[Layer], c_in: Widths, c_out: Widths, whole_ms: Floats, block: int, batch: int = 1
 ) -> Floats:
     """Fit operator times to the times of whole networks; returns milliseconds, (networks, operators).
 
@@ -215,10 +252,11 @@ def fitted_shares(
         c_in, c_out: Channels of each network's operators, (networks, operators).
         whole_ms: Time of each network, (networks,).
         block: Channels are padded to multiples of this.
+        batch: Inputs of one run.
     """
     from scipy.optimize import nnls
 
-    terms = _work(Operators(layers), c_in, c_out, block)
+    terms = _work(Operators(layers), c_in, c_out, block, batch)
     sums = terms.sum(axis=1)
     scale = np.maximum(np.abs(sums).max(axis=0), 1e-12)
     weighted = sums / scale / whole_ms[:, None]
@@ -229,7 +267,7 @@ def fitted_shares(
     return np.asarray(np.maximum(terms @ (found / scale), FASTEST_MS))
 
 
-def _work(operators: Operators, c_in: Widths, c_out: Widths, block: int) -> Floats:
+def _work(operators: Operators, c_in: Widths, c_out: Widths, block: int, batch: int) -> Floats:
     """Return the fit's terms, (networks, operators, terms): padded MACs of each kind, elements moved, one launch."""
     kinds = sorted(set(operators.kinds))
     inputs, outputs = c_in.astype(float), c_out.astype(float)
@@ -237,7 +275,7 @@ def _work(operators: Operators, c_in: Widths, c_out: Widths, block: int) -> Floa
     cost, read = operators.cost(inputs, outputs), operators.cost(padded(inputs, block), outputs).weights
     terms = np.zeros((*c_in.shape, len(kinds) + 2))
     for place, kind in enumerate(operators.kinds):
-        terms[:, place, kinds.index(kind)] = macs[:, place]
-    terms[..., -2] = cost.moved - cost.weights + read
+        terms[:, place, kinds.index(kind)] = batch * macs[:, place]
+    terms[..., -2] = batch * (cost.moved - cost.weights) + read
     terms[..., -1] = 1.0
     return terms

@@ -112,8 +112,10 @@ class _Context:
         return self.execute_async_v3(0)
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_an_engine_gets_and_gives_its_tensors(old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("old", "batch"), [(False, 1), (True, 1), (False, 4)])
+def test_an_engine_gets_and_gives_its_tensors(
+    old: bool, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Logger:
         ERROR = 1
 
@@ -132,7 +134,7 @@ def test_an_engine_gets_and_gives_its_tensors(old: bool, tmp_path: Path, monkeyp
     cuda = _Cuda()
     monkeypatch.setattr(ctypes, "CDLL", lambda _: cuda)
     (tmp_path / "model.engine").write_bytes(b"an engine")
-    how = {"inputs": [{"name": "x", "shape": [1, 3, 2, 2]}], "outputs": [{"name": "y", "shape": [1, 3]}]}
+    how = {"inputs": [{"name": "x", "shape": [batch, 3, 2, 2]}], "outputs": [{"name": "y", "shape": [batch, 3]}]}
     network = infer.engine(str(tmp_path / "model.engine"), how)
     for start in (0, 100):
         image = np.arange(start, start + 12, dtype=np.float32).reshape(1, 3, 2, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,6 @@ def test_throughput_is_that_of_all_copies() -> None:
 
 def test_every_run_of_networks_at_once_meets_the_others() -> None:
     """A network whose work is short goes on until the others have done theirs."""
-    runners = [OnnxRunner(matmul_chain(64, 2)) for _ in range(3)]
     counted = [0, 0, 0]
 
     class Counted:
@@ -114,17 +114,16 @@ def test_every_run_of_networks_at_once_meets_the_others() -> None:
 
         def run(self) -> None:
             counted[self.place] += 1
-            runners[self.place].run()
+            time.sleep(0)
 
     def work(each: Counted) -> int:
-        runs = 200 if each.place == 0 else 1
-        for _ in range(runs):
-            runners[each.place].run()
-        return runs
+        until = time.monotonic() + 30
+        while each.place == 0 and min(counted[1:]) < 5 and time.monotonic() < until:
+            time.sleep(0)
+        return each.place
 
-    assert together([Counted(place) for place in range(3)], work) == [200, 1, 1]  # type: ignore[arg-type]
-    assert counted[0] <= 1
-    assert min(counted[1:]) > 1
+    assert together([Counted(place) for place in range(3)], work) == [0, 1, 2]  # type: ignore[arg-type]
+    assert min(counted[1:]) >= 5
     assert merged([[1.0, 2.0], [3.0]]) == [1.0, 3.0, 2.0]
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from compressor.latency.backends.cpu import OrtProcess, measured
 from compressor.latency.networks import TaggedNetwork, tag
+from compressor.latency.provider import Request, Turns
 from export.convert.to_onnx import export_onnx
 from export.errors import ExportError
 
@@ -45,7 +46,7 @@ def test_a_network_without_operators_is_timed_as_a_whole(files: tuple[Path, Path
 
 
 def test_two_files_are_timed_in_turns(files: tuple[Path, Path]) -> None:
-    found = measured(*files, threads=1, repeats=2)
+    found = measured(*files, Request(), Turns(repeats=2))
     assert found.dense.runtime == "onnxruntime"
     assert (found.ratio.sessions, found.dense.runs) == (2, found.slim.runs)
     assert 0 < found.ratio.value < 0.7
@@ -55,7 +56,7 @@ def test_two_files_are_timed_in_turns(files: tuple[Path, Path]) -> None:
 def test_a_file_that_cannot_be_timed_in_turns_is_named(tmp_path: Path, files: tuple[Path, Path]) -> None:
     (tmp_path / "damaged.onnx").write_bytes(b"nothing of the kind")
     with pytest.raises(ExportError, match=r"cannot load .*damaged\.onnx"):
-        measured(files[0], tmp_path / "damaged.onnx", target=0.5)
+        measured(files[0], tmp_path / "damaged.onnx", Request(), Turns(target=0.5))
 
 
 def test_a_file_that_is_no_network(tmp_path: Path, files: tuple[Path, Path]) -> None:
@@ -74,3 +75,16 @@ def test_a_process_that_dies_is_said_and_replaced(files: tuple[Path, Path]) -> N
     with pytest.raises(ExportError, match="times networks was killed by SIGKILL"):
         device.measure(network, 0.05)
     assert device.measure(network, 0.05).median_ms > 0
+
+
+def test_several_at_once_and_a_percentile(files: tuple[Path, Path]) -> None:
+    request = Request(streams=2)
+    found = measured(*files, request, Turns(repeats=2, percentile=90))
+    assert (found.dense.streams, found.slim.streams) == (2, 2)
+    assert found.slim.inputs_per_s == pytest.approx(2e3 / found.slim.mean_ms)
+    assert found.ratio.value == pytest.approx(found.slim.p90_ms / found.dense.p90_ms)
+    assert found.ratio.dense_ms == pytest.approx(found.dense.p90_ms)
+    assert found.tails[1] == pytest.approx(found.slim.p90_ms / found.slim.median_ms)
+    times = OrtProcess(streams=2).measure(tag(files[0]), 0.05)
+    assert times.operators_ms.shape[1] == 2
+    assert len(times.whole_ms) >= 2 * 2 * 7  # of both, before and after the profile

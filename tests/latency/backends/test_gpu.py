@@ -15,6 +15,7 @@ from compressor.latency import assemble, local, remote_bundle
 from compressor.latency.backends import gpu as backends
 from compressor.latency.backends.gpu import OrtGpu, TensorRt, Trtexec, device_of
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
+from compressor.latency.provider import Turns
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
 from compressor.run.measure import timed_on_device
@@ -141,7 +142,7 @@ def test_a_table_of_the_gpu_says_what_it_is(
     space: PruningSpace, example: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[_Rule] = []
-    monkeypatch.setattr(local, "device_of", lambda backend, precision: made.append(_Rule()) or made[-1])
+    monkeypatch.setattr(local, "device_of", lambda backend, precision, streams: made.append(_Rule()) or made[-1])
     backend = Backend("tensorrt_rtx_bindings", "1.7.0", RTX4090)
     table = gpu_table(space, example, backend, "fp16", time_limit_s=0.0)
     fields = table.fields
@@ -177,7 +178,7 @@ def test_a_gpu_times_what_is_delivered(
             return NetworkTimes(np.full(9, float(len(timed))), np.zeros((0, 0)))
 
     monkeypatch.setattr(here, "gpu_backend", lambda: Backend("tensorrt", "10.3.0", RTX4090))
-    monkeypatch.setattr(local, "device_of", lambda backend, precision: Device())
+    monkeypatch.setattr(local, "device_of", lambda backend, precision, streams: Device())
     network = assemble.export_candidate(space, space.rank(), example, space.min_widths).model
     for name in (DENSE, "model.onnx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -188,7 +189,7 @@ def test_a_gpu_times_what_is_delivered(
     data = SimpleNamespace(input_shape=(3, 16, 16))
     job: Any = SimpleNamespace(recipe=recipe, data=data, space=space, table=None)
     run: Any = SimpleNamespace(file=lambda name: tmp_path / name)
-    found = timed_on_device(run, job, tmp_path / "model.onnx", None)
+    found = timed_on_device(run, job, tmp_path / "model.onnx", Turns(repeats=1))
     dense, slim = found.dense, found.slim
     assert timed == [delivered, b"as delivered"]
     assert (dense.median_ms, slim.median_ms, slim.version) == (1.0, 2.0, "10.3.0")
