@@ -155,16 +155,19 @@ TABLE = {
     "entries": {"conv": {"c_in": [1], "ms": [1.0]}},
 }  # fmt: skip
 RESULTS = {
-    "format": 2, "bundle": "", "board": "7", "tensorrt": "10.3.0", "power_mode": "MAXN", "processes": 1,
+    "format": 3, "bundle": "", "board": "7", "tensorrt": "10.3.0", "power_mode": "MAXN", "processes": 1,
     "duration_s": 1, "warmup_s": 0,
     "networks": [{"name": "net", "status": "ok", "onnx_sha256": "0" * 64, "engine_bytes": 5, "reason": ""}],
 }  # fmt: skip
 STATE = {"board": "7", "tensorrt": "10.3.0", "power_mode": "MAXN", "after": {"17000000.gpu": 900}}
 TIMING = {
-    "format": 2, "kind": "timing", "target": "x", "order": ["net"],
+    "format": 3, "kind": "timing", "target": "x", "order": ["net"],
     "networks": [{"name": "net", "sha256": "0" * 64, "precision": "fp32"}],
 }  # fmt: skip
-BUNDLE = {**TIMING, "kind": "network", "samples": 1, "output_shape": [3]}
+BUNDLE = {
+    **TIMING, "kind": "network", "samples": 1, "output_shape": [3],
+    "networks": [{"name": "net", "sha256": "0" * 64, "precision": "fp32", "reference": "output", "beside": None}],
+}  # fmt: skip
 
 
 def archive(files: dict[str, bytes]) -> bytes:
