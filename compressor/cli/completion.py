@@ -25,6 +25,13 @@ def devices(incomplete: str) -> list[str]:
     return _beginning(incomplete, dict.fromkeys(entry.name for entry in known_devices()))
 
 
+def boards(incomplete: str) -> list[str]:
+    """Return the boards for which bundles are written whose names begin so."""
+    from export.device.bundle import TARGETS
+
+    return _beginning(incomplete, TARGETS)
+
+
 def recipes(incomplete: str) -> list[str]:
     """Return the shipped recipes whose names begin so."""
     from compressor.recipe import shipped_recipes

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from compressor.cli import completion
 from compressor.cli.flags import JsonOption, recipe_of
 from compressor.cli.terminal import friendly, show, show_json
 from compressor.core.tables import Table
@@ -13,7 +14,10 @@ from compressor.core.tables import Table
 
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe whose time is estimated: YAML file or shipped name.")
+        str | None,
+        typer.Argument(
+            help="A recipe whose time is estimated: YAML file or shipped name.", autocompletion=completion.recipes
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:

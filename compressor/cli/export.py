@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli import completion
 from compressor.cli.terminal import friendly, show
 from compressor.core.errors import CompressorError
 
@@ -66,10 +67,14 @@ def export(
         typer.Option(
             help="A board such as jetson-orin-nano-8gb, or ssh://user@host to run it there.",
             rich_help_panel=BOARDS,
+            autocompletion=completion.boards,
         ),
     ] = None,
     board: Annotated[
-        str, typer.Option(help="The board at the ssh address.", rich_help_panel=BOARDS)
+        str,
+        typer.Option(
+            help="The board at the ssh address.", rich_help_panel=BOARDS, autocompletion=completion.boards
+        ),
     ] = "jetson-orin-nano-8gb",
     bundle: Annotated[
         Path | None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli import completion
 from compressor.cli.flags import (
     BatchOption,
     ImageSizeOption,
@@ -21,7 +22,9 @@ from compressor.core.errors import CompressorError
 
 
 def profile(
-    model: Annotated[str | None, typer.Option(help="The network, as for compress.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The network, as for compress.", autocompletion=completion.models)
+    ] = None,
     data: Annotated[str, typer.Option(help="Determines the input size and the number of classes.")] = "digits",
     task: TaskOption = None,
     image_size: ImageSizeOption = None,
@@ -29,7 +32,10 @@ def profile(
     batch: BatchOption = None,
     streams: StreamsOption = None,
     device: Annotated[
-        str | None, typer.Option(help="ssh://user@host; with --bundle or --import the device's name.")
+        str | None,
+        typer.Option(
+            help="ssh://user@host; with --bundle or --import the device's name.", autocompletion=completion.devices
+        ),
     ] = None,
     precision: Annotated[
         str | None,

@@ -61,6 +61,34 @@ def test_the_page_speaks_of_map(detected: RunResult) -> None:
     assert "ccuracy" not in page
 
 
+def test_boxes_are_told_in_pixels_of_the_photograph(
+    detected: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    from compressor.run.predict import predict
+
+    monkeypatch.setattr("compressor.run.predict.CERTAIN", 0.0)
+    Image.new("RGB", (96, 64), (200, 30, 30)).save(tmp_path / "photo.png")
+    given = [tmp_path / "photo.png"]
+    ((_, found),) = predict(detected.directory, given, runtime="torch", top=500, factory="tests.nets:detector")
+    assert found
+    assert [each.share for each in found] == sorted((each.share for each in found), reverse=True)
+    for each in found:
+        assert each.box is not None
+        left, top, right, bottom = each.box
+        assert 0 <= left <= right <= 96 + 1e-3
+        assert 0 <= top <= bottom <= 64 + 1e-3
+        assert each.name in ("circle", "square", "triangle")
+    assert max(each.box[2] for each in found if each.box) > 64  # not in pixels of the input
+    with pytest.raises(CompressorError, match=r"has no model\.boxes\.onnx"):
+        list(predict(detected.directory, given))
+    list(export_format(detected.directory, Request(format="boxes")))
+    ((_, same),) = predict(detected.directory, given, top=500)
+    assert len(same) == len(found)
+    assert same[0].box == pytest.approx(found[0].box, abs=0.05)
+
+
 def test_half_precision_is_judged_by_map(detected: RunResult) -> None:
     lines = list(export_format(detected.directory, Request(precision="fp16", max_drop=90.0)))
     assert any(line.startswith("mAP on 12 test images: ") for line in lines)

@@ -94,6 +94,10 @@ def test_own_objects_take_the_whole_road(finished_own: Any, trained: nn.Module) 
     sizes = [sum(each.numel() for each in network.parameters()) for network in (result.model, trained)]
     assert sizes[0] <= 0.6 * sizes[1]
     assert result.onnx.is_file()
+    known = json.loads((result.directory / "preprocess.json").read_text())
+    assert known["inputs"] == [{"name": "input", "shape": [1, 1, 8, 8], "type": "float32"}]
+    assert "mean" not in known  # the program that made the inputs knows it
+    assert not any((result.directory / name).exists() for name in ("labels.txt", "infer.py"))
     with pytest.raises(CompressorError, match="code that is named in a file is not imported"):
         compressor.load(result.directory)
     again = compressor.load(result.directory, factory=Own)(pictures(3)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,28 @@ def test_the_page_speaks_of_mean_iou(segmented: RunResult) -> None:
 
 def test_the_outputs_keep_all_classes(segmented: RunResult) -> None:
     assert segmented.model(torch.zeros(1, 3, 32, 32))["out"].shape == (1, 4, 16, 16)
+
+
+def test_the_shares_of_the_classes_are_told(segmented: RunResult, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from compressor.run.predict import predict
+
+    run = segmented.directory
+    assert (run / "labels.txt").read_text().split() == ["background", "circle", "square", "triangle"]
+    assert json.loads((run / "preprocess.json").read_text())["resize"] == "squash"
+    assert not (run / "infer.py").exists()  # it is for classifiers
+    test: Any = load_data("shapes:60", seed=0, image_size=32, task="segmentation").test
+    pixels = test.scenes[0].read(test.preprocessing)[0]
+    image = test.preprocessing.normalised(pixels[None])
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "scene.png")
+    for runtime in ("onnx", "torch"):
+        ((_, answers),) = predict(run, [tmp_path / "scene.png"], runtime=runtime, top=9, factory="tests.nets:segmenter")
+        classes = segmented.model(image)["out"].argmax(1).flatten().bincount(minlength=4) / 256
+        names = (run / "labels.txt").read_text().split()
+        assert {each.name: pytest.approx(each.share, abs=0.02) for each in answers} == {
+            name: float(share) for name, share in zip(names, classes, strict=True) if share
+        }
 
 
 def test_int8_is_judged_by_mean_iou(segmented: RunResult) -> None:

@@ -56,6 +56,7 @@ def test_the_dense_network_judges(unlabelled: RunResult, pictures: Path) -> None
     assert found["exported"] == pytest.approx(found["finetuned"], abs=0.05)
     assert [each["phase"] for each in unlabelled.manifest["training"]] == ["finetune"]
     assert unlabelled.manifest["recipe"]["search"]["measure"] == "closeness"
+    assert (unlabelled.directory / "labels.txt").read_text().split() == [str(number) for number in range(10)]
 
 
 def test_the_page_speaks_of_agreement(unlabelled: RunResult) -> None:
