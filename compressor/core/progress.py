@@ -18,6 +18,17 @@ class Bar(Protocol):
         """Advance by `steps`; a non-empty `note` replaces the short text after the bar."""
 
 
+class Steps:
+    """Advances a bar to the number of finished steps that it is called with, beginning at 0."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar, self._done = bar, 0
+
+    def __call__(self, done: int) -> None:
+        self._bar.advance(done - self._done)
+        self._done = done
+
+
 class Display(Protocol):
     """Shows progress."""
 

@@ -20,7 +20,7 @@ from compressor.core.manifest import (
     Skipped,
 )
 from compressor.core.metrics import ACCURACY, AGREEMENT
-from compressor.core.progress import bar, say
+from compressor.core.progress import Steps, bar, say
 from compressor.core.versions import machine, versions
 from compressor.run.compensation import network_before_finetuning, own_statistics
 from compressor.run.contract import Contract
@@ -386,16 +386,9 @@ def _trained(
         training.restore(state["trainer"])
         history = list(state["history"])
     with bar("Fine-tuning the slim network", epochs * training.steps_per_epoch) as progress:
-        steps = training.epoch * training.steps_per_epoch
-        progress.advance(steps)
-
-        def on_step(done: int) -> None:
-            nonlocal steps
-            before, steps = steps, training.epoch * training.steps_per_epoch + done
-            progress.advance(steps - before)
-
+        progress.advance(training.epoch * training.steps_per_epoch)
         while training.epoch < epochs:
-            stats = training.run_epoch(on_step)
+            stats = training.run_epoch(Steps(progress))
             history.append(epoch_record("finetune", training.epoch, stats))
             checkpoint.save({"plan": plan.checksum, "trainer": training.state(), "history": history})
             progress.advance(0, note=f"loss {stats.loss:.3f}")

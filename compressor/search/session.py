@@ -128,13 +128,18 @@ class SearchSession:
         most = self.limits.max_seconds
         return most is not None and self.seconds >= most
 
-    def train_epoch(self, phase: str) -> None:
-        """Train the weights for one epoch, if the agent has a trainer; earlier scores then no longer apply."""
+    def train_epoch(self, phase: str, on_step: Callable[[int], None] | None = None) -> None:
+        """Train the weights for one epoch, if the agent has a trainer; earlier scores then no longer apply.
+
+        Args:
+            phase: Name of the phase, for the records.
+            on_step: As for `Trainer.run_epoch`.
+        """
         trainer = self.agent.trainer
         if trainer is None:
             return
         started = time.perf_counter()
-        stats = trainer.run_epoch()
+        stats = trainer.run_epoch(on_step)
         self.place.training_seconds += time.perf_counter() - started
         self.place.epoch += 1
         self.place.training.append(
@@ -159,16 +164,17 @@ class SearchSession:
 
     def train(self, phase: str, epochs: int, label: str) -> None:
         """Train for `epochs` in all, saving after each; fewer if the time limit is reached."""
-        if self.agent.trainer is None or self.place.steps.get(phase, 0) >= epochs:
+        trainer = self.agent.trainer
+        if trainer is None or self.place.steps.get(phase, 0) >= epochs:
             return
-        with progress.bar(label, total=epochs) as bar:
-            bar.advance(self.place.steps.get(phase, 0))
+        steps = trainer.steps_per_epoch
+        with progress.bar(label, total=epochs * steps) as bar:
+            bar.advance(self.place.steps.get(phase, 0) * steps)
             for _ in self.remaining(phase, epochs):
                 if self.late:
                     return
-                self.train_epoch(phase)
+                self.train_epoch(phase, progress.Steps(bar))
                 self.done(phase)
-                bar.advance()
 
     def episode(self, policy: Policy, phase: str) -> Episode:
         """Go through all groups with `policy`, score the plan and log it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -139,10 +140,13 @@ class FakeTrainer:
     weight: torch.Tensor = field(default_factory=lambda: torch.tensor(1.0, dtype=torch.float64))
     regulariser: Any = None
     epoch: int = 0
+    steps_per_epoch: int = 3
     seen: list[Any] = field(default_factory=list)
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(3))
 
-    def run_epoch(self) -> SimpleNamespace:
+    def run_epoch(self, on_step: Callable[[int], None] | None = None) -> SimpleNamespace:
+        if on_step is not None:
+            on_step(self.steps_per_epoch)
         self.weight = self.weight + 1 + torch.rand(1, generator=self.random, dtype=torch.float64)[0]
         self.epoch += 1
         self.seen.append(self.regulariser)

@@ -221,9 +221,9 @@ def test_training_ends_with_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     clock = Clock(monkeypatch)
 
     class Slow(FakeTrainer):
-        def run_epoch(self) -> SimpleNamespace:
+        def run_epoch(self, on_step: Callable[[int], None] | None = None) -> SimpleNamespace:
             clock.now += 10.0
-            return super().run_epoch()
+            return super().run_epoch(on_step)
 
     for limit, epochs in ((5.0, 1), (25.0, 3), (65.0, 7)):
         clock.now = 0.0
