@@ -73,7 +73,7 @@ class Sample:
     """One measured sub-network.
 
     Attributes:
-        c_in, c_out: Channels of each of the space's layers, (layers,).
+        c_in, c_out: Channels of each of the space's layers, (layers,); 0 for layers of removed blocks.
         network: The exported network.
         times: Its measured times.
     """
@@ -94,6 +94,10 @@ def measure_candidate(
         times = device.measure(network, SECONDS_A_NETWORK)
     except ExportError as error:
         raise CompressorError(f"The network cannot be measured: {error.message}", error.hint) from error
+    if not (c_out > 0).all():
+        operators = np.zeros((len(times.operators_ms), len(c_out)))
+        operators[:, c_out > 0] = times.operators_ms
+        times = NetworkTimes(times.whole_ms, operators, times.slowdown)
     return Sample(c_in, c_out, network, times)
 
 
@@ -119,7 +123,7 @@ def export_candidate(
         space: The space that the sub-network belongs to.
         ranking: Decides which channels are removed first.
         example: The network's arguments for one batch.
-        widths: Width of each group, (G,).
+        widths: Width of each group, (G,), or a row that goes on with its blocks.
         opset: ONNX opset of the file.
 
     Raises:
@@ -127,7 +131,8 @@ def export_candidate(
     """
     small = with_distinct_weights(space.apply(space.plan(widths, ranking)))
     c_in, c_out = (rows[0] for rows in channels(space, widths[None]))
-    weights = [int(count) for count in Operators(space.layers).cost(c_in, c_out).weights]
+    cost = Operators(space.layers).cost(c_in, c_out)
+    weights = [int(count) for count, present in zip(cost.weights, c_out > 0, strict=True) if present]
     with tempfile.TemporaryDirectory(prefix="compressor-latency-") as folder:
         path = Path(folder) / "network.onnx"
         try:
@@ -198,6 +203,7 @@ def table_from(
         held_out=held,
         seconds=round(seconds, 1),
         granularity=tuple(group.granularity for group in space.groups),
+        blocks=len(space.blocks) if space.depth else 0,
     )
     return LatencyTable(
         TableFields(
@@ -273,6 +279,8 @@ def _entries(layers: Sequence[str], samples: Sequence[Sample]) -> dict[str, Entr
     found: dict[Point, list[tuple[int, float, float, float]]] = defaultdict(list)
     for sample in samples:
         for index, key in enumerate(layers):
+            if not sample.c_out[index]:
+                continue  # part of a removed block
             point = (key, int(sample.c_in[index]), int(sample.c_out[index]))
             usual, p90, std = (float(value) for value in sample.times.by_operator_ms[:, index])
             count = len(sample.times.operators_ms)

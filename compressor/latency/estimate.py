@@ -102,7 +102,8 @@ class EstimatedOperators(Operators):
         reached = fields.bandwidth_gbs * 1e9 * fields.bandwidth_efficiency
         memory = 1e3 * moved * ELEMENT_BYTES[precision] / reached
         return np.asarray(
-            (compute**SOFTNESS + memory**SOFTNESS) ** (1 / SOFTNESS) + fields.launch_ms * self.launches
+            (compute**SOFTNESS + memory**SOFTNESS) ** (1 / SOFTNESS)
+            + fields.launch_ms * self.launches * (np.asarray(c_out) > 0)
         )
 
 

@@ -85,11 +85,14 @@ class Surfaces:
         self._block = block
 
     def __call__(self, c_in: npt.ArrayLike, c_out: npt.ArrayLike) -> Floats:
-        """Milliseconds from the channel counts of each operator of each candidate, all (N, operators)."""
+        """Milliseconds from the channel counts of each operator of each candidate, all (N, operators).
+
+        An operator without channels is not there, and takes no time.
+        """
         total = np.zeros(np.shape(c_in))
         for place, term in enumerate(_terms(c_in, c_out, self._block)):
             total += term * self._coefficients[:, place]
-        return np.asarray(np.maximum(total, self._floor))
+        return np.asarray(np.maximum(total, self._floor * (np.asarray(c_out) > 0)))
 
     def by_kind(self, c_in: npt.ArrayLike, c_out: npt.ArrayLike) -> Floats:
         """Return the summed milliseconds of all operators by kind of term, (N, kinds), from (N, operators)."""
@@ -126,9 +129,9 @@ def fit_surface(c_in: Sequence[int], c_out: Sequence[int], ms: Sequence[float], 
 
 
 def _terms(c_in: npt.ArrayLike, c_out: npt.ArrayLike, block: int) -> list[Floats]:
-    """The terms at each pair of channel counts."""
+    """The terms at each pair of channel counts; zeros for an operator that is not there."""
     a, b = np.asarray(c_in, dtype=np.float64), np.asarray(c_out, dtype=np.float64)
-    one = np.ones_like(a)
+    one = 1.0 * (b > 0)
     blocks_a, blocks_b = np.ceil(a / block), np.ceil(b / block)
     narrow, wide = one * (a < block), one * (a >= block)
     misfit_a, misfit_b = one * (np.mod(a, ALIGNMENT) != 0), one * (np.mod(b, ALIGNMENT) != 0)

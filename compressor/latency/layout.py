@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -77,10 +77,14 @@ class LayoutFields(_Part):
 
 @dataclass(frozen=True)
 class Layout:
-    """The part of a `PruningSpace` from which a table is built; functions that read only this accept either."""
+    """The part of a `PruningSpace` from which a table is built; functions that read only this accept either.
+
+    Its networks have all blocks.
+    """
 
     layers: tuple[Layer, ...]
     groups: tuple[Group, ...]
+    depth: ClassVar[bool] = False
 
 
 def layout_fields(space: PruningSpace) -> LayoutFields:

@@ -189,13 +189,19 @@ def network_signature(space: PruningSpace) -> str:
 
 
 def channels(space: PruningSpace, widths: Widths) -> tuple[Widths, Widths]:
-    """Return input and output channels of every layer: two arrays (N, layers) from widths (N, G)."""
+    """Return input and output channels of every layer: two arrays (N, layers) from widths (N, G).
+
+    Layers of removed blocks have none, if the rows have a column for each block.
+    """
     inputs = np.empty((len(widths), len(space.layers)), dtype=np.int64)
     outputs = np.empty_like(inputs)
     for index, layer in enumerate(space.layers):
         inputs[:, index] = layer.in_channels(widths)
         outputs[:, index] = layer.out_channels(widths)
-    return inputs, outputs
+    if widths.shape[1] == len(space.groups):
+        return inputs, outputs
+    present = space.present(widths)
+    return inputs * present, outputs * present
 
 
 class LatencyCurve:
@@ -216,12 +222,11 @@ class LatencyCurve:
     ) -> None:
         self._inputs = _matrix([layer.in_channels for layer in space.layers], len(space.groups))
         self._outputs = _matrix([layer.out_channels for layer in space.layers], len(space.groups))
-        self._operators = operators
-        self._total = total
+        self._space, self._operators, self._total = space, operators, total
         self.names: tuple[str, ...] = tuple(layer.name for layer in space.layers)
 
     def __call__(self, widths: npt.ArrayLike) -> Floats:
-        """Milliseconds (N,) from widths (N, G)."""
+        """Milliseconds (N,) from widths (N, G), or from rows that go on with 1 or 0 for each block."""
         c_in, c_out = self._channels(widths)
         return self._total(self._operators(c_in, c_out).sum(axis=1), c_in, c_out)
 
@@ -231,7 +236,14 @@ class LatencyCurve:
 
     def _channels(self, widths: npt.ArrayLike) -> tuple[Floats, ...]:
         rows = np.atleast_2d(np.asarray(widths, dtype=np.float64))
-        return tuple(rows @ matrix + constant for matrix, constant in (self._inputs, self._outputs))
+        groups = len(self._space.groups)
+        counts = tuple(
+            rows[:, :groups] @ matrix + constant for matrix, constant in (self._inputs, self._outputs)
+        )
+        if rows.shape[1] == groups:
+            return counts
+        present = self._space.present(rows)
+        return tuple(count * present for count in counts)
 
 
 def _matrix(counts: Sequence[Affine], groups: int) -> tuple[Floats, Floats]:

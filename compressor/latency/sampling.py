@@ -96,6 +96,25 @@ def random_widths(space: PruningSpace, count: int, *, seed: int) -> Widths:
     return np.asarray([space.round(row) for row in wanted], dtype=np.int64).reshape(count, len(dense))
 
 
+def with_blocks(space: PruningSpace, widths: Widths, *, seed: int) -> Widths:
+    """Remove random blocks where a search may: in two rows of three, each with a share of its own; (N, columns)."""
+    if not space.depth:
+        return widths
+    rng = np.random.default_rng([seed, 1])
+    share = np.maximum(rng.uniform(-0.45, 0.9, size=(len(widths), 1)), 0.0)
+    present = rng.random((len(widths), len(space.blocks))) >= share
+    return space.settled(np.concatenate([widths, present.astype(np.int64)], axis=1))
+
+
+def ends_of_depth(space: PruningSpace, widths: Widths) -> list[Widths]:
+    """Return these networks with all blocks and, where a search may remove blocks, without any."""
+    if not space.depth:
+        return [widths]
+    blocks = np.ones((len(widths), len(space.blocks)), dtype=np.int64)
+    rows = [np.concatenate([widths, present], axis=1) for present in (blocks, 0 * blocks)]
+    return [space.settled(each) for each in rows]
+
+
 def _levels(choices: Widths, levels: int) -> Widths:
     """Return `levels` evenly spread legal widths, ends included; widths repeat where there are fewer."""
     places = np.round(np.linspace(0, len(choices) - 1, levels)).astype(np.int64)
@@ -185,7 +204,7 @@ class Collector:
     ready: Callable[[Sequence[Sample]], Sequence[Sample]]
 
     def __post_init__(self) -> None:
-        self.dense = np.asarray(self.space.dense_widths, dtype=np.int64)
+        self.dense = np.asarray(self.space.dense_row, dtype=np.int64)
         self.samples = Samples()
         self.times_measured: dict[tuple[int, ...], int] = {}
         self.settled: set[tuple[int, ...]] = set()  # slow in two measurements: accepted as their time
@@ -269,8 +288,10 @@ class Collector:
     # ---------------------------------------------------------------- what is measured next
     def _start_set(self) -> list[tuple[Role, Widths]]:
         """Return the initial networks with both roles evenly mixed, so that a time limit shortens both equally."""
-        held = random_widths(self.space, HELD_OUT, seed=self.seed + 1)
-        fitted = np.concatenate([anchor_widths(self.space), grid_widths(self.space, seed=self.seed)])
+        held = with_blocks(self.space, random_widths(self.space, HELD_OUT, seed=self.seed + 1), seed=self.seed + 1)
+        anchors = anchor_widths(self.space)
+        grid = with_blocks(self.space, grid_widths(self.space, seed=self.seed), seed=self.seed)
+        fitted = np.concatenate([*ends_of_depth(self.space, anchors), grid])
         queue: list[tuple[float, Role, Widths]] = []
         queue += [((place + 0.5) / len(fitted), "fit", row) for place, row in enumerate(fitted)]
         queue += [((place + 0.5) / len(held), "held", row) for place, row in enumerate(held)]
@@ -313,7 +334,8 @@ class Collector:
         """Choose random networks far from all measured ones whose neighbours have the largest errors."""
         samples = list(self.samples.fitted.values())
         places, errors = self._features(samples), self._left_out_errors(samples)
-        drawn = random_widths(self.space, CANDIDATES, seed=self.seed + 1000 + len(self.times_measured))
+        seed = self.seed + 1000 + len(self.times_measured)
+        drawn = with_blocks(self.space, random_widths(self.space, CANDIDATES, seed=seed), seed=seed)
         fresh = [row for row in drawn if tuple(row.tolist()) not in self.times_measured]
         if not fresh:
             return drawn[:count]

@@ -156,6 +156,7 @@ class NetworkFields(_Part):
     granularity: tuple[int, ...] = Field(
         default=(), description="Channel steps of the groups that were measured."
     )
+    blocks: int = Field(default=0, ge=0, description="Blocks that some of the measured networks lacked.")
 
 
 class ErrorFields(_Part):

@@ -177,7 +177,7 @@ class Record:
 
     Attributes:
         role: Dense network, network to fit to, or held-out network.
-        widths: Width of each group.
+        widths: Width of each group, and where blocks may be removed 1 or 0 for each.
         sample: The measured sample.
         at_s: Measurement time so far, in seconds.
     """
@@ -195,6 +195,7 @@ def heading_of(space: PruningSpace, seed: int, **device: str) -> dict[str, Any]:
         "network": network_signature(space),
         "least": [int(width) for width in space.min_widths],
         "steps": [int(group.granularity) for group in space.groups],
+        **({"blocks": len(space.blocks)} if space.depth else {}),
         "seed": seed,
         **device,
     }

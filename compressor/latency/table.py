@@ -184,7 +184,7 @@ class LatencyTable:
         """
         if plan is None:
             return self.dense_ms(space)
-        return float(self.curve(space)(space.widths(plan.widths)[None])[0])
+        return float(self.curve(space)(space.row(plan)[None])[0])
 
     def dense_ms(self, space: PruningSpace) -> float:
         """Return the milliseconds of the dense network: measured if available, else predicted."""
@@ -245,6 +245,8 @@ class LatencyTable:
         network = self.fields.networks.get(network_signature(space))
         if network is None or len(network.layers) != len(space.layers):
             return False
+        if space.depth and network.blocks != len(space.blocks):
+            return False  # no network without blocks was measured
         return not self._uncovered(space, network, [self._surface([key]) for key in network.layers])
 
     def lacks(self, space: PruningSpace) -> str:

@@ -1,9 +1,9 @@
 """Saves and loads pruned networks: `channels.json` and `model.safetensors`, without pickle.
 
-The JSON contains the factory of the dense network, the plan, the shape of every tensor, the changed attributes and the
-checksum of the weights. Loading builds the dense network on the meta device, sets the widths and loads the weights. It
-needs neither the dense weights nor the pruning space. The factory is found at save time; one is accepted only if it
-rebuilds every tensor in its dense shape.
+The JSON contains the factory of the dense network, the plan, the shape of every tensor, the changed attributes, what
+took the place of removed blocks, and the checksum of the weights. Loading builds the dense network on the meta device,
+removes the blocks, sets the widths and loads the weights. It needs neither the dense weights nor the pruning space. The
+factory is found at save time; one is accepted only if it rebuilds every tensor in its dense shape.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from compressor.models import build_from_factory, factory_of
 from compressor.models.names import is_users
 from compressor.pruning.attention import swap_name
 from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.removal import inside, remove
 from compressor.pruning.skeleton import aliases, named_tensors
 from compressor.pruning.slicer import RECORD, is_channels_last, swap
 
@@ -91,6 +92,7 @@ def save(
         "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "edits": record["edits"],
         "swaps": record["swaps"],
+        **({"replaced": record["replaced"]} if record["replaced"] else {}),
         "channels_last": channels_last(small),
         "weights": {"file": WEIGHTS, "sha256": sha256_file(folder / WEIGHTS)},
         "versions": {"torch": torch.__version__},
@@ -124,7 +126,10 @@ def load(directory: str | Path, *, factory: Factory | None = None, device: str |
     tensors = _read_weights(folder, content)
     model = build_dense(content["factory"], factory)
     dense = {name: list(tensor.shape) for name, tensor in named_tensors(model).items()}
-    _check_shapes(content, dense, tensors, given=factory is not None)
+    replaced = content.get("replaced", {})
+    remove(model, replaced)
+    left = {name: shape for name, shape in dense.items() if not inside(name, replaced)}
+    _check_shapes(content, left, tensors, given=factory is not None)
     set_tensors(model, tensors, device)
     _set_attributes(model, content)
     if content.get("channels_last"):
@@ -134,6 +139,7 @@ def load(directory: str | Path, *, factory: Factory | None = None, device: str |
         "dense": {name: tuple(shape) for name, shape in dense.items()},
         "edits": content["edits"],
         "swaps": content["swaps"],
+        "replaced": dict(replaced),
         "outputs": content["factory"]["kwargs"]["num_classes"],
     }
     return model.eval()
@@ -181,6 +187,11 @@ def _read_channels(folder: Path) -> dict[str, Any]:
     plan = ChannelPlan.from_json(json.dumps(content["plan"]))
     if plan.checksum != content.get("plan_sha256"):
         raise CompressorError(f"{path}: the plan does not match its checksum.", _SAVE_AGAIN)
+    replaced = content.get("replaced", {})
+    if not isinstance(replaced, dict) or not all(isinstance(word, str) for word in replaced.values()):
+        raise CompressorError(f"{path}: 'replaced' has a wrong type.", _SAVE_AGAIN)
+    if bool(replaced) != bool(plan.removed):
+        raise CompressorError(f"{path}: the plan and the replaced modules disagree about removed blocks.", _SAVE_AGAIN)
     return content
 
 

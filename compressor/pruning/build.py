@@ -8,7 +8,7 @@ not run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,11 @@ from compressor.core.errors import CompressorError
 from compressor.core.plugins import load_plugins
 from compressor.pruning import rules as rules  # registers them
 from compressor.pruning.attention import swap_name
+from compressor.pruning.blocks import DOES_NOT_RUN, Branch, find_branches
 from compressor.pruning.counts import Ints
 from compressor.pruning.facts import MEETS_FIXED, Call, Facts, Key, Labels, Settings
-from compressor.pruning.groups import Resolved, resolve
+from compressor.pruning.groups import Resolved, Skipped, resolve
+from compressor.pruning.removal import remove
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 from compressor.pruning.slicer import Slicer, cut, cut_meta
 from compressor.pruning.trace import RuleFailed, Tracer
@@ -130,6 +132,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
     tracer = Tracer(own, settings, quick=meta)
     for tensor in tensors_in(args):
         tracer.mark(tensor, (None,) * tensor.dim(), True)
+        tracer.new_value(tensor)
     for name, other in _shared_memory(named_tensors(model)).items():
         for labels in tracer.axes(own[name]):
             tracer.atoms.fix(labels, f"it shares its memory with '{other}' without being the same parameter")
@@ -143,6 +146,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
             error._module_path = failed.path  # type: ignore[attr-defined]
         raise
     outputs = _outputs(out)
+    tracer.facts.flow.results = tracer.values(outputs)
     _fix_outputs(tracer, outputs)
     tracer.facts.classes = next((int(tensor.shape[1]) for tensor in outputs if tensor.dim() > 1), 1)
     tracer.record_traffic("output", outputs, ())
@@ -237,6 +241,55 @@ def _random_masks(resolved: Resolved) -> tuple[list[NDArray[np.bool_]], Ints]:
     return masks, np.array([mask.sum() for mask in masks], dtype=np.int64)
 
 
+class _Steps:
+    """The steps that a network is to run, compared with those that it runs.
+
+    Args:
+        facts: Trace of the dense network.
+        steps: Indices of these steps.
+        size: Size of an axis, from its dense size and its labels.
+        opaque: Paths of modules whose steps are not compared.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        steps: Sequence[int],
+        size: Callable[[int, Labels | None], int],
+        opaque: tuple[str, ...] = (),
+    ) -> None:
+        self.facts, self.steps, self.size, self.opaque = facts, steps, size, opaque
+        self.seen = 0
+
+    def compare(self, network: nn.Module, args: tuple[Any, ...], quick: bool) -> None:
+        """Run a network and compare it.
+
+        Raises:
+            Mismatch: At the first operation that is another one, returns other sizes, or fails.
+        """
+        self.seen = 0
+        tracer = Tracer(named_tensors(network), Settings(), self._check, quick=quick)
+        tracer.watch(walk(network))
+        try:
+            with torch.no_grad(), tracer:
+                network(*args)
+        except Mismatch:
+            raise
+        except Exception as error:  # user code may raise anything on wrong sizes
+            raise Mismatch(self.steps[min(self.seen, len(self.steps) - 1)], str(error)) from error
+
+    def _check(self, call: Call, results: list[Tensor], path: str) -> None:
+        if _inside(path, self.opaque):
+            return
+        if self.seen >= len(self.steps):
+            raise Mismatch(self.steps[-1], "the pruned network runs more operations")
+        step = self.facts.steps[self.steps[self.seen]]
+        expected = [tuple(self.size(s, a) for s, a in zip(shape, axes, strict=True)) for shape, axes in step.outs]
+        if step.name != call.name or expected != [tuple(t.shape) for t in results]:
+            raise Mismatch(self.steps[self.seen], f"{call.name} in {path}")
+        self.seen += 1
+
+
 def _lockstep(
     model: nn.Module, args: tuple[Any, ...], facts: Facts, resolved: Resolved, slicer: Slicer, on_meta: bool
 ) -> None:
@@ -253,8 +306,6 @@ def _lockstep(
     for index, mask in enumerate(masks):
         here = resolved.group == index
         kept[here] = mask[resolved.unit[here]]
-    opaque = tuple(slicer.swaps)
-    steps = [i for i, step in enumerate(facts.steps) if not _inside(step.path, opaque)]
     sizes: dict[int, int] = {}
 
     def size(dense: int, labels: Labels | None) -> int:
@@ -265,36 +316,12 @@ def _lockstep(
             found = sizes[id(labels)] = int(kept[labels].sum())
         return found
 
-    seen = 0
-
-    def check(call: Call, results: list[Tensor], path: str) -> None:
-        nonlocal seen
-        if _inside(path, opaque):
-            return
-        if seen >= len(steps):
-            raise Mismatch(steps[-1], "the pruned network runs more operations")
-        step = facts.steps[steps[seen]]
-        expected = [tuple(size(s, a) for s, a in zip(shape, axes, strict=True)) for shape, axes in step.outs]
-        if step.name != call.name or expected != [tuple(t.shape) for t in results]:
-            raise Mismatch(steps[seen], f"{call.name} in {path}")
-        seen += 1
-
-    def compare(small: nn.Module, args: tuple[Any, ...], quick: bool) -> None:
-        nonlocal seen
-        seen = 0
-        tracer = Tracer(named_tensors(small), Settings(), check, quick=quick)
-        tracer.watch(walk(small))
-        try:
-            with torch.no_grad(), tracer:
-                small(*args)
-        except Mismatch:
-            raise
-        except Exception as error:  # user code may raise anything on wrong sizes
-            raise Mismatch(steps[min(seen, len(steps) - 1)], str(error)) from error
-
+    opaque = tuple(slicer.swaps)
+    numbers = [i for i, step in enumerate(facts.steps) if not _inside(step.path, opaque)]
+    steps = _Steps(facts, numbers, size, opaque)
     small = slicer.build(model, masks, widths, cut_meta if on_meta else cut).eval()
     try:
-        compare(small, moved(args, "meta") if on_meta else args, on_meta)
+        steps.compare(small, moved(args, "meta") if on_meta else args, on_meta)
     except Mismatch as found:
         if not _keeps_tensors(model):
             raise
@@ -304,7 +331,64 @@ def _lockstep(
                 small(*args)
         except Exception:  # user code may raise anything on wrong sizes
             raise found from None
-        compare(small, args, quick=False)
+        steps.compare(small, args, quick=False)
+
+
+def find_blocks(model: nn.Module, args: tuple[Any, ...], built: Built) -> tuple[list[Branch], list[Skipped]]:
+    """Find the blocks that can be removed whole, and run the network without them.
+
+    It must run the operations that are left, with unchanged sizes; where code that remains calls modules of the branch,
+    in training mode as well.
+
+    Returns:
+        The blocks in the order of execution, and what looks alike but stays, with the reason.
+    """
+    found, left = find_branches(model, built.facts)
+    if not found or not _without(model, args, built, found):
+        return found, left
+    kept = []
+    for branch in found:
+        problem = _without(model, args, built, [branch])
+        if problem:
+            left.append(Skipped(branch.name, DOES_NOT_RUN.format(problem)))
+        else:
+            kept.append(branch)
+    return kept, left
+
+
+def _without(model: nn.Module, args: tuple[Any, ...], built: Built, branches: Sequence[Branch]) -> str:
+    """Run the network without blocks; returns what is wrong, '' if nothing is."""
+    facts, meta = built.facts, built.on_meta
+    replaced = {path: word for branch in branches for path, word in branch.replaced.items()}
+    gone = {facts.flow.events[each].step for branch in branches for each in branch.events}
+    steps = _Steps(facts, [i for i in range(len(facts.steps)) if i not in gone], lambda dense, labels: dense)
+    small = _skeleton(model, meta).eval()
+    remove(small, replaced)
+    given = moved(args, "meta") if meta else args
+    try:
+        with torch.random.fork_rng(devices=[]):
+            steps.compare(small, given, meta)
+    except Mismatch as error:
+        return (str(error).strip().splitlines() or ["it fails"])[0][:120]
+    if steps.seen < len(steps.steps):
+        return "it runs fewer operations"
+    called = any(word.startswith("nothing") for word in replaced.values())
+    if called and not _trains(small, given) and _trains(_skeleton(model, meta), given):
+        return "it does not train"
+    return ""
+
+
+def _trains(network: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether a network runs in training mode, on two inputs for batch norm."""
+    for module in network.modules():
+        module.training = True
+    twice = tuple(torch.cat([arg, arg]) if isinstance(arg, Tensor) and arg.dim() > 1 else arg for arg in args)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            network(*twice)
+    except Exception:  # user code may raise anything
+        return False
+    return True
 
 
 def _keeps_tensors(model: nn.Module) -> bool:

@@ -80,6 +80,8 @@ class Space(Protocol):
 
     def indices(self, plan: ChannelPlan) -> dict[str, dict[int, Tensor]]: ...
 
+    def replaced(self, plan: ChannelPlan) -> dict[str, str]: ...
+
 
 @dataclass(frozen=True)
 class Images:
@@ -198,33 +200,29 @@ class Reference:
         self.space = space
         with torch.no_grad():
             self.images = Images.of(space, batches, seed, effort)
-            self._network = dense_copy(space)
-            self.tensors = named_tensors(self._network)
-            self.recording = recorded(self._network, self.images)
-            self._names = [call.name for call in self.recording.calls]
+            self.network = dense_copy(space)
+            self.tensors = named_tensors(self.network)
+            self.recording = recorded(self.network, self.images)
+            self.names = [call.name for call in self.recording.calls]
             self.order = shortcuts_first(self.recording)
             self.sites, self.left = find_sites(self.recording)
-
-    def same_calls(self, slim: Recording) -> bool:
-        """Whether a slim network's forward pass has the calls of the dense one's, so that its replay is right too."""
-        return [call.name for call in slim.calls] == self._names
 
     @cached_property
     def choosing(self) -> list[list[Tensor]]:
         """Outputs for the images that choose."""
-        return self.images.outputs(self._network, self.images.choose)
+        return self.images.outputs(self.network, self.images.choose)
 
     @cached_property
     def judging(self) -> list[list[Tensor]]:
         """Outputs for the images that judge."""
-        return self.images.outputs(self._network, self.images.judge)
+        return self.images.outputs(self.network, self.images.judge)
 
     @cached_property
     def goals(self) -> dict[tuple[int, int], Tensor] | None:
         """Goal of each layer by chunk and number of the site, of all channels; None if they take too much memory."""
         chunks = range(self.images.judge.start)
         numbers = sum(math.prod(self.recording.calls[site.number].shapes[0]) for site in self.sites)
-        if len(chunks) * numbers * next(self._network.parameters()).element_size() > GOAL_BYTES:
+        if len(chunks) * numbers * next(self.network.parameters()).element_size() > GOAL_BYTES:
             return None
         found: dict[tuple[int, int], Tensor] = {}
         ends: dict[int, list[Site]] = {}
@@ -233,15 +231,15 @@ class Reference:
 
         def keep(index: int, number: int, state: State) -> None:
             for site in ends.get(number, ()):
-                found[index, site.number] = self.goal(site, state)
+                found[index, site.number] = self.goal(site, state, number)
 
         for index in chunks:
             self.recording.finish(self.recording.start(self.images.chunks[index]), partial(keep, index))
         return found
 
-    def goal(self, site: Site, state: State) -> Tensor:
-        """Return what a layer is fitted to, from a replay that has just run the call at the layer's end."""
-        value = state.values[self.recording.calls[site.end].outs[0]]
+    def goal(self, site: Site, state: State, end: int) -> Tensor:
+        """Return what a layer is fitted to: the result of the call `end`, which a replay has just run."""
+        value = state.values[self.recording.calls[end].outs[0]]
         return moved_back(self.recording, site.path, value, self.recording.calls[site.number].shapes[0]).clone()
 
 

@@ -29,6 +29,7 @@ from compressor.core.progress import say
 from compressor.models.computed import evaluated
 from compressor.pruning.counts import Ints, Layer
 from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.removal import inside
 from compressor.pruning.skeleton import copy_structure, named_tensors
 from compressor.pruning.torch_pruning_cut import Cutter, Unable, first_line, is_numbered, numbered
 from export.convert.trees import moved
@@ -97,7 +98,7 @@ def checks(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> dict[str,
         say(f"{what}: {result.words} ({seconds} s).")
 
     run("torch_pruning", "Removed channels", lambda: confirm_cut(space, plan, slim))
-    run("fvcore", "Multiply-adds", lambda: confirm_macs(space, space.widths(plan.widths), slim))
+    run("fvcore", "Multiply-adds", lambda: confirm_macs(space, space.row(plan), slim))
     return found
 
 
@@ -107,7 +108,7 @@ def confirm_macs(space: PruningSpace, widths: Ints, slim: nn.Module) -> Check:
 
     Args:
         space: The space that the network was pruned from.
-        widths: Widths of the plan, (G,).
+        widths: The plan as `space.row` returns it.
         slim: The delivered network.
 
     Raises:
@@ -221,9 +222,12 @@ def confirm_cut(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> Chec
     _compare_tensors(space, ChannelPlan({name: plan.keep[name] for name in found.agreed}), compared, found.unreached)
     skipped = found.other
     changed = len(found.agreed) + len(skipped)
+    count = len(plan.removed)
+    blocks = f"the removal of {count} block{'s' if count > 1 else ''}, which torch-pruning cannot do" if count else ""
     if not skipped and not found.unreached:
-        return Check(True, f"confirmed by torch-pruning: {len(compared)} tensors, {changed} groups of channels")
-    lacks = []
+        words = f"confirmed by torch-pruning: {len(compared)} tensors, {changed} groups of channels"
+        return Check(True, f"{words}; not checked: {blocks}" if blocks else words)
+    lacks = [blocks] if blocks else []
     if skipped:
         reasons = Counter(
             ", ".join(obstacles(space, name)) or "plain layers" for name in {**found.different, **found.coarser}
@@ -231,8 +235,8 @@ def confirm_cut(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> Chec
         kinds = [f"{count} through {operations}" for operations, count in reasons.most_common(3)]
         kinds += [f"{len(found.unable)} that it cannot remove"] if found.unable else []
         first, what = next(iter(skipped.items()))
-        count = f"{len(skipped)} group{'s' if len(skipped) > 1 else ''}"
-        lacks.append(f"its graph cannot express {count} ({'; '.join(kinds)}), such as {first}: {what}")
+        groups = f"{len(skipped)} group{'s' if len(skipped) > 1 else ''}"
+        lacks.append(f"its graph cannot express {groups} ({'; '.join(kinds)}), such as {first}: {what}")
     if found.unreached:
         lacks.append(f"its graph does not reach {len(found.unreached)} tensors, such as {found.unreached[0]}")
     start = f"{len(found.agreed)} of {changed} groups of channels confirmed by torch-pruning; "
@@ -337,8 +341,11 @@ def _numbered_or_copy(tensor: Tensor) -> Tensor:
 
 
 def _compare_shapes(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> None:
-    indices, delivered = space.indices(plan), slim.state_dict()
-    for name, tensor in space.model.state_dict().items():
+    indices, delivered, gone = space.indices(plan), slim.state_dict(), space.replaced(plan)
+    dense = {name: tensor for name, tensor in space.model.state_dict().items() if not inside(name, gone)}
+    if more := sorted(delivered.keys() - dense.keys()):
+        raise Disagreement(f"The slim network has a tensor '{more[0]}' that the plan does not leave.")
+    for name, tensor in dense.items():
         expected: Sequence[int] = [
             indices[name][axis].numel() if axis in indices.get(name, {}) else size
             for axis, size in enumerate(tensor.shape)

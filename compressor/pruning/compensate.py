@@ -15,12 +15,14 @@ from torch import Tensor
 
 from compressor.core.errors import CompressorError
 from compressor.models.computed import evaluated
+from compressor.pruning.absence import Absence
 from compressor.pruning.calibration import QUICK, THOROUGH, Reference, Space
 from compressor.pruning.least_squares import LARGEST, Fit, Regression, Samples
 from compressor.pruning.moments import DenseMoments
 from compressor.pruning.moves import moved_back
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.refit import TOO_LARGE, Refit, along
+from compressor.pruning.removal import inside
 from compressor.pruning.replay import Recording, State, counterpart
 from compressor.pruning.sites import Site
 from compressor.pruning.skeleton import named_tensors
@@ -79,23 +81,27 @@ class _Walk:
         self.small = space.apply(plan)
         with evaluated(self.small):
             self.slim = Recording(self.small, images.chunks[0])
-            if not reference.same_calls(self.slim):  # it has kept now what it computes once for a shape of inputs
+            self.absence = absence = Absence.of(reference, plan)
+            if not absence.same_calls(self.slim):  # it has kept now what it computes once for a shape of inputs
                 self.slim = Recording(self.small, images.chunks[0])
-        if not reference.same_calls(self.slim):
+        if not absence.same_calls(self.slim):
             raise CompressorError(
                 "The slim network runs other operations than the dense one and cannot be compensated.",
                 "Use the network that `apply` returns.",
             )
-        self.slim.order(reference.order)
+        self.slim.order(absence.order)
         self.states = [
             (self.dense.start(chunk), self.slim.start(chunk)) for chunk in images.chunks[: images.judge.start]
         ]
-        sites, self.left = reference.sites, dict(reference.left)
+        sites = [site for site in reference.sites if site.number in absence.places and site.end in absence.places]
+        self.left = {name: why for name, why in reference.left.items() if not inside(name, absence.replaced)}
         dense, slim, kept = named_tensors(space.model), named_tensors(self.small), space.indices(plan)
         layers = {
             site.number: Refit(space, site, dense, slim, kept.get(site.weight, {})) for site in sites
         }
-        first = next((place for place, site in enumerate(sites) if layers[site.number].lost), len(sites))
+        first = next(
+            (place for place, site in enumerate(sites) if layers[site.number].lost or absence.touches(site)), len(sites)
+        )
         self.ends: dict[int, list[Site]] = {}
         self.large: dict[int, Site] = {}
         self.layers: dict[int, Refit] = {}
@@ -107,7 +113,7 @@ class _Walk:
                 continue
             self.sites.append(site)
             self.layers[site.number] = layer
-            self.ends.setdefault(site.end, []).append(site)
+            self.ends.setdefault(absence.end(site), []).append(site)
             if layer.width > LARGEST:
                 self.large[site.number] = site
         #: Of each chunk and call: the dense network's results to which layers are fitted, and inputs of large layers.
@@ -176,7 +182,7 @@ class _Walk:
         total = 0.0
         for index, (goal, offset) in enumerate(ends):
             if index in self.images.choose:
-                found = layer.scaled(self.slim.result(self.states[index][1], site.number)) + offset
+                found = layer.scaled(self.slim.result(self.states[index][1], self._slim_number(site.number))) + offset
                 if site.limits is not None:
                     found, goal = found.clamp(*site.limits), goal.clamp(*site.limits)
                 total += float((found - goal).double().square().sum())
@@ -185,7 +191,8 @@ class _Walk:
     def _advance(self, site: Site, layer: Refit, index: int) -> tuple[Tensor, Tensor]:
         """Run both networks up to a layer; returns the goal, and what is added to the layer's scaled product."""
         slim = self.states[index][1]
-        self.slim.advance(slim, site.number)
+        number = self._slim_number(site.number)
+        self.slim.advance(slim, number)
         goal = self._goal(site, index)
         if layer.kept_out is not None:
             goal = goal.index_select(site.axis, layer.kept_out.to(goal.device))
@@ -193,22 +200,27 @@ class _Walk:
         if site.shortcut is None:
             return goal, offset
         shortcut = slim.values[self._slim_value(site.end, site.shortcut)]
-        return goal, offset + moved_back(self.slim, site.path, shortcut, self.slim.calls[site.number].shapes[0])
+        path = [self._slim_number(each) for each in site.path]
+        return goal, offset + moved_back(self.slim, path, shortcut, self.slim.calls[number].shapes[0])
+
+    def _slim_number(self, number: int) -> int:
+        """Return the number in the slim network of a call of the dense one."""
+        return self.absence.places[number]
 
     def _slim_value(self, number: int, value: int) -> int:
         """Return the number in the slim network of a value that a call of the dense one reads."""
-        return counterpart(self.dense.calls[number], self.slim.calls[number], value)
+        return counterpart(self.dense.calls[number], self.slim.calls[self._slim_number(number)], value)
 
     def _goal(self, site: Site, index: int) -> Tensor:
         """Return the dense network's outputs that a layer is fitted to, of all its channels."""
-        if self.reference.goals is not None and not self.large:
+        if self.reference.goals is not None and not self.large and not self.absence.ends:
             return self.reference.goals[index, site.number]
-        self.dense.advance(self.states[index][0], site.end + 1, partial(self._catch, index))
+        self.dense.advance(self.states[index][0], self.absence.end(site) + 1, partial(self._catch, index))
         return self.goals.pop((index, site.number))
 
     def _catch(self, index: int, number: int, state: State) -> None:
         """Keep the dense network's outputs that the slim one's are fitted to."""
         for site in self.ends.get(number, ()):
-            self.goals[index, site.number] = self.reference.goal(site, state)
+            self.goals[index, site.number] = self.reference.goal(site, state, number)
         if (large := self.large.get(number)) is not None:
             self.inputs[index, number] = state.values[large.source].clone()

@@ -7,7 +7,7 @@ whole network is a sum of products of affine channel counts, evaluated for many 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain
@@ -289,6 +289,38 @@ class Layer(LayerShape):
         return weight_elements(self.taps, c_in, c_out, self.groups, self.group_size)
 
 
+class Presence:
+    """Which parts of a network belong to blocks, and are there only where the block is.
+
+    A candidate is then a row of the widths of all groups and of 1 or 0 for each block: present or removed.
+
+    Args:
+        groups: Number of groups, G.
+        layers, terms, steps: Index of a layer, of `Facts.terms` and of `Traffic.steps` -> index of its block.
+        parameters: Name of a parameter -> index of its block.
+    """
+
+    def __init__(
+        self,
+        groups: int = 0,
+        layers: Mapping[int, int] | None = None,
+        terms: Mapping[int, int] | None = None,
+        steps: Mapping[int, int] | None = None,
+        parameters: Mapping[str, int] | None = None,
+    ) -> None:
+        self.groups = groups
+        self.layers, self.terms, self.steps = layers or {}, terms or {}, steps or {}
+        self.parameters = parameters or {}
+
+    def within(self, product: Product, block: int | None) -> Product:
+        """Return a cost that counts only where its block is present."""
+        return product if block is None else product.times(1, Affine(0, ((self.groups + block, 1),)))
+
+
+WHOLE = Presence()
+"""Of a network all of whose blocks are present."""
+
+
 def layers_of(facts: Facts, affine: AffineOf) -> tuple[Layer, ...]:
     """Return the layers of a traced network."""
     return tuple(
@@ -310,25 +342,36 @@ class MultiplyAdds:
     Args:
         facts, affine: Result of its trace.
         layers: Its layers.
-        groups: Number of groups, G.
+        columns: Columns of a row: groups, and with `presence` blocks.
     """
 
-    def __init__(self, facts: Facts, affine: AffineOf, layers: Sequence[Layer], groups: int) -> None:
-        self._layers = [layer.multiply_adds for layer in layers]
-        seen = [layer.multiply_adds for layer in layers if layer.counted]
-        unseen = [layer.multiply_adds.times(-1) for layer in layers if not layer.counted]
+    def __init__(
+        self,
+        facts: Facts,
+        affine: AffineOf,
+        layers: Sequence[Layer],
+        columns: int,
+        presence: Presence = WHOLE,
+    ) -> None:
+        self._layers = [
+            presence.within(layer.multiply_adds, presence.layers.get(index)) for index, layer in enumerate(layers)
+        ]
+        counts = list(zip(self._layers, layers, strict=True))
+        seen = [macs for macs, layer in counts if layer.counted]
+        unseen = [macs.times(-1) for macs, layer in counts if not layer.counted]
         plain: dict[str, list[Product]] = {}
         rounded: dict[str, list[Product]] = {}
-        for term in facts.terms:
+        for index, term in enumerate(facts.terms):
             product = Product(term.constant, tuple(map(affine, term.sizes)))
+            product = presence.within(product, presence.terms.get(index))
             (rounded if term.rounded else plain).setdefault(term.operation, []).append(product)
-        self._total = CostTerms(chain(seen, *plain.values()), groups)
-        self._rounded = RoundedTerms(chain(*rounded.values()), groups)
+        self._total = CostTerms(chain(seen, *plain.values()), columns)
+        self._rounded = RoundedTerms(chain(*rounded.values()), columns)
         #: Multiply-adds besides the layers by operation; with those of the layers they sum to the total.
         self.beside: dict[str, CostTerms | RoundedTerms] = {
-            **{name: CostTerms(terms, groups) for name, terms in plain.items()},
-            **{name: RoundedTerms(terms, groups) for name, terms in rounded.items()},
-            **({UNSEEN: CostTerms(unseen, groups)} if unseen else {}),
+            **{name: CostTerms(terms, columns) for name, terms in plain.items()},
+            **{name: RoundedTerms(terms, columns) for name, terms in rounded.items()},
+            **({UNSEEN: CostTerms(unseen, columns)} if unseen else {}),
         }
 
     def __call__(self, widths: Ints) -> Ints:
@@ -341,14 +384,16 @@ class MultiplyAdds:
         return np.stack(each, axis=1) if each else np.zeros((len(widths), 0), dtype=np.int64)
 
 
-def parameters_of(model: nn.Module, facts: Facts, affine: AffineOf, groups: int) -> CostTerms:
+def parameters_of(
+    model: nn.Module, facts: Facts, affine: AffineOf, columns: int, presence: Presence = WHOLE
+) -> CostTerms:
     """Return the number of parameters; tied ones are counted once."""
     terms = []
     for name, parameter in model.named_parameters():
         axes = facts.params.get(name, (None,) * parameter.dim())
         sizes = [size if axis is None else axis for size, axis in zip(parameter.shape, axes, strict=True)]
-        terms.append(Product(1, tuple(map(affine, sizes))))
-    return CostTerms(terms, groups)
+        terms.append(presence.within(Product(1, tuple(map(affine, sizes))), presence.parameters.get(name)))
+    return CostTerms(terms, columns)
 
 
 # ---------------------------------------------------------------- memory of activations
@@ -357,14 +402,16 @@ class Activations:
 
     A tensor is alive from the step that creates it to the last step that reads it. The input of a residual branch is
     thus counted until its addition. An elementwise step (activation, batch-norm, addition) writes in place into an
-    input that no later step reads, as runtimes do. A view shares the memory of its base.
+    input that no later step reads, as runtimes do. A view shares the memory of its base. Steps of a removed block do
+    not run, and its addition's result is its input.
 
     Args:
         traffic: Trace of the dense network's activations; slim networks run the same steps.
         affine: Sizes of its axes as functions of widths.
+        presence: The blocks of its steps.
     """
 
-    def __init__(self, traffic: Traffic, affine: AffineOf) -> None:
+    def __init__(self, traffic: Traffic, affine: AffineOf, presence: Presence = WHOLE) -> None:
         sizes = [Product(1, tuple(map(affine, axes))).folded() for axes in traffic.sizes]
         lives = _lives(traffic, sizes)
         self._sizes = list(dict.fromkeys(sizes[piece] for piece in lives))
@@ -372,14 +419,20 @@ class Activations:
         alive = np.zeros((max(1, len(traffic.steps)), len(self._sizes)))
         for piece, (first, last) in lives.items():
             alive[first : last + 1, column[sizes[piece]]] += 1
-        steps = np.unique(alive, axis=0)
-        # Only a step that no other step dominates can be the peak.
-        self._alive = np.array([step for step in steps if ((steps >= step).all(axis=1)).sum() == 1])
+        blocks = np.array([presence.steps.get(number, -1) for number in range(len(alive))])
+        #: Of each block, and of no block first: its column in a row (0 for none), and its steps.
+        self._alive: list[tuple[int, Floats]] = []
+        for block in np.unique(blocks).tolist():
+            steps = np.unique(alive[blocks == block], axis=0)
+            # Only a step that no other step dominates can be the peak.
+            peaks = np.array([step for step in steps if ((steps >= step).all(axis=1)).sum() == 1])
+            self._alive.append((0 if block < 0 else presence.groups + block, peaks))
 
     def __call__(self, widths: Ints) -> Ints:
         """Return the peak number of live elements, (N, G) -> (N,)."""
         elements = np.array([size(widths) for size in self._sizes], dtype=np.float64).reshape(-1, len(widths))
-        return np.asarray((self._alive @ elements).max(axis=0), dtype=np.int64)
+        peaks = [(steps @ elements).max(axis=0) * (widths[:, column] if column else 1) for column, steps in self._alive]
+        return np.asarray(np.max(peaks, axis=0), dtype=np.int64)
 
 
 def _lives(traffic: Traffic, sizes: Sequence[Product]) -> dict[int, tuple[int, int]]:

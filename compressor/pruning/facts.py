@@ -219,6 +219,73 @@ class LayerCall(LayerShape):
     counted: bool
 
 
+@dataclass(frozen=True)
+class Event:
+    """One call of the forward pass in terms of values; a tensor that is changed in place has another value afterwards.
+
+    Attributes:
+        path: The running module.
+        reads, writes: Values that depend on the network's input, or on other results.
+        parameters: Parameters and buffers that it reads.
+        step: Index in `Facts.steps`; -1 for a call that returns nothing.
+        layers, terms: What it added to `Facts.layers` and `Facts.terms`.
+        traffic: Index in `Traffic.steps`; -1 if there is none.
+        plain: Whether all further arguments are at their defaults (or say "in place").
+        in_place: Whether it changes one of its arguments.
+    """
+
+    name: str
+    path: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    parameters: tuple[str, ...]
+    step: int
+    layers: range
+    terms: range
+    traffic: int
+    plain: bool
+    in_place: bool
+
+
+@dataclass
+class Visit:
+    """One run of a module's forward, in the order in which they begin.
+
+    Attributes:
+        reads, writes: Values among its positional arguments, and among its results.
+        start, end: Its events are those from `start` to before `end`.
+        last: Index after the last visit that began within it.
+        outputs: Number of results if it returns a tuple; 0 for a tensor, -1 for anything else.
+        single: Whether one tensor is its only argument.
+    """
+
+    path: str
+    reads: tuple[int, ...]
+    start: int
+    single: bool
+    writes: tuple[int, ...] = ()
+    end: int = -1
+    last: int = -1
+    outputs: int = -1
+
+
+@dataclass
+class Flow:
+    """How values run through a forward pass.
+
+    Attributes:
+        shapes: Shape of each value.
+        active: Values that depend on the network's input.
+        results: Values that the network returns.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    active: set[int] = field(default_factory=set)
+    results: tuple[int, ...] = ()
+
+
 @dataclass
 class Tie:
     """A module attribute that is a channel count: `attribute` (at `index` of a tuple or list) is len(labels)."""
@@ -267,6 +334,7 @@ class Facts:
     swaps: dict[str, str] = field(default_factory=dict)
     decisions: dict[Key, tuple[str, list[Labels]]] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
+    flow: Flow = field(default_factory=Flow)
     classes: int = 1
 
 

@@ -106,6 +106,8 @@ class DenseMoments:
         slim, kept = named_tensors(small), self.space.indices(plan)
         refitted, left = {}, dict(self.reference.left)
         for site in self.reference.sites:
+            if site.weight not in slim:
+                continue  # it is part of a removed block
             layer = Refit(self.space, site, self._dense, slim, kept.get(site.weight, {}))
             if not layer.lost:
                 continue

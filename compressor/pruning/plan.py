@@ -1,4 +1,4 @@
-"""Channel plans: the kept units of each group."""
+"""Channel plans: the kept units of each group, and the blocks that are removed whole."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from compressor.core.files import parse_json
 
 @dataclass(frozen=True)
 class ChannelPlan:
-    """The kept units of every group; besides the weights, all later steps need only this.
+    """The kept units of every group, and the removed blocks; besides the weights, all later steps need only this.
 
     Args:
         keep: Name of each group -> kept units, ascending and distinct.
+        removed: Names of the blocks that are removed whole; sorted.
 
     Example: `ChannelPlan({"conv1": (0, 2, 5)}).widths == {"conv1": 3}`.
     """
 
     keep: Mapping[str, tuple[int, ...]]
+    removed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checked = {}
@@ -41,6 +43,7 @@ class ChannelPlan:
                 )
             checked[str(name)] = kept
         object.__setattr__(self, "keep", MappingProxyType(checked))
+        object.__setattr__(self, "removed", tuple(sorted({str(name) for name in self.removed})))
 
     @cached_property
     def widths(self) -> Mapping[str, int]:
@@ -53,17 +56,22 @@ class ChannelPlan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ChannelPlan) and dict(self.keep) == dict(other.keep)
+        if not isinstance(other, ChannelPlan):
+            return False
+        return dict(self.keep) == dict(other.keep) and self.removed == other.removed
 
     def __hash__(self) -> int:
         return hash(self.checksum)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (ChannelPlan, (dict(self.keep),))
+        return (ChannelPlan, (dict(self.keep), self.removed))
 
     def to_json(self) -> str:
         """Return the plan as JSON with sorted keys and without spaces."""
-        return json.dumps({"keep": {n: list(u) for n, u in self.keep.items()}}, sort_keys=True, separators=(",", ":"))
+        content: dict[str, Any] = {"keep": {name: list(units) for name, units in self.keep.items()}}
+        if self.removed:
+            content["removed"] = list(self.removed)
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> ChannelPlan:
@@ -80,4 +88,10 @@ class ChannelPlan:
             raise CompressorError(
                 'A channel plan must look like {"keep": {"group": [0, 1, ...]}}.', "Save it again with to_json()."
             )
-        return cls({name: tuple(units) for name, units in keep.items()})
+        removed = content.get("removed", [])
+        if not isinstance(removed, list) or not all(isinstance(name, str) for name in removed):
+            raise CompressorError(
+                'The removed blocks of a channel plan must be a list of names: {"keep": {...}, "removed": ["block"]}.',
+                "Save it again with to_json().",
+            )
+        return cls({name: tuple(units) for name, units in keep.items()}, tuple(removed))

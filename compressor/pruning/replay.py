@@ -7,7 +7,7 @@ weights of a layer may change just before it runs. A recording also shows which 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,10 +61,16 @@ class Recording:
     Args:
         model: A network in eval mode without control flow that depends on data.
         inputs: Positional arguments of its forward. Replays need the same shapes.
+        watched: Paths of modules of which `spans` are wanted; each runs once.
+
+    Attributes:
+        spans: Path of a watched module -> numbers of its calls.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[Any], watched: Iterable[str] = ()) -> None:
         self.calls: list[Call] = []
+        self.spans: dict[str, range] = {}
+        hooks = [hook for path in watched for hook in self._watch(model, path)]
         self.names = {id(tensor): name for name, tensor in named_tensors(model).items()}
         self._model = model
         self._recorder = _Recorder(self)
@@ -72,6 +78,8 @@ class Recording:
         self._shapes = [[tuple(tensor.shape) for tensor in tensors_in([each])] for each in inputs]
         with torch.no_grad(), self._recorder:
             out = model(*inputs)
+        for hook in hooks:
+            hook.remove()
         results = outputs_of(out)
         self.results: tuple[int, ...] = tuple(self._recorder.known.get(each, -1) for each in results)
         self.first_outputs = [each.detach().clone() for each in results]
@@ -79,6 +87,18 @@ class Recording:
         self.readers: dict[int, list[int]] = {}
         self.maker: dict[int, int] = {}
         self.order(range(len(self.calls)))
+
+    def _watch(self, model: nn.Module, path: str) -> list[Any]:
+        """Record where the calls of a module begin and end."""
+
+        def begin(module: nn.Module, args: Any) -> None:
+            self.spans[path] = range(len(self.calls), len(self.calls))
+
+        def end(module: nn.Module, args: Any, out: Any) -> None:
+            self.spans[path] = range(self.spans[path].start, len(self.calls))
+
+        module = model.get_submodule(path)
+        return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
 
     def order(self, numbers: Sequence[int]) -> None:
         """Put the calls into another order."""

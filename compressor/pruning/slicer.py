@@ -15,6 +15,7 @@ from compressor.pruning.attention import slim_class
 from compressor.pruning.counts import Affine, Ints
 from compressor.pruning.facts import Facts, Tie
 from compressor.pruning.groups import Resolved
+from compressor.pruning.removal import inside, remove
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 
 Keep = Sequence[NDArray[np.bool_]]
@@ -23,6 +24,9 @@ Cut = tuple[int, Tensor, int]
 
 RECORD = "_compressor_slim"
 """Attribute of a slim network: the plan and the changes that `artefact.save` stores."""
+
+
+NOTHING_REPLACED: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,14 @@ class Slicer:
         found = [(layout.kept(keep), layout.group.size) for layout in self.layouts]
         return [None if index.numel() == size else index for index, size in found]
 
-    def build(self, model: nn.Module, keep: Keep, widths: Ints, slice_: Callable[..., Tensor]) -> nn.Module:
+    def build(
+        self,
+        model: nn.Module,
+        keep: Keep,
+        widths: Ints,
+        slice_: Callable[..., Tensor],
+        replaced: Mapping[str, str] = NOTHING_REPLACED,
+    ) -> nn.Module:
         """Build the smaller network.
 
         Args:
@@ -110,8 +121,10 @@ class Slicer:
             keep: One mask over units per group.
             widths: Number of kept units of each group, (G,).
             slice_: (tensor, [(axis, kept indices, run length)]) -> its smaller copy.
+            replaced: Path of each module of removed blocks -> what takes its place, as for `removal.place`.
         """
         kept = self.indices(keep)
+        gone = {id(each) for name, each in named_tensors(model).items() if inside(name, replaced)} if replaced else ()
         plan = {
             id(tensor): [
                 (axis, index, self.layouts[layout].run)
@@ -122,22 +135,29 @@ class Slicer:
             if name in self.axes
         }
         with torch.no_grad():
-            small = copy_structure(model, lambda tensor: slice_(tensor, plan.get(id(tensor), ())))
+            small = copy_structure(
+                model, lambda tensor: tensor if id(tensor) in gone else slice_(tensor, plan.get(id(tensor), ()))
+            )
+        remove(small, replaced)
         edits: list[list[Any]] = []
         changed = any(plan.values())
+        swaps = {path: name for path, name in self.swaps.items() if changed and not inside(path, replaced)}
         if changed:
             by_path = dict(walk(small))
             for tie, count in self.edits:
-                _set(by_path[tie.path], tie, int(count(widths)) // tie.block, edits)
+                if not inside(tie.path, replaced):
+                    _set(by_path[tie.path], tie, int(count(widths)) // tie.block, edits)
             for path in self.touched:
+                if inside(path, replaced):
+                    continue
                 held = by_path[path].__dict__
                 for attribute, value in following(by_path[path]):
                     if held[attribute] != value:
                         held[attribute] = value
                         edits.append([path, attribute, list(value) if isinstance(value, tuple) else value])
-            for path, name in self.swaps.items():
+            for path, name in swaps.items():
                 swap(by_path[path], name)
-        small.__dict__[RECORD] = {"edits": edits, "swaps": dict(self.swaps) if changed else {}}
+        small.__dict__[RECORD] = {"edits": edits, "swaps": swaps, "replaced": dict(replaced)}
         return small
 
 

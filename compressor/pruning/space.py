@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.models.computed import computed_weights, fix_weights
-from compressor.pruning.build import build, check_model, checked_inputs
-from compressor.pruning.counts import Activations, Ints, Layer, MultiplyAdds, layers_of, parameters_of
+from compressor.pruning.blocks import Block
+from compressor.pruning.build import build, check_model, checked_inputs, find_blocks
+from compressor.pruning.costs import Costs, blocks_of, presence_of
+from compressor.pruning.counts import Ints, Layer, layers_of
 from compressor.pruning.groups import (
     MIN_SHARE,
     Group,
@@ -24,9 +27,11 @@ from compressor.pruning.groups import (
     make_groups,
     name_unreached,
     nearest_widths,
+    some,
 )
 from compressor.pruning.importance import Importance, Ranking, rank
 from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.removal import inside
 from compressor.pruning.skeleton import copy_structure, named_tensors
 from compressor.pruning.slicer import RECORD, Slicer, cut
 
@@ -47,6 +52,8 @@ class PruningSpace:
             group names. Default: a tenth of the dense width, at least one step.
         frozen: Patterns (fnmatch) of group or module names that stay dense.
         scope: "all", or "inner" to keep groups of residual additions dense.
+        depth: Whether a search may remove `blocks`, too: its candidates are then rows of the widths of all groups and
+            of 1 or 0 for each block, present or removed.
 
     Raises:
         CompressorError: The forward pass fails or depends on data, the model is on the meta device, the input is on
@@ -64,6 +71,7 @@ class PruningSpace:
         min_width: int | float | Mapping[str, int | float] = MIN_SHARE,
         frozen: Sequence[str] = (),
         scope: Literal["all", "inner"] = "all",
+        depth: bool = False,
     ) -> None:
         check_model(model)
         if scope not in ("all", "inner"):
@@ -90,23 +98,104 @@ class PruningSpace:
         #: Channels of the network's first output: the classes of a classifier.
         self.outputs = facts.classes
         self._choices = tuple(legal_widths(group) for group in self.groups)
-        self._macs = MultiplyAdds(facts, resolved.affine, self.layers, len(self.groups))
-        self._params = parameters_of(model, facts, resolved.affine, len(self.groups))
-        self._activations = Activations(facts.traffic, resolved.affine)
+        self.depth = depth
+        self._built = built
+        self._costs = Costs(model, facts, resolved.affine, self.layers, len(self.groups))
         self._dense_shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
         self._steps, self._group_of = facts.steps, resolved.group
 
+    # ---------------------------------------------------------------- blocks
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks that can be removed whole, in the order in which the network runs them."""
+        return self._blocks[0]
+
+    @property
+    def blocks_left(self) -> tuple[Skipped, ...]:
+        """What looks like a block and stays, with the reason."""
+        return self._blocks[1]
+
+    @cached_property
+    def _blocks(self) -> tuple[tuple[Block, ...], tuple[Skipped, ...]]:
+        # Found when they are first asked for: the network runs once more, without them.
+        self._branches, left = find_blocks(self.model, self.example_input, self._built)
+        return blocks_of(self._branches, self._built.facts, self.slicer), tuple(left)
+
+    @cached_property
+    def _costs_by_block(self) -> Costs:
+        columns = len(self.groups) + len(self.blocks)
+        presence = presence_of(self.model, self._branches, self.blocks, self._built.facts, len(self.groups))
+        affine = self._built.resolved.affine
+        return Costs(self.model, self._built.facts, affine, self.layers, columns, presence)
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of a search's rows: groups, and with `depth` blocks."""
+        return len(self.groups) + (len(self.blocks) if self.depth else 0)
+
+    @property
+    def dense_row(self) -> Ints:
+        """The dense network as a row of a search, (columns,)."""
+        return np.append(self.dense_widths, np.ones(self.columns - len(self.groups), dtype=np.int64))
+
+    @property
+    def smallest_row(self) -> Ints:
+        """The smallest network as a row of a search, (columns,): with `depth` all blocks are removed."""
+        return np.append(self.min_widths, np.zeros(self.columns - len(self.groups), dtype=np.int64))
+
+    def row(self, plan: ChannelPlan) -> Ints:
+        """Return a plan as a row: widths (G,), and where the plan or a search removes blocks, 1 or 0 for each."""
+        widths = self.widths(plan.widths)
+        if not (plan.removed or self.depth):
+            return widths
+        gone = set(self._removed(plan.removed))
+        return np.append(widths, [int(block.index not in gone) for block in self.blocks]).astype(np.int64)
+
+    def settled(self, rows: Ints) -> Ints:
+        """Return rows (N, columns) with dense groups in removed blocks, so that equal networks have equal rows."""
+        if rows.shape[1] == len(self.groups):
+            return rows
+        rows = rows.copy()
+        for block in self.blocks:
+            here = np.flatnonzero(rows[:, len(self.groups) + block.index] == 0)
+            for group in block.groups:
+                rows[here, group] = self.groups[group].width
+        return rows
+
+    def present(self, rows: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return whether each of `layers` is there in the networks of rows (N, columns), (N, layers)."""
+        found = np.ones((len(rows), len(self.layers)), dtype=bool)
+        if rows.shape[1] > len(self.groups):
+            for block in self.blocks:
+                found[:, list(block.layers)] = rows[:, len(self.groups) + block.index, None] > 0
+        return found
+
+    def _removed(self, names: Sequence[str]) -> list[int]:
+        """Return the indices of blocks by their names."""
+        known = {block.name: block.index for block in self.blocks} if names else {}
+        for name in names:
+            if name not in known:
+                reason = next((each.reason for each in self.blocks_left if each.name == name), "")
+                raise CompressorError(
+                    f"There is no block '{name}' that can be removed{f': {reason}' if reason else ''}.",
+                    f"Blocks: {some(list(known), name) or 'none'}.",
+                )
+        return [known[name] for name in names]
+
     # ---------------------------------------------------------------- costs
     def macs(self, widths: Any) -> Any:
-        """Return the multiply-adds of one input as fvcore counts them; (N, G) -> (N,) int64, (G,) -> int."""
-        return self._cost(self._macs, widths)
+        """Return the multiply-adds of one input as fvcore counts them; (N, G) -> (N,) int64, (G,) -> int.
+
+        Here and in the costs below, rows may have a further column for each block: 1 if it is present, 0 if removed.
+        """
+        return self._cost(lambda costs: costs.macs, widths)
 
     def layer_macs(self, widths: Any) -> Any:
         """Return the multiply-adds of each of `layers`; (N, G) -> (N, layers) int64, (G,) -> (layers,).
 
         Their sum plus that of `other_macs` is `macs`.
         """
-        return self._cost(self._macs.layers, widths)
+        return self._cost(lambda costs: costs.macs.layers, widths)
 
     def other_macs(self, widths: Any) -> dict[str, Any]:
         """Return the multiply-adds outside of layers by operation ("batch_norm", "matmul", ...).
@@ -114,30 +203,37 @@ class PruningSpace:
         Each is (N, G) -> (N,) int64, (G,) -> int. Layers that fvcore does not count (convolutions with
         `padding="same"`) have a negative entry, since `macs` excludes them.
         """
-        return {name: self._cost(terms, widths) for name, terms in self._macs.beside.items()}
+        return {
+            name: self._cost(lambda costs, name=name: costs.macs.beside[name], widths)  # type: ignore[misc]
+            for name in self._costs.macs.beside
+        }
 
     def params(self, widths: Any) -> Any:
         """Return the number of parameters, tied ones counted once; (N, G) -> (N,) int64, (G,) -> int."""
-        return self._cost(self._params, widths)
+        return self._cost(lambda costs: costs.params, widths)
 
     def activations(self, widths: Any) -> Any:
         """Return the peak number of live activation elements for one input, as `counts.Activations` counts them.
 
         (N, G) -> (N,) int64, (G,) -> int.
         """
-        return self._cost(self._activations, widths)
+        return self._cost(lambda costs: costs.activations, widths)
 
-    def _cost(self, terms: Callable[[Ints], Ints], widths: Any) -> Any:
+    def _cost(self, terms: Callable[[Costs], Callable[[Ints], Ints]], widths: Any) -> Any:
         given = np.asarray(widths, dtype=np.int64)
-        if given.shape[-1:] != (len(self.groups),) or given.ndim not in (1, 2):
-            raise CompressorError(
-                f"Widths must have one column for each of the {len(self.groups)} groups, not shape {given.shape}.",
-                "Pass (G,) or (N, G) whole numbers, in the order of `groups`.",
-            )
-        costs = terms(np.atleast_2d(given))
+        columns, costs = given.shape[-1] if given.ndim in (1, 2) else -1, self._costs
+        if columns != len(self.groups):
+            if columns != len(self.groups) + len(self.blocks):
+                raise CompressorError(
+                    f"Widths must have one column for each of the {len(self.groups)} groups, not shape {given.shape}.",
+                    "Pass (G,) or (N, G) whole numbers, in the order of `groups`; a row may go on with 1 or 0 for each "
+                    "of `blocks`.",
+                )
+            costs = self._costs_by_block
+        found = terms(costs)(np.atleast_2d(given))
         if given.ndim == 2:
-            return costs
-        return int(costs[0]) if costs.ndim == 1 else costs[0]
+            return found
+        return int(found[0]) if found.ndim == 1 else found[0]
 
     def operations(self, group: int) -> tuple[str, ...]:
         """Return the names of the operations on the channels of group `group`, in order of first occurrence."""
@@ -149,8 +245,8 @@ class PruningSpace:
 
     # ---------------------------------------------------------------- widths
     def choices(self, group: int) -> Ints:
-        """Return the legal widths of group `group`, ascending; the last is dense."""
-        return self._choices[group].copy()
+        """Return the legal widths of group `group`, ascending; the last is dense. Of a block's column: 0 and 1."""
+        return self._choices[group].copy() if group < len(self.groups) else np.arange(2, dtype=np.int64)
 
     def widths(self, x: Mapping[str, int] | Sequence[int] | Ints) -> Ints:
         """Return validated widths (G,) from a mapping (omitted groups stay dense) or a sequence.
@@ -175,24 +271,41 @@ class PruningSpace:
         importance: Importance | Ranking = "l1",
         data: Any = None,
         seed: int = 0,
+        *,
+        removed: Sequence[str] = (),
     ) -> ChannelPlan:
         """Keep the most important channels of each group.
 
         Args:
-            widths: Units to keep, by name (omitted groups stay dense) or in the order of `groups`.
+            widths: Units to keep, by name (omitted groups stay dense) or in the order of `groups`; or a row of a
+                search, which goes on with 1 or 0 for each of `blocks`.
             importance: "l1", "l2", "bn", "taylor", "fpgm", "random", "reconstruction", a function
                 (group, weights) -> scores, or a Ranking.
             data: Batches for "taylor": pairs of (inputs, labels), or a function of the model that returns a loss.
                 For "reconstruction" batches as for `compensate`, or their `DenseMoments`.
             seed: Seed of "random", and of the positions at which "reconstruction" takes moments.
+            removed: Names of the `blocks` to remove whole. Their own groups are not pruned besides.
         """
+        gone = self._removed(removed)
+        if not isinstance(widths, Mapping) and len(widths) > len(self.groups):
+            widths, present = widths[: len(self.groups)], widths[len(self.groups) :]
+            if len(present) != len(self.blocks):
+                raise CompressorError(
+                    f"{len(widths) + len(present)} widths for {len(self.groups)} groups and {len(self.blocks)} blocks.",
+                    "Pass one for each group, and then 1 or 0 for each block or nothing.",
+                )
+            gone += [index for index, value in enumerate(present) if not value]
         checked = self.widths(widths)
+        for index in gone:
+            for group in self.blocks[index].groups:
+                checked[group] = self.groups[group].width
         ranking = importance if isinstance(importance, Ranking) else self.rank(importance, data, seed)
         return ChannelPlan(
             {
                 group.name: ranking.kept(group.index, int(width))
                 for group, width in zip(self.groups, checked, strict=True)
-            }
+            },
+            tuple(self.blocks[index].name for index in gone),
         )
 
     def uniform(
@@ -238,11 +351,16 @@ class PruningSpace:
             source = fixed_copy(model)
         if source is not self.model:
             self._check_same(source)
-        small = self.slicer.build(source, keep, widths, cut)
+        small = self.slicer.build(source, keep, widths, cut, self.replaced(plan))
         small.__dict__[RECORD]["plan"] = plan
         small.__dict__[RECORD]["dense"] = self._dense_shapes
         small.__dict__[RECORD]["outputs"] = self.outputs
         return small
+
+    def replaced(self, plan: ChannelPlan) -> dict[str, str]:
+        """Return path of each module of the plan's removed blocks -> what takes its place (see `removal.place`)."""
+        blocks = [self.blocks[index] for index in self._removed(plan.removed)]
+        return {path: word for block in blocks for path, word in block.replaced.items()}
 
     def compensate(
         self, plan: ChannelPlan, batches: Any, method: Literal["layers", "quick", "moments"] = "layers", seed: int = 0
@@ -279,10 +397,16 @@ class PruningSpace:
         return {name: {axis: found[layout] for axis, layout in axes} for name, axes in self.slicer.axes.items()}
 
     def keep_masks(self, plan: ChannelPlan) -> dict[str, Tensor]:
-        """Return name of each prunable parameter -> bool tensor of its shape, True where the element is kept."""
-        indices = self.indices(plan)
+        """Return name of each prunable parameter -> bool tensor of its shape, True where the element is kept.
+
+        All parameters of removed blocks are there, and nothing of them is kept.
+        """
+        indices, gone = self.indices(plan), self.replaced(plan)
         masks = {}
         for name, parameter in self.model.named_parameters():
+            if gone and inside(name, gone):
+                masks[name] = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+                continue
             if name not in indices:
                 continue
             mask = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)

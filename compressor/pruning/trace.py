@@ -22,12 +22,14 @@ from compressor.pruning.facts import (
     Axes,
     Call,
     Counted,
+    Event,
     Facts,
     Frame,
     Labels,
     Settings,
     Step,
     Tie,
+    Visit,
 )
 from compressor.pruning.registry import is_own, rule_of, works_in_place
 from compressor.pruning.shapes import shape_only
@@ -77,6 +79,7 @@ class Tracer(TorchFunctionMode):
         #: Set for a second pass that only determines which channels belong together.
         self.uncounted = False
         self._buffers: dict[int, int] = {}
+        self._values: dict[int, int] = {}
         self._marks: dict[int, tuple[Tensor, Axes, bool]] = {}
         self._names: dict[int, str] = {id(tensor): name for name, tensor in tensors.items()}
         self._keep = list(tensors.values())
@@ -268,11 +271,16 @@ class Tracer(TorchFunctionMode):
         frame = self.stack[-1]
         key = (frame.pattern, frame.calls)
         frame.calls += 1
+        given = [*args, *kwargs.values()]
+        reads = self.values(tensors_in(given)) if self.follows else ()
+        before = (len(self.facts.layers), len(self.facts.terms))
         out = shape_only(name, works_in_place(func), args, kwargs) if self._quick else None
         if out is None:
             out = func(*args, **kwargs)
         if name == "setitem":
             self._written(args)
+            if self.follows:
+                self._event(name, frame.path, given, reads, [args[0]], before, returns=False)
         results = tensors_in(out)
         if not results:
             return out
@@ -293,6 +301,7 @@ class Tracer(TorchFunctionMode):
         if self.uncounted:
             return out
         self.record_traffic(rule.__name__ if is_own(rule) else "", inputs, results)
+        self._event(name, frame.path, given, reads, results, before)
         if key in self.settings.frozen:
             for axis in labelled:
                 self.fix(axis, self.settings.frozen[key])
@@ -334,6 +343,59 @@ class Tracer(TorchFunctionMode):
             self._buffers[id(tensor)] = len(self.facts.traffic.sizes)
             self.facts.traffic.sizes.append(self.sizes(tensor))
         return self._buffers[id(tensor)]
+
+    # ---------------------------------------------------------------- how values run
+    @property
+    def follows(self) -> bool:
+        """Whether events and visits are recorded: in the pass that counts."""
+        return self._check is None and not self.uncounted
+
+    def values(self, tensors: Iterable[Tensor]) -> tuple[int, ...]:
+        """Return the present values of those tensors that are results or inputs of the network, without repetition."""
+        return tuple(dict.fromkeys(self._values[id(each)] for each in tensors if id(each) in self._values))
+
+    def new_value(self, tensor: Tensor) -> int:
+        """Give a tensor a new value: it was computed, or changed in place."""
+        flow = self.facts.flow
+        value = self._values[id(tensor)] = len(flow.shapes)
+        flow.shapes.append(tuple(tensor.shape))
+        if self.active(tensor):
+            flow.active.add(value)
+        return value
+
+    def _event(
+        self,
+        name: str,
+        path: str,
+        given: list[Any],
+        reads: tuple[int, ...],
+        results: list[Tensor],
+        before: tuple[int, int],
+        returns: bool = True,
+    ) -> None:
+        """Record a call; `before` are the numbers of layers and terms before it."""
+        facts, inputs = self.facts, tensors_in(given)
+        writes = [self.new_value(tensor) for tensor in results]
+        changed = {id(tensor) for tensor in results} & {id(tensor) for tensor in inputs}
+        for buffer in {self._buffers[each] for each in changed if each in self._buffers}:
+            # Views of a tensor that is changed in place change with it.
+            views = [each for each, own in self._buffers.items() if own == buffer and each not in changed]
+            writes += [self.new_value(self._marks[each][0]) for each in views]
+        facts.flow.events.append(
+            Event(
+                name,
+                path,
+                reads,
+                tuple(writes),
+                tuple(named for tensor in inputs if (named := self.name_of(tensor)) is not None),
+                len(facts.steps) if returns else -1,
+                range(before[0], len(facts.layers)),
+                range(before[1], len(facts.terms)),
+                len(facts.traffic.steps) - 1 if returns else -1,
+                all(each in (None, False, True, "none") for each in given if not tensors_in([each])),
+                bool(changed),
+            )
+        )
 
     def _written(self, args: tuple[Any, ...]) -> None:
         """Keep the size of all axes involved in writing values into a part of a tensor."""
@@ -405,13 +467,33 @@ class _Watched:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = Frame(self.path, self.module, inputs=args)
         self.tracer.stack.append(frame)
+        visit = self._begin(args, kwargs) if self.tracer.follows else None
         try:
-            return self.forward(self.module, *args, **kwargs)
+            out = self.forward(self.module, *args, **kwargs)
+            if visit is not None:
+                self._end(visit, out)
+            return out
         except BaseException:
             self.tracer.failed = self.tracer.failed or frame
             raise
         finally:
             self.tracer.stack.pop()
+
+    def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Visit:
+        flow = self.tracer.facts.flow
+        given = tensors_in([*args, *kwargs.values()])
+        single = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
+        flow.visits.append(Visit(self.path, self.tracer.values(given), len(flow.events), single))
+        return flow.visits[-1]
+
+    def _end(self, visit: Visit, out: Any) -> None:
+        flow = self.tracer.facts.flow
+        visit.end, visit.last = len(flow.events), len(flow.visits)
+        visit.writes = self.tracer.values(tensors_in([out]))
+        if isinstance(out, Tensor):
+            visit.outputs = 0
+        elif type(out) is tuple:
+            visit.outputs = len(out)
 
 
 def _data_dependent(name: str, frame: Frame) -> CompressorError:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compressor.models.computed import evaluated
 from compressor.pruning.calibration import Images, Reference
 from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.removal import inside
 from compressor.pruning.skeleton import copy_structure
 
 NO_BETTER = "no fit has a lower error on the images that choose"
@@ -59,7 +60,12 @@ def judged(
     """
     space, images = reference.space, reference.images
     widths = [space.widths(each.widths)[None] for each in (space.dense(), plan)]
-    lost = [each.name for each in space.layers if each.in_channels(widths[1])[0] < each.in_channels(widths[0])[0]]
+    gone = space.replaced(plan)
+    lost = [
+        each.name
+        for each in space.layers
+        if each.in_channels(widths[1])[0] < each.in_channels(widths[0])[0] and not inside(each.name, gone)
+    ]
     statistics, cut = "dense", space.apply(plan)
     own = own_statistics(small, images, range(images.judge.start))
     if own is not None:

@@ -264,7 +264,7 @@ def fitted_shares(
         np.concatenate([weighted, 1e-3 * np.eye(sums.shape[1])]),
         np.concatenate([np.ones(len(whole_ms)), np.zeros(sums.shape[1])]),
     )
-    return np.asarray(np.maximum(terms @ (found / scale), FASTEST_MS))
+    return np.asarray(np.maximum(terms @ (found / scale), FASTEST_MS * (c_out > 0)))
 
 
 def _work(operators: Operators, c_in: Widths, c_out: Widths, block: int, batch: int) -> Floats:
@@ -277,5 +277,5 @@ def _work(operators: Operators, c_in: Widths, c_out: Widths, block: int, batch: 
     for place, kind in enumerate(operators.kinds):
         terms[:, place, kinds.index(kind)] = batch * macs[:, place]
     terms[..., -2] = batch * (cost.moved - cost.weights) + read
-    terms[..., -1] = 1.0
+    terms[..., -1] = outputs > 0  # one launch of each operator that is there
     return terms

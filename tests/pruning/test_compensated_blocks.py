@@ -1,0 +1,111 @@
+"""Compensation of networks without some blocks: which layers are refitted, to what, and what that brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.pruning.absence import Absence
+from compressor.pruning.calibration import QUICK, Reference
+from compressor.pruning.compensate import DenseMoments, compensate
+from compressor.pruning.plan import ChannelPlan
+from compressor.pruning.space import PruningSpace
+from tests.pruning.networks import filled
+
+
+class Linear(nn.Module):
+    """x + conv(x), which the layer before it can take over whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+class Normed(nn.Module):
+    """relu(x + norm(conv(relu(norm(conv(x)))))), as in a ResNet."""
+
+    def __init__(self, channels: int = 12) -> None:
+        super().__init__()
+        self.one, self.first = nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.two, self.second = nn.Conv2d(8, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.two(F.relu(self.first(self.one(x)))))
+        return F.relu(x + y)
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 6, 3), Linear(), Linear(), nn.Conv2d(6, 4, 1))
+
+
+def normed() -> nn.Module:
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)]
+    return nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), *(Normed() for _ in range(4)), *head)
+
+
+def _space(build: Callable[[], nn.Module]) -> tuple[PruningSpace, Tensor]:
+    torch.manual_seed(0)
+    return PruningSpace(filled(build()), torch.randn(1, 3, 10, 10)), torch.randn(96, 3, 10, 10)
+
+
+def test_a_linear_block_is_taken_over_whole() -> None:
+    """The layer before two removed blocks is fitted to the output of the second, which it can compute exactly."""
+    space, images = _space(linear)
+    plan = space.plan({}, removed=["1", "2"])
+    found = compensate(space, plan, [images])
+    assert found.error_cut > 0.05
+    assert found.error < 1e-6 * found.error_cut
+    assert "0" in found.refitted
+    torch.testing.assert_close(found.network(images), space.model(images), rtol=1e-3, atol=1e-3)
+
+
+def test_ends_and_places() -> None:
+    space, images = _space(normed)
+    reference = Reference(space, [images], effort=QUICK)
+    calls = reference.recording.calls
+    whole = Absence.of(reference, space.dense())
+    assert whole.order == reference.order
+    assert whole.names == reference.names
+    assert whole.ends == {}
+    assert whole.places == {number: number for number in range(len(calls))}
+    absence = Absence.of(reference, space.plan({}, removed=["3", "4"]))
+    assert len(absence.names) == len(whole.names) - 2 * 7  # two each of conv, norm; two relu, one addition
+    (end, goal), = absence.ends.items()
+    assert [calls[each].name for each in (end, goal)] == ["add", "add"]
+    assert goal == [number for number, call in enumerate(calls) if call.name == "add"][2]
+    by_layer = {site.layer: site for site in reference.sites}
+    assert absence.end(by_layer["2.two"]) == goal
+    assert absence.touches(by_layer["2.two"])
+    assert not absence.touches(by_layer["2.one"])
+    assert absence.touches(by_layer["5.one"])
+    assert by_layer["3.one"].number not in absence.places
+
+
+@pytest.mark.parametrize("method", ["layers", "quick"])
+def test_removed_blocks_and_channels_together(method: str) -> None:
+    space, images = _space(normed)
+    plan = space.plan({"0": 9, "2.one": 5, "5.one": 6}, removed=["3", "4"])
+    found = compensate(space, plan, [images], method)
+    assert found.error < 0.6 * found.error_cut
+    assert set(found.refitted) >= {"2.two", "5.two"}
+    assert not any(name.startswith(("3", "4")) for name in [*found.refitted, *found.left])
+    assert [key for key in found.network.state_dict() if key.startswith(("3.", "4."))] == []
+    moments = DenseMoments(space, [images])  # does without the blocks, and refits what lost channels
+    assert moments.apply(plan)(images).shape == (96, 4)
+
+
+def test_plans_without_blocks_are_compensated_as_before() -> None:
+    space, images = _space(normed)
+    plan = space.plan({"0": 9, "2.one": 5})
+    shared = Reference(space, [images], effort=QUICK)
+    first = compensate(space, plan, shared).network
+    compensate(space, ChannelPlan(plan.keep, ("3",)), shared)  # shares the reference, and leaves it as it was
+    second = compensate(space, plan, shared).network
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
