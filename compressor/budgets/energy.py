@@ -58,8 +58,7 @@ class EnergyMeter(CachedValues):
         Raises:
             CompressorError: There is no measurement.
         """
-        names = [group.name for group in self._space.groups]
-        plan = self._space.plan(dict(zip(names, widths, strict=True)), importance="l1")
+        plan = self._space.plan(widths, importance="l1")
         self.calls += 1
         return self.run_mj(self._space.apply(plan).cpu().eval()) / self._request.batch
 
@@ -163,7 +162,7 @@ class EnergyBudget(FunctionBudget):
     def create(cls, spec: BudgetSpec, sources: CostSources) -> EnergyBudget:
         """Return the budget; the dense network is measured unless its value is known."""
         meter = sources.cached.get(cls.name) or find_meter("local", Request())(sources.space)
-        dense = meter.value(tuple(sources.space.dense_widths.tolist()))
+        dense = meter.value(tuple(sources.space.dense_row.tolist()))
         return cls(meter, spec.limit(dense), dense)
 
     @classmethod

@@ -82,7 +82,7 @@ class FunctionCaller(CachedValues):
         try:
             child = self._started()
             self.calls += 1
-            reply = child.ask({"widths": list(widths)}, self.seconds)
+            reply = child.ask(self._request(widths), self.seconds)
         except Failed as failed:
             raise CompressorError(f"--budget {self.name} raised on {networks}: {failed}.", _FIX_HINT) from None
         except ChildLate:
@@ -99,6 +99,12 @@ class FunctionCaller(CachedValues):
         if not isinstance(reply["value"], float):
             raise CompressorError(f"--budget {self.name} gave {reply['shown']} for {networks}.", _SIGNATURE_HINT)
         return reply["value"]
+
+    def _request(self, widths: tuple[int, ...]) -> dict[str, Any]:
+        """Return the widths of the groups and the names of the removed blocks of a row."""
+        groups = len(self.space.groups)
+        blocks = zip(self.space.blocks, widths[groups:], strict=True) if len(widths) > groups else ()
+        return {"widths": list(widths[:groups]), "removed": [block.name for block, present in blocks if not present]}
 
     def _started(self) -> Child:
         if self._child is None:
@@ -151,7 +157,7 @@ class FunctionBudget(Budget):
             CompressorError: The function fails, or its value for the dense network is 0 and the limit a share of it.
         """
         caller = sources.cached.get(spec.name) or FunctionCaller(spec.name, sources.space)
-        dense = caller.value(tuple(sources.space.dense_widths.tolist()))
+        dense = caller.value(tuple(sources.space.dense_row.tolist()))
         target = spec.limit(dense)
         if target <= 0:
             raise CompressorError(
@@ -250,7 +256,7 @@ class _Caller:
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
         widths = dict(zip(self.groups, request["widths"], strict=True))
-        plan = self.space.plan(widths, importance=self.ranking)
+        plan = self.space.plan(widths, importance=self.ranking, removed=request["removed"])
         return checked(self.function(plan if self.wants_plan else self.space.apply(plan).eval()))
 
 

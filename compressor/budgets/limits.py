@@ -60,13 +60,13 @@ def reachable(budgets: Sequence[Budget], space: PruningSpace) -> None:
     Raises:
         CompressorError: The message gives the limit, the reachable value, the dense value, and a remedy.
     """
-    smallest = np.asarray(space.min_widths)[None]
+    smallest = np.asarray(space.smallest_row)[None]
     counted = [budget for budget in budgets if not isinstance(budget, FunctionBudget)]
     missed = [(budget, float(budget.predict(smallest)[0])) for budget in counted]
     missed = [(budget, least) for budget, least in missed if least > budget.target * (1 + TOLERANCE)]
     if not missed:
         if len(counted) < len(budgets):  # a function's cost may fall where a width grows: a search is needed
-            keeping_widths(choices_for(space, budgets), np.asarray(space.dense_widths), budgets)
+            keeping_widths(choices_for(space, budgets), np.asarray(space.dense_row), budgets)
         return
     problems = "; ".join(
         f"{budget.title} <= {budget.format(budget.target)} was requested, the smallest network of this space needs "
@@ -80,8 +80,11 @@ def reachable(budgets: Sequence[Budget], space: PruningSpace) -> None:
 
 
 def choices_for(space: PruningSpace, budgets: Sequence[Budget]) -> tuple[Widths, ...]:
-    """Return the widths to consider for each group, ascending: all legal ones, fewer if evaluations are expensive."""
-    choices = [np.asarray(space.choices(i), dtype=np.int64) for i in range(len(space.groups))]
+    """Return the widths to consider for each group, ascending: all legal ones, fewer if evaluations are expensive.
+
+    If a search may remove blocks, each of them follows with 0 and 1.
+    """
+    choices = [np.asarray(space.choices(i), dtype=np.int64) for i in range(space.columns)]
     if any(isinstance(budget, FunctionBudget) for budget in budgets):
         choices = [_thinned(legal) for legal in choices]
     return tuple(choices)

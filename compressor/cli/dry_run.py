@@ -31,6 +31,11 @@ def described(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     yield "groups", table
     for part in job.space.skipped:
         yield "lines", f"left dense: {part.name} ({part.reason})"
+    if job.space.depth:
+        for block in job.space.blocks:
+            yield "lines", f"may be removed whole: {block.name}"
+        for part in job.space.blocks_left:
+            yield "lines", f"not removed whole: {part.name} ({part.reason})"
     for line in _costs(job):
         yield "lines", line
     for note in job.notes:
@@ -43,7 +48,7 @@ def _costs(job: Job) -> Iterator[str]:
     import numpy as np
 
     space = job.space
-    dense, least = space.dense_widths, space.min_widths
+    dense, least = space.dense_row, space.smallest_row
     macs, params = (int(np.asarray(count(dense))) for count in (space.macs, space.params))
     least_macs, least_params = (int(np.asarray(count(least))) for count in (space.macs, space.params))
     yield f"Dense network: {macs:,} MACs (one multiply-add is one, as fvcore counts), {params:,} parameters."

@@ -308,7 +308,7 @@ class Epoch(Record):
 
 
 class Group(Record):
-    """Channels that are pruned together: how many there were and how many are kept."""
+    """Channels that are pruned together: how many there were and how many are kept; none in a removed block."""
 
     name: str = ""
     width: int | None = None
@@ -482,6 +482,7 @@ class Manifest(Record):
     latency: Latency = Latency()
     cost: Cost = Cost()
     skipped: list[Skipped] = []
+    removed: list[str] = []
     rounds: list[Measurement] = []
     corrections: list[list[Number]] = []
     evaluations_before: int = 0

@@ -135,6 +135,10 @@ class Pruning(Part):
     frozen: tuple[str, ...] = Field(
         (), description="Patterns (as in a shell) of layers that stay as they are."
     )
+    depth: Literal["off", "auto"] = Field(
+        "off",
+        description="auto: the search may also remove whole residual branches, around which the input runs unchanged.",
+    )
     importance: Literal["auto", "l1", "l2", "bn", "taylor", "fpgm", "random", "reconstruction"] = Field(
         "auto",
         description="How the channels of a group are ranked; auto is reconstruction, what compensation can replace "

@@ -111,9 +111,12 @@ def removal(manifest: Manifest) -> str:
     ]
     if not known:
         return "The manifest does not say what was removed."
+    blocks = ""
+    if count := len(manifest.removed):
+        blocks = f"{count} block{'s were' if count > 1 else ' was'} removed whole: {', '.join(manifest.removed)}. "
     cut = sum(kept < width for width, kept in known)
     left = sum(kept for _, kept in known) / sum(width for width, _ in known)
-    return f"{cut} of {len(known)} groups lost channels; {percent(left)} of all prunable channels remain."
+    return f"{blocks}{cut} of {len(known)} groups lost channels; {percent(left)} of all prunable channels remain."
 
 
 def speed(manifest: Manifest) -> str:

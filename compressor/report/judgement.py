@@ -95,8 +95,8 @@ def verdict_of(entry: Budget | Measurement) -> BudgetVerdict:
 
 
 def pruned(manifest: Manifest) -> bool:
-    """Return whether the slim network has fewer channels than the dense one."""
-    return any(group.kept != group.width for group in manifest.groups)
+    """Return whether the slim network has fewer channels or blocks than the dense one."""
+    return bool(manifest.removed) or any(group.kept != group.width for group in manifest.groups)
 
 
 def time_ratio(manifest: Manifest) -> tuple[float, str] | None:

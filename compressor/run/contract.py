@@ -343,10 +343,10 @@ class Contract:
         return [(float(share), each.ratio) for share, each in zip(predicted, rounds, strict=True)]
 
     def _widths(self, plan: ChannelPlan) -> list[int]:
-        return [int(width) for width in self._job.space.widths(plan.widths)]
+        return [int(width) for width in self._job.space.row(plan)]
 
     def _dense(self, widths: Sequence[int]) -> bool:
-        return bool(np.array_equal(widths, self._job.space.dense_widths))
+        return bool(np.array_equal(widths, self._job.space.dense_row))
 
     def _file(self, number: int) -> Path:
         return self._run.file(KEPT_PLAN.format(round=number))

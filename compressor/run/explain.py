@@ -192,7 +192,7 @@ def _predicted(
             provider.require_same(table, request_of(recipe))
         space = _space(run, recipe, table, factory)
         curve = table.curve(space)
-        both = np.stack([space.dense_widths, _kept_widths(run, space)])
+        both = np.stack([space.dense_row, _kept_row(run, space)])
         operators = curve.operators(both)
         scaled = operators * (curve(both) / operators.sum(axis=1))[:, None]
         return [(float(dense), float(slim)) for dense, slim in scaled.T], ""
@@ -254,6 +254,7 @@ def _space(run: RunFolder, recipe: Recipe, table: LatencyTable, factory: str | N
             min_width=pruning.min_share,
             frozen=pruning.frozen,
             scope=pruning.scope,
+            depth=pruning.depth == "auto",
         )
 
     space = traced(1)
@@ -266,11 +267,13 @@ def _space(run: RunFolder, recipe: Recipe, table: LatencyTable, factory: str | N
     return traced(steps)
 
 
-def _kept_widths(run: RunFolder, space: PruningSpace) -> Any:
-    """Return the widths that a run chose, in the order of the space's groups."""
+def _kept_row(run: RunFolder, space: PruningSpace) -> Any:
+    """Return the widths that a run chose, in the order of the space's groups, and which blocks it left."""
     kept = {group.name: group.kept for group in run.manifest.groups}
     if set(kept) != {group.name for group in space.groups}:
         raise CompressorError(
             "The run's groups are not those of its network.", "Check whether its code has changed since the run."
         )
-    return np.asarray([kept[group.name] for group in space.groups], dtype=np.int64)
+    widths = [kept[group.name] or group.width for group in space.groups]
+    blocks = [int(block.name not in run.manifest.removed) for block in space.blocks] if space.depth else []
+    return np.asarray([*widths, *blocks], dtype=np.int64)

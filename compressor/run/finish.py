@@ -84,7 +84,7 @@ def exit_code(budgets: Iterable[Budget], accept_predicted: bool = False) -> int:
 
 def _closing_notes(manifest: Manifest, job: Job, plan: ChannelPlan) -> Iterator[str]:
     budgets = manifest.budgets
-    pruned = plan.widths != job.space.dense().widths
+    pruned = bool(plan.removed) or plan.widths != job.space.dense().widths
     if any(verdict_of(budget) == "undecided" for budget in budgets):
         low, high = manifest.latency.interval or (0.0, None)
         reach = f"between {low:.3f} and {high:.3f}" if high is not None else "some unknown share"

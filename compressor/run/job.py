@@ -369,6 +369,7 @@ def trace(recipe: Recipe, model: nn.Module, example: tuple[Any, ...]) -> Pruning
             min_width=pruning.min_share,
             frozen=pruning.frozen,
             scope=pruning.scope,
+            depth=pruning.depth == "auto",
         )
 
     space = traced(1 if isinstance(pruning.granularity, str) else pruning.granularity)

@@ -77,7 +77,7 @@ def _judged_budgets(
     run: RunFolder, job: Job, plan: ChannelPlan, found: Measurement | None
 ) -> Iterator[Budget]:
     """Yield the manifest's budgets with their costs: measured, counted or computed; a latency may be predicted only."""
-    widths, counts = job.space.widths(plan.widths), run.manifest.cost.slim.model_dump()
+    widths, counts = job.space.row(plan), run.manifest.cost.slim.model_dump()
     for entry, budget in zip(run.manifest.budgets, job.budgets(), strict=True):
         if entry.name == "latency" and found is not None:
             yield entry.judged(

@@ -15,6 +15,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, replacing, sha256_file
 from compressor.core.manifest import Checks, Cost, Engine, Export, Layer, NetworkCost, OtherMacs, Parity
 from compressor.core.progress import bar, say
+from compressor.latency.operators import channels
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder
 from compressor.training.feeds import inputs_in, joined, random_inputs
@@ -79,11 +80,11 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
         tolerance=recipe.export.tolerance,
         images=len(tensors_in(inputs)[0]),
     )
-    dense_widths, widths = space.dense_widths, space.widths(plan.widths)
+    dense, widths = space.dense_row, space.row(plan)
     manifest.cost = Cost(
         dense=NetworkCost(
-            macs=int(space.macs(dense_widths)),
-            params=int(space.params(dense_widths)),
+            macs=int(space.macs(dense)),
+            params=int(space.params(dense)),
             onnx_bytes=run.file(DENSE).stat().st_size,
         ),
         slim=NetworkCost(
@@ -93,7 +94,7 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
             safetensors_bytes=run.file("model.safetensors").stat().st_size,
         ),
     )
-    both = np.stack([dense_widths, widths])
+    both = np.stack([dense, widths])
     manifest.layers = _layers(job, both)
     manifest.other_macs = [
         OtherMacs(name=name, dense_macs=int(dense), slim_macs=int(slim))
@@ -142,10 +143,13 @@ def write_onnx(job: Job, model: nn.Module, path: Path, metadata: dict[str, Any] 
 
 
 def _layers(job: Job, both: Any) -> list[Layer]:
-    """Return channels and multiply-adds of every layer, for the widths (2, G) of the dense and the slim network."""
+    """Return channels and multiply-adds of every layer, for rows of the dense and the slim network.
+
+    Layers of removed blocks have no channels.
+    """
     records = []
-    for layer, macs in zip(job.space.layers, job.space.layer_macs(both).T, strict=True):
-        inputs, outputs = layer.in_channels(both), layer.out_channels(both)
+    counts = (each.T for each in channels(job.space, both))
+    for layer, macs, inputs, outputs in zip(job.space.layers, job.space.layer_macs(both).T, *counts, strict=True):
         records.append(
             Layer(
                 name=layer.name,

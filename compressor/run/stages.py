@@ -316,10 +316,18 @@ def _note_plan(run: RunFolder, job: Job, plan: ChannelPlan) -> None:
     own_statistics(job, pruned)
     run.note_accuracy(pruned=job.tested(pruned))
     write_atomic(run.file(PLAN), plan.to_json())
+    blocks = [block for block in job.space.blocks if block.name in plan.removed] if plan.removed else []
+    gone = {group for block in blocks for group in block.groups}
     run.manifest.groups = [
-        Group(name=each.name, width=each.width, kept=plan.widths[each.name], coupled=each.coupled)
+        Group(
+            name=each.name,
+            width=each.width,
+            kept=0 if each.index in gone else plan.widths[each.name],
+            coupled=each.coupled,
+        )
         for each in job.space.groups
     ]
+    run.manifest.removed = [block.name for block in blocks]
     run.save()
 
 

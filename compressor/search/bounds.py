@@ -76,9 +76,12 @@ class ActionBounds:
 
     def __init__(self, space: PruningSpace, budgets: Sequence[Budget]) -> None:
         self.budgets = tuple(budgets)
-        self.dense: Widths = np.asarray(space.dense_widths, dtype=np.int64)
+        self.dense: Widths = np.asarray(space.dense_row, dtype=np.int64)
         self.choices = choices_for(space, self.budgets)
-        self.names = tuple(group.name for group in space.groups)
+        blocks = space.blocks if space.depth else ()
+        self.names = (*(group.name for group in space.groups), *(block.name for block in blocks))
+        #: Number of groups; the columns after them are blocks, with 1 for present and 0 for removed.
+        self.groups = len(space.groups)
         self.cheapest = keeping_widths(self.choices, self.dense, self.budgets)
 
     def shares(self, widths: Widths) -> NDArray[np.float64]:

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
+from compressor.core.errors import CompressorError
 from compressor.pruning.plan import ChannelPlan
 from compressor.search.bounds import LegalWidths, Widths
+from compressor.search.environment import first_layer
 
 if TYPE_CHECKING:
     from compressor.search.constrained_learner import LagrangianPpo, Step
@@ -67,6 +69,10 @@ class ChannelActions(LayerActions):
 
     def __init__(self, env: PruningEnv, *, fold: bool) -> None:
         super().__init__(env, fold=fold)
+        if len(env.bounds.dense) > env.bounds.groups:
+            raise CompressorError(
+                "Decisions on single channels cannot remove blocks.", "Set pruning.depth=off, or action=layer."
+            )
         self.size = int(env.bounds.dense.max())
         # Rank of each channel in its group's order of importance.
         self._place = [np.argsort(np.argsort(-scores, kind="stable")) for scores in env.saliency()]
@@ -152,13 +158,12 @@ class States:
 
 
 def _described(env: PruningEnv, group: int) -> list[float]:
-    dense = env.bounds.dense[None]
-    for layer in env.space.layers:
-        if any(index == group for index, _ in layer.out_channels.terms):
-            inputs = float(layer.in_channels(dense)[0])
-            sizes = [*_pair(layer.kernel), *_pair(layer.stride), *_pair(layer.padding)]
-            return [float(group), inputs, float(dense[0, group]), *sizes]
-    return [float(group), 0.0, float(dense[0, group]), *[0.0] * 6]
+    dense, layer = env.bounds.dense[None], first_layer(env.space, group)
+    if layer is None:
+        return [float(group), 0.0, float(dense[0, group]), *[0.0] * 6]
+    inputs = float(layer.in_channels(dense)[0])
+    sizes = [*_pair(layer.kernel), *_pair(layer.stride), *_pair(layer.padding)]
+    return [float(group), inputs, float(dense[0, group]), *sizes]
 
 
 def _pair(size: tuple[int, ...]) -> list[float]:

@@ -48,10 +48,10 @@ class Observer:
 
     def __init__(self, space: PruningSpace) -> None:
         self._space = space
-        self._dense = np.asarray(space.dense_widths, dtype=np.int64)
+        self._dense = np.asarray(space.dense_row, dtype=np.int64)
         self._smallest = np.array([space.choices(i)[0] for i in range(len(self._dense))], dtype=np.int64)
         self._macs = float(np.asarray(space.macs(self._dense[None]))[0])
-        self._producers = [self._producer(i) for i in range(len(self._dense))]
+        self._producers = [first_layer(space, i) for i in range(len(self._dense))]
         known = [layer for layer in self._producers if layer is not None]
         dense = self._dense[None]
         inputs = [int(layer.in_channels(dense)[0]) for layer in known]
@@ -84,11 +84,15 @@ class Observer:
             dtype=np.float32,
         )
 
-    def _producer(self, group: int) -> Layer | None:
-        for layer in self._space.layers:
-            if any(index == group for index, _ in layer.out_channels.terms):
-                return layer
-        return None
+
+def first_layer(space: PruningSpace, column: int) -> Layer | None:
+    """Return the first layer whose outputs a group holds, or the first of a block; None if there is none."""
+    if column >= len(space.groups):
+        return space.layers[space.blocks[column - len(space.groups)].layers[0]]
+    for layer in space.layers:
+        if any(index == column for index, _ in layer.out_channels.terms):
+            return layer
+    return None
 
 
 if TYPE_CHECKING:
@@ -343,7 +347,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             reward_floor: Reward below which the evaluation may stop early. The result is then that of the images seen
                 so far; it lies below the floor, and is not remembered.
         """
-        key = _key(widths)
+        key = self._key(widths)
         costs = self.costs(key)
         accuracy, seconds, given_up = self._accuracies.known.get(key), 0.0, False
         if accuracy is None:
@@ -359,7 +363,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
         `measure` returns its accuracy, which is not remembered; the evaluation counts like any other.
         """
-        key = _key(widths)
+        key = self._key(widths)
         started = time.perf_counter()
         accuracy = checked_accuracy(measure())
         self.evaluations += 1
@@ -386,7 +390,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """
 
         def with_floors() -> Iterator[tuple[Key, float | None]]:
-            for key in map(_key, proposals):
+            for key in map(self._key, proposals):
                 if reward_floor is None:
                     yield key, None
                 else:
@@ -396,7 +400,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     def known(self, widths: Widths | Sequence[int]) -> bool:
         """Return whether these widths were scored on the current weights."""
-        return _key(widths) in self._accuracies.known
+        return self._key(widths) in self._accuracies.known
 
     def rewards(self) -> dict[Key, float]:
         """Return the rewards of all plans fully scored on the current weights, by widths, in order of scoring."""
@@ -425,12 +429,16 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """Return the saliency of each channel of each group on the current weights, (width,) per group.
 
         First-order Taylor scores if there is data for them; else L1 norms, which are less comparable between
-        groups.
+        groups. A block, (1,), has that of all channels of its own groups; without any, that of all groups.
         """
         if self._saliency is None:
             method = "l1" if self.importance_data is None else "taylor"
             ranking = self.space.rank(method, self.importance_data)
-            self._saliency = tuple(np.asarray(scores, dtype=np.float64) for scores in ranking.scores)
+            groups = [np.asarray(scores, dtype=np.float64) for scores in ranking.scores]
+            total = [float(np.maximum(scores, 0.0).sum()) for scores in groups]
+            blocks = self.space.blocks if self.space.depth else ()
+            whole = [sum(total[group] for group in block.groups) or sum(total) for block in blocks]
+            self._saliency = (*groups, *(np.array([value]) for value in whole))
         return self._saliency
 
     def weights_moved(self) -> None:
@@ -454,7 +462,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned; the weights must be those of that moment."""
         self.weights_moved()
-        self._accuracies.known.update({_key(widths): float(accuracy) for widths, accuracy in state["known"]})
+        self._accuracies.known.update({tuple(map(int, widths)): float(accuracy) for widths, accuracy in state["known"]})
         # A noisy function would otherwise return other values than those that the search used.
         for budget in self.budgets:
             if isinstance(budget, FunctionBudget):
@@ -468,6 +476,6 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         seen = self._observe(last, self._widths, self._previous)
         return np.concatenate([seen, self.context]).astype(np.float32)
 
-
-def _key(widths: Widths | Sequence[int]) -> Key:
-    return tuple(int(width) for width in widths)
+    def _key(self, widths: Widths | Sequence[int]) -> Key:
+        """Return the widths by which a network is known: what removed blocks hold counts as dense."""
+        return tuple(self.space.settled(np.asarray(widths, dtype=np.int64)[None])[0].tolist())

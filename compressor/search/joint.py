@@ -227,7 +227,7 @@ class _JointSearch:
                 self.run.score(self._favoured, "favoured", floor=None if best is None else best.reward)
             self._favoured = self._best_now()
         shares = self._favoured / self.env.bounds.dense
-        names = (group.name for group in self.env.space.groups)
+        names = self.env.bounds.names
         self.run.curves.add(
             self.run.place.epoch,
             {f"favoured/{name}": float(share) for name, share in zip(names, shares, strict=True)},

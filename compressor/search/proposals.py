@@ -35,7 +35,7 @@ def scaled_widths(env: PruningEnv, shape: NDArray[np.float64]) -> Widths:
     """Return the widest legal network whose kept ratios are proportional to `shape` and that meets all budgets.
 
     Args:
-        shape: (G,), above 0; ratios above 1 are dense.
+        shape: (G,), above 0; ratios above 1 are dense. Blocks, which may follow, stay present or removed as they are.
 
     Returns:
         Legal widths (G,); the cheapest known ones if no factor meets the budgets.
@@ -66,12 +66,14 @@ def uniform_or_cheapest(env: PruningEnv) -> Widths:
 
 def _scaled(env: PruningEnv, shape: NDArray[np.float64]) -> Widths | None:
     """Scan the factors on finer and finer grids, and return the widths of the largest one that meets the budgets."""
-    low, high = 0.0, float(1.0 / shape.min())
+    groups = env.bounds.groups
+    low, high = 0.0, float(1.0 / shape[:groups].min())
     best: Widths | None = None
     expensive = any(isinstance(budget, FunctionBudget) for budget in env.budgets)
     for number in _EXPENSIVE_SCANS if expensive else _SCANS:
         factors = np.linspace(low, high, number)
         wanted = np.clip(factors[:, None] * shape, 0.0, 1.0) * env.bounds.dense
+        wanted[:, groups:] = shape[groups:]
         candidates = env.bounds.round(wanted)
         kept = np.flatnonzero(env.bounds.feasible(candidates))
         if not len(kept):
@@ -122,7 +124,8 @@ def near_widths(
         share: Share of the groups that change, before scaling changes all.
     """
     change = spread * generator.standard_normal(len(widths)) * (generator.random(len(widths)) < share)
-    return fitted_widths(env, widths / env.bounds.dense * np.exp(change))
+    shape = _flipped(env, (widths / env.bounds.dense)[None], generator)[0]
+    return fitted_widths(env, shape * np.exp(change * (np.arange(len(widths)) < env.bounds.groups)))
 
 
 def near_rows(
@@ -137,21 +140,46 @@ def near_rows(
     change = generator.standard_normal(size) * (
         generator.random(size) < generator.uniform(0.1, 1.0, (number, 1))
     )
+    groups = env.bounds.groups
+    change[:, groups:] = 0.0
     shapes = widths / env.bounds.dense * np.exp(change * spread * generator.uniform(0.5, 1.5, (number, 1)))
+    shapes = _flipped(env, shapes, generator)
     found = np.tile(env.bounds.cheapest, (number, 1))
-    low, high = np.zeros(number), 1.0 / shapes.min(axis=1)
+    low, high = np.zeros(number), 1.0 / shapes[:, :groups].min(axis=1)
     for _ in range(_HALVINGS):
         factors = (low + high) / 2
-        rows = env.bounds.round(np.clip(factors[:, None] * shapes, 0.0, 1.0) * env.bounds.dense)
+        wanted = np.clip(factors[:, None] * shapes, 0.0, 1.0) * env.bounds.dense
+        wanted[:, groups:] = shapes[:, groups:]
+        rows = env.bounds.round(wanted)
         kept = env.bounds.feasible(rows)
         found[kept] = rows[kept]
         low, high = np.where(kept, factors, low), np.where(kept, high, factors)
     return np.unique(found, axis=0)
 
 
+def _flipped(
+    env: PruningEnv, shapes: NDArray[np.float64], generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """Return kept ratios (N, columns) in which blocks are removed or put back: one of a row's, on average."""
+    blocks = shapes.shape[1] - env.bounds.groups
+    if not blocks:
+        return shapes
+    flips = generator.random((len(shapes), blocks)) < 1.0 / blocks
+    shapes = shapes.copy()
+    shapes[:, env.bounds.groups :] = np.abs(shapes[:, env.bounds.groups :] - flips)
+    return shapes
+
+
 def random_widths(env: PruningEnv, generator: np.random.Generator) -> Widths:
-    """Return random widths at the budget: uniform ones, changed by a random amount that itself is random."""
-    return near_widths(env, env.bounds.dense, generator, spread=float(generator.uniform(0.1, 0.8)), share=1.0)
+    """Return random widths at the budget: uniform ones, changed by a random amount that itself is random.
+
+    Of the blocks, up to half are removed.
+    """
+    spread, start = float(generator.uniform(0.1, 0.8)), env.bounds.dense
+    if blocks := len(start) - env.bounds.groups:
+        start = start.copy()
+        start[env.bounds.groups :] = generator.random(blocks) >= generator.uniform(0.0, 0.5)
+    return near_widths(env, start, generator, spread=spread, share=1.0)
 
 
 def follow(widths: Widths) -> Policy:

@@ -259,6 +259,7 @@ def space_fingerprint(env: PruningEnv) -> str:
     choices = env.bounds.choices
     described = [
         [group.name, int(group.width), len(legal), int(legal[0])]
-        for group, legal in zip(env.space.groups, choices, strict=True)
+        for group, legal in zip(env.space.groups, choices[: env.bounds.groups], strict=True)
     ]
+    described += [[name] for name in env.bounds.names[env.bounds.groups :]]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()

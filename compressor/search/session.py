@@ -249,7 +249,7 @@ class SearchSession:
         if self.place.kept is None:
             return {}
         plan = ChannelPlan.from_json(self.place.kept)
-        return {tuple(plan.widths[group.name] for group in self.env.space.groups): plan}
+        return {tuple(self.env.space.row(plan).tolist()): plan}
 
     def result(self) -> SearchResult | None:
         """Return the result if the search has ended, else None."""
@@ -263,7 +263,7 @@ class SearchSession:
         self.curves.close()
         return SearchResult(
             best=self.env.plan(chosen) if self.place.kept is None else ChannelPlan.from_json(self.place.kept),
-            widths={group.name: width for group, width in zip(self.env.space.groups, chosen, strict=True)},
+            widths=dict(zip(self.env.bounds.names, chosen, strict=True)),
             reward=best.reward,
             accuracy=best.accuracy,
             candidates=tuple(self.candidates),

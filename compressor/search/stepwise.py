@@ -299,10 +299,11 @@ class _StepwiseSearch:
 
     def _alphas(self) -> list[NDArray[np.float64]]:
         """Return the share of each group's filters below each threshold."""
-        return [
+        groups = [
             np.array([float((values < alpha * np.sqrt((values**2).mean())).mean()) for alpha in ALPHAS])
             for values in self.env.space.rank("l2").scores
         ]
+        return [*groups, *self._shares()[len(groups) :]]
 
     def _shares(self) -> list[NDArray[np.float64]]:
         """Return for each group shares from none to all but the minimum width."""

@@ -33,6 +33,7 @@ class FakeAffine:
 @dataclass(frozen=True)
 class FakePlan:
     keep: dict[str, tuple[int, ...]]
+    removed: tuple[str, ...] = ()
 
     @property
     def widths(self) -> dict[str, int]:
@@ -63,6 +64,15 @@ class FakeSpace:
             for i in range(len(dense) + 1)
         )
         self.ranked = 0
+        self.depth, self.blocks, self.columns = False, (), len(dense)
+        self.dense_row = self.dense_widths
+        self.smallest_row = np.array([self.choices(i)[0] for i in range(len(dense))], dtype=np.int64)
+
+    def settled(self, rows: np.ndarray) -> np.ndarray:
+        return rows
+
+    def row(self, plan: Any) -> np.ndarray:
+        return np.array([plan.widths[group.name] for group in self.groups], dtype=np.int64)
 
     def choices(self, i: int) -> np.ndarray:
         group = self.groups[i]
