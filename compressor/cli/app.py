@@ -97,7 +97,7 @@ def compress_command(
         str | None,
         typer.Option(help="local, or a name from: compress devices.", autocompletion=completion.devices),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8 or auto.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8, mixed or auto.")] = None,
     threads: ThreadsOption = None,
     batch: BatchOption = None,
     percentile: Annotated[

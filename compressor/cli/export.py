@@ -19,13 +19,13 @@ def export(
     format: Annotated[
         str, typer.Option("--format", help="onnx, boxes (a detector's, with NMS), engine or pt2 (torch.export).")
     ] = "onnx",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8, written into the file.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or mixed, written into the file.")] = "fp32",
     batch: Annotated[
         str | None,
         typer.Option(help="Inputs per batch: 4; or a range: 1..8, tuned for 8; 1..4..8. By default the run's."),
     ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; by default the one that the target reads.")] = None,
-    max_drop: Annotated[float, typer.Option(help="Percentage points that fp16 or int8 may lose.")] = 1.0,
+    max_drop: Annotated[float, typer.Option(help="Percentage points that another precision may lose.")] = 1.0,
     calibration: Annotated[
         str, typer.Option(help="How int8 ranges are calibrated: minmax, entropy or percentile.")
     ] = "minmax",

@@ -418,8 +418,47 @@ class Engine(Record):
     bytes: int | None = None
 
 
+class PrecisionPlan(Record):
+    """A measured plan of precisions; see `run.mixed`.
+
+    Attributes:
+        int8: Number of layers in INT8.
+        predicted_ratio, ratio, interval: Its share of the FP32 network's time: by the times of its parts, and as
+            measured, with a 95 % interval.
+        noise: What it adds to the outputs, as a share of their variance.
+        score: On the search split.
+        chosen: Whether the file has this plan.
+    """
+
+    int8: int = 0
+    predicted_ratio: Number = float("nan")
+    ratio: Number = float("nan")
+    interval: Interval = [None, None]
+    noise: Number = float("nan")
+    score: Number = float("nan")
+    chosen: bool = False
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval; infinite if it is unknown."""
+        return float("inf") if self.interval[1] is None else self.interval[1]
+
+
+class LayerPrecision(Record):
+    """The precision of a layer, and why: its noise in INT8 alone, and the times of its part in both precisions."""
+
+    name: str = ""
+    precision: str = ""
+    noise: Number | None = None
+    fp32_ms: Number | None = None
+    int8_ms: Number | None = None
+
+
 class Export(Record):
-    """A file that was exported in another precision, batch or format; the last fields are those of FP16 and INT8."""
+    """A file that was exported in another precision, batch or format.
+
+    The fields from `kept_fp32` on are those of FP16 and INT8, the last three those of mixed precision.
+    """
 
     file: str = ""
     bytes: int | None = None
@@ -433,6 +472,10 @@ class Export(Record):
     calibration_images: int | None = None
     calibration_classes: dict[str, int] = {}
     rest: str = ""
+    runtime: str = ""
+    rule: str = ""
+    plans: list[PrecisionPlan] = []
+    layers: list[LayerPrecision] = []
 
 
 class DeviceNetwork(Record):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +20,20 @@ from compressor.latency.backends.gpu import device_of
 from compressor.latency.fit import ALIGNMENT
 from compressor.latency.machine import channel_block, clocks, cpu_model, governor
 from compressor.latency.measured import MeasuredDevice
-from compressor.latency.networks import Device
-from compressor.latency.provider import Request, TableProvider, Turns, register_device
+from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork
+from compressor.latency.provider import (
+    Request,
+    TableProvider,
+    Turns,
+    in_precision_beside,
+    register_device,
+)
+from compressor.latency.remote_bundle import in_precision
 from compressor.latency.schema import DeviceFields
 from compressor.latency.steps import measured_steps
 from compressor.latency.table import LOCAL, LatencyTable, check_known
+from export.convert.calibrated import ONNXRUNTIME
+from export.convert.onnx_header import parse_header
 from export.device import here
 from export.device.here import CPU, Backend
 
@@ -42,6 +53,7 @@ class LocalCpu(MeasuredDevice):
     is_here = True
     concurrent = True
     runtime = CPU
+    precisions = ("fp32", "int8", "mixed")
     time_limit_s = 75.0
 
     @classmethod
@@ -63,7 +75,7 @@ class LocalCpu(MeasuredDevice):
     def check(self, precision: str) -> None:
         if precision not in self.precisions:
             raise CompressorError(
-                f"Networks run in fp32 on this machine's CPU, not in {precision}.",
+                f"Networks run in {', '.join(self.precisions)} on this machine's CPU, not in {precision}.",
                 "Omit --precision, name a --device, or export it afterwards: compress export RUN --precision fp16",
             )
 
@@ -76,7 +88,8 @@ class LocalCpu(MeasuredDevice):
             )
 
     def runner(self, request: Request) -> Device:
-        return OrtProcess(request.threads, request.streams)
+        process = OrtProcess(request.threads, request.streams)
+        return process if request.precision == "fp32" else Quantised(process)
 
     def block(self, precision: str) -> int:
         return channel_block()
@@ -85,10 +98,10 @@ class LocalCpu(MeasuredDevice):
         return DeviceFields(name=LOCAL, sku=cpu_model(), power_mode=governor(), clocks=clocks())
 
     def identity(self, request: Request) -> dict[str, str]:
-        return {}
+        return {} if request.precision == "fp32" else {"precision": request.precision}
 
     def cache_key(self, request: Request) -> str:
-        return CPU
+        return CPU if request.precision == "fp32" else f"{CPU}-{request.precision}"
 
     def threads(self, request: Request) -> int:
         return request.threads
@@ -105,7 +118,14 @@ class LocalCpu(MeasuredDevice):
     def time(
         self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None
     ) -> Timing:
-        return measured(dense, slim, request, turns)
+        if request.precision == "fp32":
+            return measured(dense, slim, request, turns)
+        with tempfile.TemporaryDirectory(prefix="compressor-turns-") as folder:
+            first, second = Path(folder) / "dense.onnx", Path(folder) / "slim.onnx"
+            contents = in_precision_beside(dense, slim, request, ONNXRUNTIME)
+            for path, content in zip((first, second), contents, strict=True):
+                path.write_bytes(content)
+            return measured(first, second, request, turns)
 
     def steps(self, groups: Iterable[Group], precision: str) -> dict[str, int]:
         """Return the block, finer where a group is narrow.
@@ -122,10 +142,28 @@ class LocalCpu(MeasuredDevice):
         return measured_steps(
             space,
             with_batch(example, request.batch),
-            OrtProcess(request.threads),
+            self.runner(request),
             otherwise=self.steps(space.groups, request.precision),
             least_stride=ALIGNMENT,
         )
+
+
+class Quantised:
+    """A `Device` that runs FP32 networks in INT8.
+
+    Args:
+        device: Runs the converted networks.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
+        """Convert and measure a network; the time of a conversion belongs to the operator that made the value."""
+        header = parse_header(network.model, "the network")
+        shape = header.shapes[header.inputs[0]][1:]
+        content = in_precision(network.model, "int8", shape, ONNXRUNTIME)
+        return self._device.measure(replace(network, model=content), seconds)
 
 
 class LocalGpu(MeasuredDevice):

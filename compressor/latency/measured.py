@@ -247,7 +247,7 @@ class MeasuredDevice(TableProvider):
         self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None
     ) -> Timing:
         """Time bursts in turns; each one rebuilds its network, like a new process on the CPU."""
-        files = in_precision_beside(dense, slim, request.precision)
+        files = in_precision_beside(dense, slim, request)
         # the files are converted already, and have their batch
         device = self.runner(Request(threads=request.threads, batch=request.batch, streams=request.streams))
         networks = [TaggedNetwork(content, (), ()) for content in files]

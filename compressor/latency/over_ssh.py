@@ -345,7 +345,7 @@ class SshDevice(TableProvider):
     def time(
         self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None
     ) -> Timing:
-        networks = in_precision_beside(dense, slim, request.precision)
+        networks = in_precision_beside(dense, slim, request)
         return measured_over_ssh(self.device, *networks, table, request, turns)
 
     def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:

@@ -23,6 +23,7 @@ from compressor.core.progress import say
 from compressor.latency.schema import BLOCKS, Precision
 from compressor.latency.steps import refuse_table
 from compressor.latency.table import LatencyTable, check_known, shipped_tables, user_tables
+from export.convert.calibrated import TENSORRT
 
 if TYPE_CHECKING:
 
@@ -44,6 +45,7 @@ class Request:
     Attributes:
         model: The network's name, for messages.
         precision: Precision in which networks run.
+        delivered: Precision in the name of the delivered file, if it is another one: "mixed".
         opset: ONNX opset of files that leave this machine.
         threads: Threads of ONNX Runtime on a CPU.
         batch: Inputs of one run.
@@ -57,6 +59,7 @@ class Request:
 
     model: str = ""
     precision: Precision = "fp32"
+    delivered: str = ""
     opset: int = 17
     threads: int = 1
     batch: int = 1
@@ -265,7 +268,8 @@ def known_devices() -> list[KnownDevice]:
         version = importlib.metadata.version("onnxruntime")
     except importlib.metadata.PackageNotFoundError:
         version = "(not installed)"
-    here = KnownDevice("local", f"onnxruntime-cpu {version}", ("fp32",), "measured here on first use")
+    precisions = ("fp32", "int8", "mixed")
+    here = KnownDevice("local", f"onnxruntime-cpu {version}", precisions, "measured here on first use")
     own = [_registry.classes[name] for name in names if name not in _OWN]
     return [here, *StoredTables.known(), *(device for kind in own for device in kind.known())]
 
@@ -307,17 +311,20 @@ class StoredTables(TableProvider):
         raise refuse_table(self.table(space, example, request))
 
 
-def in_precision_beside(dense: Path, slim: Path, precision: Precision) -> tuple[bytes, bytes]:
-    """Return two FP32 files as a device runs them; a delivered file of the precision beside `slim` takes its place."""
+def in_precision_beside(
+    dense: Path, slim: Path, request: Request, runtime: str = TENSORRT
+) -> tuple[bytes, bytes]:
+    """Return two FP32 files as a runtime runs them; a delivered file of the precision beside `slim` takes its place."""
     from compressor.latency.remote_bundle import in_precision
     from export.convert.onnx_header import parse_header
 
     def converted(path: Path) -> bytes:
         content = path.read_bytes()
         header = parse_header(content, str(path))
-        return in_precision(content, precision, header.shapes[header.inputs[0]][1:])
+        return in_precision(content, request.precision, header.shapes[header.inputs[0]][1:], runtime)
 
-    delivered = slim if precision == "fp32" else slim.with_name(f"{slim.stem}.{precision}.onnx")
+    kind = request.delivered or request.precision
+    delivered = slim if kind == "fp32" else slim.with_name(f"{slim.stem}.{kind}.onnx")
     return converted(dense), delivered.read_bytes() if delivered.is_file() else converted(slim)
 
 

@@ -25,7 +25,9 @@ from compressor.latency.networks import WEIGHTED, TaggedNetwork
 from compressor.latency.operators import Widths
 from compressor.latency.sampling import LEVELS, anchor_widths, grid_widths, random_widths
 from compressor.latency.schema import Precision
+from export.convert.calibrated import TENSORRT
 from export.convert.half import convert_half
+from export.convert.onnx_header import parse_header
 from export.convert.quantize import quantize_onnx
 from export.convert.trees import tensors_in
 from export.device.bundle import TARGETS, BundleInfo, Target, write_bundle
@@ -173,8 +175,10 @@ def require_empty(folder: Path) -> None:
         raise CompressorError(f"{folder} exists already.", "Choose another --bundle DIR, or delete it.")
 
 
-def in_precision(content: bytes, precision: Precision, shape: tuple[int, ...]) -> bytes:
-    """Convert an FP32 ONNX file to the precision to be timed; INT8 ranges come from random inputs."""
+def in_precision(
+    content: bytes, precision: Precision, shape: tuple[int, ...], runtime: str = TENSORRT
+) -> bytes:
+    """Convert an FP32 ONNX file to the precision to be timed on a runtime; INT8 ranges come from random inputs."""
     if precision == "fp32":
         return content
     with tempfile.TemporaryDirectory(prefix="compressor-bundle-") as folder:
@@ -183,8 +187,10 @@ def in_precision(content: bytes, precision: Precision, shape: tuple[int, ...]) -
         if precision == "fp16":
             convert_half(source, goal)
         else:
-            noise = np.random.default_rng(0).standard_normal((_CALIBRATION, *shape)).astype(np.float32)
-            quantize_onnx(source, goal, noise)
+            header = parse_header(content, "the network")
+            count = max(_CALIBRATION, header.shapes[header.inputs[0]][0])  # at least a batch
+            noise = np.random.default_rng(0).standard_normal((count, *shape)).astype(np.float32)
+            quantize_onnx(source, goal, noise, runtime=runtime)
         return goal.read_bytes()
 
 

@@ -355,5 +355,8 @@ class Export(Part):
 
     opset: Annotated[int, Field(ge=13, le=20)] = Field(17, description="ONNX operator set.")
     tolerance: float = Field(1e-4, gt=0, description="Largest difference allowed between ONNX and torch.")
-    max_drop: float = Field(1.0, ge=0, lt=100, description="Percentage points that fp16 or int8 may lose.")
+    max_drop: float = Field(1.0, ge=0, lt=100, description="Percentage points that fp16, int8 or mixed may lose.")
+    precisions: tuple[Literal["fp16", "int8", "mixed"], ...] = Field(
+        (), description="Further precisions in which the network is written, as by compress export --precision."
+    )
     engine: bool = Field(True, description="Whether to build an engine if a builder is installed.")

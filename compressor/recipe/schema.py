@@ -74,9 +74,9 @@ class Recipe(Part):
         "training, or 224.",
     )
     device: str = Field("local", description="local, the name of a latency table, or ssh://user@host.")
-    precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
+    precision: Literal["auto", "fp32", "fp16", "int8", "mixed"] = Field(
         "auto", description="Precision on the device; auto is fp16, or the device's first precision if it "
-        "does not run fp16, as on a CPU."
+        "does not run fp16, as on a CPU. mixed, on this machine's CPU, is fp32 or int8 for each layer, as measured."
     )
     threads: Positive = Field(
         1, description="Threads inside one operator where the device is this machine's CPU (ONNX Runtime's intra-op)."

@@ -175,6 +175,8 @@ def context(run: Collected) -> dict[str, Any]:
         "parity": explain.parity(manifest),
         "checks": explain.checks(manifest),
         "engines": records.engines(manifest),
+        "exports": records.exports(manifest),
+        "mixed": records.mixed(manifest),
         "engine_note": manifest.engine_note or "",
         "stages": records.stages(manifest),
         "facts": records.facts(manifest),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from compressor.core.manifest import Candidate, Layer, Manifest, Measurement
+from compressor.core.manifest import Candidate, Layer, Manifest, Measurement, PrecisionPlan
 from compressor.report import plots
 from compressor.report.formats import (
     ABSENT,
@@ -18,6 +18,7 @@ from compressor.report.formats import (
     milliseconds,
     percent,
     ratio,
+    score,
     significant,
     size,
 )
@@ -36,7 +37,7 @@ def rounds(manifest: Manifest) -> list[dict[str, Any]]:
     return [
         {
             "round": f"Round {place}",
-            "share": _share(row),
+            "share": share(row),
             "predicted": milliseconds(row.predicted_ms),
             "measured": milliseconds(row.measured_ms),
             "target": milliseconds(row.target_ms),
@@ -47,8 +48,8 @@ def rounds(manifest: Manifest) -> list[dict[str, Any]]:
     ]
 
 
-def _share(row: Measurement) -> str:
-    """Format the slim network's time over the dense one's with its 95 % interval, if both were timed in turns."""
+def share(row: Measurement | PrecisionPlan) -> str:
+    """Format a network's time over another's with its 95 % interval, if both were timed in turns."""
     low, high = row.interval
     if low is None or high is None:
         return percent(row.ratio)
@@ -272,6 +273,55 @@ def engines(manifest: Manifest) -> list[dict[str, str]]:
             "bytes": size(row.bytes),
         }
         for row in manifest.engines
+    ]
+
+
+def exports(manifest: Manifest) -> list[dict[str, str]]:
+    """Return the files that were exported beside the run's own."""
+    metric = manifest.accuracy.by
+    return [
+        {
+            "file": row.file or key,
+            "accuracy": score(row.accuracy, metric),
+            "agreement": percent(row.parity.top1_agreement) if row.parity is not None else ABSENT,
+            "floats": str(len(row.kept_float) or len(row.kept_fp32) or ABSENT),
+            "bytes": size(row.bytes),
+        }
+        for key, row in manifest.exports.items()
+    ]
+
+
+def mixed(manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the files of mixed precision: the plans that were measured, and the precision of each layer."""
+    metric = manifest.accuracy.by
+    return [
+        {
+            "file": row.file or key,
+            "rule": row.rule,
+            "plans": [
+                {
+                    "int8": str(plan.int8),
+                    "predicted": percent(plan.predicted_ratio),
+                    "share": share(plan),
+                    "noise": percent(plan.noise, 2),
+                    "score": score(plan.score, metric),
+                    "chosen": plan.chosen,
+                }
+                for plan in row.plans
+            ],
+            "layers": [
+                {
+                    "name": layer.name or "unnamed",
+                    "precision": layer.precision or ABSENT,
+                    "noise": percent(layer.noise, 3),
+                    "fp32": milliseconds(layer.fp32_ms),
+                    "int8": milliseconds(layer.int8_ms),
+                }
+                for layer in row.layers
+            ],
+        }
+        for key, row in manifest.exports.items()
+        if row.plans
     ]
 
 

@@ -23,7 +23,7 @@ from compressor.latency.networks import with_distinct_weights
 from compressor.latency.paired import Ratio
 from compressor.run.deployable import LABELS, PREPROCESS
 from compressor.run.device import device_precision
-from compressor.run.exports import PRECISIONS, Finished, Request, check
+from compressor.run.exports import Finished, Request, check
 from compressor.run.finish import exit_code, not_measured, write_page
 from compressor.run.folder import RunFolder
 from compressor.run.job import latency_budget
@@ -76,7 +76,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
             )
         networks: list[Path] = []
         dense: dict[str, Path] = {}
-        for precision in PRECISIONS:
+        for precision in ("fp32", "fp16", "int8"):
             if precision == "int8" and not board.int8:
                 yield f"The {board.title} has no INT8 units: the int8 network is left out."
                 continue
@@ -121,7 +121,7 @@ def _slim(finished: Finished, request: Request, must: bool) -> Generator[str, No
         must: Whether an INT8 file with another precision of the rest than was asked for is replaced.
     """
     path = finished.path_of(request)
-    if not path.exists() or (must and request.rest and _rest_of(path) != request.rest):
+    if not _for_boards(path) or (must and request.rest and _rest_of(path) != request.rest):
         yield from finished.onnx(request)
     elif request.precision == "int8" and _rest_of(path) != (request.rest or "fp16"):
         yield (
@@ -298,6 +298,13 @@ def _measured(found: DeviceResults, precision: str, *, dense: bool) -> NetworkRe
 def _by_turns(network: NetworkResult, share: float) -> list[float]:
     """Return a quantile of the runs of each turn in milliseconds."""
     return [float(np.quantile(turn.times_ms, share)) for turn in network.turns]
+
+
+def _for_boards(path: Path) -> bool:
+    """Whether there is such a file, and not in the form of another runtime than TensorRT."""
+    from export.convert.onnx_header import read_header
+
+    return path.exists() and "runtime" not in read_header(path).metadata
 
 
 def _rest_of(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from compressor.core.errors import CompressorError
 from compressor.latency.provider import Request, TableProvider
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def request_of(recipe: Recipe, profile_limit_s: float | None = None, *, renew: b
     return Request(
         model=recipe.model,
         precision=device_precision(recipe),
+        delivered="mixed" if recipe.precision == "mixed" else "",
         opset=recipe.export.opset,
         threads=recipe.threads,
         batch=recipe.batch,
@@ -50,8 +52,32 @@ def latency_table(
 
 
 def device_precision(recipe: Recipe) -> Precision:
-    """Return the precision in which a resolved recipe's networks are timed on its device."""
+    """Return the precision in which a resolved recipe's networks are timed on its device.
+
+    Mixed precision is chosen for the finished network; until then its plans are priced and timed in INT8.
+    """
+    if recipe.precision == "mixed":
+        return "int8"
     return "fp32" if recipe.precision == "auto" else recipe.precision
+
+
+def check_precision(recipe: Recipe) -> None:
+    """Refuse a device that does not run networks in the recipe's precision, before anything is loaded.
+
+    Raises:
+        CompressorError: The device is unknown or cannot be used so.
+    """
+    provider = provider_of(recipe)
+    provider.check(recipe.precision)
+    if "mixed" in (recipe.precision, *recipe.export.precisions) and "mixed" not in provider.precisions:
+        raise CompressorError(
+            f"Mixed precision is chosen by times that are measured on this machine's CPU, not for {provider.title}.",
+            "Use int8, which keeps sensitive layers in floats.",
+        )
+    if recipe.budgets.energy is not None and provider.is_here and device_precision(recipe) != "fp32":
+        raise CompressorError(
+            f"An energy budget counts FP32 networks, and this run is for {recipe.precision}.", "Use --precision fp32."
+        )
 
 
 def opset_of(recipe: Recipe, target: str | None = None) -> int:

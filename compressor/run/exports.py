@@ -17,7 +17,8 @@ from compressor.core.records import RECIPE
 from compressor.models.names import allowed_factory
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.boxes import check_detection, write_boxes
-from compressor.run.device import opset_of, provider_of
+from compressor.run.device import opset_of, provider_of, request_of
+from compressor.run.finish import write_page
 from compressor.run.folder import RunFolder
 from compressor.run.load import load_images, missing_data, network_of, refuse_python, task_of
 from compressor.run.onnx_files import (
@@ -33,6 +34,7 @@ from compressor.run.onnx_files import (
 )
 from compressor.training.feeds import random_inputs
 from export.convert.batches import Batch
+from export.convert.calibrated import ONNXRUNTIME, TENSORRT
 from export.device.bundle import find_target
 from export.device.here import CPU
 from export.engine.engine import BuildSettings
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from compressor.training.task import Task
     from export.convert.onnx_header import OnnxHeader
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8", "mixed")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Request:
         opset: Opset of the ONNX file; None for the target's or the recipe's.
         max_drop: Accuracy that FP16 or INT8 may lose, in percentage points.
         method: How INT8 ranges are calibrated.
-        rest: Precision of the layers that INT8 leaves out; None for the device's usual one.
+        rest: Precision of the layers that INT8 leaves out, in a file for TensorRT; None for the device's usual form.
         out: Where to put a copy of the file.
         factory: Function that builds the network if it is the user's own code: `package.module:factory`.
         module, compute_capability, settings: Options of the engine builder.
@@ -184,6 +186,13 @@ class Finished:
         if request.precision != "fp32":
             provider = provider_of(self.recipe)
             runtime = "" if request.target else self.run.manifest.latency.runtime or provider.runtime
+            here = runtime.startswith(CPU)
+            if request.precision == "mixed" and not (here and provider.is_here):
+                raise CompressorError(
+                    f"Mixed precision is chosen by times that are measured on this machine's CPU, and this run is for "
+                    f"{provider.title}.",
+                    "Use --precision int8, which keeps sensitive layers in floats.",
+                )
             yield from write_precision(
                 self.run,
                 self.task,
@@ -192,7 +201,11 @@ class Finished:
                 request.max_drop,
                 goals=self.goals,
                 method=request.method,
-                rest=request.rest or ("fp32" if runtime.startswith(CPU) else "fp16"),
+                rest=request.rest or ("fp32" if here else "fp16"),
+                runtime=ONNXRUNTIME
+                if here and request.rest is None and request.format == "onnx"
+                else TENSORRT,
+                timed=request_of(self.recipe),
                 source=None if fp32 == self.run.file(MODEL) else fp32,
                 path=self.path_of(request),
                 engine=request.format == "onnx"
@@ -296,6 +309,12 @@ def check(request: Request) -> None:
         board = find_target(request.target)
         if request.precision == "int8" and not board.int8:
             raise CompressorError(f"The {board.title} has no INT8 units.", "Use --precision fp16.")
+    if request.precision == "mixed" and (
+        request.target is not None or request.format == "engine" or request.rest is not None
+    ):
+        raise CompressorError(
+            "--precision mixed writes an ONNX file for this machine's CPU.", "Leave out --target, --rest and --format."
+        )
     default, taken = Request(), (*_COMMON, *FORMATS[request.format].takes)
     for name in (each.name for each in fields(Request) if each.name not in taken):
         if getattr(request, name) != getattr(default, name):
@@ -307,6 +326,8 @@ def check(request: Request) -> None:
 
 def _onnx(finished: Finished, request: Request) -> Generator[str, None, Path]:
     yield from finished.onnx(request)
+    if request.precision == "mixed":  # why each layer has its precision is on the page
+        yield f"Wrote {write_page(finished.run)}"
     return finished.path_of(request)
 
 

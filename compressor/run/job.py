@@ -20,7 +20,14 @@ from compressor.core.files import replacing
 from compressor.core.metrics import ACCURACY
 from compressor.latency.assemble import with_batch
 from compressor.latency.networks import with_distinct_weights
-from compressor.run.device import latency_table, opset_of, provider_of, request_of
+from compressor.run.device import (
+    check_precision,
+    device_precision,
+    latency_table,
+    opset_of,
+    provider_of,
+    request_of,
+)
 from compressor.run.load import Loader, load
 from compressor.run.together import check_batch
 from export.convert.trees import tensors_in
@@ -159,7 +166,7 @@ class Job:
         load_plugins()
         specs = budget_specs(recipe)
         notes: list[str] = []
-        provider_of(recipe).check(recipe.precision)
+        check_precision(recipe)
         provider_of(recipe).check_load(request_of(recipe))
         check_workers(recipe.search.workers, recipe.search.brief_iterations)
         _check_epochs(recipe)
@@ -259,7 +266,7 @@ class Job:
         from compressor.budgets.limits import reachable, resolve
 
         budgets = resolve(
-            budget_specs(self.recipe), self.space, table or self.table, self.callers, self.recipe.precision
+            budget_specs(self.recipe), self.space, table or self.table, self.callers, device_precision(self.recipe)
         )
         reachable(budgets, self.space)
         return budgets
@@ -306,7 +313,7 @@ def _check_inputs(recipe: Recipe, task: Task) -> None:
         return
     provider = provider_of(recipe)
     for what, wanted in (
-        ("INT8", recipe.precision == "int8"),
+        ("INT8", {"int8", "mixed"} & {recipe.precision, *recipe.export.precisions}),
         ("A device over a network", provider.measures and not provider.is_here),
         ("An energy budget", recipe.budgets.energy is not None),
     ):
@@ -374,7 +381,7 @@ def trace(recipe: Recipe, model: nn.Module, example: tuple[Any, ...]) -> Pruning
 
     space = traced(1 if isinstance(pruning.granularity, str) else pruning.granularity)
     if pruning.granularity == "auto":
-        space = traced(provider_of(recipe).steps(space.groups, recipe.precision))
+        space = traced(provider_of(recipe).steps(space.groups, device_precision(recipe)))
     if not space.groups:
         reasons = "; ".join(f"{part.name}: {part.reason}" for part in space.skipped[:5])
         raise CompressorError(

@@ -16,15 +16,17 @@ from compressor.core.files import cache_folder, replacing, sha256_file
 from compressor.core.manifest import Checks, Cost, Engine, Export, Layer, NetworkCost, OtherMacs, Parity
 from compressor.core.progress import bar, say
 from compressor.latency.operators import channels
-from compressor.run.device import opset_of, provider_of
+from compressor.run.device import opset_of, provider_of, request_of
 from compressor.run.folder import RunFolder
 from compressor.training.feeds import inputs_in, joined, random_inputs
+from export.convert.calibrated import ONNXRUNTIME, TENSORRT
 from export.convert.trees import tensors_in
+from export.device.here import CPU
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from compressor.latency.provider import TableProvider
+    from compressor.latency.provider import Request, TableProvider
     from compressor.pruning.plan import ChannelPlan
     from compressor.recipe import Recipe
     from compressor.run.job import Job
@@ -112,16 +114,21 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
     else:
         manifest.engine_note = engine_elsewhere(provider)
     run.save()
-    if recipe.precision != "fp32":  # on this machine's CPU it always is
+    on_cpu = provider.is_here and provider.runtime == CPU
+    for precision in dict.fromkeys([recipe.precision, *recipe.export.precisions]):
+        if precision == "fp32":
+            continue
         for line in write_precision(
             run,
             job.task,
             slim,
-            recipe.precision,
+            precision,
             recipe.export.max_drop,
             goals=job.goals,
-            rest="fp16",
+            rest="fp32" if on_cpu else "fp16",
+            runtime=ONNXRUNTIME if on_cpu else TENSORRT,
             engine=provider.is_here,
+            timed=request_of(recipe),
         ):
             say(line)
 
@@ -276,27 +283,32 @@ def write_precision(
     goals: Any = None,
     method: str = "minmax",
     rest: str,
+    runtime: str = TENSORRT,
     source: Path | None = None,
     path: Path | None = None,
     engine: bool = True,
+    timed: Request | None = None,
 ) -> Iterator[str]:
     """Write the run's network in another precision, check it on the test split, and build its engine.
 
     INT8 keeps the most sensitive layers in floating point until the accuracy on the search split is within the allowed
-    drop. The test split selects nothing: a file that loses more there is rejected.
+    drop; mixed precision chooses by measured times as well (`run.mixed`). The test split selects nothing: a file that
+    loses more there is rejected.
 
     Args:
         run: Run whose FP32 file is exported.
         task: Task of the run.
         network: Network that the FP32 file was exported from.
-        precision: "fp16" or "int8".
+        precision: "fp16", "int8" or "mixed".
         max_drop_points: Percentage points of accuracy that the file may lose; of other scores, per cent of their value.
         goals: What the test score compares with; see `Task.test_goals`.
         method: How INT8 ranges are calibrated: "minmax", "entropy" or "percentile".
         rest: Precision of the layers that INT8 leaves out: "fp32" or "fp16".
+        runtime: What an INT8 file is for; see `export.convert.calibrated.FORMS`.
         source: FP32 file; None for the run's.
         path: Path of the new file; None for `model.PRECISION.onnx`.
-        engine: Whether to build its engine.
+        engine: Whether to build its engine; a file for ONNX Runtime gets none.
+        timed: Conditions of the run's latency, for which mixed precision is chosen.
 
     Yields:
         Lines for the user.
@@ -304,11 +316,12 @@ def write_precision(
     Raises:
         CompressorError, ExportError: The precision is unknown, or the drop is larger than allowed; nothing is written.
     """
-    if precision not in ("fp16", "int8"):
+    if precision not in ("fp16", "int8", "mixed"):
         raise CompressorError(
             f"--precision {precision} is not exported.",
-            "Choose fp16 or int8; the run has model.onnx in fp32.",
+            "Choose fp16, int8 or mixed; the run has model.onnx in fp32.",
         )
+    runtime = ONNXRUNTIME if precision == "mixed" else runtime
     given, goal = source or run.file(MODEL), path or run.file(f"model.{precision}.onnx")
     exact = run.manifest.accuracy.exported
     if source or exact is None:
@@ -317,8 +330,10 @@ def write_precision(
         seed = int(run.manifest.seed or 0)
         if precision == "fp16":
             facts = _half(given, trial, task, network, seed)
+        elif precision == "mixed":
+            facts = _mixed(given, trial, task, network, seed, max_drop_points, method, timed)
         else:
-            facts = _int8(given, trial, task, network, seed, max_drop_points, method, rest)
+            facts = _int8(given, trial, task, network, seed, max_drop_points, method, rest, runtime)
         facts["accuracy"], facts["images"] = scored(trial, task, network, goals)
         problem = _lost(task, facts, exact, max_drop_points)
         if problem := problem or _differs(given, trial, task, network, seed, precision, facts):
@@ -332,7 +347,7 @@ def write_precision(
         yield f"{metric.title}{of}: {metric.text(facts['accuracy'])} (FP32 {metric.text(exact)})."
     entry = Export(file=goal.name, bytes=goal.stat().st_size, **facts)
     built: list[Engine] = []
-    if engine:
+    if engine and (precision == "fp16" or runtime == TENSORRT):
         built, note = build_engine_of(run, goal)
         yield note
     record(run, entry, built)
@@ -378,6 +393,7 @@ def _int8(
     max_drop_points: float,
     method: str,
     rest: str,
+    runtime: str,
 ) -> dict[str, Any]:
     from export.convert.quantize import quantize_within
 
@@ -390,6 +406,7 @@ def _int8(
         max_drop=max_drop_points / 100,
         method=method,
         rest=rest,
+        runtime=runtime,
     )
     kept, counts = list(within.quant.kept), task.spread(CALIBRATION_IMAGES, seed)
     spread = f", {min(counts.values())} to {max(counts.values())} of each class" if counts else ""
@@ -399,8 +416,43 @@ def _int8(
         "calibration_images": len(calibration),
         "calibration_classes": counts,
         "rest": rest,
+        "runtime": runtime,
         "words": f"{len(within.quant.quantised)} nodes in INT8, {len(kept)} kept in floats, calibrated on "
         f"{len(calibration)} training images{spread}",
+    }
+
+
+def _mixed(
+    given: Path,
+    trial: Path,
+    task: Task,
+    network: nn.Module,
+    seed: int,
+    max_drop_points: float,
+    method: str,
+    timed: Request | None,
+) -> dict[str, Any]:
+    from compressor.run.mixed import write_mixed
+
+    calibration = one_array(drawn(task, task.calibration, CALIBRATION_IMAGES, seed), "INT8")
+    judge = task.file_judge(JUDGING_IMAGES, seed, network)
+    made = write_mixed(
+        given, trial, calibration, judge, max_drop=max_drop_points / 100, method=method, request=timed
+    )
+    kept = [layer.name for layer in made.layers if layer.precision == "fp32"]
+    plan = made.chosen
+    return {
+        "kept_float": kept,
+        "calibration": method,
+        "calibration_images": made.images,
+        "rest": "fp32",
+        "runtime": ONNXRUNTIME,
+        "rule": made.rule,
+        "plans": list(made.plans),
+        "layers": list(made.layers),
+        "words": f"{plan.int8} nodes in INT8, {len(kept)} in FP32; measured in turns, it takes {plan.ratio:.3f} of the "
+        f"FP32 network's time, and all in INT8 {max(made.plans, key=lambda each: each.int8).ratio:.3f}; of "
+        f"{len(made.plans)} plans it is {made.rule}",
     }
 
 

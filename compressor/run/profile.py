@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.core.conditions import UNLOADED
 from compressor.core.errors import CompressorError
 from compressor.recipe import Recipe
-from compressor.run.device import device_precision, provider_of, request_of, resolved
+from compressor.run.device import check_precision, device_precision, provider_of, request_of, resolved
 
 if TYPE_CHECKING:
     from compressor.latency.table import LatencyTable
@@ -38,7 +38,7 @@ def measure_table(recipe: Recipe, time_limit: str | None = None) -> Iterator[str
     seconds = None if time_limit is None else duration_s(time_limit)
     recipe = _for_latency(recipe)
     provider = provider_of(recipe)
-    provider.check(recipe.precision)
+    check_precision(recipe)
     provider.check_load(request_of(recipe))
     if not provider.measures:
         raise CompressorError(

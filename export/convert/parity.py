@@ -21,13 +21,13 @@ from export.files import read_bytes
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1.0}
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1.0, "mixed": 1.0}
 """Maximum difference for each precision, for outputs of up to 1; scaled with larger outputs."""
 
 DEVICE_TOLERANCES = {**TOLERANCES, "fp32": 1e-2}
 """The same on a GPU, where FP32 layers use TF32 with a mantissa of 10 bits by default."""
 
-AGREEMENTS = {"fp32": 0.999, "fp16": 0.99, "int8": 0.90}
+AGREEMENTS = {"fp32": 0.999, "fp16": 0.99, "int8": 0.90, "mixed": 0.90}
 """Minimum top-1 agreement for each precision."""
 
 

@@ -195,7 +195,7 @@ def test_a_network_that_no_builder_takes_still_ends_its_run(
 
 
 def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path) -> None:
-    export(run, "--precision", "int8", "--max-drop", 3)
+    export(run, "--precision", "int8", "--rest", "fp32", "--max-drop", 3)
     words = export(
         run, "--target", "jetson-nano", "--precision", "fp16", "--bundle", tmp_path / "nano.tar.gz"
     )
@@ -227,6 +227,17 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
     )
     message = refused(other, *ours, "--target", "ssh://nowhere.invalid")  # before anything is sent
     assert "belongs to the run 'run', not to 'other'" in message
+
+
+def test_int8_has_the_form_of_the_runtime_that_it_is_for(run: Path, tmp_path: Path) -> None:
+    export(run, "--precision", "int8", "--max-drop", 3)
+    assert read_header(run / "model.int8.onnx").metadata["runtime"] == "onnxruntime"  # the run's: this CPU
+    assert exports_of(run)["int8"]["runtime"] == "onnxruntime"
+    export(run, "--target", "jetson-orin-nano-8gb", "--max-drop", 3, "--bundle", tmp_path / "orin.tar.gz")
+    (tmp_path / "int8.onnx").write_bytes(unpack(tmp_path / "orin.tar.gz")["models/model.int8.onnx"])
+    facts = read_header(tmp_path / "int8.onnx").metadata
+    assert "runtime" not in facts  # written again, for TensorRT
+    assert facts["rest"] == "fp16"
 
 
 def test_a_network_that_failed_on_the_board_is_no_success(

@@ -8,15 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
 
-from export.convert.half import convert_half, int8_region, value_types
+from export.convert.calibrated import (
+    METHODS,
+    ONNXRUNTIME,
+    TENSORRT,
+    Calibrated,
+    enclosed,
+    following,
+    quantisable,
+)
+from export.convert.half import convert_half, int8_region, open_fp32, value_types
 from export.convert.onnx_header import read_header
 from export.convert.ort import accuracy_onnx, onnx_outputs
 from export.convert.parity import compare_outputs
-from export.convert.quantize import METHODS, quantisable, quantize_onnx, quantize_within, sensitivities
+from export.convert.quantize import held_out, noise, quantize_onnx, quantize_within, sensitivities
 from export.convert.to_onnx import export_onnx
 from export.engine.engine import build_engine
 from export.engine.trt import RTX
@@ -163,6 +173,60 @@ def test_builds_with_tensorrt_rtx(tmp_path: Path, net: Path) -> None:
     assert built.precision == "int8"
 
 
+def test_onnx_runtime_computes_its_own_form_in_int8(tmp_path: Path, net: Path) -> None:
+    info = quantize_onnx(net, tmp_path / "int8.onnx", IMAGES, runtime=ONNXRUNTIME)
+    assert read_header(info.path).metadata["runtime"] == ONNXRUNTIME
+    exact = onnx_outputs(net, IMAGES)
+    assert 0 < noise(exact, onnx_outputs(info.path, IMAGES)) < 0.05
+    kinds = kernels_of(info.path)
+    assert [kinds.count(kind) for kind in ("QLinearConv", "QLinearAdd", "QGemm")] == [3, 1, 1]
+    assert not {"Conv", "FusedConv", "Add", "Gemm", "Relu", "Clip"} & set(kinds)  # ranges cut like activations
+    quantize_onnx(net, tmp_path / "other.onnx", IMAGES)
+    assert "runtime" not in read_header(tmp_path / "other.onnx").metadata
+    with pytest.raises(ExportError, match="compute in fp32 where INT8 is for"):
+        quantize_onnx(net, tmp_path / "q.onnx", IMAGES, runtime=ONNXRUNTIME, rest="fp16")
+    with pytest.raises(ExportError, match="not for 'snpe'"):
+        quantize_onnx(net, tmp_path / "q.onnx", IMAGES, runtime="snpe")
+
+
+def test_what_follows_a_node_in_int8(net: Path) -> None:
+    proto = onnx.load(net)
+    kinds = {node.name: node.op_type for node in proto.graph.node}
+    assert [kinds[name] for name in following(proto, ["/body/body.0/Conv"], ("Clip", "Relu"))] == ["Clip"]
+    after = following(proto, ["/Add"], ("Clip", "Relu", "ReduceMean"))
+    assert [kinds[name] for name in after] == ["Relu", "ReduceMean"]
+    assert following(proto, ["/branch/Conv"], ("Clip", "Relu", "Add")) == []  # a sum has two activations
+
+
+def test_what_stands_between_pairs_is_in_int8(tmp_path: Path, net: Path) -> None:
+    proto = onnx.load(net)
+    others = ["/body/body.0/Conv", "/branch/Conv"]
+    assert enclosed(proto, others, ONNXRUNTIME) == ["/body/body.0/Conv", "/depthwise/Conv", "/branch/Conv"]
+    assert enclosed(proto, others, TENSORRT) == others
+    assert enclosed(proto, ["/branch/Conv", "/head/Gemm"], ONNXRUNTIME) == ["/branch/Conv", "/head/Gemm"]
+    info = quantize_onnx(net, tmp_path / "int8.onnx", IMAGES, only=others, runtime=ONNXRUNTIME)
+    assert info.kept == ("/Add", "/head/Gemm")
+    assert kernels_of(info.path).count("QLinearConv") == 3  # of ONNX Runtime: all that the record says, and no other
+    info = quantize_onnx(net, tmp_path / "int8.onnx", IMAGES, only=["/branch/Conv"], runtime=ONNXRUNTIME)
+    assert kernels_of(info.path).count("QLinearConv") == 1
+
+
+def kernels_of(path: Path) -> list[str]:
+    """Operators that ONNX Runtime runs for a file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".run"))
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(path.with_suffix(".run")).graph.node]
+
+
+def test_noise_is_a_share_of_the_variance() -> None:
+    exact = np.array([[0.0], [2.0]])  # variance 1
+    assert noise([exact], [exact + 0.1]) == pytest.approx(0.01)
+    assert noise([exact, exact], [exact + 0.1, exact]) == pytest.approx(0.005)
+    assert noise([exact[:1] + 2], [exact[:1] + 1]) == pytest.approx(0.25)  # one input: of the square
+
+
 def labels(path: Path) -> np.ndarray:
     return onnx_outputs(path, IMAGES)[0].argmax(axis=1)
 
@@ -194,9 +258,13 @@ def spoil(net: Path) -> None:
 
 def test_sensitive_nodes_are_found_and_kept(tmp_path: Path, net: Path) -> None:
     spoil(net)
-    ranked = sensitivities(net, IMAGES)
-    assert ranked[0][0] == "/branch/Conv"  # its input has the spoilt range
-    assert sorted(name for name, _ in ranked) == sorted(ALL)
+    proto, header = open_fp32(net)
+    fitted, judged = held_out(IMAGES)
+    assert (len(fitted), len(judged)) == (24, 8)
+    calibrated = Calibrated(proto, header.inputs[0], fitted, "minmax")
+    found = dict(zip(ALL, sensitivities(calibrated, [[name] for name in ALL], judged), strict=True))
+    assert max(found, key=lambda name: found[name]) == "/branch/Conv"  # its input has the spoilt range
+    assert min(found.values()) > 0
     exact = onnx_outputs(net, IMAGES)[0]
 
     def score(path: Path) -> float:

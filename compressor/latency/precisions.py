@@ -1,0 +1,129 @@
+"""What each part of a network takes in FP32 and in INT8 on this machine's CPU, and what the conversions between take.
+
+Parts are timed inside networks under ONNX Runtime's profiler, which run in turns: the FP32 network, the one with all
+parts in INT8, and one with every other part in INT8, where most values are converted.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.latency.backends.cpu import profiled_runs, tag_of
+from compressor.latency.networks import tag
+from export.convert.mixed import Prices
+
+if TYPE_CHECKING:
+    from compressor.latency.machine import Floats
+    from export.convert.calibrated import Calibrated
+    from export.convert.mixed import Parts
+
+ROUNDS = 4
+RUNS = 12
+"""Profiled runs of each network in each of the rounds."""
+
+FAST = 0.25
+"""Quantile of a kernel's runs that counts: other load only lengthens them."""
+
+TO_INT8 = ("QuantizeLinear", "ReorderOutput")
+TO_FLOAT = ("DequantizeLinear", "ReorderInput")
+"""Kernels of a conversion; the second ones leave and enter the blocked layout of FP32 convolutions."""
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel: the node of the file that it computes, its operator, its milliseconds and its output's elements."""
+
+    node: str
+    op: str
+    ms: float
+    elements: int
+
+
+def part_prices(calibrated: Calibrated, parts: Parts, noise: Sequence[float], *, threads: int = 1) -> Prices:
+    """Time the parts of a network in both precisions, and the conversions of the values that pass between them.
+
+    Args:
+        calibrated: The network.
+        parts: Its parts.
+        noise: What each part in INT8 adds to the outputs.
+        threads: Threads of ONNX Runtime.
+    """
+    whole = [name for part in parts.parts for name in part.nodes]
+    alternating = [name for part in parts.parts[::2] for name in part.nodes]
+    protos = [calibrated.proto, calibrated.quantise(whole), calibrated.quantise(alternating)]
+    floats, int8, mixed = kernel_times(protos, threads)
+    enter, leave = (_conversion(mixed, kinds) for kinds in (TO_INT8, TO_FLOAT))
+    sizes = np.asarray([crossing.elements for crossing in parts.crossings], dtype=np.float64)
+    return Prices(
+        float_ms=_by_part(floats, parts),
+        int8_ms=_by_part(int8, parts),
+        to_int8_ms=(enter[0] + enter[1] * sizes).tolist(),
+        to_float_ms=(leave[0] + leave[1] * sizes).tolist(),
+        noise=tuple(noise),
+    )
+
+
+def kernel_times(protos: Sequence[Any], threads: int) -> list[list[KernelTime]]:
+    """Profile networks in turns; returns the kernels of each in execution order."""
+    tagged = []
+    with tempfile.TemporaryDirectory(prefix="compressor-parts-") as folder:
+        for proto in protos:
+            path = Path(folder) / "network.onnx"
+            path.write_bytes(proto.SerializeToString())
+            tagged.append(tag(path).model)
+    runs: list[list[list[dict[str, Any]]]] = [[] for _ in protos]
+    for _ in range(ROUNDS):
+        for place, model in enumerate(tagged):
+            runs[place] += profiled_runs(model, threads, RUNS)
+    return [_kernels(proto, each) for proto, each in zip(protos, runs, strict=True)]
+
+
+def _kernels(proto: Any, runs: Sequence[Sequence[dict[str, Any]]]) -> list[KernelTime]:
+    times = np.asarray([[float(kernel["dur"]) for kernel in run] for run in runs]) / 1e3
+    found = []
+    for kernel, ms in zip(runs[0], np.quantile(times, FAST, axis=0), strict=True):
+        index = tag_of(kernel)
+        shapes = [shape for each in kernel["args"].get("output_type_shape", []) for shape in each.values()]
+        found.append(
+            KernelTime(
+                node="" if index is None else proto.graph.node[index].name,
+                op=str(kernel["args"]["op_name"]),
+                ms=float(ms),
+                elements=int(np.prod(shapes[0])) if shapes else 0,
+            )
+        )
+    return found
+
+
+def _by_part(kernels: Sequence[KernelTime], parts: Parts) -> tuple[float, ...]:
+    """Sum the kernels of each part, without conversions."""
+    part_of = {name: index for index, part in enumerate(parts.parts) for name in (*part.nodes, *part.follow)}
+    total = [0.0] * len(parts.parts)
+    for kernel in kernels:
+        if kernel.node in part_of and kernel.op not in (*TO_INT8, *TO_FLOAT):
+            total[part_of[kernel.node]] += kernel.ms
+    return tuple(total)
+
+
+def _conversion(kernels: Sequence[KernelTime], kinds: tuple[str, str]) -> Floats:
+    """Return the milliseconds of a conversion: of each, and of each element.
+
+    Not every conversion changes the layout too, so that the time of the layouts is shared by all.
+    """
+    from scipy.optimize import nnls
+
+    first, second = ([kernel for kernel in kernels if kernel.op == kind] for kind in kinds)
+    if not first:
+        return np.zeros(2)
+    sizes = np.asarray([kernel.elements for kernel in first], dtype=np.float64)
+    terms = np.stack([np.ones(len(sizes)), sizes / max(sizes.max(), 1.0)], axis=1)
+    found, _ = nnls(terms, np.asarray([kernel.ms for kernel in first]))
+    scaled = found * [1.0, 1.0 / max(sizes.max(), 1.0)]
+    own = sum(kernel.ms for kernel in first)
+    return np.asarray(scaled * (1.0 + sum(kernel.ms for kernel in second) / max(own, 1e-9)))

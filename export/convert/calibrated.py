@@ -1,0 +1,297 @@
+"""A network with calibrated activation ranges, of which any nodes are quantised to INT8 with Q/DQ pairs.
+
+ONNX Runtime calibrates and inserts the pairs. Runtimes want them in different places (`FORMS`):
+
+- TensorRT 8.5 to 11: symmetric int8 with zero point 0, because nothing else is accepted. Pairs stand on the inputs of
+  convolutions, matrix products and residual sums only, and none on outputs, so that activation functions are fused.
+  Without pairs on the sums, INT8 can be slower than FP16. Biases are floats, because TensorRT refuses int32 biases
+  after a DQ, and scales FP32, because 8.6 misreads FP16 scales.
+- ONNX Runtime's CPU kernels: a kernel computes in INT8 only between pairs on all inputs and on the output. Activations
+  are uint8 with a zero point, so that the range of an output replaces the activation function after it, and poolings
+  and reshapes go on in INT8.
+
+Both store weights as floats followed by a pair, because TensorRT 8.x does not accept int8 weights, with one scale for
+each output channel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.convert.onnx_header import OnnxHeader
+from export.convert.ort import first_line, ort_errors
+from export.errors import ExportError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+PERCENTILE = 99.99
+TENSORRT, ONNXRUNTIME = "tensorrt", "onnxruntime"
+_CHUNK = 16  # batches at a time, which bounds the memory of the network's activations
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_BINS = 512  # histogram bins of "entropy": the time grows with their square
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "minmax": ("MinMax", {}),
+    "entropy": ("Entropy", {"num_bins": _BINS, "num_quantized_bins": 128}),
+    "percentile": ("Percentile", {"num_bins": 2048}),
+}
+"""Calibration methods: ONNX Runtime's name and its options."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Where a runtime wants Q/DQ pairs, and of which type.
+
+    Attributes:
+        symmetric: Whether activations are int8 with zero point 0; else uint8 with a zero point.
+        followers: Kinds of nodes that compute in INT8 if the node before them does.
+        options: Options of ONNX Runtime's quantiser.
+    """
+
+    symmetric: bool
+    followers: tuple[str, ...]
+    options: dict[str, Any]
+
+
+_KINDS = (*_WEIGHTED, "Add")
+_ACTIVATIONS = ("Relu", "Clip")
+_PRODUCTS = ("Gemm", "MatMul")  # ONNX Runtime's kernels for them write floats
+FORMS = {
+    TENSORRT: Form(
+        symmetric=True,
+        followers=(),
+        options={"QuantizeBias": False, "OpTypesToExcludeOutputQuantization": list(_KINDS)},
+    ),
+    ONNXRUNTIME: Form(
+        symmetric=False,
+        followers=(
+            *_ACTIVATIONS, "MaxPool", "AveragePool", "GlobalAveragePool", "Flatten", "Reshape", "Slice", "Pad",
+        ),
+        options={"QuantizeBias": True, "OpTypesToExcludeOutputQuantization": list(_PRODUCTS)},
+    ),
+}  # fmt: skip
+"""Runtime -> form of its INT8 networks."""
+
+
+def quantisable(proto: Any) -> list[str]:
+    """Names of the nodes to quantise: those with weights, and sums of two activations, in order."""
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    names = []
+    for node in proto.graph.node:
+        weighted = node.op_type in _WEIGHTED and len(node.input) > 1 and node.input[1] in stored
+        residual = node.op_type == "Add" and not any(name in stored for name in node.input)
+        if weighted or residual:
+            names.append(node.name)
+    return names
+
+
+def check_calibration(calibration: Any, header: OnnxHeader) -> npt.NDArray[np.float32]:
+    """Check the calibration inputs and convert them to float32.
+
+    Raises:
+        ExportError: there are none, or they are constant, not finite or do not have the network's input shape.
+    """
+    import numpy as np
+
+    inputs = np.asarray(calibration, dtype=np.float32)
+    wanted = header.shapes[header.inputs[0]]
+    if len(header.inputs) != 1:
+        raise ExportError(f"A network with one input was expected, got {len(header.inputs)} inputs.")
+    if inputs.size == 0:
+        raise ExportError("INT8 needs real inputs for calibration, got none.")
+    fits = inputs.ndim == len(wanted) and all(
+        size in (-1, given) for size, given in zip(wanted[1:], inputs.shape[1:])
+    )
+    if not fits:
+        raise ExportError(
+            f"Calibration inputs have the shape {list(inputs.shape)}; the network takes {list(wanted)}.",
+            "Preprocess them as for the network: resized, normalised, channels first.",
+        )
+    if not np.isfinite(inputs).all():
+        raise ExportError("Some calibration inputs are not finite.")
+    if float(inputs.max()) == float(inputs.min()):
+        raise ExportError(
+            f"All calibration inputs are {float(inputs.max()):g}; they give no meaningful ranges.",
+            "Calibrate on real images.",
+        )
+    return inputs
+
+
+def following(proto: Any, nodes: Collection[str], kinds: Collection[str]) -> list[str]:
+    """Names of the nodes of these kinds whose only activation comes from `nodes`, or from another such node."""
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    made: set[str] = set()
+    found = []
+    for node in proto.graph.node:
+        values = [name for name in node.input if name and name not in stored]
+        follows = node.op_type in kinds and len(values) == 1 and values[0] in made
+        if follows:
+            found.append(node.name)
+        if follows or node.name in nodes:
+            made.update(node.output)
+    return found
+
+
+def enclosed(proto: Any, nodes: Collection[str], runtime: str) -> list[str]:
+    """Names of the nodes that compute in INT8 if these are quantised: they, and those that cannot stay in floats.
+
+    A value has a pair for all its users if its maker or one of its users is quantised. ONNX Runtime computes everything
+    in INT8 that stands between pairs, and rounds float weights there with one scale for a whole tensor. A node whose
+    values all have pairs is therefore quantised as well.
+    """
+    form, chosen = FORMS[runtime], set(nodes)
+    able = quantisable(proto)
+    if form.symmetric:
+        return [name for name in able if name in chosen]
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    by_name = {node.name: node for node in proto.graph.node}
+    users: dict[str, list[Any]] = {}
+    for node in proto.graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+
+    def result(node: Any) -> str:
+        """The value that a kernel writes: after the activation function, if there is one."""
+        after = users.get(node.output[0], [])
+        fused = len(after) == 1 and after[0].op_type in _ACTIVATIONS
+        return str(after[0].output[0] if fused else node.output[0])
+
+    while True:
+        paired: set[str] = set()
+        for name in (*chosen, *following(proto, chosen, form.followers)):
+            node = by_name[name]
+            paired.update(value for value in node.input if value not in stored)
+            if node.op_type not in _PRODUCTS:
+                paired.add(result(node))
+        more = {
+            name
+            for name in able
+            if name not in chosen
+            and result(by_name[name]) in paired
+            and all(value in paired for value in by_name[name].input if value not in stored)
+        }
+        if not more:
+            return [name for name in able if name in chosen]
+        chosen |= more
+
+
+class Calibrated:
+    """A network with calibrated activation ranges, of which any subset of nodes can be quantised.
+
+    `quantize_static` of ONNX Runtime gives the same nodes and weights for these settings, but calibrates for each call:
+    ranking the 29 nodes of a ResNet-18 would calibrate 29 times. It also has no setting for the bins of "entropy".
+
+    Args:
+        proto: The FP32 network.
+        name: Name of its input.
+        inputs: Checked calibration inputs (N, C, H, W).
+        method, percentile, runtime: As in `quantize_onnx`.
+
+    Raises:
+        ExportError: there are fewer inputs than the network's batch size, or ONNX Runtime cannot run the network.
+    """
+
+    def __init__(
+        self,
+        proto: Any,
+        name: str,
+        inputs: npt.NDArray[Any],
+        method: str,
+        percentile: float = PERCENTILE,
+        runtime: str = TENSORRT,
+    ) -> None:
+        import onnx
+        from onnxruntime.quantization import CalibrationMethod, create_calibrator
+
+        batch = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
+        if len(inputs) < batch:
+            raise ExportError(f"The network takes {batch} inputs at a time, got {len(inputs)} in all.")
+        self.proto, self.inputs, self.method, self.runtime = proto, inputs, method, runtime
+        self.form = FORMS[runtime]
+        self._kinds = [*_KINDS, *self.form.followers]
+        kind, options = METHODS[method]
+        if method == "percentile":
+            options = {**options, "percentile": percentile}
+        with tempfile.TemporaryDirectory(prefix="quantise.") as folder, _silenced():
+            given = Path(folder) / "given.onnx"
+            onnx.save(proto, given)
+            try:
+                calibrator = create_calibrator(
+                    given,
+                    self._kinds,
+                    augmented_model_path=str(Path(folder) / "augmented.onnx"),
+                    calibrate_method=CalibrationMethod[kind],
+                    extra_options={**options, "symmetric": self.form.symmetric},
+                )
+                for start in range(0, len(inputs) - batch + 1, batch * _CHUNK):
+                    calibrator.collect_data(_Reader(name, inputs[start : start + batch * _CHUNK], batch))
+                self.ranges = calibrator.compute_data()
+            except ort_errors() as error:
+                raise ExportError(f"ONNX Runtime cannot calibrate: {first_line(error)}.") from error
+
+    def quantise(self, nodes: Sequence[str], *, float_biases: bool = False) -> Any:
+        """Quantise these nodes, and those that go on in INT8 after them: a copy of the network with Q/DQ pairs.
+
+        Args:
+            nodes: Their names.
+            float_biases: Whether biases stay floats, whatever the runtime wants.
+        """
+        import onnx
+        from onnxruntime.quantization import QDQQuantizer, QuantType
+
+        copied = onnx.shape_inference.infer_shapes(self.proto)
+        form = self.form
+        quantiser = QDQQuantizer(
+            copied,
+            True,  # per channel
+            False,  # the full range of int8
+            QuantType.QInt8,
+            QuantType.QInt8 if form.symmetric else QuantType.QUInt8,
+            self.ranges,
+            [*nodes, *following(self.proto, set(nodes), form.followers)],
+            [],
+            self._kinds,
+            {
+                "ActivationSymmetric": form.symmetric,
+                "WeightSymmetric": True,
+                "AddQDQPairToWeight": True,
+                "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
+                **form.options,
+                **({"QuantizeBias": False} if float_biases else {}),
+            },
+        )
+        try:
+            with _silenced():
+                quantiser.quantize_model()
+                quantiser.model.topological_sort()
+        except ort_errors() as error:
+            raise ExportError(f"ONNX Runtime cannot quantise the network: {first_line(error)}.") from error
+        made = quantiser.model.model
+        del made.graph.value_info[:]
+        return made
+
+
+class _Reader:
+    """Calibration inputs in the interface of ONNX Runtime's calibrators."""
+
+    def __init__(self, name: str, inputs: npt.NDArray[Any], batch: int) -> None:
+        whole = len(inputs) - len(inputs) % batch
+        self._feeds = iter({name: inputs[place : place + batch]} for place in range(0, whole, batch))
+
+    def get_next(self) -> dict[str, Any] | None:
+        """Return the next batch, or None at the end."""
+        return next(self._feeds, None)
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Suppress the progress output of the calibrators."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
