@@ -130,13 +130,21 @@ def main() -> None:
     parser.add_argument("--folder", metavar="DIR", help="print the accuracy on the photographs DIR/CLASS/*")
     parser.add_argument("--model", metavar="FILE", default=os.path.join(HERE, "model.onnx"), help="ONNX, or .engine")
     options = parser.parse_args()
+    if not options.photos and not options.folder:
+        parser.error("give photographs, or --folder DIR")
+    if not os.path.isfile(options.model):
+        parser.error(f"{options.model} does not exist; name a file with --model")
     with open(os.path.join(HERE, "preprocess.json"), encoding="utf-8") as file:
         how = json.load(file)
     with open(os.path.join(HERE, "labels.txt"), encoding="utf-8") as file:
         labels = file.read().split("\n")[:-1]
     network = engine(options.model, how) if options.model.endswith(".engine") else onnx(options.model)
     for photo in options.photos:
-        print(f"{photo}: {best(network(prepared(photo, how)), labels)}")
+        try:
+            image = prepared(photo, how)
+        except Exception as error:  # a damaged file may raise anything
+            sys.exit(f"{photo} cannot be read: {error}")
+        print(f"{photo}: {best(network(image), labels)}")
     if options.folder:
         print(accuracy(network, options.folder, labels, how))
 

@@ -84,6 +84,24 @@ def test_the_program_reproduces_the_accuracy_to_the_digit(finished: Path, photos
     assert said == f"accuracy: {accuracy['exported']} ({right} of {count} photographs)\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give photographs, or --folder DIR"),
+        (["--model", "none.onnx", "a.jpg"], "none.onnx does not exist; name a file with --model"),
+        (["no/such.jpg"], "no/such.jpg cannot be read: "),
+        (["--folder", "/etc"], "/etc has no photographs in folders that are named as the lines of labels.txt"),
+    ],
+)
+def test_the_program_says_what_is_wrong(finished: Path, arguments: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(finished / "infer.py"), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_files_say_how_a_picture_becomes_an_answer(finished: Path, photos: Path) -> None:
     assert (finished / "labels.txt").read_text() == "digit 0\ndigit 1\ndigit 2\ndigit 3\n"
     how, manifest = json.loads((finished / "preprocess.json").read_text()), manifest_of(finished)
