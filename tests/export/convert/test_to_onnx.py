@@ -42,6 +42,12 @@ def test_file_says_what_it_is(tmp_path: Path, example: torch.Tensor, opset: int)
     assert json.loads(header.metadata["mean"]) == [0.5, 0.25]
 
 
+def test_the_documented_name() -> None:
+    from export.to_onnx import export_onnx as documented
+
+    assert documented is export_onnx
+
+
 def test_two_exports_are_the_same_bytes(tmp_path: Path, example: torch.Tensor) -> None:
     model = SmallNet()
     facts = {"b": 1, "a": "x"}

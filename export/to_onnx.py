@@ -1,0 +1,5 @@
+"""The exporter under the name that documentation and users' scripts import; it is in `convert/to_onnx.py`."""
+
+from export.convert.to_onnx import export_onnx
+
+__all__ = ["export_onnx"]
