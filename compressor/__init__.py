@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
     from compressor.run.own import compress
-    from compressor.run.pipeline import RunResult, run_recipe
+    from compressor.run.pipeline import run_recipe
+    from compressor.run.result import RunResult
     from compressor.search.base import register_agent
 
 _HOMES = {
@@ -30,7 +31,7 @@ _HOMES = {
     "LatencyTable": "compressor.latency.table",
     "PruningSpace": "compressor.pruning.space",
     "Recipe": "compressor.recipe",
-    "RunResult": "compressor.run.pipeline",
+    "RunResult": "compressor.run.result",
     "compress": "compressor.run.own",
     "load": "compressor.pruning.artefact",
     "register_agent": "compressor.search.base",

@@ -6,7 +6,7 @@ No module imports torch before a command needs it, so that `compress --help` res
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -42,7 +42,7 @@ from compressor.core.tables import Table
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
-    from compressor.run.pipeline import RunResult
+    from compressor.run.result import RunResult
 
 
 app = typer.Typer(
@@ -82,13 +82,18 @@ def compress_command(
         typer.Option(help="A recipe: YAML file or shipped name.", autocompletion=completion.recipes),
     ] = None,
     latency: Annotated[
-        str | None, typer.Option(help="Latency budget, of one batch: 5ms, 50% or 0.5x.")
+        str | None,
+        typer.Option(help="Latency budget, of one batch: 5ms, 50% or 0.5x; 70%,50%,35% for a network each."),
     ] = None,
     flops: Annotated[str | None, typer.Option(help="Multiply-add budget: 50%, 0.5x or 2G.")] = None,
     params: Annotated[str | None, typer.Option(help="Parameter budget: 30%, 0.3x or 8M.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget: 50%, 0.5x or 20MB.")] = None,
     energy: Annotated[
         str | None, typer.Option(help="Energy budget of one input, where the device counts it: 5mJ, 50% or 0.5x.")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="The other way round: the fastest network that loses at most these points of accuracy."),
     ] = None,
     budget: Annotated[
         list[str] | None, typer.Option(help="package.module:function<=VALUE; may be repeated.")
@@ -175,7 +180,7 @@ def compress_command(
             "task": task, "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,
             "budgets": {
                 "latency": latency, "flops": flops, "params": params, "memory": memory,
-                "energy": energy, "functions": budget or None,
+                "energy": energy, "max_drop": max_drop, "functions": budget or None,
             },
             "pruning": {"granularity": granularity, "scope": scope, "importance": importance},
             "contract": {"accept_predicted": accept_predicted or None},
@@ -227,22 +232,37 @@ def _dry_run(recipe: Recipe, json: bool) -> None:
 VERDICT_COLOURS = {"kept": "green", "none": "", "missed": "red"}  # any other verdict is amber, as in the report
 
 
+def _finish_json(result: RunResult) -> NoReturn:
+    """Print the result of a run as JSON and end with its exit code."""
+    from compressor.report import judge_front, verdict
+
+    manifest = result.manifest
+    said = judge_front(manifest).sentence if result.runs else verdict(manifest)
+    of_front, of_run = ("targets", "points", "max_drop"), ("budgets", "accuracy", "latency", "cost", "notes")
+    known = {name: manifest[name] for name in (of_front if result.runs else of_run) if name in manifest}
+    summary = {"directory": str(result.directory), "exit_code": result.exit_code, "verdict": said}
+    show_json({**summary, **known})
+    raise typer.Exit(result.exit_code)
+
+
 def _finish(result: RunResult, json: bool) -> None:
     """Print the result of a run and end with its exit code."""
-    from compressor.report import checks, closing_table, judge, verdict
+    from compressor.report import checks, closing_front, closing_table, judge, judge_front
     from compressor.run.finish import OPEN
 
     manifest = result.manifest
     if json:
-        parts = ("budgets", "accuracy", "latency", "cost", "notes")
-        known = {name: manifest[name] for name in parts if name in manifest}
-        summary = {"directory": str(result.directory), "exit_code": result.exit_code, "verdict": verdict(manifest)}
-        show_json({**summary, **known})
-        raise typer.Exit(result.exit_code)
-    show([closing_table(manifest), *checks(manifest)])
-    show(f"Note: {note}" for note in manifest.get("notes", []))
-    show([verdict(manifest)], style=VERDICT_COLOURS.get(judge(manifest).state, "yellow"))
-    if result.exit_code == OPEN:
+        _finish_json(result)
+    if result.runs:
+        show([closing_front(manifest)])
+        judged = judge_front(manifest)
+    else:
+        show([closing_table(manifest), *checks(manifest)])
+        judged = judge(manifest)
+    notes = [note for each in (result.runs or (result,)) for note in each.manifest.get("notes", [])]
+    show(f"Note: {note}" for note in dict.fromkeys(notes))
+    show([" ".join((judged.sentence, *judged.remarks))], style=VERDICT_COLOURS.get(judged.state, "yellow"))
+    if result.exit_code == OPEN and result.chosen is None:
         show(
             [
                 "Exit code 4: no budget is missed, but not every one is met as measured. --accept-predicted makes it 0 "

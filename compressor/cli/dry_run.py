@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 def described(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     """Yield the parts of the description, each with its name in JSON: texts, and tables."""
     from compressor.run.device import resolved
+    from compressor.run.front import prepared
     from compressor.run.job import Job
     from compressor.run.load import load
 
     recipe = resolved(recipe).placed(Path.cwd())
     yield "recipe", recipe.to_yaml()
-    job = Job.prepare(recipe, loader=partial(load, decode_files=False))
+    loader = partial(load, decode_files=False)
+    jobs = prepared(recipe, loader) if recipe.several else {"": Job.prepare(recipe, loader=loader)}
+    job = next(iter(jobs.values()))
     numbers = ("channels", "smallest", "step")
     table = Table("group", *numbers, "coupled", right=numbers)
     for group in job.space.groups:
@@ -36,30 +39,34 @@ def described(recipe: Recipe) -> Iterator[tuple[str, Any]]:
             yield "lines", f"may be removed whole: {block.name}"
         for part in job.space.blocks_left:
             yield "lines", f"not removed whole: {part.name} ({part.reason})"
-    for line in _costs(job):
+    for line in _costs(jobs):
         yield "lines", line
     for note in job.notes:
         yield "lines", f"Note: {note}"
     yield from times(job)
+    if recipe.several:
+        yield "lines", "This is the time of one target; each later one continues the search and takes less."
 
 
-def _costs(job: Job) -> Iterator[str]:
-    """Yield the counts of the dense and of the smallest network, and each budget."""
+def _costs(jobs: Mapping[str, Job]) -> Iterator[str]:
+    """Yield the counts of the dense and of the smallest network, and each budget of each target."""
     import numpy as np
 
+    job = next(iter(jobs.values()))
     space = job.space
     dense, least = space.dense_row, space.smallest_row
     macs, params = (int(np.asarray(count(dense))) for count in (space.macs, space.params))
     least_macs, least_params = (int(np.asarray(count(least))) for count in (space.macs, space.params))
     yield f"Dense network: {macs:,} MACs (one multiply-add is one, as fvcore counts), {params:,} parameters."
     yield f"Smallest reachable: {least_macs:,} MACs, {least_params:,} parameters."
-    for budget in job.budgets():
+    budgets = [(f"{name}: " if name else "", budget) for name, each in jobs.items() for budget in each.budgets()]
+    for of, budget in budgets:
         reached = float(budget.predict(least[None])[0])
         how = ", estimated" if getattr(budget, "estimated", False) else ""
         already = "; already kept by the dense network" if budget.dense <= budget.target else ""
         title = job.recipe.conditions.title if budget.name == "latency" else budget.name
         yield (
-            f"Budget {title}{how}: at most {budget.format(budget.target)}, dense {budget.format(budget.dense)} "
+            f"{of}Budget {title}{how}: at most {budget.format(budget.target)}, dense {budget.format(budget.dense)} "
             f"({budget.target / budget.dense:.1%} of it), smallest reachable {budget.format(reached)}{already}."
         )
 

@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -32,6 +32,9 @@ from compressor.core.conditions import MEDIAN, Conditions
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_json, write_atomic
 from compressor.core.metrics import ACCURACY, Metric
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -261,6 +264,15 @@ class Candidate(Episode):
     chosen: bool = False
 
 
+class Baseline(Record):
+    """A network that needs no search, scored within the budgets of the run: dense, uniform or knapsack."""
+
+    name: str = ""
+    widths: list[int] = []
+    accuracy: Number | None = None
+    costs: dict[str, Number] = {}
+
+
 class MethodPart(Record):
     """One part of the agent's method, here and in its publication."""
 
@@ -294,6 +306,8 @@ class Search(Record):
     #: Limit of each cost in the units of the candidates' costs; that of latency is in milliseconds of the table.
     targets: dict[str, Number] = {}
     candidates: list[Candidate] = []
+    #: Of the runs of a front only.
+    baselines: list[Baseline] = []
 
 
 class Epoch(Record):
@@ -501,7 +515,50 @@ class DeviceRecord(Record):
     networks: Annotated[list[DeviceNetwork], Field(strict=False)] = []
 
 
-class Manifest(Record):
+class Document(Record):
+    """The content of a JSON file: a record that can be read and written."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read the file, to continue what it records or to add to it.
+
+        Raises:
+            CompressorError: The file is missing or damaged; the message names every invalid field.
+        """
+        try:
+            return cls.model_validate(_object(path))
+        except ValidationError as error:
+            raise CompressorError(
+                f"{path}: {'; '.join(dict.fromkeys(map(_problem, error.errors())))}.",
+                "The file is damaged, or of another version: restore it, or start a new run with --out DIR.",
+            ) from None
+
+    @classmethod
+    def tolerant(cls, content: Self | Mapping[str, Any]) -> Self:
+        """Return it for reading only, whatever its content: a field that is invalid counts as absent."""
+        if isinstance(content, cls):
+            return content
+        return cls.model_validate(dict(content), context=_TOLERANT)
+
+    @classmethod
+    def read_tolerant(cls, path: Path) -> Self:
+        """Read the file for a report.
+
+        Raises:
+            CompressorError: The file is not a JSON object.
+        """
+        return cls.tolerant(_object(path))
+
+    def write(self, path: Path) -> None:
+        """Write the fields that were set; the file is replaced as a whole."""
+        write_atomic(path, json.dumps(self.plain(), indent=2, allow_nan=False) + "\n")
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields that were set as JSON values."""
+        return self.model_dump(exclude_unset=True, by_alias=True)
+
+
+class Manifest(Document):
     """The content of `manifest.json`."""
 
     model_config = ConfigDict(frozen=False)
@@ -547,45 +604,6 @@ class Manifest(Record):
     devices: list[DeviceRecord] = []
     notes: list[str] = []
     files: dict[str, str] = {}
-
-    @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Read a run's manifest, to continue the run or to add to it.
-
-        Raises:
-            CompressorError: The file is missing or damaged; the message names every invalid field.
-        """
-        try:
-            return cls.model_validate(_object(path))
-        except ValidationError as error:
-            raise CompressorError(
-                f"{path}: {'; '.join(dict.fromkeys(map(_problem, error.errors())))}.",
-                "The file is damaged, or of another version: restore it, or start a new run with --out DIR.",
-            ) from None
-
-    @classmethod
-    def tolerant(cls, content: Manifest | Mapping[str, Any]) -> Manifest:
-        """Return a manifest for reading only, whatever its content: a field that is invalid counts as absent."""
-        if isinstance(content, Manifest):
-            return content
-        return cls.model_validate(dict(content), context=_TOLERANT)
-
-    @classmethod
-    def read_tolerant(cls, path: Path) -> Manifest:
-        """Read a manifest for a report.
-
-        Raises:
-            CompressorError: The file is not a JSON object.
-        """
-        return cls.tolerant(_object(path))
-
-    def write(self, path: Path) -> None:
-        """Write the fields that were set; the file is replaced as a whole."""
-        write_atomic(path, json.dumps(self.plain(), indent=2, allow_nan=False) + "\n")
-
-    def plain(self) -> dict[str, Any]:
-        """Return the fields that were set as JSON values."""
-        return self.model_dump(exclude_unset=True, by_alias=True)
 
     def _needed(self) -> tuple[str, ...]:
         return self.essential if self.finished("begin") else ()

@@ -91,15 +91,40 @@ class Data(Part):
         return self
 
 
-class Budgets(Part):
-    """Limits of the slim network; all given ones must be met. Percentages are relative to the dense network."""
+def _joined(value: Any) -> Any:
+    """Write a list of limits as a flag has it: "70%,50%"."""
+    several = isinstance(value, list | tuple) and value and all(isinstance(each, str) for each in value)
+    return SEPARATOR.join(value) if several else value
 
-    latency: str | None = Field(None, description="Latency of one run (of a batch) on the device: 5ms, 50% or 0.5x.")
-    flops: str | None = Field(None, description="Multiply-adds as fvcore counts them: 50%, 0.5x or 2G.")
-    params: str | None = Field(None, description="Parameters: 30%, 0.3x or 8M.")
-    memory: str | None = Field(None, description="Weights and peak activations: 50%, 0.5x or 20MB.")
-    energy: str | None = Field(
+
+
+SEPARATOR = ","
+"""Between several limits of one budget."""
+
+Limits = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[str])]
+"""One limit, or several between commas: each is for a network of its own."""
+
+
+class Budgets(Part):
+    """Limits of the slim network; all given ones must be met. Percentages are relative to the dense network. Several
+    limits of one budget, as in 70%,50%,35% or as a list, are for as many networks of one search."""
+
+    latency: Limits | None = Field(
+        None, description="Latency of one run (of a batch) on the device: 5ms, 50% or 0.5x."
+    )
+    flops: Limits | None = Field(None, description="Multiply-adds as fvcore counts them: 50%, 0.5x or 2G.")
+    params: Limits | None = Field(None, description="Parameters: 30%, 0.3x or 8M.")
+    memory: Limits | None = Field(None, description="Weights and peak activations: 50%, 0.5x or 20MB.")
+    energy: Limits | None = Field(
         None, description="Energy of one input, where the device counts it: 5mJ, 50% or 0.5x."
+    )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        lt=100,
+        allow_inf_nan=False,
+        description="The other way round: points of the metric that the fastest network may lose against the dense one "
+        "on the search split; its latency is then found, and the network is confirmed on the test split.",
     )
     functions: tuple[str, ...] = Field(
         (),

@@ -11,7 +11,18 @@ from pydantic import BeforeValidator, Field, model_validator
 from compressor.core.agents import agent_class, registry
 from compressor.core.conditions import Conditions
 from compressor.core.metrics import PYTHON, SCENES
-from compressor.recipe.parts import Budgets, Contract, Data, Export, Part, Positive, Pruning, Search, Training
+from compressor.recipe.parts import (
+    SEPARATOR,
+    Budgets,
+    Contract,
+    Data,
+    Export,
+    Part,
+    Positive,
+    Pruning,
+    Search,
+    Training,
+)
 from compressor.recipe.validation import merged, validated
 from compressor.recipe.yaml_text import write_yaml
 
@@ -140,6 +151,12 @@ class Recipe(Part):
     def own_network(self) -> bool:
         """Whether a function of the user's builds the network, which may give it trained weights."""
         return ":" in self.model and not self.model.startswith("timm:")
+
+    @property
+    def several(self) -> bool:
+        """Whether the recipe asks for more than one run; see `recipe.targets`."""
+        given = (*self.budgets.given().values(), *self.budgets.functions)
+        return self.budgets.max_drop is not None or any(SEPARATOR in text for text in given)
 
     @property
     def from_python(self) -> bool:

@@ -26,7 +26,7 @@ from compressor.report.formats import (
 )
 
 # Signs that a terminal may not have.
-_PLAIN = str.maketrans({ABSENT: "-", MINUS: "-"})
+PLAIN = str.maketrans({ABSENT: "-", MINUS: "-"})
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def closing_table(manifest: Manifest | Mapping[str, Any]) -> Table:
     """Return dense and slim side by side; print `verdict(manifest)` below it."""
     table = Table("", "dense", "slim", "of dense", right=("dense", "slim", "of dense"))
     for row in comparison(Manifest.tolerant(manifest)):
-        table.add(*(cell.translate(_PLAIN) for cell in (row.label, row.dense, row.slim, row.change)))
+        table.add(*(cell.translate(PLAIN) for cell in (row.label, row.dense, row.slim, row.change)))
     return table
 
 

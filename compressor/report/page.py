@@ -100,7 +100,12 @@ def _read_episodes(path: Path) -> tuple[tuple[Episode, ...], int]:
 
 
 def render(run: Collected) -> str:
-    """Render the page. The template cleans and escapes every text from the run's files; the project's own figures are
+    """Render the page of a run."""
+    return rendered("report.html.j2", context(run))
+
+
+def rendered(template: str, content: Mapping[str, Any]) -> str:
+    """Render a page. The template cleans and escapes every text from a run's files; the project's own figures are
     inserted as they are.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -115,7 +120,7 @@ def render(run: Collected) -> str:
         lstrip_blocks=True,
     )
     environment.filters["drawn"] = lambda chart: Markup(chart.svg)  # the figures escape their own texts
-    return environment.get_template("report.html.j2").render(**context(run)) + "\n"
+    return environment.get_template(template).render(**content) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -38,6 +38,8 @@ from compressor.pruning.plan import ChannelPlan
 if TYPE_CHECKING:
     from compressor.budgets.base import Budget, BudgetSpec
     from compressor.latency.paired import Ratio
+    from compressor.latency.table import LatencyTable
+    from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
     from compressor.run.folder import RunFolder
     from compressor.run.job import Job
@@ -77,6 +79,16 @@ def correction_at(aim: float, points: Sequence[tuple[float, float]]) -> tuple[fl
         return points[-1]
     part = (aim - below[1]) / (above[1] - below[1])
     return below[0] + part * (above[0] - below[0]), aim
+
+
+def points_of(
+    table: LatencyTable, space: PruningSpace, rounds: Sequence[Measurement]
+) -> list[tuple[float, float]]:
+    """Return the (predicted, measured) share of the dense network's time of measured plans; predicted by `table`."""
+    if not rounds:
+        return []
+    predicted = table.curve(space)(np.asarray([each.widths for each in rounds])) / table.fitted_dense_ms(space)
+    return [(float(share), each.ratio) for share, each in zip(predicted, rounds, strict=True)]
 
 
 def interval_of(ratio: Ratio) -> list[float | None]:
@@ -335,12 +347,8 @@ class Contract:
 
     def _points(self, rounds: Sequence[Measurement]) -> list[tuple[float, float]]:
         """Return the (predicted, measured) share of each measured plan; predicted by the present table."""
-        table, space = self._job.table, self._job.space
-        assert table is not None
-        if not rounds:
-            return []
-        predicted = table.curve(space)(np.asarray([each.widths for each in rounds])) / table.fitted_dense_ms(space)
-        return [(float(share), each.ratio) for share, each in zip(predicted, rounds, strict=True)]
+        assert self._job.table is not None
+        return points_of(self._job.table, self._job.space, rounds)
 
     def _widths(self, plan: ChannelPlan) -> list[int]:
         return [int(width) for width in self._job.space.row(plan)]

@@ -49,11 +49,6 @@ def problem(predicted: Tensor, labels: Tensor, promised: float | None = None) ->
     return ""
 
 
-def share_right(predicted: Tensor, labels: Tensor) -> float:
-    """Return the accuracy, 0..1."""
-    return float((predicted == labels).double().mean())
-
-
 def check_dense(job: Job, predicted: Tensor, labels: Tensor, folder: str) -> str | None:
     """Return a note on the dense network's answers on the test split; None if they are plausible.
 
@@ -61,6 +56,7 @@ def check_dense(job: Job, predicted: Tensor, labels: Tensor, folder: str) -> str
         CompressorError: They are implausible and the recipe does not accept that; the message names likely causes.
     """
     from compressor.data import Preprocessing
+    from compressor.training.scoring import share_right
 
     wrong = problem(predicted, labels, _promised(job))
     if not wrong:

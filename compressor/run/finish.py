@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.core.files import sha256_file
+from compressor.core.front import FRONT, Front
 from compressor.core.manifest import MANIFEST, Budget, Manifest
 from compressor.core.records import RECIPE
 from compressor.report.judgement import time_ratio, verdict_of
@@ -57,10 +58,12 @@ def write_page(run: RunFolder) -> Path:
 
 
 def report_again(folder: Path) -> tuple[Path, str]:
-    """Write a run's report again from its manifest; return its path and the run's verdict."""
-    from compressor.report import verdict, write_report
+    """Write a run's report again from its manifest, or that of several targets; return its path and the verdict."""
+    from compressor.report import judge_front, verdict, write_front, write_report
 
     RunFolder.tidy(folder)
+    if (folder / FRONT).is_file():
+        return write_front(folder), judge_front(Front.read_tolerant(folder / FRONT)).sentence
     return write_report(folder), verdict(Manifest.read_tolerant(folder / MANIFEST))
 
 

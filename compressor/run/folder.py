@@ -6,15 +6,17 @@ import fcntl
 import os
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from compressor.core.errors import CompressorError
+from compressor.core.errors import CompressorError, Stopped
 from compressor.core.files import disk_error, now, write_atomic
+from compressor.core.front import FRONT
 from compressor.core.manifest import MANIFEST, Manifest, Stage
+from compressor.core.processes import stopped
 from compressor.core.progress import say, stage
 from compressor.core.records import RECIPE, Checkpoint, EpisodeLog
 from export.files import is_temporary_of, remove_temporaries
@@ -221,7 +223,8 @@ def _before_the_recipe(path: Path) -> bool:
 def runs_folder() -> Path:
     """Return where new runs go: `runs/`, or in a run's own folder beside it, so that none lies within another."""
     here = Path.cwd()
-    return here.parent if (here / RECIPE).is_file() and (here / MANIFEST).is_file() else Path("runs")
+    inside = (here / RECIPE).is_file() and ((here / MANIFEST).is_file() or (here / FRONT).is_file())
+    return here.parent if inside else Path("runs")
 
 
 def new_run_path(parent: Path, label: str) -> Path:
@@ -236,3 +239,16 @@ def new_run_path(parent: Path, label: str) -> Path:
         count += 1
         path = parent / f"{stem}-{count}"
     return path
+
+
+@contextmanager
+def stopped_in(folder: Path) -> Iterator[None]:
+    """Add the run's folder to an interrupt, also to one that a library or a lost process turned into another error."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Stopped(folder) from stop
+    except Exception as error:
+        if stopped():
+            raise Stopped(folder) from error
+        raise

@@ -35,7 +35,7 @@ from export.convert.trees import tensors_in
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from compressor.budgets.base import Budget, BudgetSpec, CachedValues
     from compressor.latency.table import LatencyTable
@@ -110,6 +110,7 @@ class Job:
         dense_file: ONNX file of the dense network, until the run has it.
         compensation: How candidates and the delivered network are compensated.
         callers: Callers of function and energy budgets, by name.
+        of_front: Whether the run is one of several, whose searches also score what they are compared with.
     """
 
     recipe: Recipe
@@ -126,6 +127,7 @@ class Job:
     dense_file: DenseFile
     compensation: Methods
     callers: dict[str, CachedValues] = field(default_factory=dict)
+    of_front: bool = False
 
     @classmethod
     def prepare(
@@ -251,6 +253,39 @@ class Job:
     def tested(self, model: nn.Module) -> float:
         """Return the score of a network on the test split, in the unit of the task's metric."""
         return self.task.test_score(model, self.goals, self.torch_device)
+
+    def compute_shared(self) -> None:
+        """Compute what all runs of a front need of the given weights; `within` hands it on."""
+        self.goals  # noqa: B018  (cached)
+        if self.teacher is not None:
+            self.given_score  # noqa: B018
+
+    def within(self, recipe: Recipe, table: LatencyTable | None, notes: Sequence[str] = ()) -> Job:
+        """Return the same objects for one run of a front.
+
+        Args:
+            recipe: Its recipe, which differs from this one in the budgets.
+            table: Latency table with which it begins or continues.
+            notes: Further notes for the user.
+        """
+        other = copy.copy(self)  # also what is computed once
+        other.recipe, other.table, other.notes = recipe, table, [*self.notes, *notes]
+        other.of_front = True
+        return other
+
+    @cached_property
+    def given_answers(self) -> tuple[Tensor, Tensor] | None:
+        """Classes and labels of the test split by the given dense network, if the task has both; computed once."""
+        assert self.teacher is not None
+        return self.task.answers(self.teacher, self.torch_device)
+
+    @cached_property
+    def given_score(self) -> float:
+        """Score of the given dense network on the test split; computed once."""
+        from compressor.training.scoring import share_right
+
+        assert self.teacher is not None
+        return self.tested(self.teacher) if self.given_answers is None else share_right(*self.given_answers)
 
     @cached_property
     def goals(self) -> Any:

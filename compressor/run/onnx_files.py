@@ -13,6 +13,7 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, replacing, sha256_file
+from compressor.core.front import FRONT, Front
 from compressor.core.manifest import Checks, Cost, Engine, Export, Layer, NetworkCost, OtherMacs, Parity
 from compressor.core.progress import bar, say
 from compressor.latency.operators import channels
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 MODEL = "model.onnx"
 DENSE = "checkpoints/dense.onnx"
 PROBE = "checkpoints/probe.onnx"
+COMPARED = "checkpoints/compared.onnx"
 COMPARED_IMAGES = 64  # number of images for comparing an exported file with the network
 CALIBRATION_IMAGES = 256
 JUDGING_IMAGES = 2000
@@ -52,6 +54,10 @@ def open_exported(folder: Path, *also: str) -> RunFolder:
     Raises:
         CompressorError: The folder holds no run, or the run has not exported them yet.
     """
+    if (folder / FRONT).is_file():
+        names = [target.folder for target in Front.read_tolerant(folder / FRONT).targets]
+        hint = f"Give the folder of one: {folder / names[0]}" if names else ""
+        raise CompressorError(f"{folder} holds the runs of several targets.", hint)
     run = RunFolder.open(folder)
     missing = next((name for name in (MODEL, *also) if not run.file(name).exists()), None)
     if missing is None and run.finished("export"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from compressor.recipe import Recipe
 from compressor.recipe.validation import merged, validated
 from compressor.run.load import BY_CLASS, Loaded
 from compressor.run.own_checks import Checked, Objects, one_input
-from compressor.run.pipeline import RunResult, continued, started
+from compressor.run.pipeline import continued, started
+from compressor.run.result import RunResult
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,10 +33,11 @@ def compress(
     test: Callable[[nn.Module], float] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     calibration: Iterable[Any] | None = None,
-    latency: str | None = None,
-    flops: str | None = None,
-    params: str | None = None,
-    memory: str | None = None,
+    latency: str | Sequence[str] | None = None,
+    flops: str | Sequence[str] | None = None,
+    params: str | Sequence[str] | None = None,
+    memory: str | Sequence[str] | None = None,
+    max_drop: float | None = None,
     device: str = "local",
     agent: str = "joint",
     epochs: int | None = None,
@@ -60,7 +62,9 @@ def compress(
         loss: Called with a network and a batch of `train`, returns a scalar; by default the cross-entropy of a batch of
             (inputs, labels).
         calibration: Batches that are the network's inputs or begin with them; by default inputs of `train`.
-        latency, flops, params, memory: Budgets, as on the command line: "5ms", "50%", "0.5x", "2G".
+        latency, flops, params, memory: Budgets, as on the command line: "5ms", "50%", "0.5x", "2G". Several limits,
+            "70%,50%" or a list, are for as many networks: the result then has `runs`.
+        max_drop: The other way round: the fastest network that loses at most these points; the result has `chosen`.
         device, agent: As on the command line.
         epochs: Passes over `train` (or `calibration`), search and fine-tuning together; 0 trains nothing. By default
             20, 60 for untrained weights, or 0 without both.
@@ -81,7 +85,13 @@ def compress(
     wanted = _fields(
         objects,
         {
-            "budgets": {"latency": latency, "flops": flops, "params": params, "memory": memory},
+            "budgets": {
+                "latency": latency,
+                "flops": flops,
+                "params": params,
+                "memory": memory,
+                "max_drop": max_drop,
+            },
             "device": device,
             "agent": agent,
             "epochs": epochs,

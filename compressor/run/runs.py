@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import CompressorError
+from compressor.core.front import FRONT, Front
 from compressor.core.manifest import MANIFEST, Manifest
 from compressor.core.records import RECIPE
 from compressor.core.tables import Cell, Table
@@ -17,6 +18,7 @@ from compressor.report.comparison import comparison
 from compressor.report.formats import ABSENT, duration, milliseconds, percent, score, score_change, size
 from compressor.report.judgement import budget_lines, judge, time_ratio
 from compressor.run.folder import RunFolder, runs_folder
+from compressor.run.onnx_files import COMPARED, PROBE
 
 _DEEPEST = 2
 """Levels of folders below the given one in which runs are found."""
@@ -41,12 +43,12 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
 
 
 def _below(place: Path, levels: int) -> Iterator[Path]:
-    if (place / RECIPE).is_file():
+    if (place / RECIPE).is_file() and not (place / FRONT).is_file():
         yield place
-    elif levels:
+    elif levels or (place / FRONT).is_file():
         for each in sorted(place.iterdir()):
             if each.is_dir() and not each.name.startswith("."):
-                yield from _below(each, levels - 1)
+                yield from _below(each, max(0, levels - 1))
 
 
 def listed(runs: Sequence[Path]) -> Table:
@@ -176,7 +178,10 @@ def clean(runs: Sequence[Path], *, remove: bool = True) -> Iterator[Cleaned]:
             if run.manifest.status != "finished" or not run.finished("report"):
                 yield Cleaned(path, kept=f"not finished; continue with: compress --resume {path}")
                 continue
-            spare = [*sorted((path / "checkpoints").glob("*.pt")), path / "checkpoints" / "probe.onnx"]
+            if (above := path.resolve().parent / FRONT).is_file() and Front.read_tolerant(above).status != "finished":
+                yield Cleaned(path, kept=f"others continue its search; continue with: compress --resume {above.parent}")
+                continue
+            spare = [*sorted((path / "checkpoints").glob("*.pt")), run.file(PROBE), run.file(COMPARED)]
             files = [file for file in spare if file.is_file() and not file.is_symlink()]
             freed = sum(file.stat().st_size for file in files)
             for file in files if remove else ():

@@ -11,6 +11,7 @@ from compressor.core.files import write_atomic
 from compressor.core.manifest import (
     SCHEMA,
     Accuracy,
+    Baseline,
     Budget,
     Candidate,
     Epoch,
@@ -24,7 +25,7 @@ from compressor.core.progress import Steps, bar, say
 from compressor.core.versions import machine, versions
 from compressor.run.compensation import network_before_finetuning, own_statistics
 from compressor.run.contract import Contract
-from compressor.run.dense import check_dense, lost_in_finetuning, problem, share_right
+from compressor.run.dense import check_dense, lost_in_finetuning, problem
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job, reward_weights
 from compressor.run.together import joining, processes
@@ -91,8 +92,7 @@ def begin(run: RunFolder, job: Job) -> None:
     manifest.notes = job.notes
     run.save()
     if job.teacher is not None:
-        answers = job.task.answers(job.teacher, job.torch_device)
-        dense = job.tested(job.teacher) if answers is None else share_right(*answers)
+        answers, dense = job.given_answers, job.given_score
         run.note_accuracy(dense=dense, dense_note="The dense network has its given weights.")
         if metric.name != AGREEMENT:
             say(f"The dense network's {job.metric} is {metric.text(dense)}.")
@@ -142,8 +142,11 @@ def search(run: RunFolder, job: Job, contract: Contract) -> ChannelPlan:
         elif len(log):
             say(f"{checkpoint.path} is missing: the search starts again; {len(log)} episodes are repeated.")
     limits = Limits(max_evaluations=settings.max_evaluations, max_seconds=settings.max_seconds)
+    compared: list[Baseline] = []
     try:
         result = agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
+        if job.of_front and not run.finished("search"):
+            compared = _baselines(env)
     finally:
         evaluator.close()
     for note in never_acted(agent, result):
@@ -151,8 +154,18 @@ def search(run: RunFolder, job: Job, contract: Contract) -> ChannelPlan:
     if not run.finished("search"):
         found = method(agent, recipe, agent.effects(result))
         used = None if found is None else Method(**found)
-        _record_search(run, job, result, contract.search_targets(), _uniform_widths(env), used)
+        _record_search(run, job, result, contract.search_targets(), _uniform_widths(env), used, compared)
     return result.best
+
+
+def _baselines(env: PruningEnv) -> list[Baseline]:
+    """Return what the plans of the search are compared with on the page of a front."""
+    from compressor.search.baselines import baselines
+
+    return [
+        Baseline(name=name, widths=list(score.widths), accuracy=score.accuracy, costs=dict(score.costs))
+        for name, score in baselines(env)
+    ]
 
 
 def _uniform_widths(env: PruningEnv) -> tuple[int, ...] | None:
@@ -172,6 +185,7 @@ def _record_search(
     targets: dict[str, float],
     uniform: tuple[int, ...] | None,
     method: Method | None,
+    compared: list[Baseline],
 ) -> None:
     """Record the result of a search, and the dense network that it trained.
 
@@ -179,6 +193,7 @@ def _record_search(
         targets: The run's targets in the units of the candidates' costs.
         uniform: Widths of uniform pruning within the budgets.
         method: Parts of the agent's method that were used.
+        compared: Networks that need no search, for a front.
     """
     done, planned = len(result.training), search_epochs(job)  # fewer than planned if the time limit was reached
     run.manifest.training = [Epoch(**each) for each in result.training]
@@ -206,6 +221,7 @@ def _record_search(
         method=method,
         targets=targets,
         candidates=[_candidate(each, each.widths == uniform) for each in result.candidates],
+        **({"baselines": compared} if compared else {}),
     )
     run.save()
 
@@ -353,9 +369,10 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
         slim = job.space.apply(plan)
     history = _trained(run, job, slim, plan, epochs, teacher, state) if epochs else []
     slim.eval()
-    finetuned = job.tested(slim)
-    run.note_accuracy(finetuned=finetuned)
     known = run.manifest.accuracy
+    unchanged = not epochs and teacher is not None and job.compensation.delivered != "off"
+    finetuned = known.compensated if unchanged and known.compensated is not None else job.tested(slim)
+    run.note_accuracy(finetuned=finetuned)
     before = known.pruned if known.compensated is None else known.compensated
     if epochs and (note := lost_in_finetuning(finetuned, before, known.dense, known.images, known.metric)):
         run.note(note)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
@@ -93,11 +92,10 @@ def joining(plan: ChannelPlan | None) -> Join | None:
     return join
 
 
-def send_result(directory: Path, manifest: Mapping[str, Any], exit_code: int) -> None:
-    """End the run in the other processes, with the result that the first one has."""
+def send_result(plain: Mapping[str, Any]) -> None:
+    """End the run in the other processes, with the result that the first one has; see `RunResult.plain`."""
     if (everyone := team()) is not None:
-        found = {"directory": str(directory.resolve()), "manifest": dict(manifest), "exit_code": exit_code}
-        everyone.tell({"do": "end", "result": found})
+        everyone.tell({"do": "end", "result": dict(plain)})
 
 
 def processes() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -106,6 +107,23 @@ class Sensitivity:
             -_Fitted(pairs)(1.0 - levels / levels[-1])
             for pairs, levels in zip(self.losses, self._levels, strict=True)
         ]
+
+
+def starting_plans(
+    env: PruningEnv, allocator: Allocator, sensitivity: Sensitivity
+) -> list[Callable[[], Widths]]:
+    """Return the uniform plan and knapsack plans within the budgets; each is solved when it is called.
+
+    The values of the knapsacks are the measured sensitivities, if they are complete, and powers of the saliency.
+    """
+
+    def by_saliency(power: float) -> Widths:
+        return allocator.solve(saliency_values(env.saliency(), allocator.levels, power))
+
+    found: list[Callable[[], Widths]] = [partial(uniform_or_cheapest, env)]
+    if sensitivity.complete:
+        found.append(lambda: allocator.solve(sensitivity.values()))
+    return [*found, *(partial(by_saliency, power) for power in POWERS)]
 
 
 class _Fitted:

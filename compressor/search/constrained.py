@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from compressor.core import progress
 from compressor.pruning.plan import ChannelPlan
-from compressor.search.allocation import POWERS, Allocator, Sensitivity, saliency_values
+from compressor.search.allocation import POWERS, Allocator, Sensitivity, starting_plans
 from compressor.search.base import Agent, register_agent
 from compressor.search.bounds import Widths
 from compressor.search.constrained_settings import PUBLISHED, ConstrainedSettings
@@ -93,8 +93,10 @@ class _ConstrainedSearch:
 
     def search(self) -> SearchResult:
         run = self.run
-        if run.place.round:
-            return self._choose()  # a budget was tightened: the search reuses what it has learned
+        if run.place.round:  # other budgets: the search reuses what it has learned
+            if run.another_target:
+                self._start_again()
+            return self._choose()
         self._start()
         updates = self._updates()
         # Known plans cost nothing: if all evaluations are to be used, more updates follow.
@@ -122,6 +124,20 @@ class _ConstrainedSearch:
             scored = [c for c in self.run.candidates if c.phase == _START]
             self.actions.centre(np.array(max(scored, key=lambda candidate: candidate.reward).widths))
             self.run.done(_START)
+
+    def _start_again(self) -> None:
+        """For another target, score the plans to start from, and plans near the best."""
+        starts, number = self._plans_to_start_from(), self.run.place.round
+        near = max(0, self.run.later(0) - len(starts)) if self._near_plans() else 0
+        for step in self.run.remaining(f"{_START}{number}", len(starts) + near):
+            if self.run.spent(self._reserve):
+                return
+            best = self._best_kept()
+            if step < len(starts):
+                self.run.score(starts[step](), f"{_START}{number}")
+            elif best is not None:
+                self._near.score(np.array(best.widths, dtype=np.int64))
+            self.run.done(f"{_START}{number}")
 
     def _updates(self) -> int:
         """Return the number of updates within the remaining evaluations, including the finished ones."""
@@ -209,13 +225,9 @@ class _ConstrainedSearch:
 
     def _plans_to_start_from(self) -> list[Callable[[], Widths]]:
         """Return the uniform plan and, if groups are measured, knapsack plans; each is solved when it is needed."""
-        found: list[Callable[[], Widths]] = [partial(uniform_or_cheapest, self.env)]
         if self._points():
-            saliency, levels = self.env.saliency(), self._allocator.levels
-            values = [self._sensitivity.values()] if self._sensitivity.complete else []
-            values += [saliency_values(saliency, levels, power) for power in POWERS]
-            found += [partial(self._allocator.solve, each) for each in values]
-        return found
+            return starting_plans(self.env, self._allocator, self._sensitivity)
+        return [partial(uniform_or_cheapest, self.env)]
 
     def _of_masks(self, plans: dict[tuple[int, ...], ChannelPlan]) -> list[Widths]:
         """For decisions on single channels: cut the best masks and the policy's to the budgets, into `plans`."""

@@ -7,14 +7,14 @@ replay, environment model) is in `joint_learner`, which imports Stable-Baselines
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compressor.core import progress
-from compressor.search.allocation import POWERS, Allocator, Sensitivity, saliency_values
+from compressor.search.allocation import POWERS, Allocator, Sensitivity, saliency_values, starting_plans
 from compressor.search.base import IDLE, Agent, register_agent
 from compressor.search.bounds import Widths
 from compressor.search.joint_settings import (
@@ -39,8 +39,6 @@ from compressor.search.session import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor, nn
 
     from compressor.pruning.plan import ChannelPlan
@@ -133,7 +131,7 @@ class _JointSearch:
 
     def search(self) -> SearchResult:
         run = self.run
-        if run.place.round:  # a budget was tightened: the weights stay, and the search reuses what it has learned
+        if run.place.round:  # other budgets: the weights stay, and the search reuses what it has learned
             self._play_again()
             return self._choose()
 
@@ -249,16 +247,20 @@ class _JointSearch:
         self.learner.begin_epoch(max(0, self.run.place.epoch - self.schedule.warmup))
 
     def _play_again(self) -> None:
-        """Continue with tightened budgets: near the best plan so far, scaled to them."""
+        """Continue with other budgets near the best plan so far, scaled to them; for another target, also elsewhere."""
         self._favoured = next(from_earlier_rounds(self.run))
-        phase = f"again{self.run.place.round}"
-        for step in self.run.remaining(phase, self.settings.again_episodes):
+        phase, starts = f"again{self.run.place.round}", list[Callable[[], Widths]]()
+        if self.run.another_target and self.settings.warm_start:
+            starts = starting_plans(self.env, self._allocator, self._sensitivity)
+        for step in self.run.remaining(phase, self.run.later(self.settings.again_episodes)):
             if self.run.spent(reserve=1):
                 break
             if step == 0:
                 self._episode(follow(self._favoured), "again")
             elif step == 1:
                 self._episode(self.learner.policy(deterministic=True), "again")
+            elif step < 2 + len(starts):
+                self._episode(follow(starts[step - 2]()), "start")
             else:
                 self._nearby("again")
             self.run.done(phase)

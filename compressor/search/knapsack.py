@@ -96,7 +96,7 @@ class _KnapsackSearch:
 
     def _planned(self) -> int:
         if self.run.place.round:
-            return 6
+            return self.run.later(6)
         return self.run.limits.planned(self.settings.evaluations)
 
     def _refine(self, total: int) -> None:
@@ -135,17 +135,25 @@ class _KnapsackSearch:
             step, spread = step + 1, self._next_spread(spread, False)
 
     def _adapt(self) -> None:
-        """Score the best plan so far, scaled to the tightened budgets; then the best values, solved for them."""
-        phase = f"again{self.run.place.round}"
-        for step in self.run.remaining(phase, 2):
+        """Score the best plan so far, scaled to the new budgets; then the best values, solved for them.
+
+        For another target, the unrefined values follow.
+        """
+        phase, others = f"again{self.run.place.round}", list[str]()
+        if self.run.another_target:
+            others = [f"saliency{power}" for power in POWERS]
+            others += ["sensitivities"] if self._sensitivity.complete else []
+        for step in self.run.remaining(phase, 2 + len(others)):
             if self.run.spent():
                 return
             source, weights = self._best["source"], np.array(self._best["weights"])
             if step == 0:
                 self._best["reward"] = None
                 self._scored(next(from_earlier_rounds(self.run)), source, weights)
-            else:
+            elif step == 1:
                 self._try(source, weights)
+            else:
+                self._try(others[step - 2], np.zeros_like(weights))
             self.run.done(phase)
 
     def _try(

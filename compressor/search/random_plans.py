@@ -42,7 +42,7 @@ class RandomAgent(Agent):
         phase = f"random{run.place.round or ''}"
         total = run.limits.planned(self.settings.evaluations)
         if run.place.round:
-            total = max(5, total // 5)  # a tightened budget is close to the last one
+            total = run.later(max(5, total // 5))  # a corrected budget is close to the last one
         draws = 4 * total if run.limits.use_all else total  # known plans cost nothing
         with progress.bar("Scoring random plans", total=total) as bar:
             bar.advance(run.evaluations)

@@ -177,7 +177,8 @@ class Place:
     Attributes:
         steps: Number of finished steps of each phase.
         epoch: Training epochs so far.
-        round: Number of times that the search has continued with tightened budgets.
+        round: Number of times that the search has continued with other budgets.
+        first_round: Round with which this run's part began: 0, or a later one after the search of another target.
         evaluations_before: Evaluations of earlier rounds.
         training_seconds, seconds: Times before the last save.
         chosen: Widths of the result, once there is one.
@@ -189,6 +190,7 @@ class Place:
     steps: dict[str, int] = field(default_factory=dict)
     epoch: int = 0
     round: int = 0
+    first_round: int = 0
     evaluations_before: int = 0
     training_seconds: float = 0.0
     seconds: float = 0.0

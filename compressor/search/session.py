@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 _Key = tuple[int, ...]
 """Widths of a plan."""
 
+ANOTHER_TARGET = 0.3
+"""Plans for another target, as a share of those of the first."""
+
 
 class Searcher(Protocol):
     """What a session needs of its agent."""
@@ -116,6 +119,22 @@ class SearchSession:
     def seconds(self) -> float:
         """Wall time of the search in seconds, including the time before a resume."""
         return self.place.seconds + time.perf_counter() - self._started
+
+    @property
+    def another_target(self) -> bool:
+        """Whether this round begins the search for another target, with what that of an earlier one has learned."""
+        return 0 < self.place.first_round == self.place.round
+
+    def later(self, usual: int) -> int:
+        """Return how many plans to plan for in a later round: `usual` after a correction of the budgets.
+
+        For another target it is a share of the first round's plans: groups are measured already, and the model of the
+        rewards knows all plans so far.
+        """
+        if not self.another_target:
+            return usual
+        first = {(each.epoch, each.widths) for each in self.candidates if each.round == 0}
+        return max(usual, round(ANOTHER_TARGET * len(first)))
 
     def spent(self, reserve: int = 0) -> bool:
         """Return whether a limit is reached, with `reserve` evaluations reserved for later."""
@@ -266,7 +285,7 @@ class SearchSession:
             widths=dict(zip(self.env.bounds.names, chosen, strict=True)),
             reward=best.reward,
             accuracy=best.accuracy,
-            candidates=tuple(self.candidates),
+            candidates=tuple(each for each in self.candidates if each.round >= self.place.first_round),
             evaluations=self.evaluations,
             seconds=total,
             training=tuple(self.place.training),

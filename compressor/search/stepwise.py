@@ -12,14 +12,14 @@ from pydantic import Field
 from torch import nn
 
 from compressor.core import progress
-from compressor.search.allocation import POWERS, Allocator, Sensitivity, saliency_values
+from compressor.search.allocation import POWERS, Allocator, Sensitivity, saliency_values, starting_plans
 from compressor.search.base import Agent, LearningSettings, Published, register_agent
 from compressor.search.environment import FEATURES
 from compressor.search.neighbours import NearBest
 from compressor.search.proposals import uniform_or_cheapest
 from compressor.search.randomness import OwnRandomness
 from compressor.search.records import SearchResult
-from compressor.search.session import best_of_round, from_earlier_rounds, merit
+from compressor.search.session import ANOTHER_TARGET, best_of_round, from_earlier_rounds, merit
 
 if TYPE_CHECKING:
     from compressor.search.bounds import Widths
@@ -246,6 +246,7 @@ class StepwiseAgent(Agent):
     def _search(self, run: SearchSession) -> SearchResult:
         search = _StepwiseSearch(run, self.settings)
         search.measure_groups()
+        search.start_again()
         total = search.episodes()
         phase = f"stepwise{run.place.round or ''}"
         cost = search.groups + 1  # the first episode also needs the dense network's
@@ -320,8 +321,23 @@ class _StepwiseSearch:
         if self.settings.warm_start and enough and not self.run.place.round:
             self._sensitivity.measure()
 
+    def start_again(self) -> None:
+        """For another target, score the uniform plan and the knapsack's once each."""
+        if not (self.run.another_target and self.settings.warm_start):
+            return
+        starts = starting_plans(self.env, self._allocator, self._sensitivity)
+        phase = f"start{self.run.place.round}"
+        for step in self.run.remaining(phase, len(starts)):
+            if self.run.spent(reserve=self.groups + 2):
+                return
+            self.run.score(starts[step](), phase)
+            self.run.done(phase)
+
     def episodes(self) -> int:
         """Number of episodes of this round within the limits."""
+        if self.run.another_target:
+            first = self.run.place.steps.get("stepwise", 0)
+            return max(int(self.settings.again_episodes), round(ANOTHER_TARGET * first))
         if self.run.place.round:
             return int(self.settings.again_episodes)
         most = self.run.limits.max_evaluations
@@ -331,12 +347,13 @@ class _StepwiseSearch:
         return room if self.run.limits.use_all else min(room, int(self.settings.episodes))
 
     def beginning(self) -> Widths:
-        """Return the first plan: in a later round the best known one, scaled to the current budgets.
+        """Return the first plan: in a later round the last result, scaled to the current budgets, or a better one.
 
         Otherwise the knapsack's; or the uniform one without a warm start, or without the time to solve for another.
         """
         if self.run.place.round:
-            return next(from_earlier_rounds(self.run))
+            best = best_of_round(self.run)
+            return next(from_earlier_rounds(self.run)) if best is None else np.array(best.widths, dtype=np.int64)
         if not self.settings.warm_start or self.run.late:
             return uniform_or_cheapest(self.env)
         if self._sensitivity.complete:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -160,6 +161,12 @@ class OwnTask(Task):
             return min(max(value, 0.0), 1.0)
         difference = (value - self._dense) / max(abs(self._dense) / 10, 1e-12)
         return 0.5 * math.exp(difference) if difference < 0 else 1 - 0.5 * math.exp(-difference)
+
+    def on_search(self) -> OwnTask:
+        other = copy.copy(self)
+        other.test, other._score = self.search, self._evaluate
+        other.metric = Metric(AGREEMENT) if self._evaluate is None else Metric(SCORE, 0 <= self._dense <= 1)
+        return other
 
     @property
     def test_inputs(self) -> int | None:

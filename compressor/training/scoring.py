@@ -117,9 +117,25 @@ def closeness(
     return closeness_at(far, seen)
 
 
+def share_right(predicted: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the accuracy of predicted classes (N,), 0..1."""
+    return float((predicted == labels).double().mean())
+
+
 def standard_error(share: float, images: int) -> float:
     """Return the standard error of an accuracy (0..1) on this number of images."""
     return float((max(share * (1 - share), 0.0) / max(1, images)) ** 0.5)
+
+
+def error_of_difference(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the standard error of the difference of two accuracies on the same images.
+
+    Args:
+        first, second: Predicted classes of two networks (N,).
+        labels: Classes (N,).
+    """
+    changes = (first == labels).double() - (second == labels).double()
+    return float(changes.std(correction=0) / max(1, len(labels)) ** 0.5)
 
 
 @contextmanager

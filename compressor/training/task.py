@@ -6,6 +6,7 @@ Search, training, export and report know a `Task` only. `Classification` is that
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -145,6 +146,12 @@ class Task(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return a classifier's answers and the labels on the test split, int64 (N,); None for tasks without both."""
         return None
+
+    def on_search(self) -> Task:
+        """Return the task whose reported score is that of the search inputs, in the unit of its own metric."""
+        other = copy.copy(self)
+        other.test = self.search
+        return other
 
     @abstractmethod
     def file_score(

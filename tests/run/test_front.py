@@ -1,0 +1,290 @@
+"""Several targets of one search: a run each, what they share, and what a stop leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import compressor
+from compressor import CompressorError, RunResult, run_recipe
+from compressor.cli.app import app
+from compressor.core.files import sha256_file
+from compressor.core.front import DropLimit, Front, Lost, Point, TargetRun
+from compressor.recipe import Budgets
+from compressor.report.page import EPISODES
+from compressor.run.exports import Request, export_format
+from compressor.run.front import worst
+from compressor.run.max_drop import STEPS, Narrowing, judged
+from compressor.run.measure import measure_again
+from compressor.run.pipeline import resume
+from tests.other_device import OtherDevice
+from tests.run.test_own import FAST as OWN
+from tests.run.test_own import Own, batches, loss, share
+from tests.runs import recipe
+
+TARGETS = "75%,50%"
+LIST: dict[str, Any] = {
+    "budgets": {"latency": TARGETS, "params": "90%"}, "agent": "knapsack", "epochs": 2,
+    "pruning": {"granularity": 4, "compensate": "off"}, "search": {"max_evaluations": 16, "batch_norm_batches": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """Three targets on a device that takes a third longer than its table says for slim networks."""
+    with pytest.MonkeyPatch.context() as patch:
+        OtherDevice(1.0, offset_ms=0.02).install(patch)
+        for name in ("layer_bars", "reward_curve", "candidate_scatter", "training_curve"):
+            patch.setattr(f"compressor.report.plots.{name}", lambda *_: None)
+        return run_recipe(recipe(**LIST), out=tmp_path_factory.mktemp("front") / "whole")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    OtherDevice(1.0, offset_ms=0.02).install(monkeypatch)
+
+
+def test_each_target_is_a_run_of_its_own_below_the_first(front: RunResult) -> None:
+    assert [each.directory.name for each in front.runs] == ["latency-75", "latency-50"]
+    assert front.exit_code == 0
+    for each, limit in zip(front.runs, (0.75, 0.5), strict=True):
+        found = {budget["name"]: budget for budget in each.manifest["budgets"]}
+        assert found["latency"]["target"] == pytest.approx(limit * found["latency"]["dense"])
+        assert found["latency"]["kept"]
+        assert found["params"]["measured"] <= 0.9 * found["params"]["dense"]
+        for name, checksum in each.manifest["files"].items():
+            assert sha256_file(each.directory / name) == checksum
+        assert sum(parameter.numel() for parameter in each.model.parameters()) == found["params"]["measured"]
+        assert (each.directory / "report.html").exists()
+    with pytest.raises(CompressorError, match="has 2 networks"):
+        _ = front.model
+
+
+def test_the_table_the_dense_network_and_the_scored_plans_serve_all(front: RunResult) -> None:
+    manifests = [each.manifest for each in front.runs]
+    accuracies = {manifest["accuracy"]["dense"] for manifest in manifests}
+    assert len(accuracies) == 1
+    logs = [[json.loads(line) for line in (each.directory / EPISODES).read_text().splitlines()] for each in front.runs]
+    plans = [{tuple(line["widths"]) for line in log if line["round"] == log[0]["round"]} for log in logs]
+    assert len(plans[1]) <= 0.8 * len(plans[0])  # those of the searches without corrections
+    trainings = [[epoch for epoch in m["training"] if epoch["phase"] != "finetune"] for m in manifests]
+    assert trainings[0] == trainings[1]
+    assert len(trainings[0]) == 1
+    weights = [sorted((each.directory / "checkpoints").glob("search-weights-*")) for each in front.runs]
+    assert len({sha256_file(path) for (path,) in weights}) == 1
+    tables = [json.loads((each.directory / "latency_table.json").read_text()) for each in front.runs]
+    assert tables[0]["entries"] == tables[1]["entries"]
+    assert tables[0]["raised"] == 1 < tables[1]["raised"]  # it begins with what the first target has measured
+    assert len(manifests[1]["rounds"]) <= len(manifests[0]["rounds"])
+    assert any("continues that of latency-75" in note for note in manifests[1]["notes"])
+
+
+def test_front_json_has_the_networks_as_measured(front: RunResult) -> None:
+    content = json.loads((front.directory / "front.json").read_text())
+    assert content == front.manifest
+    recorded = Front.read(front.directory / "front.json")
+    assert (recorded.status, recorded.exit_code, recorded.agent) == ("finished", 0, "knapsack")
+    assert [target.continues for target in recorded.targets] == ["", "latency-75"]
+    assert all((target.known or 0) > 10 for target in recorded.targets[1:])
+    dense = recorded.dense()
+    assert dense is not None
+    assert (dense.ratio, dense.tested) == (1.0, front.runs[0].manifest["accuracy"]["dense"])
+    assert dense.latency_ms == recorded.dense_ms
+    for run, point in zip(front.runs[::-1], recorded.of("ours"), strict=True):
+        assert point.target == run.directory.name
+        assert (front.directory / str(point.onnx)).samefile(run.onnx)
+        assert point.ratio == run.manifest["latency"]["ratio"]
+        assert point.tested == run.manifest["accuracy"]["finetuned"]
+        assert point.widths == [group["kept"] for group in run.manifest["groups"]]
+        assert point.searched is not None
+    for kind in ("uniform", "knapsack"):
+        points = recorded.of(kind)  # type: ignore[arg-type]
+        assert len(points) == 2
+        for point, ours in zip(points, recorded.of("ours"), strict=True):
+            assert point.target == ours.target
+            assert point.ratio is not None
+            assert point.ratio <= 1.02 * float(ours.target.removeprefix("latency-")) / 100
+            assert point.tested is None
+            assert point.searched is not None
+            assert point.searched <= float(ours.searched or 0) + 1e-9  # all are candidates of the search
+
+
+def test_the_page_shows_the_front(front: RunResult) -> None:
+    page = (front.directory / "report.html").read_text()
+    assert "2 networks: every budget is kept." in page
+    assert page.count("<svg") == 2
+    assert 'href="latency-50/report.html"' in page
+    assert 'href="latency-50/model.onnx"' in page
+    assert CliRunner().invoke(app, ["report", str(front.directory)]).exit_code == 0
+    assert (front.directory / "report.html").read_text() == page
+
+
+def test_commands_on_one_run_work_and_the_whole_is_refused_with_a_hint(front: RunResult) -> None:
+    one = front.runs[1].directory
+    assert any("model.fp16.onnx" in line for line in export_format(one, Request(precision="fp16")))
+    commands = (lambda: export_format(front.directory, Request()), lambda: measure_again(front.directory))
+    for command in commands:
+        with pytest.raises(CompressorError, match="holds the runs of several targets") as caught:
+            list(command())
+        assert "latency-75" in caught.value.hint
+
+
+STOPS = {
+    "in the export of the second": ("compressor.run.pipeline.export", 1),
+    "after the second": ("compressor.run.front.points", 1),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stopped_front_ends_as_one_that_was_not(
+    device: None, front: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
+) -> None:
+    name, after = STOPS[stop]
+    module, _, function = name.rpartition(".")
+    plain, calls = getattr(__import__(module, fromlist=[function]), function), []
+
+    def fragile(*given: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return plain(*given, **more)
+
+    folder = tmp_path / "whole"
+    with monkeypatch.context() as patch:
+        patch.setattr(name, fragile)
+        with pytest.raises(KeyboardInterrupt, match=re.escape(f"--resume {folder}")):
+            run_recipe(recipe(**LIST), out=folder)
+    latest = max(folder.glob("latency-*"), key=lambda path: path.stat().st_mtime)
+    again = resume(latest)  # of one of the runs: the whole continues
+    assert again.directory.samefile(folder)
+    assert again.exit_code == front.exit_code
+    for run, undisturbed in zip(again.runs, front.runs, strict=True):
+        for key in ("groups", "accuracy"):
+            assert run.manifest[key] == undisturbed.manifest[key]
+        rounds = [[each["widths"] for each in one.manifest["rounds"]] for one in (run, undisturbed)]
+        assert rounds[0] == rounds[1]
+        for file in ("model.safetensors", "channels.json"):
+            assert sha256_file(run.directory / file) == sha256_file(undisturbed.directory / file)
+    assert again.manifest["points"] == front.manifest["points"]
+
+
+def test_a_finished_front_resumes_to_itself(device: None, front: RunResult, tmp_path: Path) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(front.directory, folder)
+    again = resume(folder)
+    assert again.manifest["points"] == front.manifest["points"]
+    assert again.exit_code == 0
+    with pytest.raises(CompressorError, match=r"budgets.latency is 75%,50%, not 50%"):
+        resume(folder, {"budgets": {"latency": "50%"}})
+
+
+@pytest.mark.parametrize(
+    ("budgets", "said"),
+    [
+        ({"flops": "60%,0.1%"}, "cannot be reached"),
+        ({"flops": "60%,0.6x"}, "flops-60 and flops-0.6x are the same limit"),
+        ({"flops": "60%,nonsense"}, "not understood"),
+        ({"max_drop": 1, "latency": "50%"}, "--latency gives it"),
+        ({"max_drop": 1, "flops": "60%,50%"}, "looks for one network"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused_before_anything_is_written(
+    device: None, tmp_path: Path, budgets: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(CompressorError, match=said):
+        run_recipe(recipe(budgets=budgets), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_worst_target_decides_the_exit_code() -> None:
+    assert [worst(codes) for codes in ([0, 0], [0, 4], [4, 3], [])] == [0, 4, 3, 0]
+
+
+def test_the_command_takes_lists(device: None, front: RunResult, tmp_path: Path) -> None:
+    words = ["--model", "tests.nets:tiny", "--flops", "60%,40%", "--epochs", "2", "--dry-run"]
+    dry = CliRunner().invoke(app, words)
+    assert dry.exit_code == 0, dry.output
+    assert "flops-60: Budget macs" in dry.output
+    assert "flops-40: Budget macs" in dry.output
+    shutil.copytree(front.directory, tmp_path / "whole")
+    done = CliRunner().invoke(app, ["--resume", str(tmp_path / "whole")])
+    assert done.exit_code == 0, done.output
+    assert "2 networks: every budget is kept." in done.output
+    assert done.output.count("latency-50") >= 1
+
+
+# ---------------------------------------------------------------- the other way round
+def entry(share: float, drop: float, **more: Any) -> TargetRun:
+    name = f"{100 * share:g}"
+    return TargetRun(folder=f"latency-{name}", budgets={"latency": f"{name}%"}, lost=Lost(search_drop=drop, **more))
+
+
+def test_the_range_of_latencies_is_halved() -> None:
+    """The accuracy falls by 2 points for each tenth of the time that is saved: a loss of 5 is at 0.75."""
+    order, done = Narrowing(Budgets(max_drop=5, params="50%"), least=0.2), list[TargetRun]()
+    while (target := order.next(done)) is not None:
+        assert (target.budgets.max_drop, target.budgets.params) == (None, "50%")
+        share = float(str(target.budgets.latency).rstrip("%")) / 100
+        done.append(entry(share, 20 * (1 - share)))
+    assert [each.budgets["latency"] for each in done] == ["60%", "80%", "70%", "75%", "72.5%"]
+    assert len(done) == STEPS
+    points = [Point(kind="ours", target=each.folder, ratio=float(each.folder[8:]) / 100) for each in done]
+    found = judged(Front(targets=done, points=points), 5.0)
+    assert (found.chosen, found.kept, found.steps) == ("latency-75", True, STEPS)
+    none = judged(Front(targets=done, points=points), 1.0)
+    assert (none.chosen, none.kept) == ("latency-80", False)
+
+
+def test_of_the_networks_that_keep_it_the_fastest_as_measured_is_chosen() -> None:
+    done = [entry(0.5, 0.9, test_drop=1.0, error=0.2), entry(0.6, 0.5)]
+    points = [Point(kind="ours", target="latency-50", ratio=0.49), Point(kind="ours", target="latency-60", ratio=0.47)]
+    assert judged(Front(targets=done, points=points), 1.0).chosen == "latency-60"
+    assert judged(Front(targets=done, points=points[:1]), 1.0) == DropLimit(
+        points=1.0, steps=2, most_steps=STEPS, chosen="latency-50", kept=True, confirmed="undecided"
+    )
+
+
+def test_the_fastest_network_within_a_loss_is_found_and_confirmed(device: None, tmp_path: Path) -> None:
+    fields = {**LIST, "search": {"max_evaluations": 6, "batch_norm_batches": 1}}
+    del fields["budgets"]
+    result = run_recipe(recipe(**fields, budgets={"max_drop": 8}), out=tmp_path / "run")
+    recorded = Front.read(tmp_path / "run/front.json")
+    limit = recorded.max_drop
+    assert limit is not None
+    assert result.chosen is not None
+    assert result.chosen.directory.name == limit.chosen
+    assert 2 <= len(result.runs) == limit.steps <= STEPS
+    chosen = next(target for target in recorded.targets if target.folder == limit.chosen)
+    assert chosen.lost is not None
+    assert limit.kept == (float(chosen.lost.search_drop or 0) <= 8)
+    accuracy = result.chosen.manifest["accuracy"]
+    assert chosen.lost.test_drop == pytest.approx(100 * (accuracy["dense"] - accuracy["finetuned"]))
+    assert 0 < float(chosen.lost.error or 0) < 5
+    faster = [
+        target for target in recorded.targets
+        if float(target.folder[8:]) < float(limit.chosen[8:]) and limit.kept
+    ]  # fmt: skip
+    assert all(float(target.lost.search_drop or 0) > 8 for target in faster if target.lost)
+    assert result.exit_code == {"kept": 0, "undecided": 4, "missed": 3}[str(limit.confirmed)] or not limit.kept
+    assert result.onnx == result.chosen.onnx
+    page = (tmp_path / "run/report.html").read_text()
+    assert "On the test split it loses" in page
+
+
+def test_own_objects_have_several_targets_and_a_limit_in_their_score(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"train": batches(), "loss": loss, "evaluate": share(1), "epochs": 0, "agent": "uniform"}
+    rest = {name: value for name, value in OWN.items() if name not in ("params", "agent")}
+    model, example = Own(), torch.zeros(1, 1, 8, 8)
+    result = compressor.compress(model, example, params=["70%", "50%"], out=tmp_path / "run", **options, **rest)
+    assert [each.directory.name for each in result.runs] == ["params-70", "params-50"]
+    sizes = [sum(each.numel() for each in run.model.parameters()) for run in result.runs]
+    assert sizes[1] < sizes[0]
+    with pytest.raises(CompressorError, match="objects of the Python program"):
+        resume(tmp_path / "run")
