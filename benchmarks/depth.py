@@ -28,8 +28,8 @@ from compressor.recipe import Recipe
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "both": {"depth": "auto"},
-    "depth": {"depth": "auto", "min_share": 1.0},
     "widths": {},
+    "depth": {"depth": "auto", "min_share": 1.0},
 }
 """Fields of `pruning`; the first one measures the latency table."""
 
@@ -97,6 +97,7 @@ def run(options: argparse.Namespace, agent: str, seed: int, variant: str) -> dic
                     "max_evaluations": options.evaluations,
                     "search_images": options.search_images,
                     "epochs_share": 0,
+                    "settings": {"evaluations": options.evaluations} if agent == "knapsack" else {},
                 },
             }
         )

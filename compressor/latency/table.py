@@ -132,7 +132,7 @@ class LatencyTable:
             if network.held_out is not None:
                 held = network.held_out
                 line += f", {held.mape:.1%} off on average ({held.worst:.1%} at worst) "
-                line += f"on {held.networks} unseen sub-networks"
+                line += f"on {held.networks} unseen sub-networks{', some without blocks' if network.blocks else ''}"
         return line
 
     def at(
