@@ -15,7 +15,7 @@ from compressor.core.tables import Table
 def doctor(
     recipe: Annotated[
         str | None,
-        typer.Argument(
+        typer.Option(
             help="A recipe whose time is estimated: YAML file or shipped name.", autocompletion=completion.recipes
         ),
     ] = None,

@@ -34,7 +34,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick")
 def test_the_machine_is_examined(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(recipe(budgets={"flops": "60%"}).to_yaml())
-    found = json.loads(command("doctor", tmp_path / "mine.yaml", "--json"))
+    found = json.loads(command("doctor", "--recipe", tmp_path / "mine.yaml", "--json"))
     parts = {each["part"]: each for each in found["machine"]}
     assert {"CPU", "GPU", "ONNX Runtime", "TensorRT", "TensorRT-RTX", "latency here", "noise", "disk"} <= set(parts)
     assert "CPUExecutionProvider" in parts["ONNX Runtime"]["found"]
