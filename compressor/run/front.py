@@ -240,7 +240,7 @@ class _Front:
         self._record(targets=[*before, entry])
         say(f"Target {place + 1}: {target.name}")
         with self._opened(path, recipe) as run:
-            ended = run.manifest.status == "finished"
+            searched = run.finished("finetune")  # the search is not looked at again
             notes: list[str] = []
             if before:
                 entry = self._inherit(run, before[-1], entry)
@@ -253,18 +253,19 @@ class _Front:
             job = self._job.within(recipe, self._table(run, recipe, before), notes)
             result = self._take(run, job)
             if self._limit is not None:
-                if ended and not job.trained:  # by an earlier process: the trained dense network is restored
+                if searched and not job.trained:  # the dense network that the search has trained is restored
                     search(run, job, Contract(run, job))
                 entry = entry.model_copy(update={"lost": lost(run, job)})
             started, known = time.monotonic(), [each for each in self._front.points if each.target != target.name]
             found = [*known, *points(run, job, with_dense=not known)]
             seconds = {name: float(stage.seconds or 0) for name, stage in run.manifest.stages.items()}
+            said = judge(run.manifest)
             entry = entry.model_copy(
                 update={
                     "status": "finished",
                     "exit_code": result.exit_code,
-                    "state": judge(run.manifest).state,
-                    "verdict": judge(run.manifest).sentence,
+                    "state": said.state,
+                    "verdict": said.sentence,
                     "evaluations": run.manifest.search.evaluations if run.manifest.search is not None else None,
                     "seconds": {**seconds, "compare": round(time.monotonic() - started, 1)},
                 }

@@ -20,10 +20,12 @@ from compressor.core.front import DropLimit, Front, Lost, Point, TargetRun
 from compressor.recipe import Budgets
 from compressor.report.page import EPISODES
 from compressor.run.exports import Request, export_format
+from compressor.run.finish import report_again
 from compressor.run.front import worst
 from compressor.run.max_drop import STEPS, Narrowing, judged
 from compressor.run.measure import measure_again
 from compressor.run.pipeline import resume
+from compressor.run.runs import clean, find_runs
 from tests.other_device import OtherDevice
 from tests.run.test_own import FAST as OWN
 from tests.run.test_own import Own, batches, loss, share
@@ -185,6 +187,18 @@ def test_a_finished_front_resumes_to_itself(device: None, front: RunResult, tmp_
         resume(folder, {"budgets": {"latency": "50%"}})
 
 
+def test_runs_of_a_front_are_listed_and_cleaned_only_once_no_other_needs_them(front: RunResult, tmp_path: Path) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(front.directory, folder)
+    runs = find_runs([tmp_path])
+    assert [run.name for run in runs] == ["latency-50", "latency-75"]
+    Front.read(folder / "front.json").model_copy(update={"status": "running"}).write(folder / "front.json")
+    assert all("others continue its search" in each.kept for each in clean(runs))
+    shutil.copy(front.directory / "front.json", folder)
+    assert all("checkpoints/search.pt" in each.files for each in clean(runs))
+    assert report_again(folder)[1] == "2 networks: every budget is kept."
+
+
 @pytest.mark.parametrize(
     ("budgets", "said"),
     [
@@ -251,11 +265,18 @@ def test_of_the_networks_that_keep_it_the_fastest_as_measured_is_chosen() -> Non
     )
 
 
-def test_the_fastest_network_within_a_loss_is_found_and_confirmed(device: None, tmp_path: Path) -> None:
+def test_the_fastest_network_within_a_loss_is_found_and_confirmed(
+    device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fields = {**LIST, "search": {"max_evaluations": 6, "batch_norm_batches": 1}}
     del fields["budgets"]
-    result = run_recipe(recipe(**fields, budgets={"max_drop": 8}), out=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.run.pipeline.export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe(**fields, budgets={"max_drop": 8}), out=tmp_path / "run")
+    result = resume(tmp_path / "run")
     recorded = Front.read(tmp_path / "run/front.json")
+    assert len({target.lost.search_dense for target in recorded.targets if target.lost}) == 1  # one dense network
     limit = recorded.max_drop
     assert limit is not None
     assert result.chosen is not None
