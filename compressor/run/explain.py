@@ -87,7 +87,8 @@ def explain_again(
         own = profiles is not None or (provider.is_here and (table is None or table.fields.runtime.name == CPU))
         predicted, note = _predicted(run, recipe, table, factory) if own else (None, "")
         names = _names(run)
-        lines = explain(profiled.dense, profiled.slim, names, profiled.machine, predicted)
+        slim = _numbered_as_dense(profiled.slim, run.manifest.layers)
+        lines = explain(profiled.dense, slim, names, profiled.machine, predicted)
         explanation = Explanation(
             where=profiled.where,
             peaks=profiled.machine.how,
@@ -204,7 +205,20 @@ def _names(run: RunFolder) -> list[str]:
     """Return names of the weight-bearing operators: the layers' own if the counts match, else the ONNX file's."""
     found = [node.name for node in file_nodes(run.file(MODEL)) if node.operator >= 0]
     layers = [layer.name for layer in run.manifest.layers]
-    return layers if len(layers) == len(found) else found
+    return layers if len(_left(run.manifest.layers)) == len(found) else found
+
+
+def _left(layers: Sequence[Layer]) -> list[int]:
+    """Return the places of the layers that the slim network has; those of removed blocks have no channels there."""
+    return [place for place, layer in enumerate(layers) if layer.slim_channels != [0, 0]]
+
+
+def _numbered_as_dense(slim: Profile, layers: Sequence[Layer]) -> Profile:
+    """Return the slim network's profile with the dense network's numbers of operators, if blocks were removed."""
+    left = _left(layers)
+    if len(left) == len(layers) or max((kernel.operator for kernel in slim.kernels), default=0) >= len(left):
+        return slim
+    return replace(slim, kernels=tuple(replace(each, operator=left[each.operator]) for each in slim.kernels))
 
 
 def _with_times(layers: Sequence[Layer], lines: Sequence[Line]) -> list[Layer]:

@@ -58,7 +58,8 @@ class Sensitivity:
         """Measure the remaining groups, saving now and then.
 
         Args:
-            points: Widths measured in each group, 1 or 2: a quarter of the channels kept, and a half.
+            points: Widths measured in each group, 1 or 2: a quarter of the channels kept, and a half. A block is only
+                removed.
         """
         shares = (0.25, 0.5)[:points]
         env, groups = self._run.env, len(self._levels)
@@ -68,7 +69,7 @@ class Sensitivity:
                 if self._run.spent(reserve=1):
                     return
                 pairs = []
-                for kept in shares:
+                for kept in self._shares(group, shares):
                     if self._run.late:
                         return
                     levels, widths = self._levels[group], self._cut(group, kept)
@@ -81,6 +82,9 @@ class Sensitivity:
                     self._run.save()
                 bar.advance()
 
+    def _shares(self, group: int, shares: Sequence[float]) -> Sequence[float]:
+        return shares if group < self._run.env.bounds.groups else shares[:1]
+
     def _cut(self, group: int, kept: float) -> Widths:
         """Return the widths with one group pruned to about this share of its channels."""
         widths, levels = self._run.env.bounds.dense.copy(), self._levels[group]
@@ -92,7 +96,7 @@ class Sensitivity:
         dense = self._run.env.bounds.dense
         if not self._run.env.known(dense):
             yield dense
-        cuts = [(each, share) for each in range(group, len(self._levels)) for share in shares]
+        cuts = [(each, share) for each in range(group, len(self._levels)) for share in self._shares(each, shares)]
         for each, share in cuts[cuts.index((group, kept)) :]:
             yield self._cut(each, share)
 

@@ -1,0 +1,75 @@
+"""Whole runs that remove blocks: what is recorded, delivered and shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor import load, run_recipe
+from compressor.run.explain import explain_again
+from tests.runs import IMAGE_SIZE, manifest_of, recipe
+
+NAMES = ["body.0", "body.1", "body.2"]
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.one, self.first = nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.two, self.second = nn.Conv2d(8, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(self.two(F.relu(self.first(self.one(x))))))
+
+
+class Deep(nn.Module):
+    """Three blocks of equal cost, which are most of the network's."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.body = nn.Sequential(*(Block(16) for _ in range(3)))
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(F.relu(self.norm(self.stem(x)))).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("agent", ["knapsack", "joint"])
+def test_a_run_that_may_only_remove_blocks(agent: str, tmp_path: Path) -> None:
+    fields = {
+        "model": "tests.run.test_depth_run:Deep", "agent": agent, "epochs": 2, "budgets": {"flops": "60%"},
+        "pruning": {"depth": "auto", "min_share": 1.0},
+    }  # fmt: skip
+    result = run_recipe(recipe(**fields), out=tmp_path / "run")
+    assert result.exit_code == 0
+    manifest = manifest_of(tmp_path / "run")
+    (left,) = set(NAMES) - set(manifest["removed"])  # at 60 % one of the three can stay
+    assert {group["name"]: group["kept"] for group in manifest["groups"]} == {
+        "stem": 16, **{f"{name}.one": 8 if name == left else 0 for name in NAMES}
+    }  # fmt: skip
+    gone = [layer for layer in manifest["layers"] if layer["slim_macs"] == 0]
+    assert [layer["slim_channels"] for layer in gone] == [[0, 0]] * 4
+    assert manifest["checks"]["fvcore"]["confirmed"] is True
+    assert manifest["budgets"][0]["measured"] == manifest["cost"]["slim"]["macs"]
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "2 blocks were removed whole: " + ", ".join(n for n in NAMES if n != left) in page
+    again = load(tmp_path / "run", factory=Deep)
+    assert not [key for key in again.state_dict() if key.startswith("body") and not key.startswith(left)]
+    graph = onnx.load(tmp_path / "run/model.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert (kinds.count("Conv"), kinds.count("Add")) == (3, 1)
+    assert again(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)).shape == (2, 10)
+    if agent == "knapsack":
+        list(explain_again(tmp_path / "run", factory="tests.run.test_depth_run:Deep"))
+        lines = {line["name"]: line for line in manifest_of(tmp_path / "run")["explanation"]["lines"]}
+        for name in NAMES:
+            dense_ms, slim_ms = (lines[f"{name}.one"][which] for which in ("dense_ms", "slim_ms"))
+            assert dense_ms > 0
+            assert (slim_ms is None) == (name != left)
