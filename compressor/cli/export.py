@@ -29,6 +29,10 @@ def export(
     calibration: Annotated[
         str, typer.Option(help="How int8 ranges are calibrated: minmax, entropy or percentile.")
     ] = "minmax",
+    rounding: Annotated[
+        str,
+        typer.Option(help="How int8 weights are rounded: nearest, or outputs (for each layer's outputs; slower)."),
+    ] = "nearest",
     rest: Annotated[
         str | None, typer.Option(help="Precision of the rest with int8: fp32 or fp16 (the default for boards).")
     ] = None,
@@ -102,6 +106,7 @@ def export(
             opset=opset,
             max_drop=max_drop,
             method=calibration,
+            rounding=rounding,
             rest=rest,
             out=file,
             factory=factory,

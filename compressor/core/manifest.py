@@ -487,6 +487,7 @@ class Export(Record):
     calibration_classes: dict[str, int] = {}
     rest: str = ""
     runtime: str = ""
+    rounding: str = ""
     rule: str = ""
     plans: list[PrecisionPlan] = []
     layers: list[LayerPrecision] = []

@@ -384,4 +384,9 @@ class Export(Part):
     precisions: tuple[Literal["fp16", "int8", "mixed"], ...] = Field(
         (), description="Further precisions in which the network is written, as by compress export --precision."
     )
+    rounding: Literal["nearest", "outputs"] = Field(
+        "nearest",
+        description="How int8 weights are rounded: each to the nearest, or for the outputs of its layer, which adds "
+        "less noise and takes longer.",
+    )
     engine: bool = Field(True, description="Whether to build an engine if a builder is installed.")

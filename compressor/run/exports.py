@@ -35,6 +35,7 @@ from compressor.run.onnx_files import (
 from compressor.training.feeds import random_inputs
 from export.convert.batches import Batch
 from export.convert.calibrated import ONNXRUNTIME, TENSORRT
+from export.convert.quantize import ROUNDINGS
 from export.device.bundle import find_target
 from export.device.here import CPU
 from export.engine.engine import BuildSettings
@@ -62,6 +63,7 @@ class Request:
         opset: Opset of the ONNX file; None for the target's or the recipe's.
         max_drop: Accuracy that FP16 or INT8 may lose, in percentage points.
         method: How INT8 ranges are calibrated.
+        rounding: How INT8 weights are rounded.
         rest: Precision of the layers that INT8 leaves out, in a file for TensorRT; None for the device's usual form.
         out: Where to put a copy of the file.
         factory: Function that builds the network if it is the user's own code: `package.module:factory`.
@@ -75,6 +77,7 @@ class Request:
     opset: int | None = None
     max_drop: float = 1.0
     method: str = "minmax"
+    rounding: str = "nearest"
     rest: str | None = None
     out: Path | None = None
     factory: str | None = None
@@ -201,6 +204,7 @@ class Finished:
                 request.max_drop,
                 goals=self.goals,
                 method=request.method,
+                rounding=request.rounding,
                 rest=request.rest or ("fp32" if here else "fp16"),
                 runtime=ONNXRUNTIME
                 if here and request.rest is None and request.format == "onnx"
@@ -300,6 +304,7 @@ def check(request: Request) -> None:
     for what, value, known in (
         ("format", request.format, FORMATS),
         ("precision", request.precision, PRECISIONS),
+        ("rounding", request.rounding, ROUNDINGS),
     ):
         if value not in known:
             raise CompressorError(f"--{what} {value} is not exported.", f"Choose {', '.join(known)}.")
@@ -398,7 +403,7 @@ class Format:
 
 
 _COMMON = ("format", "out", "factory")
-_GRAPH = ("batch", "precision", "target", "opset", "max_drop", "method", "rest")
+_GRAPH = ("batch", "precision", "target", "opset", "max_drop", "method", "rounding", "rest")
 _OPTIONS = {
     "method": "--calibration", "max_drop": "--max-drop", "module": "--builder",
     "compute_capability": "--compute-capability", "settings": "settings of engines",

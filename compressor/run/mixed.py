@@ -50,12 +50,14 @@ class MixedInfo:
         plans: The measured plans, of which one is chosen.
         layers: Each quantisable layer, in the order of the file.
         images: Inputs that gave the ranges.
+        rounding: How the weights are rounded.
         rule: How the plan was chosen.
     """
 
     plans: tuple[PrecisionPlan, ...]
     layers: tuple[LayerPrecision, ...]
     images: int
+    rounding: str
     rule: str
 
     @property
@@ -72,6 +74,7 @@ def write_mixed(
     *,
     max_drop: float,
     method: str = "minmax",
+    rounding: str = "nearest",
     request: Request | None = None,
 ) -> MixedInfo:
     """Write the FP32 network with its parts in the precisions that the measured times and the score choose.
@@ -82,6 +85,7 @@ def write_mixed(
         score: Returns the accuracy of a file, 0 to 1.
         max_drop: Maximum drop of the score against the FP32 file, 0 to 1.
         method: How ranges are calibrated.
+        rounding: How the weights of the chosen plan are rounded, if that adds less noise than to the nearest.
         request: Threads and streams with which plans are timed; None for one of each.
 
     Raises:
@@ -129,9 +133,18 @@ def write_mixed(
             )
             progress.advance(1, note=f"{found[-1].ratio:.3f} of FP32")
     place, rule = chosen_of(found, before, max_drop)
-    write([name for index in wanted[place] for name in parts.parts[index].nodes])
+    nodes = [name for index in wanted[place] for name in parts.parts[index].nodes]
+    if rounding != "nearest" and nodes:
+        write_quantised(calibrated, header, target, nodes, rounding=rounding)
+        less = noise(exact, onnx_outputs(target, judged))
+        if less < found[place].noise:  # as fast: only weights differ
+            found[place] = found[place].model_copy(update={"noise": less, "score": score(target)})
+        else:
+            rounding = "nearest"
+    if rounding == "nearest" or not nodes:
+        write(nodes)
     found[place] = found[place].model_copy(update={"chosen": True})
-    return MixedInfo(tuple(found), tuple(_layers(parts, prices, set(wanted[place]))), len(fitted), rule)
+    return MixedInfo(tuple(found), tuple(_layers(parts, prices, set(wanted[place]))), len(fitted), rounding, rule)
 
 
 def chosen_of(found: Sequence[PrecisionPlan], before: float, max_drop: float) -> tuple[int, str]:

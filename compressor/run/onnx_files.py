@@ -131,6 +131,7 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
             precision,
             recipe.export.max_drop,
             goals=job.goals,
+            rounding=recipe.export.rounding,
             rest="fp32" if on_cpu else "fp16",
             runtime=ONNXRUNTIME if on_cpu else TENSORRT,
             engine=provider.is_here,
@@ -288,6 +289,7 @@ def write_precision(
     *,
     goals: Any = None,
     method: str = "minmax",
+    rounding: str = "nearest",
     rest: str,
     runtime: str = TENSORRT,
     source: Path | None = None,
@@ -309,6 +311,7 @@ def write_precision(
         max_drop_points: Percentage points of accuracy that the file may lose; of other scores, per cent of their value.
         goals: What the test score compares with; see `Task.test_goals`.
         method: How INT8 ranges are calibrated: "minmax", "entropy" or "percentile".
+        rounding: How INT8 weights are rounded: to the "nearest", or for the "outputs" of their layers.
         rest: Precision of the layers that INT8 leaves out: "fp32" or "fp16".
         runtime: What an INT8 file is for; see `export.convert.calibrated.FORMS`.
         source: FP32 file; None for the run's.
@@ -337,9 +340,9 @@ def write_precision(
         if precision == "fp16":
             facts = _half(given, trial, task, network, seed)
         elif precision == "mixed":
-            facts = _mixed(given, trial, task, network, seed, max_drop_points, method, timed)
+            facts = _mixed(given, trial, task, network, seed, max_drop_points, method, rounding, timed)
         else:
-            facts = _int8(given, trial, task, network, seed, max_drop_points, method, rest, runtime)
+            facts = _int8(given, trial, task, network, seed, max_drop_points, method, rounding, rest, runtime)
         facts["accuracy"], facts["images"] = scored(trial, task, network, goals)
         problem = _lost(task, facts, exact, max_drop_points)
         if problem := problem or _differs(given, trial, task, network, seed, precision, facts):
@@ -398,6 +401,7 @@ def _int8(
     seed: int,
     max_drop_points: float,
     method: str,
+    rounding: str,
     rest: str,
     runtime: str,
 ) -> dict[str, Any]:
@@ -413,6 +417,7 @@ def _int8(
         method=method,
         rest=rest,
         runtime=runtime,
+        rounding=rounding,
     )
     kept, counts = list(within.quant.kept), task.spread(CALIBRATION_IMAGES, seed)
     spread = f", {min(counts.values())} to {max(counts.values())} of each class" if counts else ""
@@ -423,6 +428,7 @@ def _int8(
         "calibration_classes": counts,
         "rest": rest,
         "runtime": runtime,
+        "rounding": rounding,
         "words": f"{len(within.quant.quantised)} nodes in INT8, {len(kept)} kept in floats, calibrated on "
         f"{len(calibration)} training images{spread}",
     }
@@ -436,14 +442,16 @@ def _mixed(
     seed: int,
     max_drop_points: float,
     method: str,
+    rounding: str,
     timed: Request | None,
 ) -> dict[str, Any]:
     from compressor.run.mixed import write_mixed
 
     calibration = one_array(drawn(task, task.calibration, CALIBRATION_IMAGES, seed), "INT8")
     judge = task.file_judge(JUDGING_IMAGES, seed, network)
+    most = max_drop_points / 100
     made = write_mixed(
-        given, trial, calibration, judge, max_drop=max_drop_points / 100, method=method, request=timed
+        given, trial, calibration, judge, max_drop=most, method=method, rounding=rounding, request=timed
     )
     kept = [layer.name for layer in made.layers if layer.precision == "fp32"]
     plan = made.chosen
@@ -453,6 +461,7 @@ def _mixed(
         "calibration_images": made.images,
         "rest": "fp32",
         "runtime": ONNXRUNTIME,
+        "rounding": made.rounding,
         "rule": made.rule,
         "plans": list(made.plans),
         "layers": list(made.layers),

@@ -17,6 +17,7 @@ each output channel.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -235,6 +236,12 @@ class Calibrated:
                 self.ranges = calibrator.compute_data()
             except ort_errors() as error:
                 raise ExportError(f"ONNX Runtime cannot calibrate: {first_line(error)}.") from error
+
+    def with_weights(self, proto: Any) -> Calibrated:
+        """Return the network with the weights of another one of its structure, and the same ranges."""
+        found = copy.copy(self)
+        found.proto = proto
+        return found
 
     def quantise(self, nodes: Sequence[str], *, float_biases: bool = False) -> Any:
         """Quantise these nodes, and those that go on in INT8 after them: a copy of the network with Q/DQ pairs.

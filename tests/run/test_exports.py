@@ -230,9 +230,11 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
 
 
 def test_int8_has_the_form_of_the_runtime_that_it_is_for(run: Path, tmp_path: Path) -> None:
-    export(run, "--precision", "int8", "--max-drop", 3)
+    assert "--rounding up is not exported" in refused(run, "--precision", "int8", "--rounding", "up")
+    export(run, "--precision", "int8", "--max-drop", 3, "--rounding", "outputs")
     assert read_header(run / "model.int8.onnx").metadata["runtime"] == "onnxruntime"  # the run's: this CPU
-    assert exports_of(run)["int8"]["runtime"] == "onnxruntime"
+    entry = exports_of(run)["int8"]
+    assert (entry["runtime"], entry["rounding"]) == ("onnxruntime", "outputs")
     export(run, "--target", "jetson-orin-nano-8gb", "--max-drop", 3, "--bundle", tmp_path / "orin.tar.gz")
     (tmp_path / "int8.onnx").write_bytes(unpack(tmp_path / "orin.tar.gz")["models/model.int8.onnx"])
     facts = read_header(tmp_path / "int8.onnx").metadata
