@@ -84,7 +84,8 @@ def explain_again(
             profiled = _profiled_there(run, provider, table, device_precision(recipe), profiles)
         else:
             profiled = _profiled_here(run, recipe)
-        own = profiles is not None or (provider.is_here and (table is None or table.fields.runtime.name == CPU))
+        on_cpu = provider.is_here and (table is None or table.fields.runtime.name == CPU)
+        own = profiles is not None or (on_cpu and device_precision(recipe) == "fp32")
         predicted, note = _predicted(run, recipe, table, factory) if own else (None, "")
         names = _names(run)
         slim = _numbered_as_dense(profiled.slim, run.manifest.layers)
@@ -103,7 +104,7 @@ def explain_again(
             f"Peaks: {explanation.peaks}."
         )
         if not own:
-            yield from_here(provider)
+            yield f"The run is for {recipe.precision}; these are times in FP32." if on_cpu else from_here(provider)
             if provider.runs_tensorrt and not provider.is_here:
                 yield (
                     "For the device's own times, profile both engines there (trtexec --exportProfile) and add "
