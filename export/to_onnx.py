@@ -1,5 +1,5 @@
 """The exporter under the name that documentation and users' scripts import; it is in `convert/to_onnx.py`."""
 
-from export.convert.to_onnx import export_onnx
+from export.convert.to_onnx import check_parity, export_onnx
 
-__all__ = ["export_onnx"]
+__all__ = ["check_parity", "export_onnx"]
