@@ -92,11 +92,13 @@ class _LineBar:
     def line(self) -> str:
         """Return how far it is and how much time is left at its pace so far."""
         elapsed = time.monotonic() - self.began
-        left = "time left not known yet"
-        if self.done:
-            left = f"about {_duration(elapsed / self.done * max(self.total - self.done, 0))} left"
+        left, done = "time left not known yet", f"{self.done} of {self.total}"
+        if self.done >= self.total:  # more than was planned, until it is enough
+            done = f"{self.done}"
+        elif self.done:
+            left = f"about {_duration(elapsed / self.done * (self.total - self.done))} left"
         note = f"; {self.note}" if self.note else ""
-        return f"  {self.label}: {self.done} of {self.total} in {_duration(elapsed)}, {left}{note}"
+        return f"  {self.label}: {done} in {_duration(elapsed)}, {left}{note}"
 
 
 class LineDisplay:

@@ -30,6 +30,7 @@ def test_lines_tell_how_far_a_task_is(monkeypatch: pytest.MonkeyPatch) -> None:
             with bar("Scoring", total=2):  # a part of the first, which is not finished
                 time.sleep(0.12)
             task.advance(3)
+            time.sleep(0.12)
         say("done")
     shown.close()
     known = len(lines)
@@ -39,6 +40,7 @@ def test_lines_tell_how_far_a_task_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r"  Searching \(stage 2 of 7\): 0\.\d s so far", lines[1])
     assert any(re.fullmatch(r"  Playing: 0 of 4 in 0\.\d s, time left not known yet", line) for line in lines)
     assert any(re.fullmatch(r"  Playing: 1 of 4 in 0\.\d s, about 0\.\d s left; accuracy 0\.5", line) for line in lines)
+    assert any(re.fullmatch(r"  Playing: 4 in 0\.\d s, time left not known yet; .*", line) for line in lines)
     assert not any("Scoring" in line for line in lines)
     assert re.fullmatch(r"  Playing: accuracy 0\.5 \(0\.\d s\)", lines[-2])
     assert lines[-1] == "done"
