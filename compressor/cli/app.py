@@ -74,7 +74,8 @@ def compress_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="torchvision name, timm:NAME, cifar_resnet20, or module:factory.", autocompletion=completion.models
+            help="torchvision name, timm:NAME, cifar_resnet20, FILE.onnx, or module:factory.",
+            autocompletion=completion.models,
         ),
     ] = None,
     recipe: Annotated[

@@ -24,6 +24,7 @@ from compressor.models.computed import fix_weights
 from compressor.models.detectors import CLASS_HEAD, PREPARED, check_detector, wrapped
 from compressor.models.first_run import Makers, Shape, input_channels, replace_head, run_first, single_head
 from compressor.models.names import call_factory, resolve, torchvision_names
+from compressor.models.onnx_file import OnnxSource, open_onnx, require_equal
 from compressor.models.sizes import cannot_build, interpolated, size_argument, usual_size
 from compressor.models.weights import FRESH_HEAD, Say, fit_state, load_weights, some
 
@@ -34,6 +35,9 @@ Factory = Callable[..., Any] | str
 """A function or class that builds a network, or its reference `package.module:name`."""
 
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+_STATED = ("mean", "std", "crop_share", "interpolation", "resize", "channel_order", "range")
+"""Fields of a preprocessing that an ONNX file may state, beside its size."""
+
 _AUXILIARY_MAPS = ("aux_classifier.",)
 """The auxiliary head of torchvision's segmentation networks, which their weights may have and no network here has."""
 
@@ -53,7 +57,8 @@ def create_model(
 
     Args:
         name: A torchvision name ("resnet50"), "timm:NAME", one of the toolkit's own ("cifar_resnet20/32/44/56/110",
-            "cifar_mobilenet_v2", "cifar_vgg16_bn") or "package.module:factory", a callable that returns a module.
+            "cifar_mobilenet_v2", "cifar_vgg16_bn"), the path of an ONNX file, which has its weights, or
+            "package.module:factory", a callable that returns a module.
         num_classes: Outputs of the network.
         weights: "none" (as the factory initializes them, from torch's global generator), "default" (the library's
             best) or a file of weights; see `load_weights`.
@@ -72,9 +77,13 @@ def create_model(
     """
     if num_classes < 2:
         raise CompressorError(f"A classifier needs at least 2 classes, got {num_classes}.")
-    resolve(name, task)
-    spec = model_factory(name, num_classes, weights=str(weights), image_size=input_shape[1:])
+    source, _ = resolve(name, task)
+    file = _opened(name, str(weights), input_shape) if source == "onnx" else None
+    known = name if file is None else file.name
+    spec = model_factory(known, num_classes, weights=str(weights), image_size=input_shape[1:])
     model = _built(spec).cpu()
+    if file is not None:
+        require_equal(model, file, name)
     shape = (input_channels(model, input_shape), *input_shape[1:])
     if task == "detection":
         return _loaded_detector(model, spec, name, num_classes, str(weights), shape, say)
@@ -91,7 +100,9 @@ def create_model(
         spec["head"] = head
         say(f"{name} has {outputs} outputs: its last layer {head} is replaced by one of {num_classes}.")
     heads = makers.heads(num_classes)
-    if str(weights) == "default":
+    if file is not None:  # its weights are there
+        pass
+    elif str(weights) == "default":
         _load_default(model, spec, num_classes, heads, say)
     elif str(weights) != "none":
         adapted = partial(_without, beginnings=_auxiliary(name) if task != "classification" else ())
@@ -103,6 +114,19 @@ def create_model(
         )
     setattr(model, FACTORY_TAG, spec)
     return model.train()
+
+
+def _opened(name: str, weights: str, input_shape: Shape) -> OnnxSource:
+    """Open an ONNX file, and refuse other weights or images of another size than its own."""
+    if weights not in ("default", "none"):
+        raise CompressorError(f"{name} has its own weights; {weights} cannot be loaded into it.", "Omit --weights.")
+    file = open_onnx(name)
+    if tuple(input_shape[1:]) != file.shape[1:]:
+        raise CompressorError(
+            f"{name} takes images of {file.image_size} pixels, and these have {'x'.join(map(str, input_shape[1:]))}.",
+            f"Give --image-size {file.image_size}, or omit it.",
+        )
+    return file
 
 
 def usual_classes(name: str, input_shape: Shape = (3, 32, 32)) -> int:
@@ -124,6 +148,8 @@ def usual_classes(name: str, input_shape: Shape = (3, 32, 32)) -> int:
         return 1000 if found is None else int(found.num_classes)
     if source == "torchvision":
         return 1000
+    if source == "onnx":
+        return open_onnx(inner).outputs[0]
     what = f"The model {inner[:200]!r}"
     factory = import_object(inner, what, "package.module:factory")
     known = inspect.signature(factory).parameters.get("num_classes") if callable(factory) else None
@@ -221,6 +247,8 @@ def _by_name(name: str, num_classes: int, transform_input: bool, size: Sequence[
     source, inner = resolve(name, None)
     if source == "cifar":
         return cifar.BUILDERS[inner](num_classes)
+    if source == "onnx":
+        return open_onnx(inner).network()
     if source in ("torchvision", "timm"):
         sized = size_argument(source, size)
         try:
@@ -376,7 +404,20 @@ def published(name: str) -> Published | None:
     source, inner = resolve(name, None)
     if source == "timm":
         return _of_timm(inner)
+    if source == "onnx":
+        return _of_file(inner)
     return _of_torchvision(inner) if source == "torchvision" else None
+
+
+def _of_file(name: str) -> Published | None:
+    """Return what an ONNX file says about its images, which is all of it or nothing."""
+    file = open_onnx(name)
+    if (known := file.preprocessing) is None:
+        return None
+    _, high, wide = file.shape
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items() if key in _STATED}
+    size = {"size": high, **({} if high == wide else {"width": wide})}
+    return Published(f"the metadata of {file.title}", {**fields, **size})
 
 
 def _of_timm(name: str) -> Published | None:

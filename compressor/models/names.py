@@ -25,6 +25,7 @@ from compressor.core.files import cache_folder, write_atomic
 from compressor.core.plugins import raised_at, shown
 from compressor.models import cifar
 from compressor.models.detectors import PREPARED
+from compressor.models.onnx_file import NETWORK, is_file
 
 TIMM = "timm:"
 
@@ -43,10 +44,11 @@ _OTHER_TASKS = {
 
 
 def resolve(name: str, task: str | None = "classification") -> tuple[str, str]:
-    """Return the source of a name and the name within it: ("cifar" | "torchvision" | "timm" | "class" | "user", name).
+    """Return the source of a name and the name within it.
 
-    "class" is a class of torchvision's own (`torchvision.models.googlenet:GoogLeNet`), "user" any other
-    `package.module:factory`. Neither is imported.
+    The sources are "cifar", "torchvision", "timm", "onnx" (a file, or one that was read; see `onnx_file`), "class" (a
+    class of torchvision's own, such as `torchvision.models.googlenet:GoogLeNet`) and "user" (any other
+    `package.module:factory`). None of them is imported or opened.
 
     Args:
         name: Name of a network.
@@ -55,6 +57,8 @@ def resolve(name: str, task: str | None = "classification") -> tuple[str, str]:
     Raises:
         CompressorError: The name is unknown (the nearest ones are listed), it is for another task, or timm is missing.
     """
+    if is_file(name):
+        return "onnx", name
     if task not in (None, "classification"):
         _refuse_classifiers(name, str(task))
     if name.startswith(TIMM):
@@ -70,13 +74,14 @@ def resolve(name: str, task: str | None = "classification") -> tuple[str, str]:
     near = _nearest(name, [*ours, *theirs])
     raise CompressorError(
         f"There is no model called {name[:200]!r}.",
-        f"{near} A model is a torchvision name, timm:NAME, package.module:factory or one of {', '.join(ours)}.".strip(),
+        f"{near} A model is a torchvision name, timm:NAME, FILE.onnx, package.module:factory or one of "
+        f"{', '.join(ours)}.".strip(),
     )
 
 
 def is_users(name: str) -> bool:
     """Return whether a name is the user's own code, which is imported only if the user names it."""
-    return ":" in name and not name.startswith(TIMM) and not _is_torchvision_class(name)
+    return ":" in name and not name.startswith(TIMM) and not is_file(name) and not _is_torchvision_class(name)
 
 
 def _is_torchvision_class(name: str) -> bool:
@@ -235,7 +240,7 @@ def remember_factory(name: str) -> None:
 
 
 def allowed_factory(name: str, given: str | None, folder: Path) -> str:
-    """Return the factory that builds the network of the run in `folder`.
+    """Return the factory that builds the network of the run in `folder`, or the path of its ONNX file.
 
     Args:
         name: Name in the run's files.
@@ -247,6 +252,8 @@ def allowed_factory(name: str, given: str | None, folder: Path) -> str:
     """
     if given is not None:
         return given
+    if is_file(name):
+        return str(folder / NETWORK)
     find_again(name)
     if not is_users(name) or _module_file(name) in _run_before().get(name, []):
         return name

@@ -21,6 +21,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import read_json, replacing, sha256_file, write_atomic
 from compressor.models import build_from_factory, factory_of
 from compressor.models.names import is_users
+from compressor.models.onnx_file import NETWORK, PREFIX, open_kept, open_onnx
 from compressor.pruning.attention import swap_name
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.removal import inside, remove
@@ -80,6 +81,8 @@ def save(
         kind = f"{type(small).__module__}.{type(small).__qualname__}"
         spec = {"factory": None, "class": kind, "kwargs": {"num_classes": outputs}}
     folder = Path(directory)
+    if (name := str(spec["factory"])).startswith(PREFIX):
+        write_atomic(folder / NETWORK, open_onnx(name).content)
     tensors = cpu_tensors(small)
     with replacing(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
@@ -113,7 +116,8 @@ def load(directory: str | Path, *, factory: Factory | None = None, device: str |
     Args:
         directory: Folder that `save` wrote.
         factory: Builds the dense network, with no argument except num_classes: a function or class, or its reference
-            "package.module:name". Networks of torchvision, timm and this package need none.
+            "package.module:name". Networks of torchvision, timm and this package need none, nor do those of ONNX
+            files, which are read from the copy in the folder.
         device: Device of the weights.
 
     Raises:
@@ -123,6 +127,8 @@ def load(directory: str | Path, *, factory: Factory | None = None, device: str |
     folder = Path(directory)
     content = _read_channels(folder)
     _check_factory(content["factory"], factory, folder)
+    if factory is None and (name := str(content["factory"].get("factory"))).startswith(PREFIX):
+        factory = open_kept(folder / NETWORK, name).network
     tensors = _read_weights(folder, content)
     model = build_dense(content["factory"], factory)
     dense = {name: list(tensor.shape) for name, tensor in named_tensors(model).items()}

@@ -63,7 +63,7 @@ class Recipe(Part):
     """A complete run: network, data, budgets and search."""
 
     model: str = Field(
-        description="a torchvision name, timm:NAME, cifar_resnet20 to cifar_resnet110, or module:factory."
+        description="a torchvision name, timm:NAME, cifar_resnet20 to cifar_resnet110, FILE.onnx, or module:factory."
     )
     weights: str = Field(
         "default",
@@ -159,6 +159,11 @@ class Recipe(Part):
         return self.budgets.max_drop is not None or any(SEPARATOR in text for text in given)
 
     @property
+    def onnx(self) -> bool:
+        """Whether the network is an ONNX file, which has its weights."""
+        return self.model.endswith(".onnx")
+
+    @property
     def from_python(self) -> bool:
         """Whether network and data are objects of a Python program, which no file can name."""
         return self.data_kind == PYTHON
@@ -185,11 +190,15 @@ class Recipe(Part):
     @property
     def label(self) -> str:
         """Name of the run's folder without its time."""
-        return self.model.removeprefix(f"{PYTHON}:") if self.from_python else f"{self.model}-{self.data_kind}"
+        if self.from_python:
+            return self.model.removeprefix(f"{PYTHON}:")
+        return f"{Path(self.model).stem if self.onnx else self.model}-{self.data_kind}"
 
     @property
     def pretrained(self) -> bool:
         """Whether the run starts from trained weights."""
+        if self.onnx:
+            return True
         unpublished = self.model.startswith("cifar_") or self.own_network
         return self.weights != "none" and not (
             self.weights == "default" and (self.small_data or unpublished)
@@ -278,6 +287,8 @@ class Recipe(Part):
             changes["data"] = {"source": f"{kind}:{_whole(where, base)}"}
         if not self.from_python and self.weights not in ("default", "none"):
             changes["weights"] = _whole(self.weights, base)
+        if self.onnx:
+            changes["model"] = _whole(self.model, base)
         return self.changed(changes) if changes else self
 
     def to_yaml(self) -> str:

@@ -81,7 +81,7 @@ def _promised(job: Job) -> float | None:
 
     recipe, facts = job.recipe, job.task.facts()
     classes = facts["classes"]
-    if recipe.weights != "default" or len(classes) != _IMAGENET_CLASSES:
+    if recipe.weights != "default" or recipe.onnx or len(classes) != _IMAGENET_CLASSES:
         return None
     known = published(recipe.model)
     images = facts["preprocessing"]

@@ -15,6 +15,7 @@ from compressor.core.manifest import Export, Parity
 from compressor.core.progress import say
 from compressor.core.records import RECIPE
 from compressor.models.names import allowed_factory
+from compressor.models.onnx_file import NETWORK
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.boxes import check_detection, write_boxes
 from compressor.run.device import opset_of, provider_of, request_of
@@ -115,7 +116,9 @@ class Finished:
     @cached_property
     def data(self) -> DataBundle:
         """The run's images."""
-        return load_images(self.recipe)
+        if not self.recipe.onnx:
+            return load_images(self.recipe)
+        return load_images(self.recipe.changed({"model": str(self.run.file(NETWORK))}))
 
     @cached_property
     def task(self) -> Task:

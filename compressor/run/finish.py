@@ -12,6 +12,7 @@ from compressor.core.files import sha256_file
 from compressor.core.front import FRONT, Front
 from compressor.core.manifest import MANIFEST, Budget, Manifest
 from compressor.core.records import RECIPE
+from compressor.models.onnx_file import NETWORK
 from compressor.report.judgement import time_ratio, verdict_of
 from compressor.run.deployable import DEPLOYED, write_deployable
 from compressor.run.folder import RunFolder
@@ -135,7 +136,7 @@ def _hardly_faster(manifest: Manifest) -> Iterator[str]:
 
 def checksums(run: RunFolder) -> dict[str, str]:
     """Return the SHA-256 checksums of the run's delivered files, by name."""
-    names = [RECIPE, "channels.json", "model.safetensors", MODEL, *DEPLOYED, "report.html"]
+    names = [RECIPE, "channels.json", "model.safetensors", NETWORK, MODEL, *DEPLOYED, "report.html"]
     for pattern in ("model.*.onnx", "model*.pt2", "engines/*"):
         names += sorted(str(path.relative_to(run.path)) for path in run.path.glob(pattern) if path.is_file())
     return {name: sha256_file(run.file(name)) for name in names if run.file(name).exists()}

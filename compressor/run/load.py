@@ -49,13 +49,16 @@ Loader = Callable[["Recipe"], Loaded]
 """Loads the objects of a run: those that its recipe names, or those of a caller."""
 
 
-def load(recipe: Recipe, weights: str | None = None, *, decode_files: bool = True) -> Loaded:
+def load(
+    recipe: Recipe, weights: str | None = None, *, decode_files: bool = True, network: Path | None = None
+) -> Loaded:
     """Load the images and the network of a resolved recipe.
 
     Args:
         recipe: Resolved recipe.
         weights: Weights used instead of the recipe's; the images are still prepared for the recipe's weights.
         decode_files: Whether images are decoded now; else each is when it is used.
+        network: ONNX file in the folder of a resumed run, which takes the place of the recipe's if it is there.
 
     Raises:
         CompressorError: A part is not available, or the network takes images with another number of channels.
@@ -63,9 +66,15 @@ def load(recipe: Recipe, weights: str | None = None, *, decode_files: bool = Tru
 
     from compressor.models import factory_of, input_channels
     from compressor.models.names import find_again
+    from compressor.models.onnx_file import open_onnx
 
     refuse_python(recipe)
     find_again(recipe.model)
+    if network is not None and recipe.onnx and network.is_file():
+        loaded = load(recipe.changed({"model": str(network)}), weights, decode_files=decode_files)
+        return replace(loaded, recipe=loaded.recipe.changed({"model": recipe.model}))
+    if recipe.onnx and recipe.image_size is None:
+        recipe = recipe.changed({"image_size": open_onnx(recipe.model).image_size})
     data = load_images(recipe, decode_files=decode_files)
     training, augmentation = recipe.training, data.train.augmentation
     data.train.augmentation = replace(
@@ -92,7 +101,7 @@ def load(recipe: Recipe, weights: str | None = None, *, decode_files: bool = Tru
         task_of(completed, data, model),
         model,
         factory_of(model),
-        completed.model,
+        None if recipe.onnx else completed.model,
         notes,
         described(completed, data.preprocessing),
     )
@@ -223,7 +232,10 @@ def _wanted(recipe: Recipe, channel_order: str | None) -> Any:
     from compressor.data import Preprocessing, Wanted
 
     published, data = _usual(recipe), recipe.data
-    usual = Preprocessing(**published.preprocessing) if published is not None else Preprocessing()
+    try:
+        usual = Preprocessing(**published.preprocessing) if published is not None else Preprocessing()
+    except (TypeError, ValueError) as error:
+        raise CompressorError(f"{published.origin if published else ''} is no preprocessing: {error}.") from None
     if not recipe.classifies:  # nothing of a picture is cut off: what is there may be at its edges
         usual = replace(usual, resize="squash", crop_share=1.0)
     return Wanted(
@@ -262,7 +274,7 @@ def _assumed(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[str]:
     """
     usual = _usual(recipe)
     given = recipe.weights not in ("none", "default")
-    if not given and (usual is not None or not recipe.own_network or recipe.small_data):
+    if not given and (usual is not None or not (recipe.own_network or recipe.onnx) or recipe.small_data):
         return
     expected = _wanted(recipe.changed({"data": _UNSAID}), preprocessing.channel_order).at(preprocessing.image_size)
     if (preprocessing.mean, preprocessing.std) != (expected.mean, expected.std):

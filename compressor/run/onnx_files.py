@@ -216,7 +216,7 @@ def metadata_of(recipe: Recipe, task: Task, run: RunFolder, plan_checksum: str) 
     facts = task.facts()
     images = facts.get("preprocessing", {})
     return {
-        "model": recipe.model,
+        "model": Path(recipe.model).name if recipe.onnx else recipe.model,
         **facts,
         **{name: images[name] for name in ("mean", "std") if name in images},
         "run": run.name,

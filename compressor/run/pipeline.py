@@ -18,8 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from compressor.core.files import write_atomic
 from compressor.core.progress import say
 from compressor.core.records import RECIPE
+from compressor.models.onnx_file import NETWORK, open_onnx
 from compressor.recipe import Recipe, load_recipe
 from compressor.run import front
 from compressor.run.contract import Contract
@@ -93,6 +95,8 @@ def continued(folder: Path, overrides: Mapping[str, Any], loader: Loader = load)
         if recipe.several:
             return _sent(front.go_on(run, recipe, changed, loader, _all_stages))
         table, values = table_of(run, recipe), function_values(run)
+        if loader is load:
+            loader = partial(load, network=run.file(NETWORK))
         job = Job.prepare(recipe, table, loader=loader, values=values, dense=run.file(DENSE))
         gather(job.recipe, job.task)
         if run.manifest.stages and (before := run.manifest.machine.get("processes", 1)) != processes():
@@ -121,6 +125,8 @@ def _all_stages(run: RunFolder, job: Job) -> RunResult:
     if not job.recipe.from_python:
         remember_factory(job.recipe.model)
     job.dense_file.put(run.file(DENSE))
+    if job.recipe.onnx and not run.file(NETWORK).exists():
+        write_atomic(run.file(NETWORK), open_onnx(job.recipe.model).content)
     contract = Contract(run, job)
     run.stage("begin", partial(begin, run, job))
     while True:
