@@ -16,6 +16,7 @@ from compressor.latency.over_ssh import energy_over_ssh, measured_over_ssh, ssh_
 from compressor.latency.provider import Request
 from compressor.latency.table import LatencyTable, find_user_table
 from compressor.pruning.space import PruningSpace
+from export.device.bundle import BundleInfo
 from export.errors import ExportError
 from export.files import sha256_bytes
 from tests.export.device.fake_trtexec import make_trtexec
@@ -45,9 +46,9 @@ def written(space: PruningSpace, example: Tensor, tmp_path_factory: pytest.TempP
 def quickly(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy the bundle instead of writing it again."""
 
-    def copied(space: PruningSpace, example: Tensor, folder: Path, **_: object) -> remote_bundle.WrittenBundle:
+    def copied(space: PruningSpace, example: Tensor, folder: Path, **_: object) -> BundleInfo:
         shutil.copytree(written, folder)
-        return remote_bundle.WrittenBundle(folder, 1, 1)
+        return BundleInfo(folder, 1, remote_bundle.target_of("any"), {"n00": "fp16"})
 
     monkeypatch.setattr(over_ssh, "write_table_bundle", copied)
 

@@ -53,7 +53,7 @@ def test_only_a_counted_budget_is_judged_by_the_files_counts() -> None:
     ]
     cost = Cost(slim=NetworkCost(params=9, onnx_bytes=12_345))
     run: Any = SimpleNamespace(manifest=SimpleNamespace(budgets=records, cost=cost))
-    space = SimpleNamespace(widths=np.asarray)
+    space = SimpleNamespace(row=lambda plan: np.asarray(plan.widths))
     job: Any = SimpleNamespace(space=space, budgets=lambda: budgets, callers={})
     plan: Any = SimpleNamespace(widths=[4, 8])
     found = list(_judged_budgets(run, job, plan, None))

@@ -17,6 +17,7 @@ from torch.distributed import HashStore
 from compressor.core.errors import CompressorError
 from compressor.run import follower, together
 from compressor.run.pipeline import run_recipe
+from compressor.run.result import RunResult
 from compressor.training.placement import Placement
 from compressor.training.team import Team, launched
 from tests.runs import manifest_of, recipe
@@ -137,9 +138,11 @@ def test_the_others_have_the_first_one_s_result(
     first, other = pair
     for name, of_thread in (("together", first), ("follower", other)):
         monkeypatch.setattr(f"compressor.run.{name}.team", lambda of_thread=of_thread: of_thread)
-    together.send_result(tmp_path, {"seed": 3}, 4)
-    expected = {"directory": str(tmp_path), "manifest": {"seed": 3}, "exit_code": 4, "builder": None}
-    assert follower.follow(None) == expected  # type: ignore[arg-type]
+    sent = RunResult(tmp_path, {"seed": 3}, 4).plain()
+    together.send_result(sent)
+    assert follower.follow(None) == {**sent, "builder": None}  # type: ignore[arg-type]
+    got = RunResult.of(sent, builder=None)
+    assert (got.directory, got.manifest, got.exit_code) == (tmp_path, {"seed": 3}, 4)
     with pytest.raises(ValueError, match="disk"), together.leading():
         raise ValueError("disk")
     with pytest.raises(follower.FirstEnded):
