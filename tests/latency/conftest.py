@@ -24,6 +24,7 @@ from compressor.latency.provider import Request
 from compressor.latency.remote_bundle import write_table_bundle
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
+from export.convert.trees import tensors_in
 from tests.export.device.fake_trtexec import known_layers, make_trtexec
 from tests.latency.remote_bundle import run
 
@@ -119,10 +120,10 @@ _EXPORTED: dict[tuple[Any, ...], tuple[PruningSpace, TaggedNetwork]] = {}
 
 
 def _exported_once(
-    space: PruningSpace, ranking: Any, example: Tensor, widths: np.ndarray, **options: Any
+    space: PruningSpace, ranking: Any, example: Any, widths: np.ndarray, **options: Any
 ) -> TaggedNetwork:
     """`export_candidate`, once for each sub-network of a space, which is kept with its network."""
-    key = (id(space), tuple(widths.tolist()), tuple(example.shape), *options.items())
+    key = (id(space), tuple(widths.tolist()), *(tuple(each.shape) for each in tensors_in([example])), *options.items())
     if key not in _EXPORTED:
         _EXPORTED[key] = space, export_candidate(space, ranking, example, widths, **options)
     return _EXPORTED[key][1]

@@ -108,7 +108,10 @@ def test_a_table_is_measured_once(
     assert any("It is measured again" in line for line in said)
 
 
-def test_single_networks(board: Board, space: PruningSpace, example: Tensor) -> None:
+def test_single_networks(
+    board: Board, space: PruningSpace, example: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(over_ssh.PROTOCOL, "processes", 3)
     ranking = space.rank()
     dense, slim = (
         remote_bundle.in_precision(
@@ -122,7 +125,7 @@ def test_single_networks(board: Board, space: PruningSpace, example: Tensor) -> 
     assert found.ratio.sessions == 3
     assert [each.runtime for each in stats] == ["tensorrt", "tensorrt"]
     assert 0 < stats[1].median_ms < stats[0].median_ms
-    assert (stats[0].runs, stats[1].runs) == (42, 21)  # dense first and last
+    assert (stats[0].runs, stats[1].runs) == (126, 63)  # dense first and last in each of three turns
     assert left(board) == []
 
 
@@ -216,10 +219,11 @@ def test_addresses_that_are_none(space: PruningSpace, example: Tensor) -> None:
     check_known("ssh://me@orin.local:2222")
 
 
-def test_a_whole_run(board: Board, tmp_path: Path) -> None:
+def test_a_whole_run(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compressor import run_recipe
     from compressor.recipe import parse_recipe
 
+    monkeypatch.setitem(over_ssh.PROTOCOL, "processes", 3)
     recipe = parse_recipe(
         {
             "model": "tests.nets:tiny",

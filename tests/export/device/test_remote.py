@@ -80,7 +80,7 @@ def test_there_and_back(board: Board, bundle: Path, tmp_path: Path) -> None:
     code, said = go(board, bundle, tmp_path)
     assert code == 0
     results = read_results(tmp_path / "results.tar.gz", bundle)
-    assert [network.status for network in results.networks] == ["ok"]
+    assert [network.status for network in results.networks.values()] == ["ok"]
     assert any("copying" in line for line in said)
     assert any("median" in line for line in said)
     again, said = go(board, bundle, tmp_path)
@@ -93,7 +93,7 @@ def test_a_failure_on_the_board_comes_back(board: Board, bundle: Path, tmp_path:
     broken = make_trtexec(tmp_path / "bin", "10.13.2", fail="measure")
     code, _ = go(board, bundle, tmp_path, trtexec=broken)
     assert code == 1
-    assert read_results(tmp_path / "results.tar.gz", bundle).networks[0].status == "measure-failed"
+    assert read_results(tmp_path / "results.tar.gz", bundle).networks["net"].status == "measure-failed"
     with pytest.raises(ExportError, match="the version of /bin/true was not found"):
         go(board, bundle, tmp_path, trtexec="/bin/true")
 
@@ -107,7 +107,7 @@ def test_a_dropped_connection_is_taken_up_again(
     code, _ = go(board, bundle, tmp_path)
     assert code == 0
     assert not (board.folder / "drop").exists()  # it did drop
-    assert read_results(tmp_path / "results.tar.gz", bundle).networks[0].status == "ok"
+    assert read_results(tmp_path / "results.tar.gz", bundle).networks["net"].status == "ok"
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_a_number_that_is_another_process_now(
     code, _ = go(board, bundle, tmp_path)
     assert code == 0
     assert stranger.poll() is None
-    assert read_results(tmp_path / "results.tar.gz", bundle).networks[0].status == "ok"
+    assert read_results(tmp_path / "results.tar.gz", bundle).networks["net"].status == "ok"
 
 
 def test_only_its_own_process_is_waited_for(
