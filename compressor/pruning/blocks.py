@@ -45,10 +45,6 @@ class Block:
     layers: tuple[int, ...]
     replaced: Mapping[str, str]
 
-    def holds(self, name: str) -> bool:
-        """Whether a module, parameter or buffer of this name goes with the block."""
-        return inside(name, self.replaced)
-
 
 @dataclass
 class Branch:

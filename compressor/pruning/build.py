@@ -25,7 +25,7 @@ from compressor.pruning.blocks import DOES_NOT_RUN, Branch, find_branches
 from compressor.pruning.counts import Ints
 from compressor.pruning.facts import MEETS_FIXED, Call, Facts, Key, Labels, Settings
 from compressor.pruning.groups import Resolved, Skipped, resolve
-from compressor.pruning.removal import remove
+from compressor.pruning.removal import inside, remove
 from compressor.pruning.skeleton import copy_structure, named_tensors, walk
 from compressor.pruning.slicer import Slicer, cut, cut_meta
 from compressor.pruning.trace import RuleFailed, Tracer
@@ -279,7 +279,7 @@ class _Steps:
             raise Mismatch(self.steps[min(self.seen, len(self.steps) - 1)], str(error)) from error
 
     def _check(self, call: Call, results: list[Tensor], path: str) -> None:
-        if _inside(path, self.opaque):
+        if inside(path, self.opaque):
             return
         if self.seen >= len(self.steps):
             raise Mismatch(self.steps[-1], "the pruned network runs more operations")
@@ -317,7 +317,7 @@ def _lockstep(
         return found
 
     opaque = tuple(slicer.swaps)
-    numbers = [i for i, step in enumerate(facts.steps) if not _inside(step.path, opaque)]
+    numbers = [i for i, step in enumerate(facts.steps) if not inside(step.path, opaque)]
     steps = _Steps(facts, numbers, size, opaque)
     small = slicer.build(model, masks, widths, cut_meta if on_meta else cut).eval()
     try:
@@ -396,10 +396,6 @@ def _keeps_tensors(model: nn.Module) -> bool:
     return any(isinstance(value, Tensor) for _, module in walk(model) for value in vars(module).values())
 
 
-def _inside(path: str, opaque: tuple[str, ...]) -> bool:
-    return any(path == p or path.startswith(p + ".") for p in opaque)
-
-
 def _learn(settings: Settings, facts: Facts, error: Mismatch) -> None:
     """Change the settings of the next trace at the failing step.
 
@@ -429,9 +425,9 @@ def _learn(settings: Settings, facts: Facts, error: Mismatch) -> None:
         return
     path = step.path
     while path:
-        inside = {other.key for other in facts.steps if _inside(other.path, (path,))} - settings.frozen.keys()
-        if inside:
-            settings.frozen.update(dict.fromkeys(inside, reason))
+        below = {other.key for other in facts.steps if inside(other.path, (path,))} - settings.frozen.keys()
+        if below:
+            settings.frozen.update(dict.fromkeys(below, reason))
             return
         path = path.rpartition(".")[0]
     settings.frozen.update(dict.fromkeys((other.key for other in facts.steps), reason))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -34,6 +34,15 @@ def validated(kind: type[Model], fields: Mapping[str, Any], source: str) -> Mode
         raise CompressorError(
             f"{source}: {problems}.", "The fields are listed by: compress recipes --schema"
         ) from None
+
+
+def dotted(fields: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a recipe and of its parts, with their dotted names."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            yield from dotted(value, f"{within}{name}.")
+        else:
+            yield within + name, value
 
 
 def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

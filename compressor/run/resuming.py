@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
@@ -12,7 +12,7 @@ from compressor.core.manifest import MANIFEST
 from compressor.core.progress import say
 from compressor.core.records import RECIPE
 from compressor.recipe import Recipe, load_recipe
-from compressor.recipe.validation import validated
+from compressor.recipe.validation import dotted, validated
 from compressor.run.device import provider_of, request_of
 from compressor.run.measure import stored_table
 
@@ -43,7 +43,7 @@ def changed_since(run: RunFolder, recipe: Recipe) -> list[str]:
     else:  # killed before its first stage, or started by an earlier version
         begun = load_recipe(run.file(RECIPE))
     begun = begun.placed(Path.cwd())  # runs of earlier versions hold relative paths
-    before, now = (dict(_fields(each.model_dump(mode="json"))) for each in (begun, recipe))
+    before, now = (dict(dotted(each.model_dump(mode="json"))) for each in (begun, recipe))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     changed = {name: f"{name} is {before.get(name)}, not {now.get(name)}" for name in names}
     if refused := [said for name, said in changed.items() if name not in _FREE]:
@@ -65,15 +65,6 @@ def rewrite(run: RunFolder, recipe: Recipe, changed: Sequence[str]) -> None:
         run.manifest.notes = [*run.manifest.notes, note]
         run.save()
     say(note)
-
-
-def _fields(plain: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a recipe and of its parts, with their dotted names."""
-    for name, value in plain.items():
-        if isinstance(value, Mapping) and value:
-            yield from _fields(value, f"{within}{name}.")
-        else:
-            yield within + name, value
 
 
 def table_of(run: RunFolder, recipe: Recipe) -> LatencyTable | None:

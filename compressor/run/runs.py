@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from compressor.core.errors import CompressorError
 from compressor.core.front import FRONT, Front
 from compressor.core.manifest import MANIFEST, Manifest
 from compressor.core.records import RECIPE
 from compressor.core.tables import Cell, Table
+from compressor.recipe.validation import dotted
 from compressor.report.comparison import comparison
 from compressor.report.formats import ABSENT, duration, milliseconds, percent, score, score_change, size
 from compressor.report.judgement import budget_lines, judge, time_ratio
@@ -111,7 +111,7 @@ def compared(runs: Sequence[Path]) -> Table:
             rows.setdefault(label, [ABSENT] * len(runs))[place] = value
     for label, values in rows.items():
         table.add(label, *values)
-    recipes = [dict(_flat(manifest.recipe)) for manifest in manifests]
+    recipes = [dict(dotted(manifest.recipe)) for manifest in manifests]
     for field in dict.fromkeys(name for recipe in recipes for name in recipe):
         settings = [recipe.get(field) for recipe in recipes]
         if any(each != settings[0] for each in settings):
@@ -132,15 +132,6 @@ def _numbers(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield f"Time of dense, {time[1]}", percent(time[0])
     seconds = [stage.seconds for stage in manifest.stages.values() if stage.seconds is not None]
     yield "Time of the run", duration(sum(seconds)) if seconds else ABSENT
-
-
-def _flat(plain: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a recipe with their dotted names."""
-    for name, value in plain.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{within}{name}.")
-        else:
-            yield within + name, value
 
 
 def _short(runs: Sequence[Path]) -> tuple[str, ...]:
