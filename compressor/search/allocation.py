@@ -120,14 +120,10 @@ def starting_plans(
 
     The values of the knapsacks are the measured sensitivities, if they are complete, and powers of the saliency.
     """
-
-    def by_saliency(power: float) -> Widths:
-        return allocator.solve(saliency_values(env.saliency(), allocator.levels, power))
-
     found: list[Callable[[], Widths]] = [partial(uniform_or_cheapest, env)]
     if sensitivity.complete:
         found.append(lambda: allocator.solve(sensitivity.values()))
-    return [*found, *(partial(by_saliency, power) for power in POWERS)]
+    return [*found, *(partial(allocator.solve_saliency, power) for power in POWERS)]
 
 
 class _Fitted:
@@ -210,6 +206,10 @@ class Allocator:
                 break
             current = best
         return self._polish(best, values)
+
+    def solve_saliency(self, power: float) -> Widths:
+        """Return the best widths found, (G,), with a power of the channels' saliency as value."""
+        return self.solve(saliency_values(self.env.saliency(), self.levels, power))
 
     def _fitted(self, widths: Widths) -> Widths:
         return scaled_widths(self.env, widths / self.bounds.dense)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from compressor.budgets.function import FunctionBudget
 from compressor.core.errors import CompressorError
-from compressor.search.allocation import POWERS, Allocator, saliency_values
+from compressor.search.allocation import POWERS, Allocator
 from compressor.search.proposals import uniform_widths
 
 if TYPE_CHECKING:
@@ -29,6 +29,5 @@ def baselines(env: PruningEnv) -> Iterator[tuple[str, Score]]:
         yield UNIFORM, env.score(uniform_widths(env))
     if any(isinstance(budget, FunctionBudget) for budget in env.budgets):
         return
-    allocator, saliency = Allocator(env), env.saliency()
-    plans = (allocator.solve(saliency_values(saliency, allocator.levels, power)) for power in POWERS)
+    plans = map(Allocator(env).solve_saliency, POWERS)
     yield KNAPSACK, max((env.score(plan) for plan in plans), key=lambda score: score.accuracy)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.core import progress
-from compressor.search.allocation import POWERS, Allocator, Sensitivity, saliency_values, starting_plans
+from compressor.search.allocation import POWERS, Allocator, Sensitivity, starting_plans
 from compressor.search.base import IDLE, Agent, register_agent
 from compressor.search.bounds import Widths
 from compressor.search.joint_settings import (
@@ -319,8 +319,7 @@ class _JointSearch:
         if self._is_solved(step, measured):
             if step == 1:
                 return self._allocator.solve(self._sensitivity.values())
-            values = saliency_values(self.env.saliency(), self._allocator.levels, POWERS[step - 2])
-            return self._allocator.solve(values)
+            return self._allocator.solve_saliency(POWERS[step - 2])
         if self._is_near(step, episodes):
             return self._near.next(self._best_now())
         return random_widths(self.env, generator or self.learner.generator)

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from compressor.core import progress
-from compressor.search.allocation import POWERS, Allocator, Sensitivity, saliency_values, starting_plans
+from compressor.search.allocation import POWERS, Allocator, Sensitivity, starting_plans
 from compressor.search.base import Agent, LearningSettings, Published, register_agent
 from compressor.search.environment import FEATURES
 from compressor.search.neighbours import NearBest
@@ -358,7 +358,7 @@ class _StepwiseSearch:
             return uniform_or_cheapest(self.env)
         if self._sensitivity.complete:
             return self._allocator.solve(self._sensitivity.values())
-        return self._allocator.solve(saliency_values(self.env.saliency(), self._allocator.levels, POWERS[0]))
+        return self._allocator.solve_saliency(POWERS[0])
 
     def turn(self, episode: int, total: int, phase: str) -> None:
         """Play the first plan, then episodes of the network and turns that vary the best plan so far.
