@@ -30,7 +30,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from compressor.data.images import ImageFile, load_files
+from compressor.data.decoded import load_files
+from compressor.data.images import ImageFile
 from compressor.data.preprocessing import Preprocessing
 from compressor.latency.backends.cpu import measured
 from compressor.latency.local import LocalCpu
@@ -104,7 +105,7 @@ def _by_class(folder: Path) -> list[list[ImageFile]]:
 
 
 def _read(files: list[ImageFile], preprocessing: Preprocessing) -> Images:
-    decoded = load_files(files, preprocessing, "Reading images")
+    (decoded,) = load_files([files], preprocessing, "Reading images")
     order = np.random.default_rng(0).permutation(len(decoded.labels))
     inputs = preprocessing.normalised(decoded.images).numpy()
     return Images(inputs[order], decoded.labels.numpy()[order])

@@ -45,6 +45,10 @@ def compare(
 def clean(
     folders: Runs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    decoded_images: Annotated[
+        bool,
+        typer.Option("--decoded-images", help="Remove the decoded images in the cache, and of runs only those given."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Remove the checkpoints of finished runs, which only a resume needs; results and unfinished runs stay."""
@@ -52,10 +56,12 @@ def clean(
         from compressor.core.tables import Cell, Table
         from compressor.report.formats import size
         from compressor.run.runs import clean as cleaned
-        from compressor.run.runs import find_runs
+        from compressor.run.runs import clean_decoded, find_runs
 
+        runs = find_runs(folders or []) if folders or not decoded_images else []
+        found = [*([clean_decoded(remove=not dry_run)] if decoded_images else []), *cleaned(runs, remove=not dry_run)]
         table, total = Table("run", "freed", "files", right=("freed",)), 0
-        for each in cleaned(find_runs(folders or []), remove=not dry_run):
+        for each in found:
             files = Cell(list(each.files), each.kept or ", ".join(each.files) or "nothing to remove")
             table.add(str(each.run), Cell(each.freed_bytes, size(each.freed_bytes)), files)
             total += each.freed_bytes

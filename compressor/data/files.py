@@ -11,7 +11,8 @@ import torch
 
 from compressor.core.errors import CompressorError
 from compressor.data.augment import Augmentation
-from compressor.data.images import ImageFile, decode, load_files, whole_picture
+from compressor.data.decoded import load_files
+from compressor.data.images import ImageFile, decode, whole_picture
 from compressor.data.preprocessing import Preprocessing
 from compressor.data.reader import Key, Reader, keys_of
 from compressor.data.splits import MEMORY_LIMIT, Batch, MemorySplit, Split
@@ -58,7 +59,7 @@ class FileSplit(Split):
             return self._decoded
         if len(self) * math.prod(self.preprocessing.input_shape) > MEMORY_LIMIT:
             return self
-        decoded = load_files(self.files, self.preprocessing, "Reading images")
+        (decoded,) = load_files([self.files], self.preprocessing, "Reading images")
         return MemorySplit(decoded.images, decoded.labels, self.preprocessing, self.augmentation)
 
     def chosen(self, indices: torch.Tensor) -> FileSplit:

@@ -12,8 +12,9 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.data.augment import Augmentation, augmentation_for
+from compressor.data.decoded import load_files
 from compressor.data.files import FileSplit
-from compressor.data.images import ImageFile, decode, image_size, load_files, refuse_unreadable
+from compressor.data.images import ImageFile, decode, image_size, refuse_unreadable
 from compressor.data.preprocessing import Wanted
 from compressor.data.splits import (
     MEMORY_LIMIT,
@@ -27,6 +28,7 @@ from compressor.data.splits import (
 _LAYOUT = (
     "Expected PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg (or val instead of test), or PATH/CLASS/*.jpg."
 )
+_SPLITS = ("train", "search", "test")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 _PROBED = 256
 _SHOWN = 5
@@ -226,18 +228,20 @@ def bundle(
     Raises:
         CompressorError: A split is empty, or too many files are unreadable.
     """
-    if empty := [part for part, files in zip(("train", "search", "test"), parts, strict=True) if not files]:
+    if empty := [part for part, files in zip(_SPLITS, parts, strict=True) if not files]:
         raise CompressorError(f"{name} has too few images: its {empty[0]} split is empty.", "Add some.")
     preprocessing = wanted.at(size or _common_size(parts[0]) or wanted.usual.size)
     processes = min(8, os.cpu_count() or 1) if workers is None else workers
     in_memory = sum(map(len, parts)) * math.prod(preprocessing.input_shape) <= MEMORY_LIMIT
+    whole = load_files(parts, preprocessing, "Reading images", workers) if decode_files and in_memory else None
 
-    def read(part: str, files: list[ImageFile], augmentation: Augmentation | None = None) -> Split:
+    def read(place: int, augmentation: Augmentation | None = None) -> Split:
+        part, files = _SPLITS[place], parts[place]
         if not decode_files:
             return FileSplit(files, preprocessing, augmentation, processes)
-        if in_memory:
-            decoded, seen = load_files(files, preprocessing, f"Reading {part} images", workers), files
-            unreadable: Sequence[str] = decoded.unreadable
+        if whole is not None:
+            decoded, seen = whole[place], files
+            unreadable = decoded.unreadable
             held = MemorySplit(decoded.images, decoded.labels, preprocessing, augmentation)
             split: Split = held
             if augmentation is not None and augmentation.crops:  # of whole pictures: these are read in each epoch
@@ -246,7 +250,7 @@ def bundle(
                 split = FileSplit(readable, preprocessing, augmentation, processes, held)
         else:  # opening a million files would take longer than many a run: only a sample is decoded beforehand
             part, seen = f"sampled {part}", _sample(files)
-            unreadable = [file.path for file in seen if decode(file.path, preprocessing) is None]
+            unreadable = tuple(file.path for file in seen if decode(file.path, preprocessing) is None)
             refuse_unreadable(unreadable, len(seen))
             split = FileSplit(files, preprocessing, augmentation, processes)
         if unreadable:
@@ -254,8 +258,7 @@ def bundle(
             notes.append(f"{share} cannot be read and are skipped, such as {unreadable[0]}.")
         return split
 
-    train = read("train", parts[0], augmentation_for(preprocessing))
-    search, test = read("search", parts[1]), read("test", parts[2])
+    train, search, test = read(0, augmentation_for(preprocessing)), read(1), read(2)
     return DataBundle(name, classes, preprocessing.input_shape, train, search, test, tuple(notes))
 
 

@@ -42,14 +42,6 @@ class ImageFile(NamedTuple):
     label: int
 
 
-class Decoded(NamedTuple):
-    """Images that were read: uint8 (N, channels, size, size), int64 (N,), and the paths that could not be."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    unreadable: tuple[str, ...]
-
-
 def image_size(path: str) -> tuple[int, int] | None:
     """Return (width, height) of an image from its header, or None if that cannot be read."""
     try:
@@ -194,37 +186,37 @@ def _scaled(image: Image, name: str) -> Image:
     return pillow.fromarray(scaled)
 
 
-def load_files(
-    files: Sequence[ImageFile], preprocessing: Preprocessing, label: str, workers: int | None = None
-) -> Decoded:
+def decode_all(
+    paths: Sequence[str], preprocessing: Preprocessing, label: str, workers: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode many files with a few threads (Pillow releases the GIL while it decodes).
 
+    Returns:
+        uint8 (N, channels, height, width), and whether each file could be read, bool (N,).
+
     Raises:
-        CompressorError: Too many are unreadable, see `refuse_unreadable`; or one has values of unknown range.
+        CompressorError: One has values of unknown range.
     """
-    images = torch.empty(len(files), *preprocessing.input_shape, dtype=torch.uint8)
-    fine = torch.zeros(len(files), dtype=torch.bool)
+    images = torch.zeros(len(paths), *preprocessing.input_shape, dtype=torch.uint8)
+    fine = torch.zeros(len(paths), dtype=torch.bool)
 
     def read(start: int) -> int:
-        chunk = range(start, min(start + _CHUNK, len(files)))
+        chunk = range(start, min(start + _CHUNK, len(paths)))
         for index in chunk:
-            if (image := decode(files[index].path, preprocessing)) is not None:
+            if (image := decode(paths[index], preprocessing)) is not None:
                 images[index] = image
                 fine[index] = True
         return len(chunk)
 
     threads = workers or min(8, 2 * (os.cpu_count() or 1))
-    with progress.bar(label, total=len(files)) as bar, ThreadPoolExecutor(threads) as pool:
+    with progress.bar(label, total=len(paths)) as bar, ThreadPoolExecutor(threads) as pool:
         try:
-            for done in pool.map(read, range(0, len(files), _CHUNK)):
+            for done in pool.map(read, range(0, len(paths), _CHUNK)):
                 bar.advance(done)
         except KeyboardInterrupt:  # otherwise leaving the pool would wait until every file is read
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    unreadable = tuple(file.path for file, good in zip(files, fine.tolist(), strict=True) if not good)
-    refuse_unreadable(unreadable, len(files))
-    labels = torch.tensor([file.label for file in files])
-    return Decoded(images[fine], labels[fine], unreadable) if unreadable else Decoded(images, labels, ())
+    return images, fine
 
 
 def refuse_unreadable(unreadable: Sequence[str], total: int) -> None:

@@ -148,6 +148,8 @@ def _noise() -> Finding:
 
 
 def _space() -> Iterator[Finding]:
+    from compressor.data.decoded import LIMIT_BYTES, decoded_folder, kept
+
     for name, place in (("disk", Path.cwd()), ("cache", cache_folder())):
         there = place
         while not there.exists():
@@ -156,6 +158,8 @@ def _space() -> Iterator[Finding]:
         advice = "Runs of large networks need gigabytes: compress clean, or --out on another disk."
         low = free < LITTLE_DISK_BYTES
         yield Finding(name, "warning" if low else "ok", f"{size(free)} free at {place}", advice if low else "")
+    held = f"{size(sum(kept().values()))} of at most {size(LIMIT_BYTES)} in {decoded_folder()}"
+    yield Finding("decoded images", "ok", held)
     shared = Path("/dev/shm")
     if shared.is_dir() and (free := shutil.disk_usage(shared).free) < LITTLE_SHM_BYTES:
         advice = "Processes that read images share memory there; in a container: docker run --shm-size=8g"

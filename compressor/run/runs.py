@@ -142,7 +142,7 @@ def _short(runs: Sequence[Path]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What was removed of a run, or would be; `kept` says why nothing was."""
+    """What was removed of a run's folder, or of another one, or would be; `kept` says why nothing was."""
 
     run: Path
     files: tuple[str, ...] = ()
@@ -178,6 +178,20 @@ def clean(runs: Sequence[Path], *, remove: bool = True) -> Iterator[Cleaned]:
             for file in files if remove else ():
                 file.unlink()
             yield Cleaned(path, tuple(str(file.relative_to(path)) for file in files), freed)
+
+
+def clean_decoded(*, remove: bool = True) -> Cleaned:
+    """Remove the decoded images that are kept between runs; the next run decodes its own again.
+
+    Args:
+        remove: Whether to remove the files, or only to say which.
+    """
+    from compressor.data.decoded import decoded_folder, kept
+
+    files = kept()
+    for file in files if remove else ():
+        file.unlink(missing_ok=True)
+    return Cleaned(decoded_folder(), tuple(file.name for file in files), sum(files.values()))
 
 
 def _manifest(run: Path) -> Manifest:

@@ -32,11 +32,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_machine_is_examined(tmp_path: Path) -> None:
+def test_the_machine_is_examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
     (tmp_path / "mine.yaml").write_text(recipe(budgets={"flops": "60%"}).to_yaml())
     found = json.loads(command("doctor", "--recipe", tmp_path / "mine.yaml", "--json"))
     parts = {each["part"]: each for each in found["machine"]}
     assert {"CPU", "GPU", "ONNX Runtime", "TensorRT", "TensorRT-RTX", "latency here", "noise", "disk"} <= set(parts)
+    assert parts["decoded images"]["found"].startswith("0 B of at most 4.29 GB in ")
     assert "CPUExecutionProvider" in parts["ONNX Runtime"]["found"]
     assert all(each["advice"] for each in found["machine"] if each["state"] != "ok")
     assert "Estimated time on this machine" in found["lines"]

@@ -79,6 +79,23 @@ def test_a_finished_run_is_cleaned_and_stays_whole(runs: Path) -> None:
     assert manifest_of(folder)["files"]["model.onnx"] == results["model.onnx"]
 
 
+def test_decoded_images_are_removed_on_request(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    assert "Freed 0 B" in command("clean", "--decoded-images")
+    kept = [tmp_path / "cache" / "decoded" / f"{digit * 32}.safetensors" for digit in "ab"]
+    for path in (*kept, kept[0].with_name("notes.txt")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\0" * 500)
+    assert "Freed" in command("clean", runs / "one")
+    (found,) = json.loads(command("clean", "--decoded-images", "--dry-run", "--json"))
+    assert found == {"run": str(kept[0].parent), "freed": 1000, "files": [path.name for path in kept]}
+    assert "Freed 1.00 kB" in command("clean", "--decoded-images")
+    assert [path.name for path in kept[0].parent.iterdir()] == ["notes.txt"]
+    assert list((runs / "two" / "checkpoints").glob("*.pt"))  # of runs only those that are given
+    command("clean", "--decoded-images", runs / "two")
+    assert not list((runs / "two" / "checkpoints").glob("*.pt"))
+
+
 def test_folders_without_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "There is no run in runs" in command("list", code=2)
