@@ -1,7 +1,7 @@
 """How well this machine's table predicts networks that it has never seen, against simpler guesses.
 
-    python benchmarks/latency_accuracy.py                       # all four networks, 40 sub-networks each
-    python benchmarks/latency_accuracy.py resnet50@224 --networks 10
+    python -m benchmarks.latency_accuracy                       # all four networks, 40 sub-networks each
+    python -m benchmarks.latency_accuracy resnet50@224 --networks 10 --precision fp16
 
 For each network: a table is measured from nothing (its time is printed), then random sub-networks that were used for
 nothing else are measured end to end, three times with the others in between, in three processes of their own. As in
@@ -11,19 +11,19 @@ best factor), and with a guess proportional to multiply-adds (likewise). The den
 where a shared machine has become faster or slower since its table was made, "at today's speed" is the table's error
 with all predictions multiplied by the dense network's change (the column "speed"). How far the three turns of a
 network lie apart says how well its time can be known at all. The machine should do nothing else meanwhile; all four
-take about 15 minutes.
+take about 15 minutes on a CPU. With a GPU its table is measured instead, and each turn builds its engines anew.
 Results are saved network by network, and a second call goes on with those that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,11 @@ from compressor.core.files import write_atomic
 from compressor.latency.assemble import export_candidate
 from compressor.latency.backends.cpu import OrtProcess
 from compressor.latency.fit import held_out_error
-from compressor.latency.local import LocalCpu
-from compressor.latency.machine import at_full_speed, clocks, cpu_model, governor
+from compressor.latency.machine import at_full_speed
+from compressor.latency.measured import MeasuredDevice
 from compressor.latency.networks import TaggedNetwork
 from compressor.latency.operators import Widths
-from compressor.latency.provider import Request
+from compressor.latency.provider import Request, TableProvider
 from compressor.latency.sampling import random_widths
 from compressor.latency.table import LatencyTable
 from compressor.models import create_model
@@ -56,8 +56,16 @@ UNSEEN = 20261121
 Floats = npt.NDArray[np.float64]
 
 
+def here(cache: str | None = None) -> MeasuredDevice:
+    """Return this machine's GPU, or its CPU, with its tables in a folder of their own."""
+    device = TableProvider.for_device("local")
+    assert isinstance(device, MeasuredDevice)
+    device.cache_dir = cache
+    return device
+
+
 def measured_ms(
-    space: PruningSpace, example: torch.Tensor, widths: Widths, threads: int
+    space: PruningSpace, example: torch.Tensor, widths: Widths, request: Request
 ) -> tuple[Floats, Floats]:
     """The median of each network's undisturbed runs, and how far its turns lie apart as a share, both (N,)."""
     ranking = space.rank()
@@ -66,11 +74,13 @@ def measured_ms(
     turns = np.zeros((TURNS, len(models)))
     seen: list[list[Floats]] = [[] for _ in models]
     for turn in range(TURNS):
-        with closing(OrtProcess(threads)) as device:
-            for place in rng.permutation(len(models)):
-                times = device.measure(TaggedNetwork(models[place], (), ()), SECONDS_A_TURN)
-                seen[place].append(times.whole_ms)
-                turns[turn, place] = times.median_ms
+        device = here().runner(request)
+        for place in rng.permutation(len(models)):
+            times = device.measure(TaggedNetwork(models[place], (), ()), SECONDS_A_TURN)
+            seen[place].append(times.whole_ms)
+            turns[turn, place] = times.median_ms
+        if isinstance(device, OrtProcess):
+            device.close()
     every = [np.concatenate(each) for each in seen]
     measured = [float(np.median(times[at_full_speed(times)])) for times in every]
     return np.asarray(measured), np.ptp(turns, axis=0) / np.median(turns, axis=0)
@@ -94,7 +104,7 @@ def errors(predicted: Floats, measured: Floats) -> dict[str, float]:
     }  # fmt: skip
 
 
-def run(name: str, networks: int, threads: int, time_limit_s: float) -> dict[str, Any]:
+def run(name: str, networks: int, request: Request) -> dict[str, Any]:
     """Measure one network's table and its error."""
     model_name, _, size = name.partition("@")
     torch.manual_seed(0)
@@ -102,19 +112,19 @@ def run(name: str, networks: int, threads: int, time_limit_s: float) -> dict[str
     model = create_model(model_name, classes, "none", (3, int(size), int(size))).eval()
     example = torch.zeros(1, 3, int(size), int(size))
     space = PruningSpace(model, example)
-    steps = LocalCpu().steps(space.groups, "fp32")
+    steps = here().steps(space.groups, request.precision)
     space = PruningSpace(model, example, granularity=steps)
     with tempfile.TemporaryDirectory() as cache:
         started = time.monotonic()
-        table = LocalCpu(cache_dir=cache).table(space, example, Request(threads=threads, time_limit_s=time_limit_s))
+        table = here(cache).table(space, example, request)
         built_s = time.monotonic() - started
         started = time.monotonic()
-        LocalCpu(cache_dir=cache).table(space, example, Request(threads=threads))
+        here(cache).table(space, example, dataclasses.replace(request, time_limit_s=None))
         cached_s = time.monotonic() - started
     curve, widths = table.curve(space), random_widths(space, networks, seed=UNSEEN)
     dense = np.asarray(space.dense_widths, dtype=np.int64)
     (*measured_by_place, dense_now), apart = measured_ms(
-        space, example, np.concatenate([widths, dense[None]]), threads
+        space, example, np.concatenate([widths, dense[None]]), request
     )
     measured, speed = np.asarray(measured_by_place), dense_now / table.dense_ms(space)
     total, macs = plain_sum_ms(table, space, widths), np.asarray(space.macs(widths), dtype=np.float64)
@@ -124,7 +134,8 @@ def run(name: str, networks: int, threads: int, time_limit_s: float) -> dict[str
     }
     network = next(iter(table.fields.networks.values()))
     return {
-        "network": name, "threads": threads, "networks": networks, "dense_ms": table.dense_ms(space),
+        "network": name, "threads": request.threads, "networks": networks, "precision": request.precision,
+        "dense_ms": table.dense_ms(space),
         "fitted_networks": network.fitted_networks, "stated": network.held_out and network.held_out.model_dump(),
         "built_s": round(built_s, 1), "cached_s": round(cached_s, 2), "turns_apart": float(np.median(apart)),
         "speed": speed - 1, "at today's speed": errors(curve(widths) * speed, measured),
@@ -158,28 +169,36 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the networks asked for that have no result yet."""
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", default=NETWORKS, metavar="MODEL@PIXELS")
     parser.add_argument("--networks", type=int, default=40, help="sub-networks to compare with")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--time-limit-s", type=float, default=75.0, help="seconds for each table")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
+    parser.add_argument("--time-limit-s", type=float, help="seconds for each table; by default the device's own limit")
     parser.add_argument("--out", type=Path, default=Path("runs/latency_accuracy.json"))
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run the networks asked for that have no result yet."""
+    given = parsed()
     torch.set_num_threads(1)
     console = Console(width=130)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     saved = json.loads(given.out.read_text()) if given.out.exists() else {"results": []}
     results: list[dict[str, Any]] = saved["results"]
+    here().check(given.precision)
     for name in given.names:
-        asked = (name, given.threads, given.networks)
-        if asked in [(each["network"], each["threads"], each["networks"]) for each in results]:
+        asked = (name, given.threads, given.networks, given.precision)
+        done = [(each["network"], each["threads"], each["networks"], each.get("precision", "fp32")) for each in results]
+        if asked in done:
             continue
-        results.append(run(name, given.networks, given.threads, given.time_limit_s))
-        machine = {"cpu": cpu_model(), "governor": governor(), "clocks": clocks()}
+        request = Request(precision=given.precision, threads=given.threads, time_limit_s=given.time_limit_s)
+        results.append(run(name, given.networks, request))
+        machine = here().describe().model_dump()
         write_atomic(given.out, json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
         show(results, console)
     show(results, console)

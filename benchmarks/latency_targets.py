@@ -2,6 +2,7 @@
 
     python -m benchmarks.latency_targets                # 20 runs on digits, between 30 % and 90 % of the dense latency
     python -m benchmarks.latency_targets --neighbour    # the same beside busy loops that come and go on each core
+    python -m benchmarks.latency_targets --device ssh://me@orin.local --precision fp16
 
 Each run goes the whole road (search, measurement, fine-tuning, export, measurement). Finished runs are kept, so that a
 second call goes on. Latency tables are measured once for each network, before any neighbour comes; the machine should
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from compressor.cli.display import RichDisplay
 from compressor.core.files import write_atomic
 from compressor.core.progress import shown_on
 from compressor.recipe import Recipe
+from compressor.run.device import resolved
 from compressor.run.job import Job
 from compressor.run.pipeline import resume, run_recipe
 
@@ -50,6 +52,7 @@ def recipe_of(options: argparse.Namespace, place: int, model: str, share: float)
     return Recipe.model_validate(
         {
             "model": model, "epochs": options.epochs, "agent": options.agent, "seed": place,
+            "device": options.device, "precision": options.precision,
             "budgets": {"latency": f"{share:.1%}"}, "search": {"max_evaluations": options.evaluations},
             "export": {"engine": False},
         }
@@ -101,7 +104,7 @@ def neighbours(wanted: bool) -> Iterator[None]:
 def measure_tables(options: argparse.Namespace) -> None:
     """Measure the latency table of each network that is run, or find it in the cache."""
     for model in dict.fromkeys(model for model, _ in targets(options.runs, options.seed)):
-        Job.prepare(recipe_of(options, 0, model, 0.5).resolved())
+        Job.prepare(resolved(recipe_of(options, 0, model, 0.5)))
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
@@ -124,7 +127,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     )
 
 
-def main() -> None:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -134,9 +137,16 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--neighbour", action="store_true", help="beside busy loops that come and go on each core")
+    parser.add_argument("--device", default="local", help="as for compress; by default this machine, its GPU if there")
+    parser.add_argument("--precision", default="auto", help="as for compress")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out = options.out or Path("runs/latency_targets" + "-neighbour" * options.neighbour)
+    return options
+
+
+def main() -> None:
+    options = parsed()
     console = Console(width=130)
     path = options.out / "table.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
