@@ -143,6 +143,20 @@ class Preprocessing:
         fields = {name: value for name, value in plain.items() if name != "resize_size"}
         return cls(**{**fields, "mean": tuple(plain["mean"]), "std": tuple(plain["std"])})
 
+    def recorded(self, origin: str) -> dict[str, Any]:
+        """Return what a manifest records: the values, and where they come from."""
+        return {**self.to_dict(), "origin": origin}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> tuple[Preprocessing, str]:
+        """Create from the result of `recorded`; also return the origin, which may be missing.
+
+        Raises:
+            KeyError, TypeError, ValueError: The record is damaged.
+        """
+        plain = {name: value for name, value in record.items() if name != "origin"}
+        return cls.from_dict(plain), str(record.get("origin") or "")
+
     def describe(self) -> str:
         """Describe the values in words, for the user."""
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))

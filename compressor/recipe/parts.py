@@ -33,6 +33,16 @@ class AgentSettings(Part):
         except ValidationError as error:
             raise setting_error(type(self), values, error) from None
 
+    def scored_plans(self, most: int, *, joint_epochs: int, groups: int) -> int:
+        """Return how many plans a search scores: at most `most`, and a setting `evaluations` says fewer.
+
+        Args:
+            most: Limit of the search.
+            joint_epochs: Epochs that are trained while it searches.
+            groups: Number of groups of the network.
+        """
+        return min(most, int(getattr(self, "evaluations", most)))
+
 
 class NoSettings(AgentSettings):
     """Settings of agents without any."""

@@ -268,13 +268,11 @@ def images(manifest: Manifest) -> str:
     """Describe how images become the network's input, and the origin of that; empty if not recorded."""
     from compressor.data.preprocessing import Preprocessing
 
-    found = {**manifest.preprocessing}
-    origin = found.pop("origin", None)
     try:
-        described = Preprocessing.from_dict(found).describe()
+        found, origin = Preprocessing.from_record(manifest.preprocessing)
     except (KeyError, TypeError, ValueError):  # a run of an earlier version, or a damaged manifest
         return ""
-    return f"Images are {described}" + (f" ({origin})." if origin else ".")
+    return f"Images are {found.describe()}" + (f" ({origin})." if origin else ".")
 
 
 def source(manifest: Manifest) -> str:

@@ -71,10 +71,9 @@ def _of_a_picture(run: RunFolder) -> dict[str, Any]:
     """Return the steps from a picture to an input; nothing for inputs that are no pictures."""
     from compressor.data import Preprocessing
 
-    if not (known := dict(run.manifest.preprocessing)):
+    if not (known := run.manifest.preprocessing):
         return {}
-    origin = known.pop("origin", "")
-    preprocessing = Preprocessing.from_dict(known)
+    preprocessing, origin = Preprocessing.from_record(known)
     kept = ("interpolation", "resize", "channel_order", "range", "mean", "std")
     return {
         "in_words": preprocessing.describe(),

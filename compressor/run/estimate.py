@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from compressor.recipe import AgentSettings
 from compressor.run.job import Job
 from compressor.run.stages import search_epochs
 from compressor.training.feeds import random_inputs
@@ -97,21 +98,12 @@ def _candidates(job: Job, steps: Steps, share: float) -> Part:
 def _evaluations(job: Job) -> int:
     """Return the number of candidates that the search scores at most."""
     from compressor.core.agents import agent_class
-    from compressor.search.joint_settings import JointSettings, plan_episodes
-    from compressor.search.records import Limits
     from compressor.search.schedule import share_epochs
 
-    recipe = job.recipe
-    settings = agent_class(recipe.agent).Settings(**recipe.search.settings)
-    limits = Limits(max_evaluations=recipe.search.max_evaluations)
-    if recipe.agent == "uniform":
-        return 1
-    if isinstance(settings, JointSettings):
-        joint = share_epochs(search_epochs(job), pretrained=job.teacher is not None).joint
-        plan, groups = plan_episodes(settings, joint, limits, len(job.space.groups)), len(job.space.groups)
-        planned = plan.points * groups + plan.fill + plan.rounds * plan.per_round + plan.reserve
-        return limits.planned(planned)
-    return limits.planned(getattr(settings, "evaluations", recipe.search.max_evaluations))
+    search = job.recipe.search
+    settings: AgentSettings = agent_class(job.recipe.agent).Settings(**search.settings)
+    joint = share_epochs(search_epochs(job), pretrained=job.teacher is not None).joint
+    return settings.scored_plans(search.max_evaluations, joint_epochs=joint, groups=len(job.space.groups))
 
 
 def measured_steps(job: Job) -> Steps:

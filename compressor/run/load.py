@@ -215,7 +215,7 @@ def described(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
     origin = "assumed: usual for ImageNet" if usual is None else usual.origin
     if other:
         origin += f"; {', '.join(other)} set by the recipe"
-    return {**mine, "origin": origin}
+    return preprocessing.recorded(origin)
 
 
 _UNSAID = {"mean": None, "std": None, "crop_share": None, "interpolation": None, "range": 1}

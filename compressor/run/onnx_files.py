@@ -44,6 +44,11 @@ CALIBRATION_IMAGES = 256
 JUDGING_IMAGES = 2000
 
 
+def file_of(precision: str) -> str:
+    """Return the name of a run's own ONNX file in a precision."""
+    return MODEL if precision == "fp32" else f"model.{precision}.onnx"
+
+
 def open_exported(folder: Path, *also: str) -> RunFolder:
     """Open and lock a run that has exported its slim network.
 
@@ -331,7 +336,7 @@ def write_precision(
             "Choose fp16, int8 or mixed; the run has model.onnx in fp32.",
         )
     runtime = ONNXRUNTIME if precision == "mixed" else runtime
-    given, goal = source or run.file(MODEL), path or run.file(f"model.{precision}.onnx")
+    given, goal = source or run.file(MODEL), path or run.file(file_of(precision))
     exact = run.manifest.accuracy.exported
     if source or exact is None:
         exact = scored(given, task, network, goals)[0]

@@ -17,7 +17,7 @@ from compressor.models.names import allowed_factory
 from compressor.recipe import load_recipe
 from compressor.run.deployable import LABELS
 from compressor.run.load import refuse_python
-from compressor.run.onnx_files import MODEL
+from compressor.run.onnx_files import MODEL, file_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,9 +112,8 @@ def _finished(folder: Path) -> Recipe:
 def _preprocessing(folder: Path) -> Preprocessing:
     from compressor.data import Preprocessing
 
-    known = {name: value for name, value in Manifest.read(folder / MANIFEST).preprocessing.items() if name != "origin"}
     try:
-        return Preprocessing.from_dict(known)
+        return Preprocessing.from_record(Manifest.read(folder / MANIFEST).preprocessing)[0]
     except (TypeError, ValueError, KeyError) as error:
         raise CompressorError(f"'preprocessing' in {folder / MANIFEST} is damaged: {error}.") from error
 
@@ -135,11 +134,11 @@ def _network(folder: Path, recipe: Recipe, runtime: str, precision: str, factory
     if runtime == "engine":
         from export.engine.runner import EngineRunner
 
-        path = folder / "engines" / (_file(precision).removesuffix("onnx") + "engine")
+        path = folder / "engines" / (file_of(precision).removesuffix("onnx") + "engine")
         _require(path, f"compress export {folder} --format engine --precision {precision}")
         runner = EngineRunner(path)
         return lambda image: [runner.run_batches(image)]
-    return _onnx(folder, _file(precision), f"compress export {folder} --precision {precision}")
+    return _onnx(folder, file_of(precision), f"compress export {folder} --precision {precision}")
 
 
 def _detector(
@@ -178,10 +177,6 @@ def _slim(folder: Path, recipe: Recipe, precision: str, factory: str | None) -> 
     if precision != "fp32":
         raise CompressorError(f"torch computes in fp32, and --precision is {precision}.", "Use --runtime onnx.")
     return load(folder, factory=allowed_factory(recipe.model, factory, folder))
-
-
-def _file(precision: str) -> str:
-    return MODEL if precision == "fp32" else f"model.{precision}.onnx"
 
 
 def _onnx(folder: Path, name: str, write: str) -> Network:

@@ -92,6 +92,10 @@ class JointSettings(LearningSettings):
             found |= dict.fromkeys(("decoder_updates", "decoder_rate"), reason)
         return found
 
+    def scored_plans(self, most: int, *, joint_epochs: int, groups: int) -> int:
+        plan = plan_episodes(self, joint_epochs, Limits(max_evaluations=most), groups)
+        return min(most, plan.points * groups + plan.fill + plan.rounds * plan.per_round + plan.reserve)
+
 
 PUBLISHED = (
     Published(ENVIRONMENT_MODEL, "search.context_size", 128, default=CONTEXT_SIZE, named=True),

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from compressor.search.session import SearchSession
 
 
+class UniformSettings(NoSettings):
+    """None: there is one plan."""
+
+    def scored_plans(self, most: int, *, joint_epochs: int, groups: int) -> int:
+        return 1
+
+
 @register_agent
 class UniformAgent(Agent):
     """Keeps the largest ratio, the same for all groups, that meets the budgets.
@@ -22,7 +29,7 @@ class UniformAgent(Agent):
     """
 
     name = "uniform"
-    Settings = NoSettings
+    Settings = UniformSettings
 
     def _search(self, run: SearchSession) -> SearchResult:
         return run.choose([uniform_widths(run.env).tolist()])

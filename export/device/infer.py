@@ -103,7 +103,12 @@ def best(scores: Any, labels: Any, count: int = 3) -> str:
     """Return the likeliest classes with their probabilities."""
     shares = np.exp(scores.astype(np.float64) - scores.max())
     order = np.argsort(-shares, kind="stable")[:count]
-    return ", ".join(f"{labels[place]} {100 * shares[place] / shares.sum():.1f}%" for place in order)
+    return ", ".join(f"{labels[place]} {percent(shares[place] / shares.sum())}" for place in order)
+
+
+def percent(share: float) -> str:
+    """Return a share in per cent; one that is too small for a decimal is never written as zero."""
+    return "<0.1%" if 0 < share < 0.0005 else f"{100 * share:.1f}%"
 
 
 def accuracy(network: Callable[[Any], Any], folder: str, labels: Any, how: Dict[str, Any]) -> str:

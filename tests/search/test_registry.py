@@ -64,6 +64,18 @@ class Plain(Agent):
         raise NotImplementedError
 
 
+def test_settings_say_how_many_plans_are_scored() -> None:
+    def scored(agent: str, most: int = 100, **settings: Any) -> int:
+        found = agent_class(agent).Settings(**settings).scored_plans(most, joint_epochs=2, groups=10)
+        assert isinstance(found, int)
+        return found
+
+    assert scored("uniform") == 1
+    assert [scored("knapsack"), scored("knapsack", 30), scored("random", evaluations=7)] == [50, 30, 7]
+    assert scored("stepwise") == 100
+    assert scored("joint") == 2 * 10 + 20 + 2 * 10 + 8  # groups alone, the replay, two rounds, the final choice
+
+
 def test_the_toolkits_agents_register_themselves() -> None:
     for name, module in AGENTS.items():
         assert registry.classes[name].__module__ == module

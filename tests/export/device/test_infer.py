@@ -14,6 +14,7 @@ from PIL import Image
 
 from compressor.data import Preprocessing
 from compressor.data.images import decode
+from compressor.report.formats import percent
 from export.device import infer
 
 NOISE = np.random.default_rng(0)
@@ -147,3 +148,7 @@ def test_an_engine_gets_and_gives_its_tensors(
 def test_the_likeliest_classes_come_first() -> None:
     scores = np.log(np.array([0.1, 0.6, 0.05, 0.25], dtype=np.float32))
     assert infer.best(scores, ["a", "b", "c", "d"]) == "b 60.0%, d 25.0%, a 10.0%"
+    sure = np.array([0.0, 9.0, -900.0], dtype=np.float32)
+    assert infer.best(sure, ["a", "b", "c"]) == "b 100.0%, a <0.1%, c 0.0%"  # as `compress predict` writes them
+    for share in (0.0, 1e-9, 0.000499, 0.0005, 0.00051, 0.123, 0.9999, 1.0):
+        assert infer.percent(share) == percent(share)
