@@ -169,6 +169,23 @@ def _check_factory(spec: Mapping[str, Any], given: Factory | None, folder: Path)
         )
 
 
+def saved_factory(directory: str | Path) -> str | None:
+    """Return the name of what builds the dense network of a saved one; None if no name does."""
+    name = _read_channels(Path(directory))["factory"].get("factory")
+    return name if isinstance(name, str) else None
+
+
+def untrained(directory: str | Path, *, factory: Factory | None = None) -> nn.Module:
+    """Build the dense network of a saved one with new weights, in eval mode.
+
+    Args:
+        directory, factory: As for `load`.
+    """
+    spec = _read_channels(Path(directory))["factory"]
+    _check_factory(spec, factory, Path(directory))
+    return build_from_factory(spec, factory).eval()
+
+
 def read_plan(directory: str | Path) -> ChannelPlan:
     """Read the plan of a saved network, without its weights."""
     return ChannelPlan.from_json(json.dumps(_read_channels(Path(directory))["plan"]))

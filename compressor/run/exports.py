@@ -14,14 +14,13 @@ from compressor.core.files import parse_json, replacing
 from compressor.core.manifest import Export, Parity
 from compressor.core.progress import say
 from compressor.core.records import RECIPE
-from compressor.models.names import allowed_factory
 from compressor.models.onnx_file import NETWORK
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.boxes import check_detection, write_boxes
 from compressor.run.device import opset_of, provider_of, request_of
 from compressor.run.finish import write_page
 from compressor.run.folder import RunFolder
-from compressor.run.load import load_images, missing_data, network_of, refuse_python, task_of
+from compressor.run.load import builder_of, load_images, missing_data, network_of, task_of
 from compressor.run.onnx_files import (
     COMPARED_IMAGES,
     MODEL,
@@ -94,7 +93,6 @@ class Finished:
         self.run = run
         self._factory = factory
         self.recipe: Recipe = load_recipe(run.file(RECIPE))
-        refuse_python(self.recipe)
 
     @classmethod
     def open(cls, folder: Path, factory: str | None = None) -> Finished:
@@ -115,7 +113,17 @@ class Finished:
 
     @cached_property
     def data(self) -> DataBundle:
-        """The run's images."""
+        """The run's images.
+
+        Raises:
+            CompressorError: They are objects of a Python program.
+        """
+        if self.recipe.from_python:
+            raise CompressorError(
+                "Files in another precision than fp32 are chosen and scored on the run's data, which is in the Python "
+                "program that started it.",
+                "Write them there, in a new folder: compressor.compress(..., export={'precisions': ['int8']})",
+            )
         if not self.recipe.onnx:
             return load_images(self.recipe)
         return load_images(self.recipe.changed({"model": str(self.run.file(NETWORK))}))
@@ -137,7 +145,7 @@ class Finished:
         """The saved slim network."""
         from compressor.pruning.artefact import load
 
-        return load(self.run.path, factory=allowed_factory(self.recipe.model, self._factory, self.run.path))
+        return load(self.run.path, factory=builder_of(self.recipe, self.run.path, self._factory))
 
     @cached_property
     def header(self) -> OnnxHeader:
@@ -154,8 +162,13 @@ class Finished:
         return tuple(torch.zeros(1, *shape[1:]) for shape in self.header.shapes.values())
 
     def dense(self, weights: str) -> nn.Module:
-        """Create the dense network with weights as a recipe names them."""
-        name = allowed_factory(self.recipe.model, self._factory, self.run.path)
+        """Create the dense network with weights as a recipe names them; of a Python program's run, "none"."""
+        from compressor.pruning.artefact import untrained
+
+        name = builder_of(self.recipe, self.run.path, self._factory)
+        if self.recipe.from_python:
+            assert weights == "none"  # what it is compared with is of the program's data
+            return untrained(self.run.path, factory=name)
         (shape,) = self.header.shapes.values()
         recipe, classes = self.recipe.changed({"model": name}), len(self.facts().get("classes", ()))
         channels, height, width = shape[1:]

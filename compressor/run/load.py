@@ -184,11 +184,40 @@ def refuse_python(recipe: Recipe) -> None:
         )
 
 
-def missing_data(recipe: Recipe) -> Path | None:
-    """Return the folder of a recipe's data if it does not exist, as on another machine; None if it does."""
+def builder_of(recipe: Recipe, folder: Path, given: str | None) -> str | None:
+    """Return what builds the dense network of a run; None if its saved network says so itself.
+
+    Args:
+        recipe: Recipe of the run.
+        folder: Its folder.
+        given: Factory that the user names now, if any.
+
+    Raises:
+        CompressorError: It is user code that was neither run here before nor named now, or that no name leads to.
+    """
+    from compressor.models.names import allowed_factory, is_users
+    from compressor.pruning.artefact import saved_factory
+
+    if not recipe.from_python or given is not None:
+        return allowed_factory(recipe.model, given, folder)
+    name = saved_factory(folder)
+    if name is None:
+        raise CompressorError(
+            f"The network of {folder} is an object of the Python program that started the run; no file names what "
+            "builds it.",
+            "Name a function or class that builds the dense network from num_classes at most, in the folder of its "
+            "module: --factory module:function",
+        )
+    return allowed_factory(name, None, folder) if is_users(name) else None
+
+
+def missing_data(recipe: Recipe) -> str | None:
+    """Return what a recipe's data is if it is not here, as on another machine; None if it is."""
+    if recipe.from_python:
+        return "The data of the Python program that started this run"
     kind, _, where = recipe.data.source.partition(":")
     path = Path(where).expanduser()
-    return path if where and kind != "shapes" and not path.is_dir() else None
+    return str(path) if where and kind != "shapes" and not path.is_dir() else None
 
 
 def load_images(recipe: Recipe, *, decode_files: bool = True) -> DataBundle:

@@ -352,7 +352,8 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
 
     The dense network is goal and teacher if it is trained.
     """
-    from compressor.pruning.artefact import save
+    from compressor.models.names import remember_factory
+    from compressor.pruning.artefact import save, saved_factory
 
     epochs = int(job.recipe.epochs or 0) - search_epochs(job)
     checkpoint = run.checkpoint("finetune")
@@ -377,6 +378,8 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
     if epochs and (note := lost_in_finetuning(finetuned, before, known.dense, known.images, known.metric)):
         run.note(note)
     save(slim, plan, run.path, factory=job.factory, extra=job.task.facts())
+    if job.recipe.from_python and (name := saved_factory(run.path)) is not None:
+        remember_factory(name)  # a class that this program has run is run again by `compress export`
     earlier = [entry for entry in run.manifest.training if entry.phase != "finetune"]
     run.manifest.training = [*earlier, *(Epoch(**entry) for entry in history)]
     run.save()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 import compressor
 from compressor import CompressorError, RunResult
 from compressor.run.own_checks import one_input
+from export.convert.batches import parse_batch
 
 FAST: dict[str, Any] = {
     "params": "60%", "agent": "uniform", "search": {"max_evaluations": 2}, "export": {"engine": False},
@@ -113,13 +115,52 @@ def test_the_page_speaks_of_a_score(finished_own: Any) -> None:
 
 
 def test_an_own_run_is_not_continued_by_the_command(finished_own: Any) -> None:
-    from compressor.run.exports import Request, export_format
     from compressor.run.pipeline import resume
 
-    for attempt in (resume, lambda folder: list(export_format(folder, Request(precision="fp16")))):
-        with pytest.raises(CompressorError, match="objects of the Python program") as caught:
-            attempt(finished_own[0].directory)
-        assert "resume=True" in caught.value.hint
+    with pytest.raises(CompressorError, match="objects of the Python program") as caught:
+        resume(finished_own[0].directory)
+    assert "resume=True" in caught.value.hint
+
+
+def test_the_command_exports_what_needs_no_data(
+    finished_own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressor.run.boards import export_bundle
+    from compressor.run.exports import Request, export_format
+
+    name = f"{Own.__module__}:Own"
+    run, said = Path(shutil.copytree(finished_own[0].directory, tmp_path / "run")), list[str]()
+    monkeypatch.setattr("compressor.run.exports.say", said.append)
+    for request in (Request(batch=parse_batch("4")), Request(opset=13), Request(format="pt2")):
+        assert any("largest difference" in line for line in export_format(run, request))
+    exports = json.loads((run / "manifest.json").read_text())["exports"]
+    assert exports["batch4"]["parity"]["max_abs"] < 1e-4
+    assert exports["batch4"]["accuracy"] is None
+    assert all(line.startswith("The data of the Python program that started this run is not here: ") for line in said)
+    lines = " ".join(export_bundle(run, "jetson-nano", tmp_path / "nano.tar.gz"))  # in another opset, both networks
+    assert "fp16 is left out: Files in another precision" in lines
+    assert "dense.opset13, model.opset13" in lines
+    with pytest.raises(CompressorError, match="is in the Python program that started it") as caught:
+        list(export_format(run, Request(precision="int8")))
+    assert "export={'precisions': ['int8']}" in caught.value.hint
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "other"))  # another user
+    with pytest.raises(CompressorError, match=f"'{name}', Python code that was not run") as caught:
+        list(export_format(run, Request(format="pt2")))
+    assert f"--factory {name}" in caught.value.hint
+    assert list(export_format(run, Request(format="pt2", factory=name)))
+
+
+def test_a_network_without_a_name_needs_a_factory(finished_own: Any, tmp_path: Path) -> None:
+    from compressor.run.exports import Request, export_format
+
+    run = Path(shutil.copytree(finished_own[0].directory, tmp_path / "run"))
+    channels = json.loads((run / "channels.json").read_text())
+    channels["factory"]["factory"] = None  # as of a class in the script itself
+    (run / "channels.json").write_text(json.dumps(channels))
+    with pytest.raises(CompressorError, match="no file names what builds it") as caught:
+        list(export_format(run, Request(format="pt2")))
+    assert "--factory module:function" in caught.value.hint
+    assert list(export_format(run, Request(format="pt2", factory=f"{Own.__module__}:Own")))
 
 
 def test_a_stopped_run_continues_with_the_same_objects(
