@@ -148,6 +148,9 @@ def compress_command(
         str | None,
         typer.Option(help="Processes that score candidates in parallel: a number, or ray://host:port."),
     ] = None,
+    track: Annotated[
+        str | None, typer.Option(help="Send the run's numbers to a tracker, too: mlflow or wandb.")
+    ] = None,
     accept_predicted: Annotated[
         bool, typer.Option("--accept-predicted", help="Exit with 0, not 4, if a budget is only predicted.")
     ] = False,
@@ -179,6 +182,7 @@ def compress_command(
             "accept_dense": accept_dense or None,
             "data": {"source": data, "mean": mean, "std": std},
             "task": task, "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,
+            "track": track,
             "budgets": {
                 "latency": latency, "flops": flops, "params": params, "memory": memory,
                 "energy": energy, "max_drop": max_drop, "functions": budget or None,

@@ -119,6 +119,11 @@ class Recipe(Part):
         "trains nothing: a network with weights is only pruned and compensated.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of all random numbers.")
+    track: Literal["none", "mlflow", "wandb"] = Field(
+        "none",
+        description="Tracker that the run's numbers are sent to as well, through its own client and as its environment "
+        "variables say; TensorBoard's curves are written in any case.",
+    )
     budgets: Budgets = Field(Budgets(), description="Limits of the slim network.")
     pruning: Pruning = Field(Pruning(), description="What may be removed.")
     search: Search = Field(Search(), description="Search for the widths.")

@@ -16,7 +16,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.manifest import MANIFEST, Episode, Manifest, read_episode
 from compressor.core.metrics import PYTHON
-from compressor.core.records import RECIPE
+from compressor.core.records import EPISODES, RECIPE
 from compressor.report import explain, plots, records
 from compressor.report.comparison import comparison, tiles
 from compressor.report.judgement import budget_lines, judge, measured_to_the_end
@@ -24,7 +24,6 @@ from compressor.report.svg import Chart
 from export.text import plain
 
 REPORT = "report.html"
-EPISODES = Path("search") / "episodes.jsonl"
 
 
 @dataclass(frozen=True)
