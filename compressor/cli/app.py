@@ -34,6 +34,7 @@ from compressor.cli.profile import profile
 from compressor.cli.recipes import recipes
 from compressor.cli.report import report
 from compressor.cli.runs import clean, compare, list_runs
+from compressor.cli.share import card, push
 from compressor.cli.terminal import BAD_INPUT, friendly, out, output_as, show, show_json, written_out
 from compressor.core.agents import AGENTS
 from compressor.core.errors import CompressorError
@@ -278,7 +279,7 @@ def _finish(result: RunResult, json: bool) -> None:
     raise typer.Exit(result.exit_code)
 
 
-for _command in (profile, export, predict, measure, report, compare, clean, devices, recipes, doctor):
+for _command in (profile, export, predict, measure, report, compare, card, push, clean, devices, recipes, doctor):
     app.command()(with_output(_command))
 app.command("list")(with_output(list_runs))
 
