@@ -19,11 +19,12 @@ from compressor.cli.app import app
 from compressor.core.errors import CompressorError
 from compressor.core.manifest import Manifest
 from compressor.latency.local import LocalCpu
-from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork, tag
+from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork, file_nodes, tag
 from compressor.latency.paired import Timing
 from compressor.latency.precisions import Conversions
 from compressor.latency.provider import Request
 from compressor.latency.table import LatencyTable
+from compressor.run.explain import explain_again
 from compressor.run.measure import measure_again
 from compressor.run.pipeline import resume
 from compressor.run.predict import predict
@@ -184,6 +185,22 @@ def test_the_page_and_the_commands_are_those_of_the_delivered_file(
     with pytest.raises(CompressorError, match=r"has no model\.mixed\.onnx"):
         list(predict(copied, [tmp_path / "photo.png"]))
     assert list(predict(copied, [tmp_path / "photo.png"], runtime="torch"))
+
+
+def test_the_explanation_is_of_the_delivered_file(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    parts = list(explain_again(copied))
+    assert any("the slim one in mixed precision" in part for part in parts if isinstance(part, str))
+    (lines,) = (part for part in parts if isinstance(part, list))
+    kinds = {line.layer: line.kind for line in lines if line.layer is not None}
+    found = list(weights_of(onnx.load(run / "model.mixed.onnx").graph))
+    names = [node.name for node in file_nodes(run / "model.onnx") if node.operator >= 0]
+    assert len(kinds) == len(names)
+    for name, _, int8 in found:
+        assert kinds[names.index(name)].startswith("Q") == int8
+    (copied / "model.mixed.onnx").unlink()
+    with pytest.raises(CompressorError, match=r"The run has no model\.mixed\.onnx"):
+        list(explain_again(copied))
 
 
 def test_all_widths_are_kept_where_int8_is_enough(tmp_path: Path) -> None:
