@@ -48,14 +48,14 @@ def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressor.latency.sampling.MAX_SPREAD", 5.0)
 
 
-FIGURES = ("layer_bars", "reward_curve", "candidate_scatter", "training_curve")
+FIGURES = ("page.tradeoff", "plots.layer_bars", "plots.reward_curve", "plots.candidate_scatter", "plots.training_curve")
 
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write reports without figures, which take a sixth of a small run's time."""
     for name in FIGURES:
-        monkeypatch.setattr(f"compressor.report.plots.{name}", lambda *_: None)
+        monkeypatch.setattr(f"compressor.report.{name}", lambda *_: None)
 
 
 NOISE_GUARDED = ("test_sampling.py", "test_contract.py")

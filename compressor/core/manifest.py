@@ -168,8 +168,7 @@ class Latency(Record):
 
     `batch`, `percentile` and `streams` are what `measured_ms` and `dense_ms` are of (`core.conditions`); with another
     percentile than the median, `tail` is that percentile over the median of the same runs. `inputs_per_s` is the
-    throughput of all streams at the mean time of these runs. The dense network is in the same precision, or in FP32 if
-    that is mixed.
+    throughput of all streams at the mean time of these runs.
     """
 
     device: str = ""
@@ -520,6 +519,9 @@ class DeviceRecord(Record):
 class Document(Record):
     """The content of a JSON file: a record that can be read and written."""
 
+    indent: ClassVar[int | None] = 2
+    """Spaces before each nested line of the file; None for a file in one line."""
+
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read the file, to continue what it records or to add to it.
@@ -553,7 +555,7 @@ class Document(Record):
 
     def write(self, path: Path) -> None:
         """Write the fields that were set; the file is replaced as a whole."""
-        write_atomic(path, json.dumps(self.plain(), indent=2, allow_nan=False) + "\n")
+        write_atomic(path, json.dumps(self.plain(), indent=self.indent, allow_nan=False) + "\n")
 
     def plain(self) -> dict[str, Any]:
         """Return the fields that were set as JSON values."""
@@ -605,6 +607,8 @@ class Manifest(Document):
     exports: dict[str, Export] = {}
     devices: list[DeviceRecord] = []
     notes: list[str] = []
+    #: Stage that trained -> what went wrong in it; the verdict repeats it.
+    warnings: dict[str, str] = {}
     files: dict[str, str] = {}
 
     def _needed(self) -> tuple[str, ...]:

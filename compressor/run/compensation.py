@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from compressor.core.manifest import Compensated
 from compressor.core.progress import say
+from compressor.run.answers import record_slim
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,8 +62,10 @@ def network_before_finetuning(run: RunFolder, job: Job, plan: ChannelPlan, *, tr
     found = compensation_of(job, plan)
     assert found is not None
     seconds = time.perf_counter() - started
-    share = job.tested(found.network)
-    run.note_accuracy(compensated=share)
+    tested = job.tested(found.network)
+    run.note_accuracy(compensated=tested.score)
+    if not job.recipe.epochs:  # it is the delivered network
+        record_slim(run, job.task, tested)
     run.manifest.compensation = Compensated(
         method=method,
         images=found.images,
@@ -75,5 +78,5 @@ def network_before_finetuning(run: RunFolder, job: Job, plan: ChannelPlan, *, tr
     )
     run.save()
     if found.refitted:
-        say(f"The compensated network's {job.metric} is {job.task.metric.text(share)}, without training.")
+        say(f"The compensated network's {job.metric} is {job.task.metric.text(tested.score)}, without training.")
     return found.network

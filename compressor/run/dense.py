@@ -1,4 +1,4 @@
-"""Check that the accuracy of the dense network, and later of the slim one, is plausible.
+"""Check that the accuracy of the dense network, and later of the slim one, is plausible, and that trainings went well.
 
 A network still runs when its images have another mean, channel order or class order; only its accuracy is low.
 """
@@ -12,14 +12,22 @@ from compressor.core.errors import CompressorError
 from compressor.core.metrics import ACCURACY
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
+    from compressor.core.manifest import Epoch
     from compressor.run.job import Job
+    from compressor.training.task import Examined
 
 BEYOND_CHANCE = 0.02
 """A network is better than guessing if its accuracy is significantly more than this above chance."""
 FAR = 0.05
 """An accuracy this far below the published one is not explained by a library's version or the choice of test images."""
+RISE = 1.5
+"""A training has collapsed if its loss ends above this multiple of its lowest one ..."""
+FALL = 0.1
+"""... and its accuracy on the training images has fallen by this since; if unknown, the loss is above the first one."""
 _CERTAIN = 0.01
 _IMAGENET_CLASSES = 1000
 
@@ -88,6 +96,45 @@ def _promised(job: Job) -> float | None:
     if known is None or known.preprocessing["size"] != images["size"] or "width" in images:
         return None
     return known.accuracy if all(re.fullmatch(r"n[0-9]{8}", name) for name in classes) else None
+
+
+def collapsed(network: str, epochs: Sequence[Epoch], tested: Examined, rate_field: str) -> str | None:
+    """Describe a training that has failed and what to change; None if neither its loss nor its result says so.
+
+    Args:
+        network: "dense" or "slim", for the sentence.
+        epochs: Its epochs.
+        tested: Result of the network on the test split.
+        rate_field: Recipe field of its learning rate.
+    """
+    cure = f"Lower {rate_field}, or train longer (--epochs)."
+    if (rise := _rise(epochs)) is not None:
+        lowest, last = rise
+        return (
+            f"The training of the {network} network collapsed: its loss rose from {epochs[lowest].loss:.3g} in epoch "
+            f"{lowest + 1} to {epochs[last].loss:.3g} in epoch {last + 1}. {cure}"
+        )
+    wrong = "" if tested.answers is None else problem(*tested.answers)
+    if not wrong or tested.answers is None:
+        return None
+    count = "one epoch" if len(epochs) == 1 else f"{len(epochs)} epochs"
+    return (
+        f"After {count} of training the {network} network scores {tested.score:.2%} on {len(tested.answers[1])} test "
+        f"images, {wrong}. {cure}"
+    )
+
+
+def _rise(epochs: Sequence[Epoch]) -> tuple[int, int] | None:
+    """Return the places of the lowest and of the last loss if the training lost again what it had learned."""
+    losses = [float("inf") if each.loss is None else each.loss for each in epochs]
+    if len(losses) < 2:
+        return None
+    last, lowest = len(losses) - 1, losses.index(min(losses))
+    if not losses[last] > RISE * losses[lowest]:
+        return None
+    before, after = epochs[lowest].accuracy, epochs[last].accuracy
+    fell = losses[last] > losses[0] if before is None or after is None else before - after > FALL
+    return (lowest, last) if fell else None
 
 
 def lost_in_finetuning(

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.core.answers import ANSWERS
 from compressor.core.files import sha256_file
 from compressor.core.front import FRONT, Front
 from compressor.core.manifest import MANIFEST, Budget, Manifest
@@ -100,8 +101,7 @@ def _closing_notes(manifest: Manifest, job: Job, plan: ChannelPlan) -> Iterator[
     if any(verdict_of(budget) == "predicted" for budget in budgets):
         yield not_measured(job.recipe, job.table is not None and job.table.estimated)
     if budgets and not pruned:
-        how = "" if job.recipe.precision != "mixed" else " in mixed precision"
-        yield f"The dense network already meets every budget{how}: nothing was pruned."
+        yield "The dense network already meets every budget: nothing was pruned."
     if pruned and all(budget.name != "latency" for budget in budgets):
         yield from _hardly_faster(manifest)
 
@@ -137,7 +137,7 @@ def _hardly_faster(manifest: Manifest) -> Iterator[str]:
 
 def checksums(run: RunFolder) -> dict[str, str]:
     """Return the SHA-256 checksums of the run's delivered files, by name."""
-    names = [RECIPE, "channels.json", "model.safetensors", NETWORK, MODEL, *DEPLOYED, "report.html"]
+    names = [RECIPE, "channels.json", "model.safetensors", NETWORK, MODEL, *DEPLOYED, ANSWERS, "report.html"]
     for pattern in ("model.*.onnx", "model*.pt2", "engines/*"):
         names += sorted(str(path.relative_to(run.path)) for path in run.path.glob(pattern) if path.is_file())
     return {name: sha256_file(run.file(name)) for name in names if run.file(name).exists()}

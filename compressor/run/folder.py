@@ -18,7 +18,7 @@ from compressor.core.front import FRONT
 from compressor.core.manifest import MANIFEST, Manifest, Stage
 from compressor.core.processes import stopped
 from compressor.core.progress import say, stage
-from compressor.core.records import EPISODES, RECIPE, Checkpoint, EpisodeLog
+from compressor.core.records import RECIPE, Checkpoint, EpisodeLog
 from export.files import is_temporary_of, remove_temporaries
 
 LOCK = ".lock"
@@ -149,7 +149,7 @@ class RunFolder:
         return Checkpoint(self.path / "checkpoints" / f"{name}.pt")
 
     def episodes(self) -> EpisodeLog:
-        return EpisodeLog(self.path / EPISODES)
+        return EpisodeLog(self.path / "search" / "episodes.jsonl")
 
     def save(self) -> None:
         """Write the manifest."""
@@ -161,6 +161,16 @@ class RunFolder:
             say(text)
             self.manifest.notes = [*self.manifest.notes, text]
             self.save()
+
+    def warn(self, stage: str, text: str | None) -> None:
+        """Print and record what went wrong in the training of a stage, in place of an earlier warning; None if nothing
+        did."""
+        known = self.manifest.warnings
+        if text is not None:
+            say(f"Warning: {text}")
+            self.manifest.warnings = {**known, stage: text}
+        elif stage in known:
+            self.manifest.warnings = {name: found for name, found in known.items() if name != stage}
 
     def note_accuracy(self, **values: Any) -> None:
         """Set fields of the manifest's accuracy and write it."""

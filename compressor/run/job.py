@@ -35,14 +35,14 @@ from export.convert.trees import tensors_in
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from compressor.budgets.base import Budget, BudgetSpec, CachedValues
     from compressor.latency.table import LatencyTable
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
     from compressor.search.networks import Methods
-    from compressor.training.task import Task
+    from compressor.training.task import Examined, Task
 
 
 class DenseFile:
@@ -250,15 +250,15 @@ class Job:
         name = self.task.metric.name
         return f"test {name}" if name == ACCURACY else name
 
-    def tested(self, model: nn.Module) -> float:
-        """Return the score of a network on the test split, in the unit of the task's metric."""
-        return self.task.test_score(model, self.goals, self.torch_device)
+    def tested(self, model: nn.Module) -> Examined:
+        """Return a network's score on the test split, in the unit of the task's metric, and its answers."""
+        return self.task.tested(model, self.goals, self.torch_device)
 
     def compute_shared(self) -> None:
         """Compute what all runs of a front need of the given weights; `within` hands it on."""
         self.goals  # noqa: B018  (cached)
         if self.teacher is not None:
-            self.given_score  # noqa: B018
+            self.given  # noqa: B018
 
     def within(self, recipe: Recipe, table: LatencyTable | None, notes: Sequence[str] = ()) -> Job:
         """Return the same objects for one run of a front.
@@ -274,18 +274,10 @@ class Job:
         return other
 
     @cached_property
-    def given_answers(self) -> tuple[Tensor, Tensor] | None:
-        """Classes and labels of the test split by the given dense network, if the task has both; computed once."""
+    def given(self) -> Examined:
+        """The given dense network's result on the test split; computed once."""
         assert self.teacher is not None
-        return self.task.answers(self.teacher, self.torch_device)
-
-    @cached_property
-    def given_score(self) -> float:
-        """Score of the given dense network on the test split; computed once."""
-        from compressor.training.scoring import share_right
-
-        assert self.teacher is not None
-        return self.tested(self.teacher) if self.given_answers is None else share_right(*self.given_answers)
+        return self.tested(self.teacher)
 
     @cached_property
     def goals(self) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from compressor.core.answers import read_answers
 from compressor.core.errors import CompressorError
 from compressor.core.front import Confirmed, DropLimit, Front, Lost, TargetRun
 from compressor.recipe.parts import SEPARATOR, Budgets
@@ -18,8 +19,6 @@ from compressor.recipe.targets import Target
 from compressor.run.stages import finetuned_network
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from compressor.run.folder import RunFolder
     from compressor.run.job import Job
 
@@ -101,7 +100,7 @@ def lost(run: RunFolder, job: Job) -> Lost:
     tested = None
     if accuracy.dense is not None and accuracy.finetuned is not None:
         tested = (100 if accuracy.share else 1) * (accuracy.dense - accuracy.finetuned)
-    error = _error(run, job, dense, slim)
+    error = _error(run)
     return Lost(
         search=after,
         search_dense=before,
@@ -112,23 +111,23 @@ def lost(run: RunFolder, job: Job) -> Lost:
     )
 
 
-def _error(run: RunFolder, job: Job, dense: nn.Module, slim: nn.Module) -> float | None:
+def _error(run: RunFolder) -> float | None:
     """Return the standard error of what is lost on the test split; None if it is not known.
 
     Both networks see the same images, so that only those count on which one is right and the other is not.
     """
+    import torch
+
     from compressor.core.metrics import AGREEMENT
     from compressor.training.scoring import error_of_difference, standard_error
 
     known = run.manifest.accuracy
     if known.metric == AGREEMENT and known.images is not None and known.finetuned is not None:
         return standard_error(known.finetuned, known.images)
-    device = job.torch_device
-    first = job.given_answers if dense is job.teacher else job.task.answers(dense, device)
-    second = None if first is None else job.task.answers(slim, device)
-    if first is None or second is None:
+    answers = read_answers(run.path)
+    if not answers.dense or not answers.slim:
         return None
-    return error_of_difference(first[0], second[0], first[1])
+    return error_of_difference(*(torch.tensor(each) for each in (answers.dense, answers.slim, answers.truth)))
 
 
 def judged(front: Front, limit: float) -> DropLimit:

@@ -13,7 +13,6 @@ from compressor.core.manifest import (
     Accuracy,
     Baseline,
     Budget,
-    Candidate,
     Epoch,
     Group,
     Method,
@@ -23,9 +22,11 @@ from compressor.core.manifest import (
 from compressor.core.metrics import ACCURACY, AGREEMENT
 from compressor.core.progress import Steps, bar, say
 from compressor.core.versions import machine, versions
+from compressor.run.answers import dense_answers, record_dense, record_slim
+from compressor.run.candidates import recorded, with_choice
 from compressor.run.compensation import network_before_finetuning, own_statistics
 from compressor.run.contract import Contract
-from compressor.run.dense import check_dense, lost_in_finetuning, problem
+from compressor.run.dense import check_dense, collapsed, lost_in_finetuning, problem
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job, reward_weights
 from compressor.run.together import joining, processes
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
     from compressor.search.environment import PruningEnv
     from compressor.search.evaluate import Evaluator
-    from compressor.search.records import Candidate as ScoredPlan
     from compressor.search.records import SearchResult
     from compressor.training.loop import BriefTraining, Trainer
     from compressor.training.settings import TrainSettings
@@ -92,11 +92,12 @@ def begin(run: RunFolder, job: Job) -> None:
     manifest.notes = job.notes
     run.save()
     if job.teacher is not None:
-        answers, dense = job.given_answers, job.given_score
-        run.note_accuracy(dense=dense, dense_note="The dense network has its given weights.")
+        given = job.given
+        record_dense(run, job.task, given)
+        run.note_accuracy(dense=given.score, dense_note="The dense network has its given weights.")
         if metric.name != AGREEMENT:
-            say(f"The dense network's {job.metric} is {metric.text(dense)}.")
-        if job.trained and answers is not None and (note := check_dense(job, *answers, str(run.path))):
+            say(f"The dense network's {job.metric} is {metric.text(given.score)}.")
+        if job.trained and given.answers is not None and (note := check_dense(job, *given.answers, str(run.path))):
             run.note(note)
 
 
@@ -198,7 +199,10 @@ def _record_search(
     done, planned = len(result.training), search_epochs(job)  # fewer than planned if the time limit was reached
     run.manifest.training = [Epoch(**each) for each in result.training]
     if not job.trained:
-        dense = job.tested(job.model)
+        tested = job.tested(job.model)
+        record_dense(run, job.task, tested)
+        if done:
+            run.warn("search", collapsed("dense", run.manifest.training, tested, _rate_field(job, finetuning=False)))
         if dense_teacher(run, job) is None:
             note = f"The dense network{' has an untrained last layer' if job.teacher else ' is untrained'}."
             run.note(f"{note} {_effect_of_no_training(job)}")
@@ -207,7 +211,7 @@ def _record_search(
             note = f"The dense network was trained for the {epochs} of the search, the slim one for all epochs."
         else:
             note = f"The dense network has the weights that {job.recipe.model} gives it."
-        run.note_accuracy(dense=dense, dense_note=note)
+        run.note_accuracy(dense=tested.score, dense_note=note)
     _note_plan(run, job, result.best)
     if done < planned:
         run.note(f"The search's time limit stopped its training after {done} of {planned} epochs.")
@@ -220,7 +224,7 @@ def _record_search(
         best_reward=result.reward,
         method=method,
         targets=targets,
-        candidates=[_candidate(each, each.widths == uniform) for each in result.candidates],
+        candidates=recorded(result.candidates, uniform, job.space, result.best),
         **({"baselines": compared} if compared else {}),
     )
     run.save()
@@ -245,17 +249,6 @@ def _effect_of_no_training(job: Job) -> str:
     else:
         fix = f"The search trains from {fewest} epochs on: --epochs {fewest} or more"
     return f"{effect}. {fix}."
-
-
-def _candidate(found: ScoredPlan, uniform: bool) -> Candidate:
-    given_up: dict[str, bool] = {"given_up": True} if found.given_up else {}
-    return Candidate(
-        reward=found.reward,
-        accuracy=found.accuracy,
-        costs=dict(found.costs),
-        source="uniform" if uniform else found.phase,
-        epoch=found.epoch,
-    ).model_copy(update=given_up)
 
 
 def environment(
@@ -322,6 +315,12 @@ def choose(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> C
     best = contract.best_plan(plan)
     if best.checksum != plan.checksum:
         _note_plan(run, job, best)
+        state, known = run.checkpoint("search").load(), run.manifest.search
+        if state is not None and known is not None:
+            rows = [each["widths"] for each in state["candidates"]]
+            marked = with_choice(known.candidates, rows, job.space, best)
+            run.manifest.search = known.model_copy(update={"candidates": marked})
+            run.save()
         say("An earlier plan is used instead of the last: it meets the latency target more closely.")
     return best
 
@@ -330,7 +329,7 @@ def _note_plan(run: RunFolder, job: Job, plan: ChannelPlan) -> None:
     """Record a plan as the run's, with the accuracy of the network that is only sliced."""
     pruned = job.space.apply(plan)
     own_statistics(job, pruned)
-    run.note_accuracy(pruned=job.tested(pruned))
+    run.note_accuracy(pruned=job.tested(pruned).score)
     write_atomic(run.file(PLAN), plan.to_json())
     blocks = [block for block in job.space.blocks if block.name in plan.removed] if plan.removed else []
     gone = {group for block in blocks for group in block.groups}
@@ -372,7 +371,15 @@ def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
     slim.eval()
     known = run.manifest.accuracy
     unchanged = not epochs and teacher is not None and job.compensation.delivered != "off"
-    finetuned = known.compensated if unchanged and known.compensated is not None else job.tested(slim)
+    if unchanged and known.compensated is not None:
+        finetuned = known.compensated
+    else:
+        tested = job.tested(slim)
+        record_slim(run, job.task, tested)
+        finetuned = tested.score
+        if epochs and "search" not in run.manifest.warnings:  # a dense network that has learned nothing is the cause
+            epochs_done = [Epoch(**entry) for entry in history]
+            run.warn("finetune", collapsed("slim", epochs_done, tested, _rate_field(job, finetuning=True)))
     run.note_accuracy(finetuned=finetuned)
     before = known.pruned if known.compensated is None else known.compensated
     if epochs and (note := lost_in_finetuning(finetuned, before, known.dense, known.images, known.metric)):
@@ -437,10 +444,10 @@ def dense_teacher(run: RunFolder, job: Job) -> nn.Module | None:
     """
     if job.trained:
         return job.teacher
-    searched = any(each.phase != "finetune" for each in run.manifest.training)
-    if not searched and ((found := job.task.answers(job.model, job.torch_device)) is None or problem(*found)):
-        return None
-    return job.model
+    if any(each.phase != "finetune" for each in run.manifest.training):
+        return job.model
+    answers = dense_answers(run)
+    return None if answers is None or problem(*answers) else job.model
 
 
 def search_epochs(job: Job) -> int:

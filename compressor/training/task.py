@@ -19,6 +19,7 @@ from torch import nn
 
 from compressor.core.metrics import Metric
 from compressor.training.feeds import Batches, Feed, inputs_in
+from compressor.training.scoring import share_right
 
 if TYPE_CHECKING:
     from compressor.training.settings import TrainSettings
@@ -50,6 +51,20 @@ class Losses:
             assert found is not None  # a task without labels is only trained with a teacher
             return found
         return (1 - distill_weight) * self.loss + distill_weight * self.distilled
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Result of a network on the test split.
+
+    Attributes:
+        score: In the unit of the task's metric.
+        answers: A classifier's answers and the labels, int64 (N,) each, of which the score is computed; None for tasks
+            without both.
+    """
+
+    score: float
+    answers: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Task(ABC):
@@ -146,6 +161,11 @@ class Task(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return a classifier's answers and the labels on the test split, int64 (N,); None for tasks without both."""
         return None
+
+    def tested(self, model: nn.Module, goals: Any, device: str | torch.device) -> Examined:
+        """Test a network in one pass: its reported score, and the answers that it comes from."""
+        found = self.answers(model, device)
+        return Examined(self.test_score(model, goals, device) if found is None else share_right(*found), found)
 
     def on_search(self) -> Task:
         """Return the task whose reported score is that of the search inputs, in the unit of its own metric."""

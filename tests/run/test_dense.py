@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from compressor import CompressorError, run_recipe
+from compressor.core.answers import Answers
 from compressor.core.manifest import Epoch
 from compressor.models import create_model
 from compressor.models.weights import FRESH_HEAD
-from compressor.run.dense import lost_in_finetuning, problem
+from compressor.run.dense import collapsed, lost_in_finetuning, problem
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job
 from compressor.run.stages import begin, dense_teacher
+from compressor.training.task import Examined
 from tests.runs import manifest_of, recipe
 
 
@@ -66,6 +68,64 @@ def test_fine_tuning_that_loses_is_said() -> None:
     assert lost_in_finetuning(0.7, 0.8, 0.8, 20) is None  # noise of twenty images
 
 
+def outcome(right: int, images: int = 400) -> Examined:
+    labels = torch.arange(images) % 10
+    return Examined(right / images, (answers(labels, right), labels))
+
+
+def epochs(losses: list[float], shares: list[float | None]) -> list[Epoch]:
+    return [Epoch(loss=loss, accuracy=share) for loss, share in zip(losses, shares, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "shares", "collapse"),
+    [
+        ([2.0, 0.5, 2.3], [0.3, 0.9, 0.1], True),
+        ([2.0, 0.5, 0.6], [0.3, 0.9, 0.7], False),  # it rose a little
+        ([0.02, 0.01, 0.02], [0.99, 1.0, 0.99], False),  # twice hardly anything
+        ([2.0, 0.5, 2.3], [None, None, None], True),  # of mixed images no share is right
+        ([2.0, 0.5, 1.0], [None, None, None], False),
+        ([2.0, 1.0, 0.5], [0.3, 0.6, 0.9], False),
+        ([2.0], [0.1], False),
+    ],
+)
+def test_a_loss_that_rises_again_is_a_collapse(
+    losses: list[float], shares: list[float | None], collapse: bool
+) -> None:
+    said = collapsed("slim", epochs(losses, shares), outcome(390), "training.finetune_learning_rate")
+    if not collapse:
+        assert said is None
+        return
+    assert said == (
+        "The training of the slim network collapsed: its loss rose from 0.5 in epoch 2 to 2.3 in epoch 3. Lower "
+        "training.finetune_learning_rate, or train longer (--epochs)."
+    )
+
+
+def test_a_trained_network_that_guesses_is_named() -> None:
+    fine = epochs([2.0, 1.0], [0.3, 0.6])
+    assert collapsed("dense", fine, Examined(0.1, None), "training.learning_rate") is None
+    assert collapsed("dense", fine, outcome(40), "training.learning_rate") == (
+        "After 2 epochs of training the dense network scores 10.00% on 400 test images, no better than guessing "
+        "(10.00%). Lower training.learning_rate, or train longer (--epochs)."
+    )
+
+
+def test_a_run_whose_training_collapses_warns_until_it_does_not(tmp_path: Path) -> None:
+    wanted = recipe(
+        agent="uniform", budgets={"flops": "60%"}, epochs=3, training={"finetune_learning_rate": 1e4, "grad_clip": 1.0}
+    )
+    result = run_recipe(wanted, out=tmp_path / "run")
+    (said,) = result.manifest["warnings"].values()
+    assert "training.finetune_learning_rate" in said
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert 'class="banner doubtful"' in page
+    assert said in page
+    with closing(RunFolder.open(tmp_path / "run")) as run:
+        run.warn("finetune", None)
+        assert run.manifest.warnings == {}
+
+
 def test_weights_that_guess_stop_the_run_unless_they_are_accepted(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(create_model("tests.nets:tiny", 10).state_dict(), tmp_path / "net.pt")
@@ -86,16 +146,17 @@ def test_weights_that_guess_stop_the_run_unless_they_are_accepted(tmp_path: Path
     assert found["stages"]["begin"]["finished"]
 
 
-def test_a_network_with_a_fresh_head_teaches_once_the_search_has_trained_it() -> None:
+def test_a_network_with_a_fresh_head_teaches_once_the_search_has_trained_it(tmp_path: Path) -> None:
     labels = torch.arange(1000) % 10
     guesses = labels[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
-    task: Any = SimpleNamespace(answers=lambda *_: (guesses, labels))
+    Answers(truth=labels.tolist(), dense=guesses.tolist()).write(tmp_path / "answers.json")
     loaded, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
 
     def teacher(*phases: str) -> Any:
         job: Any = Job.__new__(Job)
-        job.teacher, job.model, job.torch_device, job.task = loaded, model, "cpu", task
-        run: Any = SimpleNamespace(manifest=SimpleNamespace(training=[Epoch(phase=phase) for phase in phases]))
+        job.teacher, job.model = loaded, model
+        known = SimpleNamespace(training=[Epoch(phase=phase) for phase in phases])
+        run: Any = SimpleNamespace(manifest=known, path=tmp_path)
         return dense_teacher(run, job)
 
     assert teacher() is loaded
@@ -103,3 +164,5 @@ def test_a_network_with_a_fresh_head_teaches_once_the_search_has_trained_it() ->
     assert teacher() is None
     assert teacher("finetune") is None
     assert teacher("joint", "finetune") is model
+    Answers(truth=labels.tolist(), dense=labels.tolist()).write(tmp_path / "answers.json")
+    assert teacher() is model

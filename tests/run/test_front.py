@@ -26,6 +26,7 @@ from compressor.run.max_drop import STEPS, Narrowing, judged
 from compressor.run.measure import measure_again
 from compressor.run.pipeline import resume
 from compressor.run.runs import clean, find_runs
+from tests.conftest import FIGURES
 from tests.other_device import OtherDevice
 from tests.run.test_own import FAST as OWN
 from tests.run.test_own import Own, batches, loss, share
@@ -43,8 +44,8 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """Three targets on a device that takes a third longer than its table says for slim networks."""
     with pytest.MonkeyPatch.context() as patch:
         OtherDevice(1.0, offset_ms=0.02).install(patch)
-        for name in ("layer_bars", "reward_curve", "candidate_scatter", "training_curve"):
-            patch.setattr(f"compressor.report.plots.{name}", lambda *_: None)
+        for name in FIGURES:
+            patch.setattr(f"compressor.report.{name}", lambda *_: None)
         return run_recipe(recipe(**LIST), out=tmp_path_factory.mktemp("front") / "whole")
 
 

@@ -31,6 +31,7 @@ def test_a_run_leaves_what_the_readme_lists(finished: Path) -> None:
         "channels.json",
         "model.safetensors",
         "model.onnx",
+        "answers.json",
         "report.html",
     }
     assert expected <= names
@@ -117,6 +118,16 @@ def test_episodes_are_logged_with_costs_within_the_budgets(finished: Path) -> No
         assert all(episode["costs"][name] <= target for name, target in targets.items())
 
 
+def test_the_candidate_that_is_delivered_is_marked(finished: Path) -> None:
+    manifest = manifest_of(finished)
+    log = [json.loads(line) for line in (finished / "search/episodes.jsonl").read_text().splitlines()]
+    places = [place for place, each in enumerate(manifest["search"]["candidates"]) if each.get("chosen")]
+    assert len(places) == 1
+    delivered = [group["kept"] for group in manifest["groups"]]
+    assert log[places[0]]["widths"] == delivered
+    assert delivered not in [each["widths"] for each in log[places[0] + 1 :]]
+
+
 def test_a_finished_run_resumes_to_itself(finished: Path) -> None:
     before = manifest_of(finished)
     again = resume(finished)
@@ -194,5 +205,5 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, t
     disturbed, undisturbed = manifest_of(folder), manifest_of(finished)
     assert disturbed["groups"] == undisturbed["groups"]
     assert disturbed["accuracy"] == undisturbed["accuracy"]
-    for name in ("model.safetensors", "channels.json"):
+    for name in ("model.safetensors", "channels.json", "answers.json"):
         assert sha256_file(folder / name) == sha256_file(finished / name)
