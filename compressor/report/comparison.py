@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from compressor.core.conditions import MEDIAN, UNLOADED
-from compressor.core.manifest import Export, Manifest
+from compressor.core.manifest import Accuracy, Manifest
 from compressor.core.metrics import SCORE
 from compressor.core.tables import Table
 from compressor.report.formats import (
@@ -24,6 +24,12 @@ from compressor.report.formats import (
     significant,
     size,
 )
+from compressor.report.judgement import slower_than_dense, time_ratio, verdict_of
+
+EQUAL = 1.005
+"""Two values whose quotient is below this count as equal in a tile."""
+
+TileState = Literal["good", "bad", "open", ""]
 
 # Signs that a terminal may not have.
 PLAIN = str.maketrans({ABSENT: "-", MINUS: "-"})
@@ -41,11 +47,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline number: the slim network's value, and the dense one's for comparison."""
+    """A headline number: the slim network's value, the dense one's for comparison, and a `state` for its color."""
 
     label: str
     value: str
     before: str
+    state: TileState = ""
 
 
 def closing_table(manifest: Manifest | Mapping[str, Any]) -> Table:
@@ -58,23 +65,16 @@ def closing_table(manifest: Manifest | Mapping[str, Any]) -> Table:
 
 def comparison(manifest: Manifest) -> list[Row]:
     """Return the rows of accuracy, latency, MACs, parameters and file sizes that the manifest knows."""
-    rows = [*_accuracy_rows(manifest), *_latency_rows(manifest), *_cost_rows(manifest)]
+    rows = [*_accuracy_rows(manifest.accuracy), *_latency_rows(manifest), *_cost_rows(manifest)]
     return [row for row in rows if (row.dense, row.slim) != (ABSENT, ABSENT)]
 
 
-def delivered(manifest: Manifest) -> Export | None:
-    """Return the file in the precision of the run's latency, if that is another one than FP32."""
-    return manifest.exports.get(manifest.latency.precision)
-
-
-def _accuracy_rows(manifest: Manifest) -> list[Row]:
-    accuracy, file = manifest.accuracy, delivered(manifest)
+def _accuracy_rows(accuracy: Accuracy) -> list[Row]:
     scored, dense = accuracy.exported_images, accuracy.dense
     fewer = f" on {scored:,.0f} images" if scored is not None and scored != accuracy.images else ""
     metric = accuracy.by
     name = metric.title
     split = f"{name}, {accuracy.split or 'unknown'} split" if metric.name != SCORE else name
-    own = [] if file is None else [(f"{name}, of {file.file}", None, file.accuracy)]
     return [
         Row(label, score(before, metric), score(slim, metric), score_change(_difference(slim, dense), metric))
         for label, before, slim in (
@@ -82,7 +82,6 @@ def _accuracy_rows(manifest: Manifest) -> list[Row]:
             (f"{name}, only cut", None, accuracy.pruned),
             (f"{name}, compensated, before training", None, accuracy.compensated),
             (f"{name}, of the exported ONNX{fewer}", None, accuracy.exported),
-            *own,
         )
     ]
 
@@ -126,41 +125,67 @@ def _cost_rows(manifest: Manifest) -> list[Row]:
 
 def tiles(manifest: Manifest) -> list[Tile]:
     """Return the four most important numbers; unknown ones are left out."""
-    latency, dense, slim = manifest.latency, manifest.cost.dense, manifest.cost.slim
-    title = manifest.conditions.title.capitalize()
+    dense, slim = manifest.cost.dense, manifest.cost.slim
     found = [
-        _tile(f"{title}, measured", latency.measured_ms, latency.dense_ms, milliseconds, "faster"),
-        _accuracy_tile(manifest),
+        _latency_tile(manifest),
+        _accuracy_tile(manifest.accuracy),
         _tile("MACs", slim.macs, dense.macs, count, "fewer"),
         _tile("ONNX file", slim.onnx_bytes, dense.onnx_bytes, size, "smaller"),
     ]
     return [tile for tile in found if tile is not None]
 
 
-def _tile(label: str, slim: float | None, dense: float | None, shown: Any, better: str) -> Tile | None:
+def _latency_tile(manifest: Manifest) -> Tile:
+    """Return the tile of the latency: measured, else by the table, else without a value."""
+    latency, title = manifest.latency, manifest.conditions.title.capitalize()
+    tile = _tile(f"{title}, measured", latency.measured_ms, latency.dense_ms, milliseconds, "faster", "slower")
+    if tile is None:
+        how = "estimated" if latency.estimated else "predicted"
+        predicted = (latency.predicted_ms, latency.predicted_dense_ms)
+        tile = _tile(f"{title}, {how}", *predicted, milliseconds, "faster", "slower")
+    if tile is None:
+        return Tile(title, ABSENT, "not measured")
+    return replace(tile, state=_latency_state(manifest))
+
+
+def _latency_state(manifest: Manifest) -> TileState:
+    """Return whether the latency is good, by its budget if there is one, else beside the dense network's."""
+    verdict = next((verdict_of(each) for each in manifest.budgets if each.name == "latency"), None)
+    if verdict == "missed":
+        return "bad"
+    found = time_ratio(manifest)
+    if verdict in ("undecided", "predicted") or slower_than_dense(manifest):
+        return "open"
+    if verdict == "kept" or (found is not None and found[1] == "measured" and found[0] < 1 / EQUAL):
+        return "good"
+    return ""
+
+
+def _tile(
+    label: str, slim: float | None, dense: float | None, shown: Any, better: str, worse: str = ""
+) -> Tile | None:
     if slim is None:
         return None
     gain = ratio(dense, slim)
     if gain is None:
         return Tile(label, shown(slim), "dense not known")
-    # within half a per cent, the two count as equal
-    if gain > 1.005:
+    if gain > EQUAL:
         return Tile(label, shown(slim), f"{significant(gain)}{TIMES} {better} than {shown(dense)}")
+    if worse and gain < 1 / EQUAL:
+        return Tile(label, shown(slim), f"{significant(1 / gain)}{TIMES} {worse} than {shown(dense)}")
     return Tile(label, shown(slim), f"dense {shown(dense)}")
 
 
-def _accuracy_tile(manifest: Manifest) -> Tile | None:
-    accuracy, file = manifest.accuracy, delivered(manifest)
-    slim = accuracy.finetuned if file is None or file.accuracy is None else file.accuracy
-    if slim is None:
+def _accuracy_tile(accuracy: Accuracy) -> Tile | None:
+    if accuracy.finetuned is None:
         return None
-    change, metric = _difference(slim, accuracy.dense), accuracy.by
+    change, metric = _difference(accuracy.finetuned, accuracy.dense), accuracy.by
     before = (
         "dense not known"
         if change is None
         else f"{score_change(change, metric)}, dense {score(accuracy.dense, metric)}"
     )
-    return Tile(metric.title, score(slim, metric), before)
+    return Tile(metric.title, score(accuracy.finetuned, metric), before)
 
 
 def _difference(left: float | None, right: float | None) -> float | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import date
 from typing import Any
 
 from compressor.core.manifest import ExplainedLine, Latency, Manifest
@@ -18,6 +20,7 @@ from compressor.report.formats import (
     ratio,
     significant,
 )
+from compressor.report.judgement import AFTERWARDS
 
 SAME = 0.02  # two ratios closer than this are called equal: repeated measurements differ by as much
 
@@ -70,8 +73,7 @@ def measurement(manifest: Manifest) -> str:
     if latency.measured_ms is None:
         return f"The latency was not measured{f' on {latency.device}' if latency.device else ''}."
     parts = [latency.device or "device not recorded", latency.runtime or "runtime not recorded"]
-    mixed = "mixed precision, the dense network in fp32"
-    parts += [mixed if latency.precision == "mixed" else latency.precision or "precision not recorded"]
+    parts += [latency.precision or "precision not recorded"]
     parts += [
         f"{name} {value:g}"
         for name, value in (("batch", latency.batch), ("threads", latency.threads))
@@ -263,6 +265,32 @@ def parity(manifest: Manifest) -> str:
         of = f"the pixels of {inputs}" if manifest.accuracy.metric == MEAN_IOU else inputs
         sentence += f"; the predicted class agrees on {percent(found.top1_agreement, 2)} of {of}"
     return f"{sentence}."
+
+
+def header(manifest: Manifest) -> str:
+    """Describe where, in which precision and when the run was made: 'AMD EPYC, onnxruntime-cpu 1.32.0, FP32, ...'."""
+    latency, recipe = manifest.latency, manifest.recipe
+    device = latency.device or _text(recipe.get("device"))
+    precision = latency.precision or _text(recipe.get("precision"))
+    cpu = _text(manifest.machine.get("cpu"))
+    on_cpu = device == "local" and cpu and (latency.runtime or "").startswith("onnxruntime-cpu")
+    parts = [f"{cpu} (local)" if on_cpu else device, latency.runtime, precision.upper(), _day(manifest)]
+    return ", ".join(part for part in parts if part)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _day(manifest: Manifest) -> str:
+    """Return the day on which the last stage before the page ended or began, in UTC; empty if none is recorded."""
+    known = [stage for name, stage in manifest.stages.items() if name not in AFTERWARDS]
+    stamps = [stamp for stage in known for stamp in (stage.started, stage.finished) if stamp]
+    days = []
+    for stamp in stamps:
+        with suppress(ValueError):
+            days.append(date.fromisoformat(stamp[:10]))
+    return f"{max(days).day} {max(days):%B %Y}" if days else ""
 
 
 def images(manifest: Manifest) -> str:

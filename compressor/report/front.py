@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.front import FRONT, DropLimit, Front, Lost, Point, TargetRun
+from compressor.core.manifest import MANIFEST, Manifest
 from compressor.core.metrics import PYTHON
 from compressor.core.records import RECIPE
 from compressor.core.tables import Table
+from compressor.report import explain
 from compressor.report.comparison import PLAIN
 from compressor.report.formats import ABSENT, duration, milliseconds, percent, score, score_change
 from compressor.report.judgement import State, Verdict
+from compressor.report.next_steps import repeat_command, resume_command
 from compressor.report.page import REPORT, rendered
 from compressor.report.svg import COLOURS, Chart, drawing, to_svg
 
@@ -32,8 +37,24 @@ def write_front(folder: Path) -> Path:
     front = Front.read_tolerant(folder / FRONT)
     recipe = folder / RECIPE
     text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
-    write_atomic(folder / REPORT, rendered("front.html.j2", _context(front, text)))
+    whole = folder.resolve()
+    content = {
+        **_context(front, text),
+        "header": next((explain.header(each) for each in reversed(_manifests(folder, front))), ""),
+        "resume": resume_command(whole),
+        "repeat": repeat_command(whole),
+    }
+    write_atomic(folder / REPORT, rendered("front.html.j2", content))
     return folder / REPORT
+
+
+def _manifests(folder: Path, front: Front) -> list[Manifest]:
+    """Return the manifests of the runs that can be read."""
+    found = []
+    for target in front.targets:
+        with suppress(CompressorError):
+            found.append(Manifest.read_tolerant(folder / target.folder / MANIFEST))
+    return found
 
 
 def judge_front(front: Front | Mapping[str, Any]) -> Verdict:
@@ -46,9 +67,11 @@ def judge_front(front: Front | Mapping[str, Any]) -> Verdict:
         return Verdict("unfinished", f"This run is not finished: {len(done)} targets are.")
     counted = f"{len(done)} networks"
     failed = [target for target in done if target.exit_code]
-    remarks = tuple(f"{target.folder}: {target.verdict}" for target in failed)
     if not failed:
-        return Verdict("kept", f"{counted}: every budget is kept.")
+        doubtful = [target.folder for target in done if target.state == "doubtful"]
+        remarks = tuple(f"{folder}: a training has failed, as its own page says." for folder in doubtful)
+        return Verdict("doubtful" if doubtful else "kept", f"{counted}: every budget is kept.", remarks)
+    remarks = tuple(f"{target.folder}: {target.verdict}" for target in failed)
     sentence = f"{len(done) - len(failed)} of {counted} keep their budgets as measured."
     return Verdict("missed" if front.exit_code == 3 else "undecided", sentence, remarks)
 

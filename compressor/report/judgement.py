@@ -10,7 +10,7 @@ from compressor.core.manifest import Budget, How, Manifest, Measurement
 from compressor.core.manifest import Verdict as BudgetVerdict
 from compressor.report.formats import ABSENT, cost, count, number, percent, ratio, significant
 
-State = Literal["kept", "slower", "missed", "predicted", "undecided", "unfinished", "none"]
+State = Literal["kept", "slower", "doubtful", "missed", "predicted", "undecided", "unfinished", "none"]
 
 NAMES = {"latency": "latency", "flops": "MACs", "macs": "MACs", "params": "parameters", "memory": "memory"}
 COUNTED = ("MACs", "params")  # exact numbers of the built network, whose unit is their name
@@ -67,6 +67,8 @@ def judge(manifest: Manifest | Mapping[str, Any]) -> Verdict:
     state: State = found[0]
     if state == "kept" and slower_than_dense(manifest):
         state = "slower"
+    if state in ("kept", "slower") and manifest.warnings:
+        state = "doubtful"
     return Verdict(state, sentence, remarks)
 
 
@@ -102,9 +104,9 @@ def pruned(manifest: Manifest) -> bool:
 def time_ratio(manifest: Manifest) -> tuple[float, str] | None:
     """Return the slim network's latency over the dense one's, and whether it is "measured" or only "predicted".
 
-    None if it is not known, or if nothing was changed: any difference is noise then.
+    None if it is not known, or if nothing was pruned: any difference is noise then.
     """
-    if not pruned(manifest) and manifest.latency.precision != "mixed":
+    if not pruned(manifest):
         return None
     latency = manifest.latency
     if latency.ratio is not None:  # measured in turns: more stable than the quotient of two medians
@@ -183,7 +185,7 @@ def _phrase(name: str, budget: Budget) -> str:
 
 
 def _remarks(manifest: Manifest) -> tuple[str, ...]:
-    remarks = []
+    remarks = list(manifest.warnings.values())
     if manifest.latency.estimated:
         remarks.append("The latency table of this device is estimated, not measured on it.")
     if (found := time_ratio(manifest)) is not None and slower_than_dense(manifest):

@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compressor.core.answers import Answers, read_answers
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.manifest import MANIFEST, Episode, Manifest, read_episode
 from compressor.core.metrics import PYTHON
-from compressor.core.records import EPISODES, RECIPE
+from compressor.core.records import RECIPE
 from compressor.report import explain, plots, records
+from compressor.report.classes import by_class, shown_pictures
 from compressor.report.comparison import comparison, tiles
 from compressor.report.judgement import budget_lines, judge, measured_to_the_end
+from compressor.report.next_steps import next_steps, repeat_command, resume_command
 from compressor.report.svg import Chart
+from compressor.report.tradeoff import tradeoff
+from export.errors import ExportError
+from export.files import read_bytes
 from export.text import plain
 
 REPORT = "report.html"
+EPISODES = Path("search") / "episodes.jsonl"
+MOST_PICTURES = 8
+LARGEST_PICTURE = 60_000
+"""Most bytes of a picture that the page embeds."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,9 @@ class Collected:
     Attributes:
         damaged: Number of lines of the episode log that are not JSON objects.
         sizes: Bytes of the files that exist in the folder.
+        folder: Whole path of the run's folder.
+        answers: Answers of both networks on the test split.
+        pictures: Content of the kept pictures of that split, by their places in it.
     """
 
     manifest: Manifest
@@ -40,6 +54,9 @@ class Collected:
     damaged: int
     recipe: str
     sizes: Mapping[str, int]
+    folder: Path
+    answers: Answers
+    pictures: Mapping[int, bytes]
 
 
 def write_report(run_path: Path) -> Path:
@@ -72,7 +89,18 @@ def collect(run: Path) -> Collected:
     text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
     inside = (name for name in manifest.files if records.inside(name))
     sizes = {name: (run / name).stat().st_size for name in inside if (run / name).is_file()}
-    return Collected(manifest, episodes, damaged, text, sizes)
+    answers = read_answers(run)
+    return Collected(manifest, episodes, damaged, text, sizes, run.resolve(), answers, _read_pictures(run, answers))
+
+
+def _read_pictures(run: Path, answers: Answers) -> dict[int, bytes]:
+    """Return the pictures that the answers name and that are small enough for the page."""
+    found = {}
+    for picture in answers.pictures[:MOST_PICTURES]:
+        if picture.file is not None:
+            with suppress(ExportError):
+                found[picture.image] = read_bytes(run / picture.file, "picture", LARGEST_PICTURE)
+    return found
 
 
 def _read_episodes(path: Path) -> tuple[tuple[Episode, ...], int]:
@@ -137,11 +165,13 @@ def context(run: Collected) -> dict[str, Any]:
         explain.prediction_error(manifest),
         "MACs are multiply-adds as fvcore counts them: one multiply-add is one.",
     )
+    picture = next((each.file for each in run.answers.pictures if each.image in run.pictures), None)
     unread = f"{run.damaged} lines of the episode log could not be read and are left out."
     return {
         "model": manifest.model.removeprefix(f"{PYTHON}:") or "model not recorded",
         "data": manifest.data or "data not recorded",
         "source": explain.source(manifest),
+        "header": explain.header(manifest),
         "from_python": manifest.data == PYTHON,
         "finished": measured_to_the_end(manifest),
         "verdict": judge(manifest),
@@ -150,12 +180,19 @@ def context(run: Collected) -> dict[str, Any]:
         "budgets": budget_lines(manifest),
         "comparison": comparison(manifest),
         "comparison_notes": [note for note in comparison_notes if note],
+        "front": tradeoff(manifest),
+        "classes": by_class(run.answers),
+        "pictures": shown_pictures(run.answers, run.pictures),
+        "resume": resume_command(run.folder),
+        "next": next_steps(manifest, run.folder, picture),
+        "repeat": repeat_command(run.folder),
         "rounds": records.rounds(manifest),
         "removal": explain.removal(manifest),
         "groups": records.groups(manifest),
         "skipped": records.skipped(manifest),
         "layer_charts": _charts(plots.layer_bars(manifest, key, f"layers-{key}") for key in ("macs", "ms")),
         "layers": records.layers(manifest),
+        "layers_timed": records.timed(manifest),
         "beside_layers": explain.beside_layers(manifest),
         "speed": explain.speed(manifest),
         "hot": records.hottest(manifest),

@@ -20,6 +20,10 @@ MOST_SOURCES = 5
 MOST_OF_A_KIND = 300
 MOST_BANDS = 8
 CROWD = 30  # more points than this are drawn small
+EDGE = 1.1  # candidates that cost more than this times the target are left out: those near it could not be told apart
+MOST_LAYERS = 40
+LAYER_HEIGHT = 0.17  # inches of a layer's bar
+LONGEST_NAME = 26
 LETTERS = 55  # number of characters that fit side by side above a figure
 MARKERS = ("o", "s", "D", "^", "v")
 UNITS = {"latency": "ms", "flops": "MACs", "macs": "MACs", "params": "params", "memory": "bytes"}
@@ -95,7 +99,7 @@ def reward_curve(manifest: Manifest, episodes: Sequence[Episode], prefix: str) -
             label="best so far within the budgets",
         )
         axes.set_xlabel("episode")
-        axes.set_ylabel("reward")
+        axes.set_ylabel(reward_name(manifest))
         _count_axis(axes, 1, len(rewards))
         figure.legend(loc="outside lower center", ncols=2)
         svg = to_svg(figure, prefix)
@@ -121,14 +125,18 @@ def candidate_scatter(manifest: Manifest, episodes: Sequence[Episode], prefix: s
     visited = [place for episode in episodes if (place := _place(manifest, episode, name)) and place not in known]
     if not name or len(points) + len(visited) < 2:
         return None
-    groups = _by_source(points)
     unit, target = cost_unit(manifest, name)
     pick = chosen(manifest)
+    everything = [place[0] for _, place in points] + [place[0] for place in visited]
+    edge = _edge(everything, target)
+    points = [(candidate, place) for candidate, place in points if place[0] <= edge]
+    visited = [place for place in visited if place[0] <= edge]
+    groups = _by_source(points)
     with drawing() as (figure, axes):
         if visited:
             _dots(axes, visited, "during the search", "muted", ".", crowded=True)
         for index, (source, members) in enumerate(groups):
-            _dots(axes, members, source, f"c{index + 1}", MARKERS[index], crowded=len(members) > CROWD)
+            _dots(axes, members, shortened(source), f"c{index + 1}", MARKERS[index], crowded=len(members) > CROWD)
         place = _place(manifest, pick, name) if pick is not None else None
         if place is not None:
             ring: dict[str, Any] = {
@@ -140,8 +148,8 @@ def candidate_scatter(manifest: Manifest, episodes: Sequence[Episode], prefix: s
         if target is not None:
             axes.axvline(target, color=COLOURS["bad"], linewidth=1, linestyle="--", label="target")
         label = NAMES.get(name, name)
-        axes.set_xlabel(f"{label} ({unit})" if unit and unit not in COUNTED else label)
-        axes.set_ylabel("reward")
+        axes.set_xlabel(f"predicted {label}{f' ({unit})' if unit and unit not in COUNTED else ''}")
+        axes.set_ylabel(reward_name(manifest))
         _cost_ticks(axes, unit)
         axes.grid(axis="x")
         axes.margins(y=0.1)
@@ -150,14 +158,38 @@ def candidate_scatter(manifest: Manifest, episodes: Sequence[Episode], prefix: s
     alt = f"Reward against {NAMES.get(name, name)} of {len(points)} candidates and {len(visited)} episodes."
     if pick is not None and place is not None:
         alt += f" The chosen one costs {cost(place[0], unit)} and has reward {significant(place[1], 4)}."
-    caption = "Left is cheaper, up is better; costs are predictions."
+    caption = "Left is cheaper, up is better. The table below says what the sources are."
+    if beyond := [each for each in everything if each > edge]:
+        caption += (
+            f" Not drawn: {len(beyond)} far to the right, up to {cost(max(beyond), unit)}, such as those that measure "
+            "what a group costs."
+        )
     if max(len(visited), *(len(members) for _, members in groups), 0) > MOST_OF_A_KIND:
         caption += f" Of each kind {MOST_OF_A_KIND} are drawn."
     return Chart(svg, "What was tried", alt, caption)
 
 
+def _edge(costs: Sequence[float], target: float | None) -> float:
+    """Return the cost up to which candidates are drawn: near the target if there are some, else all."""
+    if target is None or sum(each <= EDGE * target for each in costs) < 2:
+        return math.inf
+    return EDGE * target
+
+
+def reward_name(manifest: Manifest) -> str:
+    """Name the reward for an axis: the score on the search split, if it is nothing else."""
+    measured = manifest.recipe.get("search")
+    closeness = isinstance(measured, dict) and measured.get("measure") == "closeness"
+    name = "closeness to the dense network" if closeness else manifest.accuracy.metric
+    same = all(row.accuracy is None or row.accuracy == row.reward for row in scored_candidates(manifest))
+    return f"{name}, search split" if same else f"reward ({name} and costs)"
+
+
 def layer_bars(manifest: Manifest, key: str, prefix: str) -> Chart | None:
-    """Plot each layer's share of the dense network's MACs (`key` macs) or time (`key` ms), dense behind slim."""
+    """Plot each layer's share of the dense network's MACs (`key` macs) or time (`key` ms), dense behind slim.
+
+    Of many layers the largest are drawn.
+    """
     both = [(getattr(layer, f"dense_{key}"), getattr(layer, f"slim_{key}")) for layer in manifest.layers]
     pairs = [
         (place, float(dense), float(slim))
@@ -167,26 +199,40 @@ def layer_bars(manifest: Manifest, key: str, prefix: str) -> Chart | None:
     total = sum(dense for _, dense, _ in pairs)
     if total <= 0:
         return None
-    places = [place for place, _, _ in pairs]
-    with drawing() as (figure, axes):
+    largest = sorted(pairs, key=lambda pair: (-max(pair[1:]), pair[0]))[:MOST_LAYERS]
+    drawn = sorted(largest)
+    names = [shortened(manifest.layers[place - 1].name or "unnamed") for place, _, _ in drawn]
+    with drawing(height=1.0 + LAYER_HEIGHT * len(drawn)) as (figure, axes):
+        rows = range(len(drawn))
         for column, role, label, width in ((1, "dense", "dense", 0.86), (2, "slim", "slim", 0.5)):
-            shares = [100 * pair[column] / total for pair in pairs]
-            axes.bar(places, shares, width=width, color=COLOURS[role], label=label, linewidth=0)
-        axes.set_xlabel("layer, in the order of execution")
-        axes.set_ylabel(f"% of the dense layers' {'MACs' if key == 'macs' else 'time'}")
-        _count_axis(axes, min(places), max(places))
+            shares = [100 * pair[column] / total for pair in drawn]
+            axes.barh(rows, shares, height=width, color=COLOURS[role], label=label, linewidth=0)
+        axes.set_yticks(rows, names)
+        axes.set_ylim(len(drawn) - 0.5, -0.5)
+        axes.set_xlabel(f"% of the dense layers' {'MACs' if key == 'macs' else 'time'}")
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x")
         figure.legend(loc="outside upper right", ncols=2)
         svg = to_svg(figure, prefix)
     kept = sum(slim for _, _, slim in pairs)
     shown = count if key == "macs" else milliseconds
     alt = f"Bars of {len(pairs)} layers, dense and slim: {shown(total)} in all before, {shown(kept)} after."
     title = "MACs by layer" if key == "macs" else "Time by layer"
-    return Chart(
-        svg,
-        title,
-        alt,
-        f"In all {shown(total)} dense, {shown(kept)} slim. The numbers are those of the table below.",
-    )
+    which = "" if len(drawn) == len(pairs) else f" The {len(drawn)} largest of {len(pairs)} layers are drawn."
+    caption = f"In the order of execution; in all {shown(total)} dense, {shown(kept)} slim.{which}"
+    return Chart(svg, title, alt, caption)
+
+
+def shortened(name: str) -> str:
+    """Return a layer's name with its middle left out if it is too long for a figure.
+
+    >>> shortened("backbone.body.layer4.2.conv3.with.more")
+    'backbone.bod…v3.with.more'
+    """
+    if len(name) <= LONGEST_NAME:
+        return name
+    half = (LONGEST_NAME - 1) // 2
+    return f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
 
 
 def scored_candidates(manifest: Manifest) -> list[Candidate]:
@@ -302,6 +348,8 @@ def _cost_ticks(axes: Axes, unit: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     if unit in ("MACs", "params", "bytes"):
         axes.xaxis.set_major_formatter(EngFormatter())
+    else:
+        axes.ticklabel_format(axis="x", useOffset=False, style="plain")
 
 
 def _dots(

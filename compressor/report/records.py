@@ -23,6 +23,7 @@ from compressor.report.formats import (
     size,
 )
 from compressor.report.judgement import AFTERWARDS, NAMES, margin, verdict_of
+from compressor.report.sources import meaning
 
 UNIFORM = "uniform"
 
@@ -91,6 +92,11 @@ def layers(manifest: Manifest) -> list[dict[str, str]]:
     ]
 
 
+def timed(manifest: Manifest) -> bool:
+    """Return whether any layer of the slim network has a time."""
+    return any(layer.slim_ms is not None for layer in manifest.layers)
+
+
 def channels(layer: Layer) -> str:
     """Format as '64 → 128, now 40 → 96': inputs and outputs, dense and slim."""
     dense, slim = (
@@ -115,13 +121,13 @@ class Hot:
 
 def hottest(manifest: Manifest, most: int = 8) -> Hot | None:
     """Return the `most` layers that dominate the slim network."""
-    timed = any(layer.slim_ms is not None for layer in manifest.layers)
-    unit, shown = ("ms", milliseconds) if timed else ("MACs", count)
+    by_time = timed(manifest)
+    unit, shown = ("ms", milliseconds) if by_time else ("MACs", count)
     known = [
         (place, layer, dense, slim)
         for place, layer in enumerate(manifest.layers, start=1)
         for dense, slim in [
-            (layer.dense_ms, layer.slim_ms) if timed else (layer.dense_macs, layer.slim_macs)
+            (layer.dense_ms, layer.slim_ms) if by_time else (layer.dense_macs, layer.slim_macs)
         ]
         if slim is not None
     ]
@@ -142,7 +148,7 @@ def hottest(manifest: Manifest, most: int = 8) -> Hot | None:
         for place, layer, dense, slim in known[:most]
     ]
     untimed = "No layer has a time in this run, so they are ordered by MACs."
-    return Hot(unit, found, _outside(manifest, total) if timed else untimed)
+    return Hot(unit, found, _outside(manifest, total) if by_time else untimed)
 
 
 def _outside(manifest: Manifest, total: float) -> str:
@@ -198,6 +204,7 @@ def sources(manifest: Manifest) -> dict[str, Any]:
         "sources": [
             {
                 "source": source,
+                "meaning": meaning(source),
                 "count": len(groups[source]),
                 "reward": significant(_reward(best[source]), 4),
                 "cost": cost(plots.price(manifest, best[source], name), unit)

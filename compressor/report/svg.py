@@ -75,8 +75,12 @@ class Chart:
 
 
 @contextmanager
-def drawing() -> Iterator[tuple[Figure, Axes]]:
-    """Open a figure with one pair of axes in the report's style, whatever the user's matplotlib settings are."""
+def drawing(height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
+    """Open a figure with one pair of axes in the report's style, whatever the user's matplotlib settings are.
+
+    Args:
+        height: In inches; the width is that of every figure.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -85,7 +89,7 @@ def drawing() -> Iterator[tuple[Figure, Axes]]:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure, figure.add_subplot()
 
 

@@ -103,8 +103,8 @@ def invented_manifest() -> dict[str, Any]:
             "source": "final",
             "accuracy": 0.9511,
         },
-        {"reward": 0.9433, "costs": {"latency": 1.449, "flops": 5.2e8}, "source": "knapsack"},
-        {"reward": 0.9102, "costs": {"latency": 1.431, "flops": 4.9e8}, "source": "uniform"},
+        {"reward": 0.9433, "costs": {"latency": 1.449, "flops": 5.2e8}, "source": "saliency0.5", "accuracy": 0.9433},
+        {"reward": 0.9102, "costs": {"latency": 1.431, "flops": 4.9e8}, "source": "uniform", "accuracy": 0.9102},
     ]
     stages = {
         name: {
@@ -129,6 +129,7 @@ def invented_manifest() -> dict[str, Any]:
         "agent": "joint",
         "weights": "none",
         "epochs": 30,
+        "recipe": {"device": "local", "precision": "fp32", "search": {"measure": "accuracy"}},
         "versions": {"compressor": "0.1.0", "python": "3.11.9", "torch": "2.9.0", "onnxruntime": "1.31.0"},
         "machine": {"cpu": "Invented CPU 3000", "cores": 2, "system": "Linux"},
         "stages": stages,

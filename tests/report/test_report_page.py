@@ -18,6 +18,7 @@ from compressor.report import write_report
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 SECTIONS = ["budgets", "comparison", "removed", "search", "speed", "training", "export", "repeat"]
+"""Those of every page; others are there if there is something to show."""
 PYTHONS = re.compile(r"\b(?:None|nan|inf)\b")
 """What Python prints for values that are missing or no numbers: nothing that a reader should see."""
 
@@ -81,6 +82,8 @@ def test_a_finished_run_answers_every_question(run_folder: Path) -> None:
     for answer in (
         "Budget kept: latency 1.45 ms measured, 3.3% under the target of 1.50 ms; MACs 87.6 M counted",
         "2.07× faster than 3.00 ms",  # noqa: RUF001
+        "Invented CPU 3000 (local), onnxruntime-cpu 1.31.0, FP32, 2 January 2025",
+        "Accuracy against latency",
         "−0.28 points, dense 98.33%",  # noqa: RUF001
         "Latency, predicted 2.97 ms 1.40 ms 47.1%",
         "Latency, measured (p99) – 1.81 ms –",  # noqa: RUF001
@@ -102,7 +105,7 @@ def test_a_finished_run_answers_every_question(run_folder: Path) -> None:
         "layer4.1.conv2: MACs −75.0%, time −1.0%",  # noqa: RUF001
         "differ by at most 3.4e-06, 4.1e-07 on average (1e-04 allowed)",
         "To get an engine, install the extra of the GPU",
-        "compress --recipe recipe.yaml",
+        f"compress --recipe {run_folder}/recipe.yaml",
         "Invented CPU 3000",
         "2025-01-02 03:01:00 UTC",
         "ab" * 32,
@@ -116,12 +119,10 @@ def test_the_page_is_whole_by_itself(run_folder: Path) -> None:
     page = page_of(run_folder)
     assert len(page.source.encode()) < 500_000
     tags = [tag for tag, _ in page.elements]
-    assert tags.count("svg") == 6
+    assert tags.count("svg") == 7
     assert not {"script", "img", "link", "iframe", "image", "object"} & set(tags)
-    assert (
-        "meta",
-        {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"},
-    ) in (page.elements)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in page.elements
     outside = [
         value for name in ("src", "href", "xlink:href") for value in page.attributes(name) if "//" in value
     ]
@@ -154,7 +155,7 @@ def test_cells_are_not_drawn_as_the_banner(run_folder: Path) -> None:
 def test_every_figure_has_words(run_folder: Path) -> None:
     page = page_of(run_folder)
     charts = [attributes for _, attributes in page.elements if attributes.get("role") == "img"]
-    assert len(charts) == 6
+    assert len(charts) == 7
     assert all(len(attributes["aria-label"] or "") > 30 for attributes in charts)
     assert "#01" not in page.source  # every colour that stands for a role was replaced by the page's variable
 
@@ -199,7 +200,7 @@ def test_an_empty_manifest_says_that_nothing_is_known(tmp_path: Path) -> None:
     text = page_of(tmp_path).text
     for sentence in (
         "This run is not finished, so there is no verdict (no stage has finished yet).",
-        "compress --resume .",
+        f"compress --resume {tmp_path}",
         "No budget is recorded for this run.",
         "Neither network has been measured or counted yet.",
         "The latency was not measured.",
@@ -218,7 +219,7 @@ def test_an_empty_manifest_says_that_nothing_is_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [[], {}, "text", 3, [None, 1, "x"], {"x": None, "y": {"z": []}}])
 def test_every_part_may_be_wrong(tmp_path: Path, manifest: dict[str, Any], wrong: Any) -> None:
     page = page_of(write_run(tmp_path / "run", dict.fromkeys(manifest, wrong), []))
-    assert page.sections == SECTIONS
+    assert set(SECTIONS) <= set(page.sections)
     assert "This run is not finished, so there is no verdict" in page.text
     assert PYTHONS.findall(page.text) == []
 
@@ -227,7 +228,7 @@ def test_every_part_may_be_wrong(tmp_path: Path, manifest: dict[str, Any], wrong
 def test_any_half_of_the_keys_may_be_missing(run_folder: Path, manifest: dict[str, Any], turn: int) -> None:
     missing = [key for place, key in enumerate(sorted(manifest)) if place >> (turn // 2) & 1 == turn % 2]
     page = changed(run_folder, manifest, **dict.fromkeys(missing))
-    assert page.sections == SECTIONS
+    assert set(SECTIONS) <= set(page.sections)
     model = "model not recorded" if "model" in missing else "resnet50"
     data = "data not recorded" if "data" in missing else "digits"
     assert page.text.startswith(f"{model} on {data}: ")
@@ -244,7 +245,7 @@ def with_leaves(value: Any, wrong: Callable[[Any], Any]) -> Any:
 def test_every_value_may_be_wrong(tmp_path: Path, manifest: dict[str, Any], wrong: Any) -> None:
     broken = with_leaves(manifest, lambda _: wrong)
     page = page_of(write_run(tmp_path / "run", broken, with_leaves(invented_episodes(), lambda _: wrong)))
-    assert page.sections == SECTIONS
+    assert set(SECTIONS) <= set(page.sections)
     assert PYTHONS.findall(page.text) == []
 
 
@@ -258,7 +259,7 @@ def test_some_values_may_be_wrong(tmp_path: Path, manifest: dict[str, Any], seed
     page = page_of(
         write_run(tmp_path / "run", with_leaves(manifest, spoil), with_leaves(invented_episodes(), spoil))
     )
-    assert page.sections == SECTIONS
+    assert set(SECTIONS) <= set(page.sections)
     assert PYTHONS.findall(page.text) == []
 
 
@@ -286,7 +287,8 @@ def test_layers_without_times_are_ranked_by_macs(run_folder: Path, manifest: dic
     page = changed(run_folder, manifest)
     assert "No layer has a time in this run, so they are ordered by MACs." in page.text
     assert "Where the work is now" in page.text
-    assert [tag for tag, _ in page.elements].count("svg") == 5
+    assert [tag for tag, _ in page.elements].count("svg") == 6
+    assert "Time, dense" not in page.text
 
 
 def test_a_damaged_episode_log_is_counted(run_folder: Path) -> None:
@@ -305,8 +307,8 @@ def test_what_breaks_a_budget_is_not_the_best(run_folder: Path, manifest: dict[s
     manifest["search"]["candidates"].append({"reward": 0.98, "costs": {"latency": 1.52}, "source": "policy"})
     text = changed(run_folder, manifest).text
     assert "was reached in episode 59." in text
-    assert "final 2 0.9511 1.45 ms chosen" in text
-    assert "policy 1 0.9800 1.52 ms, over a budget" in text
+    assert "final the best ones, scored again at the end 2 0.9511 1.45 ms chosen" in text
+    assert "policy the agent's policy, without chance 1 0.9800 1.52 ms, over a budget" in text
 
 
 def test_a_long_search_stays_a_small_page(tmp_path: Path, manifest: dict[str, Any]) -> None:

@@ -10,12 +10,14 @@ import pytest
 
 from compressor.core.manifest import Manifest
 from compressor.data.preprocessing import Preprocessing
-from compressor.report import closing_table, explain, formats, judgement, verdict
+from compressor.report import closing_table, explain, formats, judge_front, judgement, plots, verdict
+from compressor.report import sources as sources_module
 from compressor.report.comparison import comparison, tiles
 from compressor.report.explain import images, parity
 from compressor.report.judgement import budget_lines, judge
-from compressor.report.plots import chosen, thinned, training_curve
+from compressor.report.plots import candidate_scatter, chosen, layer_bars, thinned, training_curve
 from compressor.report.records import hottest, rounds, sources, stubborn
+from compressor.report.tradeoff import tradeoff
 
 
 @pytest.mark.parametrize(
@@ -207,8 +209,138 @@ def test_a_run_on_its_way_says_where_it_stands() -> None:
     assert judge(running).state == "kept"
 
 
-def test_the_example_in_the_documentation_holds() -> None:
-    assert doctest.testmod(judgement) == (0, 1)
+@pytest.mark.parametrize(("module", "examples"), [(judgement, 1), (plots, 1), (sources_module, 1)])
+def test_the_examples_in_the_documentation_hold(module: Any, examples: int) -> None:
+    assert doctest.testmod(module) == (0, examples)
+
+
+def test_a_training_that_collapsed_is_not_green() -> None:
+    said = "The training of the slim network collapsed: its loss rose from 0.4 in epoch 3 to 2.3 in epoch 5."
+    judged = judge(finished(budgets=[latency(measured=1.45, kept=True)], warnings={"finetune": said}))
+    assert (judged.state, judged.remarks) == ("doubtful", (said,))
+    assert judge(finished(budgets=[latency(measured=1.6, kept=False)], warnings={"finetune": said})).state == "missed"
+
+
+def test_a_front_names_the_target_whose_training_collapsed() -> None:
+    targets = [{"folder": "a", "status": "finished", "exit_code": 0, "state": state} for state in ("kept", "doubtful")]
+    targets[1]["folder"] = "b"
+    judged = judge_front({"status": "finished", "targets": targets})
+    assert judged.state == "doubtful"
+    assert judged.remarks == ("b: a training has failed, as its own page says.",)
+    assert judge_front({"status": "finished", "targets": targets[:1]}).state == "kept"
+
+
+@pytest.mark.parametrize(
+    ("fields", "tile"),
+    [
+        ({}, ("Latency", formats.ABSENT, "not measured", "")),
+        (
+            {"measured_ms": 1.0, "dense_ms": 2.0},
+            ("Latency, measured", "1.00 ms", f"2.00{formats.TIMES} faster than 2.00 ms", "good"),
+        ),
+        (
+            {"measured_ms": 2.5, "dense_ms": 2.0},
+            ("Latency, measured", "2.50 ms", f"1.25{formats.TIMES} slower than 2.00 ms", "open"),
+        ),
+        ({"measured_ms": 2.0, "dense_ms": 2.001}, ("Latency, measured", "2.00 ms", "dense 2.00 ms", "")),
+        (
+            {"predicted_ms": 1.0, "predicted_dense_ms": 4.0},
+            ("Latency, predicted", "1.00 ms", f"4.00{formats.TIMES} faster than 4.00 ms", ""),
+        ),
+        ({"predicted_ms": 1.0, "estimated": True}, ("Latency, estimated", "1.00 ms", "dense not known", "")),
+    ],
+)
+def test_the_tile_of_the_latency_is_always_there(fields: dict[str, Any], tile: tuple[str, ...]) -> None:
+    groups = [{"name": "a", "kept": 8, "width": 16}]
+    found = tiles(Manifest.tolerant({"latency": fields, "groups": groups}))[0]
+    assert (found.label, found.value, found.before, found.state) == tile
+
+
+@pytest.mark.parametrize(
+    ("verdict", "state"), [("kept", "good"), ("missed", "bad"), ("undecided", "open"), ("predicted", "open")]
+)
+def test_the_budget_colours_the_latency(verdict: str, state: str) -> None:
+    budget = {"name": "latency", "unit": "ms", "target": 1.5, "dense": 2.0, "verdict": verdict}
+    found = tiles(Manifest.tolerant({"latency": {"measured_ms": 1.4, "dense_ms": 2.0}, "budgets": [budget]}))[0]
+    assert found.state == state
+
+
+def test_the_header_says_where_and_when() -> None:
+    cpu = {"cpu": "A CPU", "cores": 2}
+    stages = {
+        "begin": {"started": "2026-11-30T23:20:00+00:00", "finished": "2026-11-30T23:21:00+00:00"},
+        "measure": {"started": "2026-12-01T00:10:00+00:00"},
+        "report": {"started": "2027-01-01T00:00:00+00:00"},
+        "odd": {"started": "yesterday"},
+    }
+    local = {"device": "local", "runtime": "onnxruntime-cpu 1.32.0", "precision": "int8"}
+    run = Manifest.tolerant({"machine": cpu, "stages": stages, "latency": local})
+    assert explain.header(run) == "A CPU (local), onnxruntime-cpu 1.32.0, INT8, 1 December 2026"
+    elsewhere = {"machine": cpu, "latency": {"device": "ssh://me@board", "runtime": "tensorrt", "precision": "fp16"}}
+    assert explain.header(Manifest.tolerant(elsewhere)) == "ssh://me@board, tensorrt, FP16"
+    begun = {"recipe": {"device": "jetson-nano", "precision": "fp16"}}
+    assert explain.header(Manifest.tolerant(begun)) == "jetson-nano, FP16"
+    assert explain.header(Manifest()) == ""
+
+
+def networks_of(manifest: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The rows of the front of one run, by network."""
+    found = tradeoff(Manifest.tolerant(manifest))
+    assert found is not None
+    return {row["network"]: (row["latency"], row["score"], row["known"]) for row in found["rows"]}
+
+
+def test_the_front_of_one_run_compares_like_with_like(manifest: dict[str, Any]) -> None:
+    assert networks_of(manifest) == {
+        "dense": ("3.00 ms", "98.33%", "test split, measured"),
+        "delivered": ("1.45 ms", "98.06%", "test split, measured"),
+        "uniform": ("1.43 ms", "91.02%", "search split, predicted"),
+        "best candidate": ("1.45 ms", "95.11%", "search split, predicted"),
+    }
+    chart = (tradeoff(Manifest.tolerant(manifest)) or {})["chart"]
+    assert chart.alt == "dense network 98.33% in 3.00 ms; delivered network 98.06% in 1.45 ms."
+    for label in ("dense: test split, measured", "uniform: search split, predicted", "candidates: search split, pred"):
+        assert label in chart.svg
+    uniform = manifest["search"]["candidates"][-1]
+    for change in ({"epoch": 1}, {"costs": {"latency": 1.6}}, {"accuracy": None}):
+        manifest["search"]["candidates"][-1] = uniform | change
+        assert "uniform" not in networks_of(manifest)
+    manifest["search"]["candidates"][-1] = uniform | {"given_up": True}
+    assert networks_of(manifest)["uniform"][:2] == (formats.ABSENT, formats.ABSENT)
+
+
+def test_the_front_of_one_run_says_what_is_predicted(manifest: dict[str, Any]) -> None:
+    manifest["recipe"]["search"]["measure"] = "closeness"  # no score of the test split's kind
+    assert list(networks_of(manifest)) == ["dense", "delivered"]
+    del manifest["latency"]["measured_ms"]
+    assert networks_of(manifest)["delivered"] == ("1.40 ms", "98.06%", "test split, predicted")
+    del manifest["accuracy"]["finetuned"]
+    assert tradeoff(Manifest.tolerant(manifest)) is None
+
+
+def test_candidates_far_beyond_the_target_do_not_set_the_scale(manifest: dict[str, Any]) -> None:
+    far = {"reward": 0.5, "costs": {"latency": 2.9}, "source": "sensitivity"}
+    manifest["search"]["candidates"] += [far, far | {"costs": {"latency": 2.95}}]
+    chart = candidate_scatter(Manifest.tolerant(manifest), [], "tried")
+    assert chart is not None
+    assert "Not drawn: 2 far to the right, up to 2.95 ms" in chart.caption
+    assert "sensitivity" not in chart.svg
+    assert "accuracy, search split" in chart.svg
+    assert "predicted latency (ms)" in chart.svg
+    manifest["search"]["candidates"][-3]["accuracy"] = 0.5
+    assert "reward (accuracy and costs)" in (candidate_scatter(Manifest.tolerant(manifest), [], "tried") or chart).svg
+
+
+def test_layers_are_named_and_the_largest_drawn_where_there_are_many(manifest: dict[str, Any]) -> None:
+    chart = layer_bars(Manifest.tolerant(manifest), "macs", "layers")
+    assert chart is not None
+    assert "layer4.1.conv2" in chart.svg
+    assert "The 40 largest of 50 layers are drawn." in chart.caption
+    manifest["layers"] = manifest["layers"][:3]
+    chart = layer_bars(Manifest.tolerant(manifest), "macs", "layers")
+    assert chart is not None
+    assert "conv1" in chart.svg
+    assert "drawn" not in chart.caption
 
 
 def test_the_closing_table_shows_both_networks(manifest: dict[str, Any]) -> None:
