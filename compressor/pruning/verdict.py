@@ -66,22 +66,29 @@ def judged(
         for each in space.layers
         if each.in_channels(widths[1])[0] < each.in_channels(widths[0])[0] and not inside(each.name, gone)
     ]
-    statistics, cut = "dense", space.apply(plan)
-    own = own_statistics(small, images, range(images.judge.start))
-    if own is not None:
-        choosing = [images.outputs(each, images.choose) for each in (own, small)]
-        if closer(reference.choosing, *choosing):
-            small, statistics = own, "own"
+    small, statistics = _with_statistics(reference, small)
+    cut, of_cut = _with_statistics(reference, space.apply(plan))
     exact = reference.judging
     found, found_cut = (images.outputs(each, images.judge) for each in (small, cut))
     error, error_cut = (difference(exact, each) for each in (found, found_cut))
     if not closer(exact, found, found_cut):
-        return Compensation(cut, {}, dict.fromkeys(lost, NOT_CLOSER), error_cut, error_cut, len(images), "dense")
+        return Compensation(cut, {}, dict.fromkeys(lost, NOT_CLOSER), error_cut, error_cut, len(images), of_cut)
     names = {site.layer for site in reference.sites}
     named = {
         name: left.get(name, NO_BETTER if name in names else COMPUTED) for name in lost if name not in refitted
     }
     return Compensation(small, refitted, named, error, error_cut, len(images), statistics)
+
+
+def _with_statistics(reference: Reference, network: nn.Module) -> tuple[nn.Module, str]:
+    """Return a network with the batch-norm statistics that suit it, and whose they are: "dense" or "own"."""
+    images = reference.images
+    own = own_statistics(network, images, range(images.judge.start))
+    if own is not None and closer(
+        reference.choosing, *(images.outputs(each, images.choose) for each in (own, network))
+    ):
+        return own, "own"
+    return network, "dense"
 
 
 def own_statistics(network: nn.Module, images: Images, which: range) -> nn.Module | None:

@@ -79,4 +79,9 @@ def network_before_finetuning(run: RunFolder, job: Job, plan: ChannelPlan, *, tr
     run.save()
     if found.refitted:
         say(f"The compensated network's {job.metric} is {job.task.metric.text(tested.score)}, without training.")
+    else:
+        say(
+            "No layer is refitted: on the images that judge, the outputs of the network that is only cut are as close "
+            "to the dense network's."
+        )
     return found.network

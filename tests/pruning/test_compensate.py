@@ -21,7 +21,7 @@ from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.replay import Recording
 from compressor.pruning.sites import Geometry, find_sites, shortcuts_first
 from compressor.pruning.space import PruningSpace
-from compressor.pruning.verdict import closer, difference
+from compressor.pruning.verdict import NOT_CLOSER, closer, difference, judged, own_statistics
 from tests.pruning.networks import Attentive, UNet, Zoo, filled
 
 
@@ -439,3 +439,42 @@ def test_a_real_network_at_half_of_its_multiply_adds(shared_data: Path, cifar_jp
     assert accuracy(space.apply(plan), few) < 0.35
     assert accuracy(compensate(space, plan, batches).network, few) > 0.78
     assert accuracy(space.compensate(plan, batches, "moments"), few) > 0.60
+
+
+class Normalised(nn.Module):
+    """conv a: 3->8 and a batch norm after the layer b that reads it; its channels 4 to 7 are a large constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1, bias=False)
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.b(self.a(x)))).mean((2, 3)))
+
+
+def test_a_sliced_network_with_statistics_of_its_own_is_not_made_worse() -> None:
+    torch.manual_seed(0)
+    model = filled(Normalised())
+    with torch.no_grad():
+        model.a.weight[4:] = 0
+        model.a.bias[4:] = 5.0
+    x = images(64, 3, 6, 6)
+    model.norm.momentum = 1.0
+    model.norm.train()
+    outputs(model, x)  # the statistics are those of the images
+    model.eval()
+    space = PruningSpace(model, torch.zeros(1, 3, 6, 6))
+    reference = Reference(space, [x])
+    plan = ChannelPlan({"a": (0, 1, 2, 3)})
+    worse = space.apply(plan)  # closer than the sliced network, but less than statistics of its own make that
+    own = own_statistics(worse, reference.images, range(1))
+    worse.norm.running_mean.lerp_(own.norm.running_mean, 0.5)
+    found = judged(reference, plan, worse, {"b": 0.5}, {})
+    assert found.statistics == "own"
+    assert found.left == {"b": NOT_CLOSER}
+    assert not found.refitted
+    exact = [[outputs(model, x)]]
+    cut, small = ([[outputs(network, x)]] for network in (space.apply(plan), found.network))
+    assert difference(exact, small) < 0.1 * difference(exact, cut)
+    assert found.error == found.error_cut < 0.1 * difference(exact, cut)
