@@ -231,31 +231,27 @@ class Contract:
             write_atomic(self._file(len(rounds)), plan.to_json())
 
     def continue_search(self) -> bool:
-        """Return to the search if the last measured plan misses its target, or leaves too much of it unused.
-
-        An undecided plan counts as a miss if it is certainly slower than the aim, or if a narrower one can be decided
-        in spite of the noise of a percentile.
+        """Return to the search if the last measured plan is too slow, or leaves too much of its target unused.
 
         Returns:
             Whether the search continues; the table is then refitted.
         """
-        last = self._run.manifest.rounds[-1]
-        if last.verdict == "undecided" and self._by_percentile:
-            wanted = last.interval[1] is not None
-        elif last.verdict == "undecided":
-            wanted = last.low > (1 - self._margin()) * last.target_ratio
-        else:
-            wanted = last.verdict == "missed" or self._slack_left()
-        return wanted and self._tighten()
+        return (self._too_slow() or self._slack_left()) and self._tighten()
 
     def return_to_search(self, plan: ChannelPlan) -> bool:
-        """After fine-tuning, return to the search or to an earlier plan if the delivered network misses the target."""
+        """After fine-tuning, return to the search or to an earlier plan if the delivered network is too slow.
+
+        If no search is left, an undecided network gives way only to a plan that met the target in every measurement.
+        """
         rounds = self._run.manifest.rounds
-        if not rounds or rounds[-1].kept is not False:
+        if not rounds or not self._too_slow():
             return False
         if self._tighten():
             return True
-        if self.best_plan(plan).checksum == plan.checksum:
+        best = self.best_plan(plan)
+        if best.checksum == plan.checksum:
+            return False
+        if rounds[-1].verdict == "undecided" and self._verdicts()[tuple(self._widths(best))] != {"kept"}:
             return False
         self._run.reopen("finetune", "export", "measure")
         return True
@@ -267,12 +263,11 @@ class Contract:
         last one of the search.
         """
         used: dict[tuple[int, ...], float] = {}
-        verdicts: dict[tuple[int, ...], set[str | None]] = {}
+        verdicts = self._verdicts()
         files: dict[tuple[int, ...], Path] = {}
         for number, each in enumerate(self._run.manifest.rounds, start=1):
             widths = tuple(each.widths)
             used[widths] = max(used.get(widths, 0.0), each.ratio / each.target_ratio)
-            verdicts.setdefault(widths, set()).add(each.verdict)
             if self._file(number).exists():
                 files[widths] = self._file(number)
         met = [widths for widths in files if verdicts[widths] == {"kept"}]
@@ -281,6 +276,13 @@ class Contract:
             return plan
         best = max(met, key=used.__getitem__) if met else min(not_missed, key=used.__getitem__)
         return ChannelPlan.from_json(files[best].read_text(encoding="utf-8"))
+
+    def _verdicts(self) -> dict[tuple[int, ...], set[str | None]]:
+        """Return the verdicts of all measurements of each plan, by its widths."""
+        found: dict[tuple[int, ...], set[str | None]] = {}
+        for each in self._run.manifest.rounds:
+            found.setdefault(tuple(each.widths), set()).add(each.verdict)
+        return found
 
     def _margin(self) -> float:
         """Return the safety margin below the target: the recipe's, plus half of it for each plan that missed.
@@ -298,6 +300,19 @@ class Contract:
     def _by_percentile(self) -> bool:
         """Whether another percentile than the median is judged."""
         return not self._job.recipe.conditions.at_median
+
+    def _too_slow(self) -> bool:
+        """Return whether the last measured plan misses its target.
+
+        An undecided plan counts as a miss if it is certainly slower than the aim, or if a narrower one can be decided
+        in spite of the noise of a percentile.
+        """
+        last = self._run.manifest.rounds[-1]
+        if last.verdict != "undecided":
+            return last.verdict == "missed"
+        if self._by_percentile:
+            return last.interval[1] is not None
+        return last.low > (1 - self._margin()) * last.target_ratio
 
     def _slack_left(self) -> bool:
         """Return whether the last measured plan certainly leaves enough of its target unused to search again."""

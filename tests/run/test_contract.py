@@ -155,6 +155,27 @@ def test_what_cannot_be_told_is_not_searched_again_and_ends_with_4(
     assert any("cannot decide whether the latency target is met" in note for note in result.manifest["notes"])
 
 
+def test_a_delivered_network_undecided_above_the_aim_is_searched_again(
+    by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = OtherDevice(1.0)
+    device.install(monkeypatch)
+    found = iter([(0.59, 0.582, 0.5995), (0.603, 0.599, 0.607)])  # before fine-tuning: kept; after it: undecided
+
+    def measured(dense: Path, slim: Path, *_: object) -> Timing:
+        timing = device.measured(dense, slim)
+        value, low, high = next(found, (0.58, 0.575, 0.585))
+        return replace(timing, ratio=replace(timing.ratio, value=value, low=low, high=high))
+
+    monkeypatch.setattr("compressor.latency.local.measured", measured)
+    result = run_recipe(recipe(budgets={"latency": "60%"}, pruning=FINE), out=tmp_path / "run")
+    (budget,), rounds = result.manifest["budgets"], result.manifest["rounds"]
+    assert [each["verdict"] for each in rounds] == ["kept", "undecided", "kept", "kept"]
+    assert (result.exit_code, budget["verdict"]) == (0, "kept")
+    assert len(result.manifest["corrections"]) == 1
+    assert rounds[1]["widths"] == rounds[0]["widths"] != rounds[2]["widths"] == rounds[3]["widths"]
+
+
 def test_a_correction_survives_a_stop_once(
     by_table: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
