@@ -143,9 +143,9 @@ def busy(latency: Latency) -> Iterator[str]:
     quiet_ms, p90_ms = latency.dense_ms, latency.dense_p90_ms
     if quiet_ms and p90_ms and p90_ms >= BUSY * quiet_ms:
         yield (
-            f"The device was busy while the networks were timed: one in ten of the dense network's runs took {p90_ms:.3g} "
-            f"ms or more, {p90_ms / quiet_ms:.1f} times its {quiet_ms:.3g} ms. The verdict compares both networks in "
-            "turns, under the same load."
+            f"The device was busy while the networks were timed: one in ten of the dense network's runs took "
+            f"{p90_ms:.3g} ms or more, {p90_ms / quiet_ms:.1f} times its {quiet_ms:.3g} ms. The verdict compares both "
+            "networks in turns, under the same load."
         )
 
 
