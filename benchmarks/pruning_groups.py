@@ -175,9 +175,9 @@ def main() -> int:
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    end, names = time.monotonic() + 60 * asked.minutes, []
-    for name, build, shape in networks(heavy=asked.heavy):
-        names.append(name)
+    end, listed = time.monotonic() + 60 * asked.minutes, list(networks(heavy=asked.heavy))
+    names = [name for name, _, _ in listed]
+    for name, build, shape in listed:
         if (asked.only and name not in asked.only) or (name in results and not asked.again):
             continue
         if time.monotonic() > end:

@@ -21,7 +21,6 @@ from compressor.run.job import Job
 from compressor.run.onnx_files import MODEL
 
 if TYPE_CHECKING:
-    from compressor.core.manifest import Latency
     from compressor.pruning.plan import ChannelPlan
     from compressor.recipe import Recipe
 
@@ -30,7 +29,6 @@ KEPT, MISSED, OPEN = 0, 3, 4
 measurement is undecided."""
 
 HARDLY_FASTER = 0.95  # of the dense network's time; pruning is expected to save more
-BUSY = 1.5  # times the quiet level: a quiet device has nine of ten runs below that
 
 
 def finish(run: RunFolder, job: Job, plan: ChannelPlan) -> int:
@@ -106,7 +104,6 @@ def _closing_notes(manifest: Manifest, job: Job, plan: ChannelPlan) -> Iterator[
         yield "The dense network already meets every budget: nothing was pruned."
     if pruned and all(budget.name != "latency" for budget in budgets):
         yield from _hardly_faster(manifest)
-    yield from busy(manifest.latency)
 
 
 def not_measured(recipe: Recipe, estimated: bool) -> str:
@@ -135,17 +132,6 @@ def _hardly_faster(manifest: Manifest) -> Iterator[str]:
             f"({latency.measured_ms:.3g} of {latency.dense_ms:.3g} ms): there was no latency budget, and some "
             "channel counts may suit the device badly. Add --latency, or use --granularity measured; "
             "compress measure RUN --explain shows where the time goes."
-        )
-
-
-def busy(latency: Latency) -> Iterator[str]:
-    """Yield a note if other load disturbed many of the dense network's runs."""
-    quiet_ms, p90_ms = latency.dense_ms, latency.dense_p90_ms
-    if quiet_ms and p90_ms and p90_ms >= BUSY * quiet_ms:
-        yield (
-            f"The device was busy while the networks were timed: one in ten of the dense network's runs took "
-            f"{p90_ms:.3g} ms or more, {p90_ms / quiet_ms:.1f} times its {quiet_ms:.3g} ms. The verdict compares both "
-            "networks in turns, under the same load."
         )
 
 

@@ -18,6 +18,7 @@ from compressor.latency.paired import (
     in_turns,
     trimmed_interval,
 )
+from tests.other_device import timing
 
 PAIRS, RUNS = 12, 8
 
@@ -147,3 +148,10 @@ def test_no_tail_no_note() -> None:
 
     assert in_turns(sit_of(2.0), "made up", "1", repeats=3).noise == ""
     assert "not quiet" in in_turns(sit_of(50.0), "made up", "1", repeats=3).noise
+
+
+def test_a_busy_machine_is_said() -> None:
+    quiet = timing([1.0] * 9, [0.5] * 9)
+    assert quiet.noise == ""
+    assert "one run in ten of the dense network took 1.6 ms" in timing([1.0] * 7 + [1.6] * 2, [0.5] * 9).noise
+    assert "one run in a hundred of the slim network took 2.8 ms" in timing([1.0] * 9, [0.5] * 8 + [3.0]).noise

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from compressor.cli.app import app
-from compressor.core.manifest import Latency, Manifest
-from compressor.run.finish import busy, exit_code
+from compressor.core.manifest import Manifest
+from compressor.run.finish import exit_code
 
 KEPT, MISSED = {"kept": True, "verdict": "kept"}, {"kept": False, "verdict": "missed"}
 PREDICTED, UNDECIDED = {"kept": None, "verdict": "predicted"}, {"kept": None, "verdict": "undecided"}
@@ -37,13 +37,6 @@ def test_exit_codes_follow_the_budgets(budgets: list[dict[str, Any]], code: int,
     judged = Manifest.tolerant({"budgets": budgets}).budgets
     assert exit_code(judged) == code
     assert exit_code(judged, accept_predicted=True) == accepting
-
-
-def test_a_busy_device_is_said() -> None:
-    (note,) = busy(Latency(dense_ms=4.3, dense_p90_ms=8.28))
-    assert "8.28 ms or more, 1.9 times its 4.3 ms" in note
-    assert not list(busy(Latency(dense_ms=4.3, dense_p90_ms=5.9)))
-    assert not list(busy(Latency(dense_ms=4.3)))
 
 
 def test_what_is_only_predicted_ends_with_4_unless_that_is_accepted(tmp_path: Path) -> None:
