@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from compressor.latency.operators import LatencyCurve
     from compressor.pruning.space import PruningSpace
 
-BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
-"""Bytes per weight or activation, by precision."""
+BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "mixed": 4}
+"""Bytes per weight or activation, by precision; in mixed precision the most, as for layers in FP32."""
 _SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _COUNTS = {
     letter + kind: scale for letter, scale in _SCALES.items() for kind in ("", "macs", "flops", "params")

@@ -144,8 +144,7 @@ class JetsonEnergy(EnergyMeter):
         from compressor.latency.over_ssh import energy_over_ssh
         from compressor.latency.remote_bundle import in_precision
 
-        shape = tuple(self._space.example_input[0].shape[1:])
-        return energy_over_ssh(self._url, in_precision(self.exported(network), self._request.precision, shape))
+        return energy_over_ssh(self._url, in_precision(self.exported(network), self._request.precision))
 
 
 @register_budget

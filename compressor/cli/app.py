@@ -34,6 +34,7 @@ from compressor.cli.profile import profile
 from compressor.cli.recipes import recipes
 from compressor.cli.report import report
 from compressor.cli.runs import clean, compare, list_runs
+from compressor.cli.share import card, push
 from compressor.cli.terminal import BAD_INPUT, friendly, out, output_as, show, show_json, written_out
 from compressor.core.agents import AGENTS
 from compressor.core.errors import CompressorError
@@ -148,6 +149,9 @@ def compress_command(
         str | None,
         typer.Option(help="Processes that score candidates in parallel: a number, or ray://host:port."),
     ] = None,
+    track: Annotated[
+        str | None, typer.Option(help="Send the run's numbers to a tracker, too: mlflow or wandb.")
+    ] = None,
     accept_predicted: Annotated[
         bool, typer.Option("--accept-predicted", help="Exit with 0, not 4, if a budget is only predicted.")
     ] = False,
@@ -179,6 +183,7 @@ def compress_command(
             "accept_dense": accept_dense or None,
             "data": {"source": data, "mean": mean, "std": std},
             "task": task, "image_size": image_size, "weights": weights, "agent": agent, "epochs": epochs, "seed": seed,
+            "track": track,
             "budgets": {
                 "latency": latency, "flops": flops, "params": params, "memory": memory,
                 "energy": energy, "max_drop": max_drop, "functions": budget or None,
@@ -274,7 +279,7 @@ def _finish(result: RunResult, json: bool) -> None:
     raise typer.Exit(result.exit_code)
 
 
-for _command in (profile, export, predict, measure, report, compare, clean, devices, recipes, doctor):
+for _command in (profile, export, predict, measure, report, compare, card, push, clean, devices, recipes, doctor):
     app.command()(with_output(_command))
 app.command("list")(with_output(list_runs))
 

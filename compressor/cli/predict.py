@@ -15,7 +15,10 @@ def predict(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
     photos: Annotated[list[Path], typer.Argument(help="Photographs.", metavar="PHOTO...")],
     runtime: Annotated[str, typer.Option(help="onnx (ONNX Runtime), torch, or engine (TensorRT).")] = "onnx",
-    precision: Annotated[str, typer.Option(help="That of the file or the engine: fp32, fp16 or int8.")] = "fp32",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Of the file or the engine: fp32, fp16, int8, mixed; fp32 unless the run delivers mixed."),
+    ] = None,
     top: Annotated[int, typer.Option(help="Number of answers for each photograph.", min=1)] = 3,
     factory: Annotated[
         str | None,

@@ -168,7 +168,8 @@ class Latency(Record):
 
     `batch`, `percentile` and `streams` are what `measured_ms` and `dense_ms` are of (`core.conditions`); with another
     percentile than the median, `tail` is that percentile over the median of the same runs. `inputs_per_s` is the
-    throughput of all streams at the mean time of these runs.
+    throughput of all streams at the mean time of these runs. The dense network is in the same precision, or in FP32 if
+    that is mixed.
     """
 
     device: str = ""

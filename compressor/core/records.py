@@ -13,6 +13,7 @@ from compressor.core.files import disk_error, parse_json, read_text, replacing, 
 from export.files import open_regular
 
 RECIPE = "recipe.yaml"
+EPISODES = "search/episodes.jsonl"
 
 
 class Checkpoint:
@@ -107,3 +108,19 @@ class EpisodeLog:
         kept = [json.dumps(record) + "\n" for _, record in zip(range(length), self.records(), strict=False)]
         write_atomic(self.path, "".join(kept))
         self._length = len(kept)
+
+
+def episodes_after(path: Path, count: int) -> list[dict[str, Any]]:
+    """Return the episodes of a log after the first `count`, up to a line that is not whole, while a run writes it."""
+    found: list[dict[str, Any]] = []
+    if not path.is_file():
+        return found
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[count:-1]:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(record, dict):
+            break
+        found.append(record)
+    return found

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.core.errors import CompressorError
-from compressor.latency.fit import Floats, Surfaces, fit_correction, fit_factors, fit_surface, held_out_error
+from compressor.latency.fit import (
+    Correction,
+    Floats,
+    Surfaces,
+    fit_correction,
+    fit_factors,
+    fit_surface,
+    held_out_error,
+)
 from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork, tag, with_distinct_weights
 from compressor.latency.operators import Operators, Widths, channels, network_signature, signature_of
 from compressor.latency.schema import (
@@ -176,8 +184,7 @@ def table_from(
     correction = predict.correction
     held = None
     if unseen:
-        error = held_out_error(predict(unseen).tolist(), [each.times.median_ms for each in unseen])
-        held = HeldOutFields.model_validate({name: rounded(value) for name, value in vars(error).items()})
+        held = held_out_fields(predict(unseen).tolist(), [each.times.median_ms for each in unseen])
     first = samples[0]
     dense = np.concatenate(
         [
@@ -191,14 +198,7 @@ def table_from(
         dense_ms=rounded(float(np.median(dense))),
         dense_p90_ms=rounded(float(np.quantile(dense, 0.9))),
         drift=round(drift, 4),
-        correction=CorrectionFields(
-            offset_ms=rounded(correction.offset),
-            slope=rounded(correction.slope),
-            least_ms=rounded(correction.least),
-            bends=tuple((rounded(at), rounded(slope)) for at, slope in correction.bends),
-            factors=tuple(rounded(factor) for factor in predict.factors),
-            weights=tuple((rounded(at), rounded(slope)) for at, slope in correction.weights),
-        ),
+        correction=correction_fields(correction, predict.factors),
         fitted_networks=len(samples),
         held_out=held,
         seconds=round(seconds, 1),
@@ -221,6 +221,24 @@ def table_from(
             networks={network_signature(space): network},
         )
     )
+
+
+def correction_fields(correction: Correction, factors: Sequence[float] = ()) -> CorrectionFields:
+    """Return a correction, and factors for the operators' times, as a table has them."""
+    return CorrectionFields(
+        offset_ms=rounded(correction.offset),
+        slope=rounded(correction.slope),
+        least_ms=rounded(correction.least),
+        bends=tuple((rounded(at), rounded(slope)) for at, slope in correction.bends),
+        factors=tuple(rounded(factor) for factor in factors),
+        weights=tuple((rounded(at), rounded(slope)) for at, slope in correction.weights),
+    )
+
+
+def held_out_fields(predicted: Sequence[float], measured: Sequence[float]) -> HeldOutFields:
+    """Return the errors of predictions, both in milliseconds, as a table has them."""
+    error = held_out_error(predicted, measured)
+    return HeldOutFields.model_validate({name: rounded(value) for name, value in vars(error).items()})
 
 
 class Predictor:

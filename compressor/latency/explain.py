@@ -39,6 +39,9 @@ PADDED = 0.1
 """Padding below this share of the computed multiply-adds is not mentioned."""
 
 LAYOUT = ("Reorder", "Reformat", "Transpose")
+CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
+IN_INT8 = ("QLinear", "QGemm")
+"""Starts of the names of ONNX Runtime's kernels in INT8."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Kernel:
         computed_macs: Multiply-adds that the runtime computes, padding included.
         channels: Input and output channels; None without weights.
         weight_bytes, moved_bytes: Bytes of weights read; bytes of activations read and written.
-        blocked: Whether it runs in a layout of channel blocks.
+        blocked: Whether it runs in a layout of channel blocks, or needs none.
+        int8: Whether it computes in INT8, of which the device's peak is not known.
     """
 
     operator: int
@@ -69,6 +73,7 @@ class Kernel:
     weight_bytes: int = 0
     moved_bytes: int = 0
     blocked: bool = True
+    int8: bool = False
 
     @property
     def key(self) -> tuple[int, str, int]:
@@ -139,11 +144,13 @@ def _kernels(
             [tuple(next(iter(each.values()))) for each in facts.get(f"{side}_type_shape", [])]
             for side in ("input", "output")
         )
+        int8 = op.startswith(IN_INT8)
+        weight = 3 if int8 else 1  # the input is followed by its scale and its zero point
         bears = (
             node is not None
             and mark is not None
             and node.operator not in done
-            and len(shapes) > 1
+            and len(shapes) > weight
             and any(name in op for name in ("Conv", "Gemm", "MatMul"))
         )
         moved = int(facts.get("activation_size", 0)) + int(facts.get("output_size", 0))
@@ -154,11 +161,14 @@ def _kernels(
                 Kernel(
                     node.operator, op, 0, True, ms,
                     macs=node.macs,
-                    computed_macs=max(node.macs, macs_of(op, shapes[1], shapes[0], outputs[0])),
+                    computed_macs=node.macs
+                    if int8
+                    else max(node.macs, macs_of(op, shapes[weight], shapes[0], outputs[0])),
                     channels=node.channels,
                     weight_bytes=int(facts.get("parameter_size", 0)),
                     moved_bytes=moved,
-                    blocked="nchwc" in str(kernel["name"]) or "Conv" not in op,
+                    blocked=int8 or "nchwc" in str(kernel["name"]) or "Conv" not in op,
+                    int8=int8,
                 )
             )  # fmt: skip
         else:
@@ -331,7 +341,9 @@ def explain(
 
 
 def _limits(kernel: Kernel, machine: Machine, weights: float) -> Mapping[str, float]:
-    """Return a kernel's lower bound in milliseconds by each of the device's peak rates."""
+    """Return a kernel's lower bound in milliseconds by each of the device's peak rates, which are those of FP32."""
+    if kernel.int8:
+        return {}
     return {
         "compute": machine.compute_ms(kernel.computed_macs),
         "bandwidth": machine.transfer_ms(kernel.weight_bytes, among=weights)
@@ -357,6 +369,8 @@ def _sentence(
     names: Sequence[str],
 ) -> str:
     """Describe why this kernel is part of the gap, and what would help."""
+    if line.kind in CONVERSIONS:
+        return f"{line.name} converts between FP32 and INT8: it goes away where its neighbours are in one precision."
     if any(word in line.kind for word in LAYOUT):
         new = " and is not needed in the dense network" if wide is None else ""
         return (

@@ -6,9 +6,9 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,16 @@ from compressor.latency.assemble import SECONDS_A_NETWORK, Sample, with_batch
 from compressor.latency.backends.cpu import OrtProcess, measured
 from compressor.latency.backends.gpu import device_of
 from compressor.latency.fit import ALIGNMENT
+from compressor.latency.joined import joined_table
 from compressor.latency.machine import channel_block, clocks, cpu_model, governor
 from compressor.latency.measured import MeasuredDevice
 from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork
+from compressor.latency.precisions import fastest
 from compressor.latency.provider import (
     Request,
     TableProvider,
     Turns,
+    delivered_beside,
     in_precision_beside,
     register_device,
 )
@@ -33,7 +36,6 @@ from compressor.latency.schema import DeviceFields
 from compressor.latency.steps import measured_steps
 from compressor.latency.table import LOCAL, LatencyTable, check_known
 from export.convert.calibrated import ONNXRUNTIME
-from export.convert.onnx_header import parse_header
 from export.device import here
 from export.device.here import CPU, Backend
 
@@ -89,7 +91,11 @@ class LocalCpu(MeasuredDevice):
 
     def runner(self, request: Request) -> Device:
         process = OrtProcess(request.threads, request.streams)
-        return process if request.precision == "fp32" else Quantised(process)
+        if request.precision == "fp32":
+            return process
+        if request.precision == "mixed":
+            return Converted(process, partial(fastest, threads=request.threads))
+        return Converted(process, partial(in_precision, precision="int8", runtime=ONNXRUNTIME))
 
     def block(self, precision: str) -> int:
         return channel_block()
@@ -105,6 +111,11 @@ class LocalCpu(MeasuredDevice):
 
     def threads(self, request: Request) -> int:
         return request.threads
+
+    def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
+        if request.precision == "mixed":
+            return joined_table(self, space, example, request)
+        return super().table(space, example, request)
 
     def protocol(self, fitted: Sequence[Sample], unseen: int) -> str:
         return (
@@ -122,7 +133,12 @@ class LocalCpu(MeasuredDevice):
             return measured(dense, slim, request, turns)
         with tempfile.TemporaryDirectory(prefix="compressor-turns-") as folder:
             first, second = Path(folder) / "dense.onnx", Path(folder) / "slim.onnx"
-            contents = in_precision_beside(dense, slim, request, ONNXRUNTIME)
+            if request.precision == "mixed":
+                delivered = delivered_beside(slim, "mixed")
+                found = delivered.read_bytes() if delivered.is_file() else fastest(slim.read_bytes(), request.threads)
+                contents = dense.read_bytes(), found
+            else:
+                contents = in_precision_beside(dense, slim, request, ONNXRUNTIME)
             for path, content in zip((first, second), contents, strict=True):
                 path.write_bytes(content)
             return measured(first, second, request, turns)
@@ -148,22 +164,20 @@ class LocalCpu(MeasuredDevice):
         )
 
 
-class Quantised:
-    """A `Device` that runs FP32 networks in INT8.
+class Converted:
+    """A `Device` that runs FP32 networks in another precision.
 
     Args:
         device: Runs the converted networks.
+        convert: Returns an ONNX file in the other precision.
     """
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, device: Device, convert: Callable[[bytes], bytes]) -> None:
+        self._device, self._convert = device, convert
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
         """Convert and measure a network; the time of a conversion belongs to the operator that made the value."""
-        header = parse_header(network.model, "the network")
-        shape = header.shapes[header.inputs[0]][1:]
-        content = in_precision(network.model, "int8", shape, ONNXRUNTIME)
-        return self._device.measure(replace(network, model=content), seconds)
+        return self._device.measure(replace(network, model=self._convert(network.model)), seconds)
 
 
 class LocalGpu(MeasuredDevice):

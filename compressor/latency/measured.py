@@ -142,23 +142,14 @@ class MeasuredDevice(TableProvider):
             raise CompressorError(
                 f"A latency table of this machine needs a batch of one input, got {tuple(first.shape)}."
             )
-        batched = with_batch(example, request.batch)
-        folder, network = cache_folder(self.cache_dir), network_signature(space)
-        path = table_path(
-            folder,
-            runtime=self.cache_key(request),
-            version=self.version,
-            threads=self.threads(request),
-            network=network,
-            batch=request.batch,
-            streams=request.streams,
-        )
+        batched, network = with_batch(example, request.batch), network_signature(space)
+        path = self.table_file(space, request)
         known = cached_table(path)
         if known is not None and self._sufficient(known, space, request):
             if still_valid(known, space, batched, self.runner(request)):
                 return known
             path.unlink(missing_ok=True)
-        with measuring_alone(folder):
+        with measuring_alone(cache_folder(self.cache_dir)):
             known = cached_table(path, quiet=True)  # another process may have measured it while this one waited
             if known is not None and self._sufficient(known, space, request):
                 return known
@@ -171,6 +162,18 @@ class MeasuredDevice(TableProvider):
                 f"hard to predict. To measure it again, delete {path}"
             )
         return table
+
+    def table_file(self, space: PruningSpace, request: Request) -> Path:
+        """Return the file in the cache of the table of a network."""
+        return table_path(
+            cache_folder(self.cache_dir),
+            runtime=self.cache_key(request),
+            version=self.version,
+            threads=self.threads(request),
+            network=network_signature(space),
+            batch=request.batch,
+            streams=request.streams,
+        )
 
     def measured(
         self,
@@ -207,7 +210,7 @@ class MeasuredDevice(TableProvider):
             title = self.describe().sku or self.device
             say(f"Measuring this network on {title} with {self.runtime}; the table is kept for the next run.")
         try:
-            limit_s, goal, seed = self._limit_s(request), request.goal, request.seed
+            limit_s, goal, seed = self.limit_s(request), request.goal, request.seed
             samples = Collector(space, measure, journal, limit_s, goal, seed, block, ready).run()
         except TooNoisy as error:
             journal.restart()  # noisy measurements must not enter the next attempt
@@ -228,14 +231,15 @@ class MeasuredDevice(TableProvider):
         journal.close()
         return table
 
-    def _limit_s(self, request: Request) -> float:
+    def limit_s(self, request: Request) -> float:
+        """Return the seconds after which no further network of a table is started."""
         return self.time_limit_s if request.time_limit_s is None else request.time_limit_s
 
     def _sufficient(self, known: LatencyTable, space: PruningSpace, request: Request) -> bool:
         """Whether a table covers the space, and meets the goal or was given as much time as is available now."""
         if not known.covers(space) or (known.fields.batch, known.fields.streams) != (request.batch, request.streams):
             return False
-        network, limit_s = known.fields.networks[network_signature(space)], self._limit_s(request)
+        network, limit_s = known.fields.networks[network_signature(space)], self.limit_s(request)
         return (
             limit_s <= self.time_limit_s
             or network.seconds >= 0.8 * limit_s
@@ -270,11 +274,11 @@ class MeasuredDevice(TableProvider):
         fields = table.fields
         here = (
             self.describe().sku, f"{self.runtime} {self.version}", f"{self.threads(request)} thread(s)",
-            f"batch {request.batch}", f"{request.streams} stream(s)",
+            f"batch {request.batch}", f"{request.streams} stream(s)", request.precision,
         )  # fmt: skip
         stored = (
             fields.device.sku, table.runtime, f"{fields.runtime.threads} thread(s)", f"batch {fields.batch}",
-            f"{fields.streams} stream(s)",
+            f"{fields.streams} stream(s)", table.precision,
         )  # fmt: skip
         differs = "; ".join(
             f"{then}, and this is {now}" for then, now in zip(stored, here, strict=True) if then != now

@@ -102,7 +102,7 @@ def tag(path: Path, weights: Sequence[int] | None = None) -> TaggedNetwork:
 
     proto = onnx.load(str(path))
     graph = proto.graph
-    constants = {item.name: int(np.prod(item.dims)) for item in graph.initializer}
+    constants = {name: int(np.prod(shape)) for name, shape in _constants(graph).items()}
     names: dict[str, str] = {}
     owner_of: dict[str, int] = {}
     owner: list[int] = []
@@ -127,6 +127,15 @@ def tag(path: Path, weights: Sequence[int] | None = None) -> TaggedNetwork:
         item.name = names.get(item.name, item.name)
     del graph.value_info[:]
     return TaggedNetwork(proto.SerializeToString(), tuple(owner), tuple("+".join(each) for each in epilogues))
+
+
+def _constants(graph: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a graph's constants, and of those that Q/DQ pairs quantise."""
+    found = {item.name: tuple(item.dims) for item in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] in found:
+            found[node.output[0]] = found[node.input[0]]
+    return found
 
 
 def _is_next(
@@ -168,7 +177,7 @@ def file_nodes(path: Path) -> list[FileNode]:
 
     model = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
     graph = model.graph
-    constants = {item.name: tuple(item.dims) for item in graph.initializer}
+    constants = _constants(graph)
     shapes: dict[str, tuple[int, ...]] = {
         value.name: tuple(max(dim.dim_value, 1) for dim in value.type.tensor_type.shape.dim)
         for value in (*graph.input, *graph.value_info, *graph.output)

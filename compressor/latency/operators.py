@@ -46,12 +46,13 @@ class Operators:
     Attributes:
         kinds: Kind of each operator, as in `Layer`.
         taps: Kernel height times width of each.
+        in_pixels: Pixels of each one's input.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.kinds = tuple(layer.kind for layer in layers)
         self.taps = _floats(np.prod(layer.kernel) if layer.kernel else 1 for layer in layers)
-        self._in_pixels = _floats(np.prod(layer.in_hw) for layer in layers)
+        self.in_pixels = _floats(np.prod(layer.in_hw) for layer in layers)
         self._out_pixels = _floats(np.prod(layer.out_hw) for layer in layers)
         self._groups = _floats(layer.groups or 1 for layer in layers)
         self._group_size = _floats(layer.group_size for layer in layers)
@@ -79,7 +80,7 @@ class Operators:
             c_out,
             taps=self.taps,
             positions=self._positions,
-            in_pixels=self._in_pixels,
+            in_pixels=self.in_pixels,
             out_pixels=self._out_pixels + np.asarray(beside),
             groups=self._groups,
             group_size=self._group_size,

@@ -1,7 +1,8 @@
 """What each part of a network takes in FP32 and in INT8 on this machine's CPU, and what the conversions between take.
 
 Parts are timed inside networks under ONNX Runtime's profiler, which run in turns: the FP32 network, the one with all
-parts in INT8, and one with every other part in INT8, where most values are converted.
+parts in INT8, and one with every other part in INT8, where most values are converted. `fastest` writes a network in
+the precisions that take the least time, whatever they do to its outputs: what a plan of widths is timed as.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.latency.backends.cpu import profiled_runs, tag_of
+from compressor.latency.machine import timed
 from compressor.latency.networks import tag
-from export.convert.mixed import Prices
+from compressor.latency.remote_bundle import any_inputs
+from export.convert.calibrated import ONNXRUNTIME, Calibrated, enclosed
+from export.convert.mixed import Prices, cheapest, parts_of
+from export.convert.onnx_header import parse_header
+from export.engine.bench import OnnxRunner
 
 if TYPE_CHECKING:
     from compressor.latency.machine import Floats
-    from export.convert.calibrated import Calibrated
     from export.convert.mixed import Parts
 
 ROUNDS = 4
@@ -45,6 +50,64 @@ class KernelTime:
     elements: int
 
 
+@dataclass(frozen=True)
+class Conversions:
+    """Milliseconds of a conversion, and of each element of its value."""
+
+    to_int8: tuple[float, float]
+    to_float: tuple[float, float]
+
+
+def fastest(content: bytes, threads: int = 1) -> bytes:
+    """Return an FP32 network with each part in the precision that is faster here, conversions included.
+
+    Times of parts do not add up, so that the whole network in FP32 or in INT8 is taken where it is faster as measured.
+    Ranges come from random inputs, which do not matter for time.
+
+    Args:
+        content: The ONNX file.
+        threads: Threads of ONNX Runtime.
+    """
+    calibrated = _on_any_inputs(content)
+    parts = parts_of(calibrated.proto, ONNXRUNTIME)
+    prices = part_prices(calibrated, parts, [0.0] * len(parts.parts), threads=threads)
+    cheap = enclosed(calibrated.proto, parts.nodes(cheapest(parts, prices, 1.0)), ONNXRUNTIME)
+    every = parts.nodes(range(len(parts.parts)))
+    plans = [nodes for nodes in dict.fromkeys([tuple(cheap), tuple(every)]) if nodes]
+    networks = [content, *(bytes(calibrated.quantise(nodes).SerializeToString()) for nodes in plans)]
+    times = _whole_ms(networks, threads)
+    return networks[times.index(min(times))]
+
+
+def _whole_ms(networks: Sequence[bytes], threads: int) -> list[float]:
+    """Time whole networks in turns."""
+    runners = [OnnxRunner(network, threads=threads) for network in networks]
+    times: list[list[float]] = [[] for _ in runners]
+    for _ in range(ROUNDS):
+        for runner, found in zip(runners, times, strict=True):
+            found += timed(runner, RUNS)[1:, 0].tolist()
+    return [float(np.quantile(found, FAST)) for found in times]
+
+
+def measured_conversions(contents: Sequence[bytes], threads: int = 1) -> Conversions:
+    """Time the conversions in FP32 networks of which every other part is put into INT8."""
+    protos = []
+    for content in contents:
+        calibrated = _on_any_inputs(content)
+        parts = parts_of(calibrated.proto, ONNXRUNTIME)
+        protos.append(calibrated.quantise(parts.nodes(range(0, len(parts.parts), 2))))
+    return _conversions([kernel for kernels in kernel_times(protos, threads) for kernel in kernels])
+
+
+def _on_any_inputs(content: bytes) -> Calibrated:
+    import onnx
+
+    header = parse_header(content, "the network")
+    return Calibrated(
+        onnx.load_model_from_string(content), header.inputs[0], any_inputs(header), "minmax", runtime=ONNXRUNTIME
+    )
+
+
 def part_prices(calibrated: Calibrated, parts: Parts, noise: Sequence[float], *, threads: int = 1) -> Prices:
     """Time the parts of a network in both precisions, and the conversions of the values that pass between them.
 
@@ -54,17 +117,16 @@ def part_prices(calibrated: Calibrated, parts: Parts, noise: Sequence[float], *,
         noise: What each part in INT8 adds to the outputs.
         threads: Threads of ONNX Runtime.
     """
-    whole = [name for part in parts.parts for name in part.nodes]
-    alternating = [name for part in parts.parts[::2] for name in part.nodes]
+    whole, alternating = (parts.nodes(range(0, len(parts.parts), step)) for step in (1, 2))
     protos = [calibrated.proto, calibrated.quantise(whole), calibrated.quantise(alternating)]
     floats, int8, mixed = kernel_times(protos, threads)
-    enter, leave = (_conversion(mixed, kinds) for kinds in (TO_INT8, TO_FLOAT))
+    between = _conversions(mixed)
     sizes = np.asarray([crossing.elements for crossing in parts.crossings], dtype=np.float64)
     return Prices(
         float_ms=_by_part(floats, parts),
         int8_ms=_by_part(int8, parts),
-        to_int8_ms=(enter[0] + enter[1] * sizes).tolist(),
-        to_float_ms=(leave[0] + leave[1] * sizes).tolist(),
+        to_int8_ms=(between.to_int8[0] + between.to_int8[1] * sizes).tolist(),
+        to_float_ms=(between.to_float[0] + between.to_float[1] * sizes).tolist(),
         noise=tuple(noise),
     )
 
@@ -109,6 +171,11 @@ def _by_part(kernels: Sequence[KernelTime], parts: Parts) -> tuple[float, ...]:
         if kernel.node in part_of and kernel.op not in (*TO_INT8, *TO_FLOAT):
             total[part_of[kernel.node]] += kernel.ms
     return tuple(total)
+
+
+def _conversions(kernels: Sequence[KernelTime]) -> Conversions:
+    (enter, each_in), (leave, each_out) = (_conversion(kernels, kinds).tolist() for kinds in (TO_INT8, TO_FLOAT))
+    return Conversions((enter, each_in), (leave, each_out))
 
 
 def _conversion(kernels: Sequence[KernelTime], kinds: tuple[str, str]) -> Floats:

@@ -44,8 +44,7 @@ class Request:
 
     Attributes:
         model: The network's name, for messages.
-        precision: Precision in which networks run.
-        delivered: Precision in the name of the delivered file, if it is another one: "mixed".
+        precision: Precision in which networks run; with `mixed` the dense one, which shares are of, is in fp32.
         opset: ONNX opset of files that leave this machine.
         threads: Threads of ONNX Runtime on a CPU.
         batch: Inputs of one run.
@@ -59,7 +58,6 @@ class Request:
 
     model: str = ""
     precision: Precision = "fp32"
-    delivered: str = ""
     opset: int = 17
     threads: int = 1
     batch: int = 1
@@ -316,16 +314,17 @@ def in_precision_beside(
 ) -> tuple[bytes, bytes]:
     """Return two FP32 files as a runtime runs them; a delivered file of the precision beside `slim` takes its place."""
     from compressor.latency.remote_bundle import in_precision
-    from export.convert.onnx_header import parse_header
 
     def converted(path: Path) -> bytes:
-        content = path.read_bytes()
-        header = parse_header(content, str(path))
-        return in_precision(content, request.precision, header.shapes[header.inputs[0]][1:], runtime)
+        return in_precision(path.read_bytes(), request.precision, runtime)
 
-    kind = request.delivered or request.precision
-    delivered = slim if kind == "fp32" else slim.with_name(f"{slim.stem}.{kind}.onnx")
+    delivered = delivered_beside(slim, request.precision)
     return converted(dense), delivered.read_bytes() if delivered.is_file() else converted(slim)
+
+
+def delivered_beside(slim: Path, precision: str) -> Path:
+    """Return where the delivered file of a precision lies beside an FP32 file."""
+    return slim if precision == "fp32" else slim.with_name(f"{slim.stem}.{precision}.onnx")
 
 
 def _origin(table: LatencyTable) -> str:

@@ -27,13 +27,13 @@ from compressor.latency.sampling import LEVELS, anchor_widths, grid_widths, rand
 from compressor.latency.schema import Precision
 from export.convert.calibrated import TENSORRT
 from export.convert.half import convert_half
-from export.convert.onnx_header import parse_header
+from export.convert.onnx_header import OnnxHeader, parse_header
 from export.convert.quantize import quantize_onnx
-from export.convert.trees import tensors_in
 from export.device.bundle import TARGETS, BundleInfo, Target, write_bundle
 from export.errors import ExportError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
 
     from compressor.pruning.space import PruningSpace
 
@@ -131,7 +131,7 @@ def write_table_bundle(
                     role=role, widths=tuple(int(width) for width in widths), owner=network.owner,
                     weighted=weighted_nodes(network),
                 )  # fmt: skip
-                yield name, in_precision(_repeating(network.model), precision, tuple(tensors_in(example)[0].shape[1:]))
+                yield name, in_precision(_repeating(network.model), precision)
                 progress.advance(1, name)
 
     try:
@@ -175,9 +175,7 @@ def require_empty(folder: Path) -> None:
         raise CompressorError(f"{folder} exists already.", "Choose another --bundle DIR, or delete it.")
 
 
-def in_precision(
-    content: bytes, precision: Precision, shape: tuple[int, ...], runtime: str = TENSORRT
-) -> bytes:
+def in_precision(content: bytes, precision: Precision, runtime: str = TENSORRT) -> bytes:
     """Convert an FP32 ONNX file to the precision to be timed on a runtime; INT8 ranges come from random inputs."""
     if precision == "fp32":
         return content
@@ -187,11 +185,14 @@ def in_precision(
         if precision == "fp16":
             convert_half(source, goal)
         else:
-            header = parse_header(content, "the network")
-            count = max(_CALIBRATION, header.shapes[header.inputs[0]][0])  # at least a batch
-            noise = np.random.default_rng(0).standard_normal((count, *shape)).astype(np.float32)
-            quantize_onnx(source, goal, noise, runtime=runtime)
+            quantize_onnx(source, goal, any_inputs(parse_header(content, "the network")), runtime=runtime)
         return goal.read_bytes()
+
+
+def any_inputs(header: OnnxHeader) -> npt.NDArray[np.float32]:
+    """Return random inputs of a network, at least a batch, for the ranges of one that is only timed."""
+    batch, *shape = header.shapes[header.inputs[0]]
+    return np.random.default_rng(0).standard_normal((max(_CALIBRATION, batch), *shape)).astype(np.float32)
 
 
 def weighted_nodes(network: TaggedNetwork) -> tuple[int, ...]:

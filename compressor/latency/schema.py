@@ -20,7 +20,8 @@ SCHEMA_VERSION = 1
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "mixed"]
+"""Of networks; `mixed` is fp32 or int8 for each operator, whichever is faster."""
 
 BLOCKS = {"fp16": 8, "int8": 32}
 """Channels that tensor cores compute at once, by precision; 1 in others."""
@@ -185,6 +186,15 @@ class RooflineFields(_Part):
     errors: ErrorFields
 
 
+class JoinedFields(_Part):
+    """Tables of the same networks in two precisions, of which each operator has the faster one."""
+
+    fp32: TableFields
+    int8: TableFields
+    to_int8_ms: tuple[Share, Share] = Field(description="Of converting a value, and of each of its elements.")
+    to_float_ms: tuple[Share, Share] = Field(description="The same, back to a float.")
+
+
 class TableFields(_Part):
     """A whole table."""
 
@@ -204,12 +214,20 @@ class TableFields(_Part):
     entries: dict[str, Entry] = Field(default_factory=dict)
     networks: dict[str, NetworkFields] = Field(default_factory=dict)
     roofline: dict[str, RooflineFields] = Field(default_factory=dict, description="By precision.")
+    joined: JoinedFields | None = Field(
+        default=None,
+        description="Operators in mixed precision. The entries and the dense networks' times are those of its tables.",
+    )
     raised: Positive = Field(
         default=1.0, description="Factor by which whole-network measurements have raised predictions."
     )
 
     @model_validator(mode="after")
     def _whole(self) -> TableFields:
+        if (self.joined is None) == (self.precision == "mixed"):
+            raise ValueError("mixed precision, and no other one, is joined from tables in fp32 and in int8")
+        if self.joined is not None:
+            return self._require_joined(self.joined)
         for name, network in self.networks.items():
             missing = sorted(set(network.layers) - set(self.entries))
             if missing:
@@ -229,6 +247,16 @@ class TableFields(_Part):
             raise ValueError("a measured table cannot contain an estimate")
         return self
 
+    def _require_joined(self, joined: JoinedFields) -> TableFields:
+        """Refuse tables that do not belong together."""
+        parts = {"fp32": joined.fp32, "int8": joined.int8}
+        for precision, part in parts.items():
+            if part.precision != precision or part.how != "measured":
+                raise ValueError(f"its table in {precision} is {part.how} in {part.precision}")
+            if set(part.networks) != set(self.networks) or self.entries or self.roofline:
+                raise ValueError(f"its table in {precision} is of other networks")
+        return self
+
     def _require_plausible(self, key: str, entry: Entry) -> None:
         """Refuse times that imply an impossible speed: they are in another unit."""
         c_in, c_out = np.asarray(entry.c_in)[:, None], np.asarray(entry.c_out)[:, None]
@@ -246,6 +274,9 @@ class TableFields(_Part):
                     f"{key} with {inputs} to {outputs} channels is listed with {time:g} ms, which is too {much} "
                     f"multiply-adds a second for any device ({macs / time * 1e3:.2g}); times are in milliseconds"
                 )
+
+
+JoinedFields.model_rebuild()
 
 
 def read_table(text: str, source: str) -> TableFields:

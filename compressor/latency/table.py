@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_text, write_atomic
 from compressor.core.progress import say
+from compressor.latency.cheaper import CheaperOperators, Prices
 from compressor.latency.fit import Correction, Surface, Surfaces, fit_surface
 from compressor.latency.operators import (
     Floats,
     LatencyCurve,
     Operators,
+    Widths,
+    channels,
     network_signature,
     signature_of,
 )
-from compressor.latency.schema import NetworkFields, TableFields, read_table
+from compressor.latency.schema import JoinedFields, NetworkFields, TableFields, read_table
 from compressor.recipe import shipped
 from export.device.connection import parse_destination
 from export.errors import ExportError
@@ -88,7 +92,8 @@ class LatencyTable:
 
     def to_json(self) -> str:
         """Return the file's text; `read` restores the same table."""
-        return self.fields.model_dump_json(indent=1) + "\n"
+        absent = {"joined"} if self.fields.joined is None else None  # as files of earlier versions
+        return self.fields.model_dump_json(indent=1, exclude=absent) + "\n"
 
     def write(self, path: str | Path) -> None:
         """Write the file atomically."""
@@ -107,7 +112,7 @@ class LatencyTable:
 
     @property
     def precision(self) -> str:
-        """`fp32`, `fp16` or `int8`."""
+        """`fp32`, `fp16`, `int8` or `mixed`."""
         return self.fields.precision
 
     @property
@@ -197,8 +202,10 @@ class LatencyTable:
         """Return the dense network's milliseconds by the curve, without refits: the whole of predicted shares.
 
         The curve errs alike for dense and slim networks, while the dense network's own time is one measurement, which
-        may have met a busy machine.
+        may have met a busy machine. In mixed precision it is the dense network in FP32.
         """
+        if self.fields.joined is not None:
+            return LatencyTable(self.fields.joined.fp32).fitted_dense_ms(space)
         return float(self.curve(space)(np.asarray(space.dense_widths)[None])[0]) / self.fields.raised
 
     def curve(self, space: PruningSpace) -> LatencyCurve:
@@ -217,18 +224,7 @@ class LatencyTable:
                 partial(EstimatedOperators.of_space(space).milliseconds, fields, self.precision),
                 lambda total, c_in, c_out: raised * (total + fields.network_ms),
             )
-        network = self.fields.networks.get(network_signature(space))
-        if network is not None:
-            entries = [self._surface([key]) for key in network.layers]
-        else:
-            network, entries = self._assembled(space)
-        problem = self._uncovered(space, network, entries)
-        if problem:
-            raise CompressorError(
-                f"The latency table of {self.device} does not cover these widths: {problem}.",
-                "Measure it for this space: compress profile",
-            )
-        surfaces = Surfaces(entries, self.fields.block, network.correction.factors)
+        network, priced = self._priced(space)
         stored = network.correction
         correction = Correction(stored.offset_ms, stored.slope, stored.least_ms, stored.bends, stored.weights)
         operators = Operators.of_keys(network.layers)
@@ -236,13 +232,21 @@ class LatencyTable:
         def whole(total: Floats, c_in: Floats, c_out: Floats) -> Floats:
             return raised * correction(total, operators.cost(c_in, c_out).weights.sum(axis=1))
 
-        return LatencyCurve(space, surfaces, whole)
+        return LatencyCurve(space, priced, whole)
+
+    def in_int8(self, space: PruningSpace, widths: Widths) -> npt.NDArray[np.bool_]:
+        """Return which operators of rows of widths are priced in INT8, (N, layers); none without mixed precision."""
+        if self.fields.joined is None:
+            return np.zeros((len(widths), len(space.layers)), dtype=np.bool_)
+        return cheaper(self.fields.joined, space).in_int8(*channels(space, widths))
 
     def covers(self, space: PruningSpace) -> bool:
         """Whether all candidates of `space` lie inside the measured range."""
         if self.fields.roofline:
             return True
         network = self.fields.networks.get(network_signature(space))
+        if self.fields.joined is not None:
+            return all(LatencyTable(each).covers(space) for each in (self.fields.joined.fp32, self.fields.joined.int8))
         if network is None or len(network.layers) != len(space.layers):
             return False
         if space.depth and network.blocks != len(space.blocks):
@@ -272,6 +276,44 @@ class LatencyTable:
         return LatencyTable(self.fields.model_copy(update={"raised": self.fields.raised * factor}))
 
     # ---------------------------------------------------------------- inside
+    def _priced(self, space: PruningSpace) -> tuple[NetworkFields, Surfaces | CheaperOperators]:
+        """Return the network, and its operators' milliseconds as a function of their channels.
+
+        Raises:
+            CompressorError: The table does not cover this network.
+        """
+        if self.fields.joined is None:
+            return self._surfaces(space)
+        network = self.fields.networks.get(network_signature(space))
+        if network is None:
+            raise CompressorError(
+                f"The latency table of {self.device} in mixed precision is of another network.",
+                "Measure it for this one: compress profile",
+            )
+        return network, cheaper(self.fields.joined, space)
+
+    def _surfaces(self, space: PruningSpace) -> tuple[NetworkFields, Surfaces]:
+        """Return the network and its operators in the one precision of the table."""
+        network = self.fields.networks.get(network_signature(space))
+        if network is not None:
+            entries = [self._surface([key]) for key in network.layers]
+        else:
+            network, entries = self._assembled(space)
+        problem = self._uncovered(space, network, entries)
+        if problem:
+            raise CompressorError(
+                f"The latency table of {self.device} does not cover these widths: {problem}.",
+                "Measure it for this space: compress profile",
+            )
+        return network, Surfaces(entries, self.fields.block, network.correction.factors)
+
+    def _in_networks(self, space: PruningSpace) -> Prices:
+        """Return what operators add to a network's time: as under the profiler, scaled to networks without it."""
+        network, surfaces = self._surfaces(space)
+        curve, dense = self.curve(space), np.asarray(space.dense_widths)[None]
+        slope = float(curve(dense)[0] - network.correction.offset_ms) / float(curve.operators(dense).sum())
+        return lambda c_in, c_out: slope * surfaces(c_in, c_out)
+
     def _surface(self, keys: Sequence[str]) -> Surface:
         """Fit the surface to the points of one entry, or of several entries of the same operator."""
         entries = [self.fields.entries[key] for key in keys]
@@ -324,6 +366,17 @@ class LatencyTable:
             if np.gcd(group.granularity, block) % np.gcd(measured, block):
                 return f"{group.name} has steps of {group.granularity}, measured were steps of {measured}"
         return ""
+
+
+def cheaper(joined: JoinedFields, space: PruningSpace) -> CheaperOperators:
+    """Return a network's operators in FP32 or INT8, by the tables of both precisions.
+
+    Raises:
+        CompressorError: The tables do not cover the network.
+    """
+    floats, int8 = (LatencyTable(each)._in_networks(space) for each in (joined.fp32, joined.int8))
+    elements = joined.fp32.batch * Operators(space.layers).in_pixels
+    return CheaperOperators(floats, int8, elements, joined.to_int8_ms, joined.to_float_ms)
 
 
 # ---------------------------------------------------------------- where tables are found

@@ -86,8 +86,10 @@ class Recipe(Part):
     )
     device: str = Field("local", description="local, the name of a latency table, or ssh://user@host.")
     precision: Literal["auto", "fp32", "fp16", "int8", "mixed"] = Field(
-        "auto", description="Precision on the device; auto is fp16, or the device's first precision if it "
-        "does not run fp16, as on a CPU. mixed, on this machine's CPU, is fp32 or int8 for each layer, as measured."
+        "auto",
+        description="Precision on the device; auto is fp16, or the device's first precision if it does not run fp16, "
+        "as on a CPU. mixed, on this machine's CPU, is fp32 or int8 for each layer, whichever is faster for its width; "
+        "the search prices layers so, and shares of latency are those of the dense network in fp32.",
     )
     threads: Positive = Field(
         1, description="Threads inside one operator where the device is this machine's CPU (ONNX Runtime's intra-op)."
@@ -119,6 +121,11 @@ class Recipe(Part):
         "trains nothing: a network with weights is only pruned and compensated.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of all random numbers.")
+    track: Literal["none", "mlflow", "wandb"] = Field(
+        "none",
+        description="Tracker that the run's numbers are sent to as well, through its own client and as its environment "
+        "variables say; TensorBoard's curves are written in any case.",
+    )
     budgets: Budgets = Field(Budgets(), description="Limits of the slim network.")
     pruning: Pruning = Field(Pruning(), description="What may be removed.")
     search: Search = Field(Search(), description="Search for the widths.")

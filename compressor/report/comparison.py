@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from compressor.core.conditions import MEDIAN, UNLOADED
-from compressor.core.manifest import Accuracy, Manifest
+from compressor.core.manifest import Export, Manifest
 from compressor.core.metrics import SCORE
 from compressor.core.tables import Table
 from compressor.report.formats import (
@@ -65,16 +65,23 @@ def closing_table(manifest: Manifest | Mapping[str, Any]) -> Table:
 
 def comparison(manifest: Manifest) -> list[Row]:
     """Return the rows of accuracy, latency, MACs, parameters and file sizes that the manifest knows."""
-    rows = [*_accuracy_rows(manifest.accuracy), *_latency_rows(manifest), *_cost_rows(manifest)]
+    rows = [*_accuracy_rows(manifest), *_latency_rows(manifest), *_cost_rows(manifest)]
     return [row for row in rows if (row.dense, row.slim) != (ABSENT, ABSENT)]
 
 
-def _accuracy_rows(accuracy: Accuracy) -> list[Row]:
+def delivered(manifest: Manifest) -> Export | None:
+    """Return the file in the precision of the run's latency, if that is another one than FP32."""
+    return manifest.exports.get(manifest.latency.precision)
+
+
+def _accuracy_rows(manifest: Manifest) -> list[Row]:
+    accuracy, file = manifest.accuracy, delivered(manifest)
     scored, dense = accuracy.exported_images, accuracy.dense
     fewer = f" on {scored:,.0f} images" if scored is not None and scored != accuracy.images else ""
     metric = accuracy.by
     name = metric.title
     split = f"{name}, {accuracy.split or 'unknown'} split" if metric.name != SCORE else name
+    own = [] if file is None else [(f"{name}, of {file.file}", None, file.accuracy)]
     return [
         Row(label, score(before, metric), score(slim, metric), score_change(_difference(slim, dense), metric))
         for label, before, slim in (
@@ -82,6 +89,7 @@ def _accuracy_rows(accuracy: Accuracy) -> list[Row]:
             (f"{name}, only cut", None, accuracy.pruned),
             (f"{name}, compensated, before training", None, accuracy.compensated),
             (f"{name}, of the exported ONNX{fewer}", None, accuracy.exported),
+            *own,
         )
     ]
 
@@ -128,7 +136,7 @@ def tiles(manifest: Manifest) -> list[Tile]:
     dense, slim = manifest.cost.dense, manifest.cost.slim
     found = [
         _latency_tile(manifest),
-        _accuracy_tile(manifest.accuracy),
+        _accuracy_tile(manifest),
         _tile("MACs", slim.macs, dense.macs, count, "fewer"),
         _tile("ONNX file", slim.onnx_bytes, dense.onnx_bytes, size, "smaller"),
     ]
@@ -176,16 +184,18 @@ def _tile(
     return Tile(label, shown(slim), f"dense {shown(dense)}")
 
 
-def _accuracy_tile(accuracy: Accuracy) -> Tile | None:
-    if accuracy.finetuned is None:
+def _accuracy_tile(manifest: Manifest) -> Tile | None:
+    accuracy, file = manifest.accuracy, delivered(manifest)
+    slim = accuracy.finetuned if file is None or file.accuracy is None else file.accuracy
+    if slim is None:
         return None
-    change, metric = _difference(accuracy.finetuned, accuracy.dense), accuracy.by
+    change, metric = _difference(slim, accuracy.dense), accuracy.by
     before = (
         "dense not known"
         if change is None
         else f"{score_change(change, metric)}, dense {score(accuracy.dense, metric)}"
     )
-    return Tile(metric.title, score(accuracy.finetuned, metric), before)
+    return Tile(metric.title, score(slim, metric), before)
 
 
 def _difference(left: float | None, right: float | None) -> float | None:

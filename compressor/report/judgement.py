@@ -104,9 +104,9 @@ def pruned(manifest: Manifest) -> bool:
 def time_ratio(manifest: Manifest) -> tuple[float, str] | None:
     """Return the slim network's latency over the dense one's, and whether it is "measured" or only "predicted".
 
-    None if it is not known, or if nothing was pruned: any difference is noise then.
+    None if it is not known, or if nothing was changed: any difference is noise then.
     """
-    if not pruned(manifest):
+    if not pruned(manifest) and manifest.latency.precision != "mixed":
         return None
     latency = manifest.latency
     if latency.ratio is not None:  # measured in turns: more stable than the quotient of two medians

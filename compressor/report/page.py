@@ -18,7 +18,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.manifest import MANIFEST, Episode, Manifest, read_episode
 from compressor.core.metrics import PYTHON
-from compressor.core.records import RECIPE
+from compressor.core.records import EPISODES, RECIPE
 from compressor.report import explain, plots, records
 from compressor.report.classes import by_class, shown_pictures
 from compressor.report.comparison import comparison, tiles
@@ -31,7 +31,6 @@ from export.files import read_bytes
 from export.text import plain
 
 REPORT = "report.html"
-EPISODES = Path("search") / "episodes.jsonl"
 MOST_PICTURES = 8
 LARGEST_PICTURE = 60_000
 """Most bytes of a picture that the page embeds."""

@@ -1,8 +1,8 @@
 """The contract: the slim network keeps its latency target when measured on the device, with little of it left unused.
 
-All comparisons use shares of the dense network's time. A share stays the same on a shared machine, while milliseconds
-do not (`latency.paired`). A target in milliseconds is converted to a share of the dense network's quiet level: the
-lowest time that this run and its table have seen.
+All comparisons use shares of the dense network's time, which is in the run's precision; in FP32 if that is mixed. A
+share stays the same on a shared machine, while milliseconds do not (`latency.paired`). A target in milliseconds is
+converted to a share of the dense network's quiet level: the lowest time that this run and its table have seen.
 
 A plan measured well below its target has lost accuracy without need, because the table predicted it too slow. The
 search then continues with the table lowered to the measurement, or to what lies between two measurements on both sides
@@ -140,7 +140,7 @@ class Contract:
     def turns(self, plan: ChannelPlan) -> Turns:
         """Return how long a plan is timed: until its target is decided, or without a target if it prunes nothing."""
         job = self._job
-        target = None if self._dense(self._widths(plan)) else self.searched_share()
+        target = None if self._unchanged(self._widths(plan)) else self.searched_share()
         contract = job.recipe.contract
         return Turns(
             contract.repeats,
@@ -192,7 +192,7 @@ class Contract:
         target, widths = self.target_share(self.quiet_dense_ms(ratio.dense_ms)), self._widths(plan)
         if target is None:
             return ratio
-        if self._dense(widths):  # the same network twice: there is nothing to measure
+        if self._unchanged(widths):  # the same network twice: there is nothing to measure
             return dataclasses.replace(ratio, value=1.0, low=1.0, high=1.0)
         if ratio.verdict(target) == "undecided":
             own = limit_ms(self._job.recipe, self._job.latency_budget) is not None
@@ -370,6 +370,10 @@ class Contract:
 
     def _dense(self, widths: Sequence[int]) -> bool:
         return bool(np.array_equal(widths, self._job.space.dense_row))
+
+    def _unchanged(self, widths: Sequence[int]) -> bool:
+        """Whether a plan is delivered as the network that it is compared with."""
+        return self._dense(widths) and self._job.recipe.precision != "mixed"
 
     def _file(self, number: int) -> Path:
         return self._run.file(KEPT_PLAN.format(round=number))

@@ -34,7 +34,6 @@ def request_of(recipe: Recipe, profile_limit_s: float | None = None, *, renew: b
     return Request(
         model=recipe.model,
         precision=device_precision(recipe),
-        delivered="mixed" if recipe.precision == "mixed" else "",
         opset=recipe.export.opset,
         threads=recipe.threads,
         batch=recipe.batch,
@@ -52,12 +51,7 @@ def latency_table(
 
 
 def device_precision(recipe: Recipe) -> Precision:
-    """Return the precision in which a resolved recipe's networks are timed on its device.
-
-    Mixed precision is chosen for the finished network; until then its plans are priced and timed in INT8.
-    """
-    if recipe.precision == "mixed":
-        return "int8"
+    """Return the precision in which a resolved recipe's networks are timed on its device."""
     return "fp32" if recipe.precision == "auto" else recipe.precision
 
 
@@ -68,12 +62,13 @@ def check_precision(recipe: Recipe) -> None:
         CompressorError: The device is unknown or cannot be used so.
     """
     provider = provider_of(recipe)
-    provider.check(recipe.precision)
     if "mixed" in (recipe.precision, *recipe.export.precisions) and "mixed" not in provider.precisions:
         raise CompressorError(
-            f"Mixed precision is chosen by times that are measured on this machine's CPU, not for {provider.title}.",
+            "Mixed precision is chosen by times that are measured on this machine's CPU through ONNX Runtime; for "
+            f"{provider.title} and for TensorRT it is not built.",
             "Use int8, which keeps sensitive layers in floats.",
         )
+    provider.check(recipe.precision)
     if recipe.budgets.energy is not None and provider.is_here and device_precision(recipe) != "fp32":
         raise CompressorError(
             f"An energy budget counts FP32 networks, and this run is for {recipe.precision}.", "Use --precision fp32."

@@ -17,6 +17,7 @@ from compressor.core.records import RECIPE
 from compressor.latency.explain import Line, Profile, explain, profile_onnx, read_trt_profile
 from compressor.latency.networks import file_nodes
 from compressor.latency.peaks import Machine, calibrate, estimated_machine
+from compressor.latency.provider import delivered_beside
 from compressor.recipe import load_recipe
 from compressor.run.device import device_precision, provider_of, request_of, resolved
 from compressor.run.finish import write_page
@@ -79,11 +80,12 @@ def explain_again(
 
     with closing(open_exported(folder, DENSE)) as run:
         recipe = resolved(load_recipe(run.file(RECIPE)))
+        delivered = _delivered(run, recipe)
         table, provider = stored_table(run), provider_of(recipe)
         if profiles is not None:
             profiled = _profiled_there(run, provider, table, device_precision(recipe), profiles)
         else:
-            profiled = _profiled_here(run, recipe)
+            profiled = _profiled_here(run, recipe, delivered)
         on_cpu = provider.is_here and (table is None or table.fields.runtime.name == CPU)
         own = profiles is not None or (on_cpu and device_precision(recipe) == "fp32")
         predicted, note = _predicted(run, recipe, table, factory) if own else (None, "")
@@ -104,7 +106,7 @@ def explain_again(
             f"Peaks: {explanation.peaks}."
         )
         if not own:
-            yield f"The run is for {recipe.precision}; these are times in FP32." if on_cpu else from_here(provider)
+            yield _in_words(recipe) if on_cpu else from_here(provider)
             if provider.runs_tensorrt and not provider.is_here:
                 yield (
                     "For the device's own times, profile both engines there (trtexec --exportProfile) and add "
@@ -123,11 +125,34 @@ def explain_again(
         yield f"Wrote {page}"
 
 
-def _profiled_here(run: RunFolder, recipe: Recipe) -> Profiled:
+def _delivered(run: RunFolder, recipe: Recipe) -> Path:
+    """Return the slim network's file to profile: in mixed precision where the run is, else in FP32.
+
+    Raises:
+        CompressorError: The file is missing.
+    """
+    path = delivered_beside(run.file(MODEL), "mixed" if recipe.precision == "mixed" else "fp32")
+    if path.is_file():
+        return path
+    raise CompressorError(
+        f"The run has no {path.name}.", f"Write it with: compress export {run.path} --precision mixed"
+    )
+
+
+def _in_words(recipe: Recipe) -> str:
+    """Say in which precision the networks of a run in another one than FP32 were profiled."""
+    if recipe.precision == "mixed":
+        return "The dense network is in FP32, the slim one in mixed precision; peaks of INT8 are not known."
+    return f"The run is for {recipe.precision}; these are times in FP32."
+
+
+def _profiled_here(run: RunFolder, recipe: Recipe, delivered: Path) -> Profiled:
     import onnxruntime
 
     threads, streams = recipe.threads, recipe.streams
-    dense, slim = profile_onnx([run.file(DENSE), run.file(MODEL)], threads=threads, streams=streams)
+    dense, slim = profile_onnx([run.file(DENSE), delivered], threads=threads, streams=streams)
+    if delivered != run.file(MODEL):
+        slim = _numbered_as(slim, delivered, run.file(MODEL))
     where = f"this machine, onnxruntime-cpu {onnxruntime.__version__}, {threads} thread(s){_load(recipe)}"
     machine = calibrate(threads)
     if streams > 1:
@@ -220,6 +245,15 @@ def _numbered_as_dense(slim: Profile, layers: Sequence[Layer]) -> Profile:
     if len(left) == len(layers) or max((kernel.operator for kernel in slim.kernels), default=0) >= len(left):
         return slim
     return replace(slim, kernels=tuple(replace(each, operator=left[each.operator]) for each in slim.kernels))
+
+
+def _numbered_as(slim: Profile, path: Path, fp32: Path) -> Profile:
+    """Return the profile of a file with the operators' numbers in the FP32 file, which may have another order."""
+    numbers, own = (
+        {node.name: node.operator for node in file_nodes(each) if node.operator >= 0} for each in (fp32, path)
+    )
+    order = {place: numbers[name] for name, place in own.items()}
+    return replace(slim, kernels=tuple(replace(each, operator=order[each.operator]) for each in slim.kernels))
 
 
 def _with_times(layers: Sequence[Layer], lines: Sequence[Line]) -> list[Layer]:

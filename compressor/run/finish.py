@@ -101,7 +101,8 @@ def _closing_notes(manifest: Manifest, job: Job, plan: ChannelPlan) -> Iterator[
     if any(verdict_of(budget) == "predicted" for budget in budgets):
         yield not_measured(job.recipe, job.table is not None and job.table.estimated)
     if budgets and not pruned:
-        yield "The dense network already meets every budget: nothing was pruned."
+        how = "" if job.recipe.precision != "mixed" else " in mixed precision"
+        yield f"The dense network already meets every budget{how}: nothing was pruned."
     if pruned and all(budget.name != "latency" for budget in budgets):
         yield from _hardly_faster(manifest)
 

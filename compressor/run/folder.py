@@ -18,7 +18,7 @@ from compressor.core.front import FRONT
 from compressor.core.manifest import MANIFEST, Manifest, Stage
 from compressor.core.processes import stopped
 from compressor.core.progress import say, stage
-from compressor.core.records import RECIPE, Checkpoint, EpisodeLog
+from compressor.core.records import EPISODES, RECIPE, Checkpoint, EpisodeLog
 from export.files import is_temporary_of, remove_temporaries
 
 LOCK = ".lock"
@@ -149,7 +149,7 @@ class RunFolder:
         return Checkpoint(self.path / "checkpoints" / f"{name}.pt")
 
     def episodes(self) -> EpisodeLog:
-        return EpisodeLog(self.path / "search" / "episodes.jsonl")
+        return EpisodeLog(self.path / EPISODES)
 
     def save(self) -> None:
         """Write the manifest."""

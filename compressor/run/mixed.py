@@ -103,7 +103,7 @@ def write_mixed(
 
     def whole(plan: tuple[int, ...]) -> tuple[int, ...]:
         """Return a plan with the parts that the others make INT8."""
-        names = set(enclosed(proto, [name for index in plan for name in parts.parts[index].nodes], ONNXRUNTIME))
+        names = set(enclosed(proto, parts.nodes(plan), ONNXRUNTIME))
         return tuple(index for index in every if names.issuperset(parts.parts[index].nodes))
 
     wanted = list(dict.fromkeys([*map(whole, plans(parts, prices, MOST_PLANS - 1)), every]))
@@ -118,7 +118,7 @@ def write_mixed(
 
     with bar("Measuring plans", len(wanted)) as progress:
         for plan in wanted:
-            nodes = [name for index in plan for name in parts.parts[index].nodes]
+            nodes = parts.nodes(plan)
             write(nodes)
             ratio = measured(source, target, load, Turns(repeats=REPEATS)).ratio if nodes else None
             found.append(
@@ -133,7 +133,7 @@ def write_mixed(
             )
             progress.advance(1, note=f"{found[-1].ratio:.3f} of FP32")
     place, rule = chosen_of(found, before, max_drop)
-    nodes = [name for index in wanted[place] for name in parts.parts[index].nodes]
+    nodes = parts.nodes(wanted[place])
     if rounding != "nearest" and nodes:
         write_quantised(calibrated, header, target, nodes, rounding=rounding)
         less = noise(exact, onnx_outputs(target, judged))

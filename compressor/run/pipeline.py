@@ -37,6 +37,8 @@ from compressor.run.result import RunResult
 from compressor.run.resuming import changed_since, function_values, rewrite, table_of
 from compressor.run.stages import begin, choose, finetune, finetuned_network, search
 from compressor.run.together import gather, leading, processes, send_result
+from compressor.run.trackers import check_tracker
+from compressor.run.tracking import followed
 
 
 def run_recipe(recipe: Recipe, out: str | Path | None = None) -> RunResult:
@@ -58,6 +60,7 @@ def started(recipe: Recipe, out: Path | None, loader: Loader = load) -> RunResul
         return _followed(loader)
     with leading():
         recipe = resolved(recipe).placed(Path.cwd())
+        check_tracker(recipe.track)
         path = out or new_run_path(runs_folder(), recipe.label)
         RunFolder.require_empty(path)
         if recipe.several:
@@ -92,6 +95,7 @@ def continued(folder: Path, overrides: Mapping[str, Any], loader: Loader = load)
     with leading(), RunFolder.open(folder) as run, stopped_in(folder):
         recipe = load_recipe(run.file(RECIPE)).changed(overrides).placed(Path.cwd())
         changed = changed_since(run, recipe)
+        check_tracker(recipe.track)
         if recipe.several:
             return _sent(front.go_on(run, recipe, changed, loader, _all_stages))
         table, values = table_of(run, recipe), function_values(run)
@@ -118,15 +122,23 @@ def _sent(result: RunResult) -> RunResult:
 
 
 def _all_stages(run: RunFolder, job: Job) -> RunResult:
-    """Take the main path; each stage is skipped if it has finished."""
+    """Take the main path of one run, and send its numbers to a tracker if the recipe names one."""
     from compressor.models.names import remember_factory
-    from compressor.pruning.artefact import read_plan
 
     if not job.recipe.from_python:
         remember_factory(job.recipe.model)
     job.dense_file.put(run.file(DENSE))
     if job.recipe.onnx and not run.file(NETWORK).exists():
         write_atomic(run.file(NETWORK), open_onnx(job.recipe.model).content)
+    with followed(run, job.recipe):
+        code = _stages(run, job)
+    return RunResult(run.path, run.manifest.plain(), code, job.builder)
+
+
+def _stages(run: RunFolder, job: Job) -> int:
+    """Take the main path, whose stages are skipped if they have finished, and return the exit code."""
+    from compressor.pruning.artefact import read_plan
+
     contract = Contract(run, job)
     run.stage("begin", partial(begin, run, job))
     while True:
@@ -147,5 +159,4 @@ def _all_stages(run: RunFolder, job: Job) -> RunResult:
         run.stage("measure", partial(measure, run, job, contract, plan))
         if not contract.return_to_search(plan):
             break
-    code = finish(run, job, plan)
-    return RunResult(run.path, run.manifest.plain(), code, job.builder)
+    return finish(run, job, plan)

@@ -53,7 +53,7 @@ def predict(
     photos: Sequence[Path],
     *,
     runtime: str = "onnx",
-    precision: str = "fp32",
+    precision: str | None = None,
     top: int = 3,
     factory: str | None = None,
 ) -> Iterator[tuple[Path, list[Answer]]]:
@@ -63,7 +63,8 @@ def predict(
         folder: Folder of a run that has exported its network.
         photos: Image files.
         runtime: One of `RUNTIMES`.
-        precision: That of the ONNX file or engine, which the run must have.
+        precision: That of the ONNX file or engine, which the run must have; None is fp32, or mixed if the run delivers
+            such a file for ONNX Runtime.
         top: Number of classes of each photograph.
         factory: Function that builds the network if it is the user's own code, for torch.
 
@@ -79,6 +80,9 @@ def predict(
     if missing := next((photo for photo in photos if not photo.is_file()), None):
         raise CompressorError(f"There is no photograph {missing}.")
     recipe = _finished(folder)
+    if precision is None:
+        mixed = recipe.precision == "mixed" and runtime == "onnx" and recipe.task != "detection"
+        precision = "mixed" if mixed else "fp32"
     preprocessing, names = _preprocessing(folder), _names(folder)
     read: Callable[[Sequence[Any], list[str], Path, Preprocessing], Iterator[Answer]]
     if recipe.task == "detection":

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from compressor.core.conditions import UNLOADED
 from compressor.core.errors import CompressorError
 from compressor.recipe import Recipe
@@ -52,6 +54,9 @@ def measure_table(recipe: Recipe, time_limit: str | None = None) -> Iterator[str
     yield f"{recipe.model} at {shape} {'here' if provider.is_here else f'on {recipe.device}'}, {runtime.name}{threads}:"
     of = "" if recipe.conditions == UNLOADED else f" ({recipe.conditions.title})"
     yield f"  dense {table.predict(space):.3f} ms, smallest {table.predict(space, space.smallest()):.3f} ms{of}"
+    if recipe.precision == "mixed":
+        dense, smallest = table.in_int8(space, np.stack([space.dense_row, space.smallest_row])).sum(axis=1)
+        yield f"  in INT8: {dense} of {len(space.layers)} operators of the dense network, {smallest} of the smallest"
     yield from _described(table)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _FREE = (
     "accept_dense",
+    "track",
     "training.learning_rate",
     "training.finetune_learning_rate",
     "search.workers",

@@ -69,6 +69,10 @@ class Parts:
     parts: tuple[Part, ...]
     crossings: tuple[Crossing, ...]
 
+    def nodes(self, plan: Collection[int]) -> list[str]:
+        """Return the nodes that are quantised if these parts compute in INT8."""
+        return [name for index in plan for name in self.parts[index].nodes]
+
 
 @dataclass(frozen=True)
 class Prices:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.latency import assemble, remote_bundle
+from compressor.latency import assemble, joined, remote_bundle
 from compressor.latency import measured as measured_devices
 from compressor.latency.assemble import export_candidate
 from compressor.latency.local import LocalCpu
@@ -133,7 +133,7 @@ def _exported_once(
 def _exports_are_kept() -> Iterator[None]:
     """Most of the time of a table goes into exports, and most tables of these tests have the same sub-networks."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (assemble, measured_devices, remote_bundle):
+        for module in (assemble, joined, measured_devices, remote_bundle):
             patch.setattr(module, "export_candidate", _exported_once)
         yield
 

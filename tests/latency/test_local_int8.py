@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from compressor.core.errors import CompressorError
 from compressor.latency.assemble import export_candidate
 from compressor.latency.backends.cpu import OrtProcess
-from compressor.latency.local import LocalCpu, Quantised
+from compressor.latency.local import Converted, LocalCpu
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
 from compressor.latency.provider import Request, Turns, in_precision_beside
 from compressor.latency.remote_bundle import in_precision
@@ -21,6 +22,8 @@ from compressor.pruning.space import PruningSpace
 from export.convert.calibrated import ONNXRUNTIME
 from export.convert.to_onnx import export_onnx
 from tests.export.nets import SmallNet
+
+TO_INT8 = partial(in_precision, precision="int8", runtime=ONNXRUNTIME)
 
 
 class Seen:
@@ -37,12 +40,12 @@ def kinds_in(content: bytes) -> list[str]:
 
 def test_networks_are_timed_in_int8_and_by_operator(space: PruningSpace, example: Tensor) -> None:
     network, seen = export_candidate(space, space.rank(), example, space.dense_widths), Seen()
-    Quantised(seen).measure(network, 0.1)
+    Converted(seen, TO_INT8).measure(network, 0.1)
     assert (seen.network.owner, seen.network.epilogues) == (network.owner, network.epilogues)
     assert "QuantizeLinear" in kinds_in(seen.network.model)
     assert "QuantizeLinear" not in kinds_in(network.model)
     process = OrtProcess()
-    times = [each.measure(network, 0.1) for each in (process, Quantised(process))]
+    times = [each.measure(network, 0.1) for each in (process, Converted(process, TO_INT8))]
     process.close()
     for each in times:
         assert each.operators_ms.shape[1] == network.operators
@@ -68,11 +71,8 @@ def test_the_delivered_file_is_timed(tmp_path: Path) -> None:
     files = in_precision_beside(dense, slim, Request(precision="int8"), ONNXRUNTIME)
     assert all("QuantizeLinear" in kinds_in(each) for each in files)
     (tmp_path / "model.int8.onnx").write_bytes(b"int8")
-    (tmp_path / "model.mixed.onnx").write_bytes(b"mixed")
     assert in_precision_beside(dense, slim, Request(precision="int8"), ONNXRUNTIME)[1] == b"int8"
-    assert in_precision_beside(dense, slim, Request(precision="int8", delivered="mixed"), ONNXRUNTIME)[1] == b"mixed"
-    for name in ("int8", "mixed"):
-        (tmp_path / f"model.{name}.onnx").unlink()
+    (tmp_path / "model.int8.onnx").unlink()
     timing = LocalCpu().time(dense, slim, Request(precision="int8"), Turns(repeats=1))
     assert timing.ratio.value > 0
     assert timing.slim.runtime == "onnxruntime"
@@ -80,5 +80,5 @@ def test_the_delivered_file_is_timed(tmp_path: Path) -> None:
 
 def test_a_batch_larger_than_the_usual_noise_is_converted(tmp_path: Path) -> None:
     export_onnx(SmallNet(), torch.zeros(6, 3, 16, 16), tmp_path / "model.onnx")
-    found = in_precision((tmp_path / "model.onnx").read_bytes(), "int8", (3, 16, 16), ONNXRUNTIME)
+    found = in_precision((tmp_path / "model.onnx").read_bytes(), "int8", ONNXRUNTIME)
     assert "QuantizeLinear" in kinds_in(found)

@@ -114,9 +114,7 @@ def test_single_networks(
     monkeypatch.setitem(over_ssh.PROTOCOL, "processes", 3)
     ranking = space.rank()
     dense, slim = (
-        remote_bundle.in_precision(
-            remote_bundle.export_candidate(space, ranking, example, widths).model, "fp16", tuple(example.shape[1:])
-        )
+        remote_bundle.in_precision(remote_bundle.export_candidate(space, ranking, example, widths).model, "fp16")
         for widths in (space.dense_widths, space.min_widths)
     )
     found = measured_over_ssh(board.url, dense, slim, None)

@@ -38,7 +38,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def profiled(finished: Path) -> Profiled:
     """Real profiles of the run's networks."""
     with closing(open_exported(finished, DENSE)) as run:
-        return explain._profiled_here(run, load_recipe(run.file("recipe.yaml")))
+        return explain._profiled_here(run, load_recipe(run.file("recipe.yaml")), run.file("model.onnx"))
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,6 @@ from compressor.latency.networks import TAG, Device, NetworkTimes, TaggedNetwork
 from compressor.latency.operators import Floats, Operators, Widths, padded
 from compressor.latency.remote_bundle import in_precision, weighted_nodes
 from compressor.latency.schema import FASTEST_MS, Precision
-from export.convert.onnx_header import parse_header
 from export.device.bundle import Target, write_bundle
 from export.device.here import CPU, PROVIDERS, TRTEXEC, USUAL, Backend, find_trtexec
 from export.device.results import read_results
@@ -79,7 +78,7 @@ class TensorRt:
 
         with tempfile.TemporaryDirectory(prefix="compressor-engine-") as folder:
             path, engine = Path(folder) / "network.onnx", Path(folder) / "network.engine"
-            path.write_bytes(in_precision(network.model, self.precision, _shape(network)))
+            path.write_bytes(in_precision(network.model, self.precision))
             capability = None
             if self.module == RTX and (gpu := find_device()) is not None:
                 capability = gpu.compute_capability
@@ -104,7 +103,7 @@ class Trtexec:
         """Write a bundle with this one network and run it on this machine."""
         with tempfile.TemporaryDirectory(prefix="compressor-trtexec-") as name:
             folder = Path(name) / "bundle"
-            content = in_precision(network.model, self.precision, _shape(network))
+            content = in_precision(network.model, self.precision)
             target = Target("", "GPU", "", 8, 20, True, 0)
             profile = network.operators > 0
             write_bundle(folder, [(_ONE, content)], target=target, profile=profile, streams=self.streams)
@@ -154,7 +153,7 @@ class OrtGpu:
         Raises:
             ExportError: The provider is installed but unusable, so that ONNX Runtime would fall back to the CPU.
         """
-        content = in_precision(network.model, self.precision, _shape(network))
+        content = in_precision(network.model, self.precision)
         providers = (self.provider, "CPUExecutionProvider")
         runners = [OnnxRunner(content, providers=providers) for _ in range(self.streams)]
         active = list(runners[0].session.get_providers())
@@ -191,11 +190,6 @@ def _operators(layers: Sequence[tuple[str, float]], network: TaggedNetwork) -> F
         return np.zeros((0, 0))
     shares = shares_of_layers(layers, network.owner, weighted_nodes(network))
     return shares.operators_ms[None] if shares.trusted else np.zeros((0, network.operators))
-
-
-def _shape(network: TaggedNetwork) -> tuple[int, ...]:
-    header = parse_header(network.model, "the network")
-    return header.shapes[header.inputs[0]][1:]
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ def test_a_gpu_times_what_is_delivered(
     for name in (DENSE, "model.onnx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(network)
-    delivered = remote_bundle.in_precision(network, "fp16", (3, 16, 16))
+    delivered = remote_bundle.in_precision(network, "fp16")
     (tmp_path / "model.fp16.onnx").write_bytes(b"as delivered")
     recipe = parse_recipe({"model": "resnet18", "precision": "fp16", "contract": {"repeats": 1}}, "test")
     data = SimpleNamespace(input_shape=(3, 16, 16))
