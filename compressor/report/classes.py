@@ -56,7 +56,7 @@ def _row(count: ClassCount) -> dict[str, str]:
         "images": f"{count.images:,}",
         "dense": percent(dense, 2),
         "slim": percent(slim, 2),
-        "change": ABSENT if dense is None or slim is None else points(slim - dense),
+        "change": ABSENT if dense is None or slim is None else points(slim - dense).removesuffix(" points"),
     }
 
 

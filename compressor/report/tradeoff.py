@@ -39,7 +39,7 @@ def tradeoff(manifest: Manifest) -> dict[str, Any] | None:
     uniform, others = _candidates(manifest)
     metric = manifest.accuracy.by
     listed = [*networks.items(), *([("uniform", uniform)] if uniform else [])]
-    listed += [("best candidate", others[0])] if others else []
+    listed += [("best tried", others[0])] if others else []
     rows = [
         {"network": name, "latency": milliseconds(at.time), "score": score(at.value, metric), "known": at.known}
         for name, at in listed
@@ -111,7 +111,7 @@ def _chart(manifest: Manifest, networks: dict[str, Place], uniform: Place | None
                 )
         axes.set_xlabel("latency (ms)")
         axes.set_ylabel(f"{metric.name}{' (%)' if metric.share else ''}")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.06 * max(at.time for at in (*networks.values(), *others)) or None)
         axes.grid(axis="x")
         axes.margins(y=0.12)
         figure.legend(loc="outside lower center", ncols=2 if others or uniform else 1)

@@ -81,7 +81,8 @@ def telling(truth: Sequence[int], dense: Sequence[int], slim: Sequence[int], mos
     """Return the places of images that tell how the networks differ, at most `most`.
 
     First come those that only the dense network answers correctly, then those that only the slim one does, then other
-    different answers; the rest have the same answer, spread over the split.
+    different answers, and at last some with the same answer. Both those with different and with the same answers are
+    spread over the split, so that they are not all of its first class.
 
     >>> telling([0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 0, 3], most=3)
     [2, 3, 0]
@@ -91,7 +92,7 @@ def telling(truth: Sequence[int], dense: Sequence[int], slim: Sequence[int], mos
     same = [place for place in range(len(truth)) if dense[place] == slim[place]]
     wanted = max(most - len(changed), most - MOST_CHANGED if most > MOST_CHANGED else 1)
     alike = _spread(same, min(wanted, len(same)))
-    return changed[: most - len(alike)] + alike
+    return _spread(changed, min(most - len(alike), len(changed))) + alike
 
 
 def _spread(places: list[int], number: int) -> list[int]:

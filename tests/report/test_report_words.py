@@ -295,7 +295,7 @@ def test_the_front_of_one_run_compares_like_with_like(manifest: dict[str, Any]) 
         "dense": ("3.00 ms", "98.33%", "test split, measured"),
         "delivered": ("1.45 ms", "98.06%", "test split, measured"),
         "uniform": ("1.43 ms", "91.02%", "search split, predicted"),
-        "best candidate": ("1.45 ms", "95.11%", "search split, predicted"),
+        "best tried": ("1.45 ms", "95.11%", "search split, predicted"),
     }
     chart = (tradeoff(Manifest.tolerant(manifest)) or {})["chart"]
     assert chart.alt == "dense network 98.33% in 3.00 ms; delivered network 98.06% in 1.45 ms."
