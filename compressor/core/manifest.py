@@ -61,6 +61,7 @@ def _possible(value: float, info: ValidationInfo) -> float:
 Number = Annotated[int | float, AfterValidator(_possible)]
 Interval = Annotated[list[Number | None], Field(min_length=2, max_length=2)]
 """Lower and upper end; an upper end of None is unknown."""
+Ends = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
 class Record(BaseModel):
@@ -472,7 +473,8 @@ class LayerPrecision(Record):
 class Export(Record):
     """A file that was exported in another precision, batch or format.
 
-    The fields from `kept_fp32` on are those of FP16 and INT8, the last three those of mixed precision.
+    The fields from `kept_fp32` on are those of FP16 and INT8, the last three those of mixed precision. `trained_ranges`
+    counts the activations whose ranges are those of the training.
     """
 
     file: str = ""
@@ -489,6 +491,7 @@ class Export(Record):
     rest: str = ""
     runtime: str = ""
     rounding: str = ""
+    trained_ranges: int = 0
     rule: str = ""
     plans: list[PrecisionPlan] = []
     layers: list[LayerPrecision] = []
@@ -564,7 +567,10 @@ class Document(Record):
 
 
 class Manifest(Document):
-    """The content of `manifest.json`."""
+    """The content of `manifest.json`.
+
+    `trained_ranges` has the least and the largest input of each layer in a fine-tuning for INT8.
+    """
 
     model_config = ConfigDict(frozen=False)
     essential = ("model", "seed", "budgets", "accuracy", "rounds", "training", "notes")
@@ -597,6 +603,7 @@ class Manifest(Document):
     search: Search | None = None
     compensation: Compensated | None = None
     training: list[Epoch] = []
+    trained_ranges: dict[str, Ends] = {}
     groups: list[Group] = []
     layers: list[Layer] = []
     other_macs: list[OtherMacs] = []

@@ -347,6 +347,11 @@ class Training(Part):
     compile: bool = Field(
         False, description="Whether torch.compile compiles the network for training; its first steps take minutes."
     )
+    quantize: Literal["no", "int8"] = Field(
+        "no",
+        description="int8: fine-tuning computes with weights and inputs rounded as in an INT8 file, which then has the "
+        "ranges of this training in place of calibrated ones. Needs torchao (extra qat), and does not compile.",
+    )
 
     @model_validator(mode="after")
     def _parts_of_two(self) -> Training:
@@ -355,6 +360,12 @@ class Training(Part):
                 f"training.accumulation is {self.accumulation} and training.batch_size {self.batch_size}; each part "
                 "needs two images for batch norm"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Training:
+        if self.compile and self.quantize != "no":
+            raise ValueError(f"training.quantize is {self.quantize}, which training.compile does not compile")
         return self
 
 

@@ -55,6 +55,15 @@ def device_precision(recipe: Recipe) -> Precision:
     return "fp32" if recipe.precision == "auto" else recipe.precision
 
 
+def int8_runtime(recipe: Recipe) -> str:
+    """Return what a recipe's INT8 files are for: ONNX Runtime on this machine's CPU, else TensorRT."""
+    from export.convert.calibrated import ONNXRUNTIME, TENSORRT
+    from export.device.here import CPU
+
+    provider = provider_of(recipe)
+    return ONNXRUNTIME if provider.is_here and provider.runtime == CPU else TENSORRT
+
+
 def check_precision(recipe: Recipe) -> None:
     """Refuse a device that does not run networks in the recipe's precision, before anything is loaded.
 

@@ -11,6 +11,7 @@ from typing import Any
 from compressor.recipe import AgentSettings
 from compressor.run.job import Job
 from compressor.run.stages import search_epochs
+from compressor.training.fake_quantised import FakeQuantised
 from compressor.training.feeds import random_inputs
 from export.convert.trees import outputs_of
 
@@ -34,10 +35,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Steps:
-    """Seconds that the dense network takes: an input forwards, an input of a training step, a candidate's refit."""
+    """Seconds that the dense network takes: an input forwards, an input of a training step, and of one in fine-tuning,
+    a candidate's refit."""
 
     forward_s: float
     train_s: float
+    tune_s: float
     refit_s: float
 
 
@@ -66,7 +69,7 @@ def estimated(job: Job) -> list[Part]:
         parts.append(Part("compensate", steps.refit_s, steps.refit_s * ratio, "the slim network"))
     if left := epochs - in_search:
         teacher = steps.forward_s if recipe.training.distill_weight else 0.0
-        low, high = (left * trained * (part * steps.train_s + teacher) for part in (share, 1.0))
+        low, high = (left * trained * (part * steps.tune_s + teacher) for part in (share, 1.0))
         parts.append(Part("fine-tune", low, high, _epochs(left, trained)))
     scores = 2 * tested * steps.forward_s
     parts.append(Part("score the slim network and its file", share * scores, scores, f"{tested:,} inputs"))
@@ -144,11 +147,14 @@ def measured_steps(job: Job) -> Steps:
     first = _seconds(forward(2), device) / 2
     number = max(2, min(_LARGEST_BATCH, int(_ABOUT_S / max(first, 1e-9))))
     forward_s = _seconds(forward(number), device) / number
-    train_s = 0.0
+    tune_s = train_s = 0.0
     if job.recipe.epochs:
         model.train()
-        train_s = _seconds(train(number), device) / number
-    return Steps(forward_s, train_s, _refit_s(job, inputs(FIT_IMAGES)))
+        tune_s = train_s = _seconds(train(number), device) / number
+        if job.recipe.training.quantize == "int8":
+            FakeQuantised(model, symmetric=True)
+            tune_s = _seconds(train(number), device) / number
+    return Steps(forward_s, train_s, tune_s, _refit_s(job, inputs(FIT_IMAGES)))
 
 
 def _refit_s(job: Job, given: Any) -> float:

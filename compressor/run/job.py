@@ -29,7 +29,7 @@ from compressor.run.device import (
     request_of,
 )
 from compressor.run.load import Loader, load
-from compressor.run.together import check_batch
+from compressor.run.together import check_batch, processes
 from export.convert.trees import tensors_in
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ class Job:
         provider_of(recipe).check_load(request_of(recipe))
         check_workers(recipe.search.workers, recipe.search.brief_iterations)
         _check_epochs(recipe)
+        _check_quantized(recipe)
         _check_unlabelled(recipe)
         agent_class(recipe.agent)  # refuses an unknown one
         meter_of = find_meter(recipe.device, request_of(recipe)) if recipe.budgets.energy else None
@@ -311,6 +312,25 @@ def _check_epochs(recipe: Recipe) -> None:
             f"With 0 epochs nothing is trained, and {recipe.model} has no weights.",
             "Give a state dict with --weights FILE, or --epochs 1 or more.",
         )
+
+
+def _check_quantized(recipe: Recipe) -> None:
+    """Refuse to fine-tune for INT8 where that cannot be."""
+    if recipe.training.quantize == "no":
+        return
+    from compressor.training.fake_quantised import require_torchao
+
+    if recipe.epochs == 0:
+        raise CompressorError(
+            f"training.quantize is {recipe.training.quantize}, and with 0 epochs nothing is trained.",
+            "Give --epochs 1 or more, or leave it out.",
+        )
+    if processes() > 1:
+        raise CompressorError(
+            f"training.quantize is {recipe.training.quantize}, and {processes()} processes train: it takes one.",
+            "Start one process, or leave it out.",
+        )
+    require_torchao()
 
 
 def _check_unlabelled(recipe: Recipe) -> None:

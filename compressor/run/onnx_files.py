@@ -5,7 +5,7 @@ A file in another precision is compared and scored as well before it is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,11 @@ from compressor.core.front import FRONT, Front
 from compressor.core.manifest import Checks, Cost, Engine, Export, Layer, NetworkCost, OtherMacs, Parity
 from compressor.core.progress import bar, say
 from compressor.latency.operators import channels
-from compressor.run.device import opset_of, provider_of, request_of
+from compressor.run.device import int8_runtime, opset_of, provider_of, request_of
 from compressor.run.folder import RunFolder
 from compressor.training.feeds import inputs_in, joined, random_inputs
 from export.convert.calibrated import ONNXRUNTIME, TENSORRT
 from export.convert.trees import tensors_in
-from export.device.here import CPU
 
 if TYPE_CHECKING:
     from torch import nn
@@ -125,7 +124,7 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
     else:
         manifest.engine_note = engine_elsewhere(provider)
     run.save()
-    on_cpu = provider.is_here and provider.runtime == CPU
+    runtime = int8_runtime(recipe)
     for precision in dict.fromkeys([recipe.precision, *recipe.export.precisions]):
         if precision == "fp32":
             continue
@@ -137,8 +136,8 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
             recipe.export.max_drop,
             goals=job.goals,
             rounding=recipe.export.rounding,
-            rest="fp32" if on_cpu else "fp16",
-            runtime=ONNXRUNTIME if on_cpu else TENSORRT,
+            rest="fp32" if runtime == ONNXRUNTIME else "fp16",
+            runtime=runtime,
             engine=provider.is_here,
             timed=request_of(recipe),
         ):
@@ -347,7 +346,8 @@ def write_precision(
         elif precision == "mixed":
             facts = _mixed(given, trial, task, network, seed, max_drop_points, method, rounding, timed)
         else:
-            facts = _int8(given, trial, task, network, seed, max_drop_points, method, rounding, rest, runtime)
+            trained = {name: (low, high) for name, (low, high) in run.manifest.trained_ranges.items()}
+            facts = _int8(given, trial, task, network, seed, max_drop_points, method, rounding, rest, runtime, trained)
         facts["accuracy"], facts["images"] = scored(trial, task, network, goals)
         problem = _lost(task, facts, exact, max_drop_points)
         if problem := problem or _differs(given, trial, task, network, seed, precision, facts):
@@ -409,6 +409,7 @@ def _int8(
     rounding: str,
     rest: str,
     runtime: str,
+    trained: Mapping[str, tuple[float, float]],
 ) -> dict[str, Any]:
     from export.convert.quantize import quantize_within
 
@@ -423,9 +424,11 @@ def _int8(
         rest=rest,
         runtime=runtime,
         rounding=rounding,
+        trained=trained,
     )
     kept, counts = list(within.quant.kept), task.spread(CALIBRATION_IMAGES, seed)
     spread = f", {min(counts.values())} to {max(counts.values())} of each class" if counts else ""
+    by_training = f", {within.quant.trained} ranges of the training, the others" if within.quant.trained else ""
     return {
         "kept_float": kept,
         "calibration": method,
@@ -434,7 +437,8 @@ def _int8(
         "rest": rest,
         "runtime": runtime,
         "rounding": rounding,
-        "words": f"{len(within.quant.quantised)} nodes in INT8, {len(kept)} kept in floats, calibrated on "
+        "trained_ranges": within.quant.trained,
+        "words": f"{len(within.quant.quantised)} nodes in INT8, {len(kept)} kept in floats{by_training}, calibrated on "
         f"{len(calibration)} training images{spread}",
     }
 

@@ -27,6 +27,7 @@ from compressor.run.candidates import recorded, with_choice
 from compressor.run.compensation import network_before_finetuning, own_statistics
 from compressor.run.contract import Contract
 from compressor.run.dense import check_dense, collapsed, lost_in_finetuning, problem
+from compressor.run.device import int8_runtime
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job, reward_weights
 from compressor.run.together import joining, processes
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from compressor.search.environment import PruningEnv
     from compressor.search.evaluate import Evaluator
     from compressor.search.records import SearchResult
+    from compressor.training.fake_quantised import FakeQuantised
     from compressor.training.loop import BriefTraining, Trainer
     from compressor.training.settings import TrainSettings
 
@@ -405,6 +407,7 @@ def _trained(
     state: dict[str, Any] | None,
 ) -> list[dict[str, Any]]:
     """Fine-tune in place, from a checkpoint's state if there is one; returns the record of each epoch."""
+    rounded = _rounded(job, slim) if job.recipe.training.quantize == "int8" else None
     training = trainer(
         job,
         slim,
@@ -427,7 +430,16 @@ def _trained(
             history.append(epoch_record("finetune", training.epoch, stats))
             checkpoint.save({"plan": plan.checksum, "trainer": training.state(), "history": history})
             progress.advance(0, note=f"loss {stats.loss:.3f}")
+    run.manifest.trained_ranges = {} if rounded is None else {name: [*ends] for name, ends in rounded.remove().items()}
     return history
+
+
+def _rounded(job: Job, slim: nn.Module) -> FakeQuantised:
+    """Let a network compute as in the run's INT8 file."""
+    from compressor.training.fake_quantised import FakeQuantised
+    from export.convert.calibrated import FORMS
+
+    return FakeQuantised(slim, symmetric=FORMS[int8_runtime(job.recipe)].symmetric)
 
 
 def finetuned_network(run: RunFolder, job: Job) -> nn.Module:

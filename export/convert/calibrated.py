@@ -20,13 +20,14 @@ import contextlib
 import copy
 import io
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.convert.onnx_header import OnnxHeader
 from export.convert.ort import first_line, ort_errors
+from export.convert.tidy import module_path
 from export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Form:
 
 _KINDS = (*_WEIGHTED, "Add")
 _ACTIVATIONS = ("Relu", "Clip")
+_SAME_VALUES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _PRODUCTS = ("Gemm", "MatMul")  # ONNX Runtime's kernels for them write floats
 FORMS = {
     TENSORRT: Form(
@@ -183,6 +185,36 @@ def enclosed(proto: Any, nodes: Collection[str], runtime: str) -> list[str]:
         chosen |= more
 
 
+def trained_ranges(
+    proto: Any, trained: Mapping[str, tuple[float, float]], *, symmetric: bool
+) -> dict[str, tuple[float, float]]:
+    """Return the ranges of activations by the ranges of modules' inputs.
+
+    Modules that read one activation have seen the same numbers; their widest range counts. What was only reshaped, or
+    the largest of some values, has the range before that too, because the quantiser takes it from there.
+
+    Args:
+        proto: The FP32 network, whose nodes are named after its modules.
+        trained: Qualified name of a module -> least and largest input.
+        symmetric: Whether ranges have zero in the middle.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    able = set(quantisable(proto))
+    made_by = {name: node for node in proto.graph.node for name in node.output}
+    for node in proto.graph.node:
+        low, high = trained.get(module_path(node.name), (0.0, 0.0))
+        if node.name in able and node.op_type in _WEIGHTED and low < high:
+            if symmetric:
+                low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
+            name = node.input[0]
+            while name:
+                before = found.get(name, (low, high))
+                found[name] = min(low, before[0]), max(high, before[1])
+                maker = made_by.get(name)
+                name = maker.input[0] if maker is not None and maker.op_type in _SAME_VALUES else ""
+    return found
+
+
 class Calibrated:
     """A network with calibrated activation ranges, of which any subset of nodes can be quantised.
 
@@ -193,7 +225,10 @@ class Calibrated:
         proto: The FP32 network.
         name: Name of its input.
         inputs: Checked calibration inputs (N, C, H, W).
-        method, percentile, runtime: As in `quantize_onnx`.
+        method, percentile, runtime, trained: As in `quantize_onnx`.
+
+    Attributes:
+        trained: Activations whose ranges are those of a training.
 
     Raises:
         ExportError: there are fewer inputs than the network's batch size, or ONNX Runtime cannot run the network.
@@ -207,9 +242,12 @@ class Calibrated:
         method: str,
         percentile: float = PERCENTILE,
         runtime: str = TENSORRT,
+        trained: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
+        import numpy as np
         import onnx
         from onnxruntime.quantization import CalibrationMethod, create_calibrator
+        from onnxruntime.quantization.calibrate import TensorData
 
         batch = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
         if len(inputs) < batch:
@@ -236,6 +274,11 @@ class Calibrated:
                 self.ranges = calibrator.compute_data()
             except ort_errors() as error:
                 raise ExportError(f"ONNX Runtime cannot calibrate: {first_line(error)}.") from error
+        known = trained_ranges(proto, trained or {}, symmetric=self.form.symmetric)
+        self.trained = tuple(name for name in known if name in self.ranges)
+        for activation in self.trained:
+            low, high = (np.array(value, dtype=np.float32) for value in known[activation])
+            self.ranges[activation] = TensorData(lowest=low, highest=high)
 
     def with_weights(self, proto: Any) -> Calibrated:
         """Return the network with the weights of another one of its structure, and the same ranges."""

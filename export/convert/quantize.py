@@ -6,7 +6,7 @@ a choice of them, or with as few of the sensitive ones in float as an accuracy r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
@@ -48,6 +48,7 @@ class QuantInfo:
         samples: Number of calibration inputs.
         quantised: Nodes that compute in INT8.
         kept: Nodes that could be quantised but stay in float.
+        trained: Number of activations whose ranges are those of a training.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class QuantInfo:
     samples: int
     quantised: tuple[str, ...]
     kept: tuple[str, ...]
+    trained: int = 0
 
 
 def quantize_onnx(
@@ -71,6 +73,7 @@ def quantize_onnx(
     rest: str = "fp32",
     runtime: str = TENSORRT,
     rounding: str = "nearest",
+    trained: Mapping[str, tuple[float, float]] | None = None,
 ) -> QuantInfo:
     """Quantise an FP32 ONNX file to INT8.
 
@@ -88,6 +91,8 @@ def quantize_onnx(
             computes that of "tensorrt" right, but mostly in floats and so without gain.
         rounding: How weights are rounded: each to the "nearest", or for the "outputs" of its layer, which takes about
             a second for each layer of a network of 224 pixels; see `rounding`.
+        trained: Ranges that a training with fake quantisation has found: qualified name of a module -> least and
+            largest input. They take the place of calibrated ones.
 
     Raises:
         ExportError: the file is damaged, not FP32 or has nothing to quantise, the calibration inputs are
@@ -115,7 +120,7 @@ def quantize_onnx(
     chosen = [name for name in able if name in wanted]
     if not chosen:
         raise ExportError(f"{source} has no node left to quantise: all nodes stay in float.")
-    calibrated = Calibrated(proto, header.inputs[0], inputs, method, percentile, runtime)
+    calibrated = Calibrated(proto, header.inputs[0], inputs, method, percentile, runtime, trained)
     return write_quantised(calibrated, header, target, chosen, rest=rest, rounding=rounding)
 
 
@@ -149,6 +154,8 @@ def write_quantised(
         **header.metadata, "precision": "int8", "rest": rest,
         "calibration": {"method": calibrated.method, "samples": len(calibrated.inputs)},
     }  # fmt: skip
+    if calibrated.trained:
+        facts["trained_ranges"] = len(calibrated.trained)
     if calibrated.runtime != TENSORRT:
         facts["runtime"] = calibrated.runtime
     if rounding != "nearest":
@@ -166,6 +173,7 @@ def write_quantised(
         samples=len(calibrated.inputs),
         quantised=tuple(nodes),
         kept=tuple(kept),
+        trained=len(calibrated.trained),
     )
 
 
@@ -197,11 +205,12 @@ def quantize_within(
     rest: str = "fp32",
     runtime: str = TENSORRT,
     rounding: str = "nearest",
+    trained: Mapping[str, tuple[float, float]] | None = None,
 ) -> WithinInfo:
     """Quantise to INT8 with at most `max_drop`, keeping as few of the most sensitive nodes in float as possible.
 
     Args:
-        source, target, calibration, method, percentile, rest, runtime, rounding: As in `quantize_onnx`.
+        source, target, calibration, method, percentile, rest, runtime, rounding, trained: As in `quantize_onnx`.
         score: Returns the accuracy of a file, 0 to 1, such as `accuracy_onnx` on the test split.
         max_drop: Maximum drop of the score against the FP32 file, 0 to 1.
 
@@ -225,6 +234,7 @@ def quantize_within(
                 rest=rest,
                 runtime=runtime,
                 rounding=rounding,
+                trained=trained,
             )
             return info, score(trial)
 
@@ -234,7 +244,7 @@ def quantize_within(
             proto, header = open_fp32(source)
             able, inputs = quantisable(proto), check_calibration(calibration, header)
             fitted, judged = held_out(inputs)
-            calibrated = Calibrated(proto, header.inputs[0], fitted, method, percentile, runtime)
+            calibrated = Calibrated(proto, header.inputs[0], fitted, method, percentile, runtime, trained)
             found = dict(zip(able, sensitivities(calibrated, [[name] for name in able], judged)))
             ranked = sorted(able, key=lambda name: (-found[name], name))
             info, after = _fewest(ranked, attempt, before - max_drop)

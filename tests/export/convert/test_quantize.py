@@ -21,6 +21,7 @@ from export.convert.calibrated import (
     enclosed,
     following,
     quantisable,
+    trained_ranges,
 )
 from export.convert.half import convert_half, int8_region, open_fp32, value_types
 from export.convert.onnx_header import read_header
@@ -187,6 +188,31 @@ def test_onnx_runtime_computes_its_own_form_in_int8(tmp_path: Path, net: Path) -
         quantize_onnx(net, tmp_path / "q.onnx", IMAGES, runtime=ONNXRUNTIME, rest="fp16")
     with pytest.raises(ExportError, match="not for 'snpe'"):
         quantize_onnx(net, tmp_path / "q.onnx", IMAGES, runtime="snpe")
+
+
+@pytest.mark.parametrize(("runtime", "step"), [(TENSORRT, 3 / 127), (ONNXRUNTIME, 4 / 255)])
+def test_ranges_of_a_training_take_the_place_of_calibrated_ones(
+    tmp_path: Path, net: Path, runtime: str, step: float
+) -> None:
+    ranges = {"head": (-1.0, 3.0), "nowhere": (0.0, 1.0), "branch": (2.0, 1.0)}
+    info = quantize_onnx(net, tmp_path / "int8.onnx", IMAGES, runtime=runtime, trained=ranges)
+    assert info.trained == 1
+    assert read_header(info.path).metadata["trained_ranges"] == "1"
+    graph = onnx.load(info.path).graph
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    (head,) = (node for node in graph.node if node.name == "/head/Gemm")
+    assert stored[made_by[head.input[0]].input[1]] == pytest.approx(step)
+
+
+def test_modules_that_read_one_activation_share_the_widest_range(net: Path) -> None:
+    proto = onnx.load(net)
+    (shared,) = {node.input[0] for node in proto.graph.node if node.name == "/depthwise/Conv"}
+    seen = {"depthwise": (0.0, 2.0), "branch": (-1.0, 1.0)}
+    by_name = {node.name: node for node in proto.graph.node}
+    by_name["/branch/Conv"].input[0] = shared
+    assert trained_ranges(proto, seen, symmetric=False) == {shared: (-1.0, 2.0)}
+    assert trained_ranges(proto, seen, symmetric=True) == {shared: (-2.0, 2.0)}
 
 
 def test_what_follows_a_node_in_int8(net: Path) -> None:
