@@ -15,6 +15,14 @@ from compressor.core.versions import cpu_name, versions
 from compressor.report.formats import percent, size
 from export.errors import ExportError
 
+_EXTRAS = (
+    ("timm", "timm", "networks named timm:NAME"),
+    ("ray", "ray", "workers of a cluster"),
+    ("mlflow", "mlflow", "--track mlflow"),
+    ("wandb", "wandb", "--track wandb"),
+    ("hub", "huggingface_hub", "compress push"),
+)
+"""Optional packages: the extra, its module, and what it is for."""
 QUIET_SPREAD = 0.05
 """Spread of times up to which a machine counts as quiet."""
 LITTLE_DISK_BYTES = 5e9
@@ -57,7 +65,7 @@ def _software() -> Iterator[Finding]:
     found, names = versions(), ("compressor", "python", "torch", "torchvision")
     yield Finding("software", "ok", ", ".join(f"{name} {found[name]}" for name in names if name in found))
     yield Finding("CPU", "ok", f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch")
-    for extra, module, what in (("timm", "timm", "networks named timm:NAME"), ("ray", "ray", "workers of a cluster")):
+    for extra, module, what in _EXTRAS:
         if importlib.util.find_spec(module) is None:
             advice = f"For {what}: pip install 'compressor[{extra}]'"
             yield Finding(extra, "missing", "not installed", advice)
