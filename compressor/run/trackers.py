@@ -74,7 +74,8 @@ def check_tracker(name: str) -> None:
     """
     if name == "none":
         return
-    if find_spec(name) is None:
+    found = find_spec(name)
+    if found is None or found.origin is None:  # a folder of results, such as wandb/, is no client
         raise CompressorError(
             f"--track {name} needs the client of {_TITLES[name]}, which is not installed.",
             f"Install it: pip install 'compressor[{name}]'",
