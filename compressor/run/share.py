@@ -1,6 +1,7 @@
 """The files of a finished run that are shared: its network, how it is used, and a model card.
 
-Recipe, manifest, report and engines stay here: they name folders and devices of this machine, or fit no other.
+Everything else stays here, such as recipe, manifest, report, answers and engines: it names folders, devices and
+pictures of this machine, or fits no other.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from compressor.core.files import read_json, read_text, sha256_file
 from compressor.core.front import FRONT
 from compressor.core.manifest import MANIFEST, Manifest
 from compressor.core.records import RECIPE
+from compressor.models.onnx_file import NETWORK
+from compressor.pruning.artefact import CHANNELS, WEIGHTS
 from compressor.report.card import model_card, without_folders
-from compressor.report.records import inside
-from compressor.run.deployable import PREPROCESS
+from compressor.run.deployable import DEPLOYED, PREPROCESS
 from compressor.run.folder import RunFolder
 
 CARD = "README.md"
-_STAYS = (RECIPE, "report.html", "engines/")
+_SHARED = (CHANNELS, WEIGHTS, NETWORK, *DEPLOYED)
+_NETWORKS = re.compile(r"model[\w.-]*\.(onnx|pt2)")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _LARGEST_CARD = 1 << 20
 
@@ -48,11 +51,9 @@ def shared_files(folder: Path, card: Path | None = None) -> dict[str, Path | str
         CompressorError: The run is not finished, or a file has changed since.
     """
     manifest = _finished(folder)
-    paths = {name: folder / name for name in manifest.files if not name.startswith(_STAYS)}
+    paths = {name: folder / name for name in manifest.files if name in _SHARED or _NETWORKS.fullmatch(name)}
     for name, path in paths.items():
-        if not inside(name) or path.is_symlink():
-            raise CompressorError(f"{folder} names {name}, which is not a file in it.", "Remove it from the folder.")
-        if not path.is_file():
+        if not path.is_file() or path.is_symlink():
             raise CompressorError(f"{folder} has no {name}, which the run has written.", "Restore it.")
         if sha256_file(path) != manifest.files[name]:
             raise CompressorError(
