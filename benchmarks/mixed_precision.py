@@ -1,15 +1,19 @@
 """FP32, INT8 and mixed precision on this machine's CPU: accuracy and time, and accuracy at equal time.
 
     python -m benchmarks.mixed_precision --photos PHOTOS --cifar DATA --checkpoints FOLDER
+    python -m benchmarks.mixed_precision --cifar DATA --checkpoints FOLDER --contract 0.35 resnet20
 
 FOLDER has `resnet20*.pt`, `resnet56*.pt` (CIFAR-10, trained on DATA: train/CLASS/*.jpg, test/CLASS/*.jpg) and
 `tf_efficientnet_lite0*.pt` (ImageNet; PHOTOS has one photograph for each class, WNID/*.jpg). Half of the photographs
 calibrate, compensate and judge, the other half is reported; of CIFAR, 500 training images and all test images.
 
-Two comparisons for each network. *As it is*: the network in FP32, with all layers in INT8 (weights rounded to the
-nearest, or for the layers' outputs), and in mixed precision. *At equal time*: each precision prunes all groups by one
-ratio until the network takes a given share of the dense FP32 network's time, and is compensated without training; the
-same images, and no search, for all of them. Times are ratios to the dense FP32 file from bursts in turns.
+Two comparisons for each network, and a third one with `--contract`. *As it is*: the network in FP32, with all layers in
+INT8 (weights rounded to the nearest, or for the layers' outputs), and in mixed precision. *At equal time*: each
+precision prunes all groups by one ratio until the network takes a given share of the dense FP32 network's time, and is
+compensated without training; the same images, and no search, for all of them. *As a contract*: whole runs in each
+precision, with a latency target that is the same share of the dense FP32 network's time (a run in INT8 counts shares of
+the dense INT8 network, and gets that of its time), `--agent knapsack --epochs 0`; accuracies are those of the delivered
+files on the test split. Times are ratios to the dense FP32 file from bursts in turns.
 
 Rows are kept in benchmarks/results/mixed_precision.json, so that a second call goes on; the page is
 docs/results/precision.md.
@@ -30,15 +34,21 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from compressor.core.errors import CompressorError
+from compressor.core.manifest import MANIFEST, Manifest
 from compressor.data.decoded import load_files
 from compressor.data.images import ImageFile
 from compressor.data.preprocessing import Preprocessing
 from compressor.latency.backends.cpu import measured
 from compressor.latency.local import LocalCpu
 from compressor.latency.provider import Request, Turns
+from compressor.latency.remote_bundle import in_precision
 from compressor.models.create import create_model
 from compressor.pruning.space import PruningSpace
+from compressor.recipe import Recipe
 from compressor.run.mixed import write_mixed
+from compressor.run.onnx_files import DENSE
+from compressor.run.pipeline import run_recipe
 from export.convert.calibrated import ONNXRUNTIME
 from export.convert.ort import accuracy_onnx, onnx_outputs
 from export.convert.quantize import noise, quantize_onnx
@@ -57,6 +67,9 @@ CALIBRATION = 256
 """Images that give ranges; compensation has all that fit."""
 STEPS = 6
 """Ratios that are tried until a network takes the wanted time."""
+DELIVERED = {"fp32": "model.onnx", "int8": "model.int8.onnx", "mixed": "model.mixed.onnx"}
+EVALUATIONS = 20
+"""Scored plans of each whole run."""
 Row = dict[str, Any]
 
 
@@ -191,6 +204,43 @@ def at_equal_time(
     return {"kind": kind, "share": share, "kept": low, "macs": macs} | _measured(dense, file, given)
 
 
+def as_contract(name: str, folder: Path, options: argparse.Namespace, share: float, precision: str) -> Row:
+    """Run a network whose latency target is a share of the dense FP32 network's time."""
+    checkpoint = next(iter(sorted(options.checkpoints.glob(f"{name}*.pt"))))
+    target, row = share, {"kind": precision, "share": share}
+    if precision == "int8":
+        dense, int8 = (folder / each for each in ("dense.onnx", "int8.onnx"))
+        model = create_model(NETWORKS[name], 10, checkpoint, (3, 32, 32)).eval()
+        export_onnx(model, torch.zeros(1, 3, 32, 32), dense)
+        int8.write_bytes(in_precision(dense.read_bytes(), "int8", ONNXRUNTIME))
+        target = share / measured(dense, int8, Request(), Turns(repeats=6)).ratio.value
+    recipe = {
+        "model": NETWORKS[name], "weights": str(checkpoint), "data": f"folder:{options.cifar}", "precision": precision,
+        "budgets": {"latency": f"{target:.1%}"}, "agent": "knapsack", "epochs": 0, "export": {"engine": False},
+        "search": {"max_evaluations": EVALUATIONS},
+    }  # fmt: skip
+    try:
+        found = run_recipe(Recipe.model_validate(recipe), out=folder / precision)
+    except CompressorError as error:
+        return row | {"refused": error.message}
+    manifest, file = Manifest.read(found.directory / MANIFEST), found.directory / DELIVERED[precision]
+    entry, accuracy, cost = manifest.exports.get(precision), manifest.accuracy, manifest.cost
+    ratio = measured(found.directory / DENSE, file, Request(), Turns(repeats=8)).ratio
+    return row | {
+        "exit_code": found.exit_code,
+        "kept": float(np.mean([group["kept"] / group["width"] for group in found.manifest["groups"]])),
+        "macs": float(cost.slim.macs or 0) / float(cost.dense.macs or 1),
+        "layers": 0 if entry is None else len(entry.layers),
+        "floats": 0 if entry is None else len(entry.kept_float),
+        "rounds": [each.ratio for each in manifest.rounds],
+        "predicted": [each.predicted_ratio for each in manifest.rounds],
+        "ratio": ratio.value,
+        "interval": [ratio.low, ratio.high],
+        "accuracy": accuracy.exported if entry is None else entry.accuracy,
+        "images": accuracy.exported_images if entry is None else entry.images,
+    }
+
+
 def page(results: Mapping[str, Mapping[str, list[Row]]]) -> str:
     """Return the page with both tables."""
     lines = [
@@ -206,7 +256,7 @@ def page(results: Mapping[str, Mapping[str, list[Row]]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, parts in results.items():
-        for row in parts["as_it_is"]:
+        for row in parts.get("as_it_is", []):
             layers = "none" if row["kind"] == "FP32" else "all"
             layers = f"{row['int8']} of {row['layers']}" if "layers" in row else layers
             lines.append(
@@ -221,12 +271,43 @@ def page(results: Mapping[str, Mapping[str, list[Row]]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, parts in results.items():
-        for row in parts["at_equal_time"]:
+        for row in parts.get("at_equal_time", []):
             lines.append(
                 f"| {name} | {row['share']:.2f} | {row['kind']} | {row['kept']:.0%} | {row['macs']:.0%} | {_time(row)} "
                 f"| {row['accuracy']:.2%} | {row['images']} |"
             )
+    if not any(parts.get("contract") for parts in results.values()):
+        return "\n".join(lines) + "\n"
+    lines += [
+        "",
+        "## As a contract",
+        "",
+        "`python -m benchmarks.mixed_precision --contract SHARE`: whole runs, `--latency SHARE --precision PRECISION",
+        f"--agent knapsack --epochs 0 --set search.max_evaluations={EVALUATIONS}`; targets are shares of the dense",
+        "FP32 network's time. *Rounds* are the plans that were measured during the run, with what the table said in",
+        "brackets, as shares of the dense network's time in FP32 (of INT8: in INT8).",
+        "",
+        "| network | target | precision | channels kept | MACs | layers in INT8 | rounds | time | accuracy | images |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, parts in results.items():
+        for row in parts.get("contract", []):
+            lines.append(f"| {name} | {row['share']:.2f} | {row['kind']} | {_contract_cells(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def _contract_cells(row: Row) -> str:
+    """Return the cells of a run, or why there is none."""
+    if "refused" in row:
+        return f"refused: {row['refused']} | | | | | |"
+    rounds = ", ".join(
+        f"{ratio:.3f} ({predicted:.3f})" for ratio, predicted in zip(row["rounds"], row["predicted"], strict=True)
+    )
+    layers = "none" if row["kind"] == "fp32" else f"all but {row['floats']}" if row["floats"] else "all"
+    if row["layers"]:
+        layers = f"{row['layers'] - row['floats']} of {row['layers']}"
+    cells = (f"{row['kept']:.0%}", f"{row['macs']:.0%}", layers, rounds, _time(row), f"{row['accuracy']:.2%}")
+    return " | ".join([*cells, str(row["images"])])
 
 
 def _time(row: Row) -> str:
@@ -234,34 +315,55 @@ def _time(row: Row) -> str:
     return f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
 
 
+def _both_comparisons(name: str, options: argparse.Namespace) -> dict[str, list[Row]]:
+    given = subject(name, options)
+    with tempfile.TemporaryDirectory(prefix="precision-") as temporary:
+        rows, layers = as_it_is(given, Path(temporary), options.max_drop)
+        found: dict[str, list[Row]] = {"as_it_is": rows, "at_equal_time": []}
+        for kind in KINDS:
+            chosen = layers if kind == "mixed" else None
+            found["at_equal_time"].append(at_equal_time(given, Path(temporary), options.share, kind, chosen))
+            print(name, json.dumps(found["at_equal_time"][-1]), flush=True)
+    return found
+
+
 def main() -> None:
     """Fill up the results and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, help="without it tf_efficientnet_lite0 is left out")
     parser.add_argument("--cifar", type=Path, required=True)
     parser.add_argument("--checkpoints", type=Path, required=True)
     parser.add_argument("--share", type=float, default=0.5, help="of the dense FP32 network's time")
     parser.add_argument("--max-drop", type=float, default=0.01, help="that mixed precision may lose")
     parser.add_argument("--again", action="store_true", help="run networks that have results too")
+    parser.add_argument("--contract", type=float, action="append", default=[], help="target of whole runs, a share")
     parser.add_argument("only", nargs="*", help="names of networks")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in NETWORKS:
-        if (name in results and not options.again) or (options.only and name not in options.only):
-            continue
-        given = subject(name, options)
-        with tempfile.TemporaryDirectory(prefix="precision-") as temporary:
-            rows, layers = as_it_is(given, Path(temporary), options.max_drop)
-            found: dict[str, list[Row]] = {"as_it_is": rows, "at_equal_time": []}
-            for kind in KINDS:
-                chosen = layers if kind == "mixed" else None
-                found["at_equal_time"].append(at_equal_time(given, Path(temporary), options.share, kind, chosen))
-                print(name, json.dumps(found["at_equal_time"][-1]), flush=True)
-        results = {each: (results | {name: found})[each] for each in NETWORKS if each in results | {name: found}}
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        known = results | {name: results.get(name, {}) | found}
+        results.clear()
+        results.update({each: known[each] for each in NETWORKS if each in known})
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         PAGE.write_text(page(results))
+
+    for name in NETWORKS:
+        if (options.only and name not in options.only) or (name.endswith("lite0") and options.photos is None):
+            continue
+        if options.again or "as_it_is" not in results.get(name, {}):
+            keep(name, _both_comparisons(name, options))
+        for share in () if name.endswith("lite0") else options.contract:
+            for precision in reversed(DELIVERED):
+                rows: list[Row] = results[name].get("contract", [])
+                if any((row["share"], row["kind"]) == (share, precision) for row in rows):
+                    continue
+                with tempfile.TemporaryDirectory(prefix="precision-") as temporary:
+                    rows = [as_contract(name, Path(temporary), options, share, precision), *rows]
+                print(name, json.dumps(rows[0]), flush=True)
+                keep(name, {"contract": rows})
     print(page(results))
 
 
