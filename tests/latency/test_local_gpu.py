@@ -218,7 +218,7 @@ def test_the_time_limit_reaches_the_gpu(
 ) -> None:
     asked: list[float] = []
     monkeypatch.setattr(here, "gpu_backend", lambda: BACKEND)
-    monkeypatch.setattr(LocalGpu, "table", lambda self, *rest: asked.append(self._limit_s(rest[-1])))
+    monkeypatch.setattr(LocalGpu, "table", lambda self, *rest: asked.append(self.limit_s(rest[-1])))
     recipe = parse_recipe({"model": "resnet18", "precision": "fp16"}, "test")
     job.latency_table(recipe, space, example, given)
     assert asked == [limit]
