@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,9 +31,9 @@ from compressor.latency.assemble import (
 from compressor.latency.fit import Floats, fit_correction
 from compressor.latency.operators import Operators, Widths, channels, network_signature
 from compressor.latency.precisions import measured_conversions
-from compressor.latency.sampling import anchor_widths, ends_of_depth, random_widths, with_blocks
+from compressor.latency.sampling import anchor_widths, ends_of_depth, mixed_roles, random_widths, with_blocks
 from compressor.latency.schema import JoinedFields, TableFields, possible
-from compressor.latency.stored import cached_table, measuring_alone
+from compressor.latency.stored import Role, cached_table, measuring_alone
 from compressor.latency.table import LatencyTable, cheaper
 
 if TYPE_CHECKING:
@@ -51,8 +51,6 @@ LEAST = 10
 
 ATTEMPTS = 2
 """Measurements of a network where the processor is slowed; the least slowed one counts."""
-
-_Role = Literal["fit", "held"]
 
 
 def joined_table(device: MeasuredDevice, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
@@ -98,8 +96,8 @@ def _measured(
     found = measured_conversions([dense.model, narrow.model], request.threads)
     joined = JoinedFields(fp32=floats, int8=int8, to_int8_ms=found.to_int8, to_float_ms=found.to_float)
     unit = LatencyTable(floats).fitted_dense_ms(space)
-    rows: dict[_Role, list[Widths]] = {"fit": [], "held": []}
-    times: dict[_Role, list[float]] = {"fit": [], "held": []}
+    rows: dict[Role, list[Widths]] = {"fit": [], "held": []}
+    times: dict[Role, list[float]] = {"fit": [], "held": []}
     wanted = _networks(space, request.seed)
     with bar("Measuring mixed precision", len(wanted)) as progress:
         for place, (role, widths) in enumerate(wanted):
@@ -113,7 +111,7 @@ def _measured(
     known, priced = floats.networks[name], cheaper(joined, space)
     operators = Operators.of_keys(known.layers)
 
-    def sums(role: _Role) -> tuple[Floats, Floats]:
+    def sums(role: Role) -> tuple[Floats, Floats]:
         """Return the operators' milliseconds and weight elements of each network."""
         c_in, c_out = channels(space, np.stack(rows[role]))
         return priced(c_in, c_out).sum(axis=1), operators.cost(c_in, c_out).weights.sum(axis=1)
@@ -156,13 +154,10 @@ def _share(dense: Callable[[float], NetworkTimes], mixed: Callable[[float], Netw
     return min(found)[1]
 
 
-def _networks(space: PruningSpace, seed: int) -> list[tuple[_Role, Widths]]:
+def _networks(space: PruningSpace, seed: int) -> list[tuple[Role, Widths]]:
     """Return the sub-networks to measure: the dense one, and the others in random order, both roles evenly mixed."""
     held = with_blocks(space, random_widths(space, HELD_OUT, seed=seed + 2), seed=seed + 2)
     drawn = with_blocks(space, random_widths(space, FITTED, seed=seed + 3), seed=seed + 3)
     others = np.concatenate([*ends_of_depth(space, anchor_widths(space)), drawn])
     others = np.random.default_rng(seed).permutation(others, axis=0)
-    queue: list[tuple[float, _Role, Widths]] = [(0.0, "fit", np.asarray(space.dense_row))]
-    queue += [((place + 0.5) / len(others), "fit", row) for place, row in enumerate(others)]
-    queue += [((place + 0.5) / len(held), "held", row) for place, row in enumerate(held)]
-    return [(role, row) for _, role, row in sorted(queue, key=lambda item: item[0])]
+    return [("fit", np.asarray(space.dense_row)), *mixed_roles(others, held)]

@@ -145,6 +145,18 @@ class TooNoisy(CompressorError):
     """The dense network's time varies too much for a usable table."""
 
 
+def mixed_roles(fitted: Widths, held: Widths) -> list[tuple[Role, Widths]]:
+    """Return networks to fit and to hold out, evenly mixed, so that a time limit shortens both equally.
+
+    Args:
+        fitted, held: Widths of the networks, (N, dimensions) each.
+    """
+    queue: list[tuple[float, Role, Widths]] = []
+    queue += [((place + 0.5) / len(fitted), "fit", row) for place, row in enumerate(fitted)]
+    queue += [((place + 0.5) / len(held), "held", row) for place, row in enumerate(held)]
+    return [(role, row) for _, role, row in sorted(queue, key=lambda item: item[0])]
+
+
 @dataclass
 class Samples:
     """The measured samples.
@@ -287,15 +299,12 @@ class Collector:
 
     # ---------------------------------------------------------------- what is measured next
     def _start_set(self) -> list[tuple[Role, Widths]]:
-        """Return the initial networks with both roles evenly mixed, so that a time limit shortens both equally."""
+        """Return the initial networks, both roles evenly mixed."""
         held = with_blocks(self.space, random_widths(self.space, HELD_OUT, seed=self.seed + 1), seed=self.seed + 1)
         anchors = anchor_widths(self.space)
         grid = with_blocks(self.space, grid_widths(self.space, seed=self.seed), seed=self.seed)
         fitted = np.concatenate([*ends_of_depth(self.space, anchors), grid])
-        queue: list[tuple[float, Role, Widths]] = []
-        queue += [((place + 0.5) / len(fitted), "fit", row) for place, row in enumerate(fitted)]
-        queue += [((place + 0.5) / len(held), "held", row) for place, row in enumerate(held)]
-        return [(role, row) for _, role, row in sorted(queue, key=lambda item: item[0])]
+        return mixed_roles(fitted, held)
 
     def _good_enough(self) -> bool:
         held = list(self.samples.held.values())
