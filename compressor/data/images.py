@@ -103,9 +103,10 @@ def fitted(image: Image, preprocessing: Preprocessing) -> torch.Tensor:
     if (high, wide) != sides or image.size != sides[::-1]:
         scaled = [high, wide]
         if preprocessing.resize != "squash":  # the aspect ratio is kept
-            factor = max(high / image.height, wide / image.width)
-            scaled = [max(high, round(factor * image.height)), max(wide, round(factor * image.width))]
-            scaled = [high] if high == wide else scaled
+            by_height = high * image.width >= wide * image.height
+            side, own = (high, image.height) if by_height else (wide, image.width)
+            whole = int if high == wide else round  # torchvision cuts off, timm rounds where the sides differ
+            scaled = [whole(side * each / own) for each in image.size[::-1]]
         image = center_crop(resize(image, scaled, InterpolationMode(preprocessing.interpolation)), list(sides))
     return pixels(image)
 

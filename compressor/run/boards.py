@@ -29,7 +29,7 @@ from compressor.run.folder import RunFolder
 from compressor.run.job import latency_budget
 from compressor.run.onnx_files import DENSE as DENSE_FILE
 from compressor.run.onnx_files import MODEL
-from export.device.bundle import DENSE, INFER, find_target, folder_of, make_bundle, open_bundle
+from export.device.bundle import DENSE, PROGRAM, find_target, folder_of, make_bundle, open_bundle
 from export.errors import ExportError
 from export.files import read_bytes
 
@@ -170,8 +170,8 @@ def _outputs(path: Path, images: Any) -> Any:
 def _for_use(run: RunFolder) -> dict[str, bytes]:
     """Return the files with which a network is used, as far as the run has them."""
     found = {name: read_bytes(run.file(name), "file") for name in (LABELS, PREPROCESS) if run.file(name).is_file()}
-    if run.file(INFER.name).is_file():  # of a classifier
-        found[INFER.name] = INFER.read_bytes()
+    if run.file(PROGRAM[0].name).is_file():  # of a classifier
+        found |= {path.name: path.read_bytes() for path in PROGRAM}
     return found
 
 

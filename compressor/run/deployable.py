@@ -1,5 +1,5 @@
 """The files with which a run's network is used elsewhere: the names of its classes, how a picture becomes an input, and
-a program that needs neither torch nor this package."""
+a program in two files that needs neither torch nor this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compressor.core.metrics import PYTHON
 from compressor.run.folder import RunFolder
 from compressor.run.onnx_files import MODEL
 from export.convert.ort import open_session
-from export.device.bundle import INFER
+from export.device.bundle import PROGRAM
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 LABELS = "labels.txt"
 PREPROCESS = "preprocess.json"
-INFER_PY = "infer.py"
-DEPLOYED = (LABELS, PREPROCESS, INFER_PY)
-"""The files, by name. A network of a Python program has the second one only, and `INFER_PY` is for classifiers."""
+DEPLOYED = (LABELS, PREPROCESS, *(path.name for path in PROGRAM))
+"""The files, by name. A network of a Python program has the second one only, and `PROGRAM` is for classifiers."""
 
 _ANSWERS = {
     "classification": "a score for each line of labels.txt; the highest one is the answer",
@@ -57,8 +56,9 @@ def write_deployable(run: RunFolder, recipe: Recipe, task: Task) -> None:
     if names:
         write_atomic(run.file(LABELS), "".join(f"{_one_line(name)}\n" for name in names))
     if kind == "classification":
-        with replacing(run.file(INFER_PY)) as temporary:
-            shutil.copyfile(INFER, temporary)
+        for source in PROGRAM:
+            with replacing(run.file(source.name)) as temporary:
+                shutil.copyfile(source, temporary)
 
 
 def _tensor(described: Any) -> dict[str, Any]:

@@ -34,8 +34,8 @@ MANIFEST = "bundle.json"
 KINDS = {"network": "compress export --bundle", "timing": "compress profile --bundle"}
 """Kind -> the command that writes it."""
 
-INFER = Path(__file__).parent / "infer.py"
-"""The program that runs a classifier's file beside it; a run's folder and a bundle have a copy."""
+PROGRAM = tuple(Path(__file__).parent / name for name in ("infer.py", "infer_tensorrt.py"))
+"""The program that runs a classifier's file, and its part for engines; a run's folder and a bundle have copies."""
 
 DENSE = "dense"
 """Beginning of the names of dense networks. The slim network that one is compared with is called alike otherwise."""
@@ -292,7 +292,7 @@ def write_bundle(
         text = timing_readme(folder.name, target.title, len(precisions))
     else:
         dense_names = [name for name in precisions if name.startswith(DENSE)]
-        text = network_readme(folder.name, target.title, precisions, dense_names, INFER.name in (more or {}))
+        text = network_readme(folder.name, target.title, precisions, dense_names, PROGRAM[0].name in (more or {}))
     put("README.txt", text.encode())
     put(MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     write_bytes(folder / CHECKSUMS, "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode())

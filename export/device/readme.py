@@ -93,7 +93,7 @@ def _use(networks: Mapping[str, str], dense: Sequence[str]) -> str:
 6. Use the network. infer.py needs python3 with numpy, Pillow, and the Python module of TensorRT, which JetPack has:
 
      python3 infer.py --model engines/{name}.engine PHOTO.jpg
-     python3 infer.py --model engines/{name}.engine --folder DIR     # the accuracy on DIR/CLASS/*.jpg
+     python3 infer.py --model engines/{name}.engine DIR     # the accuracy on DIR/CLASS/*.jpg
 
    With onnxruntime in place of TensorRT: --model models/{name}.onnx. labels.txt has the classes, and preprocess.json
    says how a photograph becomes an input.

@@ -208,7 +208,8 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
     assert [each["beside"] for each in json.loads(files["bundle.json"])["networks"]] == [
         None, "dense.opset13", None, "dense.fp16.opset13"
     ]  # fmt: skip
-    assert files["infer.py"] == (run / "infer.py").read_bytes()
+    for name in ("infer.py", "infer_tensorrt.py"):
+        assert files[name] == (run / name).read_bytes()
     assert files["labels.txt"] == b"0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n"
     described = json.loads(files["bundle.json"])
     assert {entry["opset"] for entry in described["networks"]} == {13}

@@ -92,7 +92,7 @@ def test_a_run_is_pushed_as_one_private_commit(run: Path, hub: Hub) -> None:
     assert (listed["repository"], listed["commit"], hub.created) == ("me/birds", None, {})
     assert "Pushed" in command("push", run, "me/birds")
     assert hub.created == {"name": "me/birds", "private": True, "exist_ok": True}
-    use = {"infer.py", "labels.txt", "preprocess.json"}
+    use = {"infer.py", "infer_tensorrt.py", "labels.txt", "preprocess.json"}
     names = {"README.md", "channels.json", "model.onnx", "model.safetensors", *use}
     assert set(hub.files) == names == {each["file"] for each in listed["files"]}
     assert {each["file"]: each["size"] for each in listed["files"]} == {
