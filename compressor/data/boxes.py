@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from compressor.core.errors import CompressorError
-from compressor.data.images import decode
 from compressor.data.masks import picture_size
 from compressor.data.preprocessing import Preprocessing, Wanted
-from compressor.data.scenes import bundle_of
+from compressor.data.scenes import SceneFile, bundle_of
 from compressor.data.splits import DataBundle
 from export.files import open_regular
 
@@ -26,26 +25,22 @@ _LAYOUT = (
 
 
 @dataclass(frozen=True)
-class BoxedFile:
+class BoxedFile(SceneFile):
     """A picture on disk with its boxes.
 
     Attributes:
-        image: Path of the picture.
         size: Its (width, height) in pixels.
         boxes: Left, top, right and bottom edge in its pixels, and the number of the class, from 1 on.
     """
 
-    image: str
     size: tuple[int, int]
     boxes: tuple[tuple[float, float, float, float, int], ...]
 
-    def read(self, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-        image = decode(self.image, preprocessing)
-        if image is None:
-            raise CompressorError(f"{self.image} cannot be read.", "Copy it again, or delete its entries.")
-        across, down = image.shape[-1] / self.size[0], image.shape[-2] / self.size[1]
+    def target(self, preprocessing: Preprocessing) -> Tensor:
+        high, wide = preprocessing.sides
+        across, down = wide / self.size[0], high / self.size[1]
         scale = torch.tensor([across, down, across, down, 1.0])
-        return image, torch.tensor(self.boxes, dtype=torch.float32).reshape(-1, 5) * scale
+        return torch.tensor(self.boxes, dtype=torch.float32).reshape(-1, 5) * scale
 
 
 def load_coco(

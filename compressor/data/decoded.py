@@ -1,9 +1,10 @@
 """Decoded images in memory, kept between runs: a resume, or the next run, need not decode the same files again.
 
-The images of a set of files are one safetensors file in the cache. Its name is a digest of all that the pixels follow
-from: the files' names below their common folder, sizes and times of change, the scaling and cropping, and the versions
-of what decodes. So a picture that changes, or another size, is another name. The time of change (`ctime`) belongs to
-it because no program can set it: an unpacked archive or a copy may bring another picture with the old size and date.
+The images of a set of files are one safetensors file in the cache, and so are their masks. Its name is a digest of all
+that the pixels follow from: the files' names below their common folder, sizes and times of change, the scaling and
+cropping, and the versions of what decodes. So a picture that changes, or another size, is another name. The time of
+change (`ctime`) belongs to it because no program can set it: an unpacked archive or a copy may bring another picture
+with the old size and date.
 
 What is read back is compared with its checksum, and decoded again if anything differs. A cache that cannot be written
 costs time and nothing else.
@@ -17,11 +18,11 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,6 +41,9 @@ FREE_BYTES = 10**9
 """Bytes of the disk that are left for other things."""
 _CODECS = ("libjpeg_turbo", "jpg", "jpg_2000", "zlib", "libtiff", "webp")
 _NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
+Tensors = Mapping[str, torch.Tensor]
+Form = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Type and shape of each tensor."""
 
 
 class Decoded(NamedTuple):
@@ -64,9 +68,9 @@ def load_files(
     Raises:
         CompressorError: Too many of a list are unreadable, see `refuse_unreadable`; or one has values of unknown range.
     """
-    paths = sorted({file.path for files in parts for file in files})
-    images, fine = _images(paths, preprocessing, label, workers)
-    rows = {path: row for row, path in enumerate(paths)}
+    images, fine, rows = pictures(
+        [file.path for files in parts for file in files], preprocessing, label, workers
+    )
     found = []
     for files in parts:
         chosen = torch.tensor([rows[file.path] for file in files], dtype=torch.int64)
@@ -75,6 +79,65 @@ def load_files(
         refuse_unreadable(unreadable, len(files))
         found.append(Decoded(images[chosen[good]], labels[good], unreadable))
     return found
+
+
+def pictures(
+    paths: Sequence[str], preprocessing: Preprocessing, label: str, workers: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
+    """Return the images of files, from the cache or decoded, which of them could be read, and the row of each path.
+
+    Args:
+        paths: The files, in any order.
+        preprocessing, label, workers: As in `load_files`.
+
+    Raises:
+        CompressorError: One has values of unknown range.
+    """
+    files = sorted(set(paths))
+    place = _place(files, geometry(preprocessing))
+    form: Form = {
+        "images": (torch.uint8, (len(files), *preprocessing.input_shape)),
+        "fine": (torch.bool, (len(files),)),
+    }
+    if found := _read(place, form):
+        images, fine = found["images"], found["fine"]
+        for row in torch.nonzero(~fine).flatten().tolist():  # it may have been the disk's fault, or the memory's
+            if (image := decode(files[row], preprocessing)) is not None:
+                images[row], fine[row] = image, True
+    else:
+        images, fine = decode_all(files, preprocessing, label, workers)
+        _keep(place, {"images": images, "fine": fine})
+    return images, fine, {path: row for row, path in enumerate(files)}
+
+
+def remembered(
+    paths: Sequence[str], follows_from: Mapping[str, Any], form: Form, compute: Callable[[], Tensors]
+) -> Tensors:
+    """Return tensors that follow from files: from the cache, or computed and kept there.
+
+    Args:
+        paths: The files, sorted.
+        follows_from: What else the tensors follow from, and what they are; plain data.
+        form: Type and shape of each.
+        compute: Computes them.
+    """
+    place = _place(paths, follows_from)
+    found = _read(place, form)
+    if found is None:
+        found = compute()
+        _keep(place, found)
+    return found
+
+
+def geometry(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return the part of a preprocessing that pixels follow from before they are normalized."""
+    return {
+        "sides": preprocessing.sides,
+        "covered": preprocessing.covered,
+        "resize": preprocessing.resize,
+        "interpolation": preprocessing.interpolation,
+        "channels": preprocessing.channels,
+    }
 
 
 def kept() -> dict[Path, int]:
@@ -93,35 +156,14 @@ def decoded_folder() -> Path:
     return cache_folder() / "decoded"
 
 
-def _images(
-    paths: Sequence[str], preprocessing: Preprocessing, label: str, workers: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the images of sorted paths and which could be read, from the cache or decoded; see `decode_all`."""
-    place = decoded_folder() / f"{_fingerprint(paths, preprocessing)}.safetensors"
-    found = _read(place, (len(paths), *preprocessing.input_shape))
-    if found is None:
-        images, fine = decode_all(paths, preprocessing, label, workers)
-        _keep(place, images, fine)
-        return images, fine
-    images, fine = found
-    for row in torch.nonzero(~fine).flatten().tolist():  # it may have been the disk's fault, or the memory's
-        if (image := decode(paths[row], preprocessing)) is not None:
-            images[row], fine[row] = image, True
-    return images, fine
-
-
-def _fingerprint(paths: Sequence[str], preprocessing: Preprocessing) -> str:
-    """Return a digest of all that the pixels of sorted paths follow from."""
+def _place(paths: Sequence[str], follows_from: Mapping[str, Any]) -> Path:
+    """Return the file of what follows from sorted paths; its name is a digest of all of it."""
     import PIL
     from PIL import features
 
     heading = {
-        "sides": preprocessing.sides,
-        "covered": preprocessing.covered,
-        "resize": preprocessing.resize,
-        "interpolation": preprocessing.interpolation,
-        "channels": preprocessing.channels,
-        "code": sha256_file(Path(decoding.__file__)),
+        **follows_from,
+        "decoding": sha256_file(Path(decoding.__file__)),
         "pillow": PIL.__version__,
         "torchvision": version("torchvision"),
         **{name: features.version(name) for name in _CODECS},
@@ -135,44 +177,45 @@ def _fingerprint(paths: Sequence[str], preprocessing: Preprocessing) -> str:
         except OSError:
             known = "missing"
         digest.update(b"%s\0%s\n" % (os.fsencode(path[common:]), known.encode()))
-    return digest.hexdigest()[:32]
+    return decoded_folder() / f"{digest.hexdigest()[:32]}.safetensors"
 
 
-def _read(place: Path, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return memory-mapped images and which could be read; None if there are none, or others than were written."""
+def _read(place: Path, form: Form) -> Tensors | None:
+    """Return memory-mapped tensors of this form; None if there are none, or others than were written."""
     from safetensors import SafetensorError, safe_open
 
     try:
         open_regular(place).close()  # a FIFO would block
         with safe_open(place, framework="pt") as file:
             known, names = file.metadata() or {}, set(file.keys())
-            if names != {"images", "fine"} or known.get("key") != place.stem:
+            if names != set(form) or known.get("key") != place.stem:
                 return None
-            images, fine = (file.get_tensor(name) for name in ("images", "fine"))
+            found = {name: file.get_tensor(name) for name in form}
     except (OSError, SafetensorError):
         return None
-    kinds = images.dtype == torch.uint8 and fine.dtype == torch.bool
-    if not kinds or images.shape != shape or fine.shape != shape[:1] or known.get("sha256") != _checksum(images, fine):
+    if any((found[name].dtype, tuple(found[name].shape)) != form[name] for name in form):
+        return None
+    if known.get("sha256") != _checksum(found):
         return None
     with suppress(OSError):  # of a cache that cannot be written
         os.utime(place)
-    return images, fine
+    return found
 
 
-def _keep(place: Path, images: torch.Tensor, fine: torch.Tensor) -> None:
-    """Write images into the cache, if there is room for them."""
+def _keep(place: Path, tensors: Tensors) -> None:
+    """Write tensors into the cache, if there is room for them."""
     from filelock import FileLock, Timeout
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    facts = {"key": place.stem, "sha256": _checksum(images, fine)}
+    facts = {"key": place.stem, "sha256": _checksum(tensors)}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(place.parent / "writing.lock", timeout=0):
             remove_temporaries(place.parent)
-            _make_room(place, images.nbytes)
+            _make_room(place, sum(tensor.nbytes for tensor in tensors.values()))
             with replacing(place) as temporary:
-                save_file({"images": images, "fine": fine}, temporary, metadata=facts)
+                save_file(dict(tensors), temporary, metadata=facts)
     except Timeout:  # another process is writing, most likely the same
         return
     except (OSError, NotImplementedError, SafetensorError, CompressorError) as error:
@@ -196,8 +239,9 @@ def _make_room(place: Path, wanted_bytes: int) -> None:
         raise CompressorError(f"they would leave less than {FREE_BYTES / 1e9:g} GB of the disk at {place.parent}")
 
 
-def _checksum(images: torch.Tensor, fine: torch.Tensor) -> str:
-    """Return the SHA-256 of images and of which could be read."""
-    digest = hashlib.sha256(images.reshape(-1).numpy().data)
-    digest.update(fine.numpy().data)
+def _checksum(tensors: Tensors) -> str:
+    """Return the SHA-256 of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].reshape(-1).numpy().data)
     return digest.hexdigest()

@@ -146,11 +146,21 @@ def upright(image: Image) -> Image:
         2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
         6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
     }  # fmt: skip
-    try:
-        method = methods.get(image.getexif().get(_ORIENTATION, 1))
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
-        return image  # damaged metadata beside an intact image
+    method = methods.get(_orientation(image))
     return image if method is None else image.transpose(method)
+
+
+def turned(image: Image) -> bool:
+    """Return whether the orientation tag exchanges width and height."""
+    return _orientation(image) in (5, 6, 7, 8)
+
+
+def _orientation(image: Image) -> int:
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+        return found if isinstance(found, int) else 1
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return 1  # damaged metadata beside an intact image
 
 
 def _opaque(image: Image) -> Image:

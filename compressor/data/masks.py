@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image as pillow
 from torch import Tensor
 
 from compressor.core import progress
 from compressor.core.errors import CompressorError
+from compressor.core.files import sha256_file
+from compressor.data.decoded import Tensors, geometry, remembered
 from compressor.data.folder import SUFFIXES
-from compressor.data.images import decode, fitted, upright
+from compressor.data.images import fitted, turned
 from compressor.data.preprocessing import Preprocessing, Wanted
-from compressor.data.scenes import IGNORED, bundle_of
+from compressor.data.scenes import IGNORED, SceneFile, bundle_of
 from compressor.data.splits import DataBundle
 from export.files import open_regular
 
@@ -31,23 +34,27 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class MaskedFile:
+class MaskedFile(SceneFile):
     """A picture and its mask on disk."""
 
-    image: str
     mask: str
 
-    def read(self, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-        image = decode(self.image, preprocessing)
-        if image is None:
-            raise CompressorError(
-                f"{self.image} cannot be read.", "Copy it again, or delete it and its mask."
-            )
+    def target(self, preprocessing: Preprocessing) -> Tensor:
         classes = pillow.fromarray(read_mask(self.mask))
-        return image, fitted(classes, replace(preprocessing, interpolation="nearest"))[0]
+        return fitted(classes, replace(preprocessing, interpolation="nearest"))[0]
 
-    def checked(self) -> set[int]:
-        """Return the classes in the mask.
+    @classmethod
+    def targets(cls, files: Sequence[MaskedFile], preprocessing: Preprocessing) -> Sequence[Tensor]:
+        by_mask = sorted(files, key=lambda file: file.mask)
+        found = _of_each(
+            "masks", by_mask, [file.mask for file in by_mask], "Reading masks",
+            lambda file: file.target(preprocessing), preprocessing.sides, torch.uint8, geometry(preprocessing),
+        )  # fmt: skip
+        rows = {file.mask: row for row, file in enumerate(by_mask)}
+        return [found[rows[file.mask]] for file in files]
+
+    def checked(self) -> Tensor:
+        """Return which classes are in the mask, bool (256,), without `IGNORED`.
 
         Raises:
             CompressorError: It cannot be read, or has another size than its picture.
@@ -58,7 +65,9 @@ class MaskedFile:
                 f"{self.mask} has {classes.shape[1]}x{classes.shape[0]} pixels, its picture {size[0]}x{size[1]}.",
                 "A mask needs the size of its picture: a class for every pixel.",
             )
-        return set(np.unique(classes).tolist()) - {IGNORED}
+        present = torch.from_numpy(np.bincount(classes.reshape(-1), minlength=256) > 0)
+        present[IGNORED] = False
+        return present
 
 
 def load_masks(
@@ -137,9 +146,8 @@ def picture_size(path: str) -> tuple[int, int]:
     """Return (width, height) of a picture as a viewer shows it."""
     try:
         with open_regular(path) as file, pillow.open(file) as image:
-            small = pillow.new("L", image.size)
-            small.getexif().update(image.getexif())
-            return upright(small).size
+            wide, high = image.size
+            return (high, wide) if turned(image) else (wide, high)
     except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
         raise CompressorError(
             f"{path} cannot be read: {error}.", "Copy it again, or delete it and its mask."
@@ -181,14 +189,46 @@ def _some(names: list[str]) -> str:
 
 
 def _highest(files: list[MaskedFile]) -> tuple[int, str]:
-    """Return the highest class in all masks, and the first mask that has it."""
-    found: Mapping[int, str] = {}
-    with progress.bar("Checking masks", total=len(files)) as bar, ThreadPoolExecutor(4) as pool:
-        for file, classes in zip(files, pool.map(MaskedFile.checked, files), strict=True):
-            found = {**dict.fromkeys(classes, file.mask), **found}
-            bar.advance(1)
-    highest = max(found, default=0)
-    return highest, found.get(highest, "")
+    """Return the highest class in all masks, and a mask that has it."""
+    by_mask = sorted(files, key=lambda file: file.mask)
+    paths = sorted([file.mask for file in files] + [file.image for file in files])
+    found = _of_each("classes", by_mask, paths, "Checking masks", MaskedFile.checked, (256,), torch.bool, {})
+    row, highest = max(found.nonzero().tolist(), key=lambda pair: pair[1], default=(0, 0))
+    return highest, by_mask[row].mask
+
+
+def _of_each(
+    name: str,
+    files: Sequence[MaskedFile],
+    paths: Sequence[str],
+    label: str,
+    compute: Callable[[MaskedFile], Tensor],
+    shape: tuple[int, ...],
+    kind: torch.dtype,
+    follows_from: Mapping[str, Any],
+) -> Tensor:
+    """Return a tensor of each file, as rows; they are kept between runs.
+
+    Args:
+        name: What they are.
+        files: The files, sorted by their masks.
+        paths: What is read, sorted.
+        label: Name of the progress bar.
+        compute: Computes the tensor of a file.
+        shape, kind: Form of one.
+        follows_from: What they follow from beside the files.
+    """
+
+    def all_of_them() -> Tensors:
+        rows = torch.empty(len(files), *shape, dtype=kind)
+        with progress.bar(label, total=len(files)) as bar, ThreadPoolExecutor(4) as pool:
+            for row, found in enumerate(pool.map(compute, files)):
+                rows[row] = found
+                bar.advance(1)
+        return {name: rows}
+
+    known = {**follows_from, "of": name, "code": sha256_file(Path(__file__))}
+    return remembered(paths, known, {name: (kind, (len(files), *shape))}, all_of_them)[name]
 
 
 def _names(path: Path) -> tuple[str, ...] | None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from compressor.core import progress
 from compressor.core.errors import CompressorError
+from compressor.data.decoded import pictures
+from compressor.data.images import decode
 from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.data.reader import Key, Reader, keys_of
 from compressor.data.splits import MEMORY_LIMIT, DataBundle, Split, hold_out
@@ -40,6 +40,32 @@ class Scene(Protocol):
         Raises:
             CompressorError: A file cannot be read, or the target does not fit the picture.
         """
+
+
+@dataclass(frozen=True)
+class SceneFile:
+    """A picture on disk; a subclass has its target."""
+
+    image: str
+
+    def read(self, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+        image = decode(self.image, preprocessing)
+        if image is None:
+            raise self.unreadable()
+        return image, self.target(preprocessing)
+
+    def target(self, preprocessing: Preprocessing) -> Tensor:
+        """Return the target of the picture as an input."""
+        raise NotImplementedError
+
+    @classmethod
+    def targets(cls, files: Sequence[Any], preprocessing: Preprocessing) -> Sequence[Tensor]:
+        """Return the targets of many files."""
+        return [file.target(preprocessing) for file in files]
+
+    def unreadable(self) -> CompressorError:
+        """Return the error that the picture cannot be read."""
+        return CompressorError(f"{self.image} cannot be read.", "Copy it again, or delete it and its mask or boxes.")
 
 
 @dataclass(frozen=True)
@@ -85,7 +111,7 @@ class SceneSplit(Split):
     def in_memory(self) -> SceneSplit:
         if len(self) * _bytes(self.preprocessing) > MEMORY_LIMIT:
             return self
-        return SceneSplit(_read(self.scenes, self.preprocessing), self.preprocessing, self.augment)
+        return SceneSplit(_read(self.scenes, self.preprocessing, None), self.preprocessing, self.augment)
 
     def chosen(self, indices: Tensor) -> SceneSplit:
         scenes = [self.scenes[index] for index in indices.tolist()]
@@ -216,7 +242,8 @@ def bundle_of(
     preprocessing = wanted.at(size)
     stays, held = hold_out([0] * len(train), search_share, search_limit, seed)
     if fits := decode_files and (len(train) + len(test)) * _bytes(preprocessing) <= MEMORY_LIMIT:
-        train, test = _read(train, preprocessing), _read(test, preprocessing)
+        read = _read([*train, *test], preprocessing, workers)
+        train, test = read[: len(train)], read[len(train) :]
     processes = 0 if fits else min(8, os.cpu_count() or 1) if workers is None else workers
     kept, scored = ([train[index] for index in part.tolist()] for part in (stays, held))
     return DataBundle(
@@ -235,13 +262,12 @@ def _bytes(preprocessing: Preprocessing) -> int:
     return (channels + 1) * height * width
 
 
-def _read(scenes: Sequence[Scene], preprocessing: Preprocessing) -> list[Scene]:
-    """Return scenes in memory; their files are read by a few threads."""
-    if all(isinstance(scene, Drawn) for scene in scenes):
+def _read(scenes: Sequence[Any], preprocessing: Preprocessing, workers: int | None) -> list[Scene]:
+    """Return scenes in memory; those of files are decoded, or come from the cache."""
+    if isinstance(scenes[0], Drawn):
         return list(scenes)
-    with progress.bar("Reading pictures", total=len(scenes)) as bar, ThreadPoolExecutor(4) as pool:
-        found: list[Scene] = []
-        for pair in pool.map(lambda scene: scene.read(preprocessing), scenes):
-            found.append(Drawn(*pair))
-            bar.advance(1)
-    return found
+    images, fine, rows = pictures([scene.image for scene in scenes], preprocessing, "Reading pictures", workers)
+    if lost := next((scene for scene in scenes if not fine[rows[scene.image]]), None):
+        raise lost.unreadable()
+    targets = type(scenes[0]).targets(scenes, preprocessing)
+    return [Drawn(images[rows[scene.image]], target) for scene, target in zip(scenes, targets, strict=True)]

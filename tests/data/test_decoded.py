@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from compressor.core.errors import CompressorError
 from compressor.data import Preprocessing, decoded
 from compressor.data.images import ImageFile, decode, decode_all
+from compressor.data.masks import read_mask
+from tests.data.test_boxes import coco as write_coco
 from tests.data.test_image_folders import write_image
+from tests.data.test_scenes import masks as write_masks
 
 SMALL = Preprocessing(16, crop_share=1.0)
 
@@ -146,17 +153,13 @@ def _say_that_it_is_whole(path: Path) -> None:
 
 
 def _other_shape(path: Path) -> None:
-    images, fine = torch.zeros(12, 3, 8, 8, dtype=torch.uint8), torch.ones(12, dtype=torch.bool)
-    save_file(
-        {"images": images, "fine": fine}, path, metadata={"key": path.stem, "sha256": decoded._checksum(images, fine)}
-    )
+    found = {"images": torch.zeros(12, 3, 8, 8, dtype=torch.uint8), "fine": torch.ones(12, dtype=torch.bool)}
+    save_file(found, path, metadata={"key": path.stem, "sha256": decoded._checksum(found)})
 
 
 def _of_another(path: Path) -> None:
-    images, fine = torch.zeros(12, 3, 16, 16, dtype=torch.uint8), torch.ones(12, dtype=torch.bool)
-    save_file(
-        {"images": images, "fine": fine}, path, metadata={"key": "0" * 32, "sha256": decoded._checksum(images, fine)}
-    )
+    found = {"images": torch.zeros(12, 3, 16, 16, dtype=torch.uint8), "fine": torch.ones(12, dtype=torch.bool)}
+    save_file(found, path, metadata={"key": "0" * 32, "sha256": decoded._checksum(found)})
 
 
 def _fifo(path: Path) -> None:
@@ -289,3 +292,83 @@ def test_a_data_set_is_read_from_the_cache(cache: Path, cifar_jpegs: Path, calls
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
     assert not torch.equal(found[2].search.labels, torch.zeros(40))
+
+
+def scenes(spec: str, folder: Path, task: str) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The pictures and targets of each split."""
+    from compressor.data import load_data
+    from compressor.data.preprocessing import Wanted
+    from compressor.data.scenes import SceneSplit
+
+    data = load_data(f"{spec}:{folder}", seed=0, wanted=Wanted(image_size=16, crop_share=1.0), task=task)
+    found = {}
+    for part in ("train", "search", "test"):
+        split = getattr(data, part)
+        assert isinstance(split, SceneSplit)
+        found[part] = [scene.read(split.preprocessing) for scene in split.scenes]
+    return found
+
+
+def same(one: object, other: object) -> bool:
+    return all(
+        torch.equal(left, right)
+        for part in ("train", "search", "test")
+        for pair, match in zip(one[part], other[part], strict=True)  # type: ignore[index]
+        for left, right in zip(pair, match, strict=True)
+    )
+
+
+def test_masks_are_read_once(
+    cache: Path, calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressor.data import masks as module
+
+    read: list[str] = []
+
+    def counted(path: str) -> npt.NDArray[np.uint8]:
+        read.append(Path(path).name)
+        return read_mask(path)
+
+    monkeypatch.setattr(module, "read_mask", counted)
+    folder = write_masks(tmp_path / "photos")
+    first = scenes("masks", folder, "segmentation")
+    assert (calls, len(read)) == ([5], 10)  # for their classes, and scaled
+    assert same(scenes("masks", folder, "segmentation"), first)
+    assert (calls, len(read)) == ([5], 10)
+    shutil.rmtree(cache)
+    assert same(scenes("masks", folder, "segmentation"), first)
+    assert (calls, len(read)) == ([5, 5], 20)
+    path = folder / "test/masks/0.png"
+    before = path.stat()
+    Image.fromarray(np.zeros((20, 30), dtype=np.uint8)).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert scenes("masks", folder, "segmentation")["test"][0][1].tolist() == [[0] * 16] * 16
+    assert (calls, len(read)) == ([5, 5], 30)  # the pictures are the same
+    (folder / "classes.txt").write_text("one\n")
+    with pytest.raises(CompressorError, match=r"\d\.png holds the class 1, but \S+classes\.txt names 1: 0 to 0"):
+        scenes("masks", folder, "segmentation")
+    Image.fromarray(np.zeros((9, 9), dtype=np.uint8)).save(path)
+    for _ in range(2):  # a refusal is not kept
+        with pytest.raises(CompressorError, match=r"0\.png has 9x9 pixels, its picture 30x20"):
+            scenes("masks", folder, "segmentation")
+
+
+@pytest.mark.usefixtures("cache")
+def test_pictures_with_boxes_are_decoded_once(calls: list[int], tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    folder = write_coco(tmp_path / "photos", {})
+    first = scenes("coco", folder, "detection")
+    assert same(scenes("coco", folder, "detection"), first)
+    assert len(calls) == 1
+    annotations = folder / "annotations/instances_val2017.json"
+    assert len(first["test"][0][1]) == 1
+    content = json.loads(annotations.read_text())
+    content["annotations"] = []
+    annotations.write_text(json.dumps(content))
+    assert len(scenes("coco", folder, "detection")["test"][0][1]) == 0  # boxes are no pixels
+    assert len(calls) == 1
+    picture = next((folder / "val2017").iterdir())
+    picture.write_bytes(picture.read_bytes()[:-200])  # the header is whole
+    for _ in range(2):
+        with pytest.raises(CompressorError, match=f"{picture} cannot be read"):
+            scenes("coco", folder, "detection")
