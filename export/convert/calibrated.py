@@ -4,6 +4,8 @@ ONNX Runtime calibrates and inserts the pairs. Runtimes want them in different p
 
 - TensorRT 8.5 to 11: symmetric int8 with zero point 0, because nothing else is accepted. Pairs stand on the inputs of
   convolutions, matrix products and residual sums only, and none on outputs, so that activation functions are fused.
+  One that is left out reads the value before its pair, even if others read it in INT8: between a dequantised input
+  and float weights it would be slower than in FP16.
   Without pairs on the sums, INT8 can be slower than FP16. Biases are floats, because TensorRT refuses int32 biases
   after a DQ, and scales FP32, because 8.6 misreads FP16 scales.
 - ONNX Runtime's CPU kernels: a kernel computes in INT8 only between pairs on all inputs and on the output. Activations
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.convert.half import FUSED
 from export.convert.onnx_header import OnnxHeader
 from export.convert.ort import first_line, ort_errors
 from export.convert.tidy import module_path
@@ -53,12 +56,14 @@ class Form:
 
     Attributes:
         symmetric: Whether activations are int8 with zero point 0; else uint8 with a zero point.
-        followers: Kinds of nodes that compute in INT8 if the node before them does.
+        followers: Kinds of nodes that get pairs, and compute in INT8, if the node before them does.
+        fused: Kinds of nodes without pairs that are computed in the kernel of the node before them.
         options: Options of ONNX Runtime's quantiser.
     """
 
     symmetric: bool
     followers: tuple[str, ...]
+    fused: tuple[str, ...]
     options: dict[str, Any]
 
 
@@ -70,6 +75,7 @@ FORMS = {
     TENSORRT: Form(
         symmetric=True,
         followers=(),
+        fused=FUSED,
         options={"QuantizeBias": False, "OpTypesToExcludeOutputQuantization": list(_KINDS)},
     ),
     ONNXRUNTIME: Form(
@@ -77,6 +83,7 @@ FORMS = {
         followers=(
             *_ACTIVATIONS, "MaxPool", "AveragePool", "GlobalAveragePool", "Flatten", "Reshape", "Slice", "Pad",
         ),
+        fused=(),
         options={"QuantizeBias": True, "OpTypesToExcludeOutputQuantization": list(_PRODUCTS)},
     ),
 }  # fmt: skip
@@ -128,13 +135,13 @@ def check_calibration(calibration: Any, header: OnnxHeader) -> npt.NDArray[np.fl
 
 
 def following(proto: Any, nodes: Collection[str], kinds: Collection[str]) -> list[str]:
-    """Names of the nodes of these kinds whose only activation comes from `nodes`, or from another such node."""
+    """Names of the nodes of these kinds whose activations come from `nodes`, or from other such nodes."""
     stored = {tensor.name for tensor in proto.graph.initializer}
     made: set[str] = set()
     found = []
     for node in proto.graph.node:
-        values = [name for name in node.input if name and name not in stored]
-        follows = node.op_type in kinds and len(values) == 1 and values[0] in made
+        values = {name for name in node.input if name and name not in stored}
+        follows = node.op_type in kinds and bool(values) and values <= made
         if follows:
             found.append(node.name)
         if follows or node.name in nodes:
@@ -324,8 +331,20 @@ class Calibrated:
         except ort_errors() as error:
             raise ExportError(f"ONNX Runtime cannot quantise the network: {first_line(error)}.") from error
         made = quantiser.model.model
+        if form.symmetric:
+            _unpaired(made.graph, set(quantisable(self.proto)) - set(nodes))
         del made.graph.value_info[:]
         return made
+
+
+def _unpaired(graph: Any, names: Collection[str]) -> None:
+    """Let these nodes read values as they are before their pairs, which the quantiser puts before all users."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.name in names:
+            for place, name in enumerate(node.input):
+                if name in made_by and made_by[name].op_type == "DequantizeLinear":
+                    node.input[place] = made_by[made_by[name].input[0]].input[0]
 
 
 class _Reader:

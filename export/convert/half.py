@@ -29,7 +29,7 @@ HEADROOM = 2.0
 _TYPED_BY_ATTRIBUTE = frozenset(
     ("Cast", "CastLike", "Constant", "ConstantOfShape", "EyeLike", "Bernoulli", "Multinomial")
 )
-_FUSED = frozenset(("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Mul"))
+FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Mul")
 """Operators that TensorRT fuses into the preceding convolution."""
 
 
@@ -171,7 +171,7 @@ def int8_region(proto: Any) -> list[str]:
     found = []
     for node in proto.graph.node:
         values = [name for name in node.input if name and name not in stored]
-        fused = node.op_type in _FUSED and bool(values) and all(name in computed for name in values)
+        fused = node.op_type in FUSED and bool(values) and all(name in computed for name in values)
         if node.op_type in pairs or fused or any(name in dequantised for name in values):
             found.append(node.name)
             if node.op_type not in pairs:

@@ -33,7 +33,7 @@ class Part:
 
     Attributes:
         nodes: Those that are quantised.
-        follow: Those that compute in INT8 because the nodes do.
+        follow: Those that compute in INT8, or in the same kernel, because the nodes do.
     """
 
     nodes: tuple[str, ...]
@@ -93,7 +93,7 @@ class Prices:
 
 def parts_of(proto: Any, runtime: str) -> Parts:
     """Divide a network into parts: each quantisable node with those that follow it, or runs of neighbours."""
-    able, kinds = quantisable(proto), FORMS[runtime].followers
+    able, kinds = quantisable(proto), (*FORMS[runtime].followers, *FORMS[runtime].fused)
     count = min(MOST_PARTS, len(able))
     bounds = [round(place * len(able) / max(count, 1)) for place in range(count + 1)]
     groups = [tuple(able[start:end]) for start, end in zip(bounds, bounds[1:])]
@@ -144,6 +144,13 @@ def plans(parts: Parts, prices: Prices, most: int) -> list[tuple[int, ...]]:
         gaps = [times[before] - times[after] for before, after in zip(kept[:-2], kept[2:])]
         del kept[1 + int(np.argmin(gaps))]
     return kept
+
+
+def plans_by_noise(noise: Sequence[float], most: int) -> list[tuple[int, ...]]:
+    """Return plans where no time of a part is known: none in INT8, more and more of those of least noise, and all."""
+    order = sorted(range(len(noise)), key=lambda index: noise[index])
+    steps = max(min(most, len(order) + 1) - 1, 1)
+    return [tuple(sorted(order[: round(step * len(order) / steps)])) for step in range(steps + 1)]
 
 
 def predicted_ms(parts: Parts, prices: Prices, plan: Collection[int]) -> float:

@@ -6,6 +6,7 @@ a choice of them, or with as few of the sensitive ones in float as an accuracy r
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 RESTS = ("fp32", "fp16")
 ROUNDINGS = ("nearest", "outputs")
 _JUDGED_ON = 32  # inputs on which the effect of single nodes is measured; most of them
-_OVERFLOW_INPUTS = 32  # for the detection of FP16 overflow
+OVERFLOW_INPUTS = 32
+"""Inputs on which overflows of FP16 are looked for."""
+
 
 
 @dataclass(frozen=True)
@@ -146,9 +149,7 @@ def write_quantised(
 
     nodes = enclosed(calibrated.proto, nodes, calibrated.runtime)
     weights = calibrated if rounding == "nearest" else calibrated.with_weights(round_weights(calibrated, nodes))
-    made = weights.quantise(nodes)
-    if rest == "fp16":
-        half_rest(made, calibrated.inputs[:_OVERFLOW_INPUTS])
+    made = with_rest(weights, nodes, rest)
     kept = [name for name in quantisable(calibrated.proto) if name not in set(nodes)]
     facts: dict[str, Any] = {
         **header.metadata, "precision": "int8", "rest": rest,
@@ -175,6 +176,20 @@ def write_quantised(
         kept=tuple(kept),
         trained=len(calibrated.trained),
     )
+
+
+def with_rest(calibrated: Calibrated, nodes: Sequence[str], rest: str) -> Any:
+    """Return the network with these nodes in INT8 and the others in a precision of `RESTS`.
+
+    Args:
+        calibrated: The network.
+        nodes: Names of nodes, maybe none; with those that are `enclosed` by them.
+        rest: Precision of the others.
+    """
+    made = calibrated.quantise(nodes) if nodes else copy.deepcopy(calibrated.proto)
+    if rest == "fp16":
+        half_rest(made, calibrated.inputs[:OVERFLOW_INPUTS])
+    return made
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from export.convert.calibrated import ONNXRUNTIME, TENSORRT
-from export.convert.mixed import Crossing, Part, Parts, Prices, cheapest, parts_of, plans, predicted_ms
+from export.convert.mixed import (
+    Crossing,
+    Part,
+    Parts,
+    Prices,
+    cheapest,
+    parts_of,
+    plans,
+    plans_by_noise,
+    predicted_ms,
+)
 from export.convert.to_onnx import export_onnx
 from tests.export.nets import SmallNet
 
@@ -70,6 +80,13 @@ def test_plans_are_the_corners_of_noise_against_time() -> None:
     assert plans(parts, dear, 8) == [()]  # conversions take more than INT8 gains
 
 
+def test_without_times_the_noise_orders_the_plans() -> None:
+    assert plans_by_noise([0.3, 0.1, 0.2], 8) == [(), (1,), (1, 2), (0, 1, 2)]
+    assert plans_by_noise([0.3, 0.1, 0.2, 0.4], 3) == [(), (1, 2), (0, 1, 2, 3)]
+    assert plans_by_noise([0.3, 0.1, 0.2, 0.4], 2) == [(), (0, 1, 2, 3)]
+    assert plans_by_noise([], 8) == [(), ()]
+
+
 def test_parts_of_a_network(tmp_path: Path) -> None:
     export_onnx(SmallNet(), torch.zeros(1, 3, 16, 16), tmp_path / "net.onnx")
     proto = onnx.load(tmp_path / "net.onnx")
@@ -82,4 +99,6 @@ def test_parts_of_a_network(tmp_path: Path) -> None:
     assert follow[0] in (("Clip",), ("Relu",))
     ends = [crossing for crossing in found.crossings if crossing.maker is None]
     assert ends[0] == Crossing(None, (0,), False, 3 * 16 * 16)
-    assert all(not part.follow for part in parts_of(proto, TENSORRT).parts)
+    fused = [tuple(kinds[name] for name in part.follow) for part in parts_of(proto, TENSORRT).parts]
+    assert fused[0] == follow[0]  # the activation function, which TensorRT computes in the convolution's kernel
+    assert fused[3:] == [("Relu",), ()]  # of the residual sum, too

@@ -127,6 +127,19 @@ def test_choice_of_nodes(tmp_path: Path, net: Path) -> None:
         quantize_onnx(net, tmp_path / "int8.onnx", IMAGES, keep=ALL)
 
 
+def test_what_is_left_out_reads_values_before_their_pairs(tmp_path: Path, net: Path) -> None:
+    """The convolution and the sum read the same value: one with a pair, the other without."""
+    floats = onnx.load(net).graph
+    shared = next(node for node in floats.node if node.name == "/Add").input
+    readers = [node.name for node in floats.node if node.name in ALL and set(node.input) & set(shared)]
+    chosen = next(name for name in readers if name != "/Add")
+    graph = onnx.load(quantize_onnx(net, tmp_path / "int8.onnx", IMAGES, only=[chosen]).path).graph
+    made_by = {name: node.op_type for node in graph.node for name in node.output}
+    nodes = {node.name: node for node in graph.node}
+    assert [made_by[name] for name in nodes[chosen].input[:2]] == ["DequantizeLinear"] * 2
+    assert list(nodes["/Add"].input) == list(shared)
+
+
 def test_sums_with_a_constant_are_no_residuals() -> None:
     from tests.export.nets import matmul_chain
 
