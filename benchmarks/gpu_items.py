@@ -126,7 +126,9 @@ NEEDS: dict[str, Callable[[argparse.Namespace], str]] = {
 # ---------------------------------------------------------------- the items
 def items(options: argparse.Namespace) -> list[Item]:
     """Return all items in the order in which they are run: what is quick or decides most comes first."""
-    return [*_engines(options), *_tables(options), *_runs(options), *_training(options), *_board(options)]
+    return [
+        *_engines(options), *_mixed(options), *_tables(options), *_runs(options), *_training(options), *_board(options),
+    ]  # fmt: skip
 
 
 def _benchmark(name: str, *arguments: str) -> tuple[str, ...]:
@@ -145,6 +147,26 @@ def _engines(options: argparse.Namespace) -> Iterator[Item]:
             _benchmark("engines", "--builder", module, "--out", str(out)),
             partial(_engines_found, out),
         )
+
+
+def _mixed(options: argparse.Namespace) -> Iterator[Item]:
+    for need, module in (("tensorrt", TENSORRT), ("rtx", RTX)):
+        run = options.results / f"mixed-{need}"
+        yield Item(
+            f"mixed/{need}",
+            "Plans of FP16 and INT8 were made for made-up GPUs only: whether an engine's layers tell its parts apart, "
+            "and which plan is the fastest.",
+            90,
+            ("gpu", "torch", need),
+            (
+                "compress", "--model", "resnet50", "--flops", "60%", "--precision", "fp16", *QUICK, "--set",
+                "export.precisions=[mixed]", "--set", "export.max_drop=5", "--out", str(run),
+            ),
+            partial(_mixed_found, run, "mixed"),
+            RAN,
+            run,
+            module,
+        )  # fmt: skip
 
 
 def _tables(options: argparse.Namespace) -> Iterator[Item]:
@@ -262,6 +284,14 @@ def _board(options: argparse.Namespace) -> Iterator[Item]:
         ("compress", "export", str(run), "--target", address, "--board", options.target),
         partial(_bundle_found, run),
     )
+    yield Item(
+        "board/mixed",
+        "No board has chosen FP16 or INT8 for each layer yet: which plan of the slim network is the fastest there.",
+        60,
+        ("board",),
+        ("compress", "export", str(run), "--precision", "mixed", "--target", address, "--board", options.target),
+        partial(_mixed_found, run, "mixed.tensorrt", "mixed"),
+    )
     energy = options.results / "board-energy"
     yield Item(
         "board/energy",
@@ -313,6 +343,19 @@ def _run_found(folder: Path, name: str) -> str:
     return (
         f"{budget['measured']:.3g} {budget['unit']}, {share:.1%} of the dense network's "
         f"(target {budget['target']:.3g}): {budget['verdict'] or 'open'}; exit code {manifest['exit_code']}"
+    )
+
+
+def _mixed_found(folder: Path, *names: str) -> str:
+    exports = _json(folder / "manifest.json")["exports"]
+    entry = next(exports[name] for name in names if name in exports)
+    (chosen,) = (plan for plan in entry["plans"] if plan["chosen"])
+    whole = max(entry["plans"], key=lambda plan: plan["int8"])
+    floats = entry["rest"].upper()
+    known = entry["layers"][0]["float_ms"] is not None
+    return (
+        f"{chosen['int8']} of {len(entry['layers'])} layers in INT8 take {chosen['ratio']:.3f} of {floats}'s time, "
+        f"{whole['int8']} take {whole['ratio']:.3f}; layers {'were' if known else 'could not be'} timed one by one"
     )
 
 

@@ -41,6 +41,7 @@ from compressor.data.images import ImageFile
 from compressor.data.preprocessing import Preprocessing
 from compressor.latency.backends.cpu import measured
 from compressor.latency.local import LocalCpu
+from compressor.latency.precisions import CpuTimer
 from compressor.latency.provider import Request, Turns
 from compressor.latency.remote_bundle import in_precision
 from compressor.models.create import create_model
@@ -154,8 +155,9 @@ def as_it_is(given: Subject, folder: Path, max_drop: float) -> tuple[list[Row], 
         row: Row = {"kind": kind}
         if kind == "mixed":
             made = write_mixed(
-                source, path, given.fit.inputs[:CALIBRATION], lambda file: accuracy(file, given.fit), max_drop=max_drop
-            )
+                source, path, given.fit.inputs[:CALIBRATION], lambda file: accuracy(file, given.fit),
+                CpuTimer(Request()), max_drop=max_drop,
+            )  # fmt: skip
             layers = [layer.name for layer in made.layers if layer.precision == "int8"]
             row |= {"layers": len(made.layers), "int8": len(layers), "plans": [vars(each) for each in made.plans]}
         else:

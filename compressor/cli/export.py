@@ -19,7 +19,9 @@ def export(
     format: Annotated[
         str, typer.Option("--format", help="onnx, boxes (a detector's, with NMS), engine or pt2 (torch.export).")
     ] = "onnx",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or mixed, written into the file.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, int8, or mixed: int8 or not for each layer, as measured.")
+    ] = "fp32",
     batch: Annotated[
         str | None,
         typer.Option(help="Inputs per batch: 4; or a range: 1..8, tuned for 8; 1..4..8. By default the run's."),
@@ -34,7 +36,8 @@ def export(
         typer.Option(help="How int8 weights are rounded: nearest, or outputs (for each layer's outputs; slower)."),
     ] = "nearest",
     rest: Annotated[
-        str | None, typer.Option(help="Precision of the rest with int8: fp32 or fp16 (the default for boards).")
+        str | None,
+        typer.Option(help="Precision of the rest with int8 or mixed: fp32 or fp16 (the default for TensorRT)."),
     ] = None,
     file: Annotated[Path | None, typer.Option("--out", help="Copy the file there as well.")] = None,
     factory: Annotated[
@@ -103,6 +106,7 @@ def export(
             precision=precision,
             batch=None if batch is None else parse_batch(batch),
             target=None if over_ssh else target,
+            address=target if over_ssh and precision == "mixed" else None,
             opset=opset,
             max_drop=max_drop,
             method=calibration,

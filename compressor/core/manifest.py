@@ -439,15 +439,15 @@ class PrecisionPlan(Record):
 
     Attributes:
         int8: Number of layers in INT8.
-        predicted_ratio, ratio, interval: Its share of the FP32 network's time: by the times of its parts, and as
-            measured, with a 95 % interval.
+        predicted_ratio, ratio, interval: Its share of the time of the network in floats (FP32, with TensorRT FP16): by
+            the times of its parts, where these could be measured, and as measured, with a 95 % interval.
         noise: What it adds to the outputs, as a share of their variance.
         score: On the search split.
         chosen: Whether the file has this plan.
     """
 
     int8: int = 0
-    predicted_ratio: Number = float("nan")
+    predicted_ratio: Number | None = None
     ratio: Number = float("nan")
     interval: Interval = [None, None]
     noise: Number = float("nan")
@@ -461,20 +461,20 @@ class PrecisionPlan(Record):
 
 
 class LayerPrecision(Record):
-    """The precision of a layer, and why: its noise in INT8 alone, and the times of its part in both precisions."""
+    """The precision of a layer, and why: its noise in INT8 alone, and the times of its part in floats and in INT8."""
 
     name: str = ""
     precision: str = ""
     noise: Number | None = None
-    fp32_ms: Number | None = None
+    float_ms: Number | None = None
     int8_ms: Number | None = None
 
 
 class Export(Record):
     """A file that was exported in another precision, batch or format.
 
-    The fields from `kept_fp32` on are those of FP16 and INT8, the last three those of mixed precision. `trained_ranges`
-    counts the activations whose ranges are those of the training.
+    The fields from `kept_fp32` on are those of FP16 and INT8, the last four those of mixed precision: `timed_on` says
+    where its plans were timed. `trained_ranges` counts the activations whose ranges are those of the training.
     """
 
     file: str = ""
@@ -492,6 +492,7 @@ class Export(Record):
     runtime: str = ""
     rounding: str = ""
     trained_ranges: int = 0
+    timed_on: str = ""
     rule: str = ""
     plans: list[PrecisionPlan] = []
     layers: list[LayerPrecision] = []

@@ -6,23 +6,24 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressor.core.errors import CompressorError
 from compressor.core.progress import say
 from compressor.latency.assemble import SECONDS_A_NETWORK, Sample, with_batch
 from compressor.latency.backends.cpu import OrtProcess, measured
-from compressor.latency.backends.gpu import device_of
+from compressor.latency.backends.gpu import EngineDevice, device_of
+from compressor.latency.engine_precisions import EngineTimer
 from compressor.latency.fit import ALIGNMENT
 from compressor.latency.joined import joined_table
 from compressor.latency.machine import channel_block, clocks, cpu_model, governor
 from compressor.latency.measured import MeasuredDevice
 from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork
-from compressor.latency.precisions import fastest
+from compressor.latency.precisions import REPEATS, CpuTimer, fastest
 from compressor.latency.provider import (
     Request,
     TableProvider,
@@ -38,12 +39,17 @@ from compressor.latency.table import LOCAL, LatencyTable, check_known
 from export.convert.calibrated import ONNXRUNTIME
 from export.device import here
 from export.device.here import CPU, Backend
+from export.errors import ExportError
 
 if TYPE_CHECKING:
 
-    from compressor.latency.paired import Timing
+    from compressor.latency.engine_precisions import Layers
+    from compressor.latency.paired import Ratio, Timing
+    from compressor.latency.precisions import PrecisionTimer
     from compressor.pruning.groups import Group
     from compressor.pruning.space import PruningSpace
+
+T = TypeVar("T")
 
 
 @register_device
@@ -53,6 +59,7 @@ class LocalCpu(MeasuredDevice):
     name = LOCAL
     title = "this machine's CPU"
     is_here = True
+    mixes = True
     concurrent = True
     runtime = CPU
     precisions = ("fp32", "int8", "mixed")
@@ -143,6 +150,14 @@ class LocalCpu(MeasuredDevice):
                 path.write_bytes(content)
             return measured(first, second, request, turns)
 
+    def precision_timer(self, request: Request, floats: str | None = None) -> PrecisionTimer:
+        if floats not in (None, "fp32"):
+            raise CompressorError(
+                f"In mixed precision layers are in FP32 or INT8 on this machine's CPU, not in {floats.upper()}.",
+                "Leave out --rest.",
+            )
+        return CpuTimer(request)
+
     def steps(self, groups: Iterable[Group], precision: str) -> dict[str, int]:
         """Return the block, finer where a group is narrow.
 
@@ -221,8 +236,42 @@ class LocalGpu(MeasuredDevice):
     def sources(self) -> tuple[str, ...]:
         return (f"driver for CUDA {self.backend.gpu.driver}",)
 
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        return self.runs_tensorrt
+
+    def precision_timer(self, request: Request, floats: str | None = None) -> PrecisionTimer:
+        device = device_of(self.backend, "fp32", request.streams)  # files are converted already
+        if not isinstance(device, EngineDevice):
+            raise CompressorError(
+                f"Mixed precision is chosen by times of TensorRT's engines; this machine's GPU runs {self.runtime}.",
+                "Use --precision int8, or install TensorRT.",
+            )
+
+        def profile(networks: Sequence[bytes]) -> list[Layers | str]:
+            return [_or_why(partial(device.layers, TaggedNetwork(each, (), ()))) for each in networks]
+
+        def compare(floats: Path, plans: Sequence[Path]) -> Iterator[Ratio | str]:
+            asked, turns = replace(request, precision="fp32"), Turns(repeats=REPEATS)
+
+            def ratio(plan: Path) -> Ratio:
+                return self.time(floats, plan, asked, turns).ratio
+
+            return (_or_why(partial(ratio, plan)) for plan in plans)
+
+        where = f"this machine's {self.backend.gpu.name}, {self.runtime} {self.version}"
+        return EngineTimer(floats or "fp16", where, profile, compare)
+
     def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:
         raise CompressorError(
             "Channel steps are measured on this machine's CPU only, and this run is for its GPU.",
             f"Use --granularity auto, or choose the CPU: export COMPRESSOR_BACKEND={CPU}",
         )
+
+
+def _or_why(measure: Callable[[], T]) -> T | str:
+    """Return what is measured, or why an engine cannot be built or run."""
+    try:
+        return measure()
+    except ExportError as error:
+        return error.message

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, write_atomic
 from compressor.core.progress import bar, say
+from compressor.latency.engine_precisions import EngineTimer
 from compressor.latency.layout import signature
 from compressor.latency.paired import PairSession, PairSessions, Timing, burst_of
 from compressor.latency.provider import (
@@ -45,7 +46,9 @@ from export.device.results import DeviceResults, read_results
 from export.errors import ExportError
 
 if TYPE_CHECKING:
-
+    from compressor.latency.engine_precisions import Layers
+    from compressor.latency.paired import Ratio
+    from compressor.latency.precisions import PrecisionTimer
     from compressor.pruning.space import PruningSpace
 
 PROTOCOL: dict[str, Any] = {"duration_s": 5, "warmup_s": 2, "processes": 3}
@@ -177,21 +180,45 @@ def measured_over_ssh(
     request, turns = request or Request(), turns or Turns()
     if table is not None:
         _require_same(table, _identified(url))
-    with tempfile.TemporaryDirectory(prefix="compressor-ssh-") as name:
-        work = Path(name)
-        folder = work / _BUNDLE
-        networks, order = [(DENSE, dense), (SLIM, slim)], [DENSE, SLIM, DENSE]
-        write_bundle(
-            folder, networks, target=target_of(url), order=order, profile=False, streams=request.streams
-        )
-        packed, results, sums = work / f"{_BUNDLE}.tar.gz", work / "results.tar.gz", (folder / CHECKSUMS).read_bytes()
-        pack_bundle(folder, packed)
-        _run(url, packed, results, sums, 2 + 3 * PROTOCOL["processes"])
-        with _with_resume_hint(url, sums):
-            timings = read_results(results, folder, "timing")
+    timings = _timed_there(url, {DENSE: dense, SLIM: slim}, request, order=_between([SLIM]))
     if table is not None:
         _require_same(table, vars(timings.board))
-    return _in_turns(timings, request, turns)
+    for name in (DENSE, SLIM):
+        if reason := timings.networks[name].reason:
+            raise CompressorError(f"The {name} network could not be measured on the device: {reason.rstrip('.')}.")
+    sessions = _sessions(timings, SLIM)
+    return sessions.timing(
+        sessions.ratio(percentile=turns.percentile, absolute=turns.limit_ms is not None),
+        turns.percentile,
+        runtime=RUNTIME,
+        version=timings.board.tensorrt,
+        batch=request.batch,
+        streams=request.streams,
+    )
+
+
+def timer_over_ssh(url: str, request: Request, floats: str = "fp16") -> EngineTimer:
+    """Return what times plans of precisions on a device.
+
+    Raises:
+        CompressorError: The device cannot be reached, or has no trtexec.
+    """
+    facts = _identified(url)
+
+    def profile(networks: Sequence[bytes]) -> list[Layers | str]:
+        given = {f"n{place}": content for place, content in enumerate(networks)}
+        found = _timed_there(url, given, request, profile=True, processes=1).networks
+        return [found[name].reason or found[name].layers for name in given]
+
+    def compare(base: Path, plans: Sequence[Path]) -> list[Ratio | str]:
+        given = {f"plan{place}": plan.read_bytes() for place, plan in enumerate(plans)}
+        timings = _timed_there(url, {DENSE: base.read_bytes(), **given}, request, order=_between(list(given)))
+        networks = timings.networks
+        return [
+            networks[DENSE].reason or networks[name].reason or _sessions(timings, name).ratio() for name in given
+        ]
+
+    return EngineTimer(floats, f"{_device_title(facts)} ({url}), {RUNTIME} {facts['tensorrt']}", profile, compare)
 
 
 def energy_over_ssh(url: str, content: bytes) -> float:
@@ -200,47 +227,69 @@ def energy_over_ssh(url: str, content: bytes) -> float:
     Raises:
         CompressorError: As `profile_over_ssh`, or the device has no tegrastats or no reading of its whole module.
     """
-    with tempfile.TemporaryDirectory(prefix="compressor-ssh-") as name:
-        work = Path(name)
-        folder = work / _BUNDLE
-        write_bundle(folder, [(SLIM, content)], target=target_of(url), profile=False, energy=True)
-        packed, results, sums = work / f"{_BUNDLE}.tar.gz", work / "results.tar.gz", (folder / CHECKSUMS).read_bytes()
-        pack_bundle(folder, packed)
-        _run(url, packed, results, sums, 1 + PROTOCOL["processes"])
-        with _with_resume_hint(url, sums):
-            found = read_results(results, folder, "timing").networks[SLIM]
+    found = _timed_there(url, {SLIM: content}, Request(), energy=True).networks[SLIM]
     if found.reason or found.run_mj is None:
         reason = found.reason.rstrip(".") or "there is no reading of its power"
         raise CompressorError(f"The network's energy could not be measured on {url}: {reason}.")
     return found.run_mj
 
 
-def _in_turns(timings: DeviceResults, request: Request, asked: Turns) -> Timing:
-    """Convert the device's turns to sessions: in each, the slim process runs between two dense ones."""
-    bursts: dict[str, dict[int, list[float]]] = {DENSE: {}, SLIM: {}}
-    for name, turns in bursts.items():
-        timed = timings.networks[name]
-        if timed.reason:
-            raise CompressorError(
-                f"The {name} network could not be measured on the device: {timed.reason.rstrip('.')}."
-            )
-        for each in timed.turns:
-            turns.setdefault(each.turn, []).extend(each.times_ms)
-    sessions: list[PairSession] = [
-        [(burst_of(bursts[DENSE][turn]), burst_of(bursts[SLIM][turn]))] for turn in sorted(bursts[DENSE])
-    ]
-    found = PairSessions(sessions)
-    return found.timing(
-        found.ratio(percentile=asked.percentile, absolute=asked.limit_ms is not None),
-        asked.percentile,
-        runtime=RUNTIME,
-        version=timings.board.tensorrt,
-        batch=request.batch,
-        streams=request.streams,
-    )
+def _between(names: Sequence[str]) -> list[str]:
+    """Return an order of measurement in which each network runs between two runs of the dense one."""
+    return [DENSE, *(each for name in names for each in (name, DENSE))]
 
 
-def _run(url: str, packed: Path, results: Path, checksums: bytes, steps: int) -> None:
+def _timed_there(
+    url: str,
+    networks: Mapping[str, bytes],
+    request: Request,
+    *,
+    order: Sequence[str] | None = None,
+    profile: bool = False,
+    energy: bool = False,
+    processes: int | None = None,
+) -> DeviceResults:
+    """Run ONNX files on the device and fetch their times.
+
+    Args:
+        url: Address of the device.
+        networks: Content of the files by name.
+        request: Streams.
+        order: Names in the order of measurement; None is that of the networks.
+        profile, energy: As in `write_bundle`.
+        processes: Number of turns; None for that of `PROTOCOL`.
+    """
+    protocol = {**PROTOCOL, **({} if processes is None else {"processes": processes})}
+    with tempfile.TemporaryDirectory(prefix="compressor-ssh-") as name:
+        work = Path(name)
+        folder = work / _BUNDLE
+        write_bundle(
+            folder, networks.items(), target=target_of(url), order=order, profile=profile, streams=request.streams,
+            energy=energy,
+        )  # fmt: skip
+        packed, results, sums = work / f"{_BUNDLE}.tar.gz", work / "results.tar.gz", (folder / CHECKSUMS).read_bytes()
+        pack_bundle(folder, packed)
+        steps = len(networks) + protocol["processes"] * len(order or networks)
+        _run(url, packed, results, sums, steps, protocol)
+        with _with_resume_hint(url, sums):
+            return read_results(results, folder, "timing")
+
+
+def _sessions(timings: DeviceResults, name: str) -> PairSessions:
+    """Convert the device's turns to sessions: in each, the network's process runs between two dense ones."""
+    dense: dict[tuple[int, int], Sequence[float]] = {
+        (each.turn, each.slot): each.times_ms for each in timings.networks[DENSE].turns
+    }
+    sessions: list[PairSession] = []
+    for each in timings.networks[name].turns:
+        beside = [time for slot in (each.slot - 1, each.slot + 1) for time in dense[each.turn, slot]]
+        sessions.append([(burst_of(beside), burst_of(each.times_ms))])
+    return PairSessions(sessions)
+
+
+def _run(
+    url: str, packed: Path, results: Path, checksums: bytes, steps: int, protocol: Mapping[str, Any] | None = None
+) -> None:
     """Run a bundle on the device with a progress bar; failures reported by the device are shown as they occur."""
     with _with_resume_hint(url, checksums), bar(f"On {url.removeprefix('ssh://')}", steps) as progress:
 
@@ -252,7 +301,7 @@ def _run(url: str, packed: Path, results: Path, checksums: bytes, steps: int) ->
             elif line.strip():
                 progress.advance(0, line)
 
-        run_remote(url, packed, results, say=heard, keep=False, trtexec=_trtexec(), **PROTOCOL)
+        run_remote(url, packed, results, say=heard, keep=False, trtexec=_trtexec(), **(protocol or PROTOCOL))
 
 
 @contextmanager
@@ -320,6 +369,7 @@ class SshDevice(TableProvider):
 
     name = "ssh"
     runtime = RUNTIME
+    mixes = True
     concurrent = True
 
     @classmethod
@@ -347,6 +397,9 @@ class SshDevice(TableProvider):
     ) -> Timing:
         networks = in_precision_beside(dense, slim, request)
         return measured_over_ssh(self.device, *networks, table, request, turns)
+
+    def precision_timer(self, request: Request, floats: str | None = None) -> PrecisionTimer:
+        return timer_over_ssh(self.device, request, floats or "fp16")
 
     def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:
         raise CompressorError(

@@ -1,36 +1,43 @@
-"""What each part of a network takes in FP32 and in INT8 on this machine's CPU, and what the conversions between take.
+"""What each part of a network takes in floats and in INT8 on a device, and what the conversions between take.
 
-Parts are timed inside networks under ONNX Runtime's profiler, which run in turns: the FP32 network, the one with all
-parts in INT8, and one with every other part in INT8, where most values are converted. `fastest` writes a network in
-the precisions that take the least time, whatever they do to its outputs: what a plan of widths is timed as.
+Parts are timed inside networks under the runtime's profiler: the network in floats, the one with all parts in INT8, and
+one with every other part in INT8, where most values are converted. A `PrecisionTimer` is a device for that: this
+machine's CPU (`CpuTimer`), or engines of TensorRT (`latency.engine_precisions`). `fastest` writes a network in the
+precisions that take the least time on the CPU, whatever they do to its outputs: what a plan of widths is timed as.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from compressor.latency.backends.cpu import profiled_runs, tag_of
+from compressor.latency.backends.cpu import measured, profiled_runs, tag_of
 from compressor.latency.machine import timed
 from compressor.latency.networks import tag
+from compressor.latency.provider import Request, Turns
 from compressor.latency.remote_bundle import any_inputs
 from export.convert.calibrated import ONNXRUNTIME, Calibrated, enclosed
 from export.convert.mixed import Prices, cheapest, parts_of
 from export.convert.onnx_header import parse_header
+from export.convert.quantize import with_rest
 from export.engine.bench import OnnxRunner
 
 if TYPE_CHECKING:
     from compressor.latency.machine import Floats
+    from compressor.latency.paired import Ratio
     from export.convert.mixed import Parts
 
 ROUNDS = 4
 RUNS = 12
 """Profiled runs of each network in each of the rounds."""
+
+REPEATS = 4
+"""Pairs of processes in which a plan of precisions is timed."""
 
 FAST = 0.25
 """Quantile of a kernel's runs that counts: other load only lengthens them."""
@@ -38,6 +45,9 @@ FAST = 0.25
 TO_INT8 = ("QuantizeLinear", "ReorderOutput")
 TO_FLOAT = ("DequantizeLinear", "ReorderInput")
 """Kernels of a conversion; the second ones leave and enter the blocked layout of FP32 convolutions."""
+
+REFORMAT = "Reformat"
+"""Kernel of an engine that changes the layout or the type of a value for the node that it is listed with."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,51 @@ class KernelTime:
     op: str
     ms: float
     elements: int
+
+
+class PrecisionTimer(Protocol):
+    """A device on which a network's parts and its plans of precisions are timed."""
+
+    @property
+    def runtime(self) -> str:
+        """Form of its INT8 files, a key of `export.convert.calibrated.FORMS`."""
+
+    @property
+    def floats(self) -> str:
+        """Precision of the parts that are not in INT8: "fp32" or "fp16"."""
+
+    @property
+    def where(self) -> str:
+        """Description of the device and its runtime."""
+
+    def kernels(self, protos: Sequence[Any]) -> list[list[KernelTime]] | None:
+        """Profile networks; returns the kernels of each, or None where the runtime does not tell parts apart."""
+
+    def ratios(self, floats: Path, plans: Sequence[Path]) -> Iterable[Ratio | str]:
+        """Time ONNX files in turns with the one in floats; yields shares of its time, or why there is none."""
+
+
+@dataclass(frozen=True)
+class CpuTimer:
+    """This machine's CPU, through ONNX Runtime.
+
+    Attributes:
+        request: Threads and streams.
+    """
+
+    request: Request
+    runtime: str = ONNXRUNTIME
+    floats: str = "fp32"
+    where: str = "this machine's CPU"
+
+    def kernels(self, protos: Sequence[Any]) -> list[list[KernelTime]]:
+        """See `PrecisionTimer`."""
+        return kernel_times(protos, self.request.threads)
+
+    def ratios(self, floats: Path, plans: Sequence[Path]) -> Iterator[Ratio | str]:
+        """See `PrecisionTimer`."""
+        for plan in plans:
+            yield measured(floats, plan, self.request, Turns(repeats=REPEATS)).ratio
 
 
 @dataclass(frozen=True)
@@ -70,7 +125,8 @@ def fastest(content: bytes, threads: int = 1) -> bytes:
     """
     calibrated = _on_any_inputs(content)
     parts = parts_of(calibrated.proto, ONNXRUNTIME)
-    prices = part_prices(calibrated, parts, [0.0] * len(parts.parts), threads=threads)
+    prices = part_prices(calibrated, parts, [0.0] * len(parts.parts), CpuTimer(Request(threads=threads)))
+    assert prices is not None  # ONNX Runtime tells all nodes apart
     cheap = enclosed(calibrated.proto, parts.nodes(cheapest(parts, prices, 1.0)), ONNXRUNTIME)
     every = parts.nodes(range(len(parts.parts)))
     plans = [nodes for nodes in dict.fromkeys([tuple(cheap), tuple(every)]) if nodes]
@@ -108,19 +164,26 @@ def _on_any_inputs(content: bytes) -> Calibrated:
     )
 
 
-def part_prices(calibrated: Calibrated, parts: Parts, noise: Sequence[float], *, threads: int = 1) -> Prices:
+def part_prices(
+    calibrated: Calibrated, parts: Parts, noise: Sequence[float], timer: PrecisionTimer
+) -> Prices | None:
     """Time the parts of a network in both precisions, and the conversions of the values that pass between them.
 
     Args:
         calibrated: The network.
         parts: Its parts.
         noise: What each part in INT8 adds to the outputs.
-        threads: Threads of ONNX Runtime.
+        timer: The device.
+
+    Returns:
+        None where the device does not tell the parts apart.
     """
     whole, alternating = (parts.nodes(range(0, len(parts.parts), step)) for step in (1, 2))
-    protos = [calibrated.proto, calibrated.quantise(whole), calibrated.quantise(alternating)]
-    floats, int8, mixed = kernel_times(protos, threads)
-    between = _conversions(mixed)
+    found = timer.kernels([with_rest(calibrated, nodes, timer.floats) for nodes in ((), whole, alternating)])
+    if found is None:
+        return None
+    floats, int8, mixed = found
+    between = _conversions(mixed, set(alternating))
     sizes = np.asarray([crossing.elements for crossing in parts.crossings], dtype=np.float64)
     return Prices(
         float_ms=_by_part(floats, parts),
@@ -133,17 +196,20 @@ def part_prices(calibrated: Calibrated, parts: Parts, noise: Sequence[float], *,
 
 def kernel_times(protos: Sequence[Any], threads: int) -> list[list[KernelTime]]:
     """Profile networks in turns; returns the kernels of each in execution order."""
-    tagged = []
-    with tempfile.TemporaryDirectory(prefix="compressor-parts-") as folder:
-        for proto in protos:
-            path = Path(folder) / "network.onnx"
-            path.write_bytes(proto.SerializeToString())
-            tagged.append(tag(path).model)
+    tagged = [tagged_nodes(proto) for proto in protos]
     runs: list[list[list[dict[str, Any]]]] = [[] for _ in protos]
     for _ in range(ROUNDS):
         for place, model in enumerate(tagged):
             runs[place] += profiled_runs(model, threads, RUNS)
     return [_kernels(proto, each) for proto, each in zip(protos, runs, strict=True)]
+
+
+def tagged_nodes(proto: Any) -> bytes:
+    """Return a network with nodes that are named `@INDEX.`; see `networks.tag`."""
+    with tempfile.TemporaryDirectory(prefix="compressor-parts-") as folder:
+        path = Path(folder) / "network.onnx"
+        path.write_bytes(proto.SerializeToString())
+        return tag(path).model
 
 
 def _kernels(proto: Any, runs: Sequence[Sequence[dict[str, Any]]]) -> list[KernelTime]:
@@ -173,7 +239,17 @@ def _by_part(kernels: Sequence[KernelTime], parts: Parts) -> tuple[float, ...]:
     return tuple(total)
 
 
-def _conversions(kernels: Sequence[KernelTime]) -> Conversions:
+def _conversions(kernels: Sequence[KernelTime], int8: Collection[str] = ()) -> Conversions:
+    """Return what conversions take.
+
+    Args:
+        kernels: Of networks in mixed precision.
+        int8: Nodes in INT8: where a layout is changed for one of them, it is that of a value which becomes INT8.
+    """
+    kernels = [
+        replace(each, op=(TO_INT8 if each.node in int8 else TO_FLOAT)[1]) if each.op == REFORMAT else each
+        for each in kernels
+    ]
     (enter, each_in), (leave, each_out) = (_conversion(kernels, kinds).tolist() for kinds in (TO_INT8, TO_FLOAT))
     return Conversions((enter, each_in), (leave, each_out))
 
@@ -186,6 +262,8 @@ def _conversion(kernels: Sequence[KernelTime], kinds: tuple[str, str]) -> Floats
     from scipy.optimize import nnls
 
     first, second = ([kernel for kernel in kernels if kernel.op == kind] for kind in kinds)
+    if not first:  # engines convert while they change the layout
+        first, second = second, []
     if not first:
         return np.zeros(2)
     sizes = np.asarray([kernel.elements for kernel in first], dtype=np.float64)

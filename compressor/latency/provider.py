@@ -28,6 +28,7 @@ from export.convert.calibrated import TENSORRT
 if TYPE_CHECKING:
 
     from compressor.latency.paired import Timing
+    from compressor.latency.precisions import PrecisionTimer
     from compressor.pruning.groups import Group
     from compressor.pruning.space import PruningSpace
 
@@ -116,6 +117,7 @@ class TableProvider(ABC):
         runtime: Name of its runtime, as in latency tables.
         precisions: Precisions in which networks run on it.
         measures: Whether networks can be timed on it from here.
+        mixes: Whether plans of precisions can be timed on it from here.
         concurrent: Whether several copies of a network can be timed on it at the same time.
         title: What messages call it; the value of --device by default.
         is_here: Whether it is this machine, which runs the engines that are built here.
@@ -126,6 +128,7 @@ class TableProvider(ABC):
     runtime: str = "tensorrt"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     measures: ClassVar[bool] = True
+    mixes: bool = False
     concurrent: ClassVar[bool] = False
     title: str = ""
     is_here: ClassVar[bool] = False
@@ -207,6 +210,22 @@ class TableProvider(ABC):
             CompressorError: The device cannot be measured from here.
         """
         raise CompressorError(f"{self.device} cannot be measured from here.", "Give ssh://user@host.")
+
+    def precision_timer(self, request: Request, floats: str | None = None) -> PrecisionTimer:
+        """Return what times a network's parts in floats and in INT8, and plans of precisions.
+
+        Args:
+            request: Threads and streams.
+            floats: Precision of what is not in INT8; None for the device's usual one.
+
+        Raises:
+            CompressorError: They cannot be timed on this device from here.
+        """
+        raise CompressorError(
+            f"Mixed precision is chosen by measured times, and none can be measured on {self.title} from here.",
+            "Measure on the device itself (--target ssh://user@host), or use --precision int8, which keeps sensitive "
+            "layers in floats.",
+        )
 
     def require_same(self, table: LatencyTable, request: Request) -> None:
         """Refuse a table that belongs to another device than this one.

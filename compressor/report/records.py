@@ -305,6 +305,8 @@ def mixed(manifest: Manifest) -> list[dict[str, Any]]:
         {
             "file": row.file or key,
             "rule": row.rule,
+            "floats": (row.rest or "fp32").upper(),
+            "where": row.timed_on or "this machine's CPU",
             "plans": [
                 {
                     "int8": str(plan.int8),
@@ -321,7 +323,7 @@ def mixed(manifest: Manifest) -> list[dict[str, Any]]:
                     "name": layer.name or "unnamed",
                     "precision": layer.precision or ABSENT,
                     "noise": percent(layer.noise, 3),
-                    "fp32": milliseconds(layer.fp32_ms),
+                    "floats": milliseconds(layer.float_ms),
                     "int8": milliseconds(layer.int8_ms),
                 }
                 for layer in row.layers

@@ -48,6 +48,8 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
     The bundle has the dense and the slim network side by side in every precision that the board and the run allow, in
     the opset that the board reads.
 
+    Mixed precision is added if it is wanted, of the slim network alone.
+
     Args:
         folder: Folder of a finished run.
         target: Name of a board, as listed by `compress export --help`.
@@ -76,7 +78,8 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
             )
         networks: list[Path] = []
         dense: dict[str, Path] = {}
-        for precision in ("fp32", "fp16", "int8"):
+        mixed = ("mixed",) if wanted is not None and wanted.precision == "mixed" else ()
+        for precision in ("fp32", "fp16", "int8", *mixed):
             if precision == "int8" and not board.int8:
                 yield f"The {board.title} has no INT8 units: the int8 network is left out."
                 continue
@@ -86,10 +89,14 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
                 max_drop=wanted.max_drop if wanted else finished.recipe.export.max_drop,
                 method=wanted.method if wanted else "minmax",
                 rest=wanted.rest if wanted else None,
+                address=wanted.address if wanted and precision == "mixed" else None,
             )
             must = precision == "fp32" or (wanted is not None and wanted.precision == precision)
             try:
                 path = yield from _slim(finished, request, must)
+                if precision == "mixed":
+                    networks.append(path)
+                    continue  # the dense network is compared in the other precisions
                 dense[precision] = _dense(finished, request, dense, Path(scratch), images)
             except (CompressorError, ExportError) as error:
                 if must:
@@ -113,7 +120,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
 
 
 def _slim(finished: Finished, request: Request, must: bool) -> Generator[str, None, Path]:
-    """Return the slim network's file of a request, which is written if the run lacks it.
+    """Return the slim network's file of a request, which is written if the run lacks it; mixed precision always is.
 
     Args:
         finished: The run.
@@ -121,7 +128,8 @@ def _slim(finished: Finished, request: Request, must: bool) -> Generator[str, No
         must: Whether an INT8 file with another precision of the rest than was asked for is replaced.
     """
     path = finished.path_of(request)
-    if not _for_boards(path) or (must and request.rest and _rest_of(path) != request.rest):
+    written = request.precision != "mixed" and _for_boards(path)
+    if not written or (must and request.rest and _rest_of(path) != request.rest):
         yield from finished.onnx(request)
     elif request.precision == "int8" and _rest_of(path) != (request.rest or "fp16"):
         yield (

@@ -71,11 +71,17 @@ def check_precision(recipe: Recipe) -> None:
         CompressorError: The device is unknown or cannot be used so.
     """
     provider = provider_of(recipe)
-    if "mixed" in (recipe.precision, *recipe.export.precisions) and "mixed" not in provider.precisions:
+    if recipe.precision == "mixed" and "mixed" not in provider.precisions:
         raise CompressorError(
-            "Mixed precision is chosen by times that are measured on this machine's CPU through ONNX Runtime; for "
-            f"{provider.title} and for TensorRT it is not built.",
-            "Use int8, which keeps sensitive layers in floats.",
+            f"Widths are searched in mixed precision on this machine's CPU only, and this run is for {provider.title}.",
+            "Use fp16 or int8, and choose the precisions of the finished network: compress export RUN --precision mixed"
+            if provider.mixes
+            else "Use int8, which keeps sensitive layers in floats.",
+        )
+    if "mixed" in recipe.export.precisions and not provider.mixes:
+        raise CompressorError(
+            f"Mixed precision is chosen by measured times, and none can be measured on {provider.title} from here.",
+            "Use int8, which keeps sensitive layers in floats, or a device that is reached over ssh.",
         )
     provider.check(recipe.precision)
     if recipe.budgets.energy is not None and provider.is_here and device_precision(recipe) != "fp32":

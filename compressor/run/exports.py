@@ -14,6 +14,7 @@ from compressor.core.files import parse_json, replacing
 from compressor.core.manifest import Export, Parity
 from compressor.core.progress import say
 from compressor.core.records import RECIPE
+from compressor.latency.provider import TableProvider
 from compressor.models.onnx_file import NETWORK
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.boxes import check_detection, write_boxes
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressor.data import DataBundle
+    from compressor.latency.precisions import PrecisionTimer
     from compressor.training.task import Task
     from export.convert.onnx_header import OnnxHeader
 
@@ -60,6 +62,7 @@ class Request:
         precision: One of `PRECISIONS`.
         batch: Number of inputs per batch; None for the run's.
         target: Name of a board; determines the opset and whether INT8 is useful.
+        address: ssh address of a device on which mixed precision is measured; None for the run's device.
         opset: Opset of the ONNX file; None for the target's or the recipe's.
         max_drop: Accuracy that FP16 or INT8 may lose, in percentage points.
         method: How INT8 ranges are calibrated.
@@ -74,6 +77,7 @@ class Request:
     precision: str = "fp32"
     batch: Batch | None = None
     target: str | None = None
+    address: str | None = None
     opset: int | None = None
     max_drop: float = 1.0
     method: str = "minmax"
@@ -206,12 +210,6 @@ class Finished:
             provider = provider_of(self.recipe)
             runtime = "" if request.target else self.run.manifest.latency.runtime or provider.runtime
             here = runtime.startswith(CPU)
-            if request.precision == "mixed" and not (here and provider.is_here):
-                raise CompressorError(
-                    f"Mixed precision is chosen by times that are measured on this machine's CPU, and this run is for "
-                    f"{provider.title}.",
-                    "Use --precision int8, which keeps sensitive layers in floats.",
-                )
             yield from write_precision(
                 self.run,
                 self.task,
@@ -225,7 +223,7 @@ class Finished:
                 runtime=ONNXRUNTIME
                 if here and request.rest is None and request.format == "onnx"
                 else TENSORRT,
-                timed=request_of(self.recipe),
+                timer=self._timer(request) if request.precision == "mixed" else None,
                 source=None if fp32 == self.run.file(MODEL) else fp32,
                 path=self.path_of(request),
                 engine=request.format == "onnx"
@@ -234,16 +232,39 @@ class Finished:
                 and provider.is_here,  # an engine built here does not fit another device
             )
 
+    def _timer(self, request: Request) -> PrecisionTimer:
+        """Return the device on which mixed precision is measured.
+
+        Raises:
+            CompressorError: It cannot be measured from here, or does not run what is requested.
+        """
+        device = TableProvider.for_device(request.address) if request.address else provider_of(self.recipe)
+        ran = (self.run.manifest.latency.runtime or device.runtime).split()[0]
+        if device.is_here and ran != device.runtime:
+            raise CompressorError(
+                f"The run was timed with {ran}, and this machine has {device.runtime}.",
+                "Export it on the machine of the run, or use --precision int8.",
+            )
+        if request.format == "engine" and not device.runs_tensorrt:
+            raise CompressorError(
+                f"Mixed precision is chosen by times of {device.title}, which runs no engines.",
+                "Leave out --format, or use --precision int8.",
+            )
+        return device.precision_timer(request_of(self.recipe), request.rest)
+
     def path_of(self, request: Request, precision: str | None = None) -> Path:
         """Return the path of a request's ONNX file; plain: the run's own.
 
-        It is `model[.boxes][.PRECISION][.BATCH][.OPSET].onnx`.
+        It is `model[.boxes][.PRECISION][.tensorrt][.BATCH][.OPSET].onnx`. A file in mixed precision that is measured on
+        another device than the run's does not take the place of the run's own.
         """
         chosen, opset = precision or request.precision, self.opset(request)
+        elsewhere = chosen == "mixed" and request.address not in (None, self.recipe.device)
         parts = [
             "model",
             "boxes" if request.format == "boxes" else "",
             "" if chosen == "fp32" else chosen,
+            "tensorrt" if elsewhere else "",
             self.label(request),
             "" if opset == opset_of(self.recipe) else f"opset{opset}",
             "onnx",
@@ -328,14 +349,14 @@ def check(request: Request) -> None:
         raise CompressorError(f"--max-drop takes percentage points from 0 to below 100, got {request.max_drop:g}.")
     if request.target is not None:
         board = find_target(request.target)
-        if request.precision == "int8" and not board.int8:
+        if request.precision in ("int8", "mixed") and not board.int8:
             raise CompressorError(f"The {board.title} has no INT8 units.", "Use --precision fp16.")
-    if request.precision == "mixed" and (
-        request.target is not None or request.format == "engine" or request.rest is not None
-    ):
-        raise CompressorError(
-            "--precision mixed writes an ONNX file for this machine's CPU.", "Leave out --target, --rest and --format."
-        )
+        if request.precision == "mixed" and request.address is None:
+            raise CompressorError(
+                f"Mixed precision is chosen by measured times, and none can be measured on a {board.title} from here.",
+                "Reach the board over ssh (--target ssh://user@host), or use --precision int8, which keeps sensitive "
+                "layers in FP16.",
+            )
     default, taken = Request(), (*_COMMON, *FORMATS[request.format].takes)
     for name in (each.name for each in fields(Request) if each.name not in taken):
         if getattr(request, name) != getattr(default, name):
@@ -419,7 +440,7 @@ class Format:
 
 
 _COMMON = ("format", "out", "factory")
-_GRAPH = ("batch", "precision", "target", "opset", "max_drop", "method", "rounding", "rest")
+_GRAPH = ("batch", "precision", "target", "address", "opset", "max_drop", "method", "rounding", "rest")
 _OPTIONS = {
     "method": "--calibration", "max_drop": "--max-drop", "module": "--builder",
     "compute_capability": "--compute-capability", "settings": "settings of engines",

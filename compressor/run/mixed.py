@@ -1,7 +1,8 @@
-"""The network with each part in FP32 or INT8: plans by noise and time, measured on this machine's CPU, and one of them.
+"""The network with each part in floats or INT8: plans by noise and time, measured on the device, and one of them.
 
-The parts' noise and times give a few plans, from all in FP32 to the fastest (`export.convert.mixed`). Each of them is
-written, timed in turns with the FP32 network, and scored, because neither times nor accuracies of parts add up exactly.
+The parts' noise and times give a few plans, from all in floats to the fastest (`export.convert.mixed`). Each of them is
+written, timed in turns with the network in floats, and scored, because neither times nor accuracies of parts add up
+exactly. Floats are FP32 on this machine's CPU and FP16 with TensorRT.
 
 Which one is taken: of the plans that lose no more than is allowed the fastest, since INT8 is wanted for nothing else.
 Of plans that the measurement cannot tell apart from it, the one that adds the least noise, which tells them apart where
@@ -10,6 +11,7 @@ the score of some thousand images does not.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +19,24 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.core.manifest import LayerPrecision, PrecisionPlan
 from compressor.core.progress import bar, say
-from compressor.latency.backends.cpu import measured
 from compressor.latency.precisions import part_prices
-from compressor.latency.provider import Request, Turns
-from export.convert.calibrated import ONNXRUNTIME, Calibrated, check_calibration, enclosed
-from export.convert.half import open_fp32
-from export.convert.mixed import parts_of, plans, predicted_ms
+from export.convert.calibrated import Calibrated, check_calibration, enclosed
+from export.convert.half import convert_half, open_fp32
+from export.convert.mixed import Parts, parts_of, plans, plans_by_noise, predicted_ms
 from export.convert.ort import onnx_outputs
-from export.convert.quantize import held_out, noise, sensitivities, write_quantised
+from export.convert.quantize import OVERFLOW_INPUTS, held_out, noise, sensitivities, write_quantised
+from export.errors import ExportError
 from export.files import read_bytes, write_bytes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from export.convert.mixed import Parts, Prices
+    from compressor.latency.precisions import PrecisionTimer
+    from export.convert.mixed import Prices
+    from export.convert.onnx_header import OnnxHeader
 
 MOST_PLANS = 8
-"""Plans that are measured, with all parts in FP32 and all in INT8 among them."""
-
-REPEATS = 4
-"""Pairs of processes in which a plan is timed."""
+"""Plans that are measured, with all parts in floats and all in INT8 among them."""
 
 SAME = 0.01
 """Relative difference of two measured times that counts as none."""
@@ -66,16 +66,47 @@ class MixedInfo:
         return next(plan for plan in self.plans if plan.chosen)
 
 
+Plan = tuple[int, ...]
+"""The parts in INT8."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The network whose plans are written: its FP32 file, its ranges, its parts, and the precision of the others."""
+
+    source: Path
+    header: OnnxHeader
+    calibrated: Calibrated
+    parts: Parts
+    floats: str
+
+    def whole(self, plan: Plan) -> Plan:
+        """Return a plan with the parts that the others make INT8."""
+        names = set(enclosed(self.calibrated.proto, self.parts.nodes(plan), self.calibrated.runtime))
+        return tuple(index for index, part in enumerate(self.parts.parts) if names.issuperset(part.nodes))
+
+    def write(self, plan: Plan, path: Path, rounding: str = "nearest") -> Path:
+        """Write the file of a plan."""
+        if plan:
+            nodes = self.parts.nodes(plan)
+            write_quantised(self.calibrated, self.header, path, nodes, rest=self.floats, rounding=rounding)
+        elif self.floats == "fp16":
+            convert_half(self.source, path, inputs=self.calibrated.inputs[:OVERFLOW_INPUTS])
+        else:
+            write_bytes(path, read_bytes(self.source, "ONNX file"))
+        return path
+
+
 def write_mixed(
     source: Path,
     target: Path,
     calibration: npt.NDArray[Any],
     score: Callable[[Path], float],
+    timer: PrecisionTimer,
     *,
     max_drop: float,
     method: str = "minmax",
     rounding: str = "nearest",
-    request: Request | None = None,
 ) -> MixedInfo:
     """Write the FP32 network with its parts in the precisions that the measured times and the score choose.
 
@@ -83,79 +114,96 @@ def write_mixed(
         source, target: FP32 file and new file.
         calibration: Real inputs (N, C, H, W); the last ones judge the noise and give no ranges for it.
         score: Returns the accuracy of a file, 0 to 1.
+        timer: The device: form of the file, precision of the parts that are not in INT8, and times.
         max_drop: Maximum drop of the score against the FP32 file, 0 to 1.
         method: How ranges are calibrated.
         rounding: How the weights of the chosen plan are rounded, if that adds less noise than to the nearest.
-        request: Threads and streams with which plans are timed; None for one of each.
 
     Raises:
-        ExportError: The file or the inputs are not usable.
+        ExportError: The file or the inputs are not usable, no plan can be measured, or all lose more than is allowed.
     """
-    load = request or Request()
     proto, header = open_fp32(source)
     fitted, judged = held_out(check_calibration(calibration, header))
-    calibrated = Calibrated(proto, header.inputs[0], fitted, method, runtime=ONNXRUNTIME)
-    parts = parts_of(proto, ONNXRUNTIME)
-    say(f"Measuring the noise and the times of {len(parts.parts)} parts in FP32 and INT8.")
+    calibrated = Calibrated(proto, header.inputs[0], fitted, method, runtime=timer.runtime)
+    subject = _Subject(source, header, calibrated, parts_of(proto, timer.runtime), timer.floats)
+    parts, floats = subject.parts, timer.floats.upper()
+    say(f"Measuring the noise and the times of {len(parts.parts)} parts in {floats} and INT8 on {timer.where}.")
     alone = sensitivities(calibrated, [part.nodes for part in parts.parts], judged)
-    prices = part_prices(calibrated, parts, alone, threads=load.threads)
-    every = tuple(range(len(parts.parts)))
-
-    def whole(plan: tuple[int, ...]) -> tuple[int, ...]:
-        """Return a plan with the parts that the others make INT8."""
-        names = set(enclosed(proto, parts.nodes(plan), ONNXRUNTIME))
-        return tuple(index for index in every if names.issuperset(parts.parts[index].nodes))
-
-    wanted = list(dict.fromkeys([*map(whole, plans(parts, prices, MOST_PLANS - 1)), every]))
+    prices = part_prices(calibrated, parts, alone, timer)
+    if prices is None:
+        say("Plans are made by the noise of their parts alone, and measured as whole networks.")
+    tried = plans_by_noise(alone, MOST_PLANS) if prices is None else plans(parts, prices, MOST_PLANS - 1)
+    wanted = list(dict.fromkeys([(), *map(subject.whole, tried), tuple(range(len(parts.parts)))]))
     exact, before = onnx_outputs(source, judged), score(source)
-    found: list[PrecisionPlan] = []
-
-    def write(nodes: Sequence[str]) -> None:
-        if nodes:
-            write_quantised(calibrated, header, target, nodes)
-        else:
-            write_bytes(target, read_bytes(source, "ONNX file"))
-
-    with bar("Measuring plans", len(wanted)) as progress:
-        for plan in wanted:
-            nodes = parts.nodes(plan)
-            write(nodes)
-            ratio = measured(source, target, load, Turns(repeats=REPEATS)).ratio if nodes else None
-            found.append(
-                PrecisionPlan(
-                    int8=len(nodes),
-                    predicted_ratio=predicted_ms(parts, prices, plan) / predicted_ms(parts, prices, ()),
-                    ratio=1.0 if ratio is None else ratio.value,
-                    interval=[1.0, 1.0] if ratio is None else [ratio.low, ratio.high],
-                    noise=noise(exact, onnx_outputs(target, judged)),
-                    score=score(target),
-                )
+    found: dict[Plan, PrecisionPlan] = {}
+    problem = ""
+    with tempfile.TemporaryDirectory(prefix="compressor-plans-") as folder, bar("Measuring plans", len(wanted)) as seen:
+        files = [subject.write(plan, Path(folder) / f"{place}.onnx") for place, plan in enumerate(wanted)]
+        for plan, path, ratio in zip(wanted, files, _with_floats(timer, files), strict=True):
+            if isinstance(ratio, str):
+                problem = f"The plan with {len(parts.nodes(plan))} layers in INT8 has no time on {timer.where}: {ratio}"
+                say(problem)
+                continue
+            found[plan] = PrecisionPlan(
+                int8=len(parts.nodes(plan)),
+                predicted_ratio=_predicted(parts, prices, plan),
+                ratio=ratio[0],
+                interval=[ratio[1], ratio[2]],
+                noise=noise(exact, onnx_outputs(path, judged)),
+                score=score(path),
             )
-            progress.advance(1, note=f"{found[-1].ratio:.3f} of FP32")
-    place, rule = chosen_of(found, before, max_drop)
-    nodes = parts.nodes(wanted[place])
-    if rounding != "nearest" and nodes:
-        write_quantised(calibrated, header, target, nodes, rounding=rounding)
-        less = noise(exact, onnx_outputs(target, judged))
-        if less < found[place].noise:  # as fast: only weights differ
-            found[place] = found[place].model_copy(update={"noise": less, "score": score(target)})
-        else:
-            rounding = "nearest"
-    if rounding == "nearest" or not nodes:
-        write(nodes)
-    found[place] = found[place].model_copy(update={"chosen": True})
-    return MixedInfo(tuple(found), tuple(_layers(parts, prices, set(wanted[place]))), len(fitted), rounding, rule)
+            seen.advance(1, note=f"{ratio[0]:.3f} of {floats}")
+        if problem and len(found) == 1:
+            raise ExportError(f"No plan of precisions has been measured. {problem}")
+        place, rule = chosen_of(list(found.values()), before, max_drop)
+        plan = list(found)[place]
+        if rounding != "nearest" and plan:
+            rounded = subject.write(plan, Path(folder) / "rounded.onnx", rounding)
+            less = noise(exact, onnx_outputs(rounded, judged))
+            if less < found[plan].noise:  # as fast: only weights differ
+                found[plan] = found[plan].model_copy(update={"noise": less, "score": score(rounded)})
+                files[wanted.index(plan)] = rounded
+            else:
+                rounding = "nearest"
+        write_bytes(target, read_bytes(files[wanted.index(plan)], "ONNX file"))
+    found[plan] = found[plan].model_copy(update={"chosen": True})
+    if prices is None:
+        rule += "; parts could not be timed one by one, so that the plans were made by noise alone"
+    layers = tuple(_layers(parts, alone, prices, set(plan), timer.floats))
+    return MixedInfo(tuple(found.values()), layers, len(fitted), rounding, rule)
+
+
+def _with_floats(timer: PrecisionTimer, files: Sequence[Path]) -> Iterator[tuple[float, float, float] | str]:
+    """Time all files in turns with the first one, which is in floats: yields shares with their intervals."""
+    yield 1.0, 1.0, 1.0
+    for ratio in timer.ratios(files[0], files[1:]):
+        yield ratio if isinstance(ratio, str) else (ratio.value, ratio.low, ratio.high)
+
+
+def _predicted(parts: Parts, prices: Prices | None, plan: Plan) -> float | None:
+    """Return the share of the time in floats by the times of the parts; None where none is known."""
+    return None if prices is None else predicted_ms(parts, prices, plan) / predicted_ms(parts, prices, ())
 
 
 def chosen_of(found: Sequence[PrecisionPlan], before: float, max_drop: float) -> tuple[int, str]:
     """Return the place of the plan that is taken, and why.
 
     Args:
-        found: The measured plans, the FP32 network among them.
+        found: The measured plans, the network in floats among them.
         before: Score of the FP32 file.
         max_drop: How much of it may be lost.
+
+    Raises:
+        ExportError: All lose more.
     """
     good = [place for place, plan in enumerate(found) if before - plan.score <= max_drop + 1e-9]
+    if not good:
+        best = max(plan.score for plan in found)
+        raise ExportError(
+            f"No plan of precisions keeps the score of FP32 on the search split ({before:.2%}) within {max_drop:.2%}: "
+            f"{best:.2%} at best.",
+            "Allow more with --max-drop (a recipe: export.max_drop), or use --precision fp32.",
+        )
     fastest = min(good, key=lambda place: found[place].ratio)
     limit = max(found[fastest].high, (1 + SAME) * found[fastest].ratio)
     alike = [place for place in good if found[place].ratio <= limit]
@@ -166,13 +214,15 @@ def chosen_of(found: Sequence[PrecisionPlan], before: float, max_drop: float) ->
     )
 
 
-def _layers(parts: Parts, prices: Prices, chosen: set[int]) -> Iterator[LayerPrecision]:
+def _layers(
+    parts: Parts, alone: Sequence[float], prices: Prices | None, chosen: set[int], floats: str
+) -> Iterator[LayerPrecision]:
     for index, part in enumerate(parts.parts):
         for name in part.nodes:
             yield LayerPrecision(
                 name=name,
-                precision="int8" if index in chosen else "fp32",
-                noise=prices.noise[index],
-                fp32_ms=prices.float_ms[index],
-                int8_ms=prices.int8_ms[index],
+                precision="int8" if index in chosen else floats,
+                noise=alone[index],
+                float_ms=None if prices is None else prices.float_ms[index],
+                int8_ms=None if prices is None else prices.int8_ms[index],
             )

@@ -26,7 +26,8 @@ from export.convert.trees import tensors_in
 if TYPE_CHECKING:
     from torch import nn
 
-    from compressor.latency.provider import Request, TableProvider
+    from compressor.latency.precisions import PrecisionTimer
+    from compressor.latency.provider import TableProvider
     from compressor.pruning.plan import ChannelPlan
     from compressor.recipe import Recipe
     from compressor.run.job import Job
@@ -139,7 +140,7 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
             rest="fp32" if runtime == ONNXRUNTIME else "fp16",
             runtime=runtime,
             engine=provider.is_here,
-            timed=request_of(recipe),
+            timer=provider.precision_timer(request_of(recipe)) if precision == "mixed" else None,
         ):
             say(line)
 
@@ -299,7 +300,7 @@ def write_precision(
     source: Path | None = None,
     path: Path | None = None,
     engine: bool = True,
-    timed: Request | None = None,
+    timer: PrecisionTimer | None = None,
 ) -> Iterator[str]:
     """Write the run's network in another precision, check it on the test split, and build its engine.
 
@@ -321,7 +322,7 @@ def write_precision(
         source: FP32 file; None for the run's.
         path: Path of the new file; None for `model.PRECISION.onnx`.
         engine: Whether to build its engine; a file for ONNX Runtime gets none.
-        timed: Conditions of the run's latency, for which mixed precision is chosen.
+        timer: Device on which mixed precision is chosen; needed for that only.
 
     Yields:
         Lines for the user.
@@ -334,7 +335,8 @@ def write_precision(
             f"--precision {precision} is not exported.",
             "Choose fp16, int8 or mixed; the run has model.onnx in fp32.",
         )
-    runtime = ONNXRUNTIME if precision == "mixed" else runtime
+    if timer is not None:
+        runtime = timer.runtime
     given, goal = source or run.file(MODEL), path or run.file(file_of(precision))
     exact = run.manifest.accuracy.exported
     if source or exact is None:
@@ -343,8 +345,8 @@ def write_precision(
         seed = int(run.manifest.seed or 0)
         if precision == "fp16":
             facts = _half(given, trial, task, network, seed)
-        elif precision == "mixed":
-            facts = _mixed(given, trial, task, network, seed, max_drop_points, method, rounding, timed)
+        elif timer is not None:
+            facts = _mixed(given, trial, task, network, seed, max_drop_points, method, rounding, timer)
         else:
             trained = {name: (low, high) for name, (low, high) in run.manifest.trained_ranges.items()}
             facts = _int8(given, trial, task, network, seed, max_drop_points, method, rounding, rest, runtime, trained)
@@ -452,31 +454,31 @@ def _mixed(
     max_drop_points: float,
     method: str,
     rounding: str,
-    timed: Request | None,
+    timer: PrecisionTimer,
 ) -> dict[str, Any]:
     from compressor.run.mixed import write_mixed
 
     calibration = one_array(drawn(task, task.calibration, CALIBRATION_IMAGES, seed), "INT8")
     judge = task.file_judge(JUDGING_IMAGES, seed, network)
     most = max_drop_points / 100
-    made = write_mixed(
-        given, trial, calibration, judge, max_drop=most, method=method, rounding=rounding, request=timed
-    )
-    kept = [layer.name for layer in made.layers if layer.precision == "fp32"]
-    plan = made.chosen
+    made = write_mixed(given, trial, calibration, judge, timer, max_drop=most, method=method, rounding=rounding)
+    kept = [layer.name for layer in made.layers if layer.precision != "int8"]
+    plan, floats = made.chosen, timer.floats.upper()
+    most_int8 = max(made.plans, key=lambda each: each.int8)
+    beside = f", and that with {most_int8.int8} in INT8 {most_int8.ratio:.3f}" if most_int8 != plan else ""
     return {
         "kept_float": kept,
         "calibration": method,
         "calibration_images": made.images,
-        "rest": "fp32",
-        "runtime": ONNXRUNTIME,
+        "rest": timer.floats,
+        "runtime": timer.runtime,
         "rounding": made.rounding,
+        "timed_on": timer.where,
         "rule": made.rule,
         "plans": list(made.plans),
         "layers": list(made.layers),
-        "words": f"{plan.int8} nodes in INT8, {len(kept)} in FP32; measured in turns, it takes {plan.ratio:.3f} of the "
-        f"FP32 network's time, and all in INT8 {max(made.plans, key=lambda each: each.int8).ratio:.3f}; of "
-        f"{len(made.plans)} plans it is {made.rule}",
+        "words": f"{plan.int8} nodes in INT8, {len(kept)} in {floats}; measured in turns on {timer.where}, it takes "
+        f"{plan.ratio:.3f} of the {floats} network's time{beside}; of {len(made.plans)} plans it is {made.rule}",
     }
 
 

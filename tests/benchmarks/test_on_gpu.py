@@ -167,3 +167,12 @@ def test_results_are_read_from_what_the_items_write(options: argparse.Namespace)
     networks = [{"status": "ok"}, {"status": "build-failed"}]
     written("board/manifest.json", {"devices": [{"target": "jetson", "networks": networks}]})
     assert by_name["board/bundle"].found() == "1 of 2 engines built, measured and verified on jetson"
+    plans = [
+        {"int8": 3, "ratio": 0.7, "chosen": True}, {"int8": 4, "ratio": 0.8, "chosen": False},
+    ]  # fmt: skip
+    entry = {"plans": plans, "rest": "fp16", "layers": [{"float_ms": None}] * 4}
+    written("mixed-rtx/manifest.json", {"exports": {"mixed": entry}})
+    written("board/manifest.json", {"exports": {"mixed.tensorrt": {**entry, "layers": [{"float_ms": 0.1}] * 4}}})
+    words = "3 of 4 layers in INT8 take 0.700 of FP16's time, 4 take 0.800; layers"
+    assert by_name["mixed/rtx"].found() == f"{words} could not be timed one by one"
+    assert by_name["board/mixed"].found() == f"{words} were timed one by one"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.latency.precisions import KernelTime, _conversion, kernel_times, part_prices
+from compressor.latency.precisions import CpuTimer, KernelTime, _conversion, kernel_times, part_prices
+from compressor.latency.provider import Request
 from export.convert.calibrated import ONNXRUNTIME, Calibrated
 from export.convert.half import open_fp32
 from export.convert.mixed import parts_of
@@ -27,7 +28,8 @@ def calibrated(tmp_path: Path) -> Calibrated:
 
 def test_every_part_is_timed_in_both_precisions(calibrated: Calibrated) -> None:
     parts = parts_of(calibrated.proto, ONNXRUNTIME)
-    prices = part_prices(calibrated, parts, [0.1] * len(parts.parts))
+    prices = part_prices(calibrated, parts, [0.1] * len(parts.parts), CpuTimer(Request()))
+    assert prices is not None
     kinds = [part.nodes[0].rsplit("/", 1)[-1] for part in parts.parts]
     for kind, float_ms, int8_ms in zip(kinds, prices.float_ms, prices.int8_ms, strict=True):
         assert int8_ms > 0, kind

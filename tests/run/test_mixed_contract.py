@@ -85,7 +85,7 @@ def made_up(dense: Path, slim: Path, *_: object) -> Timing:
     return timing([whole_ms(dense)] * 9, [whole_ms(slim)] * 9)
 
 
-def prices(calibrated: Any, parts: Parts, noise: Sequence[float], **_: object) -> Prices:
+def prices(calibrated: Any, parts: Parts, noise: Sequence[float], *_: object) -> Prices:
     elements = {name: size for name, size, _ in weights_of(calibrated.proto.graph)}
 
     def of(rates: tuple[float, float]) -> tuple[float, ...]:
@@ -109,7 +109,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(LocalCpu, "runner", runner)
         patch.setattr(LocalCpu, "time_limit_s", 0.0)
         patch.setattr("compressor.latency.joined.measured_conversions", lambda *_: Conversions((0.0, 0.0), (0.0, 0.0)))
-        for module in ("compressor.latency.local", "compressor.run.mixed"):
+        for module in ("compressor.latency.local", "compressor.latency.precisions"):
             patch.setattr(f"{module}.measured", made_up)
         patch.setattr("compressor.latency.precisions._whole_ms", in_turns)
         for module in ("compressor.latency.precisions", "compressor.run.mixed"):
@@ -246,6 +246,6 @@ def test_a_table_is_measured_beforehand(tmp_path: Path) -> None:
 
 def test_devices_for_which_it_is_not_built() -> None:
     for name in ("ssh://me@orin.local", "jetson-orin-nano-8gb"):
-        with pytest.raises(CompressorError, match=f"for {name} and for TensorRT it is not built") as refused:
+        with pytest.raises(CompressorError, match=f"on this machine's CPU only, and this run is for {name}") as refused:
             run_recipe(wanted("45%").changed({"device": name}))
         assert "int8" in str(refused.value.hint)

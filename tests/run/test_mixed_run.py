@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from compressor import Recipe, run_recipe
 from compressor.cli.app import app
+from compressor.core.errors import CompressorError
 from compressor.core.manifest import Manifest, PrecisionPlan
 from compressor.run.mixed import chosen_of
 from export.convert.onnx_header import read_header
+from export.errors import ExportError
 
 
 def plan(int8: int, ratio: float, noise: float, score: float, half: float = 0.01) -> PrecisionPlan:
@@ -27,6 +29,8 @@ def test_the_fastest_within_the_drop_is_taken() -> None:
     assert chosen_of(found, 0.9, 0.01)[0] == 2
     assert chosen_of(found, 0.9, 0.5)[0] == 3
     assert chosen_of(found, 0.9, 0.0)[0] == 0
+    with pytest.raises(ExportError, match=r"\(91\.00%\) within 0\.50%: 90\.00% at best"):
+        chosen_of(found, 0.91, 0.005)
     assert "loses at most 1 points" in chosen_of(found, 0.9, 0.01)[1]
 
 
@@ -86,9 +90,11 @@ def test_the_page_says_why(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target", "jetson-orin-nano-8gb"], "writes an ONNX file for this machine's CPU"),
-        (["--format", "engine"], "writes an ONNX file for this machine's CPU"),
-        (["--rest", "fp16"], "writes an ONNX file for this machine's CPU"),
+        (["--target", "jetson-orin-nano-8gb"], "none can be measured on a Jetson Orin Nano 8GB from here"),
+        (["--target", "jetson-orin-nano-8gb", "--bundle", "b.tar.gz"], "none can be measured on a Jetson Orin"),
+        (["--target", "ssh://me@nano.local", "--board", "jetson-nano"], "has no INT8 units"),
+        (["--format", "engine"], "this machine's CPU, which runs no engines"),
+        (["--rest", "fp16"], "FP32 or INT8 on this machine's CPU, not in FP16"),
         (["--format", "pt2"], "is written in fp32"),
     ],
 )
@@ -100,9 +106,10 @@ def test_what_mixed_precision_is_not_for(run: Path, options: list[str], message:
 
 def test_a_device_that_is_not_measured_here() -> None:
     recipe = {"model": "tests.nets:tiny", "device": "jetson-orin-nano-8gb", "budgets": {"flops": "60%"}}
-    for fields in ({"precision": "mixed"}, {"export": {"precisions": ["mixed"]}}):
-        with pytest.raises(Exception, match="for jetson-orin-nano-8gb and for TensorRT it is not built"):
-            run_recipe(Recipe.model_validate({**recipe, **fields}))
+    with pytest.raises(CompressorError, match="CPU only, and this run is for jetson-orin-nano-8gb"):
+        run_recipe(Recipe.model_validate({**recipe, "precision": "mixed"}))
+    with pytest.raises(CompressorError, match="none can be measured on jetson-orin-nano-8gb from here"):
+        run_recipe(Recipe.model_validate({**recipe, "export": {"precisions": ["mixed"]}}))
 
 
 def test_energy_is_that_of_fp32() -> None:

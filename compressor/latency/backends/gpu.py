@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from export.errors import ExportError
 
 if TYPE_CHECKING:
     from compressor.pruning.counts import Layer
+    from export.device.results import NetworkResult
     from export.engine.runner import EngineRunner
 
 
@@ -40,6 +41,14 @@ _ONE = "network"
 
 UNSURE = 0.10
 """Largest share of the time without a known operator at which a profile is used."""
+
+
+@runtime_checkable
+class EngineDevice(Device, Protocol):
+    """A device that builds engines and profiles their layers."""
+
+    def layers(self, network: TaggedNetwork) -> list[tuple[str, float]]:
+        """Build an engine; return the name and the milliseconds of each of its layers."""
 
 
 def device_of(backend: Backend, precision: Precision, streams: int = 1) -> Device:
@@ -69,6 +78,12 @@ class TensorRt:
             times = runner.times_ms(warmup_s=seconds / 4, duration_s=seconds)
             layers = runner.layer_times() if network.operators else []
         return NetworkTimes(np.asarray(times), _operators(layers, network))
+
+    def layers(self, network: TaggedNetwork) -> list[tuple[str, float]]:
+        """See `EngineDevice`."""
+        with self.opened(network) as runner:
+            runner.times_ms(warmup_s=1.0, duration_s=0.0)
+            return runner.layer_times()
 
     @contextmanager
     def opened(self, network: TaggedNetwork) -> Iterator[EngineRunner]:
@@ -101,11 +116,18 @@ class Trtexec:
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
         """Write a bundle with this one network and run it on this machine."""
+        timed = self._timed(network, seconds, profile=network.operators > 0)
+        return NetworkTimes(np.asarray(timed.times_ms), _operators(timed.layers, network))
+
+    def layers(self, network: TaggedNetwork) -> list[tuple[str, float]]:
+        """See `EngineDevice`."""
+        return list(self._timed(network, 1.0, profile=True).layers)
+
+    def _timed(self, network: TaggedNetwork, seconds: float, *, profile: bool) -> NetworkResult:
         with tempfile.TemporaryDirectory(prefix="compressor-trtexec-") as name:
             folder = Path(name) / "bundle"
             content = in_precision(network.model, self.precision)
             target = Target("", "GPU", "", 8, 20, True, 0)
-            profile = network.operators > 0
             write_bundle(folder, [(_ONE, content)], target=target, profile=profile, streams=self.streams)
             duration = str(max(1, round(seconds)))
             done = subprocess.run(
@@ -122,7 +144,7 @@ class Trtexec:
         timed = timings.networks[_ONE]
         if timed.reason:
             raise ExportError(f"trtexec cannot measure the network: {timed.reason.rstrip('.')}.")
-        return NetworkTimes(np.asarray(timed.times_ms), _operators(timed.layers, network))
+        return timed
 
 
 class OrtGpu:

@@ -66,9 +66,9 @@ def make_trtexec(folder: Path, version: str, **behaviour: object) -> Path:
         folder: Where `trtexec` goes.
         version: One of `VERSIONS`.
         behaviour: `fail`: "build", "measure" or "verify"; `shift`: added to every output; `calls`: a file that
-            gets each call's arguments; `rule`: "named" or "nameless", times follow from the network's weights, and
-            its profile names layers after nodes or not; `factor`: on those times; `die_after`: how many calls until
-            the script that calls is killed; `memory`: a folder for what was worked out.
+            gets each call's arguments; `rule`: "named", "nameless" or "precisions", see `layers`; `factor`: on the
+            times of a rule; `die_after`: how many calls until the script that calls is killed; `memory`: a folder for
+            what was worked out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / "trtexec"
@@ -195,8 +195,13 @@ def known_layers(content: bytes, rule: str, memory: Path) -> list[tuple[str, flo
 def layers(content: bytes, rule: str) -> list[tuple[str, float]]:
     """(name, milliseconds) of the layers: a change of layout, then for each product a launch and blocks of 8 channels.
 
-    Where `rule` is "named", a layer is called after its nodes, else after nothing that the network knows.
+    Where `rule` is "named", a layer is called after its nodes, where it is "nameless" after nothing that the network
+    knows. With "precisions" it is that of `tests.latency.made_up_engines`, which reads Q/DQ pairs.
     """
+    if rule == "precisions":
+        from tests.latency.made_up_engines import engine_layers
+
+        return engine_layers(content)
     import math
 
     import onnx

@@ -1,0 +1,164 @@
+"""Mixed precision for TensorRT in a run, an export and a bundle, with a made-up GPU and a made-up board."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from compressor import Recipe, run_recipe
+from compressor.cli.app import app
+from compressor.core.manifest import Export, Manifest
+from compressor.latency import local, over_ssh
+from export.device import here
+from export.device.here import Backend
+from export.engine.cuda import Device
+from export.engine.trt import RTX
+from tests.export.device.fake_trtexec import make_trtexec
+from tests.latency import made_up_engines
+from tests.latency.made_up_engines import MadeUpEngines, whole_ms
+from tests.latency.remote_bundle import needs_shell
+from tests.latency.remote_bundle import run as run_bundle
+
+GPU = Device("NVIDIA GeForce RTX 4090", "8.9", 24 << 30, 2520, "13.0")
+BOARD = {
+    "tensorrt": "10.3.0", "jetpack": "", "l4t": "", "model": "NVIDIA Orin", "power_mode": "", "board": "unknown",
+}  # fmt: skip
+
+
+def recipe(**fields: Any) -> Recipe:
+    plain = {
+        "model": "tests.nets:tiny", "epochs": 2, "budgets": {"flops": "60%"}, "agent": "uniform",
+        "search": {"max_evaluations": 4, "batch_norm_batches": 2}, "contract": {"repeats": 1},
+        "export": {"engine": False, "max_drop": 50},
+    }  # fmt: skip
+    return Recipe.model_validate({**plain, **fields})
+
+
+@pytest.fixture
+def cheap_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU on which products with more than 400 weights are faster in INT8, with conversions that cost little."""
+    monkeypatch.setattr(made_up_engines, "INT8", (0.0116, 0.0))
+    monkeypatch.setattr(made_up_engines, "QUANTISE", (1e-5, 0.0))
+    monkeypatch.setattr(made_up_engines, "CAST", 1e-5)
+
+
+def check_file(path: Path, entry: Export) -> None:
+    """The pairs are those of the record, all other products are in half precision, and times are the made-up ones."""
+    graph = onnx.load(path).graph
+    made = {name: node.op_type for node in graph.node for name in node.output}
+    kinds = {item.name: item.data_type for item in graph.initializer}
+    nodes = {node.name: node for node in graph.node}
+    for layer in entry.layers:
+        node = nodes[layer.name]
+        paired = [made.get(name) == "DequantizeLinear" for name in node.input[:2]]
+        assert paired == [layer.precision == "int8"] * 2, layer.name
+        if layer.precision == "fp16" and node.op_type != "Add":
+            assert kinds[node.input[1]] == onnx.TensorProto.FLOAT16
+        assert layer.float_ms is not None
+        assert layer.int8_ms is not None
+    assert {layer.precision for layer in entry.layers} == {"fp16", "int8"}
+    assert (entry.runtime, entry.rest) == ("tensorrt", "fp16")
+    (chosen,) = (plan for plan in entry.plans if plan.chosen)
+    assert chosen.ratio == min(plan.ratio for plan in entry.plans) < 1
+
+
+def test_a_run_on_a_gpu_delivers_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cheap_int8: None
+) -> None:
+    monkeypatch.setattr(here, "gpu_backend", lambda: Backend("tensorrt", "10.3.0", GPU))
+    monkeypatch.setattr(local, "device_of", lambda backend, precision, streams: MadeUpEngines())
+    export = {"engine": False, "precisions": ["mixed"], "max_drop": 50}
+    run = run_recipe(recipe(export=export), out=tmp_path / "run").directory
+    entry = Manifest.read(run / "manifest.json").exports["mixed"]
+    check_file(run / "model.mixed.onnx", entry)
+    assert entry.timed_on == "this machine's NVIDIA GeForce RTX 4090, tensorrt 10.3.0"
+    page = " ".join((run / "report.html").read_text().split())
+    assert "shares of that of the network in FP16, which was timed in turns with each plan on this machine" in page
+    assert "In FP16" in page
+    pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
+    engine = next(each for each in Manifest.read(run / "manifest.json").engines if "mixed" in each.file)
+    assert (engine.precision, (run / engine.file).stat().st_size) == ("int8", engine.bytes)
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A board that runs bundles on this machine with a stand-in for trtexec; returns the bundles that it got."""
+    memory = str(tmp_path / "memory")
+    programs = {
+        "timing": make_trtexec(tmp_path / "times", "10.3.0", rule="precisions", memory=memory),
+        "network": make_trtexec(tmp_path / "runs", "10.3.0"),
+    }
+    sent: list[Path] = []
+
+    def there(url: str, bundle: Path, results: Path, **options: Any) -> int:
+        folder = tmp_path / f"there{len(sent)}"
+        shutil.unpack_archive(bundle, folder)
+        (inside,) = folder.iterdir()
+        sent.append(inside)
+        turns = str(min(2, options.get("processes", 2)))
+        program = programs[(inside / "kind.txt").read_text().strip()]
+        done = run_bundle(inside, program, "--duration", "1", "--warmup", "0", "--processes", turns)
+        assert done.returncode == 0, done.stdout + done.stderr
+        shutil.copy(inside / "results.tar.gz", results)
+        return 0
+
+    for module in ("export.device.remote", "compressor.latency.over_ssh"):
+        monkeypatch.setattr(f"{module}.run_remote", there)
+    monkeypatch.setattr(over_ssh, "identify", lambda url, trtexec: BOARD)
+    return sent
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_recipe(recipe(), out=tmp_path_factory.mktemp("runs") / "run").directory
+
+
+def exported(run: Path, *options: str) -> str:
+    result = CliRunner().invoke(app, ["export", str(run), "--precision", "mixed", "--max-drop", "50", *options])
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+@needs_shell
+def test_a_board_over_ssh_chooses_it(finished: Path, tmp_path: Path, board: list[Path]) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    words = exported(run, "--target", "ssh://me@orin.local")
+    profiled, compared, delivered = board
+    assert sorted(path.name for path in (profiled / "models").iterdir()) == ["n0.onnx", "n1.onnx", "n2.onnx"]
+    order = (compared / "order.txt").read_text().split()
+    assert order[::2] == ["dense"] * (len(order) // 2 + 1)
+    assert sorted(order[1::2]) == [f"plan{place}" for place in range(len(order) // 2)]
+    entry = Manifest.read(run / "manifest.json").exports["mixed.tensorrt"]
+    assert entry.file == "model.mixed.tensorrt.onnx"
+    assert entry.timed_on == "NVIDIA Orin (ssh://me@orin.local), tensorrt 10.3.0"
+    floats_ms = whole_ms((compared / "models" / "dense.onnx").read_bytes())
+    (chosen,) = (plan for plan in entry.plans if plan.chosen)
+    took = (0.05 + 0.9 * whole_ms((run / entry.file).read_bytes())) / (0.05 + 0.9 * floats_ms)  # as trtexec has it
+    assert chosen.ratio == pytest.approx(took, rel=1e-3)
+    assert chosen.ratio == min(plan.ratio for plan in entry.plans)
+    assert (delivered / "models" / "model.mixed.tensorrt.onnx").read_bytes() == (run / entry.file).read_bytes()
+    assert "model.mixed.tensorrt (" in words
+    measured = Manifest.read(run / "manifest.json").devices[-1].networks
+    assert {"model.mixed.tensorrt", "model.fp16", "dense.fp16"} <= {each.name for each in measured}
+    assert all(each.status == "ok" for each in measured)
+    assert manifest["files"].items() <= json.loads((run / "manifest.json").read_text())["files"].items()
+
+
+@needs_shell
+def test_a_run_for_a_device_over_ssh(tmp_path: Path, board: list[Path]) -> None:
+    export = {"engine": False, "precisions": ["mixed"], "max_drop": 50}
+    run = run_recipe(recipe(device="ssh://me@orin.local", export=export), out=tmp_path / "run").directory
+    entry = Manifest.read(run / "manifest.json").exports["mixed"]
+    assert entry.file == "model.mixed.onnx"
+    assert entry.timed_on == "NVIDIA Orin (ssh://me@orin.local), tensorrt 10.3.0"
+    before = (run / entry.file).read_bytes()
+    exported(run)
+    assert (run / entry.file).read_bytes() == before
+    assert not list(run.glob("*.tensorrt.onnx"))
