@@ -217,6 +217,9 @@ _OF_A_PATH = frozenset(
 _UNWRITTEN = frozenset((errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
 
 
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
 @contextmanager
 def written_out() -> Iterator[None]:
     """End with a message and exit code 2 if standard output cannot be written, as on a full disk."""
@@ -255,8 +258,21 @@ def friendly() -> Iterator[None]:
         if stopped():  # for example the error of a child that the same signal ended
             _say_stopped(None)
         fail(error.message, error.hint)
+    except (MemoryError, RuntimeError) as error:
+        if not _of_memory(error):
+            raise
+        fail(
+            f"The memory is too small: {str(error).splitlines()[0] if str(error) else type(error).__name__}.",
+            "Use smaller inputs (--image-size), fewer at once (--set training.batch_size=N, --batch N), or a smaller "
+            "network. A run that had begun continues with: compress --resume RUN",
+        )
     except KeyboardInterrupt as stop:
         _say_stopped(stop)
+
+
+def _of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory could not be allocated: torch has no class of its own for a CPU's."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def fail(message: str, hint: str = "") -> None:

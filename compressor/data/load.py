@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,10 +167,14 @@ def _load_cifar(
     root = path or cache_folder() / "data"
     dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[kind]
     present = (root / dataset.base_folder).is_dir()
+    new = [each for each in (root, *root.parents) if not each.exists()]
     try:
         parts = [dataset(str(root), train=train, download=not present) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        for each in new:  # a download that failed leaves empty folders
+            with suppress(OSError):
+                each.rmdir()
         raise CompressorError(
             f"{kind} is not in {root} and cannot be downloaded: {reason}",
             f"Download {dataset.filename} elsewhere, unpack it in a folder and pass that as --data {kind}:PATH; "

@@ -231,10 +231,11 @@ class Collector:
         Raises:
             TooNoisy: The machine is too noisy for a usable table.
         """
-        with bar("Measuring latency", HELD_OUT + MIN_NETWORKS + 2) as progress:
+        start = self._start_set()
+        with bar("Measuring latency", len(start) + 2) as progress:
             self._take("dense", self.dense)
             progress.advance(1, self._note())
-            for role, widths in self._start_set():
+            for role, widths in start:
                 if self._late():
                     break
                 if tuple(widths.tolist()) in self.times_measured:

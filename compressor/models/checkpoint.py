@@ -55,7 +55,7 @@ def read_file(path: Path) -> Any:
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
-        raise CompressorError(f"The weights {path} {what}; expected 'default', 'none' or a file.", "Check --weights.")
+        raise CompressorError(f"The weights file {path} {what}; expected default, none or a file.", "Check --weights.")
     try:
         with path.open("rb") as file:
             start = file.read(16)

@@ -223,7 +223,7 @@ def call_factory(factory: Callable[..., Any], what: str, num_classes: int) -> nn
             "The factory must build the network from num_classes at most.",
         ) from error
     if not isinstance(model, nn.Module):
-        raise CompressorError(f"{what} returned a {type(model).__name__}, expected a torch.nn.Module.")
+        raise CompressorError(f"{what} returned an object of type {type(model).__name__}, expected a torch.nn.Module.")
     return model
 
 

@@ -35,9 +35,8 @@ def load_recipe(path: Path) -> Recipe:
         )
     fields = read_yaml(read_text(path, "recipe", LARGEST_TEXT), f"The recipe {path}")
     if not isinstance(fields, dict):
-        raise CompressorError(
-            f"The recipe {path} holds {type(fields).__name__}, expected fields such as 'model: resnet50'."
-        )
+        found = {type(None): "is empty", list: "holds a list"}.get(type(fields), f"holds {fields!r:.40}")
+        raise CompressorError(f"The recipe {path} {found}, expected fields such as 'model: resnet50'.")
     return parse_recipe(fields, str(path))
 
 

@@ -107,8 +107,8 @@ class Recipe(Part):
     )
     agent: AgentName = Field(
         "joint",
-        description="What decides the widths: the name of an agent of the toolkit (docs/agents.md), or of one that an "
-        "installed package registers.",
+        description="What decides the widths: the name of an agent of the toolkit (docs/method/agents.md), or of one "
+        "that an installed package registers.",
     )
     accept_dense: bool = Field(
         False,

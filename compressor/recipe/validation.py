@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -80,8 +81,30 @@ def _explained(kind: type[BaseModel], place: tuple[Any, ...], problems: list[Any
         return f"unknown field {where!r}" + (f" (did you mean {' or '.join(near)}?)" if near else "")
     if problem["type"] == "missing":
         return f"field {where!r} is missing"
-    messages = dict.fromkeys(f"{each['msg'][0].lower()}{each['msg'][1:]}" for each in problems)
+    messages = dict.fromkeys(map(_in_words, problems))
+    if any(each["type"] == "string_pattern_mismatch" for each in problems) and (forms := _described(kind, place)):
+        messages = {f"expected {forms}": None}  # a regular expression helps few
+    if problem["type"] == "value_error" and next(iter(messages)).startswith(f"{where}."):  # it names its field
+        return next(iter(messages))
     return f"field {where!r} is {problem['input']!r}: {'; or '.join(messages)}"
+
+
+def _in_words(problem: Any) -> str:
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _described(part: type[BaseModel], place: tuple[Any, ...]) -> str:
+    """Return the first clause of a field's description; empty for a place that is no field."""
+    for name in place[:-1]:
+        annotation = part.model_fields[str(name)].annotation if str(name) in part.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        part = annotation
+    field = part.model_fields.get(str(place[-1]))
+    text = re.split(r"; |\.( |$)", (field.description if field else "") or "")[0]
+    return f"{text[:1].lower()}{text[1:]}"
 
 
 def _field_names(part: type[BaseModel], location: Iterable[Any]) -> list[str]:

@@ -83,11 +83,11 @@ def _judged_drop(front: Front, limit: DropLimit) -> Verdict:
     most = f"{limit.points:g} {'point' if limit.points == 1 else 'points'} of {front.by.name}"
     tried, name = f"of the {limit.steps} networks that were tried", limit.chosen
     if not limit.kept:
-        sentence = f"None {tried} loses at most {most} on the search split; {name} loses {_points(found.search_drop)}."
+        sentence = f"None {tried} loses at most {most} on the search split; {name} {_loses(found.search_drop)}."
         return Verdict("missed", sentence, _on_test(found, limit))
     sentence = (
-        f"{name} is the fastest {tried} that loses at most {most} on the search split: it loses "
-        f"{_points(found.search_drop)} and takes {_share(ours)} of the dense network's time."
+        f"{name} is the fastest {tried} that loses at most {most} on the search split: it "
+        f"{_loses(found.search_drop)} and takes {_share(ours)} of the dense network's time."
     )
     states: Mapping[str | None, State] = {None: "kept", "kept": "kept", "missed": "missed", "undecided": "undecided"}
     return Verdict(states[limit.confirmed], sentence, _on_test(found, limit))
@@ -100,11 +100,15 @@ def _on_test(found: Lost, limit: DropLimit) -> tuple[str, ...]:
     said = {"kept": "the limit is kept", "missed": "the limit is missed"}.get(
         limit.confirmed or "", "whether the limit is kept cannot be told"
     )
-    return (f"On the test split it loses {_points(found.test_drop)} ({noise}): {said}.",)
+    return (f"On the test split it {_loses(found.test_drop)} ({noise}): {said}.",)
+
+
+def _loses(points: float | None) -> str:
+    return f"gains {-points:.2f}" if points is not None and points <= -0.005 else f"loses {_points(points)}"
 
 
 def _points(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.2f}"
+    return ABSENT if value is None else f"{value if abs(value) >= 0.005 else 0:.2f}"
 
 
 def closing_front(front: Front | Mapping[str, Any]) -> Table:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 from compressor.core.errors import CompressorError, Stopped
 from compressor.core.files import disk_error, now, write_atomic
-from compressor.core.front import FRONT
+from compressor.core.front import FRONT, Front
 from compressor.core.manifest import MANIFEST, Manifest, Stage
 from compressor.core.processes import stopped
 from compressor.core.progress import say, stage
@@ -36,6 +36,18 @@ STAGES = {
     "report": "Writing the report",
 }
 """Stage -> what it does, in the order of the main path; those of a search and its probe may come again."""
+
+
+def refuse_front(path: Path) -> None:
+    """Refuse a folder that holds the runs of several targets where one of them is needed.
+
+    Raises:
+        CompressorError: Names the folder of the first.
+    """
+    if (path / FRONT).is_file():
+        names = [target.folder for target in Front.read_tolerant(path / FRONT).targets]
+        hint = f"Give the folder of one: {path / names[0]}" if names else ""
+        raise CompressorError(f"{path} holds the runs of several targets.", hint)
 
 
 class RunFolder:
@@ -94,10 +106,14 @@ class RunFolder:
             )
         run = cls(path)
         run.lock()
-        remove_temporaries(path)
-        if (path / MANIFEST).exists():  # a run that was killed before its first write has none
-            run.manifest = Manifest.read(path / MANIFEST)
-            run.begun_before = frozenset(run.manifest.stages)
+        try:
+            remove_temporaries(path)
+            if (path / MANIFEST).exists():  # a run that was killed before its first write has none
+                run.manifest = Manifest.read(path / MANIFEST)
+                run.begun_before = frozenset(run.manifest.stages)
+        except BaseException:
+            run.close()
+            raise
         return run
 
     @staticmethod

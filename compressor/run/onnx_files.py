@@ -13,12 +13,11 @@ import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, replacing, sha256_file
-from compressor.core.front import FRONT, Front
 from compressor.core.manifest import Checks, Cost, Engine, Export, Layer, NetworkCost, OtherMacs, Parity
 from compressor.core.progress import bar, say
 from compressor.latency.operators import channels
 from compressor.run.device import int8_runtime, opset_of, provider_of, request_of
-from compressor.run.folder import RunFolder
+from compressor.run.folder import RunFolder, refuse_front
 from compressor.training.feeds import inputs_in, joined, random_inputs
 from export.convert.calibrated import ONNXRUNTIME, TENSORRT
 from export.convert.trees import tensors_in
@@ -59,10 +58,7 @@ def open_exported(folder: Path, *also: str) -> RunFolder:
     Raises:
         CompressorError: The folder holds no run, or the run has not exported them yet.
     """
-    if (folder / FRONT).is_file():
-        names = [target.folder for target in Front.read_tolerant(folder / FRONT).targets]
-        hint = f"Give the folder of one: {folder / names[0]}" if names else ""
-        raise CompressorError(f"{folder} holds the runs of several targets.", hint)
+    refuse_front(folder)
     run = RunFolder.open(folder)
     missing = next((name for name in (MODEL, *also) if not run.file(name).exists()), None)
     if missing is None and run.finished("export"):

@@ -16,6 +16,7 @@ from compressor.core.records import RECIPE
 from compressor.models.names import allowed_factory
 from compressor.recipe import load_recipe
 from compressor.run.deployable import LABELS
+from compressor.run.folder import refuse_front
 from compressor.run.load import refuse_python
 from compressor.run.onnx_files import MODEL, file_of
 
@@ -105,6 +106,7 @@ def _finished(folder: Path) -> Recipe:
         raise CompressorError(
             f"{folder} is not a run's folder: it has no {RECIPE}.", "List the runs with: compress list"
         )
+    refuse_front(folder)
     recipe = load_recipe(folder / RECIPE)
     refuse_python(recipe)
     for name in (MODEL, LABELS):

@@ -57,7 +57,7 @@ def listed(runs: Sequence[Path]) -> Table:
     table = Table(*columns, right=("score", "change", "latency", "of dense", "size"))
     rows = []
     for run in runs:
-        manifest = _manifest(run)
+        manifest, state = _read(run)
         accuracy, time = manifest.accuracy, time_ratio(manifest)
         slim = accuracy.exported if accuracy.exported is not None else accuracy.finetuned
         change = None if slim is None or accuracy.dense is None else slim - accuracy.dense
@@ -70,7 +70,7 @@ def listed(runs: Sequence[Path]) -> Table:
                     str(run),
                     manifest.model,
                     manifest.data.partition(":")[0],
-                    _state(manifest),
+                    state,
                     Cell(slim, score(slim, accuracy.by)),
                     Cell(change, score_change(change, accuracy.by)),
                     Cell(manifest.latency.measured_ms, milliseconds(manifest.latency.measured_ms)),
@@ -83,6 +83,15 @@ def listed(runs: Sequence[Path]) -> Table:
     for _, row in sorted(rows, key=lambda row: row[0]):
         table.add(*row)
     return table
+
+
+def _read(run: Path) -> tuple[Manifest, str]:
+    """Return a run's manifest and its state; that of a damaged one is empty, so that the others are listed."""
+    try:
+        manifest = _manifest(run)
+    except CompressorError:
+        return Manifest(), "damaged"
+    return manifest, _state(manifest)
 
 
 def _state(manifest: Manifest) -> str:

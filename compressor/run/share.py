@@ -15,14 +15,13 @@ from typing import Any
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import read_json, read_text, sha256_file
-from compressor.core.front import FRONT
 from compressor.core.manifest import MANIFEST, Manifest
 from compressor.core.records import RECIPE
 from compressor.models.onnx_file import NETWORK
 from compressor.pruning.artefact import CHANNELS, WEIGHTS
 from compressor.report.card import model_card, without_folders
 from compressor.run.deployable import DEPLOYED, PREPROCESS
-from compressor.run.folder import RunFolder
+from compressor.run.folder import RunFolder, refuse_front
 
 CARD = "README.md"
 _SHARED = (CHANNELS, WEIGHTS, NETWORK, *DEPLOYED)
@@ -140,8 +139,7 @@ def check_hub(repository: str) -> None:
 
 def _finished(folder: Path) -> Manifest:
     """Return the manifest of a finished run."""
-    if (folder / FRONT).is_file():
-        raise CompressorError(f"{folder} holds the runs of several targets.", "Give the folder of one of them.")
+    refuse_front(folder)
     if not (folder / RECIPE).is_file():
         raise CompressorError(f"{folder} is not a run's folder: it has no {RECIPE}.", "Runs are under runs/.")
     RunFolder.tidy(folder)

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import typer
+
+from compressor.cli.terminal import friendly
 
 COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'compress'; from compressor.cli import main; main()"]
 
@@ -28,3 +32,25 @@ def test_a_full_disk_under_the_output_is_one_message() -> None:
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
     assert "No space left on device" in " ".join(ended.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_one_message(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught, friendly():
+        raise error
+    first, second = capsys.readouterr().err.splitlines()
+    assert caught.value.exit_code == 2
+    assert first == f"Error: The memory is too small: {str(error).partition(chr(10))[0] or 'MemoryError'}."
+    assert second.startswith("Use smaller inputs (--image-size)")
+
+
+def test_another_error_stays_an_internal_one() -> None:
+    with pytest.raises(RuntimeError, match="a shape is wrong"), friendly():
+        raise RuntimeError("a shape is wrong")

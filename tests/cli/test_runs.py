@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compressor.cli.app import app
+from compressor.core.errors import CompressorError
 from compressor.core.files import sha256_file
 from compressor.run.folder import RunFolder
 from tests.runs import manifest_of
@@ -48,6 +49,20 @@ def test_runs_are_listed(runs: Path) -> None:
     assert lines[0].split()[:3] == ["run", "model", "data"]
     assert len(lines) == 4
     assert json.loads(command("list", runs / "one", "--json")) == [{**one, "run": str(runs / "one")}]
+
+
+def test_a_damaged_run_does_not_hide_the_others(runs: Path) -> None:
+    whole = command("list", "--json")
+    (runs / "two" / "manifest.json").write_text("[1, 2")
+    listed = {Path(each["run"]).name: each for each in json.loads(command("list", "--json"))}
+    assert {name: each["state"] for name, each in listed.items()} == {
+        "one": "kept", "two": "damaged", "three": "unfinished"
+    }  # fmt: skip
+    assert listed["one"] == next(each for each in json.loads(whole) if each["run"] == listed["one"]["run"])
+    assert "manifest.json is not readable as JSON" in command("compare", "runs/one", "runs/two", code=2)
+    for _ in range(2):  # its lock is free again
+        with pytest.raises(CompressorError, match="is not readable as JSON"):
+            RunFolder.open(runs / "two")
 
 
 def test_runs_are_compared(runs: Path) -> None:

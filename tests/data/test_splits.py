@@ -126,9 +126,11 @@ def test_cifar_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         raise URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    with pytest.raises(CompressorError, match="cannot be downloaded") as caught:
-        load_data(f"cifar10:{tmp_path}", seed=0)
-    assert "cifar-10-python.tar.gz" in caught.value.hint
+    for folder in (tmp_path, tmp_path / "no" / "such"):
+        with pytest.raises(CompressorError, match="cannot be downloaded") as caught:
+            load_data(f"cifar10:{folder}", seed=0)
+        assert "cifar-10-python.tar.gz" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cifar_from_its_own_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_user_factory_with_and_without_classes(
         model = create_model(f"my_networks:{name}", 6)
         assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 6)
     assert said == ["my_networks:fixed has 1000 outputs: its last layer 2 is replaced by one of 6."]
-    with pytest.raises(CompressorError, match="returned a int"):
+    with pytest.raises(CompressorError, match=r"returned an object of type int, expected a torch\.nn\.Module"):
         create_model("my_networks:nothing", 6)
 
 

@@ -18,6 +18,7 @@ from compressor.cli.app import app
 from compressor.core.files import sha256_file
 from compressor.core.front import DropLimit, Front, Lost, Point, TargetRun
 from compressor.recipe import Budgets
+from compressor.report import judge_front
 from compressor.report.page import EPISODES
 from compressor.run.exports import Request, export_format
 from compressor.run.finish import report_again
@@ -25,7 +26,9 @@ from compressor.run.front import worst
 from compressor.run.max_drop import STEPS, Narrowing, judged
 from compressor.run.measure import measure_again
 from compressor.run.pipeline import resume
+from compressor.run.predict import predict
 from compressor.run.runs import clean, find_runs
+from compressor.run.share import card_of
 from tests.conftest import FIGURES
 from tests.other_device import OtherDevice
 from tests.run.test_own import FAST as OWN
@@ -132,7 +135,10 @@ def test_the_page_shows_the_front(front: RunResult) -> None:
 def test_commands_on_one_run_work_and_the_whole_is_refused_with_a_hint(front: RunResult) -> None:
     one = front.runs[1].directory
     assert any("model.fp16.onnx" in line for line in export_format(one, Request(precision="fp16")))
-    commands = (lambda: export_format(front.directory, Request()), lambda: measure_again(front.directory))
+    commands = (
+        lambda: export_format(front.directory, Request()), lambda: measure_again(front.directory),
+        lambda: predict(front.directory, [front.directory / "report.html"]), lambda: card_of(front.directory),
+    )  # fmt: skip
     for command in commands:
         with pytest.raises(CompressorError, match="holds the runs of several targets") as caught:
             list(command())
@@ -266,6 +272,22 @@ def test_of_the_networks_that_keep_it_the_fastest_as_measured_is_chosen() -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("search", "test", "said"),
+    [
+        (0.5, 1.114, ("on the search split: it loses 0.50 and takes", "On the test split it loses 1.11 (")),
+        (-2.1, -0.3, ("on the search split: it gains 2.10 and takes", "On the test split it gains 0.30 (")),
+        (0.0, -0.004, ("on the search split: it loses 0.00 and takes", "On the test split it loses 0.00 (")),
+    ],
+)
+def test_what_is_lost_and_gained_in_words(search: float, test: float, said: tuple[str, str]) -> None:
+    found = TargetRun(folder="latency-50", status="finished", lost=Lost(search_drop=search, test_drop=test, error=0.79))
+    limit = DropLimit(points=1.0, steps=5, most_steps=5, chosen="latency-50", kept=True, confirmed="undecided")
+    judged_front = judge_front(Front(status="finished", targets=[found], max_drop=limit))
+    assert said[0] in judged_front.sentence
+    assert judged_front.remarks[0].startswith(said[1])
+
+
 def test_the_fastest_network_within_a_loss_is_found_and_confirmed(
     device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +319,7 @@ def test_the_fastest_network_within_a_loss_is_found_and_confirmed(
     assert result.exit_code == {"kept": 0, "undecided": 4, "missed": 3}[str(limit.confirmed)] or not limit.kept
     assert result.onnx == result.chosen.onnx
     page = (tmp_path / "run/report.html").read_text()
-    assert "On the test split it loses" in page
+    assert re.search(r"On the test split it (loses|gains) \d", page)
 
 
 def test_own_objects_have_several_targets_and_a_limit_in_their_score(tmp_path: Path) -> None:
