@@ -167,6 +167,18 @@ def _mixed(options: argparse.Namespace) -> Iterator[Item]:
             run,
             module,
         )  # fmt: skip
+    run = options.results / "mixed-latency"
+    yield Item(
+        "mixed/latency",
+        "Widths and precisions were searched together for a made-up GPU only: whether the file keeps a target.",
+        240,
+        ("gpu", "torch", "tensorrt"),
+        ("compress", "--model", "resnet18", "--latency", "50%", "--precision", "mixed", *QUICK, "--out", str(run)),
+        partial(_run_found, run, "latency"),
+        RAN,
+        run,
+        TENSORRT,
+    )
 
 
 def _tables(options: argparse.Namespace) -> Iterator[Item]:

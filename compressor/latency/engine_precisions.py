@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.core.progress import say
 from compressor.latency.backends.gpu import UNSURE
@@ -40,12 +40,14 @@ class EngineTimer:
         floats: Precision of the parts that are not in INT8.
         where: Description of the device and its runtime.
         profile: Returns the layers of the engines of some ONNX files, or why one has none.
+        time: Returns milliseconds of ONNX files, or why one has none.
         compare: Times ONNX files in turns with a first one: shares of its time, or why there is none.
     """
 
-    floats: str
+    floats: Literal["fp32", "fp16"]
     where: str
     profile: Callable[[Sequence[bytes]], list[Layers | str]]
+    time: Callable[[Sequence[bytes]], list[float | str]]
     compare: Callable[[Path, Sequence[Path]], Iterable[Ratio | str]]
     runtime: str = TENSORRT
 
@@ -62,6 +64,10 @@ class EngineTimer:
                 return None
             found.append(kernels)
         return found
+
+    def whole_ms(self, networks: Sequence[bytes]) -> list[float]:
+        """See `PrecisionTimer`."""
+        return [math.inf if isinstance(found, str) else found for found in self.time(networks)]
 
     def ratios(self, floats: Path, plans: Sequence[Path]) -> Iterable[Ratio | str]:
         """See `PrecisionTimer`."""

@@ -1,10 +1,10 @@
-"""The table of networks in mixed precision: those of FP32 and INT8, the conversions, and networks that were measured.
+"""The table of networks in mixed precision: those of floats and INT8, the conversions, and networks that were measured.
 
 The tables of both precisions are measured, or read from the cache, as for runs in one precision. What is measured in
 addition belongs to mixed precision alone: the time of conversions, and sub-networks with each part in its faster
-precision (`precisions.fastest`), in turns with the dense network in FP32. To these the correction of whole networks is
-fitted, as shares of the dense network's time: the load of the moment does not enter them. Some are held out for the
-error that the table states.
+precision (`precisions.fastest`), in turns with the dense network in floats: FP32 on a CPU, FP16 with TensorRT. To these
+the correction of whole networks is fitted, as shares of the dense network's time: the load of the moment does not enter
+them. Some are held out for the error that the table states.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from compressor.latency.fit import Floats, fit_correction
 from compressor.latency.operators import Operators, Widths, channels, network_signature
 from compressor.latency.precisions import measured_conversions
 from compressor.latency.sampling import anchor_widths, ends_of_depth, mixed_roles, random_widths, with_blocks
-from compressor.latency.schema import JoinedFields, TableFields, possible
+from compressor.latency.schema import JoinedFields, Precision, TableFields, possible
 from compressor.latency.stored import Role, cached_table, measuring_alone
 from compressor.latency.table import LatencyTable, cheaper
 
 if TYPE_CHECKING:
     from compressor.latency.measured import MeasuredDevice
     from compressor.latency.networks import NetworkTimes
+    from compressor.latency.precisions import PrecisionTimer
     from compressor.latency.provider import Request
     from compressor.pruning.space import PruningSpace
 
@@ -57,16 +58,18 @@ def joined_table(device: MeasuredDevice, space: PruningSpace, example: Any, requ
     """Return the table of a device in mixed precision: from the cache if it was made of its present tables.
 
     Args:
-        device: Has tables in fp32 and in int8, and a runner of networks in mixed precision.
+        device: Has tables in floats and in int8, a timer of precisions, and a runner of networks in mixed precision.
         space, example, request: As in `TableProvider.table`.
     """
-    floats, int8 = (device.table(space, example, replace(request, precision=each)) for each in ("fp32", "int8"))
+    timer = device.precision_timer(request)
+    kinds: tuple[Precision, ...] = (timer.floats, "int8")
+    floats, int8 = (device.table(space, example, replace(request, precision=each)) for each in kinds)
     path, parts = device.table_file(space, request), (floats.fields, int8.fields)
 
     def stored(quiet: bool) -> LatencyTable | None:
         known = cached_table(path, quiet=quiet)
         joined = None if known is None else known.fields.joined
-        return known if joined is not None and (joined.fp32, joined.int8) == parts else None
+        return known if joined is not None and (joined.floats, joined.int8) == parts else None
 
     if (known := stored(quiet=False)) is not None:
         return known
@@ -74,7 +77,7 @@ def joined_table(device: MeasuredDevice, space: PruningSpace, example: Any, requ
         if (known := stored(quiet=True)) is not None:  # another process may have measured it while this one waited
             return known
         say("Measuring this network in mixed precision.")
-        table = _measured(device, space, with_batch(example, request.batch), request, *parts)
+        table = _measured(device, space, with_batch(example, request.batch), request, timer, *parts)
         table.write(path)
         return table
 
@@ -85,16 +88,19 @@ def _measured(
     space: PruningSpace,
     example: Any,
     request: Request,
+    timer: PrecisionTimer,
     floats: TableFields,
     int8: TableFields,
 ) -> LatencyTable:
     """Time conversions and networks in mixed precision, and fit the correction of whole networks."""
     began, ranking, name = time.monotonic(), space.rank(), network_signature(space)
-    in_floats, mixed = (device.runner(replace(request, precision=each)) for each in ("fp32", "mixed"))
+    kinds: tuple[Precision, ...] = (timer.floats, "mixed")
+    kind = timer.floats.upper()
+    in_floats, mixed = (device.runner(replace(request, precision=each)) for each in kinds)
     dense = export_candidate(space, ranking, example, space.dense_row)
     narrow = export_candidate(space, ranking, example, np.asarray(space.min_widths))
-    found = measured_conversions([dense.model, narrow.model], request.threads)
-    joined = JoinedFields(fp32=floats, int8=int8, to_int8_ms=found.to_int8, to_float_ms=found.to_float)
+    found = measured_conversions([dense.model, narrow.model], timer)
+    joined = JoinedFields(floats=floats, int8=int8, to_int8_ms=found.to_int8, to_float_ms=found.to_float)
     unit = LatencyTable(floats).fitted_dense_ms(space)
     rows: dict[Role, list[Widths]] = {"fit": [], "held": []}
     times: dict[Role, list[float]] = {"fit": [], "held": []}
@@ -107,7 +113,7 @@ def _measured(
             share = _share(partial(in_floats.measure, dense), partial(mixed.measure, network))
             rows[role].append(widths)
             times[role].append(unit * share)
-            progress.advance(1, f"{share:.3f} of the dense network in FP32")
+            progress.advance(1, f"{share:.3f} of the dense network in {kind}")
     known, priced = floats.networks[name], cheaper(joined, space)
     operators = Operators.of_keys(known.layers)
 
@@ -133,8 +139,8 @@ def _measured(
             streams=floats.streams,
             date=datetime.now(timezone.utc).date().isoformat(),
             how="measured",
-            protocol=f"tables in FP32 and INT8, and {len(rows['fit'])} measurements of sub-networks with each part in "
-            f"the faster one, each for {SECONDS_A_NETWORK} s after the dense network in FP32; "
+            protocol=f"tables in {kind} and INT8, and {len(rows['fit'])} measurements of sub-networks with each part "
+            f"in the faster one, each for {SECONDS_A_NETWORK} s after the dense network in {kind}; "
             f"{len(rows['held'])} networks were held out{load_words(request.batch, request.streams)}",
             block=floats.block,
             networks={name: known.model_copy(update=fields)},

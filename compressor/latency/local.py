@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from compressor.core.errors import CompressorError
 from compressor.core.progress import say
@@ -23,12 +23,11 @@ from compressor.latency.joined import joined_table
 from compressor.latency.machine import channel_block, clocks, cpu_model, governor
 from compressor.latency.measured import MeasuredDevice
 from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork
-from compressor.latency.precisions import REPEATS, CpuTimer, fastest
+from compressor.latency.precisions import REPEATS, CpuTimer, fastest, files_in_turns
 from compressor.latency.provider import (
     Request,
     TableProvider,
     Turns,
-    delivered_beside,
     in_precision_beside,
     register_device,
 )
@@ -101,7 +100,7 @@ class LocalCpu(MeasuredDevice):
         if request.precision == "fp32":
             return process
         if request.precision == "mixed":
-            return Converted(process, partial(fastest, threads=request.threads))
+            return Converted(process, partial(fastest, timer=self.precision_timer(request)))
         return Converted(process, partial(in_precision, precision="int8", runtime=ONNXRUNTIME))
 
     def block(self, precision: str) -> int:
@@ -140,20 +139,19 @@ class LocalCpu(MeasuredDevice):
             return measured(dense, slim, request, turns)
         with tempfile.TemporaryDirectory(prefix="compressor-turns-") as folder:
             first, second = Path(folder) / "dense.onnx", Path(folder) / "slim.onnx"
-            if request.precision == "mixed":
-                delivered = delivered_beside(slim, "mixed")
-                found = delivered.read_bytes() if delivered.is_file() else fastest(slim.read_bytes(), request.threads)
-                contents = dense.read_bytes(), found
-            else:
-                contents = in_precision_beside(dense, slim, request, ONNXRUNTIME)
-            for path, content in zip((first, second), contents, strict=True):
+            for path, content in zip((first, second), self.files_in_turns(dense, slim, request), strict=True):
                 path.write_bytes(content)
             return measured(first, second, request, turns)
 
-    def precision_timer(self, request: Request, floats: str | None = None) -> PrecisionTimer:
+    def files_in_turns(self, dense: Path, slim: Path, request: Request) -> tuple[bytes, bytes]:
+        if request.precision == "mixed":
+            return files_in_turns(dense, slim, self.precision_timer(request))
+        return in_precision_beside(dense, slim, request, ONNXRUNTIME)
+
+    def precision_timer(self, request: Request, floats: Literal["fp32", "fp16"] | None = None) -> PrecisionTimer:
         if floats not in (None, "fp32"):
             raise CompressorError(
-                f"In mixed precision layers are in FP32 or INT8 on this machine's CPU, not in {floats.upper()}.",
+                f"In mixed precision layers are in FP32 or INT8 on this machine's CPU, not in {str(floats).upper()}.",
                 "Leave out --rest.",
             )
         return CpuTimer(request)
@@ -185,14 +183,16 @@ class Converted:
     Args:
         device: Runs the converted networks.
         convert: Returns an ONNX file in the other precision.
+        whole: Whether operators are not timed one by one.
     """
 
-    def __init__(self, device: Device, convert: Callable[[bytes], bytes]) -> None:
-        self._device, self._convert = device, convert
+    def __init__(self, device: Device, convert: Callable[[bytes], bytes], *, whole: bool = False) -> None:
+        self._device, self._convert, self._whole = device, convert, whole
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
         """Convert and measure a network; the time of a conversion belongs to the operator that made the value."""
-        return self._device.measure(replace(network, model=self._convert(network.model)), seconds)
+        operators = {"owner": (), "epilogues": ()} if self._whole else {}
+        return self._device.measure(replace(network, model=self._convert(network.model), **operators), seconds)
 
 
 class LocalGpu(MeasuredDevice):
@@ -202,16 +202,34 @@ class LocalGpu(MeasuredDevice):
     title = "this machine's GPU"
     is_here = True
     concurrent = True
-    precisions = ("fp32", "fp16", "int8")
     too_noisy = "Keep the GPU cool and free of other work, hold its clocks, and try again."
 
     def __init__(self, backend: Backend, cache_dir: str | Path | None = None) -> None:
         super().__init__(LOCAL, cache_dir)
+        self.precisions = TableProvider.precisions
         self.backend, self.runtime, self.version = backend, backend.runtime, backend.version
         self.through = backend.kind
+        if self.mixes:
+            self.precisions = (*self.precisions, "mixed")
 
     def runner(self, request: Request) -> Device:
+        if request.precision == "mixed":
+            device = device_of(self.backend, "fp32", request.streams)  # they are converted here
+            return Converted(device, partial(fastest, timer=self.precision_timer(request)), whole=True)
         return device_of(self.backend, request.precision, request.streams)
+
+    def block(self, precision: str) -> int:
+        return super().block("fp16" if precision == "mixed" else precision)
+
+    def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
+        if request.precision == "mixed":
+            return joined_table(self, space, example, request)
+        return super().table(space, example, request)
+
+    def files_in_turns(self, dense: Path, slim: Path, request: Request) -> tuple[bytes, bytes]:
+        if request.precision == "mixed":
+            return files_in_turns(dense, slim, self.precision_timer(request))
+        return super().files_in_turns(dense, slim, request)
 
     def describe(self) -> DeviceFields:
         gpu = self.backend.gpu
@@ -240,7 +258,7 @@ class LocalGpu(MeasuredDevice):
     def mixes(self) -> bool:  # type: ignore[override]
         return self.runs_tensorrt
 
-    def precision_timer(self, request: Request, floats: str | None = None) -> PrecisionTimer:
+    def precision_timer(self, request: Request, floats: Literal["fp32", "fp16"] | None = None) -> PrecisionTimer:
         device = device_of(self.backend, "fp32", request.streams)  # files are converted already
         if not isinstance(device, EngineDevice):
             raise CompressorError(
@@ -251,6 +269,12 @@ class LocalGpu(MeasuredDevice):
         def profile(networks: Sequence[bytes]) -> list[Layers | str]:
             return [_or_why(partial(device.layers, TaggedNetwork(each, (), ()))) for each in networks]
 
+        def time(networks: Sequence[bytes]) -> list[float | str]:
+            return [_or_why(partial(median_ms, TaggedNetwork(each, (), ()))) for each in networks]
+
+        def median_ms(network: TaggedNetwork) -> float:
+            return device.measure(network, SECONDS_A_NETWORK).median_ms
+
         def compare(floats: Path, plans: Sequence[Path]) -> Iterator[Ratio | str]:
             asked, turns = replace(request, precision="fp32"), Turns(repeats=REPEATS)
 
@@ -260,7 +284,7 @@ class LocalGpu(MeasuredDevice):
             return (_or_why(partial(ratio, plan)) for plan in plans)
 
         where = f"this machine's {self.backend.gpu.name}, {self.runtime} {self.version}"
-        return EngineTimer(floats or "fp16", where, profile, compare)
+        return EngineTimer(floats or "fp16", where, profile, time, compare)
 
     def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:
         raise CompressorError(

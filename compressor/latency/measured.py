@@ -75,7 +75,7 @@ class MeasuredDevice(TableProvider):
         too_noisy: What to do where the device is too noisy; empty for the default.
     """
 
-    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    precisions: tuple[str, ...] = ("fp32",)
     version: str = ""
     time_limit_s: ClassVar[float] = 600.0
     too_noisy: ClassVar[str] = ""
@@ -247,11 +247,15 @@ class MeasuredDevice(TableProvider):
         )
 
     # ---------------------------------------------------------------- runs
+    def files_in_turns(self, dense: Path, slim: Path, request: Request) -> tuple[bytes, bytes]:
+        """Return two FP32 files as they are timed in turns, in the requested precision."""
+        return in_precision_beside(dense, slim, request)
+
     def time(
         self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None
     ) -> Timing:
         """Time bursts in turns; each one rebuilds its network, like a new process on the CPU."""
-        files = in_precision_beside(dense, slim, request)
+        files = self.files_in_turns(dense, slim, request)
         # the files are converted already, and have their batch
         device = self.runner(Request(threads=request.threads, batch=request.batch, streams=request.streams))
         networks = [TaggedNetwork(content, (), ()) for content in files]

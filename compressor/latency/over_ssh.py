@@ -18,7 +18,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, write_atomic
@@ -197,7 +199,7 @@ def measured_over_ssh(
     )
 
 
-def timer_over_ssh(url: str, request: Request, floats: str = "fp16") -> EngineTimer:
+def timer_over_ssh(url: str, request: Request, floats: Literal["fp32", "fp16"] = "fp16") -> EngineTimer:
     """Return what times plans of precisions on a device.
 
     Raises:
@@ -210,6 +212,11 @@ def timer_over_ssh(url: str, request: Request, floats: str = "fp16") -> EngineTi
         found = _timed_there(url, given, request, profile=True, processes=1).networks
         return [found[name].reason or found[name].layers for name in given]
 
+    def time(networks: Sequence[bytes]) -> list[float | str]:
+        given = {f"n{place}": content for place, content in enumerate(networks)}
+        found = _timed_there(url, given, request, processes=1).networks
+        return [found[name].reason or float(np.median(found[name].times_ms)) for name in given]
+
     def compare(base: Path, plans: Sequence[Path]) -> list[Ratio | str]:
         given = {f"plan{place}": plan.read_bytes() for place, plan in enumerate(plans)}
         timings = _timed_there(url, {DENSE: base.read_bytes(), **given}, request, order=_between(list(given)))
@@ -218,7 +225,7 @@ def timer_over_ssh(url: str, request: Request, floats: str = "fp16") -> EngineTi
             networks[DENSE].reason or networks[name].reason or _sessions(timings, name).ratio() for name in given
         ]
 
-    return EngineTimer(floats, f"{_device_title(facts)} ({url}), {RUNTIME} {facts['tensorrt']}", profile, compare)
+    return EngineTimer(floats, f"{_device_title(facts)} ({url}), {RUNTIME} {facts['tensorrt']}", profile, time, compare)
 
 
 def energy_over_ssh(url: str, content: bytes) -> float:
@@ -398,7 +405,7 @@ class SshDevice(TableProvider):
         networks = in_precision_beside(dense, slim, request)
         return measured_over_ssh(self.device, *networks, table, request, turns)
 
-    def precision_timer(self, request: Request, floats: str | None = None) -> PrecisionTimer:
+    def precision_timer(self, request: Request, floats: Literal["fp32", "fp16"] | None = None) -> PrecisionTimer:
         return timer_over_ssh(self.device, request, floats or "fp16")
 
     def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:

@@ -3,7 +3,7 @@
 Parts are timed inside networks under the runtime's profiler: the network in floats, the one with all parts in INT8, and
 one with every other part in INT8, where most values are converted. A `PrecisionTimer` is a device for that: this
 machine's CPU (`CpuTimer`), or engines of TensorRT (`latency.engine_precisions`). `fastest` writes a network in the
-precisions that take the least time on the CPU, whatever they do to its outputs: what a plan of widths is timed as.
+precisions that take the least time, whatever they do to its outputs: what a plan of widths is timed as.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from compressor.latency.backends.cpu import measured, profiled_runs, tag_of
 from compressor.latency.machine import timed
 from compressor.latency.networks import tag
-from compressor.latency.provider import Request, Turns
-from compressor.latency.remote_bundle import any_inputs
+from compressor.latency.provider import Request, Turns, delivered_beside
+from compressor.latency.remote_bundle import any_inputs, in_precision
 from export.convert.calibrated import ONNXRUNTIME, Calibrated, enclosed
 from export.convert.mixed import Prices, cheapest, parts_of
 from export.convert.onnx_header import parse_header
@@ -68,8 +68,8 @@ class PrecisionTimer(Protocol):
         """Form of its INT8 files, a key of `export.convert.calibrated.FORMS`."""
 
     @property
-    def floats(self) -> str:
-        """Precision of the parts that are not in INT8: "fp32" or "fp16"."""
+    def floats(self) -> Literal["fp32", "fp16"]:
+        """Precision of the parts that are not in INT8."""
 
     @property
     def where(self) -> str:
@@ -77,6 +77,9 @@ class PrecisionTimer(Protocol):
 
     def kernels(self, protos: Sequence[Any]) -> list[list[KernelTime]] | None:
         """Profile networks; returns the kernels of each, or None where the runtime does not tell parts apart."""
+
+    def whole_ms(self, networks: Sequence[bytes]) -> list[float]:
+        """Return the milliseconds of ONNX files, infinite for one that cannot be built."""
 
     def ratios(self, floats: Path, plans: Sequence[Path]) -> Iterable[Ratio | str]:
         """Time ONNX files in turns with the one in floats; yields shares of its time, or why there is none."""
@@ -92,12 +95,21 @@ class CpuTimer:
 
     request: Request
     runtime: str = ONNXRUNTIME
-    floats: str = "fp32"
+    floats: Literal["fp32", "fp16"] = "fp32"
     where: str = "this machine's CPU"
 
     def kernels(self, protos: Sequence[Any]) -> list[list[KernelTime]]:
         """See `PrecisionTimer`."""
         return kernel_times(protos, self.request.threads)
+
+    def whole_ms(self, networks: Sequence[bytes]) -> list[float]:
+        """Time whole networks in turns."""
+        runners = [OnnxRunner(network, threads=self.request.threads) for network in networks]
+        times: list[list[float]] = [[] for _ in runners]
+        for _ in range(ROUNDS):
+            for runner, found in zip(runners, times, strict=True):
+                found += timed(runner, RUNS)[1:, 0].tolist()
+        return [float(np.quantile(found, FAST)) for found in times]
 
     def ratios(self, floats: Path, plans: Sequence[Path]) -> Iterator[Ratio | str]:
         """See `PrecisionTimer`."""
@@ -113,54 +125,63 @@ class Conversions:
     to_float: tuple[float, float]
 
 
-def fastest(content: bytes, threads: int = 1) -> bytes:
-    """Return an FP32 network with each part in the precision that is faster here, conversions included.
+def fastest(content: bytes, timer: PrecisionTimer) -> bytes:
+    """Return an FP32 network with each part in the precision that is faster on a device, conversions included.
 
-    Times of parts do not add up, so that the whole network in FP32 or in INT8 is taken where it is faster as measured.
-    Ranges come from random inputs, which do not matter for time.
+    Times of parts do not add up, so that the whole network in floats or in INT8 is taken where it is faster as
+    measured. Ranges come from random inputs, which do not matter for time.
 
     Args:
         content: The ONNX file.
-        threads: Threads of ONNX Runtime.
+        timer: The device.
     """
-    calibrated = _on_any_inputs(content)
-    parts = parts_of(calibrated.proto, ONNXRUNTIME)
-    prices = part_prices(calibrated, parts, [0.0] * len(parts.parts), CpuTimer(Request(threads=threads)))
-    assert prices is not None  # ONNX Runtime tells all nodes apart
-    cheap = enclosed(calibrated.proto, parts.nodes(cheapest(parts, prices, 1.0)), ONNXRUNTIME)
-    every = parts.nodes(range(len(parts.parts)))
-    plans = [nodes for nodes in dict.fromkeys([tuple(cheap), tuple(every)]) if nodes]
-    networks = [content, *(bytes(calibrated.quantise(nodes).SerializeToString()) for nodes in plans)]
-    times = _whole_ms(networks, threads)
+    calibrated = _on_any_inputs(content, timer.runtime)
+    parts = parts_of(calibrated.proto, timer.runtime)
+    prices = part_prices(calibrated, parts, [0.0] * len(parts.parts), timer)
+    plans = [tuple(parts.nodes(range(len(parts.parts))))]
+    if prices is not None:
+        chosen = enclosed(calibrated.proto, parts.nodes(cheapest(parts, prices, 1.0)), timer.runtime)
+        plans.insert(0, tuple(chosen))
+    plans = [nodes for nodes in dict.fromkeys(plans) if nodes]
+    networks = [bytes(with_rest(calibrated, nodes, timer.floats).SerializeToString()) for nodes in ((), *plans)]
+    times = timer.whole_ms(networks)
     return networks[times.index(min(times))]
 
 
-def _whole_ms(networks: Sequence[bytes], threads: int) -> list[float]:
-    """Time whole networks in turns."""
-    runners = [OnnxRunner(network, threads=threads) for network in networks]
-    times: list[list[float]] = [[] for _ in runners]
-    for _ in range(ROUNDS):
-        for runner, found in zip(runners, times, strict=True):
-            found += timed(runner, RUNS)[1:, 0].tolist()
-    return [float(np.quantile(found, FAST)) for found in times]
+def files_in_turns(dense: Path, slim: Path, timer: PrecisionTimer) -> tuple[bytes, bytes]:
+    """Return two FP32 files as a run in mixed precision times them: the dense one in floats, the slim one mixed.
+
+    A delivered file beside `slim` takes its place.
+    """
+    delivered = delivered_beside(slim, "mixed")
+    mixed = delivered.read_bytes() if delivered.is_file() else fastest(slim.read_bytes(), timer)
+    return in_precision(dense.read_bytes(), timer.floats, timer.runtime), mixed
 
 
-def measured_conversions(contents: Sequence[bytes], threads: int = 1) -> Conversions:
-    """Time the conversions in FP32 networks of which every other part is put into INT8."""
-    protos = []
+def measured_conversions(contents: Sequence[bytes], timer: PrecisionTimer) -> Conversions:
+    """Time the conversions in FP32 networks of which every other part is put into INT8.
+
+    They take no time of their own where the device does not tell layers apart: the correction of whole networks has it.
+    """
+    protos, names = [], set()
     for content in contents:
-        calibrated = _on_any_inputs(content)
-        parts = parts_of(calibrated.proto, ONNXRUNTIME)
-        protos.append(calibrated.quantise(parts.nodes(range(0, len(parts.parts), 2))))
-    return _conversions([kernel for kernels in kernel_times(protos, threads) for kernel in kernels])
+        calibrated = _on_any_inputs(content, timer.runtime)
+        parts = parts_of(calibrated.proto, timer.runtime)
+        alternating = parts.nodes(range(0, len(parts.parts), 2))
+        names.update(alternating)
+        protos.append(with_rest(calibrated, alternating, timer.floats))
+    found = timer.kernels(protos)
+    if found is None:
+        return Conversions((0.0, 0.0), (0.0, 0.0))
+    return _conversions([kernel for kernels in found for kernel in kernels], names)
 
 
-def _on_any_inputs(content: bytes) -> Calibrated:
+def _on_any_inputs(content: bytes, runtime: str) -> Calibrated:
     import onnx
 
     header = parse_header(content, "the network")
     return Calibrated(
-        onnx.load_model_from_string(content), header.inputs[0], any_inputs(header), "minmax", runtime=ONNXRUNTIME
+        onnx.load_model_from_string(content), header.inputs[0], any_inputs(header), "minmax", runtime=runtime
     )
 
 

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from compressor.core.conditions import MEDIAN
 from compressor.core.errors import CompressorError
@@ -45,7 +45,8 @@ class Request:
 
     Attributes:
         model: The network's name, for messages.
-        precision: Precision in which networks run; with `mixed` the dense one, which shares are of, is in fp32.
+        precision: Precision in which networks run; with `mixed` the dense one, which shares are of, is in fp32, or with
+            TensorRT in fp16.
         opset: ONNX opset of files that leave this machine.
         threads: Threads of ONNX Runtime on a CPU.
         batch: Inputs of one run.
@@ -126,7 +127,7 @@ class TableProvider(ABC):
 
     name: ClassVar[str] = ""
     runtime: str = "tensorrt"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
     measures: ClassVar[bool] = True
     mixes: bool = False
     concurrent: ClassVar[bool] = False
@@ -211,7 +212,7 @@ class TableProvider(ABC):
         """
         raise CompressorError(f"{self.device} cannot be measured from here.", "Give ssh://user@host.")
 
-    def precision_timer(self, request: Request, floats: str | None = None) -> PrecisionTimer:
+    def precision_timer(self, request: Request, floats: Literal["fp32", "fp16"] | None = None) -> PrecisionTimer:
         """Return what times a network's parts in floats and in INT8, and plans of precisions.
 
         Args:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import parse_json
@@ -21,7 +21,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
-"""Of networks; `mixed` is fp32 or int8 for each operator, whichever is faster."""
+"""Of networks; `mixed` is int8 or floats for each operator, whichever is faster."""
 
 BLOCKS = {"fp16": 8, "int8": 32}
 """Channels that tensor cores compute at once, by precision; 1 in others."""
@@ -189,7 +189,10 @@ class RooflineFields(_Part):
 class JoinedFields(_Part):
     """Tables of the same networks in two precisions, of which each operator has the faster one."""
 
-    fp32: TableFields
+    floats: TableFields = Field(
+        validation_alias=AliasChoices("floats", "fp32"),  # tables of earlier versions
+        description="In fp32, or with TensorRT in fp16.",
+    )
     int8: TableFields
     to_int8_ms: tuple[Share, Share] = Field(description="Of converting a value, and of each of its elements.")
     to_float_ms: tuple[Share, Share] = Field(description="The same, back to a float.")
@@ -225,7 +228,7 @@ class TableFields(_Part):
     @model_validator(mode="after")
     def _whole(self) -> TableFields:
         if (self.joined is None) == (self.precision == "mixed"):
-            raise ValueError("mixed precision, and no other one, is joined from tables in fp32 and in int8")
+            raise ValueError("mixed precision, and no other one, is joined from tables in floats and in int8")
         if self.joined is not None:
             return self._require_joined(self.joined)
         for name, network in self.networks.items():
@@ -249,9 +252,9 @@ class TableFields(_Part):
 
     def _require_joined(self, joined: JoinedFields) -> TableFields:
         """Refuse tables that do not belong together."""
-        parts = {"fp32": joined.fp32, "int8": joined.int8}
-        for precision, part in parts.items():
-            if part.precision != precision or part.how != "measured":
+        for precision, part in (("floats", joined.floats), ("int8", joined.int8)):
+            known = ("fp32", "fp16") if precision == "floats" else (precision,)
+            if part.precision not in known or part.how != "measured":
                 raise ValueError(f"its table in {precision} is {part.how} in {part.precision}")
             if set(part.networks) != set(self.networks) or self.entries or self.roofline:
                 raise ValueError(f"its table in {precision} is of other networks")

@@ -202,10 +202,10 @@ class LatencyTable:
         """Return the dense network's milliseconds by the curve, without refits: the whole of predicted shares.
 
         The curve errs alike for dense and slim networks, while the dense network's own time is one measurement, which
-        may have met a busy machine. In mixed precision it is the dense network in FP32.
+        may have met a busy machine. In mixed precision it is the dense network in floats.
         """
         if self.fields.joined is not None:
-            return LatencyTable(self.fields.joined.fp32).fitted_dense_ms(space)
+            return LatencyTable(self.fields.joined.floats).fitted_dense_ms(space)
         return float(self.curve(space)(np.asarray(space.dense_widths)[None])[0]) / self.fields.raised
 
     def curve(self, space: PruningSpace) -> LatencyCurve:
@@ -244,9 +244,9 @@ class LatencyTable:
         """Whether all candidates of `space` lie inside the measured range."""
         if self.fields.roofline:
             return True
-        network = self.fields.networks.get(network_signature(space))
-        if self.fields.joined is not None:
-            return all(LatencyTable(each).covers(space) for each in (self.fields.joined.fp32, self.fields.joined.int8))
+        network, joined = self.fields.networks.get(network_signature(space)), self.fields.joined
+        if joined is not None:
+            return all(LatencyTable(each).covers(space) for each in (joined.floats, joined.int8))
         if network is None or len(network.layers) != len(space.layers):
             return False
         if space.depth and network.blocks != len(space.blocks):
@@ -369,13 +369,13 @@ class LatencyTable:
 
 
 def cheaper(joined: JoinedFields, space: PruningSpace) -> CheaperOperators:
-    """Return a network's operators in FP32 or INT8, by the tables of both precisions.
+    """Return a network's operators in floats or INT8, by the tables of both precisions.
 
     Raises:
         CompressorError: The tables do not cover the network.
     """
-    floats, int8 = (LatencyTable(each)._in_networks(space) for each in (joined.fp32, joined.int8))
-    elements = joined.fp32.batch * Operators(space.layers).in_pixels
+    floats, int8 = (LatencyTable(each)._in_networks(space) for each in (joined.floats, joined.int8))
+    elements = joined.floats.batch * Operators(space.layers).in_pixels
     return CheaperOperators(floats, int8, elements, joined.to_int8_ms, joined.to_float_ms)
 
 

@@ -88,8 +88,8 @@ class Recipe(Part):
     precision: Literal["auto", "fp32", "fp16", "int8", "mixed"] = Field(
         "auto",
         description="Precision on the device; auto is fp16, or the device's first precision if it does not run fp16, "
-        "as on a CPU. mixed, on this machine's CPU, is fp32 or int8 for each layer, whichever is faster for its width; "
-        "the search prices layers so, and shares of latency are those of the dense network in fp32.",
+        "as on a CPU. mixed, on this machine, is fp32 (with TensorRT fp16) or int8 for each layer, whichever is faster "
+        "for its width; the search prices layers so, and shares of latency are those of the dense network in floats.",
     )
     threads: Positive = Field(
         1, description="Threads inside one operator where the device is this machine's CPU (ONNX Runtime's intra-op)."

@@ -73,7 +73,8 @@ def measurement(manifest: Manifest) -> str:
     if latency.measured_ms is None:
         return f"The latency was not measured{f' on {latency.device}' if latency.device else ''}."
     parts = [latency.device or "device not recorded", latency.runtime or "runtime not recorded"]
-    mixed = "mixed precision, the dense network in fp32"
+    floats = "fp16" if (latency.runtime or "").startswith("tensorrt") else "fp32"
+    mixed = f"mixed precision, the dense network in {floats}"
     parts += [mixed if latency.precision == "mixed" else latency.precision or "precision not recorded"]
     parts += [
         f"{name} {value:g}"

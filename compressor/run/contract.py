@@ -1,6 +1,6 @@
 """The contract: the slim network keeps its latency target when measured on the device, with little of it left unused.
 
-All comparisons use shares of the dense network's time, which is in the run's precision; in FP32 if that is mixed. A
+All comparisons use shares of the dense network's time, which is in the run's precision; in floats if that is mixed. A
 share stays the same on a shared machine, while milliseconds do not (`latency.paired`). A target in milliseconds is
 converted to a share of the dense network's quiet level: the lowest time that this run and its table have seen.
 

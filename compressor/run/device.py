@@ -73,7 +73,8 @@ def check_precision(recipe: Recipe) -> None:
     provider = provider_of(recipe)
     if recipe.precision == "mixed" and "mixed" not in provider.precisions:
         raise CompressorError(
-            f"Widths are searched in mixed precision on this machine's CPU only, and this run is for {provider.title}.",
+            "Widths are searched in mixed precision on this machine's CPU, or with TensorRT on its GPU; this run is "
+            f"for {provider.title}.",
             "Use fp16 or int8, and choose the precisions of the finished network: compress export RUN --precision mixed"
             if provider.mixes
             else "Use int8, which keeps sensitive layers in floats.",

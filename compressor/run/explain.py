@@ -126,12 +126,13 @@ def explain_again(
 
 
 def _delivered(run: RunFolder, recipe: Recipe) -> Path:
-    """Return the slim network's file to profile: in mixed precision where the run is, else in FP32.
+    """Return the slim network's file to profile: in mixed precision where the run is on the CPU, else in FP32.
 
     Raises:
         CompressorError: The file is missing.
     """
-    path = delivered_beside(run.file(MODEL), "mixed" if recipe.precision == "mixed" else "fp32")
+    here = recipe.precision == "mixed" and provider_of(recipe).runtime == CPU
+    path = delivered_beside(run.file(MODEL), "mixed" if here else "fp32")
     if path.is_file():
         return path
     raise CompressorError(

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import parse_json, replacing
@@ -36,7 +36,7 @@ from compressor.run.onnx_files import (
 from compressor.training.feeds import random_inputs
 from export.convert.batches import Batch
 from export.convert.calibrated import ONNXRUNTIME, TENSORRT
-from export.convert.quantize import ROUNDINGS
+from export.convert.quantize import RESTS, ROUNDINGS
 from export.device.bundle import find_target
 from export.device.here import CPU
 from export.engine.engine import BuildSettings
@@ -250,7 +250,8 @@ class Finished:
                 f"Mixed precision is chosen by times of {device.title}, which runs no engines.",
                 "Leave out --format, or use --precision int8.",
             )
-        return device.precision_timer(request_of(self.recipe), request.rest)
+        rest = cast("Literal['fp32', 'fp16'] | None", request.rest)
+        return device.precision_timer(request_of(self.recipe), rest)
 
     def path_of(self, request: Request, precision: str | None = None) -> Path:
         """Return the path of a request's ONNX file; plain: the run's own.
@@ -342,6 +343,7 @@ def check(request: Request) -> None:
         ("format", request.format, FORMATS),
         ("precision", request.precision, PRECISIONS),
         ("rounding", request.rounding, ROUNDINGS),
+        ("rest", request.rest or "fp16", RESTS),
     ):
         if value not in known:
             raise CompressorError(f"--{what} {value} is not exported.", f"Choose {', '.join(known)}.")

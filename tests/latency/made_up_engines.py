@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import onnx
 
+from compressor.latency.backends.gpu import _operators
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
+from compressor.latency.remote_bundle import in_precision
+from compressor.latency.schema import Precision
 from export.convert.half import FUSED
 
 HALF, INT8 = (0.010, 4e-6), (0.016, 1e-6)
@@ -90,15 +93,17 @@ class MadeUpEngines:
     """Stands for `backends.gpu.TensorRt`.
 
     Args:
+        precision: In which networks run; they are given in FP32, and in another one if this is FP32.
         named: Whether layers are named after nodes.
     """
 
-    def __init__(self, *, named: bool = True) -> None:
-        self.named = named
+    def __init__(self, precision: Precision = "fp32", *, named: bool = True) -> None:
+        self.precision, self.named = precision, named
 
     def layers(self, network: TaggedNetwork) -> list[tuple[str, float]]:
         found = engine_layers(network.model)
         return found if self.named else [(f"__myl_Fc_{place}", ms) for place, (_, ms) in enumerate(found)]
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
-        return NetworkTimes(np.full(40, whole_ms(network.model)), np.zeros((0, network.operators)))
+        layers = engine_layers(in_precision(network.model, self.precision))
+        return NetworkTimes(np.full(40, sum(ms for _, ms in layers)), _operators(layers, network))

@@ -286,7 +286,7 @@ def test_profiles_and_comparisons_are_of_the_same_files(source: Path, calibrated
         given.extend(networks)
         return [engine_layers(network) for network in networks]
 
-    timer = EngineTimer("fp16", "a GPU", profile, lambda floats, plans: [])
+    timer = EngineTimer("fp16", "a GPU", profile, lambda networks: [], lambda floats, plans: [])
     assert part_prices(calibrated, parts_of(calibrated.proto, TENSORRT), [0.0] * 6, timer) is not None
     kinds = [{item.data_type for item in onnx.load_model_from_string(each).graph.initializer} for each in given]
     assert [HALF_TYPE in each for each in kinds] == [True, False, True]  # all products are in INT8

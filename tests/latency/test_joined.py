@@ -18,7 +18,7 @@ from compressor.latency.backends.cpu import OrtProcess
 from compressor.latency.local import Converted, LocalCpu
 from compressor.latency.networks import Device
 from compressor.latency.operators import channels
-from compressor.latency.precisions import Conversions, fastest, measured_conversions
+from compressor.latency.precisions import Conversions, CpuTimer, fastest, measured_conversions
 from compressor.latency.provider import Request
 from compressor.latency.sampling import random_widths
 from compressor.latency.table import LatencyTable
@@ -148,12 +148,12 @@ def test_it_is_kept_for_as_long_as_both_tables(
 
 def test_tables_that_do_not_belong_together(mixed: LatencyTable, tmp_path: Path) -> None:
     path, fields = tmp_path / "table.json", json.loads(mixed.to_json())
-    swapped = {**fields["joined"], "fp32": fields["joined"]["int8"], "int8": fields["joined"]["fp32"]}
+    swapped = {**fields["joined"], "floats": fields["joined"]["int8"], "int8": fields["joined"]["floats"]}
     other = {**fields["joined"], "int8": {**fields["joined"]["int8"], "networks": {}}}
     for changed, problem in (
         ({"joined": None}, "mixed precision, and no other one, is joined"),
         ({"precision": "int8"}, "mixed precision, and no other one, is joined"),
-        ({"joined": swapped}, "its table in fp32 is measured in int8"),
+        ({"joined": swapped}, "its table in floats is measured in int8"),
         ({"joined": other}, "its table in int8 is of other networks"),
     ):
         path.write_text(json.dumps({**fields, **changed}))
@@ -174,14 +174,14 @@ def test_other_tables_have_the_fields_that_they_had(table: LatencyTable, space: 
 
 def test_networks_run_in_their_faster_precisions_here(space: PruningSpace, example: Tensor) -> None:
     network = export_candidate(space, space.rank(), example, np.asarray(space.dense_widths))
-    found = measured_conversions([network.model])
+    found = measured_conversions([network.model], CpuTimer(Request()))
     assert min(*found.to_int8, *found.to_float) >= 0
     assert sum(found.to_int8) > 0
     process = OrtProcess()
     seen: list[Any] = []
 
     def convert(content: bytes) -> bytes:
-        seen.append(fastest(content))
+        seen.append(fastest(content, CpuTimer(Request())))
         return bytes(seen[-1])
 
     taken = Converted(process, convert).measure(network, 0.1)

@@ -21,7 +21,7 @@ from compressor.core.manifest import Manifest
 from compressor.latency.local import LocalCpu
 from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork, file_nodes, tag
 from compressor.latency.paired import Timing
-from compressor.latency.precisions import Conversions
+from compressor.latency.precisions import Conversions, CpuTimer
 from compressor.latency.provider import Request
 from compressor.latency.table import LatencyTable
 from compressor.run.explain import explain_again
@@ -77,7 +77,7 @@ def whole_ms(path: Path) -> float:
     return TwoPrecisions().measure(tag(path), 1.0).median_ms
 
 
-def in_turns(networks: Sequence[bytes], threads: int) -> list[float]:
+def in_turns(timer: CpuTimer, networks: Sequence[bytes]) -> list[float]:
     return [TwoPrecisions().measure(TaggedNetwork(each, (), ()), 1.0).median_ms for each in networks]
 
 
@@ -111,7 +111,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr("compressor.latency.joined.measured_conversions", lambda *_: Conversions((0.0, 0.0), (0.0, 0.0)))
         for module in ("compressor.latency.local", "compressor.latency.precisions"):
             patch.setattr(f"{module}.measured", made_up)
-        patch.setattr("compressor.latency.precisions._whole_ms", in_turns)
+        patch.setattr(CpuTimer, "whole_ms", in_turns)
         for module in ("compressor.latency.precisions", "compressor.run.mixed"):
             patch.setattr(f"{module}.part_prices", prices)
         yield
@@ -163,8 +163,8 @@ def test_the_table_has_both_precisions(run: Path) -> None:
     table = LatencyTable.read(run / "latency_table.json")
     assert table.precision == "mixed"
     assert table.fields.joined is not None
-    (network,) = table.fields.joined.fp32.networks.values()
-    assert len(table.fields.joined.int8.entries) == len(table.fields.joined.fp32.entries) == len(network.layers)
+    (network,) = table.fields.joined.floats.networks.values()
+    assert len(table.fields.joined.int8.entries) == len(table.fields.joined.floats.entries) == len(network.layers)
 
 
 def test_the_page_and_the_commands_are_those_of_the_delivered_file(
@@ -246,6 +246,6 @@ def test_a_table_is_measured_beforehand(tmp_path: Path) -> None:
 
 def test_devices_for_which_it_is_not_built() -> None:
     for name in ("ssh://me@orin.local", "jetson-orin-nano-8gb"):
-        with pytest.raises(CompressorError, match=f"on this machine's CPU only, and this run is for {name}") as refused:
+        with pytest.raises(CompressorError, match=f"on its GPU; this run is for {name}") as refused:
             run_recipe(wanted("45%").changed({"device": name}))
         assert "int8" in str(refused.value.hint)

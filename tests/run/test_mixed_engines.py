@@ -15,6 +15,9 @@ from compressor import Recipe, run_recipe
 from compressor.cli.app import app
 from compressor.core.manifest import Export, Manifest
 from compressor.latency import local, over_ssh
+from compressor.latency.local import LocalGpu
+from compressor.latency.remote_bundle import in_precision
+from compressor.latency.table import LatencyTable
 from export.device import here
 from export.device.here import Backend
 from export.engine.cuda import Device
@@ -42,10 +45,22 @@ def recipe(**fields: Any) -> Recipe:
 
 @pytest.fixture
 def cheap_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU on which products with more than 400 weights are faster in INT8, with conversions that cost little."""
-    monkeypatch.setattr(made_up_engines, "INT8", (0.0116, 0.0))
-    monkeypatch.setattr(made_up_engines, "QUANTISE", (1e-5, 0.0))
-    monkeypatch.setattr(made_up_engines, "CAST", 1e-5)
+    """A GPU on which products with more than 500 weights are faster in INT8, with conversions that cost little."""
+    times = {
+        "HALF": (0.002, 4e-6), "INT8": (0.0035, 1e-6), "QUANTISE": (1e-5, 0.0), "CAST": 1e-5, "SUM_HALF": 1e-3,
+        "SUM_INT8": 9e-4, "POOL": 1e-3,
+    }  # fmt: skip
+    for name, value in times.items():
+        monkeypatch.setattr(made_up_engines, name, value)
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cheap_int8: None) -> None:
+    """This machine has the GPU."""
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(here, "gpu_backend", lambda: Backend("tensorrt", "10.3.0", GPU))
+    monkeypatch.setattr(local, "device_of", lambda backend, precision, streams: MadeUpEngines(precision))
+    monkeypatch.setattr(LocalGpu, "time_limit_s", 0.0)
 
 
 def check_file(path: Path, entry: Export) -> None:
@@ -69,10 +84,8 @@ def check_file(path: Path, entry: Export) -> None:
 
 
 def test_a_run_on_a_gpu_delivers_it_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cheap_int8: None
+    tmp_path: Path, gpu: None
 ) -> None:
-    monkeypatch.setattr(here, "gpu_backend", lambda: Backend("tensorrt", "10.3.0", GPU))
-    monkeypatch.setattr(local, "device_of", lambda backend, precision, streams: MadeUpEngines())
     export = {"engine": False, "precisions": ["mixed"], "max_drop": 50}
     run = run_recipe(recipe(export=export), out=tmp_path / "run").directory
     entry = Manifest.read(run / "manifest.json").exports["mixed"]
@@ -84,6 +97,31 @@ def test_a_run_on_a_gpu_delivers_it_too(
     pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
     engine = next(each for each in Manifest.read(run / "manifest.json").engines if "mixed" in each.file)
     assert (engine.precision, (run / engine.file).stat().st_size) == ("int8", engine.bytes)
+
+
+def test_widths_and_precisions_are_chosen_together(tmp_path: Path, gpu: None) -> None:
+    """The delivered file keeps a target that neither FP16 nor INT8 alone keeps at its widths."""
+    wanted = recipe(
+        precision="mixed", budgets={"latency": "40%"}, agent="knapsack", epochs=6,
+        pruning={"granularity": 4, "min_share": 0.1},
+    )  # fmt: skip
+    run = run_recipe(wanted, out=tmp_path / "run").directory
+    manifest = Manifest.read(run / "manifest.json")
+    (budget,) = manifest.budgets
+    dense_ms = whole_ms(in_precision((run / "checkpoints" / "dense.onnx").read_bytes(), "fp16"))
+    delivered_ms = whole_ms((run / "model.mixed.onnx").read_bytes())
+    assert manifest.exit_code == 0
+    assert budget.verdict == "kept"
+    assert budget.dense == pytest.approx(dense_ms)
+    assert budget.measured == manifest.latency.measured_ms == pytest.approx(delivered_ms)
+    assert 0.85 * budget.target < delivered_ms <= budget.target == pytest.approx(0.4 * dense_ms)
+    for alone in ("fp16", "int8"):
+        assert whole_ms(in_precision((run / "model.onnx").read_bytes(), alone)) > delivered_ms
+    table = LatencyTable.read(run / "latency_table.json")
+    assert table.fields.joined is not None
+    assert (table.precision, table.fields.joined.floats.precision) == ("mixed", "fp16")
+    assert manifest.exports["mixed"].rest == "fp16"
+    assert "mixed precision, the dense network in fp16" in (run / "report.html").read_text()
 
 
 @pytest.fixture
