@@ -185,7 +185,8 @@ def in_precision(content: bytes, precision: Precision, runtime: str = TENSORRT) 
         if precision == "fp16":
             convert_half(source, goal)
         else:
-            quantize_onnx(source, goal, any_inputs(parse_header(content, "the network")), runtime=runtime)
+            rest = "fp16" if runtime == TENSORRT else "fp32"  # as it is delivered
+            quantize_onnx(source, goal, any_inputs(parse_header(content, "the network")), runtime=runtime, rest=rest)
         return goal.read_bytes()
 
 

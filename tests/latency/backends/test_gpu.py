@@ -121,6 +121,9 @@ def test_trtexec_here(space: PruningSpace, example: Tensor, tmp_path: Path) -> N
     times = device.measure(network, 0.5)
     assert times.operators_ms.shape == (1, len(space.layers))
     assert times.median_ms == pytest.approx(0.05 + 0.9 * times.operators_ms.sum(), rel=1e-3)
+    layers = device.layers(network)
+    assert [("Reformatting" in name, "@" in name) for name, _ in layers][:2] == [(True, False), (False, True)]
+    assert sum(ms for _, ms in layers) == pytest.approx(times.operators_ms.sum(), rel=1e-3)
     broken = Trtexec(make_trtexec(tmp_path / "bad", "10.3.0", fail="build"), "fp16")
     with pytest.raises(ExportError, match=r"cannot measure the network: .*Could not find any implementation"):
         broken.measure(network, 0.5)
