@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
 
 from compressor.cli.terminal import friendly
+from compressor.core.errors import CompressorError
 from compressor.core.processes import stop_code, stopped
 from compressor.core.progress import Quiet, shown_on
 from compressor.training.team import launched
@@ -20,6 +22,7 @@ def in_first_process(command: Callable[[], None]) -> None:
     errors. Their exit code is 0 unless they fail themselves, so that the first one's is that of the command.
     """
     with _exiting():
+        _require_folder()
         rank, world = launched()
     if world == 1:
         command()
@@ -27,6 +30,14 @@ def in_first_process(command: Callable[[], None]) -> None:
         _lead(command)
     else:
         _follow()
+
+
+def _require_folder() -> None:
+    """Refuse a current folder that was removed: importing torch there ends the process with a message of its own."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise CompressorError("The current folder does not exist any more.", "Go to another one: cd DIR") from None
 
 
 def _lead(command: Callable[[], None]) -> None:

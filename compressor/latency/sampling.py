@@ -296,7 +296,7 @@ class Collector:
 
     def _note(self) -> str:
         left = max(0.0, self.time_limit_s - self._elapsed())
-        return f"{len(self.times_measured)} networks, at most {left:.0f} s left"
+        return f"{len(self.times_measured)} networks; ends in {left:.0f} s at the latest"
 
     # ---------------------------------------------------------------- what is measured next
     def _start_set(self) -> list[tuple[Role, Widths]]:

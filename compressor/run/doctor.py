@@ -64,7 +64,9 @@ def _software() -> Iterator[Finding]:
 
     found, names = versions(), ("compressor", "python", "torch", "torchvision")
     yield Finding("software", "ok", ", ".join(f"{name} {found[name]}" for name in names if name in found))
-    yield Finding("CPU", "ok", f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch")
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    counted = f"{cores} core{'s' if cores > 1 else ''}, {threads} thread{'s' if threads > 1 else ''} of torch"
+    yield Finding("CPU", "ok", f"{cpu_name()}, {counted}")
     for extra, module, what in _EXTRAS:
         if importlib.util.find_spec(module) is None:
             advice = f"For {what}: pip install 'compressor[{extra}]'"

@@ -54,3 +54,12 @@ def test_too_little_memory_is_one_message(error: Exception, capsys: pytest.Captu
 def test_another_error_stays_an_internal_one() -> None:
     with pytest.raises(RuntimeError, match="a shape is wrong"), friendly():
         raise RuntimeError("a shape is wrong")
+
+
+def test_a_current_folder_that_was_removed_is_one_message(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    leave = f"os.mkdir({str(gone)!r}); os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})"
+    script = f"import os, sys; from compressor.cli import main; {leave}; sys.argv = ['compress', 'list']; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    said = "Error: The current folder does not exist any more.\nGo to another one: cd DIR\n"
+    assert (done.returncode, done.stderr) == (2, said)
