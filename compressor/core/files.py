@@ -58,7 +58,8 @@ def disk_error(path: Path, error: OSError) -> CompressorError:
             "Free some space, then continue with: compress --resume RUN",
         )
     return CompressorError(
-        f"{path} cannot be written: {error.strerror or error}.", "Choose another --out DIR."
+        f"{path} cannot be written: {error.strerror or error}.",
+        "Make its folder writable, or use another one; that of a new run is given by --out DIR.",
     )
 
 

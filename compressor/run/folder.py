@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -36,6 +37,15 @@ STAGES = {
     "report": "Writing the report",
 }
 """Stage -> what it does, in the order of the main path; those of a search and its probe may come again."""
+
+
+def _require_writable(path: Path) -> None:
+    whole = path.absolute()
+    above = next(each for each in (whole, *whole.parents) if each.exists())
+    if not above.is_dir():
+        raise disk_error(path, NotADirectoryError(errno.ENOTDIR, f"{above} is a file"))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise disk_error(path, PermissionError(errno.EACCES, f"{above} is not writable"))
 
 
 def refuse_front(path: Path) -> None:
@@ -83,8 +93,9 @@ class RunFolder:
 
     @staticmethod
     def require_empty(path: Path) -> None:
-        """Raise an error if a path exists and is not an empty folder, before anything is computed for it."""
+        """Raise an error if a path is not an empty folder, or none can be made there, before anything is computed."""
         if not path.exists() or (path.is_dir() and all(_before_the_recipe(each) for each in path.iterdir())):
+            _require_writable(path)
             return
         if (path / RECIPE).exists():
             raise CompressorError(

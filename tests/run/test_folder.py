@@ -52,6 +52,21 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
     assert left == {*own, "recipe.yaml", ".lock", "search"}
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunFolder.require_empty(tmp_path / "new" / "run")
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "run", tmp_path / "file" / "new" / "run"):
+        with pytest.raises(CompressorError, match=rf"{place} cannot be written: {tmp_path}/file is a file"):
+            RunFolder.require_empty(place)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(CompressorError, match=rf"cannot be written: {tmp_path} is not writable") as caught:
+        RunFolder.require_empty(tmp_path / "new" / "run")
+    assert "--out DIR" in caught.value.hint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
 def test_sha256_of_known_bytes(tmp_path: Path) -> None:
     file = tmp_path / "abc"
     file.write_bytes(b"abc")
