@@ -16,13 +16,15 @@ from compressor.cli.app import app
 from compressor.core.manifest import Export, Manifest
 from compressor.latency import local, over_ssh
 from compressor.latency.local import LocalGpu
+from compressor.latency.precisions import PrecisionTimer
+from compressor.latency.provider import Request
 from compressor.latency.remote_bundle import in_precision
 from compressor.latency.table import LatencyTable
 from export.device import here
 from export.device.here import Backend
 from export.engine.cuda import Device
 from export.engine.trt import RTX
-from tests.export.device.fake_trtexec import make_trtexec
+from tests.export.device.fake_trtexec import known_layers, make_trtexec
 from tests.latency import made_up_engines
 from tests.latency.made_up_engines import MadeUpEngines, whole_ms
 from tests.latency.remote_bundle import needs_shell
@@ -80,23 +82,7 @@ def check_file(path: Path, entry: Export) -> None:
     assert {layer.precision for layer in entry.layers} == {"fp16", "int8"}
     assert (entry.runtime, entry.rest) == ("tensorrt", "fp16")
     (chosen,) = (plan for plan in entry.plans if plan.chosen)
-    assert chosen.ratio == min(plan.ratio for plan in entry.plans) < 1
-
-
-def test_a_run_on_a_gpu_delivers_it_too(
-    tmp_path: Path, gpu: None
-) -> None:
-    export = {"engine": False, "precisions": ["mixed"], "max_drop": 50}
-    run = run_recipe(recipe(export=export), out=tmp_path / "run").directory
-    entry = Manifest.read(run / "manifest.json").exports["mixed"]
-    check_file(run / "model.mixed.onnx", entry)
-    assert entry.timed_on == "this machine's NVIDIA GeForce RTX 4090, tensorrt 10.3.0"
-    page = " ".join((run / "report.html").read_text().split())
-    assert "shares of that of the network in FP16, which was timed in turns with each plan on this machine" in page
-    assert "In FP16" in page
-    pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
-    engine = next(each for each in Manifest.read(run / "manifest.json").engines if "mixed" in each.file)
-    assert (engine.precision, (run / engine.file).stat().st_size) == ("int8", engine.bytes)
+    assert chosen.ratio <= 1.01 * min(plan.ratio for plan in entry.plans) < 1
 
 
 def test_widths_and_precisions_are_chosen_together(tmp_path: Path, gpu: None) -> None:
@@ -120,16 +106,23 @@ def test_widths_and_precisions_are_chosen_together(tmp_path: Path, gpu: None) ->
     table = LatencyTable.read(run / "latency_table.json")
     assert table.fields.joined is not None
     assert (table.precision, table.fields.joined.floats.precision) == ("mixed", "fp16")
-    assert manifest.exports["mixed"].rest == "fp16"
-    assert "mixed precision, the dense network in fp16" in (run / "report.html").read_text()
+    check_file(run / "model.mixed.onnx", manifest.exports["mixed"])
+    assert manifest.exports["mixed"].timed_on == "this machine's NVIDIA GeForce RTX 4090, tensorrt 10.3.0"
+    page = " ".join((run / "report.html").read_text().split())
+    assert "mixed precision, the dense network in fp16" in page
+    assert "shares of that of the network in FP16, which was timed in turns with each plan on this machine" in page
+    assert "In FP16" in page
+    pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
+    engine = next(each for each in manifest.engines if "mixed" in each.file)
+    assert (engine.precision, (run / engine.file).stat().st_size) == ("int8", engine.bytes)
 
 
 @pytest.fixture
 def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A board that runs bundles on this machine with a stand-in for trtexec; returns the bundles that it got."""
-    memory = str(tmp_path / "memory")
+    memory = tmp_path / "memory"
     programs = {
-        "timing": make_trtexec(tmp_path / "times", "10.3.0", rule="precisions", memory=memory),
+        "timing": make_trtexec(tmp_path / "times", "10.3.0", rule="precisions", memory=str(memory)),
         "network": make_trtexec(tmp_path / "runs", "10.3.0"),
     }
     sent: list[Path] = []
@@ -139,9 +132,12 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         shutil.unpack_archive(bundle, folder)
         (inside,) = folder.iterdir()
         sent.append(inside)
-        turns = str(min(2, options.get("processes", 2)))
-        program = programs[(inside / "kind.txt").read_text().strip()]
-        done = run_bundle(inside, program, "--duration", "1", "--warmup", "0", "--processes", turns)
+        kind = (inside / "kind.txt").read_text().strip()
+        if kind == "timing":
+            for model in (inside / "models").iterdir():  # quicker here than in processes of their own
+                known_layers(model.read_bytes(), "precisions", memory)
+        turns = str(min(2, options["processes"]) if kind == "timing" else 1)
+        done = run_bundle(inside, programs[kind], "--duration", "1", "--warmup", "0", "--processes", turns)
         assert done.returncode == 0, done.stdout + done.stderr
         shutil.copy(inside / "results.tar.gz", results)
         return 0
@@ -180,7 +176,7 @@ def test_a_board_over_ssh_chooses_it(finished: Path, tmp_path: Path, board: list
     (chosen,) = (plan for plan in entry.plans if plan.chosen)
     took = (0.05 + 0.9 * whole_ms((run / entry.file).read_bytes())) / (0.05 + 0.9 * floats_ms)  # as trtexec has it
     assert chosen.ratio == pytest.approx(took, rel=1e-3)
-    assert chosen.ratio == min(plan.ratio for plan in entry.plans)
+    assert chosen.ratio <= 1.01 * min(plan.ratio for plan in entry.plans)
     assert (delivered / "models" / "model.mixed.tensorrt.onnx").read_bytes() == (run / entry.file).read_bytes()
     assert "model.mixed.tensorrt (" in words
     measured = Manifest.read(run / "manifest.json").devices[-1].networks
@@ -189,14 +185,25 @@ def test_a_board_over_ssh_chooses_it(finished: Path, tmp_path: Path, board: list
     assert manifest["files"].items() <= json.loads((run / "manifest.json").read_text())["files"].items()
 
 
-@needs_shell
-def test_a_run_for_a_device_over_ssh(tmp_path: Path, board: list[Path]) -> None:
-    export = {"engine": False, "precisions": ["mixed"], "max_drop": 50}
-    run = run_recipe(recipe(device="ssh://me@orin.local", export=export), out=tmp_path / "run").directory
-    entry = Manifest.read(run / "manifest.json").exports["mixed"]
-    assert entry.file == "model.mixed.onnx"
-    assert entry.timed_on == "NVIDIA Orin (ssh://me@orin.local), tensorrt 10.3.0"
-    before = (run / entry.file).read_bytes()
+def test_a_run_for_a_device_over_ssh(
+    finished: Path, tmp_path: Path, cheap_int8: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own file is measured there without an address, and has no other one beside it."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("device: local", "device: ssh://me@orin.local"))
+    monkeypatch.setattr(local, "device_of", lambda backend, precision, streams: MadeUpEngines(precision))
+    asked: list[str] = []
+
+    def timer(url: str, request: Request, floats: Any) -> PrecisionTimer:
+        asked.append(url)
+        return LocalGpu(Backend("tensorrt", "10.3.0", GPU)).precision_timer(request, floats)
+
+    monkeypatch.setattr(over_ssh, "timer_over_ssh", timer)
     exported(run)
-    assert (run / entry.file).read_bytes() == before
+    exported(run, "--out", str(tmp_path / "again.onnx"))
+    assert asked == ["ssh://me@orin.local"] * 2
+    entry = Manifest.read(run / "manifest.json").exports["mixed"]
+    check_file(run / "model.mixed.onnx", entry)
+    assert (tmp_path / "again.onnx").read_bytes() == (run / entry.file).read_bytes()
     assert not list(run.glob("*.tensorrt.onnx"))
