@@ -109,7 +109,12 @@ class Finished:
         Raises:
             CompressorError: The folder holds no run, or the run has exported nothing yet.
         """
-        return cls(open_exported(folder), factory)
+        run = open_exported(folder)
+        try:
+            return cls(run, factory)
+        except BaseException:
+            run.close()
+            raise
 
     def close(self) -> None:
         """Release the folder."""

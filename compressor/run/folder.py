@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from compressor.core.errors import CompressorError, Stopped
-from compressor.core.files import disk_error, now, write_atomic
+from compressor.core.files import disk_error, now, sha256_file, write_atomic
 from compressor.core.front import FRONT, Front
 from compressor.core.manifest import MANIFEST, Manifest, Stage
 from compressor.core.processes import stopped
@@ -37,6 +37,27 @@ STAGES = {
     "report": "Writing the report",
 }
 """Stage -> what it does, in the order of the main path; those of a search and its probe may come again."""
+
+
+def refuse_changed(path: Path, manifest: Manifest) -> None:
+    """Refuse a delivered file that is not the one that its run has written.
+
+    Args:
+        path: The file, in the run's folder.
+        manifest: The run's manifest; without a checksum of the file nothing is refused.
+
+    Raises:
+        CompressorError: The checksums differ.
+    """
+    known = manifest.files.get(path.name)
+    if known is not None and sha256_file(path) != known:
+        again = f"run its recipe again: compress --recipe {path.parent / RECIPE}"
+        if path.suffix == ".pt2" or path.name.count(".") > 1:  # model.int8.onnx, but not model.onnx
+            again = "delete it and write it again: compress export RUN"
+        raise CompressorError(
+            f"{path} is not the file that the run has written: its checksum differs from that in {MANIFEST}.",
+            f"Restore it, or {again}",
+        )
 
 
 def _require_writable(path: Path) -> None:

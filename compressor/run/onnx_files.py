@@ -17,7 +17,7 @@ from compressor.core.manifest import Checks, Cost, Engine, Export, Layer, Networ
 from compressor.core.progress import bar, say
 from compressor.latency.operators import channels
 from compressor.run.device import int8_runtime, opset_of, provider_of, request_of
-from compressor.run.folder import RunFolder, refuse_front
+from compressor.run.folder import RunFolder, refuse_changed, refuse_front
 from compressor.training.feeds import inputs_in, joined, random_inputs
 from export.convert.calibrated import ONNXRUNTIME, TENSORRT
 from export.convert.trees import tensors_in
@@ -56,12 +56,17 @@ def open_exported(folder: Path, *also: str) -> RunFolder:
         also: Further files that must exist.
 
     Raises:
-        CompressorError: The folder holds no run, or the run has not exported them yet.
+        CompressorError: The folder holds no run, the run has not exported them yet, or its network's file was changed.
     """
     refuse_front(folder)
     run = RunFolder.open(folder)
     missing = next((name for name in (MODEL, *also) if not run.file(name).exists()), None)
     if missing is None and run.finished("export"):
+        try:
+            refuse_changed(run.file(MODEL), run.manifest)
+        except CompressorError:
+            run.close()
+            raise
         return run
     run.close()
     raise CompressorError(

@@ -16,6 +16,7 @@ from compressor.core.records import RECIPE
 from compressor.models.names import allowed_factory
 from compressor.recipe import load_recipe
 from compressor.run.deployable import LABELS
+from compressor.run.exports import PRECISIONS
 from compressor.run.folder import refuse_front
 from compressor.run.load import refuse_python
 from compressor.run.onnx_files import MODEL, file_of
@@ -78,6 +79,8 @@ def predict(
 
     if runtime not in RUNTIMES:
         raise CompressorError(f"--runtime {runtime} is not known.", f"Choose {', '.join(RUNTIMES)}.")
+    if precision is not None and precision not in PRECISIONS:
+        raise CompressorError(f"--precision {precision} is not known.", f"Choose {', '.join(PRECISIONS)}.")
     if missing := next((photo for photo in photos if not photo.is_file()), None):
         raise CompressorError(f"There is no photograph {missing}.")
     recipe = _finished(folder)

@@ -178,7 +178,13 @@ def clean(runs: Sequence[Path], *, remove: bool = True) -> Iterator[Cleaned]:
             if run.manifest.status != "finished" or not run.finished("report"):
                 yield Cleaned(path, kept=f"not finished; continue with: compress --resume {path}")
                 continue
-            if (above := path.resolve().parent / FRONT).is_file() and Front.read_tolerant(above).status != "finished":
+            above = path.resolve().parent / FRONT
+            try:
+                needed = above.is_file() and Front.read_tolerant(above).status != "finished"
+            except CompressorError as error:
+                yield Cleaned(path, kept=error.message)
+                continue
+            if needed:
                 yield Cleaned(path, kept=f"others continue its search; continue with: compress --resume {above.parent}")
                 continue
             spare = [*sorted((path / "checkpoints").glob("*.pt")), run.file(PROBE), run.file(COMPARED)]

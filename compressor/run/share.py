@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from compressor.core.errors import CompressorError
-from compressor.core.files import read_json, read_text, sha256_file
+from compressor.core.files import read_json, read_text
 from compressor.core.manifest import MANIFEST, Manifest
 from compressor.core.records import RECIPE
 from compressor.models.onnx_file import NETWORK
 from compressor.pruning.artefact import CHANNELS, WEIGHTS
 from compressor.report.card import model_card, without_folders
 from compressor.run.deployable import DEPLOYED, PREPROCESS
-from compressor.run.folder import RunFolder, refuse_front
+from compressor.run.folder import RunFolder, refuse_changed, refuse_front
 
 CARD = "README.md"
 _SHARED = (CHANNELS, WEIGHTS, NETWORK, *DEPLOYED)
@@ -54,11 +54,7 @@ def shared_files(folder: Path, card: Path | None = None) -> dict[str, Path | str
     for name, path in paths.items():
         if not path.is_file() or path.is_symlink():
             raise CompressorError(f"{folder} has no {name}, which the run has written.", "Restore it.")
-        if sha256_file(path) != manifest.files[name]:
-            raise CompressorError(
-                f"{path} is not the file that the run has written: its checksum differs from that in {MANIFEST}.",
-                "Restore it, or delete it and write it again: compress export RUN",
-            )
+        refuse_changed(path, manifest)
     found: dict[str, Path | str] = dict(paths)
     if PREPROCESS in found:  # it names the data by its path
         content = _hidden(read_json(folder / PREPROCESS), without_folders(manifest))

@@ -65,6 +65,25 @@ def test_a_damaged_run_does_not_hide_the_others(runs: Path) -> None:
             RunFolder.open(runs / "two")
 
 
+def test_a_network_that_was_changed_is_neither_exported_nor_measured(runs: Path) -> None:
+    (runs / "one" / "model.onnx").write_bytes(b"junk")
+    for arguments in (["export"], ["export", "--precision", "fp16"], ["measure"]):
+        told = command(arguments[0], "runs/one", *arguments[1:], code=2)
+        assert "runs/one/model.onnx is not the file that the run has written: its checksum differs" in told
+        assert "compress --recipe runs/one/recipe.yaml" in told
+    (runs / "two" / "recipe.yaml").write_text("model: [")
+    for _ in range(2):  # its lock is free again
+        assert "cannot be read as YAML" in command("export", "runs/two", code=2)
+
+
+def test_a_damaged_list_of_targets_keeps_their_files(runs: Path) -> None:
+    (runs / "front.json").write_text("nope")
+    said = command("clean", "runs")
+    assert said.count("front.json is not readable as JSON") == 2
+    assert said.endswith("Freed 0 B.\n")
+    assert list((runs / "one" / "checkpoints").glob("*.pt"))
+
+
 def test_runs_are_compared(runs: Path) -> None:
     rows = {each[""]: each for each in json.loads(command("compare", "runs/one", "runs/two", "--json"))}
     assert (rows["seed"]["one"], rows["seed"]["two"]) == (0, 7)

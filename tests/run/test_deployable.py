@@ -250,6 +250,7 @@ def test_every_runtime_and_the_program_say_the_same(finished: Path, photos: Path
     [
         (["--runtime", "caffe"], "Choose onnx, torch, engine"),
         (["--precision", "int8"], "The run has no model.int8.onnx. Write it with: compress export"),
+        (["--precision", "fp8"], "--precision fp8 is not known. Choose fp32, fp16, int8, mixed."),
         (["--precision", "fp16", "--runtime", "torch"], "torch computes in fp32"),
         (["--runtime", "engine"], "The run has no model.engine. Write it with: compress export"),
         (["/no/such/photo.jpg"], "There is no photograph /no/such/photo.jpg"),
