@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from compressor.latency import local
 from compressor.latency.engine_precisions import EngineTimer, engine_kernels
 from compressor.latency.local import LocalGpu
-from compressor.latency.precisions import KernelTime, _conversions, part_prices
+from compressor.latency.precisions import (
+    Conversions,
+    KernelTime,
+    _conversions,
+    fastest,
+    measured_conversions,
+    part_prices,
+)
 from compressor.latency.provider import Request
 from compressor.run.mixed import write_mixed
 from export.convert.calibrated import TENSORRT, Calibrated
@@ -182,14 +189,19 @@ def mixed(source: Path, target: Path, timer: Any, score: Any = None, **options: 
     return write_mixed(source, target, IMAGES, score or score_of(), timer, **{"max_drop": 0.01, **options})
 
 
-def test_no_other_plan_is_faster(source: Path, calibrated: Calibrated, plugged: Any, tmp_path: Path) -> None:
-    """Of all 64 plans, as the made-up GPU takes them; the narrow layers stay in FP16, without pairs."""
-    made = mixed(source, tmp_path / "mixed.onnx", plugged(MadeUpEngines()))
+@pytest.fixture(scope="module")
+def times(calibrated: Calibrated) -> dict[tuple[str, ...], float]:
+    """What the made-up GPU takes for all 64 plans, by their nodes in INT8."""
     every = (plan for size in range(7) for plan in itertools.combinations(PARTS, size))
-    times = {plan: whole_ms(with_rest(calibrated, plan, "fp16").SerializeToString()) for plan in every}
-    fastest = min(times, key=lambda plan: times[plan])
-    assert in_int8(tmp_path / "mixed.onnx", HALF_TYPE) == set(fastest) == {"/wide/Conv", "/deep/Conv", "/Add"}
-    assert made.chosen.ratio == pytest.approx(times[fastest] / times[()])
+    return {plan: whole_ms(with_rest(calibrated, plan, "fp16").SerializeToString()) for plan in every}
+
+
+def test_no_other_plan_is_faster(source: Path, times: Any, plugged: Any, tmp_path: Path) -> None:
+    """The narrow layers stay in FP16, without pairs."""
+    made = mixed(source, tmp_path / "mixed.onnx", plugged(MadeUpEngines()))
+    best = min(times, key=lambda plan: times[plan])
+    assert in_int8(tmp_path / "mixed.onnx", HALF_TYPE) == set(best) == {"/wide/Conv", "/deep/Conv", "/Add"}
+    assert made.chosen.ratio == pytest.approx(times[best] / times[()])
     assert made.chosen.ratio < min(1.0, times[tuple(PARTS)] / times[()])
     assert {plan.int8 for plan in made.plans} >= {0, 3, 6}
     assert [layer.precision for layer in made.layers] == ["fp16", "int8", "int8", "int8", "fp16", "fp16"]
@@ -197,6 +209,18 @@ def test_no_other_plan_is_faster(source: Path, calibrated: Calibrated, plugged: 
     predicted = [plan.predicted_ratio or 0.0 for plan in made.plans]
     assert predicted[0] == 1.0
     assert min(predicted) == predicted[[plan.chosen for plan in made.plans].index(True)]
+
+
+def test_widths_are_timed_in_their_faster_precisions(source: Path, times: Any, plugged: Any) -> None:
+    """With conversions as measured; where parts cannot be timed, in the faster one of FP16 and INT8."""
+    content = source.read_bytes()
+    named, nameless = (plugged(MadeUpEngines(named=named)) for named in (True, False))
+    assert whole_ms(fastest(content, named)) == pytest.approx(min(times.values()))
+    assert whole_ms(fastest(content, nameless)) == pytest.approx(min(times[()], times[tuple(PARTS)]))
+    found = measured_conversions([content], named)
+    assert found.to_int8 == pytest.approx(QUANTISE)
+    assert found.to_float == pytest.approx((CAST, 0.0), abs=1e-9)
+    assert measured_conversions([content], nameless) == Conversions((0.0, 0.0), (0.0, 0.0))
 
 
 def test_a_part_that_costs_the_score_stays_in_fp16(source: Path, plugged: Any, tmp_path: Path) -> None:
