@@ -236,7 +236,7 @@ class Search(Part):
     batch_norm_batches: Positive | None = Field(
         None,
         description="Batches of 128 from which batch-norm statistics are re-estimated before a network is scored; "
-        "by default: 3 on digits, else 10.",
+        "by default: 2 on digits, 3 on shapes, else 10.",
     )
     search_images: Positive | None = Field(
         2000, description="Maximum number of images of the search split that score a network; null for all."

@@ -19,6 +19,11 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     assert load_recipe(file) == recipe
     assert recipe.resolved() == recipe
     assert (recipe.weights, recipe.image_size, recipe.precision, recipe.epochs) == ("none", 32, "fp32", 20)
+    sources = {"digits": 2, "shapes": 3, "cifar10": 10}
+    for source, batches in sources.items():
+        task = "segmentation" if source == "shapes" else None
+        resolved = Recipe(model="resnet18", data=source, task=task).resolved()
+        assert resolved.search.batch_norm_batches == batches
 
 
 def test_pretrained_weights_shorten_training() -> None:
