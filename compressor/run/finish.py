@@ -87,17 +87,29 @@ def exit_code(budgets: Iterable[Budget], accept_predicted: bool = False) -> int:
     return KEPT
 
 
+def undecided_note(low: float | None, high: float | None) -> str:
+    """Return why a measurement has not decided a latency target.
+
+    Args:
+        low, high: 95 % interval of the slim network's share of the dense one's time; `high` is None if it is not known.
+    """
+    found = "there were too few runs to know how far its result is off"
+    if low is not None and high is not None:
+        found = (
+            f"the slim network takes between {low:.3f} and {high:.3f} of the dense one's time (95 % interval), and the "
+            "target lies inside"
+        )
+    return (
+        f"The measurement cannot decide whether the latency target is met: {found}. Measure again on a quiet machine: "
+        "compress measure RUN; or allow more time: --set contract.seconds=300."
+    )
+
+
 def _closing_notes(manifest: Manifest, job: Job, plan: ChannelPlan) -> Iterator[str]:
     budgets = manifest.budgets
     pruned = bool(plan.removed) or plan.widths != job.space.dense().widths
     if any(verdict_of(budget) == "undecided" for budget in budgets):
-        low, high = manifest.latency.interval or (0.0, None)
-        reach = f"between {low:.3f} and {high:.3f}" if high is not None else "some unknown share"
-        yield (
-            "The measurement cannot decide whether the latency target is met: the slim network takes "
-            f"{reach} of the dense one's time (95 % interval), and the target lies inside. Measure again on a quiet "
-            "machine: compress measure RUN; or allow more time: --set contract.seconds=300."
-        )
+        yield undecided_note(*(manifest.latency.interval or (0.0, None)))
     if any(verdict_of(budget) == "predicted" for budget in budgets):
         yield not_measured(job.recipe, job.table is not None and job.table.estimated)
     if budgets and not pruned:

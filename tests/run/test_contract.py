@@ -23,6 +23,7 @@ from compressor.pruning.plan import ChannelPlan
 from compressor.report import plots
 from compressor.report.records import sources
 from compressor.run.contract import Contract, correction_at
+from compressor.run.finish import undecided_note
 from compressor.run.pipeline import resume
 from tests.other_device import OtherDevice, Proportional, timing
 from tests.runs import manifest_of, recipe
@@ -153,6 +154,8 @@ def test_what_cannot_be_told_is_not_searched_again_and_ends_with_4(
     assert len(result.manifest["rounds"]) == 2  # before the fine-tuning, and after it
     assert "corrections" not in result.manifest
     assert any("cannot decide whether the latency target is met" in note for note in result.manifest["notes"])
+    assert "takes between 0.480 and 0.530 of the dense one's time (95 % interval)" in undecided_note(0.48, 0.53)
+    assert ": there were too few runs to know how far its result is off. Measure again" in undecided_note(0.0, None)
 
 
 def test_a_delivered_network_undecided_above_the_aim_is_searched_again(
