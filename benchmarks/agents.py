@@ -34,6 +34,7 @@ from rich.console import Console
 
 from benchmarks import agents_store as store
 from benchmarks.agents_page import Cell, page, show
+from benchmarks.compared import Right, packed
 from compressor.core.agents import AGENTS
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
@@ -49,7 +50,7 @@ from compressor.run.stages import environment, trainer
 from compressor.search.base import create_agent
 from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule
-from compressor.training.scoring import accuracy, reestimate_batch_norm
+from compressor.training.scoring import predictions, reestimate_batch_norm
 from export.convert.to_onnx import export_onnx
 
 BUDGETS = ("latency:50%", "latency:30%", "params:50%", "params:30%")
@@ -152,22 +153,24 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         reestimate_batch_norm(slim, job.task.train, batches=10, device=job.torch_device)
     else:
         slim = compensation.network
-    before = accuracy(slim, job.task.test, device=job.torch_device)
+    before = right_in(job, slim)
     started = time.perf_counter()
     if options.epochs:
         rate, teacher = job.recipe.training.finetune_learning_rate, job.teacher or job.model
         training = trainer(job, slim, options.epochs, rate=rate, teacher=teacher)
         for _ in range(options.epochs):
             training.run_epoch()
-    slim.eval()
+    after = right_in(job, slim) if options.epochs else before
     widths = job.space.widths(result.widths)
     costs = {each.name: float(np.asarray(each.predict(widths[None]))[0]) / each.dense for each in budgets}
     return {
         **asdict(cell),
         **store.settings(options),
         "search_accuracy": result.accuracy,
-        "before": before,
-        "after": accuracy(slim, job.task.test, device=job.torch_device) if options.epochs else before,
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "right_before": packed(before),
+        "right_after": packed(after),
         "kept": all(float(np.asarray(each.predict(widths[None]))[0]) <= each.target for each in budgets),
         "share": costs[kind if kind != "flops" else "macs"],
         "target_share": next(each.target / each.dense for each in budgets),
@@ -180,6 +183,12 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         "widths": dict(result.widths),
         "found": found(result, env.bounds.feasible),
     }
+
+
+def right_in(job: Job, network: Any) -> Right:
+    """Which test images a network classifies correctly, (N,)."""
+    classes, labels = predictions(network, job.task.test, device=job.torch_device)
+    return np.asarray(classes == labels)
 
 
 def recipe_of(options: argparse.Namespace, cell: Cell) -> Recipe:

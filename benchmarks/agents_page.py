@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compared import compared
+from benchmarks.compared import compared, unpacked
 
 LEARNING = ("joint", "constrained", "stepwise")
 BASELINE = "knapsack"
@@ -163,7 +163,8 @@ def _protocol(cells: Cells) -> str:
         shares of the dense network's cost; latency is measured in alternation with the dense network. A budget is
         *kept* by prediction only where the measurement is above it: a run of `compress` would refit its table and
         continue the search. *Minutes* are those of the search. With more than one seed: means and standard deviations.
-        Noise is two standard errors of a difference, of the test images, or between seeds where that is larger.
+        Noise is two standard errors of a difference, of the test images, or between seeds where that is larger; where
+        cells say which images are right, the images are compared in pairs.
         """
     return textwrap.fill(" ".join(text.split()), width=118)
 
@@ -199,7 +200,12 @@ def _gaps(of: Cells) -> str:
 def _gap(ours: Cells, base: Cells, when: str) -> str:
     """The difference of test accuracies, and whether it is more than chance."""
     first, second = ({cell["seed"]: cell[when] for cell in of} for of in (ours, base))
-    found = compared(first, second, base[0]["test_images"])
+    images, name = base[0]["test_images"], f"right_{when}"
+    right = None
+    if all(name in cell for cell in (*ours, *base)):
+        first_right, second_right = ({cell["seed"]: unpacked(cell[name], images) for cell in of} for of in (ours, base))
+        right = first_right, second_right
+    found = compared(first, second, images, right)
     return f"{found.verdict} the knapsack ({found.gap:+.2f} points, noise {found.noise:.2f})"
 
 

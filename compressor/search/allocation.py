@@ -26,6 +26,7 @@ POWERS = (1.0, 0.5, 0.25)
 
 _SAVE_EVERY = 5
 _LEAST = 1e-4
+_MOST = 0.99
 
 
 def saliency_values(
@@ -104,6 +105,12 @@ class Sensitivity:
     def complete(self) -> bool:
         """Whether every group is measured."""
         return len(self.losses) == len(self._levels)
+
+    def sum(self, widths: Widths) -> NDArray[np.float64]:
+        """Return the sum of the groups' effects on the logarithm of the reward, of plans (N, G); 0 if unmeasured."""
+        removed = 1.0 - widths / self._run.env.bounds.dense
+        lost = [_Fitted(pairs)(removed[:, group]) for group, pairs in enumerate(self.losses)]
+        return np.asarray(np.log1p(-np.clip(lost, 0.0, _MOST)).sum(axis=0)) if lost else np.zeros(len(widths))
 
     def values(self) -> list[NDArray[np.float64]]:
         """Return the value of each level of each group: the negative fitted loss."""

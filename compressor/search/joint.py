@@ -122,9 +122,10 @@ class _JointSearch:
         self._favoured: Widths | None = None
         self._target: str | None = None  # the plan of the aligned epochs, as JSON: the same after a resume
         self._new_episodes = 0
-        self._near = NearBest(run, settings.near_spread, settings.proposals, land=partial(followed, run.env))
         self._allocator = Allocator(run.env)
         self._sensitivity = Sensitivity(run, self._allocator.levels)
+        land = partial(followed, run.env)
+        self._near = NearBest(run, self._sensitivity, settings.near_spread, settings.proposals, land)
         run.own = self._state
         if run.restored is not None:
             self._restore(run.restored)

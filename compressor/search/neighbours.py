@@ -14,6 +14,7 @@ from compressor.budgets.function import FunctionBudget
 from compressor.search.proposals import grown, near_rows, near_widths
 
 if TYPE_CHECKING:
+    from compressor.search.allocation import Sensitivity
     from compressor.search.bounds import Widths
     from compressor.search.session import SearchSession
 
@@ -28,26 +29,30 @@ _WORK = 1.6e6
 """Maximum of plans squared times inputs for fitting the kernel (the latest plans): about a second."""
 _STEPS = 30
 """Iterations of a fit."""
+_LEAST = 1e-3
+"""Smallest reward that the model tells apart: it learns logarithms."""
 
 
 class RewardModel:
     """A Gaussian process from plans to rewards; the next plan is the one with the largest expected improvement.
 
     The usual way to spend tens to hundreds of expensive evaluations (Snoek et al., NeurIPS 2012, arXiv 1206.2944): a
-    Matern kernel (5/2) with a length scale for each input, fitted by maximum likelihood. Its predictions depend only on
-    the data of the last call; nothing needs to be saved.
+    Matern kernel (5/2) with a length scale for each input, fitted by maximum likelihood, around a mean that is linear
+    in a given trend. Its predictions depend only on the data of the last call; nothing needs to be saved.
     """
 
     def __init__(self) -> None:
         self._inputs: Inputs = np.zeros((0, 0))
         self._rewards: Inputs = np.zeros(0)
+        self._line: Inputs = np.zeros(2)  # of the mean over the trend: slope and constant
         self._kernel: tuple[Any, Any] | None = None  # what it was fitted to, and the kernel
 
-    def learn(self, inputs: Inputs, rewards: Inputs, kind: int) -> None:
+    def learn(self, inputs: Inputs, trend: Inputs, rewards: Inputs, kind: int) -> None:
         """Learn from all plans so far.
 
         Args:
             inputs: (N, inputs), in the order of scoring; for the same `kind`, rows are only ever appended.
+            trend: (N,), what the mean is linear in.
             rewards: (N,).
             kind: Changes if the rows do not continue the last ones.
         """
@@ -58,36 +63,46 @@ class RewardModel:
         if self._kernel is None or self._kernel[0] != (kind, fitted):
             most = int((_WORK / inputs.shape[1]) ** 0.5)
             some = slice(max(0, fitted - most), fitted)
-            self._kernel = (kind, fitted), _fitted_kernel(inputs[some], rewards[some])
-        self._inputs, self._rewards = inputs[-_MOST:], rewards[-_MOST:]
+            rest = rewards[some] - _on(_line(trend[some], rewards[some]), trend[some])
+            self._kernel = (kind, fitted), _fitted_kernel(inputs[some], rest)
+        self._line = _line(trend[-_MOST:], rewards[-_MOST:])
+        self._inputs, self._rewards = inputs[-_MOST:], rewards[-_MOST:] - _on(self._line, trend[-_MOST:])
 
-    def pick(self, proposals: Inputs, best: float | None, number: int) -> list[int]:
+    def rank(self, proposals: Inputs, trend: Inputs, best: float | None) -> NDArray[np.int64]:
+        """Return the indices of proposals (P, inputs) by falling expected improvement; arguments as of `pick`."""
+        return self._ranked(self._inputs, self._rewards, proposals, trend, best)[0]
+
+    def pick(self, proposals: Inputs, trend: Inputs, best: float | None, number: int) -> list[int]:
         """Return indices of proposals (P, inputs) to score next, without waiting for each other's rewards.
 
         Each has the largest expected improvement if those picked before earn their expected reward.
 
         Args:
             proposals: Plans to pick from.
+            trend: (P,), what the mean is linear in.
             best: Reward to improve on; None for the highest expected one.
             number: How many to pick, at most.
         """
         inputs, rewards, picked = self._inputs, self._rewards, list[int]()
         while len(picked) < min(number, len(proposals)):
-            mean, deviation = self._process(inputs, rewards).predict(proposals, return_std=True)
-            gains = expected_improvement(mean, deviation, float(mean.max()) if best is None else best)
-            gains[picked] = -1.0
-            index = int(np.lexsort([mean, gains])[-1])  # by the mean if no improvement is expected of any
+            order, rest = self._ranked(inputs, rewards, proposals, trend, best)
+            index = next(int(each) for each in order if each not in picked)
             picked.append(index)
-            inputs, rewards = np.vstack([inputs, proposals[index]]), np.append(rewards, mean[index])
+            inputs, rewards = np.vstack([inputs, proposals[index]]), np.append(rewards, rest[index])
         return picked
 
-    def _process(self, inputs: Inputs, rewards: Inputs) -> Any:
+    def _ranked(
+        self, inputs: Inputs, rewards: Inputs, proposals: Inputs, trend: Inputs, best: float | None
+    ) -> tuple[NDArray[np.int64], Inputs]:
+        """Return the order of proposals, and the part of their expected rewards that is not on the line."""
         from sklearn.gaussian_process import GaussianProcessRegressor
 
         assert self._kernel is not None, "learn comes first"
-        return GaussianProcessRegressor(self._kernel[1], optimizer=None, normalize_y=True).fit(
-            inputs, rewards
-        )
+        process = GaussianProcessRegressor(self._kernel[1], optimizer=None, normalize_y=True).fit(inputs, rewards)
+        rest, deviation = process.predict(proposals, return_std=True)
+        mean = rest + _on(self._line, trend)
+        gains = expected_improvement(mean, deviation, float(mean.max()) if best is None else best)
+        return np.lexsort([mean, gains])[::-1], rest  # by the mean if no improvement is expected of any
 
 
 def expected_improvement(mean: Inputs, deviation: Inputs, best: float) -> Inputs:
@@ -101,6 +116,15 @@ def expected_improvement(mean: Inputs, deviation: Inputs, best: float) -> Inputs
     deviation = np.maximum(deviation, 1e-12)
     z = (mean - best) / deviation
     return np.asarray((mean - best) * norm.cdf(z) + deviation * norm.pdf(z))
+
+
+def _line(trend: Inputs, rewards: Inputs) -> Inputs:
+    """Return slope and constant (2,) of the line through rewards (N,) over the trend (N,)."""
+    return np.asarray(np.linalg.lstsq(np.column_stack([trend, np.ones(len(trend))]), rewards, rcond=None)[0])
+
+
+def _on(line: Inputs, trend: Inputs) -> Inputs:
+    return np.asarray(line[0] * trend + line[1])
 
 
 def _fitted_kernel(inputs: Inputs, rewards: Inputs) -> Any:
@@ -127,6 +151,9 @@ def _fitted_kernel(inputs: Inputs, rewards: Inputs) -> Any:
 PICKED = 4
 """Number of plans picked at a time, so that several workers can score them in parallel."""
 
+_PARENTS, _ROUNDS = 8, 2
+"""The most promising plans near which more are drawn, and how often."""
+
 _ATTEMPTS = 8
 
 _ENOUGH = 8
@@ -137,11 +164,14 @@ class NearBest:
     """Draws plans near a given one and returns them one by one.
 
     The model learns from all plans scored on the current weights (including partial plans and single groups) and, if
-    weights change, from the candidates of earlier epochs, with the epoch as an additional input. If each price is a
-    call of a user's function, many proposals are too expensive: the plans are then drawn at random.
+    weights change, from the candidates of earlier epochs, with the epoch as an additional input. It learns logarithms
+    of rewards, in which the groups' losses roughly add up; the sum of their measured effects is its trend. The most
+    promising plans are varied again, twice. If each price is a call of a user's function, many proposals are too
+    expensive: the plans are then drawn at random.
 
     Args:
         run: Session with the scored plans.
+        sensitivity: What is known of each group alone.
         spread: Standard deviation of the changes to the logarithm of ratios.
         proposals: Number of plans drawn for the model to pick from; 1 disables the model.
         land: Maps widths (G,) to the plan that is actually scored; None for the widths themselves.
@@ -150,11 +180,13 @@ class NearBest:
     def __init__(
         self,
         run: SearchSession,
+        sensitivity: Sensitivity,
         spread: float,
         proposals: int,
         land: Callable[[Widths], Widths] | None = None,
     ) -> None:
         self._run, self._env, self._spread = run, run.env, spread
+        self._sensitivity = sensitivity
         expensive = any(isinstance(budget, FunctionBudget) for budget in run.env.budgets)
         self._proposals = 1 if expensive else proposals
         self._land = None if expensive else land
@@ -190,36 +222,52 @@ class NearBest:
 
     def _pick(self, widths: Widths) -> list[list[int]]:
         """Return the most promising of many plans; none if too little is known, or nothing new is near."""
-        rows = near_rows(self._env, widths, self._generator, self._spread, self._proposals)
-        rows = rows[[not self._env.known(row) for row in rows]]
         plans, epochs, rewards = self._scored()
-        if len(rewards) < _ENOUGH or not len(rows):
+        if len(rewards) < _ENOUGH:
             return []
-        epoch = self._run.place.epoch
-        self._model.learn(self._inputs(plans, epochs), rewards, kind=epoch)
+        epoch, trend = self._run.place.epoch, self._sensitivity.sum
+        self._model.learn(self._inputs(plans, epochs), trend(plans), rewards, kind=epoch)
         kept = rewards[(epochs == epoch) & self._env.bounds.feasible(plans)]  # the rewards to improve on
-        proposals = self._inputs(rows, np.full(len(rows), epoch))
-        picked = self._model.pick(proposals, float(kept.max()) if len(kept) else None, PICKED)
+        best = float(kept.max()) if len(kept) else None
+        rows = self._new(near_rows(self._env, widths, self._generator, self._spread, self._proposals))
+        for _ in range(_ROUNDS if len(rows) else 0):
+            parents = rows[self._model.rank(self._inputs(rows, epoch), trend(rows), best)[:_PARENTS]]
+            number, spread = self._proposals // len(parents), self._spread / 2
+            drawn = [near_rows(self._env, parent, self._generator, spread, number) for parent in parents]
+            rows = self._new(np.unique(np.vstack([rows, *drawn]), axis=0))
+        picked = self._model.pick(self._inputs(rows, epoch), trend(rows), best, PICKED)
         landed = dict.fromkeys(tuple(self._landed(grown(self._env, rows[index])).tolist()) for index in picked)
         return [list(widths) for widths in landed if not self._env.known(widths)]
+
+    def _new(self, rows: Widths) -> Widths:
+        return rows[[not self._env.known(row) for row in rows]]
 
     def _landed(self, widths: Widths) -> Widths:
         return widths if self._land is None else self._land(widths)
 
     def _scored(self) -> tuple[Any, Any, Any]:
-        """Return widths (N, G), epochs (N,) and rewards (N,) of scored plans; on other weights, of full candidates."""
+        """Return widths (N, G), epochs (N,) and logarithms of rewards (N,) of scored plans.
+
+        Of those on other weights only full candidates.
+        """
         epoch = self._run.place.epoch
         found = {
             (c.epoch, c.widths): c.reward for c in self._run.candidates if c.epoch != epoch and not c.given_up
         }
         found |= {(epoch, widths): reward for widths, reward in self._env.rewards().items()}
         epochs = np.array([epoch for epoch, _ in found])
-        return np.array([widths for _, widths in found]), epochs, np.array(list(found.values()))
+        rewards = np.log(np.maximum(list(found.values()), _LEAST))
+        return np.array([widths for _, widths in found]), epochs, rewards
 
     def _inputs(self, widths: Any, epochs: Any) -> Any:
-        """Return inputs (N, G + 1) between 0 and 1: kept shares, and the epoch relative to those of the search."""
-        last = max(1, self._run.agent.schedule.total)
-        return np.column_stack([widths / self._env.bounds.dense, epochs / last])
+        """Return inputs (N, G + 1): logarithms of kept shares, and the epoch relative to those of the search.
+
+        A removed block is an input of -1.
+        """
+        last, groups = max(1, self._run.agent.schedule.total), self._env.bounds.groups
+        shares = widths / self._env.bounds.dense
+        shares = np.column_stack([np.log(shares[:, :groups]), shares[:, groups:] - 1.0])
+        return np.column_stack([shares, np.full(len(widths), epochs / last)])
 
     def _drawn(self, widths: Widths) -> Widths:
         """Return widths near given ones, further away until they were not scored yet."""
