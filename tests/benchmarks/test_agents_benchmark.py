@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from benchmarks import agents_store as store
 from benchmarks.agents import cells, found, is_unmeasured, measure
 from benchmarks.agents_page import Cell, page, summary
-from benchmarks.compared import compared
+from benchmarks.compared import compared, packed, unpacked
 from compressor.core.files import sha256_file
 from compressor.search.records import Candidate, SearchResult
 
@@ -163,6 +164,28 @@ def test_a_gap_counts_the_seeds_that_both_have() -> None:
     assert found.noise > 30  # between the seeds
     assert found.verdict == "not distinguishable from"
     assert compared({2: 0.5}, base, 10_000).gap == pytest.approx(-15)  # no seed in common
+
+
+def test_networks_that_err_on_the_same_images_are_told_apart() -> None:
+    """8,000 of 10,000 images are right in one, these and 100 others in the other: 100 changes, all one way."""
+    images = np.arange(10_000)
+    first, second = images < 8_100, images < 8_000
+    shares = {0: 0.81}, {0: 0.80}
+    alone = compared(*shares, 10_000)
+    assert alone.verdict == "not distinguishable from"
+    assert alone.noise == pytest.approx(200 * ((0.81 * 0.19 + 0.8 * 0.2) / 10_000) ** 0.5)
+    paired = compared(*shares, 10_000, ({0: first}, {0: second}))
+    assert paired.verdict == "better than"
+    assert paired.noise == pytest.approx(200 * (0.01 * 0.99 / 10_000) ** 0.5)
+    assert (unpacked(packed(first), 10_000) == first).all()
+
+
+def test_seeds_share_the_test_images_and_do_not_add_to_them() -> None:
+    images = np.arange(10_000)
+    first, second = images < 8_100, images < 8_000
+    rights = {0: first, 1: first}, {0: second, 1: second}
+    one = compared({0: 0.81}, {0: 0.80}, 10_000, ({0: first}, {0: second}))
+    assert compared({0: 0.81, 1: 0.81}, {0: 0.80, 1: 0.80}, 10_000, rights).noise == pytest.approx(one.noise)
 
 
 def test_the_page_tells_the_agents_apart_and_what_is_missing() -> None:

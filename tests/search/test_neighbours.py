@@ -10,6 +10,7 @@ import pytest
 
 from compressor.core.agents import agent_class
 from compressor.core.records import Checkpoint, EpisodeLog
+from compressor.search.allocation import Allocator, Sensitivity
 from compressor.search.base import Agent, create_agent
 from compressor.search.environment import PruningEnv
 from compressor.search.neighbours import PICKED, NearBest, RewardModel, expected_improvement
@@ -18,6 +19,7 @@ from compressor.search.records import Limits, SearchResult
 from compressor.search.session import SearchSession
 from tests.search.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
+NO_TREND = np.zeros(200)
 GROUPS = [16, 24, 32, 16, 48, 32, 24, 64]
 
 
@@ -53,6 +55,10 @@ def started(folder: Path, agent: Agent, known: int = 12) -> SearchSession:
     return run
 
 
+def near_best(run: SearchSession, proposals: int = 64) -> NearBest:
+    return NearBest(run, Sensitivity(run, Allocator(run.env).levels), 0.3, proposals)
+
+
 def test_expected_improvement_by_hand() -> None:
     mean, deviation = np.array([0.5, 0.4, 0.3]), np.array([0.0, 0.1, 10.0])
     gains = expected_improvement(mean, deviation, 0.5)
@@ -70,27 +76,28 @@ def test_what_it_picks_is_among_the_best(seed: int) -> None:
 
     seen, proposals = generator.random((60, 6)), generator.random((200, 6))
     model = RewardModel()
-    model.learn(seen, worth(seen), kind=0)
-    picked = model.pick(proposals, float(worth(seen).max()), 4)
+    model.learn(seen, NO_TREND[:60], worth(seen), kind=0)
+    picked = model.pick(proposals, NO_TREND, float(worth(seen).max()), 4)
     assert len(set(picked)) == 4
     truth = worth(proposals)
     ranks = (-truth).argsort().argsort()
     assert ranks[picked[0]] < 5
     assert truth[picked].mean() > np.quantile(truth, 0.95)
     again = RewardModel()
-    again.learn(seen, worth(seen), kind=0)
-    assert again.pick(proposals, float(worth(seen).max()), 4) == picked
+    again.learn(seen, NO_TREND[:60], worth(seen), kind=0)
+    assert again.pick(proposals, NO_TREND, float(worth(seen).max()), 4) == picked
 
 
 def test_what_it_says_follows_from_what_it_was_given_last() -> None:
     generator = np.random.default_rng(1)
     seen, proposals = generator.random((70, 5)), generator.random((30, 5))
-    rewards = seen.prod(axis=1)
+    rewards, trend = seen.prod(axis=1), generator.random(100)
     at_once, little_by_little = RewardModel(), RewardModel()
-    at_once.learn(seen, rewards, kind=3)
+    at_once.learn(seen, trend[:70], rewards, kind=3)
     for number in (10, 25, 40, 70):
-        little_by_little.learn(seen[:number], rewards[:number], kind=3)
-    assert at_once.pick(proposals, None, 5) == little_by_little.pick(proposals, None, 5)
+        little_by_little.learn(seen[:number], trend[:number], rewards[:number], kind=3)
+    picked = [model.pick(proposals, trend[70:], None, 5) for model in (at_once, little_by_little)]
+    assert picked[0] == picked[1]
 
 
 def test_rows_near_are_legal_and_use_the_budget() -> None:
@@ -108,14 +115,14 @@ def test_rows_near_are_legal_and_use_the_budget() -> None:
 
 def test_it_hands_out_new_plans_and_goes_on_where_it_stood(tmp_path: Path) -> None:
     run = started(tmp_path, create_agent("random"))
-    near = NearBest(run, 0.3, 64)
+    near = near_best(run)
     best = np.array(max(run.candidates, key=lambda each: each.reward).widths)
     first = near.next(best)
     assert len(near.coming) == PICKED - 1
     assert not run.env.known(first)
     state = near.state()
     taken = [near.next(best).tolist() for _ in range(2)]
-    again = NearBest(run, 0.3, 64)
+    again = near_best(run)
     again.restore(state)
     assert [again.next(best).tolist() for _ in range(2)] == taken
     run.score(near.coming[0], "near")  # scored meanwhile: it is not handed out again
@@ -125,7 +132,7 @@ def test_it_hands_out_new_plans_and_goes_on_where_it_stood(tmp_path: Path) -> No
 
 def test_weights_that_moved_ask_for_new_picks(tmp_path: Path) -> None:
     run = started(tmp_path, create_agent("joint", trainer=FakeTrainer()))  # type: ignore[arg-type]
-    near = NearBest(run, 0.3, 64)
+    near = near_best(run)
     best = np.array(run.candidates[0].widths)
     near.next(best)
     assert near.coming
@@ -145,27 +152,50 @@ def test_what_breaks_the_budgets_is_not_what_there_is_to_improve_on(
     asked: list[float | None] = []
     pick = RewardModel.pick
 
-    def spied(model: RewardModel, proposals: Any, incumbent: float | None, number: int) -> list[int]:
+    def spied(model: RewardModel, proposals: Any, trend: Any, incumbent: float | None, number: int) -> list[int]:
         asked.append(incumbent)
-        return pick(model, proposals, incumbent, number)
+        return pick(model, proposals, trend, incumbent, number)
 
     monkeypatch.setattr(RewardModel, "pick", spied)
-    NearBest(run, 0.3, 64).next(np.array(best.widths))
-    assert asked == [pytest.approx(best.reward)]
+    near_best(run).next(np.array(best.widths))
+    assert asked == [pytest.approx(np.log(best.reward))]
 
 
 def test_where_no_gain_is_expected_the_highest_mean_is_picked() -> None:
     generator = np.random.default_rng(2)
     seen = generator.random((40, 3))
     model = RewardModel()
-    model.learn(seen, seen[:, 0], kind=0)
+    model.learn(seen, NO_TREND[:40], seen[:, 0], kind=0)
     proposals = np.sort(generator.random((50, 3)), axis=0)
-    assert set(model.pick(proposals, 1e6, 2)) == {49, 48}
+    assert set(model.pick(proposals, NO_TREND[:50], 1e6, 2)) == {49, 48}
+
+
+def test_the_trend_says_what_the_inputs_have_not_shown_yet() -> None:
+    generator = np.random.default_rng(3)
+    seen, proposals = generator.random((20, 8)), generator.random((200, 8))
+    picked = []
+    for trend in (lambda plans: plans.sum(axis=1), lambda plans: 0.0 * plans[:, 0]):
+        model = RewardModel()
+        model.learn(seen, trend(seen), 3.0 * seen.sum(axis=1) + 0.1 * seen[:, 0], kind=0)
+        picked.append(model.rank(proposals, trend(proposals), None))
+    ranks = (-proposals.sum(axis=1)).argsort().argsort()
+    assert ranks[picked[0][:10]].max() < 15
+    assert ranks[picked[0][:10]].sum() < ranks[picked[1][:10]].sum()
+
+
+def test_effects_of_groups_add_up_in_the_logarithm(tmp_path: Path) -> None:
+    run = started(tmp_path, create_agent("random"))
+    sensitivity = Sensitivity(run, Allocator(run.env).levels)
+    rows = np.array([GROUPS, [8, *GROUPS[1:]], [8, 12, *GROUPS[2:]], [1, *GROUPS[1:]]])
+    assert sensitivity.sum(rows).tolist() == [0.0] * 4  # nothing is measured yet
+    sensitivity.losses = [[[0.5, 0.2]], [[0.5, 0.5]], *([[0.5, 0.0]] for _ in GROUPS[2:])]
+    expected = [0.0, np.log(0.8), np.log(0.8) + np.log(0.5), np.log(1 - 0.2 * (15 / 8) ** 2)]
+    assert sensitivity.sum(rows) == pytest.approx(expected, abs=0.01)
 
 
 def test_with_little_known_or_one_proposal_chance_decides(tmp_path: Path) -> None:
-    few = NearBest(started(tmp_path / "few", create_agent("random"), known=3), 0.3, 64)
-    one = NearBest(started(tmp_path / "one", create_agent("random")), 0.3, 1)
+    few = near_best(started(tmp_path / "few", create_agent("random"), known=3))
+    one = near_best(started(tmp_path / "one", create_agent("random")), proposals=1)
     for near in (few, one):
         found = near.next(near._env.bounds.cheapest)
         assert near._env.bounds.feasible(found[None])[0]
