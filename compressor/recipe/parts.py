@@ -244,8 +244,8 @@ class Search(Part):
     measure: Literal["auto", "accuracy", "closeness"] = Field(
         "auto",
         description="Score of a candidate on the search split: its accuracy, or its closeness to the dense network's "
-        "outputs, exp(-d) with the mean Kullback-Leibler divergence d in nats, for which labels are not used; auto is "
-        "accuracy if there are labels.",
+        "outputs, exp(-d) with the mean Kullback-Leibler divergence d in nats at a temperature of 4, for which labels "
+        "are not used; auto is accuracy if there are labels.",
     )
     brief_iterations: Annotated[int, Field(ge=0)] = Field(
         0,
