@@ -16,15 +16,20 @@ if TYPE_CHECKING:
     from compressor.pruning.verdict import Compensation
     from compressor.run.folder import RunFolder
     from compressor.run.job import Job
+    from compressor.search.networks import Networks
 
 
 def compensation_of(job: Job, plan: ChannelPlan) -> Compensation | None:
     """Return the network of a plan as it is delivered without training; None if nothing is compensated."""
+    networks = delivered_networks(job)
+    return networks.compensation(plan) if networks.compensated else None
+
+
+def delivered_networks(job: Job) -> Networks:
+    """Return what builds networks as they are delivered without training."""
     from compressor.search.networks import Networks
 
-    if job.compensation.delivered == "off":
-        return None
-    networks = Networks(
+    return Networks(
         job.space,
         job.task.calibration,
         job.compensation.delivered,
@@ -32,7 +37,6 @@ def compensation_of(job: Job, plan: ChannelPlan) -> Compensation | None:
         seed=job.recipe.seed,
         device=job.torch_device,
     )
-    return networks.compensation(plan)
 
 
 def own_statistics(job: Job, slim: nn.Module) -> None:

@@ -24,7 +24,7 @@ from compressor.core.progress import Steps, bar, say
 from compressor.core.versions import machine, versions
 from compressor.run.answers import dense_answers, record_dense, record_slim
 from compressor.run.candidates import recorded, with_choice
-from compressor.run.compensation import network_before_finetuning, own_statistics
+from compressor.run.compensation import delivered_networks, network_before_finetuning, own_statistics
 from compressor.run.contract import Contract
 from compressor.run.dense import check_dense, collapsed, lost_in_finetuning, problem
 from compressor.run.device import int8_runtime
@@ -284,6 +284,7 @@ def environment(
         brief_steps=settings.brief_iterations,
         compensate=job.compensation.scored,
         fit_images=recipe.pruning.compensation_images,
+        delivered=delivered_networks(job) if job.compensation.scored == "quick" else None,
     )
     env = PruningEnv(
         job.space,

@@ -372,6 +372,10 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         costs = self.costs(key)
         return Score(key, accuracy, float(self._reward(accuracy, costs)), costs, seconds)
 
+    def reward(self, accuracy: float, costs: Mapping[str, float]) -> float:
+        """Return the reward of a network of this accuracy (0..1) and these costs by name."""
+        return float(self._reward(accuracy, costs))
+
     @property
     def workers(self) -> int:
         """Number of plans that the evaluator scores in parallel."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,8 +62,10 @@ class Evaluator:
         brief_steps: Number of these steps for every candidate without another number; only in this process.
         compensate: How candidates are compensated before they are scored: "off", or a method of `compensate`.
         fit_images: Number of training images that compensation fits to.
+        delivered: Builds networks as they are delivered, if that is not how candidates are built.
 
     Attributes:
+        delivered: Scores a plan's network as it is delivered, 0..1, without remembering it; None without `delivered`.
         evaluations: Number of networks scored so far; answers from the cache do not count.
         seconds: Time spent on them, in seconds.
     """
@@ -84,6 +87,7 @@ class Evaluator:
         brief_steps: int = 0,
         compensate: str = "off",
         fit_images: int = 512,
+        delivered: Networks | None = None,
     ) -> None:
         if site is not None and brief_steps:
             raise ValueError("workers do not train candidates: brief_steps needs site=None")
@@ -110,6 +114,8 @@ class Evaluator:
             device=device,
         )
         self._compensate, self._fit_images = compensate, fit_images
+        self._as_delivered = delivered
+        self.delivered = None if delivered is None else partial(self._scored_by, delivered)
         self._goals: Any = None
         self._scores: dict[str, float] = {}
         self._threads, self._site = threads, site
@@ -204,9 +210,14 @@ class Evaluator:
 
     def scored(self, plan: ChannelPlan, *, floor: float | None = None, steps: int | None = None) -> float:
         """Score the network of a plan in this process, without remembering it; `steps` as for `score`."""
+        return self._scored_by(self._networks, plan, floor=floor, steps=steps)
+
+    def _scored_by(
+        self, networks: Networks, plan: ChannelPlan, *, floor: float | None = None, steps: int | None = None
+    ) -> float:
         with _threads(self._threads):
-            network = self._networks.build(plan)
-        return self.score(network, floor=floor, steps=steps, compensated=self._networks.compensated)
+            network = networks.build(plan)
+        return self.score(network, floor=floor, steps=steps, compensated=networks.compensated)
 
     def score(
         self,
@@ -249,5 +260,7 @@ class Evaluator:
         """Forget all scores after the space's model was trained."""
         self._scores.clear()
         self._networks.weights_moved()
+        if self._as_delivered is not None:
+            self._as_delivered.weights_moved()
         self._goals = None
         self._moved = True

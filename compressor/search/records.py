@@ -92,6 +92,20 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Finalist:
+    """A plan whose network was scored as it would be delivered.
+
+    Attributes:
+        widths: Channels that each group keeps, in the space's order.
+        accuracy, reward: As of a `Candidate`, of that network.
+    """
+
+    widths: tuple[int, ...]
+    accuracy: float
+    reward: float
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """Result of a search.
 
@@ -106,6 +120,7 @@ class SearchResult:
         timing: Seconds by "evaluation", "training", "agent" (everything else) and "total".
         training: Phase, epoch, loss, accuracy, regularizer and seconds of each training epoch.
         learned: Measures of what each part of the method has learned, for parts that learn apart from the policy.
+        finalists: The best few candidates, if these were scored as they would be delivered; the best of them is chosen.
     """
 
     best: ChannelPlan
@@ -118,6 +133,7 @@ class SearchResult:
     timing: Mapping[str, float]
     training: tuple[Mapping[str, Any], ...] = ()
     learned: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    finalists: tuple[Finalist, ...] = ()
 
     def front(self, cost: str) -> tuple[Candidate, ...]:
         """Return the candidates that no other one beats in both accuracy and the named cost, the cheapest first.
@@ -185,6 +201,8 @@ class Place:
         kept: Its plan as JSON, if the agent chose the channels as well.
         training: Records of the training epochs, as in the manifest.
         learned: What each part of the method has learned; see `SearchResult`.
+        results: Widths of the results of earlier rounds.
+        finalists: Widths of this round's finalists, their accuracies and rewards.
     """
 
     steps: dict[str, int] = field(default_factory=dict)
@@ -198,6 +216,8 @@ class Place:
     kept: str | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
     learned: dict[str, dict[str, float]] = field(default_factory=dict)
+    results: list[list[int]] = field(default_factory=list)
+    finalists: list[tuple[list[int], float, float]] = field(default_factory=list)
 
 
 def check_state(state: Mapping[str, Any], path: Path, agent: str, trains: bool, env: PruningEnv) -> None:

@@ -20,12 +20,14 @@ from compressor.core.records import Checkpoint
 from compressor.pruning.plan import ChannelPlan
 from compressor.search.bounds import Widths
 from compressor.search.environment import PruningEnv, Score
+from compressor.search.finalists import finalists
 from compressor.search.proposals import fitted_widths
 from compressor.search.records import (
     FORMAT,
     MEASUREMENT,
     Candidate,
     Episode,
+    Finalist,
     Limits,
     Place,
     Policy,
@@ -257,11 +259,25 @@ class SearchSession:
         scored = _score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
         if not scored:
             raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")
-        self.place.chosen = list(max(scored, key=merit).widths)
+        best = max(scored, key=merit)
+        if measure is None and not own:
+            best = self._finalist(best)
+        self.place.chosen = list(best.widths)
         chosen = own.get(tuple(self.place.chosen))
         self.place.kept = None if chosen is None else chosen.to_json()
         self.save()
         return self._result(self.place.chosen)
+
+    def _finalist(self, best: Candidate) -> Candidate:
+        """Return the best of the finalists as they would be delivered; the best candidate if there are none."""
+        place = self.place
+        now = [c for c in eligible(self) if (c.epoch, c.round) == (place.epoch, place.round) and not c.given_up]
+        judged = finalists(self, sorted(now, key=merit, reverse=True))
+        place.finalists = [(list(each.widths), each.accuracy, each.reward) for each in judged]
+        if not judged:
+            return best
+        first = max(judged, key=lambda each: (each.reward, sum(each.widths)))
+        return self.score(first.widths, "final")
 
     def _kept(self) -> dict[tuple[int, ...], ChannelPlan]:
         """Return the last round's result by its widths, if its agent chose the channels as well."""
@@ -290,6 +306,9 @@ class SearchSession:
             seconds=total,
             training=tuple(self.place.training),
             learned={name: dict(numbers) for name, numbers in self.place.learned.items()},
+            finalists=tuple(
+                Finalist(tuple(widths), accuracy, reward) for widths, accuracy, reward in self.place.finalists
+            ),
             timing={
                 "evaluation": evaluation,
                 "training": training,
@@ -357,6 +376,7 @@ class SearchSession:
         if self.place.chosen is None:
             check_unfinished(state["budgets"], budgets, self._checkpoint.path)
         elif not alike(state["budgets"], budgets):
+            self.place.results.append(self.place.chosen)
             self.place.chosen = None
             self.place.round += 1
             self.place.evaluations_before = self.env.evaluations
@@ -424,7 +444,7 @@ def from_earlier_rounds(run: SearchSession) -> Iterator[Widths]:
     """
     results = [c for c in eligible(run) if c.round < run.place.round and c.phase == "final"]
     latest = max((c.epoch for c in results), default=0)
-    last = [c for c in results if c.round == run.place.round - 1]
+    last = [c for c in results if c.round == run.place.round - 1 and list(c.widths) == run.place.results[-1]]
     for among in (last, results):
         best = _highest(c for c in among if c.epoch == latest)
         if best is not None:

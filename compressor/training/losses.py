@@ -33,16 +33,19 @@ def distillation_loss(
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def divergence(found: torch.Tensor, goals: torch.Tensor) -> float:
-    """Return `distillation_loss` as a number, summed over the inputs.
+SCORING_TEMPERATURE = 4.0
+"""At it, a network that is closer to the dense one on some hundred images is so on others. At a temperature of 1 a few
+images of which the dense network is sure are much of the sum (docs/method/compensation.md, "Scores")."""
 
-    At its temperature a network that is closer on some hundred images is so on others. At a temperature of 1 a few
-    images of which the dense network is sure are much of the sum (docs/method/compensation.md).
+
+def divergence(found: torch.Tensor, goals: torch.Tensor) -> float:
+    """Return the Kullback-Leibler divergence from the goals at `SCORING_TEMPERATURE`, summed over the inputs, in nats.
 
     Args:
         found, goals: Logits or log-probabilities, (N, classes).
     """
-    return len(found) * float(distillation_loss(found, goals))
+    temperature = SCORING_TEMPERATURE
+    return len(found) * float(distillation_loss(found, goals, temperature)) / temperature**2
 
 
 def closeness_at(total: float, inputs: int) -> float:

@@ -63,8 +63,8 @@ def test_closeness_by_hand() -> None:
     """Two classes: the dense network is sure of neither, the other one is as sure of both as its brightness says."""
     split = split_of([0, 255], [0, 1])
     goals = torch.full((2, 2), 0.5).log()
-    sure = (torch.tensor([1.0, -1.0]) / 4).softmax(0)  # of both images, the classes exchanged
-    divergence = 16 * float((0.5 * (0.5 / sure).log()).sum())  # a temperature of 4, whose square is a factor
+    sure = (torch.tensor([1.0, -1.0]) / 4).softmax(0)  # of both images, the classes exchanged; at a temperature of 4
+    divergence = float((0.5 * (0.5 / sure).log()).sum())
     assert closeness(Brightness(), split, goals) == pytest.approx(math.exp(-divergence))
     own = log_probabilities(Brightness(), split, batch_size=1)
     assert own.exp().sum(1).tolist() == pytest.approx([1.0, 1.0])

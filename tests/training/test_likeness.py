@@ -22,8 +22,8 @@ def test_scores_of_classes() -> None:
     dense = [torch.tensor([[0.0, 0.0], [2.0, 0.0]])]
     found = [torch.tensor([[0.0, 0.0], [0.0, 2.0]])]
     likeness = ScoresOfClasses()
-    p = 1 / (1 + math.exp(-2 / 4))  # at a temperature of 4, whose square is a factor
-    divergence = 16 * (p * math.log(p / (1 - p)) + (1 - p) * math.log((1 - p) / p)) / 2  # of two inputs one differs
+    p = 1 / (1 + math.exp(-2 / 4))  # at a temperature of 4
+    divergence = (p * math.log(p / (1 - p)) + (1 - p) * math.log((1 - p) / p)) / 2  # of two inputs one differs
     assert likeness.closeness([(found, dense)]) == pytest.approx(math.exp(-divergence), rel=1e-5)
     assert likeness.agreement([(found, dense)]) == 0.5
     assert likeness.closeness([(dense, dense)]) == 1.0
