@@ -295,6 +295,14 @@ class Method(Record):
     parts: list[MethodPart] = []
 
 
+class Finalist(Record):
+    """A candidate that was scored again as it would be delivered."""
+
+    candidate_score: Number | None = None
+    score: Number | None = None
+    chosen: bool = False
+
+
 class Search(Record):
     """The search over all rounds."""
 
@@ -308,6 +316,8 @@ class Search(Record):
     #: Limit of each cost in the units of the candidates' costs; that of latency is in milliseconds of the table.
     targets: dict[str, Number] = {}
     candidates: list[Candidate] = []
+    #: The best few candidates of the last round that had any, in the order in which the search had them.
+    finalists: list[Finalist] = []
     #: Of the runs of a front only.
     baselines: list[Baseline] = []
 

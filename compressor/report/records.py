@@ -214,7 +214,22 @@ def sources(manifest: Manifest) -> dict[str, Any]:
             for source in order
         ],
         "uniform": _against_uniform(manifest, candidates, pick),
+        "finalists": _finalists(manifest),
     }
+
+
+def _finalists(manifest: Manifest) -> str:
+    """Say what became of the best candidates when they were built as they would be delivered; "" if they were not."""
+    found = manifest.search.finalists if manifest.search is not None else []
+    scores = [float(each.score or 0) for each in found]
+    place = next((place for place, each in enumerate(found, 1) if each.chosen), None)
+    if not found or place is None:
+        return ""
+    return (
+        f"The best {len(found)} candidates were scored again, compensated as thoroughly as the delivered network: from "
+        f"{significant(min(scores), 4)} to {significant(max(scores), 4)}. The best of these is delivered; among the "
+        f"candidates it was {'the best, too' if place == 1 else f'number {place}'}."
+    )
 
 
 def _against_uniform(manifest: Manifest, candidates: Sequence[Candidate], pick: Candidate | None) -> str:

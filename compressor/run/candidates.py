@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from compressor.core.manifest import Candidate
+from compressor.core.manifest import Candidate, Finalist
 
 if TYPE_CHECKING:
     from compressor.pruning.plan import ChannelPlan
     from compressor.pruning.space import PruningSpace
     from compressor.search.records import Candidate as ScoredPlan
+    from compressor.search.records import SearchResult
 
 
 def recorded(
@@ -26,6 +27,16 @@ def recorded(
     """
     candidates = [_candidate(each, each.widths == uniform) for each in found]
     return with_choice(candidates, [each.widths for each in found], space, plan)
+
+
+def finalists(result: SearchResult) -> list[Finalist]:
+    """Return the candidates of a search that were scored again as they would be delivered, the best first."""
+    scores = {each.widths: each.accuracy for each in result.candidates}
+    chosen = tuple(result.widths.values())
+    return [
+        Finalist(candidate_score=scores[each.widths], score=each.accuracy, chosen=each.widths == chosen)
+        for each in result.finalists
+    ]
 
 
 def _candidate(found: ScoredPlan, uniform: bool) -> Candidate:

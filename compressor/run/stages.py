@@ -23,7 +23,7 @@ from compressor.core.metrics import ACCURACY, AGREEMENT
 from compressor.core.progress import Steps, bar, say
 from compressor.core.versions import machine, versions
 from compressor.run.answers import dense_answers, record_dense, record_slim
-from compressor.run.candidates import recorded, with_choice
+from compressor.run.candidates import finalists, recorded, with_choice
 from compressor.run.compensation import delivered_networks, network_before_finetuning, own_statistics
 from compressor.run.contract import Contract
 from compressor.run.dense import check_dense, collapsed, lost_in_finetuning, problem
@@ -217,6 +217,7 @@ def _record_search(
     _note_plan(run, job, result.best)
     if done < planned:
         run.note(f"The search's time limit stopped its training after {done} of {planned} epochs.")
+    earlier = run.manifest.search.finalists if run.manifest.search is not None else []
     run.manifest.search = Search(
         agent=job.recipe.agent,
         evaluations=run.manifest.evaluations_before + result.evaluations,
@@ -227,6 +228,7 @@ def _record_search(
         method=method,
         targets=targets,
         candidates=recorded(result.candidates, uniform, job.space, result.best),
+        finalists=finalists(result) or earlier,
         **({"baselines": compared} if compared else {}),
     )
     run.save()

@@ -231,7 +231,8 @@ class SearchSession:
 
         The first feasible one is scored regardless of the limits, so that there is a result; without `score_all`, it
         is the result. In a later round the best result of the earlier ones follows the shortlist. Scoring stops early
-        for a plan that cannot beat the best so far.
+        for a plan that cannot beat the best so far. Of all that were scored in this round and on these weights, the
+        best few may then be finalists: the best of them as they would be delivered is the result.
 
         A plan that is contained in the earlier result at its present size is left out: both keep the most important
         channels, so that the smaller one scores higher on a few hundred images by chance only, and keeping it would
@@ -252,27 +253,30 @@ class SearchSession:
         lists: Iterable[Iterable[Sequence[int]]] = itertools.chain(
             [itertools.chain(shortlist, (widths.tolist() for widths in earlier))], more
         )
-        if earlier:
-            known = np.stack(earlier)
-            wider = known[self.env.bounds.feasible(known)]
-            lists = (_not_contained(each, wider, own) for each in lists)
+        kept = [widths for widths in earlier if self.env.bounds.feasible(widths[None])[0]]
+        wider = np.array(kept, dtype=np.int64).reshape(-1, len(self.env.bounds.dense))
+        lists = (_not_contained(each, wider, own) for each in lists)
         scored = _score_shortlists(self, lists, score_all=score_all, plans=own, measure=measure)
         if not scored:
             raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")
         best = max(scored, key=merit)
-        if measure is None and not own:
-            best = self._finalist(best)
+        if score_all and measure is None and not own:
+            best = self._finalist(best, wider)
         self.place.chosen = list(best.widths)
         chosen = own.get(tuple(self.place.chosen))
         self.place.kept = None if chosen is None else chosen.to_json()
         self.save()
         return self._result(self.place.chosen)
 
-    def _finalist(self, best: Candidate) -> Candidate:
-        """Return the best of the finalists as they would be delivered; the best candidate if there are none."""
+    def _finalist(self, best: Candidate, wider: Widths) -> Candidate:
+        """Return the best of the finalists as they would be delivered; the best candidate if there are none.
+
+        No row of `wider` (N, G) contains a finalist.
+        """
         place = self.place
         now = [c for c in eligible(self) if (c.epoch, c.round) == (place.epoch, place.round) and not c.given_up]
-        judged = finalists(self, sorted(now, key=merit, reverse=True))
+        own = set(_not_contained([c.widths for c in now], wider, {}))
+        judged = finalists(self, sorted((c for c in now if c.widths in own), key=merit, reverse=True))
         place.finalists = [(list(each.widths), each.accuracy, each.reward) for each in judged]
         if not judged:
             return best

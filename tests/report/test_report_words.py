@@ -432,6 +432,18 @@ def test_uniform_pruning_counts_only_on_the_same_weights() -> None:
     assert told("uniform", ours) == ""
 
 
+def test_what_became_of_the_finalists() -> None:
+    def told(*found: dict[str, Any]) -> str:
+        return str(sources(Manifest.tolerant({"search": {"finalists": list(found)}}))["finalists"])
+
+    first, second = {"candidate_score": 0.9, "score": 0.7}, {"candidate_score": 0.8, "score": 0.75, "chosen": True}
+    assert told() == ""
+    assert "from 0.7000 to 0.7500. The best of these is delivered; among the candidates it was number 2." in told(
+        first, second
+    )
+    assert told(second, first).endswith("among the candidates it was the best, too.")
+
+
 def test_the_chosen_candidate_is_the_last_with_the_best_reward() -> None:
     twice = [
         {"reward": 0.9, "source": "joint"},
