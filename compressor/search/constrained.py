@@ -86,7 +86,7 @@ class _ConstrainedSearch:
         self._scale: list[float] | None = None
         self._allocator = Allocator(run.env)
         self._sensitivity = Sensitivity(run, self._allocator.levels)
-        self._near = NearBest(run, self._sensitivity, settings.near_spread, settings.proposals)
+        self._near = NearBest(run, self._allocator, self._sensitivity, settings.near_spread, settings.proposals)
         run.own = self._state
         if run.restored is not None:
             self._restore(run.restored)

@@ -125,7 +125,7 @@ class _JointSearch:
         self._allocator = Allocator(run.env)
         self._sensitivity = Sensitivity(run, self._allocator.levels)
         land = partial(followed, run.env)
-        self._near = NearBest(run, self._sensitivity, settings.near_spread, settings.proposals, land)
+        self._near = NearBest(run, self._allocator, self._sensitivity, settings.near_spread, settings.proposals, land)
         run.own = self._state
         if run.restored is not None:
             self._restore(run.restored)

@@ -14,7 +14,7 @@ from compressor.budgets.function import FunctionBudget
 from compressor.search.proposals import grown, near_rows, near_widths
 
 if TYPE_CHECKING:
-    from compressor.search.allocation import Sensitivity
+    from compressor.search.allocation import Allocator, Sensitivity
     from compressor.search.bounds import Widths
     from compressor.search.session import SearchSession
 
@@ -154,6 +154,9 @@ PICKED = 4
 _PARENTS, _ROUNDS = 8, 2
 """The most promising plans near which more are drawn, and how often."""
 
+_SOLVED = 400
+"""Knapsacks that a pick solves, divided by the number of groups."""
+
 _ATTEMPTS = 8
 
 _ENOUGH = 8
@@ -171,7 +174,8 @@ class NearBest:
 
     Args:
         run: Session with the scored plans.
-        sensitivity: What is known of each group alone.
+        allocator: Solves knapsacks.
+        sensitivity: What is known of each group alone: with it, knapsacks of changed values are among the proposals.
         spread: Standard deviation of the changes to the logarithm of ratios.
         proposals: Number of plans drawn for the model to pick from; 1 disables the model.
         land: Maps widths (G,) to the plan that is actually scored; None for the widths themselves.
@@ -180,13 +184,16 @@ class NearBest:
     def __init__(
         self,
         run: SearchSession,
+        allocator: Allocator,
         sensitivity: Sensitivity,
         spread: float,
         proposals: int,
         land: Callable[[Widths], Widths] | None = None,
     ) -> None:
         self._run, self._env, self._spread = run, run.env, spread
-        self._sensitivity = sensitivity
+        self._allocator, self._sensitivity = allocator, sensitivity
+        self._changes: dict[tuple[int, ...], list[float]] = {}  # of the values whose knapsacks were picked
+        self._centre = [0.0] * len(run.env.bounds.dense)
         expensive = any(isinstance(budget, FunctionBudget) for budget in run.env.budgets)
         self._proposals = 1 if expensive else proposals
         self._land = None if expensive else land
@@ -229,15 +236,34 @@ class NearBest:
         self._model.learn(self._inputs(plans, epochs), trend(plans), rewards, kind=epoch)
         kept = rewards[(epochs == epoch) & self._env.bounds.feasible(plans)]  # the rewards to improve on
         best = float(kept.max()) if len(kept) else None
-        rows = self._new(near_rows(self._env, widths, self._generator, self._spread, self._proposals))
+        solved = self._knapsacks(widths)
+        near = near_rows(self._env, widths, self._generator, self._spread, self._proposals)
+        rows = self._new(np.vstack([near, *([key] for key in solved)]))
         for _ in range(_ROUNDS if len(rows) else 0):
             parents = rows[self._model.rank(self._inputs(rows, epoch), trend(rows), best)[:_PARENTS]]
             number, spread = self._proposals // len(parents), self._spread / 2
             drawn = [near_rows(self._env, parent, self._generator, spread, number) for parent in parents]
             rows = self._new(np.unique(np.vstack([rows, *drawn]), axis=0))
         picked = self._model.pick(self._inputs(rows, epoch), trend(rows), best, PICKED)
-        landed = dict.fromkeys(tuple(self._landed(grown(self._env, rows[index])).tolist()) for index in picked)
+        landed = {tuple(self._landed(grown(self._env, rows[i])).tolist()): tuple(rows[i].tolist()) for i in picked}
+        self._changes |= {plan: solved[row] for plan, row in landed.items() if row in solved}
         return [list(widths) for widths in landed if not self._env.known(widths)]
+
+    def _knapsacks(self, widths: Widths) -> dict[tuple[int, ...], list[float]]:
+        """Return optima of randomly changed values of the groups, and the logarithms of the changes.
+
+        The changes are around those of the best plan that is such an optimum.
+        """
+        if not self._sensitivity.complete:
+            return {}
+        self._centre = self._changes.get(tuple(widths.tolist()), self._centre)
+        values, found = self._sensitivity.values(), dict[tuple[int, ...], list[float]]()
+        for _ in range(max(1, _SOLVED // len(widths))):
+            spread = self._generator.uniform(0.1, 0.8)
+            change = np.array(self._centre) + spread * self._generator.standard_normal(len(widths))
+            plan = self._allocator.solve([value * np.exp(by) for value, by in zip(values, change, strict=True)])
+            found[tuple(plan.tolist())] = change.tolist()
+        return found
 
     def _new(self, rows: Widths) -> Widths:
         return rows[[not self._env.known(row) for row in rows]]
@@ -285,9 +311,17 @@ class NearBest:
         """Plain values."""
         generator = json.dumps(self._generator.bit_generator.state)
         picked = [list(each) for each in self._picked]
-        return {"generator": generator, "picked": picked, "place": list(self._place)}
+        return {
+            "generator": generator,
+            "picked": picked,
+            "place": list(self._place),
+            "changes": [[list(widths), change] for widths, change in self._changes.items()],
+            "centre": list(self._centre),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         self._generator.bit_generator.state = json.loads(state["generator"])
         self._picked, self._place = [list(each) for each in state["picked"]], list(state["place"])
+        self._changes = {tuple(widths): list(change) for widths, change in state["changes"]}
+        self._centre = list(state["centre"])

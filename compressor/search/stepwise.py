@@ -287,7 +287,7 @@ class _StepwiseSearch:
             capacity=settings.replay,
             seed=run.agent.seed,
         )
-        self._near = NearBest(run, self._sensitivity, settings.near_spread, settings.proposals)
+        self._near = NearBest(run, self._allocator, self._sensitivity, settings.near_spread, settings.proposals)
         run.own = lambda: {
             "dqn": self._dqn.state(),
             "losses": self._sensitivity.losses,

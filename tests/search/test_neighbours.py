@@ -56,7 +56,8 @@ def started(folder: Path, agent: Agent, known: int = 12) -> SearchSession:
 
 
 def near_best(run: SearchSession, proposals: int = 64) -> NearBest:
-    return NearBest(run, Sensitivity(run, Allocator(run.env).levels), 0.3, proposals)
+    allocator = Allocator(run.env)
+    return NearBest(run, allocator, Sensitivity(run, allocator.levels), 0.3, proposals)
 
 
 def test_expected_improvement_by_hand() -> None:
