@@ -295,6 +295,8 @@ class Scorer:
         """Return the three scores of a plan's network and the seconds that it took."""
         from torch.nn import functional
 
+        from compressor.training import losses
+
         if kind not in self._warm:  # what is gathered once for given weights is no candidate's time
             self.build(widths, kind)
             self._warm.add(kind)
@@ -305,7 +307,7 @@ class Scorer:
             outputs = self._outputs(network, images)
             right += int((outputs.argmax(dim=1) == labels).sum())
             entropy += float(functional.nll_loss(outputs, labels, reduction="sum"))
-            divergence += float(functional.kl_div(outputs, dense, reduction="sum", log_target=True))
+            divergence += losses.divergence(outputs, dense)
         seconds = time.perf_counter() - started
         count = sum(len(labels) for _, labels in self.search)
         return {
