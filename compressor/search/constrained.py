@@ -219,6 +219,7 @@ class _ConstrainedSearch:
             ((each.tolist() for each in rest) for rest in more),
             plans=plans,
             measure=measure if steps else None,
+            expected=self._near.expected,
         )
 
     # Their helpers.

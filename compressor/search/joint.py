@@ -282,7 +282,7 @@ class _JointSearch:
         if self.settings.rescore:
             if self._favoured is not None and not self.run.spent(reserve=1):
                 self._episode(self.learner.policy(deterministic=True), "policy")
-            result = self.run.choose(self._shortlist())
+            result = self.run.choose(self._shortlist(), expected=self._near.expected)
         else:
             best, uniform = best_of_round(self.run), uniform_or_cheapest(self.env).tolist()
             known = uniform if self._favoured is None else self._favoured.tolist()

@@ -68,6 +68,10 @@ class RewardModel:
         self._line = _line(trend[-_MOST:], rewards[-_MOST:])
         self._inputs, self._rewards = inputs[-_MOST:], rewards[-_MOST:] - _on(self._line, trend[-_MOST:])
 
+    def expected(self, plans: Inputs, trend: Inputs) -> Inputs:
+        """Return the expected rewards (P,) of plans (P, inputs); for known plans, with less noise than theirs."""
+        return self._predicted(self._inputs, self._rewards, plans)[0] + _on(self._line, trend)
+
     def rank(self, proposals: Inputs, trend: Inputs, best: float | None) -> NDArray[np.int64]:
         """Return the indices of proposals (P, inputs) by falling expected improvement; arguments as of `pick`."""
         return self._ranked(self._inputs, self._rewards, proposals, trend, best)[0]
@@ -95,14 +99,20 @@ class RewardModel:
         self, inputs: Inputs, rewards: Inputs, proposals: Inputs, trend: Inputs, best: float | None
     ) -> tuple[NDArray[np.int64], Inputs]:
         """Return the order of proposals, and the part of their expected rewards that is not on the line."""
+        rest, deviation = self._predicted(inputs, rewards, proposals)
+        mean = rest + _on(self._line, trend)
+        gains = expected_improvement(mean, deviation, float(mean.max()) if best is None else best)
+        return np.lexsort([mean, gains])[::-1], rest  # by the mean if no improvement is expected of any
+
+
+    def _predicted(self, inputs: Inputs, rewards: Inputs, plans: Inputs) -> tuple[Inputs, Inputs]:
+        """Return mean and deviation (P,) of what plans (P, inputs) earn beside the line."""
         from sklearn.gaussian_process import GaussianProcessRegressor
 
         assert self._kernel is not None, "learn comes first"
         process = GaussianProcessRegressor(self._kernel[1], optimizer=None, normalize_y=True).fit(inputs, rewards)
-        rest, deviation = process.predict(proposals, return_std=True)
-        mean = rest + _on(self._line, trend)
-        gains = expected_improvement(mean, deviation, float(mean.max()) if best is None else best)
-        return np.lexsort([mean, gains])[::-1], rest  # by the mean if no improvement is expected of any
+        mean, deviation = process.predict(plans, return_std=True)
+        return mean, deviation
 
 
 def expected_improvement(mean: Inputs, deviation: Inputs, best: float) -> Inputs:
@@ -229,13 +239,12 @@ class NearBest:
 
     def _pick(self, widths: Widths) -> list[list[int]]:
         """Return the most promising of many plans; none if too little is known, or nothing new is near."""
-        plans, epochs, rewards = self._scored()
-        if len(rewards) < _ENOUGH:
+        plans, epochs = self._learned()
+        if not len(plans):
             return []
         epoch, trend = self._run.place.epoch, self._sensitivity.sum
-        self._model.learn(self._inputs(plans, epochs), trend(plans), rewards, kind=epoch)
-        kept = rewards[(epochs == epoch) & self._env.bounds.feasible(plans)]  # the rewards to improve on
-        best = float(kept.max()) if len(kept) else None
+        kept = plans[(epochs == epoch) & self._env.bounds.feasible(plans)]  # what there is to improve on
+        best = float(self._expected(kept).max()) if len(kept) else None
         solved = self._knapsacks(widths)
         near = near_rows(self._env, widths, self._generator, self._spread, self._proposals)
         rows = self._new(np.vstack([near, *([key] for key in solved)]))
@@ -248,6 +257,27 @@ class NearBest:
         landed = {tuple(self._landed(grown(self._env, rows[i])).tolist()): tuple(rows[i].tolist()) for i in picked}
         self._changes |= {plan: solved[row] for plan, row in landed.items() if row in solved}
         return [list(widths) for widths in landed if not self._env.known(widths)]
+
+    def expected(self, widths: Widths) -> NDArray[np.float64]:
+        """Return the logarithms of the expected rewards of plans (N, G), as the model has learned; 0 if there is none.
+
+        A score is noisy: of the best of many, chance is a part. What similar plans have earned tells it apart.
+        """
+        learned = self._proposals > 1 and len(self._learned()[0])
+        return self._expected(widths) if learned else np.zeros(len(widths))
+
+    def _learned(self) -> tuple[Any, Any]:
+        """Learn from all scored plans; return their widths (N, G) and epochs (N,), none if these are too few."""
+        plans, epochs, rewards = self._scored()
+        if len(rewards) < _ENOUGH:
+            return plans[:0], epochs[:0]
+        trend = self._sensitivity.sum(plans)
+        self._model.learn(self._inputs(plans, epochs), trend, rewards, kind=self._run.place.epoch)
+        return plans, epochs
+
+    def _expected(self, widths: Widths) -> NDArray[np.float64]:
+        inputs = self._inputs(widths, self._run.place.epoch)
+        return np.asarray(self._model.expected(inputs, self._sensitivity.sum(widths)))
 
     def _knapsacks(self, widths: Widths) -> dict[tuple[int, ...], list[float]]:
         """Return optima of randomly changed values of the groups, and the logarithms of the changes.

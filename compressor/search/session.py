@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compressor.core import progress
 from compressor.core.errors import CompressorError
@@ -226,6 +227,7 @@ class SearchSession:
         score_all: bool = True,
         plans: Mapping[tuple[int, ...], ChannelPlan] | None = None,
         measure: Callable[[ChannelPlan], float] | None = None,
+        expected: Callable[[Widths], NDArray[np.float64]] | None = None,
     ) -> SearchResult:
         """Score the feasible plans of a shortlist on the current weights; the best is the result.
 
@@ -244,6 +246,8 @@ class SearchSession:
             score_all: Whether to score more than the first.
             plans: Plans by widths, for those whose channels are not the most important ones.
             measure: Accuracy of a plan, if not the evaluator's; known plans are then scored again.
+            expected: What plans (N, G) are expected to earn, on any scale, to order the finalists by; None orders them
+                by what they have earned.
 
         Raises:
             CompressorError: None meets the budgets.
@@ -261,22 +265,28 @@ class SearchSession:
             raise CompressorError("No final candidate keeps the budgets.", "Loosen the budget a little.")
         best = max(scored, key=merit)
         if score_all and measure is None and not own:
-            best = self._finalist(best, wider)
+            best = self._finalist(best, wider, expected)
         self.place.chosen = list(best.widths)
         chosen = own.get(tuple(self.place.chosen))
         self.place.kept = None if chosen is None else chosen.to_json()
         self.save()
         return self._result(self.place.chosen)
 
-    def _finalist(self, best: Candidate, wider: Widths) -> Candidate:
+    def _finalist(
+        self, best: Candidate, wider: Widths, expected: Callable[[Widths], NDArray[np.float64]] | None
+    ) -> Candidate:
         """Return the best of the finalists as they would be delivered; the best candidate if there are none.
 
-        No row of `wider` (N, G) contains a finalist.
+        No row of `wider` (N, G) contains a finalist. `expected` as for `choose`.
         """
         place = self.place
         now = [c for c in eligible(self) if (c.epoch, c.round) == (place.epoch, place.round) and not c.given_up]
         own = set(_not_contained([c.widths for c in now], wider, {}))
-        judged = finalists(self, sorted((c for c in now if c.widths in own), key=merit, reverse=True))
+        now = sorted((c for c in now if c.widths in own), key=merit, reverse=True)
+        if expected is not None and now:
+            order = np.argsort(-expected(np.array([c.widths for c in now], dtype=np.int64)), kind="stable")
+            now = [now[place] for place in order]
+        judged = finalists(self, now)
         place.finalists = [(list(each.widths), each.accuracy, each.reward) for each in judged]
         if not judged:
             return best

@@ -264,7 +264,8 @@ class StepwiseAgent(Agent):
             search.play_out(phase)
         best = best_of_round(run)
         first = search.beginning() if best is None else best.widths
-        return run.choose([list(first), uniform_or_cheapest(run.env).tolist()])
+        shortlist = [list(first), uniform_or_cheapest(run.env).tolist()]
+        return run.choose(shortlist, expected=search.near.expected)
 
 
 class _StepwiseSearch:
@@ -287,15 +288,15 @@ class _StepwiseSearch:
             capacity=settings.replay,
             seed=run.agent.seed,
         )
-        self._near = NearBest(run, self._allocator, self._sensitivity, settings.near_spread, settings.proposals)
+        self.near = NearBest(run, self._allocator, self._sensitivity, settings.near_spread, settings.proposals)
         run.own = lambda: {
             "dqn": self._dqn.state(),
             "losses": self._sensitivity.losses,
-            "near": self._near.state(),
+            "near": self.near.state(),
         }
         if run.restored is not None:
             self._dqn.restore(run.restored["dqn"])
-            self._near.restore(run.restored["near"])
+            self.near.restore(run.restored["near"])
             self._sensitivity.losses = list(run.restored["losses"])
 
     def _alphas(self) -> list[NDArray[np.float64]]:
@@ -394,7 +395,7 @@ class _StepwiseSearch:
             best = best_of_round(self.run)
             if best is None or self.run.spent(reserve=1):
                 return
-            self._near.score(np.array(best.widths, dtype=np.int64))
+            self.near.score(np.array(best.widths, dtype=np.int64))
 
     def _teach(self, before: Candidate, phase: str) -> None:
         """Play the best plan as an episode if it is better than before, so that the network learns from it."""

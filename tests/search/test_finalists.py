@@ -46,9 +46,9 @@ def searched(
 def test_the_best_as_delivered_is_the_result(name: str, tmp_path: Path) -> None:
     result, asked = searched(tmp_path, name)
     assert len(asked) == len(set(asked)) == 5
-    ranked = sorted({each.widths: each.reward for each in result.candidates}.items(), key=lambda each: -each[1])
-    budgets = [each for each in ranked if each[0] in asked]
-    assert [each[0] for each in budgets] == asked  # the best first
+    rewards = {each.widths: each.reward for each in result.candidates}
+    if name in ("random", "knapsack"):  # the others' are the best by their model of the reward
+        assert asked == sorted(asked, key=lambda widths: -rewards[widths])
     assert tuple(result.widths.values()) == min(asked, key=lambda widths: (widths[-1], -sum(widths)))
     assert [each.widths for each in result.finalists] == asked
     assert [each.accuracy for each in result.finalists] == [1.0 - widths[-1] / 64 for widths in asked]
