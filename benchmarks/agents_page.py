@@ -146,7 +146,7 @@ def _protocol(cells: Cells) -> str:
     }
     compensated = any(cell.get("compensate", "off") != "off" for cell in cells)
     scored = (
-        "Candidates are compensated from moments, and the slim network layer by layer."
+        "Candidates are compensated quickly; the best five and the slim network layer by layer, as it is delivered."
         if compensated
         else f"Candidates are only cut, after {said['batch_norm_batches']} batches for batch norm."
     )
