@@ -11,6 +11,7 @@ from typing import Any
 from compressor.recipe import AgentSettings
 from compressor.run.job import Job
 from compressor.run.stages import search_epochs
+from compressor.search.finalists import CANDIDATES_EACH, most_finalists
 from compressor.training.fake_quantised import FakeQuantised
 from compressor.training.feeds import random_inputs
 from export.convert.trees import outputs_of
@@ -94,8 +95,10 @@ def _candidates(job: Job, steps: Steps, share: float) -> Part:
     brief = search.brief_iterations * int(job.recipe.training.batch_size or 0) * steps.train_s
     each = (scored + again) * steps.forward_s + brief
     fits = job.recipe.pruning.compensation_images / 4 / FIT_IMAGES
-    most = number * (each + refit * max(1.0, fits))
-    return Part("score candidates", number * (share * each + refit), most, f"at most {number}, {scored:,} inputs each")
+    finalists = CANDIDATES_EACH * most_finalists(number) if job.compensation.scored == "quick" else 0
+    most = (number + finalists) * (each + refit * max(1.0, fits))
+    least = (number + finalists) * (share * each + refit)
+    return Part("score candidates", least, most, f"at most {number}, {scored:,} inputs each")
 
 
 def _evaluations(job: Job) -> int:

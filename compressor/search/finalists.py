@@ -22,7 +22,16 @@ MOST = 5
 """Maximum number of finalists."""
 
 EVALUATIONS_EACH = 20
-"""Evaluations of a round for each of its finalists, which takes about five times as long as one."""
+"""Evaluations of a round for each of its finalists."""
+
+CANDIDATES_EACH = 5
+"""Candidates that are scored in about the time of a finalist."""
+
+
+def most_finalists(evaluations: int) -> int:
+    """Return the number of finalists after this number of evaluations in a round; one alone is none."""
+    number = min(MOST, evaluations // EVALUATIONS_EACH)
+    return number if number > 1 else 0
 
 
 def finalists(run: SearchSession, candidates: Sequence[Candidate]) -> list[Finalist]:
@@ -37,8 +46,8 @@ def finalists(run: SearchSession, candidates: Sequence[Candidate]) -> list[Final
         if the time limit is reached.
     """
     delivered = getattr(run.evaluator, "delivered", None)
-    number = min(MOST, run.evaluations // EVALUATIONS_EACH)
-    if delivered is None or number < 2 or not candidates or run.late:
+    number = most_finalists(run.evaluations)
+    if delivered is None or not number or not candidates or run.late:
         return []
     kept = run.env.bounds.feasible(np.array([each.widths for each in candidates], dtype=np.int64))
     unlike = {each.widths: each for each, fits in zip(candidates, kept, strict=True) if fits}

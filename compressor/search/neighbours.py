@@ -104,7 +104,6 @@ class RewardModel:
         gains = expected_improvement(mean, deviation, float(mean.max()) if best is None else best)
         return np.lexsort([mean, gains])[::-1], rest  # by the mean if no improvement is expected of any
 
-
     def _predicted(self, inputs: Inputs, rewards: Inputs, plans: Inputs) -> tuple[Inputs, Inputs]:
         """Return mean and deviation (P,) of what plans (P, inputs) earn beside the line."""
         from sklearn.gaussian_process import GaussianProcessRegressor

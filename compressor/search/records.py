@@ -182,7 +182,7 @@ class Episode:
     candidate: Candidate
 
 
-FORMAT = 5
+FORMAT = 6
 """Version of the checkpoint's content; another one is rejected."""
 
 

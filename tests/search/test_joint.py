@@ -146,7 +146,7 @@ def test_states_of_others_are_refused(bench: Bench) -> None:
     state = bench.checkpoint.load()
     assert state is not None
     bench.checkpoint.save({**state, "format": 0})
-    with pytest.raises(CompressorError, match="has format 0, expected 5"):
+    with pytest.raises(CompressorError, match="has format 0, expected 6"):
         bench.search("joint", settings=SMALL)
 
 
