@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +17,7 @@ from typer.testing import CliRunner
 from compressor import load, run_recipe
 from compressor.cli.app import app
 from compressor.core.files import sha256_file
-from compressor.data import Preprocessing, load_data
-from compressor.data.images import decode
-from export.convert.ort import onnx_outputs
-from export.device import infer_tensorrt
-from export.device.infer import prepared
+from compressor.data import load_data
 from tests.runs import manifest_of, recipe
 
 BARE = """
@@ -106,108 +100,6 @@ def test_the_program_says_what_is_wrong(finished: Path, arguments: list[str], sa
     assert done.returncode != 0
     assert said in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def picture(mode: str, wide: int, high: int) -> Image.Image:
-    """A picture of random pixels in a mode of Pillow's."""
-    draw = np.random.default_rng(wide * high)
-    if mode == "I;16":
-        return Image.fromarray(draw.integers(0, 65536, (high, wide)).astype(np.uint16))
-    coarse = Image.fromarray(draw.integers(0, 256, (high // 4, wide // 4, 4), dtype=np.uint8), "RGBA")
-    return coarse.resize((wide, high)).convert(mode)
-
-
-@pytest.mark.parametrize(
-    ("mode", "suffix", "size", "how"),
-    [
-        ("RGB", "jpg", (613, 401), {"size": 32}),  # a JPEG that is decoded to a part of its size
-        ("RGB", "png", (101, 67), {"size": 24, "width": 40, "crop_share": 0.9}),
-        ("RGB", "png", (67, 101), {"size": 40, "width": 24, "channel_order": "bgr", "interpolation": "lanczos"}),
-        ("RGB", "png", (45, 90), {"size": 20, "width": 15}),  # 15 / 45 * 90 is 30, 22.5 / 45 * 90 none
-        ("RGBA", "png", (70, 90), {"size": 24, "resize": "squash", "range": 255, "interpolation": "nearest"}),
-        ("LA", "png", (33, 90), {"size": 24, "crop_share": 1.0}),
-        ("P", "gif", (64, 90), {"size": 24}),
-        ("I;16", "png", (50, 40), {"size": 24, "channel_order": "grey", "mean": (0.5,), "std": (0.25,)}),
-        ("RGB", "webp", (24, 24), {"size": 24, "channel_order": "grey", "mean": (0.5,), "std": (0.25,)}),
-    ],
-)
-def test_the_program_prepares_a_picture_as_the_run_does(
-    tmp_path: Path, mode: str, suffix: str, size: tuple[int, int], how: dict[str, Any]
-) -> None:
-    path, preprocessing = tmp_path / f"picture.{suffix}", Preprocessing(**how)
-    turned = Image.Exif()
-    turned[274] = 6  # the camera was held upright
-    picture(mode, *size).save(path, **({} if suffix == "gif" else {"exif": turned}))
-    written = {
-        **preprocessing.to_dict(), "resize_to": preprocessing.covered, "crop": preprocessing.sides
-    }  # fmt: skip
-    expected = decode(str(path), preprocessing)
-    assert expected is not None
-    np.testing.assert_array_equal(prepared(path, written), preprocessing.normalised(expected[None]).numpy())
-
-
-class Memory:
-    """A stand-in for the CUDA driver whose memory is the host's; it counts the calls."""
-
-    def __init__(self) -> None:
-        self.held: list[Any] = []
-        self.cuInit = self.cuDevicePrimaryCtxRetain = self.cuCtxSetCurrent = self.cuCtxSynchronize = lambda *_: 0
-
-    def cuMemAlloc_v2(self, place: Any, size: Any) -> int:
-        self.held.append(ctypes.create_string_buffer(size.value))
-        place._obj.value = ctypes.addressof(self.held[-1])
-        return 0
-
-    def cuMemcpyHtoD_v2(self, to: Any, given: Any, size: Any) -> int:
-        ctypes.memmove(to, given, size.value)
-        return 0
-
-    cuMemcpyDtoH_v2 = cuMemcpyHtoD_v2
-
-
-@pytest.mark.parametrize("named", [True, False], ids=["8.5", "8.2"])
-def test_the_program_runs_an_engine(finished: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
-    """TensorRT is a stand-in that computes with ONNX Runtime what is in the driver's memory."""
-    memory = Memory()
-
-    class Context:
-        def computed(self, places: list[int]) -> bool:
-            given = (ctypes.c_float * (2 * 3 * 16 * 16)).from_address(places[0])
-            found = onnx_outputs(finished / "model.onnx", np.array(given, np.float32).reshape(2, 3, 16, 16))[0]
-            ctypes.memmove(places[1], found.ctypes.data, found.nbytes)
-            return True
-
-        execute_v2 = computed
-
-    class Named(Context):
-        def __init__(self) -> None:
-            self.places: dict[str, int] = {}
-
-        def set_tensor_address(self, name: str, place: int) -> None:
-            self.places[name] = place
-
-        def execute_async_v3(self, _stream: int) -> bool:
-            return self.computed([self.places["input"], self.places["output"]])
-
-    engine = SimpleNamespace(
-        create_execution_context=Named if named else Context, get_binding_index=["input", "output"].index
-    )
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda content: engine if content == b"engine" else None)
-    logger = type("Logger", (), {"ERROR": 0, "__init__": lambda self, level: None})
-    module = SimpleNamespace(Logger=logger, Runtime=lambda _logger: runtime)
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(infer_tensorrt, "CDLL", lambda _name: memory)
-    path = finished / "own.engine"
-    path.write_bytes(b"engine")
-    how = json.loads((finished / "preprocess.json").read_text())
-    scores_of = infer_tensorrt.network(str(path), how)
-    for image in np.random.default_rng(0).standard_normal((3, 1, 3, 16, 16)).astype(np.float32):
-        expected = onnx_outputs(finished / "model.onnx", np.repeat(image, 2, 0))[0]
-        np.testing.assert_array_equal(scores_of(image), expected[0])
-    path.write_bytes(b"of another machine")
-    with pytest.raises(SystemExit, match="was built for another GPU or TensorRT: build it on this machine"):
-        infer_tensorrt.network(str(path), how)
-    path.unlink()
 
 
 def test_the_files_say_how_a_picture_becomes_an_answer(finished: Path, photos: Path) -> None:

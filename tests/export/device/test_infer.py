@@ -14,8 +14,7 @@ from PIL import Image
 
 from compressor.data import Preprocessing
 from compressor.data.images import decode
-from compressor.report.formats import percent
-from export.device import infer
+from export.device import infer, infer_tensorrt
 
 NOISE = np.random.default_rng(0)
 
@@ -46,6 +45,7 @@ def _pictures(folder: Path) -> list[Path]:
         "bits.png": (grey.convert("1"), {}),
         "floats.tif": (Image.fromarray(NOISE.random((33, 44), dtype=np.float32)), {}),
         "small.png": (colour.resize((9, 17)), {}),
+        "narrow.png": (colour.resize((45, 90)), {}),
     }
     for name, (image, options) in made.items():
         image.save(folder / name, **options)
@@ -58,6 +58,7 @@ WAYS = [
                   mean=(103.5, 116.3, 123.7), std=(57.4, 57.1, 58.4)),
     Preprocessing(size=24, width=40, interpolation="lanczos"),
     Preprocessing(size=24, width=40, crop_share=1.0, resize="squash", interpolation="nearest"),
+    Preprocessing(size=20, width=15),  # of 45 x 90 pixels: 15 / 45 * 90 is 30, 22.5 / 45 * 90 none
     Preprocessing(size=28, mean=(0.45,), std=(0.22,), channel_order="grey"),
 ]  # fmt: skip
 
@@ -69,9 +70,8 @@ def test_a_picture_becomes_the_toolkits_input(way: Preprocessing, tmp_path: Path
         image = decode(str(path), way)
         assert image is not None
         wanted = way.normalised(image[None]).numpy()
-        found = infer.prepared(str(path), how)
+        found = infer.prepared(path, how)
         assert found.dtype == np.float32
-        assert found.flags["C_CONTIGUOUS"]
         assert np.array_equal(found, wanted), path.name
 
 
@@ -133,22 +133,13 @@ def test_an_engine_gets_and_gives_its_tensors(
     runtime = SimpleNamespace(deserialize_cuda_engine=loaded)
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(Logger=Logger, Runtime=lambda _: runtime))
     cuda = _Cuda()
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: cuda)
+    monkeypatch.setattr(infer_tensorrt, "CDLL", lambda _: cuda)
     (tmp_path / "model.engine").write_bytes(b"an engine")
     how = {"inputs": [{"name": "x", "shape": [batch, 3, 2, 2]}], "outputs": [{"name": "y", "shape": [batch, 3]}]}
-    network = infer.engine(str(tmp_path / "model.engine"), how)
+    network = infer_tensorrt.network(str(tmp_path / "model.engine"), how)
     for start in (0, 100):
         image = np.arange(start, start + 12, dtype=np.float32).reshape(1, 3, 2, 2)
         assert network(image).tolist() == [4 * start + 6, 4 * start + 22, 4 * start + 38]
     (tmp_path / "other.engine").write_bytes(b"of another GPU")
     with pytest.raises(SystemExit, match="built for another GPU"):
-        infer.engine(str(tmp_path / "other.engine"), how)
-
-
-def test_the_likeliest_classes_come_first() -> None:
-    scores = np.log(np.array([0.1, 0.6, 0.05, 0.25], dtype=np.float32))
-    assert infer.best(scores, ["a", "b", "c", "d"]) == "b 60.0%, d 25.0%, a 10.0%"
-    sure = np.array([0.0, 9.0, -900.0], dtype=np.float32)
-    assert infer.best(sure, ["a", "b", "c"]) == "b 100.0%, a <0.1%, c 0.0%"  # as `compress predict` writes them
-    for share in (0.0, 1e-9, 0.000499, 0.0005, 0.00051, 0.123, 0.9999, 1.0):
-        assert infer.percent(share) == percent(share)
+        infer_tensorrt.network(str(tmp_path / "other.engine"), how)
