@@ -356,7 +356,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             self.evaluations += 1
             given_up = floor is not None and accuracy < floor
         self.evaluation_seconds += seconds
-        return Score(key, accuracy, float(self._reward(accuracy, costs)), costs, seconds, given_up)
+        return Score(key, accuracy, self.reward(accuracy, costs), costs, seconds, given_up)
 
     def score_by(self, widths: Widths | Sequence[int], measure: Callable[[], float]) -> Score:
         """Evaluate a candidate of these widths (G,) with the caller's function, such as after a few training steps.
@@ -370,7 +370,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         seconds = time.perf_counter() - started
         self.evaluation_seconds += seconds
         costs = self.costs(key)
-        return Score(key, accuracy, float(self._reward(accuracy, costs)), costs, seconds)
+        return Score(key, accuracy, self.reward(accuracy, costs), costs, seconds)
 
     def reward(self, accuracy: float, costs: Mapping[str, float]) -> float:
         """Return the reward of a network of this accuracy (0..1) and these costs by name."""
@@ -414,7 +414,7 @@ class PruningEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         rows = np.array(list(known), dtype=np.int64)
         costs = {budget.name: np.asarray(budget.predict(rows), dtype=np.float64) for budget in self.budgets}
         return {
-            widths: float(self._reward(accuracy, {name: float(of[i]) for name, of in costs.items()}))
+            widths: self.reward(accuracy, {name: float(of[i]) for name, of in costs.items()})
             for i, (widths, accuracy) in enumerate(known.items())
         }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from compressor.core import progress
 from compressor.search.records import Candidate, Finalist
 
 if TYPE_CHECKING:
-    from compressor.search.session import SearchSession
+    from compressor.search.environment import PruningEnv
 
 MOST = 5
 """Maximum number of finalists."""
@@ -34,30 +34,34 @@ def most_finalists(evaluations: int) -> int:
     return number if number > 1 else 0
 
 
-def finalists(run: SearchSession, candidates: Sequence[Candidate]) -> list[Finalist]:
+def finalists(
+    env: PruningEnv, evaluator: Any, candidates: Sequence[Candidate], evaluations: int
+) -> list[Finalist]:
     """Score the best few candidates as they would be delivered.
 
     Args:
-        run: Session, whose evaluations in this round say how many there may be.
+        env, evaluator: Plans and budgets, and what scores networks; without `delivered` there are no finalists.
         candidates: What the search may choose from, the best first.
+        evaluations: Those of this round, which say how many finalists there may be.
 
     Returns:
-        The finalists, in the same order; none if networks are delivered as candidates are, if there is but one, or
-        if the time limit is reached.
+        The finalists, in the same order; none if networks are delivered as candidates are, or if there is but one.
     """
-    delivered = getattr(run.evaluator, "delivered", None)
-    number = most_finalists(run.evaluations)
-    if delivered is None or not number or not candidates or run.late:
+    delivered = getattr(evaluator, "delivered", None)
+    number = most_finalists(evaluations)
+    if delivered is None or not number or not candidates:
         return []
-    kept = run.env.bounds.feasible(np.array([each.widths for each in candidates], dtype=np.int64))
+    kept = env.bounds.feasible(np.array([each.widths for each in candidates], dtype=np.int64))
     unlike = {each.widths: each for each, fits in zip(candidates, kept, strict=True) if fits}
     few = list(unlike.values())[:number]
+    if len(few) < 2:
+        return []
     found = list[Finalist]()
     with progress.bar("Scoring the finalists", total=len(few)) as bar:
-        for each in few if len(few) > 1 else []:
+        for each in few:
             started = time.perf_counter()
-            accuracy = delivered(run.env.plan(each.widths))
-            run.env.evaluation_seconds += time.perf_counter() - started
-            found.append(Finalist(each.widths, accuracy, run.env.reward(accuracy, each.costs)))
+            accuracy = delivered(env.plan(each.widths))
+            env.evaluation_seconds += time.perf_counter() - started
+            found.append(Finalist(each.widths, accuracy, env.reward(accuracy, each.costs)))
             bar.advance(note=f"{accuracy:.1%}")
     return found

@@ -286,7 +286,7 @@ class SearchSession:
         if expected is not None and now:
             order = np.argsort(-expected(np.array([c.widths for c in now], dtype=np.int64)), kind="stable")
             now = [now[place] for place in order]
-        judged = finalists(self, now)
+        judged = [] if self.late else finalists(self.env, self.evaluator, now, self.evaluations)
         place.finalists = [(list(each.widths), each.accuracy, each.reward) for each in judged]
         if not judged:
             return best
