@@ -83,7 +83,7 @@ class Lines:
             yield False
 
 
-def parser_of(study: str, description: str | None, *, epochs: int) -> argparse.ArgumentParser:
+def parser_of(study: str, description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that all studies have."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -92,29 +92,36 @@ def parser_of(study: str, description: str | None, *, epochs: int) -> argparse.A
     parser.add_argument(
         "--weights", required=True, nargs="+", metavar="NETWORK=FILE", help="state dict of each trained network"
     )
+    parser.add_argument("--fit-images", type=int, default=512, help="unlabeled ones, for compensation")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start nothing after this time")
+    parser.add_argument("--work", type=Path, default=Path(f"runs/{study}"), help="folder of searches and networks")
+    parser.add_argument("--page", type=Path, default=Path(f"docs/results/{study}.md"))
+    parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
+    return parser
+
+
+def parser_of_cells(study: str, description: str | None, *, epochs: int) -> argparse.ArgumentParser:
+    """Return a parser with the options of studies whose cells search, score and fine-tune."""
+    parser = parser_of(study, description)
     parser.add_argument("--epochs", type=int, default=epochs, help="of fine-tuning")
     parser.add_argument("--search-images", type=int, default=2000, help="that score a candidate")
     parser.add_argument("--batch-norm-batches", type=int, default=10, help="of 128 images")
-    parser.add_argument("--fit-images", type=int, default=512, help="unlabeled ones, for compensation")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of cells, as in a shell")
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no cell after this time")
     parser.add_argument("--list", action="store_true", help="print the cells to run and their times, and stop")
-    results, page = Path(f"benchmarks/results/{study}.jsonl"), Path(f"docs/results/{study}.md")
+    results = Path(f"benchmarks/results/{study}.jsonl")
     parser.add_argument("--results", type=Path, default=results, help="file with a line for each cell")
-    parser.add_argument("--work", type=Path, default=Path(f"runs/{study}"), help="folder of searches and networks")
-    parser.add_argument("--page", type=Path, default=page)
-    parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     return parser
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """Parse and check the options; `weights` becomes a dict of files by network."""
     options = parser.parse_args(arguments)
-    pairs = [text.partition("=") for text in options.weights]
-    options.weights = {name: Path(path) for name, _, path in pairs}
-    for (name, equals, path), text in zip(pairs, options.weights, strict=True):
+    for text in options.weights:
+        _, equals, path = text.partition("=")
         if not equals or not Path(path).is_file():
-            parser.error(f"--weights {text}: expected NETWORK=FILE with an existing file, got {name}={path}")
+            parser.error(f"--weights {text}: expected NETWORK=FILE with an existing file")
+    pairs = (text.partition("=") for text in options.weights)
+    options.weights = {name: Path(path) for name, _, path in pairs}
     if options.epochs < 1:
         parser.error(f"--epochs {options.epochs}: expected 1 or more")
     return options

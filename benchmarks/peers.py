@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = cells.parser_of("peers", __doc__, epochs=2)
+    parser = cells.parser_of_cells("peers", __doc__, epochs=2)
     parser.add_argument("--evaluations", type=int, default=100, help="candidates that our searches score")
     parser.add_argument("--divisor", type=int, default=4, help="FastNAS tries widths that are multiples of this")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

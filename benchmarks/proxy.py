@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = cells.parser_of("proxy", __doc__, epochs=1)
+    parser = cells.parser_of_cells("proxy", __doc__, epochs=1)
     parser.add_argument("--plans", type=int, default=32, help="of each budget")
     parser.add_argument("--seeds", nargs=2, type=int, default=[0, 1], help="of fine-tuning")
     parser.add_argument(

@@ -7,13 +7,14 @@ channels' saliency. Each is built as candidates are (compensated quickly) and as
 log probabilities of both on images of the search split give every score; the accuracy of the delivered network on the
 test images says which order is right. Scores are also computed from parts of the images, drawn forty times.
 
-Networks are kept in `--work`; a stopped command continues with the plans that are missing, several commands may run
-side by side, and docs/results/scores.md is written at the end.
+Networks' outputs are kept in `--work`; a stopped command continues with the plans that are missing, several commands
+may run side by side, and docs/results/scores.md is written at the end from the plans that are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from compressor.run.job import Job
 
@@ -36,26 +37,31 @@ IMAGES = (500, 1000, 2000, 5000)
 DRAWS = 40
 NEAR = 15
 """Plans near each of the two."""
+LEAST = 4
+"""Plans that are ranked; fewer have no table."""
 
 
-def main() -> None:
-    options = parsed()
+def main(arguments: list[str] | None = None) -> None:
+    options = parsed(arguments)
     console = Console(width=150)
-    parts = [introduction(options)]
+    deadline = time.monotonic() + 60 * options.minutes
+    sections = []
     for model in options.weights:
         for budget in options.budgets:
-            job = cells.load_job(options, model, 0, budget)
-            folder = options.work / f"{model}-{budget.replace(':', '-').replace('%', '')}"
-            found = networks(options, cells.compensating(job, "auto", options.fit_images), folder, console)
-            parts += [f"## {model}, {budget}", table(found)]
-    write_atomic(options.page, "\n\n".join(parts) + "\n")
+            job = cells.compensating(cells.load_job(options, model, 0, budget), "auto", options.fit_images)
+            study = Study(options, job, f"{model}-{budget}")
+            if not options.page_only:
+                study.run(deadline, console)
+            sections += [f"## {model}, {budget}", *section(study.found(), len(study.plans))]
+    write_atomic(options.page, "\n\n".join([introduction(options), *sections]) + "\n")
     console.print(f"Wrote {options.page}", highlight=False)
 
 
-def parsed() -> argparse.Namespace:
-    parser = cells.parser_of("scores", __doc__, epochs=1)
-    parser.add_argument("--budgets", nargs="+", default=["params:30%"])
-    return cells.parsed(parser, None)
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = cells.parser_of("scores", __doc__)
+    parser.add_argument("--budgets", nargs="+", default=["params:30%"], metavar="KIND:LIMIT")
+    parser.set_defaults(epochs=1, search_images=max(IMAGES), batch_norm_batches=10)  # a recipe has them; nothing trains
+    return cells.parsed(parser, arguments)
 
 
 def plans_of(job: Job, env: Any) -> list[tuple[int, ...]]:
@@ -74,41 +80,69 @@ def plans_of(job: Job, env: Any) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(found))
 
 
-def networks(options: argparse.Namespace, job: Job, folder: Path, console: Console) -> list[dict[str, Any]]:
-    """Return each plan's log probabilities on the search images by method, what they are to be, and the accuracy."""
-    import torch
+class Study:
+    """The plans of a network at a budget, and the outputs of their networks.
 
-    from compressor.run.stages import environment
-    from compressor.search.networks import Networks
-    from compressor.training.scoring import accuracy, log_probabilities
+    Args:
+        options: Options of the command.
+        job: Network, data and budget.
+        name: Of the folder in `--work`.
+    """
 
-    env, _ = environment(job, job.budgets())
-    images = job.task.search.sample(min(max(IMAGES), len(job.task.search)), 0).in_memory()
-    labels = torch.cat([labels for _, labels in images.batches(256)])
-    dense = log_probabilities(job.model, images)
-    builders = {
-        method: Networks(job.space, job.task.calibration, method, images=options.fit_images, seed=0)
-        for method in METHODS
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    plans = plans_of(job, env)
-    for number, widths in enumerate(plans):
-        path = folder / f"{number}.pt"
-        try:
-            with FileLock(path.with_suffix(".lock"), timeout=0):
-                if path.exists():
-                    continue
-                built = {method: builder.build(env.plan(widths)) for method, builder in builders.items()}
-                entry = {method: log_probabilities(network, images) for method, network in built.items()}
-                test = accuracy(built["layers"], job.task.test)
-                torch.save({**entry, "widths": list(widths), "test": test}, path)
-        except Timeout:
-            continue  # another command builds it
-        console.print(f"{number + 1} of {len(plans)}: {test:.2%}", highlight=False)
-    return [
-        torch.load(path, weights_only=True) | {"dense": dense, "labels": labels}
-        for path in (folder / f"{number}.pt" for number in range(len(plans)))
-    ]
+    def __init__(self, options: argparse.Namespace, job: Job, name: str) -> None:
+        from compressor.run.stages import environment
+
+        self.job, self.fit_images = job, options.fit_images
+        self.env, _ = environment(job, job.budgets())
+        self.plans = plans_of(job, self.env)
+        plain = name.replace(":", "-").replace("%", "")
+        self.folder = options.work / f"{plain}-{options.fit_images}"
+        self.images = job.task.search.sample(min(max(IMAGES), len(job.task.search)), 0).in_memory()
+
+    def run(self, deadline: float, console: Console) -> None:
+        """Build the missing networks until this time, and save their outputs."""
+        import torch
+
+        from compressor.search.networks import Networks
+
+        job = self.job
+        feed, images, device = job.task.calibration, self.fit_images, job.torch_device
+        builders = {method: Networks(job.space, feed, method, images=images, device=device) for method in METHODS}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number, widths in enumerate(self.plans):
+            path = self._path(number)
+            if path.exists() or time.monotonic() > deadline:
+                continue
+            try:
+                with FileLock(path.with_suffix(".lock"), timeout=0):
+                    if path.exists():
+                        continue
+                    built = {method: builder.build(self.env.plan(widths)) for method, builder in builders.items()}
+                    outputs = {method: self._outputs(network) for method, network in built.items()}
+                    test = cells.tested(job, built["layers"])
+                    finished = path.with_suffix(".part")
+                    torch.save({**outputs, "test": test}, finished)
+                    finished.replace(path)
+            except Timeout:
+                continue  # another command builds it
+            console.print(f"{number + 1} of {len(self.plans)}: {test:.2%}", highlight=False)
+
+    def found(self) -> list[dict[str, Any]]:
+        """Return the outputs of each plan that is there, by method, with the dense network's and the accuracy."""
+        import torch
+
+        labels = torch.cat([labels for _, labels in self.images.batches(256)])
+        shared = {"dense": self._outputs(self.job.model), "labels": labels}
+        paths = (self._path(number) for number in range(len(self.plans)))
+        return [torch.load(path, weights_only=True) | shared for path in paths if path.exists()]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number}.pt"
+
+    def _outputs(self, network: nn.Module) -> Tensor:
+        from compressor.training.scoring import log_probabilities
+
+        return log_probabilities(network, self.images, device=self.job.torch_device)
 
 
 def scores() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -133,29 +167,37 @@ def scores() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     }
 
 
+def section(found: list[dict[str, Any]], planned: int) -> list[str]:
+    """Return the paragraphs of a network at a budget, of which this many plans are planned."""
+    missing = planned - len(found)
+    parts = [f"{missing} of {planned} plans are missing; the same command builds them."] if missing else []
+    if len(found) < LEAST:
+        return parts
+    test = 100 * np.array([each["test"] for each in found])
+    spread = f"{test.min():.1f} to {test.max():.1f} %, with a standard deviation of {test.std(ddof=1):.2f} points"
+    return [table(found), f"{len(found)} plans; test accuracies from {spread}.", *parts]
+
+
 def table(found: list[dict[str, Any]]) -> str:
     """Return the rank correlation of each score with the test accuracy, by method and number of images."""
     from scipy.stats import spearmanr
 
     test = np.array([each["test"] for each in found])
     total = len(found[0]["labels"])
-    numbers = [number for number in IMAGES if number <= total]
-    head = [f"{METHODS[method]}, {number}" for method in METHODS for number in numbers]
-    lines = [f"| score | {' | '.join(head)} |", "|" + "---|" * (1 + len(head))]
+    numbers = [number for number in IMAGES if number < total] + [min(total, max(IMAGES))]
+    head = [f"{METHODS[method]}, {number:,}" for method in METHODS for number in numbers]
+    rows = []
     for name, score in scores().items():
-        row = []
+        row = [name]
         for method in METHODS:
-            values = np.stack(
-                [score(each[method].float(), each["dense"], each["labels"]).numpy() for each in found]
-            )
+            each_image = [score(each[method].float(), each["dense"], each["labels"]).numpy() for each in found]
+            values = np.stack(each_image)
             for number in numbers:
                 draws = [np.random.default_rng(draw).permutation(total)[:number] for draw in range(DRAWS)]
                 of = [spearmanr(values[:, drawn].mean(axis=1), test)[0] for drawn in draws]
                 row.append(f"{np.mean(of):.2f}")
-        lines.append(f"| {name} | {' | '.join(row)} |")
-    spread = f"{test.min():.1%} to {test.max():.1%}, with a deviation of {100 * test.std():.2f} points"
-    lines += ["", f"{len(found)} plans; test accuracies from {spread}."]
-    return "\n".join(lines)
+        rows.append(row)
+    return "\n".join(cells.table_lines(("score", *head), rows))
 
 
 def introduction(options: argparse.Namespace) -> str:
