@@ -53,19 +53,29 @@ def clean(
 ) -> None:
     """Remove the checkpoints of finished runs, which only a resume needs; results and unfinished runs stay."""
     with friendly():
-        from compressor.core.tables import Cell, Table
+        from compressor.core.tables import Table
         from compressor.report.formats import size
         from compressor.run.runs import clean as cleaned
         from compressor.run.runs import clean_decoded, find_runs
 
         runs = find_runs(folders or []) if folders or not decoded_images else []
         found = [*([clean_decoded(remove=not dry_run)] if decoded_images else []), *cleaned(runs, remove=not dry_run)]
-        table, total = Table("run", "freed", "files", right=("freed",)), 0
-        for each in found:
-            files = Cell(list(each.files), each.kept or ", ".join(each.files) or "nothing to remove")
-            table.add(str(each.run), Cell(each.freed_bytes, size(each.freed_bytes)), files)
-            total += each.freed_bytes
         if json:
-            show_json(table.records())
-        else:
-            show([table, f"{'Would free' if dry_run else 'Freed'} {size(total)}."])
+            show_json(
+                [
+                    {
+                        "run": str(each.run),
+                        "decision": each.decision,
+                        "reason": each.reason,
+                        "freed": each.freed_bytes,
+                        "files": each.files,
+                    }
+                    for each in found
+                ]
+            )
+            return
+        table = Table("run", "freed", "files", right=("freed",))
+        for each in found:
+            table.add(str(each.run), size(each.freed_bytes), ", ".join(each.files) or each.reason)
+        total = sum(each.freed_bytes for each in found)
+        show([table, f"{'Would free' if dry_run else 'Freed'} {size(total)}."])

@@ -22,6 +22,7 @@ from compressor.run.onnx_files import COMPARED, PROBE
 
 _DEEPEST = 2
 """Levels of folders below the given one in which runs are found."""
+_NOTHING = "nothing to remove"
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
@@ -151,12 +152,24 @@ def _short(runs: Sequence[Path]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What was removed of a run's folder, or of another one, or would be; `kept` says why nothing was."""
+    """What was removed of a run's folder, or of another one, or would be.
+
+    Attributes:
+        run: The folder.
+        reason: Why files were removed, or why none were.
+        files: Their names; none if the folder stays as it is.
+        freed_bytes: Their size.
+    """
 
     run: Path
+    reason: str
     files: tuple[str, ...] = ()
     freed_bytes: int = 0
-    kept: str = ""
+
+    @property
+    def decision(self) -> str:
+        """Either "clean" or "keep"."""
+        return "clean" if self.files else "keep"
 
 
 def clean(runs: Sequence[Path], *, remove: bool = True) -> Iterator[Cleaned]:
@@ -172,27 +185,28 @@ def clean(runs: Sequence[Path], *, remove: bool = True) -> Iterator[Cleaned]:
         try:
             run = RunFolder.open(path)
         except CompressorError as error:
-            yield Cleaned(path, kept=error.message)
+            yield Cleaned(path, error.message)
             continue
         with closing(run):
             if run.manifest.status != "finished" or not run.finished("report"):
-                yield Cleaned(path, kept=f"not finished; continue with: compress --resume {path}")
+                yield Cleaned(path, f"not finished; continue with: compress --resume {path}")
                 continue
             above = path.resolve().parent / FRONT
             try:
                 needed = above.is_file() and Front.read_tolerant(above).status != "finished"
             except CompressorError as error:
-                yield Cleaned(path, kept=error.message)
+                yield Cleaned(path, error.message)
                 continue
             if needed:
-                yield Cleaned(path, kept=f"others continue its search; continue with: compress --resume {above.parent}")
+                yield Cleaned(path, f"others continue its search; continue with: compress --resume {above.parent}")
                 continue
             spare = [*sorted((path / "checkpoints").glob("*.pt")), run.file(PROBE), run.file(COMPARED)]
             files = [file for file in spare if file.is_file() and not file.is_symlink()]
             freed = sum(file.stat().st_size for file in files)
             for file in files if remove else ():
                 file.unlink()
-            yield Cleaned(path, tuple(str(file.relative_to(path)) for file in files), freed)
+            reason = "finished; only a resume needs these files" if files else _NOTHING
+            yield Cleaned(path, reason, tuple(str(file.relative_to(path)) for file in files), freed)
 
 
 def clean_decoded(*, remove: bool = True) -> Cleaned:
@@ -206,7 +220,8 @@ def clean_decoded(*, remove: bool = True) -> Cleaned:
     files = kept()
     for file in files if remove else ():
         file.unlink(missing_ok=True)
-    return Cleaned(decoded_folder(), tuple(file.name for file in files), sum(files.values()))
+    reason = "the next run decodes its images again" if files else _NOTHING
+    return Cleaned(decoded_folder(), reason, tuple(file.name for file in files), sum(files.values()))
 
 
 def _manifest(run: Path) -> Manifest:

@@ -100,6 +100,9 @@ def test_a_finished_run_is_cleaned_and_stays_whole(runs: Path) -> None:
     assert spare
     would = {Path(each["run"]).name: each for each in json.loads(command("clean", "--dry-run", "--json"))}
     assert [Path(name).name for name in would["one"]["files"]] == spare
+    assert (would["one"]["decision"], would["three"]["decision"]) == ("clean", "keep")
+    assert would["one"]["reason"] == "finished; only a resume needs these files"
+    assert would["three"]["reason"] == f"not finished; continue with: compress --resume {would['three']['run']}"
     assert (folder / "checkpoints" / spare[0]).exists()
     said = command("clean", folder, runs / "three")
     assert "not finished; continue with: compress --resume" in said
@@ -108,6 +111,8 @@ def test_a_finished_run_is_cleaned_and_stays_whole(runs: Path) -> None:
     for name, checksum in results.items():
         assert sha256_file(folder / name) == checksum
     assert "nothing to remove" in command("clean", folder)
+    (again,) = json.loads(command("clean", folder, "--json"))
+    assert again == {"run": str(folder), "decision": "keep", "reason": "nothing to remove", "freed": 0, "files": []}
     result = CliRunner().invoke(app, ["--resume", str(folder)])
     assert result.exit_code == 0, result.output
     assert manifest_of(folder)["files"]["model.onnx"] == results["model.onnx"]
@@ -122,7 +127,11 @@ def test_decoded_images_are_removed_on_request(runs: Path, tmp_path: Path, monke
         path.write_bytes(b"\0" * 500)
     assert "Freed" in command("clean", runs / "one")
     (found,) = json.loads(command("clean", "--decoded-images", "--dry-run", "--json"))
-    assert found == {"run": str(kept[0].parent), "freed": 1000, "files": [path.name for path in kept]}
+    reason = "the next run decodes its images again"
+    assert found == {
+        "run": str(kept[0].parent), "decision": "clean", "reason": reason, "freed": 1000,
+        "files": [path.name for path in kept],
+    }  # fmt: skip
     assert "Freed 1.00 kB" in command("clean", "--decoded-images")
     assert [path.name for path in kept[0].parent.iterdir()] == ["notes.txt"]
     assert list((runs / "two" / "checkpoints").glob("*.pt"))  # of runs only those that are given

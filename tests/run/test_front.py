@@ -200,7 +200,7 @@ def test_runs_of_a_front_are_listed_and_cleaned_only_once_no_other_needs_them(fr
     runs = find_runs([tmp_path])
     assert [run.name for run in runs] == ["latency-50", "latency-75"]
     Front.read(folder / "front.json").model_copy(update={"status": "running"}).write(folder / "front.json")
-    assert all("others continue its search" in each.kept for each in clean(runs))
+    assert all("others continue its search" in each.reason for each in clean(runs))
     shutil.copy(front.directory / "front.json", folder)
     assert all("checkpoints/search.pt" in each.files for each in clean(runs))
     assert report_again(folder)[1] == "2 networks: every budget is kept."
