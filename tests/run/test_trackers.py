@@ -46,7 +46,8 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    for name in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path))
     wanted = recipe(track="wandb")
     check_tracker("wandb")
     first = open_tracker(wanted, "birds", None)
@@ -56,7 +57,9 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _use(again, 3)
     again.close(finished=True)
     assert again.id == first.id
-    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first.id}"))) >= 1
+    kept = b"".join(path.read_bytes() for path in tmp_path.glob(f"wandb/offline-run-*-{first.id}/*.wandb"))
+    for text in ("birds", "tests.nets:tiny", "search/reward", "score/dense", "/runs/one/model.onnx"):
+        assert text.encode() in kept
 
 
 def test_wandb_without_an_account_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
