@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.core.manifest import LayerPrecision, PrecisionPlan
 from compressor.core.progress import bar, say
 from compressor.latency.precisions import part_prices
+from compressor.run.contract import interval_of
 from export.convert.calibrated import Calibrated, check_calibration, enclosed
 from export.convert.half import convert_half, open_fp32
 from export.convert.mixed import Parts, parts_of, plans, plans_by_noise, predicted_ms
@@ -148,7 +149,7 @@ def write_mixed(
                 int8=len(parts.nodes(plan)),
                 predicted_ratio=_predicted(parts, prices, plan),
                 ratio=ratio[0],
-                interval=[ratio[1], ratio[2]],
+                interval=ratio[1],
                 noise=noise(exact, onnx_outputs(path, judged)),
                 score=score(path),
             )
@@ -173,11 +174,11 @@ def write_mixed(
     return MixedInfo(tuple(found.values()), layers, len(fitted), rounding, rule)
 
 
-def _with_floats(timer: PrecisionTimer, files: Sequence[Path]) -> Iterator[tuple[float, float, float] | str]:
+def _with_floats(timer: PrecisionTimer, files: Sequence[Path]) -> Iterator[tuple[float, list[float | None]] | str]:
     """Time all files in turns with the first one, which is in floats: yields shares with their intervals."""
-    yield 1.0, 1.0, 1.0
+    yield 1.0, [1.0, 1.0]
     for ratio in timer.ratios(files[0], files[1:]):
-        yield ratio if isinstance(ratio, str) else (ratio.value, ratio.low, ratio.high)
+        yield ratio if isinstance(ratio, str) else (ratio.value, interval_of(ratio))
 
 
 def _predicted(parts: Parts, prices: Prices | None, plan: Plan) -> float | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from compressor.latency import local
 from compressor.latency.engine_precisions import EngineTimer, engine_kernels
 from compressor.latency.local import LocalGpu
+from compressor.latency.paired import Ratio
 from compressor.latency.precisions import (
     Conversions,
     KernelTime,
@@ -292,6 +295,15 @@ def test_plans_without_an_engine_are_left_out(
     with pytest.raises(ExportError, match="No plan of precisions has been measured"):
         mixed(source, tmp_path / "other.onnx", plugged(Refusing(*PARTS)))
     assert not (tmp_path / "other.onnx").exists()
+
+
+def test_a_time_without_an_interval(source: Path, plugged: Any, tmp_path: Path) -> None:
+    """Of a device that was hardly ever undisturbed: its plans cannot be told apart, and the quietest one is taken."""
+    timer = plugged(MadeUpEngines())
+    timer = replace(timer, compare=lambda floats, plans: [Ratio(0.5, 0.0, math.inf, 1.0)] * len(plans))
+    made = mixed(source, tmp_path / "mixed.onnx", timer)
+    assert [plan.interval for plan in made.plans] == [[1.0, 1.0], *[[0.0, None]] * (len(made.plans) - 1)]
+    assert made.chosen.noise == min(plan.noise for plan in made.plans)
 
 
 def test_onnx_runtimes_gpu_providers_have_no_engines(plugged: Any) -> None:
