@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +35,7 @@ from compressor.latency.schema import DeviceFields
 from compressor.latency.steps import measured_steps
 from compressor.latency.table import LOCAL, LatencyTable, check_known
 from export.convert.calibrated import ONNXRUNTIME
+from export.convert.ort import available_cores, check_threads
 from export.device import here
 from export.device.here import CPU, Backend
 from export.errors import ExportError
@@ -88,10 +88,19 @@ class LocalCpu(MeasuredDevice):
             )
 
     def check_load(self, request: Request) -> None:
-        wanted, cores = request.threads * request.streams, os.cpu_count() or 1
+        """Refuse more threads than cores, and say where streams share them.
+
+        Raises:
+            CompressorError: This process has fewer cores.
+        """
+        try:
+            check_threads(request.threads)
+        except ExportError as error:
+            raise CompressorError(error.message, error.hint) from None
+        wanted, cores = request.threads * request.streams, available_cores()
         if wanted > cores:
             say(
-                f"{request.streams} stream(s) of {request.threads} thread(s) need {wanted} cores, and this machine has "
+                f"{request.streams} stream(s) of {request.threads} thread(s) need {wanted} cores, and there are "
                 f"{cores}: they wait for one another."
             )
 

@@ -13,6 +13,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder
 from compressor.core.versions import cpu_name, versions
 from compressor.report.formats import percent, size
+from export.convert.ort import available_cores
 from export.errors import ExportError
 
 _EXTRAS = (
@@ -64,8 +65,9 @@ def _software() -> Iterator[Finding]:
 
     found, names = versions(), ("compressor", "python", "torch", "torchvision")
     yield Finding("software", "ok", ", ".join(f"{name} {found[name]}" for name in names if name in found))
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-    counted = f"{cores} core{'s' if cores > 1 else ''}, {threads} thread{'s' if threads > 1 else ''} of torch"
+    cores, available, threads = os.cpu_count() or 1, available_cores(), torch.get_num_threads()
+    counted = f"{cores} core{'s' if cores > 1 else ''}{f' ({available} for this process)' if available < cores else ''}"
+    counted += f", {threads} thread{'s' if threads > 1 else ''} of torch"
     yield Finding("CPU", "ok", f"{cpu_name()}, {counted}")
     for extra, module, what in _EXTRAS:
         if importlib.util.find_spec(module) is None:

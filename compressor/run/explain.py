@@ -15,6 +15,7 @@ from compressor.core.files import read_text
 from compressor.core.manifest import ExplainedLine, Explanation, Layer
 from compressor.core.records import RECIPE
 from compressor.latency.explain import Line, Profile, explain, profile_onnx, read_trt_profile
+from compressor.latency.local import LocalCpu
 from compressor.latency.networks import file_nodes
 from compressor.latency.peaks import Machine, calibrate, estimated_machine
 from compressor.latency.provider import delivered_beside
@@ -150,6 +151,7 @@ def _in_words(recipe: Recipe) -> str:
 def _profiled_here(run: RunFolder, recipe: Recipe, delivered: Path) -> Profiled:
     import onnxruntime
 
+    LocalCpu().check_load(request_of(recipe))
     threads, streams = recipe.threads, recipe.streams
     dense, slim = profile_onnx([run.file(DENSE), delivered], threads=threads, streams=streams)
     if delivered != run.file(MODEL):

@@ -256,6 +256,7 @@ class Finished:
                 "Leave out --format, or use --precision int8.",
             )
         rest = cast("Literal['fp32', 'fp16'] | None", request.rest)
+        device.check_load(request_of(self.recipe))
         return device.precision_timer(request_of(self.recipe), rest)
 
     def path_of(self, request: Request, precision: str | None = None) -> Path:

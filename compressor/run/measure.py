@@ -186,6 +186,7 @@ def measure_again(folder: Path) -> Iterator[str]:
             if not (provider.is_here and runtime.startswith(CPU)):
                 yield from_here(provider)
             provider = LocalCpu()
+        provider.check_load(request_of(recipe))
         contract = recipe.contract
         turns = Turns(
             contract.repeats, target, contract.seconds, recipe.percentile, most_ms if target is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -61,6 +62,28 @@ def ort_errors() -> tuple[type[Exception], ...]:
 def describe(model: ModelSource) -> str:
     """The model's name in messages."""
     return f"the network ({len(model)} bytes in memory)" if isinstance(model, bytes) else str(model)
+
+
+def available_cores() -> int:
+    """Number of cores that this process may run on, which may be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_threads(threads: int) -> None:
+    """Refuse to measure with more threads than cores: they wait for one another, and take the cores of all others.
+
+    Raises:
+        ExportError: This process has fewer cores.
+    """
+    cores = available_cores()
+    if threads > cores:
+        raise ExportError(
+            f"{threads} threads were requested for a measurement on this machine, and {cores} "
+            f"core{'s are' if cores > 1 else ' is'} available to this process.",
+            f"Use --threads {cores} or fewer, or a machine with more cores.",
+        )
 
 
 def open_session(

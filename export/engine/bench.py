@@ -21,6 +21,7 @@ from typing import Any, Callable, TypeVar
 from export.convert.ort import (
     CPU,
     ModelSource,
+    check_threads,
     describe,
     first_line,
     open_session,
@@ -140,7 +141,7 @@ class OnnxRunner:
 
     Args:
         model: The ONNX file or its bytes.
-        threads: Intra-op threads.
+        threads: Intra-op threads, at most as many as there are cores.
         providers: ONNX Runtime's execution providers.
         seed: Seed of the random input.
         batch: Size of dynamic dimensions.
@@ -158,6 +159,7 @@ class OnnxRunner:
         seed: int = 0,
         batch: int = 1,
     ) -> None:
+        check_threads(threads)
         self.name = describe(model)
         self.threads = threads
         self.session = open_session(model, threads=threads, providers=providers)

@@ -76,6 +76,14 @@ def test_a_network_that_was_changed_is_neither_exported_nor_measured(runs: Path)
         assert "cannot be read as YAML" in command("export", "runs/two", code=2)
 
 
+def test_a_run_of_more_threads_than_there_are_cores_is_not_measured_here(runs: Path) -> None:
+    recipe = runs / "one" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("threads: 1\n", "threads: 2000\n"))
+    for arguments in (["measure"], ["measure", "--explain"], ["export", "--precision", "mixed"]):
+        told = command(arguments[0], "runs/one", *arguments[1:], code=2)
+        assert "2000 threads were requested" in told
+
+
 def test_a_damaged_list_of_targets_keeps_their_files(runs: Path) -> None:
     (runs / "front.json").write_text("nope")
     said = command("clean", "runs")

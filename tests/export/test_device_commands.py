@@ -88,6 +88,8 @@ def test_another_batch_than_the_files_is_refused(net: Path, capsys: pytest.Captu
             main(["measure", str(net), *wrong])
         assert ended.value.code == 2
     assert "argument --streams: expected 1 or more, got 0" in capsys.readouterr().err
+    assert main(["measure", str(net), *QUICK, "--processes", "1", "--threads", "2000"]) == 2
+    assert "2000 threads were requested" in capsys.readouterr().err
 
 
 def test_verify(net: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,12 +112,19 @@ def test_a_device_that_runs_one_network_at_a_time_says_so() -> None:
         Npu("npu-x").check_load(Request(streams=2))
 
 
-def test_more_threads_than_cores_are_said(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+def test_streams_that_share_cores_are_said_and_more_threads_than_cores_refused(
+    said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 7}, raising=False)
     LocalCpu().check_load(Request(threads=2))
     assert said == []
     LocalCpu().check_load(Request(threads=2, streams=3))
-    assert said == ["3 stream(s) of 2 thread(s) need 6 cores, and this machine has 2: they wait for one another."]
+    assert said == ["3 stream(s) of 2 thread(s) need 6 cores, and there are 2: they wait for one another."]
+    with pytest.raises(CompressorError, match=r"3 threads were requested .* 2 cores are available") as caught:
+        LocalCpu().check_load(Request(threads=3))
+    assert caught.value.hint == "Use --threads 2 or fewer, or a machine with more cores."
+    TableProvider.for_device("ssh://me@board").check_load(Request(threads=3))  # this machine's cores do not matter
 
 
 @pytest.mark.usefixtures("own_tables")

@@ -70,6 +70,11 @@ def test_measures_what_was_asked_for() -> None:
     assert stats.version[0].isdigit()
 
 
+def test_more_threads_than_cores_are_refused() -> None:
+    with pytest.raises(ExportError, match=r"2000 threads were requested .* available to this process"):
+        OnnxRunner(matmul_chain(64, 2), threads=2000)
+
+
 def test_a_file_and_its_bytes_are_the_same_network(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(matmul_chain(16, 1, batch="batch"))
