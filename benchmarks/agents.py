@@ -40,7 +40,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.records import Checkpoint, EpisodeLog
 from compressor.latency.backends.cpu import measured
-from compressor.latency.provider import Request, Turns
+from compressor.latency.request import Request, Turns
 from compressor.latency.table import LatencyTable
 from compressor.recipe import Recipe
 from compressor.run.compensation import compensation_of

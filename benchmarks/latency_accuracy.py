@@ -41,7 +41,8 @@ from compressor.latency.machine import at_full_speed
 from compressor.latency.measured import MeasuredDevice
 from compressor.latency.networks import TaggedNetwork
 from compressor.latency.operators import Widths
-from compressor.latency.provider import Request, TableProvider
+from compressor.latency.provider import TableProvider
+from compressor.latency.request import Request
 from compressor.latency.sampling import random_widths
 from compressor.latency.table import LatencyTable
 from compressor.models import create_model

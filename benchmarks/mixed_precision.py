@@ -40,10 +40,10 @@ from compressor.data.decoded import load_files
 from compressor.data.images import ImageFile
 from compressor.data.preprocessing import Preprocessing
 from compressor.latency.backends.cpu import measured
+from compressor.latency.converted import in_precision
 from compressor.latency.local import LocalCpu
 from compressor.latency.precisions import CpuTimer
-from compressor.latency.provider import Request, Turns
-from compressor.latency.remote_bundle import in_precision
+from compressor.latency.request import Request, Turns
 from compressor.models.create import create_model
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import Recipe

@@ -14,7 +14,7 @@ from compressor.latency.local import LocalCpu
 from compressor.latency.networks import tag
 from compressor.latency.operators import network_signature
 from compressor.latency.paired import PairSessions, Timing, burst_of
-from compressor.latency.provider import Request
+from compressor.latency.request import Request
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from export.engine.bench import summarise

@@ -24,7 +24,8 @@ from compressor.budgets.base import BudgetSpec, CachedValues, CostSources, regis
 from compressor.budgets.counters import ALTERNATIVE, POWERCAP, Counter, Nvml, Rapl
 from compressor.budgets.function import FunctionBudget
 from compressor.core.errors import CompressorError
-from compressor.latency.provider import Request, TableProvider
+from compressor.latency.provider import TableProvider
+from compressor.latency.request import Request
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,8 +142,8 @@ class JetsonEnergy(EnergyMeter):
 
     def run_mj(self, network: nn.Module) -> float:
         """Measure the millijoules of one run there."""
+        from compressor.latency.converted import in_precision
         from compressor.latency.over_ssh import energy_over_ssh
-        from compressor.latency.remote_bundle import in_precision
 
         return energy_over_ssh(self._url, in_precision(self.exported(network), self._request.precision))
 

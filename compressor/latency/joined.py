@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from compressor.latency.measured import MeasuredDevice
     from compressor.latency.networks import NetworkTimes
     from compressor.latency.precisions import PrecisionTimer
-    from compressor.latency.provider import Request
+    from compressor.latency.request import Request
     from compressor.pruning.space import PruningSpace
 
 FITTED = 14

@@ -16,6 +16,7 @@ from compressor.core.progress import say
 from compressor.latency.assemble import SECONDS_A_NETWORK, Sample, with_batch
 from compressor.latency.backends.cpu import OrtProcess, measured
 from compressor.latency.backends.gpu import EngineDevice, device_of
+from compressor.latency.converted import in_precision, in_precision_beside
 from compressor.latency.engine_precisions import EngineTimer
 from compressor.latency.fit import ALIGNMENT
 from compressor.latency.joined import joined_table
@@ -23,14 +24,8 @@ from compressor.latency.machine import channel_block, clocks, cpu_model, governo
 from compressor.latency.measured import MeasuredDevice
 from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork
 from compressor.latency.precisions import REPEATS, CpuTimer, fastest, files_in_turns
-from compressor.latency.provider import (
-    Request,
-    TableProvider,
-    Turns,
-    in_precision_beside,
-    register_device,
-)
-from compressor.latency.remote_bundle import in_precision
+from compressor.latency.provider import TableProvider, register_device
+from compressor.latency.request import Request, Turns
 from compressor.latency.schema import DeviceFields
 from compressor.latency.steps import measured_steps
 from compressor.latency.table import LOCAL, LatencyTable, check_known

@@ -29,10 +29,12 @@ from compressor.latency.assemble import (
     with_batch,
 )
 from compressor.latency.backends.gpu import fitted_shares
+from compressor.latency.converted import in_precision_beside
 from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork
 from compressor.latency.operators import Widths, network_signature
 from compressor.latency.paired import PairSession, Timing, burst_of, in_turns
-from compressor.latency.provider import Request, TableProvider, Turns, in_precision_beside
+from compressor.latency.provider import TableProvider
+from compressor.latency.request import Request, Turns
 from compressor.latency.sampling import Collector, Samples, TooNoisy
 from compressor.latency.schema import DeviceFields, RuntimeFields
 from compressor.latency.stored import Journal, cached_table, heading_of, measuring_alone, table_path

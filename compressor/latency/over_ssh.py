@@ -25,19 +25,14 @@ import numpy as np
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, write_atomic
 from compressor.core.progress import bar, say
+from compressor.latency.converted import in_precision_beside
 from compressor.latency.engine_precisions import EngineTimer
 from compressor.latency.layout import signature
 from compressor.latency.paired import PairSession, PairSessions, Timing, burst_of
-from compressor.latency.provider import (
-    KnownDevice,
-    Request,
-    TableProvider,
-    Turns,
-    in_precision_beside,
-    register_device,
-)
+from compressor.latency.provider import KnownDevice, TableProvider, register_device
 from compressor.latency.remote_bundle import DENSE, target_of, write_table_bundle
 from compressor.latency.remote_table import RUNTIME, table_of_results
+from compressor.latency.request import Request, Turns
 from compressor.latency.schema import Precision
 from compressor.latency.stored import keep, measuring_alone
 from compressor.latency.table import LatencyTable, check_known, find_user_table

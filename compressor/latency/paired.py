@@ -339,7 +339,7 @@ def in_turns(
     Args:
         run_session: Runs one session with fresh processes.
         name, version, threads: Name, version and thread count of the runtime.
-        repeats, target, seconds, percentile, limit_ms: As in `provider.Turns`.
+        repeats, target, seconds, percentile, limit_ms: As in `request.Turns`.
         batch, streams: Inputs of one run, and copies of a network that run at the same time, for the record.
         clock: Monotonic clock in seconds.
     """

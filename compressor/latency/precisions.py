@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from compressor.latency.backends.cpu import measured, profiled_runs, tag_of
+from compressor.latency.converted import any_inputs, delivered_beside, in_precision
 from compressor.latency.machine import timed
 from compressor.latency.networks import tag
-from compressor.latency.provider import Request, Turns, delivered_beside
-from compressor.latency.remote_bundle import any_inputs, in_precision
+from compressor.latency.request import Request, Turns
 from export.convert.calibrated import ONNXRUNTIME, Calibrated, enclosed
 from export.convert.mixed import Prices, cheapest, parts_of
 from export.convert.onnx_header import parse_header

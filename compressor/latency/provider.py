@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from compressor.core.conditions import MEDIAN
 from compressor.core.errors import CompressorError
 from compressor.core.plugins import Registry
 from compressor.core.progress import say
-from compressor.latency.schema import BLOCKS, Precision
+from compressor.latency.request import Request, Turns
+from compressor.latency.schema import BLOCKS
 from compressor.latency.steps import refuse_table
 from compressor.latency.table import LatencyTable, check_known, shipped_tables, user_tables
-from export.convert.calibrated import TENSORRT
 
 if TYPE_CHECKING:
 
@@ -37,57 +36,6 @@ _OWN = {"local": "compressor.latency.local", "ssh": "compressor.latency.over_ssh
 """The toolkit's own kinds of devices: name -> module."""
 
 _registry: Registry[TableProvider] = Registry("device", _OWN)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a table is needed for.
-
-    Attributes:
-        model: The network's name, for messages.
-        precision: Precision in which networks run; with `mixed` the dense one, which shares are of, is in fp32, or with
-            TensorRT in fp16.
-        opset: ONNX opset of files that leave this machine.
-        threads: Threads of ONNX Runtime on a CPU.
-        batch: Inputs of one run.
-        streams: Copies of a network that run at the same time.
-        time_limit_s: No further sub-network is started after this many seconds; a dozen are always measured. None for
-            the device's own limit.
-        goal: Mean error on held-out sub-networks, as a share, at which measuring stops early.
-        seed: Seed for the choice of sub-networks.
-        renew: Whether a remote device that has changed since its table was measured is measured again, not refused.
-    """
-
-    model: str = ""
-    precision: Precision = "fp32"
-    opset: int = 17
-    threads: int = 1
-    batch: int = 1
-    streams: int = 1
-    time_limit_s: float | None = None
-    goal: float = 0.03
-    seed: int = 0
-    renew: bool = False
-
-
-@dataclass(frozen=True)
-class Turns:
-    """How long two networks are timed in turns.
-
-    Attributes:
-        repeats: Number of sessions if there is no target.
-        target: Share of the dense network's time that the slim one may take.
-        seconds: Time limit.
-        percentile: Percentile of single runs that is compared; at the median, undisturbed runs are.
-        limit_ms: Largest time of the slim network at another percentile, if the target is in milliseconds; it then
-            takes the place of `target`.
-    """
-
-    repeats: int = 5
-    target: float | None = None
-    seconds: float = 90.0
-    percentile: float = MEDIAN
-    limit_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -327,24 +275,6 @@ class StoredTables(TableProvider):
 
     def measured_steps(self, space: PruningSpace, example: Any, request: Request) -> dict[str, int]:
         raise refuse_table(self.table(space, example, request))
-
-
-def in_precision_beside(
-    dense: Path, slim: Path, request: Request, runtime: str = TENSORRT
-) -> tuple[bytes, bytes]:
-    """Return two FP32 files as a runtime runs them; a delivered file of the precision beside `slim` takes its place."""
-    from compressor.latency.remote_bundle import in_precision
-
-    def converted(path: Path) -> bytes:
-        return in_precision(path.read_bytes(), request.precision, runtime)
-
-    delivered = delivered_beside(slim, request.precision)
-    return converted(dense), delivered.read_bytes() if delivered.is_file() else converted(slim)
-
-
-def delivered_beside(slim: Path, precision: str) -> Path:
-    """Return where the delivered file of a precision lies beside an FP32 file."""
-    return slim if precision == "fp32" else slim.with_name(f"{slim.stem}.{precision}.onnx")
 
 
 def _origin(table: LatencyTable) -> str:

@@ -20,20 +20,16 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import disk_error
 from compressor.core.progress import bar
 from compressor.latency.assemble import export_candidate, with_batch
+from compressor.latency.converted import in_precision
 from compressor.latency.layout import LayoutFields, layout_fields, signature
 from compressor.latency.networks import WEIGHTED, TaggedNetwork
 from compressor.latency.operators import Widths
 from compressor.latency.sampling import LEVELS, anchor_widths, grid_widths, random_widths
 from compressor.latency.schema import Precision
-from export.convert.calibrated import TENSORRT
-from export.convert.half import convert_half
-from export.convert.onnx_header import OnnxHeader, parse_header
-from export.convert.quantize import quantize_onnx
 from export.device.bundle import TARGETS, BundleInfo, Target, write_bundle
 from export.errors import ExportError
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
 
     from compressor.pruning.space import PruningSpace
 
@@ -41,7 +37,6 @@ HELD_OUT = 10
 DENSE = "dense"
 REPEATED = 4096
 _UNKNOWN = Target("", "device", "", 8, 17, True, 0)
-_CALIBRATION = 4
 
 Index = Annotated[int, Field(ge=0, le=100_000)]
 
@@ -173,27 +168,6 @@ def require_empty(folder: Path) -> None:
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise CompressorError(f"{folder} exists already.", "Choose another --bundle DIR, or delete it.")
-
-
-def in_precision(content: bytes, precision: Precision, runtime: str = TENSORRT) -> bytes:
-    """Convert an FP32 ONNX file to the precision to be timed on a runtime; INT8 ranges come from random inputs."""
-    if precision == "fp32":
-        return content
-    with tempfile.TemporaryDirectory(prefix="compressor-bundle-") as folder:
-        source, goal = Path(folder) / "network.onnx", Path(folder) / "converted.onnx"
-        source.write_bytes(content)
-        if precision == "fp16":
-            convert_half(source, goal)
-        else:
-            rest = "fp16" if runtime == TENSORRT else "fp32"  # as it is delivered
-            quantize_onnx(source, goal, any_inputs(parse_header(content, "the network")), runtime=runtime, rest=rest)
-        return goal.read_bytes()
-
-
-def any_inputs(header: OnnxHeader) -> npt.NDArray[np.float32]:
-    """Return random inputs of a network, at least a batch, for the ranges of one that is only timed."""
-    batch, *shape = header.shapes[header.inputs[0]]
-    return np.random.default_rng(0).standard_normal((max(_CALIBRATION, batch), *shape)).astype(np.float32)
 
 
 def weighted_nodes(network: TaggedNetwork) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.manifest import Measurement, kept
 from compressor.core.progress import say
-from compressor.latency.provider import Turns
+from compressor.latency.request import Turns
 from compressor.pruning.plan import ChannelPlan
 
 if TYPE_CHECKING:

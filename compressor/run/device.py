@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compressor.core.errors import CompressorError
-from compressor.latency.provider import Request, TableProvider
+from compressor.latency.provider import TableProvider
+from compressor.latency.request import Request
 
 if TYPE_CHECKING:
 

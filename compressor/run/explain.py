@@ -14,11 +14,11 @@ from compressor.core.errors import CompressorError
 from compressor.core.files import read_text
 from compressor.core.manifest import ExplainedLine, Explanation, Layer
 from compressor.core.records import RECIPE
+from compressor.latency.converted import delivered_beside
 from compressor.latency.explain import Line, Profile, explain, profile_onnx, read_trt_profile
 from compressor.latency.local import LocalCpu
 from compressor.latency.networks import file_nodes
 from compressor.latency.peaks import Machine, calibrate, estimated_machine
-from compressor.latency.provider import delivered_beside
 from compressor.recipe import load_recipe
 from compressor.run.device import device_precision, provider_of, request_of, resolved
 from compressor.run.finish import write_page

@@ -16,7 +16,7 @@ from compressor.core.progress import say
 from compressor.core.records import RECIPE
 from compressor.latency.networks import with_distinct_weights
 from compressor.latency.paired import in_words
-from compressor.latency.provider import Turns
+from compressor.latency.request import Turns
 from compressor.recipe import load_recipe
 from compressor.run.contract import Contract, interval_of, limit_ms
 from compressor.run.device import provider_of, request_of

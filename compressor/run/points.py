@@ -10,7 +10,7 @@ import numpy as np
 from compressor.core.front import Point
 from compressor.core.progress import say
 from compressor.latency.networks import with_distinct_weights
-from compressor.latency.provider import Turns
+from compressor.latency.request import Turns
 from compressor.run.contract import interval_of
 from compressor.run.measure import timed_on_device
 from compressor.run.onnx_files import COMPARED, MODEL, write_onnx

@@ -19,7 +19,7 @@ from compressor.budgets.counters import Nvml, Rapl
 from compressor.budgets.energy import CountedEnergy, EnergyBudget, Runs, find_meter
 from compressor.budgets.limits import reachable, resolve
 from compressor.core.errors import CompressorError
-from compressor.latency.provider import Request
+from compressor.latency.request import Request
 from compressor.pruning.space import PruningSpace
 from compressor.search.bounds import ActionBounds
 

@@ -20,8 +20,8 @@ from compressor.latency.assemble import export_candidate
 from compressor.latency.local import LocalCpu
 from compressor.latency.machine import channel_block
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
-from compressor.latency.provider import Request
 from compressor.latency.remote_bundle import write_table_bundle
+from compressor.latency.request import Request
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from export.convert.trees import tensors_in

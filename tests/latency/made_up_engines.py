@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 
 from compressor.latency.backends.gpu import _operators
+from compressor.latency.converted import in_precision
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
-from compressor.latency.remote_bundle import in_precision
 from compressor.latency.schema import Precision
 from export.convert.half import FUSED
 

@@ -27,7 +27,7 @@ from compressor.latency.precisions import (
     measured_conversions,
     part_prices,
 )
-from compressor.latency.provider import Request
+from compressor.latency.request import Request
 from compressor.run.mixed import write_mixed
 from export.convert.calibrated import TENSORRT, Calibrated
 from export.convert.half import open_fp32

@@ -19,7 +19,7 @@ from compressor.latency.local import Converted, LocalCpu
 from compressor.latency.networks import Device
 from compressor.latency.operators import channels
 from compressor.latency.precisions import Conversions, CpuTimer, fastest, measured_conversions
-from compressor.latency.provider import Request
+from compressor.latency.request import Request
 from compressor.latency.sampling import random_widths
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace

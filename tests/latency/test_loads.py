@@ -15,9 +15,10 @@ from compressor.latency.backends.gpu import Trtexec
 from compressor.latency.local import LocalCpu
 from compressor.latency.measured import MeasuredDevice
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
-from compressor.latency.provider import Request, TableProvider
+from compressor.latency.provider import TableProvider
 from compressor.latency.remote_bundle import write_table_bundle
 from compressor.latency.remote_table import table_of_results
+from compressor.latency.request import Request
 from compressor.latency.stored import keep
 from compressor.latency.table import LatencyTable, find_user_table
 from compressor.pruning.space import PruningSpace

@@ -17,7 +17,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.progress import shown_on
 from compressor.latency import assemble, local, measured, sampling
 from compressor.latency.local import LocalCpu
-from compressor.latency.provider import Request
+from compressor.latency.request import Request
 from compressor.latency.sampling import random_widths
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace

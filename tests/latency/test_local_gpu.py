@@ -14,7 +14,7 @@ from compressor.core.errors import CompressorError
 from compressor.latency import local, sampling
 from compressor.latency.local import LocalGpu
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
-from compressor.latency.provider import Request
+from compressor.latency.request import Request
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe

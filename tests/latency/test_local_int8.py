@@ -14,10 +14,10 @@ from torch import Tensor
 from compressor.core.errors import CompressorError
 from compressor.latency.assemble import export_candidate
 from compressor.latency.backends.cpu import OrtProcess
+from compressor.latency.converted import in_precision, in_precision_beside
 from compressor.latency.local import Converted, LocalCpu
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
-from compressor.latency.provider import Request, Turns, in_precision_beside
-from compressor.latency.remote_bundle import in_precision
+from compressor.latency.request import Request, Turns
 from compressor.pruning.space import PruningSpace
 from export.convert.calibrated import ONNXRUNTIME
 from export.convert.to_onnx import export_onnx

@@ -12,8 +12,9 @@ from torch import Tensor
 from compressor.budgets.energy import find_meter
 from compressor.core.errors import CompressorError
 from compressor.latency import over_ssh, remote_bundle
+from compressor.latency.converted import in_precision
 from compressor.latency.over_ssh import energy_over_ssh, measured_over_ssh, ssh_table
-from compressor.latency.provider import Request
+from compressor.latency.request import Request
 from compressor.latency.table import LatencyTable, find_user_table
 from compressor.pruning.space import PruningSpace
 from export.device.bundle import BundleInfo
@@ -114,7 +115,7 @@ def test_single_networks(
     monkeypatch.setitem(over_ssh.PROTOCOL, "processes", 3)
     ranking = space.rank()
     dense, slim = (
-        remote_bundle.in_precision(remote_bundle.export_candidate(space, ranking, example, widths).model, "fp16")
+        in_precision(remote_bundle.export_candidate(space, ranking, example, widths).model, "fp16")
         for widths in (space.dense_widths, space.min_widths)
     )
     found = measured_over_ssh(board.url, dense, slim, None)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compressor.latency.precisions import CpuTimer, KernelTime, _conversion, kernel_times, part_prices
-from compressor.latency.provider import Request
+from compressor.latency.request import Request
 from export.convert.calibrated import ONNXRUNTIME, Calibrated
 from export.convert.half import open_fp32
 from export.convert.mixed import parts_of

@@ -24,7 +24,8 @@ from compressor.latency.local import LocalCpu
 from compressor.latency.measured import MeasuredDevice
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
 from compressor.latency.over_ssh import SshDevice
-from compressor.latency.provider import Request, StoredTables, TableProvider, Turns, known_devices
+from compressor.latency.provider import StoredTables, TableProvider, known_devices
+from compressor.latency.request import Request, Turns
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.device import resolved

@@ -22,7 +22,7 @@ from compressor.latency.local import LocalCpu
 from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork, file_nodes, tag
 from compressor.latency.paired import Timing
 from compressor.latency.precisions import Conversions, CpuTimer
-from compressor.latency.provider import Request
+from compressor.latency.request import Request
 from compressor.latency.table import LatencyTable
 from compressor.run.explain import explain_again
 from compressor.run.measure import measure_again

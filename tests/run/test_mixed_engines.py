@@ -15,10 +15,10 @@ from compressor import Recipe, run_recipe
 from compressor.cli.app import app
 from compressor.core.manifest import Export, Manifest
 from compressor.latency import local, over_ssh
+from compressor.latency.converted import in_precision
 from compressor.latency.local import LocalGpu
 from compressor.latency.precisions import PrecisionTimer
-from compressor.latency.provider import Request
-from compressor.latency.remote_bundle import in_precision
+from compressor.latency.request import Request
 from compressor.latency.table import LatencyTable
 from export.device import here
 from export.device.here import Backend

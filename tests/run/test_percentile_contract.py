@@ -11,7 +11,7 @@ import pytest
 from compressor import run_recipe
 from compressor.latency.networks import tag
 from compressor.latency.paired import ERROR, PairSession, PairSessions, Timing, burst_of
-from compressor.latency.provider import Turns
+from compressor.latency.request import Turns
 from compressor.run.exports import Request, export_format
 from compressor.run.measure import measure_again
 from export.convert.batches import ONE

@@ -36,7 +36,7 @@ from export.engine.bench import OnnxRunner, running, together
 from export.errors import ExportError
 
 if TYPE_CHECKING:
-    from compressor.latency.provider import Request, Turns
+    from compressor.latency.request import Request, Turns
 
 MOST_RUNS = 200
 MAX_PROFILED_RUNS = 60

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from compressor.latency.converted import in_precision
 from compressor.latency.networks import TAG, Device, NetworkTimes, TaggedNetwork
 from compressor.latency.operators import Floats, Operators, Widths, padded
-from compressor.latency.remote_bundle import in_precision, weighted_nodes
+from compressor.latency.remote_bundle import weighted_nodes
 from compressor.latency.schema import FASTEST_MS, Precision
 from export.device.bundle import Target, write_bundle
 from export.device.here import CPU, PROVIDERS, TRTEXEC, USUAL, Backend, find_trtexec

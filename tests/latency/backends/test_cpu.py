@@ -13,7 +13,7 @@ from torch import nn
 
 from compressor.latency.backends.cpu import OrtProcess, measured
 from compressor.latency.networks import TaggedNetwork, tag
-from compressor.latency.provider import Request, Turns
+from compressor.latency.request import Request, Turns
 from export.convert.to_onnx import export_onnx
 from export.errors import ExportError
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from compressor.latency import assemble, local, remote_bundle
+from compressor.latency import assemble, local
 from compressor.latency.backends import gpu as backends
 from compressor.latency.backends.gpu import OrtGpu, TensorRt, Trtexec, device_of
+from compressor.latency.converted import in_precision
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
-from compressor.latency.provider import Turns
+from compressor.latency.request import Turns
 from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
 from compressor.run.measure import timed_on_device
@@ -186,7 +187,7 @@ def test_a_gpu_times_what_is_delivered(
     for name in (DENSE, "model.onnx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(network)
-    delivered = remote_bundle.in_precision(network, "fp16")
+    delivered = in_precision(network, "fp16")
     (tmp_path / "model.fp16.onnx").write_bytes(b"as delivered")
     recipe = parse_recipe({"model": "resnet18", "precision": "fp16", "contract": {"repeats": 1}}, "test")
     data = SimpleNamespace(input_shape=(3, 16, 16))
