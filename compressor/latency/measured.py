@@ -273,7 +273,7 @@ class MeasuredDevice(TableProvider):
             return [(found[0], found[1])]
 
         return in_turns(
-            run_session, self.runtime, self.version, batch=request.batch, streams=request.streams, **vars(turns)
+            run_session, self.runtime, self.version, turns, batch=request.batch, streams=request.streams
         )
 
     def require_same(self, table: LatencyTable, request: Request) -> None:

@@ -1,6 +1,6 @@
 """Latency tables and timings of a device that is reached over ssh.
 
-    table = profile_over_ssh("ssh://me@orin.local", space, example, model="resnet50", precision="fp16")
+    table = profile_over_ssh("ssh://me@orin.local", space, example, Request("resnet50", "fp16"))
     timing = measured_over_ssh(url, dense_bytes, slim_bytes, table)
 
 An interrupted call resumes when it is repeated: bytes that were copied are not copied again, and existing engines and
@@ -33,7 +33,6 @@ from compressor.latency.provider import KnownDevice, TableProvider, register_dev
 from compressor.latency.remote_bundle import DENSE, target_of, write_table_bundle
 from compressor.latency.remote_table import RUNTIME, table_of_results
 from compressor.latency.request import Request, Turns
-from compressor.latency.schema import Precision
 from compressor.latency.stored import keep, measuring_alone
 from compressor.latency.table import LatencyTable, check_known, find_user_table
 from export.device.archive import CHECKSUMS
@@ -58,55 +57,30 @@ _TRTEXEC_HINT = (
 _BUNDLE = "profile"
 
 
-def ssh_table(
-    url: str,
-    space: PruningSpace,
-    example: Any,
-    *,
-    model: str,
-    precision: Precision,
-    opset: int = 17,
-    batch: int = 1,
-    streams: int = 1,
-    renew: bool = False,
-) -> LatencyTable:
+def ssh_table(url: str, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
     """Return the device's table for a network: the stored one if the device is unchanged, else a new measurement.
 
     Args:
         url: Address of the device.
-        space, example, model: The network, an input batch of size one, and its name in messages.
-        precision, opset: Precision and opset of the ONNX files.
-        batch, streams: Inputs of one run, and copies of a network that run there at the same time.
-        renew: Whether a device that has changed since its table was measured is measured again, not refused.
+        space, example: The network, and an input batch of size one.
+        request: What the table is needed for.
 
     Raises:
         CompressorError: The device cannot be reached, has no trtexec, or has changed since its table was measured.
     """
-    table = find_user_table(url, precision, space, batch=batch, streams=streams)
+    table = find_user_table(url, request.precision, space, batch=request.batch, streams=request.streams)
     if table is not None and table.covers(space):
         now = _identified(url)
-        if not renew:
+        if not request.renew:
             _require_same(table, now)
         differs = _differences(table, now)
         if not differs:
             return table
         say(f"{url} has changed since its table was measured: {differs}. It is measured again.")
-    return profile_over_ssh(
-        url, space, example, model=model, precision=precision, opset=opset, batch=batch, streams=streams
-    )
+    return profile_over_ssh(url, space, example, request)
 
 
-def profile_over_ssh(
-    url: str,
-    space: PruningSpace,
-    example: Any,
-    *,
-    model: str,
-    precision: Precision,
-    opset: int = 17,
-    batch: int = 1,
-    streams: int = 1,
-) -> LatencyTable:
+def profile_over_ssh(url: str, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
     """Copy the sub-networks to the device, measure them there, fetch the times, and store the table under its address.
 
     Raises:
@@ -114,26 +88,16 @@ def profile_over_ssh(
             are inconsistent; completed work is kept for the next attempt.
     """
     before = _identified(url)
-    say(f"Measuring {model} in {precision} on {_device_title(before)}, TensorRT {before['tensorrt']}.")
+    say(f"Measuring {request.model} in {request.precision} on {_device_title(before)}, TensorRT {before['tensorrt']}.")
     steps = [[group.name, group.width, group.granularity, group.min_width] for group in space.groups]
-    load = [batch, streams] if (batch, streams) != (1, 1) else []
-    key = json.dumps([FORMAT, url, signature(space), precision, opset, steps, *load])
+    load = [request.batch, request.streams] if (request.batch, request.streams) != (1, 1) else []
+    key = json.dumps([FORMAT, url, signature(space), request.precision, request.opset, steps, *load])
     work = cache_folder() / "profiles" / hashlib.sha256(key.encode()).hexdigest()[:20]
     with measuring_alone(cache_folder()):
         packed = work / f"{_BUNDLE}.tar.gz"
         if not packed.is_file():
             shutil.rmtree(work, ignore_errors=True)
-            written = write_table_bundle(
-                space,
-                example,
-                work / _BUNDLE,
-                device=url,
-                model=model,
-                precision=precision,
-                opset=opset,
-                batch=batch,
-                streams=streams,
-            )
+            written = write_table_bundle(space, example, work / _BUNDLE, url, request)
             for name in (MANIFEST, CHECKSUMS):
                 write_atomic(work / name, (written.path / name).read_bytes())
             pack_bundle(written.path, packed)
@@ -382,17 +346,7 @@ class SshDevice(TableProvider):
         check_known(self.device)
 
     def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
-        return ssh_table(
-            self.device,
-            space,
-            example,
-            model=request.model,
-            precision=request.precision,
-            opset=request.opset,
-            batch=request.batch,
-            streams=request.streams,
-            renew=request.renew,
-        )
+        return ssh_table(self.device, space, example, request)
 
     def time(
         self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None

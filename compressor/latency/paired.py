@@ -1,6 +1,6 @@
 """Times two networks in turns until their ratio decides whether a target is met.
 
-    timing = in_turns(run_session, "tensorrt", "10.3.0", target=0.5)
+    timing = in_turns(run_session, "tensorrt", "10.3.0", Turns(target=0.5))
     timing.ratio.value, timing.ratio.low, timing.ratio.high, timing.ratio.verdict(0.5)
 
 On a loaded machine a network's time varies by tens of per cent within seconds, while the ratio of two networks that are
@@ -30,6 +30,7 @@ import numpy as np
 from compressor.core.conditions import MEDIAN
 from compressor.core.progress import bar
 from compressor.latency.machine import Floats
+from compressor.latency.request import Turns
 from compressor.latency.tails import percentile_interval, percentile_ms
 from export.engine.bench import LatencyStats, summarise
 
@@ -76,9 +77,6 @@ DROPPED_MS = 2.5
 
 MANY, TAIL = 1.5, 3.0
 """Ratios of the 90th and the 99th percentile to the median from which the machine is reported as loaded."""
-
-REPEATS = 5
-SECONDS = 90.0
 
 
 @dataclass(frozen=True)
@@ -323,13 +321,9 @@ def in_turns(
     run_session: Callable[[], PairSession],
     name: str,
     version: str,
-    threads: int = 0,
+    turns: Turns,
     *,
-    repeats: int = REPEATS,
-    target: float | None = None,
-    seconds: float = SECONDS,
-    percentile: float = MEDIAN,
-    limit_ms: float | None = None,
+    threads: int = 0,
     batch: int = 1,
     streams: int = 1,
     clock: Callable[[], float] = time.monotonic,
@@ -338,20 +332,22 @@ def in_turns(
 
     Args:
         run_session: Runs one session with fresh processes.
-        name, version, threads: Name, version and thread count of the runtime.
-        repeats, target, seconds, percentile, limit_ms: As in `request.Turns`.
-        batch, streams: Inputs of one run, and copies of a network that run at the same time, for the record.
+        name, version: Name and version of the runtime.
+        turns: What is compared, and when timing ends.
+        threads, batch, streams: Threads of the runtime, inputs of one run, and copies of a network that run at the same
+            time, for the record.
         clock: Monotonic clock in seconds.
     """
+    target, percentile, limit_ms = turns.target, turns.percentile, turns.limit_ms
     found, begun, absolute = PairSessions(), clock(), limit_ms is not None
     looks = {count: error_at(place) for place, count in enumerate(LOOKS)}
-    most = repeats if target is None else LOOKS[-1]
+    most = turns.repeats if target is None else LOOKS[-1]
     ratio = None
     with bar("Measuring latency", most if target is None else LOOKS[0]) as progress:
         while len(found.all) < most:
             found.all.append(run_session())
             spent, count = clock() - begun, len(found.all)
-            late = spent * (count + 1) / count > seconds  # the next session would exceed the limit
+            late = spent * (count + 1) / count > turns.seconds  # the next session would exceed the limit
             if target is not None and (count in looks or late):
                 # when time runs out between looks, spend the error of the next look, which will not take place
                 error = looks.get(count) or error_at(min(i for i, look in enumerate(LOOKS) if look > count))

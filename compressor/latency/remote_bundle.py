@@ -24,6 +24,7 @@ from compressor.latency.converted import in_precision
 from compressor.latency.layout import LayoutFields, layout_fields, signature
 from compressor.latency.networks import WEIGHTED, TaggedNetwork
 from compressor.latency.operators import Widths
+from compressor.latency.request import Request
 from compressor.latency.sampling import LEVELS, anchor_widths, grid_widths, random_widths
 from compressor.latency.schema import Precision
 from export.device.bundle import TARGETS, BundleInfo, Target, write_bundle
@@ -82,17 +83,7 @@ def target_of(device: str) -> Target:
 
 
 def write_table_bundle(
-    space: PruningSpace,
-    example: Any,
-    folder: Path,
-    *,
-    device: str,
-    model: str,
-    precision: Precision,
-    opset: int = 17,
-    batch: int = 1,
-    streams: int = 1,
-    seed: int = 0,
+    space: PruningSpace, example: Any, folder: Path, device: str, request: Request
 ) -> BundleInfo:
     """Write the bundle's folder; it appears completely or not at all.
 
@@ -100,18 +91,14 @@ def write_table_bundle(
         space, example: The network, and an input batch of size one.
         folder: Target folder; it must not exist, or be empty.
         device: Name of the future table.
-        model: The network's name, for display.
-        precision: Precision of the networks.
-        opset: ONNX opset of the files, lowered to what the device supports.
-        batch, streams: Inputs of one run, and copies of a network that run there at the same time.
-        seed: Seed for the choice of sub-networks.
+        request: What the table is needed for; its opset is lowered to what the device supports.
 
     Raises:
         CompressorError, ExportError: The folder is in use, or a network cannot be exported.
     """
     require_empty(folder)
-    target, example = target_of(device), with_batch(example, batch)
-    rows = candidate_rows(space, seed)
+    target, example = target_of(device), with_batch(example, request.batch)
+    rows, opset = candidate_rows(space, request.seed), min(request.opset, target.opset)
     order = [DENSE, *(name for name in rows if name != DENSE), DENSE]
     first: list[TaggedNetwork] = []
     candidates: dict[str, CandidateFields] = {}
@@ -120,13 +107,13 @@ def write_table_bundle(
         ranking = space.rank()
         with bar("Writing networks", len(rows)) as progress:
             for name, (role, widths) in rows.items():
-                network = export_candidate(space, ranking, example, widths, opset=min(opset, target.opset))
+                network = export_candidate(space, ranking, example, widths, opset=opset)
                 first[:] = first or [network]
                 candidates[name] = CandidateFields(
                     role=role, widths=tuple(int(width) for width in widths), owner=network.owner,
                     weighted=weighted_nodes(network),
                 )  # fmt: skip
-                yield name, in_precision(_repeating(network.model), precision)
+                yield name, in_precision(_repeating(network.model), request.precision)
                 progress.advance(1, name)
 
     try:
@@ -140,17 +127,17 @@ def write_table_bundle(
         def facts() -> dict[str, Any]:
             return TableFacts(
                 device=device,
-                model=model,
-                precision=precision,
-                batch=batch,
-                streams=streams,
+                model=request.model,
+                precision=request.precision,
+                batch=request.batch,
+                streams=request.streams,
                 network=signature(space),
                 layout=layout_fields(space),
                 epilogues=first[0].epilogues,
                 candidates=candidates,
             ).model_dump(mode="json")
 
-        written = write_bundle(part, networks(), target=target, order=order, facts=facts, streams=streams)
+        written = write_bundle(part, networks(), target=target, order=order, facts=facts, streams=request.streams)
         try:
             if folder.is_dir():
                 folder.rmdir()

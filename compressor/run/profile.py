@@ -14,7 +14,7 @@ import numpy as np
 from compressor.core.conditions import UNLOADED
 from compressor.core.errors import CompressorError
 from compressor.recipe import Recipe
-from compressor.run.device import check_precision, device_precision, provider_of, request_of, resolved
+from compressor.run.device import check_precision, provider_of, request_of, resolved
 
 if TYPE_CHECKING:
     from compressor.latency.table import LatencyTable
@@ -76,17 +76,7 @@ def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
     require_empty(folder)
     recipe = _for_latency(recipe)
     space, example = _traced(recipe)
-    written = write_table_bundle(
-        space,
-        example,
-        folder,
-        device=recipe.device,
-        model=recipe.model,
-        precision=device_precision(recipe),
-        opset=recipe.export.opset,
-        batch=recipe.batch,
-        streams=recipe.streams,
-    )
+    written = write_table_bundle(space, example, folder, recipe.device, request_of(recipe))
     yield (
         f"Wrote {len(written.networks)} networks of {recipe.model} in {recipe.precision} to {folder} "
         f"({written.size / 1e6:.0f} MB)."

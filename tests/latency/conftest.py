@@ -191,7 +191,7 @@ def written(space: PruningSpace, example: Tensor, tmp_path_factory: pytest.TempP
     patch.setattr(remote_bundle, "LEVELS", 3)
     patch.setattr(remote_bundle, "HELD_OUT", 4)
     folder = tmp_path_factory.mktemp("carry") / "carry"
-    write_table_bundle(space, example, folder, device="my-orin", model="small", precision="fp16")
+    write_table_bundle(space, example, folder, "my-orin", Request("small", "fp16"))
     patch.undo()
     return folder
 

@@ -136,7 +136,7 @@ def test_a_bundle_of_batches_in_streams(
     monkeypatch.setattr(remote_bundle, "HELD_OUT", 2)
     folder = tmp_path / "carry"
     load = {"batch": 4, "streams": 2}
-    write_table_bundle(space, example, folder, device="my-orin", model="small", precision="fp32", **load)
+    write_table_bundle(space, example, folder, "my-orin", Request("small", **load))
     header = parse_header((folder / "models" / "dense.onnx").read_bytes(), "dense")
     assert header.shapes[header.inputs[0]] == (4, *example.shape[1:])
     calls = tmp_path / "calls"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from export.files import sha256_bytes
 from tests.export.device.fake_trtexec import make_trtexec
 from tests.export.device.local_sshd import Board, open_board
 
+ASKED = Request("small", "fp16")
+
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
@@ -38,7 +41,7 @@ def written(space: PruningSpace, example: Tensor, tmp_path_factory: pytest.TempP
     patch.setattr(remote_bundle, "HELD_OUT", 2)
     patch.setattr(remote_bundle, "anchor_widths", lambda space: space.min_widths[None])
     folder = tmp_path_factory.mktemp("written") / "profile"
-    remote_bundle.write_table_bundle(space, example, folder, device="any", model="small", precision="fp16")
+    remote_bundle.write_table_bundle(space, example, folder, "any", ASKED)
     patch.undo()
     return folder
 
@@ -47,7 +50,7 @@ def written(space: PruningSpace, example: Tensor, tmp_path_factory: pytest.TempP
 def quickly(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy the bundle instead of writing it again."""
 
-    def copied(space: PruningSpace, example: Tensor, folder: Path, **_: object) -> BundleInfo:
+    def copied(space: PruningSpace, example: Tensor, folder: Path, *_: object) -> BundleInfo:
         shutil.copytree(written, folder)
         return BundleInfo(folder, 1, remote_bundle.target_of("any"), {"n00": "fp16"})
 
@@ -82,7 +85,7 @@ def left(board: Board) -> list[Path]:
 
 
 def table_of(board: Board, space: PruningSpace, example: Tensor) -> LatencyTable:
-    return ssh_table(board.url, space, example, model="small", precision="fp16")
+    return ssh_table(board.url, space, example, ASKED)
 
 
 @pytest.mark.usefixtures("quickly")
@@ -103,7 +106,7 @@ def test_a_table_is_measured_once(
     with pytest.raises(CompressorError, match=r"TensorRT is 10\.13\.2, and was 10\.3\.0") as refused:
         table_of(board, space, example)
     assert f"compress profile --model MODEL --device {board.url}" in refused.value.hint
-    anew = ssh_table(board.url, space, example, model="small", precision="fp16", renew=True)
+    anew = ssh_table(board.url, space, example, replace(ASKED, renew=True))
     assert anew.fields.runtime.version == "10.13.2"
     assert find_user_table(board.url, "fp16") is not None
     assert any("It is measured again" in line for line in said)

@@ -18,6 +18,7 @@ from compressor.latency.paired import (
     in_turns,
     trimmed_interval,
 )
+from compressor.latency.request import Turns
 from tests.other_device import timing
 
 PAIRS, RUNS = 12, 8
@@ -61,7 +62,8 @@ class Neighbours:
         return pairs
 
     def measure(self, target: float, seconds: float = 90.0) -> Timing:
-        return in_turns(self.run_session, "made up", "1", target=target, seconds=seconds, clock=lambda: self.now_s)
+        turns = Turns(target=target, seconds=seconds)
+        return in_turns(self.run_session, "made up", "1", turns, clock=lambda: self.now_s)
 
 
 def verdicts(ratio: float, target: float, seeds: int = 15) -> list[str]:
@@ -146,8 +148,8 @@ def test_no_tail_no_note() -> None:
     def sit_of(spike: float) -> Callable[[], PairSession]:
         return lambda: [(burst_of([4.0] * 9), burst_of([2.0] * 8 + [spike]))] * 6
 
-    assert in_turns(sit_of(2.0), "made up", "1", repeats=3).noise == ""
-    assert "not quiet" in in_turns(sit_of(50.0), "made up", "1", repeats=3).noise
+    assert in_turns(sit_of(2.0), "made up", "1", Turns(repeats=3)).noise == ""
+    assert "not quiet" in in_turns(sit_of(50.0), "made up", "1", Turns(repeats=3)).noise
 
 
 def test_a_busy_machine_is_said() -> None:

@@ -14,6 +14,7 @@ from compressor.core.errors import CompressorError
 from compressor.latency.backends.gpu import shares_of_layers
 from compressor.latency.remote_bundle import write_table_bundle
 from compressor.latency.remote_table import table_of_results
+from compressor.latency.request import Request
 from compressor.latency.sampling import random_widths
 from compressor.pruning.space import PruningSpace
 from export.errors import ExportError
@@ -147,7 +148,7 @@ def test_bundles_are_never_written_over(
     with pytest.raises(CompressorError, match="has no results yet"):
         table_of_results(written)
     with pytest.raises(CompressorError, match="exists already"):
-        write_table_bundle(space, example, written, device="x", model="m", precision="fp16")
+        write_table_bundle(space, example, written, "x", Request("m", "fp16"))
     manifest = json.loads((written / "bundle.json").read_text())
     assert manifest["order"][0] == manifest["order"][-1] == "dense"
     roles = [each["role"] for each in manifest["facts"]["candidates"].values()]

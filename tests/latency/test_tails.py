@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from compressor.latency.paired import PairSession, PairSessions, Timing, burst_of, in_turns
+from compressor.latency.request import Turns
 from compressor.latency.tails import percentile_interval
 
 SESSIONS, PAIRS, RUNS = 12, 10, 20
@@ -71,7 +72,8 @@ def test_milliseconds_have_the_noise_that_both_networks_share() -> None:
 
 def measured(percentile: float, **target: float) -> Timing:
     left = iter(sessions_of(0.5, 3) * 6)
-    return in_turns(lambda: next(left), "made up", "1", percentile=percentile, batch=8, streams=2, **target)
+    turns = Turns(percentile=percentile, **target)
+    return in_turns(lambda: next(left), "made up", "1", turns, batch=8, streams=2)
 
 
 def test_a_percentile_is_timed_until_it_is_decided() -> None:

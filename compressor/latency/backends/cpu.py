@@ -298,10 +298,10 @@ def measured(dense: Path, slim: Path, request: Request, turns: Turns) -> Timing:
         run_session,
         "onnxruntime",
         str(runtime().__version__),
-        threads,
+        turns,
+        threads=threads,
         batch=request.batch,
         streams=streams,
-        **vars(turns),
     )
 
 
