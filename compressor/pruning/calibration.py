@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from compressor.core.errors import CompressorError
 from compressor.models.computed import evaluated
 from compressor.pruning.counts import Layer
-from compressor.pruning.least_squares import COARSE, STRENGTHS
+from compressor.pruning.least_squares import COARSE, LARGEST, STRENGTHS
 from compressor.pruning.moves import moved_back
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.replay import Recording, State
@@ -28,7 +29,8 @@ CHUNK = 32
 CHOOSE, JUDGE = 0.25, 0.125
 """Shares of the images that choose between fits, and that judge the network that comes out. Fits have the others."""
 MEMORY = 4 * 2**30
-"""Bytes of activations that are held at once, at most; of more images only the first of a random order are used."""
+"""Bytes of inputs and activations that are held at once, at most; of more images only the first of a random order are
+used."""
 GOAL_BYTES = 2**30
 """Bytes of the dense network's goals that are kept for the next plans, at most; else they are computed again."""
 SAMPLE_BYTES = 256 * 2**20
@@ -121,8 +123,7 @@ class Images:
         parameter = next(space.model.parameters())
         order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
         one = [each[:1].to(parameter.device) if isinstance(each, Tensor) else each for each in rows[0]]
-        each = 2 * Recording(dense_copy(space), one).most_elements() * parameter.element_size()  # of both networks
-        order = order[: max(3, min(images, MEMORY // max(1, each)))]
+        order = order[: max(3, most_images(dense_copy(space), one))]
         size = max(1, min(CHUNK, len(order) // 8))
         # a tensor without a row for each image belongs to all of them
         shared = [not one.dim() or len(one) != len(leaves[0][0]) for one in leaves[0]]
@@ -241,6 +242,38 @@ class Reference:
         """Return what a layer is fitted to: the result of the call `end`, which a replay has just run."""
         value = state.values[self.recording.calls[end].outs[0]]
         return moved_back(self.recording, site.path, value, self.recording.calls[site.number].shapes[0]).clone()
+
+
+def most_images(network: nn.Module, one: Sequence[Any]) -> int:
+    """Return the number of images whose inputs and activations `MEMORY` holds.
+
+    Between two calls, both networks' values are held of each image; while a call runs, those of one chunk besides. A
+    slim network has no more channels than the dense one, but may lack blocks: the dense one then runs ahead to the end
+    of one.
+
+    Args:
+        network: The dense network.
+        one: Its inputs for one image.
+    """
+    recording = Recording(network, one)
+    shortcuts_first(recording)
+    sites, _ = find_sites(recording)
+    held, running = recording.elements()
+    ahead = list(accumulate(reversed(held), max))[::-1]  # from each call on
+    tensors, sizes = named_tensors(network), [math.prod(recording.calls[site.number].shapes[0]) for site in sites]
+    large = {site.number for site in sites if site.geometry.matrix(tensors[site.weight]).shape[1] > LARGEST}
+    most = reached = 0
+    for place, site in enumerate(sites):
+        reached = max(reached, site.end + 1)
+        both = held[site.number] + ahead[reached]
+        kept = sum(sizes[later] for later in range(place + 1, len(sites)) if sites[later].end < reached)
+        if large:
+            kept += sum(held[number] for number in large if site.number < number < reached)
+            kept += 2 * sizes[place] if site.number in large else 0
+        most = max(most, both + kept)
+    size = next(network.parameters()).element_size()
+    each, chunk = size * (held[0] + most), size * running
+    return max(MEMORY // (each + math.ceil(chunk / 8)), (MEMORY - CHUNK * chunk) // each)
 
 
 def recorded(network: nn.Module, images: Images) -> Recording:

@@ -152,18 +152,20 @@ class Recording:
                     seen.add(each)
                     call.last.append(each)
 
-    def most_elements(self) -> int:
-        """Return the number of elements that the values of a replay have at once, at most."""
+    def elements(self) -> tuple[list[int], int]:
+        """Return how many elements the values of a replay have before each call and at the end, and at most."""
         sizes: dict[int, int] = {}
         for stored, given in zip(self._args, self._shapes, strict=True):
             sizes |= {place.index: math.prod(shape) for place, shape in zip(values_in(stored), given, strict=True)}
-        most = sum(sizes.values())
+        held = [sum(sizes.values())]
+        most = held[0]
         for call in self.calls:
             sizes |= {index: math.prod(shape) for index, shape in zip(call.outs, call.shapes, strict=True)}
             most = max(most, sum(sizes.values()))
             for index in call.last:
                 sizes.pop(index, None)
-        return most
+            held.append(sum(sizes.values()))
+        return held, most
 
     def start(self, inputs: Sequence[Any]) -> State:
         """Begin a replay on other inputs of the same shapes."""

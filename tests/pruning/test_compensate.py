@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torchvision.models.swin_transformer import SwinTransformerBlock
 from compressor.core.errors import CompressorError
 from compressor.pruning import calibration
 from compressor.pruning.calibration import Reference
-from compressor.pruning.compensate import DenseMoments, compensate
+from compressor.pruning.compensate import DenseMoments, _Walk, compensate
 from compressor.pruning.least_squares import Gram, Regression, Ridge
 from compressor.pruning.moves import moved_back
 from compressor.pruning.plan import ChannelPlan
@@ -363,12 +365,38 @@ def test_what_is_refused() -> None:
         compensate(space, plan, DenseMoments(space, [images(8, 3, 16, 16)]))
 
 
-def test_memory_limits_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    space = PruningSpace(filled(UNet()), torch.zeros(1, 3, 16, 16))
-    plan = space.uniform(0.5)
-    each = 2 * 4 * Recording(space.model, [torch.zeros(1, 3, 16, 16)]).most_elements()
-    monkeypatch.setattr(calibration, "MEMORY", 12 * each)
-    assert compensate(space, plan, [images(48, 3, 16, 16)]).images == 12
+def bottlenecks() -> nn.Module:
+    block = torchvision.models.resnet.Bottleneck
+    down = nn.Sequential(nn.Conv2d(3, 16, 1, bias=False), nn.BatchNorm2d(16))
+    return nn.Sequential(block(3, 4, downsample=down), block(16, 4), block(16, 4), nn.Conv2d(16, 4, 3))
+
+
+@pytest.mark.parametrize(("network", "removed"), [(UNet, []), (bottlenecks, []), (bottlenecks, ["1"])])
+@pytest.mark.parametrize("largest", [2400, 20])
+def test_memory_limits_the_images(
+    network: Callable[[], nn.Module], removed: list[str], largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = PruningSpace(filled(network()), torch.zeros(1, 3, 16, 16))
+    plan = space.plan(space.uniform(0.9).widths, removed=removed)
+    held: list[int] = []
+
+    def and_look(walk: _Walk, *args: Any) -> tuple[Tensor, Tensor]:
+        found = advance(walk, *args)
+        tensors = [*walk.goals.values(), *walk.inputs.values(), *(chunk[0] for chunk in walk.images.chunks)]
+        tensors += [each for states in walk.states for state in states for each in state.values.values()]
+        memory = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+        held.append(sum(memory.values()))
+        return found
+
+    advance = _Walk._advance
+    monkeypatch.setattr(_Walk, "_advance", and_look)
+    for place in ("calibration", "compensate", "refit"):
+        monkeypatch.setattr(f"compressor.pruning.{place}.LARGEST", largest)
+    monkeypatch.setattr(calibration, "GOAL_BYTES", 0)
+    monkeypatch.setattr(calibration, "MEMORY", 2 * 2**20)
+    found = compensate(space, plan, [images(96, 3, 16, 16)])
+    assert found.images < 96
+    assert 0.3 * 2**21 < max(held) <= 2**21
 
 
 @pytest.mark.parametrize("goal_bytes", [0, 2**30])
