@@ -304,6 +304,20 @@ def _board(options: argparse.Namespace) -> Iterator[Item]:
         ("compress", "export", str(run), "--precision", "mixed", "--target", address, "--board", options.target),
         partial(_mixed_found, run, "mixed.tensorrt", "mixed"),
     )
+    mixed = options.results / "board-mixed"
+    yield Item(
+        "board/mixed-latency",
+        "Widths and precisions were searched together for a made-up board only: whether the file keeps a target there.",
+        300,
+        ("board",),
+        (
+            "compress", "--model", "mobilenet_v2", "--device", address, "--latency", "50%", "--precision", "mixed",
+            *QUICK, "--out", str(mixed),
+        ),
+        partial(_run_found, mixed, "latency"),
+        RAN,
+        mixed,
+    )  # fmt: skip
     energy = options.results / "board-energy"
     yield Item(
         "board/energy",

@@ -39,7 +39,7 @@ def profile(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16 or int8, by default fp16; on this machine mixed too, on its CPU not fp16."),
+        typer.Option(help="fp32, fp16 (not for this machine's CPU), int8, or mixed (not with --bundle)."),
     ] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="A new folder, to copy to a device and run there.")

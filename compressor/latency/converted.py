@@ -43,10 +43,9 @@ def any_inputs(header: OnnxHeader) -> npt.NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal((max(_CALIBRATION, batch), *shape)).astype(np.float32)
 
 
-def in_precision_beside(
-    dense: Path, slim: Path, request: Request, runtime: str = TENSORRT
-) -> tuple[bytes, bytes]:
+def in_precision_beside(dense: Path, slim: Path, request: Request, runtime: str) -> tuple[bytes, bytes]:
     """Return two FP32 files as a runtime runs them; a delivered file of the precision beside `slim` takes its place."""
+
     def converted(path: Path) -> bytes:
         return in_precision(path.read_bytes(), request.precision, runtime)
 

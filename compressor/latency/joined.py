@@ -1,20 +1,24 @@
 """The table of networks in mixed precision: those of floats and INT8, the conversions, and networks that were measured.
 
-The tables of both precisions are measured, or read from the cache, as for runs in one precision. What is measured in
-addition belongs to mixed precision alone: the time of conversions, and sub-networks with each part in its faster
+The tables of both precisions are measured, or read where they are kept, as for runs in one precision. What is measured
+in addition belongs to mixed precision alone: the time of conversions, and sub-networks with each part in its faster
 precision (`precisions.fastest`), in turns with the dense network in floats: FP32 on a CPU, FP16 with TensorRT. To these
 the correction of whole networks is fitted, as shares of the dense network's time: the load of the moment does not enter
 them. Some are held out for the error that the table states.
+
+Devices differ in what times a network (`MixingDevice.shares`): a runner of this machine, or bundles over ssh. Each
+measurement is written down at once, so that an interrupted table continues.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -22,6 +26,7 @@ from compressor.core.files import cache_folder
 from compressor.core.progress import bar, say
 from compressor.latency.assemble import (
     SECONDS_A_NETWORK,
+    Sample,
     correction_fields,
     export_candidate,
     held_out_fields,
@@ -29,16 +34,17 @@ from compressor.latency.assemble import (
     with_batch,
 )
 from compressor.latency.fit import Floats, fit_correction
+from compressor.latency.networks import NetworkTimes, TaggedNetwork
 from compressor.latency.operators import Operators, Widths, channels, network_signature
 from compressor.latency.precisions import measured_conversions
+from compressor.latency.remote_bundle import repeating
 from compressor.latency.sampling import anchor_widths, ends_of_depth, mixed_roles, random_widths, with_blocks
 from compressor.latency.schema import JoinedFields, Precision, TableFields, possible
-from compressor.latency.stored import Role, cached_table, measuring_alone
+from compressor.latency.stored import Journal, Record, Role, cached_table, heading_of, measuring_alone
 from compressor.latency.table import LatencyTable, cheaper
+from export.convert.to_onnx import DEFAULT_OPSET
 
 if TYPE_CHECKING:
-    from compressor.latency.measured import MeasuredDevice
-    from compressor.latency.networks import NetworkTimes
     from compressor.latency.precisions import PrecisionTimer
     from compressor.latency.request import Request
     from compressor.pruning.space import PruningSpace
@@ -54,11 +60,57 @@ ATTEMPTS = 2
 """Measurements of a network where the processor is slowed; the least slowed one counts."""
 
 
-def joined_table(device: MeasuredDevice, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
-    """Return the table of a device in mixed precision: from the cache if it was made of its present tables.
+@dataclass(frozen=True)
+class Shares:
+    """What times networks in mixed precision on a device.
+
+    Attributes:
+        of: Returns the time of an FP32 network with each part in its faster precision, as a share of the time of the
+            dense network in floats.
+        how: How long each network runs, and when the dense one does, for the table's protocol.
+    """
+
+    of: Callable[[TaggedNetwork], float]
+    how: str
+
+
+class MixingDevice(Protocol):
+    """A device on which networks run in floats, in INT8 and in mixed precision; see `TableProvider`.
+
+    Attributes:
+        cache_dir: Folder of the cache; None for the usual one.
+    """
+
+    is_here: ClassVar[bool]
+    cache_dir: str | Path | None
+
+    def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
+        """Return the table in one precision."""
+
+    def table_file(self, space: PruningSpace, request: Request) -> Path:
+        """Return the file of a network's table."""
+
+    def limit_s(self, request: Request) -> float:
+        """Return the seconds after which no further network is started."""
+
+    def precision_timer(self, request: Request) -> PrecisionTimer:
+        """Return what times a network's parts in floats and in INT8."""
+
+    def shares(self, dense: TaggedNetwork, request: Request, floats: LatencyTable) -> Shares:
+        """Return what times networks in mixed precision.
+
+        Args:
+            dense: The dense network in FP32.
+            request: What the table is needed for.
+            floats: The table in floats: the device is in its state, and the dense network in its precision.
+        """
+
+
+def joined_table(device: MixingDevice, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
+    """Return the table of a device in mixed precision: the stored one if it was made of its present tables.
 
     Args:
-        device: Has tables in floats and in int8, a timer of precisions, and a runner of networks in mixed precision.
+        device: The device.
         space, example, request: As in `TableProvider.table`.
     """
     timer = device.precision_timer(request)
@@ -77,57 +129,82 @@ def joined_table(device: MeasuredDevice, space: PruningSpace, example: Any, requ
         if (known := stored(quiet=True)) is not None:  # another process may have measured it while this one waited
             return known
         say("Measuring this network in mixed precision.")
-        table = _measured(device, space, with_batch(example, request.batch), request, timer, *parts)
+        parts_now = hashlib.sha256("".join(each.model_dump_json() for each in parts).encode()).hexdigest()
+        heading = heading_of(space, request.seed, tables=parts_now)
+        journal = Journal(path.with_suffix(".partial.jsonl"), heading)
+        table = _measured(device, space, with_batch(example, request.batch), request, timer, parts, journal)
         table.write(path)
+        journal.close()
         return table
 
 
 @possible()
 def _measured(
-    device: MeasuredDevice,
+    device: MixingDevice,
     space: PruningSpace,
     example: Any,
     request: Request,
     timer: PrecisionTimer,
-    floats: TableFields,
-    int8: TableFields,
+    parts: tuple[TableFields, TableFields],
+    journal: Journal,
 ) -> LatencyTable:
-    """Time conversions and networks in mixed precision, and fit the correction of whole networks."""
+    """Time conversions and networks in mixed precision, and fit the correction of whole networks.
+
+    Args:
+        device, space, request, timer: As in `joined_table`.
+        example: The network's arguments for one batch.
+        parts: The tables in floats and in INT8.
+        journal: Earlier measurements, and those to come.
+    """
+    floats, int8 = parts
     began, ranking, name = time.monotonic(), space.rank(), network_signature(space)
-    kinds: tuple[Precision, ...] = (timer.floats, "mixed")
+    if journal.records:
+        began -= journal.records[-1].at_s
+        say(f"Continuing with {len(journal.records)} earlier measurements.")
+    opset = DEFAULT_OPSET if device.is_here else request.opset
+
+    def export(widths: Widths) -> TaggedNetwork:
+        network = export_candidate(space, ranking, example, widths, opset=opset)
+        return network if device.is_here else replace(network, model=repeating(network.model))
+
     kind = timer.floats.upper()
-    in_floats, mixed = (device.runner(replace(request, precision=each)) for each in kinds)
-    dense = export_candidate(space, ranking, example, space.dense_row)
-    narrow = export_candidate(space, ranking, example, np.asarray(space.min_widths))
+    dense, narrow = (export(np.asarray(each)) for each in (space.dense_row, space.min_widths))
     found = measured_conversions([dense.model, narrow.model], timer)
     joined = JoinedFields(floats=floats, int8=int8, to_int8_ms=found.to_int8, to_float_ms=found.to_float)
-    unit = LatencyTable(floats).fitted_dense_ms(space)
-    rows: dict[Role, list[Widths]] = {"fit": [], "held": []}
-    times: dict[Role, list[float]] = {"fit": [], "held": []}
+    table = LatencyTable(floats)
+    unit, shares = table.fitted_dense_ms(space), device.shares(dense, request, table)
     wanted = _networks(space, request.seed)
     with bar("Measuring mixed precision", len(wanted)) as progress:
-        for place, (role, widths) in enumerate(wanted):
-            if place >= LEAST and time.monotonic() - began > device.limit_s(request):
+        progress.advance(len(journal.records))
+        for role, widths in wanted[len(journal.records) :]:
+            at_s = time.monotonic() - began
+            if len(journal.records) >= LEAST and at_s > device.limit_s(request):
                 break
-            network = export_candidate(space, ranking, example, widths)
-            share = _share(partial(in_floats.measure, dense), partial(mixed.measure, network))
-            rows[role].append(widths)
-            times[role].append(unit * share)
+            network = export(widths)
+            share = shares.of(network)
+            c_in, c_out = (each[0] for each in channels(space, widths[None]))
+            times = NetworkTimes(np.asarray([unit * share]), np.zeros((0, network.operators)))
+            row = tuple(int(width) for width in widths)
+            journal.add(Record(role, row, Sample(c_in, c_out, network, times), time.monotonic() - began))
             progress.advance(1, f"{share:.3f} of the dense network in {kind}")
+    fitted, held = ([each.sample for each in journal.records if each.role == role] for role in ("fit", "held"))
     known, priced = floats.networks[name], cheaper(joined, space)
     operators = Operators.of_keys(known.layers)
 
-    def sums(role: Role) -> tuple[Floats, Floats]:
+    def sums(samples: Sequence[Sample]) -> tuple[Floats, Floats]:
         """Return the operators' milliseconds and weight elements of each network."""
-        c_in, c_out = channels(space, np.stack(rows[role]))
+        c_in, c_out = np.stack([each.c_in for each in samples]), np.stack([each.c_out for each in samples])
         return priced(c_in, c_out).sum(axis=1), operators.cost(c_in, c_out).weights.sum(axis=1)
 
-    totals, weights = sums("fit")
-    correction = fit_correction(totals.tolist(), weights.tolist(), times["fit"])
+    def times_ms(samples: Sequence[Sample]) -> list[float]:
+        return [each.times.median_ms for each in samples]
+
+    totals, weights = sums(fitted)
+    correction = fit_correction(totals.tolist(), weights.tolist(), times_ms(fitted))
     fields = {
         "correction": correction_fields(correction),
-        "fitted_networks": len(rows["fit"]),
-        "held_out": held_out_fields(correction(*sums("held")).tolist(), times["held"]),
+        "fitted_networks": len(fitted),
+        "held_out": held_out_fields(correction(*sums(held)).tolist(), times_ms(held)),
         "seconds": round(time.monotonic() - began, 1),
     }
     return LatencyTable(
@@ -139,9 +216,10 @@ def _measured(
             streams=floats.streams,
             date=datetime.now(timezone.utc).date().isoformat(),
             how="measured",
-            protocol=f"tables in {kind} and INT8, and {len(rows['fit'])} measurements of sub-networks with each part "
-            f"in the faster one, each for {SECONDS_A_NETWORK} s after the dense network in {kind}; "
-            f"{len(rows['held'])} networks were held out{load_words(request.batch, request.streams)}",
+            protocol=f"tables in {kind} and INT8, and {len(fitted)} measurements of sub-networks with each part in the "
+            f"faster one, {shares.how} in {kind}; {len(held)} networks were held out"
+            + load_words(request.batch, request.streams),
+            sources=tuple(dict.fromkeys((*floats.sources, *int8.sources))),
             block=floats.block,
             networks={name: known.model_copy(update=fields)},
             joined=joined,
@@ -149,8 +227,12 @@ def _measured(
     )
 
 
-def _share(dense: Callable[[float], NetworkTimes], mixed: Callable[[float], NetworkTimes]) -> float:
-    """Return the time of a network as a share of the dense one's; measured again if the processor was slowed."""
+def share_of(dense: Callable[[float], NetworkTimes], mixed: Callable[[float], NetworkTimes]) -> float:
+    """Return the time of a network as a share of the dense one's; measured again if the processor was slowed.
+
+    Args:
+        dense, mixed: Measure the networks for a number of seconds.
+    """
     found: list[tuple[float, float]] = []
     for _ in range(ATTEMPTS):
         whole, part = (measure(SECONDS_A_NETWORK) for measure in (dense, mixed))

@@ -16,14 +16,13 @@ from compressor.core.progress import say
 from compressor.latency.assemble import SECONDS_A_NETWORK, Sample, with_batch
 from compressor.latency.backends.cpu import OrtProcess, measured
 from compressor.latency.backends.gpu import EngineDevice, device_of
-from compressor.latency.converted import in_precision, in_precision_beside
+from compressor.latency.converted import in_precision
 from compressor.latency.engine_precisions import EngineTimer
 from compressor.latency.fit import ALIGNMENT
-from compressor.latency.joined import joined_table
 from compressor.latency.machine import channel_block, clocks, cpu_model, governor
 from compressor.latency.measured import MeasuredDevice
 from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork
-from compressor.latency.precisions import REPEATS, CpuTimer, fastest, files_in_turns
+from compressor.latency.precisions import REPEATS, CpuTimer, fastest
 from compressor.latency.provider import TableProvider, register_device
 from compressor.latency.request import Request, Turns
 from compressor.latency.schema import DeviceFields
@@ -53,9 +52,9 @@ class LocalCpu(MeasuredDevice):
     name = LOCAL
     title = "this machine's CPU"
     is_here = True
-    mixes = True
     concurrent = True
     runtime = CPU
+    int8_form = ONNXRUNTIME
     precisions = ("fp32", "int8", "mixed")
     time_limit_s = 75.0
 
@@ -122,11 +121,6 @@ class LocalCpu(MeasuredDevice):
     def threads(self, request: Request) -> int:
         return request.threads
 
-    def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
-        if request.precision == "mixed":
-            return joined_table(self, space, example, request)
-        return super().table(space, example, request)
-
     def protocol(self, fitted: Sequence[Sample], unseen: int) -> str:
         return (
             f"{len(fitted)} measurements of sub-networks, each warmed up and run for {SECONDS_A_NETWORK} s: "
@@ -146,11 +140,6 @@ class LocalCpu(MeasuredDevice):
             for path, content in zip((first, second), self.files_in_turns(dense, slim, request), strict=True):
                 path.write_bytes(content)
             return measured(first, second, request, turns)
-
-    def files_in_turns(self, dense: Path, slim: Path, request: Request) -> tuple[bytes, bytes]:
-        if request.precision == "mixed":
-            return files_in_turns(dense, slim, self.precision_timer(request))
-        return in_precision_beside(dense, slim, request, ONNXRUNTIME)
 
     def precision_timer(self, request: Request, floats: Literal["fp32", "fp16"] | None = None) -> PrecisionTimer:
         if floats not in (None, "fp32"):
@@ -213,7 +202,7 @@ class LocalGpu(MeasuredDevice):
         self.precisions = TableProvider.precisions
         self.backend, self.runtime, self.version = backend, backend.runtime, backend.version
         self.through = backend.kind
-        if self.mixes:
+        if self.runs_tensorrt:
             self.precisions = (*self.precisions, "mixed")
 
     def runner(self, request: Request) -> Device:
@@ -221,19 +210,6 @@ class LocalGpu(MeasuredDevice):
             device = device_of(self.backend, "fp32", request.streams)  # they are converted here
             return Converted(device, partial(fastest, timer=self.precision_timer(request)), whole=True)
         return device_of(self.backend, request.precision, request.streams)
-
-    def block(self, precision: str) -> int:
-        return super().block("fp16" if precision == "mixed" else precision)
-
-    def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
-        if request.precision == "mixed":
-            return joined_table(self, space, example, request)
-        return super().table(space, example, request)
-
-    def files_in_turns(self, dense: Path, slim: Path, request: Request) -> tuple[bytes, bytes]:
-        if request.precision == "mixed":
-            return files_in_turns(dense, slim, self.precision_timer(request))
-        return super().files_in_turns(dense, slim, request)
 
     def describe(self) -> DeviceFields:
         gpu = self.backend.gpu
@@ -257,10 +233,6 @@ class LocalGpu(MeasuredDevice):
 
     def sources(self) -> tuple[str, ...]:
         return (f"driver for CUDA {self.backend.gpu.driver}",)
-
-    @property
-    def mixes(self) -> bool:  # type: ignore[override]
-        return self.runs_tensorrt
 
     def precision_timer(self, request: Request, floats: Literal["fp32", "fp16"] | None = None) -> PrecisionTimer:
         device = device_of(self.backend, "fp32", request.streams)  # files are converted already

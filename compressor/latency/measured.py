@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,7 +31,7 @@ from compressor.latency.assemble import (
     with_batch,
 )
 from compressor.latency.backends.gpu import fitted_shares
-from compressor.latency.converted import in_precision_beside
+from compressor.latency.joined import Shares, joined_table, share_of
 from compressor.latency.networks import Device, NetworkTimes, TaggedNetwork
 from compressor.latency.operators import Widths, network_signature
 from compressor.latency.paired import PairSession, Timing, burst_of, in_turns
@@ -140,6 +142,8 @@ class MeasuredDevice(TableProvider):
 
     # ---------------------------------------------------------------- tables
     def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
+        if request.precision == "mixed":
+            return joined_table(self, space, example, request)
         if len(first := tensors_in(example)[0]) != 1:
             raise CompressorError(
                 f"A latency table of this machine needs a batch of one input, got {tuple(first.shape)}."
@@ -233,9 +237,13 @@ class MeasuredDevice(TableProvider):
         journal.close()
         return table
 
-    def limit_s(self, request: Request) -> float:
-        """Return the seconds after which no further network of a table is started."""
-        return self.time_limit_s if request.time_limit_s is None else request.time_limit_s
+    def shares(self, dense: TaggedNetwork, request: Request, floats: LatencyTable) -> Shares:
+        """Return what times networks in mixed precision: each right after the dense one, by the runners of both."""
+        whole, mixed = (self.runner(replace(request, precision=each)) for each in (floats.fields.precision, "mixed"))
+        return Shares(
+            lambda network: share_of(partial(whole.measure, dense), partial(mixed.measure, network)),
+            f"each for {SECONDS_A_NETWORK} s after the dense network",
+        )
 
     def _sufficient(self, known: LatencyTable, space: PruningSpace, request: Request) -> bool:
         """Whether a table covers the space, and meets the goal or was given as much time as is available now."""
@@ -249,10 +257,6 @@ class MeasuredDevice(TableProvider):
         )
 
     # ---------------------------------------------------------------- runs
-    def files_in_turns(self, dense: Path, slim: Path, request: Request) -> tuple[bytes, bytes]:
-        """Return two FP32 files as they are timed in turns, in the requested precision."""
-        return in_precision_beside(dense, slim, request)
-
     def time(
         self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None
     ) -> Timing:

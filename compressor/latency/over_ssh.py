@@ -25,15 +25,18 @@ import numpy as np
 from compressor.core.errors import CompressorError
 from compressor.core.files import cache_folder, write_atomic
 from compressor.core.progress import bar, say
-from compressor.latency.converted import in_precision_beside
+from compressor.latency.converted import in_precision
 from compressor.latency.engine_precisions import EngineTimer
+from compressor.latency.joined import Shares, joined_table
 from compressor.latency.layout import signature
+from compressor.latency.operators import network_signature
 from compressor.latency.paired import PairSession, PairSessions, Timing, burst_of
+from compressor.latency.precisions import fastest
 from compressor.latency.provider import KnownDevice, TableProvider, register_device
 from compressor.latency.remote_bundle import DENSE, target_of, write_table_bundle
 from compressor.latency.remote_table import RUNTIME, table_of_results
 from compressor.latency.request import Request, Turns
-from compressor.latency.stored import keep, measuring_alone
+from compressor.latency.stored import keep, kept_path, measuring_alone
 from compressor.latency.table import LatencyTable, check_known, find_user_table
 from export.device.archive import CHECKSUMS
 from export.device.bundle import FORMAT, MANIFEST, pack_bundle, write_bundle
@@ -43,12 +46,16 @@ from export.errors import ExportError
 
 if TYPE_CHECKING:
     from compressor.latency.engine_precisions import Layers
+    from compressor.latency.networks import TaggedNetwork
     from compressor.latency.paired import Ratio
     from compressor.latency.precisions import PrecisionTimer
     from compressor.pruning.space import PruningSpace
 
 PROTOCOL: dict[str, Any] = {"duration_s": 5, "warmup_s": 2, "processes": 3}
 """Measurement of each network: seconds of runs, seconds of warm-up, number of turns."""
+
+MIXED_S = 3600.0
+"""Seconds after which no further network of a table in mixed precision is started, unless a request says otherwise."""
 
 SLIM = "slim"
 _TRTEXEC_HINT = (
@@ -321,7 +328,8 @@ def _require_same(table: LatencyTable, now: Mapping[str, str]) -> None:
     if differs := _differences(table, now):
         raise CompressorError(
             f"{table.device} has changed since its table was measured: {differs}.",
-            f"Restore that state, or measure again: compress profile --model MODEL --device {table.device}",
+            f"Restore that state, or measure again: compress profile --model MODEL --device {table.device} --precision "
+            f"{table.precision}",
         )
 
 
@@ -335,8 +343,9 @@ class SshDevice(TableProvider):
 
     name = "ssh"
     runtime = RUNTIME
-    mixes = True
+    precisions = (*TableProvider.precisions, "mixed")
     concurrent = True
+    cache_dir: str | Path | None = None
 
     @classmethod
     def known(cls) -> list[KnownDevice]:
@@ -346,12 +355,32 @@ class SshDevice(TableProvider):
         check_known(self.device)
 
     def table(self, space: PruningSpace, example: Any, request: Request) -> LatencyTable:
+        if request.precision == "mixed":
+            return joined_table(self, space, example, request)
         return ssh_table(self.device, space, example, request)
+
+    def table_file(self, space: PruningSpace, request: Request) -> Path:
+        """Return the file of a network's table among the user's."""
+        return kept_path(self.device, request.precision, network_signature(space), request.batch, request.streams)
+
+    def limit_s(self, request: Request) -> float:
+        return MIXED_S if request.time_limit_s is None else request.time_limit_s
+
+    def shares(self, dense: TaggedNetwork, request: Request, floats: LatencyTable) -> Shares:
+        """Return what times networks in mixed precision there: engines of a network's plans, then of the fastest."""
+        timer = self.precision_timer(request)
+        whole = in_precision(dense.model, timer.floats)
+
+        def share(network: TaggedNetwork) -> float:
+            return measured_over_ssh(self.device, whole, fastest(network.model, timer), floats, request).ratio.value
+
+        seconds, turns = PROTOCOL["duration_s"], PROTOCOL["processes"]
+        return Shares(share, f"each for {seconds} s in {turns} turns between two runs of the dense network")
 
     def time(
         self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None
     ) -> Timing:
-        networks = in_precision_beside(dense, slim, request)
+        networks = self.files_in_turns(dense, slim, request)
         return measured_over_ssh(self.device, *networks, table, request, turns)
 
     def precision_timer(self, request: Request, floats: Literal["fp32", "fp16"] | None = None) -> PrecisionTimer:

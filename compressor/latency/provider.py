@@ -10,6 +10,7 @@ CPU or GPU (`local`), a device that ssh reaches (`ssh`), and any other name, who
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from compressor.latency.request import Request, Turns
 from compressor.latency.schema import BLOCKS
 from compressor.latency.steps import refuse_table
 from compressor.latency.table import LatencyTable, check_known, shipped_tables, user_tables
+from export.convert.calibrated import TENSORRT
 
 if TYPE_CHECKING:
 
@@ -64,9 +66,9 @@ class TableProvider(ABC):
     Attributes:
         name: Value of --device, or its part before the first colon.
         runtime: Name of its runtime, as in latency tables.
-        precisions: Precisions in which networks run on it.
+        int8_form: Form of its INT8 files, a key of `export.convert.calibrated.FORMS`.
+        precisions: Precisions in which networks run on it; with `mixed` it has a `precision_timer`.
         measures: Whether networks can be timed on it from here.
-        mixes: Whether plans of precisions can be timed on it from here.
         concurrent: Whether several copies of a network can be timed on it at the same time.
         title: What messages call it; the value of --device by default.
         is_here: Whether it is this machine, which runs the engines that are built here.
@@ -75,9 +77,9 @@ class TableProvider(ABC):
 
     name: ClassVar[str] = ""
     runtime: str = "tensorrt"
+    int8_form: ClassVar[str] = TENSORRT
     precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
     measures: ClassVar[bool] = True
-    mixes: bool = False
     concurrent: ClassVar[bool] = False
     title: str = ""
     is_here: ClassVar[bool] = False
@@ -143,6 +145,23 @@ class TableProvider(ABC):
         Raises:
             CompressorError: There is no table, or the device cannot be measured.
         """
+
+    def limit_s(self, request: Request) -> float:
+        """Return the seconds after which no further network of a table is started; infinite without a limit."""
+        limit = self.time_limit_s if request.time_limit_s is None else request.time_limit_s
+        return math.inf if limit is None else limit
+
+    def files_in_turns(self, dense: Path, slim: Path, request: Request) -> tuple[bytes, bytes]:
+        """Return two FP32 files as they are timed in turns, in the requested precision.
+
+        A delivered file of that precision beside `slim` takes its place. In mixed precision the dense one is in floats.
+        """
+        from compressor.latency.converted import in_precision_beside
+        from compressor.latency.precisions import files_in_turns
+
+        if request.precision == "mixed":
+            return files_in_turns(dense, slim, self.precision_timer(request))
+        return in_precision_beside(dense, slim, request, self.int8_form)
 
     def time(
         self, dense: Path, slim: Path, request: Request, turns: Turns, table: LatencyTable | None = None

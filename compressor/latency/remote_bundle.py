@@ -113,7 +113,7 @@ def write_table_bundle(
                     role=role, widths=tuple(int(width) for width in widths), owner=network.owner,
                     weighted=weighted_nodes(network),
                 )  # fmt: skip
-                yield name, in_precision(_repeating(network.model), request.precision)
+                yield name, in_precision(repeating(network.model), request.precision)
                 progress.advance(1, name)
 
     try:
@@ -190,7 +190,7 @@ def candidate_rows(
     return {DENSE if place == 0 else f"n{place:02d}": entry for place, entry in enumerate(found)}
 
 
-def _repeating(content: bytes) -> bytes:
+def repeating(content: bytes) -> bytes:
     """Return the network with the first values of each large weight repeated over the whole tensor."""
     import onnx
     from onnx import numpy_helper

@@ -23,8 +23,8 @@ Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
 """Of networks; `mixed` is int8 or floats for each operator, whichever is faster."""
 
-BLOCKS = {"fp16": 8, "int8": 32}
-"""Channels that tensor cores compute at once, by precision; 1 in others."""
+BLOCKS = {"fp16": 8, "int8": 32, "mixed": 8}
+"""Channels that tensor cores compute at once, by precision; 1 in others. In mixed precision those of its floats."""
 
 FASTEST_MS = 1e-5
 """No device computes an operator in ten nanoseconds: a smaller time has another unit."""

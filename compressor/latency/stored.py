@@ -60,11 +60,15 @@ def keep(table: LatencyTable) -> Path:
         if other.device == table.device and not is_address(table.device):  # which is checked before each use
             _require_same_device(table, other, path)
     _require_not_another_module(table)
-    (network,) = table.fields.networks  # one file for each device, precision, load and network
-    load = load_label(table.fields.batch, table.fields.streams)
-    path = tables_folder() / f"{_stem(table.device)}.{table.precision}{load}.{network}.json"
+    (network,) = table.fields.networks
+    path = kept_path(table.device, table.precision, network, table.fields.batch, table.fields.streams)
     table.write(path)
     return path
+
+
+def kept_path(device: str, precision: str, network: str, batch: int, streams: int) -> Path:
+    """Return the file of a device's table in the user's folder: one for each precision, load and network."""
+    return tables_folder() / f"{_stem(device)}.{precision}{load_label(batch, streams)}.{network}.json"
 
 
 def _require_same_device(table: LatencyTable, other: LatencyTable, path: Path) -> None:

@@ -88,7 +88,7 @@ class Recipe(Part):
     precision: Literal["auto", "fp32", "fp16", "int8", "mixed"] = Field(
         "auto",
         description="Precision on the device; auto is fp16, or the device's first precision if it does not run fp16, "
-        "as on a CPU. mixed, on this machine, is fp32 (with TensorRT fp16) or int8 for each layer, whichever is faster "
+        "as on a CPU. mixed (here or over ssh) is fp32 (with TensorRT fp16) or int8 per layer, whichever is faster "
         "for its width; the search prices layers so, and shares of latency are those of the dense network in floats.",
     )
     threads: Positive = Field(

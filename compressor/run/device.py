@@ -58,11 +58,7 @@ def device_precision(recipe: Recipe) -> Precision:
 
 def int8_runtime(recipe: Recipe) -> str:
     """Return what a recipe's INT8 files are for: ONNX Runtime on this machine's CPU, else TensorRT."""
-    from export.convert.calibrated import ONNXRUNTIME, TENSORRT
-    from export.device.here import CPU
-
-    provider = provider_of(recipe)
-    return ONNXRUNTIME if provider.is_here and provider.runtime == CPU else TENSORRT
+    return provider_of(recipe).int8_form
 
 
 def check_precision(recipe: Recipe) -> None:
@@ -72,23 +68,23 @@ def check_precision(recipe: Recipe) -> None:
         CompressorError: The device is unknown or cannot be used so.
     """
     provider = provider_of(recipe)
-    if recipe.precision == "mixed" and "mixed" not in provider.precisions:
+    if "mixed" in (recipe.precision, *recipe.export.precisions) and "mixed" not in provider.precisions:
         raise CompressorError(
-            "Widths are searched in mixed precision on this machine's CPU, or with TensorRT on its GPU; this run is "
-            f"for {provider.title}.",
-            "Use fp16 or int8, and choose the precisions of the finished network: compress export RUN --precision mixed"
-            if provider.mixes
-            else "Use int8, which keeps sensitive layers in floats.",
-        )
-    if "mixed" in recipe.export.precisions and not provider.mixes:
-        raise CompressorError(
-            f"Mixed precision is chosen by measured times, and none can be measured on {provider.title} from here.",
-            "Use int8, which keeps sensitive layers in floats, or a device that is reached over ssh.",
+            "Mixed precision is chosen by times that are measured meanwhile: on this machine's CPU, or with TensorRT "
+            f"on its GPU or on a device that ssh reaches. This run is for {provider.title}.",
+            "Use int8, which keeps sensitive layers in floats, or give the device's address: --device ssh://user@host",
         )
     provider.check(recipe.precision)
-    if recipe.budgets.energy is not None and provider.is_here and device_precision(recipe) != "fp32":
+    if recipe.budgets.energy is None:
+        return
+    if provider.is_here and device_precision(recipe) != "fp32":
         raise CompressorError(
             f"An energy budget counts FP32 networks, and this run is for {recipe.precision}.", "Use --precision fp32."
+        )
+    if recipe.precision == "mixed":
+        raise CompressorError(
+            "An energy budget counts networks in one precision, and this run is for mixed.",
+            "Use --precision fp32, fp16 or int8.",
         )
 
 

@@ -73,6 +73,11 @@ def write_bundle(recipe: Recipe, folder: Path) -> Iterator[str]:
     if provider_of(recipe).measures:
         raise CompressorError(f"{recipe.device} is measured from here and needs no bundle.", "Leave out --bundle.")
     check_name(recipe.device)
+    if recipe.precision == "mixed":
+        raise CompressorError(
+            "A bundle has networks in one precision: in mixed precision, the times say what is measured next.",
+            "Use --precision fp16 or int8, or give the device's address: --device ssh://user@host",
+        )
     require_empty(folder)
     recipe = _for_latency(recipe)
     space, example = _traced(recipe)

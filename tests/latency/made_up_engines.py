@@ -8,16 +8,16 @@ product writes for others is cast.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
-from compressor.latency.backends.gpu import _operators
-from compressor.latency.converted import in_precision
-from compressor.latency.networks import NetworkTimes, TaggedNetwork
-from compressor.latency.schema import Precision
 from export.convert.half import FUSED
+
+if TYPE_CHECKING:
+    from compressor.latency.networks import NetworkTimes, TaggedNetwork
+    from compressor.latency.schema import Precision
 
 HALF, INT8 = (0.010, 4e-6), (0.016, 1e-6)
 """Milliseconds of a product in either precision: a launch, and each of its weights."""
@@ -105,5 +105,10 @@ class MadeUpEngines:
         return found if self.named else [(f"__myl_Fc_{place}", ms) for place, (_, ms) in enumerate(found)]
 
     def measure(self, network: TaggedNetwork, seconds: float) -> NetworkTimes:
+        # imported here, as the stand-in for trtexec imports this file in a process for each engine
+        from compressor.latency.backends.gpu import _operators
+        from compressor.latency.converted import in_precision
+        from compressor.latency.networks import NetworkTimes
+
         layers = engine_layers(in_precision(network.model, self.precision))
         return NetworkTimes(np.full(40, sum(ms for _, ms in layers)), _operators(layers, network))

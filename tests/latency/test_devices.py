@@ -118,6 +118,7 @@ def test_every_table_says_what_it_is(name: str) -> None:
 def test_recommended_granularity() -> None:
     assert TableProvider.for_device("jetson-nano").block("fp16") == 8
     assert TableProvider.for_device("jetson-nano").block("int8") == 32
+    assert TableProvider.for_device("ssh://me@orin.local").block("mixed") == 8
     assert TableProvider.for_device("jetson-nano").block("fp32") == 1
     assert LocalCpu().block("fp32") == channel_block()
 

@@ -14,8 +14,8 @@ from compressor.budgets.energy import find_meter
 from compressor.core.errors import CompressorError
 from compressor.latency import over_ssh, remote_bundle
 from compressor.latency.converted import in_precision
-from compressor.latency.over_ssh import energy_over_ssh, measured_over_ssh, ssh_table
-from compressor.latency.request import Request
+from compressor.latency.over_ssh import SshDevice, energy_over_ssh, measured_over_ssh, ssh_table
+from compressor.latency.request import Request, Turns
 from compressor.latency.table import LatencyTable, find_user_table
 from compressor.pruning.space import PruningSpace
 from export.device.bundle import BundleInfo
@@ -23,6 +23,7 @@ from export.errors import ExportError
 from export.files import sha256_bytes
 from tests.export.device.fake_trtexec import make_trtexec
 from tests.export.device.local_sshd import Board, open_board
+from tests.latency.made_up_engines import whole_ms
 
 ASKED = Request("small", "fp16")
 
@@ -128,6 +129,26 @@ def test_single_networks(
     assert [each.runtime for each in stats] == ["tensorrt", "tensorrt"]
     assert 0 < stats[1].median_ms < stats[0].median_ms
     assert (stats[0].runs, stats[1].runs) == (126, 63)  # dense first and last in each of three turns
+    assert left(board) == []
+
+
+def test_two_networks_in_mixed_precision(
+    board: Board, space: PruningSpace, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slim one has each part in its faster precision, found there: faster than in FP16, and than in INT8."""
+    has(board, "10.3.0", rule="precisions")
+    dense, slim = tmp_path / "dense.onnx", tmp_path / "slim.onnx"
+    for path, widths in ((dense, space.dense_widths), (slim, space.round(0.7 * space.dense_widths))):
+        path.write_bytes(remote_bundle.export_candidate(space, space.rank(), example, widths).model)
+    device, request = SshDevice(board.url), Request(precision="mixed")
+    found = device.time(dense, slim, request, Turns())
+    took = {
+        kind: 0.05 + 0.9 * whole_ms(in_precision(slim.read_bytes(), kind)) for kind in ("fp16", "int8")
+    }
+    assert found.slim.median_ms < 0.99 * min(took.values())
+    whole = 0.05 + 0.9 * whole_ms(in_precision(dense.read_bytes(), "fp16"))
+    assert found.dense.median_ms == pytest.approx(whole, rel=1e-3)
+    assert found.ratio.value == pytest.approx(found.slim.median_ms / whole, rel=1e-2)
     assert left(board) == []
 
 

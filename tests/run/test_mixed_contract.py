@@ -244,8 +244,14 @@ def test_a_table_is_measured_beforehand(tmp_path: Path) -> None:
     assert "operators of the dense network" in " ".join(result.output.split())
 
 
-def test_devices_for_which_it_is_not_built() -> None:
-    for name in ("ssh://me@orin.local", "jetson-orin-nano-8gb"):
-        with pytest.raises(CompressorError, match=f"on its GPU; this run is for {name}") as refused:
-            run_recipe(wanted("45%").changed({"device": name}))
-        assert "int8" in str(refused.value.hint)
+def test_a_device_that_is_not_measured(tmp_path: Path) -> None:
+    with pytest.raises(CompressorError, match=r"ssh reaches\. This run is for jetson-orin-nano-8gb") as refused:
+        run_recipe(wanted("45%").changed({"device": "jetson-orin-nano-8gb"}), out=tmp_path / "run")
+    assert "Use int8" in str(refused.value.hint)
+    assert "--device ssh://user@host" in str(refused.value.hint)
+    assert not (tmp_path / "run").exists()
+    options = ["--model", "tests.nets:tiny", "--precision", "mixed", "--device", "my-orin"]
+    result = CliRunner().invoke(app, ["profile", *options, "--bundle", str(tmp_path / "bundle")])
+    assert result.exit_code == 2
+    assert "A bundle has networks in one precision" in " ".join(result.output.split())
+    assert not (tmp_path / "bundle").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -13,19 +14,22 @@ from typer.testing import CliRunner
 
 from compressor import Recipe, run_recipe
 from compressor.cli.app import app
+from compressor.core.errors import CompressorError
 from compressor.core.manifest import Export, Manifest
-from compressor.latency import local, over_ssh
+from compressor.latency import joined, local, over_ssh, remote_bundle
 from compressor.latency.converted import in_precision
 from compressor.latency.local import LocalGpu
 from compressor.latency.precisions import PrecisionTimer
 from compressor.latency.request import Request
 from compressor.latency.table import LatencyTable
+from compressor.run.measure import measure_again
 from export.device import here
 from export.device.here import Backend
 from export.engine.cuda import Device
 from export.engine.trt import RTX
 from tests.export.device.fake_trtexec import known_layers, make_trtexec
 from tests.latency import made_up_engines
+from tests.latency.made_up_board import URL, MadeUpBoard
 from tests.latency.made_up_engines import MadeUpEngines, whole_ms
 from tests.latency.remote_bundle import needs_shell
 from tests.latency.remote_bundle import run as run_bundle
@@ -85,13 +89,16 @@ def check_file(path: Path, entry: Export) -> None:
     assert chosen.ratio <= 1.01 * min(plan.ratio for plan in entry.plans) < 1
 
 
-def test_widths_and_precisions_are_chosen_together(tmp_path: Path, gpu: None) -> None:
-    """The delivered file keeps a target that neither FP16 nor INT8 alone keeps at its widths."""
-    wanted = recipe(
+def searched(**fields: Any) -> Recipe:
+    """A recipe that searches widths and precisions."""
+    return recipe(
         precision="mixed", budgets={"latency": "40%"}, agent="knapsack", epochs=6,
-        pruning={"granularity": 4, "min_share": 0.1},
+        pruning={"granularity": 4, "min_share": 0.1}, **fields,
     )  # fmt: skip
-    run = run_recipe(wanted, out=tmp_path / "run").directory
+
+
+def check_contract(run: Path, where: str) -> Manifest:
+    """The delivered file keeps a target that neither FP16 nor INT8 alone keeps at its widths."""
     manifest = Manifest.read(run / "manifest.json")
     (budget,) = manifest.budgets
     dense_ms = whole_ms(in_precision((run / "checkpoints" / "dense.onnx").read_bytes(), "fp16"))
@@ -107,14 +114,43 @@ def test_widths_and_precisions_are_chosen_together(tmp_path: Path, gpu: None) ->
     assert table.fields.joined is not None
     assert (table.precision, table.fields.joined.floats.precision) == ("mixed", "fp16")
     check_file(run / "model.mixed.onnx", manifest.exports["mixed"])
-    assert manifest.exports["mixed"].timed_on == "this machine's NVIDIA GeForce RTX 4090, tensorrt 10.3.0"
+    assert manifest.exports["mixed"].timed_on == where
     page = " ".join((run / "report.html").read_text().split())
     assert "mixed precision, the dense network in fp16" in page
-    assert "shares of that of the network in FP16, which was timed in turns with each plan on this machine" in page
+    words = f"shares of that of the network in FP16, which was timed in turns with each plan on {where}"
+    assert html.escape(words).replace("&#x27;", "&#39;") in page
     assert "In FP16" in page
+    return manifest
+
+
+def test_widths_and_precisions_are_chosen_together(tmp_path: Path, gpu: None) -> None:
+    run = run_recipe(searched(), out=tmp_path / "run").directory
+    manifest = check_contract(run, "this machine's NVIDIA GeForce RTX 4090, tensorrt 10.3.0")
     pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
     engine = next(each for each in manifest.engines if "mixed" in each.file)
     assert (engine.precision, (run / engine.file).stat().st_size) == ("int8", engine.bytes)
+
+
+def test_a_device_over_ssh_searches_them_alike(
+    tmp_path: Path, cheap_int8: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tables, prices and verdicts by bundles that ran there."""
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(over_ssh, "MIXED_S", 0.0)
+    monkeypatch.setattr(remote_bundle, "LEVELS", 3)
+    there = MadeUpBoard().plug(monkeypatch)
+    run = run_recipe(searched(device=URL), out=tmp_path / "run").directory
+    manifest = check_contract(run, f"NVIDIA Orin ({URL}), tensorrt 10.3.0")
+    assert (manifest.latency.device, manifest.latency.runtime) == (URL, "tensorrt 10.3.0")
+    judged = [order for order in there.ran if order == ["dense", "slim", "dense"]]
+    assert len(judged) == joined.LEAST + len(manifest.rounds)
+    table = LatencyTable.read(run / "latency_table.json")
+    assert "board 0123456789abcdef" in table.fields.sources
+    assert f"slim takes {manifest.latency.ratio:.1%} of the dense" in " ".join(measure_again(run))
+    there.facts["power_mode"] = "15W"
+    with pytest.raises(CompressorError, match="the power mode is 15W, and was MAXN") as refused:
+        list(measure_again(run))
+    assert "--precision mixed" in str(refused.value.hint)
 
 
 @pytest.fixture
