@@ -25,6 +25,7 @@ from compressor.run.load import builder_of, load_images, missing_data, network_o
 from compressor.run.onnx_files import (
     COMPARED_IMAGES,
     MODEL,
+    Conversion,
     build_engine_of,
     drawn,
     one_array,
@@ -215,22 +216,25 @@ class Finished:
             provider = provider_of(self.recipe)
             runtime = "" if request.target else self.run.manifest.latency.runtime or provider.runtime
             here = runtime.startswith(CPU)
-            yield from write_precision(
-                self.run,
-                self.task,
-                self.model,
-                request.precision,
-                request.max_drop,
+            conversion = Conversion(
+                run=self.run,
+                task=self.task,
+                network=self.model,
+                source=fp32,
+                target=self.path_of(request),
+                precision=request.precision,
+                max_drop_points=request.max_drop,
                 goals=self.goals,
-                method=request.method,
                 rounding=request.rounding,
                 rest=request.rest or ("fp32" if here else "fp16"),
                 runtime=ONNXRUNTIME
                 if here and request.rest is None and request.format == "onnx"
                 else TENSORRT,
+                method=request.method,
                 timer=self._timer(request) if request.precision == "mixed" else None,
-                source=None if fp32 == self.run.file(MODEL) else fp32,
-                path=self.path_of(request),
+            )
+            yield from write_precision(
+                conversion,
                 engine=request.format == "onnx"
                 and not self.batch(request).open
                 and request.target is None

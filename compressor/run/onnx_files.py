@@ -5,7 +5,8 @@ A file in another precision is compared and scored as well before it is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from compressor.latency.operators import channels
 from compressor.run.device import int8_runtime, opset_of, provider_of, request_of
 from compressor.run.folder import RunFolder, refuse_changed, refuse_front
 from compressor.training.feeds import inputs_in, joined, random_inputs
-from export.convert.calibrated import ONNXRUNTIME, TENSORRT
+from export.convert.calibrated import ONNXRUNTIME
 from export.convert.trees import tensors_in
 
 if TYPE_CHECKING:
@@ -41,6 +42,61 @@ COMPARED = "checkpoints/compared.onnx"
 COMPARED_IMAGES = 64  # number of images for comparing an exported file with the network
 CALIBRATION_IMAGES = 256
 JUDGING_IMAGES = 2000
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a file in another precision is made from, and how.
+
+    Attributes:
+        run: Run whose network it is; its manifest gets the file.
+        task: Task of the run.
+        network: Network that the FP32 file was exported from.
+        source, target: FP32 file and new file.
+        precision: "fp16", "int8" or "mixed".
+        max_drop_points: Percentage points of accuracy that the file may lose; of other scores, per cent of their value.
+        goals: What the test score compares with; see `Task.test_goals`.
+        rounding: How INT8 weights are rounded: to the "nearest", or for the "outputs" of their layers.
+        rest: Precision of the layers that INT8 leaves out: "fp32" or "fp16".
+        runtime: What an INT8 file is for; see `export.convert.calibrated.FORMS`.
+        method: How INT8 ranges are calibrated: "minmax", "entropy" or "percentile".
+        timer: Device on which mixed precision is chosen, instead of `rest` and `runtime`; needed for that only.
+    """
+
+    run: RunFolder
+    task: Task
+    network: nn.Module
+    source: Path
+    target: Path
+    precision: str
+    max_drop_points: float
+    goals: Any
+    rounding: str
+    rest: str
+    runtime: str
+    method: str = "minmax"
+    timer: PrecisionTimer | None = None
+
+    @property
+    def seed(self) -> int:
+        """Seed of the inputs that are drawn."""
+        return int(self.run.manifest.seed or 0)
+
+    def calibration(self) -> Any:
+        """Draw the inputs (N, ...) that INT8 ranges are calibrated with.
+
+        Raises:
+            CompressorError: The network has several inputs.
+        """
+        return one_array(drawn(self.task, self.task.calibration, CALIBRATION_IMAGES, self.seed), "INT8")
+
+    def judge(self) -> Callable[[Path], float]:
+        """Return the function that scores a file on the search split, 0 to 1."""
+        return self.task.file_judge(JUDGING_IMAGES, self.seed, self.network)
+
+    def scored(self, path: Path) -> tuple[float | None, int | None]:
+        """Return a file's score on the test split, and the number of inputs."""
+        return scored(path, self.task, self.network, self.goals)
 
 
 def file_of(precision: str) -> str:
@@ -130,19 +186,21 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
     for precision in dict.fromkeys([recipe.precision, *recipe.export.precisions]):
         if precision == "fp32":
             continue
-        for line in write_precision(
-            run,
-            job.task,
-            slim,
-            precision,
-            recipe.export.max_drop,
+        conversion = Conversion(
+            run=run,
+            task=job.task,
+            network=slim,
+            source=run.file(MODEL),
+            target=run.file(file_of(precision)),
+            precision=precision,
+            max_drop_points=recipe.export.max_drop,
             goals=job.goals,
             rounding=recipe.export.rounding,
             rest="fp32" if runtime == ONNXRUNTIME else "fp16",
             runtime=runtime,
-            engine=provider.is_here,
             timer=provider.precision_timer(request_of(recipe)) if precision == "mixed" else None,
-        ):
+        )
+        for line in write_precision(conversion, engine=provider.is_here):
             say(line)
 
 
@@ -286,23 +344,7 @@ def build_engine_of(
     return [engine], f"{done} {path.name} for compute capability {engine.compute_capability} with {info.module}."
 
 
-def write_precision(
-    run: RunFolder,
-    task: Task,
-    network: nn.Module,
-    precision: str,
-    max_drop_points: float,
-    *,
-    goals: Any = None,
-    method: str = "minmax",
-    rounding: str = "nearest",
-    rest: str,
-    runtime: str = TENSORRT,
-    source: Path | None = None,
-    path: Path | None = None,
-    engine: bool = True,
-    timer: PrecisionTimer | None = None,
-) -> Iterator[str]:
+def write_precision(conversion: Conversion, *, engine: bool) -> Iterator[str]:
     """Write the run's network in another precision, check it on the test split, and build its engine.
 
     INT8 keeps the most sensitive layers in floating point until the accuracy on the search split is within the allowed
@@ -310,20 +352,8 @@ def write_precision(
     loses more there is rejected.
 
     Args:
-        run: Run whose FP32 file is exported.
-        task: Task of the run.
-        network: Network that the FP32 file was exported from.
-        precision: "fp16", "int8" or "mixed".
-        max_drop_points: Percentage points of accuracy that the file may lose; of other scores, per cent of their value.
-        goals: What the test score compares with; see `Task.test_goals`.
-        method: How INT8 ranges are calibrated: "minmax", "entropy" or "percentile".
-        rounding: How INT8 weights are rounded: to the "nearest", or for the "outputs" of their layers.
-        rest: Precision of the layers that INT8 leaves out: "fp32" or "fp16".
-        runtime: What an INT8 file is for; see `export.convert.calibrated.FORMS`.
-        source: FP32 file; None for the run's.
-        path: Path of the new file; None for `model.PRECISION.onnx`.
+        conversion: What the file is made from, and how.
         engine: Whether to build its engine; a file for ONNX Runtime gets none.
-        timer: Device on which mixed precision is chosen; needed for that only.
 
     Yields:
         Lines for the user.
@@ -331,41 +361,31 @@ def write_precision(
     Raises:
         CompressorError, ExportError: The precision is unknown, or the drop is larger than allowed; nothing is written.
     """
-    if precision not in ("fp16", "int8", "mixed"):
+    run, task, target = conversion.run, conversion.task, conversion.target
+    if conversion.precision not in _CONVERTED:
         raise CompressorError(
-            f"--precision {precision} is not exported.",
+            f"--precision {conversion.precision} is not exported.",
             "Choose fp16, int8 or mixed; the run has model.onnx in fp32.",
         )
-    if timer is not None:
-        runtime = timer.runtime
-    given, goal = source or run.file(MODEL), path or run.file(file_of(precision))
-    exact = run.manifest.accuracy.exported
-    if source or exact is None:
-        exact = scored(given, task, network, goals)[0]
-    with replacing(goal) as trial:
-        seed = int(run.manifest.seed or 0)
-        if precision == "fp16":
-            facts = _half(given, trial, task, network, seed)
-        elif timer is not None:
-            facts = _mixed(given, trial, task, network, seed, max_drop_points, method, rounding, timer)
-        else:
-            trained = {name: (low, high) for name, (low, high) in run.manifest.trained_ranges.items()}
-            facts = _int8(given, trial, task, network, seed, max_drop_points, method, rounding, rest, runtime, trained)
-        facts["accuracy"], facts["images"] = scored(trial, task, network, goals)
-        problem = _lost(task, facts, exact, max_drop_points)
-        if problem := problem or _differs(given, trial, task, network, seed, precision, facts):
+    exact = run.manifest.accuracy.exported if conversion.source == run.file(MODEL) else None
+    if exact is None:
+        exact = conversion.scored(conversion.source)[0]
+    with replacing(target) as trial:
+        facts = _CONVERTED[conversion.precision](conversion, trial)
+        facts["accuracy"], facts["images"] = conversion.scored(trial)
+        if problem := _lost(conversion, facts, exact) or _differs(conversion, trial, facts):
             raise CompressorError(
-                f"{goal.name}: {problem}", "Allow more with --max-drop (a recipe: export.max_drop)."
+                f"{target.name}: {problem}", "Allow more with --max-drop (a recipe: export.max_drop)."
             )
-    yield f"Wrote {goal}: {facts.pop('words')}."
+    yield f"Wrote {target}: {facts.pop('words')}."
     if exact is not None and facts["accuracy"] is not None:
         metric, images = task.metric, facts["images"]
         of = "" if images is None else f" on {images} test images"
         yield f"{metric.title}{of}: {metric.text(facts['accuracy'])} (FP32 {metric.text(exact)})."
-    entry = Export(file=goal.name, bytes=goal.stat().st_size, **facts)
+    entry = Export(file=target.name, bytes=target.stat().st_size, **facts)
     built: list[Engine] = []
-    if engine and (precision == "fp16" or runtime == TENSORRT):
-        built, note = build_engine_of(run, goal)
+    if engine and entry.runtime != ONNXRUNTIME:
+        built, note = build_engine_of(run, target)
         yield note
     record(run, entry, built)
 
@@ -390,86 +410,75 @@ def record(run: RunFolder, entry: Export, engines: Sequence[Engine] = (), key: s
     run.save()
 
 
-def _half(given: Path, trial: Path, task: Task, network: nn.Module, seed: int) -> dict[str, Any]:
+def _half(conversion: Conversion, trial: Path) -> dict[str, Any]:
+    """Write the FP16 file; like `_int8` and `_mixed`, return the fields of its `Export`, and `words` for the user."""
     from export.convert.half import convert_half
 
-    inputs = drawn(task, task.search or task.calibration, CALIBRATION_IMAGES, seed)
-    half = convert_half(given, trial, inputs=tensors_in(inputs)[0].numpy() if len(tensors_in(inputs)) == 1 else None)
+    task = conversion.task
+    inputs = tensors_in(drawn(task, task.search or task.calibration, CALIBRATION_IMAGES, conversion.seed))
+    half = convert_half(conversion.source, trial, inputs=inputs[0].numpy() if len(inputs) == 1 else None)
     return {
         "kept_fp32": [kept.node for kept in half.kept],
         "words": f"{half.converted} nodes in half precision, {len(half.kept)} kept in FP32",
     }
 
 
-def _int8(
-    given: Path,
-    trial: Path,
-    task: Task,
-    network: nn.Module,
-    seed: int,
-    max_drop_points: float,
-    method: str,
-    rounding: str,
-    rest: str,
-    runtime: str,
-    trained: Mapping[str, tuple[float, float]],
-) -> dict[str, Any]:
+def _int8(conversion: Conversion, trial: Path) -> dict[str, Any]:
     from export.convert.quantize import quantize_within
 
-    calibration = one_array(drawn(task, task.calibration, CALIBRATION_IMAGES, seed), "INT8")
+    calibration = conversion.calibration()
+    ranges = conversion.run.manifest.trained_ranges
     within = quantize_within(
-        given,
+        conversion.source,
         trial,
         calibration,
-        task.file_judge(JUDGING_IMAGES, seed, network),
-        max_drop=max_drop_points / 100,
-        method=method,
-        rest=rest,
-        runtime=runtime,
-        rounding=rounding,
-        trained=trained,
+        conversion.judge(),
+        max_drop=conversion.max_drop_points / 100,
+        method=conversion.method,
+        rest=conversion.rest,
+        runtime=conversion.runtime,
+        rounding=conversion.rounding,
+        trained={name: (low, high) for name, (low, high) in ranges.items()},
     )
-    kept, counts = list(within.quant.kept), task.spread(CALIBRATION_IMAGES, seed)
+    kept, counts = list(within.quant.kept), conversion.task.spread(CALIBRATION_IMAGES, conversion.seed)
     spread = f", {min(counts.values())} to {max(counts.values())} of each class" if counts else ""
     by_training = f", {within.quant.trained} ranges of the training, the others" if within.quant.trained else ""
     return {
         "kept_float": kept,
-        "calibration": method,
+        "calibration": conversion.method,
         "calibration_images": len(calibration),
         "calibration_classes": counts,
-        "rest": rest,
-        "runtime": runtime,
-        "rounding": rounding,
+        "rest": conversion.rest,
+        "runtime": conversion.runtime,
+        "rounding": conversion.rounding,
         "trained_ranges": within.quant.trained,
         "words": f"{len(within.quant.quantised)} nodes in INT8, {len(kept)} kept in floats{by_training}, calibrated on "
         f"{len(calibration)} training images{spread}",
     }
 
 
-def _mixed(
-    given: Path,
-    trial: Path,
-    task: Task,
-    network: nn.Module,
-    seed: int,
-    max_drop_points: float,
-    method: str,
-    rounding: str,
-    timer: PrecisionTimer,
-) -> dict[str, Any]:
+def _mixed(conversion: Conversion, trial: Path) -> dict[str, Any]:
     from compressor.run.mixed import write_mixed
 
-    calibration = one_array(drawn(task, task.calibration, CALIBRATION_IMAGES, seed), "INT8")
-    judge = task.file_judge(JUDGING_IMAGES, seed, network)
-    most = max_drop_points / 100
-    made = write_mixed(given, trial, calibration, judge, timer, max_drop=most, method=method, rounding=rounding)
+    timer = conversion.timer
+    assert timer is not None  # mixed precision is chosen by times
+    made = write_mixed(
+        conversion.source,
+        trial,
+        conversion.calibration(),
+        conversion.judge(),
+        timer,
+        max_drop=conversion.max_drop_points / 100,
+        method=conversion.method,
+        rounding=conversion.rounding,
+    )
     kept = [layer.name for layer in made.layers if layer.precision != "int8"]
     plan, floats = made.chosen, timer.floats.upper()
     most_int8 = max(made.plans, key=lambda each: each.int8)
     beside = f", and that with {most_int8.int8} in INT8 {most_int8.ratio:.3f}" if most_int8 != plan else ""
     return {
         "kept_float": kept,
-        "calibration": method,
+        "calibration": conversion.method,
         "calibration_images": made.images,
         "rest": timer.floats,
         "runtime": timer.runtime,
@@ -483,11 +492,14 @@ def _mixed(
     }
 
 
-def _lost(task: Task, facts: dict[str, Any], exact: float | None, most: float) -> str:
+_CONVERTED = {"fp16": _half, "int8": _int8, "mixed": _mixed}
+
+
+def _lost(conversion: Conversion, facts: dict[str, Any], exact: float | None) -> str:
     """Describe how much of its score a file has lost compared with FP32, if that is more than allowed; else ""."""
     if exact is None or facts["accuracy"] is None:
         return ""
-    metric = task.metric
+    metric, most = conversion.task.metric, conversion.max_drop_points
     drop = 100 * (exact - facts["accuracy"]) / (1 if metric.share else max(abs(exact), 1e-12))
     if drop <= most + 1e-9:
         return ""
@@ -499,16 +511,16 @@ def _lost(task: Task, facts: dict[str, Any], exact: float | None, most: float) -
     )
 
 
-def _differs(
-    given: Path, trial: Path, task: Task, network: nn.Module, seed: int, precision: str, facts: dict[str, Any]
-) -> str:
+def _differs(conversion: Conversion, trial: Path, facts: dict[str, Any]) -> str:
     """Describe how a file's outputs differ from those of the FP32 file, or return ""; fill in its parity."""
     from export.convert.ort import onnx_outputs
     from export.convert.parity import AGREEMENTS, TOLERANCES, compare_outputs, require
     from export.errors import ExportError
 
-    images = [tensor.numpy() for tensor in tensors_in(drawn(task, task.real, COMPARED_IMAGES, seed))]
-    right, judged = (onnx_outputs(file, images)[0] for file in (given, trial))
+    task, precision = conversion.task, conversion.precision
+    inputs = drawn(task, task.real, COMPARED_IMAGES, conversion.seed)
+    images = [tensor.numpy() for tensor in tensors_in(inputs)]
+    right, judged = (onnx_outputs(file, images)[0] for file in (conversion.source, trial))
     parity = compare_outputs(right, judged, tolerance=TOLERANCES[precision])
     facts["parity"] = parity.to_dict()
     try:
