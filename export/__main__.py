@@ -259,8 +259,9 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ort_outputs(options: argparse.Namespace, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    from export.convert.ort import onnx_outputs
+    from export.convert.ort import check_threads, onnx_outputs
 
+    check_threads(options.threads)
     return onnx_outputs(options.onnx, inputs, threads=options.threads)[0]
 
 

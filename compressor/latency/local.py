@@ -90,7 +90,11 @@ class LocalCpu(MeasuredDevice):
         try:
             check_threads(request.threads)
         except ExportError as error:
-            raise CompressorError(error.message, error.hint) from None
+            raise CompressorError(
+                error.message,
+                f"{error.hint} A run that has begun keeps its number; start a new one: "
+                "compress --recipe RUN/recipe.yaml --threads N",
+            ) from None
         wanted, cores = request.threads * request.streams, available_cores()
         if wanted > cores:
             say(

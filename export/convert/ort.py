@@ -72,7 +72,7 @@ def available_cores() -> int:
 
 
 def check_threads(threads: int) -> None:
-    """Refuse to measure with more threads than cores: they wait for one another, and take the cores of all others.
+    """Refuse more threads than cores: they wait for one another, and take the cores of all other processes.
 
     Raises:
         ExportError: This process has fewer cores.
@@ -80,9 +80,9 @@ def check_threads(threads: int) -> None:
     cores = available_cores()
     if threads > cores:
         raise ExportError(
-            f"{threads} threads were requested for a measurement on this machine, and {cores} "
-            f"core{'s are' if cores > 1 else ' is'} available to this process.",
-            f"Use --threads {cores} or fewer, or a machine with more cores.",
+            f"{threads} threads were requested, and {cores} core{'s are' if cores > 1 else ' is'} available to this "
+            "process.",
+            f"Use --threads {cores}{' or fewer' if cores > 1 else ''}, or a machine with more cores.",
         )
 
 

@@ -88,8 +88,16 @@ def test_another_batch_than_the_files_is_refused(net: Path, capsys: pytest.Captu
             main(["measure", str(net), *wrong])
         assert ended.value.code == 2
     assert "argument --streams: expected 1 or more, got 0" in capsys.readouterr().err
-    assert main(["measure", str(net), *QUICK, "--processes", "1", "--threads", "2000"]) == 2
-    assert "2000 threads were requested" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["measure", *QUICK], ["verify", "--runtime", "onnxruntime"]])
+def test_more_threads_than_cores_are_refused(
+    command: list[str], net: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command[0], str(net), *command[1:], "--threads", "2000"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: 2000 threads were requested")
+    assert "Use --threads" in said
 
 
 def test_verify(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
