@@ -237,6 +237,10 @@ class MeasuredDevice(TableProvider):
         journal.close()
         return table
 
+    def limit_s(self, request: Request) -> float:
+        """Return the seconds after which no further network of a table is started."""
+        return self.time_limit_s if request.time_limit_s is None else request.time_limit_s
+
     def shares(self, dense: TaggedNetwork, request: Request, floats: LatencyTable) -> Shares:
         """Return what times networks in mixed precision: each right after the dense one, by the runners of both."""
         whole, mixed = (self.runner(replace(request, precision=each)) for each in (floats.fields.precision, "mixed"))

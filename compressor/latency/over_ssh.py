@@ -364,6 +364,7 @@ class SshDevice(TableProvider):
         return kept_path(self.device, request.precision, network_signature(space), request.batch, request.streams)
 
     def limit_s(self, request: Request) -> float:
+        """Return the seconds after which no further network of a table in mixed precision is started."""
         return MIXED_S if request.time_limit_s is None else request.time_limit_s
 
     def shares(self, dense: TaggedNetwork, request: Request, floats: LatencyTable) -> Shares:

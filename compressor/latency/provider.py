@@ -10,7 +10,6 @@ CPU or GPU (`local`), a device that ssh reaches (`ssh`), and any other name, who
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -145,11 +144,6 @@ class TableProvider(ABC):
         Raises:
             CompressorError: There is no table, or the device cannot be measured.
         """
-
-    def limit_s(self, request: Request) -> float:
-        """Return the seconds after which no further network of a table is started; infinite without a limit."""
-        limit = self.time_limit_s if request.time_limit_s is None else request.time_limit_s
-        return math.inf if limit is None else limit
 
     def files_in_turns(self, dense: Path, slim: Path, request: Request) -> tuple[bytes, bytes]:
         """Return two FP32 files as they are timed in turns, in the requested precision.
