@@ -15,7 +15,7 @@ from compressor.core.errors import CompressorError
 from compressor.data.masks import picture_size
 from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.data.scenes import SceneFile, bundle_of
-from compressor.data.splits import DataBundle
+from compressor.data.splits import DataBundle, Loading
 from export.files import open_regular
 
 _LAYOUT = (
@@ -43,15 +43,7 @@ class BoxedFile(SceneFile):
         return torch.tensor(self.boxes, dtype=torch.float32).reshape(-1, 5) * scale
 
 
-def load_coco(
-    path: Path,
-    name: str,
-    seed: int,
-    wanted: Wanted,
-    search_limit: int | None,
-    workers: int | None = None,
-    decode_files: bool = True,
-) -> DataBundle:
+def load_coco(path: Path, name: str, wanted: Wanted, loading: Loading) -> DataBundle:
     """Load pictures with boxes; crowds are left out, and pictures without boxes are kept.
 
     Raises:
@@ -86,12 +78,8 @@ def load_coco(
         tuple(names.values()),
         scenes[0],
         scenes[1],
-        wanted,
-        wanted.image_size or wanted.usual.image_size,
-        seed=seed,
-        search_limit=search_limit,
-        workers=workers,
-        decode_files=decode_files,
+        wanted.at(wanted.image_size or wanted.usual.image_size),
+        loading,
     )
 
 

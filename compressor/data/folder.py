@@ -20,6 +20,8 @@ from compressor.data.splits import (
     MEMORY_LIMIT,
     TEST_SEED,
     DataBundle,
+    Indices,
+    Loading,
     MemorySplit,
     Split,
     hold_out,
@@ -36,16 +38,7 @@ _LARGEST_OWN_SIZE = 64
 Classes = Mapping[str, Sequence[str]]
 
 
-def load_folder(
-    path: Path,
-    name: str,
-    seed: int,
-    wanted: Wanted,
-    search_fraction: float,
-    search_limit: int | None,
-    workers: int | None = None,
-    decode_files: bool = True,
-) -> DataBundle:
+def load_folder(path: Path, name: str, wanted: Wanted, loading: Loading) -> DataBundle:
     """Load images in folders by class, with train/ and test/ or val/ above them, or split here.
 
     If both test/ and val/ exist, test/ is reported and val/ is not used.
@@ -77,24 +70,16 @@ def load_folder(
     else:
         found = _class_folders(path, notes)
         classes = _checked(found, path)
-        train, test = _divided(_files(found, classes), 0.2, None, TEST_SEED, notes)
+        files = _files(found, classes)
+        train, test = _parts(files, hold_out(_labels(files, notes), 0.2, None, TEST_SEED))
         notes.append(
             f"{path} has no train/ and test/: {len(test)} of its images form the test split."
         )
-    kept, held = _divided(train, search_fraction, search_limit, seed, notes)
-    return bundle(name, classes, (kept, held, test), wanted.image_size, wanted, notes, workers, decode_files)
+    kept, held = _parts(train, loading.hold_out(_labels(train, notes)))
+    return bundle(name, classes, (kept, held, test), wanted.image_size, wanted, notes, loading)
 
 
-def load_imagenet(
-    path: Path,
-    name: str,
-    seed: int,
-    wanted: Wanted,
-    search_fraction: float,
-    search_limit: int | None,
-    workers: int | None = None,
-    decode_files: bool = True,
-) -> DataBundle:
+def load_imagenet(path: Path, name: str, wanted: Wanted, loading: Loading) -> DataBundle:
     """Load ImageNet with train/ and val/ by WordNet id; the label is the id's rank, as for published weights.
 
     Raises:
@@ -114,10 +99,11 @@ def load_imagenet(
             f"{path / 'train'} has no images of {len(untrained)} classes that {path / 'val'} has: published weights "
             "know them, but training here would forget them."
         )
-    kept, held = _divided(_files(found["train"], classes), search_fraction, search_limit, seed, notes)
+    train = _files(found["train"], classes)
+    kept, held = _parts(train, loading.hold_out(_labels(train, notes)))
     size = wanted.image_size or wanted.usual.size
     parts = (kept, held, _files(found["val"], classes))
-    return bundle(name, classes, parts, size, wanted, notes, workers, decode_files)
+    return bundle(name, classes, parts, size, wanted, notes, loading)
 
 
 def _class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
@@ -191,16 +177,21 @@ def _files(found: Classes, classes: Sequence[str]) -> list[ImageFile]:
     return [ImageFile(path, label) for label, name in enumerate(classes) for path in found[name]]
 
 
-def _divided(
-    files: Sequence[ImageFile], share: float, limit: int | None, seed: int, notes: list[str]
-) -> tuple[list[ImageFile], list[ImageFile]]:
-    """Return (remaining, held out), stratified unless there are classes with a single image."""
+def _labels(files: Sequence[ImageFile], notes: list[str]) -> Indices:
+    """Return the labels by which files are divided: all 0 where there are classes with a single image."""
     labels = np.array([file.label for file in files], dtype=np.int64)
     if np.unique(labels, return_counts=True)[1].min() < 2:
         note = "Some classes have a single image: splits are drawn without regard to the classes."
         notes += [note] if note not in notes else []
         labels = np.zeros_like(labels)
-    stays, out = ([files[index] for index in part.tolist()] for part in hold_out(labels, share, limit, seed))
+    return labels
+
+
+def _parts(
+    files: Sequence[ImageFile], places: tuple[Indices, Indices]
+) -> tuple[list[ImageFile], list[ImageFile]]:
+    """Return the files at places as `hold_out` returns them: (remaining, held out)."""
+    stays, out = ([files[index] for index in part.tolist()] for part in places)
     return stays, out
 
 
@@ -211,8 +202,7 @@ def bundle(
     size: int | str | None,
     wanted: Wanted,
     notes: list[str],
-    workers: int | None,
-    decode_files: bool = True,
+    loading: Loading,
 ) -> DataBundle:
     """Return files as a data set: in memory if they fit, except for the random crops of training.
 
@@ -222,8 +212,7 @@ def bundle(
         size: Height and width of an input; None for the images' own if they are small and equal, else the usual one.
         wanted: Preprocessing.
         notes: Receives sentences about unreadable files.
-        workers: Processes that decode files on disk; None for a number that suits the machine.
-        decode_files: Whether to decode them now; else each is when it is used, and unreadable ones are not known.
+        loading: Whether files are decoded now, and by how many processes.
 
     Raises:
         CompressorError: A split is empty, or too many files are unreadable.
@@ -231,14 +220,14 @@ def bundle(
     if empty := [part for part, files in zip(_SPLITS, parts, strict=True) if not files]:
         raise CompressorError(f"{name} has too few images: its {empty[0]} split is empty.", "Add some.")
     preprocessing = wanted.at(size or _common_size(parts[0]) or wanted.usual.size)
-    processes = min(8, os.cpu_count() or 1) if workers is None else workers
     in_memory = sum(map(len, parts)) * math.prod(preprocessing.input_shape) <= MEMORY_LIMIT
-    whole = load_files(parts, preprocessing, "Reading images", workers) if decode_files and in_memory else None
+    decode_now = loading.decode_files and in_memory
+    whole = load_files(parts, preprocessing, "Reading images", loading.workers) if decode_now else None
 
     def read(place: int, augmentation: Augmentation | None = None) -> Split:
         part, files = _SPLITS[place], parts[place]
-        if not decode_files:
-            return FileSplit(files, preprocessing, augmentation, processes)
+        if not loading.decode_files:
+            return FileSplit(files, preprocessing, augmentation, loading.processes)
         if whole is not None:
             decoded, seen = whole[place], files
             unreadable = decoded.unreadable
@@ -247,12 +236,12 @@ def bundle(
             if augmentation is not None and augmentation.crops:  # of whole pictures: these are read in each epoch
                 lost = set(unreadable)
                 readable = [file for file in files if file.path not in lost]
-                split = FileSplit(readable, preprocessing, augmentation, processes, held)
+                split = FileSplit(readable, preprocessing, augmentation, loading.processes, held)
         else:  # opening a million files would take longer than many a run: only a sample is decoded beforehand
             part, seen = f"sampled {part}", _sample(files)
             unreadable = tuple(file.path for file in seen if decode(file.path, preprocessing) is None)
             refuse_unreadable(unreadable, len(seen))
-            split = FileSplit(files, preprocessing, augmentation, processes)
+            split = FileSplit(files, preprocessing, augmentation, loading.processes)
         if unreadable:
             share = f"{len(unreadable)} of {len(seen)} {part} images"
             notes.append(f"{share} cannot be read and are skipped, such as {unreadable[0]}.")

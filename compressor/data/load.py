@@ -22,7 +22,7 @@ from compressor.data.masks import load_masks
 from compressor.data.pictures import load_pictures
 from compressor.data.preprocessing import Preprocessing, Wanted, sides_of
 from compressor.data.shapes import load_shapes
-from compressor.data.splits import TEST_SEED, DataBundle, MemorySplit, hold_out
+from compressor.data.splits import TEST_SEED, DataBundle, Loading, MemorySplit, hold_out
 
 KINDS = ("digits", "cifar10", "cifar100", "folder", "imagenet", "images", "shapes", *SCENES)
 SEARCH_LIMIT = 5000
@@ -77,27 +77,31 @@ def load_data(
     if image_size is not None and min(sides_of(image_size)) < 8:
         raise CompressorError(f"Images need at least 8 pixels a side, got {image_size}.")
     wanted = replace(wanted or Wanted(), image_size=image_size or (wanted.image_size if wanted else None))
+    loading = Loading(seed, search_fraction, search_limit, workers, decode_files)
     if kind == "digits":
         if where:
             raise CompressorError(f"digits takes no path, got {where!r}.", "It ships with scikit-learn.")
-        return _load_digits(seed, wanted, search_fraction, search_limit)
+        return _load_digits(wanted, loading)
     if kind == "shapes":
-        return load_shapes(where, spec, seed, wanted, search_limit, task)
+        return load_shapes(where, spec, wanted, loading, task)
     path = Path(where).expanduser() if where else None
     if kind in ("cifar10", "cifar100"):
-        return _load_cifar(kind, path, seed, wanted.at(wanted.image_size or 32), search_fraction, search_limit)
+        return _load_cifar(kind, path, wanted.at(wanted.image_size or 32), loading)
     if path is None:
         raise CompressorError(f"{kind} needs a folder, as in {kind}:/data/images.")
     if not path.is_dir():
         what = "is a file" if path.is_file() else "does not exist"
         raise CompressorError(f"The folder of images {path} {what}.", f"Write --data {kind}:PATH.")
-    if kind in SCENES:
-        read = load_masks if kind == "masks" else load_coco
-        return read(path, spec, seed, wanted, search_limit, workers, decode_files)
-    if kind == "images":
-        return load_pictures(path, spec, seed, wanted, search_limit, workers, decode_files)
-    load = load_folder if kind == "folder" else load_imagenet
-    return load(path, spec, seed, wanted, search_fraction, search_limit, workers, decode_files)
+    return _OF_FOLDERS[kind](path, spec, wanted, loading)
+
+
+_OF_FOLDERS = {
+    "folder": load_folder,
+    "imagenet": load_imagenet,
+    "images": load_pictures,
+    "masks": load_masks,
+    "coco": load_coco,
+}
 
 
 def _check_task(spec: str, kind: str, task: str) -> None:
@@ -111,7 +115,7 @@ def _check_task(spec: str, kind: str, task: str) -> None:
         )
 
 
-def _load_digits(seed: int, wanted: Wanted, search_fraction: float, search_limit: int | None) -> DataBundle:
+def _load_digits(wanted: Wanted, loading: Loading) -> DataBundle:
     """Load scikit-learn's handwritten digits: 1,797 gray images of 8x8, scaled up, the same in three channels.
 
     A fifth is the test split. Images are shifted but not mirrored, because a mirrored digit is not a digit.
@@ -134,7 +138,7 @@ def _load_digits(seed: int, wanted: Wanted, search_fraction: float, search_limit
     images = images.expand(-1, preprocessing.channels, -1, -1).contiguous()
     labels = torch.from_numpy(np.asarray(raw.target, dtype=np.int64))
     rest, test = hold_out(labels.numpy(), 0.2, None, TEST_SEED)
-    kept, held = hold_out(labels.numpy()[rest], search_fraction, search_limit, seed)
+    kept, held = loading.hold_out(labels.numpy()[rest])
     small_shifts = Augmentation(shift=max(1, min(sides) // 16))
     return DataBundle(
         name="digits",
@@ -150,12 +154,7 @@ def _load_digits(seed: int, wanted: Wanted, search_fraction: float, search_limit
 
 
 def _load_cifar(
-    kind: str,
-    path: Path | None,
-    seed: int,
-    preprocessing: Preprocessing,
-    search_fraction: float,
-    search_limit: int | None,
+    kind: str, path: Path | None, preprocessing: Preprocessing, loading: Loading
 ) -> DataBundle:
     """Load CIFAR-10 or CIFAR-100 through torchvision, which downloads it if it is missing.
 
@@ -184,7 +183,7 @@ def _load_cifar(
         [_stacked(part.data, preprocessing) for part in parts],
         [torch.tensor(part.targets) for part in parts],
     )
-    kept, held = hold_out(labels.numpy(), search_fraction, search_limit, seed)
+    kept, held = loading.hold_out(labels.numpy())
     return DataBundle(
         name=kind if path is None else f"{kind}:{path}",
         classes=tuple(parts[0].classes),

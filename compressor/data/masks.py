@@ -23,7 +23,7 @@ from compressor.data.folder import SUFFIXES
 from compressor.data.images import fitted, turned
 from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.data.scenes import IGNORED, SceneFile, bundle_of
-from compressor.data.splits import DataBundle
+from compressor.data.splits import DataBundle, Loading
 from export.files import open_regular
 
 NAMES = "classes.txt"
@@ -70,15 +70,7 @@ class MaskedFile(SceneFile):
         return present
 
 
-def load_masks(
-    path: Path,
-    name: str,
-    seed: int,
-    wanted: Wanted,
-    search_limit: int | None,
-    workers: int | None = None,
-    decode_files: bool = True,
-) -> DataBundle:
+def load_masks(path: Path, name: str, wanted: Wanted, loading: Loading) -> DataBundle:
     """Load pictures with masks; every mask is read once, so that a wrong one is refused before the run begins.
 
     Raises:
@@ -108,13 +100,9 @@ def load_masks(
         classes,
         train,
         test,
-        wanted,
-        wanted.image_size or wanted.usual.size,
-        seed=seed,
-        search_limit=search_limit,
+        wanted.at(wanted.image_size or wanted.usual.size),
+        loading,
         notes=notes,
-        workers=workers,
-        decode_files=decode_files,
     )
 
 

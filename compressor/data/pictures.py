@@ -9,7 +9,7 @@ from compressor.core.errors import CompressorError
 from compressor.data.folder import SUFFIXES, bundle
 from compressor.data.images import ImageFile
 from compressor.data.preprocessing import Wanted
-from compressor.data.splits import TEST_SEED, DataBundle, hold_out
+from compressor.data.splits import TEST_SEED, DataBundle, Loading, hold_out
 
 SCORED_SHARE = 0.2
 """Share of the pictures on which networks are compared for the report, and of the others for candidates."""
@@ -17,15 +17,7 @@ SCORED_SHARE = 0.2
 FEWEST = 10
 
 
-def load_pictures(
-    path: Path,
-    name: str,
-    seed: int,
-    wanted: Wanted,
-    search_limit: int | None,
-    workers: int | None = None,
-    decode_files: bool = True,
-) -> DataBundle:
+def load_pictures(path: Path, name: str, wanted: Wanted, loading: Loading) -> DataBundle:
     """Load all pictures below a folder, in splits but without labels: every label is 0, and there are no classes.
 
     If the folder has train/ and test/ (or val/), these are the splits; otherwise they are drawn from all pictures.
@@ -41,13 +33,13 @@ def load_pictures(
     else:
         found = _pictures(path)
         _require(len(found), path)
-        stays, held = hold_out([0] * len(found), SCORED_SHARE, search_limit, TEST_SEED)
+        stays, held = hold_out([0] * len(found), SCORED_SHARE, loading.search_limit, TEST_SEED)
         train, test = ([found[index] for index in part.tolist()] for part in (stays, held))
         notes.append(f"{len(test)} of the {len(found)} pictures in {path} form the test split.")
     _require(len(train), path)
-    stays, held = hold_out([0] * len(train), SCORED_SHARE, search_limit, seed)
+    stays, held = loading.hold_out([0] * len(train), SCORED_SHARE)
     kept, scored = ([train[index] for index in part.tolist()] for part in (stays, held))
-    return bundle(name, (), (kept, scored, test), wanted.image_size, wanted, notes, workers, decode_files)
+    return bundle(name, (), (kept, scored, test), wanted.image_size, wanted, notes, loading)
 
 
 def _pictures(folder: Path) -> list[ImageFile]:

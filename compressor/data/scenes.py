@@ -6,7 +6,6 @@ left, top, right and bottom edge in pixels of the input and the number of its cl
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,9 +16,9 @@ from torch import Tensor
 from compressor.core.errors import CompressorError
 from compressor.data.decoded import pictures
 from compressor.data.images import decode
-from compressor.data.preprocessing import Preprocessing, Wanted
+from compressor.data.preprocessing import Preprocessing
 from compressor.data.reader import Key, Reader, keys_of
-from compressor.data.splits import MEMORY_LIMIT, DataBundle, Split, hold_out
+from compressor.data.splits import MEMORY_LIMIT, DataBundle, Loading, Split
 
 IGNORED = 255
 """Class of pixels that neither the loss nor the score counts."""
@@ -210,26 +209,20 @@ def bundle_of(
     classes: tuple[str, ...],
     train: Sequence[Scene],
     test: Sequence[Scene],
-    wanted: Wanted,
-    size: int | str,
+    preprocessing: Preprocessing,
+    loading: Loading,
     *,
-    seed: int,
-    search_limit: int | None,
     search_share: float = SEARCH_SHARE,
     notes: Sequence[str] = (),
-    workers: int | None = None,
-    decode_files: bool = True,
 ) -> DataBundle:
     """Return scenes as a data set, read into memory if they fit; the search split comes out of the training scenes.
 
     Args:
         name, classes, notes: As in `DataBundle`.
         train, test: Scenes to train on and to report.
-        wanted, size: Preprocessing, and height and width of an input, or "HEIGHTxWIDTH".
-        seed: Chooses the search split.
-        search_limit, search_share: Largest number and share of scenes in the search split.
-        workers: Processes that read files; None for a number that suits the machine.
-        decode_files: Whether to read them now; else each is when it is used.
+        preprocessing: How a picture becomes an input.
+        loading: How the search split is chosen, and whether files are read now and by how many processes.
+        search_share: Share of the scenes in the search split, instead of that of `loading`.
 
     Raises:
         CompressorError: There are too few scenes, or one cannot be read.
@@ -239,12 +232,11 @@ def bundle_of(
             f"{name} has {len(train)} pictures to train on and {len(test)} to test on; {FEWEST} and one are needed.",
             "Add some.",
         )
-    preprocessing = wanted.at(size)
-    stays, held = hold_out([0] * len(train), search_share, search_limit, seed)
-    if fits := decode_files and (len(train) + len(test)) * _bytes(preprocessing) <= MEMORY_LIMIT:
-        read = _read([*train, *test], preprocessing, workers)
+    stays, held = loading.hold_out([0] * len(train), search_share)
+    if fits := loading.decode_files and (len(train) + len(test)) * _bytes(preprocessing) <= MEMORY_LIMIT:
+        read = _read([*train, *test], preprocessing, loading.workers)
         train, test = read[: len(train)], read[len(train) :]
-    processes = 0 if fits else min(8, os.cpu_count() or 1) if workers is None else workers
+    processes = 0 if fits else loading.processes
     kept, scored = ([train[index] for index in part.tolist()] for part in (stays, held))
     return DataBundle(
         name,

@@ -9,7 +9,7 @@ import torch
 from compressor.core.errors import CompressorError
 from compressor.data.preprocessing import Wanted, sides_of
 from compressor.data.scenes import Drawn, bundle_of
-from compressor.data.splits import TEST_SEED, DataBundle
+from compressor.data.splits import TEST_SEED, DataBundle, Loading
 
 SHAPES = ("circle", "square", "triangle")
 PICTURES = 480
@@ -22,17 +22,14 @@ _FEWEST_PICTURES = 20
 _MOST_PICTURES = 100_000
 
 
-def load_shapes(
-    where: str, name: str, seed: int, wanted: Wanted, search_limit: int | None, task: str
-) -> DataBundle:
+def load_shapes(where: str, name: str, wanted: Wanted, loading: Loading, task: str) -> DataBundle:
     """Draw the data set; the pictures are the same for every seed, which only chooses the search split.
 
     Args:
         where: Number of pictures as text; empty for `PICTURES`.
         name: As in `DataBundle`.
-        seed: Chooses the search split.
         wanted: Preprocessing; pictures are drawn in the size of an input, `SIZE` if none is given.
-        search_limit: Largest number of pictures in the search split.
+        loading: How the search split is chosen.
         task: "segmentation" for masks, "detection" for boxes.
 
     Raises:
@@ -58,10 +55,8 @@ def load_shapes(
         ("background", *SHAPES) if task == "segmentation" else SHAPES,
         scenes[tested:],
         scenes[:tested],
-        wanted,
-        size,
-        seed=seed,
-        search_limit=search_limit,
+        wanted.at(size),
+        loading,
         search_share=SEARCH_SHARE,
         notes=(f"The data is {number} generated pictures of shapes: a demonstration, not a real task.",),
     )

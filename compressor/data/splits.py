@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -260,6 +261,41 @@ class DataBundle:
         """The same images for another kind of network; see `Split.prepared`."""
         parts = {name: getattr(self, name).prepared(preprocessing) for name in ("train", "search", "test")}
         return replace(self, input_shape=preprocessing.input_shape, **parts)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a data set is divided and read, whatever it is.
+
+    Attributes:
+        seed: Seed that chooses the search split's images from the training images; the test split is fixed.
+        search_share: Share of the training images that the search split holds out, for images by class; other data
+            has a share of its own.
+        search_limit: Maximum number of images held out.
+        workers: Threads or processes that decode files; None for a number that suits the machine.
+        decode_files: Whether files are decoded now as far as they fit into memory; else each is when it is used, and
+            unreadable ones are not known.
+    """
+
+    seed: int
+    search_share: float
+    search_limit: int
+    workers: int | None
+    decode_files: bool
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that read a split on disk."""
+        return min(8, os.cpu_count() or 1) if self.workers is None else self.workers
+
+    def hold_out(self, labels: Sequence[int] | Indices, share: float | None = None) -> tuple[Indices, Indices]:
+        """Divide the training images into those that stay and the search split; see `hold_out`.
+
+        Args:
+            labels: One label an image, shape (N,).
+            share: Share of each class to hold out; None for `search_share`.
+        """
+        return hold_out(labels, self.search_share if share is None else share, self.search_limit, self.seed)
 
 
 def hold_out(
