@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from compressor.core.progress import say
 from compressor.latency.backends.gpu import UNSURE
 from compressor.latency.networks import TAG, WEIGHTED
 from compressor.latency.precisions import REFORMAT, TO_FLOAT, TO_INT8, KernelTime, tagged_nodes
@@ -51,17 +50,15 @@ class EngineTimer:
     compare: Callable[[Path, Sequence[Path]], Iterable[Ratio | str]]
     runtime: str = TENSORRT
 
-    def kernels(self, protos: Sequence[Any]) -> list[list[KernelTime]] | None:
+    def kernels(self, protos: Sequence[Any]) -> list[list[KernelTime]] | str:
         """See `PrecisionTimer`."""
         found = []
         for proto, layers in zip(protos, self.profile([tagged_nodes(proto) for proto in protos]), strict=True):
             if isinstance(layers, str):
-                say(f"The parts are not timed one by one: {layers}")
-                return None
+                return f"The parts are not timed one by one: {layers}"
             kernels, unsure = engine_kernels(proto, layers)
             if unsure > UNSURE:
-                say(f"TensorRT does not say which parts {unsure:.0%} of an engine's time belongs to.")
-                return None
+                return f"TensorRT does not say which parts {unsure:.0%} of an engine's time belongs to."
             found.append(kernels)
         return found
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from compressor.core.progress import say
 from compressor.latency.backends.cpu import measured, profiled_runs, tag_of
 from compressor.latency.converted import any_inputs, delivered_beside, in_precision
 from compressor.latency.machine import timed
@@ -75,8 +76,8 @@ class PrecisionTimer(Protocol):
     def where(self) -> str:
         """Description of the device and its runtime."""
 
-    def kernels(self, protos: Sequence[Any]) -> list[list[KernelTime]] | None:
-        """Profile networks; returns the kernels of each, or None where the runtime does not tell parts apart."""
+    def kernels(self, protos: Sequence[Any]) -> list[list[KernelTime]] | str:
+        """Profile networks; returns the kernels of each, or why the runtime does not tell parts apart."""
 
     def whole_ms(self, networks: Sequence[bytes]) -> list[float]:
         """Return the milliseconds of ONNX files, infinite for one that cannot be built."""
@@ -139,7 +140,7 @@ def fastest(content: bytes, timer: PrecisionTimer) -> bytes:
     parts = parts_of(calibrated.proto, timer.runtime)
     prices = part_prices(calibrated, parts, [0.0] * len(parts.parts), timer)
     plans = [tuple(parts.nodes(range(len(parts.parts))))]
-    if prices is not None:
+    if isinstance(prices, Prices):
         chosen = enclosed(calibrated.proto, parts.nodes(cheapest(parts, prices, 1.0)), timer.runtime)
         plans.insert(0, tuple(chosen))
     plans = [nodes for nodes in dict.fromkeys(plans) if nodes]
@@ -161,7 +162,8 @@ def files_in_turns(dense: Path, slim: Path, timer: PrecisionTimer) -> tuple[byte
 def measured_conversions(contents: Sequence[bytes], timer: PrecisionTimer) -> Conversions:
     """Time the conversions in FP32 networks of which every other part is put into INT8.
 
-    They take no time of their own where the device does not tell layers apart: the correction of whole networks has it.
+    They take no time of their own where the device does not tell layers apart, which is said: the correction of whole
+    networks has it.
     """
     protos, names = [], set()
     for content in contents:
@@ -171,7 +173,8 @@ def measured_conversions(contents: Sequence[bytes], timer: PrecisionTimer) -> Co
         names.update(alternating)
         protos.append(with_rest(calibrated, alternating, timer.floats))
     found = timer.kernels(protos)
-    if found is None:
+    if isinstance(found, str):
+        say(found)
         return Conversions((0.0, 0.0), (0.0, 0.0))
     return _conversions([kernel for kernels in found for kernel in kernels], names)
 
@@ -187,7 +190,7 @@ def _on_any_inputs(content: bytes, runtime: str) -> Calibrated:
 
 def part_prices(
     calibrated: Calibrated, parts: Parts, noise: Sequence[float], timer: PrecisionTimer
-) -> Prices | None:
+) -> Prices | str:
     """Time the parts of a network in both precisions, and the conversions of the values that pass between them.
 
     Args:
@@ -197,12 +200,12 @@ def part_prices(
         timer: The device.
 
     Returns:
-        None where the device does not tell the parts apart.
+        The times, or why the device does not tell the parts apart.
     """
     whole, alternating = (parts.nodes(range(0, len(parts.parts), step)) for step in (1, 2))
     found = timer.kernels([with_rest(calibrated, nodes, timer.floats) for nodes in ((), whole, alternating)])
-    if found is None:
-        return None
+    if isinstance(found, str):
+        return found
     floats, int8, mixed = found
     between = _conversions(mixed, set(alternating))
     sizes = np.asarray([crossing.elements for crossing in parts.crossings], dtype=np.float64)

@@ -130,8 +130,10 @@ def write_mixed(
     parts, floats = subject.parts, timer.floats.upper()
     say(f"Measuring the noise and the times of {len(parts.parts)} parts in {floats} and INT8 on {timer.where}.")
     alone = sensitivities(calibrated, [part.nodes for part in parts.parts], judged)
-    prices = part_prices(calibrated, parts, alone, timer)
-    if prices is None:
+    times = part_prices(calibrated, parts, alone, timer)
+    prices = None if isinstance(times, str) else times
+    if isinstance(times, str):
+        say(times)
         say("Plans are made by the noise of their parts alone, and measured as whole networks.")
     tried = plans_by_noise(alone, MOST_PLANS) if prices is None else plans(parts, prices, MOST_PLANS - 1)
     wanted = list(dict.fromkeys([(), *map(subject.whole, tried), tuple(range(len(parts.parts)))]))

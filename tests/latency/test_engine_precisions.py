@@ -31,7 +31,7 @@ from compressor.latency.request import Request
 from compressor.run.mixed import write_mixed
 from export.convert.calibrated import TENSORRT, Calibrated
 from export.convert.half import open_fp32
-from export.convert.mixed import parts_of
+from export.convert.mixed import Prices, parts_of
 from export.convert.quantize import with_rest
 from export.convert.to_onnx import export_onnx
 from export.device.here import Backend
@@ -323,7 +323,7 @@ def test_profiles_and_comparisons_are_of_the_same_files(source: Path, calibrated
         return [engine_layers(network) for network in networks]
 
     timer = EngineTimer("fp16", "a GPU", profile, lambda networks: [], lambda floats, plans: [])
-    assert part_prices(calibrated, parts_of(calibrated.proto, TENSORRT), [0.0] * 6, timer) is not None
+    assert isinstance(part_prices(calibrated, parts_of(calibrated.proto, TENSORRT), [0.0] * 6, timer), Prices)
     kinds = [{item.data_type for item in onnx.load_model_from_string(each).graph.initializer} for each in given]
     assert [HALF_TYPE in each for each in kinds] == [True, False, True]  # all products are in INT8
 
