@@ -220,13 +220,18 @@ def recipe_of(options: argparse.Namespace, cell: Cell) -> Recipe:
 
 
 def prepared(options: argparse.Namespace, recipe: Recipe, kind: str) -> Job:
-    """The job, with the latency table that all cells of a network share."""
+    """The job, with the latency table that all cells of a network share.
+
+    Searches read the table on any machine, so that cells of several machines can be compared; what is measured must be
+    measured where the table was.
+    """
     if kind != "latency":
         return Job.prepare(recipe)
     path = store.table_path(options, recipe.model)
     if path.exists():
         table = LatencyTable.read(path)
-        provider_of(recipe).require_same(table, request_of(recipe))
+        if options.measure:
+            provider_of(recipe).require_same(table, request_of(recipe))
         return Job.prepare(recipe, table)
     job = Job.prepare(recipe)
     assert job.table is not None

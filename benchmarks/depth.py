@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cells import Lines
-from compressor.core.manifest import Manifest
+from compressor.core.manifest import MANIFEST, Manifest
 from compressor.recipe import Recipe
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, agent: str, seed: int, variant: str) -> dic
         for field, value in further:
             recipe = recipe.changed(_nested(field.split("."), json.loads(value)))
         result = run_recipe(recipe, out=out)
-    return summary(Manifest.read(result.directory), result.exit_code)
+    return summary(Manifest.read(result.directory / MANIFEST), result.exit_code)
 
 
 def _nested(path: list[str], value: Any) -> dict[str, Any]:
