@@ -356,7 +356,7 @@ def in_turns(
                     break
             elif late:
                 break
-            progress.advance(1, note="" if ratio is None else f"{ratio.low:.3f}-{ratio.high:.3f} of dense")
+            progress.advance(1, note="" if ratio is None else f"{ratio.value:.3f} of dense so far")
     if target is None or ratio is None:
         ratio = found.ratio(ERROR, clock() - begun, percentile, absolute)
     return found.timing(ratio, percentile, runtime=name, version=version, threads=threads, batch=batch, streams=streams)

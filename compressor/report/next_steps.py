@@ -13,8 +13,8 @@ from compressor.core.records import RECIPE
 from compressor.report.judgement import measured_to_the_end
 from export.device.bundle import TARGETS
 
-WORTH_TRAINING = 0.01
-"""Loss of accuracy from which more training is suggested."""
+WORTH_ANOTHER_RUN = 0.01
+"""Loss of accuracy from which more training, or the removal of blocks, is suggested."""
 
 PHOTO = "PHOTO.jpg"
 
@@ -70,9 +70,19 @@ def _of_finished(manifest: Manifest, folder: Path, run: str, picture: str | None
         yield Step(
             f"Pack it for the {TARGETS[device].title}", f"compress export {run} --target {device} --bundle {bundle}"
         )
-    if manifest.epochs is not None and _lost(manifest.accuracy) > WORTH_TRAINING:
-        purpose = "Run it again with more training, in a new folder"
-        yield Step(purpose, f"{repeat_command(folder)} --epochs {2 * manifest.epochs or 2}")
+    if _lost(manifest.accuracy) > WORTH_ANOTHER_RUN:
+        again = repeat_command(folder)
+        if manifest.epochs is not None:
+            epochs = 2 * manifest.epochs or 2
+            yield Step("Run it again with more training, in a new folder", f"{again} --epochs {epochs}")
+        if _only_channels_for_latency(manifest):
+            yield Step("Let whole blocks go, too, if the network has some", f"{again} --set pruning.depth=auto")
+
+
+def _only_channels_for_latency(manifest: Manifest) -> bool:
+    """Return whether the network lost channels for a latency, and could not lose blocks."""
+    budgets, pruning = (manifest.recipe.get(part) or {} for part in ("budgets", "pruning"))
+    return bool(budgets.get("latency")) and pruning.get("depth") == "off"
 
 
 def _lost(accuracy: Accuracy) -> float:
