@@ -373,10 +373,9 @@ def write_precision(conversion: Conversion, *, engine: bool) -> Iterator[str]:
     with replacing(target) as trial:
         facts = _CONVERTED[conversion.precision](conversion, trial)
         facts["accuracy"], facts["images"] = conversion.scored(trial)
-        if problem := _lost(conversion, facts, exact) or _differs(conversion, trial, facts):
-            raise CompressorError(
-                f"{target.name}: {problem}", "Allow more with --max-drop (a recipe: export.max_drop)."
-            )
+        if lost := _lost(conversion, facts, exact):
+            raise CompressorError(f"{target.name}: {lost}", _ALLOW_MORE)
+        facts["parity"] = _parity(conversion, trial)
     yield f"Wrote {target}: {facts.pop('words')}."
     if exact is not None and facts["accuracy"] is not None:
         metric, images = task.metric, facts["images"]
@@ -492,6 +491,8 @@ def _mixed(conversion: Conversion, trial: Path) -> dict[str, Any]:
     }
 
 
+_ALLOW_MORE = "Allow more with --max-drop (a recipe: export.max_drop)."
+
 _CONVERTED = {"fp16": _half, "int8": _int8, "mixed": _mixed}
 
 
@@ -511,20 +512,25 @@ def _lost(conversion: Conversion, facts: dict[str, Any], exact: float | None) ->
     )
 
 
-def _differs(conversion: Conversion, trial: Path, facts: dict[str, Any]) -> str:
-    """Describe how a file's outputs differ from those of the FP32 file, or return ""; fill in its parity."""
+def _parity(conversion: Conversion, trial: Path) -> dict[str, Any]:
+    """Return how a file's outputs differ from those of the FP32 file; its classes may as far as its score may.
+
+    Raises:
+        CompressorError: They differ too much.
+    """
     from export.convert.ort import onnx_outputs
     from export.convert.parity import AGREEMENTS, TOLERANCES, compare_outputs, require
     from export.errors import ExportError
 
-    task, precision = conversion.task, conversion.precision
-    inputs = drawn(task, task.real, COMPARED_IMAGES, conversion.seed)
+    precision = conversion.precision
+    inputs = drawn(conversion.task, conversion.task.real, COMPARED_IMAGES, conversion.seed)
     images = [tensor.numpy() for tensor in tensors_in(inputs)]
     right, judged = (onnx_outputs(file, images)[0] for file in (conversion.source, trial))
     parity = compare_outputs(right, judged, tolerance=TOLERANCES[precision])
-    facts["parity"] = parity.to_dict()
+    least = min(AGREEMENTS[precision], 1 - 1 / len(images[0])) - conversion.max_drop_points / 100
     try:
-        require(parity, precision.upper(), min_agreement=min(AGREEMENTS[precision], 1 - 1 / len(images[0])))
+        require(parity, precision.upper(), min_agreement=least)
     except ExportError as error:
-        return error.message
-    return ""
+        hint = _ALLOW_MORE if parity.max_abs <= parity.allowed else error.hint
+        raise CompressorError(f"{conversion.target.name}: {error.message}", hint) from None
+    return parity.to_dict()

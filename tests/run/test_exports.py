@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from compressor import Recipe, load, run_recipe
 from compressor.cli.app import app
 from compressor.core.files import sha256_file
-from export.convert import quantize
+from export.convert import parity, quantize
 from export.convert.onnx_header import read_header
 from export.convert.program import load_program
 from export.device.archive import unpack
@@ -157,6 +157,13 @@ def test_a_drop_on_the_test_split_is_refused(run: Path, monkeypatch: pytest.Monk
         assert "at most 0.5 is allowed" in message
     assert not list(run.glob("*fp16*"))
     assert made == [0.005]  # no second try after the test split has spoken
+
+
+def test_the_advice_follows_what_was_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(parity.TOLERANCES, "fp16", 1e-12)
+    message = refused(run, "--precision", "fp16")
+    assert "FP16 differs from the network by" in message
+    assert "--max-drop" not in message
 
 
 def test_engines_are_built_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
