@@ -18,6 +18,7 @@ from compressor.latency.provider import TableProvider
 from compressor.models.onnx_file import NETWORK
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.boxes import check_detection, write_boxes
+from compressor.run.conversions import Conversion, write_precision
 from compressor.run.device import opset_of, provider_of, request_of
 from compressor.run.finish import write_page
 from compressor.run.folder import RunFolder
@@ -25,14 +26,12 @@ from compressor.run.load import builder_of, load_images, missing_data, network_o
 from compressor.run.onnx_files import (
     COMPARED_IMAGES,
     MODEL,
-    Conversion,
     build_engine_of,
     drawn,
     one_array,
     open_exported,
     record,
     scored,
-    write_precision,
 )
 from compressor.training.feeds import random_inputs
 from export.convert.batches import Batch

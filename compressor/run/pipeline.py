@@ -25,6 +25,7 @@ from compressor.models.onnx_file import NETWORK, open_onnx
 from compressor.recipe import Recipe, load_recipe
 from compressor.run import front
 from compressor.run.contract import Contract
+from compressor.run.conversions import export
 from compressor.run.device import resolved
 from compressor.run.finish import finish
 from compressor.run.folder import RunFolder, new_run_path, runs_folder, stopped_in
@@ -32,7 +33,7 @@ from compressor.run.follower import follow, follows
 from compressor.run.job import Job
 from compressor.run.load import Loader, load
 from compressor.run.measure import measure, probe
-from compressor.run.onnx_files import DENSE, export
+from compressor.run.onnx_files import DENSE
 from compressor.run.result import RunResult
 from compressor.run.resuming import changed_since, function_values, rewrite, table_of
 from compressor.run.stages import begin, choose, finetune, finetuned_network, search

@@ -142,7 +142,7 @@ def test_int8_with_halves_within_the_drop(run: Path) -> None:
 
 
 def test_a_drop_on_the_test_split_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.run.onnx_files.scored", lambda *_: (0.1, 359))
+    monkeypatch.setattr("compressor.run.conversions.scored", lambda *_: (0.1, 359))
     made: list[float] = []
     original = quantize.quantize_within
 
