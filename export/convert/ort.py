@@ -80,8 +80,7 @@ def check_threads(threads: int) -> None:
     cores = available_cores()
     if threads > cores:
         raise ExportError(
-            f"{threads} threads were requested, and {cores} core{'s are' if cores > 1 else ' is'} available to this "
-            "process.",
+            f"{threads} threads were requested, and the number of cores available to this process is {cores}.",
             f"Use --threads {cores}{' or fewer' if cores > 1 else ''}, or a machine with more cores.",
         )
 

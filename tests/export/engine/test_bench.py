@@ -71,7 +71,7 @@ def test_measures_what_was_asked_for() -> None:
 
 
 def test_more_threads_than_cores_are_refused() -> None:
-    with pytest.raises(ExportError, match=r"2000 threads were requested, and \d+ cores? .* available to this process"):
+    with pytest.raises(ExportError, match=r"2000 threads were requested, .* process is \d+"):
         OnnxRunner(matmul_chain(64, 2), threads=2000)
 
 
