@@ -46,7 +46,8 @@ from compressor.recipe import Recipe
 from compressor.run.compensation import compensation_of
 from compressor.run.device import provider_of, request_of
 from compressor.run.job import Job
-from compressor.run.stages import environment, trainer
+from compressor.run.stages import environment
+from compressor.run.trainings import trainer
 from compressor.search.base import create_agent
 from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule

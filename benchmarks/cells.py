@@ -224,7 +224,7 @@ def with_seed(job: Job, seed: int) -> Job:
 
 def fine_tune(job: Job, network: nn.Module, epochs: int, *, distilled: bool) -> float:
     """Train a network in place as a run of `compress` does, and return the seconds."""
-    from compressor.run.stages import trainer
+    from compressor.run.trainings import trainer
 
     started = time.perf_counter()
     rate = job.recipe.training.finetune_learning_rate

@@ -204,7 +204,11 @@ class Latency(Record):
 
 
 class Accuracy(Record):
-    """Scores of the networks on the test split by one metric; see `core.metrics.Metric`."""
+    """Scores of the networks on the test split by one metric; see `core.metrics.Metric`.
+
+    `finetuned` is that of the delivered network, before its export. If training lowered the score on the search split,
+    the network before training is delivered, and `discarded` is the score of the trained one.
+    """
 
     metric: str = ACCURACY
     share: bool = True
@@ -215,6 +219,7 @@ class Accuracy(Record):
     pruned: Number | None = None
     compensated: Number | None = None
     finetuned: Number | None = None
+    discarded: Number | None = None
     exported: Number | None = None
     exported_images: int | None = None
 

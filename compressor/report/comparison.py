@@ -88,6 +88,7 @@ def _accuracy_rows(manifest: Manifest) -> list[Row]:
             (split, dense, accuracy.finetuned),
             (f"{name}, only cut", None, accuracy.pruned),
             (f"{name}, compensated, before training", None, accuracy.compensated),
+            (f"{name}, fine-tuned, not delivered", None, accuracy.discarded),
             (f"{name}, of the exported ONNX{fewer}", None, accuracy.exported),
             *own,
         )

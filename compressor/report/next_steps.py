@@ -72,7 +72,7 @@ def _of_finished(manifest: Manifest, folder: Path, run: str, picture: str | None
         )
     if _lost(manifest.accuracy) > WORTH_ANOTHER_RUN:
         again = repeat_command(folder)
-        if manifest.epochs is not None:
+        if manifest.epochs is not None and manifest.accuracy.discarded is None:
             epochs = 2 * manifest.epochs or 2
             yield Step("Run it again with more training, in a new folder", f"{again} --epochs {epochs}")
         if _only_channels_for_latency(manifest):

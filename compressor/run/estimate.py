@@ -10,7 +10,7 @@ from typing import Any
 
 from compressor.recipe import AgentSettings
 from compressor.run.job import Job
-from compressor.run.stages import search_epochs
+from compressor.run.trainings import search_epochs
 from compressor.search.finalists import CANDIDATES_EACH, most_finalists
 from compressor.training.fake_quantised import FakeQuantised
 from compressor.training.feeds import random_inputs

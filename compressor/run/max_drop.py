@@ -16,7 +16,7 @@ from compressor.core.errors import CompressorError
 from compressor.core.front import Confirmed, DropLimit, Front, Lost, TargetRun
 from compressor.recipe.parts import SEPARATOR, Budgets
 from compressor.recipe.targets import Target
-from compressor.run.stages import finetuned_network
+from compressor.run.finetuning import finetuned_network
 
 if TYPE_CHECKING:
     from compressor.run.folder import RunFolder
@@ -93,9 +93,9 @@ def keeps(target: TargetRun, limit: float) -> bool:
 def lost(run: RunFolder, job: Job) -> Lost:
     """Compare a run's delivered network with the dense one; `job.model` has the weights of the end of its search."""
     dense = job.teacher if job.trained and job.teacher is not None else job.model
-    slim, task, device = finetuned_network(run, job), job.task.on_search(), job.torch_device
-    goals = task.test_goals(dense, device)
-    before, after = (task.test_score(network, goals, device) for network in (dense, slim))
+    task = job.task.on_search()
+    scored = task.scorer(dense, job.torch_device)
+    before, after = scored(dense), scored(finetuned_network(run, job))
     scale, accuracy = 100 if task.metric.share else 1, run.manifest.accuracy
     tested = None
     if accuracy.dense is not None and accuracy.finetuned is not None:

@@ -27,6 +27,7 @@ from compressor.run import front
 from compressor.run.contract import Contract
 from compressor.run.conversions import export
 from compressor.run.device import resolved
+from compressor.run.finetuning import finetune, finetuned_network
 from compressor.run.finish import finish
 from compressor.run.folder import RunFolder, new_run_path, runs_folder, stopped_in
 from compressor.run.follower import follow, follows
@@ -36,7 +37,7 @@ from compressor.run.measure import measure, probe
 from compressor.run.onnx_files import DENSE
 from compressor.run.result import RunResult
 from compressor.run.resuming import changed_since, function_values, rewrite, table_of
-from compressor.run.stages import begin, choose, finetune, finetuned_network, search
+from compressor.run.stages import begin, choose, search
 from compressor.run.together import gather, leading, processes, send_result
 from compressor.run.trackers import check_tracker
 from compressor.run.tracking import followed

@@ -1,10 +1,10 @@
-"""Stages that find the widths and train the weights."""
+"""Stages that begin a run and find its widths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
@@ -20,38 +20,29 @@ from compressor.core.manifest import (
     Skipped,
 )
 from compressor.core.metrics import ACCURACY, AGREEMENT
-from compressor.core.progress import Steps, bar, say
+from compressor.core.progress import say
 from compressor.core.versions import machine, versions
-from compressor.run.answers import dense_answers, record_dense, record_slim
+from compressor.run.answers import dense_answers, record_dense
 from compressor.run.candidates import finalists, recorded, with_choice
-from compressor.run.compensation import delivered_networks, network_before_finetuning, own_statistics
+from compressor.run.compensation import delivered_networks, own_statistics
 from compressor.run.contract import Contract
-from compressor.run.dense import check_dense, collapsed, lost_in_finetuning, problem
-from compressor.run.device import int8_runtime
+from compressor.run.dense import check_dense, collapsed, problem
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job, reward_weights
-from compressor.run.together import joining, processes
+from compressor.run.together import processes
+from compressor.run.trainings import brief_training, rate_field, search_epochs, trainer
 
 if TYPE_CHECKING:
     from torch import nn
 
     from compressor.budgets.base import Budget as LimitedCost
-    from compressor.core.records import Checkpoint
     from compressor.pruning.plan import ChannelPlan
     from compressor.search.environment import PruningEnv
     from compressor.search.evaluate import Evaluator
     from compressor.search.records import SearchResult
-    from compressor.training.fake_quantised import FakeQuantised
-    from compressor.training.loop import BriefTraining, Trainer
-    from compressor.training.settings import TrainSettings
-
-OWN_CLIP = 1.0
-"""Maximum norm of the gradients of a loss of the user's own, whose scale is not known."""
 
 PLAN = "search/plan.json"
 TABLE = "latency_table.json"
-FINETUNE_EPOCH = "finetune-epoch"
-"""Checkpoint of the epoch of fine-tuning that was stopped."""
 
 
 def begin(run: RunFolder, job: Job) -> None:
@@ -204,7 +195,7 @@ def _record_search(
         tested = job.tested(job.model)
         record_dense(run, job.task, tested)
         if done:
-            run.warn("search", collapsed("dense", run.manifest.training, tested, _rate_field(job, finetuning=False)))
+            run.warn("search", collapsed("dense", run.manifest.training, tested, rate_field(job, finetuning=False)))
         if dense_teacher(run, job) is None:
             note = f"The dense network{' has an untrained last layer' if job.teacher else ' is untrained'}."
             run.note(f"{note} {_effect_of_no_training(job)}")
@@ -282,7 +273,7 @@ def environment(
         seed=recipe.seed,
         threads=settings.threads,
         site=open_site(settings.workers, settings.threads, settings.evaluation_seconds, job.torch_device),
-        brief=_brief_training(job),
+        brief=brief_training(job),
         brief_steps=settings.brief_iterations,
         compensate=job.compensation.scored,
         fit_images=recipe.pruning.compensation_images,
@@ -351,107 +342,6 @@ def _note_plan(run: RunFolder, job: Job, plan: ChannelPlan) -> None:
     run.save()
 
 
-def finetune(run: RunFolder, job: Job, plan: ChannelPlan) -> nn.Module:
-    """Compensate and train the slim network, and write it as the run's artifact.
-
-    The dense network is goal and teacher if it is trained.
-    """
-    from compressor.models.names import remember_factory
-    from compressor.pruning.artefact import save, saved_factory
-
-    epochs = int(job.recipe.epochs or 0) - search_epochs(job)
-    checkpoint = run.checkpoint("finetune")
-    started = checkpoint.path.exists() or run.checkpoint(FINETUNE_EPOCH).path.exists()
-    if epochs and "finetune" in run.begun_before and not started:
-        say(f"{checkpoint.path} is missing: fine-tuning starts again.")
-    teacher = dense_teacher(run, job)
-    state = checkpoint.load()
-    if state is not None and state["plan"] != plan.checksum:
-        state = None
-    if state is None:
-        slim = network_before_finetuning(run, job, plan, trained=teacher is not None)
-    else:
-        slim = job.space.apply(plan)
-    history = _trained(run, job, slim, plan, epochs, teacher, state) if epochs else []
-    slim.eval()
-    known = run.manifest.accuracy
-    unchanged = not epochs and teacher is not None and job.compensation.delivered != "off"
-    if unchanged and known.compensated is not None:
-        finetuned = known.compensated
-    else:
-        tested = job.tested(slim)
-        record_slim(run, job.task, tested)
-        finetuned = tested.score
-        if epochs and "search" not in run.manifest.warnings:  # a dense network that has learned nothing is the cause
-            epochs_done = [Epoch(**entry) for entry in history]
-            run.warn("finetune", collapsed("slim", epochs_done, tested, _rate_field(job, finetuning=True)))
-    run.note_accuracy(finetuned=finetuned)
-    before = known.pruned if known.compensated is None else known.compensated
-    if epochs and (note := lost_in_finetuning(finetuned, before, known.dense, known.images, known.metric)):
-        run.note(note)
-    save(slim, plan, run.path, factory=job.factory, extra=job.task.facts())
-    if job.recipe.from_python and (name := saved_factory(run.path)) is not None:
-        remember_factory(name)  # a class that this program has run is run again by `compress export`
-    earlier = [entry for entry in run.manifest.training if entry.phase != "finetune"]
-    run.manifest.training = [*earlier, *(Epoch(**entry) for entry in history)]
-    run.save()
-    say(f"The slim network's {job.metric} is {job.task.metric.text(finetuned)}.")
-    # what is exported is what the files hold, in this process as in one that resumes here
-    return finetuned_network(run, job)
-
-
-def _trained(
-    run: RunFolder,
-    job: Job,
-    slim: nn.Module,
-    plan: ChannelPlan,
-    epochs: int,
-    teacher: nn.Module | None,
-    state: dict[str, Any] | None,
-) -> list[dict[str, Any]]:
-    """Fine-tune in place, from a checkpoint's state if there is one; returns the record of each epoch."""
-    rounded = _rounded(job, slim) if job.recipe.training.quantize == "int8" else None
-    training = trainer(
-        job,
-        slim,
-        epochs,
-        rate=job.recipe.training.finetune_learning_rate,
-        teacher=teacher,
-        within=run.checkpoint(FINETUNE_EPOCH),
-        of=plan.checksum,
-        plan=plan,
-    )
-    checkpoint = run.checkpoint("finetune")
-    history: list[dict[str, Any]] = []
-    if state is not None:
-        training.restore(state["trainer"])
-        history = list(state["history"])
-    with bar("Fine-tuning the slim network", epochs * training.steps_per_epoch) as progress:
-        progress.advance(training.epoch * training.steps_per_epoch)
-        while training.epoch < epochs:
-            stats = training.run_epoch(Steps(progress))
-            history.append(epoch_record("finetune", training.epoch, stats))
-            checkpoint.save({"plan": plan.checksum, "trainer": training.state(), "history": history})
-            progress.advance(0, note=f"loss {stats.loss:.3f}")
-    run.manifest.trained_ranges = {} if rounded is None else {name: [*ends] for name, ends in rounded.remove().items()}
-    return history
-
-
-def _rounded(job: Job, slim: nn.Module) -> FakeQuantised:
-    """Let a network compute as in the run's INT8 file."""
-    from compressor.training.fake_quantised import FakeQuantised
-    from export.convert.calibrated import FORMS
-
-    return FakeQuantised(slim, symmetric=FORMS[int8_runtime(job.recipe)].symmetric)
-
-
-def finetuned_network(run: RunFolder, job: Job) -> nn.Module:
-    """Read the slim network from the run's files."""
-    from compressor.pruning.artefact import load
-
-    return load(run.path, factory=job.builder, device=job.torch_device)
-
-
 def dense_teacher(run: RunFolder, job: Job) -> nn.Module | None:
     """Return the trained dense network: as loaded, or as the search trained it; None if it only guesses.
 
@@ -463,113 +353,3 @@ def dense_teacher(run: RunFolder, job: Job) -> nn.Module | None:
         return job.model
     answers = dense_answers(run)
     return None if answers is None or problem(*answers) else job.model
-
-
-def search_epochs(job: Job) -> int:
-    """Return the epochs of the dense weights; the slim network has the remaining ones, at least one."""
-    from compressor.search.schedule import epochs_in_search
-
-    return epochs_in_search(int(job.recipe.epochs or 0), float(job.recipe.search.epochs_share or 0))
-
-
-def _brief_training(job: Job) -> BriefTraining | None:
-    """Return a trainer of a few steps at fine-tuning's learning rate, for candidates before they are scored."""
-    from compressor.training.loop import BriefTraining
-
-    if job.task.train is None:
-        return None
-
-    settings = train_settings(job, job.recipe.training.finetune_learning_rate)
-    return BriefTraining(
-        job.task,
-        settings,
-        seed=job.recipe.seed,
-        device=job.torch_device,
-        rate_field=_rate_field(job, finetuning=True),
-    )
-
-
-def _rate_field(job: Job, *, finetuning: bool) -> str:
-    """Return the recipe field that lowers a training's learning rate."""
-    own = finetuning and not job.recipe.training.one_schedule
-    return "training.finetune_learning_rate" if own else "training.learning_rate"
-
-
-def train_settings(job: Job, rate: float | None = None) -> TrainSettings:
-    """Return the recipe's training settings; `rate` is fine-tuning's highest learning rate, None for the search's."""
-    from compressor.training.settings import TrainSettings
-
-    training = job.recipe.training
-    return TrainSettings(
-        batch_size=int(training.batch_size or 0),
-        learning_rate=float((None if training.one_schedule else rate) or training.learning_rate or 0),
-        weight_decay=float(training.weight_decay or 0),
-        schedule=training.schedule,
-        warmup_share=training.warmup_share,
-        label_smoothing=training.label_smoothing,
-        ema_decay=training.ema_decay,
-        grad_clip=(OWN_CLIP if job.recipe.from_python else 0.0) if training.grad_clip is None else training.grad_clip,
-        optimizer=training.optimizer,
-        accumulation=training.accumulation,
-        mixup=training.mixup,
-        cutmix=training.cutmix,
-        channels_last=training.channels_last,
-        compile=training.compile,
-        mixed_precision="no" if training.mixed_precision == "auto" else training.mixed_precision,
-    )
-
-
-def trainer(
-    job: Job,
-    model: nn.Module,
-    epochs: int,
-    *,
-    rate: float | None = None,
-    teacher: nn.Module | None = None,
-    within: Checkpoint | None = None,
-    of: str = "",
-    plan: ChannelPlan | None = None,
-) -> Trainer:
-    """Create the trainer of `model` on the job's data, as its recipe says.
-
-    Args:
-        job: Job with task, batch size, precision and seed.
-        model: Network, trained in place.
-        epochs: Number of epochs over which the learning rate falls.
-        rate: Highest learning rate of fine-tuning; None during the search, for the recipe's own.
-        teacher: Trained dense network to distill from, weighted by the recipe's `distill_weight`; None for none.
-        within: Where the state in the middle of an epoch is kept; None for nowhere.
-        of: What is trained, if that can be different things.
-        plan: Plan of `model`; None for the dense network.
-    """
-    from compressor.training.loop import Trainer
-    from compressor.training.within import WithinEpoch
-
-    training, settings = job.recipe.training, train_settings(job, rate)
-    return Trainer(
-        model,
-        job.task,
-        settings,
-        epochs=epochs,
-        seed=job.recipe.seed,
-        device=job.torch_device,
-        teacher=teacher,
-        distill_weight=training.distill_weight,
-        span=(search_epochs(job) if rate else 0, int(job.recipe.epochs or 0))
-        if training.one_schedule
-        else None,
-        rate_field=_rate_field(job, finetuning=rate is not None),
-        within=None if within is None else WithinEpoch(within, of),
-        join=joining(plan),
-    )
-
-
-def epoch_record(phase: str, epoch: int, stats: Any) -> dict[str, Any]:
-    """Return the manifest's record of an epoch."""
-    return {
-        "phase": phase,
-        "epoch": epoch,
-        "loss": stats.loss,
-        "accuracy": stats.accuracy,
-        "seconds": round(stats.seconds, 3),
-    }

@@ -168,6 +168,9 @@ class OwnTask(Task):
         other.metric = Metric(AGREEMENT) if self._evaluate is None else Metric(SCORE, 0 <= self._dense <= 1)
         return other
 
+    def on_calibration(self, number: int | None, seed: int) -> Task | None:
+        return super().on_calibration(number, seed) if self._evaluate is None else None
+
     @property
     def test_inputs(self) -> int | None:
         """Number of inputs of which a share is reported; other agreements are no shares of a number."""

@@ -173,6 +173,19 @@ class Task(ABC):
         other.test = self.search
         return other
 
+    def on_calibration(self, number: int | None, seed: int) -> Task | None:
+        """Return the task whose reported score is that of `number` training inputs; None if they cannot be scored."""
+        if self.calibration is None or number is None:
+            return None
+        other = copy.copy(self)
+        other.test = self.calibration.sample(number, seed)
+        return other
+
+    def scorer(self, dense: nn.Module, device: str | torch.device) -> Callable[[nn.Module], float]:
+        """Return the function that gives a network's reported score, beside the dense network where that counts."""
+        goals = self.test_goals(dense, device)
+        return lambda network: self.test_score(network, goals, device)
+
     @abstractmethod
     def file_score(
         self, path: Path, network: nn.Module, goals: Any, advance: Callable[[int], None]

@@ -81,7 +81,7 @@ def test_a_run_that_is_resumed_before_fine_tuning_delivers_the_same(weights: Pat
     }  # fmt: skip
     whole = run_recipe(recipe(**fields), out=tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compressor.run.stages._trained", _stop)
+        patch.setattr("compressor.run.finetuning._trained", _stop)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(recipe(**fields), out=tmp_path / "stopped")
     assert manifest_of(tmp_path / "stopped")["compensation"]["refitted"]

@@ -16,7 +16,7 @@ from compressor import CompressorError, Recipe, compress, run_recipe
 from compressor.run.folder import RunFolder
 from compressor.run.load import load
 from compressor.run.pipeline import resume
-from compressor.run.stages import train_settings
+from compressor.run.trainings import train_settings
 from compressor.training import within
 from compressor.training.loop import Trainer
 from tests.nets import tiny
