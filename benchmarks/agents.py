@@ -206,6 +206,7 @@ def recipe_of(options: argparse.Namespace, cell: Cell) -> Recipe:
             "budgets": {kind: limit},
             # a count is compared over all widths; a latency over those that suit the device
             "pruning": {
+                "depth": "off",
                 "granularity": "auto" if kind == "latency" else 1,
                 "compensate": options.compensate,
             },

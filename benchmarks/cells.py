@@ -191,7 +191,7 @@ def load_job(
             "seed": seed,
             "epochs": options.epochs,
             "budgets": {kind: limit},
-            "pruning": {"granularity": granularity},
+            "pruning": {"granularity": granularity, "depth": "off"},
             "search": {
                 "search_images": options.search_images,
                 "batch_norm_batches": options.batch_norm_batches,

@@ -28,7 +28,7 @@ from compressor.recipe import Recipe
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "both": {"depth": "auto"},
-    "widths": {},
+    "widths": {"depth": "off"},
     "depth": {"depth": "auto", "min_share": 1.0},
 }
 """Fields of `pruning`; the first one measures the latency table."""

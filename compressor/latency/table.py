@@ -249,9 +249,19 @@ class LatencyTable:
             return all(LatencyTable(each).covers(space) for each in (joined.floats, joined.int8))
         if network is None or len(network.layers) != len(space.layers):
             return False
-        if space.depth and network.blocks != len(space.blocks):
-            return False  # no network without blocks was measured
+        if space.depth and space.blocks and not self.knows_blocks(space):
+            return False
         return not self._uncovered(space, network, [self._surface([key]) for key in network.layers])
+
+    def knows_blocks(self, space: PruningSpace) -> bool:
+        """Whether networks without blocks of `space` were measured, or need not be; False if it has no blocks."""
+        if self.fields.roofline:
+            return bool(space.blocks)
+        if self.fields.joined is not None:
+            tables = (self.fields.joined.floats, self.fields.joined.int8)
+            return all(LatencyTable(each).knows_blocks(space) for each in tables)
+        network = self.fields.networks.get(network_signature(space))
+        return network is not None and 0 < network.blocks == len(space.blocks)
 
     def lacks(self, space: PruningSpace) -> str:
         """Explain in one sentence why `space` cannot be predicted; empty if it can."""

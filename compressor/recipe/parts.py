@@ -27,6 +27,11 @@ class AgentSettings(Part):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
+    @property
+    def removes_blocks(self) -> bool:
+        """Whether the agent can remove whole blocks."""
+        return True
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -170,9 +175,10 @@ class Pruning(Part):
     frozen: tuple[str, ...] = Field(
         (), description="Patterns (as in a shell) of layers that stay as they are."
     )
-    depth: Literal["off", "auto"] = Field(
-        "off",
-        description="auto: the search may also remove whole residual branches, around which the input runs unchanged.",
+    depth: Literal["off", "auto"] | None = Field(
+        None,
+        description="auto: the search may also remove whole residual branches, around which the input runs unchanged. "
+        "By default it may where a latency is a budget.",
     )
     importance: Literal["auto", "l1", "l2", "bn", "taylor", "fpgm", "random", "reconstruction"] = Field(
         "auto",

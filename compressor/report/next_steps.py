@@ -75,14 +75,6 @@ def _of_finished(manifest: Manifest, folder: Path, run: str, picture: str | None
         if manifest.epochs is not None and manifest.accuracy.discarded is None:
             epochs = 2 * manifest.epochs or 2
             yield Step("Run it again with more training, in a new folder", f"{again} --epochs {epochs}")
-        if _only_channels_for_latency(manifest):
-            yield Step("Let whole blocks go, too, if the network has some", f"{again} --set pruning.depth=auto")
-
-
-def _only_channels_for_latency(manifest: Manifest) -> bool:
-    """Return whether the network lost channels for a latency, and could not lose blocks."""
-    budgets, pruning = (manifest.recipe.get(part) or {} for part in ("budgets", "pruning"))
-    return bool(budgets.get("latency")) and pruning.get("depth") == "off"
 
 
 def _lost(accuracy: Accuracy) -> float:

@@ -184,6 +184,8 @@ class Job:
         teacher = copy.deepcopy(model).eval() if given else None
         _check_inputs(recipe, loaded.task)
         check_batch(recipe, loaded.task)
+        depth_given = recipe.pruning.depth is not None
+        recipe = with_depth(recipe)
         space = trace(recipe, model, example)
         dense_file = DenseFile(dense, recipe, model, example)
         if recipe.pruning.granularity == "measured":
@@ -192,6 +194,10 @@ class Job:
             space = trace(recipe, model, example)
         if table is None and any(spec.name == "latency" for spec in specs):
             table = latency_table(recipe, space, example, profile_limit_s)
+        if not depth_given and space.depth and not (table is not None and table.knows_blocks(space)):
+            recipe = recipe.changed({"pruning": {"depth": "off"}})
+            notes += _without_depth(space, table)
+            space = trace(recipe, model, example)
         if not specs:
             notes.append("No budget was given: nothing is pruned. Give --latency, --flops, --params or --memory.")
         compensation = methods(recipe, space, loaded.task.calibration is not None)
@@ -380,6 +386,16 @@ def _check_importance(recipe: Recipe, task: Task) -> None:
         raise CompressorError("pruning.importance is reconstruction, which needs inputs.", "Choose l1.")
 
 
+def _without_depth(space: PruningSpace, table: LatencyTable | None) -> list[str]:
+    """Say why no block of a network may be removed, if it has some."""
+    if not space.blocks or table is None:
+        return []
+    return [
+        f"Only channels are removed: the latency table of {table.device} was measured with all blocks. To let whole "
+        "blocks go, too, measure the device again: compress profile."
+    ]
+
+
 def latency_budget(recipe: Recipe) -> BudgetSpec | None:
     """Return a recipe's latency budget; None if it has none."""
     return next((each for each in budget_specs(recipe) if each.name == "latency"), None)
@@ -403,6 +419,17 @@ def reward_weights(recipe: Recipe) -> dict[str, float]:
     return {
         "latency": weights.latency, "macs": weights.flops, "params": weights.params, "memory": weights.memory
     }  # fmt: skip
+
+
+def with_depth(recipe: Recipe) -> Recipe:
+    """Let the search remove blocks where a latency is a budget, unless the recipe or its agent says otherwise."""
+    from compressor.core.agents import agent_class
+
+    if recipe.pruning.depth is not None:
+        return recipe
+    settings = agent_class(recipe.agent).Settings(**recipe.search.settings)
+    wanted = latency_budget(recipe) is not None and settings.removes_blocks
+    return recipe.changed({"pruning": {"depth": "auto" if wanted else "off"}})
 
 
 def trace(recipe: Recipe, model: nn.Module, example: tuple[Any, ...]) -> PruningSpace:

@@ -138,8 +138,8 @@ def _for_latency(recipe: Recipe) -> Recipe:
 
 def _traced(recipe: Recipe) -> tuple[PruningSpace, Any]:
     """Trace the network with random weights; latency does not depend on the weights."""
-    from compressor.run.job import trace
+    from compressor.run.job import trace, with_depth
     from compressor.run.load import load
 
     loaded = load(recipe, weights="none", decode_files=False)
-    return trace(loaded.recipe, loaded.model, loaded.task.example), loaded.task.example
+    return trace(with_depth(loaded.recipe), loaded.model, loaded.task.example), loaded.task.example

@@ -95,6 +95,10 @@ class ConstrainedSettings(LearningSettings):
     )
     shortlist: int = Field(4, ge=1, description="Best plans that are scaled to the budget and scored again at the end.")
 
+    @property
+    def removes_blocks(self) -> bool:
+        return self.action == "layer" and not self.paper
+
     @model_validator(mode="before")
     @classmethod
     def _as_in_the_paper(cls, values: Any) -> Any:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 class UniformSettings(NoSettings):
     """None: there is one plan."""
 
+    @property
+    def removes_blocks(self) -> bool:
+        return False  # one ratio serves all groups
+
     def scored_plans(self, most: int, *, joint_epochs: int, groups: int) -> int:
         return 1
 

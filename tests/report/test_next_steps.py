@@ -40,13 +40,6 @@ def test_a_finished_run_is_used_explained_and_exported() -> None:
         ({"latency": {"device": "jetson-orin-nano-8gb"}}, " --target jetson-orin-nano-8gb --bundle "),
         ({"epochs": 20, "accuracy": {"dense": 0.9, "finetuned": 0.8}}, "/recipe.yaml' --epochs 40"),
         ({"epochs": 0, "accuracy": {"dense": 0.9, "finetuned": 0.8}}, "/recipe.yaml' --epochs 2"),
-        (
-            {
-                "accuracy": {"dense": 0.9, "finetuned": 0.8},
-                "recipe": {"budgets": {"latency": "50%"}, "pruning": {"depth": "off"}},
-            },
-            "/recipe.yaml' --set pruning.depth=auto",
-        ),
         ({"recipe": {"task": "detection"}}, " PHOTO.jpg --runtime torch"),
         ({"data": "python"}, "compress measure '/home/me/my runs/"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -11,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor import load, run_recipe
+from compressor.pruning.space import PruningSpace
 from compressor.run.explain import explain_again
+from compressor.run.job import Job
+from tests.latency.conftest import MadeUpDevice, local_table
 from tests.runs import IMAGE_SIZE, manifest_of, recipe
 
 NAMES = ["body.0", "body.1", "body.2"]
@@ -73,3 +77,34 @@ def test_a_run_that_may_only_remove_blocks(agent: str, tmp_path: Path) -> None:
             dense_ms, slim_ms = (lines[f"{name}.one"][which] for which in ("dense_ms", "slim_ms"))
             assert dense_ms > 0
             assert (slim_ms is None) == (name != left)
+
+
+@pytest.mark.parametrize(
+    ("fields", "depth"),
+    [
+        ({"budgets": {"latency": "100%"}}, "auto"),
+        ({"budgets": {"latency": "100%"}, "pruning": {"depth": "off"}}, "off"),
+        ({"budgets": {"flops": "60%"}}, "off"),
+        ({"budgets": {"latency": "100%"}, "agent": "uniform"}, "off"),
+        ({"budgets": {"latency": "100%"}, "agent": "constrained", "search": {"settings": {"action": "channel"}}}, "off"),
+        ({"budgets": {"latency": "100%"}, "model": "tests.nets:tiny"}, "off"),  # it has no blocks
+    ],
+    ids=["latency", "off", "flops", "uniform", "single channels", "no blocks"],
+)
+def test_blocks_may_go_where_a_latency_is_a_budget(fields: dict[str, Any], depth: str) -> None:
+    base = {"model": "tests.run.test_depth_run:Deep", "agent": "knapsack", "device": "jetson-orin-nano-8gb"}
+    job = Job.prepare(recipe(**{**base, **fields}).resolved())
+    assert job.recipe.pruning.depth == depth
+    assert job.space.depth == (depth == "auto")
+    assert not [note for note in job.notes if "blocks" in note]
+
+
+def test_blocks_stay_where_the_table_was_measured_with_all() -> None:
+    wanted = recipe(model="tests.run.test_depth_run:Deep", agent="knapsack", budgets={"latency": "100%"}).resolved()
+    example = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    for depth in (False, True):
+        space = PruningSpace(Deep(), example, depth=depth)
+        job = Job.prepare(wanted, local_table(space, example, device=MadeUpDevice()))
+        said = [note for note in job.notes if "was measured with all blocks" in note]
+        assert (job.recipe.pruning.depth, job.space.depth) == (("auto", True) if depth else ("off", False))
+        assert len(said) == (0 if depth else 1)
