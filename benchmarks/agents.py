@@ -95,6 +95,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch-norm-batches", type=int, default=10)
     parser.add_argument("--compensate", choices=["off", "auto"], default="auto")
     parser.add_argument("--score", choices=["accuracy", "closeness"], default="accuracy", help="of candidates")
+    parser.add_argument("--depth", choices=["off", "auto"], default="off", help="auto: blocks may go, too")
     parser.add_argument("--image-size", type=int)
     parser.add_argument(
         "--brief",
@@ -104,14 +105,15 @@ def parsed() -> argparse.Namespace:
         help="steps of training on each candidate before it is scored",
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after this time")
-    parser.add_argument("--results", type=Path, help="default: by --compensate, --score and --epochs")
+    parser.add_argument("--results", type=Path, help="default: by --compensate, --score, --depth and --epochs")
     parser.add_argument("--work", type=Path, default=Path("runs/agents"), help="where the searches lie")
     parser.add_argument("--measure", action="store_true", help="measure the latencies that are missing")
-    parser.add_argument("--page", type=Path, help="default: by --compensate, --score and --epochs")
+    parser.add_argument("--page", type=Path, help="default: by --compensate, --score, --depth and --epochs")
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     options = parser.parse_args()
     name = "agents" if options.compensate == "off" else "agents-compensated"
     name += f"-{options.score}" if options.score != "accuracy" else ""
+    name += "-depth" if options.depth == "auto" else ""
     name += "-untrained" if not options.epochs else ""
     options.results = options.results or Path("benchmarks/results", name)
     options.page = options.page or Path("docs/results", f"{name}.md")
@@ -162,8 +164,8 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         for _ in range(options.epochs):
             training.run_epoch()
     after = right_in(job, slim) if options.epochs else before
-    widths = job.space.widths(result.widths)
-    costs = {each.name: float(np.asarray(each.predict(widths[None]))[0]) / each.dense for each in budgets}
+    spent = {each.name: float(np.asarray(each.predict(job.space.row(result.best)[None]))[0]) for each in budgets}
+    costs = {each.name: spent[each.name] / each.dense for each in budgets}
     return {
         **asdict(cell),
         **store.settings(options),
@@ -172,7 +174,7 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         "after": float(after.mean()),
         "right_before": packed(before),
         "right_after": packed(after),
-        "kept": all(float(np.asarray(each.predict(widths[None]))[0]) <= each.target for each in budgets),
+        "kept": all(spent[each.name] <= each.target for each in budgets),
         "share": costs[kind if kind != "flops" else "macs"],
         "target_share": next(each.target / each.dense for each in budgets),
         "test_images": len(job.task.test),
@@ -182,6 +184,7 @@ def run(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         "evaluation_minutes": result.timing["evaluation"] / 60,
         "finetune_minutes": (time.perf_counter() - started) / 60,
         "widths": dict(result.widths),
+        "removed": list(result.best.removed),
         "found": found(result, env.bounds.feasible),
     }
 
@@ -206,7 +209,7 @@ def recipe_of(options: argparse.Namespace, cell: Cell) -> Recipe:
             "budgets": {kind: limit},
             # a count is compared over all widths; a latency over those that suit the device
             "pruning": {
-                "depth": "off",
+                "depth": options.depth,
                 "granularity": "auto" if kind == "latency" else 1,
                 "compensate": options.compensate,
             },
@@ -252,7 +255,7 @@ def measure(options: argparse.Namespace, console: Console) -> None:
             cell = Cell(**{name: entry[name] for name in Cell.__dataclass_fields__})
             if _plan_of(entry) not in shares:
                 job = prepared(options, recipe_of(options, cell), "latency")
-                slim = job.space.apply(job.space.plan(entry["widths"]))
+                slim = job.space.apply(job.space.plan(entry["widths"], removed=entry.get("removed", ())))
                 with tempfile.TemporaryDirectory() as folder:
                     shares[_plan_of(entry)] = measured_share(job, slim, Path(folder))
             entry["measured_share"] = shares[_plan_of(entry)]
@@ -260,8 +263,8 @@ def measure(options: argparse.Namespace, console: Console) -> None:
             console.print(f"{cell.name}: {entry['measured_share']:.1%} of the dense time", highlight=False)
 
 
-def _plan_of(entry: dict[str, Any]) -> tuple[tuple[str, int], ...]:
-    return tuple(entry["widths"].items())
+def _plan_of(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return (*entry["widths"].items(), *entry.get("removed", ()))
 
 
 def is_unmeasured(entry: dict[str, Any]) -> bool:
@@ -317,7 +320,7 @@ def command(options: argparse.Namespace) -> str:
     parts += ["--evaluations", *map(str, options.evaluations), "--budgets", *options.budgets]
     parts += ["--epochs", str(options.epochs), "--search-images", str(options.search_images)]
     parts += ["--agents", *options.agents, "--brief", *map(str, options.brief)]
-    parts += ["--compensate", options.compensate, "--score", options.score]
+    parts += ["--compensate", options.compensate, "--score", options.score, "--depth", options.depth]
     parts += ["--image-size", str(options.image_size)] if options.image_size else []
     return shlex.join([*parts, "--batch-norm-batches", str(options.batch_norm_batches)])
 

@@ -150,6 +150,8 @@ def _protocol(cells: Cells) -> str:
         if compensated
         else f"Candidates are only cut, after {said['batch_norm_batches']} batches for batch norm."
     )
+    if any(cell.get("depth") == "auto" for cell in cells):
+        scored += " Whole blocks may go, too."
     by_closeness = any(cell.get("score") == "closeness" for cell in cells)
     seen = "closeness to the dense network (no labels)" if by_closeness else "accuracy"
     text = f"""

@@ -23,9 +23,9 @@ from compressor.core.files import sha256_file, write_atomic
 if TYPE_CHECKING:
     from compressor.run.job import Job
 
-SETTINGS = ("epochs", "search_images", "batch_norm_batches", "compensate", "score", "image_size")
+SETTINGS = ("epochs", "search_images", "batch_norm_batches", "compensate", "score", "depth", "image_size")
 """What all cells must have in common to be compared."""
-EARLIER = {"compensate": "off", "score": "accuracy", "image_size": None}
+EARLIER = {"compensate": "off", "score": "accuracy", "depth": "off", "image_size": None}
 """Values of cells from before these settings existed."""
 
 

@@ -24,7 +24,7 @@ def options(folder: Path, **changed: object) -> argparse.Namespace:
     given = {
         "model": "cifar_resnet20", "seeds": [0, 1], "evaluations": [100, 400], "budgets": ["latency:30%"],
         "agents": ["uniform", "knapsack"], "brief": [0, 8], "epochs": 1, "search_images": 500,
-        "batch_norm_batches": 10, "compensate": "off", "score": "accuracy", "image_size": None,
+        "batch_norm_batches": 10, "compensate": "off", "score": "accuracy", "image_size": None, "depth": "off",
         "results": folder / "results", "work": folder / "work", "data": "digits",
     }  # fmt: skip
     return argparse.Namespace(**{**given, **changed})
