@@ -86,7 +86,10 @@ def test_a_run_that_may_only_remove_blocks(agent: str, tmp_path: Path) -> None:
         ({"budgets": {"latency": "100%"}, "pruning": {"depth": "off"}}, "off"),
         ({"budgets": {"flops": "60%"}}, "off"),
         ({"budgets": {"latency": "100%"}, "agent": "uniform"}, "off"),
-        ({"budgets": {"latency": "100%"}, "agent": "constrained", "search": {"settings": {"action": "channel"}}}, "off"),
+        (
+            {"budgets": {"latency": "100%"}, "agent": "constrained", "search": {"settings": {"action": "channel"}}},
+            "off",
+        ),
         ({"budgets": {"latency": "100%"}, "model": "tests.nets:tiny"}, "off"),  # it has no blocks
     ],
     ids=["latency", "off", "flops", "uniform", "single channels", "no blocks"],
