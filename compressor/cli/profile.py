@@ -50,7 +50,7 @@ def profile(
     time_limit: Annotated[
         str | None,
         typer.Option(
-            help="Time limit for measuring this machine or a registered device, such as 90s or 5min; by default 75s "
+            help="Time limit for measuring this machine or a registered device, such as 90s or 5min; by default 60s "
             "for this machine's CPU and 10min otherwise."
         ),
     ] = None,

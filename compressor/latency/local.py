@@ -56,7 +56,7 @@ class LocalCpu(MeasuredDevice):
     runtime = CPU
     int8_form = ONNXRUNTIME
     precisions = ("fp32", "int8", "mixed")
-    time_limit_s = 75.0
+    time_limit_s = 60.0
 
     @classmethod
     def create(cls, device: str) -> TableProvider:
