@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 ACCURACY = "accuracy"
 AGREEMENT = "agreement with the dense network"
+CLOSENESS = "closeness to the dense network"
 SCORE = "score"
 MEAN_IOU = "mean IoU"
 MEAN_AP = "mAP"

@@ -103,9 +103,9 @@ def _keep_start(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module, te
     if teacher is None or job.recipe.training.quantize != "no":
         start.clear()
         return
-    score = job.task.on_search().scorer(teacher, job.torch_device)(slim.eval())
+    _, score = job.task.judge(teacher, job.torch_device)
     weights = {name: value.cpu() for name, value in slim.state_dict().items()}
-    start.save({"plan": plan.checksum, "weights": weights, "score": score})
+    start.save({"plan": plan.checksum, "weights": weights, "score": score(slim.eval())})
 
 
 def _returned_to_start(
@@ -119,23 +119,22 @@ def _returned_to_start(
     start = run.checkpoint(START).load()
     if start is None or teacher is None or start["plan"] != plan.checksum:
         return None
-    search, device = job.task.on_search(), job.torch_device
-    text, before, after = search.metric.text, start["score"], search.scorer(teacher, device)(slim)
+    task, device = job.task, job.torch_device
+    metric, judged = task.judge(teacher, device)
+    before, after = start["score"], judged(slim)
     if after >= before:
         return None
-    seen = job.task.on_calibration(search.test_inputs, job.recipe.seed)
-    learned = None if seen is None else seen.scorer(teacher, device)
+    seen = task.on_calibration(job.recipe.seed)
+    learned = None if seen is None else seen.judge(teacher, device)[1]
     seen_after = None if learned is None else learned(slim)
     slim.load_state_dict(start["weights"])
-    note = (
-        f"Fine-tuning lowered the {search.metric.name} on the search split from {text(before)} to {text(after)}: the "
-        "network is delivered as it was before."
-    )
+    change = f"from {metric.text(before)} to {metric.text(after)}"
+    note = f"Fine-tuning lowered the {metric.name} on the search split {change}: the network is delivered as it was before."
     rate = f"lower {rate_field(job, finetuning=True)}"
     if learned is None or seen_after is None:
         return f"{note} Train on more inputs, or {rate}."
     seen_before = learned(slim)
-    change = f"from {text(seen_before)} to {text(seen_after)}"
+    change = f"from {metric.text(seen_before)} to {metric.text(seen_after)}"
     if seen_after > seen_before:
         return f"{note} On training images it rose {change}: there are too few of them. Add images, or train less."
     return f"{note} On training images it fell, too, {change}: {rate}, or train longer (--epochs)."

@@ -168,8 +168,8 @@ class OwnTask(Task):
         other.metric = Metric(AGREEMENT) if self._evaluate is None else Metric(SCORE, 0 <= self._dense <= 1)
         return other
 
-    def on_calibration(self, number: int | None, seed: int) -> Task | None:
-        return super().on_calibration(number, seed) if self._evaluate is None else None
+    def on_calibration(self, seed: int) -> Task | None:
+        return super().on_calibration(seed) if self._evaluate is None else None
 
     @property
     def test_inputs(self) -> int | None:

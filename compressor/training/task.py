@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from compressor.core.metrics import Metric
+from compressor.core.metrics import AGREEMENT, CLOSENESS, Metric
 from compressor.training.feeds import Batches, Feed, inputs_in
 from compressor.training.scoring import share_right
 
@@ -173,18 +173,31 @@ class Task(ABC):
         other.test = self.search
         return other
 
-    def on_calibration(self, number: int | None, seed: int) -> Task | None:
-        """Return the task whose reported score is that of `number` training inputs; None if they cannot be scored."""
-        if self.calibration is None or number is None:
+    def on_calibration(self, seed: int) -> Task | None:
+        """Return the task whose search inputs are as many of the calibration; None if they cannot be scored."""
+        if self.calibration is None or self.search is None:
             return None
         other = copy.copy(self)
-        other.test = self.calibration.sample(number, seed)
+        other.search = self.calibration.sample(len(self.search), seed)
         return other
 
     def scorer(self, dense: nn.Module, device: str | torch.device) -> Callable[[nn.Module], float]:
         """Return the function that gives a network's reported score, beside the dense network where that counts."""
         goals = self.test_goals(dense, device)
         return lambda network: self.test_score(network, goals, device)
+
+    def judge(self, dense: nn.Module, device: str | torch.device) -> tuple[Metric, Callable[[nn.Module], float]]:
+        """Return what two networks are compared by on the search inputs: a metric, and the function that computes it.
+
+        It is the reported metric; but instead of the agreement, which is coarse on few inputs, the closeness.
+        """
+        on_search, feed = self.on_search(), self.search
+        if on_search.metric.name != AGREEMENT:
+            return on_search.metric, on_search.scorer(dense, device)
+        goals = self.search_goals(dense, feed, device=device, batch_size=self.batch_size)
+        return Metric(CLOSENESS), lambda network: self.search_score(
+            network, feed, goals, device=device, batch_size=self.batch_size
+        )
 
     @abstractmethod
     def file_score(

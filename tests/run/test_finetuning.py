@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from compressor import RunResult, run_recipe
+from compressor.core.metrics import Metric
 from compressor.data import load_data
 from compressor.pruning.artefact import read_plan
 from compressor.run import finetuning
@@ -76,8 +77,8 @@ class Seen:
     def __init__(self, *scores: float) -> None:
         self._scores: Iterator[float] = iter(scores)
 
-    def scorer(self, *_: object) -> Any:
-        return lambda _: next(self._scores)
+    def judge(self, *_: object) -> Any:
+        return Metric(), lambda _: next(self._scores)
 
 
 def test_only_a_lower_score_returns_to_the_start_and_training_images_tell_why(
@@ -90,7 +91,7 @@ def test_only_a_lower_score_returns_to_the_start_and_training_images_tell_why(
         kept = start.load()
         assert kept is not None
         slim = job.space.apply(plan)  # without compensation, as a network that training has changed
-        score = job.task.on_search().scorer(job.teacher, job.torch_device)(slim.eval())
+        score = job.task.judge(job.teacher, job.torch_device)[1](slim.eval())
         start.save({**kept, "score": score})
         assert finetuning._returned_to_start(run, job, plan, slim, job.teacher) is None
         start.save({**kept, "score": score + 0.001})
