@@ -490,6 +490,7 @@ class Export(Record):
 
     The fields from `kept_fp32` on are those of FP16 and INT8, the last four those of mixed precision: `timed_on` says
     where its plans were timed. `trained_ranges` counts the activations whose ranges are those of the training.
+    `weight_levels` is the largest whole number of an INT8 weight: 127, or 64 where sums on the CPU saturate.
     """
 
     file: str = ""
@@ -507,6 +508,7 @@ class Export(Record):
     runtime: str = ""
     rounding: str = ""
     trained_ranges: int = 0
+    weight_levels: int | None = None
     timed_on: str = ""
     rule: str = ""
     plans: list[PrecisionPlan] = []

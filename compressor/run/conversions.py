@@ -24,7 +24,7 @@ from compressor.run.onnx_files import (
     record,
     scored,
 )
-from export.convert.calibrated import ONNXRUNTIME
+from export.convert.calibrated import LEVELS, ONNXRUNTIME
 from export.convert.trees import tensors_in
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ def _int8(conversion: Conversion, trial: Path) -> dict[str, Any]:
     )
     kept, counts = list(within.quant.kept), conversion.task.spread(CALIBRATION_IMAGES, conversion.seed)
     spread = f", {min(counts.values())} to {max(counts.values())} of each class" if counts else ""
+    bits = " (weights of 7 bits, as this CPU's sums of 8 bits saturate)" if within.quant.levels < LEVELS else ""
     by_training = f", {within.quant.trained} ranges of the training, the others" if within.quant.trained else ""
     return {
         "kept_float": kept,
@@ -207,8 +208,9 @@ def _int8(conversion: Conversion, trial: Path) -> dict[str, Any]:
         "runtime": conversion.runtime,
         "rounding": conversion.rounding,
         "trained_ranges": within.quant.trained,
-        "words": f"{len(within.quant.quantised)} nodes in INT8, {len(kept)} kept in floats{by_training}, calibrated on "
-        f"{len(calibration)} training images{spread}",
+        "weight_levels": within.quant.levels,
+        "words": f"{len(within.quant.quantised)} nodes in INT8{bits}, {len(kept)} kept in floats{by_training}, "
+        f"calibrated on {len(calibration)} training images{spread}",
     }
 
 

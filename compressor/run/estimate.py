@@ -14,6 +14,7 @@ from compressor.run.trainings import search_epochs
 from compressor.search.finalists import CANDIDATES_EACH, most_finalists
 from compressor.training.fake_quantised import FakeQuantised
 from compressor.training.feeds import random_inputs
+from export.convert.calibrated import LEVELS
 from export.convert.trees import outputs_of
 
 FIT_IMAGES = 8
@@ -155,7 +156,7 @@ def measured_steps(job: Job) -> Steps:
         model.train()
         tune_s = train_s = _seconds(train(number), device) / number
         if job.recipe.training.quantize == "int8":
-            FakeQuantised(model, symmetric=True)
+            FakeQuantised(model, symmetric=True, levels=LEVELS)
             tune_s = _seconds(train(number), device) / number
     return Steps(forward_s, train_s, tune_s, _refit_s(job, inputs(FIT_IMAGES)))
 

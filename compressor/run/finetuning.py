@@ -129,7 +129,7 @@ def _returned_to_start(
     seen_after = None if learned is None else learned(slim)
     slim.load_state_dict(start["weights"])
     change = f"from {metric.text(before)} to {metric.text(after)}"
-    note = f"Fine-tuning lowered the {metric.name} on the search split {change}: the network is delivered as it was before."
+    note = f"Fine-tuning lowered the {metric.name} on the search split {change}: the network is delivered as before."
     rate = f"lower {rate_field(job, finetuning=True)}"
     if learned is None or seen_after is None:
         return f"{note} Train on more inputs, or {rate}."
@@ -180,9 +180,10 @@ def _trained(
 def _rounded(job: Job, slim: nn.Module) -> FakeQuantised:
     """Let a network compute as in the run's INT8 file."""
     from compressor.training.fake_quantised import FakeQuantised
-    from export.convert.calibrated import FORMS
+    from export.convert.calibrated import FORMS, weight_levels
 
-    return FakeQuantised(slim, symmetric=FORMS[int8_runtime(job.recipe)].symmetric)
+    runtime = int8_runtime(job.recipe)
+    return FakeQuantised(slim, symmetric=FORMS[runtime].symmetric, levels=weight_levels(runtime))
 
 
 def finetuned_network(run: RunFolder, job: Job) -> nn.Module:

@@ -49,9 +49,10 @@ class FakeQuantised:
     Args:
         network: Changed in place; its parameters stay the ones that are trained.
         symmetric: Whether inputs have a symmetric range, as TensorRT wants it; else any that has zero in it.
+        levels: Largest whole number of a weight.
     """
 
-    def __init__(self, network: nn.Module, *, symmetric: bool) -> None:
+    def __init__(self, network: nn.Module, *, symmetric: bool, levels: int) -> None:
         self._layers = [(name, each) for name, each in network.named_modules() if isinstance(each, LAYERS)]
         self._rounded: list[nn.Module] = []
         self._hooks: list[Any] = []
@@ -59,7 +60,7 @@ class FakeQuantised:
             layer.add_module(INPUT, _of_inputs(symmetric))
             self._hooks.append(layer.register_forward_pre_hook(_round_input))
             if isinstance(layer._parameters.get("weight"), nn.Parameter):  # else it is computed
-                parametrize.register_parametrization(layer, "weight", _of_weights())
+                parametrize.register_parametrization(layer, "weight", _of_weights(levels))
                 self._rounded.append(layer)
 
     def remove(self) -> dict[str, tuple[float, float]]:
@@ -112,7 +113,7 @@ def _of_inputs(symmetric: bool) -> nn.Module:
     return made
 
 
-def _of_weights() -> nn.Module:
+def _of_weights(levels: int) -> nn.Module:
     """Return what rounds weights, by the largest one of each output channel at this step."""
     import torch
 
@@ -123,7 +124,7 @@ def _of_weights() -> nn.Module:
         ch_axis=0,
         dtype=torch.qint8,
         qscheme=torch.per_channel_symmetric,
-        quant_min=-127,
-        quant_max=127,
+        quant_min=-levels,
+        quant_max=levels,
     )
     return made

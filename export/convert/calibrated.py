@@ -13,7 +13,7 @@ ONNX Runtime calibrates and inserts the pairs. Runtimes want them in different p
   and reshapes go on in INT8.
 
 Both store weights as floats followed by a pair, because TensorRT 8.x does not accept int8 weights, with one scale for
-each output channel.
+each output channel. Where ONNX Runtime's sums on this machine's CPU saturate, weights have 7 bits (`weight_levels`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.convert.half import FUSED
 from export.convert.onnx_header import OnnxHeader
-from export.convert.ort import first_line, ort_errors
+from export.convert.ort import first_line, ort_errors, saturates
 from export.convert.tidy import module_path
 from export.errors import ExportError
 
@@ -88,6 +88,14 @@ FORMS = {
     ),
 }  # fmt: skip
 """Runtime -> form of its INT8 networks."""
+
+LEVELS, REDUCED_LEVELS = 127, 64
+"""Largest whole number of a weight of 8 and of 7 bits, as ONNX Runtime's quantiser has them."""
+
+
+def weight_levels(runtime: str) -> int:
+    """Return the largest whole number of a weight in INT8 files for a runtime; ONNX Runtime is taken to run here."""
+    return REDUCED_LEVELS if runtime == ONNXRUNTIME and saturates() else LEVELS
 
 
 def quantisable(proto: Any) -> list[str]:
@@ -236,6 +244,7 @@ class Calibrated:
 
     Attributes:
         trained: Activations whose ranges are those of a training.
+        levels: Largest whole number of a weight.
 
     Raises:
         ExportError: there are fewer inputs than the network's batch size, or ONNX Runtime cannot run the network.
@@ -260,7 +269,7 @@ class Calibrated:
         if len(inputs) < batch:
             raise ExportError(f"The network takes {batch} inputs at a time, got {len(inputs)} in all.")
         self.proto, self.inputs, self.method, self.runtime = proto, inputs, method, runtime
-        self.form = FORMS[runtime]
+        self.form, self.levels = FORMS[runtime], weight_levels(runtime)
         self._kinds = [*_KINDS, *self.form.followers]
         kind, options = METHODS[method]
         if method == "percentile":
@@ -308,7 +317,7 @@ class Calibrated:
         quantiser = QDQQuantizer(
             copied,
             True,  # per channel
-            False,  # the full range of int8
+            self.levels < LEVELS,
             QuantType.QInt8,
             QuantType.QInt8 if form.symmetric else QuantType.QUInt8,
             self.ranges,

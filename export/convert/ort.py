@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,28 @@ def runtime() -> ModuleType:
     except ImportError:
         raise ExportError("ONNX Runtime is not installed.", "Install it with: pip install onnxruntime") from None
     return onnxruntime  # type: ignore[no-any-return]
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether INT8 is inexact on this machine's CPU: sums of two products of uint8 and int8 are cut off at 16 bits.
+
+    x86 CPUs without VNNI do so. Whether this one does is tried with the largest values, whose product is known.
+    """
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    values, weights = np.full((1, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["values", "weights"], ["sums"])],
+        "largest",
+        [helper.make_tensor_value_info("values", TensorProto.UINT8, values.shape)],
+        [helper.make_tensor_value_info("sums", TensorProto.INT32, [1, 16])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    (found,) = run_session(open_session(proto.SerializeToString()), {"values": values})
+    return bool((found != 64 * 255 * 127).any())
 
 
 def ort_errors() -> tuple[type[Exception], ...]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from export.convert.calibrated import (
     FORMS,
+    LEVELS,
     METHODS,
     PERCENTILE,
     TENSORRT,
@@ -52,6 +53,7 @@ class QuantInfo:
         quantised: Nodes that compute in INT8.
         kept: Nodes that could be quantised but stay in float.
         trained: Number of activations whose ranges are those of a training.
+        levels: Largest whole number of a weight: 127, or 64 where ONNX Runtime's sums on this CPU saturate.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class QuantInfo:
     quantised: tuple[str, ...]
     kept: tuple[str, ...]
     trained: int = 0
+    levels: int = LEVELS
 
 
 def quantize_onnx(
@@ -159,6 +162,8 @@ def write_quantised(
         facts["trained_ranges"] = len(calibrated.trained)
     if calibrated.runtime != TENSORRT:
         facts["runtime"] = calibrated.runtime
+    if calibrated.levels != LEVELS:
+        facts["weight_levels"] = calibrated.levels
     if rounding != "nearest":
         facts["rounding"] = rounding
     write_metadata(made, {**facts, "float_nodes": kept} if kept else facts)
@@ -175,6 +180,7 @@ def write_quantised(
         quantised=tuple(nodes),
         kept=tuple(kept),
         trained=len(calibrated.trained),
+        levels=calibrated.levels,
     )
 
 

@@ -40,9 +40,6 @@ LARGEST = 2400
 DAMPING = 0.01
 """Added to the inputs' variance where errors are moved, in units of its mean."""
 
-LEVELS = 127
-"""Largest whole number of a weight."""
-
 
 def round_weights(calibrated: Calibrated, nodes: Sequence[str]) -> Any:
     """Return the FP32 network with weights that are rounded for the outputs of the nodes that are quantised.
@@ -68,13 +65,14 @@ def round_weights(calibrated: Calibrated, nodes: Sequence[str]) -> Any:
             [layer.patches(value, (index, image), len(images)) for image, (value,) in enumerate(values)], axis=1
         )
         old = [numpy_helper.to_array(networks[0][name]) for name in layer.stored]
-        rows, bias = _rounded(layer.rows(old[0]), inputs, goals[index], len(old) > 1)
+        rows, bias = _rounded(layer.rows(old[0]), inputs, goals[index], len(old) > 1, calibrated.levels)
         new = [layer.unrolled(rows, old[0].shape), *([bias.reshape(-1)] if len(old) > 1 else [])]
         for tensors in networks:
             for name, value in zip(layer.stored, new):
                 tensors[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
         scale = f"{layer.stored[0]}_scale"  # of the network as it is quantised so far
-        networks[1][scale].CopyFrom(numpy_helper.from_array(_scale(rows).reshape(-1).astype(np.float32), scale))
+        steps = _scale(rows, calibrated.levels).reshape(-1).astype(np.float32)
+        networks[1][scale].CopyFrom(numpy_helper.from_array(steps, scale))
     return proto
 
 
@@ -205,7 +203,7 @@ def _values(proto: Any, names: Sequence[str], images: Floats) -> Iterator[list[F
         yield [image if name == given else found[name] for name in names]
 
 
-def _rounded(old: Floats, x: Floats, y: Floats, constant: bool) -> tuple[Floats, Floats]:
+def _rounded(old: Floats, x: Floats, y: Floats, constant: bool, levels: int) -> tuple[Floats, Floats]:
     """Return the rounded weights (groups, outputs, inputs) of a layer and its bias (groups, outputs).
 
     Args:
@@ -213,26 +211,27 @@ def _rounded(old: Floats, x: Floats, y: Floats, constant: bool) -> tuple[Floats,
         x: Its inputs (groups, n, inputs) in the quantised network.
         y: Its mean outputs (groups, outputs) in the FP32 network.
         constant: Whether it has a bias.
+        levels: Largest whole number of a weight.
     """
     import numpy as np
 
-    wide, scale = x.astype(np.float64), _scale(old).astype(np.float64)
+    wide, scale = x.astype(np.float64), _scale(old, levels).astype(np.float64)
     mean = wide.mean(axis=1, keepdims=True) if constant else np.zeros(1)
-    rounded = (scale * _moved(old / scale, wide - mean)).astype(np.float32)
+    rounded = (scale * _moved(old / scale, wide - mean, levels)).astype(np.float32)
     if not constant:
         return rounded, np.zeros(rounded.shape[:2])
     return rounded, y - (mean @ np.swapaxes(rounded, 1, 2))[:, 0]
 
 
-def _scale(rows: Floats) -> Floats:
+def _scale(rows: Floats, levels: int) -> Floats:
     """Return what one step is for each output's weights, (groups, outputs, 1), as ONNX Runtime chooses it."""
     import numpy as np
 
     largest = np.abs(rows).max(axis=2, keepdims=True)
-    return np.where(largest > 0, largest / LEVELS, 1.0)
+    return np.where(largest > 0, largest / levels, 1.0)
 
 
-def _moved(rows: Floats, x: Floats) -> Floats:
+def _moved(rows: Floats, x: Floats, levels: int) -> Floats:
     """Round scaled weights (groups, outputs, inputs), one input after the other, those that vary most first.
 
     The largest weight of each output stays the largest: it gives the scale.
@@ -251,8 +250,8 @@ def _moved(rows: Floats, x: Floats) -> Floats:
     signs = np.sign(np.take_along_axis(left, largest[:, :, None], axis=2))[:, :, 0]
     whole = np.empty_like(left)
     for place in range(count):
-        value = np.clip(np.rint(left[:, :, place]), -LEVELS, LEVELS)
-        whole[:, :, place] = np.where(largest == place, LEVELS * signs, value)
+        value = np.clip(np.rint(left[:, :, place]), -levels, levels)
+        whole[:, :, place] = np.where(largest == place, levels * signs, value)
         gap = (left[:, :, place] - whole[:, :, place]) / factor[:, place, place][:, None]
         left[:, :, place + 1 :] -= gap[:, :, None] * factor[:, place, None, place + 1 :]
     found = np.empty_like(whole)

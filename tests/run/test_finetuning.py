@@ -47,7 +47,7 @@ def test_the_network_before_a_harmful_training_is_delivered(harmful: RunResult) 
     assert abs(scores["exported"] - scores["finetuned"]) < 0.01
     said = [note for note in manifest["notes"] if note.startswith("Fine-tuning lowered the accuracy on the search")]
     assert len(said) == 1
-    assert "is delivered as it was before. On training images it fell, too" in said[0]
+    assert "is delivered as before. On training images it fell, too" in said[0]
     assert said[0].endswith("lower training.finetune_learning_rate, or train longer (--epochs).")
     page = (harmful.directory / "report.html").read_text(encoding="utf-8")
     assert "Accuracy, fine-tuned, not delivered" in page

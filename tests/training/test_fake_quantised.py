@@ -22,7 +22,7 @@ from compressor.training.classification import Classification
 from compressor.training.fake_quantised import FakeQuantised
 from compressor.training.loop import Trainer
 from compressor.training.settings import TrainSettings
-from export.convert.calibrated import FORMS, ONNXRUNTIME, TENSORRT
+from export.convert.calibrated import FORMS, LEVELS, ONNXRUNTIME, TENSORRT, weight_levels
 from export.convert.ort import onnx_outputs
 from export.convert.quantize import noise, quantize_onnx
 from export.convert.to_onnx import export_onnx
@@ -37,7 +37,7 @@ needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, 
 def test_rounding_by_hand(symmetric: bool) -> None:
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.data = torch.tensor([[1.0, 0.26]])
-    rounded = FakeQuantised(layer, symmetric=symmetric)
+    rounded = FakeQuantised(layer, symmetric=symmetric, levels=LEVELS)
     found = float(layer(torch.tensor([[0.502, -1.0], [1.55, 0.0]])).detach()[0])
     weight = round(0.26 * 127) / 127
     step = 1.55 / 127 if symmetric else 2.55 / 255
@@ -58,7 +58,7 @@ def test_ranges_are_moving_averages_and_weights_come_back() -> None:
 
     model = Two()
     before = copy.deepcopy(model)
-    rounded = FakeQuantised(model, symmetric=False)
+    rounded = FakeQuantised(model, symmetric=False, levels=LEVELS)
     model(torch.tensor([[-1.0], [2.0]]))
     model(torch.tensor([[-3.0], [4.0]])).sum().backward()
     assert all(each.grad is not None for each in model.first.parameters())
@@ -82,7 +82,7 @@ def test_the_file_computes_what_was_trained(runtime: str, tmp_path: Path) -> Non
         nn.Flatten(), nn.Linear(128, 10),
     )  # fmt: skip
     images = torch.rand(64, 3, 8, 8) - 0.5
-    rounded = FakeQuantised(model, symmetric=FORMS[runtime].symmetric)
+    rounded = FakeQuantised(model, symmetric=FORMS[runtime].symmetric, levels=weight_levels(runtime))
     for _ in range(3):
         model.train()(images)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_the_file_computes_what_was_trained(runtime: str, tmp_path: Path) -> Non
     info = quantize_onnx(tmp_path / "net.onnx", tmp_path / "int8.onnx", images.numpy(), runtime=runtime, trained=ranges)
     assert info.trained >= 3
     found = onnx_outputs(info.path, images.numpy())[0]
-    assert noise([goal], [found]) < 0.02 * noise([exact], [found])
+    assert noise([goal], [found]) < 0.03 * noise([exact], [found])
 
 
 @needs_torchao
@@ -106,13 +106,13 @@ def test_a_training_continues_bit_by_bit(digits: Any, decay: float) -> None:  # 
         return Trainer(model, Classification.of(digits), settings, epochs=2, seed=0)
 
     whole = network()
-    rounded = FakeQuantised(whole, symmetric=False)
+    rounded = FakeQuantised(whole, symmetric=False, levels=LEVELS)
     training = trainer(whole)
     training.run_epoch()
     state = training.state()
     training.run_epoch()
     part = network(seed=1)
-    again = FakeQuantised(part, symmetric=False)
+    again = FakeQuantised(part, symmetric=False, levels=LEVELS)
     training = trainer(part)
     training.restore(state)
     training.run_epoch()

@@ -25,7 +25,7 @@ from export.convert.calibrated import (
 )
 from export.convert.half import convert_half, int8_region, open_fp32, value_types
 from export.convert.onnx_header import read_header
-from export.convert.ort import accuracy_onnx, onnx_outputs
+from export.convert.ort import accuracy_onnx, onnx_outputs, saturates
 from export.convert.parity import compare_outputs
 from export.convert.quantize import held_out, noise, quantize_onnx, quantize_within, sensitivities
 from export.convert.to_onnx import export_onnx
@@ -185,6 +185,36 @@ def test_builds_with_tensorrt_rtx(tmp_path: Path, net: Path) -> None:
     info = quantize_onnx(net, tmp_path / "int8.onnx", IMAGES)
     built = build_engine(info.path, tmp_path / "int8.engine", module=RTX, compute_capability="8.6")
     assert built.precision == "int8"
+
+
+def test_this_cpu_computes_what_the_int8_file_says(tmp_path: Path, net: Path) -> None:
+    """Without optimizations the pairs round floats, exactly; in INT8 the sums of 8 bits saturate on some CPUs."""
+    info = quantize_onnx(net, tmp_path / "int8.onnx", IMAGES, runtime=ONNXRUNTIME)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(info.path), options, providers=["CPUExecutionProvider"])
+    said = [session.run(None, {"input": image[None]})[0] for image in IMAGES]
+    found = onnx_outputs(info.path, IMAGES)[0]
+    assert noise([np.concatenate(said)], [found]) < 0.01
+    assert info.levels == (64 if saturates() else 127)
+
+
+@pytest.mark.parametrize(("saturating", "levels"), [(False, 127), (True, 64)])
+def test_weights_have_seven_bits_where_sums_saturate(
+    saturating: bool, levels: int, tmp_path: Path, net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.convert.calibrated.saturates", lambda: saturating)
+    info = quantize_onnx(net, tmp_path / "int8.onnx", IMAGES, runtime=ONNXRUNTIME)
+    assert info.levels == levels
+    assert read_header(info.path).metadata.get("weight_levels") == ("64" if saturating else None)
+    stored = {each.name: numpy_helper.to_array(each) for each in onnx.load(info.path).graph.initializer}
+    read = [node for node in onnx.load(info.path).graph.node if node.op_type == "QuantizeLinear"]
+    weights = [node for node in read if node.input[0] in stored and stored[node.input[0]].ndim > 1]
+    assert weights
+    for node in weights:
+        largest = np.abs(stored[node.input[0]]).max()
+        assert largest / stored[node.input[1]].max() == pytest.approx(levels, rel=0.01)
+    assert quantize_onnx(net, tmp_path / "trt.onnx", IMAGES).levels == 127  # TensorRT's sums have 32 bits
 
 
 def test_onnx_runtime_computes_its_own_form_in_int8(tmp_path: Path, net: Path) -> None:

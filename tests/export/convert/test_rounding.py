@@ -42,11 +42,11 @@ def test_errors_are_moved_to_inputs_that_vary_together() -> None:
     def error(whole: np.ndarray) -> float:
         return float(np.square(x @ np.swapaxes(whole - rows, 1, 2)).sum())
 
-    moved = _moved(rows, x)
+    moved = _moved(rows, x, 127)
     assert np.array_equal(moved, np.rint(moved))
     assert np.abs(moved).max(axis=2) == pytest.approx(127)
     assert error(moved) < 0.5 * error(np.rint(rows))
-    alone = _moved(rows, random.normal(size=(1, 100_000, 12)))  # nothing varies together: hardly anything to move
+    alone = _moved(rows, random.normal(size=(1, 100_000, 12)), 127)  # nothing varies together: hardly anything to move
     assert (alone != np.rint(rows)).mean() < 0.05
 
 
