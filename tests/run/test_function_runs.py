@@ -59,7 +59,7 @@ def test_a_noisy_function_is_kept_and_not_asked_again(log: Path, tmp_path: Path)
 
 
 def test_a_function_that_fails_in_the_middle_and_is_mended(log: Path, tmp_path: Path) -> None:
-    asked = recipe(agent="knapsack", budgets={"functions": ["noisycosts:channels<=75%"]})
+    asked = recipe(agent="knapsack", epochs=1, budgets={"functions": ["noisycosts:channels<=75%"]})
     whole = run_recipe(asked, out=tmp_path / "whole")
     calls = len(log.read_text().splitlines())
     log.unlink()

@@ -42,7 +42,7 @@ BOARD = {
 
 def recipe(**fields: Any) -> Recipe:
     plain = {
-        "model": "tests.nets:tiny", "epochs": 2, "budgets": {"flops": "60%"}, "agent": "uniform",
+        "model": "tests.nets:tiny", "image_size": 16, "epochs": 2, "budgets": {"flops": "60%"}, "agent": "uniform",
         "search": {"max_evaluations": 4, "batch_norm_batches": 2}, "contract": {"repeats": 1},
         "export": {"engine": False, "max_drop": 50},
     }  # fmt: skip

@@ -47,7 +47,7 @@ def test_noise_decides_between_times_that_cannot_be_told_apart() -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     recipe = {
-        "model": "tests.nets:tiny", "epochs": 4, "budgets": {"flops": "60%"}, "agent": "uniform",
+        "model": "tests.nets:tiny", "image_size": 16, "epochs": 4, "budgets": {"flops": "60%"}, "agent": "uniform",
         "search": {"max_evaluations": 4, "batch_norm_batches": 2}, "contract": {"repeats": 1},
         "export": {"engine": False, "precisions": ["mixed"], "max_drop": 3},
     }  # fmt: skip

@@ -57,7 +57,7 @@ def test_stepwise_beats_uniform_within_its_limits(new_bench: Any) -> None:
 
 def test_killed_anywhere_it_ends_the_same(new_bench: Any) -> None:
     whole = new_bench("whole").search("stepwise", settings=SMALL)
-    for kill in (1, 6, 12, 14):
+    for kill in (6, 14):
         bench = new_bench(f"killed{kill}")
         with pytest.raises(Killed):
             bench.search("stepwise", settings=SMALL, kill_after=kill)
