@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compressor.core.conditions import MEDIAN
-from compressor.latency.schema import Precision
+
+if TYPE_CHECKING:
+    from compressor.latency.schema import Precision
 
 
 @dataclass(frozen=True)

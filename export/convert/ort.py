@@ -59,12 +59,12 @@ def saturates() -> bool:
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
-    values, weights = np.full((1, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
+    values, weights = np.full((16, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger", ["values", "weights"], ["sums"])],
         "largest",
         [helper.make_tensor_value_info("values", TensorProto.UINT8, values.shape)],
-        [helper.make_tensor_value_info("sums", TensorProto.INT32, [1, 16])],
+        [helper.make_tensor_value_info("sums", TensorProto.INT32, [16, 16])],
         [numpy_helper.from_array(weights, "weights")],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +90,10 @@ def test_several_at_once_and_a_percentile(files: tuple[Path, Path]) -> None:
     times = OrtProcess(streams=2).measure(tag(files[0]), 0.05)
     assert times.operators_ms.shape[1] == 2
     assert len(times.whole_ms) >= 2 * 2 * 7  # of both, before and after the profile
+
+
+def test_the_process_that_times_networks_is_light() -> None:
+    """Two of them start for each session of a measurement, and importing torch would take most of its time."""
+    code = "import sys, compressor.latency.backends.cpu; print({'torch', 'scipy', 'pydantic'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
