@@ -29,7 +29,7 @@ class AgentSettings(Part):
 
     @property
     def removes_blocks(self) -> bool:
-        """Whether the agent can remove whole blocks."""
+        """Whether the agent may remove whole blocks where the recipe does not say so."""
         return True
 
     def __init__(self, **values: Any) -> None:
