@@ -34,6 +34,7 @@ from compressor.core.manifest import Measurement, kept
 from compressor.core.progress import say
 from compressor.latency.request import Turns
 from compressor.pruning.plan import ChannelPlan
+from compressor.run.trainings import search_epochs
 
 if TYPE_CHECKING:
     from compressor.budgets.base import Budget, BudgetSpec
@@ -54,6 +55,9 @@ WIDEST = 0.5
 
 UNUSED = 0.01
 """Another search is worthwhile for a plan that is this share of the target or more below the margin."""
+
+SHORTEST_PROBE_S = 20.0
+"""Time limit of a probe, in seconds, where little training follows."""
 
 BINDING = 0.03
 """A plan predicted further below the aim than this share of it was limited by something other than latency."""
@@ -149,6 +153,24 @@ class Contract:
             job.recipe.percentile,
             None if target is None else limit_ms(job.recipe, job.latency_budget),
         )
+
+    def probe_turns(self, plan: ChannelPlan) -> Turns:
+        """Return how long a plan is timed before its training: at the median, no longer than that training may take.
+
+        A probe finds plans that are not worth training. The delivered network is measured once more, with all the time.
+        """
+        turns = self.turns(plan)
+        if self._by_percentile or (training_s := self._finetuning_s()) is None:
+            return turns
+        return dataclasses.replace(turns, seconds=min(turns.seconds, max(SHORTEST_PROBE_S, training_s)))
+
+    def _finetuning_s(self) -> float | None:
+        """Return about how long fine-tuning takes, by the epochs of the search; None if it trained none."""
+        left = int(self._job.recipe.epochs or 0) - search_epochs(self._job)
+        if not left:
+            return 0.0
+        seconds = [float(each.seconds) for each in self._run.manifest.training if each.seconds is not None]
+        return left * float(np.median(seconds)) if seconds else None
 
     def quiet_dense_ms(self, now_ms: float) -> float:
         """Return the dense network's time on the quiet device, the reference for targets in milliseconds.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def probe(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> None:
     """Measure a plan's latency before fine-tuning; latency does not depend on the weights."""
     write_onnx(job, with_distinct_weights(job.space.apply(plan)), run.file(PROBE))
-    timing = timed_on_device(run, job, run.file(PROBE), contract.turns(plan))
+    timing = timed_on_device(run, job, run.file(PROBE), contract.probe_turns(plan))
     _add_round(run, contract.judge(plan, contract.combined(plan, timing.ratio)), job.recipe.conditions)
     contract.remember(plan)
 

@@ -14,7 +14,7 @@ import pytest
 
 from compressor import run_recipe
 from compressor.core.errors import CompressorError
-from compressor.core.manifest import Manifest, Measurement
+from compressor.core.manifest import Epoch, Manifest, Measurement
 from compressor.latency.local import LocalCpu
 from compressor.latency.networks import tag
 from compressor.latency.paired import Timing
@@ -26,7 +26,7 @@ from compressor.run.contract import Contract, correction_at
 from compressor.run.finish import undecided_note
 from compressor.run.pipeline import resume
 from tests.other_device import OtherDevice, Proportional, timing
-from tests.runs import manifest_of, recipe
+from tests.runs import FAST, manifest_of, recipe
 
 FINE = {"granularity": 4, "min_share": 0.1, "compensate": "off"}  # time does not depend on compensation
 
@@ -276,6 +276,30 @@ def test_a_plan_that_keeps_the_target_is_not_lost_to_a_later_one_that_misses_it(
     assert rounds[-1]["kept"]
     assert result.exit_code == 0
     assert [group["kept"] for group in result.manifest["groups"]] == rounds[-1]["widths"]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "trained_s", "fields", "probe_s"),
+    [
+        (10, [7.0, 8.0, 9.0], {}, 32.0),  # 4 epochs of 8 s follow the search's 6
+        (10, [100.0], {}, 90.0),  # and no longer than any measurement
+        (10, [0.1], {}, 20.0),  # but long enough to find a plan that misses
+        (0, [], {}, 20.0),
+        (10, [], {}, 90.0),  # how long the training takes is not known
+        (10, [8.0], {"percentile": 99}, 90.0),  # a percentile's interval is read as it is
+    ],
+)
+def test_a_probe_takes_no_longer_than_the_training_that_it_may_save(
+    epochs: int, trained_s: list[float], fields: dict[str, Any], probe_s: float
+) -> None:
+    search = {**FAST, "epochs_share": 0.6}
+    wanted = recipe(epochs=epochs, search=search, budgets={"latency": "50%"}, contract={}, **fields).resolved()
+    space = SimpleNamespace(row=lambda _: np.array([2]), dense_row=np.array([4]))
+    job: Any = SimpleNamespace(recipe=wanted, table=None, latency_budget=None, space=space)
+    run: Any = SimpleNamespace(manifest=Manifest(training=[Epoch(seconds=each) for each in trained_s]))
+    contract, plan = Contract(run, job), cast(ChannelPlan, None)
+    assert contract.turns(plan).seconds == 90.0
+    assert contract.probe_turns(plan) == replace(contract.turns(plan), seconds=probe_s)
 
 
 def measured_plans(folder: Path, shares: list[tuple[int, float]]) -> tuple[Contract, dict[int, ChannelPlan]]:
