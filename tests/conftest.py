@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def _short_bursts() -> Iterator[None]:
         for limit in ("SHORTEST_S", "LONGEST_S"):
             patch.setattr(f"compressor.latency.paired.{limit}", 0.1)
         patch.setattr("compressor.latency.backends.cpu.WARM_UP_S", 0.05)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_repeated_work() -> Iterator[None]:
+    """Parse the embedded digits once, and leave it to the system when files reach the disk: no test ends a machine."""
+    from sklearn import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_digits", cache(datasets.load_digits))
+        patch.setattr(os, "fsync", lambda _: None)
         yield
 
 

@@ -82,6 +82,7 @@ class ActionBounds:
         self.names = (*(group.name for group in space.groups), *(block.name for block in blocks))
         #: Number of groups; the columns after them are blocks, with 1 for present and 0 for removed.
         self.groups = len(space.groups)
+        self._between = [(choices[:-1] + choices[1:]) / 2 for choices in self.choices]
         self.cheapest = keeping_widths(self.choices, self.dense, self.budgets)
 
     def shares(self, widths: Widths) -> NDArray[np.float64]:
@@ -98,11 +99,10 @@ class ActionBounds:
 
     def round(self, widths: NDArray[np.float64]) -> Widths:
         """Return the legal widths closest to real numbers (N, G); of two equally close, the smaller."""
-        columns = [
-            choices[np.searchsorted((choices[:-1] + choices[1:]) / 2, widths[:, i], side="left")]
-            for i, choices in enumerate(self.choices)
-        ]
-        return np.stack(columns, axis=1).astype(np.int64)
+        found = np.empty(widths.shape, dtype=np.int64)
+        for i, (choices, between) in enumerate(zip(self.choices, self._between, strict=True)):
+            found[:, i] = choices[between.searchsorted(widths[:, i])]
+        return found
 
     def legal(self, step: int, widths: Widths) -> LegalWidths:
         """Return the widths that group `step` may have.

@@ -245,13 +245,13 @@ class NearBest:
         kept = plans[(epochs == epoch) & self._env.bounds.feasible(plans)]  # what there is to improve on
         best = float(self._expected(kept).max()) if len(kept) else None
         solved = self._knapsacks(widths)
-        near = near_rows(self._env, widths, self._generator, self._spread, self._proposals)
+        near = near_rows(self._env, widths[None], self._generator, self._spread, self._proposals)
         rows = self._new(np.vstack([near, *([key] for key in solved)]))
         for _ in range(_ROUNDS if len(rows) else 0):
             parents = rows[self._model.rank(self._inputs(rows, epoch), trend(rows), best)[:_PARENTS]]
-            number, spread = self._proposals // len(parents), self._spread / 2
-            drawn = [near_rows(self._env, parent, self._generator, spread, number) for parent in parents]
-            rows = self._new(np.unique(np.vstack([rows, *drawn]), axis=0))
+            number = self._proposals // len(parents)
+            drawn = near_rows(self._env, parents, self._generator, self._spread / 2, number)
+            rows = self._new(np.unique(np.vstack([rows, drawn]), axis=0))
         picked = self._model.pick(self._inputs(rows, epoch), trend(rows), best, PICKED)
         landed = {tuple(self._landed(grown(self._env, rows[i])).tolist()): tuple(rows[i].tolist()) for i in picked}
         self._changes |= {plan: solved[row] for plan, row in landed.items() if row in solved}

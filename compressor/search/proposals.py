@@ -129,23 +129,21 @@ def near_widths(
 
 
 def near_rows(
-    env: PruningEnv, widths: Widths, generator: np.random.Generator, spread: float, number: int
+    env: PruningEnv, centres: Widths, generator: np.random.Generator, spread: float, number: int
 ) -> Widths:
-    """Return many random plans near given widths (G,), each scaled to the budgets by halving; (N, G), N <= `number`.
+    """Return many random plans near each of given ones, scaled to the budgets by halving.
 
     Args:
+        centres: Widths (C, G).
         spread: As for `near_widths`; each plan uses 0.5 to 1.5 times it, and any share of the groups.
+        number: Number of plans drawn near each of the given ones.
+
+    Returns:
+        Different widths (N, G), N <= C * `number`.
     """
-    size = (number, len(widths))
-    change = generator.standard_normal(size) * (
-        generator.random(size) < generator.uniform(0.1, 1.0, (number, 1))
-    )
-    groups = env.bounds.groups
-    change[:, groups:] = 0.0
-    shapes = widths / env.bounds.dense * np.exp(change * spread * generator.uniform(0.5, 1.5, (number, 1)))
-    shapes = _flipped(env, shapes, generator)
-    found = np.tile(env.bounds.cheapest, (number, 1))
-    low, high = np.zeros(number), 1.0 / shapes[:, :groups].min(axis=1)
+    shapes = np.vstack([_near_shapes(env, centre, generator, spread, number) for centre in centres])
+    groups, found = env.bounds.groups, np.tile(env.bounds.cheapest, (len(shapes), 1))
+    low, high = np.zeros(len(shapes)), 1.0 / shapes[:, :groups].min(axis=1)
     for _ in range(_HALVINGS):
         factors = (low + high) / 2
         wanted = np.clip(factors[:, None] * shapes, 0.0, 1.0) * env.bounds.dense
@@ -155,6 +153,19 @@ def near_rows(
         found[kept] = rows[kept]
         low, high = np.where(kept, factors, low), np.where(kept, high, factors)
     return np.unique(found, axis=0)
+
+
+def _near_shapes(
+    env: PruningEnv, widths: Widths, generator: np.random.Generator, spread: float, number: int
+) -> NDArray[np.float64]:
+    """Return kept ratios (`number`, G) near those of widths (G,), before they are scaled to the budgets."""
+    size = (number, len(widths))
+    change = generator.standard_normal(size) * (
+        generator.random(size) < generator.uniform(0.1, 1.0, (number, 1))
+    )
+    change[:, env.bounds.groups :] = 0.0
+    shapes = widths / env.bounds.dense * np.exp(change * spread * generator.uniform(0.5, 1.5, (number, 1)))
+    return _flipped(env, shapes, generator)
 
 
 def _flipped(

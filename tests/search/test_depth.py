@@ -101,7 +101,7 @@ def test_proposals_scale_widths_and_not_blocks() -> None:
     row = scaled_widths(env, shape)
     assert row[4:].tolist() == [0, 1, 0]
     assert row[:4].min() > uniform_widths(env)[:4].max()  # what the blocks leave goes to the others
-    rows = near_rows(env, row, generator, 0.3, 64)
+    rows = near_rows(env, row[None], generator, 0.3, 64)
     assert env.bounds.feasible(rows).all()
     assert len({tuple(each) for each in rows[:, 4:].tolist()}) > 3
     drawn = np.stack([random_widths(env, generator) for _ in range(30)])

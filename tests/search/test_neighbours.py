@@ -50,7 +50,7 @@ def started(folder: Path, agent: Agent, known: int = 12) -> SearchSession:
         EpisodeLog(folder / "log.jsonl"),
         Checkpoint(folder / "state.pt"),
     )
-    for widths in near_rows(env, env.bounds.dense, np.random.default_rng(0), 0.5, 4 * known)[:known]:
+    for widths in near_rows(env, env.bounds.dense[None], np.random.default_rng(0), 0.5, 4 * known)[:known]:
         run.score(widths, "random")
     return run
 
@@ -103,8 +103,8 @@ def test_what_it_says_follows_from_what_it_was_given_last() -> None:
 
 def test_rows_near_are_legal_and_use_the_budget() -> None:
     env, _ = environment()
-    start = near_rows(env, env.bounds.dense, np.random.default_rng(4), 0.5, 1)[0]
-    rows = near_rows(env, start, np.random.default_rng(5), 0.3, 200)
+    start = near_rows(env, env.bounds.dense[None], np.random.default_rng(4), 0.5, 1)[0]
+    rows = near_rows(env, start[None], np.random.default_rng(5), 0.3, 200)
     assert len(rows) > 100
     assert env.bounds.feasible(rows).all()
     for group, choices in enumerate(env.bounds.choices):
