@@ -62,12 +62,18 @@ def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FIGURES = ("page.tradeoff", "plots.layer_bars", "plots.reward_curve", "plots.candidate_scatter", "plots.training_curve")
 
+DRAWN = ("test_pipeline.py",)
+"""Files beside the report's own whose runs draw the figures of their reports."""
 
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write reports without figures, which take a sixth of a small run's time."""
-    for name in FIGURES:
-        monkeypatch.setattr(f"compressor.report.{name}", lambda *_: None)
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Write reports without figures, which take a fifth of a small run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name != "report" and request.path.name not in DRAWN:
+            for name in FIGURES:
+                patch.setattr(f"compressor.report.{name}", lambda *_: None)
+        yield
 
 
 NOISE_GUARDED = ("test_sampling.py", "test_contract.py")

@@ -88,7 +88,6 @@ export: {{engine: false}}
 """
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_cells_run_are_skipped_and_are_named_where_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,7 +29,6 @@ from compressor.run.pipeline import resume
 from compressor.run.predict import predict
 from compressor.run.runs import clean, find_runs
 from compressor.run.share import card_of
-from tests.conftest import FIGURES
 from tests.other_device import OtherDevice
 from tests.run.test_own import FAST as OWN
 from tests.run.test_own import Own, batches, loss, share
@@ -49,8 +48,6 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """Three targets on a device that takes a third longer than its table says for slim networks."""
     with pytest.MonkeyPatch.context() as patch:
         OtherDevice(1.0, offset_ms=OFFSET_MS).install(patch)
-        for name in FIGURES:
-            patch.setattr(f"compressor.report.{name}", lambda *_: None)
         return run_recipe(recipe(**LIST), out=tmp_path_factory.mktemp("front") / "whole")
 
 
