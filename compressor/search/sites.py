@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from compressor.core.errors import CompressorError
 from compressor.search.scorer import Scorer
 from compressor.search.workers import LOCAL_CLUSTER, Site, ThisMachine, Worker, WorkerLost
+from export.convert.ort import available_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 REACH_SECONDS = 10.0
 """Seconds that a cluster may take to accept a connection."""
+
+MOST_PER_CORE, FEW = 4, 16
+"""Workers that each core of this machine may have, and how many are accepted in any case: a GPU may serve several."""
 
 CONNECT_SECONDS = 30
 """Seconds that Ray may take to connect once its port is open."""
@@ -35,8 +39,8 @@ def check_workers(workers: int | str, brief_steps: int = 0) -> None:
         brief_steps: Number of training steps of each candidate before it is scored.
 
     Raises:
-        CompressorError: The text is neither a number nor an address, Ray is not installed, nothing answers there, or
-            several workers would have to train.
+        CompressorError: The text is neither a number nor an address, there are far more workers than cores, Ray is not
+            installed, nothing answers there, or several workers would have to train.
     """
     workers = _number(workers)
     if brief_steps and workers != 1:
@@ -47,6 +51,13 @@ def check_workers(workers: int | str, brief_steps: int = 0) -> None:
     if isinstance(workers, int):
         if workers < 1:
             raise CompressorError(f"--workers {workers}: expected 1 or more.")
+        cores = available_cores()
+        if workers > (most := max(FEW, MOST_PER_CORE * cores)):
+            raise CompressorError(
+                f"--workers {workers}: this machine has {cores} cores, and each worker is a process with its own copy of "
+                f"the network; at most {most} are started.",
+                f"Use --workers {cores}, or ray://host:10001 for a cluster.",
+            )
         return
     from importlib.util import find_spec
 
