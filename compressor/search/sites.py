@@ -54,8 +54,8 @@ def check_workers(workers: int | str, brief_steps: int = 0) -> None:
         cores = available_cores()
         if workers > (most := max(FEW, MOST_PER_CORE * cores)):
             raise CompressorError(
-                f"--workers {workers}: this machine has {cores} cores, and each worker is a process with its own copy of "
-                f"the network; at most {most} are started.",
+                f"--workers {workers}: this machine has {cores} cores, and each worker is a process with its own copy "
+                f"of the network; at most {most} are started.",
                 f"Use --workers {cores}, or ray://host:10001 for a cluster.",
             )
         return

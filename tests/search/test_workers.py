@@ -241,7 +241,7 @@ def _ended(pid: int) -> bool:
 
 
 def test_workers_that_cannot_be_had_are_refused() -> None:
-    with pytest.raises(CompressorError, match=r"--workers 20000: this machine has \d+ cores, .*; at most \d+ are started"):
+    with pytest.raises(CompressorError, match=r"--workers 20000: this machine has \d+ cores, .*; at most \d+ are"):
         open_site(20_000, 1, 60)
     with pytest.raises(CompressorError, match="expected 1 or more"):
         check_workers(0)
