@@ -16,7 +16,7 @@ WORTH = [5.0, 1.0, 1.0, 4.0]
 
 def brief(name: str) -> dict[str, Any]:
     """Settings of an agent whose learning does not matter to a test: few updates of small networks, few proposals."""
-    learning = {"hidden": 32, "proposals": 64}
+    learning = {"hidden": 32, "proposals": 128}
     return {
         "constrained": learning, "joint": {**learning, "updates_per_episode": 1}, "stepwise": learning,
     }.get(name, {})  # fmt: skip

@@ -19,7 +19,8 @@ from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 SMALL: dict[str, Any] = {
     "warm_start": False,
-    "fill_episodes": 12, "episodes_per_epoch": 6, "updates_per_episode": 4, "hidden": 32, "decoder_updates": 20
+    "fill_episodes": 12, "episodes_per_epoch": 6, "updates_per_episode": 4, "hidden": 32, "decoder_updates": 20,
+    "proposals": 64,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
     "episodes_per_epoch": 6,
     "updates_per_episode": 4,
     "hidden": 32,
+    "proposals": 64,
 }
 
 

@@ -17,7 +17,8 @@ from tests.search.bench import Bench, Killed
 from tests.search.fake_space import FakeEvaluator, FakePlan
 
 SMALL: dict[str, Any] = {
-    "fill_episodes": 12, "episodes_per_epoch": 6, "updates_per_episode": 4, "hidden": 32, "decoder_updates": 5
+    "fill_episodes": 12, "episodes_per_epoch": 6, "updates_per_episode": 4, "hidden": 32, "decoder_updates": 5,
+    "proposals": 64,
 }  # fmt: skip
 TRAINED: dict[str, Any] = {"train": True, "schedule": Schedule(1, 2, 1)}
 

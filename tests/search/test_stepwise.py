@@ -13,7 +13,7 @@ from compressor.search.records import Limits
 from compressor.search.stepwise import DoubleDqn, Dueling
 from tests.search.bench import Killed
 
-SMALL: dict[str, Any] = {"episodes": 12, "hidden": 32}
+SMALL: dict[str, Any] = {"episodes": 12, "hidden": 32, "proposals": 64}
 
 
 def test_dueling_by_hand() -> None:
@@ -45,9 +45,9 @@ def test_stepwise_beats_uniform_within_its_limits(new_bench: Any) -> None:
     uniform = new_bench("uniform").search("uniform")
     bench = new_bench("stepwise")
     result = bench.search(
-        "stepwise", settings={"hidden": 32}, limits=Limits(max_evaluations=150, use_all=True)
+        "stepwise", settings={"hidden": 32}, limits=Limits(max_evaluations=80, use_all=True)
     )
-    assert result.evaluations <= 150
+    assert result.evaluations <= 80
     assert result.reward > uniform.reward
     target = bench.env.budgets[0].target
     plans = [candidate for candidate in result.candidates if candidate.phase != "sensitivity"]
