@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 
@@ -62,6 +64,16 @@ def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FIGURES = ("page.tradeoff", "plots.layer_bars", "plots.reward_curve", "plots.candidate_scatter", "plots.training_curve")
 
+MEASURED = "compressor.latency.local.measured"
+"""What times two networks on this machine's CPU; `tests/run` makes up the times."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _originals() -> dict[str, Any]:
+    """What tests replace in most modules, before any of them does."""
+    return {name: resolve_name(name) for name in (MEASURED, *(f"compressor.report.{each}" for each in FIGURES))}
+
+
 DRAWN = ("test_pipeline.py",)
 """Files beside the report's own whose runs draw the figures of their reports."""
 
@@ -102,13 +114,16 @@ def cifar_jpegs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run within two counted budgets, with an engine where one can be built."""
+def finished(tmp_path_factory: pytest.TempPathFactory, _originals: dict[str, Any]) -> Path:
+    """A finished run within two counted budgets, with an engine where one can be built; its times are real."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     from compressor import run_recipe
     from tests.runs import recipe
 
-    result = run_recipe(recipe(budgets={"flops": "60%", "params": "70%"}, export={}), out=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, original in _originals.items():
+            patch.setattr(name, original)
+        result = run_recipe(recipe(budgets={"flops": "60%", "params": "70%"}, export={}), out=folder)
     assert result.exit_code == 0
     return folder
 

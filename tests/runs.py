@@ -16,7 +16,7 @@ def recipe(**fields: Any) -> Recipe:
     """A recipe of a tiny network on tiny images; the joint agent hardly learns, unless `search` has its settings."""
     base: dict[str, Any] = {
         "model": "tests.nets:tiny", "image_size": IMAGE_SIZE, "epochs": 3, "search": FAST,
-        "contract": {"repeats": 1, "seconds": 5.0}, "export": {"engine": False},
+        "contract": {"repeats": 1, "seconds": 5.0}, "export": {"engine": False}, "training": {"batch_size": 64},
     }  # fmt: skip
     wanted = {**base, **fields}
     if wanted.get("agent", "joint") == "joint":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressor.recipe import AgentSettings
+from compressor.run.contract import probe_limit_s
 from compressor.run.job import Job
 from compressor.run.trainings import search_epochs
 from compressor.search.finalists import CANDIDATES_EACH, most_finalists
@@ -69,15 +70,19 @@ def estimated(job: Job) -> list[Part]:
     if job.compensation.delivered != "off":
         ratio = recipe.pruning.compensation_images / FIT_IMAGES
         parts.append(Part("compensate", steps.refit_s, steps.refit_s * ratio, "the slim network"))
+    tuning_s: float | None = 0.0
     if left := epochs - in_search:
         teacher = steps.forward_s if recipe.training.distill_weight else 0.0
         low, high = (left * trained * (part * steps.tune_s + teacher) for part in (share, 1.0))
         parts.append(Part("fine-tune", low, high, _epochs(left, trained)))
+        tuning_s = high if in_search else None
     scores = 2 * tested * steps.forward_s
     parts.append(Part("score the slim network and its file", share * scores, scores, f"{tested:,} inputs"))
     if job.measurable:
-        times = 2 if job.latency_budget is not None else 1
-        low, high = times * SHORTEST_MEASUREMENT_S, times * recipe.contract.seconds
+        low, high = SHORTEST_MEASUREMENT_S, recipe.contract.seconds
+        if job.latency_budget is not None:
+            low += SHORTEST_MEASUREMENT_S
+            high += probe_limit_s(high, tuning_s) if recipe.conditions.at_median else high
         parts.append(Part("measure", min(low, high), high, "dense and slim in turns"))
     return parts
 

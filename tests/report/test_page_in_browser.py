@@ -17,6 +17,7 @@ from test_explanation import explanation
 from compressor import run_recipe
 from compressor.core.answers import Answers
 from compressor.report import write_report
+from compressor.run.finish import report_again
 from tests.other_device import OtherDevice
 from tests.runs import recipe
 
@@ -74,7 +75,7 @@ def pages(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         run_recipe(recipe(**common, budgets={"latency": "80%,60%"}), folder / "front")
     begun = write_run(folder / "begun", {"model": "resnet50", "stages": {"begin": {"started": "2026-01-01"}}}, [])
     return {
-        "finished": finished / "report.html",
+        "finished": report_again(Path(shutil.copytree(finished, folder / "finished")))[0],  # with its figures
         "front": folder / "front/report.html",
         "target": folder / "front/latency-60/report.html",
         "begun": write_report(begun),
@@ -124,6 +125,7 @@ def test_nothing_is_cut_off_and_nothing_is_complained_of(
     assert page.evaluate(CUT_OFF) == []
     pictures = "() => [...document.images].map(each => each.complete && each.naturalWidth > 0)"
     assert all(page.evaluate(pictures))
+    assert bool(page.locator("svg").count()) == (name != "begun")
     page.close()
     assert said == []
     assert [url for url in requested if not url.startswith("data:")] == [pages[name].as_uri()]

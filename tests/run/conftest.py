@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import MEASURED
 from tests.other_device import OtherDevice
 
 TIMED = ("test_exports.py", "test_mixed_run.py", "test_pipeline.py", "test_trial.py")
@@ -17,5 +18,5 @@ def _made_up_times(request: pytest.FixtureRequest) -> Iterator[None]:
     """Make up the times of networks: starting the processes that time them takes a third of a small run."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name not in TIMED:
-            patch.setattr("compressor.latency.local.measured", OtherDevice(1.0).measured)
+            patch.setattr(MEASURED, OtherDevice(1.0).measured)
         yield

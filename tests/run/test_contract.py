@@ -236,7 +236,8 @@ def test_latency_that_is_left_unused_sends_the_search_on(
     OtherDevice(1.0, offset_ms=-0.15 * by_table).install(
         monkeypatch
     )  # slim networks are faster than its table
-    result = run_recipe(recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE), out=tmp_path / "run")
+    wanted = recipe(budgets={"latency": f"{0.6 * by_table}ms"}, pruning=FINE, training={})
+    result = run_recipe(wanted, out=tmp_path / "run")
     first, *after, probed, last = result.manifest["rounds"]
     assert first["kept"]
     assert first["measured_ms"] < 0.92 * first["target_ms"]

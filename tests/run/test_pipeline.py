@@ -176,7 +176,8 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, t
     start = [
         "--model", "tests.nets:tiny", "--epochs", "3", "--flops", "60%", "--params", "70%", "--out", str(folder),
         "--set", f"image_size={IMAGE_SIZE}", "--set", "search.max_evaluations=6",
-        "--set", "search.batch_norm_batches=2", "--set", "contract.repeats=1",
+        "--set", "search.batch_norm_batches=2", "--set", "contract.repeats=1", "--set", "training.batch_size=64",
+        "--set", "search.settings.updates_per_episode=1",
     ]  # fmt: skip
     # Each kill waits for another stage to leave its mark, so that all stages are met whatever the machine's speed.
     marks = ["checkpoints/search.pt", "search/plan.json", "checkpoints/finetune.pt", "model.onnx"]

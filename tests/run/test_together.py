@@ -64,7 +64,8 @@ def test_two_processes_make_one_run(tmp_path: Path) -> None:
     assert [each["epoch"] for each in two["training"]] == [1, 2, 3]
 
     search = {"max_evaluations": 6, "batch_norm_batches": 2, "epochs_share": 0.0, "settings": {}}
-    alone = run_recipe(recipe(model=NET, budgets={"flops": "60%"}, search=search), tmp_path / "alone").manifest
+    wanted = recipe(model=NET, budgets={"flops": "60%"}, search=search, training={})
+    alone = run_recipe(wanted, tmp_path / "alone").manifest
     assert two["groups"] == alone["groups"]
     assert two["search"]["candidates"] == alone["search"]["candidates"]
     assert two["accuracy"]["pruned"] == alone["accuracy"]["pruned"]
