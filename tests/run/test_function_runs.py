@@ -48,7 +48,7 @@ def test_a_noisy_function_is_kept_and_not_asked_again(log: Path, tmp_path: Path)
     (budget,) = result.manifest["budgets"]
     slim = load(tmp_path / "run", factory=asked.model)
     channels = sum(each.out_channels for each in slim.modules() if hasattr(each, "out_channels"))
-    assert channels <= 1.04 * 0.75 * 96
+    assert channels <= 1.03 / 0.97 * 0.75 * 96  # the target is a share of a noisy value, too
     assert 0.97 * channels <= budget["measured"] <= 1.03 * channels
     assert result.exit_code == (0 if budget["measured"] <= budget["target"] else 3)
     calls = len(log.read_text().splitlines())
