@@ -23,9 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cells import Lines
+from benchmarks.fixed_runs import COMMAND
 from compressor.core.manifest import MANIFEST, Manifest
-
-COMPRESS = [sys.executable, "-c", "import sys; from compressor.cli import main; sys.exit(main())"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,9 +74,9 @@ def run(options: argparse.Namespace, processes: int, threads: int, out: Path) ->
     ]  # fmt: skip
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--no-python"]
-        command = [sys.executable, *launcher, *COMPRESS, *command]
+        command = [sys.executable, *launcher, *COMMAND, *command]
     else:
-        command = [*COMPRESS, *command]
+        command = [*COMMAND, *command]
     out.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})

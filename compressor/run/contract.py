@@ -100,14 +100,17 @@ def interval_of(ratio: Ratio) -> list[float | None]:
     return [ratio.low, ratio.high if ratio.high < float("inf") else None]
 
 
-def probe_limit_s(limit_s: float, training_s: float | None) -> float:
+def probe_limit_s(recipe: Recipe, training_s: float | None) -> float:
     """Return the time limit of a probe in seconds: that of the training that it may save, but not too short.
 
     Args:
-        limit_s: Time limit of any measurement.
+        recipe: Its measurements have a time limit; another percentile than the median needs all of it.
         training_s: About what fine-tuning takes; None if that is not known.
     """
-    return limit_s if training_s is None else min(limit_s, max(SHORTEST_PROBE_S, training_s))
+    limit_s = recipe.contract.seconds
+    if training_s is None or not recipe.conditions.at_median:
+        return limit_s
+    return min(limit_s, max(SHORTEST_PROBE_S, training_s))
 
 
 def limit_ms(recipe: Recipe, budget: BudgetSpec | None) -> float | None:
@@ -169,10 +172,8 @@ class Contract:
 
         A probe finds plans that are not worth training. The delivered network is measured once more, with all the time.
         """
-        turns = self.turns(plan)
-        if self._by_percentile:
-            return turns
-        return dataclasses.replace(turns, seconds=probe_limit_s(turns.seconds, self._finetuning_s()))
+        seconds = probe_limit_s(self._job.recipe, self._finetuning_s())
+        return dataclasses.replace(self.turns(plan), seconds=seconds)
 
     def _finetuning_s(self) -> float | None:
         """Return about how long fine-tuning takes, by the epochs of the search; None if it trained none."""

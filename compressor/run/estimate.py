@@ -82,7 +82,7 @@ def estimated(job: Job) -> list[Part]:
         low, high = SHORTEST_MEASUREMENT_S, recipe.contract.seconds
         if job.latency_budget is not None:
             low += SHORTEST_MEASUREMENT_S
-            high += probe_limit_s(high, tuning_s) if recipe.conditions.at_median else high
+            high += probe_limit_s(recipe, tuning_s)
         parts.append(Part("measure", min(low, high), high, "dense and slim in turns"))
     return parts
 
