@@ -302,13 +302,15 @@ def torch_pruning(job: Job, method: str, target: int) -> tuple[nn.Module, dict[s
 def fast_nas(options: argparse.Namespace, job: Job, target: int) -> tuple[nn.Module, dict[str, Any]]:
     """Prune with ModelOpt's FastNAS: sensitivities of each layer, then a threshold by binary search.
 
-    It counts operations itself; where fvcore counts more than the budget, the search is repeated with a smaller limit.
-    Its sensitivities are kept, so that this needs no new scores.
+    It counts operations itself, with a factor of its own, so that its limit is the budget's share of the dense network.
+    Where fvcore counts more than the budget, the search is repeated with a smaller limit. Its sensitivities are kept,
+    so that this needs no new scores.
     """
     import torch
 
     try:
         import modelopt.torch.prune as mtp
+        from modelopt.torch.nas.utils import inference_flops
         from modelopt.torch.prune.fastnas import FastNASConfig
     except ImportError as error:
         raise CompressorError(f"ModelOpt cannot be imported: {error}.", "pip install -e .[peers]") from None
@@ -332,13 +334,14 @@ def fast_nas(options: argparse.Namespace, job: Job, target: int) -> tuple[nn.Mod
     path = options.work / f"fastnas-{job.recipe.model}-{job.recipe.seed}-{options.divisor}.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # else the time of the search would be that of a part
-    limit = float(target)
+    dummy = torch.zeros(1, *job.task.preprocessing.input_shape)
+    limit = float(inference_flops(job.model, dummy_input=dummy, unit=1.0)) * target / cells.count(job, job.model)
     for _ in range(8):
         network, _state = mtp.prune(
             copy.deepcopy(job.model).eval(),
             mode=[("fastnas", config)],
             constraints={"flops": limit},
-            dummy_input=torch.zeros(1, *job.task.preprocessing.input_shape),
+            dummy_input=dummy,
             config={
                 "score_func": score,
                 "data_loader": calibration,
