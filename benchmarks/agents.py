@@ -217,6 +217,7 @@ def recipe_of(options: argparse.Namespace, cell: Cell) -> Recipe:
             "search": {
                 "search_images": options.search_images,
                 "batch_norm_batches": options.batch_norm_batches,
+                "workers": 1,
                 "brief_iterations": cell.brief,
                 "measure": options.score,
             },

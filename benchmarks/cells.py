@@ -195,6 +195,7 @@ def load_job(
             "search": {
                 "search_images": options.search_images,
                 "batch_norm_batches": options.batch_norm_batches,
+                "workers": 1,
             },
             "training": {"mixed_precision": "no"},  # the same on every machine
         }

@@ -208,14 +208,14 @@ def search(options: argparse.Namespace, job: Job, method: str, target: int, path
 
     job.model.eval()
     plan = None
-    started = time.perf_counter()
+    started = time.process_time()
     if method == "fastnas":
         network, extra = fast_nas(options, job, target)
     elif method in PEERS:
         network, extra = torch_pruning(job, method, target)
     else:
         network, plan, extra = our_search(options, job, method, path.with_suffix(".search"))
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     macs = cells.count(job, network)
     if macs > target:
         raise CompressorError(f"{method} has {macs:,} multiply-adds, more than the {target:,} of the budget.")
@@ -362,7 +362,7 @@ def fast_nas(options: argparse.Namespace, job: Job, target: int) -> tuple[nn.Mod
 def our_search(
     options: argparse.Namespace, job: Job, method: str, folder: Path
 ) -> tuple[nn.Module, ChannelPlan, dict[str, Any]]:
-    """Search with one of our agents, on the given weights; a search that was stopped continues from its folder."""
+    """Search with one of our agents, on the given weights."""
     from compressor.core.records import Checkpoint, EpisodeLog
     from compressor.run.compensation import compensation_of
     from compressor.run.stages import environment
@@ -374,7 +374,8 @@ def our_search(
     job = cells.compensating(job, "auto" if compensated else "off", options.fit_images)
     env, evaluator = environment(job, job.budgets())
     agent = create_agent(agent_name, seed=job.recipe.seed, schedule=Schedule())
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # else the time would be that of the part after a stop
+    folder.mkdir(parents=True)
     result = agent.search(
         env,
         evaluator,
@@ -384,11 +385,9 @@ def our_search(
     )
     evaluator.close()
     shutil.rmtree(folder)
-    started = time.perf_counter()
     found = compensation_of(job, result.best)
     network = job.space.apply(result.best) if found is None else found.network
     extra = {
-        "seconds": result.seconds + time.perf_counter() - started,  # with the time before a stop
         "evaluations": result.evaluations,
         "search_accuracy": result.accuracy,
         "agent_seconds": result.timing["agent"],
