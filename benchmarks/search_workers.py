@@ -1,17 +1,18 @@
-"""Evaluations per second of a search's evaluator with one worker, several, and Ray.
+"""Evaluations per second of a search's evaluator in this process, in several, and with Ray.
 
     python -m benchmarks.search_workers --data folder:PATH --weights cifar_resnet20=FILE cifar_resnet56=FILE
 
-Each candidate is scored as a search does it (batch-norm statistics from 10 batches of 128, 2,000 images), one
-thread a worker, after all workers have started. The accuracies must be the same to the last digit. Prints a table and
-writes it as JSON to --out.
+Each candidate is compensated and scored on 2,000 images as a search of trained weights does it (`--compensate off`:
+batch-norm statistics from 10 batches of 128), after all workers have started: one candidate at a time on all cores, one
+with one thread, and one on each worker with one thread. With one thread the accuracies must be the same to the last
+digit. All ways are taken in turns, and the medians of the rounds count. Prints a table and writes it as JSON to --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import statistics
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,15 +27,21 @@ from compressor.pruning.space import PruningSpace
 from compressor.search.evaluate import Evaluator
 from compressor.search.sites import open_site
 from compressor.training.classification import Classification
+from export.convert.ort import available_cores
 
 
 def measure(
-    space: PruningSpace, data: Any, images: int, batches: int, workers: int | str, plans: list[Any]
+    given: argparse.Namespace, space: PruningSpace, data: Any, workers: int | str, threads: int, plans: list[Any]
 ) -> dict[str, Any]:
     """Seconds for the plans, after one was scored on each worker."""
-    site = open_site(workers, 1, 600)
     evaluator = Evaluator(
-        space, Classification.of(data), search_images=images, bn_batches=batches, site=site, threads=1
+        space,
+        Classification.of(data),
+        search_images=given.images,
+        bn_batches=given.batches,
+        compensate=given.compensate,
+        site=open_site(workers, threads, 600),
+        threads=threads,
     )
     started = time.perf_counter()
     evaluator.many([space.uniform(0.9 - 0.1 * i) for i in range(evaluator.workers)])
@@ -45,9 +52,10 @@ def measure(
     evaluator.close()
     return {
         "workers": evaluator.workers if isinstance(workers, str) else workers,
+        "threads": threads,
         "through": "ray" if isinstance(workers, str) else "processes" if workers > 1 else "this process",
-        "first_seconds": round(starting, 2),
-        "per_second": round(len(plans) / seconds, 3),
+        "first_seconds": starting,
+        "per_second": len(plans) / seconds,
         "accuracies": accuracies,
     }
 
@@ -64,10 +72,11 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=12)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--batches", type=int, default=10, help="for batch-norm statistics")
+    parser.add_argument("--compensate", default="quick", choices=["off", "quick", "moments"])
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of all ways")
     parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("search_workers.json"))
     given = parser.parse_args()
-    torch.set_num_threads(1)
     data = load_data(given.data, seed=0)
     rows = []
     for pair in given.weights:
@@ -76,24 +85,29 @@ def main() -> None:
         space = PruningSpace(model, torch.zeros(1, *data.input_shape))
         ranking, generator = space.rank("l1"), np.random.default_rng(0)
         plans = [space.plan(space.random_widths(generator), ranking) for _ in range(given.candidates)]
-        ways: list[int | str] = [1, given.workers]
+        ways: list[tuple[int | str, int]] = [(1, available_cores()), (1, 1), (given.workers, 1)]
         if find_spec("ray") and not given.no_ray:
-            ways.append("ray://local")
-        found = [measure(space, data, given.images, given.batches, way, plans) for way in ways]
-        accuracies = [row.pop("accuracies") for row in found]
-        for row, own in zip(found, accuracies, strict=True):
-            same = own == accuracies[0]
-            rows.append(
-                {"model": name, **row, "same": same, "times": row["per_second"] / found[0]["per_second"]}
-            )
+            ways.append(("ray://local", 1))
+        rounds = [
+            [measure(given, space, data, *way, plans) for way in ways] for _ in range(given.repeats)
+        ]
+        for number, (_, threads) in enumerate(ways):
+            found = [each[number] for each in rounds]
+            row = found[0] | {
+                name: round(statistics.median(each[name] for each in found), 3)
+                for name in ("first_seconds", "per_second")
+            }
+            same = threads > 1 or all(each["accuracies"] == rounds[0][1]["accuracies"] for each in found)
+            del row["accuracies"]
+            rows.append({"model": name, **row, "same": same})
             print(
-                f"{name:18} {row['workers']} x {row['through']:13} {row['per_second']:7.3f} candidates/s "
-                f"({rows[-1]['times']:.2f} times), first ones after {row['first_seconds']:.1f} s, "
+                f"{name:18} {row['workers']} x {row['through']:13} {threads} threads {row['per_second']:7.3f} "
+                f"candidates/s, first ones after {row['first_seconds']:.1f} s, "
                 f"same accuracies: {'yes' if same else 'NO'}",
                 flush=True,
             )
     given.out.write_text(
-        json.dumps({"cores": os.cpu_count(), "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
+        json.dumps({"cores": available_cores(), "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
     )
 
 

@@ -225,14 +225,15 @@ class Search(Part):
         gt=0,
         description="Time limit of the search in seconds, including its training; started work is finished.",
     )
-    workers: Positive | Annotated[str, Field(pattern=r"^([0-9]{1,18}|ray://\S+)$")] = Field(
-        1,
-        description="Processes that score candidates in parallel: a number, or ray://host:port for a Ray cluster.",
+    workers: Positive | Annotated[str, Field(pattern=r"^([0-9]{1,18}|ray://\S+)$")] | None = Field(
+        None,
+        description="Processes that score candidates in parallel: a number, or ray://host:port for a Ray cluster; by "
+        "default one for each core of a machine without a GPU, once that is worth starting them.",
     )
     threads: Positive | None = Field(
         None,
         description="Threads that score one candidate. Accuracies are bit-identical for any number of workers if this "
-        "is equal; by default: all cores for one worker, an equal share for several, one on Ray.",
+        "is equal; by default: one, all cores for --workers 1 or a GPU, an equal share for another number of workers.",
     )
     evaluation_seconds: float = Field(
         1800.0,

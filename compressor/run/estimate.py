@@ -11,6 +11,7 @@ from typing import Any
 from compressor.recipe import AgentSettings
 from compressor.run.contract import probe_limit_s
 from compressor.run.job import Job
+from compressor.run.stages import may_send
 from compressor.run.trainings import search_epochs
 from compressor.search.finalists import CANDIDATES_EACH, most_finalists
 from compressor.training.fake_quantised import FakeQuantised
@@ -103,8 +104,18 @@ def _candidates(job: Job, steps: Steps, share: float) -> Part:
     fits = job.recipe.pruning.compensation_images / 4 / FIT_IMAGES
     finalists = CANDIDATES_EACH * most_finalists(number) if job.compensation.scored == "quick" else 0
     most = (number + finalists) * (each + refit * max(1.0, fits))
-    least = (number + finalists) * (share * each + refit)
+    least = (number * (share * each + refit)) / _workers(job) + finalists * (share * each + refit)
     return Part("score candidates", least, most, f"at most {number}, {scored:,} inputs each")
+
+
+def _workers(job: Job) -> int:
+    """Return the number of candidates that are scored at once, at most; unknown on a cluster."""
+    from compressor.search.sites import most_by_default
+
+    search = job.recipe.search
+    if search.workers is None:
+        return max(1, most_by_default(search.threads, job.torch_device)) if may_send(job) else 1
+    return int(search.workers) if str(search.workers).isdigit() else 1
 
 
 def _evaluations(job: Job) -> int:

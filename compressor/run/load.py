@@ -157,7 +157,7 @@ def task_of(recipe: Recipe, data: DataBundle, model: nn.Module | None = None) ->
         return Classification.of(data, recipe.search.measure)
     for name, value, usual in (
         ("search.measure", recipe.search.measure, "auto"),
-        ("search.workers", str(recipe.search.workers), "1"),
+        ("search.workers", str(recipe.search.workers or 1), "1"),
         ("data.crop_share", str(recipe.data.crop_share or 1.0), "1.0"),
         *((f"training.{name}", getattr(recipe.training, name), 0) for name in BY_CLASS),
     ):

@@ -212,7 +212,7 @@ def _load(objects: Objects, recipe: Recipe) -> Loaded:
     model = fixed_copy(objects.model).cpu()
     example, names = one_input(model, objects.example)
     task, notes = Checked(objects, fixed_copy(model).to(device).eval(), example, names, recipe).task()
-    if recipe.search.workers not in (1, "1"):
+    if recipe.search.workers not in (None, 1, "1"):
         raise CompressorError(
             "Own functions and batches are not sent to other processes.", "Leave out search.workers."
         )

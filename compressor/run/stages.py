@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from compressor.search.environment import PruningEnv
     from compressor.search.evaluate import Evaluator
     from compressor.search.records import SearchResult
+    from compressor.search.workers import Site
 
 PLAN = "search/plan.json"
 TABLE = "latency_table.json"
@@ -259,7 +260,6 @@ def environment(
     from compressor.search.environment import PruningEnv
     from compressor.search.evaluate import Evaluator
     from compressor.search.reward import soft_reward
-    from compressor.search.sites import open_site
 
     recipe, settings = job.recipe, job.recipe.search
     evaluator = Evaluator(
@@ -272,7 +272,7 @@ def environment(
         mixed_precision=recipe.training.mixed_precision,
         seed=recipe.seed,
         threads=settings.threads,
-        site=open_site(settings.workers, settings.threads, settings.evaluation_seconds, job.torch_device),
+        site=_site(job),
         brief=brief_training(job),
         brief_steps=settings.brief_iterations,
         compensate=job.compensation.scored,
@@ -292,6 +292,25 @@ def environment(
         else None,
     )
     return env, evaluator
+
+
+def _site(job: Job) -> Site | None:
+    """Return where candidates are scored; None for this process."""
+    from compressor.search.sites import open_site
+
+    settings = job.recipe.search
+    if settings.workers is None and not may_send(job):
+        return None
+    return open_site(settings.workers, settings.threads, settings.evaluation_seconds, job.torch_device)
+
+
+def may_send(job: Job) -> bool:
+    """Whether other processes can score the candidates of a run: images by class, with a network they can build."""
+    from compressor.training.classification import Classification
+
+    recipe = job.recipe
+    sendable = isinstance(job.task, Classification) and not recipe.from_python
+    return sendable and not recipe.search.brief_iterations
 
 
 def too_few_images(images: int | None) -> str | None:

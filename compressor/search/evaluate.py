@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from compressor.core.errors import CompressorError
+from compressor.core.progress import say
 from compressor.search.networks import Networks
 from compressor.search.workers import Site, Workers, described
 from compressor.training.scoring import reestimate_batch_norm
@@ -57,7 +59,8 @@ class Evaluator:
         mixed_precision: "bf16" scores all candidates with forward passes in that precision; "no" in float32.
         threads: Number of torch's threads while scoring in this process; None for the current number.
         site: Where worker processes score instead, each with its own threads; None scores in this process. The
-            accuracies are bit-identical if a worker has as many threads as this process would.
+            accuracies are bit-identical if a worker has as many threads as this process would. Until the workers of a
+            site with `after_s` are started, this process scores with as many threads as one of them.
         brief: Trains a candidate's network in place for a number of steps; None trains none.
         brief_steps: Number of these steps for every candidate without another number; only in this process.
         compensate: How candidates are compensated before they are scored: "off", or a method of `compensate`.
@@ -108,7 +111,7 @@ class Evaluator:
         self._networks = Networks(
             space,
             self._calibration,
-            compensate if site is None else "off",
+            compensate if site is None or site.after_s else "off",
             images=fit_images,
             seed=seed,
             device=device,
@@ -118,15 +121,32 @@ class Evaluator:
         self.delivered = None if delivered is None else partial(self._scored_by, delivered)
         self._goals: Any = None
         self._scores: dict[str, float] = {}
-        self._threads, self._site = threads, site
+        self._threads = site.threads if site is not None and site.after_s else threads
+        self._threads_alone, self._site = threads, site
         self._brief, self._brief_steps = brief, brief_steps
         self._workers: Workers | None = None
         self._moved = True
 
     @property
     def workers(self) -> int:
-        """Number of candidates that are scored in parallel."""
-        return 1 if self._site is None else self._site.number
+        """Number of candidates that are scored in parallel now."""
+        return 1 if (site := self._started_site()) is None else site.number
+
+    def _started_site(self) -> Site | None:
+        """Return where candidates are scored if that is not here, or not yet."""
+        site = self._site
+        if site is None or self._workers is not None or not site.after_s:
+            return site
+        if self.seconds < site.after_s:
+            return None
+        if site.settle() < 2:
+            self._here()
+        return self._site
+
+    def _here(self) -> None:
+        """Score in this process from now on."""
+        self.close()
+        self._site = self._workers = None
 
     @property
     def images(self) -> int | None:
@@ -165,10 +185,7 @@ class Evaluator:
             if plan.checksum not in self._scores:
                 new.setdefault(plan.checksum, (plan, floor))
         started = time.perf_counter()
-        if self._site is None:
-            scores = [self.scored(plan, floor=floor) for plan, floor in new.values()]
-        else:
-            scores = self._started(self._site).score(*zip(*new.values(), strict=True)) if new else []
+        scores = self._all_scored(list(new.values())) if new else []
         found = dict(zip(new, scores, strict=True))
         known = self._scores | found
         if remember:
@@ -177,6 +194,18 @@ class Evaluator:
         self.evaluations += len(new)
         self.seconds += time.perf_counter() - started
         return [known[plan.checksum] for plan in plans]
+
+    def _all_scored(self, new: list[tuple[ChannelPlan, float | None]]) -> list[float]:
+        site = self._started_site()
+        if site is not None:
+            try:
+                return self._started(site).score(*zip(*new, strict=True))
+            except CompressorError as error:
+                if not site.after_s:
+                    raise
+                self._here()
+                say(f"Candidates are scored in this process alone. {error.message}")
+        return [self.scored(plan, floor=floor) for plan, floor in new]
 
     def _started(self, site: Site) -> Workers:
         """Return the workers, with the current weights."""
@@ -195,6 +224,7 @@ class Evaluator:
             self._workers = Workers(
                 site, *described(self.space, self.task, self._calibration, self._search, options)
             )
+            self._networks.weights_moved()  # what this process has computed for candidates is not used again
         if self._moved:
             self._workers.reweigh(cpu_tensors(self.space.model), channels_last(self.space.model))
             self._moved = False
@@ -215,7 +245,7 @@ class Evaluator:
     def _scored_by(
         self, networks: Networks, plan: ChannelPlan, *, floor: float | None = None, steps: int | None = None
     ) -> float:
-        with _threads(self._threads):
+        with _threads(self._threads if networks is self._networks else self._threads_alone):
             network = networks.build(plan)
         return self.score(network, floor=floor, steps=steps, compensated=networks.compensated)
 

@@ -27,21 +27,29 @@ REACH_SECONDS = 10.0
 MOST_PER_CORE, FEW = 4, 16
 """Workers that each core of this machine may have, and how many are accepted in any case: a GPU may serve several."""
 
+WORTH_S = 10.0
+"""Seconds of scoring in this process after which other processes score by default: what starting them takes."""
+
+MEMORY_SHARE = 0.8
+"""Share of the free memory that processes by default may take."""
+
 CONNECT_SECONDS = 30
 """Seconds that Ray may take to connect once its port is open."""
 
 
-def check_workers(workers: int | str, brief_steps: int = 0) -> None:
+def check_workers(workers: int | str | None, brief_steps: int = 0) -> None:
     """Raise an error for unavailable workers before anything slow starts.
 
     Args:
-        workers: Number of processes, or `ray://host:port`.
+        workers: Number of processes, or `ray://host:port`; None for the default.
         brief_steps: Number of training steps of each candidate before it is scored.
 
     Raises:
         CompressorError: The text is neither a number nor an address, there are far more workers than cores, Ray is not
             installed, nothing answers there, or several workers would have to train.
     """
+    if workers is None:
+        return
     workers = _number(workers)
     if brief_steps and workers != 1:
         raise CompressorError(
@@ -98,15 +106,21 @@ def _address(workers: str) -> tuple[str, int]:
     return host, port
 
 
-def open_site(workers: int | str, threads: int | None, seconds: float, device: str = "cpu") -> Site | None:
+def open_site(
+    workers: int | str | None, threads: int | None, seconds: float, device: str = "cpu"
+) -> Site | None:
     """Return where candidates are scored; None for this process.
 
     Args:
-        workers: Number of processes here, or `ray://host:port`.
-        threads: Threads of each worker; None divides those of this process, and gives one to each on Ray.
+        workers: Number of processes here, or `ray://host:port`; None for the cores of a machine without a GPU.
+        threads: Threads of each worker; None divides those of this process, and gives one to each on Ray and by
+            default.
         seconds: Time limit for a candidate.
         device: "cpu" or "cuda".
     """
+    if workers is None:
+        most = most_by_default(threads, device)
+        return None if most < 2 else IdleCores(most, threads or 1, seconds)
     workers = _number(workers)
     check_workers(workers)
     if workers == 1:
@@ -117,6 +131,40 @@ def open_site(workers: int | str, threads: int | None, seconds: float, device: s
 
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else [device]
     return ThisMachine(workers, threads or max(1, torch.get_num_threads() // workers), seconds, devices)
+
+
+def most_by_default(threads: int | None, device: str) -> int:
+    """Return the number of processes that score by default, at most; arguments as for `open_site`."""
+    return available_cores() // (threads or 1) if device == "cpu" else 1
+
+
+class IdleCores(ThisMachine):
+    """The cores of this machine that one candidate with few threads leaves idle, as far as the memory allows it.
+
+    Processes are started once scoring has taken a while in this process.
+
+    Args:
+        most: Number of processes, at most.
+        threads: Threads of each process, and of this one while it scores.
+        seconds: Time limit for a candidate.
+    """
+
+    after_s = WORTH_S
+
+    def __init__(self, most: int, threads: int, seconds: float) -> None:
+        super().__init__(most, threads, seconds)
+        self._most = most
+
+    def settle(self) -> int:
+        """Take as many processes as fit into the free memory if each needs what this process has needed at most."""
+        import resource
+
+        import psutil
+
+        largest_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux the unit is KiB
+        room = int(MEMORY_SHARE * psutil.virtual_memory().available / largest_bytes)
+        self.number = max(1, min(self._most, room))
+        return self.number
 
 
 class RayCluster(Site):
@@ -134,7 +182,7 @@ class RayCluster(Site):
 
     def __init__(self, address: str, threads: int, seconds: float, gpu: bool = False) -> None:
         ray: Any = import_module("ray")
-        self._ray, self._seconds, self._threads, self._gpu = ray, seconds, threads, gpu
+        self._ray, self._seconds, self.threads, self._gpu = ray, seconds, threads, gpu
         self._actors: list[_Actor] = []
         self._stopped = False
         self._owns = not ray.is_initialized()
@@ -158,9 +206,9 @@ class RayCluster(Site):
     def start(self, index: int, plain: Mapping[str, Any], weights: Any, images: Any) -> Worker:
         if self._stopped:
             raise WorkerLost("not started: the search was stopped")
-        options: dict[str, Any] = {"num_cpus": self._threads, "num_gpus": 1 if self._gpu else 0}
+        options: dict[str, Any] = {"num_cpus": self.threads, "num_gpus": 1 if self._gpu else 0}
         actor = (
-            self._ray.remote(Scorer).options(**options).remote(dict(plain), weights, images, self._threads)
+            self._ray.remote(Scorer).options(**options).remote(dict(plain), weights, images, self.threads)
         )
         self._actors.append(_Actor(self._ray, actor, self._seconds))
         return self._actors[-1]

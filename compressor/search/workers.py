@@ -63,9 +63,18 @@ class Site(ABC):
 
     Attributes:
         number: Number of parallel workers.
+        threads: Threads of each.
+        after_s: Seconds of scoring in the searching process, with as many threads, before workers are started. Such a
+            site is a help that nobody asked for: without it, the search continues in its own process.
     """
 
     number: int
+    threads: int
+    after_s: float = 0.0
+
+    def settle(self) -> int:
+        """Choose and return the number of workers, right before they are started."""
+        return self.number
 
     @abstractmethod
     def publish(self, name: str, tensors: Mapping[str, Tensor]) -> Any:
@@ -213,8 +222,8 @@ class ThisMachine(Site):
     """
 
     def __init__(self, number: int, threads: int, seconds: float, devices: Sequence[str] = ("cpu",)) -> None:
-        self.number = number
-        self._threads, self._seconds, self._devices = threads, seconds, devices
+        self.number, self.threads = number, threads
+        self._seconds, self._devices = seconds, devices
         self._folder = tempfile.TemporaryDirectory(prefix="compressor-workers-")
         self._started: weakref.WeakSet[LocalWorker] = weakref.WeakSet()
         self._stopped = False
@@ -236,7 +245,7 @@ class ThisMachine(Site):
     def start(self, index: int, plain: Mapping[str, Any], weights: str, images: str) -> LocalWorker:
         if self._stopped:
             raise WorkerLost("not started: the search was stopped")
-        worker = LocalWorker(self._threads, self._seconds)
+        worker = LocalWorker(self.threads, self._seconds)
         self._started.add(worker)
         if self._stopped:  # in the meantime: `stop` may not have seen the new worker
             worker.close()

@@ -35,6 +35,14 @@ class Several(FakeEvaluator):
         return [self(plan, floor=floor) for plan, floor in zip(plans, floors, strict=True)]
 
 
+class LaterSeveral(Several):
+    """Its workers start when it has scored a few plans."""
+
+    @property
+    def workers(self) -> int:  # type: ignore[override]
+        return 3 if self.evaluations > 7 else 1
+
+
 class GivesUp(FakeEvaluator):
     """One worker, whose estimate of a plan that it gives up depends on when it does."""
 
@@ -86,6 +94,15 @@ def test_the_same_candidates_with_any_number_of_workers(
     # Most candidates were scored in batches, and few of those in vain.
     assert sum(evaluator.batches) >= share * alone.evaluations
     assert evaluator.evaluations <= 1.6 * alone.evaluations
+
+
+@pytest.mark.parametrize("name", ["random", "knapsack", "joint"])
+def test_the_same_candidates_where_workers_start_in_the_middle(name: str, tmp_path: Path) -> None:
+    alone, _ = search(name, FakeEvaluator, tmp_path / "one", 24)
+    later, evaluator = search(name, LaterSeveral, tmp_path / "three", 24)
+    assert later.candidates == alone.candidates
+    assert later.widths == alone.widths
+    assert 0 < sum(evaluator.batches) < alone.evaluations
 
 
 @pytest.mark.parametrize(("name", "most"), [("stepwise", 40), ("constrained", 40)])
