@@ -13,12 +13,15 @@ FAST = {"max_evaluations": 6, "batch_norm_batches": 2}
 
 
 def recipe(**fields: Any) -> Recipe:
-    """A recipe of a tiny network on tiny images; the joint agent hardly learns, unless `search` has its settings."""
+    """A recipe of a tiny network on tiny images; the joint agent hardly learns, unless `search` has its settings, and
+    few images compensate, unless `pruning` has their number.
+    """
     base: dict[str, Any] = {
         "model": "tests.nets:tiny", "image_size": IMAGE_SIZE, "epochs": 3, "search": FAST,
         "contract": {"repeats": 1, "seconds": 5.0}, "export": {"engine": False}, "training": {"batch_size": 64},
     }  # fmt: skip
     wanted = {**base, **fields}
+    wanted["pruning"] = {"compensation_images": 64, **wanted.get("pruning", {})}
     if wanted.get("agent", "joint") == "joint":
         wanted["search"] = {"settings": {"updates_per_episode": 1}, **wanted["search"]}
     return Recipe.model_validate(wanted)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from compressor import load, run_recipe
 from compressor.core.files import sha256_file
 from compressor.run.pipeline import resume
+from tests.forked import command, forked
 from tests.runs import FAST, IMAGE_SIZE, manifest_of, recipe
 
 
@@ -149,42 +148,18 @@ def test_other_agents_run_the_same_road(tmp_path: Path, agent: str) -> None:
     assert ("of uniform pruning within the same budgets" in page) == (agent == "random")
 
 
-#: What a run imports as it goes, besides this project.
-IMPORTED = (
-    "fvcore.nn", "jinja2", "matplotlib.figure", "onnx", "onnxruntime", "sklearn.datasets", "tensorboard", "timm",
-    "torch._meta_registrations", "torch.onnx", "torch_pruning", "torchvision",
-)  # fmt: skip
-
-
-def _command(arguments: list[str], errors: Path) -> None:
-    """`compress ARGUMENTS`, with its errors in a file."""
-    from compressor.cli.app import main
-
-    with errors.open("w") as file, open(os.devnull, "w") as nowhere:
-        os.dup2(file.fileno(), 2)
-        os.dup2(nowhere.fileno(), 1)
-    sys.argv = ["compress", *arguments]
-    main()
-
-
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, tmp_path: Path) -> None:
-    # The processes are forked from one that has imported what they need: that would take most of their time.
-    forks = multiprocessing.get_context("forkserver")
-    own = [name for name in sys.modules if name.partition(".")[0] in ("compressor", "export")]
-    forks.set_forkserver_preload([*own, "compressor.cli.app", *IMPORTED])
     folder, errors = tmp_path / "run", tmp_path / "errors"
     start = [
         "--model", "tests.nets:tiny", "--epochs", "3", "--flops", "60%", "--params", "70%", "--out", str(folder),
         "--set", f"image_size={IMAGE_SIZE}", "--set", "search.max_evaluations=6",
         "--set", "search.batch_norm_batches=2", "--set", "contract.repeats=1", "--set", "training.batch_size=64",
-        "--set", "search.settings.updates_per_episode=1",
+        "--set", "search.settings.updates_per_episode=1", "--set", "pruning.compensation_images=64",
     ]  # fmt: skip
     # Each kill waits for another stage to leave its mark, so that all stages are met whatever the machine's speed.
     marks = ["checkpoints/search.pt", "search/plan.json", "checkpoints/finetune.pt", "model.onnx"]
     for turn, mark in enumerate(marks):
-        process = forks.Process(
-            target=_command, args=(start if turn == 0 else ["--resume", str(folder)], errors)
-        )
+        process = forked(command, start if turn == 0 else ["--resume", str(folder)], errors, {})
         process.start()
         deadline = time.monotonic() + 120
         while not (folder / mark).exists() and process.is_alive() and time.monotonic() < deadline:
@@ -199,7 +174,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(finished: Path, t
             assert process.exitcode == 128 + gently
             assert f"continue with: compress --resume {folder}" in said
             assert "Traceback" not in said
-    last = forks.Process(target=_command, args=(["--resume", str(folder)], errors))
+    last = forked(command, ["--resume", str(folder)], errors, {})
     last.start()
     last.join()
     assert last.exitcode == 0, errors.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from compressor.run.pipeline import run_recipe
 from compressor.run.result import RunResult
 from compressor.training.placement import Placement
 from compressor.training.team import Team, launched
+from tests.forked import command, forked, launch_variables
 from tests.runs import manifest_of, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,13 +30,13 @@ NET = "tests.run.two_process_nets:Tiny"
 FAST = [
     "--model", NET, "--flops", "60%", "--epochs", "3", "--set", "image_size=16", "--set", "search.epochs_share=0",
     "--set", "search.max_evaluations=6", "--set", "search.batch_norm_batches=2", "--set", "export.engine=false",
-    "--set", "contract.seconds=5", "--set", "contract.repeats=1",
+    "--set", "contract.seconds=5", "--set", "contract.repeats=1", "--set", "pruning.compensation_images=64",
 ]  # fmt: skip
 
 
-def launch(*arguments: str, folder: Path, fails: str = "") -> subprocess.CompletedProcess[str]:
-    """Run `compress` in two processes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FAILS": fails}
+def launch(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `compress` in two processes of `torchrun`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     return subprocess.run(
         [sys.executable, *torchrun, *COMPRESS, *arguments],
@@ -49,17 +51,28 @@ def launch(*arguments: str, folder: Path, fails: str = "") -> subprocess.Complet
 
 def test_two_processes_make_one_run(tmp_path: Path) -> None:
     """One of them dies, which ends both, and the run is resumed. Its search is that of one process."""
-    start = launch(*FAST, "--out", "run", folder=tmp_path, fails="yes")
-    assert start.returncode != 0
-    # torchrun's SIGTERM may end the first process before it has said so
-    assert start.stdout.count("compress --resume ") <= 1
-    assert "All files are in run" not in start.stdout
+    said = [tmp_path / f"said{rank}" for rank in range(2)]
+    arguments = [*FAST, "--out", str(tmp_path / "runs" / "run")]
+    pair = [
+        forked(command, arguments, said[rank], {**variables, "FAILS": "yes"})
+        for rank, variables in enumerate(launch_variables(2))
+    ]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+    assert pair[1].exitcode == -signal.SIGKILL
+    assert pair[0].exitcode == 2
+    words = " ".join(said[0].read_text().split())
+    assert "ended in the middle of an epoch" in words
+    assert words.count("compress --resume ") == 1
+    assert "All files are in" not in words
 
-    end = launch("--resume", "run", folder=tmp_path)
+    end = launch("--resume", "run", folder=tmp_path / "runs")
     assert end.returncode == 0, end.stdout
     assert end.stdout.count("All files are in run") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    two = manifest_of(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
+    two = manifest_of(tmp_path / "runs" / "run")
     assert two["machine"]["processes"] == 2
     assert [each["epoch"] for each in two["training"]] == [1, 2, 3]
 
