@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor.core.answers import Answers, read_answers
 from compressor.core.errors import CompressorError
@@ -29,6 +30,9 @@ from compressor.report.tradeoff import tradeoff
 from export.errors import ExportError
 from export.files import read_bytes
 from export.text import plain
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 REPORT = "report.html"
 MOST_PICTURES = 8
@@ -134,6 +138,12 @@ def rendered(template: str, content: Mapping[str, Any]) -> str:
     """Render a page. The template cleans and escapes every text from a run's files; the project's own figures are
     inserted as they are.
     """
+    return _templates().get_template(template).render(**content) + "\n"
+
+
+@cache
+def _templates() -> Environment:
+    """The templates, each compiled once: that takes longer than to print a page."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -146,7 +156,7 @@ def rendered(template: str, content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["drawn"] = lambda chart: Markup(chart.svg)  # the figures escape their own texts
-    return environment.get_template(template).render(**content) + "\n"
+    return environment
 
 
 def _plain(value: Any) -> Any:

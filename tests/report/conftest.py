@@ -8,6 +8,15 @@ from typing import Any
 import pytest
 from invented_run import invented_episodes, invented_manifest, write_run
 
+from tests.conftest import FIGURES
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figures, which take most of a page's time, where they are not the point."""
+    for name in FIGURES:
+        monkeypatch.setattr(f"compressor.report.{name}", lambda *_: None)
+
 
 @pytest.fixture
 def manifest() -> dict[str, Any]:

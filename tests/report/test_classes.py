@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from test_report_page import page_of
 
 from compressor.core.answers import Answers
@@ -63,6 +64,7 @@ def test_a_network_may_answer_a_class_without_a_name() -> None:
     assert picture["source"] == "data:image/jpeg;base64,/9j/IG1hZGUgdXA="
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_embeds_small_pictures_only_and_escapes_names(run_folder: Path) -> None:
     evil = "<img src=x onerror=alert(1)>"
     kept = [{"image": place, "file": f"pictures/{place}.jpg"} for place in (0, 1, 2, 5, 6)]
@@ -80,6 +82,7 @@ def test_the_page_embeds_small_pictures_only_and_escapes_names(run_folder: Path)
     assert f"compress predict {run_folder} {run_folder}/pictures/0.jpg" in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_damaged_answers_leave_the_section_out(run_folder: Path) -> None:
     (run_folder / "answers.json").write_text("[]")
     assert "classes" not in page_of(run_folder).sections

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,12 @@ from compressor.run.share import card_of
 from tests.other_device import OtherDevice
 from tests.run.test_own import FAST as OWN
 from tests.run.test_own import Own, batches, loss, share
-from tests.runs import recipe
+from tests.runs import manifest_of, recipe
 
 TARGETS = "75%,50%"
 LIST: dict[str, Any] = {
     "budgets": {"latency": TARGETS, "params": "90%"}, "agent": "knapsack", "epochs": 2,
-    "pruning": {"granularity": 4, "compensate": "off"}, "search": {"max_evaluations": 16, "batch_norm_batches": 1},
+    "pruning": {"granularity": 4, "compensate": "off"}, "search": {"max_evaluations": 10, "batch_norm_batches": 1},
 }  # fmt: skip
 OFFSET_MS = 0.02
 """How much longer the device takes for slim networks than its table says."""
@@ -45,7 +47,7 @@ OFFSET_MS = 0.02
 
 @pytest.fixture(scope="module")
 def front(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    """Three targets on a device that takes a third longer than its table says for slim networks."""
+    """Two targets on a device that takes a third longer than its table says for slim networks."""
     with pytest.MonkeyPatch.context() as patch:
         OtherDevice(1.0, offset_ms=OFFSET_MS).install(patch)
         return run_recipe(recipe(**LIST), out=tmp_path_factory.mktemp("front") / "whole")
@@ -145,33 +147,37 @@ def test_commands_on_one_run_work_and_the_whole_is_refused_with_a_hint(front: Ru
         assert "latency-75" in caught.value.hint
 
 
-STOPS = {
-    "in the export of the second": ("compressor.run.pipeline.export", 1),
-    "after the second": ("compressor.run.front.points", 1),
-}
-
-
-@pytest.mark.parametrize("stop", STOPS)
-def test_a_stopped_front_ends_as_one_that_was_not(
-    device: None, front: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
-) -> None:
-    name, after = STOPS[stop]
+def stopped_after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
+    """The user stops what comes after so many calls of a function."""
     module, _, function = name.rpartition(".")
-    plain, calls = getattr(__import__(module, fromlist=[function]), function), []
+    plain, counted = getattr(import_module(module), function), count(1)
 
     def fragile(*given: Any, **more: Any) -> Any:
-        calls.append(1)
-        if len(calls) > after:
+        if next(counted) > calls:
             raise KeyboardInterrupt
         return plain(*given, **more)
 
+    monkeypatch.setattr(name, fragile)
+
+
+def test_a_stopped_front_ends_as_one_that_was_not(
+    device: None, front: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the export of the second run, and once more after that run."""
     folder = tmp_path / "whole"
     with monkeypatch.context() as patch:
-        patch.setattr(name, fragile)
+        stopped_after(patch, "compressor.run.pipeline.export", 1)
         with pytest.raises(KeyboardInterrupt, match=re.escape(f"--resume {folder}")):
             run_recipe(recipe(**LIST), out=folder)
+    assert manifest_of(folder / "latency-75")["status"] == "finished"
+    assert manifest_of(folder / "latency-50")["status"] != "finished"
     latest = max(folder.glob("latency-*"), key=lambda path: path.stat().st_mtime)
-    again = resume(latest)  # of one of the runs: the whole continues
+    with monkeypatch.context() as patch:
+        stopped_after(patch, "compressor.run.front.points", 0)
+        with pytest.raises(KeyboardInterrupt, match=re.escape(f"--resume {folder}")):
+            resume(latest)  # of one of the runs: the whole continues
+    assert manifest_of(folder / "latency-50")["status"] == "finished"
+    again = resume(folder)
     assert again.directory.samefile(folder)
     assert again.exit_code == front.exit_code
     for run, undisturbed in zip(again.runs, front.runs, strict=True):
@@ -291,6 +297,7 @@ def test_what_is_lost_and_gained_in_words(search: float, test: float, said: tupl
 def test_the_fastest_network_within_a_loss_is_found_and_confirmed(
     device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("compressor.run.max_drop.STEPS", 3)
     fields = {**LIST, "search": {"max_evaluations": 6, "batch_norm_batches": 1}}
     del fields["budgets"]
     with monkeypatch.context() as patch:
@@ -304,7 +311,7 @@ def test_the_fastest_network_within_a_loss_is_found_and_confirmed(
     assert limit is not None
     assert result.chosen is not None
     assert result.chosen.directory.name == limit.chosen
-    assert 2 <= len(result.runs) == limit.steps <= STEPS
+    assert 2 <= len(result.runs) == limit.steps <= 3
     chosen = next(target for target in recorded.targets if target.folder == limit.chosen)
     assert chosen.lost is not None
     assert limit.kept == (float(chosen.lost.search_drop or 0) <= 8)

@@ -212,17 +212,21 @@ def test_all_widths_are_kept_where_int8_is_enough(tmp_path: Path) -> None:
     assert any("already meets every budget in mixed precision" in note for note in manifest["notes"])
 
 
-@pytest.mark.parametrize("stage", ["probe", "export"])
-def test_killed_in_any_stage_a_run_ends_as_if_it_had_not_been(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+def test_killed_in_its_stages_a_run_ends_as_if_it_had_not_been(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(f"compressor.run.pipeline.{stage}", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run_recipe(wanted("45%"), out=tmp_path / "run")
+    goes = {
+        "probe": lambda: run_recipe(wanted("45%"), out=tmp_path / "run"),
+        "export": lambda: resume(tmp_path / "run"),
+    }
+    for stage, go in goes.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(f"compressor.run.pipeline.{stage}", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                go()
     resume(tmp_path / "run")
     again, before = (Manifest.read(folder / "manifest.json") for folder in (tmp_path / "run", run))
     for name in ("budgets", "groups", "accuracy", "corrections"):
