@@ -56,6 +56,36 @@ def _no_repeated_work() -> Iterator[None]:
         yield
 
 
+STARTED = ("test_cpu.py", "test_workers.py")
+"""Files whose child processes are started as users' are: those about such processes."""
+
+
+@pytest.fixture(scope="session")
+def _child_processes() -> tuple[Any, Any]:
+    """What starts a child process, and what forks one."""
+    import subprocess
+    from types import SimpleNamespace
+
+    from tests.forked import ForkedChild
+
+    needed = {name: getattr(subprocess, name) for name in ("PIPE", "TimeoutExpired")}
+    return subprocess, SimpleNamespace(Popen=ForkedChild, **needed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked_children(request: pytest.FixtureRequest, _child_processes: tuple[Any, Any]) -> Iterator[None]:
+    """Fork the children of a run from a process that has imported torch, which takes most of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compressor.core.processes.subprocess", _child_processes[request.path.name not in STARTED])
+        yield
+
+
+@pytest.fixture
+def started_children(_child_processes: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start child processes as users' are."""
+    monkeypatch.setattr("compressor.core.processes.subprocess", _child_processes[0])
+
+
 @pytest.fixture
 def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a busy machine measure its tables all the same."""

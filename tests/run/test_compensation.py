@@ -47,22 +47,22 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_without_training_the_compensated_network_is_delivered(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressor.search.finalists.EVALUATIONS_EACH", 8)  # the network has few plans
+    monkeypatch.setattr("compressor.search.finalists.EVALUATIONS_EACH", 6)  # the network has few plans
     fields = {
         "agent": "knapsack", "epochs": 0, "weights": str(weights), "budgets": {"params": "50%"}, "image_size": 32,
-        "search": {"max_evaluations": 40},
+        "search": {"max_evaluations": 12}, "pruning": {"compensation_images": 256},
     }  # fmt: skip
     result = run_recipe(recipe(**fields), out=tmp_path / "run")
     assert result.exit_code == 0
     manifest = manifest_of(tmp_path / "run")
     found, scores = manifest["compensation"], manifest["accuracy"]
-    assert (found["method"], found["images"]) == ("layers", 512)
+    assert (found["method"], found["images"]) == ("layers", 256)
     assert found["error"] < found["error_cut"]
     assert set(found["refitted"]) | set(found["left"]) <= {layer["name"] for layer in manifest["layers"]}
     assert manifest["training"] == []
     assert scores["pruned"] + 0.02 < scores["compensated"] == scores["finetuned"] == scores["exported"]
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
-    assert "refitted to the dense network&#39;s outputs layer by layer, on 512 images" in page
+    assert "refitted to the dense network&#39;s outputs layer by layer, on 256 images" in page
     assert "Accuracy, compensated" in page
     data = load_data("digits", seed=0)
     assert accuracy(result.model, data.test) == pytest.approx(scores["compensated"])

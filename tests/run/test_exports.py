@@ -33,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = {
         "model": "tests.nets:tiny", "epochs": 4, "budgets": {"flops": "60%"}, "agent": "uniform",
         "search": {"max_evaluations": 4, "batch_norm_batches": 2}, "export": {"engine": False},
-        "contract": {"repeats": 1},
+        "contract": {"repeats": 1}, "pruning": {"compensation_images": 64},
     }  # fmt: skip
     assert run_recipe(Recipe.model_validate(recipe), out=folder).exit_code == 0
     return folder
@@ -280,6 +280,7 @@ def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = {
         "model": "tests.nets:tiny", "epochs": 1, "budgets": {"latency": "2ms"}, "agent": "uniform",
         "device": BOARD, "search": {"max_evaluations": 2, "batch_norm_batches": 2}, "export": {"engine": False},
+        "pruning": {"compensate": "off"},
     }  # fmt: skip
     assert run_recipe(Recipe.model_validate(recipe), out=folder).exit_code == 4  # predicted only
     return folder

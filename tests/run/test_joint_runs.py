@@ -26,6 +26,8 @@ FAST = [
     "search.batch_norm_batches=1",
     "--set",
     "contract.repeats=1",
+    "--set",
+    "pruning.compensate=off",
 ]
 FAST += ["--set", "export.engine=false", "--set", f"image_size={IMAGE_SIZE}"]
 

@@ -44,7 +44,7 @@ def recipe(**fields: Any) -> Recipe:
     plain = {
         "model": "tests.nets:tiny", "image_size": 16, "epochs": 2, "budgets": {"flops": "60%"}, "agent": "uniform",
         "search": {"max_evaluations": 4, "batch_norm_batches": 2}, "contract": {"repeats": 1},
-        "export": {"engine": False, "max_drop": 50},
+        "export": {"engine": False, "max_drop": 50}, "pruning": {"compensate": "off"},
     }  # fmt: skip
     return Recipe.model_validate({**plain, **fields})
 
@@ -92,8 +92,8 @@ def check_file(path: Path, entry: Export) -> None:
 def searched(**fields: Any) -> Recipe:
     """A recipe that searches widths and precisions."""
     return recipe(
-        precision="mixed", budgets={"latency": "40%"}, agent="knapsack", epochs=6,
-        pruning={"granularity": 4, "min_share": 0.1}, **fields,
+        precision="mixed", budgets={"latency": "40%"}, agent="knapsack", epochs=4, training={"batch_size": 64},
+        pruning={"granularity": 4, "min_share": 0.1, "compensation_images": 64}, **fields,
     )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": "tests.nets:tiny", "image_size": 16, "epochs": 4, "budgets": {"flops": "60%"}, "agent": "uniform",
         "search": {"max_evaluations": 4, "batch_norm_batches": 2}, "contract": {"repeats": 1},
         "export": {"engine": False, "precisions": ["mixed"], "max_drop": 3},
+        "pruning": {"compensation_images": 64},
     }  # fmt: skip
     assert run_recipe(Recipe.model_validate(recipe), out=folder).exit_code == 0
     return folder

@@ -17,7 +17,7 @@ from compressor.run.stages import begin, search
 
 CLASSES = ("cat", "dog")
 PLAIN = tuple(sorted(name for name in shipped_recipes() if "/" not in name and not name.endswith("_shapes")))
-WHOLE = ("mobilenet_v2", "mobilenet_v3_small_jetson")
+WHOLE = ("mobilenet_v1", "mobilenet_v1_jetson")
 """Recipes that are also fine-tuned, exported, measured and reported: one for each kind of device."""
 EVALUATIONS = 3
 SHORT = {
