@@ -6,6 +6,7 @@ import base64
 import json
 import shutil
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,12 +118,16 @@ def test_some_pictures_agree_where_any_do(changes: int) -> None:
     assert different == (MOST if changes == 12 else min(changes, MOST_CHANGED))
 
 
+@cache
+def large_pictures() -> Any:
+    return load_data("digits", seed=0, image_size=200).test
+
+
 class Pictures:
     """A task with a test split and the names of its classes."""
 
     def __init__(self, images: int) -> None:
-        whole: Any = load_data("digits", seed=0, image_size=200).test
-        self.test = whole.chosen(torch.arange(images))
+        self.test = large_pictures().chosen(torch.arange(images))
 
     def facts(self) -> dict[str, Any]:
         return {"classes": ["a", "b"]}
