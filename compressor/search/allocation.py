@@ -265,22 +265,22 @@ class Allocator:
         if room <= 0:
             return current
         best = np.zeros(_BINS + 1)
-        taken: list[NDArray[np.int64]] = []
+        steps: list[tuple[NDArray[np.float64], NDArray[np.int64]]] = []  # the best before a group, and its bins
         for price, option, low, value in zip(prices, options, least, values, strict=True):
             bins = np.ceil((price[option] - low) / room * _BINS - 1e-9).astype(np.int64)
-            table = np.full((len(option), _BINS + 1), -np.inf)
-            for row, (bin_, index) in enumerate(zip(bins.tolist(), option.tolist(), strict=True)):
+            steps.append((best, bins))
+            before, best = best, np.full(_BINS + 1, -np.inf)
+            for bin_, worth in zip(bins.tolist(), value[option].tolist(), strict=True):
                 if bin_ <= _BINS:
-                    table[row, bin_:] = best[: _BINS + 1 - bin_] + value[index]
-            choice = table.argmax(axis=0)
-            best = table[choice, np.arange(_BINS + 1)]
-            taken.append(np.stack([option[choice], bins[choice]]))
+                    np.maximum(best[bin_:], before[: _BINS + 1 - bin_] + worth, out=best[bin_:])
         widths = current.copy()
         left = _BINS
-        for i in reversed(range(len(taken))):
-            level, bin_ = taken[i][:, left]
-            widths[i] = self.levels[i][level]
-            left -= int(bin_)
+        for i in reversed(range(len(steps))):
+            before, bins = steps[i]
+            totals = np.where(bins <= left, before[np.maximum(left - bins, 0)] + values[i][options[i]], -np.inf)
+            taken = int(totals.argmax())
+            widths[i] = self.levels[i][options[i][taken]]
+            left -= int(bins[taken])
         return widths
 
     def _polish(self, widths: Widths, values: Values) -> Widths:
