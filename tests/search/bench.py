@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,28 @@ class Killed(Exception):
 
 
 class FragileCheckpoint(Checkpoint):
-    """Dies right after its n-th save."""
+    """Dies right after its n-th save, or copies its folder after each: all that a kill there would leave.
 
-    def __init__(self, path: Path, saves: int | None = None) -> None:
+    A kill whose search is resumed takes as long as the whole search, and a copy only what is left of it.
+    """
+
+    def __init__(self, path: Path, saves: int | None = None, *, copies: bool = False) -> None:
         super().__init__(path)
         self.left = saves
+        self.copies = copies
         self.saved = 0
 
     def save(self, state: Any) -> None:
         super().save(state)
         self.saved += 1
+        if self.copies:
+            shutil.copytree(self.path.parent, self.copied(self.saved))
         if self.left is not None and self.saved >= self.left:
             raise Killed
+
+    def copied(self, save: int) -> Path:
+        """The folder as it was right after the n-th save."""
+        return self.path.parent.with_name(f"{self.path.parent.name}-{save}")
 
 
 class Bench:
@@ -56,6 +67,7 @@ class Bench:
         share: float = 0.5,
         train: bool = False,
         kill_after: int | None = None,
+        copies: bool = False,
         space: FakeSpace | None = None,
         fail_after: int | None = None,
         **options: Any,
@@ -69,8 +81,12 @@ class Bench:
         agent = create_agent(name, trainer=trainer, **options)
         self.trainer, self.evaluator, self.env = trainer, evaluator, env
         log = EpisodeLog(self.folder / "episodes.jsonl")
-        self.checkpoint = FragileCheckpoint(self.folder / "agent.pt", kill_after)
+        self.checkpoint = FragileCheckpoint(self.folder / "agent.pt", kill_after, copies=copies)
         try:
             return agent.search(env, evaluator, limits or Limits(), log=log, checkpoint=self.checkpoint)
         finally:
             self.log_lines = list(log.records())
+
+    def stopped(self, save: int) -> Bench:
+        """A bench with the files as they were after the n-th save of the last search, which made copies."""
+        return Bench(self.checkpoint.copied(save))

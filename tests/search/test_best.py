@@ -41,7 +41,7 @@ def test_the_measurement_of_a_group_is_the_result_where_it_is_best_and_keeps_the
     result = create_agent(name, settings=brief(name)).search(
         env,
         evaluator,
-        Limits(max_evaluations=60),
+        Limits(max_evaluations=30),
         log=EpisodeLog(tmp_path / "log.jsonl"),
         checkpoint=Checkpoint(tmp_path / "state.pt"),
     )

@@ -14,12 +14,12 @@ from compressor.search.joint_learner import Learner
 from compressor.search.joint_settings import ENVIRONMENT_MODEL, JointSettings
 from compressor.search.records import Candidate, Episode, Transition
 from compressor.search.schedule import Schedule
-from tests.search.bench import Bench, Killed
+from tests.search.bench import Bench
 from tests.search.fake_space import FakeEvaluator, FakeSpace, macs_budget
 
 SMALL: dict[str, Any] = {
     "warm_start": False,
-    "fill_episodes": 12, "episodes_per_epoch": 6, "updates_per_episode": 4, "hidden": 32, "decoder_updates": 20,
+    "fill_episodes": 12, "episodes_per_epoch": 6, "updates_per_episode": 1, "hidden": 32, "decoder_updates": 20,
     "proposals": 64,
 }  # fmt: skip
 
@@ -111,14 +111,11 @@ def test_killed_with_the_model_it_ends_the_same(new_bench: Any) -> None:
         "context_size": 16,
     }
     bench = new_bench("whole")
-    whole = bench.search("joint", **options)
+    whole = bench.search("joint", copies=True, **options)
     without = new_bench("without").search("joint", **{**options, "context_size": 0})
     assert whole.candidates != without.candidates
-    for kill in range(2, bench.checkpoint.saved, 3):
-        bench = new_bench(f"killed{kill}")
-        with pytest.raises(Killed):
-            bench.search("joint", kill_after=kill, **options)
-        again = bench.search("joint", **options)
+    for save in range(2, bench.checkpoint.saved, 3):
+        again = bench.stopped(save).search("joint", **options)
         assert again.candidates == whole.candidates
         assert again.learned == whole.learned
     # 20 updates, where the publication has 100, in the second round and in the third: three states of the weights.

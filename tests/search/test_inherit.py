@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,34 +15,42 @@ from compressor.search.inherit import inherit
 from compressor.search.records import Limits, SearchResult
 from tests.search.bench import Bench, Killed, brief
 
-LIMITS = Limits(max_evaluations=60)
+LIMITS = Limits(max_evaluations=40)
 
 
-def search(name: str, folder: Path, share: float, kill_after: int | None = None) -> tuple[SearchResult, Bench]:
+def search(name: str, folder: Path, share: float, **options: Any) -> tuple[SearchResult, Bench]:
     folder.mkdir(exist_ok=True)
     bench = Bench(folder)
-    result = bench.search(name, limits=LIMITS, share=share, kill_after=kill_after, settings=brief(name))
+    result = bench.search(name, limits=LIMITS, share=share, settings=brief(name), **options)
     return result, bench
 
 
-@pytest.fixture(scope="module")
-def firsts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[SearchResult, Path]]:
-    found = {}
-    for name in AGENTS:
-        folder = tmp_path_factory.mktemp(name)
-        found[name] = search(name, folder, 0.7)[0], folder
-    return found
+@dataclass(frozen=True)
+class Inherited:
+    """A search of each target: the second knows the plans of the first, and has a copy of its files after each save."""
+
+    first: SearchResult
+    second: SearchResult
+    known: int
+    bench: Bench
 
 
-@pytest.mark.parametrize("name", sorted(AGENTS))
+@pytest.fixture(scope="module", params=sorted(AGENTS))
+def inherited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Inherited]:
+    name, folder = request.param, tmp_path_factory.mktemp("searches")
+    first, _ = search(name, folder / "first", 0.7)
+    (folder / "next").mkdir()
+    known = inherit(Checkpoint(folder / "first/agent.pt"), Checkpoint(folder / "next/agent.pt"))
+    second, bench = search(name, folder / "next", 0.4, copies=True)
+    return name, Inherited(first, second, known, bench)
+
+
 def test_the_next_target_needs_a_part_of_the_plans_and_is_as_good(
-    firsts: dict[str, tuple[SearchResult, Path]], tmp_path: Path, name: str
+    inherited: tuple[str, Inherited], tmp_path: Path
 ) -> None:
-    first, folder = firsts[name]
-    (tmp_path / "next").mkdir()
-    known = inherit(Checkpoint(folder / "agent.pt"), Checkpoint(tmp_path / "next/agent.pt"))
-    assert known >= 1
-    second, bench = search(name, tmp_path / "next", 0.4)
+    name, both = inherited
+    first, second, bench = both.first, both.second, both.bench
+    assert both.known >= 1
     alone, _ = search(name, tmp_path / "alone", 0.4)
     assert bench.env.bounds.feasible(np.array(list(second.widths.values())))[0]
     assert second.evaluations <= max(8, 0.5 * first.evaluations)
@@ -52,19 +61,10 @@ def test_the_next_target_needs_a_part_of_the_plans_and_is_as_good(
     assert second.seconds < first.seconds + 60
 
 
-@pytest.mark.parametrize("name", sorted(set(AGENTS) - {"uniform"}))
-def test_a_stopped_next_search_ends_as_one_that_was_not(
-    firsts: dict[str, tuple[SearchResult, Path]], tmp_path: Path, name: str
-) -> None:
-    _, folder = firsts[name]
-    (tmp_path / "whole").mkdir()
-    inherit(Checkpoint(folder / "agent.pt"), Checkpoint(tmp_path / "whole/agent.pt"))
-    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
-    whole, _ = search(name, tmp_path / "whole", 0.4)
-    with pytest.raises(Killed):
-        search(name, tmp_path / "stopped", 0.4, kill_after=1)
-    again, _ = search(name, tmp_path / "stopped", 0.4)
-    assert (again.widths, again.evaluations) == (whole.widths, whole.evaluations)
+def test_a_stopped_next_search_ends_as_one_that_was_not(inherited: tuple[str, Inherited]) -> None:
+    name, both = inherited
+    again, _ = search(name, both.bench.stopped(1).folder, 0.4)
+    assert (again.widths, again.evaluations) == (both.second.widths, both.second.evaluations)
 
 
 def test_without_a_finished_search_nothing_is_inherited(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,19 +12,26 @@ import torch
 from compressor.core.errors import CompressorError
 from compressor.core.records import Checkpoint
 from compressor.search.joint_settings import JointSettings, plan_episodes
-from compressor.search.records import Limits
+from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule, share_epochs
-from tests.search.bench import Bench, Killed
+from tests.search.bench import Bench
 from tests.search.fake_space import FakeSpace
 
 SMALL: dict[str, Any] = {
     "warm_start": False,
     "fill_episodes": 12,
     "episodes_per_epoch": 6,
-    "updates_per_episode": 4,
+    "updates_per_episode": 1,
     "hidden": 32,
     "proposals": 64,
 }
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[SearchResult, Path]:
+    """A search without training that has ended, and its folder."""
+    folder = tmp_path_factory.mktemp("plain")
+    return Bench(folder).search("joint", settings=SMALL), folder
 
 
 def test_phases_and_epochs(bench: Bench) -> None:
@@ -55,7 +64,7 @@ def test_short_schedules(bench: Bench, schedule: Schedule) -> None:
 
 def test_no_worse_than_uniform_and_better_than_its_fill(new_bench: Any) -> None:
     uniform = new_bench("uniform").search("uniform")
-    result = new_bench("joint").search("joint", settings={**SMALL, "episodes_per_epoch": 60})
+    result = new_bench("joint").search("joint", settings={**SMALL, "episodes_per_epoch": 16})
     fill = max(c.reward for c in result.candidates if c.phase == "fill")
     assert result.reward >= fill > uniform.reward
 
@@ -73,38 +82,33 @@ def test_killed_anywhere_it_ends_the_same(new_bench: Any) -> None:
         "settings": {**SMALL, "episodes_per_epoch": 14},
     }
     bench = new_bench("whole")
-    whole = bench.search("joint", **options)
+    whole = bench.search("joint", copies=True, **options)
     saves = bench.checkpoint.saved
     assert saves >= 8
-    for kill in range(1, saves, 2):
-        bench = new_bench(f"killed{kill}")
-        with pytest.raises(Killed):
-            bench.search("joint", kill_after=kill, **options)
-        torch.rand(kill)  # another process has other global generators
-        again = bench.search("joint", **options)
-        assert again.candidates == whole.candidates, f"killed after save {kill}"
+    for save in range(1, saves, 2):
+        stopped = bench.stopped(save)
+        torch.rand(save)  # another process has other global generators
+        again = stopped.search("joint", **options)
+        assert again.candidates == whole.candidates, f"killed after save {save}"
         assert (again.widths, again.accuracy, again.evaluations) == (
             whole.widths,
             whole.accuracy,
             whole.evaluations,
         )
-        assert len(bench.log_lines) == len(whole.candidates)
+        assert len(stopped.log_lines) == len(whole.candidates)
 
 
-def test_interrupted_between_saves(new_bench: Any) -> None:
-    whole = new_bench("whole").search("joint", settings=SMALL)
-    bench = new_bench("broken")
+def test_interrupted_between_saves(plain: tuple[SearchResult, Path], bench: Bench) -> None:
     with pytest.raises(KeyboardInterrupt):
         bench.search("joint", settings=SMALL, fail_after=9)
-    assert bench.search("joint", settings=SMALL).candidates == whole.candidates
+    assert bench.search("joint", settings=SMALL).candidates == plain[0].candidates
 
 
-def test_the_same_seed_twice(new_bench: Any) -> None:
-    first = new_bench("a").search("joint", settings=SMALL, seed=5)
+def test_the_same_seed_twice(plain: tuple[SearchResult, Path], new_bench: Any) -> None:
     torch.rand(7)
-    second = new_bench("b").search("joint", settings=SMALL, seed=5)
+    second = new_bench("b").search("joint", settings=SMALL, seed=0)
     third = new_bench("c").search("joint", settings=SMALL, seed=6)
-    assert first.candidates == second.candidates != third.candidates
+    assert plain[0].candidates == second.candidates != third.candidates
 
 
 def test_a_finished_search_is_not_repeated(bench: Bench) -> None:
@@ -118,7 +122,9 @@ def test_tightened_budgets_search_on(new_bench: Any) -> None:
     options: dict[str, Any] = {"train": True, "schedule": Schedule(0, 1, 1), "settings": SMALL}
     bench = new_bench("straight")
     first = bench.search("joint", **options)
-    second = bench.search("joint", share=0.45, **options)
+    second = bench.search("joint", share=0.45, copies=True, **options)
+    for save in (1, 3, 5):  # killed within the second round, it goes on there
+        assert bench.stopped(save).search("joint", share=0.45, **options).candidates == second.candidates
     target = bench.env.budgets[0].target
     assert bench.env.costs(list(second.widths.values()))["macs"] <= target
     assert second.evaluations <= 10 < first.evaluations
@@ -127,17 +133,10 @@ def test_tightened_budgets_search_on(new_bench: Any) -> None:
     assert bench.trainer.epoch == 2
     third = bench.search("joint", share=0.4, **options)
     assert third.evaluations <= 10
-    # Killed within the second round, it goes on there.
-    for saves in (1, 3, 5):
-        bench = new_bench(f"killed{saves}")
-        bench.search("joint", **options)
-        with pytest.raises(Killed):
-            bench.search("joint", share=0.45, kill_after=saves, **options)
-        assert bench.search("joint", share=0.45, **options).candidates == second.candidates
 
 
-def test_states_of_others_are_refused(bench: Bench) -> None:
-    bench.search("joint", settings=SMALL)
+def test_states_of_others_are_refused(plain: tuple[SearchResult, Path], bench: Bench) -> None:
+    shutil.copytree(plain[1], bench.folder, dirs_exist_ok=True)
     with pytest.raises(CompressorError, match="is of another pruning space"):
         bench.search("joint", settings=SMALL, space=FakeSpace([16, 24, 16, 32], granularity=4))
     with pytest.raises(CompressorError, match="is of the agent joint, not of uniform"):
@@ -163,18 +162,15 @@ def test_evaluations_are_a_limit(new_bench: Any, most: int) -> None:
             assert result.evaluations >= most * 0.6
 
 
-def test_a_warm_start_measures_the_groups_first(new_bench: Any) -> None:
-    cold = new_bench("cold").search("joint", settings=SMALL)
+def test_a_warm_start_measures_the_groups_first(plain: tuple[SearchResult, Path], new_bench: Any) -> None:
+    cold, _ = plain
     warm_bench = new_bench("warm")
-    warm = warm_bench.search("joint", settings={**SMALL, "warm_start": True})
+    warm = warm_bench.search("joint", settings={**SMALL, "warm_start": True}, copies=True)
     assert [candidate.phase for candidate in warm.candidates[:9]] == ["sensitivity"] * 8 + ["fill"]
     fills = [[c.reward for c in result.candidates if c.phase == "fill"] for result in (cold, warm)]
     assert fills[1][1] > max(fills[0])  # the first plan after the uniform one is the knapsack's
-    for kill in (1, 2):
-        bench = new_bench(f"killed{kill}")
-        with pytest.raises(Killed):
-            bench.search("joint", settings={**SMALL, "warm_start": True}, kill_after=kill)
-        again = bench.search("joint", settings={**SMALL, "warm_start": True})
+    for save in (1, 2):
+        again = warm_bench.stopped(save).search("joint", settings={**SMALL, "warm_start": True})
         assert again.candidates == warm.candidates
 
 
@@ -209,7 +205,7 @@ def test_shares_of_epochs() -> None:
         share_epochs(-1, pretrained=True)
 
 
-def test_weights_are_written_once_an_epoch(new_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_written_once_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"train": True, "schedule": Schedule(1, 2, 1), "settings": SMALL}
     saved: list[str] = []
     save = Checkpoint.save
@@ -217,25 +213,19 @@ def test_weights_are_written_once_an_epoch(new_bench: Any, monkeypatch: pytest.M
     def noted(checkpoint: Checkpoint, state: Any) -> None:
         save(checkpoint, state)
         saved.append(checkpoint.path.name)
-        if stop and saved.count(stop) == 1:
-            raise Killed
+        if "weights" in saved[-1]:
+            shutil.copytree(checkpoint.path.parent, tmp_path / saved[-1])
 
-    stop = ""
-    monkeypatch.setattr(Checkpoint, "save", noted)
-    bench = new_bench("whole")
-    whole = bench.search("joint", **options)
+    bench = Bench(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", noted)
+        whole = bench.search("joint", **options)
     assert sorted(name for name in saved if "weights" in name) == [f"agent-weights-{i}.pt" for i in (1, 2, 3, 4)]
     assert saved.count("agent.pt") > 6
     assert [path.name for path in bench.folder.glob("*weights*")] == ["agent-weights-4.pt"]
 
-    for epoch in (1, 2, 3, 4):  # killed when the weights are written and the checkpoint does not name them yet
-        stop = f"agent-weights-{epoch}.pt"
-        saved.clear()
-        bench = new_bench(f"killed-{epoch}")
-        with pytest.raises(Killed):
-            bench.search("joint", **options)
-        stop = ""
-        again = bench.search("joint", **options)
+    for epoch in (1, 3, 4):  # killed when the weights are written and the checkpoint does not name them yet
+        again = Bench(tmp_path / f"agent-weights-{epoch}.pt").search("joint", **options)
         assert (again.candidates, again.widths) == (whole.candidates, whole.widths)
 
     (bench.folder / "agent-weights-4.pt").unlink()

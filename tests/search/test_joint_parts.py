@@ -22,7 +22,7 @@ from compressor.training.classification import Classification
 from tests.search.fake_space import FakeEvaluator, FakeSpace, FakeTrainer, macs_budget
 
 BASE: dict[str, Any] = {
-    "fill_episodes": 10, "episodes_per_epoch": 5, "updates_per_episode": 2, "hidden": 16, "decoder_updates": 3,
+    "fill_episodes": 8, "episodes_per_epoch": 4, "updates_per_episode": 1, "hidden": 16, "decoder_updates": 3,
     "near_share": 0.4, "proposals": 16, "shortlist": 2, "batch": 16, "warm_start": False,
     "actor_rate": 0.01, "critic_rate": 0.01,
 }  # fmt: skip

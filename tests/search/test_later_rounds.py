@@ -64,6 +64,7 @@ def search(
     *,
     limits: Limits | None = None,
     kill_after: int | None = None,
+    copies: bool = False,
     seed: int = 0,
     settings: dict[str, Any] | None = None,
 ) -> tuple[SearchResult, PruningEnv]:
@@ -74,9 +75,9 @@ def search(
     result = agent.search(
         env,
         evaluator,
-        limits or Limits(max_evaluations=60),
+        limits or Limits(max_evaluations=40),
         log=EpisodeLog(folder / "episodes.jsonl"),
-        checkpoint=FragileCheckpoint(folder / "agent.pt", kill_after),
+        checkpoint=FragileCheckpoint(folder / "agent.pt", kill_after, copies=copies),
     )
     return result, env
 
@@ -115,7 +116,7 @@ def test_a_changed_budget_does_not_cost_what_was_known(
 
 
 @pytest.mark.parametrize("name", SEARCHING)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_budget_that_widens_again_does_not_either(
     first_round: First, tmp_path: Path, name: str, seed: int
 ) -> None:
@@ -152,7 +153,7 @@ def test_a_round_without_time_lives_on_what_was_known(
 ) -> None:
     settings: dict[str, Any] = {"rescore": False} if unscored else {}
     first = search(name, tmp_path, 0.5, settings=settings)[0] if unscored else first_round(name, tmp_path)
-    late = Limits(max_evaluations=60, max_seconds=1e-6)
+    late = Limits(max_evaluations=40, max_seconds=1e-6)
     second, env = search(name, tmp_path, 0.47, limits=late, settings=settings)
     scaled = fitted_widths(env, np.array(list(first.widths.values())) / env.bounds.dense)
     assert second.evaluations <= 1
@@ -163,24 +164,14 @@ def test_a_round_without_time_lives_on_what_was_known(
 
 @pytest.mark.parametrize("name", SEARCHING)
 def test_killed_in_a_later_round_it_ends_the_same(first_round: First, tmp_path: Path, name: str) -> None:
-    first_round(name, tmp_path)
-    state = (tmp_path / "agent.pt").read_bytes()
-    log = (tmp_path / "episodes.jsonl").read_bytes()
-    whole, _ = search(name, tmp_path, 0.47)
-    kills = 0
-    for saves in (1, 2, 3, 5):
-        folder = tmp_path / str(saves)
-        folder.mkdir()
-        (folder / "agent.pt").write_bytes(state)
-        (folder / "episodes.jsonl").write_bytes(log)
-        try:
-            search(name, folder, 0.47, kill_after=saves)
-        except Killed:
-            kills += 1
+    first_round(name, tmp_path / "whole")
+    whole, _ = search(name, tmp_path / "whole", 0.47, copies=True)
+    stopped = [folder for save in (1, 2, 3, 5) if (folder := tmp_path / f"whole-{save}").exists()]
+    assert stopped
+    for folder in stopped:
         resumed, _ = search(name, folder, 0.47)
         assert resumed.candidates == whole.candidates
         assert resumed.widths == whole.widths
-    assert kills
 
 
 @pytest.mark.parametrize("name", SEARCHING)
@@ -233,8 +224,9 @@ def test_training_ends_with_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         folder = tmp_path / str(limit)
         folder.mkdir()
         agent: Any = create_agent(
-            "joint", trainer=trainer, schedule=Schedule(2, 3, 4), settings=brief("joint")
-        )
+            "joint", trainer=trainer, schedule=Schedule(2, 3, 4),
+            settings=brief("joint") | {"warm_start": False, "fill_episodes": 4, "episodes_per_epoch": 2},
+        )  # fmt: skip
         result = agent.search(
             env,
             evaluator,
@@ -264,7 +256,7 @@ def test_stepwise_is_not_paid_for_budgets_that_ask_for_nothing(
     result = create_agent("stepwise").search(
         PruningEnv(space, [macs_budget(space, 0.5), odd], evaluator),
         evaluator,
-        Limits(max_evaluations=60),
+        Limits(max_evaluations=40),
         log=EpisodeLog(tmp_path / "episodes.jsonl"),
         checkpoint=Checkpoint(tmp_path / "agent.pt"),
     )

@@ -13,7 +13,7 @@ from torch import nn
 
 from compressor.budgets.base import parse_budget
 from compressor.budgets.limits import resolve
-from compressor.core.records import Checkpoint, EpisodeLog
+from compressor.core.records import EpisodeLog
 from compressor.data import load_data
 from compressor.pruning.space import PruningSpace
 from compressor.search.base import create_agent
@@ -24,6 +24,7 @@ from compressor.search.schedule import Schedule
 from compressor.training.classification import Classification
 from compressor.training.loop import Trainer, TrainSettings
 from compressor.training.losses import Alignment
+from tests.search.bench import FragileCheckpoint
 
 
 class Residual(nn.Module):
@@ -64,7 +65,7 @@ def search(
     name: str = "joint",
     share: str = "50%",
     context: int = 8,
-    saved_by: Any = Checkpoint,
+    copies: bool = False,
 ) -> tuple[SearchResult, Any]:
     torch.manual_seed(0)
     model = Residual()
@@ -88,36 +89,21 @@ def search(
         alignment=partial(Alignment, space, beta=1e-3),
         curves=folder / "curves",
     )
-    log, checkpoint = EpisodeLog(folder / "episodes.jsonl"), saved_by(folder / "agent.pt")
-    return agent.search(env, evaluator, Limits(), log=log, checkpoint=checkpoint), env
-
-
-class Dying(Checkpoint):
-    """Dies at its n-th save."""
-
-    left = 0
-
-    def save(self, state: Any) -> None:
-        super().save(state)
-        Dying.left -= 1
-        if not Dying.left:
-            raise KeyboardInterrupt
+    log, checkpoint = EpisodeLog(folder / "episodes.jsonl"), FragileCheckpoint(folder / "agent.pt", copies=copies)
+    limits = Limits() if name == "joint" else Limits(max_evaluations=16)
+    return agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint), env
 
 
 def test_joint_on_a_real_network(digits: Any, tmp_path: Path) -> None:
-    result, env = search(digits, tmp_path / "whole")
+    result, env = search(digits, tmp_path / "whole", copies=True)
     widths = list(result.widths.values())
     for budget in env.budgets:
         assert budget.predict(np.array([widths]))[0] <= budget.target
     assert result.accuracy > 0.3  # three epochs of a tiny network; chance is 0.1
     assert result.best.widths == dict(result.widths)
     assert list((tmp_path / "whole" / "curves").glob("events*"))
-    for saves in (2, 4, 5):
-        Dying.left = saves
-        folder = tmp_path / f"killed{saves}"
-        with pytest.raises(KeyboardInterrupt):
-            search(digits, folder, saved_by=Dying)
-        again, _ = search(digits, folder)
+    for save in (2, 5):  # killed there
+        again, _ = search(digits, tmp_path / f"whole-{save}")
         assert again.candidates == result.candidates
         assert again.best == result.best
     tightened, env = search(digits, tmp_path / "whole", share="45%")

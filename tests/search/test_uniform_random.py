@@ -21,7 +21,7 @@ from compressor.search.proposals import (
 )
 from compressor.search.records import Limits
 from compressor.search.schedule import Schedule
-from tests.search.bench import Bench, Killed, brief
+from tests.search.bench import Bench, brief
 from tests.search.fake_space import FakeBudget, FakeEvaluator, FakeSpace, macs_budget
 
 
@@ -111,8 +111,8 @@ def test_limits_are_kept(new_bench: Any) -> None:
 )
 def test_comparisons_are_at_equal_evaluations(bench: Bench, name: str, left: int) -> None:
     """Where all are to be used, plans that are known already leave none over; stepwise plays whole episodes."""
-    result = bench.search(name, limits=Limits(max_evaluations=70, use_all=True), settings=brief(name))
-    assert 70 - left <= result.evaluations <= 70
+    result = bench.search(name, limits=Limits(max_evaluations=45, use_all=True), settings=brief(name))
+    assert 45 - left <= result.evaluations <= 45
 
 
 @pytest.mark.parametrize("name", ["uniform", "random"])
@@ -125,11 +125,10 @@ def test_training_comes_before_the_search(bench: Bench, name: str) -> None:
 
 def test_random_agent_resumes(new_bench: Any) -> None:
     options: dict[str, Any] = {"train": True, "schedule": Schedule(2), "settings": {"evaluations": 25}}
-    whole = new_bench("whole").search("random", **options)
-    for saves in (1, 2, 3, 4, 5):
-        bench = new_bench(f"killed{saves}")
-        with pytest.raises(Killed):
-            bench.search("random", kill_after=saves, **options)
+    whole_bench = new_bench("whole")
+    whole = whole_bench.search("random", copies=True, **options)
+    for save in (1, 2, 3, 4, 5):
+        bench = whole_bench.stopped(save)
         again = bench.search("random", **options)
         assert (again.widths, again.accuracy) == (whole.widths, whole.accuracy)
         assert again.candidates == whole.candidates
