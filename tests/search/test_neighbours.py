@@ -224,7 +224,7 @@ def found(name: str, seed: int, proposals: int, folder: Path) -> SearchResult:
     return create_agent(name, seed=seed, settings=settings).search(
         env,
         evaluator,  # type: ignore[arg-type]
-        Limits(max_evaluations=60, use_all=True),
+        Limits(max_evaluations=45, use_all=True),
         log=EpisodeLog(folder / "log.jsonl"),
         checkpoint=Checkpoint(folder / "state.pt"),
     )
@@ -235,7 +235,7 @@ def test_the_models_picks_beat_chance(name: str, tmp_path: Path) -> None:
     """Over seeds, at equal evaluations, where groups interact."""
     guided, blind = (
         np.mean([found(name, seed, number, tmp_path / f"{number}-{seed}").reward for seed in range(2)])
-        for number in (256, 1)
+        for number in (64, 1)
     )
     assert guided > blind
 

@@ -44,9 +44,9 @@ def test_stepwise_beats_uniform_within_its_limits(new_bench: Any) -> None:
     uniform = new_bench("uniform").search("uniform")
     bench = new_bench("stepwise")
     result = bench.search(
-        "stepwise", settings={"hidden": 32}, limits=Limits(max_evaluations=80, use_all=True)
+        "stepwise", settings={"hidden": 32}, limits=Limits(max_evaluations=50, use_all=True)
     )
-    assert result.evaluations <= 80
+    assert result.evaluations <= 50
     assert result.reward > uniform.reward
     target = bench.env.budgets[0].target
     plans = [candidate for candidate in result.candidates if candidate.phase != "sensitivity"]
