@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.latency import assemble, joined, remote_bundle
+from compressor.latency import assemble, joined, local, over_ssh, precisions, remote_bundle
 from compressor.latency import measured as measured_devices
 from compressor.latency.assemble import export_candidate
+from compressor.latency.converted import in_precision
 from compressor.latency.local import LocalCpu
 from compressor.latency.machine import channel_block
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
+from compressor.latency.precisions import _on_any_inputs
 from compressor.latency.remote_bundle import write_table_bundle
 from compressor.latency.request import Request
+from compressor.latency.schema import Precision
 from compressor.latency.table import LatencyTable
 from compressor.pruning.space import PruningSpace
+from export.convert.calibrated import TENSORRT
+from export.convert.quantize import with_rest
 from export.convert.trees import tensors_in
-from tests.export.device.fake_trtexec import known_layers, make_trtexec
-from tests.latency.remote_bundle import run
+from export.device.archive import unpack
+from tests.export.device.fake_trtexec import known_layers
+from tests.latency.made_up_board import MadeUpBoard
 
 
 @functools.cache
@@ -138,6 +145,46 @@ def _exports_are_kept() -> Iterator[None]:
         yield
 
 
+_CONVERTED: dict[tuple[Any, ...], Any] = {}
+
+
+def _once(make: Callable[..., Any], *key: Any) -> Any:
+    """What `make` returns, worked out once for a key."""
+    if key not in _CONVERTED:
+        _CONVERTED[key] = make()
+    return _CONVERTED[key]
+
+
+def _converted_once(content: bytes, precision: Precision, runtime: str = TENSORRT) -> bytes:
+    make = functools.partial(in_precision, content, precision, runtime)
+    return bytes(_once(make, hashlib.sha256(content).digest(), precision, runtime))
+
+
+def _calibrated_once(content: bytes, runtime: str) -> Any:
+    return _once(functools.partial(_on_any_inputs, content, runtime), hashlib.sha256(content).digest(), runtime)
+
+
+def _rest_once(calibrated: Any, nodes: Sequence[str], rest: str) -> Any:
+    """`with_rest`, as a copy of what it returned before."""
+    import onnx
+
+    def make() -> tuple[Any, bytes]:
+        return calibrated, with_rest(calibrated, nodes, rest).SerializeToString()
+
+    return onnx.load_model_from_string(_once(make, id(calibrated), *nodes, rest)[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _conversions_are_kept() -> Iterator[None]:
+    """Tests of networks in other precisions convert the same sub-networks: each is calibrated and converted once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (local, over_ssh, precisions, remote_bundle):
+            patch.setattr(module, "in_precision", _converted_once)
+        patch.setattr(precisions, "_on_any_inputs", _calibrated_once)
+        patch.setattr(precisions, "with_rest", _rest_once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def example() -> Tensor:
     return torch.zeros(1, 3, 16, 16)
@@ -188,7 +235,7 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def written(space: PruningSpace, example: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small bundle."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(remote_bundle, "LEVELS", 3)
+    patch.setattr(remote_bundle, "LEVELS", 2)
     patch.setattr(remote_bundle, "HELD_OUT", 4)
     folder = tmp_path_factory.mktemp("carry") / "carry"
     write_table_bundle(space, example, folder, "my-orin", Request("small", "fp16"))
@@ -207,12 +254,17 @@ def memory(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def measured(written: Path, memory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle after it was on the device."""
-    folder = shutil.copytree(written, tmp_path_factory.mktemp("device") / "carry")
-    done = run(folder, make_trtexec(folder.parent / "bin", "10.3.0", rule="named", memory=str(memory)))
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    return Path(folder)
+def measured(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle after it was on a made-up board, which writes what its script would."""
+    folder = Path(shutil.copytree(written, tmp_path_factory.mktemp("device") / "carry"))
+    board = MadeUpBoard()
+    board.facts |= {"model": "", "gpu": "Orin", "compute_capability": "8.7"}
+    board.run("", folder, folder / "results.tar.gz", duration_s=1, warmup_s=0, processes=2)
+    for name, content in unpack(folder / "results.tar.gz").items():
+        path = folder / "results" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ product writes for others is cast.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,18 @@ QUANTISE, CAST = (0.002, 1e-7), 0.0015
 WEIGHTED = ("Conv", "Gemm")
 
 
+_LAYERS: dict[bytes, list[tuple[str, float]]] = {}
+
+
 def engine_layers(content: bytes) -> list[tuple[str, float]]:
     """Name and milliseconds of each layer, in order."""
+    key = hashlib.sha256(content).digest()
+    if key not in _LAYERS:
+        _LAYERS[key] = _layers(content)
+    return list(_LAYERS[key])
+
+
+def _layers(content: bytes) -> list[tuple[str, float]]:
     graph = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(content)).graph
     stored = {item.name: int(np.prod(item.dims)) for item in graph.initializer}
     maker = {name: node for node in graph.node for name in node.output}

@@ -18,6 +18,7 @@ from tests.archives import checksums
 
 TOOLS = ["cat", "cut", "gzip", "head", "mkdir", "mv", "rm", "sha256sum", "sort", "tail", "tar", "tr", "wc"]
 FAST = ("--duration", "1", "--warmup", "0", "--processes", "2")
+ONCE = (*FAST[:-1], "1")
 needs_shell = pytest.mark.skipif(os.name == "nt" or not shutil.which("dash"), reason="needs a POSIX shell")
 
 

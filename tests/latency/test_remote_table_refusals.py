@@ -15,9 +15,9 @@ from compressor.core.errors import CompressorError
 from compressor.latency.remote_table import table_of_results
 from export.device.archive import CHECKSUMS
 from export.errors import ExportError
-from tests.latency.remote_bundle import altered, needs_shell, respoil
+from tests.latency.remote_bundle import altered, respoil
 
-pytestmark = [needs_shell, pytest.mark.usefixtures("own_tables")]
+pytestmark = pytest.mark.usefixtures("own_tables")
 
 
 def _first_networks(files: dict[str, bytes], number: int) -> None:

@@ -18,9 +18,9 @@ from compressor.pruning.space import PruningSpace
 from compressor.recipe import parse_recipe
 from compressor.run.device import latency_table
 from tests.latency.conftest import SmallNet
-from tests.latency.remote_bundle import altered, needs_shell, respoil
+from tests.latency.remote_bundle import altered, respoil
 
-pytestmark = [needs_shell, pytest.mark.usefixtures("own_tables")]
+pytestmark = pytest.mark.usefixtures("own_tables")
 
 
 def test_kept_tables_are_found(measured: Path, space: PruningSpace, said: list[str]) -> None:
@@ -108,10 +108,10 @@ def test_another_board_of_the_same_name(measured: Path, back: Path) -> None:
     def other(files: dict[str, bytes]) -> None:
         for name in files:
             if name == "results.json" or (name.count("/") == 1 and json_of_a_turn(name)):
-                altered(files, name, board="0123456789abcdef")
+                altered(files, name, board="fedcba9876543210")
 
     with pytest.raises(
-        CompressorError, match="from another state is stored already: the board is 'board 0123456789abcdef'"
+        CompressorError, match="from another state is stored already: the board is 'board fedcba9876543210'"
     ):
         keep(table_of_results(respoil(back, other)))
 
