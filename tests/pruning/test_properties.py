@@ -25,7 +25,7 @@ from tests.pruning.networks import (
     fvcore_macs,
 )
 
-EXAMPLES = 10  # other ones in every run
+EXAMPLES = 5  # other ones in every run
 
 
 def _torchvision(name: str) -> Callable[[], nn.Module]:
