@@ -35,6 +35,7 @@ def test_a_goal_that_is_met_ends_it_and_one_that_is_not_goes_on(
     space: PruningSpace, example: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = len(sampling.anchor_widths(space)) + len(sampling.grid_widths(space)) + sampling.HELD_OUT
+    monkeypatch.setattr(sampling, "BATCH", 2)
     monkeypatch.setattr(sampling, "MAX_NETWORKS", start + 3 * sampling.BATCH)
     easy, hard = MadeUpDevice(noise=0.05), MadeUpDevice(noise=0.05)
     local_table(space, example, device=easy, goal=0.2, time_limit_s=600.0)
