@@ -41,8 +41,9 @@ nor a search has seen; ± is the standard deviation over seeds.
 Our searches and FastNAS score candidates on {search_images} images, after {batch_norm_batches} batches for batch norm.
 Ours score {evaluations} candidates; FastNAS scores each layer at the widths that are multiples of {divisor}.
 Torch-Pruning's ratio is found by bisection, which is included in its time. *Search* is processor time of one process
-with one thread, without loading the data. Torch-Pruning and FastNAS leave channels on residual additions dense in these
-networks, because their graphs do not follow shortcuts that pad channels.
+with one thread, without loading the data; other work on the machine makes it up to twice as long. Torch-Pruning and
+FastNAS leave channels on residual additions dense in these networks, because their graphs do not follow shortcuts that
+pad channels.
 """
 
 
