@@ -24,7 +24,7 @@ import torch
 from compressor.data import load_data
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
-from compressor.search.evaluate import Evaluator
+from compressor.search.evaluate import Evaluator, Scoring
 from compressor.search.sites import open_site
 from compressor.training.classification import Classification
 from export.convert.ort import available_cores
@@ -37,9 +37,8 @@ def measure(
     evaluator = Evaluator(
         space,
         Classification.of(data),
+        Scoring(bn_batches=given.batches, compensate=given.compensate),
         search_images=given.images,
-        bn_batches=given.batches,
-        compensate=given.compensate,
         site=open_site(workers, threads, 600),
         threads=threads,
     )

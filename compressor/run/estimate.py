@@ -11,7 +11,7 @@ from typing import Any
 from compressor.recipe import AgentSettings
 from compressor.run.contract import probe_limit_s
 from compressor.run.job import Job
-from compressor.run.stages import may_send
+from compressor.run.stages import workers_of
 from compressor.run.trainings import search_epochs
 from compressor.search.finalists import CANDIDATES_EACH, most_finalists
 from compressor.training.fake_quantised import FakeQuantised
@@ -112,10 +112,10 @@ def _workers(job: Job) -> int:
     """Return the number of candidates that are scored at once, at most; unknown on a cluster."""
     from compressor.search.sites import most_by_default
 
-    search = job.recipe.search
-    if search.workers is None:
-        return max(1, most_by_default(search.threads, job.torch_device)) if may_send(job) else 1
-    return int(search.workers) if str(search.workers).isdigit() else 1
+    workers = workers_of(job)
+    if workers is None:
+        return max(1, most_by_default(job.recipe.search.threads, job.torch_device))
+    return int(workers) if str(workers).isdigit() else 1
 
 
 def _evaluations(job: Job) -> int:

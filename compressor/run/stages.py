@@ -258,25 +258,27 @@ def environment(
         context_size: Number of values that the agent adds to each observation, its `context_size`.
     """
     from compressor.search.environment import PruningEnv
-    from compressor.search.evaluate import Evaluator
+    from compressor.search.evaluate import Evaluator, Scoring
     from compressor.search.reward import soft_reward
 
     recipe, settings = job.recipe, job.recipe.search
     evaluator = Evaluator(
         job.space,
         job.task,
+        Scoring(
+            bn_batches=int(settings.batch_norm_batches or 10),
+            batch_size=job.task.batch_size,
+            seed=recipe.seed,
+            mixed_precision=recipe.training.mixed_precision,
+            compensate=job.compensation.scored,
+            fit_images=recipe.pruning.compensation_images,
+        ),
         device=job.torch_device,
-        bn_batches=int(settings.batch_norm_batches or 10),
-        batch_size=job.task.batch_size,
         search_images=settings.search_images,
-        mixed_precision=recipe.training.mixed_precision,
-        seed=recipe.seed,
         threads=settings.threads,
         site=_site(job),
         brief=brief_training(job),
         brief_steps=settings.brief_iterations,
-        compensate=job.compensation.scored,
-        fit_images=recipe.pruning.compensation_images,
         delivered=delivered_networks(job) if job.compensation.scored == "quick" else None,
     )
     env = PruningEnv(
@@ -299,18 +301,21 @@ def _site(job: Job) -> Site | None:
     from compressor.search.sites import open_site
 
     settings = job.recipe.search
-    if settings.workers is None and not may_send(job):
-        return None
-    return open_site(settings.workers, settings.threads, settings.evaluation_seconds, job.torch_device)
+    return open_site(workers_of(job), settings.threads, settings.evaluation_seconds, job.torch_device)
 
 
-def may_send(job: Job) -> bool:
-    """Whether other processes can score the candidates of a run: images by class, with a network they can build."""
+def workers_of(job: Job) -> int | str | None:
+    """Return the recipe's number of workers; 1 instead of the default where only this process can score.
+
+    Other processes score images by class, with a network that they can build.
+    """
     from compressor.training.classification import Classification
 
     recipe = job.recipe
     sendable = isinstance(job.task, Classification) and not recipe.from_python
-    return sendable and not recipe.search.brief_iterations
+    if recipe.search.workers is None and (recipe.search.brief_iterations or not sendable):
+        return 1
+    return recipe.search.workers
 
 
 def too_few_images(images: int | None) -> str | None:

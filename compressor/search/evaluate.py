@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,27 @@ def _sampled(feed: Feed, number: int | None, seed: int) -> Feed:
     return (feed if few else feed.sample(number or 0, seed)).in_memory()
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How a candidate's network is built and scored, in this process or a worker.
+
+    Attributes:
+        bn_batches: Number of batches from which batch-norm statistics are estimated.
+        batch_size: Images per batch, in these and in the scored batches.
+        seed: Seed that chooses the images.
+        mixed_precision: "bf16" scores all candidates with forward passes in that precision; "no" in float32.
+        compensate: How candidates are compensated before they are scored: "off", or a method of `compensate`.
+        fit_images: Number of training images that compensation fits to, at most.
+    """
+
+    bn_batches: int = 10
+    batch_size: int = 128
+    seed: int = 0
+    mixed_precision: str = "no"
+    compensate: str = "off"
+    fit_images: int = 512
+
+
 class Evaluator:
     """Scores plans by a task: the slim network's accuracy on the search split, its closeness to the dense one, ...
 
@@ -51,20 +73,15 @@ class Evaluator:
     Args:
         space: Applies plans to its model's current weights.
         task: Task whose calibration inputs give the statistics, and whose search inputs give the score.
+        scoring: How a candidate is built and scored.
         device: Device for scoring.
-        bn_batches: Number of batches from which statistics are estimated.
-        batch_size: Images per batch, in these and in the scored batches.
         search_images: Maximum number of images of the search split; None for all.
-        seed: Seed that chooses the images.
-        mixed_precision: "bf16" scores all candidates with forward passes in that precision; "no" in float32.
         threads: Number of torch's threads while scoring in this process; None for the current number.
         site: Where worker processes score instead, each with its own threads; None scores in this process. The
             accuracies are bit-identical if a worker has as many threads as this process would. Until the workers of a
             site with `after_s` are started, this process scores with as many threads as one of them.
         brief: Trains a candidate's network in place for a number of steps; None trains none.
         brief_steps: Number of these steps for every candidate without another number; only in this process.
-        compensate: How candidates are compensated before they are scored: "off", or a method of `compensate`.
-        fit_images: Number of training images that compensation fits to.
         delivered: Builds networks as they are delivered, if that is not how candidates are built.
 
     Attributes:
@@ -77,19 +94,14 @@ class Evaluator:
         self,
         space: PruningSpace,
         task: Task,
+        scoring: Scoring = Scoring(),
         *,
         device: str | torch.device = "cpu",
-        bn_batches: int = 10,
-        batch_size: int = 128,
         search_images: int | None = None,
-        seed: int = 0,
-        mixed_precision: str = "no",
         threads: int | None = None,
         site: Site | None = None,
         brief: Callable[[nn.Module, int], None] | None = None,
         brief_steps: int = 0,
-        compensate: str = "off",
-        fit_images: int = 512,
         delivered: Networks | None = None,
     ) -> None:
         if site is not None and brief_steps:
@@ -98,25 +110,24 @@ class Evaluator:
         self.device = device
         self.evaluations = 0
         self.seconds = 0.0
-        self._bf16 = mixed_precision == "bf16"
-        self._bn_batches, self._batch_size, self._seed = bn_batches, batch_size, seed
+        self._scoring = scoring
         self.task = task
-        self._search = None if task.search is None else _sampled(task.search, search_images, seed)
+        self._search = None if task.search is None else _sampled(task.search, search_images, scoring.seed)
         scored = 0 if self._search is None else len(self._search)
         # A fit is not to take much longer than the images that batch norm and score take without it.
-        fit_images = min(fit_images, (bn_batches * batch_size + scored) // 4)
-        most = bn_batches * batch_size if compensate == "off" else max(fit_images, bn_batches * batch_size)
+        for_statistics = scoring.bn_batches * scoring.batch_size
+        fit_images = min(scoring.fit_images, (for_statistics + scored) // 4)
+        most = for_statistics if scoring.compensate == "off" else max(fit_images, for_statistics)
         # A worker receives this sample, and must not draw from it in another order.
-        self._calibration = None if task.calibration is None else _sampled(task.calibration, most, seed)
+        self._calibration = None if task.calibration is None else _sampled(task.calibration, most, scoring.seed)
         self._networks = Networks(
             space,
             self._calibration,
-            compensate if site is None or site.after_s else "off",
+            scoring.compensate if site is None or site.after_s else "off",
             images=fit_images,
-            seed=seed,
+            seed=scoring.seed,
             device=device,
         )
-        self._compensate, self._fit_images = compensate, fit_images
         self._as_delivered = delivered
         self.delivered = None if delivered is None else partial(self._scored_by, delivered)
         self._goals: Any = None
@@ -212,18 +223,9 @@ class Evaluator:
         from compressor.pruning.artefact import channels_last, cpu_tensors
 
         if self._workers is None:
-            options = {
-                "device": str(self.device),
-                "bn_batches": self._bn_batches,
-                "batch_size": self._batch_size,
-                "seed": self._seed,
-                "mixed_precision": "bf16" if self._bf16 else "no",
-                "compensate": self._compensate,
-                "fit_images": self._fit_images,
-            }
-            self._workers = Workers(
-                site, *described(self.space, self.task, self._calibration, self._search, options)
-            )
+            plain, images = described(self.space, self.task, self._calibration, self._search)
+            plain |= {"scoring": asdict(self._scoring), "device": str(self.device)}
+            self._workers = Workers(site, plain, images)
             self._networks.weights_moved()  # what this process has computed for candidates is not used again
         if self._moved:
             self._workers.reweigh(cpu_tensors(self.space.model), channels_last(self.space.model))
@@ -262,21 +264,21 @@ class Evaluator:
         Its weights are trained for `steps` (None for those of every candidate), and its batch-norm statistics are
         replaced, except for those of a compensated network that is not trained.
         """
-        kind = torch.device(self.device).type
+        kind, how = torch.device(self.device).type, self._scoring
         with _threads(self._threads):
             number = self._brief_steps if steps is None else steps
             if self._brief is not None and number:
                 self._brief(model, number)
-            with torch.autocast(kind, dtype=torch.bfloat16, enabled=self._bf16):
-                size, device = self._batch_size, self.device
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=how.mixed_precision == "bf16"):
+                size, device = how.batch_size, self.device
                 if self._calibration is not None and (not compensated or number):
                     reestimate_batch_norm(
                         model,
                         self._calibration,
-                        batches=self._bn_batches,
+                        batches=how.bn_batches,
                         batch_size=size,
                         device=device,
-                        seed=self._seed,
+                        seed=how.seed,
                     )
                 if self._goals is None:
                     self._goals = self.task.search_goals(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.pruning.blueprint import read_tensors, rebuild, reweigh
 from compressor.pruning.plan import ChannelPlan
-from compressor.search.evaluate import Evaluator
+from compressor.search.evaluate import Evaluator, Scoring
 from compressor.search.workers import split_of
 from compressor.training.classification import Classification
 
@@ -22,8 +22,9 @@ class Scorer:
     """An evaluator of a network that another process described.
 
     Args:
-        plain: `blueprint(space)` as "network", the splits' descriptions as "train" and "search", the evaluator's
-            arguments as "evaluator", and whether weights are in channels-last format as "channels_last".
+        plain: `blueprint(space)` as "network", the splits' descriptions as "train" and "search", the task's
+            "measure", the fields of `Scoring` as "scoring", the "device", and whether weights are in channels-last
+            format as "channels_last".
         weights, images: Safetensors, as bytes or as the path of a file.
         threads: Number of torch's threads; None for the current number.
     """
@@ -35,12 +36,12 @@ class Scorer:
             import torch
 
             torch.set_num_threads(threads)
-        device = str(plain["evaluator"]["device"])
+        device = str(plain["device"])
         self._space: PruningSpace = rebuild(plain["network"], read_tensors(weights), device)
         tensors = read_tensors(images)
         train, search = (split_of(name, plain[name], tensors) for name in ("train", "search"))
         task = Classification(train, search, measure=plain["measure"])
-        self._evaluator = Evaluator(self._space, task, **plain["evaluator"])
+        self._evaluator = Evaluator(self._space, task, Scoring(**plain["scoring"]), device=device)
         self.reweigh(weights, plain["channels_last"])
 
     def reweigh(self, weights: bytes | str, channels_last: bool) -> None:

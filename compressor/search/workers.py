@@ -251,7 +251,7 @@ class ThisMachine(Site):
             worker.close()
             raise WorkerLost("ended: the search was stopped")
         device = self._devices[index % len(self._devices)]
-        placed = {**plain, "evaluator": {**plain["evaluator"], "device": device}}
+        placed = {**plain, "device": device}
         try:
             worker.begin(placed, weights, images)
         except BaseException:
@@ -269,18 +269,17 @@ class ThisMachine(Site):
 
 
 def described(
-    space: PruningSpace, task: Task, calibration: Feed | None, search: Feed | None, options: Mapping[str, Any]
+    space: PruningSpace, task: Task, calibration: Feed | None, search: Feed | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the arguments of a `Scorer` without the weights: plain values, and the images of both splits as tensors.
+    """Return what a `Scorer` scores: network and splits as plain values, and the images of both splits as tensors.
 
     Args:
         space: Pruning space of the dense network.
         task: Task of the evaluator: that of classification.
         calibration, search: Splits as the evaluator reads them.
-        options: Arguments of the evaluator.
     """
     assert isinstance(task, Classification)
-    plain: dict[str, Any] = {"network": blueprint(space), "evaluator": dict(options), "measure": task.measure}
+    plain: dict[str, Any] = {"network": blueprint(space), "measure": task.measure}
     images: dict[str, Tensor] = {}
     for name, split in (("train", calibration), ("search", search)):
         plain[name], tensors = _plain(split)

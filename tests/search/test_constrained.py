@@ -31,7 +31,7 @@ from compressor.search.constrained_learner import (
 )
 from compressor.search.constrained_settings import ConstrainedSettings
 from compressor.search.environment import PruningEnv
-from compressor.search.evaluate import Evaluator
+from compressor.search.evaluate import Evaluator, Scoring
 from compressor.search.records import Limits
 from compressor.training.classification import Classification
 from compressor.training.loop import BriefTraining, TrainSettings
@@ -245,7 +245,8 @@ def test_on_a_real_network_with_training_of_each_candidate(tmp_path: Path, actio
         calls.append(steps)
         train(network, steps)
 
-    evaluator = Evaluator(space, Classification.of(digits), bn_batches=1, batch_size=32, search_images=50, brief=brief)
+    scoring = Scoring(bn_batches=1, batch_size=32)
+    evaluator = Evaluator(space, Classification.of(digits), scoring, search_images=50, brief=brief)
     env = PruningEnv(space, budgets, evaluator)
     settings = {
         "action": action,

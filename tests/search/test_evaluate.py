@@ -11,7 +11,7 @@ from torch import nn
 from compressor.data import DataBundle, MemorySplit, Preprocessing, load_data
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
-from compressor.search.evaluate import Evaluator
+from compressor.search.evaluate import Evaluator, Scoring
 from compressor.training.classification import Classification
 from compressor.training.scoring import (
     accuracy,
@@ -119,7 +119,7 @@ def digits() -> DataBundle:
 
 
 def test_plans_are_scored_once_until_the_weights_move(space: PruningSpace, digits: DataBundle) -> None:
-    evaluate = Evaluator(space, Classification.of(digits), bn_batches=2, batch_size=64, search_images=60)
+    evaluate = Evaluator(space, Classification.of(digits), Scoring(bn_batches=2, batch_size=64), search_images=60)
     assert evaluate.images == 60
     weights = {key: value.clone() for key, value in space.model.state_dict().items()}
     plan = space.uniform(0.5)
@@ -136,7 +136,7 @@ def test_plans_are_scored_once_until_the_weights_move(space: PruningSpace, digit
 
 
 def test_the_dense_plan_scores_as_the_dense_network(space: PruningSpace, digits: DataBundle) -> None:
-    evaluate = Evaluator(space, Classification.of(digits), bn_batches=2, batch_size=64)
+    evaluate = Evaluator(space, Classification.of(digits), Scoring(bn_batches=2, batch_size=64))
     dense = create_model("cifar_resnet20", 10)
     dense.load_state_dict(space.model.state_dict())
     reestimate_batch_norm(dense, digits.train.sample(128), batches=2, batch_size=64)
@@ -144,7 +144,7 @@ def test_the_dense_plan_scores_as_the_dense_network(space: PruningSpace, digits:
 
 
 def test_hopeless_candidates_are_not_remembered(space: PruningSpace, digits: DataBundle) -> None:
-    evaluate = Evaluator(space, Classification.of(digits), bn_batches=1, batch_size=16)
+    evaluate = Evaluator(space, Classification.of(digits), Scoring(bn_batches=1, batch_size=16))
     plan = space.smallest()
     early = evaluate(plan, floor=0.99)
     assert early < 0.99
@@ -158,8 +158,8 @@ def test_scores_in_bf16_are_close_to_those_in_fp32(digits: DataBundle) -> None:
     space = PruningSpace(create_model("cifar_resnet20", 10), torch.zeros(1, 3, 32, 32))
     plan = space.uniform(0.5)
     full, half = (
-        Evaluator(space, Classification.of(digits), bn_batches=1, search_images=100, mixed_precision=precision)(plan)
-        for precision in ("no", "bf16")
+        Evaluator(space, Classification.of(digits), scoring, search_images=100)(plan)
+        for scoring in (Scoring(bn_batches=1, mixed_precision=precision) for precision in ("no", "bf16"))
     )
     assert half == pytest.approx(full, abs=0.1)
 
@@ -167,7 +167,7 @@ def test_scores_in_bf16_are_close_to_those_in_fp32(digits: DataBundle) -> None:
 def test_the_dense_network_is_closest_to_itself(digits: DataBundle) -> None:
     torch.manual_seed(0)
     space = PruningSpace(create_model("tests.nets:tiny", 10).eval(), torch.zeros(1, 3, 32, 32))
-    evaluate = Evaluator(space, Classification.of(digits, "closeness"), compensate="moments")
+    evaluate = Evaluator(space, Classification.of(digits, "closeness"), Scoring(compensate="moments"))
     dense, half = evaluate.many([space.dense(), space.uniform(0.5)])
     assert dense == pytest.approx(1.0)
     assert 0 < half < 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from compressor.data import DataBundle, MemorySplit, Preprocessing, load_data
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
-from compressor.search.evaluate import Evaluator
+from compressor.search.evaluate import Evaluator, Scoring
 from compressor.search.sites import IdleCores, open_site
 from compressor.training.classification import Classification
 from tests.nets import Tiny
@@ -54,14 +53,14 @@ def test_processes_start_after_a_while_and_change_no_score(
 ) -> None:
     with_memory(monkeypatch, 3 * GIB)  # of which 2.4 may be taken: two processes
     space = space_of(create_model("tests.nets:tiny", 10))
-    options: dict[str, Any] = {"bn_batches": 1, "compensate": compensate, "fit_images": 64}
+    scoring = Scoring(bn_batches=1, compensate=compensate, fit_images=64)
     plans = [space.uniform(share) for share in (0.9, 0.7, 0.5, 0.3)]
     task = Classification.of(digits, "closeness")
-    alone = Evaluator(space, task, threads=1, **options).many(plans)
+    alone = Evaluator(space, task, scoring, threads=1).many(plans)
     assert len(set(alone)) == 4
     site = open_site(None, None, 60)
     assert isinstance(site, IdleCores)
-    helped = Evaluator(space, task, site=site, **options)
+    helped = Evaluator(space, task, scoring, site=site)
     assert helped.workers == 1  # nothing has been scored yet
     assert helped.many(plans[:1]) == alone[:1]
     assert (site.pids, helped.workers) == ([], 2)
@@ -74,7 +73,7 @@ def test_a_candidate_needs_more_memory_than_is_free(monkeypatch: pytest.MonkeyPa
     with_memory(monkeypatch, 2 * GIB)
     space, site = space_of(Tiny(10)), open_site(None, None, 60)
     assert isinstance(site, IdleCores)
-    evaluator = Evaluator(space, few_images(), bn_batches=1, site=site)
+    evaluator = Evaluator(space, few_images(), Scoring(bn_batches=1), site=site)
     evaluator.many([space.uniform(0.9)])
     assert evaluator.workers == 1
     evaluator.many([space.uniform(0.5), space.uniform(0.7)])
@@ -90,8 +89,8 @@ def test_processes_that_cannot_help_are_done_without(monkeypatch: pytest.MonkeyP
     with_memory(monkeypatch, 8 * GIB)
     space = space_of(Local(10))
     plans = [space.uniform(share) for share in (0.9, 0.7, 0.5)]
-    alone = Evaluator(space, few_images(), bn_batches=1, threads=1).many(plans)
-    evaluator = Evaluator(space, few_images(), bn_batches=1, site=open_site(None, None, 60))
+    alone = Evaluator(space, few_images(), Scoring(bn_batches=1), threads=1).many(plans)
+    evaluator = Evaluator(space, few_images(), Scoring(bn_batches=1), site=open_site(None, None, 60))
     evaluator.many(plans[:1])
     assert evaluator.workers == 4
     assert evaluator.many(plans) == alone

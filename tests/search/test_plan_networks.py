@@ -9,7 +9,7 @@ from compressor.data import DataBundle, load_data
 from compressor.models import create_model
 from compressor.pruning.compensate import compensate
 from compressor.pruning.space import PruningSpace
-from compressor.search.evaluate import Evaluator
+from compressor.search.evaluate import Evaluator, Scoring
 from compressor.search.networks import FIT_BATCH, Networks
 from compressor.training.classification import Classification
 from compressor.training.feeds import inputs_in
@@ -75,7 +75,8 @@ def test_a_compensated_candidate_scores_better(space: PruningSpace, digits: Data
     """Half of the channels of a trained network, without training."""
     plan = space.uniform(0.5)
     cut, moments, layers = (
-        Evaluator(space, Classification.of(digits), compensate=method)(plan) for method in ("off", "moments", "layers")
+        Evaluator(space, Classification.of(digits), Scoring(compensate=method))(plan)
+        for method in ("off", "moments", "layers")
     )
     assert moments > cut + 0.02
     assert layers > cut + 0.02

@@ -18,7 +18,7 @@ from compressor.data import load_data
 from compressor.pruning.space import PruningSpace
 from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
-from compressor.search.evaluate import Evaluator
+from compressor.search.evaluate import Evaluator, Scoring
 from compressor.search.records import Limits, SearchResult
 from compressor.search.schedule import Schedule
 from compressor.training.classification import Classification
@@ -71,7 +71,7 @@ def search(
     model = Residual()
     space = PruningSpace(model, torch.zeros(1, 3, 32, 32))
     budgets = resolve([parse_budget("macs", share), parse_budget("params", "70%")], space)
-    evaluator = Evaluator(space, Classification.of(digits), bn_batches=2)
+    evaluator = Evaluator(space, Classification.of(digits), Scoring(bn_batches=2))
     batch = next(iter(digits.train.batches(64)))
     env = PruningEnv(space, budgets, evaluator, context_size=context, importance_data=[batch])
     agent = create_agent(

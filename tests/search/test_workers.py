@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from compressor.data import DataBundle, MemorySplit, Preprocessing, load_data
 from compressor.models import create_model
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
-from compressor.search.evaluate import Evaluator
+from compressor.search.evaluate import Evaluator, Scoring
 from compressor.search.sites import _room, check_workers, open_site
 from compressor.search.workers import ThisMachine
 from compressor.training.classification import Classification
@@ -90,9 +89,9 @@ def gone(pid: int) -> bool:
 def test_the_same_accuracies_as_in_one_process(space: PruningSpace, digits: DataBundle) -> None:
     site = open_site(2, 1, 60)
     assert isinstance(site, ThisMachine)
-    several = Evaluator(space, Classification.of(digits), bn_batches=1, site=site)
+    several = Evaluator(space, Classification.of(digits), Scoring(bn_batches=1), site=site)
     plans = plans_of(space, 6)
-    alone = Evaluator(space, Classification.of(digits), bn_batches=1).many(plans)
+    alone = Evaluator(space, Classification.of(digits), Scoring(bn_batches=1)).many(plans)
     assert len(set(alone)) > 2
     assert several.many(plans[:2]) == alone[:2]
     first = site.pids
@@ -106,12 +105,12 @@ def test_the_same_accuracies_as_in_one_process(space: PruningSpace, digits: Data
                 -1, *[1] * (parameter.dim() - 1)
             ))  # fmt: skip
     several.weights_moved()
-    again = Evaluator(space, Classification.of(digits), bn_batches=1).many(plans)
+    again = Evaluator(space, Classification.of(digits), Scoring(bn_batches=1)).many(plans)
     assert again != alone
     assert several.many(plans) == again
     several.weights_moved()
     floors = [None, 0.0, *[1.0] * 4]  # the last four are given up after the first batch
-    alone = Evaluator(space, Classification.of(digits), bn_batches=1).many(plans, floors=floors)
+    alone = Evaluator(space, Classification.of(digits), Scoring(bn_batches=1)).many(plans, floors=floors)
     assert alone[:2] == again[:2]
     assert alone[2:] != again[2:]
     assert several.many(plans, floors=floors) == alone
@@ -122,8 +121,8 @@ def test_the_same_accuracies_as_in_one_process(space: PruningSpace, digits: Data
 
 def test_a_worker_reads_its_sample_in_the_same_order(space: PruningSpace, digits: DataBundle) -> None:
     """Else the batches differ, and with them the batch-norm statistics."""
-    ours = Evaluator(space, Classification.of(digits), bn_batches=3, batch_size=100)
-    theirs = Evaluator(space, Classification(ours._calibration, ours._search), bn_batches=3, batch_size=100)
+    ours = Evaluator(space, Classification.of(digits), Scoring(bn_batches=3, batch_size=100))
+    theirs = Evaluator(space, Classification(ours._calibration, ours._search), Scoring(bn_batches=3, batch_size=100))
     assert len(ours._calibration) < len(digits.train)
     assert torch.equal(ours._calibration.images, theirs._calibration.images)
 
@@ -135,22 +134,13 @@ def test_compensated_candidates_have_the_same_accuracies_in_a_worker(
     space: PruningSpace, digits: DataBundle, fit_images: int
 ) -> None:
     plans = plans_of(space, 3)
-    options: dict[str, Any] = {
-        "bn_batches": 1,
-        "compensate": "moments",
-        "fit_images": fit_images,
-        "threads": 1,
-    }
+    scoring = Scoring(bn_batches=1, compensate="moments", fit_images=fit_images)
     task = Classification.of(digits)
     several, alone = (
-        Evaluator(space, task, site=open_site(1, 1, 60), **options),
-        Evaluator(space, task, **options),
+        Evaluator(space, task, scoring, site=open_site(1, 1, 60), threads=1),
+        Evaluator(space, task, scoring, threads=1),
     )
-    theirs = Evaluator(
-        space,
-        Classification(alone._calibration, alone._search),
-        **{**options, "fit_images": alone._fit_images},
-    )
+    theirs = Evaluator(space, Classification(alone._calibration, alone._search), scoring, threads=1)
     assert torch.equal(alone._calibration.images, theirs._calibration.images)
     try:
         assert several.many(plans) == alone.many(plans)
@@ -174,7 +164,7 @@ def test_a_candidate_that_ends_every_worker_is_named(digits: DataBundle) -> None
         for _ in range(2)
     ]
     site = open_site(2, 1, 60)
-    evaluator = Evaluator(space, Classification(few[0], few[1]), bn_batches=1, site=site)
+    evaluator = Evaluator(space, Classification(few[0], few[1]), Scoring(bn_batches=1), site=site)
     with pytest.raises(CompressorError, match=r"ended 3 workers.*killed by SIGKILL"):
         evaluator(space.smallest())
     assert site is not None
@@ -270,7 +260,7 @@ def test_a_worker_on_ray_that_cannot_begin_says_why(space: PruningSpace, digits:
     pytest.importorskip("ray")
     site = open_site("ray://local", 1, 100)
     try:
-        worker = site.start(0, {"evaluator": {}, "network": "elsewhere"}, b"", b"")
+        worker = site.start(0, {"network": "elsewhere"}, b"", b"")
         with pytest.raises(CompressorError, match=r"A worker on the Ray cluster failed: \w+Error"):
             worker.score("{}", None)
     finally:
@@ -281,16 +271,16 @@ def test_a_worker_on_ray_that_cannot_begin_says_why(space: PruningSpace, digits:
 @pytest.mark.parametrize("compensate", ["off", "quick"])
 def test_ray_gives_the_same_accuracies(space: PruningSpace, digits: DataBundle, compensate: str) -> None:
     pytest.importorskip("ray")
-    task, options = Classification.of(digits), {"bn_batches": 1, "compensate": compensate}
-    evaluator = Evaluator(space, task, site=open_site("ray://local", 1, 100), **options)
+    task, scoring = Classification.of(digits), Scoring(bn_batches=1, compensate=compensate)
+    evaluator = Evaluator(space, task, scoring, site=open_site("ray://local", 1, 100))
     plans = plans_of(space, 4)
     try:
         assert evaluator.workers >= 1
-        assert evaluator.many(plans) == Evaluator(space, task, threads=1, **options).many(plans)
+        assert evaluator.many(plans) == Evaluator(space, task, scoring, threads=1).many(plans)
         with torch.no_grad():
             for parameter in space.model.parameters():
                 parameter.mul_(0.9)
         evaluator.weights_moved()
-        assert evaluator.many(plans) == Evaluator(space, task, threads=1, **options).many(plans)
+        assert evaluator.many(plans) == Evaluator(space, task, scoring, threads=1).many(plans)
     finally:
         evaluator.close()

@@ -11,7 +11,7 @@ from compressor.core.errors import CompressorError
 from compressor.data import DataBundle, load_data
 from compressor.models import create_model
 from compressor.pruning.space import PruningSpace
-from compressor.search.evaluate import Evaluator
+from compressor.search.evaluate import Evaluator, Scoring
 from compressor.search.sites import check_workers
 from compressor.training.classification import Classification
 from compressor.training.loop import BriefTraining
@@ -34,7 +34,7 @@ def space() -> PruningSpace:
 def test_each_candidate_is_trained_from_the_same_weights(space: PruningSpace, digits: DataBundle) -> None:
     weights = {name: tensor.clone() for name, tensor in space.model.state_dict().items()}
     train = BriefTraining(Classification.of(digits), SETTINGS, seed=3)
-    evaluate = Evaluator(space, Classification.of(digits), bn_batches=1, brief=train, brief_steps=25)
+    evaluate = Evaluator(space, Classification.of(digits), Scoring(bn_batches=1), brief=train, brief_steps=25)
     plans = [space.uniform(0.5), space.smallest(), space.uniform(0.5)]
     torch.manual_seed(4)
     expected = torch.rand(3)
@@ -46,7 +46,7 @@ def test_each_candidate_is_trained_from_the_same_weights(space: PruningSpace, di
     evaluate.weights_moved()
     assert evaluate.many(plans[::-1]) == scores[::-1]
 
-    plain = Evaluator(space, Classification.of(digits), bn_batches=1)
+    plain = Evaluator(space, Classification.of(digits), Scoring(bn_batches=1))
     by_hand = space.apply(plans[0])
     train(by_hand, 25)
     assert scores[0] == plain.score(by_hand)
