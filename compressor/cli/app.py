@@ -5,6 +5,7 @@ No module imports torch before a command needs it, so that `compress --help` res
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -251,6 +252,17 @@ def _finish_json(result: RunResult) -> NoReturn:
     raise typer.Exit(result.exit_code)
 
 
+def _notes(result: RunResult) -> Iterator[str]:
+    """Yield the notes of a run; of several runs each once, after the names of those that it is not common to all of."""
+    runs = result.runs or (result,)
+    places: dict[str, list[str]] = {}
+    for each in runs:
+        for note in each.manifest.get("notes", []):
+            places.setdefault(note, []).append(each.directory.name)
+    for note, names in places.items():
+        yield note if len(names) == len(runs) else f"{', '.join(names)}: {note}"
+
+
 def _finish(result: RunResult, json: bool) -> None:
     """Print the result of a run and end with its exit code."""
     from compressor.report import checks, closing_front, closing_table, judge, judge_front
@@ -265,8 +277,7 @@ def _finish(result: RunResult, json: bool) -> None:
     else:
         show([closing_table(manifest), *checks(manifest)])
         judged = judge(manifest)
-    notes = [note for each in (result.runs or (result,)) for note in each.manifest.get("notes", [])]
-    show(f"Note: {note}" for note in dict.fromkeys(notes))
+    show(f"Note: {note}" for note in _notes(result))
     show([" ".join((judged.sentence, *judged.remarks))], style=VERDICT_COLOURS.get(judged.state, "yellow"))
     if result.exit_code == OPEN and result.chosen is None:
         show(

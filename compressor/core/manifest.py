@@ -652,6 +652,17 @@ class Manifest(Document):
             int(numbers.get("batch", 1)), float(numbers.get("percentile", MEDIAN)), int(numbers.get("streams", 1))
         )
 
+    @property
+    def deployed(self) -> Export | None:
+        """The file whose time is the run's latency, if it is in another precision than FP32."""
+        return self.exports.get(self.latency.precision)
+
+    @property
+    def deployed_score(self) -> float | None:
+        """The score on the test split of the file whose time is the run's latency."""
+        file = self.deployed
+        return self.accuracy.finetuned if file is None or file.accuracy is None else file.accuracy
+
     def finished(self, stage: str) -> bool:
         """Return whether a stage has finished."""
         return bool(stage in self.stages and self.stages[stage].finished)

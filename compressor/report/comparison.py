@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from compressor.core.conditions import MEDIAN, UNLOADED
-from compressor.core.manifest import Export, Manifest
+from compressor.core.manifest import Manifest
 from compressor.core.metrics import SCORE
 from compressor.core.tables import Table
 from compressor.report.formats import (
@@ -69,13 +69,8 @@ def comparison(manifest: Manifest) -> list[Row]:
     return [row for row in rows if (row.dense, row.slim) != (ABSENT, ABSENT)]
 
 
-def delivered(manifest: Manifest) -> Export | None:
-    """Return the file in the precision of the run's latency, if that is another one than FP32."""
-    return manifest.exports.get(manifest.latency.precision)
-
-
 def _accuracy_rows(manifest: Manifest) -> list[Row]:
-    accuracy, file = manifest.accuracy, delivered(manifest)
+    accuracy, file = manifest.accuracy, manifest.deployed
     scored, dense = accuracy.exported_images, accuracy.dense
     fewer = f" on {scored:,.0f} images" if scored is not None and scored != accuracy.images else ""
     metric = accuracy.by
@@ -186,8 +181,7 @@ def _tile(
 
 
 def _accuracy_tile(manifest: Manifest) -> Tile | None:
-    accuracy, file = manifest.accuracy, delivered(manifest)
-    slim = accuracy.finetuned if file is None or file.accuracy is None else file.accuracy
+    accuracy, slim = manifest.accuracy, manifest.deployed_score
     if slim is None:
         return None
     change, metric = _difference(slim, accuracy.dense), accuracy.by

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
-from compressor.core.front import FRONT, DropLimit, Front, Lost, Point, TargetRun
+from compressor.core.front import FRONT, DropLimit, Front, Kind, Lost, Point, TargetRun
 from compressor.core.manifest import MANIFEST, Manifest
 from compressor.core.metrics import PYTHON
 from compressor.core.records import RECIPE
@@ -67,11 +67,11 @@ def judge_front(front: Front | Mapping[str, Any]) -> Verdict:
         return Verdict("unfinished", f"This run is not finished: {len(done)} targets are.")
     counted = f"{len(done)} networks"
     failed = [target for target in done if target.exit_code]
+    doubtful = [target.folder for target in done if target.state == "doubtful" and not target.exit_code]
+    doubts = tuple(f"{folder}: a training has failed, as its own page says." for folder in doubtful)
     if not failed:
-        doubtful = [target.folder for target in done if target.state == "doubtful"]
-        remarks = tuple(f"{folder}: a training has failed, as its own page says." for folder in doubtful)
-        return Verdict("doubtful" if doubtful else "kept", f"{counted}: every budget is kept.", remarks)
-    remarks = tuple(f"{target.folder}: {target.verdict}" for target in failed)
+        return Verdict("doubtful" if doubtful else "kept", f"{counted}: every budget is kept.", doubts)
+    remarks = (*(f"{target.folder}: {target.verdict}" for target in failed), *doubts)
     sentence = f"{len(done) - len(failed)} of {counted} keep their budgets as measured."
     return Verdict("missed" if front.exit_code == 3 else "undecided", sentence, remarks)
 
@@ -116,10 +116,9 @@ def closing_front(front: Front | Mapping[str, Any]) -> Table:
     front = Front.tolerant(front)
     numbers = ("latency", "of dense", f"{front.by.name}, test", "against dense")
     table = Table("", *numbers, right=numbers)
-    for row in _rows(front):
-        if row["kind"] in ("dense", front.agent):
-            cells = (row["target"] or "dense", row["latency"], row["share"], row["tested"], row["change"])
-            table.add(*(cell.translate(PLAIN) for cell in cells))
+    for row in _rows(front, ("dense", "ours")):
+        cells = (row["target"] or "dense", row["latency"], row["share"], row["tested"], row["change"])
+        table.add(*(cell.translate(PLAIN) for cell in cells))
     return table
 
 
@@ -156,17 +155,18 @@ def _target(target: TargetRun) -> dict[str, Any]:
     }
 
 
-def _rows(front: Front) -> Iterator[dict[str, str]]:
-    """Yield the points as strings: dense, then those of each target."""
+def _rows(front: Front, kinds: Sequence[Kind] = ("dense", "uniform", "knapsack", "ours")) -> Iterator[dict[str, str]]:
+    """Yield the points of these kinds as strings: dense, then those of each target."""
     dense = front.dense()
     order = [target.folder for target in front.targets]
-    points = sorted(front.points, key=lambda point: order.index(point.target) if point.target in order else -1)
+    listed = [point for point in front.points if point.kind in kinds]
+    points = sorted(listed, key=lambda point: order.index(point.target) if point.target in order else -1)
     for point in points:
         lost = None
         if dense is not None and point is not dense and None not in (point.tested, dense.tested):
             lost = float(point.tested or 0) - float(dense.tested or 0)
         yield {
-            "kind": front.agent if point.kind == "ours" and front.agent else point.kind,
+            "kind": f"delivered ({front.agent})" if point.kind == "ours" and front.agent else point.kind,
             "target": point.target,
             "latency": milliseconds(point.latency_ms),
             "share": _share(point),
@@ -188,9 +188,16 @@ def _share(point: Point) -> str:
 
 def _notes(front: Front) -> Iterator[str]:
     yield (
-        "Uniform and knapsack networks are within the limits of the same target and need no search. They are not "
-        "trained: compare them on the search split only. They may leave a part of the limit unused."
+        "Uniform and knapsack networks need no search, and are within the limits of the same target as the latency "
+        "table predicts them: measured, they may take a little more, or leave a part unused. They are not trained: "
+        "compare them on the search split only."
     )
+    if front.dense_ms is not None:
+        yield (
+            f"A latency is the measured share of the dense network's time, times {milliseconds(front.dense_ms)}, the "
+            "shortest time of the dense network in these runs. Each verdict is that of the run's own measurement, in "
+            "which the dense network may have taken longer."
+        )
     if any(point.kind == "ours" and point.ratio is None for point in front.points):
         yield "Latencies are predictions of the device's table: the device was not measured from here."
     if front.search_images:

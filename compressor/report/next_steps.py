@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressor.core.manifest import Accuracy, Manifest
+from compressor.core.manifest import Manifest
 from compressor.core.metrics import PYTHON
 from compressor.core.records import RECIPE
 from compressor.report.judgement import measured_to_the_end
@@ -70,15 +70,14 @@ def _of_finished(manifest: Manifest, folder: Path, run: str, picture: str | None
         yield Step(
             f"Pack it for the {TARGETS[device].title}", f"compress export {run} --target {device} --bundle {bundle}"
         )
-    if _lost(manifest.accuracy) > WORTH_ANOTHER_RUN:
+    if _lost(manifest) > WORTH_ANOTHER_RUN:
         again = repeat_command(folder)
         if manifest.epochs is not None and manifest.accuracy.discarded is None:
             epochs = 2 * manifest.epochs or 2
             yield Step("Run it again with more training, in a new folder", f"{again} --epochs {epochs}")
 
 
-def _lost(accuracy: Accuracy) -> float:
-    """Return the share that the slim network lost; 0 if it is not known."""
-    if not accuracy.share or accuracy.dense is None or accuracy.finetuned is None:
-        return 0.0
-    return accuracy.dense - accuracy.finetuned
+def _lost(manifest: Manifest) -> float:
+    """Return the share that the deployed network lost; 0 if it is not known."""
+    accuracy, slim = manifest.accuracy, manifest.deployed_score
+    return 0.0 if not accuracy.share or accuracy.dense is None or slim is None else accuracy.dense - slim

@@ -61,7 +61,7 @@ def _networks(manifest: Manifest) -> dict[str, Place] | None:
     how, times = "measured", (latency.dense_ms, latency.measured_ms)
     if None in times:
         how, times = "predicted", (latency.predicted_dense_ms, latency.predicted_ms)
-    scores = (accuracy.dense, accuracy.finetuned)
+    scores = (accuracy.dense, manifest.deployed_score)
     if None in times or None in scores:
         return None
     return {

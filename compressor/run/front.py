@@ -156,6 +156,8 @@ def _prepared(recipe: Recipe, loader: Loader, folder: RunFolder | None) -> Job:
         same = limits.setdefault(tuple(each.target for each in budgets), target.name)
         if same != target.name:
             raise CompressorError(f"{same} and {target.name} are the same limit.", "Leave one of them out.")
+    if recipe.budgets.max_drop is not None:
+        Narrowing.of(job, recipe.budgets)
     return job
 
 

@@ -65,11 +65,23 @@ class Narrowing:
 
     @classmethod
     def of(cls, job: Job, budgets: Budgets) -> Narrowing:
-        """Return the search over all that the job's table says can be reached."""
+        """Return the search over all that the job's table says can be reached.
+
+        Raises:
+            CompressorError: The smallest network is hardly faster than the dense one.
+        """
         assert job.table is not None
         smallest = float(job.table.curve(job.space)(job.space.smallest_row[None])[0])
         share = smallest / job.table.fitted_dense_ms(job.space) / (1 - job.recipe.contract.margin)
-        return cls(budgets, min(1.0, ABOVE_LEAST * share))
+        least = min(1.0, ABOVE_LEAST * share)
+        if 1 - least <= RESOLUTION:
+            raise CompressorError(
+                f"--max-drop looks for a faster network, but by the latency table the smallest one takes {share:.0%} "
+                "of the dense network's time, the margin of the contract included.",
+                "Limit another cost (--flops 50%), or measure the table again if the machine was busy: "
+                "compress profile",
+            )
+        return cls(budgets, least)
 
     def next(self, done: Sequence[TargetRun]) -> Target | None:
         low, high = self.least, 1.0
@@ -91,16 +103,24 @@ def keeps(target: TargetRun, limit: float) -> bool:
 
 
 def lost(run: RunFolder, job: Job) -> Lost:
-    """Compare a run's delivered network with the dense one; `job.model` has the weights of the end of its search."""
+    """Compare what a run deploys with the dense network; `job.model` has the weights of the end of its search.
+
+    In another precision than FP32 that is the file whose time was measured.
+    """
     dense = job.teacher if job.trained and job.teacher is not None else job.model
-    task = job.task.on_search()
-    scored = task.scorer(dense, job.torch_device)
-    before, after = scored(dense), scored(finetuned_network(run, job))
-    scale, accuracy = 100 if task.metric.share else 1, run.manifest.accuracy
+    task, device, manifest = job.task.on_search(), job.torch_device, run.manifest
+    goals = task.test_goals(dense, device)
+    network, after = finetuned_network(run, job), None
+    if manifest.deployed is not None:
+        after = task.file_score(run.file(manifest.deployed.file), network, goals, lambda _: None)
+    if after is None:
+        after = task.test_score(network, goals, device)
+    before = task.test_score(dense, goals, device)
+    scale, accuracy, slim = 100 if task.metric.share else 1, manifest.accuracy, manifest.deployed_score
     tested = None
-    if accuracy.dense is not None and accuracy.finetuned is not None:
-        tested = (100 if accuracy.share else 1) * (accuracy.dense - accuracy.finetuned)
-    error = _error(run)
+    if accuracy.dense is not None and slim is not None:
+        tested = (100 if accuracy.share else 1) * (accuracy.dense - slim)
+    error = _error(run, job)
     return Lost(
         search=after,
         search_dense=before,
@@ -111,7 +131,7 @@ def lost(run: RunFolder, job: Job) -> Lost:
     )
 
 
-def _error(run: RunFolder) -> float | None:
+def _error(run: RunFolder, job: Job) -> float | None:
     """Return the standard error of what is lost on the test split; None if it is not known.
 
     Both networks see the same images, so that only those count on which one is right and the other is not.
@@ -121,13 +141,16 @@ def _error(run: RunFolder) -> float | None:
     from compressor.core.metrics import AGREEMENT
     from compressor.training.scoring import error_of_difference, standard_error
 
-    known = run.manifest.accuracy
-    if known.metric == AGREEMENT and known.images is not None and known.finetuned is not None:
-        return standard_error(known.finetuned, known.images)
+    known, slim, file = run.manifest.accuracy, run.manifest.deployed_score, run.manifest.deployed
+    if known.metric == AGREEMENT and known.images is not None and slim is not None:
+        return standard_error(slim, known.images)
     answers = read_answers(run.path)
     if not answers.dense or not answers.slim:
         return None
-    return error_of_difference(*(torch.tensor(each) for each in (answers.dense, answers.slim, answers.truth)))
+    dense, truth, own = torch.tensor(answers.dense), torch.tensor(answers.truth), torch.tensor(answers.slim)
+    if file is not None and (found := job.task.file_answers(run.file(file.file))) is not None:
+        own = found[0]
+    return error_of_difference(dense, own, truth)
 
 
 def judged(front: Front, limit: float) -> DropLimit:
@@ -138,9 +161,15 @@ def judged(front: Front, limit: float) -> DropLimit:
     if kept:
         best = min(kept, key=lambda each: float(shares.get(each.folder) or float("inf")))
     else:
-        best = min(front.targets, key=lambda each: each.lost.search_drop or 0.0 if each.lost else float("inf"))
+        best = min(front.targets, key=_searched_drop)
     known = {"chosen": best.folder, "kept": bool(kept), "confirmed": confirmed(best.lost, limit)}
     return found.model_copy(update=known)
+
+
+def _searched_drop(target: TargetRun) -> float:
+    """Return the loss on the search split in points; infinite if it is not known."""
+    drop = None if target.lost is None else target.lost.search_drop
+    return float("inf") if drop is None else drop
 
 
 def confirmed(found: Lost | None, limit: float) -> Confirmed | None:

@@ -56,8 +56,8 @@ def points(run: RunFolder, job: Job, *, with_dense: bool) -> Iterator[Point]:
         interval=manifest.latency.interval,
         predicted_ratio=_predicted(job, widths),
         searched=_searched(run, widths),
-        tested=manifest.accuracy.finetuned,
-        onnx=f"{run.name}/{MODEL}",
+        tested=manifest.deployed_score,
+        onnx=f"{run.name}/{MODEL if manifest.deployed is None else manifest.deployed.file}",
     )
     yield ours
     for kind in ("uniform", "knapsack"):

@@ -46,7 +46,7 @@ class RunResult:
 
     @property
     def onnx(self) -> Path:
-        """The slim network's ONNX file."""
+        """The slim network's ONNX file in FP32; those in other precisions are named in `manifest["exports"]`."""
         return self._one.directory / MODEL
 
     @property

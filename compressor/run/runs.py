@@ -60,7 +60,7 @@ def listed(runs: Sequence[Path]) -> Table:
     for run in runs:
         manifest, state = _read(run)
         accuracy, time = manifest.accuracy, time_ratio(manifest)
-        slim = accuracy.exported if accuracy.exported is not None else accuracy.finetuned
+        slim = manifest.deployed_score if manifest.deployed or accuracy.exported is None else accuracy.exported
         change = None if slim is None or accuracy.dense is None else slim - accuracy.dense
         begun = manifest.stages["begin"].started if "begin" in manifest.stages else None
         bytes_ = sum(path.stat().st_size for path in _files(run))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from compressor.budgets.base import Budget as LimitedCost
     from compressor.pruning.plan import ChannelPlan
-    from compressor.search.environment import PruningEnv
+    from compressor.search.environment import PruningEnv, Score
     from compressor.search.evaluate import Evaluator
     from compressor.search.records import SearchResult
     from compressor.search.workers import Site
@@ -141,7 +141,12 @@ def search(run: RunFolder, job: Job, contract: Contract) -> ChannelPlan:
     try:
         result = agent.search(env, evaluator, limits, log=log, checkpoint=checkpoint)
         if job.of_front and not run.finished("search"):
-            compared = _baselines(env)
+            from compressor.search.baselines import baselines
+
+            scores = dict(baselines(env))
+            compared = _baselines(scores)
+            if note := _worse_than(scores, env.score(job.space.row(result.best))):
+                run.note(note)
     finally:
         evaluator.close()
     for note in never_acted(agent, result):
@@ -153,14 +158,26 @@ def search(run: RunFolder, job: Job, contract: Contract) -> ChannelPlan:
     return result.best
 
 
-def _baselines(env: PruningEnv) -> list[Baseline]:
+def _baselines(scores: Mapping[str, Score]) -> list[Baseline]:
     """Return what the plans of the search are compared with on the page of a front."""
-    from compressor.search.baselines import baselines
-
     return [
         Baseline(name=name, widths=list(score.widths), accuracy=score.accuracy, costs=dict(score.costs))
-        for name, score in baselines(env)
+        for name, score in scores.items()
     ]
+
+
+def _worse_than(scores: Mapping[str, Score], found: Score) -> str | None:
+    """Return a note if a network that needs no search has a higher reward than the one that the search has found."""
+    from compressor.search.baselines import DENSE
+
+    name = max(scores.keys() - {DENSE}, key=lambda each: scores[each].reward, default=None)
+    if name is None or scores[name].reward <= found.reward:
+        return None
+    return (
+        f"The {name} network within the same limits scores {scores[name].accuracy:.1%} on the search split, the one "
+        f"that the search has found {found.accuracy:.1%}: the search has scored too few plans. Allow it more with "
+        f"--set search.max_evaluations=N, or use --agent {name}."
+    )
 
 
 def _uniform_widths(env: PruningEnv) -> tuple[int, ...] | None:

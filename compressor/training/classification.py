@@ -160,18 +160,25 @@ class Classification(Task):
     ) -> float:
         from export.convert.ort import accuracy_onnx
 
-        split = self.test
-        assert split is not None
+        return accuracy_onnx(path, self._test_batches(goals, advance), threads=torch.get_num_threads())
 
-        def batches() -> Iterator[tuple[Any, Any]]:
-            seen = 0
-            for x, y in split.batches(256, device="cpu"):
-                labels = y if self.labelled else goals[seen : seen + len(y)]
-                yield x.numpy(), labels.numpy()
-                seen += len(y)
-                advance(len(y))
+    def file_answers(self, path: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
+        from export.convert.ort import answers_onnx
 
-        return accuracy_onnx(path, batches(), threads=torch.get_num_threads())
+        if not self.labelled:
+            return None
+        found = answers_onnx(path, self._test_batches(None, lambda _: None), threads=torch.get_num_threads())
+        return torch.as_tensor(found[0]), torch.as_tensor(found[1])
+
+    def _test_batches(self, goals: Any, advance: Callable[[int], None]) -> Iterator[tuple[Any, Any]]:
+        """Yield the test inputs, and the labels or the dense network's answers (`goals`), as arrays."""
+        assert self.test is not None
+        seen = 0
+        for x, y in self.test.batches(256, device="cpu"):
+            labels = y if self.labelled else goals[seen : seen + len(y)]
+            yield x.numpy(), labels.numpy()
+            seen += len(y)
+            advance(len(y))
 
     def file_judge(self, number: int, seed: int, network: nn.Module) -> Callable[[Path], float]:
         from export.convert.ort import accuracy_onnx

@@ -212,6 +212,10 @@ class Task(ABC):
             advance: Receives the number of inputs after each batch.
         """
 
+    def file_answers(self, path: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the answers of an ONNX file and the labels, like `answers` of a network."""
+        return None
+
     @abstractmethod
     def file_judge(self, number: int, seed: int, network: nn.Module) -> Callable[[Path], float]:
         """Return a function that scores an ONNX file of a network on a sample of the search inputs, 0..1."""

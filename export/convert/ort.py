@@ -263,7 +263,15 @@ def onnx_outputs(path: str | Path | bytes, inputs: Any, *, threads: int = 1) -> 
 
 
 def accuracy_onnx(path: str | Path, batches: Iterable[tuple[Any, Any]], *, threads: int = 1) -> float:
-    """Measure the top-1 accuracy of a file, 0 to 1.
+    """Measure the top-1 accuracy of a file, 0 to 1; arguments and errors as for `answers_onnx`."""
+    answers, labels = answers_onnx(path, batches, threads=threads)
+    return float((answers == labels).mean())
+
+
+def answers_onnx(
+    path: str | Path, batches: Iterable[tuple[Any, Any]], *, threads: int = 1
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the classes that a file answers with, and the labels, (N,) each.
 
     Args:
         path: The file.
@@ -277,7 +285,8 @@ def accuracy_onnx(path: str | Path, batches: Iterable[tuple[Any, Any]], *, threa
 
     session = open_session(path, threads=threads)
     runs = False  # whether `session` was selected
-    right = total = 0
+    found: list[Any] = []
+    truth: list[Any] = []
     for inputs, labels in batches:
         images, classes = np.asarray(inputs, dtype=np.float32), np.asarray(labels)
         if not runs and len(images):
@@ -289,11 +298,11 @@ def accuracy_onnx(path: str | Path, batches: Iterable[tuple[Any, Any]], *, threa
             chunk = images[start : start + size]
             given = padded(chunk, size) if fixed else chunk
             scores = run_session(session, {wanted.name: given})[0][: len(chunk)]
-            right += int((scores.argmax(axis=1) == classes[start : start + size]).sum())
-        total += len(images)
-    if total == 0:
+            found.append(scores.argmax(axis=1))
+        truth.append(classes)
+    if not found:
         raise ExportError("Accuracy needs at least one input, got none.")
-    return right / total
+    return np.concatenate(found), np.concatenate(truth)
 
 
 def _for_many(path: str | Path, session: Any, images: Any, threads: int) -> Any:

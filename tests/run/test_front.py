@@ -8,8 +8,10 @@ import shutil
 from importlib import import_module
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -20,7 +22,7 @@ from compressor.cli.app import app
 from compressor.core.files import sha256_file
 from compressor.core.front import DropLimit, Front, Lost, Point, TargetRun
 from compressor.recipe import Budgets
-from compressor.report import judge_front
+from compressor.report import closing_front, judge_front
 from compressor.report.page import EPISODES
 from compressor.run.exports import Request, export_format
 from compressor.run.finish import report_again
@@ -31,6 +33,8 @@ from compressor.run.pipeline import resume
 from compressor.run.predict import predict
 from compressor.run.runs import clean, find_runs
 from compressor.run.share import card_of
+from compressor.run.stages import _worse_than
+from compressor.search.environment import Score
 from tests.other_device import OtherDevice
 from tests.run.test_own import FAST as OWN
 from tests.run.test_own import Own, batches, loss, share
@@ -122,6 +126,13 @@ def test_front_json_has_the_networks_as_measured(front: RunResult) -> None:
             assert point.tested is None
             assert point.searched is not None
             assert point.searched <= float(ours.searched or 0) + 1e-9  # all are candidates of the search
+
+
+def test_the_closing_table_has_a_row_for_each_delivered_network(front: RunResult) -> None:
+    """The agent is the knapsack, as is one of the networks that need no search."""
+    assert [row[""] for row in closing_front(front.manifest).records()] == ["dense", "latency-75", "latency-50"]
+    page = (front.directory / "report.html").read_text()
+    assert page.count("delivered (knapsack)") == 2
 
 
 def test_the_page_shows_the_front(front: RunResult) -> None:
@@ -267,6 +278,43 @@ def test_the_range_of_latencies_is_halved() -> None:
     assert (found.chosen, found.kept, found.steps) == ("latency-75", True, STEPS)
     none = judged(Front(targets=done, points=points), 1.0)
     assert (none.chosen, none.kept) == ("latency-80", False)
+
+
+def test_a_network_that_hardly_gets_faster_is_refused() -> None:
+    """0.965 of the time by the table, a margin of 2 %: 0.985, and 2 % above that is more than 0.99."""
+    table = SimpleNamespace(curve=lambda _: lambda _: [0.965], fitted_dense_ms=lambda _: 1.0)
+    space = SimpleNamespace(smallest_row=np.zeros(2))
+    job: Any = SimpleNamespace(table=table, space=space, recipe=SimpleNamespace(contract=SimpleNamespace(margin=0.02)))
+    with pytest.raises(CompressorError, match="the smallest one takes 98% of the dense network's time"):
+        Narrowing.of(job, Budgets(max_drop=1))
+    table.curve = lambda _: lambda _: [0.9]
+    assert Narrowing.of(job, Budgets(max_drop=1)).least == pytest.approx(1.02 * 0.9 / 0.98)
+
+
+def test_an_unknown_loss_is_not_the_smallest() -> None:
+    done = [entry(0.5, 3.0), TargetRun(folder="latency-60", budgets={"latency": "60%"}, lost=Lost())]
+    assert judged(Front(targets=done), 1.0).chosen == "latency-50"
+
+
+def test_a_failed_training_is_named_beside_a_missed_target() -> None:
+    done = [
+        TargetRun(folder="latency-50", status="finished", exit_code=3, verdict="Budget missed."),
+        TargetRun(folder="latency-60", status="finished", exit_code=0, state="doubtful"),
+    ]
+    assert judge_front(Front(status="finished", exit_code=3, targets=done)).remarks == (
+        "latency-50: Budget missed.", "latency-60: a training has failed, as its own page says."
+    )  # fmt: skip
+
+
+def test_a_network_without_a_search_that_scores_higher_is_named() -> None:
+    scores = {
+        name: Score((), accuracy, accuracy, {}, 0.0)
+        for name, accuracy in (("dense", 0.96), ("uniform", 0.63), ("knapsack", 0.805))
+    }
+    note = _worse_than(scores, Score((), 0.705, 0.705, {}, 0.0))
+    assert note is not None
+    assert note.startswith("The knapsack network within the same limits scores 80.5% on the search split")
+    assert _worse_than(scores, scores["knapsack"]) is None
 
 
 def test_of_the_networks_that_keep_it_the_fastest_as_measured_is_chosen() -> None:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from compressor import Recipe, run_recipe
 from compressor.cli.app import app
+from compressor.core.answers import read_answers
 from compressor.core.errors import CompressorError
 from compressor.core.manifest import Manifest, PrecisionPlan
+from compressor.models import create_model
+from compressor.recipe import load_recipe
+from compressor.run.folder import RunFolder
+from compressor.run.job import Job
+from compressor.run.max_drop import lost
 from compressor.run.mixed import chosen_of
+from compressor.run.points import points
+from compressor.run.runs import listed
 from export.convert.onnx_header import read_header
+from export.convert.to_onnx import export_onnx
 from export.errors import ExportError
 
 
@@ -86,6 +98,34 @@ def test_the_page_says_why(run: Path) -> None:
     assert "cannot be told apart" in page
     layers = Manifest.read(run / "manifest.json").exports["mixed"].layers
     assert all(layer.name in page for layer in layers)
+
+
+def test_what_is_lost_is_that_of_the_file_whose_time_is_measured(run: Path, tmp_path: Path) -> None:
+    """Another network's file stands for one that loses much in its precision."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    torch.manual_seed(1)
+    file = folder / "model.mixed.onnx"
+    export_onnx(create_model("tests.nets:tiny", 10).eval(), torch.zeros(1, 3, 16, 16), file)
+    job = Job.prepare(load_recipe(folder / "recipe.yaml"))
+    with RunFolder.open(folder) as found:
+        right, truth = (each.numpy() for each in job.task.file_answers(file) or ())
+        record, accuracy = found.manifest, float((right == truth).mean())
+        record.exports = {"mixed": record.exports["mixed"].model_copy(update={"accuracy": accuracy})}
+        dense, fp32 = float(record.accuracy.dense or 0), lost(found, job)
+        assert fp32.test_drop == pytest.approx(100 * (dense - float(record.accuracy.finetuned or 0)))
+        record.latency = record.latency.model_copy(update={"precision": "mixed"})
+        mixed = lost(found, job)
+        assert mixed.test_drop == pytest.approx(100 * (dense - accuracy))
+        assert mixed.search == job.task.on_search().file_score(file, job.model, None, lambda _: None) != fp32.search
+        answers = read_answers(folder)
+        changes = (np.array(answers.dense) == truth) - 1.0 * (right == truth)
+        assert mixed.error == pytest.approx(100 * changes.std() / len(truth) ** 0.5)
+        (point,) = points(found, job, with_dense=False)
+        assert (point.onnx, point.tested) == ("run/model.mixed.onnx", accuracy)
+        assert listed([folder]).records()[0]["score"] == record.accuracy.exported  # of what is on the disk so far
+        found.save()
+        assert listed([folder]).records()[0]["score"] == accuracy != record.accuracy.exported
 
 
 @pytest.mark.parametrize(
