@@ -165,6 +165,18 @@ def in_words(verdict: Verdict) -> str:
     return "cannot be decided on this machine now" if verdict == "undecided" else verdict
 
 
+def interval_in_words(low: float | None, high: float | None, digits: str = ".3f") -> str:
+    """Return a 95 % interval as text for the terminal: "0.480-0.530", or "not known" if an end is not.
+
+    Args:
+        low, high: Its ends; None or infinite if they are not known.
+        digits: Format of an end.
+    """
+    if low is None or high is None or not math.isfinite(high):
+        return "not known"
+    return f"{low:{digits}}-{high:{digits}}"
+
+
 def error_at(look: int) -> float:
     """Return the share of `ERROR` that is spent on the interval after `LOOKS[look]` sessions."""
     return ERROR * LOOKS[look] / sum(LOOKS)

@@ -15,7 +15,7 @@ from compressor.core.manifest import Budget, Latency, Measurement, Verdict
 from compressor.core.progress import say
 from compressor.core.records import RECIPE
 from compressor.latency.networks import with_distinct_weights
-from compressor.latency.paired import in_words
+from compressor.latency.paired import in_words, interval_in_words
 from compressor.latency.request import Turns
 from compressor.recipe import load_recipe
 from compressor.run.contract import Contract, interval_of, limit_ms
@@ -62,14 +62,14 @@ def measure(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> 
 def _add_round(run: RunFolder, found: Measurement, conditions: Conditions) -> None:
     """Add a measurement to the manifest, which is written when the stage ends, and describe it on the terminal."""
     run.manifest.rounds = [*run.manifest.rounds, found]
-    reach = f"{found.low:.3f}-{found.high:.3f}" if found.interval[1] is not None else "not known"
+    low, high = found.interval
     usual = conditions == UNLOADED
     how = "Without other load" if conditions.at_median else "In milliseconds"
     say(
-        f"The plan takes {found.ratio:.3f} of dense{'' if usual else f' ({conditions.title})'}, 95 % interval {reach}, "
-        f"after {found.bursts} bursts in {found.seconds:.0f} s; target {found.target_ratio:.3f}: "
-        f"{in_words(found.verdict or 'undecided')}. {how}: {found.measured_ms:.3f} ms, dense {found.dense_ms:.3f} ms, "
-        f"target {found.target_ms:.3f} ms."
+        f"The plan takes {found.ratio:.3f} of dense{'' if usual else f' ({conditions.title})'}, 95 % interval "
+        f"{interval_in_words(low, high)}, after {found.bursts} bursts in {found.seconds:.0f} s; target "
+        f"{found.target_ratio:.3f}: {in_words(found.verdict or 'undecided')}. {how}: {found.measured_ms:.3f} ms, "
+        f"dense {found.dense_ms:.3f} ms, target {found.target_ms:.3f} ms."
     )
 
 
@@ -208,7 +208,7 @@ def measure_again(folder: Path) -> Iterator[str]:
             )
         yield (
             f"slim takes {ratio.value:.1%} of the dense network's time, 95 % interval "
-            f"{ratio.low:.1%}-{ratio.high:.1%}, after {ratio.bursts} bursts in turns"
+            f"{interval_in_words(ratio.low, ratio.high, '.1%')}, after {ratio.bursts} bursts in turns"
         )
         if target is not None:
             target = target if most_ms is None else most_ms / ratio.dense_ms

@@ -16,6 +16,7 @@ from compressor.latency.paired import (
     burst_of,
     error_at,
     in_turns,
+    interval_in_words,
     trimmed_interval,
 )
 from compressor.latency.request import Turns
@@ -142,6 +143,13 @@ def test_the_error_is_shared_out_over_all_looks() -> None:
 )
 def test_the_trimmed_interval_as_by_hand(values: list[float], centre: float, half: float) -> None:
     assert trimmed_interval(values, 0.05) == pytest.approx((centre, half), rel=1e-3)
+
+
+def test_an_interval_without_an_end_is_not_known() -> None:
+    assert interval_in_words(0.48, 0.53) == "0.480-0.530"
+    assert interval_in_words(0.01, 17.342, ".1%") == "1.0%-1734.2%"
+    for low, high in ((0.0, float("inf")), (0.0, None), (None, None)):
+        assert interval_in_words(low, high) == "not known"
 
 
 def test_no_tail_no_note() -> None:

@@ -169,6 +169,11 @@ def test_a_run_is_measured_again_on_its_device(
     assert "median 1.000 ms" in lines[0]
     assert "(nothing " in lines[0]
     assert not any(here in line for line in lines)
+    monkeypatch.setattr("compressor.latency.local.measured", lambda *_: timing([2.0], [1.0]))
+    assert any(
+        "slim takes 50.0% of the dense network's time, 95 % interval not known, after" in line
+        for line in again("local", "onnxruntime-cpu 1")
+    )
 
 
 class Plain(MeasuredDevice):
