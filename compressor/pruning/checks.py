@@ -223,9 +223,12 @@ def confirm_cut(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> Chec
     skipped = found.other
     changed = len(found.agreed) + len(skipped)
     count = len(plan.removed)
-    blocks = f"the removal of {count} block{'s' if count > 1 else ''}, which torch-pruning cannot do" if count else ""
-    if not skipped and not found.unreached:
-        words = f"confirmed by torch-pruning: {len(compared)} tensors, {changed} groups of channels"
+    blocks = f"the removal of {_number(count, 'block')}, which torch-pruning cannot do" if count else ""
+    if not changed or not (skipped or found.unreached):
+        words = "no channels were removed"
+        if changed:
+            tensors, groups = _number(len(compared), "tensor"), _number(changed, "group")
+            words = f"confirmed by torch-pruning: {tensors}, {groups} of channels"
         return Check(True, f"{words}; not checked: {blocks}" if blocks else words)
     lacks = [blocks] if blocks else []
     if skipped:
@@ -235,12 +238,17 @@ def confirm_cut(space: PruningSpace, plan: ChannelPlan, slim: nn.Module) -> Chec
         kinds = [f"{count} through {operations}" for operations, count in reasons.most_common(3)]
         kinds += [f"{len(found.unable)} that it cannot remove"] if found.unable else []
         first, what = next(iter(skipped.items()))
-        groups = f"{len(skipped)} group{'s' if len(skipped) > 1 else ''}"
+        groups = _number(len(skipped), "group")
         lacks.append(f"its graph cannot express {groups} ({'; '.join(kinds)}), such as {first}: {what}")
     if found.unreached:
-        lacks.append(f"its graph does not reach {len(found.unreached)} tensors, such as {found.unreached[0]}")
-    start = f"{len(found.agreed)} of {changed} groups of channels confirmed by torch-pruning; "
+        tensors = _number(len(found.unreached), "tensor")
+        lacks.append(f"its graph does not reach {tensors}, such as {found.unreached[0]}")
+    start = f"{len(found.agreed)} of {_number(changed, 'group')} of channels confirmed by torch-pruning; "
     return Check(None, f"{start if found.agreed else ''}not checked: {'; '.join(lacks)}")
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def runs(space: PruningSpace, plan: ChannelPlan, group: str) -> bool:

@@ -17,6 +17,7 @@ from compressor.pruning.counts import MultiplyAdds
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
 from tests.pruning.networks import Attentive, UNet, Zoo, filled
+from tests.pruning.test_blocks import Traps
 from tests.pruning.test_space import Grouped
 
 Slim = tuple[PruningSpace, ChannelPlan, nn.Module]
@@ -111,6 +112,28 @@ def test_what_its_graph_cannot_trace_is_not_checked() -> None:
     assert whole.words.startswith("not checked: its graph")
 
 
+def test_without_removed_channels_there_is_nothing_to_confirm() -> None:
+    torch.manual_seed(0)
+    space = PruningSpace(filled(Traps()), torch.randn(1, 3, 12, 12))
+    for removed, words in (
+        ((), "no channels were removed"),
+        (("plain",), "no channels were removed; not checked: the removal of 1 block, which torch-pruning cannot do"),
+        (
+            ("plain", "active"),
+            "no channels were removed; not checked: the removal of 2 blocks, which torch-pruning cannot do",
+        ),
+    ):
+        plan = space.plan({}, removed=removed)
+        assert confirm_cut(space, plan, space.apply(plan)).words == words
+
+
+def test_a_single_group_is_no_plural() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
+    space = PruningSpace(filled(model), torch.zeros(1, 3, 4, 4))
+    plan = space.plan({"0": 5})
+    assert confirm_cut(space, plan, space.apply(plan)).words.endswith(" tensors, 1 group of channels")
+
+
 class InTraining(nn.Module):
     """A second head that only training uses."""
 
@@ -127,7 +150,7 @@ def test_layers_that_only_training_uses_are_named() -> None:
     space, plan, slim = slim_of(InTraining(), 3, 8, 8)
     assert slim.spare.in_features < 8
     assert confirm_cut(space, plan, slim).words == (
-        "1 of 1 groups of channels confirmed by torch-pruning; not checked: its graph does not reach 1 tensors, such "
+        "1 of 1 group of channels confirmed by torch-pruning; not checked: its graph does not reach 1 tensor, such "
         "as spare.weight"
     )
 
