@@ -265,8 +265,9 @@ def _notes(result: RunResult) -> Iterator[str]:
 
 def _finish(result: RunResult, json: bool) -> None:
     """Print the result of a run and end with its exit code."""
+    from compressor.core.manifest import Manifest
     from compressor.report import checks, closing_front, closing_table, judge, judge_front
-    from compressor.run.finish import OPEN
+    from compressor.run.finish import OPEN, open_words
 
     manifest = result.manifest
     if json:
@@ -280,12 +281,8 @@ def _finish(result: RunResult, json: bool) -> None:
     show(f"Note: {note}" for note in _notes(result))
     show([" ".join((judged.sentence, *judged.remarks))], style=VERDICT_COLOURS.get(judged.state, "yellow"))
     if result.exit_code == OPEN and result.chosen is None:
-        show(
-            [
-                "Exit code 4: no budget is missed, but not every one is met as measured. --accept-predicted makes it 0 "
-                "if budgets are only predicted."
-            ]
-        )
+        manifests = [Manifest.tolerant(each.manifest) for each in result.runs or (result,)]
+        show([open_words(budget for each in manifests for budget in each.budgets)])
     show([f"All files are in {result.directory} (open report.html)."])
     raise typer.Exit(result.exit_code)
 

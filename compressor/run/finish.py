@@ -12,9 +12,12 @@ from compressor.core.answers import ANSWERS
 from compressor.core.files import sha256_file
 from compressor.core.front import FRONT, Front
 from compressor.core.manifest import MANIFEST, Budget, Manifest
+from compressor.core.metrics import PYTHON
 from compressor.core.records import RECIPE
+from compressor.latency.paired import interval_in_words
 from compressor.models.onnx_file import NETWORK
 from compressor.report.judgement import time_ratio, verdict_of
+from compressor.report.next_steps import repeat_command
 from compressor.run.deployable import DEPLOYED, write_deployable
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job
@@ -28,6 +31,9 @@ KEPT, MISSED, OPEN = 0, 3, 4
 """Exit codes: every budget is met as measured; the best plan found misses one; a budget is only predicted, or its
 measurement is undecided."""
 
+LONGER_S = 300.0
+"""Time limit of one measurement that is suggested where a shorter one has not decided, in seconds."""
+
 HARDLY_FASTER = 0.95  # of the dense network's time; pruning is expected to save more
 
 
@@ -39,7 +45,7 @@ def finish(run: RunFolder, job: Job, plan: ChannelPlan) -> int:
     """
     manifest = run.manifest
     code = exit_code(manifest.budgets, job.recipe.contract.accept_predicted)
-    notes = [*manifest.notes, *_closing_notes(manifest, job, plan), *_on_the_device(run, job.recipe)]
+    notes = [*manifest.notes, *_closing_notes(run, job, plan), *_on_the_device(run, job.recipe)]
     manifest.status, manifest.exit_code, manifest.notes = "finished", code, list(dict.fromkeys(notes))
     run.save()
     write_deployable(run, job.recipe, job.task)
@@ -87,29 +93,46 @@ def exit_code(budgets: Iterable[Budget], accept_predicted: bool = False) -> int:
     return KEPT
 
 
-def undecided_note(low: float | None, high: float | None) -> str:
-    """Return why a measurement has not decided a latency target.
+def open_words(budgets: Iterable[Budget]) -> str:
+    """Return what exit code 4 says of these budgets, and what helps."""
+    if any(verdict_of(budget) == "undecided" for budget in budgets):
+        helps = "What is undecided needs a quieter machine or a longer measurement, in a new run."
+    else:
+        helps = "--accept-predicted makes it 0: budgets are only predicted."
+    return f"Exit code {OPEN}: no budget is missed, but not every one is met as measured. {helps}"
+
+
+def undecided_note(manifest: Manifest, folder: Path, seconds: float) -> str:
+    """Return why a run's measurement has not decided its latency target, and what may decide it.
 
     Args:
-        low, high: 95 % interval of the slim network's share of the dense one's time; `high` is None if it is not known.
+        manifest: The run's manifest.
+        folder: Its folder.
+        seconds: Time limit of its measurements.
     """
+    low, high = manifest.latency.interval or (None, None)
     found = "there were too few runs to know how far its result is off"
     if low is not None and high is not None:
         found = (
-            f"the slim network takes between {low:.3f} and {high:.3f} of the dense one's time (95 % interval), and the "
+            f"the slim network takes {interval_in_words(low, high)} of the dense one's time (95 % interval), and the "
             "target lies inside"
         )
+    longer = f"{max(LONGER_S, 2 * seconds):g}"
+    again = f"{repeat_command(folder)} --set contract.seconds={longer}"
+    if manifest.data == PYTHON:  # its recipe alone cannot be run
+        again = f'the same call with contract={{"seconds": {longer}}} and another out'
     return (
-        f"The measurement cannot decide whether the latency target is met: {found}. Measure again on a quiet machine: "
-        "compress measure RUN; or allow more time: --set contract.seconds=300."
+        f"The measurement cannot decide whether the latency target is met: {found}. A new run on a quiet machine, with "
+        f"more time, may: {again}. This run keeps its verdict: --resume takes no other contract.seconds, and compress "
+        f"measure {shlex.quote(str(folder))} measures again without judging anew."
     )
 
 
-def _closing_notes(manifest: Manifest, job: Job, plan: ChannelPlan) -> Iterator[str]:
-    budgets = manifest.budgets
+def _closing_notes(run: RunFolder, job: Job, plan: ChannelPlan) -> Iterator[str]:
+    manifest, budgets = run.manifest, run.manifest.budgets
     pruned = bool(plan.removed) or plan.widths != job.space.dense().widths
     if any(verdict_of(budget) == "undecided" for budget in budgets):
-        yield undecided_note(*(manifest.latency.interval or (0.0, None)))
+        yield undecided_note(manifest, run.path, job.recipe.contract.seconds)
     if any(verdict_of(budget) == "predicted" for budget in budgets):
         yield not_measured(job.recipe, job.table is not None and job.table.estimated)
     if budgets and not pruned:

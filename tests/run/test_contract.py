@@ -15,6 +15,7 @@ import pytest
 from compressor import run_recipe
 from compressor.core.errors import CompressorError
 from compressor.core.manifest import Epoch, Manifest, Measurement
+from compressor.core.metrics import PYTHON
 from compressor.latency.local import LocalCpu
 from compressor.latency.networks import tag
 from compressor.latency.paired import Timing
@@ -153,9 +154,30 @@ def test_what_cannot_be_told_is_not_searched_again_and_ends_with_4(
     assert (result.exit_code, budget["verdict"], budget["kept"]) == (4, "undecided", None)
     assert len(result.manifest["rounds"]) == 2  # before the fine-tuning, and after it
     assert "corrections" not in result.manifest
-    assert any("cannot decide whether the latency target is met" in note for note in result.manifest["notes"])
-    assert "takes between 0.480 and 0.530 of the dense one's time (95 % interval)" in undecided_note(0.48, 0.53)
-    assert ": there were too few runs to know how far its result is off. Measure again" in undecided_note(0.0, None)
+    (note,) = [each for each in result.manifest["notes"] if "cannot decide whether the latency" in each]
+    low, high = result.manifest["latency"]["interval"]
+    assert f"takes {low:.3f}-{high:.3f} of the dense one's time (95 % interval)" in note
+    assert f"compress --recipe {tmp_path / 'run' / 'recipe.yaml'} --set contract.seconds=" in note
+
+
+@pytest.mark.parametrize(
+    ("data", "interval", "seconds", "words"),
+    [
+        ("digits", [0.48, 0.53], 90, "takes 0.480-0.530 of the dense one's time (95 % interval)"),
+        ("digits", [0.0, None], 90, "there were too few runs to know how far its result is off. A new run"),
+        ("digits", None, 90, "compress --recipe 'my runs/one/recipe.yaml' --set contract.seconds=300. "),
+        ("digits", None, 400, "--set contract.seconds=800. "),
+        (PYTHON, None, 90, 'the same call with contract={"seconds": 300} and another out. '),
+    ],
+)
+def test_an_undecided_run_is_told_what_may_decide(
+    data: str, interval: list[float | None] | None, seconds: float, words: str
+) -> None:
+    manifest = Manifest.tolerant({"data": data, "latency": {"interval": interval}})
+    note = undecided_note(manifest, Path("my runs/one"), seconds)
+    assert words in note
+    assert note.endswith("compress measure 'my runs/one' measures again without judging anew.")
+    assert ("compress --recipe" in note) == (data != PYTHON)
 
 
 def test_a_delivered_network_undecided_above_the_aim_is_searched_again(

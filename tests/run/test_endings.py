@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from compressor.cli.app import app
 from compressor.core.manifest import Manifest
-from compressor.run.finish import exit_code
+from compressor.run.finish import exit_code, open_words
 
 KEPT, MISSED = {"kept": True, "verdict": "kept"}, {"kept": False, "verdict": "missed"}
 PREDICTED, UNDECIDED = {"kept": None, "verdict": "predicted"}, {"kept": None, "verdict": "undecided"}
@@ -37,6 +37,21 @@ def test_exit_codes_follow_the_budgets(budgets: list[dict[str, Any]], code: int,
     judged = Manifest.tolerant({"budgets": budgets}).budgets
     assert exit_code(judged) == code
     assert exit_code(judged, accept_predicted=True) == accepting
+
+
+@pytest.mark.parametrize(
+    ("budgets", "helps", "does_not"),
+    [
+        ([KEPT, PREDICTED], "--accept-predicted makes it 0", "new run"),
+        ([KEPT, UNDECIDED], "a longer measurement, in a new run.", "--accept-predicted"),
+        ([PREDICTED, UNDECIDED], "a longer measurement, in a new run.", "--accept-predicted"),
+    ],
+)
+def test_what_helps_after_exit_code_4(budgets: list[dict[str, Any]], helps: str, does_not: str) -> None:
+    said = open_words(Manifest.tolerant({"budgets": budgets}).budgets)
+    assert said.startswith("Exit code 4: no budget is missed, but not every one is met as measured. ")
+    assert helps in said
+    assert does_not not in said
 
 
 def test_what_is_only_predicted_ends_with_4_unless_that_is_accepted(tmp_path: Path) -> None:
