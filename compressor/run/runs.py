@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ _NOTHING = "nothing to remove"
 def find_runs(places: Sequence[Path]) -> list[Path]:
     """Return the folders of runs: the given ones, and those below given folders; by default those below `runs/`.
 
+    They are in the order of their names, those of several targets in the order of the targets.
+
     Raises:
         CompressorError: A folder does not exist, or there is no run.
     """
@@ -47,9 +49,18 @@ def _below(place: Path, levels: int) -> Iterator[Path]:
     if (place / RECIPE).is_file() and not (place / FRONT).is_file():
         yield place
     elif levels or (place / FRONT).is_file():
-        for each in sorted(place.iterdir()):
+        targets = _targets(place)
+        for each in sorted(place.iterdir(), key=lambda each: (targets.get(each.name, len(targets)), each)):
             if each.is_dir() and not each.name.startswith("."):
                 yield from _below(each, max(0, levels - 1))
+
+
+def _targets(place: Path) -> dict[str, int]:
+    """Return the place of each target's folder in the front of a folder; none without one, or if it is damaged."""
+    with suppress(CompressorError):
+        if (place / FRONT).is_file():
+            return {each.folder: at for at, each in enumerate(Front.read_tolerant(place / FRONT).targets)}
+    return {}
 
 
 def listed(runs: Sequence[Path]) -> Table:

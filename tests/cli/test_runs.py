@@ -102,6 +102,16 @@ def test_runs_are_compared(runs: Path) -> None:
     assert "Two runs are needed" in command("compare", "runs/one", code=2)
 
 
+def test_several_targets_are_compared_in_their_order(runs: Path) -> None:
+    def order() -> list[str]:
+        return [name for name in json.loads(command("compare", "runs", "--json"))[0] if name]
+
+    assert order() == ["one", "three", "two"]
+    targets = [{"folder": "two"}, {"folder": "one"}]
+    (runs / "front.json").write_text(json.dumps({"schema": 1, "targets": targets}))
+    assert order() == ["two", "one", "three"]  # a folder that is no target comes last
+
+
 def test_a_finished_run_is_cleaned_and_stays_whole(runs: Path) -> None:
     folder, results = runs / "one", manifest_of(runs / "one")["files"]
     spare = sorted(path.name for path in (folder / "checkpoints").glob("*.pt"))
