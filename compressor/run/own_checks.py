@@ -280,6 +280,11 @@ class Checked:
             with own_randomness(self.recipe.seed, torch.device("cpu")):
                 found = Memory.of(batches, self.inputs, CALIBRATION, alike=alike)
         except CompressorError as error:
+            if isinstance(batches, torch.Tensor):  # its rows were taken for batches
+                raise CompressorError(
+                    f"{name} is one tensor of shape {list(batches.shape)}, expected batches.",
+                    f"Pass a list of batches, such as {name}=[inputs] or {name}=inputs.split(16).",
+                ) from None
             raise CompressorError(f"{name}: {error.message}", error.hint) from None
         if len(found) < LEAST:
             raise CompressorError(

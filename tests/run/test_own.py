@@ -242,6 +242,10 @@ X = pictures(8)[0]
         ({"train": Once(), "loss": loss, "evaluate": share(1)}, "train has no batches"),
         ({"calibration": []}, "calibration has no batches"),
         ({"calibration": [torch.zeros(4, 3, 8, 8)]}, r"does not fit the network: .*\[4, 3, 8, 8\].*\[1, 1, 8, 8\]"),
+        (
+            {"calibration": X},
+            r"calibration is one tensor of shape \[8, 1, 8, 8\], expected batches.*calibration=\[inputs\]",
+        ),
         ({"calibration": [X, torch.zeros(4, 1, 9, 9)]}, "calibration: The batches' inputs cannot be put together"),
         ({"calibration": [X[:1]]}, "calibration holds 1 input; at least 3"),
         ({"train": [X], "evaluate": share(1)}, r"cross-entropy of a batch of \(inputs, labels\) raises"),
