@@ -73,8 +73,7 @@ def measurement(manifest: Manifest) -> str:
     if latency.measured_ms is None:
         return f"The latency was not measured{f' on {latency.device}' if latency.device else ''}."
     parts = [latency.device or "device not recorded", latency.runtime or "runtime not recorded"]
-    floats = "fp16" if (latency.runtime or "").startswith("tensorrt") else "fp32"
-    mixed = f"mixed precision, the dense network in {floats}"
+    mixed = f"mixed precision, the dense network in {_floats(manifest)}"
     parts += [mixed if latency.precision == "mixed" else latency.precision or "precision not recorded"]
     parts += [
         f"{name} {value:g}"
@@ -85,6 +84,14 @@ def measurement(manifest: Manifest) -> str:
     parts += [f"{streams} networks at once, each run under the load of the others"] if streams > 1 else []
     many = "runs" if latency.runs is None else f"{latency.runs:,.0f} runs"
     return f"Latency is the {percentile_name(latency.percentile)} of {many}: {', '.join(parts)}.{_tail(latency)}"
+
+
+def _floats(manifest: Manifest) -> str:
+    """Return the precision of the layers of a run in mixed precision that are not in INT8."""
+    file = manifest.exports.get("mixed")
+    if file is not None and file.rest:
+        return file.rest
+    return "fp16" if (manifest.latency.runtime or "").lower().startswith("tensorrt") else "fp32"
 
 
 def _tail(latency: Latency) -> str:
@@ -274,9 +281,12 @@ def header(manifest: Manifest) -> str:
     latency, recipe = manifest.latency, manifest.recipe
     device = latency.device or _text(recipe.get("device"))
     precision = latency.precision or _text(recipe.get("precision"))
+    words = precision.upper()
+    if precision == "mixed":  # before the measurement, its floats are not recorded
+        words = f"mixed {_floats(manifest).upper()} and INT8" if latency.runtime else "mixed precision"
     cpu = _text(manifest.machine.get("cpu"))
     on_cpu = device == "local" and cpu and (latency.runtime or "").startswith("onnxruntime-cpu")
-    parts = [f"{cpu} (local)" if on_cpu else device, latency.runtime, precision.upper(), _day(manifest)]
+    parts = [f"{cpu} (local)" if on_cpu else device, latency.runtime, words, _day(manifest)]
     return ", ".join(part for part in parts if part)
 
 

@@ -283,6 +283,22 @@ def test_the_header_says_where_and_when() -> None:
     assert explain.header(Manifest()) == ""
 
 
+@pytest.mark.parametrize(
+    ("runtime", "rest", "words"),
+    [
+        ("onnxruntime-cpu 1.32.0", "", "mixed FP32 and INT8"),
+        ("tensorrt 10.3", "", "mixed FP16 and INT8"),
+        ("TensorRT 10.3", "", "mixed FP16 and INT8"),
+        ("tensorrt 10.3", "fp32", "mixed FP32 and INT8"),
+        (None, "", "mixed precision"),
+    ],
+)
+def test_the_header_names_both_precisions_of_a_mixed_run(runtime: str | None, rest: str, words: str) -> None:
+    latency = {"device": "somewhere", "runtime": runtime, "precision": "mixed"}
+    run = Manifest.tolerant({"latency": latency, "exports": {"mixed": {"rest": rest}} if rest else {}})
+    assert explain.header(run) == ", ".join(part for part in ("somewhere", runtime, words) if part)
+
+
 def networks_of(manifest: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     """The rows of the front of one run, by network."""
     found = tradeoff(Manifest.tolerant(manifest))
