@@ -166,7 +166,7 @@ def _rows(front: Front, kinds: Sequence[Kind] = ("dense", "uniform", "knapsack",
         if dense is not None and point is not dense and None not in (point.tested, dense.tested):
             lost = float(point.tested or 0) - float(dense.tested or 0)
         yield {
-            "kind": f"delivered ({front.agent})" if point.kind == "ours" and front.agent else point.kind,
+            "kind": _named(front, point.kind),
             "target": point.target,
             "latency": milliseconds(point.latency_ms),
             "share": _share(point),
@@ -176,6 +176,11 @@ def _rows(front: Front, kinds: Sequence[Kind] = ("dense", "uniform", "knapsack",
             "file": "" if point.onnx is None else point.onnx.rpartition("/")[2],
             "link": quote(point.onnx) if point.onnx else "",
         }
+
+
+def _named(front: Front, kind: str) -> str:
+    """Return a kind of point by name; ours by the agent, which may be called like a network that needs no search."""
+    return f"delivered ({front.agent})" if kind == "ours" and front.agent else kind
 
 
 def _share(point: Point) -> str:
@@ -266,7 +271,7 @@ def _line(axes: Axes, front: Front, kind: str, points: Sequence[Point], heights:
     if not points:
         return
     role, marker = _LOOKS[kind]
-    name = front.agent if kind == "ours" and front.agent else kind
+    name = _named(front, kind)
     colour, places = COLOURS[role], [_place(front, point) for point in points]
     axes.plot(places, heights, color=colour, linewidth=1.4 if kind == "ours" else 0.8)
     both = list(zip(places, heights, points, strict=True))
