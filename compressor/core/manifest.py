@@ -663,6 +663,12 @@ class Manifest(Document):
         file = self.deployed
         return self.accuracy.finetuned if file is None or file.accuracy is None else file.accuracy
 
+    @property
+    def deployed_by_onnxruntime(self) -> Export | None:
+        """The deployed file, if it is in the form for ONNX Runtime; else `model.onnx` stands for it there."""
+        file = self.deployed
+        return file if file is not None and file.runtime == "onnxruntime" else None
+
     def finished(self, stage: str) -> bool:
         """Return whether a stage has finished."""
         return bool(stage in self.stages and self.stages[stage].finished)

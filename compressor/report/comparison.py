@@ -115,13 +115,15 @@ def _latency_rows(manifest: Manifest) -> list[Row]:
 
 
 def _cost_rows(manifest: Manifest) -> list[Row]:
-    dense, slim = manifest.cost.dense, manifest.cost.slim
+    dense, slim, file = manifest.cost.dense, manifest.cost.slim, manifest.deployed
+    own = [] if file is None else [(f"File {file.file}", dense.onnx_bytes, file.bytes, size)]
     return [
         Row(label, shown(before), shown(after), percent(ratio(after, before)))
         for label, before, after, shown in (
             ("MACs", dense.macs, slim.macs, count),
             ("Parameters", dense.params, slim.params, count),
-            ("ONNX file", dense.onnx_bytes, slim.onnx_bytes, size),
+            ("ONNX file" if file is None else "ONNX file in FP32", dense.onnx_bytes, slim.onnx_bytes, size),
+            *own,
             ("Weights, safetensors", dense.safetensors_bytes, slim.safetensors_bytes, size),
         )
     ]
@@ -129,12 +131,12 @@ def _cost_rows(manifest: Manifest) -> list[Row]:
 
 def tiles(manifest: Manifest) -> list[Tile]:
     """Return the four most important numbers; unknown ones are left out."""
-    dense, slim = manifest.cost.dense, manifest.cost.slim
+    dense, slim, file = manifest.cost.dense, manifest.cost.slim, manifest.deployed
     found = [
         _latency_tile(manifest),
         _accuracy_tile(manifest),
         _tile("MACs", slim.macs, dense.macs, count, "fewer"),
-        _tile("ONNX file", slim.onnx_bytes, dense.onnx_bytes, size, "smaller"),
+        _tile("ONNX file", slim.onnx_bytes if file is None else file.bytes, dense.onnx_bytes, size, "smaller"),
     ]
     return [tile for tile in found if tile is not None]
 

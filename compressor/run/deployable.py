@@ -33,7 +33,7 @@ _ANSWERS = {
 
 
 def write_deployable(run: RunFolder, recipe: Recipe, task: Task) -> None:
-    """Write the files that say how `model.onnx` is used, as far as the run knows it.
+    """Write the files that say how the delivered network is used, as far as the run knows it.
 
     Args:
         run: Run that has exported its network.
@@ -41,7 +41,9 @@ def write_deployable(run: RunFolder, recipe: Recipe, task: Task) -> None:
     """
     kind = PYTHON if recipe.from_python else recipe.task or "classification"
     facts, network = task.facts(), open_session(run.file(MODEL))
+    own = run.manifest.deployed_by_onnxruntime
     how = {
+        "file": MODEL if own is None else own.file,
         "answer": _ANSWERS[kind],
         "task": kind,
         "inputs": [_tensor(each) for each in network.get_inputs()],
@@ -86,17 +88,18 @@ def _of_a_picture(run: RunFolder) -> dict[str, Any]:
 
 
 def _scored(run: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
-    """Return the score of `model.onnx` and what it is a score of; None if it has none."""
-    accuracy = run.manifest.accuracy
-    if accuracy.exported is None:
+    """Return the score of the file to use and what it is a score of; None if it has none."""
+    accuracy, own = run.manifest.accuracy, run.manifest.deployed_by_onnxruntime
+    value, inputs = (accuracy.exported, accuracy.exported_images) if own is None else (own.accuracy, own.images)
+    if value is None:
         return None
     return {
-        "file": MODEL,
+        "file": MODEL if own is None else own.file,
         "metric": accuracy.metric,
-        "value": accuracy.exported,
+        "value": value,
         "data": recipe.data.source,
         "split": accuracy.split,
-        "inputs": accuracy.exported_images,
+        "inputs": inputs,
     }
 
 

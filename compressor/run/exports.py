@@ -19,7 +19,7 @@ from compressor.models.onnx_file import NETWORK
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.boxes import check_detection, write_boxes
 from compressor.run.conversions import Conversion, write_precision
-from compressor.run.device import opset_of, provider_of, request_of
+from compressor.run.device import int8_runtime, opset_of, provider_of, request_of
 from compressor.run.finish import write_page
 from compressor.run.folder import RunFolder
 from compressor.run.load import builder_of, load_images, missing_data, network_of, task_of
@@ -212,9 +212,7 @@ class Finished:
         elif request.precision == "fp32":
             yield f"{fp32} is there, checked when the run wrote it."
         if request.precision != "fp32":
-            provider = provider_of(self.recipe)
-            runtime = "" if request.target else self.run.manifest.latency.runtime or provider.runtime
-            here = runtime.startswith(CPU)
+            provider, runtime = provider_of(self.recipe), self.runtime(request)
             conversion = Conversion(
                 run=self.run,
                 task=self.task,
@@ -225,10 +223,8 @@ class Finished:
                 max_drop_points=request.max_drop,
                 goals=self.goals,
                 rounding=request.rounding,
-                rest=request.rest or ("fp32" if here else "fp16"),
-                runtime=ONNXRUNTIME
-                if here and request.rest is None and request.format == "onnx"
-                else TENSORRT,
+                rest=request.rest or ("fp32" if self.timed_on_cpu(request) else "fp16"),
+                runtime=runtime,
                 method=request.method,
                 timer=self._timer(request) if request.precision == "mixed" else None,
             )
@@ -265,11 +261,13 @@ class Finished:
     def path_of(self, request: Request, precision: str | None = None) -> Path:
         """Return the path of a request's ONNX file; plain: the run's own.
 
-        It is `model[.boxes][.PRECISION][.tensorrt][.BATCH][.OPSET].onnx`. A file in mixed precision that is measured on
-        another device than the run's does not take the place of the run's own.
+        It is `model[.boxes][.PRECISION][.tensorrt][.BATCH][.OPSET].onnx`. A file for another device than the run's does
+        not take the place of the one that the run has timed: in mixed precision, or in INT8 for TensorRT.
         """
         chosen, opset = precision or request.precision, self.opset(request)
         elsewhere = chosen == "mixed" and request.address not in (None, self.recipe.device)
+        if chosen == self.recipe.precision == "int8":
+            elsewhere = (self.runtime(request), int8_runtime(self.recipe)) == (TENSORRT, ONNXRUNTIME)
         parts = [
             "model",
             "boxes" if request.format == "boxes" else "",
@@ -280,6 +278,16 @@ class Finished:
             "onnx",
         ]
         return self.run.file(".".join(part for part in parts if part))
+
+    def runtime(self, request: Request) -> str:
+        """Return what a request's INT8 file is for: ONNX Runtime or TensorRT."""
+        plain = request.rest is None and request.format == "onnx"
+        return ONNXRUNTIME if plain and self.timed_on_cpu(request) else TENSORRT
+
+    def timed_on_cpu(self, request: Request) -> bool:
+        """Whether a request is for the device of the run, and the run was timed on a CPU."""
+        timed = self.run.manifest.latency.runtime or provider_of(self.recipe).runtime
+        return request.target is None and timed.startswith(CPU)
 
     def batch(self, request: Request) -> Batch:
         """Return the batch of a request: as given, or the run's."""

@@ -65,8 +65,8 @@ def predict(
         folder: Folder of a run that has exported its network.
         photos: Image files.
         runtime: One of `RUNTIMES`.
-        precision: That of the ONNX file or engine, which the run must have; None is fp32, or mixed if the run delivers
-            such a file for ONNX Runtime.
+        precision: That of the ONNX file or engine, which the run must have; None is fp32, or the run's own if it
+            delivers such a file for ONNX Runtime.
         top: Number of classes of each photograph.
         factory: Function that builds the network if it is the user's own code, for torch.
 
@@ -85,8 +85,8 @@ def predict(
         raise CompressorError(f"There is no photograph {missing}.")
     recipe = _finished(folder)
     if precision is None:
-        mixed = recipe.precision == "mixed" and runtime == "onnx" and recipe.task != "detection"
-        precision = "mixed" if mixed else "fp32"
+        own = runtime == "onnx" and recipe.task != "detection" and Manifest.read(folder / MANIFEST)
+        precision = recipe.precision if own and own.deployed_by_onnxruntime else "fp32"
     preprocessing, names = _preprocessing(folder), _names(folder)
     read: Callable[[Sequence[Any], list[str], Path, Preprocessing], Iterator[Answer]]
     if recipe.task == "detection":

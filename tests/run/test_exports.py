@@ -11,11 +11,20 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from compressor import Recipe, load, run_recipe
 from compressor.cli.app import app
 from compressor.core.files import sha256_file
+from compressor.core.manifest import Manifest
+from compressor.recipe import load_recipe
+from compressor.report.comparison import comparison
+from compressor.report.formats import size
+from compressor.run.deployable import write_deployable
+from compressor.run.exports import Finished
+from compressor.run.folder import RunFolder
+from compressor.run.predict import predict
 from export.convert import parity, quantize
 from export.convert.onnx_header import read_header
 from export.convert.program import load_program
@@ -248,6 +257,36 @@ def test_int8_has_the_form_of_the_runtime_that_it_is_for(run: Path, tmp_path: Pa
     facts = read_header(tmp_path / "int8.onnx").metadata
     assert "runtime" not in facts  # written again, for TensorRT
     assert facts["rest"] == "fp16"
+
+
+def test_an_int8_run_keeps_the_file_that_it_has_timed(run: Path, tmp_path: Path) -> None:
+    """A file for TensorRT has another form and another name; programs use the run's own."""
+    export(run, "--precision", "int8", "--max-drop", 3)
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("precision: fp32", "precision: int8", 1))
+    with RunFolder.open(run) as folder:
+        folder.manifest.latency = folder.manifest.latency.model_copy(update={"precision": "int8"})
+        own = folder.manifest.exports["int8"]
+        write_deployable(folder, load_recipe(run / "recipe.yaml"), Finished(folder).task)
+        changed = {name: sha256_file(run / name) for name in ("recipe.yaml", "preprocess.json")}
+        folder.manifest.files = {**folder.manifest.files, **changed}
+        folder.save()
+    how = json.loads((run / "preprocess.json").read_text())
+    assert (how["file"], how["scored"]["file"], how["scored"]["value"]) == (*["model.int8.onnx"] * 2, own.accuracy)
+    checksum = sha256_file(run / "model.int8.onnx")
+    export(run, "--target", "jetson-orin-nano-8gb", "--bundle", tmp_path / "orin.tar.gz", "--max-drop", 3)
+    export(run, "--precision", "int8", "--rest", "fp16", "--max-drop", 3)
+    assert sha256_file(run / "model.int8.onnx") == checksum
+    found = exports_of(run)
+    assert (found["int8"]["runtime"], found["int8.tensorrt"]["runtime"]) == ("onnxruntime", "tensorrt")
+    assert found["int8"]["accuracy"] == own.accuracy
+    assert "models/model.int8.tensorrt.onnx" in unpack(tmp_path / "orin.tar.gz")
+    rows = {row.label: row for row in comparison(Manifest.read(run / "manifest.json"))}
+    assert rows["File model.int8.onnx"].slim == size((run / "model.int8.onnx").stat().st_size)
+    image = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32), (200, 40, 40)).save(image)
+    default, int8, fp32 = (next(predict(run, [image], precision=each))[1] for each in (None, "int8", "fp32"))
+    assert default == int8 != fp32
 
 
 def test_a_network_that_failed_on_the_board_is_no_success(
