@@ -125,7 +125,11 @@ def _use(manifest: Manifest, files: Mapping[str, int]) -> Iterator[str]:
     yield ""
     if "infer.py" in files:
         yield "`python infer.py PHOTO...` classifies pictures with numpy, Pillow and ONNX Runtime."
-    yield "`model.onnx` holds the network, `preprocess.json` how a picture becomes its input."
+    if manifest.deployed is None:
+        yield "`model.onnx` holds the network, `preprocess.json` how a picture becomes its input."
+    else:
+        yield f"`{manifest.deployed.file}` holds the network that was timed, `model.onnx` the same one in FP32."
+        yield "`preprocess.json` has how a picture becomes an input."
     yield "With the toolkit, `compressor.load(FOLDER)` returns it as a torch module."
     yield ""
     yield from _table(("file", "size"), ((f"`{name}`", size(count)) for name, count in sorted(files.items())))

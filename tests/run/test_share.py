@@ -70,7 +70,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 def test_a_card_has_the_numbers_of_the_run_and_no_paths(run: Path) -> None:
-    from compressor.core.manifest import Manifest
+    from compressor.core.manifest import Export, Manifest
+    from compressor.report.card import model_card
     from compressor.report.comparison import comparison
 
     card = command("card", run)
@@ -78,6 +79,11 @@ def test_a_card_has_the_numbers_of_the_run_and_no_paths(run: Path) -> None:
     for row in comparison(Manifest.read(run / "manifest.json")):
         assert f"| {row.label} | {row.dense} | {row.slim} | {row.change} |" in card
     assert "# tests.nets:tiny, compressed" in card
+    assert "`model.onnx` holds the network, `preprocess.json` how a picture becomes its input." in card
+    int8 = Manifest.read(run / "manifest.json")
+    int8.latency = int8.latency.model_copy(update={"precision": "int8"})
+    int8.exports = {"int8": Export(file="model.int8.onnx")}
+    assert "`model.int8.onnx` holds the network that was timed" in model_card(int8, {})
     assert "Budget kept: " in card
     assert "birds has no train/ and test/: 8 of its images form the test split." in card
     assert "- a \\| b &lt;script>" in card
