@@ -191,6 +191,7 @@ def context(run: Collected) -> dict[str, Any]:
         "comparison_notes": [note for note in comparison_notes if note],
         "front": tradeoff(manifest),
         "classes": by_class(run.answers),
+        "deployed": manifest.deployed.file if manifest.deployed is not None else "",
         "pictures": shown_pictures(run.answers, run.pictures),
         "resume": resume_command(run.folder),
         "next": next_steps(manifest, run.folder, picture),

@@ -86,3 +86,15 @@ def test_the_page_embeds_small_pictures_only_and_escapes_names(run_folder: Path)
 def test_damaged_answers_leave_the_section_out(run_folder: Path) -> None:
     (run_folder / "answers.json").write_text("[]")
     assert "classes" not in page_of(run_folder).sections
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_page_says_that_the_answers_are_in_fp32(run_folder: Path, precision: str) -> None:
+    (run_folder / "answers.json").write_text(json.dumps(answers().plain()))
+    manifest = json.loads((run_folder / "manifest.json").read_text())
+    manifest["latency"]["precision"] = precision
+    manifest["exports"] = {"int8": {"file": "model.int8.onnx"}}
+    (run_folder / "manifest.json").write_text(json.dumps(manifest))
+    told = "answers are those of model.onnx, in FP32, not of model.int8.onnx." in page_of(run_folder).text
+    assert told == (precision == "int8")
