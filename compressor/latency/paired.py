@@ -28,6 +28,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from compressor.core.conditions import MEDIAN
+from compressor.core.intervals import known_ends
 from compressor.core.progress import bar
 from compressor.latency.machine import Floats
 from compressor.latency.request import Turns
@@ -166,15 +167,14 @@ def in_words(verdict: Verdict) -> str:
 
 
 def interval_in_words(low: float | None, high: float | None, digits: str = ".3f") -> str:
-    """Return a 95 % interval as text for the terminal: "0.480-0.530", or "not known" if an end is not.
+    """Return a 95 % interval as text for the terminal: "0.480-0.530", or "not known" (`known_ends`).
 
     Args:
         low, high: Its ends; None or infinite if they are not known.
         digits: Format of an end.
     """
-    if low is None or high is None or not math.isfinite(high):
-        return "not known"
-    return f"{low:{digits}}-{high:{digits}}"
+    ends = known_ends(low, high)
+    return "not known" if ends is None else f"{ends[0]:{digits}}-{ends[1]:{digits}}"
 
 
 def error_at(look: int) -> float:

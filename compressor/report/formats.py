@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from compressor.core.intervals import known_ends
 from compressor.core.metrics import Metric
 
 ABSENT = "\N{EN DASH}"
@@ -71,6 +73,16 @@ def percent(fraction: Any, digits: int = 1) -> str:
     if known != 0 and abs(known) * 100 < 0.5 * 10**-digits:
         return f"<{10**-digits:.{digits}f}%"
     return f"{known * 100:.{digits}f}%".replace("-", MINUS)
+
+
+def percent_within(fraction: Any, interval: Sequence[float | None]) -> str:
+    """Format a measured ratio with its interval: 49.8% (49.4% to 50.2%); without one if its lower end is None."""
+    low, high = interval
+    if low is None:
+        return percent(fraction)
+    ends = known_ends(low, high)
+    reach = "interval not known" if ends is None else f"{percent(ends[0])} to {percent(ends[1])}"
+    return f"{percent(fraction)} ({reach})"
 
 
 def score(value: Any, metric: Metric) -> str:

@@ -11,13 +11,22 @@ from urllib.parse import quote
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
 from compressor.core.front import FRONT, DropLimit, Front, Kind, Lost, Point, TargetRun
+from compressor.core.intervals import known_ends
 from compressor.core.manifest import MANIFEST, Manifest
 from compressor.core.metrics import PYTHON
 from compressor.core.records import RECIPE
 from compressor.core.tables import Table
 from compressor.report import explain
 from compressor.report.comparison import PLAIN
-from compressor.report.formats import ABSENT, duration, milliseconds, percent, score, score_change
+from compressor.report.formats import (
+    ABSENT,
+    duration,
+    milliseconds,
+    percent,
+    percent_within,
+    score,
+    score_change,
+)
 from compressor.report.judgement import State, Verdict
 from compressor.report.next_steps import repeat_command, resume_command
 from compressor.report.page import REPORT, rendered
@@ -90,7 +99,22 @@ def _judged_drop(front: Front, limit: DropLimit) -> Verdict:
         f"{_loses(found.search_drop)} and takes {_share(ours)} of the dense network's time."
     )
     states: Mapping[str | None, State] = {None: "kept", "kept": "kept", "missed": "missed", "undecided": "undecided"}
-    return Verdict(states[limit.confirmed], sentence, _on_test(found, limit))
+    return Verdict(states[limit.confirmed], sentence, (*_close(front, limit, ours), *_on_test(found, limit)))
+
+
+def _close(front: Front, limit: DropLimit, ours: Point) -> tuple[str, ...]:
+    """Name the other networks that keep the limit and may be as fast as the chosen one, by their intervals."""
+    if ours.ratio is None:
+        return ()
+    lost = {target.folder: target.lost.search_drop for target in front.targets if target.lost is not None}
+    chosen, close = known_ends(*_interval(ours)), []
+    for point in front.of("ours"):
+        drop, other = lost.get(point.target), known_ends(*_interval(point))
+        if point.target == ours.target or point.ratio is None or drop is None or drop > limit.points:
+            continue
+        if chosen is None or other is None or other[0] <= chosen[1]:
+            close.append(point.target)
+    return (f"Its time cannot be told apart from that of {', '.join(close)}.",) if close else ()
 
 
 def _on_test(found: Lost, limit: DropLimit) -> tuple[str, ...]:
@@ -186,9 +210,11 @@ def _named(front: Front, kind: str) -> str:
 def _share(point: Point) -> str:
     if point.ratio is None:
         return ABSENT if point.predicted_ratio is None else f"{percent(point.predicted_ratio)} predicted"
-    low, high = point.interval or (None, None)
-    reach = "" if low is None or high is None or point.kind == "dense" else f" ({percent(low)} to {percent(high)})"
-    return f"{percent(point.ratio)}{reach}"
+    return percent_within(point.ratio, (None, None) if point.kind == "dense" else _interval(point))
+
+
+def _interval(point: Point) -> Sequence[float | None]:
+    return point.interval or (None, None)
 
 
 def _notes(front: Front) -> Iterator[str]:

@@ -17,6 +17,7 @@ from compressor.report.formats import (
     duration,
     milliseconds,
     percent,
+    percent_within,
     ratio,
     score,
     significant,
@@ -51,10 +52,7 @@ def rounds(manifest: Manifest) -> list[dict[str, Any]]:
 
 def share(row: Measurement | PrecisionPlan) -> str:
     """Format a network's time over another's with its 95 % interval, if both were timed in turns."""
-    low, high = row.interval
-    if low is None or high is None:
-        return percent(row.ratio)
-    return f"{percent(row.ratio)} ({percent(low)} to {percent(high)})"
+    return percent_within(row.ratio, row.interval)
 
 
 def groups(manifest: Manifest) -> list[dict[str, Any]]:

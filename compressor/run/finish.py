@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from compressor.core.answers import ANSWERS
 from compressor.core.files import sha256_file
 from compressor.core.front import FRONT, Front
+from compressor.core.intervals import known_ends
 from compressor.core.manifest import MANIFEST, Budget, Manifest
 from compressor.core.metrics import PYTHON
 from compressor.core.records import RECIPE
@@ -110,11 +111,11 @@ def undecided_note(manifest: Manifest, folder: Path, seconds: float) -> str:
         folder: Its folder.
         seconds: Time limit of its measurements.
     """
-    low, high = manifest.latency.interval or (None, None)
+    ends = known_ends(*(manifest.latency.interval or (None, None)))
     found = "there were too few runs to know how far its result is off"
-    if low is not None and high is not None:
+    if ends is not None:
         found = (
-            f"the slim network takes {interval_in_words(low, high)} of the dense one's time (95 % interval), and the "
+            f"the slim network takes {interval_in_words(*ends)} of the dense one's time (95 % interval), and the "
             "target lies inside"
         )
     longer = f"{max(LONGER_S, 2 * seconds):g}"

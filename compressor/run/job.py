@@ -28,7 +28,7 @@ from compressor.run.device import (
     provider_of,
     request_of,
 )
-from compressor.run.load import Loader, load
+from compressor.run.load import Loader, load, network_facts
 from compressor.run.together import check_batch, processes
 from export.convert.trees import tensors_in
 
@@ -52,19 +52,20 @@ class DenseFile:
 
     Args:
         known: File of a resumed run; nothing is exported if it exists.
-        recipe, model, example: Network and its arguments for one input; the file takes the recipe's batch.
+        recipe, model, task: Network, and the arguments for one input and what its file says; the file takes the
+            recipe's batch.
 
     Raises:
         CompressorError: The network cannot be exported, or the file's outputs differ from the network's.
     """
 
-    def __init__(self, known: Path | None, recipe: Recipe, model: nn.Module, example: tuple[Any, ...]) -> None:
+    def __init__(self, known: Path | None, recipe: Recipe, model: nn.Module, task: Task) -> None:
         self._path: Path | None = None
         if known is None or not known.exists():
             folder = tempfile.mkdtemp(prefix="compressor-dense-")
             self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             self._path = Path(folder) / "dense.onnx"
-            self._write(self._path, recipe, model, example)
+            self._write(self._path, recipe, model, task)
 
     def put(self, path: Path) -> None:
         """Put the complete file at `path`, unless it exists already."""
@@ -77,13 +78,13 @@ class DenseFile:
         self._remove()
 
     @staticmethod
-    def _write(path: Path, recipe: Recipe, model: nn.Module, example: tuple[Any, ...]) -> None:
+    def _write(path: Path, recipe: Recipe, model: nn.Module, task: Task) -> None:
         from export.convert.to_onnx import export_onnx
         from export.errors import ExportError
 
         try:
-            batched = with_batch(example, recipe.batch)
-            export_onnx(with_distinct_weights(model), batched, path, opset=opset_of(recipe))
+            batched, facts = with_batch(task.example, recipe.batch), network_facts(recipe, task)
+            export_onnx(with_distinct_weights(model), batched, path, opset=opset_of(recipe), metadata=facts)
         except ExportError as error:
             raise CompressorError(
                 f"{recipe.model} cannot be exported, and neither could a slim network of it: {error.message}",
@@ -187,7 +188,7 @@ class Job:
         depth_given = recipe.pruning.depth is not None
         recipe = with_depth(recipe)
         space = trace(recipe, model, example)
-        dense_file = DenseFile(dense, recipe, model, example)
+        dense_file = DenseFile(dense, recipe, model, loaded.task)
         if recipe.pruning.granularity == "measured":
             steps = provider_of(recipe).measured_steps(space, example, request_of(recipe))
             recipe = recipe.changed({"pruning": {"granularity": steps}})

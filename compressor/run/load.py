@@ -247,6 +247,17 @@ def described(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
     return preprocessing.recorded(origin)
 
 
+def network_facts(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """Return what the file of a run's network says in its metadata: model, classes and normalization."""
+    facts = task.facts()
+    images = facts.get("preprocessing", {})
+    return {
+        "model": Path(recipe.model).name if recipe.onnx else recipe.model,
+        **facts,
+        **{name: images[name] for name in ("mean", "std") if name in images},
+    }
+
+
 _UNSAID = {"mean": None, "std": None, "crop_share": None, "interpolation": None, "range": 1}
 
 

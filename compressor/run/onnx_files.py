@@ -18,6 +18,7 @@ from compressor.core.progress import bar, say
 from compressor.latency.operators import channels
 from compressor.run.device import opset_of, provider_of
 from compressor.run.folder import RunFolder, refuse_changed, refuse_front
+from compressor.run.load import network_facts
 from compressor.training.feeds import inputs_in, joined, random_inputs
 from export.convert.trees import tensors_in
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from compressor.latency.provider import TableProvider
     from compressor.pruning.plan import ChannelPlan
-    from compressor.recipe import Recipe
     from compressor.run.job import Job
     from compressor.training.feeds import Feed
     from compressor.training.task import Task
@@ -78,7 +78,7 @@ def export_fp32(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) ->
     recipe, space, manifest = job.recipe, job.space, run.manifest
     manifest.checks = Checks.model_validate(checks(space, plan, slim))
     run.save()
-    metadata = metadata_of(recipe, job.task, run, plan.checksum)
+    metadata = {**network_facts(recipe, job.task), "run": run.name, "plan": plan.checksum}
     info = write_onnx(job, slim, run.file(MODEL), metadata=metadata)
     inputs = drawn(job.task, job.task.real, COMPARED_IMAGES, recipe.seed)
     parity = check_parity(slim, run.file(MODEL), inputs, tolerance=recipe.export.tolerance)
@@ -191,19 +191,6 @@ def scored(path: Path, task: Task, network: nn.Module, goals: Any = None) -> tup
     """
     with bar("Scoring the exported network", task.test_inputs or 1) as progress:
         return task.file_score(path, network, goals, progress.advance), task.test_inputs
-
-
-def metadata_of(recipe: Recipe, task: Task, run: RunFolder, plan_checksum: str) -> dict[str, Any]:
-    """Return the metadata of an exported file: model, classes, normalization, run and plan."""
-    facts = task.facts()
-    images = facts.get("preprocessing", {})
-    return {
-        "model": Path(recipe.model).name if recipe.onnx else recipe.model,
-        **facts,
-        **{name: images[name] for name in ("mean", "std") if name in images},
-        "run": run.name,
-        "plan": plan_checksum,
-    }
 
 
 def build_engine_of(

@@ -46,13 +46,12 @@ def changed_since(run: RunFolder, recipe: Recipe) -> list[str]:
     begun = begun.placed(Path.cwd())  # runs of earlier versions hold relative paths
     before, now = (dict(dotted(each.model_dump(mode="json"))) for each in (begun, recipe))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    changed = {name: f"{name} is {before.get(name)}, not {now.get(name)}" for name in names}
-    if refused := [said for name, said in changed.items() if name not in _FREE]:
+    if refused := [f"{name} is {before.get(name)}, not {now.get(name)}" for name in names if name not in _FREE]:
         raise CompressorError(
             f"The run in {run.path} was started with another recipe: {'; '.join(refused)}.",
             f"Resume it without these options and with its original {RECIPE}, or start a new run with --out DIR.",
         )
-    return list(changed.values())
+    return [f"{name} was {before.get(name)} and is {now.get(name)} now" for name in names]
 
 
 def rewrite(run: RunFolder, recipe: Recipe, changed: Sequence[str]) -> None:

@@ -149,6 +149,10 @@ def _numbers(manifest: Manifest) -> Iterator[tuple[str, str]]:
         if row.dense != ABSENT:
             yield f"{row.label}, dense", row.dense
         yield row.label, row.slim
+    metric = manifest.accuracy.by
+    for file in manifest.exports.values():  # another run may deliver a file that this one has beside its own
+        if file.accuracy is not None:
+            yield f"{metric.title}, of {file.file}", score(file.accuracy, metric)
     if (time := time_ratio(manifest)) is not None:
         yield f"Time of dense, {time[1]}", percent(time[0])
     seconds = [stage.seconds for stage in manifest.stages.values() if stage.seconds is not None]

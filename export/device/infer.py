@@ -66,7 +66,9 @@ def photographs(path: Path, labels: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("paths", nargs="+", metavar="PHOTO", type=Path, help="or a folder that has one for each class")
-    parser.add_argument("--model", metavar="FILE", default=str(HERE / "model.onnx"), help="ONNX, or .engine")
+    bundled = HERE.glob("models/model*.onnx")  # the shortest name is that of the FP32 file
+    own = min(bundled, key=lambda each: len(each.name), default=HERE / "model.onnx")
+    parser.add_argument("--model", metavar="FILE", default=str(own), help="ONNX, or .engine")
     options = parser.parse_args()
     if not Path(options.model).is_file():
         parser.error(f"{options.model} does not exist; name a file with --model")

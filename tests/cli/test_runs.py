@@ -102,6 +102,19 @@ def test_runs_are_compared(runs: Path) -> None:
     assert "Two runs are needed" in command("compare", "runs/one", code=2)
 
 
+def test_a_file_beside_a_runs_own_is_compared(runs: Path) -> None:
+    """One run was made for FP32 and has an INT8 file as well; the other delivers its INT8 file."""
+    for name, precision, accuracy in (("one", "fp32", 0.75), ("two", "int8", 0.5)):
+        manifest = manifest_of(runs / name)
+        manifest["latency"]["precision"] = precision
+        manifest["exports"] = {"int8": {"file": "model.int8.onnx", "accuracy": accuracy}}
+        (runs / name / "manifest.json").write_text(json.dumps(manifest))
+    rows = {each[""]: each for each in json.loads(command("compare", "runs/one", "runs/two", "--json"))}
+    assert rows["Accuracy, of model.int8.onnx"] == {
+        "": "Accuracy, of model.int8.onnx", "one": "75.00%", "two": "50.00%"
+    }  # fmt: skip
+
+
 def test_several_targets_are_compared_in_their_order(runs: Path) -> None:
     def order() -> list[str]:
         return [name for name in json.loads(command("compare", "runs", "--json"))[0] if name]

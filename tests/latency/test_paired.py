@@ -145,10 +145,10 @@ def test_the_trimmed_interval_as_by_hand(values: list[float], centre: float, hal
     assert trimmed_interval(values, 0.05) == pytest.approx((centre, half), rel=1e-3)
 
 
-def test_an_interval_without_an_end_is_not_known() -> None:
+def test_an_interval_without_an_end_or_of_ten_times_its_lower_one_is_not_known() -> None:
     assert interval_in_words(0.48, 0.53) == "0.480-0.530"
-    assert interval_in_words(0.01, 17.342, ".1%") == "1.0%-1734.2%"
-    for low, high in ((0.0, float("inf")), (0.0, None), (None, None)):
+    assert interval_in_words(0.1, 0.999, ".1%") == "10.0%-99.9%"
+    for low, high in ((0.0, float("inf")), (0.0, None), (None, None), (0.002, 366.721), (0.1, 1.001)):
         assert interval_in_words(low, high) == "not known"
 
 

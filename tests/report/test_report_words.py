@@ -482,7 +482,9 @@ def test_thinning_keeps_the_ends() -> None:
     ("measured", "words"),
     [
         ({"ratio": 0.498, "interval": [0.494, 0.502]}, "49.8% (49.4% to 50.2%)"),
-        ({"ratio": 0.498, "interval": [0.0, None]}, "49.8%"),
+        ({"ratio": 0.498, "interval": [0.0, None]}, "49.8% (interval not known)"),
+        ({"ratio": 0.876, "interval": [0.015, 50.577]}, "87.6% (interval not known)"),
+        ({"ratio": 0.498}, "49.8%"),
         ({}, formats.ABSENT),
     ],
 )

@@ -164,6 +164,7 @@ def test_what_cannot_be_told_is_not_searched_again_and_ends_with_4(
     ("data", "interval", "seconds", "words"),
     [
         ("digits", [0.48, 0.53], 90, "takes 0.480-0.530 of the dense one's time (95 % interval)"),
+        ("digits", [0.002, 366.721], 90, "there were too few runs to know how far its result is off. A new run"),
         ("digits", [0.0, None], 90, "there were too few runs to know how far its result is off. A new run"),
         ("digits", None, 90, "compress --recipe 'my runs/one/recipe.yaml' --set contract.seconds=300. "),
         ("digits", None, 400, "--set contract.seconds=800. "),

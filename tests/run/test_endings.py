@@ -69,7 +69,10 @@ def test_what_is_only_predicted_ends_with_4_unless_that_is_accepted(tmp_path: Pa
     code, said = _run("--resume", str(folder), "--accept-predicted")
     assert code == 0
     assert "--accept-predicted" not in said.replace("contract.accept_predicted", "")
-    assert json.loads((folder / "manifest.json").read_text())["exit_code"] == 0
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["exit_code"] == 0
+    change = "Resumed with other settings: contract.accept_predicted was False and is True now."
+    assert change in manifest["notes"]
 
 
 def _builds_no_engine_here(folder: Path, said: str) -> None:

@@ -342,6 +342,31 @@ def test_what_is_lost_and_gained_in_words(search: float, test: float, said: tupl
     assert judged_front.remarks[0].startswith(said[1])
 
 
+@pytest.mark.parametrize(
+    ("interval", "close"),
+    [
+        ([0.80, 0.83], ""),
+        ([0.80, 0.85], "latency-85"),  # its own begins at 0.84
+        ([0.80, 0.91], "latency-85, latency-90"),
+        ([0.02, 12.0], "latency-85, latency-90"),
+        (None, "latency-85, latency-90"),
+    ],
+)
+def test_networks_whose_times_cannot_be_told_apart_are_named(interval: list[float | None] | None, close: str) -> None:
+    done = [entry(0.9, 0.1), entry(0.7, 2.0), entry(0.85, 0.4), entry(0.8, 0.9)]
+    intervals = {"90": [0.9, 0.92], "70": [0.6, 0.9], "85": [0.84, 0.86], "80": interval}
+    points = [
+        Point(kind="ours", target=f"latency-{name}", ratio=float(name) / 100, interval=ends)
+        for name, ends in intervals.items()
+    ]
+    front = Front(status="finished", targets=done, points=points)
+    front.max_drop = judged(front, 1.0)
+    said = judge_front(front)
+    assert "latency-80 is the fastest of the 4 networks" in said.sentence
+    assert ("(interval not known)" in said.sentence) == (interval == [0.02, 12.0])
+    assert said.remarks == ((f"Its time cannot be told apart from that of {close}.",) if close else ())
+
+
 def test_the_fastest_network_within_a_loss_is_found_and_confirmed(
     device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from compressor.models import create_model
 from compressor.run.job import DenseFile, Job
 from compressor.run.onnx_files import DENSE
 from compressor.run.pipeline import resume
+from export.convert.onnx_header import read_header
 from export.convert.to_onnx import check_parity
 from tests.runs import recipe
 
@@ -44,14 +47,19 @@ def test_the_file_is_the_dense_network_and_lies_nowhere_else(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model = create_model("tests.nets:tiny", 10, "none", (3, 32, 32)).eval()
-    dense = DenseFile(None, recipe().resolved(), model, torch.zeros(1, 3, 32, 32))
+    images = {"preprocessing": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}, "classes": ["a", "b"]}
+    task: Any = SimpleNamespace(example=torch.zeros(1, 3, 32, 32), facts=lambda: images)
+    dense = DenseFile(None, recipe().resolved(), model, task)
     assert [path.name for path in tmp_path.glob("compressor-dense-*/*")] == ["dense.onnx"]
     dense.put(tmp_path / DENSE)
     dense.put(tmp_path / "again")  # it is handed over once
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["checkpoints", DENSE]
-    images = np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
-    assert check_parity(with_distinct_weights(model), tmp_path / DENSE, images).max_abs < 1e-5
-    unused = DenseFile(None, recipe().resolved(), model, torch.zeros(1, 3, 32, 32))
+    said = read_header(tmp_path / DENSE).metadata
+    assert set(said) == {"model", "classes", "preprocessing", "mean", "std"}
+    assert (said["model"], json.loads(said["mean"])) == ("tests.nets:tiny", [0.1, 0.2, 0.3])
+    inputs = np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
+    assert check_parity(with_distinct_weights(model), tmp_path / DENSE, inputs).max_abs < 1e-5
+    unused = DenseFile(None, recipe().resolved(), model, task)
     assert list(tmp_path.glob("compressor-dense-*"))
     del unused
     assert not list(tmp_path.glob("compressor-dense-*"))

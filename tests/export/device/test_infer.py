@@ -75,6 +75,37 @@ def test_a_picture_becomes_the_toolkits_input(way: Preprocessing, tmp_path: Path
         assert np.array_equal(found, wanted), path.name
 
 
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [
+        (["model.onnx", "model.int8.onnx"], "model.onnx"),
+        (["models/model.fp16.onnx", "models/dense.onnx", "models/model.onnx"], "models/model.onnx"),
+        (["models/model.fp16.opset13.onnx", "models/model.opset13.onnx"], "models/model.opset13.onnx"),
+    ],
+)
+def test_without_a_model_the_fp32_file_of_the_run_or_of_the_bundle_is_used(
+    files: list[str], chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "preprocess.json").write_text("{}")
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    used = []
+
+    def network(path: str, how: Any) -> Any:
+        used.append(path)
+        return lambda image: np.array([0.0, 100.0], np.float32)
+
+    monkeypatch.setattr(infer, "HERE", tmp_path)
+    monkeypatch.setattr(infer, "network", network)
+    monkeypatch.setattr(infer, "prepared", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["infer.py", "a.jpg"])
+    infer.main()
+    assert used == [str(tmp_path / chosen)]
+    assert capsys.readouterr().out == "a.jpg: dog 100.0%\n"
+
+
 class _Cuda:
     """The driver's calls with this process's memory for that of the GPU."""
 
