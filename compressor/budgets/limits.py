@@ -54,8 +54,13 @@ def resolve(
     return [kind.create(spec, sources) for kind, spec in zip(kinds, specs, strict=True)]
 
 
-def reachable(budgets: Sequence[Budget], space: PruningSpace) -> None:
+def reachable(budgets: Sequence[Budget], space: PruningSpace, other_agent: str | None = None) -> None:
     """Refuse budgets that even the smallest network of the space misses, or that no network was found to meet.
+
+    Args:
+        budgets: Budgets with absolute limits.
+        space: Pruning space of the dense network.
+        other_agent: Agent that removes blocks, if that of the recipe does not.
 
     Raises:
         CompressorError: The message gives the limit, the reachable value, the dense value, and a remedy.
@@ -68,14 +73,18 @@ def reachable(budgets: Sequence[Budget], space: PruningSpace) -> None:
         if len(counted) < len(budgets):  # a function's cost may fall where a width grows: a search is needed
             keeping_widths(choices_for(space, budgets), np.asarray(space.dense_row), budgets)
         return
+    keeps_blocks = bool(not space.depth and space.blocks)
+    smallest_is = "with all blocks" if keeps_blocks else "of this space"
+    flags = f"{f'--agent {other_agent} ' if other_agent else ''}--set pruning.depth=auto"
     problems = "; ".join(
-        f"{budget.title} <= {budget.format(budget.target)} was requested, the smallest network of this space needs "
+        f"{budget.title} <= {budget.format(budget.target)} was requested, the smallest network {smallest_is} needs "
         f"{budget.format(least)} ({least / budget.dense:.0%} of the dense {budget.format(budget.dense)})"
         for budget, least in missed
     )
     raise CompressorError(
         f"The budget cannot be reached: {problems}.",
-        "Raise the budget, allow smaller widths (pruning.min_share, --granularity 1), or start from a smaller model.",
+        "Raise the budget, allow smaller widths (pruning.min_share, --granularity 1), "
+        f"{f'let whole blocks go ({flags}), ' if keeps_blocks else ''}or start from a smaller model.",
     )
 
 

@@ -98,6 +98,8 @@ def create_model(
         replace_head(model, head, num_classes)
         makers = _checked_head(model, name, head, num_classes, shape)
         spec["head"] = head
+        if file is not None or str(weights) == "none":  # else the weights to load decide
+            setattr(model, FRESH_HEAD, outputs)
         say(f"{name} has {outputs} outputs: its last layer {head} is replaced by one of {num_classes}.")
     heads = makers.heads(num_classes)
     if file is not None:  # its weights are there

@@ -23,7 +23,7 @@ _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _SHOWN = 3
 
 FRESH_HEAD = "compressor_fresh_head"
-"""Attribute of a network whose weights were for other classes, so that its last layer is untrained."""
+"""Attribute of a network whose last layer is untrained: the number of classes that its weights were for."""
 
 Heads = Callable[[], Collection[str]]
 Say = Callable[[str], None]

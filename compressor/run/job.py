@@ -180,6 +180,7 @@ class Job:
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded = loader(recipe)
         recipe, model, example = loaded.recipe, loaded.model, loaded.task.example
+        _check_head(recipe, model, loaded.task)
         notes += loaded.notes
         given = recipe.weights != "none" or not loaded.task.labelled
         teacher = copy.deepcopy(model).eval() if given else None
@@ -243,9 +244,12 @@ class Job:
     @property
     def trained(self) -> bool:
         """Whether the dense network is trained as loaded: its weights are given, and its last layer is theirs."""
-        from compressor.models.weights import FRESH_HEAD
+        return self.teacher is not None and not self.fresh_head
 
-        return self.teacher is not None and not getattr(self.teacher, FRESH_HEAD, False)
+    @property
+    def fresh_head(self) -> bool:
+        """Whether the dense network was loaded with a new last layer."""
+        return _fresh_head(self.recipe, self.model)
 
     @property
     def measurable(self) -> bool:
@@ -296,14 +300,16 @@ class Job:
         """Return the recipe's budgets in absolute numbers, by `table` or the job's own table.
 
         Raises:
-            CompressorError: No widths can meet one of them.
+            CompressorError: No widths can meet one of them, or none that the recipe's agent can choose.
         """
         from compressor.budgets.limits import reachable, resolve
+        from compressor.core.agents import agent_class
 
         budgets = resolve(
             budget_specs(self.recipe), self.space, table or self.table, self.callers, device_precision(self.recipe)
         )
-        reachable(budgets, self.space)
+        reachable(budgets, self.space, None if _removes_blocks(self.recipe) else "knapsack")
+        agent_class(self.recipe.agent).check(self.space, budgets)
         return budgets
 
     @property
@@ -318,6 +324,23 @@ def _check_epochs(recipe: Recipe) -> None:
         raise CompressorError(
             f"With 0 epochs nothing is trained, and {recipe.model} has no weights.",
             "Give a state dict with --weights FILE, or --epochs 1 or more.",
+        )
+
+
+def _fresh_head(recipe: Recipe, model: nn.Module) -> bool:
+    """Return whether loading gave a network a new last layer; what a Python program did with its own is not known."""
+    from compressor.models.weights import FRESH_HEAD
+
+    return not recipe.from_python and bool(getattr(model, FRESH_HEAD, False))
+
+
+def _check_head(recipe: Recipe, model: nn.Module, task: Task) -> None:
+    """Refuse to train nothing if the last layer is new."""
+    if recipe.epochs == 0 and _fresh_head(recipe, model):
+        raise CompressorError(
+            f"With 0 epochs nothing is trained, and the last layer of {recipe.model} is new, for "
+            f"{len(task.facts()['classes'])} classes.",
+            "Train it with --epochs 1 or more, or give weights for these classes.",
         )
 
 
@@ -424,13 +447,17 @@ def reward_weights(recipe: Recipe) -> dict[str, float]:
 
 def with_depth(recipe: Recipe) -> Recipe:
     """Let the search remove blocks where a latency is a budget, unless the recipe or its agent says otherwise."""
-    from compressor.core.agents import agent_class
-
     if recipe.pruning.depth is not None:
         return recipe
-    settings = agent_class(recipe.agent).Settings(**recipe.search.settings)
-    wanted = latency_budget(recipe) is not None and settings.removes_blocks
+    wanted = latency_budget(recipe) is not None and _removes_blocks(recipe)
     return recipe.changed({"pruning": {"depth": "auto" if wanted else "off"}})
+
+
+def _removes_blocks(recipe: Recipe) -> bool:
+    """Return whether a recipe's agent can remove whole blocks."""
+    from compressor.core.agents import agent_class
+
+    return bool(agent_class(recipe.agent).Settings(**recipe.search.settings).removes_blocks)
 
 
 def trace(recipe: Recipe, model: nn.Module, example: tuple[Any, ...]) -> PruningSpace:

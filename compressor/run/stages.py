@@ -88,7 +88,8 @@ def begin(run: RunFolder, job: Job) -> None:
     if job.teacher is not None:
         given = job.given
         record_dense(run, job.task, given)
-        run.note_accuracy(dense=given.score, dense_note="The dense network has its given weights.")
+        kind = "an untrained last layer" if job.fresh_head else "its given weights"
+        run.note_accuracy(dense=given.score, dense_note=f"The dense network has {kind}.")
         if metric.name != AGREEMENT:
             say(f"The dense network's {job.metric} is {metric.text(given.score)}.")
         if job.trained and given.answers is not None and (note := check_dense(job, *given.answers, str(run.path))):
@@ -185,7 +186,7 @@ def _uniform_widths(env: PruningEnv) -> tuple[int, ...] | None:
     from compressor.search.proposals import uniform_widths
 
     try:
-        return tuple(uniform_widths(env).tolist())
+        return tuple(uniform_widths(env.bounds).tolist())
     except CompressorError:
         return None
 
@@ -215,7 +216,7 @@ def _record_search(
         if done:
             run.warn("search", collapsed("dense", run.manifest.training, tested, rate_field(job, finetuning=False)))
         if dense_teacher(run, job) is None:
-            note = f"The dense network{' has an untrained last layer' if job.teacher else ' is untrained'}."
+            note = f"The dense network{' has an untrained last layer' if job.fresh_head else ' is untrained'}."
             run.note(f"{note} {_effect_of_no_training(job)}")
         elif done:
             epochs = "one epoch" if done == 1 else f"{done} epochs"
@@ -247,16 +248,20 @@ def _effect_of_no_training(job: Job) -> str:
     """Return what follows for the run from an untrained dense network, and how to have it trained."""
     from compressor.search.schedule import fewest_epochs
 
-    search = job.recipe.search
-    effect = "Fine-tuning has no teacher"
-    if not search.brief_iterations:  # else candidates are trained for some steps before they are scored
+    search, epochs = job.recipe.search, int(job.recipe.epochs or 0)
+    effect = "fine-tuning has no teacher" if epochs else "the delivered network is only cut"
+    if search.brief_iterations:  # candidates are trained for some steps before they are scored
+        effect = effect.capitalize()
+    else:
         effect = (
             f"Candidates were scored on an untrained network, so that their {job.task.metric.name} did not guide the "
-            "search, and fine-tuning has no teacher"
+            f"search, and {effect}"
         )
     fewest = fewest_epochs(float(search.epochs_share or 0))
     if fewest is None:
         fix = "Give the search a share of the epochs: --set search.epochs_share=0.6"
+        if epochs < (enough := fewest_epochs(0.6) or 0):
+            fix += f" --epochs {enough}, or more epochs"
     elif search_epochs(job):
         fix = "Allow the search more time: search.max_seconds"
     else:
@@ -384,7 +389,7 @@ def _note_plan(run: RunFolder, job: Job, plan: ChannelPlan) -> None:
 
 
 def dense_teacher(run: RunFolder, job: Job) -> nn.Module | None:
-    """Return the trained dense network: as loaded, or as the search trained it; None if it only guesses.
+    """Return the trained dense network: as loaded, or as the search trained it; None if it is untrained.
 
     A user's own network may have trained weights that the recipe does not name: without training it is tested.
     """
@@ -392,5 +397,7 @@ def dense_teacher(run: RunFolder, job: Job) -> nn.Module | None:
         return job.teacher
     if any(each.phase != "finetune" for each in run.manifest.training):
         return job.model
+    if job.fresh_head or not job.recipe.own_network:  # better than guessing would be luck
+        return None
     answers = dense_answers(run)
     return None if answers is None or problem(*answers) else job.model

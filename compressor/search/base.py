@@ -18,12 +18,14 @@ from compressor.search.schedule import Schedule
 from compressor.search.session import SearchSession
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
+    from compressor.budgets.base import Budget
     from compressor.core.records import Checkpoint, EpisodeLog
     from compressor.pruning.plan import ChannelPlan
+    from compressor.pruning.space import PruningSpace
     from compressor.search.environment import PruningEnv
     from compressor.search.evaluate import Evaluator
     from compressor.training.loop import Trainer
@@ -128,6 +130,14 @@ class Agent(ABC):
         self.alignment = alignment
         self.context_size = context_size if self.trains_jointly else 0
         self.curves = curves
+
+    @classmethod  # noqa: B027  (most agents leave it as it is)
+    def check(cls, space: PruningSpace, budgets: Sequence[Budget]) -> None:
+        """Refuse budgets that some widths meet, but none that this agent can choose; by default there are none such.
+
+        Raises:
+            CompressorError: Says how to go on.
+        """
 
     def search(
         self,

@@ -26,7 +26,7 @@ def baselines(env: PruningEnv) -> Iterator[tuple[str, Score]]:
     """
     yield DENSE, env.score(env.bounds.dense)
     with suppress(CompressorError):  # no single ratio meets the budgets
-        yield UNIFORM, env.score(uniform_widths(env))
+        yield UNIFORM, env.score(uniform_widths(env.bounds))
     if any(isinstance(budget, FunctionBudget) for budget in env.budgets):
         return
     plans = map(Allocator(env).solve_saliency, POWERS)

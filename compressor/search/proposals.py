@@ -11,7 +11,7 @@ from compressor.budgets.function import FunctionBudget
 from compressor.core.errors import CompressorError
 
 if TYPE_CHECKING:
-    from compressor.search.bounds import LegalWidths, Widths
+    from compressor.search.bounds import ActionBounds, LegalWidths, Widths
     from compressor.search.environment import Observation, PruningEnv
     from compressor.search.records import Policy
 
@@ -40,21 +40,23 @@ def scaled_widths(env: PruningEnv, shape: NDArray[np.float64]) -> Widths:
     Returns:
         Legal widths (G,); the cheapest known ones if no factor meets the budgets.
     """
-    widths = _scaled(env, shape)
+    widths = _scaled(env.bounds, shape)
     return env.bounds.cheapest.copy() if widths is None else widths
 
 
-def uniform_widths(env: PruningEnv) -> Widths:
+def uniform_widths(bounds: ActionBounds) -> Widths:
     """Return the same ratio for every group, as large as the budgets allow, each width rounded to a legal one.
+
+    All blocks stay.
 
     Raises:
         CompressorError: No single ratio meets the budgets, though other widths do.
     """
-    widths = _scaled(env, np.ones(len(env.bounds.dense)))
+    widths = _scaled(bounds, np.ones(len(bounds.dense)))
     if widths is None:
         raise CompressorError(
             "No single ratio for all groups keeps the budgets, though other widths do.",
-            "Choose another agent.",
+            "Choose another agent, such as --agent knapsack.",
         )
     return widths
 
@@ -64,18 +66,18 @@ def uniform_or_cheapest(env: PruningEnv) -> Widths:
     return scaled_widths(env, np.ones(len(env.bounds.dense)))
 
 
-def _scaled(env: PruningEnv, shape: NDArray[np.float64]) -> Widths | None:
+def _scaled(bounds: ActionBounds, shape: NDArray[np.float64]) -> Widths | None:
     """Scan the factors on finer and finer grids, and return the widths of the largest one that meets the budgets."""
-    groups = env.bounds.groups
+    groups = bounds.groups
     low, high = 0.0, float(1.0 / shape[:groups].min())
     best: Widths | None = None
-    expensive = any(isinstance(budget, FunctionBudget) for budget in env.budgets)
+    expensive = any(isinstance(budget, FunctionBudget) for budget in bounds.budgets)
     for number in _EXPENSIVE_SCANS if expensive else _SCANS:
         factors = np.linspace(low, high, number)
-        wanted = np.clip(factors[:, None] * shape, 0.0, 1.0) * env.bounds.dense
+        wanted = np.clip(factors[:, None] * shape, 0.0, 1.0) * bounds.dense
         wanted[:, groups:] = shape[groups:]
-        candidates = env.bounds.round(wanted)
-        kept = np.flatnonzero(env.bounds.feasible(candidates))
+        candidates = bounds.round(wanted)
+        kept = np.flatnonzero(bounds.feasible(candidates))
         if not len(kept):
             break
         largest = int(kept[-1])

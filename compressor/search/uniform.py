@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING
 
 from compressor.recipe import NoSettings
 from compressor.search.base import Agent, register_agent
+from compressor.search.bounds import ActionBounds
 from compressor.search.proposals import uniform_widths
 from compressor.search.records import SearchResult
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from compressor.budgets.base import Budget
+    from compressor.pruning.space import PruningSpace
     from compressor.search.session import SearchSession
 
 
@@ -35,5 +40,9 @@ class UniformAgent(Agent):
     name = "uniform"
     Settings = UniformSettings
 
+    @classmethod
+    def check(cls, space: PruningSpace, budgets: Sequence[Budget]) -> None:
+        uniform_widths(ActionBounds(space, budgets))
+
     def _search(self, run: SearchSession) -> SearchResult:
-        return run.choose([uniform_widths(run.env).tolist()])
+        return run.choose([uniform_widths(run.env.bounds).tolist()])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.models import create_model, factory_of, load_weights
+from compressor.models.weights import FRESH_HEAD
 
 
 class Gated(nn.Module):
@@ -85,6 +86,12 @@ def test_the_layer_that_makes_the_output_is_replaced(said: list[str]) -> None:
     factory = "tests.models.test_first_run:fixed"
     assert factory_of(model) == {"factory": factory, "kwargs": {"num_classes": 7}, "head": "fc"}
     assert said == ["tests.models.test_first_run:fixed has 9 outputs: its last layer fc is replaced by one of 7."]
+    assert model.__dict__[FRESH_HEAD] == 9
+
+
+def test_a_replaced_layer_with_given_weights_is_trained(tmp_path: Path) -> None:
+    torch.save(Gated(7).state_dict(), tmp_path / "own.pt")
+    assert not hasattr(create_model("tests.models.test_first_run:fixed", 7, tmp_path / "own.pt"), FRESH_HEAD)
 
 
 def test_weights_for_other_classes_leave_the_head_fresh(tmp_path: Path, said: list[str]) -> None:

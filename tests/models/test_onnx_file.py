@@ -18,6 +18,7 @@ from compressor.models import create_model, onnx_operators, usual_classes
 from compressor.models.create import published
 from compressor.models.onnx_file import OnnxSource, open_kept, open_onnx, require_equal
 from compressor.models.onnx_operators import blocks
+from compressor.models.weights import FRESH_HEAD
 from compressor.pruning.space import PruningSpace
 from export.convert.half import convert_half
 from export.convert.ort import onnx_outputs
@@ -341,6 +342,8 @@ def test_the_head_is_replaced_for_other_classes() -> None:
     export_onnx(network_of("cifar_resnet20"), IMAGE, "net.onnx")
     model = create_model("net.onnx", 7, "default")
     assert model.eval()(IMAGE).shape == (1, 7)
+    assert model.__dict__[FRESH_HEAD] == 10
+    assert not hasattr(create_model("net.onnx", 10, "default"), FRESH_HEAD)
 
 
 def test_the_preprocessing_of_the_file_is_known() -> None:

@@ -19,7 +19,7 @@ from compressor.models.weights import FRESH_HEAD
 from compressor.run.dense import collapsed, lost_in_finetuning, problem
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job
-from compressor.run.stages import begin, dense_teacher
+from compressor.run.stages import _effect_of_no_training, begin, dense_teacher
 from compressor.training.task import Examined
 from tests.runs import manifest_of, recipe
 
@@ -149,20 +149,92 @@ def test_weights_that_guess_stop_the_run_unless_they_are_accepted(tmp_path: Path
 def test_a_network_with_a_fresh_head_teaches_once_the_search_has_trained_it(tmp_path: Path) -> None:
     labels = torch.arange(1000) % 10
     guesses = labels[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
-    Answers(truth=labels.tolist(), dense=guesses.tolist()).write(tmp_path / "answers.json")
     loaded, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
 
-    def teacher(*phases: str) -> Any:
+    def teacher(*phases: str, given: bool = True, name: str = "tests.nets:tiny") -> Any:
         job: Any = Job.__new__(Job)
-        job.teacher, job.model = loaded, model
+        job.recipe, job.teacher, job.model = recipe(model=name), loaded if given else None, model
         known = SimpleNamespace(training=[Epoch(phase=phase) for phase in phases])
         run: Any = SimpleNamespace(manifest=known, path=tmp_path)
         return dense_teacher(run, job)
 
+    def answered(dense: torch.Tensor) -> None:
+        Answers(truth=labels.tolist(), dense=dense.tolist()).write(tmp_path / "answers.json")
+
+    answered(guesses)
     assert teacher() is loaded
-    setattr(loaded, FRESH_HEAD, True)
-    assert teacher() is None
+    assert teacher(given=False) is None
+    answered(labels)
+    assert teacher(given=False) is model  # the user's function gave it trained weights
+    assert teacher(given=False, name="cifar_resnet20") is None
+    setattr(model, FRESH_HEAD, 3)
+    assert teacher() is None  # however well it answers
+    assert teacher(given=False) is None
     assert teacher("finetune") is None
     assert teacher("joint", "finetune") is model
-    Answers(truth=labels.tolist(), dense=labels.tolist()).write(tmp_path / "answers.json")
-    assert teacher() is model
+
+
+@pytest.fixture
+def of_three(tmp_path: Path) -> Path:
+    """Weights of the tiny network for three classes; the digits have ten."""
+    torch.save(create_model("tests.nets:tiny", 3).state_dict(), tmp_path / "three.pt")
+    return tmp_path / "three.pt"
+
+
+def test_nothing_is_trained_only_with_a_trained_last_layer(of_three: Path, tmp_path: Path) -> None:
+    for fields in ({"weights": str(of_three)}, {"model": "tests.run.test_dense:headed"}):
+        wanted = recipe(**fields, agent="uniform", epochs=0, budgets={"flops": "60%"}, image_size=32)
+        with pytest.raises(CompressorError, match=r"the last layer of tests.* is new, for 10 classes") as refused:
+            run_recipe(wanted, out=tmp_path / "run")
+        assert "--epochs 1 or more" in refused.value.hint
+        assert not (tmp_path / "run").exists()
+
+
+def headed() -> torch.nn.Module:
+    """The tiny network for three classes, however many there are."""
+    return create_model("tests.nets:tiny", 3)
+
+
+def test_a_fresh_head_that_is_better_than_guessing_is_no_teacher(
+    of_three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.run.dense.problem", lambda *_: "")
+    monkeypatch.setattr("compressor.run.stages.problem", lambda *_: "")
+    wanted = recipe(weights=str(of_three), agent="uniform", epochs=1, budgets={"flops": "60%"})
+    found = run_recipe(wanted, out=tmp_path / "run").manifest
+    assert found["accuracy"]["dense_note"] == "The dense network has an untrained last layer."
+    assert found["accuracy"].get("compensated") is None
+    (note,) = [note for note in found["notes"] if "untrained last layer" in note]
+    assert note.endswith(
+        "fine-tuning has no teacher. Give the search a share of the epochs: --set search.epochs_share=0.6 "
+        "--epochs 2, or more epochs."
+    )
+
+
+@pytest.mark.parametrize(
+    ("epochs", "search", "effect", "fix"),
+    [
+        (
+            0, {}, "did not guide the search, and the delivered network is only cut.",
+            "The search trains from 2 epochs on: --epochs 2 or more.",
+        ),
+        (
+            0, {"epochs_share": 0.0, "brief_iterations": 5}, "The delivered network is only cut.",
+            "Give the search a share of the epochs: --set search.epochs_share=0.6 --epochs 2, or more epochs.",
+        ),
+        (
+            2, {"epochs_share": 0.0}, "did not guide the search, and fine-tuning has no teacher.",
+            "Give the search a share of the epochs: --set search.epochs_share=0.6.",
+        ),
+        (1, {"brief_iterations": 5}, "Fine-tuning has no teacher.", "from 2 epochs on: --epochs 2 or more."),
+    ],
+)  # fmt: skip
+def test_what_follows_from_no_training_and_what_is_enough(
+    epochs: int, search: dict[str, Any], effect: str, fix: str
+) -> None:
+    job: Any = Job.__new__(Job)
+    job.recipe = recipe(epochs=epochs, search=search).resolved()
+    job.task = SimpleNamespace(metric=SimpleNamespace(name="accuracy"))
+    said = _effect_of_no_training(job)
+    assert f"{effect} " in said
+    assert said.endswith(fix)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor import load, run_recipe
+from compressor import CompressorError, load, run_recipe
 from compressor.latency.local import LocalCpu
 from compressor.pruning.space import PruningSpace
 from compressor.run.explain import explain_again
@@ -101,6 +101,28 @@ def test_blocks_may_go_where_a_latency_is_a_budget(fields: dict[str, Any], depth
     assert job.recipe.pruning.depth == depth
     assert job.space.depth == (depth == "auto")
     assert not [note for note in job.notes if "blocks" in note]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "hint"),
+    [
+        ({"agent": "uniform"}, "smallest network with all blocks needs", "(--agent knapsack --set pruning.depth=auto)"),
+        ({"pruning": {"depth": "off"}}, "with all blocks needs", "let whole blocks go (--set pruning.depth=auto)"),
+        ({"agent": "uniform", "pruning": {"depth": "auto"}}, "No single ratio", "such as --agent knapsack"),
+    ],
+)
+def test_a_budget_that_only_fewer_blocks_keep(
+    fields: dict[str, Any], message: str, hint: str, tmp_path: Path
+) -> None:
+    kept = {"pruning": {"min_share": 1.0, **fields.get("pruning", {})}}
+    base = {"model": "tests.run.test_depth_run:Deep", "agent": "knapsack", "budgets": {"latency": "70%"}}
+    wanted = {**base, "device": "jetson-orin-nano-8gb", **fields, **kept}
+    with pytest.raises(CompressorError, match=message) as refused:
+        run_recipe(recipe(**wanted), out=tmp_path / "run")
+    assert hint in refused.value.hint
+    assert not (tmp_path / "run").exists()
+    followed = {**wanted, "agent": "knapsack", "pruning": {"min_share": 1.0, "depth": "auto"}}
+    assert Job.prepare(recipe(**followed).resolved()).space.depth
 
 
 def test_blocks_stay_where_the_table_was_measured_with_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,11 +96,11 @@ def test_episodes_keep_the_budget() -> None:
 
 def test_proposals_scale_widths_and_not_blocks() -> None:
     env, generator = environment(), np.random.default_rng(0)
-    assert uniform_widths(env)[4:].tolist() == [1, 1, 1]
+    assert uniform_widths(env.bounds)[4:].tolist() == [1, 1, 1]
     shape = np.array([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0])
     row = scaled_widths(env, shape)
     assert row[4:].tolist() == [0, 1, 0]
-    assert row[:4].min() > uniform_widths(env)[:4].max()  # what the blocks leave goes to the others
+    assert row[:4].min() > uniform_widths(env.bounds)[:4].max()  # what the blocks leave goes to the others
     rows = near_rows(env, row[None], generator, 0.3, 64)
     assert env.bounds.feasible(rows).all()
     assert len({tuple(each) for each in rows[:, 4:].tolist()}) > 3

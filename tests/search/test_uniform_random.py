@@ -30,7 +30,7 @@ def test_uniform_by_hand() -> None:
     # gives 68.
     space = FakeSpace([8, 8])
     env = PruningEnv(space, [macs_budget(space, 0.5)], FakeEvaluator(space, [1, 1]))
-    assert uniform_widths(env).tolist() == [4, 4]
+    assert uniform_widths(env.bounds).tolist() == [4, 4]
 
 
 def test_uniform_where_costs_rise_and_fall() -> None:
@@ -38,15 +38,19 @@ def test_uniform_where_costs_rise_and_fall() -> None:
     space = FakeSpace([8, 8])
     budget = FakeBudget("latency", 8.0, lambda w: np.where((w < 4) | (w > 6), 9.0, 1.0).sum(axis=1))
     env = PruningEnv(space, [budget], FakeEvaluator(space, [1, 1]))
-    assert uniform_widths(env).tolist() == [6, 6]
+    assert uniform_widths(env.bounds).tolist() == [6, 6]
 
 
 def test_uniform_where_no_ratio_serves() -> None:
     space = FakeSpace([8, 8])
     budget = FakeBudget("odd", 1.0, lambda w: np.where(w[:, 0] == w[:, 1], 5.0, 0.5))
     env = PruningEnv(space, [budget], FakeEvaluator(space, [1, 1]))
+    with pytest.raises(CompressorError, match="No single ratio") as refused:
+        uniform_widths(env.bounds)
+    assert "--agent knapsack" in refused.value.hint
     with pytest.raises(CompressorError, match="No single ratio"):
-        uniform_widths(env)
+        agent_class("uniform").check(space, [budget])
+    agent_class("knapsack").check(space, [budget])
     assert env.bounds.feasible(uniform_or_cheapest(env))[0]
 
 
