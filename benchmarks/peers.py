@@ -46,6 +46,10 @@ GRADIENT_BATCHES = 10
 """Batches of 128 images from which Torch-Pruning's Taylor importance has its gradients."""
 
 
+class Unreachable(CompressorError):
+    """A tool cannot prune a network to the budget."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     console = Console(width=150)
@@ -194,7 +198,10 @@ def run(options: argparse.Namespace, cell: str, job: Job) -> dict[str, Any]:
     target = int(float(share.rstrip("%")) / 100 * cells.count(job, job.model))
     path = options.work / f"{model}-{share.rstrip('%')}-{method}-{seed}.safetensors"
     if part == "search":
-        return search(options, job, method, target, path)
+        try:
+            return search(options, job, method, target, path)
+        except Unreachable:
+            return {"unreachable": True, "target_macs": target}
     if not path.exists():  # the search was run elsewhere; it gives the same network again
         search(options, job, method, target, path)
     network = load_network(job, path)
@@ -288,7 +295,7 @@ def torch_pruning(job: Job, method: str, target: int) -> tuple[nn.Module, dict[s
     low, high = 0.0, 0.95  # the ratio that removes too little, and the one that keeps the budget
     best = pruned(high)
     if cells.count(job, best) > target:
-        raise CompressorError(f"{method} cannot reach {target:,} multiply-adds.")
+        raise Unreachable(f"{method} cannot reach {target:,} multiply-adds.")
     for _ in range(12):
         middle = (low + high) / 2
         network = pruned(middle)

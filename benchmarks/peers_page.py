@@ -57,6 +57,8 @@ def planned(options: argparse.Namespace, done: dict[str, Any]) -> Iterator[str]:
         yield f"{model}/dense"
         for method in METHODS:
             trainings = TRAININGS if method in OURS else TRAININGS[:1]
+            if unreachable(done, row, method, first):
+                trainings = ()
             yield from (f"{row}/{method}/{first}/{part}" for part in ("search", *trainings))
         best = best_peer(done, row, first)
         if best is None:
@@ -73,11 +75,17 @@ def main_methods() -> list[str]:
 
 
 def best_peer(done: dict[str, Any], row: str, seed: int) -> str | None:
-    """Return the peer with the highest accuracy after plain fine-tuning; None until all have been trained."""
-    found = {method: done.get(f"{row}/{method}/{seed}/plain") for method in PEERS}
+    """Return the peer with the highest accuracy after plain fine-tuning; None until all that can be are trained."""
+    able = [method for method in PEERS if not unreachable(done, row, method, seed)]
+    found = {method: done.get(f"{row}/{method}/{seed}/plain") for method in able}
     if any(entry is None for entry in found.values()):
         return None
     return max(found, key=lambda method: found[method]["after"])
+
+
+def unreachable(done: dict[str, Any], row: str, method: str, seed: int) -> bool:
+    """Return whether a method has failed to prune a network to the budget."""
+    return "unreachable" in done.get(f"{row}/{method}/{seed}/search", {})
 
 
 def page(options: argparse.Namespace, lines: Lines) -> str:
@@ -123,7 +131,9 @@ def section(options: argparse.Namespace, done: dict[str, Any], model: str, share
                 f"{statistics.fmean(cells_of['seconds']):.0f}" if cells_of["seconds"] else "",
                 f"{statistics.fmean(macs) / 1e6:.2f}" if macs else "",
                 f"{statistics.fmean(macs) / dense['macs']:.1%}" if macs and dense else "",
-                *(percent(cells_of[name]) for name in ("before", *TRAININGS)),
+                "cannot reach it" if any("unreachable" in each for each in seeds.values())
+                else percent(cells_of["before"]),
+                *(percent(cells_of[name]) for name in TRAININGS),
                 str(len(seeds)),
             )
         )
