@@ -30,12 +30,13 @@ QUANTISE, CAST = (0.002, 1e-7), 0.0015
 WEIGHTED = ("Conv", "Gemm")
 
 
-_LAYERS: dict[bytes, list[tuple[str, float]]] = {}
+_LAYERS: dict[Any, list[tuple[str, float]]] = {}
 
 
 def engine_layers(content: bytes) -> list[tuple[str, float]]:
     """Name and milliseconds of each layer, in order."""
-    key = hashlib.sha256(content).digest()
+    times = (HALF, INT8, SUM_HALF, SUM_INT8, POOL, QUANTISE, CAST)  # a test may replace them
+    key = hashlib.sha256(content).digest(), times
     if key not in _LAYERS:
         _LAYERS[key] = _layers(content)
     return list(_LAYERS[key])

@@ -112,7 +112,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for module in ("compressor.latency.local", "compressor.latency.precisions"):
             patch.setattr(f"{module}.measured", made_up)
         patch.setattr(CpuTimer, "whole_ms", in_turns)
-        for module in ("compressor.latency.precisions", "compressor.run.mixed"):
+        for module in ("compressor.run.mixed", "compressor.latency.precisions"):  # the one that imports it first
             patch.setattr(f"{module}.part_prices", prices)
         yield
 
