@@ -116,13 +116,13 @@ def _latency_rows(manifest: Manifest) -> list[Row]:
 
 def _cost_rows(manifest: Manifest) -> list[Row]:
     dense, slim, file = manifest.cost.dense, manifest.cost.slim, manifest.deployed
-    own = [] if file is None else [(f"File {file.file}", dense.onnx_bytes, file.bytes, size)]
+    own = [] if file is None else [(f"ONNX file, {file.file}", dense.onnx_bytes, file.bytes, size)]
     return [
         Row(label, shown(before), shown(after), percent(ratio(after, before)))
         for label, before, after, shown in (
             ("MACs", dense.macs, slim.macs, count),
             ("Parameters", dense.params, slim.params, count),
-            ("ONNX file" if file is None else "ONNX file in FP32", dense.onnx_bytes, slim.onnx_bytes, size),
+            ("ONNX file", dense.onnx_bytes, slim.onnx_bytes, size),
             *own,
             ("Weights, safetensors", dense.safetensors_bytes, slim.safetensors_bytes, size),
         )

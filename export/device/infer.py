@@ -66,13 +66,13 @@ def photographs(path: Path, labels: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("paths", nargs="+", metavar="PHOTO", type=Path, help="or a folder that has one for each class")
+    how = json.loads((HERE / "preprocess.json").read_text("utf-8"))
     bundled = HERE.glob("models/model*.onnx")  # the shortest name is that of the FP32 file
-    own = min(bundled, key=lambda each: len(each.name), default=HERE / "model.onnx")
+    own = min(bundled, key=lambda each: len(each.name), default=HERE / how.get("file", "model.onnx"))
     parser.add_argument("--model", metavar="FILE", default=str(own), help="ONNX, or .engine")
     options = parser.parse_args()
     if not Path(options.model).is_file():
         parser.error(f"{options.model} does not exist; name a file with --model")
-    how = json.loads((HERE / "preprocess.json").read_text("utf-8"))
     labels = (HERE / "labels.txt").read_text("utf-8").split("\n")[:-1]
     scores_of, right = network(options.model, how), []
     for photo, label in [each for path in options.paths for each in photographs(path, labels)]:

@@ -282,7 +282,7 @@ def test_an_int8_run_keeps_the_file_that_it_has_timed(run: Path, tmp_path: Path)
     assert found["int8"]["accuracy"] == own.accuracy
     assert "models/model.int8.tensorrt.onnx" in unpack(tmp_path / "orin.tar.gz")
     rows = {row.label: row for row in comparison(Manifest.read(run / "manifest.json"))}
-    assert rows["File model.int8.onnx"].slim == size((run / "model.int8.onnx").stat().st_size)
+    assert rows["ONNX file, model.int8.onnx"].slim == size((run / "model.int8.onnx").stat().st_size)
     image = tmp_path / "photo.png"
     Image.new("RGB", (32, 32), (200, 40, 40)).save(image)
     default, int8, fp32 = (next(predict(run, [image], precision=each))[1] for each in (None, "int8", "fp32"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,20 +77,26 @@ def test_a_picture_becomes_the_toolkits_input(way: Preprocessing, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("files", "chosen"),
+    ("files", "how", "chosen"),
     [
-        (["model.onnx", "model.int8.onnx"], "model.onnx"),
-        (["models/model.fp16.onnx", "models/dense.onnx", "models/model.onnx"], "models/model.onnx"),
-        (["models/model.fp16.opset13.onnx", "models/model.opset13.onnx"], "models/model.opset13.onnx"),
+        (["model.onnx", "model.int8.onnx"], {}, "model.onnx"),
+        (["model.onnx", "model.int8.onnx"], {"file": "model.int8.onnx"}, "model.int8.onnx"),
+        (["models/model.fp16.onnx", "models/dense.onnx", "models/model.onnx"], {}, "models/model.onnx"),
+        (["models/model.fp16.opset13.onnx", "models/model.opset13.onnx"], {}, "models/model.opset13.onnx"),
     ],
 )
-def test_without_a_model_the_fp32_file_of_the_run_or_of_the_bundle_is_used(
-    files: list[str], chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_a_model_the_file_of_the_run_or_the_fp32_file_of_the_bundle_is_used(
+    files: list[str],
+    how: Any,
+    chosen: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "preprocess.json").write_text("{}")
+    (tmp_path / "preprocess.json").write_text(json.dumps(how))
     (tmp_path / "labels.txt").write_text("cat\ndog\n")
     used = []
 
