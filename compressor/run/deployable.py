@@ -7,7 +7,7 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from compressor.core.files import replacing, write_atomic
+from compressor.core.files import read_json, replacing, write_atomic
 from compressor.core.metrics import PYTHON
 from compressor.run.folder import RunFolder
 from compressor.run.onnx_files import MODEL
@@ -61,6 +61,14 @@ def write_deployable(run: RunFolder, recipe: Recipe, task: Task) -> None:
         for source in PROGRAM:
             with replacing(run.file(source.name)) as temporary:
                 shutil.copyfile(source, temporary)
+
+
+def write_score(run: RunFolder, recipe: Recipe) -> None:
+    """Write the score of the file to use again, after that file was; a run without `preprocess.json` gets none."""
+    path = run.file(PREPROCESS)
+    if path.is_file():
+        how = {**read_json(path), "scored": _scored(run, recipe)}
+        write_atomic(path, json.dumps(how, indent=2, allow_nan=False) + "\n")
 
 
 def _tensor(described: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from compressor.models.onnx_file import NETWORK
 from compressor.recipe import Recipe, load_recipe
 from compressor.run.boxes import check_detection, write_boxes
 from compressor.run.conversions import Conversion, write_precision
+from compressor.run.deployable import write_score
 from compressor.run.device import int8_runtime, opset_of, provider_of, request_of
 from compressor.run.finish import write_page
 from compressor.run.folder import RunFolder
@@ -348,6 +349,8 @@ def export_format(folder: Path, request: Request) -> Iterator[str]:
         made = yield from FORMATS[request.format].write(finished, request)
         if request.out is not None:
             yield from _copied(made, request.out)
+        write_score(finished.run, finished.recipe)
+        yield f"Wrote {write_page(finished.run)}"
 
 
 def check(request: Request) -> None:
@@ -387,8 +390,6 @@ def check(request: Request) -> None:
 
 def _onnx(finished: Finished, request: Request) -> Generator[str, None, Path]:
     yield from finished.onnx(request)
-    if request.precision == "mixed":  # why each layer has its precision is on the page
-        yield f"Wrote {write_page(finished.run)}"
     return finished.path_of(request)
 
 

@@ -309,7 +309,7 @@ class Job:
             budget_specs(self.recipe), self.space, table or self.table, self.callers, device_precision(self.recipe)
         )
         reachable(budgets, self.space, None if _removes_blocks(self.recipe) else "knapsack")
-        agent_class(self.recipe.agent).check(self.space, budgets)
+        agent_class(self.recipe.agent)(settings=self.recipe.search.settings).check(self.space, budgets)
         return budgets
 
     @property

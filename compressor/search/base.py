@@ -131,9 +131,8 @@ class Agent(ABC):
         self.context_size = context_size if self.trains_jointly else 0
         self.curves = curves
 
-    @classmethod  # noqa: B027  (most agents leave it as it is)
-    def check(cls, space: PruningSpace, budgets: Sequence[Budget]) -> None:
-        """Refuse budgets that some widths meet, but none that this agent can choose; by default there are none such.
+    def check(self, space: PruningSpace, budgets: Sequence[Budget]) -> None:  # noqa: B027 (most agents take all)
+        """Refuse a space that this agent does not take, and budgets that none of its plans meets, before the search.
 
         Raises:
             CompressorError: Says how to go on.

@@ -8,7 +8,7 @@ which imports Stable-Baselines3.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.core import progress
+from compressor.core.errors import CompressorError
 from compressor.pruning.plan import ChannelPlan
 from compressor.search.allocation import POWERS, Allocator, Sensitivity, starting_plans
 from compressor.search.base import Agent, register_agent
@@ -28,6 +29,8 @@ from compressor.search.records import Candidate, SearchResult
 from compressor.search.session import SearchSession, eligible
 
 if TYPE_CHECKING:
+    from compressor.budgets.base import Budget
+    from compressor.pruning.space import PruningSpace
     from compressor.search.constrained_episodes import Masks, Walk
 
 _START = "start"
@@ -56,6 +59,13 @@ class ConstrainedAgent(Agent):
         if any(self.settings.finetune_iterations):
             return dict.fromkeys((*names, "near_share"), "finetune_iterations trains each candidate")
         return {} if self.settings.near_share else dict.fromkeys(names, "near_share is 0")
+
+    def check(self, space: PruningSpace, budgets: Sequence[Budget]) -> None:
+        if self.settings.action == "channel" and space.depth and space.blocks:
+            raise CompressorError(
+                "Decisions on single channels (search.settings.action=channel) cannot remove blocks.",
+                "Set pruning.depth=off, or action=layer.",
+            )
 
     def _search(self, run: SearchSession) -> SearchResult:
         dense = run.env.bounds.dense

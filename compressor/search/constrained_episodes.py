@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
-from compressor.core.errors import CompressorError
 from compressor.pruning.plan import ChannelPlan
 from compressor.search.bounds import LegalWidths, Widths
 from compressor.search.environment import first_layer
@@ -69,10 +68,6 @@ class ChannelActions(LayerActions):
 
     def __init__(self, env: PruningEnv, *, fold: bool) -> None:
         super().__init__(env, fold=fold)
-        if len(env.bounds.dense) > env.bounds.groups:
-            raise CompressorError(
-                "Decisions on single channels cannot remove blocks.", "Set pruning.depth=off, or action=layer."
-            )
         self.size = int(env.bounds.dense.max())
         # Rank of each channel in its group's order of importance.
         self._place = [np.argsort(np.argsort(-scores, kind="stable")) for scores in env.saliency()]

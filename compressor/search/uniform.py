@@ -40,8 +40,7 @@ class UniformAgent(Agent):
     name = "uniform"
     Settings = UniformSettings
 
-    @classmethod
-    def check(cls, space: PruningSpace, budgets: Sequence[Budget]) -> None:
+    def check(self, space: PruningSpace, budgets: Sequence[Budget]) -> None:
         uniform_widths(ActionBounds(space, budgets))
 
     def _search(self, run: SearchSession) -> SearchResult:

@@ -109,6 +109,15 @@ def test_blocks_may_go_where_a_latency_is_a_budget(fields: dict[str, Any], depth
         ({"agent": "uniform"}, "smallest network with all blocks needs", "(--agent knapsack --set pruning.depth=auto)"),
         ({"pruning": {"depth": "off"}}, "with all blocks needs", "let whole blocks go (--set pruning.depth=auto)"),
         ({"agent": "uniform", "pruning": {"depth": "auto"}}, "No single ratio", "such as --agent knapsack"),
+        (
+            {
+                "agent": "constrained",
+                "search": {"settings": {"action": "channel"}},
+                "pruning": {"depth": "auto"},
+            },
+            "single channels .* cannot remove blocks",
+            "Set pruning.depth=off, or action=layer",
+        ),
     ],
 )
 def test_a_budget_that_only_fewer_blocks_keep(
@@ -121,7 +130,7 @@ def test_a_budget_that_only_fewer_blocks_keep(
         run_recipe(recipe(**wanted), out=tmp_path / "run")
     assert hint in refused.value.hint
     assert not (tmp_path / "run").exists()
-    followed = {**wanted, "agent": "knapsack", "pruning": {"min_share": 1.0, "depth": "auto"}}
+    followed = {**wanted, "agent": "knapsack", "search": {}, "pruning": {"min_share": 1.0, "depth": "auto"}}
     assert Job.prepare(recipe(**followed).resolved()).space.depth
 
 

@@ -287,6 +287,11 @@ def test_an_int8_run_keeps_the_file_that_it_has_timed(run: Path, tmp_path: Path)
     Image.new("RGB", (32, 32), (200, 40, 40)).save(image)
     default, int8, fp32 = (next(predict(run, [image], precision=each))[1] for each in (None, "int8", "fp32"))
     assert default == int8 != fp32
+    (run / "preprocess.json").write_text(json.dumps({**how, "scored": None}))
+    export(run, "--precision", "int8", "--max-drop", 3)
+    again = exports_of(run)["int8"]["accuracy"]
+    assert json.loads((run / "preprocess.json").read_text())["scored"]["value"] == again
+    assert "model.int8.tensorrt.onnx" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_network_that_failed_on_the_board_is_no_success(

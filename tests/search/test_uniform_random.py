@@ -49,8 +49,8 @@ def test_uniform_where_no_ratio_serves() -> None:
         uniform_widths(env.bounds)
     assert "--agent knapsack" in refused.value.hint
     with pytest.raises(CompressorError, match="No single ratio"):
-        agent_class("uniform").check(space, [budget])
-    agent_class("knapsack").check(space, [budget])
+        agent_class("uniform")().check(space, [budget])
+    agent_class("knapsack")().check(space, [budget])
     assert env.bounds.feasible(uniform_or_cheapest(env))[0]
 
 
