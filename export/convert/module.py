@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from export.convert.ort import input_types, open_session, run_session
+from export.convert.ort import input_types, open_session, padded, run_session
 from export.convert.trees import moved, rebuilt, rows, tensors_in
 from export.errors import ExportError
 
@@ -16,7 +16,7 @@ from export.errors import ExportError
 class OnnxModule(nn.Module):
     """Runs an ONNX file with ONNX Runtime, with the arguments and the result of the network that it was exported from.
 
-    A file with a fixed batch runs once for each batch of that size.
+    A file with a fixed batch runs once for each batch of that size, the last one padded with its last input.
 
     Args:
         path: The file.
@@ -44,12 +44,17 @@ class OnnxModule(nn.Module):
             raise ExportError(f"The file takes {len(self._types)} tensors, got {len(tensors)}.")
         count = len(tensors[0])
         size = self._batch or count
-        if count % size:
-            raise ExportError(f"The file takes batches of {size}, got {count} inputs.")
         results = []
         for start in range(0, count, size):
-            part = rows(tensors, count, slice(start, start + size))
-            feeds = {name: each.numpy().astype(kind) for (name, kind), each in zip(self._types.items(), part)}
-            results.append([torch.from_numpy(value) for value in run_session(self._session, feeds)])
+            length = min(size, count - start)
+            part = [each.numpy() for each in rows(tensors, count, slice(start, start + size))]
+            if length < size:
+                part = [
+                    padded(each, size) if whole.dim() and len(whole) == count else each
+                    for each, whole in zip(part, tensors)
+                ]
+            feeds = {name: each.astype(kind) for (name, kind), each in zip(self._types.items(), part)}
+            found = [torch.from_numpy(value) for value in run_session(self._session, feeds)]
+            results.append(rows(found, size, slice(length)))
         whole = [torch.cat(column) if column[0].dim() else column[0] for column in zip(*results)]
         return rebuilt(self._result, whole)

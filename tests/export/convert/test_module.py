@@ -63,3 +63,14 @@ def test_a_file_is_scored_as_its_network(tmp_path: Path, example: tuple[Any, ...
     torch.testing.assert_close(found["parts"][1], right["parts"][1])
     with pytest.raises(ExportError, match="takes 3 tensors, got 1"):
         module(inputs[0])
+
+
+@pytest.mark.parametrize("number", [1, 4, 6])
+def test_a_last_batch_that_is_too_short_is_padded(tmp_path: Path, number: int) -> None:
+    network = TwoInputs().eval()
+    export_onnx(network, several(4), tmp_path / "net.onnx")
+    module, inputs = OnnxModule(tmp_path / "net.onnx", network, several(1)), several(number)
+    found, right = module(*inputs), network(*inputs)
+    assert found["sum"].shape == (number,)
+    torch.testing.assert_close(found["sum"], right["sum"])
+    torch.testing.assert_close(found["parts"][1], right["parts"][1])
