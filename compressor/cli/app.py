@@ -197,6 +197,8 @@ def compress_command(
     with friendly():
         overrides = with_settings(overrides, settings or [])
         if resume is not None:
+            if dry_run:
+                raise CompressorError("--resume continues a run, and --dry-run runs nothing.", "Leave out one of them.")
             _resume(resume, overrides, recipe, out_dir, json)
         if not overrides and recipe is None:
             out.print(context.get_help())

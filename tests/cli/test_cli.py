@@ -93,6 +93,7 @@ def test_a_budget_that_cannot_be(budget: list[str], expected: str) -> None:
         ([*TINY, "--weights", "/no/such/file.pt"], "/no/such/file.pt"),
         (["--resume", "/no/such/run"], "not a run's folder"),
         (["--resume", ".", "--out", "x"], "Leave out"),
+        (["--resume", ".", "--dry-run"], "--resume continues a run, and --dry-run runs nothing."),
         ([], "Usage"),
     ],
 )
