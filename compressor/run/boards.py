@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -223,7 +223,7 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
 
     with closing(Finished.open(folder)) as finished:
         run = finished.run
-        _require_own(bundle, run)
+        replaced = _require_own(bundle, run)
         found = read_results(results, bundle)
         entry = DeviceRecord.model_validate(found.to_dict())
         run.manifest.devices = [*(each for each in run.manifest.devices if each != entry), entry]
@@ -231,7 +231,9 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
         yield f"{found.board.model or found.target}, TensorRT {found.board.tensorrt}:"
         for network in found.networks.values():
             yield f"  {network.describe()}"
-        yield from _judge(run, finished.recipe, found)
+            if network.name in replaced:
+                yield f"  The run has another {network.name}.onnx now: this is the time of the earlier one."
+        yield from _judge(run, finished.recipe, found, replaced)
         failed = [name for name, network in found.networks.items() if network.status != "ok"]
         if failed:
             raise CompressorError(
@@ -240,10 +242,11 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
             )
 
 
-def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults) -> Iterator[str]:
+def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults, replaced: Sequence[str]) -> Iterator[str]:
     """Judge the run's latency budget by the times of the board that the budget is for, and write the report again.
 
-    A share is one of the dense network's time in the same precision; the turns show how far it varies.
+    A share is one of the dense network's time in the same precision; the turns show how far it varies. A network whose
+    file was replaced in the run decides nothing.
     """
     budget, precision = latency_budget(recipe), device_precision(recipe)
     if budget is None or recipe.device != found.target:
@@ -251,6 +254,12 @@ def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults) -> Iterator[str
     slim, dense = _measured(found, precision, dense=False), _measured(found, precision, dense=True)
     if slim is None or slim.latency is None:
         yield f"The latency budget is for {precision}, which was not measured: its result stays predicted."
+        return
+    if slim.name in replaced:
+        yield (
+            f"The latency budget is for the run's {slim.name}.onnx, and another one was measured: its result stays "
+            "predicted. Write the bundle again, and run it on the board."
+        )
         return
     if budget.relative and (dense is None or dense.latency is None):
         yield (
@@ -322,13 +331,21 @@ def _rest_of(path: Path) -> str:
     return read_header(path).metadata.get("rest", "fp32")
 
 
-def _require_own(bundle: Path, run: RunFolder) -> None:
-    """Raise an error if a bundle belongs to another run."""
-    try:
-        name = open_bundle(bundle, "network").manifest["facts"]["run"]
-    except (KeyError, TypeError):
-        raise CompressorError(f"{bundle} does not name its run.", "Create it again.") from None
-    if name != run.name:
+def _require_own(bundle: Path, run: RunFolder) -> tuple[str, ...]:
+    """Raise an error if a bundle was written from another run; its FP32 file decides, not the folder's name.
+
+    Returns:
+        Names of the bundle's other slim networks that the run has in another file now, or no longer.
+    """
+    given, known = open_bundle(bundle, "network").manifest, run.manifest.files
+    slim = {f"{each['name']}.onnx": each for each in given["networks"] if not each["name"].startswith(DENSE)}
+    other = [file for file, each in slim.items() if known.get(file) != each["sha256"]]
+    for file in (file for file in other if slim[file]["precision"] == "fp32"):
+        expected = f"expected {known[file][:12]}" if file in known else "and this run has no such file"
         raise CompressorError(
-            f"{bundle} belongs to the run {name!r}, not to {run.name!r}.", "Give this run's own bundle."
+            f"{bundle} belongs to another run than {run.path}: its {file} has the checksum "
+            f"{slim[file]['sha256'][:12]} (of the run {given['facts'].get('run', 'without a name')!r}), {expected}.",
+            "Give the folder of that run; or write this run's bundle, and run it on the board: "
+            f"compress export {run.path} --target {given['target']} --bundle FILE",
         )
+    return tuple(slim[file]["name"] for file in other)

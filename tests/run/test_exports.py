@@ -21,6 +21,7 @@ from compressor.core.manifest import Manifest
 from compressor.recipe import load_recipe
 from compressor.report.comparison import comparison
 from compressor.report.formats import size
+from compressor.run.boards import _require_own
 from compressor.run.deployable import write_deployable
 from compressor.run.exports import Finished
 from compressor.run.folder import RunFolder
@@ -237,13 +238,23 @@ def test_a_bundle_is_in_the_opset_that_its_board_reads(run: Path, tmp_path: Path
     kinds = ("", ".fp16", ".int8")
     assert names == sorted(f"models/{name}{kind}.onnx" for name in ("dense", "model") for kind in kinds)
     assert unpack(tmp_path / "orin.tar.gz")["models/dense.onnx"] == (run / "checkpoints/dense.onnx").read_bytes()
-    other = Path(shutil.copytree(run, tmp_path / "other"))
+
+
+def test_a_bundle_is_of_the_run_with_its_network(run: Path, predicted: Path, tmp_path: Path) -> None:
+    """Every front has runs of the same names, and a folder can be renamed: the FP32 file decides."""
     ours = ["--bundle", tmp_path / "orin.tar.gz"]
-    assert "belongs to the run 'run', not to 'other'" in refused(
-        other, *ours, "--import", tmp_path / "r.tar.gz"
-    )
-    message = refused(other, *ours, "--target", "ssh://nowhere.invalid")  # before anything is sent
-    assert "belongs to the run 'run', not to 'other'" in message
+    export(run, "--target", BOARD, "--max-drop", 3, *ours)
+    namesake = Path(shutil.copytree(predicted, tmp_path / "front" / "run"))
+    own, came = (sha256_file(folder / "model.onnx")[:12] for folder in (namesake, run))
+    for options in (["--import", tmp_path / "r.tar.gz"], ["--target", "ssh://nowhere.invalid"]):  # nothing is sent
+        message = refused(namesake, *ours, *options)
+        assert f"its model.onnx has the checksum {came} (of the run 'run'), expected {own}" in message
+        assert f"--target {BOARD} --bundle FILE" in message
+    renamed = Path(shutil.copytree(run, tmp_path / "renamed"))
+    assert "r.tar.gz" in refused(renamed, *ours, "--import", tmp_path / "r.tar.gz")  # its own, without results
+    export(renamed, "--precision", "int8", "--max-drop", 3)  # for the CPU
+    with RunFolder.open(renamed) as folder:
+        assert _require_own(tmp_path / "orin.tar.gz", folder) == ("model.int8",)
 
 
 def test_int8_has_the_form_of_the_runtime_that_it_is_for(run: Path, tmp_path: Path) -> None:
@@ -356,7 +367,7 @@ def test_a_board_decides_a_budget_in_milliseconds(
     board = Board("10.3.0", "", "", "Orin", "", "", "", "", "7")
     came = DeviceResults("b" * 64, target, board, {}, {"model.fp16": network}, "d" * 64, 3, 15, 2)
     monkeypatch.setattr("export.device.results.read_results", lambda *_: came)
-    monkeypatch.setattr("compressor.run.boards._require_own", lambda *_: None)
+    monkeypatch.setattr("compressor.run.boards._require_own", lambda *_: ())
     (*_, line) = import_results(folder, tmp_path / "results.tar.gz", tmp_path / "orin.tar.gz")
     assert line.endswith(f"target 2.000 ms: {verdict}.")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -369,12 +380,18 @@ def test_a_board_decides_a_budget_in_milliseconds(
 
 
 @pytest.mark.parametrize(
-    ("dense_ms", "verdict", "code"),
-    [((4.0, 4.2, 4.1), "kept", 0), ((3.0, 3.2, 3.1), "missed", 3), ((), "predicted", 4)],
+    ("dense_ms", "replaced", "verdict", "code"),
+    [
+        ((4.0, 4.2, 4.1), ("model.int8",), "kept", 0),
+        ((3.0, 3.2, 3.1), (), "missed", 3),
+        ((), (), "which the board did not measure", 4),
+        ((4.0, 4.2, 4.1), ("model.fp16",), "the run's model.fp16.onnx, and another one was measured", 4),
+    ],
 )
 def test_a_board_decides_a_budget_that_is_a_share(
     predicted: Path,
     dense_ms: tuple[float, ...],
+    replaced: tuple[str, ...],
     verdict: str,
     code: int,
     tmp_path: Path,
@@ -399,13 +416,13 @@ def test_a_board_decides_a_budget_that_is_a_share(
     board = Board("10.3.0", "", "", "Orin", "", "", "", "", "7")
     came = DeviceResults("b" * 64, BOARD, board, {}, networks, "d" * 64, 3, 15, 2)
     monkeypatch.setattr("export.device.results.read_results", lambda *_: came)
-    monkeypatch.setattr("compressor.run.boards._require_own", lambda *_: None)
+    monkeypatch.setattr("compressor.run.boards._require_own", lambda *_: replaced)
     (*_, line) = import_results(folder, tmp_path / "results.tar.gz", tmp_path / "orin.tar.gz")
     manifest = json.loads((folder / "manifest.json").read_text())
     (budget,) = manifest["budgets"]
-    if not dense_ms:
-        assert "which the board did not measure" in line
-        assert budget["measured"] is None
+    if code == 4:
+        assert verdict in line
+        assert (budget["measured"], manifest["exit_code"]) == (None, code)
         return
     assert line.endswith(f"target 50.0%: {verdict}.")
     assert (budget["verdict"], manifest["exit_code"]) == (verdict, code)
