@@ -35,7 +35,7 @@ from compressor.run.device import provider_of, request_of
 from compressor.run.finish import KEPT, MISSED, OPEN, exit_code
 from compressor.run.folder import RunFolder, stopped_in
 from compressor.run.job import Job, budget_specs, latency_budget
-from compressor.run.max_drop import Narrowing, check_alone, judged, lost, with_latency
+from compressor.run.max_drop import Narrowing, check_alone, check_metrics, judged, lost, with_latency
 from compressor.run.measure import stored_table
 from compressor.run.onnx_files import DENSE
 from compressor.run.points import in_milliseconds, points
@@ -157,6 +157,7 @@ def _prepared(recipe: Recipe, loader: Loader, folder: RunFolder | None) -> Job:
         if same != target.name:
             raise CompressorError(f"{same} and {target.name} are the same limit.", "Leave one of them out.")
     if recipe.budgets.max_drop is not None:
+        check_metrics(job.task)
         Narrowing.of(job, recipe.budgets)
     return job
 

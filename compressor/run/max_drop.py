@@ -21,6 +21,7 @@ from compressor.run.finetuning import finetuned_network
 if TYPE_CHECKING:
     from compressor.run.folder import RunFolder
     from compressor.run.job import Job
+    from compressor.training.task import Task
 
 STEPS = 5
 """Networks that are tried at most: the range is then a 32nd of the first, 3 % of the dense network's time or less."""
@@ -49,6 +50,21 @@ def check_alone(budgets: Budgets) -> None:
         )
     if any(SEPARATOR in text for text in (*budgets.given().values(), *budgets.functions)):
         raise CompressorError("--max-drop looks for one network.", "Give one limit of each other budget.")
+
+
+def check_metrics(task: Task) -> None:
+    """Refuse a limit of lost accuracy where search split and test split are scored by different metrics.
+
+    Raises:
+        CompressorError: Says what to give.
+    """
+    searched, tested = task.on_search().metric, task.metric
+    if searched != tested:
+        words = [each.name if each.share else f"a {each.name} that is no share" for each in (searched, tested)]
+        raise CompressorError(
+            f"max_drop limits one loss, and the search split is scored by {words[0]}, the test split by {words[1]}.",
+            "Give evaluate=, a function that scores as test= does, on the inputs of the search.",
+        )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from compressor.run.stages import _worse_than
 from compressor.search.environment import Score
 from tests.other_device import OtherDevice
 from tests.run.test_own import FAST as OWN
-from tests.run.test_own import Own, batches, loss, share
+from tests.run.test_own import Own, batches, loss, pictures, share
 from tests.runs import manifest_of, recipe
 
 TARGETS = "75%,50%"
@@ -412,3 +412,22 @@ def test_own_objects_have_several_targets_and_a_limit_in_their_score(tmp_path: P
     assert sizes[1] < sizes[0]
     with pytest.raises(CompressorError, match="objects of the Python program"):
         resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"test": share(2)}, "by agreement with the dense network, the test split by score."),
+        ({"test": lambda _: 31.4}, "by agreement with the dense network, the test split by a score that is no share."),
+        ({"evaluate": share(1), "test": lambda _: 31.4}, "by score, the test split by a score that is no share."),
+    ],
+)
+def test_a_limit_of_lost_accuracy_is_in_one_metric(
+    device: None, tmp_path: Path, given: dict[str, Any], said: str
+) -> None:
+    options: dict[str, Any] = {"calibration": [pictures(8)], "epochs": 0, "max_drop": 1, **given}
+    rest = {name: value for name, value in OWN.items() if name != "params"}
+    with pytest.raises(CompressorError, match=re.escape(said)) as refused:
+        compressor.compress(Own(), torch.zeros(1, 1, 8, 8), out=tmp_path / "run", **options, **rest)
+    assert "Give evaluate=" in refused.value.hint
+    assert not (tmp_path / "run").exists()
