@@ -148,7 +148,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], settings: Settings, meta: bool
     outputs = _outputs(out)
     tracer.facts.flow.results = tracer.values(outputs)
     _fix_outputs(tracer, outputs)
-    tracer.facts.classes = next((int(tensor.shape[1]) for tensor in outputs if tensor.dim() > 1), 1)
+    sizes = (tracer.choices(tensor) or (int(tensor.shape[1]) if tensor.dim() > 1 else 0) for tensor in outputs)
+    tracer.facts.classes = next(filter(None, sizes), 1)
     tracer.record_traffic("output", outputs, ())
     if any(name not in tracer.facts.params for name, value in named_tensors(skeleton).items() if value.dim()):
         _train_pass(tracer, skeleton, args, meta)
@@ -178,6 +179,7 @@ def _outputs(out: Any) -> list[Tensor]:
 
 
 def _fix_outputs(tracer: Tracer, outputs: Sequence[Tensor]) -> None:
+    tracer.read(outputs)
     for tensor in outputs:
         for labels in tracer.axes(tensor):
             tracer.atoms.fix(labels, "it makes the network's output")

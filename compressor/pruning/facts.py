@@ -321,7 +321,7 @@ class Facts:
         terms: Multiply-adds outside of layers.
         swaps: Path of each attention module that may lose heads -> name of the class that replaces it.
         decisions: Each call that split channels -> how they are pruned, and their labels.
-        classes: Channels of the network's first output: the classes of a classifier.
+        classes: Channels of the network's first output, or those among which it chooses: the classes of a classifier.
     """
 
     atoms: Atoms

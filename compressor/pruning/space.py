@@ -95,7 +95,7 @@ class PruningSpace:
         self.layers: tuple[Layer, ...] = layers_of(facts, resolved.affine)
         #: Tensors that produce the channels of each group, with the axis.
         self.makers: tuple[tuple[tuple[str, int], ...], ...] = tuple(found.makers for found in resolved.groups)
-        #: Channels of the network's first output: the classes of a classifier.
+        #: Channels of the network's first output, or those among which it chooses: the classes of a classifier.
         self.outputs = facts.classes
         self._choices = tuple(legal_widths(group) for group in self.groups)
         self.depth = depth

@@ -8,7 +8,7 @@ it sees the operations that fvcore counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,10 @@ class Tracer(TorchFunctionMode):
         self.uncounted = False
         self._buffers: dict[int, int] = {}
         self._values: dict[int, int] = {}
+        #: Tensors that hold numbers of channels -> these channels, and the operation that chose among them.
+        self._numbers: dict[int, list[tuple[Labels, str]]] = {}
+        #: Tensors that choose among channels -> the number of these channels.
+        self._choices: dict[int, int] = {}
         self._marks: dict[int, tuple[Tensor, Axes, bool]] = {}
         self._names: dict[int, str] = {id(tensor): name for name, tensor in tensors.items()}
         self._keep = list(tensors.values())
@@ -164,6 +168,28 @@ class Tracer(TorchFunctionMode):
         for tensor in call.tensors:
             for labels in self.axes(tensor):
                 self.fix(labels, reason)
+
+    def choose(self, labels: Labels | None, results: Sequence[Tensor], operation: str) -> None:
+        """Record that `results` choose among these channels (max, argmax): the last one holds the channels' numbers.
+
+        The channels are kept if an operation reads the numbers, or the network returns them.
+        """
+        if labels is not None:
+            self._numbers.setdefault(id(results[-1]), []).append((labels, operation))
+            self._choices.update((id(tensor), labels.size) for tensor in results)
+
+    def choices(self, tensor: Tensor) -> int:
+        """Return the number of channels among which `tensor`, or all that it was computed from, chooses; else 0."""
+        return self._choices.get(id(tensor), 0)
+
+    def read(self, tensors: Sequence[Tensor], results: Iterable[Tensor] = ()) -> None:
+        """Keep the channels whose numbers are among `tensors`, from which `results` are computed."""
+        for tensor in tensors:
+            for labels, operation in self._numbers.get(id(tensor), ()):
+                self.fix(labels, f"the number of a channel is used ({operation})")
+        found = [self.choices(tensor) for tensor in tensors]
+        if found and all(found):
+            self._choices.update((id(tensor), found[0]) for tensor in results)
 
     def fold(self, block: Labels, axis: int) -> Labels:
         """Tie all channels with the same index on one axis of `block`, so that this axis alone is pruned.
@@ -277,6 +303,8 @@ class Tracer(TorchFunctionMode):
         out = shape_only(name, works_in_place(func), args, kwargs) if self._quick else None
         if out is None:
             out = func(*args, **kwargs)
+        if self._choices:
+            self.read(tensors_in(given), tensors_in(out))
         if name == "setitem":
             self._written(args)
             if self.follows:

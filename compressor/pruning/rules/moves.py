@@ -21,6 +21,8 @@ REDUCING = """
     mean sum amax amin max min var std norm logsumexp argmax argmin any all prod median nanmean nansum vector_norm
     count_nonzero std_mean var_mean
 """
+_CHOOSING = frozenset(("argmax", "argmin", "max", "min", "median", "nanmedian"))
+"""Those that return the number of an element, beside its value or alone."""
 
 
 # ---------------------------------------------------------------- reshape
@@ -443,5 +445,9 @@ def reduce(tracer: Tracer, call: Call, axes: Line) -> Line | None:
     if dims is None or isinstance(dims, bool):
         dims = range(len(axes))
     gone = {positive(i, len(axes)) for i in ([dims] if isinstance(dims, int) else dims)} or set(range(len(axes)))
-    keeps_rank = tensors_in(call.out)[0].dim() == len(axes)
+    results = tensors_in(call.out)
+    if call.name in _CHOOSING and (call.name.startswith("arg") or len(results) > 1):
+        for i in gone:
+            tracer.choose(axes[i], results, call.name)
+    keeps_rank = results[0].dim() == len(axes)
     return [None if i in gone else axis for i, axis in enumerate(axes) if keeps_rank or i not in gone]

@@ -1,0 +1,96 @@
+"""What single operations mean for channels, on networks of a few layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor.pruning.space import PruningSpace
+from tests.pruning.networks import assert_is_dense_with_zeros, filled
+
+Ending = Callable[[Tensor], object]
+
+
+class Segmenter(nn.Module):
+    """Two convolutions and a head of 10 classes, whose maps of 8x8 pixels go through `end`."""
+
+    def __init__(self, end: Ending) -> None:
+        super().__init__()
+        self.end = end
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Conv2d(16, 10, 1)
+
+    def forward(self, x: Tensor) -> object:
+        return self.end(self.head(self.second(self.first(x).relu()).relu()))
+
+
+def _score_and_label(y: Tensor) -> Tensor:
+    score, label = y.softmax(1).max(1)
+    return torch.stack([score, label.float()], 1)
+
+
+LABELS: dict[str, tuple[str, Ending]] = {
+    "argmax": ("argmax", lambda y: y.argmax(1)),
+    "of a vector": ("argmax", lambda y: y.mean((2, 3)).argmax(-1)),
+    "converted": ("argmin", lambda y: torch.argmin(y, dim=1, keepdim=True).to(torch.uint8)),
+    "max": ("max", lambda y: y.softmax(1).max(1)),
+    "median": ("median", lambda y: torch.median(y, dim=1)[1]),
+    "among scores": ("max", _score_and_label),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_classes_whose_numbers_are_returned_stay(case: str) -> None:
+    operation, end = LABELS[case]
+    space = PruningSpace(Segmenter(end).eval(), torch.zeros(1, 3, 8, 8))
+    assert [group.name for group in space.groups] == ["first", "second"]
+    assert [(s.name, s.reason) for s in space.skipped] == [("head", f"the number of a channel is used ({operation})")]
+    assert space.outputs == 10
+    assert space.apply(space.uniform(0.5)).head.weight.shape == (10, 8, 1, 1)
+
+
+def test_labels_of_a_pruned_network_are_those_of_the_dense_one_with_zeros() -> None:
+    example = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    space = PruningSpace(filled(Segmenter(lambda y: y.argmax(1))), example)
+    plan = space.uniform(0.5)
+    assert_is_dense_with_zeros(space.apply(plan), space, plan, example, rtol=0, atol=0)
+
+
+class Attending(nn.Module):
+    """Weighs pixels by the mean and the largest value over channels (CBAM)."""
+
+    def __init__(self, largest: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.largest = largest
+        self.first, self.weigh = nn.Conv2d(3, 16, 3), nn.Conv2d(2, 1, 3, padding=1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        seen = torch.cat([x.mean(1, keepdim=True), self.largest(x)], 1)
+        return self.head((x * self.weigh(seen).sigmoid()).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "largest",
+    [
+        lambda x: x.max(1, keepdim=True)[0],
+        lambda x: torch.max(x, dim=1)[0].unsqueeze(1),
+        lambda x: torch.amax(x, 1, keepdim=True),
+    ],
+)
+def test_channels_stay_prunable_where_only_the_largest_value_is_used(largest: Callable[[Tensor], Tensor]) -> None:
+    space = PruningSpace(Attending(largest).eval(), torch.zeros(1, 3, 8, 8))
+    assert [(group.name, group.width) for group in space.groups] == [("first", 16)]
+    assert space.outputs == 4
+
+
+def test_channels_stay_where_the_number_of_the_largest_is_used_inside() -> None:
+    model = Attending(lambda x: x.max(1, keepdim=True)[1].float()).eval()
+    space = PruningSpace(model, torch.zeros(1, 3, 8, 8))
+    assert not space.groups
+    assert {s.name: s.reason for s in space.skipped}["first"] == "the number of a channel is used (max)"
+    assert space.outputs == 4
