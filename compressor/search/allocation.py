@@ -172,7 +172,7 @@ class Allocator:
     cost depends on its inputs and outputs together. So prices are computed at the current widths, the knapsack is
     solved within a range around them, and the solution, scaled to meet the true budgets, is the next point. The range
     shrinks when there is no improvement. Finally, single steps and exchanges of steps between two groups are made as
-    long as they raise the value.
+    long as they raise the value. If blocks may go, this is done from three plans, and the best result counts.
 
     Several budgets share one price, in which those closest to their limit have the largest weight.
 
@@ -199,7 +199,42 @@ class Allocator:
         dense = self.bounds.dense
         if self.bounds.feasible(dense)[0]:
             return dense.copy()
-        current = self._snap(uniform_or_cheapest(self.env))
+        found = [self._climbed(start, values) for start in self._starts(values)]
+        return max(found, key=lambda widths: self._value(widths, values))
+
+    def _starts(self, values: Values) -> list[Widths]:
+        """Return legal plans (G,) within the budgets: the uniform one and, if blocks may go, plans with fewer of them.
+
+        Where narrow layers are hardly faster, no path of better plans may lead from one to the other.
+        """
+        starts = [self._snap(uniform_or_cheapest(self.env))]
+        gone = [] if self._expensive else self._blocks_first(values)
+        for removed in (gone[: len(gone) // 2], gone):
+            if removed:
+                row = self.bounds.dense.copy()
+                row[removed] = 0
+                starts.append(self._snap(self._fitted(row)))
+        return list({start.tobytes(): start for start in starts}.values())
+
+    def _blocks_first(self, values: Values) -> list[int]:
+        """Return the columns of blocks to remove from the dense network, in their order, until it keeps the budgets.
+
+        The next one is that of the least value for the share of the budget that it saves.
+        """
+        row, gone = self.bounds.dense.copy(), list[int]()
+        left = list(range(self.bounds.groups, len(row)))
+        while left and not self.bounds.feasible(row)[0]:
+            rows = np.repeat(row[None], len(left) + 1, axis=0)
+            rows[np.arange(len(left)), left] = 0
+            shares = self.bounds.shares(rows).max(axis=0)
+            saved = np.maximum(shares[-1] - shares[:-1], 1e-12)
+            lost = np.array([values[column][-1] - values[column][0] for column in left])
+            gone.append(left.pop(int((lost / saved).argmin())))
+            row[gone] = 0
+        return gone
+
+    def _climbed(self, current: Widths, values: Values) -> Widths:
+        """Return the best widths (G,) that solutions at changing prices, and then single moves, lead to."""
         best, best_value = current, self._value(current, values)
         reach = 2.0
         for _ in range(_ITERATIONS):

@@ -16,12 +16,13 @@ from compressor.budgets.limits import resolve
 from compressor.core.records import EpisodeLog
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
-from compressor.search.allocation import Allocator, Sensitivity
+from compressor.search.allocation import Allocator, Sensitivity, saliency_values
 from compressor.search.base import create_agent
 from compressor.search.environment import PruningEnv
 from compressor.search.proposals import near_rows, random_widths, scaled_widths, uniform_widths
 from compressor.search.records import Limits, SearchResult
 from tests.search.bench import FragileCheckpoint, brief
+from tests.search.fake_space import FakeBudget
 
 WORTH = {"2": 0.0, "3": 0.4, "4": 0.05}
 """What the accuracy loses without each block."""
@@ -36,10 +37,10 @@ class Block(nn.Module):
         return F.relu(x + self.two(F.relu(self.one(x))))
 
 
-def network() -> nn.Module:
+def network(blocks: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    blocks = [Block() for _ in range(3)]
-    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), *blocks, nn.Conv2d(16, 10, 8)).eval()
+    body = [Block() for _ in range(blocks)]
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), *body, nn.Conv2d(16, 10, 8)).eval()
 
 
 class Evaluator:
@@ -126,6 +127,27 @@ def test_values_of_blocks_by_hand() -> None:
     assert [value.round(4).tolist() for value in values] == [[-0.0001, 0.0], [-0.4, 0.0], [-0.05, 0.0]]
     saliency = env.saliency()
     assert saliency[4].tolist() == [pytest.approx(saliency[1].sum())]
+
+
+@pytest.mark.parametrize(("share", "power", "gone"), [(0.7, 1.0, 4), (0.85, 0.25, 2)])
+def test_blocks_go_where_widths_are_computed_in_steps(share: float, power: float, gone: int) -> None:
+    """From the uniform plan on, no better plan is near; the best one lacks blocks and keeps all channels."""
+    space = PruningSpace(network(blocks=12), torch.zeros(1, 3, 8, 8), depth=True)
+    groups = len(space.groups)
+
+    def in_steps_of_8(rows: np.ndarray) -> np.ndarray:
+        wide = np.ceil(rows[:, :groups] / 8) / 2
+        return np.asarray((rows[:, groups:] * (1 + wide[:, :1] * wide[:, 1:])).sum(axis=1))
+
+    row = space.dense_row.copy()
+    row[groups : groups + gone] = 0
+    target = share * float(in_steps_of_8(space.dense_row[None])[0])
+    env = PruningEnv(space, [FakeBudget("latency", target, in_steps_of_8)], Evaluator(space))
+    allocator = Allocator(env)
+    values = saliency_values(env.saliency(), allocator.levels, power)
+    found = allocator.solve(values)
+    assert env.bounds.feasible(np.stack([found, row])).all()
+    assert allocator._value(found, values) >= allocator._value(row, values) * (1 - 1e-9)
 
 
 def run(name: str, env: PruningEnv, folder: Path, limits: Limits, *, copies: bool = False) -> SearchResult:
