@@ -31,6 +31,11 @@ _LAYOUT = (
     "Expected PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg (or val instead of test), or PATH/CLASS/*.jpg."
 )
 _SPLITS = ("train", "search", "test")
+_OTHER_NAMES = {
+    "training": "train", "training_set": "train", "valid": "val", "validation": "val", "testing": "test",
+    "test_set": "test", "train": "train", "val": "val", "test": "test",
+}  # fmt: skip
+"""Lower-case name of a folder -> the split that it looks like."""
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 _PROBED = 256
 _SHOWN = 5
@@ -47,7 +52,7 @@ def load_folder(path: Path, name: str, wanted: Wanted, loading: Loading) -> Data
         CompressorError: No images, one class, classes that differ, or too many unreadable images.
     """
     notes: list[str] = []
-    splits = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
+    splits = split_folders(path)
     if "train" in splits:
         other = "test" if "test" in splits else "val"
         if other not in splits:
@@ -77,6 +82,26 @@ def load_folder(path: Path, name: str, wanted: Wanted, loading: Loading) -> Data
         )
     kept, held = _parts(train, loading.hold_out(_labels(train, notes)))
     return bundle(name, classes, (kept, held, test), wanted.image_size, wanted, notes, loading)
+
+
+def split_folders(path: Path) -> dict[str, Path]:
+    """Return those of the folders train/, val/ and test/ that there are.
+
+    Raises:
+        CompressorError: Folders to train and to test on have other names: they would be read as classes, or drawn from.
+    """
+    splits = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
+    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name.lower() in _OTHER_NAMES)
+    alike = [_OTHER_NAMES[name.lower()] for name in names]
+    whole = "train" in splits and len(splits) > 1
+    if not whole and "train" in alike and set(alike) > {"train"}:
+        other = [f"{name}/ to {part}/" for name, part in zip(names, alike, strict=True) if name != part]
+        raise CompressorError(
+            f"{path} has {' and '.join(f'{name}/' for name in names)}; only train/ and test/ (or val/) are read as "
+            "splits.",
+            f"Rename {' and '.join(other)}.",
+        )
+    return splits
 
 
 def load_imagenet(path: Path, name: str, wanted: Wanted, loading: Loading) -> DataBundle:

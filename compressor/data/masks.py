@@ -19,7 +19,7 @@ from compressor.core import progress
 from compressor.core.errors import CompressorError
 from compressor.core.files import sha256_file
 from compressor.data.decoded import Tensors, geometry, remembered
-from compressor.data.folder import SUFFIXES
+from compressor.data.folder import SUFFIXES, split_folders
 from compressor.data.images import fitted, turned
 from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.data.scenes import IGNORED, SceneFile, bundle_of
@@ -77,7 +77,7 @@ def load_masks(path: Path, name: str, wanted: Wanted, loading: Loading) -> DataB
         CompressorError: A picture has no mask, a mask has another size than its picture or a class that there is not,
             or the layout is another one.
     """
-    parts = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
+    parts = split_folders(path)
     other = "test" if "test" in parts else "val"
     if "train" not in parts or other not in parts:
         raise CompressorError(

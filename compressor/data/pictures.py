@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from compressor.core.errors import CompressorError
-from compressor.data.folder import SUFFIXES, bundle
+from compressor.data.folder import SUFFIXES, bundle, split_folders
 from compressor.data.images import ImageFile
 from compressor.data.preprocessing import Wanted
 from compressor.data.splits import TEST_SEED, DataBundle, Loading, hold_out
@@ -23,10 +23,10 @@ def load_pictures(path: Path, name: str, wanted: Wanted, loading: Loading) -> Da
     If the folder has train/ and test/ (or val/), these are the splits; otherwise they are drawn from all pictures.
 
     Raises:
-        CompressorError: There are too few pictures, or too many are unreadable.
+        CompressorError: There are too few pictures, too many are unreadable, or its splits have other names.
     """
     notes: list[str] = []
-    parts = {part: path / part for part in ("train", "val", "test") if (path / part).is_dir()}
+    parts = split_folders(path)
     other = "test" if "test" in parts else "val"
     if "train" in parts and other in parts:
         train, test = _pictures(parts["train"]), _pictures(parts[other])

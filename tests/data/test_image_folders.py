@@ -133,6 +133,31 @@ def test_folders_that_are_refused(folder: Path, spoil: Any, words: list[str]) ->
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["folder", "images"])
+@pytest.mark.parametrize(
+    ("train", "test", "hint"),
+    [
+        ("Training", "Testing", "Rename Testing/ to test/ and Training/ to train/."),
+        ("Train", "Val", "Rename Train/ to train/ and Val/ to val/."),
+        ("training_set", "test_set", "Rename test_set/ to test/ and training_set/ to train/."),
+        ("train", "valid", "Rename valid/ to val/."),
+    ],
+)
+def test_splits_of_other_names_are_refused(folder: Path, kind: str, train: str, test: str, hint: str) -> None:
+    os.rename(folder / "test", folder / test)
+    os.rename(folder / "train", folder / train)
+    with pytest.raises(CompressorError, match=rf"{train}/.*only train/ and test/ \(or val/\) are read") as caught:
+        load_data(f"{kind}:{folder}", seed=0)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [("Bus", "Train"), ("invalid", "valid"), ("test_tube", "training_shoe")])
+def test_classes_named_like_one_split_are_classes(folder: Path, names: tuple[str, str]) -> None:
+    for old, new in zip(("cat", "dog"), names, strict=True):
+        os.rename(folder / "train" / old, folder / "train" / new)
+    assert load_data(f"folder:{folder / 'train'}", seed=0).classes == names
+
+
 @pytest.mark.parametrize(
     ("spec", "word"),
     [
