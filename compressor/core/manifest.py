@@ -133,6 +133,7 @@ class Measurement(Record):
         bursts, seconds: Effort of the measurement.
         verdict, kept: Whether the target is met; None if the measurement cannot decide it.
         widths: Channels of the measured plan, in the order of the groups.
+        file: Checksum of the timed file; empty if the widths alone determine its time.
     """
 
     essential = (
@@ -152,6 +153,7 @@ class Measurement(Record):
     verdict: Literal["kept", "missed", "undecided"] | None = None
     kept: bool | None = None
     widths: list[int] = []
+    file: str = ""
 
     @property
     def low(self) -> float:

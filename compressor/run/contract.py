@@ -220,8 +220,13 @@ class Contract:
         budgets: list[Any] = list(job.budgets())  # frozen dataclasses, which their abstract base does not declare
         return [dataclasses.replace(budget, target=targets[budget.name]) for budget in budgets]
 
-    def combined(self, plan: ChannelPlan, ratio: Ratio) -> Ratio:
-        """Return what is known of a plan's ratio: this measurement, and earlier ones if it alone decides nothing."""
+    def combined(self, plan: ChannelPlan, ratio: Ratio, file: str) -> Ratio:
+        """Return what is known of a plan's ratio: this measurement, and earlier ones if it alone decides nothing.
+
+        Args:
+            plan, ratio: The plan and its measurement.
+            file: The timed file, as in `Measurement`; only measurements of the same one are combined.
+        """
         target, widths = self.target_share(self.quiet_dense_ms(ratio.dense_ms)), self._widths(plan)
         if target is None:
             return ratio
@@ -230,13 +235,13 @@ class Contract:
         if ratio.verdict(target) == "undecided":
             own = limit_ms(self._job.recipe, self._job.latency_budget) is not None
             for each in self._run.manifest.rounds:  # weights do not matter for time
-                if each.widths == widths and each.interval[1] is not None:
+                if (each.widths, each.file) == (widths, file) and each.interval[1] is not None:
                     unit = each.dense_ms / ratio.dense_ms if own else 1.0
                     ratio = ratio.together(each.ratio * unit, each.low * unit, each.high * unit)
         return ratio
 
-    def judge(self, plan: ChannelPlan, ratio: Ratio) -> Measurement:
-        """Return a combined measurement of a plan with its verdict on the latency target."""
+    def judge(self, plan: ChannelPlan, ratio: Ratio, file: str) -> Measurement:
+        """Return a combined measurement of a plan, and of a timed file, with its verdict on the latency target."""
         dense_ms, predicted = self.quiet_dense_ms(ratio.dense_ms), self.predicted_share(plan)
         target = self.target_share(dense_ms)
         assert target is not None
@@ -255,6 +260,7 @@ class Contract:
             verdict=verdict,
             kept=kept(verdict),
             widths=self._widths(plan),
+            file=file,
         )
 
     def remember(self, plan: ChannelPlan) -> None:

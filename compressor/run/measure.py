@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.core.conditions import UNLOADED, Conditions
+from compressor.core.files import sha256_file
 from compressor.core.manifest import Budget, Latency, Measurement, Verdict
 from compressor.core.progress import say
 from compressor.core.records import RECIPE
+from compressor.latency.converted import delivered_beside
 from compressor.latency.networks import with_distinct_weights
 from compressor.latency.paired import in_words, interval_in_words
 from compressor.latency.request import Turns
 from compressor.recipe import load_recipe
 from compressor.run.contract import Contract, interval_of, limit_ms
-from compressor.run.device import provider_of, request_of
+from compressor.run.device import device_precision, provider_of, request_of
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job, latency_budget
 from compressor.run.onnx_files import DENSE, MODEL, PROBE, open_exported, write_onnx
@@ -37,7 +39,9 @@ def probe(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> No
     """Measure a plan's latency before fine-tuning; latency does not depend on the weights."""
     write_onnx(job, with_distinct_weights(job.space.apply(plan)), run.file(PROBE))
     timing = timed_on_device(run, job, run.file(PROBE), contract.probe_turns(plan))
-    _add_round(run, contract.judge(plan, contract.combined(plan, timing.ratio)), job.recipe.conditions)
+    file = timed_file(run, job, run.file(PROBE))
+    ratio = contract.combined(plan, timing.ratio, file)
+    _add_round(run, contract.judge(plan, ratio, file), job.recipe.conditions)
     contract.remember(plan)
 
 
@@ -47,8 +51,9 @@ def measure(run: RunFolder, job: Job, contract: Contract, plan: ChannelPlan) -> 
     timing = ratio = found = None
     if job.measurable:
         timing = timed_on_device(run, job, run.file(MODEL), contract.turns(plan))
-        ratio = contract.combined(plan, timing.ratio)
-        found = contract.judge(plan, ratio) if contract.measurable else None
+        file = timed_file(run, job, run.file(MODEL))
+        ratio = contract.combined(plan, timing.ratio, file)
+        found = contract.judge(plan, ratio, file) if contract.measurable else None
     # All is written together with the end of the stage: after a kill in between, the plan would count as two rounds.
     manifest.budgets = list(_judged_budgets(run, job, plan, found))
     manifest.latency = _latency(job, contract, plan, timing, ratio)
@@ -161,6 +166,21 @@ def timed_on_device(run: RunFolder, job: Job, slim: Path, turns: Turns) -> Timin
     """
     recipe = job.recipe
     return provider_of(recipe).time(run.file(DENSE), slim, request_of(recipe), turns, job.table)
+
+
+def timed_file(run: RunFolder, job: Job, slim: Path) -> str:
+    """Return the checksum of the file that is timed for an FP32 file; empty if the widths alone determine its time.
+
+    That is so where all its layers are in the run's precision. A delivered file may keep some in another one, and a
+    file in mixed precision has its own choice: a probe of the same widths then differs from it.
+    """
+    precision = device_precision(job.recipe)
+    delivered, entry = delivered_beside(slim, precision), run.manifest.exports.get(precision)
+    mixed = precision == "mixed"
+    if not delivered.is_file():
+        return sha256_file(slim) if mixed else ""
+    others = entry is not None and (entry.kept_fp32 or entry.kept_float)
+    return sha256_file(delivered) if mixed or others else ""
 
 
 def measure_again(folder: Path) -> Iterator[str]:

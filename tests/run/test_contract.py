@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from compressor import run_recipe
+from compressor.core.conditions import UNLOADED
 from compressor.core.errors import CompressorError
 from compressor.core.manifest import Epoch, Manifest, Measurement
 from compressor.core.metrics import PYTHON
 from compressor.latency.local import LocalCpu
 from compressor.latency.networks import tag
-from compressor.latency.paired import Timing
+from compressor.latency.paired import Ratio, Timing
 from compressor.latency.table import LatencyTable
 from compressor.pruning.plan import ChannelPlan
 from compressor.report import plots
@@ -324,6 +325,35 @@ def test_a_probe_takes_no_longer_than_the_training_that_it_may_save(
     contract, plan = Contract(run, job), cast(ChannelPlan, None)
     assert contract.turns(plan).seconds == 90.0
     assert contract.probe_turns(plan) == replace(contract.turns(plan), seconds=probe_s)
+
+
+@pytest.mark.parametrize(
+    ("precision", "probed", "delivered", "ratio", "verdict"),
+    [
+        ("fp32", "", "", 0.3343, "kept"),  # the widths alone determine the time
+        ("int8", "", "", 0.3343, "kept"),
+        ("int8", "", "b", 0.354, "undecided"),  # layers in floats
+        ("mixed", "a", "b", 0.354, "undecided"),
+        ("mixed", "b", "b", 0.3343, "kept"),
+    ],
+)
+def test_only_measurements_of_the_same_file_are_combined(
+    precision: str, probed: str, delivered: str, ratio: float, verdict: str
+) -> None:
+    before = Measurement(
+        predicted_ms=0.33, measured_ms=0.33, target_ms=0.35, dense_ms=1.0, predicted_ratio=0.33, ratio=0.33,
+        interval=[0.328, 0.332], target_ratio=0.35, verdict="kept", kept=True, widths=[8, 8], file=probed,
+    )  # fmt: skip
+    wanted = SimpleNamespace(precision=precision, conditions=UNLOADED)
+    job: Any = SimpleNamespace(
+        latency_budget=SimpleNamespace(share=lambda dense_ms: 0.35, relative=True),
+        space=SimpleNamespace(row=lambda plan: [8, 8], dense_row=[16, 16]),
+        recipe=wanted,
+    )
+    run: Any = SimpleNamespace(manifest=Manifest(rounds=[before]))
+    own = Ratio(value=0.354, low=0.3495, high=0.3585, dense_ms=1.0)
+    found = Contract(run, job).combined(cast(Any, None), own, delivered)
+    assert (found.value, found.verdict(0.35)) == (pytest.approx(ratio, abs=1e-4), verdict)
 
 
 def measured_plans(folder: Path, shares: list[tuple[int, float]]) -> tuple[Contract, dict[int, ChannelPlan]]:

@@ -13,10 +13,11 @@ import pytest
 from compressor import run_recipe
 from compressor.budgets.base import Budget
 from compressor.budgets.costs import ParamsBudget
+from compressor.core.files import sha256_file
 from compressor.core.manifest import Budget as BudgetRecord
-from compressor.core.manifest import Cost, NetworkCost
+from compressor.core.manifest import Cost, Export, Manifest, NetworkCost
 from compressor.latency.networks import tag
-from compressor.run.measure import _judged_budgets
+from compressor.run.measure import _judged_budgets, timed_file
 from tests.other_device import OtherDevice, Proportional
 from tests.runs import recipe
 
@@ -58,3 +59,27 @@ def test_only_a_counted_budget_is_judged_by_the_files_counts() -> None:
     plan: Any = SimpleNamespace(widths=[4, 8])
     found = list(_judged_budgets(run, job, plan, None))
     assert [(each.measured, each.how, each.kept) for each in found] == [(12, "computed", True), (9, "counted", True)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "entry", "named"),
+    [
+        ("fp32", None, None),
+        ("int8", Export(file="model.int8.onnx"), None),  # as the probe, all in INT8
+        ("int8", Export(file="model.int8.onnx", kept_float=["conv"]), "model.int8.onnx"),
+        ("fp16", Export(file="model.fp16.onnx", kept_fp32=["conv"]), "model.fp16.onnx"),
+        ("mixed", Export(file="model.mixed.onnx"), "model.mixed.onnx"),
+    ],
+)
+def test_a_file_whose_widths_do_not_determine_its_time_is_named(
+    tmp_path: Path, precision: str, entry: Export | None, named: str | None
+) -> None:
+    for name in ("model.onnx", "probe.onnx", *([] if entry is None else [entry.file])):
+        (tmp_path / name).write_text(name)
+    exports = {} if entry is None else {precision: entry}
+    run: Any = SimpleNamespace(manifest=Manifest(exports=exports))
+    job: Any = SimpleNamespace(recipe=SimpleNamespace(precision=precision))
+    right = "" if named is None else sha256_file(tmp_path / named)
+    assert timed_file(run, job, tmp_path / "model.onnx") == right
+    probed = timed_file(run, job, tmp_path / "probe.onnx")
+    assert probed == (sha256_file(tmp_path / "probe.onnx") if precision == "mixed" else "")

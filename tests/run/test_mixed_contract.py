@@ -147,7 +147,8 @@ def test_the_delivered_file_keeps_the_target(run: Path) -> None:
     assert manifest.rounds[-1].predicted_ratio == pytest.approx(manifest.rounds[-1].ratio, rel=0.1)
     entry = manifest.exports["mixed"]
     assert entry.accuracy is not None
-    assert "model.mixed.onnx" in manifest.files
+    assert manifest.rounds[-1].file == manifest.files["model.mixed.onnx"]
+    assert all(each.file != manifest.rounds[-1].file for each in manifest.rounds[:-1])
 
 
 def test_neither_precision_alone_is_as_fast(run: Path) -> None:
