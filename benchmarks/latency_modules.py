@@ -181,6 +181,7 @@ def network(name: str, size: int, classes: int) -> tuple[EstimatedOperators, Flo
                         group_size=int(depthwise),
                         in_hw=tuple(inputs[0].shape[2:]),
                         out_hw=tuple(output.shape[2:]),
+                        images=1,
                         channels=(module.in_channels, module.out_channels),
                     )
                 )
@@ -188,7 +189,7 @@ def network(name: str, size: int, classes: int) -> tuple[EstimatedOperators, Flo
                 layers.append(
                     SimpleNamespace(
                         kind="linear", kernel=(1, 1), groups=1, group_size=0, in_hw=(1, 1), out_hw=(1, 1),
-                        channels=(module.in_features, module.out_features),
+                        images=1, channels=(module.in_features, module.out_features),
                     )
                 )  # fmt: skip
 

@@ -47,6 +47,7 @@ class LayerFields(_Part):
     groups: Count
     in_hw: tuple[Count, Count]
     out_hw: tuple[Count, Count]
+    images: Annotated[int, Field(ge=1, le=1 << 24)] = 1
     in_channels: AffineFields
     out_channels: AffineFields
     reads: AffineFields
@@ -100,7 +101,7 @@ def layout_fields(space: PruningSpace) -> LayoutFields:
             LayerFields(
                 name=layer.name, kind=layer.kind, kernel=_numbers(layer.kernel), stride=_numbers(layer.stride),
                 padding=_numbers(layer.padding), dilation=_numbers(layer.dilation), groups=int(layer.groups),
-                in_hw=layer.in_hw, out_hw=layer.out_hw,
+                in_hw=layer.in_hw, out_hw=layer.out_hw, images=layer.images,
                 in_channels=affine(layer.in_channels), out_channels=affine(layer.out_channels),
                 reads=affine(layer.reads),
             )
@@ -118,11 +119,11 @@ def layout_of(fields: LayoutFields) -> Layout:
         layers=tuple(
             Layer(
                 layer.name, layer.kind, "", layer.kernel, layer.stride, layer.padding, layer.dilation, layer.groups,
-                layer.in_hw, layer.out_hw,
+                layer.in_hw, layer.out_hw, layer.images,
                 Affine(layer.in_channels.constant, layer.in_channels.terms),
                 Affine(layer.out_channels.constant, layer.out_channels.terms),
                 Affine(layer.reads.constant, layer.reads.terms),
-                Product(positions_of(layer.kind, layer.in_hw, layer.out_hw)),
+                Product(layer.images * positions_of(layer.kind, layer.in_hw, layer.out_hw)),
             )
             for layer in fields.layers
         ),

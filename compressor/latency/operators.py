@@ -32,7 +32,7 @@ Widths = npt.NDArray[np.int64]
 
 _KEY = re.compile(
     r"(?P<kind>\w+) k(?P<kernel>\d+x\d+) s(?P<stride>\d+x\d+) p(?P<padding>\d+x\d+) d(?P<dilation>\d+x\d+) "
-    r"g(?P<groups>\d+|c(?:/\d+)?) in(?P<in_hw>\d+x\d+)(?: \+(?P<epilogue>[\w+]+))?"
+    r"g(?P<groups>\d+|c(?:/\d+)?) in(?P<in_hw>\d+x\d+)(?: n(?P<images>\d+))?(?: \+(?P<epilogue>[\w+]+))?"
 )
 
 
@@ -41,22 +41,24 @@ class Operators:
 
     Args:
         layers: The operators: layers of a `PruningSpace`, `OpSignature`s, or objects with the same attributes `kind`,
-            `kernel`, `groups`, `group_size`, `in_hw` and `out_hw`.
+            `kernel`, `groups`, `group_size`, `in_hw`, `out_hw` and `images`.
 
     Attributes:
         kinds: Kind of each operator, as in `Layer`.
         taps: Kernel height times width of each.
-        in_pixels: Pixels of each one's input.
+        in_pixels: Pixels of each one's input, those of all its images.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.kinds = tuple(layer.kind for layer in layers)
         self.taps = _floats(np.prod(layer.kernel) if layer.kernel else 1 for layer in layers)
-        self.in_pixels = _floats(np.prod(layer.in_hw) for layer in layers)
-        self._out_pixels = _floats(np.prod(layer.out_hw) for layer in layers)
+        self.in_pixels = _floats(layer.images * np.prod(layer.in_hw) for layer in layers)
+        self._out_pixels = _floats(layer.images * np.prod(layer.out_hw) for layer in layers)
         self._groups = _floats(layer.groups or 1 for layer in layers)
         self._group_size = _floats(layer.group_size for layer in layers)
-        self._positions = _floats(positions_of(layer.kind, layer.in_hw, layer.out_hw) for layer in layers)
+        self._positions = _floats(
+            layer.images * positions_of(layer.kind, layer.in_hw, layer.out_hw) for layer in layers
+        )
 
     @classmethod
     def of_keys(cls, keys: Sequence[str]) -> Operators:
@@ -103,6 +105,7 @@ class OpSignature:
         group_size: Input channels per group if these are the same at all widths (1: depthwise), else 0.
         in_hw: Height and width of the input in pixels; (1, 1) for a vector.
         epilogue: ONNX operators computed together with it, in order, joined by `+`; empty if there are none.
+        images: Images that it computes for one input of the network.
     """
 
     kind: str
@@ -114,6 +117,7 @@ class OpSignature:
     group_size: int
     in_hw: tuple[int, int]
     epilogue: str = ""
+    images: int = 1
 
     @property
     def key(self) -> str:
@@ -123,6 +127,7 @@ class OpSignature:
             f"{self.kind} k{_x(self.kernel)} s{_x(self.stride)} p{_x(self.padding)} d{_x(self.dilation)} "
             f"g{groups} in{_x(self.in_hw)}"
         )
+        line += f" n{self.images}" if self.images != 1 else ""
         return f"{line} +{self.epilogue}" if self.epilogue else line
 
     @property
@@ -152,8 +157,9 @@ class OpSignature:
         whole, _, size = part["groups"].partition("/")
         groups, group_size = (0, int(size or 1)) if whole == "c" else (int(whole), 0)
         return cls(
-            kind=part["kind"], groups=groups, group_size=group_size, epilogue=part["epilogue"] or "", **pairs
-        )
+            kind=part["kind"], groups=groups, group_size=group_size, epilogue=part["epilogue"] or "",
+            images=int(part["images"] or 1), **pairs,
+        )  # fmt: skip
 
 
 def signature_of(layer: Any, epilogue: str = "") -> OpSignature:
@@ -168,6 +174,7 @@ def signature_of(layer: Any, epilogue: str = "") -> OpSignature:
         group_size=layer.group_size,
         in_hw=_two(layer.in_hw, 1),
         epilogue=epilogue,
+        images=layer.images,
     )
 
 

@@ -51,7 +51,7 @@ def weight_elements(
 
 
 def positions_of(kind: str, in_hw: Sequence[int], out_hw: Sequence[int]) -> int:
-    """Return the uses of each weight for one input, from (height, width) of input and output.
+    """Return the uses of each weight for one image, from (height, width) of input and output.
 
     Multiply-adds are this number times the number of weight elements.
     """

@@ -188,6 +188,8 @@ class LayerShape:
         kind: "conv", "depthwise", "grouped", "conv_transpose" or "linear".
         groups: Groups of the dense convolution; 1 for a linear layer.
         in_hw, out_hw: (height, width); (tokens, 1) for a sequence, (1, 1) without spatial axes.
+        images: Images of this size that a convolution computes for one input of the network, such as frames that it
+            folds into the batch; 1 for a linear layer, whose height has them.
     """
 
     name: str
@@ -200,6 +202,7 @@ class LayerShape:
     groups: int
     in_hw: tuple[int, int]
     out_hw: tuple[int, int]
+    images: int
 
 
 @dataclass(frozen=True)

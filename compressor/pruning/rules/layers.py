@@ -37,6 +37,7 @@ def _note_layer(
     positions: Sequence[Size],
     geometry: Geometry = ((1, 1), (1, 1), (0, 0), (1, 1)),
     groups: int = 1,
+    images: int = 1,
     name: str = "",
     counted: bool = True,
 ) -> None:
@@ -52,6 +53,7 @@ def _note_layer(
         positions: Factors of the number of uses of each weight.
         geometry: Of a convolution.
         groups: Groups of a convolution.
+        images: As in `LayerShape`.
         name: Name within the module, which has several.
         counted: Whether fvcore counts it.
     """
@@ -74,6 +76,7 @@ def _note_layer(
             groups,
             _hw(source, channel % source.dim(), kind),
             _hw(out, channel % source.dim(), kind),
+            images,
             ins,
             outs,
             reads,
@@ -86,13 +89,17 @@ def _note_layer(
 def _hw(tensor: Tensor, channel: int, kind: str) -> tuple[int, int]:
     """Return height and width of a tensor; (tokens, 1) for a sequence, (1, 1) without spatial axes.
 
-    Batch axes of a linear layer (such as the windows of an attention) belong to one input and multiply the height.
+    Batch axes of a linear layer (such as the windows of an attention) belong to one input and multiply the height;
+    those of a convolution are its `images`.
     """
+    if kind != "linear":
+        height, *rest = tensor.shape[channel + 1 :]
+        return (height, math.prod(rest))
     if tensor.dim() < 2:
         return (1, 1)
     batch, *space = [size for i, size in enumerate(tensor.shape) if i != channel]
     height, *rest = space or [1]
-    return (height * (batch if kind == "linear" else 1), math.prod(rest))
+    return (height * batch, math.prod(rest))
 
 
 # ---------------------------------------------------------------- convolution and linear
@@ -116,6 +123,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
     else:
         kind = "conv" if groups == 1 else "depthwise" if weight.shape[1] == 1 else "grouped"
         users, reads = call.out, tracer.sizes(weight)[1]
+    images = users.shape[0] if users.dim() == rank + 2 else 1
     _note_layer(
         tracer,
         call,
@@ -128,9 +136,10 @@ def convolution(tracer: Tracer, call: Call) -> None:
         outs=outs,
         reads=reads,
         # Each weight is used once for each pixel of the output, or of the input where it is transposed.
-        positions=[users.shape[0] if users.dim() == rank + 2 else 1, *tracer.sizes(users)[-rank:]],
+        positions=[images, *tracer.sizes(users)[-rank:]],
         geometry=(kernel, _per_axis(call.arg(3, "stride", 1), rank), pads, dilation),
         groups=groups,
+        images=images,
         # fvcore counts only aten::_convolution, and a padding given by name is traced as another operator.
         counted=not isinstance(padding, str),
     )
