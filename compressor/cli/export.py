@@ -78,11 +78,13 @@ def export(
         ),
     ] = None,
     board: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="The board at the ssh address.", rich_help_panel=BOARDS, autocompletion=completion.boards
+            help="The board at the ssh address; by default the run's device, else jetson-orin-nano-8gb.",
+            rich_help_panel=BOARDS,
+            autocompletion=completion.boards,
         ),
-    ] = "jetson-orin-nano-8gb",
+    ] = None,
     bundle: Annotated[
         Path | None,
         typer.Option(help="NAME.tar.gz: all files that the board needs.", rich_help_panel=BOARDS),

@@ -31,10 +31,10 @@ from compressor.latency.table import (
     LatencyTable,
     check_name,
     is_address,
-    shipped_table,
     tables_folder,
     user_tables,
 )
+from export.device.bundle import TARGETS, family_of
 
 if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
@@ -95,17 +95,35 @@ def _require_same_device(table: LatencyTable, other: LatencyTable, path: Path) -
 
 def _require_not_another_module(table: LatencyTable) -> None:
     """Refuse the name of a shipped table for a measurement of another module."""
-    shipped = None if is_address(table.device) else shipped_table(table.device)
-    if shipped is None:
+    found = table.fields.device
+    require_module(
+        table.device, found.sku, found.compute_capability or "an unknown one", "Give it its own name: --device NAME"
+    )
+
+
+def require_module(device: str, model: str, compute_capability: str, hint: str) -> None:
+    """Refuse a board that is another module than a shipped name stands for.
+
+    Args:
+        device: The name; those of other devices are not checked.
+        model: The board's model; one that names no module is not checked.
+        compute_capability: That of its GPU; not checked if it is empty.
+        hint: What to do instead.
+
+    Raises:
+        CompressorError: The compute capability or the model differs.
+    """
+    target = TARGETS.get(device)
+    if target is None:
         return
-    expected = shipped.fields.device.compute_capability
-    got = table.fields.device.compute_capability
-    if got != expected:
+    if compute_capability not in ("", target.compute_capability):
         raise CompressorError(
-            f"{table.device} has compute capability {expected}; this was measured on "
-            f"{table.fields.device.sku or 'a device'} with {got or 'an unknown one'}.",
-            "Give it its own name: --device NAME",
+            f"{device} has compute capability {target.compute_capability}; this was measured on "
+            f"{model or 'a device'} with {compute_capability}.",
+            hint,
         )
+    if family_of(model) not in ("", family_of(target.title)):
+        raise CompressorError(f"{device} is a {target.title}, and the board is a {model}.", hint)
 
 
 def _board(table: LatencyTable) -> str:

@@ -21,6 +21,7 @@ from compressor.core.progress import say
 from compressor.latency.assemble import with_batch
 from compressor.latency.networks import with_distinct_weights
 from compressor.latency.paired import Ratio
+from compressor.latency.stored import require_module
 from compressor.run.deployable import LABELS, PREPROCESS
 from compressor.run.device import device_precision
 from compressor.run.exports import Finished, Request, check
@@ -29,7 +30,16 @@ from compressor.run.folder import RunFolder
 from compressor.run.job import latency_budget
 from compressor.run.onnx_files import DENSE as DENSE_FILE
 from compressor.run.onnx_files import MODEL
-from export.device.bundle import DENSE, PROGRAM, find_target, folder_of, make_bundle, open_bundle
+from export.device.bundle import (
+    DENSE,
+    PROGRAM,
+    TARGETS,
+    family_of,
+    find_target,
+    folder_of,
+    make_bundle,
+    open_bundle,
+)
 from export.errors import ExportError
 from export.files import read_bytes
 
@@ -40,6 +50,11 @@ if TYPE_CHECKING:
 REFERENCE_IMAGES = 8
 LEAST_BATCHES = 2
 """Number of images with which a board verifies its engines, and the fewest batches."""
+
+USUAL_BOARD = "jetson-orin-nano-8gb"
+"""The board at an ssh address, where neither the command nor the run's device names one."""
+
+_UNCHECKED = "The board does not name its module"
 
 
 def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | None = None) -> Iterator[str]:
@@ -184,19 +199,24 @@ def _for_use(run: RunFolder) -> dict[str, bytes]:
 
 
 def export_over_ssh(
-    folder: Path, address: str, board: str, bundle: Path | None, wanted: Request | None = None
+    folder: Path, address: str, board: str | None, bundle: Path | None, wanted: Request | None = None
 ) -> Iterator[str]:
     """Transfer a bundle to a board over ssh, run it there, and import its results into the manifest.
 
-    An existing bundle continues where it was; without a path it is stored under `bundles/` of the run.
+    An existing bundle continues where it was; without a path it is stored under `bundles/` of the run. Without a board
+    it is the run's device, if that is one.
 
     Raises:
-        CompressorError, ExportError: As for `export_bundle`; or the bundle is another run's, or ssh fails.
+        CompressorError, ExportError: As for `export_bundle`; or the bundle is another run's, the board is another
+            module, or ssh fails.
     """
     from export.device.connection import parse_destination
-    from export.device.remote import run_remote
+    from export.device.remote import identify, run_remote
 
     parse_destination(address)
+    if board is None:
+        with closing(Finished.open(folder)) as finished:
+            board = finished.recipe.device if finished.recipe.device in TARGETS else USUAL_BOARD
     find_target(board)
     path = bundle or folder / "bundles" / f"{board}.tar.gz"
     results = path.with_name(path.name.replace(".tar.gz", "").replace(".tgz", "") + "-results.tar.gz")
@@ -206,6 +226,7 @@ def export_over_ssh(
         yield f"Continuing with {path}."
     else:
         yield from export_bundle(folder, board, path, wanted)
+    _require_board(folder, board, identify(address)["model"])
     run_remote(address, path, results, say=say)
     yield from import_results(folder, results, path)
 
@@ -213,11 +234,11 @@ def export_over_ssh(
 def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
     """Import a board's measurements into a run's manifest, after checking that they belong to the bundle and the run.
 
-    If the board is the run's device and its latency budget is in milliseconds, the budget is judged by them.
+    If the board is the run's device, its latency budget is judged by them.
 
     Raises:
-        CompressorError, ExportError: They do not, or a network failed on the board; the manifest then has the results
-            of the other networks.
+        CompressorError, ExportError: They do not, the board is another module than the bundle is for, or a network
+            failed on the board; the manifest then has the results of the other networks.
     """
     from export.device.results import read_results
 
@@ -225,6 +246,7 @@ def import_results(folder: Path, results: Path, bundle: Path) -> Iterator[str]:
         run = finished.run
         replaced = _require_own(bundle, run)
         found = read_results(results, bundle)
+        _require_board(folder, found.target, found.board.model, found.board.compute_capability)
         entry = DeviceRecord.model_validate(found.to_dict())
         run.manifest.devices = [*(each for each in run.manifest.devices if each != entry), entry]
         run.save()
@@ -249,7 +271,10 @@ def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults, replaced: Seque
     file was replaced in the run decides nothing.
     """
     budget, precision = latency_budget(recipe), device_precision(recipe)
-    if budget is None or recipe.device != found.target:
+    if budget is None:
+        return
+    if recipe.device != found.target:
+        yield f"The latency budget is for {recipe.device}, not for {found.target}: its result stays as it is."
         return
     slim, dense = _measured(found, precision, dense=False), _measured(found, precision, dense=True)
     if slim is None or slim.latency is None:
@@ -298,7 +323,13 @@ def _judge(run: RunFolder, recipe: Recipe, found: DeviceResults, replaced: Seque
             "inputs_per_s": stats.inputs_per_s, **({"dense_ms": dense_ms} if dense_ms is not None else {}),
         }
     )  # fmt: skip
-    manifest.notes = [note for note in manifest.notes if note != not_measured(recipe, manifest.latency.estimated)]
+    old, capability = not_measured(recipe, manifest.latency.estimated), found.board.compute_capability
+    manifest.notes = [note for note in manifest.notes if note != old and not note.startswith(_UNCHECKED)]
+    if not family_of(found.board.model):
+        checked = f" by more than its compute capability {capability}" if capability else ""
+        note = f"{_UNCHECKED}: that it is a {find_target(found.target).title} was not checked{checked}."
+        manifest.notes.append(note)
+        yield note
     manifest.exit_code = exit_code(manifest.budgets, recipe.contract.accept_predicted)
     write_page(run)
     yield f"The slim network takes {words}: {verdict}."
@@ -329,6 +360,20 @@ def _rest_of(path: Path) -> str:
     from export.convert.onnx_header import read_header
 
     return read_header(path).metadata.get("rest", "fp32")
+
+
+def _require_board(folder: Path, target: str, model: str, compute_capability: str = "") -> None:
+    """Raise an error if a board is another module than its bundle is for; what it does not say is not checked."""
+    fitting = [
+        name
+        for name, each in TARGETS.items()
+        if family_of(model) in ("", family_of(each.title)) and compute_capability in ("", each.compute_capability)
+    ]
+    hint = (
+        f"Write a bundle for that board (compress export {folder} --target BOARD --bundle FILE), or over ssh add "
+        f"--board BOARD. It may be {', '.join(fitting)}."
+    )
+    require_module(target, model, compute_capability, hint if fitting else "It is none of the boards of this program.")
 
 
 def _require_own(bundle: Path, run: RunFolder) -> tuple[str, ...]:

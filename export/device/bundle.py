@@ -91,6 +91,22 @@ TARGETS = {
 }
 
 
+FAMILIES = ("agx orin", "agx xavier", "orin nano", "orin nx", "xavier nx", "thor", "tx2", "nano")
+"""Words of the modules' names, without the memory, which a board does not tell."""
+
+
+def family_of(model: str) -> str:
+    """Return the family of a module from a board's model or a title; empty if it names none, or several.
+
+    >>> family_of("NVIDIA Jetson Orin Nano Developer Kit"), family_of("NVIDIA Orin")
+    ('orin nano', '')
+    """
+    words = set(re.findall(r"[a-z0-9]+", model.lower()))
+    found = [each for each in FAMILIES if words.issuperset(each.split())]
+    whole = [each for each in found if not any(each in other for other in found if other != each)]
+    return whole[0] if len(whole) == 1 else ""
+
+
 def find_target(name: str) -> Target:
     """Find a module by name.
 

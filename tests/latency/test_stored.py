@@ -48,6 +48,12 @@ def test_a_shipped_name_is_taken_only_by_its_own_module(measured: Path, said: li
         CompressorError, match=r"jetson-nano has compute capability 5\.3; this was measured on Orin"
     ):
         keep(table_of_results(measured, "jetson-nano"))
+    other = table_of_results(measured, "jetson-orin-nano-8gb")
+    other.fields = other.fields.model_copy(
+        update={"device": other.fields.device.model_copy(update={"sku": "NVIDIA Jetson AGX Orin Developer Kit"})}
+    )
+    with pytest.raises(CompressorError, match=r"is a Jetson Orin Nano 8GB, and the board is a NVIDIA Jetson AGX Orin"):
+        keep(other)
     keep(table_of_results(measured, "jetson-orin-nano-8gb"))
     assert not find_table("jetson-orin-nano-8gb", "fp16").estimated
     assert any("replaces the shipped one" in line for line in said)

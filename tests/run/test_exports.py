@@ -380,6 +380,65 @@ def test_a_board_decides_a_budget_in_milliseconds(
 
 
 @pytest.mark.parametrize(
+    ("model", "capability", "expected"),
+    [
+        ("NVIDIA Jetson AGX Orin Developer Kit", "8.7", "It may be jetson-agx-orin-32gb, jetson-agx-orin-64gb."),
+        ("", "7.2", "It may be jetson-xavier-nx, jetson-agx-xavier."),
+        ("NVIDIA Jetson Orin Nano Developer Kit", "8.7", ""),
+        ("", "8.7", "that it is a Jetson Orin Nano 8GB was not checked by more than its compute capability 8.7."),
+        ("Orin", "", "that it is a Jetson Orin Nano 8GB was not checked."),
+    ],
+)
+def test_another_module_decides_nothing(
+    predicted: Path, model: str, capability: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(predicted, tmp_path / "run"))
+    _board_reports(monkeypatch, model, capability)
+    given = ["--bundle", tmp_path / "orin.tar.gz", "--import", tmp_path / "results.tar.gz"]
+    if expected.startswith("It may be"):
+        assert expected in refused(folder, *given)
+        return
+    assert "target 2.000 ms: kept" in export(folder, *given)
+    notes = [note for note in Manifest.read(folder / "manifest.json").notes if "name its module" in note]
+    assert [note.partition(": ")[2] for note in notes] == [expected] * bool(expected)
+    _board_reports(monkeypatch, "NVIDIA Orin Nano Developer Kit", "8.7")
+    export(folder, *given)  # a later import of a board that does
+    assert "name its module" not in (folder / "manifest.json").read_text()
+
+
+def test_the_board_is_the_device_of_the_run(predicted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(predicted, tmp_path / "run"))
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace(f"device: {BOARD}", "device: jetson-agx-orin-64gb"))
+    nano = "NVIDIA Jetson Orin Nano Developer Kit"
+    monkeypatch.setattr("export.device.remote.identify", lambda _: {"model": nano})
+    arguments = ["export", str(folder), "--target", "ssh://me@orin.invalid", "--max-drop", "50"]
+    result = CliRunner().invoke(app, arguments)  # nothing is sent to another module
+    message = " ".join(result.output.split())
+    assert result.exit_code == 2
+    assert f"jetson-agx-orin-64gb is a Jetson AGX Orin 64GB, and the board is a {nano}" in message
+    assert "add --board BOARD. It may be jetson-orin-nano-4gb, jetson-orin-nano-8gb." in message
+    assert [path.name for path in (folder / "bundles").iterdir()] == ["jetson-agx-orin-64gb.tar.gz"]
+    _board_reports(monkeypatch, nano, "8.7")
+    words = export(folder, "--bundle", tmp_path / "b.tar.gz", "--import", tmp_path / "results.tar.gz")
+    assert f"The latency budget is for jetson-agx-orin-64gb, not for {BOARD}: its result stays as it is." in words
+
+
+def _board_reports(monkeypatch: pytest.MonkeyPatch, model: str, capability: str) -> None:
+    """Let a board of `BOARD`'s bundle have measured the slim network, in 1.9 ms."""
+    from export.device.results import Board, DeviceResults, NetworkResult, Turn
+    from export.engine.bench import summarise
+
+    turns = tuple(Turn(place, 1, (1.9,) * 10, {}) for place in (1, 2, 3))
+    stats = summarise([1.9] * 30, runtime="tensorrt", version="10.3.0")
+    network = NetworkResult("model.fp16", "fp16", "ok", "", "", 1, "", turns, (), stats, None)
+    board = Board("10.3.0", "", "", model, "Orin", capability, "", "", "7")
+    came = DeviceResults("b" * 64, BOARD, board, {}, {"model.fp16": network}, "d" * 64, 3, 15, 2)
+    monkeypatch.setattr("export.device.results.read_results", lambda *_: came)
+    monkeypatch.setattr("compressor.run.boards._require_own", lambda *_: ())
+
+
+@pytest.mark.parametrize(
     ("dense_ms", "replaced", "verdict", "code"),
     [
         ((4.0, 4.2, 4.1), ("model.int8",), "kept", 0),
@@ -512,6 +571,8 @@ def test_there_and_back_over_ssh(run: Path, tmp_path: Path, monkeypatch: pytest.
         ssh_options=board.options, poll_s=0.1, pause_s=0.05,
     )  # fmt: skip
     monkeypatch.setattr("export.device.remote.run_remote", go)
+    know = partial(export.device.remote.identify, **{name: go.keywords[name] for name in ("trtexec", "ssh_options")})
+    monkeypatch.setattr("export.device.remote.identify", know)
     try:
         board.options[0:2] = ["-F", str(tmp_path / "no-such-config")]
         assert "cannot be reached" in " ".join(_ssh(run, board.url, 2).split())

@@ -181,6 +181,7 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     for module in ("export.device.remote", "compressor.latency.over_ssh"):
         monkeypatch.setattr(f"{module}.run_remote", there)
     monkeypatch.setattr(over_ssh, "identify", lambda url, trtexec: BOARD)
+    monkeypatch.setattr("export.device.remote.identify", lambda url: BOARD)
     return sent
 
 

@@ -21,7 +21,7 @@ from export.convert.parity import Reference
 from export.convert.quantize import quantize_onnx
 from export.convert.to_onnx import export_onnx
 from export.device.archive import CHECKSUMS, pack, unpack
-from export.device.bundle import TARGETS, device_script, make_bundle, write_bundle
+from export.device.bundle import TARGETS, device_script, family_of, make_bundle, write_bundle
 from export.device.results import DeviceResults, read_results
 from export.errors import ExportError
 from tests.archives import SAFELY, checksums
@@ -99,6 +99,25 @@ def test_bundles_repeat_and_hold_what_they_say(bundle: Path, networks: Path, tmp
     assert len(held["reference/input-01.bin"]) == 4 * 3 * 16 * 16
     assert held[CHECKSUMS].count(b"\n") == len(held) - 1
     assert b"Jetson Orin Nano 8GB" in held["README.txt"]
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        ("NVIDIA Jetson Nano Developer Kit", "nano"),
+        ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "orin nano"),
+        ("NVIDIA Orin NX Developer Kit", "orin nx"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "agx orin"),
+        ("NVIDIA Jetson Xavier NX Developer Kit", "xavier nx"),
+        ("NVIDIA Jetson AGX Thor Developer Kit", "thor"),
+        ("a carrier for Orin NX and Orin Nano", ""),
+        ("Jetson-AGX", ""),
+        ("", ""),
+    ],
+)
+def test_a_board_names_its_module(model: str, family: str) -> None:
+    assert family_of(model) == family
+    assert "" not in map(family_of, (target.title for target in TARGETS.values()))
 
 
 @pytest.mark.parametrize(("version", "flag"), [("8.5.2", "--streams=2"), ("11.4.1", "--infStreams=2")])
