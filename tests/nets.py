@@ -38,6 +38,11 @@ def tiny(num_classes: int = 10) -> nn.Module:
     return Tiny(num_classes)
 
 
+def sure(num_classes: int = 10) -> nn.Module:
+    """`Tiny` that ends in a softmax."""
+    return nn.Sequential(Tiny(num_classes), nn.Softmax(dim=1))
+
+
 def trained_tiny() -> nn.Module:
     """`Tiny`, trained on digits until the learning rate is 0: its running statistics are those of its weights."""
     model = create_model("tests.nets:tiny", 10)

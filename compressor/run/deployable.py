@@ -7,14 +7,18 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from compressor.core.files import read_json, replacing, write_atomic
 from compressor.core.metrics import PYTHON
 from compressor.run.folder import RunFolder
 from compressor.run.onnx_files import MODEL
-from export.convert.ort import open_session
+from export.convert.ort import open_session, run_session
 from export.device.bundle import PROGRAM
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from compressor.recipe import Recipe
     from compressor.training.task import Task
 
@@ -48,6 +52,7 @@ def write_deployable(run: RunFolder, recipe: Recipe, task: Task) -> None:
         "task": kind,
         "inputs": [_tensor(each) for each in network.get_inputs()],
         "outputs": [_tensor(each) for each in network.get_outputs()],
+        **({"scores": _scores(network)} if kind == "classification" else {}),
         **_of_a_picture(run),
         "scored": _scored(run, recipe),
     }
@@ -61,6 +66,22 @@ def write_deployable(run: RunFolder, recipe: Recipe, task: Task) -> None:
         for source in PROGRAM:
             with replacing(run.file(source.name)) as temporary:
                 shutil.copyfile(source, temporary)
+
+
+def gives_probabilities(folder: Path) -> bool:
+    """Return whether a run's classifier ends in a softmax, as far as its `preprocess.json` says so."""
+    path = folder / PREPROCESS
+    return path.is_file() and read_json(path).get("scores") == "probabilities"
+
+
+def _scores(network: Any) -> str:
+    """Return what the scores of classes are: "probabilities" of a network that ends in a softmax, else "logits"."""
+    (given,) = network.get_inputs()
+    shape = [size if isinstance(size, int) else 1 for size in given.shape]
+    inputs = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    scores = run_session(network, {given.name: inputs})[0]
+    ends_in_softmax = scores.min() >= 0 and np.allclose(scores.sum(axis=1), 1, atol=1e-3)
+    return "probabilities" if ends_in_softmax else "logits"
 
 
 def write_score(run: RunFolder, recipe: Recipe) -> None:

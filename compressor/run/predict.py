@@ -15,7 +15,7 @@ from compressor.core.manifest import MANIFEST, Manifest
 from compressor.core.records import RECIPE
 from compressor.models.names import allowed_factory
 from compressor.recipe import load_recipe
-from compressor.run.deployable import LABELS
+from compressor.run.deployable import LABELS, gives_probabilities
 from compressor.run.exports import PRECISIONS
 from compressor.run.folder import refuse_front
 from compressor.run.load import refuse_python
@@ -88,6 +88,7 @@ def predict(
         own = runtime == "onnx" and recipe.task != "detection" and Manifest.read(folder / MANIFEST)
         precision = recipe.precision if own and own.deployed_by_onnxruntime else "fp32"
     preprocessing, names = _preprocessing(folder), _names(folder)
+    softmax = recipe.classifies and gives_probabilities(folder)
     read: Callable[[Sequence[Any], list[str], Path, Preprocessing], Iterator[Answer]]
     if recipe.task == "detection":
         read, network = _boxes_of, _detector(folder, recipe, runtime, precision, preprocessing, factory)
@@ -100,6 +101,8 @@ def predict(
             raise CompressorError(f"{photo} cannot be read.", "It may be truncated, or no image.")
         with torch.no_grad():
             outputs = network(preprocessing.normalised(image[None]).numpy())
+        if softmax:
+            outputs = [np.log(np.maximum(outputs[0], np.finfo(np.float32).tiny))]
         yield photo, list(read(outputs, names, photo, preprocessing))[:top]
 
 

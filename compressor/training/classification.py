@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from compressor.core.metrics import AGREEMENT, Metric
 from compressor.data import DataBundle, Preprocessing, Split
-from compressor.training.losses import distillation_loss
+from compressor.training.losses import distillation_loss, logits_of
 from compressor.training.mixing import mixed
 from compressor.training.scoring import accuracy, closeness, log_probabilities, predictions
 from compressor.training.task import Losses, Precision, Task
@@ -91,7 +91,7 @@ class Classification(Task):
         images = channels_last(images)
         with precision():
             logits = model(images)
-        logits = logits.float()
+        logits = logits_of(logits)
         loss = None
         if self.labelled:
             loss = functional.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
@@ -99,7 +99,7 @@ class Classification(Task):
         if teacher is not None:
             with torch.no_grad(), precision():
                 answers = teacher(images)
-            distilled = distillation_loss(logits, answers.float(), settings.temperature)
+            distilled = distillation_loss(logits, answers, settings.temperature)
         right = None
         if self.labelled and not mixes:  # an image of two classes has no right answer
             right = (logits.argmax(dim=1) == labels).sum()

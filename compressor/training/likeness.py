@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.training.losses import closeness_at, distillation_loss, divergence
+from compressor.training.losses import closeness_at, distillation_loss, divergence, logits_of
 
 Outputs = Sequence[Tensor]
 """The floating-point tensors of a network's output, (N, ...) each."""
@@ -48,12 +48,12 @@ class ScoresOfClasses(Likeness):
     counts = True
 
     def distance(self, found: Outputs, goals: Outputs, temperature: float) -> Tensor:
-        return distillation_loss(found[0].float(), goals[0].float(), temperature)
+        return distillation_loss(found[0], goals[0], temperature)
 
     def closeness(self, pairs: Iterable[tuple[Outputs, Outputs]]) -> float:
         total, seen = 0.0, 0
         for found, goals in pairs:
-            mine, theirs = (each[0].float().log_softmax(dim=1) for each in (found, goals))
+            mine, theirs = (logits_of(each[0]).log_softmax(dim=1) for each in (found, goals))
             total += divergence(mine, theirs)
             seen += len(mine)
         return closeness_at(total, seen)

@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 
+def logits_of(scores: torch.Tensor) -> torch.Tensor:
+    """Return the scores of classes (N, classes, ...) as float32 logits: the logarithm of those that are probabilities.
+
+    A network that ends in a softmax gives such: none is negative, and they sum to 1 in each place, within 0.001.
+    """
+    scores = scores.float()
+    probabilities = (scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < 1e-3).all()
+    return torch.where(probabilities, scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), scores)
+
+
 def distillation_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
 ) -> torch.Tensor:
@@ -24,12 +34,12 @@ def distillation_loss(
     temperature changes.
 
     Args:
-        student_logits: (N, classes).
+        student_logits: (N, classes); probabilities are taken for what they are (`logits_of`).
         teacher_logits: (N, classes); no gradient flows to them.
         temperature: Above 0; larger values show more of the teacher's probabilities for the wrong classes.
     """
-    student = functional.log_softmax(student_logits / temperature, dim=1)
-    teacher = functional.log_softmax(teacher_logits.detach() / temperature, dim=1)
+    student = functional.log_softmax(logits_of(student_logits) / temperature, dim=1)
+    teacher = functional.log_softmax(logits_of(teacher_logits.detach()) / temperature, dim=1)
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 

@@ -21,6 +21,7 @@ from compressor.models.computed import evaluated
 from compressor.training.feeds import Feed
 from compressor.training.likeness import Likeness, Recorded, same_shapes
 from compressor.training.loaders import InputsOfBatch, Loader, Memory
+from compressor.training.losses import logits_of
 from compressor.training.randomness import own_randomness
 from compressor.training.task import Losses, Precision, Task
 from export.convert.trees import channels_last, moved, outputs_of, tensors_in
@@ -37,7 +38,7 @@ GOALS_LIMIT = 2**30
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """Return the loss of a batch of (inputs, labels) if the user gives none."""
     inputs, labels = batch
-    return functional.cross_entropy(model(inputs).float(), labels)
+    return functional.cross_entropy(logits_of(model(inputs)), labels)
 
 
 class OwnTask(Task):

@@ -12,7 +12,7 @@ from torch import nn
 from compressor.data import Split
 from compressor.models.computed import evaluated
 from compressor.training.feeds import Feed
-from compressor.training.losses import closeness_at, divergence
+from compressor.training.losses import closeness_at, divergence, logits_of
 from export.convert.trees import channels_last
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -84,7 +84,7 @@ def log_probabilities(
     """Return a model's log-probabilities of the classes for a split's images, float32 (N, classes), on the CPU."""
     found = []
     for logits, _ in _scored_batches(model, split, device, batch_size):
-        found.append(logits.float().log_softmax(dim=1).cpu())
+        found.append(logits_of(logits).log_softmax(dim=1).cpu())
     return torch.cat(found)
 
 
@@ -108,7 +108,7 @@ def closeness(
     """
     total, seen, far = len(split), 0, 0.0
     for logits, labels in _scored_batches(model, split, device, batch_size):
-        found = logits.float().log_softmax(dim=1).cpu()
+        found = logits_of(logits).log_softmax(dim=1).cpu()
         goal = goals[seen : seen + len(labels)]
         far += divergence(found, goal)
         seen += len(labels)

@@ -14,7 +14,7 @@ from compressor.data import DataBundle, Split
 from compressor.data.scenes import IGNORED
 from compressor.models.computed import evaluated
 from compressor.models.first_run import class_maps
-from compressor.training.losses import distillation_loss
+from compressor.training.losses import distillation_loss, logits_of
 from compressor.training.scenes import SceneTask
 from compressor.training.settings import TrainSettings
 from compressor.training.task import Losses, Precision
@@ -45,7 +45,7 @@ class Segmentation(SceneTask):
         images, masks = channels_last(batch[0]), batch[1].long()
         with precision():
             found = model(images)
-        maps = fitting(found, masks)
+        maps = logits_of(fitting(found, masks))
         loss = functional.cross_entropy(
             maps, masks, ignore_index=IGNORED, label_smoothing=settings.label_smoothing, reduction="sum"
         ) / (masks != IGNORED).sum().clamp(min=1)  # a batch may hold ignored pixels only

@@ -86,7 +86,8 @@ def main() -> None:
         scores = scores_of(image).astype(np.float64)
         best = scores.argmax()
         if label is None:
-            print(f"{photo}: {labels[best]} {1 / np.exp(scores - scores[best]).sum():.1%}")
+            sure = scores[best] if how.get("scores") == "probabilities" else 1 / np.exp(scores - scores[best]).sum()
+            print(f"{photo}: {labels[best]} {sure:.1%}")
         else:
             right.append(int(best == label))
     if right:

@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 from compressor import load, run_recipe
 from compressor.cli.app import app
 from compressor.core.files import sha256_file
-from compressor.data import load_data
+from compressor.data import Preprocessing, load_data
+from compressor.data.images import decode
+from export.convert.ort import open_session, run_session
 from tests.runs import manifest_of, recipe
 
 BARE = """
@@ -111,6 +113,7 @@ def test_the_files_say_how_a_picture_becomes_an_answer(finished: Path, photos: P
     assert (how["interpolation"], how["channel_order"], how["range"]) == ("bicubic", "bgr", 1)
     assert how["mean"] == manifest["preprocessing"]["mean"]
     assert how["scored"]["value"] == manifest["accuracy"]["exported"]
+    assert how["scores"] == "logits"
     assert how["scored"]["data"] == f"folder:{photos}"
     for name in ("infer.py", "infer_tensorrt.py", "labels.txt", "preprocess.json"):
         assert manifest["files"][name] == sha256_file(finished / name)
@@ -135,6 +138,26 @@ def test_every_runtime_and_the_program_say_the_same(finished: Path, photos: Path
         assert other["answers"][0]["name"] == each["answers"][0]["name"]
         assert other["answers"][0]["share"] == pytest.approx(each["answers"][0]["share"], abs=1e-4)
     assert model.training is False
+
+
+def test_a_network_that_ends_in_a_softmax_gives_its_own_probabilities(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    wanted = recipe(
+        model="tests.nets:sure", data=f"folder:{photos}", budgets={"flops": "70%"}, agent="uniform", epochs=2,
+        training={"batch_size": 16}, search={"max_evaluations": 2, "batch_norm_batches": 2},
+    )  # fmt: skip
+    assert run_recipe(wanted, run).exit_code == 0
+    how = json.loads((run / "preprocess.json").read_text())
+    assert how["scores"] == "probabilities"
+    photo = sorted((photos / "test").rglob("*.png"))[0]
+    preprocessing = Preprocessing.from_record(manifest_of(run)["preprocessing"])[0]
+    image = decode(str(photo), preprocessing)
+    assert image is not None
+    inputs = preprocessing.normalised(image[None]).numpy()
+    expected = run_session(open_session(run / "model.onnx"), {"input": inputs})[0][0].max()
+    assert bare(run / "infer.py", photo).endswith(f" {expected:.1%}\n")
+    (answer,) = json.loads(predicted(run, photo, "--json", "--top", 1))[0]["answers"]
+    assert answer["share"] == pytest.approx(float(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from compressor.pruning.space import PruningSpace
-from compressor.training.losses import Alignment, distillation_loss
+from compressor.training.losses import Alignment, distillation_loss, divergence, logits_of
 
 
 def test_by_hand() -> None:
@@ -28,6 +29,23 @@ def test_no_loss_where_they_agree_and_no_gradient_for_the_teacher() -> None:
     assert student.grad is not None
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
+
+
+def test_a_softmax_at_the_end_changes_no_loss_and_no_gradient() -> None:
+    student, teacher = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)) * 4
+    logits, ended = student.clone().requires_grad_(), student.clone().requires_grad_()
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    for found in (logits, ended.softmax(dim=1)):
+        loss = functional.cross_entropy(logits_of(found), labels) + distillation_loss(found, teacher.softmax(dim=1))
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None
+    assert ended.grad is not None
+    torch.testing.assert_close(ended.grad, logits.grad, rtol=1e-4, atol=1e-6)
+    assert divergence(student.softmax(dim=1), teacher) == pytest.approx(divergence(student, teacher), rel=1e-4)
+    assert torch.equal(logits_of(student), student)
+    one_hot = torch.eye(5)  # a softmax that is as sure as a float can be
+    assert logits_of(one_hot).isfinite().all()
+    torch.testing.assert_close(logits_of(one_hot).softmax(dim=1), one_hot)
 
 
 @pytest.fixture
