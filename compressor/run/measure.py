@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from compressor.run.contract import Contract, interval_of, limit_ms
 from compressor.run.device import device_precision, provider_of, request_of
 from compressor.run.folder import RunFolder
 from compressor.run.job import Job, latency_budget
-from compressor.run.onnx_files import DENSE, MODEL, PROBE, open_exported, write_onnx
+from compressor.run.onnx_files import DENSE, MODEL, PROBE, file_of, open_exported, write_onnx
 from compressor.run.stages import TABLE
 from export.device.here import CPU
 
@@ -186,7 +187,8 @@ def timed_file(run: RunFolder, job: Job, slim: Path) -> str:
 def measure_again(folder: Path) -> Iterator[str]:
     """Time a run's dense and slim networks again on its device; the manifest does not change.
 
-    A device that is not measured from here is replaced by this machine's CPU, with a sentence that says so.
+    A device that is not measured from here is replaced by this machine's CPU, with a sentence that says so. Both
+    networks are then in FP32, unless the delivered file has the form that runs on this CPU.
 
     Yields:
         Lines for the user.
@@ -200,18 +202,22 @@ def measure_again(folder: Path) -> Iterator[str]:
         recipe, before = load_recipe(run.file(RECIPE)), run.manifest.latency
         target = run.manifest.rounds[-1].target_ratio if run.manifest.rounds else None
         conditions, most_ms = recipe.conditions, limit_ms(recipe, latency_budget(recipe))
-        provider = provider_of(recipe)
+        provider, request = provider_of(recipe), request_of(recipe)
         runtime = before.runtime or provider.runtime
         if not provider.measures or (provider.is_here and not runtime.startswith(provider.runtime)):
             if not (provider.is_here and runtime.startswith(CPU)):
                 yield from_here(provider)
             provider = LocalCpu()
-        provider.check_load(request_of(recipe))
+            entry = run.manifest.exports.get(request.precision)
+            if request.precision != "fp32" and (entry is None or entry.runtime != provider.int8_form):
+                yield f"Both networks are in FP32: {file_of(request.precision)} is not for this CPU."
+                request = replace(request, precision="fp32")
+        provider.check_load(request)
         contract = recipe.contract
         turns = Turns(
             contract.repeats, target, contract.seconds, recipe.percentile, most_ms if target is not None else None
         )
-        timing = provider.time(run.file(DENSE), run.file(MODEL), request_of(recipe), turns, stored_table(run))
+        timing = provider.time(run.file(DENSE), run.file(MODEL), request, turns, stored_table(run))
         for name, stats in (("dense", timing.dense), ("slim", timing.slim)):
             yield (
                 f"{name}: median {stats.median_ms:.3f} ms, p90 {stats.p90_ms:.3f} ms, p99 {stats.p99_ms:.3f} ms "

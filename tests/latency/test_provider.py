@@ -24,6 +24,7 @@ from compressor.latency.local import LocalCpu
 from compressor.latency.measured import MeasuredDevice
 from compressor.latency.networks import NetworkTimes, TaggedNetwork
 from compressor.latency.over_ssh import SshDevice
+from compressor.latency.paired import Timing
 from compressor.latency.provider import StoredTables, TableProvider, known_devices
 from compressor.latency.request import Request, Turns
 from compressor.pruning.space import PruningSpace
@@ -174,6 +175,39 @@ def test_a_run_is_measured_again_on_its_device(
         "slim takes 50.0% of the dense network's time, 95 % interval not known, after" in line
         for line in again("local", "onnxruntime-cpu 1")
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "form", "kept"),
+    [
+        ("jetson-nano", "int8", "tensorrt", False),
+        ("jetson-nano", "fp16", "", False),
+        ("local", "mixed", "tensorrt", False),
+        ("local", "int8", "onnxruntime", True),
+    ],
+)
+def test_the_cpu_takes_a_devices_place_with_files_that_it_runs(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, precision: str, form: str, kept: bool
+) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def measured(dense: Path, slim: Path, request: Request, turns: Turns) -> Timing:
+        seen.append((request.precision, (dense.parent.parent, slim.parent) == (folder, folder)))
+        return timing([2.0] * 9, [1.0] * 9)
+
+    monkeypatch.setattr("compressor.latency.local.measured", measured)
+    folder, delivered = tmp_path / "run", f"model.{precision}.onnx"
+    shutil.copytree(finished, folder)
+    shutil.copy(folder / "model.onnx", folder / delivered)
+    changed = load_recipe(folder / "recipe.yaml").changed({"device": device, "precision": precision})
+    (folder / "recipe.yaml").write_text(changed.to_yaml())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["latency"].update(device=device, runtime="tensorrt 10.3")
+    manifest["exports"] = {precision: {"file": delivered, "runtime": form}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    lines = list(measure_again(folder))
+    assert seen == [(precision, False) if kept else ("fp32", True)]  # as they are, not converted
+    assert (f"Both networks are in FP32: {delivered} is not for this CPU." in lines) == (not kept)
 
 
 class Plain(MeasuredDevice):
