@@ -1,4 +1,4 @@
-"""The exception that this package raises for errors that the user can fix."""
+"""The exceptions that this package raises for errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -21,3 +21,7 @@ class ExportError(Exception):
         self.message = message_text(message)
         self.hint = message_text(hint)
         super().__init__(self.message if not hint else f"{self.message} {self.hint}")
+
+
+class DropError(ExportError):
+    """No file in a lower precision keeps the score within the allowed drop."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from compressor.core.errors import CompressorError
 from compressor.core.files import replacing
 from compressor.core.manifest import Engine, Export
+from compressor.core.metrics import PYTHON
 from compressor.core.progress import say
+from compressor.report.next_steps import resume_command
 from compressor.run.device import int8_runtime, provider_of, request_of
 from compressor.run.folder import RunFolder
 from compressor.run.onnx_files import (
@@ -24,8 +27,9 @@ from compressor.run.onnx_files import (
     record,
     scored,
 )
-from export.convert.calibrated import LEVELS, ONNXRUNTIME
+from export.convert.calibrated import LEVELS, ONNXRUNTIME, TENSORRT
 from export.convert.trees import tensors_in
+from export.errors import DropError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +41,10 @@ if TYPE_CHECKING:
 
 CALIBRATION_IMAGES = 256
 JUDGING_IMAGES = 2000
+
+
+class LossError(CompressorError):
+    """A file in another precision loses more than is allowed."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,16 @@ class Conversion:
         """Seed of the inputs that are drawn."""
         return int(self.run.manifest.seed or 0)
 
+    @property
+    def allow_more(self) -> str:
+        """How to allow a larger drop: in the run that writes the file, or in `compress export` of a finished run."""
+        if self.run.finished("export"):
+            floats = ", or use --precision fp16" if (self.precision, self.runtime) == ("int8", TENSORRT) else ""
+            return f"Allow more with --max-drop{floats}."
+        if self.run.manifest.data == PYTHON:
+            return f'Allow more: the same call with out="{self.run.path}", resume=True and export={{"max_drop": N}}'
+        return f"Allow more: {resume_command(self.run.path)} --set export.max_drop=N"
+
     def calibration(self) -> Any:
         """Draw the inputs (N, ...) that INT8 ranges are calibrated with.
 
@@ -116,8 +134,26 @@ def export(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None
             runtime=runtime,
             timer=provider.precision_timer(request_of(recipe)) if precision == "mixed" else None,
         )
-        for line in write_precision(conversion, engine=provider.is_here):
-            say(line)
+        manifest, file = run.manifest, conversion.target.name
+        manifest.notes = [note for note in manifest.notes if not note.startswith(f"{file}: ")]  # of an earlier plan
+        try:
+            for line in write_precision(conversion, engine=provider.is_here):
+                say(line)
+        except LossError as error:
+            if precision == recipe.precision:
+                raise
+            _leave_out(run, precision, error.message)
+
+
+def _leave_out(run: RunFolder, precision: str, why: str) -> None:
+    """Go on without a file that the recipe asks for beside the run's own, and without that of an earlier plan."""
+    for path in (run.file(file_of(precision)), *run.path.glob(f"engines/model.{precision}.*")):
+        path.unlink(missing_ok=True)
+    run.manifest.exports = {name: entry for name, entry in run.manifest.exports.items() if name != precision}
+    more = f"compress export {shlex.quote(str(run.path))} --precision {precision} --max-drop N"
+    if run.manifest.data == PYTHON:
+        more = 'a run with export={"max_drop": N}'
+    run.note(f"{why} It is left out; to allow more: {more}")
 
 
 def write_precision(conversion: Conversion, *, engine: bool) -> Iterator[str]:
@@ -135,7 +171,8 @@ def write_precision(conversion: Conversion, *, engine: bool) -> Iterator[str]:
         Lines for the user.
 
     Raises:
-        CompressorError, ExportError: The precision is unknown, or the drop is larger than allowed; nothing is written.
+        LossError: The drop is larger than allowed; nothing is written.
+        CompressorError, ExportError: The precision is unknown, or the file is not usable; nothing is written.
     """
     run, task, target = conversion.run, conversion.task, conversion.target
     if conversion.precision not in _CONVERTED:
@@ -147,10 +184,13 @@ def write_precision(conversion: Conversion, *, engine: bool) -> Iterator[str]:
     if exact is None:
         exact = conversion.scored(conversion.source)[0]
     with replacing(target) as trial:
-        facts = _CONVERTED[conversion.precision](conversion, trial)
+        try:
+            facts = _CONVERTED[conversion.precision](conversion, trial)
+        except DropError as error:
+            raise LossError(f"{target.name}: {error.message}", conversion.allow_more) from None
         facts["accuracy"], facts["images"] = conversion.scored(trial)
         if lost := _lost(conversion, facts, exact):
-            raise CompressorError(f"{target.name}: {lost}", _ALLOW_MORE)
+            raise LossError(f"{target.name}: {lost}", conversion.allow_more)
         facts["parity"] = _parity(conversion, trial)
     yield f"Wrote {target}: {facts.pop('words')}."
     if exact is not None and facts["accuracy"] is not None:
@@ -249,8 +289,6 @@ def _mixed(conversion: Conversion, trial: Path) -> dict[str, Any]:
     }
 
 
-_ALLOW_MORE = "Allow more with --max-drop (a recipe: export.max_drop)."
-
 _CONVERTED = {"fp16": _half, "int8": _int8, "mixed": _mixed}
 
 
@@ -289,6 +327,8 @@ def _parity(conversion: Conversion, trial: Path) -> dict[str, Any]:
     try:
         require(parity, precision.upper(), min_agreement=least)
     except ExportError as error:
-        hint = _ALLOW_MORE if parity.max_abs <= parity.allowed else error.hint
-        raise CompressorError(f"{conversion.target.name}: {error.message}", hint) from None
+        problem = f"{conversion.target.name}: {error.message}"
+        if parity.max_abs <= parity.allowed:  # only the first classes differ
+            raise LossError(problem, conversion.allow_more) from None
+        raise CompressorError(problem, error.hint) from None
     return parity.to_dict()

@@ -26,7 +26,7 @@ from export.convert.half import convert_half, open_fp32
 from export.convert.mixed import Parts, parts_of, plans, plans_by_noise, predicted_ms
 from export.convert.ort import onnx_outputs
 from export.convert.quantize import OVERFLOW_INPUTS, held_out, noise, sensitivities, write_quantised
-from export.errors import ExportError
+from export.errors import DropError, ExportError
 from export.files import read_bytes, write_bytes
 
 if TYPE_CHECKING:
@@ -197,15 +197,15 @@ def chosen_of(found: Sequence[PrecisionPlan], before: float, max_drop: float) ->
         max_drop: How much of it may be lost.
 
     Raises:
-        ExportError: All lose more.
+        DropError: All lose more.
     """
     good = [place for place, plan in enumerate(found) if before - plan.score <= max_drop + 1e-9]
     if not good:
         best = max(plan.score for plan in found)
-        raise ExportError(
+        raise DropError(
             f"No plan of precisions keeps the score of FP32 on the search split ({before:.2%}) within {max_drop:.2%}: "
             f"{best:.2%} at best.",
-            "Allow more with --max-drop (a recipe: export.max_drop), or use --precision fp32.",
+            "Allow a larger drop, or keep FP32.",
         )
     fastest = min(good, key=lambda place: found[place].ratio)
     limit = max(found[fastest].high, (1 + SAME) * found[fastest].ratio)

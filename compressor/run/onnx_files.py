@@ -65,9 +65,8 @@ def open_exported(folder: Path, *also: str) -> RunFolder:
             raise
         return run
     run.close()
-    raise CompressorError(
-        f"The run in {folder} has exported no {missing or MODEL} yet.", f"Finish it first: compress --resume {folder}"
-    )
+    problem = "not finished its export" if missing is None else f"exported no {missing} yet"
+    raise CompressorError(f"The run in {folder} has {problem}.", f"Finish it first: compress --resume {folder}")
 
 
 def export_fp32(run: RunFolder, job: Job, plan: ChannelPlan, slim: nn.Module) -> None:

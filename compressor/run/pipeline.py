@@ -80,8 +80,9 @@ def resume(folder: Path, overrides: Mapping[str, Any] | None = None) -> RunResul
     Args:
         folder: Folder of the run.
         overrides: Recipe fields that the caller expects. Learning rates may differ, so that a training whose loss
-            became infinite can continue from its checkpoint. The number of workers may differ too, because it does not
-            change the result while each worker has the same threads. The recipe is then rewritten, with a note.
+            became infinite can continue from its checkpoint, and so may `export.max_drop` until the run has finished.
+            The number of workers may differ too, because it does not change the result while each worker has the same
+            threads. The recipe is then rewritten, with a note.
 
     Raises:
         CompressorError: The run was started with another recipe, or another process is working on the folder.

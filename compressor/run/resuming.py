@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from compressor.core.errors import CompressorError
 from compressor.core.files import write_atomic
+from compressor.core.front import FRONT, Front
 from compressor.core.manifest import MANIFEST
 from compressor.core.progress import say
 from compressor.core.records import RECIPE
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     from compressor.run.folder import RunFolder
 
 
+_MAX_DROP = "export.max_drop"
+
 _FREE = (
     "accept_dense",
+    _MAX_DROP,
     "track",
     "training.learning_rate",
     "training.finetune_learning_rate",
@@ -30,7 +34,7 @@ _FREE = (
     "search.evaluation_seconds",
     "contract.accept_predicted",
 )
-"""Fields that may change when a run is resumed."""
+"""Fields that may change when a run is resumed: `_MAX_DROP` until it has finished, as files are then written again."""
 
 
 def changed_since(run: RunFolder, recipe: Recipe) -> list[str]:
@@ -46,7 +50,8 @@ def changed_since(run: RunFolder, recipe: Recipe) -> list[str]:
     begun = begun.placed(Path.cwd())  # runs of earlier versions hold relative paths
     before, now = (dict(dotted(each.model_dump(mode="json"))) for each in (begun, recipe))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if refused := [f"{name} is {before.get(name)}, not {now.get(name)}" for name in names if name not in _FREE]:
+    fixed = [name for name in names if name not in _FREE or (name == _MAX_DROP and _ended(run))]
+    if refused := [f"{name} is {before.get(name)}, not {now.get(name)}" for name in fixed]:
         raise CompressorError(
             f"The run in {run.path} was started with another recipe: {'; '.join(refused)}.",
             f"Resume it without these options and with its original {RECIPE}, or start a new run with --out DIR.",
@@ -54,16 +59,26 @@ def changed_since(run: RunFolder, recipe: Recipe) -> list[str]:
     return [f"{name} was {before.get(name)} and is {now.get(name)} now" for name in names]
 
 
+def _ended(run: RunFolder) -> bool:
+    """Return whether a run, or the front of several, has finished."""
+    front = run.file(FRONT)
+    return (Front.read(front) if front.is_file() else run.manifest).status == "finished"
+
+
 def rewrite(run: RunFolder, recipe: Recipe, changed: Sequence[str]) -> None:
-    """Write a run's recipe again where fields have changed since its start (see `changed_since`), with a note."""
+    """Write a run's recipe again where fields have changed since its start (see `changed_since`), with a note.
+
+    Files that were written with another allowed drop are written and measured again.
+    """
     if not changed:
         return
     note = f"Resumed with other settings: {'; '.join(changed)}."
     write_atomic(run.file(RECIPE), recipe.to_yaml())
     if run.manifest.stages:
+        again = any(each.startswith(f"{_MAX_DROP} was ") for each in changed)
         run.manifest.recipe = recipe.model_dump(mode="json")
         run.manifest.notes = [*run.manifest.notes, note]
-        run.save()
+        run.reopen(*(("export", "measure") if again else ()))
     say(note)
 
 

@@ -28,7 +28,7 @@ from export.convert.onnx_header import OnnxHeader
 from export.convert.ort import onnx_outputs
 from export.convert.rounding import round_weights
 from export.convert.tidy import write_metadata
-from export.errors import ExportError
+from export.errors import DropError, ExportError
 from export.files import replacing, sha256_bytes, write_bytes
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def quantize_within(
         max_drop: Maximum drop of the score against the FP32 file, 0 to 1.
 
     Raises:
-        ExportError: as `quantize_onnx`, or no choice of nodes is within `max_drop`; `target` is then unchanged.
+        ExportError: as `quantize_onnx`, or no choice of nodes is within `max_drop` (`DropError`); `target` is kept.
     """
     if not 0 <= max_drop < 1:
         raise ExportError(f"The maximum drop must be from 0 to below 1, got {max_drop}.")
@@ -281,10 +281,10 @@ def _fewest(
     while True:
         count = min(high, len(ranked) - 1)
         if count <= tried:
-            raise ExportError(
+            raise DropError(
                 f"INT8 reaches an accuracy of {best:.2%} at best, with {tried} of {len(ranked)} nodes in float; "
                 f"at least {least:.2%} is required.",
-                "Allow a larger drop, calibrate on more inputs or by percentile, or use FP16.",
+                "Allow a larger drop, or calibrate on more inputs or by percentile.",
             )
         info, after = attempt(ranked[:count])
         tried = count

@@ -32,7 +32,7 @@ from export.convert.program import load_program
 from export.device.archive import unpack
 from export.engine.engine_info import read_sidecar
 from export.engine.trt import RTX
-from export.errors import ExportError
+from export.errors import DropError, ExportError
 from export.files import disk_error
 from tests.export.tiny_disk import tiny_disk
 
@@ -174,6 +174,16 @@ def test_the_advice_follows_what_was_refused(run: Path, monkeypatch: pytest.Monk
     message = refused(run, "--precision", "fp16")
     assert "FP16 differs from the network by" in message
     assert "--max-drop" not in message
+
+    def lossy(*_: object, **__: object) -> None:
+        raise DropError("INT8 reaches an accuracy of 25.00% at best.", "Allow a larger drop.")
+
+    monkeypatch.setattr(quantize, "quantize_within", lossy)
+    message = refused(run, "--precision", "int8")
+    assert "model.int8.onnx: INT8 reaches an accuracy of 25.00% at best. Allow more with --max-drop." in message
+    assert "fp16" not in message  # which this CPU does not compute
+    message = refused(run, "--precision", "int8", "--rest", "fp16")  # for TensorRT
+    assert "Allow more with --max-drop, or use --precision fp16." in message
 
 
 def test_engines_are_built_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
