@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,3 +95,40 @@ def test_channels_stay_where_the_number_of_the_largest_is_used_inside() -> None:
     assert not space.groups
     assert {s.name: s.reason for s in space.skipped}["first"] == "the number of a channel is used (max)"
     assert space.outputs == 4
+
+
+class Interleaved(nn.Module):
+    """Puts the channels of a convolution into the order that `mix` gives."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.mix = mix
+        self.first, self.second = nn.Conv2d(3, width, 3), nn.LazyConv2d(8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.mix(self.first(x).relu())).relu().mean((2, 3)))
+
+
+def _interleaved(mix: Callable[[Tensor], Tensor], width: int) -> tuple[PruningSpace, Tensor]:
+    example = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = Interleaved(mix, width)
+    model(example)
+    return PruningSpace(filled(model), example), example
+
+
+@pytest.mark.parametrize("width", [4, 6, 8, 14, 16])
+def test_channels_that_are_taken_in_steps_are_removed_step_by_step(width: int) -> None:
+    space, example = _interleaved(lambda y: torch.cat([y[:, ::2], y[:, 1::2]], 1), width)
+    group = space.groups[0]
+    assert (group.name, group.width, group.unit) == ("first", width // 2, 2)
+    for seed in range(5):
+        plan = space.plan(space.random_widths(np.random.default_rng(seed)), "random", seed=seed)
+        assert_is_dense_with_zeros(space.apply(plan), space, plan, example, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mix", [lambda y: y[:, 2::2], lambda y: y[:, :6:2], lambda y: y[:, ::3]])
+def test_channels_that_are_taken_in_other_steps_stay(mix: Callable[[Tensor], Tensor]) -> None:
+    space, _ = _interleaved(mix, 8)
+    assert [group.name for group in space.groups] == ["second"]
+    assert {s.name: s.reason for s in space.skipped}["first"] == "every few of its channels are taken by number"

@@ -416,7 +416,15 @@ def _sliced(tracer: Tracer, axis: Labels | None, part: slice) -> Labels | None:
     if piece.size == 1 < axis.size:
         tracer.fix(piece, "one of its channels is taken by number")
         return None
-    if piece.size < axis.size:
+    step = 1 if part.step is None else int(part.step)
+    if step > 1:
+        whole = (part.start or 0) in range(step) and (part.stop is None or part.stop >= axis.size)
+        if whole and axis.size % step == 0:
+            # Channels from one to the next that is taken are removed together, so that those behind keep their turn.
+            tracer.fold(axis.reshape(-1, step), 0)
+        else:
+            tracer.fix(axis, "every few of its channels are taken by number")
+    elif piece.size < axis.size:
         for bound in (part.start, part.stop):
             if isinstance(bound, int):
                 tracer.tie(bound, axis[:bound] if bound >= 0 else axis[bound:], others=[axis])
