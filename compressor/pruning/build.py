@@ -8,7 +8,7 @@ not run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from compressor.core.plugins import load_plugins
 from compressor.pruning import rules as rules  # registers them
 from compressor.pruning.attention import swap_name
 from compressor.pruning.blocks import DOES_NOT_RUN, Branch, find_branches
-from compressor.pruning.counts import Ints
 from compressor.pruning.facts import MEETS_FIXED, Call, Facts, Key, Labels, Settings
 from compressor.pruning.groups import Resolved, Skipped, resolve
 from compressor.pruning.removal import inside, remove
@@ -67,7 +66,8 @@ def build(model: nn.Module, args: tuple[Any, ...]) -> Built:
                 settings, facts, resolved = turned, other_facts, other
         slicer = Slicer(facts, resolved, _swaps(model, facts))
         try:
-            _lockstep(model, args, facts, resolved, slicer, on_meta)
+            for masks in _masks(facts, resolved):
+                _lockstep(model, args, facts, resolved, slicer, on_meta, masks)
         except Mismatch as error:
             _learn(settings, facts, error)
             continue
@@ -230,8 +230,12 @@ class Mismatch(Exception):
         self.step = step
 
 
-def _random_masks(resolved: Resolved) -> tuple[list[NDArray[np.bool_]], Ints]:
-    """Draw masks over units that keep 40 to 80 % of each group, at least one unit and not all; and their widths."""
+def _masks(facts: Facts, resolved: Resolved) -> Iterator[list[NDArray[np.bool_]]]:
+    """Yield masks over units, one for each group, of the copies that are checked.
+
+    The first ones keep a random 40 to 80 % of each group, at least one unit and not all. An operation that is given
+    numbers of channels may fit them by chance: the second ones, if there is one, keep a single unit of its groups.
+    """
     random = np.random.default_rng(1)
     masks = []
     for found in resolved.groups:
@@ -240,7 +244,10 @@ def _random_masks(resolved: Resolved) -> tuple[list[NDArray[np.bool_]], Ints]:
         mask = np.zeros(size, dtype=bool)
         mask[random.permutation(size)[:width]] = True
         masks.append(mask)
-    return masks, np.array([mask.sum() for mask in masks], dtype=np.int64)
+    yield masks
+    groups = {index for labels in facts.numbered for index in np.unique(resolved.group[labels]).tolist()} - {-1}
+    if groups:
+        yield [np.arange(mask.size) == mask.size - 1 if i in groups else mask for i, mask in enumerate(masks)]
 
 
 class _Steps:
@@ -293,7 +300,13 @@ class _Steps:
 
 
 def _lockstep(
-    model: nn.Module, args: tuple[Any, ...], facts: Facts, resolved: Resolved, slicer: Slicer, on_meta: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    facts: Facts,
+    resolved: Resolved,
+    slicer: Slicer,
+    on_meta: bool,
+    masks: Sequence[NDArray[np.bool_]],
 ) -> None:
     """Run a pruned copy of `model` and compare the sizes of all results with those that the trace predicts.
 
@@ -303,7 +316,7 @@ def _lockstep(
     Raises:
         Mismatch: At the first operation that returns other sizes, or fails.
     """
-    masks, widths = _random_masks(resolved)
+    widths = np.array([mask.sum() for mask in masks], dtype=np.int64)
     kept = np.ones(resolved.group.size, dtype=bool)  # of each atom
     for index, mask in enumerate(masks):
         here = resolved.group == index

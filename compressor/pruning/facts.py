@@ -324,6 +324,7 @@ class Facts:
         terms: Multiply-adds outside of layers.
         swaps: Path of each attention module that may lose heads -> name of the class that replaces it.
         decisions: Each call that split channels -> how they are pruned, and their labels.
+        numbered: Axes that are split or cut by numbers of channels, or may be dropped at one channel.
         classes: Channels of the network's first output, or those among which it chooses: the classes of a classifier.
     """
 
@@ -336,6 +337,7 @@ class Facts:
     ties: list[Tie] = field(default_factory=list)
     swaps: dict[str, str] = field(default_factory=dict)
     decisions: dict[Key, tuple[str, list[Labels]]] = field(default_factory=dict)
+    numbered: list[Labels] = field(default_factory=list)
     traffic: Traffic = field(default_factory=Traffic)
     flow: Flow = field(default_factory=Flow)
     classes: int = 1

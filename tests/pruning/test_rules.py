@@ -132,3 +132,25 @@ def test_channels_that_are_taken_in_other_steps_stay(mix: Callable[[Tensor], Ten
     space, _ = _interleaved(mix, 8)
     assert [group.name for group in space.groups] == ["second"]
     assert {s.name: s.reason for s in space.skipped}["first"] == "every few of its channels are taken by number"
+
+
+class Squeezing(nn.Module):
+    """Squeeze-and-excitation of 8 channels, whose pooled maps lose their last axes by `drop`."""
+
+    def __init__(self, drop: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.drop = drop
+        self.first, self.gate, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        gate = self.gate(self.drop(x.mean((2, 3), keepdim=True))).sigmoid()
+        return self.head((x * gate.reshape(1, -1, 1, 1)).mean((2, 3)))
+
+
+def test_a_squeeze_that_would_drop_a_single_channel_keeps_all() -> None:
+    example = torch.zeros(1, 3, 8, 8)
+    assert not PruningSpace(Squeezing(lambda y: y.squeeze()).eval(), example).groups
+    space = PruningSpace(Squeezing(lambda y: y.squeeze(3).squeeze(2)).eval(), example)
+    assert [(group.name, group.width) for group in space.groups] == [("first", 8)]
+    assert space.apply(space.smallest())(example).shape == (1, 4)

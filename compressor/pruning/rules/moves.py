@@ -72,6 +72,7 @@ def _regroup(tracer: Tracer, call: Call, axes: Axes, before: tuple[int, ...], af
             # Attention with one head can only lose channels of that head.
             heads = right[-1] == len(after) - 1 and after[right[-1] - 1] != 1
             axis, labels = _split_axis(tracer, call, flat.reshape([after[i] for i in right]), heads)
+            tracer.facts.numbered.append(channels)
             new_axes[right[axis]] = labels
     return tuple(new_axes)
 
@@ -149,7 +150,10 @@ def unsqueeze(tracer: Tracer, call: Call, axes: Line) -> Line:
 @maps_axes("squeeze")
 def squeeze(tracer: Tracer, call: Call, axes: Line) -> Line:
     rank, shape = len(axes), call.args[0].shape
-    dims = [positive(i, rank) for i in call.ints(1)] or list(range(rank))
+    dims = [positive(i, rank) for i in call.ints(1)]
+    if not dims:
+        dims = list(range(rank))
+        tracer.facts.numbered += [axis for axis in axes if axis is not None]
     return [axis for i, axis in enumerate(axes) if not (i in dims and shape[i] == 1)]
 
 
@@ -325,6 +329,7 @@ def split(tracer: Tracer, call: Call) -> None:
     ends = np.cumsum(sizes)
     pieces: Line = [None] * len(sizes) if whole is None else list(np.split(whole, ends[:-1]))
     if whole is not None and len(sizes) > 1:
+        tracer.facts.numbered.append(whole)
         given = call.arg(1, "chunks" if "chunk" in call.name else "split_size_or_sections")
         if len(set(sizes)) == 1 and isinstance(given, int):
             tracer.even(whole, len(sizes))
@@ -352,6 +357,7 @@ def narrow(tracer: Tracer, call: Call, axes: Line) -> Line:
     axis = axes[dim]
     if axis is not None:
         axes[dim] = piece = axis[start : start + length]
+        tracer.facts.numbered.append(axis)
         tracer.tie(length, piece, others=[axis])
     return axes
 
@@ -425,6 +431,7 @@ def _sliced(tracer: Tracer, axis: Labels | None, part: slice) -> Labels | None:
         else:
             tracer.fix(axis, "every few of its channels are taken by number")
     elif piece.size < axis.size:
+        tracer.facts.numbered.append(axis)
         for bound in (part.start, part.stop):
             if isinstance(bound, int):
                 tracer.tie(bound, axis[:bound] if bound >= 0 else axis[bound:], others=[axis])
