@@ -208,6 +208,8 @@ class Latency(Record):
 class Accuracy(Record):
     """Scores of the networks on the test split by one metric; see `core.metrics.Metric`.
 
+    `split` is "test", or for batches of the user's own that leave none the "training" or "search" inputs.
+
     `finetuned` is that of the delivered network, before its export. If training lowered the score on the search split,
     the network before training is delivered, and `discarded` is the score of the trained one.
     """

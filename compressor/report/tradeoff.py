@@ -65,7 +65,7 @@ def _networks(manifest: Manifest) -> dict[str, Place] | None:
     if None in times or None in scores:
         return None
     return {
-        name: Place(float(time or 0), float(value or 0), f"test split, {how}")
+        name: Place(float(time or 0), float(value or 0), f"{accuracy.split or 'test'} split, {how}")
         for name, time, value in zip(("dense", "delivered"), times, scores, strict=True)
     }
 

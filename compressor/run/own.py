@@ -62,7 +62,9 @@ def compress(
         loss: Called with a network and a batch of `train`, returns a scalar; by default the cross-entropy of a batch of
             (inputs, labels).
         calibration: Batches that are the network's inputs or begin with them, such as `[pictures]` for one tensor of
-            pictures; by default inputs of `train`.
+            pictures; by default inputs of `train`. Without it and `evaluate`, up to two fifths of `train` are not
+            trained on: they choose and judge networks. What cannot be divided (no list, no plain DataLoader) is trained
+            on and judges as well; `accuracy.split` in the manifest is then "training".
         latency, flops, params, memory: Budgets, as on the command line: "5ms", "50%", "0.5x", "2G". Several limits,
             "70%,50%" or a list, are for as many networks: the result then has `runs`.
         max_drop: The other way round: the fastest network that loses at most these points; the result has `chosen`.

@@ -22,7 +22,7 @@ CALIBRATION = 2560
 """Inputs that are read for batch norm, compensation, INT8 and comparisons, at most."""
 
 SCORED_SHARE = 0.2
-"""Share of the calibration inputs on which candidates are compared, and as many for the report."""
+"""Share of the inputs on which candidates are compared with the dense network, and as many for the report."""
 
 LEAST = 3
 """Inputs that compensation needs: one to fit, one to choose and one to judge."""
@@ -112,6 +112,10 @@ class Checked:
         self.inputs: InputsOfBatch = InputsOfBatch(example, names)
         self.device = next((tensor.device for tensor in model.parameters()), "cpu")
         self.notes: list[str] = []
+        self.train = given.train
+        self.held: Memory | None = None
+        """Inputs of the caller's `train` that `self.train` lacks."""
+        self.split = "test"
 
     def task(self) -> tuple[OwnTask, list[str]]:
         """Return the task, and what the user should know of it.
@@ -148,6 +152,7 @@ class Checked:
         plain: dict[str, Any] = {
             "train": train, "loss": loss, "calibration": calibration, "search": search, "test": test,
             "evaluate": given.evaluate, "score": score, "likeness": likeness, "seed": self.recipe.seed,
+            "split": self.split,
         }  # fmt: skip
         trial = OwnTask(self.inputs, **plain)
         dense = self._scored(trial, "evaluate", given.evaluate)
@@ -174,7 +179,7 @@ class Checked:
         return found
 
     def _training(self) -> tuple[Any, Callable[[nn.Module, Any], Tensor] | None]:
-        """Try the loss on the first batch, and count the batches."""
+        """Try the loss on the first batch, hold out what choosing and judging need, and count the batches."""
         from compressor.training.loaders import Loader
         from compressor.training.own_task import counted, cross_entropy
 
@@ -182,9 +187,34 @@ class Checked:
             return None, None
         batch = self._first("train", self.given.train)
         self._try_loss(self.given.loss or cross_entropy, batch)
-        steps = counted(self.given.train)
-        self._first("train", self.given.train)  # counting may have read them all
-        return Loader(self.given.train, steps), self.given.loss or cross_entropy
+        if self.given.evaluate is None and self.given.calibration is None:
+            self._hold_out(self.given.train)
+        assert self.train is not None
+        steps = counted(self.train)
+        self._first("train", self.train)  # counting may have read them all
+        return Loader(self.train, steps), self.given.loss or cross_entropy
+
+    def _hold_out(self, train: Iterable[Any]) -> None:
+        """Keep a part of `train` from training where it can be divided."""
+        from compressor.training.held_out import divided
+        from compressor.training.loaders import MEMORY_LIMIT
+        from export.convert.trees import tensors_in
+
+        size = sum(tensor.nbytes for tensor in tensors_in(self.example))
+        most, parts = min(CALIBRATION, MEMORY_LIMIT // max(size, 1)), 1 if self.given.test is not None else 2
+
+        def number(total: int) -> int:
+            return parts * max(1, round(SCORED_SHARE * min(total, most))) if total >= FEWEST else 0
+
+        try:
+            found = divided(
+                train, number, lambda batch: len(tensors_in(self.inputs(batch))[0]), self.recipe.seed
+            )
+            if found is not None:
+                self.held = self._inputs_in("train", found[1], alike=True, most=number(CALIBRATION))
+                self.train = found[0]
+        except CompressorError:  # batches that do not fit, or too few of one shape: all are read for calibration
+            return
 
     def _first(self, name: str, batches: Iterable[Any]) -> Any:
         """Return the first of some batches, read twice."""
@@ -237,15 +267,13 @@ class Checked:
 
     def _calibration(self) -> tuple[Memory | None, Memory | None, Memory | None]:
         """Read the inputs for statistics and compensation, for candidates, and for the report."""
-        import torch
-
-        given, seed = self.given, self.recipe.seed
-        whole = None
+        given, recipe = self.given, self.recipe
+        trains, whole = bool(recipe.epochs or recipe.search.brief_iterations), None
         if given.calibration is not None:
             whole = self._inputs_in("calibration", given.calibration)
-        elif given.train is not None:
+        elif self.train is not None:
             try:
-                whole = self._inputs_in("train", given.train, alike=True)
+                whole = self._inputs_in("train", self.train, alike=True)
             except CompressorError as error:
                 if given.evaluate is None:
                     raise
@@ -258,17 +286,49 @@ class Checked:
             return None, None, None
         if given.evaluate is not None:
             return whole, None, None
+        if self.held is not None:
+            return whole, *self._apart(self.held)
         if len(whole) < FEWEST:
             self.notes.append(
                 f"There are {len(whole)} calibration inputs only: the same ones calibrate, choose and judge."
             )
+            seen = trains and (given.calibration is None or given.train is None)
+            self._reported_on("training" if seen else "search")
             return whole, whole, whole if given.test is None else None
-        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+        if trains and given.calibration is None:
+            self._reported_on("training")
+            self.notes.append(
+                "The inputs on which networks are chosen and judged are trained on, too: train cannot be divided. Pass "
+                "evaluate=... and test=..., or calibration=... with other inputs."
+            )
         held = max(1, round(SCORED_SHARE * len(whole)))
-        parts = [whole.chosen(part) for part in (order[2 * held :], order[:held], order[held : 2 * held])]
-        return parts[0], parts[1], parts[2] if given.test is None else None
+        search, test, rest = self._drawn(whole, held, held)
+        return rest, search, test if given.test is None else None
 
-    def _inputs_in(self, name: str, batches: Iterable[Any], alike: bool = False) -> Memory:
+    def _apart(self, held: Memory) -> tuple[Memory, Memory | None]:
+        """Return the inputs for candidates and for the report among those that training does not see."""
+        if self.given.test is not None:
+            search, test = held, None
+        else:
+            search, test, _ = self._drawn(held, len(held) // 2, len(held) - len(held) // 2)
+        judged = "" if test is None else f", {len(test)} judge it"
+        self.notes.append(f"Training leaves out inputs of train: {len(search)} choose the network{judged}.")
+        return search, test
+
+    def _drawn(self, inputs: Memory, first: int, second: int) -> list[Memory]:
+        """Return two random parts of some inputs, and the others."""
+        import torch
+
+        order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(self.recipe.seed))
+        both = first + second
+        return [inputs.chosen(part) for part in (order[:first], order[first:both], order[both:])]
+
+    def _reported_on(self, split: str) -> None:
+        """Name the inputs of the reported score, unless a function gives it."""
+        if self.given.test is None:
+            self.split = split
+
+    def _inputs_in(self, name: str, batches: Iterable[Any], alike: bool = False, most: int = CALIBRATION) -> Memory:
         """Return the inputs in some batches, after the network has run on some of them."""
         import torch
 
@@ -278,7 +338,7 @@ class Checked:
         self._first(name, batches)
         try:
             with own_randomness(self.recipe.seed, torch.device("cpu")):
-                found = Memory.of(batches, self.inputs, CALIBRATION, alike=alike)
+                found = Memory.of(batches, self.inputs, most, alike=alike)
         except CompressorError as error:
             if isinstance(batches, torch.Tensor):  # its rows were taken for batches
                 raise CompressorError(

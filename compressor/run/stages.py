@@ -78,7 +78,7 @@ def begin(run: RunFolder, job: Job) -> None:
     ]
     metric = job.task.metric
     manifest.accuracy = Accuracy(
-        split="test", images=job.task.test_inputs, metric=metric.name, share=metric.share
+        split=job.task.split, images=job.task.test_inputs, metric=metric.name, share=metric.share
     )
     manifest.skipped = [Skipped(name=part.name, reason=part.reason) for part in job.space.skipped]
     manifest.rounds = []

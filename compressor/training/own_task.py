@@ -56,6 +56,7 @@ class OwnTask(Task):
         dense: What `evaluate` gives for the dense network.
         share: Whether `score` gives shares from 0 to 1.
         seed: Seed of what the functions draw.
+        split: Name of the split of the reported score.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class OwnTask(Task):
         dense: float = 0.0,
         share: bool = True,
         seed: int = 0,
+        split: str = "test",
     ) -> None:
         self.train: Any = calibration if train is None else train
         self.calibration, self.search, self.test = calibration, search, test
@@ -81,7 +83,7 @@ class OwnTask(Task):
         self.example = inputs.example
         self._inputs, self._loss, self._likeness = inputs, loss, likeness
         self._evaluate, self._score = evaluate, score
-        self._dense, self._seed = dense, seed
+        self._dense, self._seed, self.split = dense, seed, split
 
     # ---------------------------------------------------------------- training
     def losses(

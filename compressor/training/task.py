@@ -81,6 +81,8 @@ class Task(ABC):
         classes: Number of outputs of a classifier; 0 for other networks.
         portable: Whether other processes can score candidates.
         batch_size: Inputs per batch where nothing is trained.
+        split: Name of the split of the reported score: "test"; of a user's few inputs "training" where they are
+            trained on, or "search" where they only choose the network.
     """
 
     metric = Metric()
@@ -93,6 +95,7 @@ class Task(ABC):
     classes = 0
     portable = False
     batch_size = 128
+    split = "test"
 
     # ---------------------------------------------------------------- training
     @abstractmethod
