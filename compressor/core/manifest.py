@@ -399,6 +399,13 @@ class Explanation(Record):
     lines: list[ExplainedLine] = []
 
 
+class SplitFiles(Record):
+    """The files of a split: their number, and the SHA-256 of their names and labels in order."""
+
+    images: int | None = None
+    sha256: str = ""
+
+
 class NetworkCost(Record):
     """Counts of one network."""
 
@@ -591,6 +598,7 @@ class Document(Record):
 class Manifest(Document):
     """The content of `manifest.json`.
 
+    `splits` has the files of each split as the run began; data without files has none.
     `trained_ranges` has the least and the largest input of each layer in a fine-tuning for INT8.
     """
 
@@ -602,6 +610,7 @@ class Manifest(Document):
     model: str = ""
     data: str = ""
     preprocessing: dict[str, Any] = {}
+    splits: dict[str, SplitFiles] = {}
     seed: int | None = None
     agent: str = ""
     weights: str = ""

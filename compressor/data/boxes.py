@@ -36,6 +36,10 @@ class BoxedFile(SceneFile):
     size: tuple[int, int]
     boxes: tuple[tuple[float, float, float, float, int], ...]
 
+    @property
+    def label(self) -> object:
+        return self.size, self.boxes
+
     def target(self, preprocessing: Preprocessing) -> Tensor:
         high, wide = preprocessing.sides
         across, down = wide / self.size[0], high / self.size[1]
@@ -80,6 +84,7 @@ def load_coco(path: Path, name: str, wanted: Wanted, loading: Loading) -> DataBu
         scenes[1],
         wanted.at(wanted.image_size or wanted.usual.image_size),
         loading,
+        path=path,
     )
 
 

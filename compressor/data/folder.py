@@ -18,6 +18,7 @@ from compressor.data.images import ImageFile, decode, image_size, refuse_unreada
 from compressor.data.preprocessing import Wanted
 from compressor.data.splits import (
     MEMORY_LIMIT,
+    SPLITS,
     TEST_SEED,
     DataBundle,
     Indices,
@@ -25,12 +26,12 @@ from compressor.data.splits import (
     MemorySplit,
     Split,
     hold_out,
+    split_files,
 )
 
 _LAYOUT = (
     "Expected PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg (or val instead of test), or PATH/CLASS/*.jpg."
 )
-_SPLITS = ("train", "search", "test")
 _OTHER_NAMES = {
     "training": "train", "training_set": "train", "valid": "val", "validation": "val", "testing": "test",
     "test_set": "test", "train": "train", "val": "val", "test": "test",
@@ -81,7 +82,7 @@ def load_folder(path: Path, name: str, wanted: Wanted, loading: Loading) -> Data
             f"{path} has no train/ and test/: {len(test)} of its images form the test split."
         )
     kept, held = _parts(train, loading.hold_out(_labels(train, notes)))
-    return bundle(name, classes, (kept, held, test), wanted.image_size, wanted, notes, loading)
+    return bundle(name, path, classes, (kept, held, test), wanted.image_size, wanted, notes, loading)
 
 
 def split_folders(path: Path) -> dict[str, Path]:
@@ -128,7 +129,7 @@ def load_imagenet(path: Path, name: str, wanted: Wanted, loading: Loading) -> Da
     kept, held = _parts(train, loading.hold_out(_labels(train, notes)))
     size = wanted.image_size or wanted.usual.size
     parts = (kept, held, _files(found["val"], classes))
-    return bundle(name, classes, parts, size, wanted, notes, loading)
+    return bundle(name, path, classes, parts, size, wanted, notes, loading)
 
 
 def _class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
@@ -222,6 +223,7 @@ def _parts(
 
 def bundle(
     name: str,
+    path: Path,
     classes: tuple[str, ...],
     parts: tuple[list[ImageFile], list[ImageFile], list[ImageFile]],
     size: int | str | None,
@@ -233,6 +235,7 @@ def bundle(
 
     Args:
         name, classes: As in `DataBundle`.
+        path: Folder of the data set.
         parts: Files of the train, search and test split.
         size: Height and width of an input; None for the images' own if they are small and equal, else the usual one.
         wanted: Preprocessing.
@@ -242,7 +245,7 @@ def bundle(
     Raises:
         CompressorError: A split is empty, or too many files are unreadable.
     """
-    if empty := [part for part, files in zip(_SPLITS, parts, strict=True) if not files]:
+    if empty := [part for part, files in zip(SPLITS, parts, strict=True) if not files]:
         raise CompressorError(f"{name} has too few images: its {empty[0]} split is empty.", "Add some.")
     preprocessing = wanted.at(size or _common_size(parts[0]) or wanted.usual.size)
     in_memory = sum(map(len, parts)) * math.prod(preprocessing.input_shape) <= MEMORY_LIMIT
@@ -250,7 +253,7 @@ def bundle(
     whole = load_files(parts, preprocessing, "Reading images", loading.workers) if decode_now else None
 
     def read(place: int, augmentation: Augmentation | None = None) -> Split:
-        part, files = _SPLITS[place], parts[place]
+        part, files = SPLITS[place], parts[place]
         if not loading.decode_files:
             return FileSplit(files, preprocessing, augmentation, loading.processes)
         if whole is not None:
@@ -273,7 +276,8 @@ def bundle(
         return split
 
     train, search, test = read(0, augmentation_for(preprocessing)), read(1), read(2)
-    return DataBundle(name, classes, preprocessing.input_shape, train, search, test, tuple(notes))
+    files = split_files(parts, path)
+    return DataBundle(name, classes, preprocessing.input_shape, train, search, test, tuple(notes), files)
 
 
 def _sample(files: Sequence[ImageFile]) -> list[ImageFile]:

@@ -103,6 +103,7 @@ def load_masks(path: Path, name: str, wanted: Wanted, loading: Loading) -> DataB
         wanted.at(wanted.image_size or wanted.usual.size),
         loading,
         notes=notes,
+        path=path,
     )
 
 

@@ -39,7 +39,7 @@ def load_pictures(path: Path, name: str, wanted: Wanted, loading: Loading) -> Da
     _require(len(train), path)
     stays, held = loading.hold_out([0] * len(train), SCORED_SHARE)
     kept, scored = ([train[index] for index in part.tolist()] for part in (stays, held))
-    return bundle(name, (), (kept, scored, test), wanted.image_size, wanted, notes, loading)
+    return bundle(name, path, (), (kept, scored, test), wanted.image_size, wanted, notes, loading)
 
 
 def _pictures(folder: Path) -> list[ImageFile]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from compressor.data.decoded import pictures
 from compressor.data.images import decode
 from compressor.data.preprocessing import Preprocessing
 from compressor.data.reader import Key, Reader, keys_of
-from compressor.data.splits import MEMORY_LIMIT, DataBundle, Loading, Split
+from compressor.data.splits import MEMORY_LIMIT, DataBundle, Indices, Loading, Split, split_files
 
 IGNORED = 255
 """Class of pixels that neither the loss nor the score counts."""
@@ -46,6 +47,11 @@ class SceneFile:
     """A picture on disk; a subclass has its target."""
 
     image: str
+
+    @property
+    def label(self) -> object:
+        """What of its target is written in a list of files, instead of in a file of its own."""
+        return ""
 
     def read(self, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
         image = decode(self.image, preprocessing)
@@ -213,6 +219,7 @@ def bundle_of(
     loading: Loading,
     *,
     search_share: float = SEARCH_SHARE,
+    path: Path | None = None,
     notes: Sequence[str] = (),
 ) -> DataBundle:
     """Return scenes as a data set, read into memory if they fit; the search split comes out of the training scenes.
@@ -223,6 +230,7 @@ def bundle_of(
         preprocessing: How a picture becomes an input.
         loading: How the search split is chosen, and whether files are read now and by how many processes.
         search_share: Share of the scenes in the search split, instead of that of `loading`.
+        path: Folder of the files; None for scenes in memory.
 
     Raises:
         CompressorError: There are too few scenes, or one cannot be read.
@@ -233,6 +241,7 @@ def bundle_of(
             "Add some.",
         )
     stays, held = loading.hold_out([0] * len(train), search_share)
+    files = {} if path is None else split_files(_listed(train, test, (stays, held)), path)
     if fits := loading.decode_files and (len(train) + len(test)) * _bytes(preprocessing) <= MEMORY_LIMIT:
         read = _read([*train, *test], preprocessing, loading.workers)
         train, test = read[: len(train)], read[len(train) :]
@@ -246,7 +255,14 @@ def bundle_of(
         SceneSplit(scored, preprocessing, workers=processes),
         SceneSplit(test, preprocessing, workers=processes),
         tuple(notes),
+        files,
     )
+
+
+def _listed(train: Sequence[Any], test: Sequence[Any], places: Sequence[Indices]) -> list[list[tuple[str, object]]]:
+    """Return path and label of the files in each split."""
+    parts = [*([train[index] for index in part.tolist()] for part in places), test]
+    return [[(scene.image, scene.label) for scene in part] for part in parts]
 
 
 def _bytes(preprocessing: Preprocessing) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressor.core.manifest import SplitFiles
 from compressor.data.augment import Augmentation
 from compressor.data.preprocessing import Preprocessing
 from compressor.data.reader import place_seed
@@ -19,6 +22,7 @@ from compressor.data.reader import place_seed
 Batch = tuple[torch.Tensor, Any]
 """Images, and their labels: a tensor, or a list of one for each image."""
 Indices = npt.NDArray[np.int64]
+SPLITS = ("train", "search", "test")
 MEMORY_LIMIT = 2 * 1024**3
 """Maximum bytes of decoded images for which a split is held in memory."""
 TEST_SEED = 20
@@ -233,6 +237,7 @@ class DataBundle:
         search: Held out from training; scores candidates, and is never reported.
         test: Reported, and never used for a choice.
         notes: What the user should know, such as the number of images that could not be read.
+        files: Split -> its files, by which a resumed run knows whether they are still the same; empty without files.
     """
 
     name: str
@@ -242,6 +247,7 @@ class DataBundle:
     search: Split
     test: Split
     notes: tuple[str, ...] = ()
+    files: Mapping[str, SplitFiles] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -259,8 +265,25 @@ class DataBundle:
 
     def prepared(self, preprocessing: Preprocessing) -> DataBundle:
         """The same images for another kind of network; see `Split.prepared`."""
-        parts = {name: getattr(self, name).prepared(preprocessing) for name in ("train", "search", "test")}
+        parts = {name: getattr(self, name).prepared(preprocessing) for name in SPLITS}
         return replace(self, input_shape=preprocessing.input_shape, **parts)
+
+
+def split_files(parts: Iterable[Iterable[tuple[str, object]]], folder: Path) -> dict[str, SplitFiles]:
+    """Return what identifies the files of each split.
+
+    Args:
+        parts: Path and label of each file, for each of `SPLITS`.
+        folder: The names are relative to it.
+    """
+    found = {}
+    for split, files in zip(SPLITS, parts, strict=True):
+        digest, count = hashlib.sha256(), 0
+        for path, label in files:
+            digest.update(os.fsencode(path.removeprefix(f"{folder}{os.sep}")) + f"\0{label}\0".encode())
+            count += 1
+        found[split] = SplitFiles(images=count, sha256=digest.hexdigest())
+    return found
 
 
 @dataclass(frozen=True)

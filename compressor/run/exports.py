@@ -23,7 +23,7 @@ from compressor.run.deployable import write_score
 from compressor.run.device import int8_runtime, opset_of, provider_of, request_of
 from compressor.run.finish import write_page
 from compressor.run.folder import RunFolder
-from compressor.run.load import builder_of, load_images, missing_data, network_of, task_of
+from compressor.run.load import builder_of, load_images, missing_data, network_of, refuse_other_files, task_of
 from compressor.run.onnx_files import (
     COMPARED_IMAGES,
     MODEL,
@@ -126,7 +126,7 @@ class Finished:
         """The run's images.
 
         Raises:
-            CompressorError: They are objects of a Python program.
+            CompressorError: They are objects of a Python program, or other files than when the run began.
         """
         if self.recipe.from_python:
             raise CompressorError(
@@ -134,9 +134,12 @@ class Finished:
                 "program that started it.",
                 "Write them there, in a new folder: compressor.compress(..., export={'precisions': ['int8']})",
             )
-        if not self.recipe.onnx:
-            return load_images(self.recipe)
-        return load_images(self.recipe.changed({"model": str(self.run.file(NETWORK))}))
+        recipe = self.recipe
+        if recipe.onnx:
+            recipe = recipe.changed({"model": str(self.run.file(NETWORK))})
+        data = load_images(recipe)
+        refuse_other_files(recipe, self.run.manifest.splits, data.files)
+        return data
 
     @cached_property
     def task(self) -> Task:

@@ -35,6 +35,7 @@ from compressor.run.device import provider_of, request_of
 from compressor.run.finish import KEPT, MISSED, OPEN, exit_code
 from compressor.run.folder import RunFolder, stopped_in
 from compressor.run.job import Job, budget_specs, latency_budget
+from compressor.run.load import refuse_other_files
 from compressor.run.max_drop import Narrowing, check_alone, check_metrics, judged, lost, with_latency
 from compressor.run.measure import stored_table
 from compressor.run.onnx_files import DENSE
@@ -150,6 +151,8 @@ def _prepared(recipe: Recipe, loader: Loader, folder: RunFolder | None) -> Job:
         values=next((found for run in reversed(runs) if (found := function_values(run))), None),
         dense=runs[0].file(DENSE) if runs else None,
     )
+    if runs and runs[0].file(MANIFEST).exists():
+        refuse_other_files(recipe, Manifest.read(runs[0].file(MANIFEST)).splits, job.files)
     limits: dict[tuple[float, ...], str] = {}
     for target in listed:
         budgets = job.within(_with_budgets(job.recipe, target.budgets), job.table).budgets()

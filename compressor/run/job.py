@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressor.budgets.base import Budget, BudgetSpec, CachedValues
+    from compressor.core.manifest import SplitFiles
     from compressor.latency.table import LatencyTable
     from compressor.pruning.space import PruningSpace
     from compressor.recipe import Recipe
@@ -110,6 +111,7 @@ class Job:
         notes: Sentences that the user must see beside the numbers.
         dense_file: ONNX file of the dense network, until the run has it.
         compensation: How candidates and the delivered network are compensated.
+        files: The data's files in each split, for the manifest.
         callers: Callers of function and energy budgets, by name.
         of_front: Whether the run is one of several, whose searches also score what they are compared with.
     """
@@ -127,6 +129,7 @@ class Job:
     notes: list[str]
     dense_file: DenseFile
     compensation: Methods
+    files: Mapping[str, SplitFiles] = field(default_factory=dict)
     callers: dict[str, CachedValues] = field(default_factory=dict)
     of_front: bool = False
 
@@ -224,6 +227,7 @@ class Job:
             notes=notes,
             dense_file=dense_file,
             compensation=compensation,
+            files=loaded.files,
             callers={
                 spec.name: FunctionCaller(
                     spec.name, space, recipe.budgets.function_seconds, recipe.budgets.function_repeats

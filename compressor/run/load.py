@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from compressor.core.progress import say
 if TYPE_CHECKING:
     from torch import nn
 
+    from compressor.core.manifest import SplitFiles
     from compressor.data import DataBundle, Preprocessing
     from compressor.models import Published
     from compressor.recipe import Recipe
@@ -31,6 +32,7 @@ class Loaded:
         builder: What `pruning.artefact.load` builds the network with: a name, or a function.
         notes: Notes for the user, such as an assumed preprocessing.
         preprocessing: How images become inputs and why, for the manifest.
+        files: The files of each split, for the manifest.
     """
 
     recipe: Recipe
@@ -40,6 +42,7 @@ class Loaded:
     builder: Callable[[], nn.Module] | str | None = None
     notes: tuple[str, ...] = ()
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    files: Mapping[str, SplitFiles] = field(default_factory=dict)
 
 
 BY_CLASS = ("mixup", "cutmix", "rand_augment", "random_erasing")
@@ -104,6 +107,7 @@ def load(
         None if recipe.onnx else completed.model,
         notes,
         described(completed, data.preprocessing),
+        data.files,
     )
 
 
@@ -230,6 +234,32 @@ def load_images(recipe: Recipe, *, decode_files: bool = True) -> DataBundle:
         wanted=_wanted(recipe, recipe.data.channel_order),
         task=recipe.task or "classification",
         decode_files=decode_files,
+    )
+
+
+def refuse_other_files(
+    recipe: Recipe, began: Mapping[str, SplitFiles], found: Mapping[str, SplitFiles]
+) -> None:
+    """Refuse data whose files are not those that a run began with: it is divided into other splits.
+
+    Args:
+        recipe: Recipe of the run.
+        began: The files of each split in the run's manifest; runs of earlier versions have none.
+        found: Those of the data now.
+
+    Raises:
+        CompressorError: Files came or went, or have other names or labels.
+    """
+    if not found or all(files.sha256 == found.get(name, files).sha256 for name, files in began.items()):
+        return
+    then, now = (
+        ", ".join(f"{files.images} in {name}" for name, files in each.items()) for each in (began, found)
+    )
+    raise CompressorError(
+        f"{recipe.data.source} does not hold the pictures that the run began with: expected {then}; found {now}"
+        f"{', with other names or labels' if then == now else ''}.",
+        "Pictures that come or go change the splits, and the run would be tested on some that it was trained on. "
+        "Restore the files, or start a new run with --out DIR.",
     )
 
 

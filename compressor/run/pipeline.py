@@ -32,7 +32,7 @@ from compressor.run.finish import finish
 from compressor.run.folder import RunFolder, new_run_path, runs_folder, stopped_in
 from compressor.run.follower import follow, follows
 from compressor.run.job import Job
-from compressor.run.load import Loader, load
+from compressor.run.load import Loader, load, refuse_other_files
 from compressor.run.measure import measure, probe
 from compressor.run.onnx_files import DENSE
 from compressor.run.result import RunResult
@@ -105,6 +105,7 @@ def continued(folder: Path, overrides: Mapping[str, Any], loader: Loader = load)
         if loader is load:
             loader = partial(load, network=run.file(NETWORK))
         job = Job.prepare(recipe, table, loader=loader, values=values, dense=run.file(DENSE))
+        refuse_other_files(recipe, run.manifest.splits, job.files)
         gather(job.recipe, job.task)
         if run.manifest.stages and (before := run.manifest.machine.get("processes", 1)) != processes():
             run.note(f"Resumed with {processes()} processes instead of {before}.")

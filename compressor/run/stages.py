@@ -56,6 +56,8 @@ def begin(run: RunFolder, job: Job) -> None:
     manifest.model = recipe.model
     manifest.data = recipe.data.source
     manifest.preprocessing = job.preprocessing
+    if job.files:
+        manifest.splits = dict(job.files)
     manifest.seed = recipe.seed
     manifest.agent = recipe.agent
     manifest.weights = recipe.weights

@@ -51,6 +51,7 @@ def test_masks_are_scaled_to_the_nearest_class(tmp_path: Path) -> None:
     wanted = Wanted(usual=Preprocessing(resize="squash", crop_share=1.0), image_size=15)
     data = load_data(f"masks:{masks(tmp_path)}", seed=0, wanted=wanted, task="segmentation")
     assert (data.classes, len(data.train), len(data.search), len(data.test)) == (("0", "1"), 3, 1, 1)
+    assert {name: each.images for name, each in data.files.items()} == {"train": 3, "search": 1, "test": 1}
     images, target = next(iter(data.test.batches(4)))
     assert images.shape == (1, 3, 15, 15)
     assert target[0].tolist() == [[0] * 5 + [1] * 5 + [255] * 5] * 15

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from compressor.core.errors import CompressorError
 from compressor.data import MemorySplit, load_data
 from compressor.data.augment import Augmentation
-from compressor.data.splits import hold_out
+from compressor.data.images import ImageFile
+from compressor.data.splits import SPLITS, hold_out, split_files
 from tests.data.decoding import images_of
 
 
@@ -56,6 +58,16 @@ def test_hold_out_is_stratified_and_bounded() -> None:
     assert sorted([*kept, *held]) == list(range(102))
     _, few = hold_out([0] * 500 + [1] * 500, 0.5, 100, seed=0)
     assert len(few) == 100
+
+
+def test_splits_are_known_by_the_names_and_labels_of_their_files(tmp_path: Path) -> None:
+    """The digest of two files, by hand; the place of the folder does not count."""
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        train = [ImageFile(f"{folder}/a/0.png", 0), ImageFile(f"{folder}/b/0.png", 1)]
+        found = split_files((train, [], train[:1]), folder)
+        assert [found[name].images for name in SPLITS] == [2, 0, 1]
+        assert found["train"].sha256 == hashlib.sha256(b"a/0.png\0000\000b/0.png\0001\000").hexdigest()
+        assert found["test"].sha256 == hashlib.sha256(b"a/0.png\0000\000").hexdigest()
 
 
 def test_order_and_augmentation_follow_from_the_seed() -> None:

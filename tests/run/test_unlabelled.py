@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from compressor import CompressorError, RunResult, run_recipe
 from compressor.data import load_data
 from compressor.models import usual_classes
 from compressor.run.exports import Request, export_format
+from compressor.run.pipeline import resume
 from tests.nets import trained_tiny
-from tests.runs import recipe
+from tests.runs import manifest_of, recipe
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,33 @@ def test_the_page_speaks_of_agreement(unlabelled: RunResult) -> None:
 def test_int8_is_judged_by_the_same_agreement(unlabelled: RunResult) -> None:
     lines = list(export_format(unlabelled.directory, Request(precision="int8", max_drop=50.0)))
     assert any(line.startswith("Agreement with the dense network on 24 test images: ") for line in lines)
+
+
+def test_pictures_that_came_later_are_refused(pictures: Path, tmp_path: Path) -> None:
+    """Divided anew, some of the test split would be trained on."""
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    run = run_recipe(wanted(folder), tmp_path / "run").directory
+    known = manifest_of(run)["splits"]
+    assert {name: each["images"] for name, each in known.items()} == {"train": 77, "search": 19, "test": 24}
+    for number in range(10):
+        shutil.copy(folder / "some/0/0.png", folder / f"some/new{number}.png")
+    said = "expected 77 in train, 19 in search, 24 in test; found 83 in train, 21 in search, 26 in test"
+    with pytest.raises(CompressorError, match=said):
+        resume(run)
+    with pytest.raises(CompressorError, match=said):
+        list(export_format(run, Request(precision="int8")))
+    for new in folder.glob("some/new*.png"):
+        new.unlink()
+    (folder / "some/0/0.png").rename(folder / "some/0/000.png")
+    with pytest.raises(CompressorError, match="24 in test, with other names or labels"):
+        resume(run)
+    (folder / "some/0/000.png").rename(folder / "some/0/0.png")
+    assert resume(run).exit_code == 0
+    content = manifest_of(run)
+    del content["splits"]  # as earlier versions wrote it
+    (run / "manifest.json").write_text(json.dumps(content))
+    shutil.copy(folder / "some/0/0.png", folder / "some/new.png")
+    assert resume(run).exit_code == 0
 
 
 @pytest.mark.parametrize(
