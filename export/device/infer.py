@@ -19,7 +19,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".t
 def prepared(path: Path, how: Any) -> Any:
     """Return a photograph as the network's input, float32 (1, channels, height, width); `how` is preprocess.json."""
     (high, wide), (rows, columns), order = how["resize_to"], how["crop"], how["channel_order"]
-    with Image.open(path) as file:
+    with path.open("rb") as opened, Image.open(opened) as file:  # by name, a mapped TIFF would lose its orientation
         file.draft("RGB", (2 * max(high, wide), 2 * max(high, wide)))  # a large JPEG decodes to a part of its size
         image = ImageOps.exif_transpose(file)
     if image.mode[0] in "IF":  # 16 bits, or floats from 0 to 1

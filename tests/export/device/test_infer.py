@@ -36,6 +36,8 @@ def _pictures(folder: Path) -> list[Path]:
         "grey.png": (grey, {}),
         "colour.png": (colour, {}),
         "turned.jpg": (colour, {"exif": turned}),
+        "turned.tif": (colour, {"exif": turned}),
+        "turneddeep.tif": (Image.fromarray(_noise(50, 40, most=65536).astype(np.uint16)), {"exif": turned}),
         "ink.jpg": (ink, {}),
         "large.jpg": (colour.resize((900, 640)), {}),
         "glass.png": (Image.fromarray(_noise(40, 40, 4).astype(np.uint8)), {}),
