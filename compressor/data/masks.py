@@ -31,6 +31,7 @@ NAMES = "classes.txt"
 
 _LAYOUT = "Expected PATH/train/images/NAME.jpg and PATH/train/masks/NAME.png, and test/ (or val/) likewise."
 _SHOWN = 3
+_WIDTH, _HEIGHT = 256, 257  # tags of TIFF
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def picture_size(path: str) -> tuple[int, int]:
     try:
         with open_regular(path) as file, pillow.open(file) as image:
             wide, high = image.size
+            tags = getattr(image, "tag_v2", {})  # as stored: newer versions of Pillow turn the size of a TIFF already
+            wide, high = int(tags.get(_WIDTH, wide)), int(tags.get(_HEIGHT, high))
             return (high, wide) if turned(image) else (wide, high)
     except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
         raise CompressorError(

@@ -14,6 +14,7 @@ from torch import nn
 from compressor import CompressorError, Recipe
 from compressor.data import load_data
 from compressor.data.images import decode
+from compressor.data.masks import picture_size
 from compressor.data.preprocessing import Preprocessing
 from compressor.models import create_model, input_channels
 from compressor.run.load import load
@@ -77,6 +78,16 @@ def test_cameras_orientation_is_applied_before_anything_is_cut(tmp_path: Path) -
     upright = decoded(tmp_path / "phone.png")  # 32 of 64 rows from the middle: white above, black below
     assert upright[:, :16].float().mean() == 255
     assert upright[:, 16:].float().mean() == 0
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "jpg"])
+def test_the_size_of_a_turned_picture(suffix: str, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.zeros((32, 64, 3), dtype=np.uint8))
+    for orientation, size in ((1, (64, 32)), (3, (64, 32)), (6, (32, 64))):
+        exif = Image.Exif()
+        exif[274] = orientation
+        picture.save(tmp_path / f"phone.{suffix}", exif=exif)
+        assert picture_size(str(tmp_path / f"phone.{suffix}")) == size
 
 
 def test_transparent_pixels_are_white(tmp_path: Path) -> None:
