@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from compressor.data.preprocessing import Preprocessing, Wanted
 from compressor.data.scenes import IGNORED, SceneFile, bundle_of
 from compressor.data.splits import DataBundle, Loading
 from export.files import open_regular
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
 
 NAMES = "classes.txt"
 """File beside train/ with the name of each class in a line, the first that of class 0; it may be left out."""
@@ -116,7 +119,8 @@ def read_mask(path: str) -> npt.NDArray[np.uint8]:
     """
     try:
         with open_regular(path) as file, pillow.open(file) as image:
-            values: npt.NDArray[Any] = np.array(image)
+            step = _step(image)
+            values: npt.NDArray[Any] = np.array(image) // step
     except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
         raise CompressorError(f"The mask {path} cannot be read: {error}.", "Save it again as PNG.") from error
     if values.ndim != 2:
@@ -130,6 +134,13 @@ def read_mask(path: str) -> npt.NDArray[np.uint8]:
             f"Number the classes from 0 on; {IGNORED} is ignored.",
         )
     return values.astype(np.uint8)
+
+
+def _step(image: ImageFile) -> int:
+    """Return what Pillow multiplies the gray values of an opened file of 2 or 4 bits by, so that white is 255."""
+    coded = image.tile[0][3] if image.tile else ""
+    raw_mode = str(coded[0] if coded and isinstance(coded, tuple) else coded)
+    return {"L;2": 85, "L;4": 17}.get(raw_mode[:3], 1)
 
 
 def picture_size(path: str) -> tuple[int, int]:

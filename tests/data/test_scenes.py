@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from compressor import CompressorError
 from compressor.data import load_data
+from compressor.data.masks import read_mask
 from compressor.data.preprocessing import Wanted
 from compressor.data.scenes import augmented
 from compressor.data.splits import DataBundle
@@ -65,6 +68,22 @@ def test_palettes_and_names_of_classes(tmp_path: Path) -> None:
     data = loaded(folder)
     assert data.classes == ("sky", "road", "car")
     assert next(iter(data.test.batches(1)))[1].unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("colors", ["gray", "palette"])
+def test_masks_of_few_bits_hold_their_classes(tmp_path: Path, bits: int, colors: str) -> None:
+    """A PNG of one row, written by hand: Pillow writes no gray of 2 or 4 bits."""
+    row = (np.arange(8) % 2**bits).astype(np.uint8)
+    packed = np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits :]).tobytes()
+    header = struct.pack(">IIBBBBB", 8, 1, bits, 3 if colors == "palette" else 0, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + packed)), (b"IEND", b"")]
+    if colors == "palette":
+        parts.insert(1, (b"PLTE", bytes(range(3 * 2**min(bits, 4)))))
+    chunks = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+              for kind, data in parts]  # fmt: skip
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert read_mask(str(tmp_path / "mask.png")).tolist() == [row.tolist()]
 
 
 @pytest.mark.parametrize(
