@@ -243,4 +243,10 @@ def _names(path: Path) -> tuple[str, ...] | None:
         raise CompressorError(
             f"{path / NAMES} cannot be read: {error}.", "Write the name of a class in each line."
         ) from error
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    names = tuple(line.strip() for line in text.rstrip().splitlines())
+    if "" in names:
+        raise CompressorError(
+            f"{path / NAMES} has no name in line {names.index('') + 1}, which is that of class {names.index('')}.",
+            "Name the class there, or delete the line if it is no class.",
+        )
+    return names

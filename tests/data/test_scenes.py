@@ -63,7 +63,7 @@ def test_masks_are_scaled_to_the_nearest_class(tmp_path: Path) -> None:
 def test_palettes_and_names_of_classes(tmp_path: Path) -> None:
     palette = Image.fromarray(np.full((20, 30), 2, dtype=np.uint8), mode="P")
     palette.putpalette([0, 0, 0, 90, 0, 0, 0, 90, 0])
-    folder = masks(tmp_path, names="sky\nroad\ncar\n")
+    folder = masks(tmp_path, names="sky\nroad\ncar\n\n \n")
     palette.save(folder / "test/masks/0.png")
     data = loaded(folder)
     assert data.classes == ("sky", "road", "car")
@@ -92,6 +92,7 @@ def test_masks_of_few_bits_hold_their_classes(tmp_path: Path, bits: int, colors:
         (np.zeros((10, 30), dtype=np.uint8), None, "has 30x10 pixels, its picture 30x20"),
         (np.full((20, 30), 7, dtype=np.uint8), "a\nb\n", "holds the class 7, but .* names 2: 0 to 1"),
         (np.full((20, 30), 300, dtype=np.uint16), None, "holds the class 300; the largest possible is 254"),
+        (None, "sky\n\nroad\n", "classes.txt has no name in line 2, which is that of class 1"),
         (pixels(), None, "has 3 channels, expected the number of a class"),
     ],
 )
