@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.core.errors import CompressorError
-from compressor.core.manifest import DeviceRecord
+from compressor.core.manifest import DeviceRecord, Export
 from compressor.core.progress import say
 from compressor.latency.assemble import with_batch
 from compressor.latency.networks import with_distinct_weights
@@ -57,7 +57,9 @@ USUAL_BOARD = "jetson-orin-nano-8gb"
 _UNCHECKED = "The board does not name its module"
 
 
-def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | None = None) -> Iterator[str]:
+def export_bundle(
+    folder: Path, target: str, bundle: Path, wanted: Request | None = None, *, again: bool = False
+) -> Iterator[str]:
     """Write everything that a board needs to build, measure and verify a run's networks, and to use them.
 
     The bundle has the dense and the slim network side by side in every precision that the board and the run allow, in
@@ -70,6 +72,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
         target: Name of a board, as listed by `compress export --help`.
         bundle: NAME.tar.gz.
         wanted: Request whose precision must be possible; the others are left out where they are not.
+        again: Whether to replace an existing bundle.
     """
     from export.convert.parity import Reference
 
@@ -77,7 +80,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
     folder_of(bundle)  # refuses a name that no board can handle
     if wanted is not None:
         check(replace(wanted, target=target))
-    if bundle.exists():
+    if bundle.exists() and not again:
         raise CompressorError(f"{bundle} exists already.", "Choose another --bundle FILE, or delete it.")
     with (
         closing(Finished.open(folder, wanted.factory if wanted else None)) as finished,
@@ -103,12 +106,13 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
                 target=target,
                 max_drop=wanted.max_drop if wanted else finished.recipe.export.max_drop,
                 method=wanted.method if wanted else "minmax",
+                rounding=wanted.rounding if wanted else finished.recipe.export.rounding,
                 rest=wanted.rest if wanted else None,
                 address=wanted.address if wanted and precision == "mixed" else None,
             )
             must = precision == "fp32" or (wanted is not None and wanted.precision == precision)
             try:
-                path = yield from _slim(finished, request, must)
+                path = yield from _slim(finished, request, wanted)
                 if precision == "mixed":
                     networks.append(path)
                     continue  # the dense network is compared in the other precisions
@@ -124,7 +128,7 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
             networks,
             Reference(images, _outputs(run.file(MODEL), images)),
             target=target,
-            facts={"run": run.name, **finished.facts()},
+            facts={"run": run.name, **finished.facts(), "options": _options(wanted)},
             dense=Reference(images, _outputs(dense["fp32"], images)),
             more=_for_use(run),
             streams=recipe.streams,
@@ -134,17 +138,26 @@ def export_bundle(folder: Path, target: str, bundle: Path, wanted: Request | Non
         yield f"Then: compress export {folder} --bundle {bundle} --import results.tar.gz"
 
 
-def _slim(finished: Finished, request: Request, must: bool) -> Generator[str, None, Path]:
-    """Return the slim network's file of a request, which is written if the run lacks it; mixed precision always is.
+def _options(wanted: Request | None) -> dict[str, Any]:
+    """Return the options of a command that decide which files its bundle has."""
+    request = wanted or Request()
+    return {
+        "precision": request.precision, "max-drop": request.max_drop, "calibration": request.method,
+        "rounding": request.rounding, "rest": request.rest, "target": request.address,
+    }  # fmt: skip
+
+
+def _slim(finished: Finished, request: Request, wanted: Request | None) -> Generator[str, None, Path]:
+    """Return the slim network's file of a request; it is written if the run has none as is asked for.
 
     Args:
         finished: The run.
         request: Precision and board.
-        must: Whether an INT8 file with another precision of the rest than was asked for is replaced.
+        wanted: What the command asks for.
     """
     path = finished.path_of(request)
-    written = request.precision != "mixed" and _for_boards(path)
-    if not written or (must and request.rest and _rest_of(path) != request.rest):
+    written = request.precision != "mixed" and _for_boards(path)  # mixed precision is measured for each bundle
+    if not written or _asks_for_another(finished, request, wanted):
         yield from finished.onnx(request)
     elif request.precision == "int8" and _rest_of(path) != (request.rest or "fp16"):
         yield (
@@ -152,6 +165,30 @@ def _slim(finished: Finished, request: Request, must: bool) -> Generator[str, No
             f"compress export {finished.run.path} --precision int8 --rest {request.rest or 'fp16'}"
         )
     return path
+
+
+def _asks_for_another(finished: Finished, request: Request, wanted: Request | None) -> bool:
+    """Return whether a command asks for another FP16 or INT8 file than the run has.
+
+    The defaults of its options count for the precision that it names only: other files are the run's.
+    """
+    if wanted is None or request.precision == "fp32":
+        return False
+    path, manifest, default = finished.path_of(request), finished.run.manifest, Request()
+    entry = manifest.exports.get(path.name.removeprefix("model.").removesuffix(".onnx"), Export())
+
+    def asked(name: str) -> bool:
+        return request.precision == wanted.precision or getattr(request, name) != getattr(default, name)
+
+    exact, score = manifest.accuracy.exported, entry.accuracy
+    loses = exact is not None and score is not None and score < exact
+    if asked("max_drop") and (loses or entry.kept_float):  # else the file is the same for every drop
+        return True
+    return request.precision == "int8" and (
+        (asked("method") and entry.calibration != request.method)
+        or (asked("rounding") and entry.rounding != request.rounding)
+        or request.rest not in (None, _rest_of(path))
+    )
 
 
 def _dense(finished: Finished, request: Request, known: Mapping[str, Path], scratch: Path, images: Any) -> Path:
@@ -203,12 +240,12 @@ def export_over_ssh(
 ) -> Iterator[str]:
     """Transfer a bundle to a board over ssh, run it there, and import its results into the manifest.
 
-    An existing bundle continues where it was; without a path it is stored under `bundles/` of the run. Without a board
-    it is the run's device, if that is one.
+    An existing bundle of these options continues where it was. Without a path it is stored under `bundles/` of the run,
+    and written again for other options. Without a board it is the run's device, if that is one.
 
     Raises:
-        CompressorError, ExportError: As for `export_bundle`; or the bundle is another run's, the board is another
-            module, or ssh fails.
+        CompressorError, ExportError: As for `export_bundle`; or the given bundle is of another run, board or options,
+            the board is another module, or ssh fails.
     """
     from export.device.connection import parse_destination
     from export.device.remote import identify, run_remote
@@ -220,12 +257,17 @@ def export_over_ssh(
     find_target(board)
     path = bundle or folder / "bundles" / f"{board}.tar.gz"
     results = path.with_name(path.name.replace(".tar.gz", "").replace(".tgz", "") + "-results.tar.gz")
+    other = ""
     if path.exists():
         with closing(Finished.open(folder)) as finished:
-            _require_own(path, finished.run)
-        yield f"Continuing with {path}."
-    else:
-        yield from export_bundle(folder, board, path, wanted)
+            other = _other_bundle(path, finished.run, board, wanted)
+        if other and bundle is not None:
+            raise CompressorError(
+                f"{path} is not the bundle that is asked for: {other}.", "Choose another --bundle FILE, or delete it."
+            )
+        yield f"{path} is written again: {other}." if other else f"Continuing with {path}."
+    if other or not path.exists():
+        yield from export_bundle(folder, board, path, wanted, again=True)
     _require_board(folder, board, identify(address)["model"])
     run_remote(address, path, results, say=say)
     yield from import_results(folder, results, path)
@@ -394,3 +436,19 @@ def _require_own(bundle: Path, run: RunFolder) -> tuple[str, ...]:
             f"compress export {run.path} --target {given['target']} --bundle FILE",
         )
     return tuple(slim[file]["name"] for file in other)
+
+
+def _other_bundle(bundle: Path, run: RunFolder, board: str, wanted: Request | None) -> str:
+    """Return why a run's bundle is not the one that is asked for; empty if it is.
+
+    Raises:
+        CompressorError: It belongs to another run.
+    """
+    replaced, given = _require_own(bundle, run), open_bundle(bundle, "network").manifest
+    if given["target"] != board:
+        return f"it is for {given['target']}, not for {board}"
+    before, now = given["facts"].get("options", {}), _options(wanted)
+    for name, value in now.items():
+        if before.get(name) != value:
+            return f"it was written with --{name} {before.get(name) or 'by default'}, not {value or 'by default'}"
+    return f"the run has another {replaced[0]}.onnx now" if replaced else ""

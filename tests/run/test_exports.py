@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ from typer.testing import CliRunner
 from compressor import Recipe, load, run_recipe
 from compressor.cli.app import app
 from compressor.core.files import sha256_file
-from compressor.core.manifest import Manifest
+from compressor.core.manifest import Export, Manifest
 from compressor.recipe import load_recipe
 from compressor.report.comparison import comparison
 from compressor.report.formats import size
-from compressor.run.boards import _require_own
+from compressor.run.boards import _asks_for_another, _require_own
 from compressor.run.deployable import write_deployable
-from compressor.run.exports import Finished
+from compressor.run.exports import Finished, Request
 from compressor.run.folder import RunFolder
 from compressor.run.predict import predict
 from export.convert import parity, quantize
@@ -278,6 +280,69 @@ def test_int8_has_the_form_of_the_runtime_that_it_is_for(run: Path, tmp_path: Pa
     facts = read_header(tmp_path / "int8.onnx").metadata
     assert "runtime" not in facts  # written again, for TensorRT
     assert facts["rest"] == "fp16"
+
+
+def test_a_bundle_follows_the_options(run: Path, tmp_path: Path) -> None:
+    def bundled(name: str, *options: str) -> tuple[str, str]:
+        export(run, "--target", BOARD, "--bundle", tmp_path / name, "--max-drop", 50, *options)
+        file = unpack(tmp_path / name)["models/model.int8.onnx"]
+        assert file == (run / "model.int8.onnx").read_bytes()
+        entry = exports_of(run)["int8"]
+        return entry["calibration"], entry["rounding"]
+
+    assert bundled("first.tar.gz") == ("minmax", "nearest")
+    assert bundled("other.tar.gz", "--calibration", "entropy", "--rounding", "outputs") == ("entropy", "outputs")
+    assert bundled("default.tar.gz") == ("entropy", "outputs")  # no other file is asked for
+    assert bundled("named.tar.gz", "--precision", "int8") == ("minmax", "nearest")
+    assert bundled("rest.tar.gz", "--rest", "fp32") == ("minmax", "nearest")
+    assert read_header(run / "model.int8.onnx").metadata["rest"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("lost", "kept", "options", "again"),
+    [
+        (0.01, [], {"max_drop": 0.5}, True),  # it may lose more than is allowed
+        (0.0, ["stem"], {"max_drop": 3.0}, True),  # and fewer layers may have to stay in floats
+        (0.0, [], {"max_drop": 0.0}, False),
+        (0.01, ["stem"], {}, False),
+        (0.01, [], {"precision": "int8"}, True),
+    ],
+)
+def test_another_drop_writes_a_file_again(
+    run: Path, lost: float, kept: list[str], options: dict[str, Any], again: bool
+) -> None:
+    shutil.copy(run / "model.onnx", run / "model.int8.onnx")
+    with closing(Finished.open(run)) as finished:
+        manifest = finished.run.manifest
+        entry = Export(
+            accuracy=(manifest.accuracy.exported or 0) - lost, kept_float=kept, calibration="minmax", rounding="nearest"
+        )
+        manifest.exports = {"int8": entry}
+        wanted = Request(**options)
+        assert _asks_for_another(finished, replace(wanted, precision="int8", target=BOARD), wanted) is again
+
+
+def test_a_bundle_over_ssh_continues_with_its_own_options(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+    monkeypatch.setattr("export.device.remote.identify", lambda _: {"model": ""})
+    monkeypatch.setattr("export.device.remote.run_remote", lambda _, path, *__, **___: sent.append(path.read_bytes()))
+    monkeypatch.setattr("compressor.run.boards.import_results", lambda *_: iter(()))
+    there = ["--target", "ssh://me@orin.invalid", "--max-drop", 50]
+    assert "Continuing" not in export(run, *there)
+    assert "Continuing with" in export(run, *there)
+    words = export(run, *there, "--calibration", "percentile")
+    assert "is written again: it was written with --calibration minmax, not percentile." in words
+    assert sent[0] == sent[1] != sent[2]
+    (path,) = (run / "bundles").glob("*.tar.gz")
+    message = refused(run, *there, "--bundle", path)
+    assert "it was written with --calibration percentile, not minmax. Choose another --bundle FILE" in message
+    message = refused(run, *there, "--calibration", "percentile", "--bundle", path, "--board", "jetson-nano")
+    assert f"it is for {BOARD}, not for jetson-nano" in message
+    export(run, "--precision", "int8", "--max-drop", 50)  # for the CPU
+    assert "the run has another model.int8.onnx now" in export(run, *there, "--calibration", "percentile")
+    assert sent[3] == sent[2]
 
 
 def test_an_int8_run_keeps_the_file_that_it_has_timed(run: Path, tmp_path: Path) -> None:

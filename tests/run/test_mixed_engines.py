@@ -200,7 +200,11 @@ def exported(run: Path, *options: str) -> str:
 def test_a_board_over_ssh_chooses_it(finished: Path, tmp_path: Path, board: list[Path]) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     manifest = json.loads((run / "manifest.json").read_text())
+    ours = ["export", str(run), "--target", "jetson-orin-nano-8gb", "--max-drop", "50"]
+    earlier = CliRunner().invoke(app, [*ours, "--bundle", str(run / "bundles" / "jetson-orin-nano-8gb.tar.gz")])
+    assert earlier.exit_code == 0, earlier.output
     words = exported(run, "--target", "ssh://me@orin.local")
+    assert "is written again: it was written with --precision fp32, not mixed." in words
     profiled, compared, delivered = board
     assert sorted(path.name for path in (profiled / "models").iterdir()) == ["n0.onnx", "n1.onnx", "n2.onnx"]
     order = (compared / "order.txt").read_text().split()
@@ -220,6 +224,8 @@ def test_a_board_over_ssh_chooses_it(finished: Path, tmp_path: Path, board: list
     assert {"model.mixed.tensorrt", "model.fp16", "dense.fp16"} <= {each.name for each in measured}
     assert all(each.status == "ok" for each in measured)
     assert manifest["files"].items() <= json.loads((run / "manifest.json").read_text())["files"].items()
+    assert "Continuing with" in exported(run, "--target", "ssh://me@orin.local")
+    assert len(board) == 4  # only the same bundle again
 
 
 def test_a_run_for_a_device_over_ssh(
