@@ -27,6 +27,8 @@ MIN_SHARE = 0.1
 
 
 SINGLE = "it makes a single channel"
+UNREACHED = "the forward pass never reaches it"
+NO_FILTERS = "no convolution or linear layer makes its channels"
 
 
 @dataclass(frozen=True)
@@ -184,14 +186,24 @@ def _signatures(facts: Facts, roots: Labels) -> NDArray[np.uint64]:
     return signature
 
 
-def name_unreached(model: nn.Module, facts: Facts, resolved: Resolved) -> None:
-    """Report the modules whose parameters no pass used."""
-    named = {skipped.name for skipped in resolved.skipped}
-    for name, _ in model.named_parameters():
+def name_others(model: nn.Module, facts: Facts, resolved: Resolved) -> None:
+    """Report the modules whose parameters no pass used, and those whose weights no group prunes and nobody named."""
+    named = {each.name for each in resolved.skipped} | set(facts.outputs.values())
+    for name, value in model.named_parameters():
         path = name.rpartition(".")[0] or name
-        if name not in facts.params and path not in named:
+        if path in named:
+            continue
+        if name not in facts.params:
             named.add(path)
-            resolved.skipped.append(Skipped(path, "the forward pass never reaches it"))
+            resolved.skipped.append(Skipped(path, UNREACHED))
+            continue
+        labels = [axis for axis in facts.params[name] if axis is not None]
+        if value.dim() > 1 and labels and not any((resolved.group[axis] >= 0).any() for axis in labels):
+            solved = facts.atoms.solve()
+            roots = np.unique(solved.of[np.concatenate(labels)]).tolist()
+            reason = next((solved.reasons[root] for root in roots if root in solved.reasons), NO_FILTERS)
+            named.add(path)
+            resolved.skipped.append(Skipped(path, reason))
 
 
 # ---------------------------------------------------------------- settings

@@ -25,7 +25,7 @@ from compressor.pruning.groups import (
     exclude,
     legal_widths,
     make_groups,
-    name_unreached,
+    name_others,
     nearest_widths,
     some,
 )
@@ -83,7 +83,7 @@ class PruningSpace:
         self.example_input = checked_inputs(model, example_input)
         built = build(model, self.example_input)
         facts, resolved = built.facts, built.resolved
-        name_unreached(model, facts, resolved)
+        name_others(model, facts, resolved)
         before = len(resolved.groups)
         exclude(resolved, frozen, scope)
         same = len(resolved.groups) == before

@@ -154,3 +154,59 @@ def test_a_squeeze_that_would_drop_a_single_channel_keeps_all() -> None:
     space = PruningSpace(Squeezing(lambda y: y.squeeze(3).squeeze(2)).eval(), example)
     assert [(group.name, group.width) for group in space.groups] == [("first", 8)]
     assert space.apply(space.smallest())(example).shape == (1, 4)
+
+
+class Unfollowed(nn.Module):
+    """Layers whose channels are not followed: 20 words of 32 channels to 5 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix = nn.Embedding(100, 32), nn.Conv1d(32, 16, 3)
+        self.memory, self.cell, self.pair = nn.LSTM(16, 12), nn.GRUCell(12, 12), nn.Bilinear(12, 12, 10)
+        self.hidden, self.head = nn.Linear(10, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.memory(self.mix(self.words(x).transpose(1, 2)).permute(2, 0, 1))[0][-1]
+        x = self.cell(x)
+        return self.head(self.hidden(self.pair(x, x)).relu())
+
+
+def test_layers_that_are_not_followed_are_named() -> None:
+    space = PruningSpace(Unfollowed().eval(), torch.zeros(1, 20, dtype=torch.int64))
+    assert [group.name for group in space.groups] == ["hidden"]
+    unknown = "the operation '{}' is not known to keep channels apart (in {})"
+    assert {s.name: s.reason for s in space.skipped} == {
+        "words": "it is looked up by an index (in words)",
+        "mix": unknown.format("lstm", "memory"),
+        "memory": unknown.format("lstm", "memory"),
+        "cell": unknown.format("gru_cell", "cell"),
+        "pair": unknown.format("bilinear", "pair"),
+        "head": "it makes the network's output",
+    }
+
+
+class Offsets(nn.Module):
+    """A deformable and a transposed depthwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.ops import DeformConv2d
+
+        self.first, self.up = nn.Conv2d(3, 16, 3, padding=1), nn.ConvTranspose2d(16, 16, 2, stride=2, groups=16)
+        self.offset, self.bent = nn.Conv2d(16, 18, 3, padding=1), DeformConv2d(16, 24, 3, padding=1)
+        self.second, self.head = nn.Conv2d(24, 32, 3), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.first(x).relu())
+        return self.head(self.second(self.bent(x, self.offset(x))).mean((2, 3)))
+
+
+def test_convolutions_that_are_not_followed_are_named() -> None:
+    space = PruningSpace(Offsets().eval(), torch.zeros(1, 3, 8, 8))
+    assert [group.name for group in space.groups] == ["second"]
+    reasons = {s.name: s.reason for s in space.skipped}
+    assert reasons["up"] == "transposed convolution with groups (in up)"
+    assert (
+        reasons["bent"]
+        == "the operation 'torchvision::deform_conv2d' is not known to keep channels apart (in bent)"
+    )

@@ -178,7 +178,7 @@ def _channels_through(
     bias = call.arg(2, "bias")
     if bias is not None:
         tracer.merge(tracer.axes(bias)[0], outs)
-    tracer.producer(weight, out_axis)
+    tracer.producer(weight, out_axis if groups == 1 else 0)
     axes[channel] = outs
     tracer.mark(call.out, axes, tracer.active(source))
     return (source.shape[channel] if ins is None else ins, call.out.shape[channel] if outs is None else outs)
