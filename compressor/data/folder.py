@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -143,13 +143,8 @@ def _class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
     without_images: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_dir() and not entry.name.startswith("."):
-            files = [
-                os.path.join(where, name)
-                for where, _, names in os.walk(entry.path)
-                for name in names
-                if not name.startswith(".")
-            ]
-            paths = sorted(path for path in files if os.path.splitext(path)[1].lower() in SUFFIXES)
+            files = list(visible_files(entry.path))
+            paths = sorted(path for path in files if is_image(path))
             if paths or not files:
                 found[entry.name] = paths
             if not paths:
@@ -160,6 +155,28 @@ def _class_folders(folder: Path, notes: list[str]) -> dict[str, list[str]]:
         if without_images:
             notes.append(f"{folder} has folders without images, which are not classes: {_some(without_images)}.")
     return found
+
+
+def visible_files(folder: str | Path) -> Iterator[str]:
+    """Yield the files below a folder in order, without hidden ones and those in hidden folders.
+
+    Links to folders are followed. Every folder is read once, whatever leads to it, and none that `folder` lies in.
+    """
+    read = {(facts.st_dev, facts.st_ino) for facts in map(os.stat, Path(folder).resolve().parents)}
+    for where, folders, names in os.walk(folder, followlinks=True):
+        facts = os.stat(where)
+        if (facts.st_dev, facts.st_ino) in read:
+            folders.clear()
+            continue
+        read.add((facts.st_dev, facts.st_ino))
+        visible = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(visible, key=lambda name: os.path.islink(os.path.join(where, name)))  # links come last
+        yield from (os.path.join(where, name) for name in sorted(names) if not name.startswith("."))
+
+
+def is_image(path: str) -> bool:
+    """Return whether a file is an image by its name."""
+    return os.path.splitext(path)[1].lower() in SUFFIXES
 
 
 def _some(names: Sequence[str]) -> str:

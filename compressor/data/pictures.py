@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from compressor.core.errors import CompressorError
-from compressor.data.folder import SUFFIXES, bundle, split_folders
+from compressor.data.folder import SUFFIXES, bundle, is_image, split_folders, visible_files
 from compressor.data.images import ImageFile
 from compressor.data.preprocessing import Wanted
 from compressor.data.splits import TEST_SEED, DataBundle, Loading, hold_out
@@ -44,15 +43,7 @@ def load_pictures(path: Path, name: str, wanted: Wanted, loading: Loading) -> Da
 
 def _pictures(folder: Path) -> list[ImageFile]:
     """Return the image files below a folder, in order; hidden ones are ignored."""
-    found = []
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            os.path.join(where, name)
-            for name in sorted(names)
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
-    return [ImageFile(path, 0) for path in found]
+    return [ImageFile(path, 0) for path in visible_files(folder) if is_image(path)]
 
 
 def _require(count: int, path: Path) -> None:

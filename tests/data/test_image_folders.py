@@ -74,6 +74,24 @@ def test_a_folder_without_splits(folder: Path) -> None:
     assert "8 of its images form the test split" in data.notes[0]
 
 
+def test_linked_folders_are_followed_once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Links to pictures elsewhere, to their own folder, to one above it, and to one beside it."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for index in range(10):
+        write_image(elsewhere / f"deep/{index}.png", 2000 + index)
+    cats = folder / "train/cat"
+    (cats / "more").symlink_to(elsewhere)
+    (cats / "again").symlink_to(cats)
+    (cats / "above").symlink_to(folder)
+    (cats / "same").symlink_to(cats / "more")
+    write_image(cats / ".ipynb_checkpoints/00.png", 0)
+    for kind, before in (("folder", 40), ("images", 40)):
+        data = load_data(f"{kind}:{folder}", seed=0, decode_files=False)
+        assert len(data.train) + len(data.search) == before + 10, kind
+    assert isinstance(data.train, FileSplit)
+    assert sum("/cat/more/deep/" in file.path for file in (*data.train.files, *data.search.files)) == 10
+
+
 def test_images_of_other_sizes_are_scaled_and_cut(tmp_path: Path) -> None:
     """A picture of 200x100 whose left and right quarters are white: scaled to 64x32, the middle 32x32 is
     black."""
