@@ -390,9 +390,10 @@ class ExplainedLine(Layer):
 
 
 class Explanation(Record):
-    """Result of `compress measure --explain`."""
+    """Result of `compress measure --explain`; in precision `mixed` the dense network is in FP32."""
 
     where: str = ""
+    precision: str = ""
     peaks: str = ""
     dense_ms: Number | None = None
     slim_ms: Number | None = None

@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import date
 from typing import Any
 
-from compressor.core.manifest import ExplainedLine, Latency, Manifest
+from compressor.core.manifest import ExplainedLine, Explanation, Latency, Manifest
 from compressor.core.metrics import ACCURACY, AGREEMENT, MEAN_AP, MEAN_IOU, PYTHON, SCORE
 from compressor.report.formats import (
     ABSENT,
@@ -165,10 +165,17 @@ def gap(manifest: Manifest) -> str:
     if work is None or time is None:
         return ""
     return (
-        f"With {percent(work)} of the MACs the slim network takes {percent(time)} of the dense one's time. The gap of "
-        f"a line is its time beyond {percent(work)} of its dense time, so that all gaps add up to the whole one; the "
-        "largest come first, because they would help most."
+        f"With {percent(work)} of the MACs the slim network takes {percent(time)} of the dense one's time"
+        f"{_profiled_in(found)}. The gap of a line is its time beyond {percent(work)} of its dense time, "
+        "so that all gaps add up to the whole one; the largest come first, because they would help most."
     )
+
+
+def _profiled_in(found: Explanation) -> str:
+    """Return the precision of the profiled networks in words, which may be another one than the run's."""
+    if found.precision == "mixed":
+        return ", the dense network in FP32 and the slim one in mixed precision"
+    return f", both in {found.precision.upper()}" if found.precision else ""
 
 
 def explained(manifest: Manifest) -> dict[str, Any] | None:
@@ -180,11 +187,12 @@ def explained(manifest: Manifest) -> dict[str, Any] | None:
     guessed = sum(line.predicted_slim_ms or 0.0 for line in found.lines)
     return {
         "gap": gap(manifest),
+        "precision": _profiled_in(found),
         "sentences": [line.sentence for line in found.lines if line.sentence],
         "predicted": "Estimated, slim" if manifest.latency.estimated else "Predicted, slim",
         "remark": (
-            f"Measured on {found.where or 'a device that is not recorded'} under its profiler, whose overhead "
-            f"is subtracted. Peaks: {found.peaks or 'not recorded'}."
+            f"Measured on {found.where or 'a device that is not recorded'}{_profiled_in(found)}, under its profiler, "
+            f"whose overhead is subtracted. Peaks: {found.peaks or 'not recorded'}."
         ),
         "lines": [_line(line, total, guessed) for line in found.lines],
     }

@@ -93,8 +93,10 @@ def explain_again(
         names = _names(run)
         slim = _numbered_as_dense(profiled.slim, run.manifest.layers)
         lines = explain(profiled.dense, slim, names, profiled.machine, predicted)
+        here = "fp32" if delivered == run.file(MODEL) else "mixed"
         explanation = Explanation(
             where=profiled.where,
+            precision=here if profiles is None else device_precision(recipe),
             peaks=profiled.machine.how,
             dense_ms=profiled.dense.whole_ms,
             slim_ms=profiled.slim.whole_ms,

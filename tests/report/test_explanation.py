@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from invented_run import write_run
 from typer.testing import CliRunner
 
@@ -56,6 +57,26 @@ def test_the_page_shows_every_line_and_sentence(tmp_path: Path, manifest: dict[s
     ):
         assert words in page
     assert "40.0% of the MACs the slim network takes 70.0%" in gap(Manifest.tolerant(manifest))
+
+
+@pytest.mark.parametrize(
+    ("precision", "words"),
+    [
+        ("fp32", "one's time, both in FP32. The gap"),
+        ("mixed", "one's time, the dense network in FP32 and the slim one in mixed precision. The gap"),
+        ("", "one's time. The gap"),  # as earlier versions wrote it
+    ],
+)
+def test_the_page_names_the_precision_of_the_profiled_networks(
+    tmp_path: Path, manifest: dict[str, Any], precision: str, words: str
+) -> None:
+    manifest["explanation"] = {**explanation(), "precision": precision}
+    manifest["latency"]["precision"] = "int8"
+    page = write_report(write_run(tmp_path / "run", manifest, [])).read_text(encoding="utf-8")
+    assert words in page.replace("&#39;", "'")
+    named = words.removeprefix("one's time").removesuffix(". The gap")
+    assert f"Measured on an invented device{named}, under its profiler" in page
+    assert f"Times were measured under the profiler{named}, for one" in page
 
 
 def test_estimates_are_called_so(manifest: dict[str, Any]) -> None:

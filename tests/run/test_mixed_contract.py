@@ -192,6 +192,9 @@ def test_the_explanation_is_of_the_delivered_file(run: Path, tmp_path: Path) -> 
     copied = shutil.copytree(run, tmp_path / "run")
     parts = list(explain_again(copied))
     assert any("the slim one in mixed precision" in part for part in parts if isinstance(part, str))
+    explanation = Manifest.read(copied / "manifest.json").explanation
+    assert explanation is not None
+    assert explanation.precision == "mixed"
     (lines,) = (part for part in parts if isinstance(part, list))
     kinds = {line.layer: line.kind for line in lines if line.layer is not None}
     found = list(weights_of(onnx.load(run / "model.mixed.onnx").graph))

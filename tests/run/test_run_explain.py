@@ -57,6 +57,7 @@ def test_a_run_for_this_machine(run: Path, profiled: Profiled, monkeypatch: pyte
     manifest = Manifest.read(run / MANIFEST)
     (lines,) = (part for part in parts if isinstance(part, list))
     assert manifest.explanation is not None
+    assert manifest.explanation.precision == "fp32"
     assert [line.name for line in manifest.explanation.lines] == [line.name for line in lines]
     assert all(layer.slim_ms is not None and layer.slim_ms > 0 for layer in manifest.layers)
     words = "\n".join(part for part in parts if isinstance(part, str))
@@ -77,3 +78,12 @@ def test_a_run_for_another_device(run: Path, monkeypatch: pytest.MonkeyPatch) ->
     words = said_for(run, "jetson-nano")
     assert f"The run is for jetson-nano; {ELSEWHERE}" in words
     assert "profile both engines there (trtexec --exportProfile)" in words
+
+
+def test_a_run_in_int8_is_explained_in_fp32(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESSOR_BACKEND", "onnxruntime-cpu")
+    write_atomic(run / "recipe.yaml", load_recipe(run / "recipe.yaml").changed({"precision": "int8"}).to_yaml())
+    words = "\n".join(part for part in explain_again(run) if isinstance(part, str))
+    assert "The run is for int8; these are times in FP32." in words
+    assert "the dense one's time, both in FP32. The gap" in words
+    assert "both in FP32" in (run / "report.html").read_text(encoding="utf-8")
