@@ -27,14 +27,20 @@ def export(
         typer.Option(help="Inputs per batch: 4; or a range: 1..8, tuned for 8; 1..4..8. By default the run's."),
     ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; by default the one that the target reads.")] = None,
-    max_drop: Annotated[float, typer.Option(help="Percentage points that another precision may lose.")] = 1.0,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Percentage points that another precision may lose; by default the recipe's."),
+    ] = None,
     calibration: Annotated[
         str, typer.Option(help="How int8 ranges are calibrated: minmax, entropy or percentile.")
     ] = "minmax",
     rounding: Annotated[
-        str,
-        typer.Option(help="How int8 weights are rounded: nearest, or outputs (for each layer's outputs; slower)."),
-    ] = "nearest",
+        str | None,
+        typer.Option(
+            help="How int8 weights are rounded: nearest, or outputs (for each layer's outputs; slower); by default the "
+            "recipe's."
+        ),
+    ] = None,
     rest: Annotated[
         str | None,
         typer.Option(help="Precision of the rest with int8 or mixed: fp32 or fp16 (the default for TensorRT)."),

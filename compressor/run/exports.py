@@ -17,18 +17,20 @@ from compressor.core.records import RECIPE
 from compressor.latency.provider import TableProvider
 from compressor.models.onnx_file import NETWORK
 from compressor.recipe import Recipe, load_recipe
+from compressor.report.next_steps import repeat_command
 from compressor.run.boxes import check_detection, write_boxes
 from compressor.run.conversions import Conversion, write_precision
 from compressor.run.deployable import write_score
 from compressor.run.device import int8_runtime, opset_of, provider_of, request_of
 from compressor.run.finish import write_page
-from compressor.run.folder import RunFolder
+from compressor.run.folder import RunFolder, refuse_changed
 from compressor.run.load import builder_of, load_images, missing_data, network_of, refuse_other_files, task_of
 from compressor.run.onnx_files import (
     COMPARED_IMAGES,
     MODEL,
     build_engine_of,
     drawn,
+    file_of,
     one_array,
     open_exported,
     record,
@@ -65,9 +67,9 @@ class Request:
         target: Name of a board; determines the opset and whether INT8 is useful.
         address: ssh address of a device on which mixed precision is measured; None for the run's device.
         opset: Opset of the ONNX file; None for the target's or the recipe's.
-        max_drop: Accuracy that FP16 or INT8 may lose, in percentage points.
+        max_drop: Accuracy that FP16 or INT8 may lose, in percentage points; None for the recipe's.
         method: How INT8 ranges are calibrated.
-        rounding: How INT8 weights are rounded.
+        rounding: How INT8 weights are rounded; None for the recipe's.
         rest: Precision of the layers that INT8 leaves out, in a file for TensorRT; None for the device's usual form.
         out: Where to put a copy of the file.
         factory: Function that builds the network if it is the user's own code: `package.module:factory`.
@@ -80,9 +82,9 @@ class Request:
     target: str | None = None
     address: str | None = None
     opset: int | None = None
-    max_drop: float = 1.0
+    max_drop: float | None = None
     method: str = "minmax"
-    rounding: str = "nearest"
+    rounding: str | None = None
     rest: str | None = None
     out: Path | None = None
     factory: str | None = None
@@ -209,8 +211,18 @@ class Finished:
         return (None, None) if missing_data(self.recipe) else scored(path, self.task, self.model, self.goals)
 
     def onnx(self, request: Request) -> Iterator[str]:
-        """Write the ONNX file that `path_of` names, from the FP32 file of the same batch and opset."""
-        fp32 = self.path_of(request, "fp32")
+        """Write the ONNX file that `path_of` names, from the FP32 file of the same batch and opset.
+
+        Raises:
+            CompressorError: It is the file that the run has judged, and the request has other settings.
+        """
+        fp32, target = self.path_of(request, "fp32"), self.path_of(request)
+        if request.precision == self.recipe.precision != "fp32" and target == self.run.file(file_of(request.precision)):
+            self._check_own(request, target)
+            if target.is_file():
+                refuse_changed(target, self.run.manifest)
+                yield f"{target} is there, checked when the run wrote it."
+                return
         if fp32 != self.run.file(MODEL):
             yield from self._write_fp32(fp32, request)
         elif request.precision == "fp32":
@@ -222,11 +234,11 @@ class Finished:
                 task=self.task,
                 network=self.model,
                 source=fp32,
-                target=self.path_of(request),
+                target=target,
                 precision=request.precision,
-                max_drop_points=request.max_drop,
+                max_drop_points=self.recipe.export.max_drop if request.max_drop is None else request.max_drop,
                 goals=self.goals,
-                rounding=request.rounding,
+                rounding=request.rounding or self.recipe.export.rounding,
                 rest=request.rest or ("fp32" if self.timed_on_cpu(request) else "fp16"),
                 runtime=runtime,
                 method=request.method,
@@ -239,6 +251,24 @@ class Finished:
                 and request.target is None
                 and provider.is_here,  # an engine built here does not fit another device
             )
+
+    def _check_own(self, request: Request, path: Path) -> None:
+        """Refuse settings that differ from those of the run's own file: its time and its score are the run's result."""
+        written, recipe = self.run.manifest.exports.get(request.precision, Export()), self.recipe.export
+        known = {"max_drop": recipe.max_drop, "rest": written.rest}
+        if written.rounding:
+            known |= {"method": Request.method, "rounding": recipe.rounding}  # of each INT8 file that a run writes
+        given = {name: getattr(request, name) for name in known}
+        other = [name for name, value in known.items() if value != "" and given[name] not in (None, value)]
+        if not other:
+            return
+        options = {name: _OPTIONS.get(name, f"--{name}") for name in other}
+        problem = ", ".join(f"{options[name]} {known[name]}, not {given[name]}" for name in other)
+        hint = f"Leave out {', '.join(options.values())}"
+        if set(other) <= {"max_drop", "rounding"} and not self.recipe.from_python:
+            fields = " ".join(f"--set export.{name}={given[name]}" for name in other)
+            hint += f", or start another run: {repeat_command(self.run.path)} {fields}"
+        raise CompressorError(f"{path} is the file that the run has judged, written with {problem}.", hint)
 
     def _timer(self, request: Request) -> PrecisionTimer:
         """Return the device on which mixed precision is measured.
@@ -365,12 +395,12 @@ def check(request: Request) -> None:
     for what, value, known in (
         ("format", request.format, FORMATS),
         ("precision", request.precision, PRECISIONS),
-        ("rounding", request.rounding, ROUNDINGS),
+        ("rounding", request.rounding or "nearest", ROUNDINGS),
         ("rest", request.rest or "fp16", RESTS),
     ):
         if value not in known:
             raise CompressorError(f"--{what} {value} is not exported.", f"Choose {', '.join(known)}.")
-    if not 0 <= request.max_drop < 100:
+    if request.max_drop is not None and not 0 <= request.max_drop < 100:
         raise CompressorError(f"--max-drop takes percentage points from 0 to below 100, got {request.max_drop:g}.")
     if request.target is not None:
         board = find_target(request.target)

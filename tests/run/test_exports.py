@@ -348,8 +348,8 @@ def test_a_bundle_over_ssh_continues_with_its_own_options(
 def test_an_int8_run_keeps_the_file_that_it_has_timed(run: Path, tmp_path: Path) -> None:
     """A file for TensorRT has another form and another name; programs use the run's own."""
     export(run, "--precision", "int8", "--max-drop", 3)
-    text = (run / "recipe.yaml").read_text()
-    (run / "recipe.yaml").write_text(text.replace("precision: fp32", "precision: int8", 1))
+    text = (run / "recipe.yaml").read_text().replace("precision: fp32", "precision: int8", 1)
+    (run / "recipe.yaml").write_text(text.replace("max_drop: 1.0", "max_drop: 3.0", 1))
     with RunFolder.open(run) as folder:
         folder.manifest.latency = folder.manifest.latency.model_copy(update={"precision": "int8"})
         own = folder.manifest.exports["int8"]
@@ -374,9 +374,20 @@ def test_an_int8_run_keeps_the_file_that_it_has_timed(run: Path, tmp_path: Path)
     default, int8, fp32 = (next(predict(run, [image], precision=each))[1] for each in (None, "int8", "fp32"))
     assert default == int8 != fp32
     (run / "preprocess.json").write_text(json.dumps({**how, "scored": None}))
-    export(run, "--precision", "int8", "--max-drop", 3)
-    again = exports_of(run)["int8"]["accuracy"]
-    assert json.loads((run / "preprocess.json").read_text())["scored"]["value"] == again
+    assert "model.int8.onnx is there, checked when the run wrote it." in export(run, "--precision", "int8")
+    assert json.loads((run / "preprocess.json").read_text())["scored"]["value"] == own.accuracy
+    export(run, "--precision", "int8", "--max-drop", 3, "--rounding", "nearest", "--batch", 1)  # as the recipe has it
+    message = refused(run, "--precision", "int8", "--max-drop", 2, "--rounding", "outputs")
+    assert "written with --max-drop 3.0, not 2.0, --rounding nearest, not outputs." in message
+    assert "Leave out --max-drop, --rounding, or start another run: compress --recipe " in message
+    assert message.endswith("recipe.yaml --set export.max_drop=2.0 --set export.rounding=outputs")
+    message = refused(run, "--precision", "int8", "--calibration", "entropy")
+    assert message.endswith("written with --calibration minmax, not entropy. Leave out --calibration")
+    assert sha256_file(run / "model.int8.onnx") == checksum
+    (run / "model.int8.onnx").unlink()
+    refused(run, "--precision", "int8", "--calibration", "entropy")
+    export(run, "--precision", "int8")
+    assert sha256_file(run / "model.int8.onnx") == checksum  # the same again
     assert "model.int8.tensorrt.onnx" in (run / "report.html").read_text(encoding="utf-8")
 
 
