@@ -128,7 +128,8 @@ def _use(manifest: Manifest, files: Mapping[str, int]) -> Iterator[str]:
     if manifest.deployed is None:
         yield "`model.onnx` holds the network, `preprocess.json` how a picture becomes its input."
     else:
-        yield f"`{manifest.deployed.file}` holds the network that was timed, `model.onnx` the same one in FP32."
+        which = "as it is delivered" if manifest.latency.measured_ms is None else "that was timed"
+        yield f"`{manifest.deployed.file}` holds the network {which}, `model.onnx` the same one in FP32."
         yield "`preprocess.json` has how a picture becomes an input."
     yield "With the toolkit, `compressor.load(FOLDER)` returns it as a torch module."
     yield ""

@@ -84,6 +84,8 @@ def test_a_card_has_the_numbers_of_the_run_and_no_paths(run: Path) -> None:
     int8.latency = int8.latency.model_copy(update={"precision": "int8"})
     int8.exports = {"int8": Export(file="model.int8.onnx")}
     assert "`model.int8.onnx` holds the network that was timed" in model_card(int8, {})
+    int8.latency = int8.latency.model_copy(update={"measured_ms": None})  # as for a board that is not here
+    assert "`model.int8.onnx` holds the network as it is delivered, `model.onnx` the same" in model_card(int8, {})
     assert "Budget kept: " in card
     assert "birds has no train/ and test/: 8 of its images form the test split." in card
     assert "- a \\| b &lt;script>" in card
