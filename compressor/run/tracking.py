@@ -177,6 +177,7 @@ def numbers_of(manifest: Manifest) -> dict[str, float]:
         "score/compensated": accuracy.compensated,
         "score/finetuned": accuracy.finetuned,
         "score/exported": accuracy.exported,
+        "score/deployed": manifest.deployed_score if manifest.finished("measure") else None,
         "latency/predicted_ms": latency.predicted_ms,
         "latency/measured_ms": latency.measured_ms,
         "latency/dense_ms": latency.dense_ms,

@@ -12,9 +12,11 @@ import pytest
 
 from compressor import Recipe, run_recipe
 from compressor.core.errors import CompressorError
+from compressor.core.manifest import Accuracy, Export, Latency, Manifest, Stage
 from compressor.run import tracking
 from compressor.run.pipeline import resume
 from compressor.run.trackers import Point
+from compressor.run.tracking import numbers_of
 from tests.runs import manifest_of, recipe
 
 
@@ -90,6 +92,7 @@ def check(run: Recorder, folder: Path) -> None:
     accuracy = manifest["accuracy"]
     for name, key in (("dense", "dense"), ("cut", "pruned"), ("finetuned", "finetuned"), ("exported", "exported")):
         assert run.found[f"score/{name}"] == accuracy[key]
+    assert run.found["score/deployed"] == accuracy["finetuned"]
     assert run.found["latency/measured_ms"] == manifest["latency"]["measured_ms"]
     (budget,) = manifest["budgets"]
     assert run.found["budget/macs/measured"] == budget["measured"] == run.found["macs/slim"]
@@ -111,6 +114,20 @@ def test_a_tracked_run(tmp_path: Path, said: list[str]) -> None:
     resume(folder)
     check(run, folder)
     assert list(Recorder.runs) == [run.id]
+
+
+def test_the_deployed_score_is_that_of_the_file_that_was_timed() -> None:
+    manifest = Manifest(
+        accuracy=Accuracy(finetuned=0.9, exported=0.9),
+        exports={"int8": Export(file="model.int8.onnx", accuracy=0.8)},
+        stages={"export": Stage(finished="2026-01-01")},
+    )
+    assert "score/deployed" not in numbers_of(manifest)  # which file it is, is known once it is measured
+    manifest.stages["measure"] = Stage(finished="2026-01-01")
+    assert numbers_of(manifest)["score/deployed"] == 0.9
+    manifest.latency = Latency(precision="int8", measured_ms=1.0)
+    found = numbers_of(manifest)
+    assert (found["score/exported"], found["score/deployed"], found["latency/measured_ms"]) == (0.9, 0.8, 1.0)
 
 
 def test_a_killed_run_continues_its_tracked_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
