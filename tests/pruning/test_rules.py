@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.pruning.space import PruningSpace
-from tests.pruning.networks import assert_is_dense_with_zeros, filled
+from tests.pruning.networks import assert_is_dense_with_zeros, filled, fvcore_macs
 
 Ending = Callable[[Tensor], object]
 
@@ -210,3 +210,39 @@ def test_convolutions_that_are_not_followed_are_named() -> None:
         reasons["bent"]
         == "the operation 'torchvision::deform_conv2d' is not known to keep channels apart (in bent)"
     )
+
+
+class Crossed(nn.Module):
+    """64 pixels attend to 16 patches, whose keys and values have a width of their own."""
+
+    def __init__(self, weights: bool) -> None:
+        super().__init__()
+        self.weights = weights
+        self.pixels, self.patches = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(3, 16, 2, stride=2)
+        self.query = nn.Linear(24, 32)
+        self.attention = nn.MultiheadAttention(32, 4, kdim=16, vdim=16, batch_first=True)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = (y.flatten(2).transpose(1, 2) for y in (self.pixels(x), self.patches(x)))
+        found = self.attention(self.query(query), key, key, need_weights=self.weights)[0]
+        return self.head(found.mean(1))
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_attention_with_keys_of_another_width_stays(weights: bool) -> None:
+    example = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    space = PruningSpace(filled(Crossed(weights)), example)
+    assert [(group.name, group.width) for group in space.groups] == [("pixels", 24)]
+    left = "this form of multi-head attention is left as it is (in attention)"
+    assert {s.name: s.reason for s in space.skipped} == {
+        **dict.fromkeys(("query", "patches", "attention", "attention.out_proj"), left),
+        "head": "it makes the network's output",
+    }
+    macs = dict(zip([layer.name for layer in space.layers], space.layer_macs(space.dense_widths), strict=True))
+    assert macs["attention.q_proj"] == macs["attention.out_proj"] == 64 * 32 * 32
+    assert macs["attention.k_proj"] == macs["attention.v_proj"] == 16 * 16 * 32
+    plan = space.uniform(0.5)
+    small = space.apply(plan)
+    assert_is_dense_with_zeros(small, space, plan, example, rtol=1e-4, atol=1e-5)
+    assert space.macs(space.widths(plan.widths)) == fvcore_macs(small, example)

@@ -351,34 +351,36 @@ def multi_head(tracer: Tracer, call: Call) -> None:
         tracer.facts.swaps[frame.path] = "multi_head_attention"
     else:
         tracer.fix_all(call, "this form of multi-head attention is left as it is")
-    rows, inner = tracer.axes(weight)
-    for source in (query, key, value):
-        tracer.merge(tracer.axes(source)[-1], inner)
-    if rows is not None:
-        tracer.fold(rows.reshape(3, heads, -1), 1)
-    if given["in_proj_bias"] is not None:
-        tracer.merge(tracer.axes(given["in_proj_bias"])[0], rows)
+    rows: Labels | None = None
+    projections = [("in_proj", weight, query)]
+    if weight is not None:
+        rows, inner = tracer.axes(weight)
+        for source in (query, key, value):
+            tracer.merge(tracer.axes(source)[-1], inner)
+        if rows is not None:
+            tracer.fold(rows.reshape(3, heads, -1), 1)
+        if given["in_proj_bias"] is not None:
+            tracer.merge(tracer.axes(given["in_proj_bias"])[0], rows)
+    else:  # keys or values of another width have projections of their own
+        sources = {"q_proj": query, "k_proj": key, "v_proj": value}
+        projections = [(name, given[f"{name}_weight"], source) for name, source in sources.items()]
     outs, back = tracer.axes(out_weight)
     if rows is not None and back is not None:
         tracer.atoms.unify(back, np.ascontiguousarray(rows.reshape(3, -1)[0]))
         tracer.tie_attribute("num_heads", rows, block=3 * (embed // heads))
     if given["out_proj_bias"] is not None:
         tracer.merge(tracer.axes(given["out_proj_bias"])[0], outs)
-    tracer.producer(weight, 0)
-    tracer.producer(out_weight, 0)
     result = call.out[0]
     tracer.mark(result, [*[None] * (result.dim() - 1), outs], tracer.active(query))
-    projected, embedded = tracer.sizes(weight)
     third: Size = embed if rows is None else rows.reshape(3, -1)[0]
     if given.get("need_weights", True):
         scores = 1 if given.get("attn_mask") is not None else 2
         tracer.count("attention", scores * tokens * batch * key.shape[0], third)
-    seen = query.transpose(0, 1) if query.dim() == 3 else query
-    for name, used, read, made in (
-        ("in_proj", weight, embedded, projected),
-        ("out_proj", out_weight, third, tracer.sizes(out_weight)[0]),
-    ):
+    for name, used, source in [*projections, ("out_proj", out_weight, query)]:
+        tracer.producer(used, 0)
+        made, read = tracer.sizes(used)
+        seen = source.transpose(0, 1) if source.dim() == 3 else source
         _note_layer(
-            tracer, call, "linear", used, seen, seen, -1, ins=read, outs=made, reads=read, positions=[tokens * batch],
-            name=name,
+            tracer, call, "linear", used, seen, seen, -1, ins=read, outs=made, reads=read,
+            positions=[seen.shape[:-1].numel()], name=name,
         )  # fmt: skip
