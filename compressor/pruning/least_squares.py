@@ -123,7 +123,8 @@ class Samples:
 
     def joined(self) -> Part:
         """Return all parts together."""
-        offset = self.offset[0] if self.offset[0].shape[1] == 1 else torch.cat(self.offset, 1)
+        alike = self.offset[0].shape[1] != self.x[0].shape[1]  # one for all samples, the same in all parts
+        offset = self.offset[0] if alike else torch.cat(self.offset, 1)
         return torch.cat(self.x, 1), torch.cat(self.goal, 1), offset
 
 

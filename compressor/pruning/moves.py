@@ -85,9 +85,12 @@ class Moves:
 
 
 def moved_back(recording: Recording, path: Sequence[int], value: Tensor, shape: Sequence[int]) -> Tensor:
-    """Arrange a value at the end of a path as the layer's output of this shape at its start."""
+    """Arrange a value at the end of a path as the layer's output of this shape at its start.
+
+    A shortcut may have fewer axes than the sum, or axes of one element: it is repeated along the others.
+    """
     if not path:
-        return value
+        return value.expand(tuple(shape))
     places = torch.arange(math.prod(shape), device=value.device).reshape(tuple(shape))
     for number in path:
         if recording.calls[number].name != "mul":
