@@ -9,9 +9,12 @@ import torch
 
 from compressor.pruning.calibration import Reference
 from compressor.pruning.plan import ChannelPlan
-from compressor.pruning.removal import ACTIVATIONS, IDENTITY
+from compressor.pruning.removal import ACTIVATIONS, IDENTITY, REPEATABLE
 from compressor.pruning.replay import Call, Recording, Value
 from compressor.pruning.sites import Site
+
+CUTS = (*REPEATABLE, "hardtanh")
+"""Activations that change nothing when they are applied again, and whose limits a fit takes into account."""
 
 
 @dataclass
@@ -56,14 +59,14 @@ class Absence:
     def _follow(self, reference: Reference, additions: Sequence[int]) -> None:
         """Find the sites before removed blocks; the last block of several in a row comes first."""
         recording = reference.recording
-        after: dict[int, int] = {}  # a value -> the addition of the removed blocks that begin with it
+        after: dict[int, int] = {}  # a call -> the addition of the removed blocks that begin with its result
         for number in sorted(additions, reverse=True):
-            last = after.get(_result(recording, number), number)
+            last = after.get(_last(recording, number), number)
             for value in recording.calls[number].reads:
-                after[value] = last
+                after[_written(recording, value, number)] = last
         for site in reference.sites:
-            if site.end in self.places and (value := _result(recording, site.end)) in after:
-                self.ends[site.end] = after[value]
+            if site.end in self.places and (call := _last(recording, site.end)) in after:
+                self.ends[site.end] = after[call]
 
     def same_calls(self, slim: Recording) -> bool:
         """Whether a slim network runs the dense one's calls that are left, so that its replay is right too."""
@@ -78,13 +81,19 @@ class Absence:
         return site.end in self.ends or self.places[site.number] < site.number
 
 
-def _result(recording: Recording, number: int) -> int:
-    """Return the value that a call makes, after the activation that follows it if nothing else reads it."""
-    value = recording.calls[number].outs[0]
-    following = recording.only_reader(value, number)
-    if following is not None and recording.calls[following].name in ACTIVATIONS:
-        return recording.calls[following].outs[0]
-    return value
+def _last(recording: Recording, number: int) -> int:
+    """Return the activation that cuts a call's result, if nothing else reads the result; else the call itself.
+
+    Behind another activation a block's output is no goal of the layer before it: applied to the goal, the activation
+    changes it.
+    """
+    following = recording.only_reader(recording.calls[number].outs[0], number)
+    return number if following is None or recording.calls[following].name not in CUTS else following
+
+
+def _written(recording: Recording, value: int, before: int) -> int:
+    """Return the last call before number `before` that makes a value or changes it in place; -1 for an input."""
+    return next((each for each in reversed(range(before)) if value in recording.calls[each].outs), -1)
 
 
 def _gone(reference: Reference, replaced: Mapping[str, str]) -> tuple[set[int], list[int]]:

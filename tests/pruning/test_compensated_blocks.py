@@ -88,6 +88,43 @@ def test_ends_and_places() -> None:
     assert by_layer["3.one"].number not in absence.places
 
 
+class Activated(nn.Module):
+    """The input of two blocks x + conv(x) comes from an activation, as in a YOLO."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norm, self.act = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), act
+        self.one, self.two, self.after = Linear(), Linear(), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.two(self.one(self.act(self.norm(self.stem(x))))))
+
+
+CUT = [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(), nn.ReLU(inplace=True), nn.ReLU6(inplace=True)]
+OTHERS = [nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.LeakyReLU(), nn.PReLU(), nn.Sigmoid(), nn.Tanh()]
+IN_PLACE = [nn.SiLU(inplace=True), nn.Hardswish(inplace=True), nn.LeakyReLU(0.1, inplace=True)]
+
+
+@pytest.mark.parametrize("act", [*CUT, *OTHERS, *IN_PLACE], ids=repr)
+def test_a_goal_behind_an_activation(act: nn.Module) -> None:
+    """Only ReLU, ReLU6 and Hardtanh may lie between a layer and its goal; else the layer after makes up for them."""
+    space, images = _space(lambda: Activated(act))
+    plan = space.plan({}, removed=["one", "two"])
+    reference = Reference(space, [images], effort=QUICK)
+    absence = Absence.of(reference, plan)
+    calls = reference.recording.calls
+    if act in CUT:
+        (end, goal), = absence.ends.items()
+        assert calls[end].name == "batch_norm"
+        assert goal == [number for number, call in enumerate(calls) if call.name == "add"][1]
+        return
+    assert absence.ends == {}
+    found = compensate(space, plan, [images])
+    assert list(found.refitted) == ["after"]  # linear blocks and a linear layer: nothing is lost
+    assert found.error < 1e-6 * found.error_cut
+    torch.testing.assert_close(found.network.stem.weight, space.model.stem.weight)
+
+
 @pytest.mark.parametrize("method", ["layers", "quick"])
 def test_removed_blocks_and_channels_together(method: str) -> None:
     space, images = _space(normed)
