@@ -17,6 +17,7 @@ and used for many plans:
     slicer      kept indices of each tensor; `skeleton` copies the modules, `attention` replaces those of fixed width
     compensate  refits the layers of a slim network (`moments`: for many plans; `least_squares`, `refit`: a layer;
                 `replay`, `sites`, `moves`: what a pass computes; `calibration`, `verdict`: images, what is returned)
-    artefact    saves and loads a slim network; `blueprint` sends a space to another process
+    artefact    saves and loads a slim network; `blueprint` sends a space to another process (`sameness`: whether
+                a factory builds the same network)
     checks      verifies a slim network by fvcore and torch-pruning (`torch_pruning_cut`)
 """

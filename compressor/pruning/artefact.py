@@ -3,7 +3,8 @@
 The JSON contains the factory of the dense network, the plan, the shape of every tensor, the changed attributes, what
 took the place of removed blocks, and the checksum of the weights. Loading builds the dense network on the meta device,
 removes the blocks, sets the widths and loads the weights. It needs neither the dense weights nor the pruning space. The
-factory is found at save time; one is accepted only if it rebuilds every tensor in its dense shape.
+factory is found at save time; one is accepted only if it builds the same network: every tensor in its dense shape, and
+the same operations in a forward pass (`sameness`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from compressor.models.onnx_file import NETWORK, PREFIX, open_kept, open_onnx
 from compressor.pruning.attention import swap_name
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.removal import inside, remove
-from compressor.pruning.skeleton import aliases, named_tensors
+from compressor.pruning.sameness import difference
+from compressor.pruning.skeleton import aliases, copy_structure, named_tensors
 from compressor.pruning.slicer import RECORD, is_channels_last, swap
 
 CHANNELS = "channels.json"
@@ -75,11 +77,10 @@ def save(
         )
     if record["plan"] != plan:
         raise CompressorError("The network was created with another plan.", "Pass the plan that apply was called with.")
-    dense, outputs = record["dense"], record["outputs"]
-    spec = find_factory(small, dense, outputs) if factory is None else given_factory(factory, dense, outputs)
+    spec = find_factory(small, record) if factory is None else given_factory(factory, small, record)
     if spec is None:
         kind = f"{type(small).__module__}.{type(small).__qualname__}"
-        spec = {"factory": None, "class": kind, "kwargs": {"num_classes": outputs}}
+        spec = {"factory": None, "class": kind, "kwargs": {"num_classes": record["outputs"]}}
     folder = Path(directory)
     if (name := str(spec["factory"])).startswith(PREFIX):
         write_atomic(folder / NETWORK, open_onnx(name).content)
@@ -147,6 +148,7 @@ def load(directory: str | Path, *, factory: Factory | None = None, device: str |
         "swaps": content["swaps"],
         "replaced": dict(replaced),
         "outputs": content["factory"]["kwargs"]["num_classes"],
+        "inputs": None,
     }
     return model.eval()
 
@@ -281,7 +283,7 @@ def channels_last(model: nn.Module) -> bool:
 def set_tensors(model: nn.Module, tensors: dict[str, Tensor], device: str | torch.device) -> None:
     """Replace all parameters and buffers of a network by `tensors`; shared ones stay shared."""
     second = aliases(model)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # a module may be used under two paths
     placed: dict[str, Tensor] = {}
     for name, old in named_tensors(model).items():
         tensor = tensors[name].to(device)
@@ -294,7 +296,7 @@ def set_tensors(model: nn.Module, tensors: dict[str, Tensor], device: str | torc
         held[leaf] = placed[first]
 
 
-def _set_attributes(model: nn.Module, content: dict[str, Any]) -> None:
+def _set_attributes(model: nn.Module, content: Mapping[str, Any]) -> None:
     modules = dict(model.named_modules())
     for edit in content["edits"]:
         if not (
@@ -322,45 +324,63 @@ def _set_attributes(model: nn.Module, content: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------- the factory of the dense network
-def find_factory(model: nn.Module, dense: Shapes, outputs: int) -> dict[str, Any] | None:
+def find_factory(model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """Find the spec that rebuilds the dense network of `model`; None if there is none.
 
     The candidates, in order: the tag of `create_model`, torchvision's builders, timm's configuration, and the network's
-    class if it can be imported. A candidate is accepted only if it rebuilds every tensor in its dense shape.
+    class if it can be imported. A candidate is accepted only if it builds the same network.
 
     Args:
         model: The pruned network, or the dense one.
-        dense: Name of each parameter and buffer -> its dense shape.
-        outputs: Number of outputs of the network, for one input.
+        record: What `apply` recorded of it, or `record_of` of a dense one.
     """
     tagged = factory_of(model)
-    candidates = [tagged] if tagged is not None else _candidates(model, outputs)
-    return next((spec for spec in candidates if _fits(spec, dense)), None)
+    candidates = [tagged] if tagged is not None else _candidates(model, record["outputs"])
+    return next((spec for spec in candidates if _fits(spec, model, record)), None)
 
 
-def given_factory(given: Factory | Mapping[str, Any], dense: Shapes, outputs: int) -> dict[str, Any]:
+def record_of(dense: nn.Module, outputs: int, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the record of a dense network, of which nothing was removed.
+
+    Args:
+        dense: The network.
+        outputs: Number of its outputs, for one input.
+        inputs: Its positional arguments.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(dense).items()}
+    return {"dense": shapes, "outputs": outputs, "inputs": inputs, "edits": [], "swaps": {}, "replaced": {}}
+
+
+def given_factory(
+    given: Factory | Mapping[str, Any], small: nn.Module, record: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the spec of a factory from the caller, after verifying that it rebuilds the dense network.
 
     Args:
-        given: A function or class, its reference `package.module:name`, or a complete spec.
-        dense: Name of each parameter and buffer -> its dense shape.
-        outputs: Number of outputs of the network, for one input.
+        given: A function or class, its reference `package.module:name`, or a complete spec, of which only shapes are
+            verified.
+        small: The pruned network.
+        record: What `apply` recorded of it.
 
     Raises:
-        CompressorError: The factory is malformed, fails, or builds other shapes.
+        CompressorError: The factory is malformed, fails, or builds another network.
     """
     factory: Factory | None = None
+    kwargs = {"num_classes": record["outputs"]}
     if isinstance(given, Mapping):
         if not isinstance(given.get("factory"), str):
             raise CompressorError(f"A factory is a name with arguments, not {given!r}.", _FACTORY_HINT)
         spec = {**given, "kwargs": dict(given.get("kwargs", {}))}
     elif isinstance(given, str):
-        spec = {"factory": given, "kwargs": {"num_classes": outputs}}
+        spec = {"factory": given, "kwargs": kwargs}
     elif callable(given):
-        spec, factory = {"factory": _reference(given), "kwargs": {"num_classes": outputs}}, given
+        spec, factory = {"factory": _reference(given), "kwargs": kwargs}, given
     else:
         raise CompressorError(f"A factory is a function or its name, not {given!r}.", _FACTORY_HINT)
-    wrong = differences(build_dense(spec, factory), dense)
+    made = build_dense(spec, factory)
+    wrong = differences(made, record["dense"])
+    if not wrong and not isinstance(given, Mapping):
+        wrong = _deviation(made, small, record)
     if wrong:
         raise CompressorError(f"The factory {spec['factory']!r} builds another network: {wrong}.", _FACTORY_HINT)
     return spec
@@ -415,7 +435,8 @@ def _candidates(model: nn.Module, outputs: int) -> Iterator[dict[str, Any]]:
         for name in torchvision.models.list_models():
             builder = torchvision.models.get_model_builder(name)
             if inspect.unwrap(builder).__module__ == kind.__module__:
-                yield {"factory": name, "kwargs": {"num_classes": outputs}}
+                converts = {"transform_input": True} if getattr(model, "transform_input", False) else {}
+                yield {"factory": name, "kwargs": {"num_classes": outputs, **converts}}
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     architecture = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
     if isinstance(architecture, str) and kind.__module__.startswith("timm."):
@@ -425,11 +446,32 @@ def _candidates(model: nn.Module, outputs: int) -> Iterator[dict[str, Any]]:
         yield {"factory": reference, "kwargs": {"num_classes": outputs}}
 
 
-def _fits(spec: Mapping[str, Any], dense: Shapes) -> bool:
+def _fits(spec: Mapping[str, Any], model: nn.Module, record: Mapping[str, Any]) -> bool:
     try:
-        return not differences(build_dense(spec), dense)
+        made = build_dense(spec)
+        return not (differences(made, record["dense"]) or _deviation(made, model, record))
     except CompressorError:
         return False
+
+
+def _deviation(made: nn.Module, model: nn.Module, record: Mapping[str, Any]) -> str:
+    """Describe how a dense network, pruned as `model` was, differs from `model` by more than its tensors' values.
+
+    Args:
+        made: A dense network with tensors of the right shapes; it is pruned in place.
+        model, record: As for `find_factory`.
+
+    Raises:
+        CompressorError: The recorded changes do not fit the dense network.
+    """
+    known = copy_structure(model, lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format)).eval()
+    tensors = named_tensors(known)
+    remove(made, record["replaced"])
+    if other := named_tensors(made).keys() ^ tensors.keys():
+        return f"only one of them has {min(other)}"
+    set_tensors(made, tensors, next(iter(tensors.values())).device)
+    _set_attributes(made, record)
+    return difference(known, made.eval(), record["inputs"])
 
 
 def differences(model: nn.Module, dense: Shapes) -> str:

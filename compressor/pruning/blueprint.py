@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.core.errors import CompressorError
-from compressor.pruning.artefact import build_dense, find_factory, set_tensors
+from compressor.pruning.artefact import build_dense, find_factory, record_of, set_tensors
 from compressor.pruning.registry import modules_of_rules
 from compressor.pruning.skeleton import named_tensors
 from compressor.pruning.space import PruningSpace
@@ -34,8 +34,7 @@ def blueprint(space: PruningSpace) -> dict[str, Any]:
             "Move the rule to a module, and import that in the script.",
         )
     model = space.model
-    dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-    factory = find_factory(model, dense, space.outputs)
+    factory = find_factory(model, record_of(model, space.outputs, space.example_input))
     if factory is None:
         raise CompressorError(
             "Several workers, and functions that are budgets, build the network in separate processes, but no "

@@ -355,6 +355,7 @@ class PruningSpace:
         small.__dict__[RECORD]["plan"] = plan
         small.__dict__[RECORD]["dense"] = self._dense_shapes
         small.__dict__[RECORD]["outputs"] = self.outputs
+        small.__dict__[RECORD]["inputs"] = self.example_input
         return small
 
     def replaced(self, plan: ChannelPlan) -> dict[str, str]:

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from compressor.core.errors import CompressorError
 from compressor.pruning.artefact import load, read_plan, save
+from compressor.pruning.blueprint import blueprint
 from compressor.pruning.plan import ChannelPlan
 from compressor.pruning.space import PruningSpace
 from tests.pruning.networks import UNet, Zoo, filled, unset, zoo
@@ -59,6 +61,7 @@ def _timm(name: str) -> nn.Module:
         (_torchvision, "vit_b_32", 224, "vit_b_32"),
         (_timm, "vit_tiny_patch16_224", 224, "timm:vit_tiny_patch16_224"),
         (_timm, "convnext_atto", 64, "timm:convnext_atto"),
+        (_timm, "coat_tiny", 224, "timm:coat_tiny"),  # uses a module under two paths
         (_created, "cifar_resnet20", 32, "cifar_resnet20"),
     ],
 )
@@ -188,6 +191,108 @@ def test_save_refuses_what_apply_did_not_make(
         save(small, plan, tmp_path, factory={**ZOO, "kwargs": {"num_classes": 6}})
     with pytest.raises(CompressorError, match="not JSON-serialisable"):
         save(small, plan, tmp_path / "new", factory=ZOO, extra={"x": object()})
+
+
+class Curve(nn.Module):
+    """What its arguments change beside its tensors: an activation, a factor, and a table that is no buffer."""
+
+    def __init__(self, num_classes: int = 4, act: str = "relu", factor: float = 1.0, table: float = 0.5) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(3, 16), nn.Linear(16, num_classes)
+        self.act = {"relu": nn.ReLU(), "relu6": nn.ReLU6()}[act]
+        self.factor, self.table = factor, torch.full((3,), table)
+        self.ran: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ran is None:
+            self.ran = torch.arange(3.0)
+        return self.head(self.act(self.hidden(x * self.table + self.ran))) * self.factor
+
+
+def _curve(**arguments: Any) -> nn.Module:
+    return Curve(4, **arguments)
+
+
+def _dilated() -> nn.Module:
+    import torchvision
+
+    return torchvision.models.resnet50(num_classes=7, replace_stride_with_dilation=[False, True, True])
+
+
+def _other_activation() -> nn.Module:
+    model = _torchvision("resnet18")
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, nn.ReLU):
+                module._modules[name] = nn.SiLU()
+    return model
+
+
+def _other_epsilon() -> nn.Module:
+    model = _torchvision("mobilenet_v2")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3
+    return model
+
+
+def _timm_with(name: str, **arguments: Any) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, num_classes=6, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (_dilated, (3, 64, 64)),
+        (_other_activation, (3, 32, 32)),
+        (_other_epsilon, (3, 32, 32)),
+        (partial(_timm_with, "resnet18", act_layer="silu"), (3, 32, 32)),
+        (partial(_timm_with, "efficientnet_lite0", output_stride=16), (3, 64, 64)),
+        (partial(_curve, act="relu6"), (3,)),
+        (partial(_curve, factor=3.0), (3,)),
+        (partial(_curve, table=0.7), (3,)),
+    ],
+)
+def test_a_factory_of_another_network_with_the_same_tensors_is_not_recorded(
+    build: Any, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    example = torch.randn(1, *shape)
+    space = PruningSpace(build().eval(), example)
+    plan = space.uniform(0.5)
+    small = space.apply(plan)
+    save(small, plan, tmp_path)
+    assert json.loads((tmp_path / "channels.json").read_text())["factory"]["factory"] is None
+    with pytest.raises(CompressorError, match="without a reference to its factory"):
+        load(tmp_path)
+    torch.testing.assert_close(load(tmp_path, factory=build)(example), small(example), rtol=1e-4, atol=1e-5)
+    with pytest.raises(CompressorError, match="no factory was found that builds the dense"):
+        blueprint(space)
+
+
+def test_a_given_factory_must_build_the_same_network(tmp_path: Path) -> None:
+    example = torch.randn(1, 3)
+    network = _curve(factor=3.0).eval()
+    network(example)  # it now keeps a tensor that a new one does not have
+    space = PruningSpace(network, example)
+    plan = space.uniform(0.5)
+    small = space.apply(plan)
+    for factory in (Curve, partial(_curve, factor=3.0, act="relu6"), partial(_curve, factor=3.0, table=0.7)):
+        with pytest.raises(CompressorError, match=r"builds another network: (it computes|a tensor of shape \[3\])"):
+            save(small, plan, tmp_path, factory=factory)
+    save(small, plan, tmp_path, factory=partial(_curve, factor=3.0))
+
+
+def test_a_loaded_network_whose_modules_were_replaced_has_no_factory(tmp_path: Path) -> None:
+    space = PruningSpace(_torchvision("resnet18").eval(), torch.randn(1, 3, 32, 32))
+    plan = space.uniform(0.5)
+    save(space.apply(plan), plan, tmp_path)
+    again = load(tmp_path)
+    again.relu = nn.SiLU()
+    save(again, plan, tmp_path)
+    with pytest.raises(CompressorError, match="without a reference to its factory"):
+        load(tmp_path)
 
 
 def _edited(folder: Path, **changes: Any) -> None:
