@@ -157,10 +157,26 @@ class Finished:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The saved slim network."""
-        from compressor.pruning.artefact import load
+        """The saved slim network.
 
-        return load(self.run.path, factory=builder_of(self.recipe, self.run.path, self._factory))
+        Raises:
+            CompressorError: It cannot be built, or computes something else than the run's own file.
+        """
+        from compressor.pruning.artefact import load
+        from export.convert.ort import onnx_outputs
+        from export.convert.parity import gross_difference
+        from export.convert.to_onnx import reference_outputs
+
+        model = load(self.run.path, factory=builder_of(self.recipe, self.run.path, self._factory))
+        inputs = random_inputs(self.example, 2, self.recipe.seed)
+        expected = onnx_outputs(self.run.file(MODEL), [each.numpy() for each in inputs])
+        if wrong := gross_difference(expected, reference_outputs(model, inputs), 2):
+            raise CompressorError(
+                f"The saved network, as it is built here, is not that of {self.run.file(MODEL)}: {wrong}.",
+                "Name a function or class that builds the dense network that was compressed, with all that is not a "
+                "weight: --factory module:function",
+            )
+        return model
 
     @cached_property
     def header(self) -> OnnxHeader:

@@ -39,6 +39,13 @@ class Own(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
+class Squashed(Own):
+    """The same tensors, and another network."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).tanh()
+
+
 def pictures(number: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures in which one of four quarters is bright, and which."""
     random = torch.Generator().manual_seed(seed)
@@ -161,6 +168,17 @@ def test_a_network_without_a_name_needs_a_factory(finished_own: Any, tmp_path: P
         list(export_format(run, Request(format="pt2")))
     assert "--factory module:function" in caught.value.hint
     assert list(export_format(run, Request(format="pt2", factory=f"{Own.__module__}:Own")))
+
+
+def test_another_network_with_the_same_tensors_is_not_exported(finished_own: Any, tmp_path: Path) -> None:
+    from compressor.run.exports import Request, export_format
+
+    run = Path(shutil.copytree(finished_own[0].directory, tmp_path / "run"))
+    request = Request(batch=parse_batch("4"), factory=f"{Own.__module__}:Squashed")
+    with pytest.raises(CompressorError, match=r"not that of .*model\.onnx: its output for 2 inputs is off") as caught:
+        list(export_format(run, request))
+    assert "--factory module:function" in caught.value.hint
+    assert not (run / "model.batch4.onnx").exists()
 
 
 def test_a_stopped_run_continues_with_the_same_objects(
