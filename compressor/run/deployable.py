@@ -56,7 +56,7 @@ def write_deployable(run: RunFolder, recipe: Recipe, task: Task) -> None:
         **_of_a_picture(run),
         "scored": _scored(run, recipe),
     }
-    write_atomic(run.file(PREPROCESS), json.dumps(how, indent=2, allow_nan=False) + "\n")
+    _write(run, how)
     names = facts.get("classes")
     if kind == "classification" and not names:  # pictures without labels: classes are known by number
         names = [str(number) for number in range(how["outputs"][0]["shape"][-1])]
@@ -76,20 +76,26 @@ def gives_probabilities(folder: Path) -> bool:
 
 def _scores(network: Any) -> str:
     """Return what the scores of classes are: "probabilities" of a network that ends in a softmax, else "logits"."""
+    import torch
+
+    from compressor.training.losses import are_probabilities
+
     (given,) = network.get_inputs()
     shape = [size if isinstance(size, int) else 1 for size in given.shape]
     inputs = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    scores = run_session(network, {given.name: inputs})[0]
-    ends_in_softmax = scores.min() >= 0 and np.allclose(scores.sum(axis=1), 1, atol=1e-3)
-    return "probabilities" if ends_in_softmax else "logits"
+    scores = torch.from_numpy(run_session(network, {given.name: inputs})[0])
+    return "probabilities" if are_probabilities(scores) else "logits"
 
 
 def write_score(run: RunFolder, recipe: Recipe) -> None:
     """Write the score of the file to use again, after that file was; a run without `preprocess.json` gets none."""
     path = run.file(PREPROCESS)
     if path.is_file():
-        how = {**read_json(path), "scored": _scored(run, recipe)}
-        write_atomic(path, json.dumps(how, indent=2, allow_nan=False) + "\n")
+        _write(run, {**read_json(path), "scored": _scored(run, recipe)})
+
+
+def _write(run: RunFolder, how: dict[str, Any]) -> None:
+    write_atomic(run.file(PREPROCESS), json.dumps(how, indent=2, allow_nan=False) + "\n")
 
 
 def _tensor(described: Any) -> dict[str, Any]:

@@ -14,14 +14,18 @@ if TYPE_CHECKING:
     from compressor.pruning.space import PruningSpace
 
 
-def logits_of(scores: torch.Tensor) -> torch.Tensor:
-    """Return the scores of classes (N, classes, ...) as float32 logits: the logarithm of those that are probabilities.
+def are_probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """Return whether scores of classes (N, classes, ...) are those of a network that ends in a softmax, a bool scalar.
 
-    A network that ends in a softmax gives such: none is negative, and they sum to 1 in each place, within 0.001.
+    Such scores are not negative, and sum to 1 in each place, within 0.001.
     """
+    return (scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < 1e-3).all()
+
+
+def logits_of(scores: torch.Tensor) -> torch.Tensor:
+    """Return scores of classes (N, classes, ...) as float32 logits: the logarithm of those that are probabilities."""
     scores = scores.float()
-    probabilities = (scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < 1e-3).all()
-    return torch.where(probabilities, scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), scores)
+    return torch.where(are_probabilities(scores), scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), scores)
 
 
 def distillation_loss(
